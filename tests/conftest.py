@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder with real data and weights beside the project (VIMTUNE_SHARED, or ../shared)."""
+    folder = Path(os.environ.get("VIMTUNE_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist (set VIMTUNE_SHARED to a folder that has it)")
+    return folder
