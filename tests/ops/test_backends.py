@@ -1,0 +1,239 @@
+"""Every backend answers to the reference: forward and all gradients, both directions, odd lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vimtune import ops
+from vimtune.ops import reference
+
+SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+BACKENDS = [name for name in ops.backend_names() if name not in ("auto", "reference")]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    status = {row.name: row for row in ops.backend_report("cpu")}[request.param]
+    if not status.available:
+        pytest.skip(f"backend {request.param}: {'; '.join(status.reasons)}")
+    return request.param
+
+
+def scan_inputs(batch=2, tokens=13, inner=24, states=16, dtype=torch.float32, delta_scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    wide = normal(batch, tokens, 2 * inner).to(dtype)  # u and z are views, as in the mixer
+    narrow = normal(batch, tokens, 2 * states + 3).to(dtype)
+    return {
+        "u": wide[..., :inner],
+        "delta": (delta_scale * normal(batch, tokens, inner)).to(dtype),
+        "A": -torch.rand(inner, states, generator=generator) * states - 0.1,
+        "B": narrow[..., 3 : 3 + states],
+        "C": narrow[..., 3 + states :],
+        "D": normal(inner),
+        "z": wide[..., inner:],
+        "delta_bias": normal(inner),
+    }
+
+
+def gradients(function, inputs: dict, grad, wanted):
+    leaves = {
+        name: None if x is None else x.detach().requires_grad_(name in wanted) for name, x in inputs.items()
+    }
+    out = function(**leaves)
+    return out, dict(zip(wanted, torch.autograd.grad(out, [leaves[n] for n in wanted], grad), strict=True))
+
+
+def assert_close(actual, expected, tolerance, label):
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype, label
+    scale = expected.abs().max().clamp_min(1e-30)
+    error = ((actual.double() - expected.double()).abs().max() / scale).item()
+    assert error <= tolerance, f"{label}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 65, 197])
+def test_scan_matches_reference(backend, tokens, reverse):
+    inputs = scan_inputs(tokens=tokens)
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1))
+    options = {"delta_softplus": True, "reverse": reverse}
+    expected, expected_grads = gradients(
+        lambda **x: reference.selective_scan(**x, **options), inputs, grad, SCAN_INPUTS
+    )
+    out, grads = gradients(
+        lambda **x: ops.selective_scan(**x, **options, backend=backend), inputs, grad, SCAN_INPUTS
+    )
+    assert_close(out, expected, 1e-5, "out")
+    for name in SCAN_INPUTS:
+        assert_close(grads[name], expected_grads[name], 2e-5, name)
+
+
+@pytest.mark.parametrize("inner", [1, 7, 24, 40])
+@pytest.mark.parametrize("states", [1, 4, 5, 16, 22, 64])
+def test_scan_sizes(backend, states, inner):
+    inputs = scan_inputs(batch=1, tokens=9, inner=inner, states=states)
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(2))
+    expected, expected_grads = gradients(
+        lambda **x: reference.selective_scan(**x, delta_softplus=True), inputs, grad, SCAN_INPUTS
+    )
+    out, grads = gradients(
+        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend), inputs, grad, SCAN_INPUTS
+    )
+    assert_close(out, expected, 1e-5, "out")
+    for name in SCAN_INPUTS:
+        assert_close(grads[name], expected_grads[name], 2e-5, name)
+
+
+@pytest.mark.parametrize("missing", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
+@pytest.mark.parametrize("softplus", [False, True])
+def test_scan_optional_inputs(backend, missing, softplus):
+    inputs = {name: None if name in missing else x for name, x in scan_inputs().items()}
+    if not softplus:
+        inputs["delta"] = inputs["delta"].abs() * 0.1
+    if not softplus and inputs["delta_bias"] is not None:
+        inputs["delta_bias"] = inputs["delta_bias"].abs()
+    wanted = [name for name in SCAN_INPUTS if name not in missing]
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(3))
+    expected, expected_grads = gradients(
+        lambda **x: reference.selective_scan(**x, delta_softplus=softplus), inputs, grad, wanted
+    )
+    out, grads = gradients(
+        lambda **x: ops.selective_scan(**x, delta_softplus=softplus, backend=backend), inputs, grad, wanted
+    )
+    assert_close(out, expected, 1e-5, "out")
+    for name in wanted:
+        assert_close(grads[name], expected_grads[name], 2e-5, name)
+
+
+@pytest.mark.parametrize("wanted", [(name,) for name in SCAN_INPUTS] + [("u", "delta", "B", "C", "z")])
+def test_scan_backward_subset(backend, wanted):
+    """Only what is asked for is computed, and it does not depend on what else is asked for."""
+    inputs = scan_inputs()
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(4))
+    _, everything = gradients(
+        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend), inputs, grad, SCAN_INPUTS
+    )
+    _, some = gradients(
+        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend), inputs, grad, wanted
+    )
+    for name in wanted:
+        assert_close(some[name], everything[name], 1e-6, name)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 30.0])
+def test_scan_extreme_delta(backend, scale):
+    inputs = scan_inputs(delta_scale=scale, tokens=40)
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(5))
+    expected, expected_grads = gradients(
+        lambda **x: reference.selective_scan(**x, delta_softplus=True), inputs, grad, SCAN_INPUTS
+    )
+    out, grads = gradients(
+        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend), inputs, grad, SCAN_INPUTS
+    )
+    assert_close(out, expected, 2e-5, "out")
+    for name in SCAN_INPUTS:
+        assert torch.isfinite(grads[name]).all()
+        assert_close(grads[name], expected_grads[name], 5e-5, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scan_half_activations(backend, dtype):
+    """Half-precision activations: output and gradients in that dtype, state and parameters in fp32."""
+    inputs = scan_inputs(dtype=dtype, tokens=65)
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    exact = {name: x.double() if x.dtype == dtype else x for name, x in inputs.items()}
+    expected, expected_grads = gradients(
+        lambda **x: reference.selective_scan(**x, delta_softplus=True), exact, grad.double(), SCAN_INPUTS
+    )
+    out, grads = gradients(
+        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend), inputs, grad, SCAN_INPUTS
+    )
+    tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert out.dtype == dtype
+    assert_close(out, expected.to(dtype), tolerance, "out")
+    for name in SCAN_INPUTS:
+        assert grads[name].dtype == inputs[name].dtype
+        assert_close(grads[name], expected_grads[name].to(inputs[name].dtype), tolerance, name)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 65])
+def test_conv_matches_reference(backend, tokens, reverse, silu, bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 48, generator=generator)[..., :24]
+    inputs = {"x": x, "weight": torch.randn(24, 4, generator=generator)}
+    inputs["bias"] = torch.randn(24, generator=generator) if bias else None
+    wanted = [name for name, tensor in inputs.items() if tensor is not None]
+    grad = torch.randn(x.shape, generator=generator)
+    options = {"silu": silu, "reverse": reverse}
+    expected, expected_grads = gradients(
+        lambda **t: reference.causal_conv1d(**t, **options), inputs, grad, wanted
+    )
+    out, grads = gradients(
+        lambda **t: ops.causal_conv1d(**t, **options, backend=backend), inputs, grad, wanted
+    )
+    assert_close(out, expected, 1e-5, "out")
+    for name in wanted:
+        assert_close(grads[name], expected_grads[name], 1e-5, name)
+
+
+def test_backward_is_deterministic(backend):
+    inputs = scan_inputs(batch=3, tokens=65, inner=40)
+    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(7))
+    runs = [
+        gradients(
+            lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend),
+            inputs,
+            grad,
+            SCAN_INPUTS,
+        )[1]
+        for _ in range(3)
+    ]
+    for name in SCAN_INPUTS:
+        assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_custom_ops_are_registered_correctly(backend, reverse):
+    """torch.library.opcheck: schema, fake implementation and autograd registration agree."""
+    inputs = scan_inputs(tokens=5, inner=8, states=4)
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        torch.ops.vimtune.selective_scan, (*leaves, True, reverse, backend, True), test_utils=tests
+    )
+    conv = (
+        torch.randn(2, 5, 8, requires_grad=True),
+        torch.randn(8, 4),
+        torch.randn(8),
+        True,
+        reverse,
+        backend,
+    )
+    torch.library.opcheck(torch.ops.vimtune.causal_conv1d, conv, test_utils=tests)
+
+
+def test_wrong_shapes_are_named():
+    inputs = scan_inputs()
+    inputs["B"] = inputs["B"][:, :-1]
+    with pytest.raises(ValueError, match=r"B is \(2, 12, 16\), expected \(2, 13, 16\)"):
+        ops.selective_scan(**inputs)
+
+
+def test_unknown_backend_gets_a_suggestion():
+    with pytest.raises(ValueError, match="Did you mean 'torch'"):
+        ops.set_backend("troch")
+
+
+def test_use_backend_is_restored():
+    with ops.use_backend("reference"):
+        assert ops.resolved_backend("cpu") == "reference"
+        inputs = scan_inputs(tokens=3)
+        assert torch.equal(ops.selective_scan(**inputs), reference.selective_scan(**inputs))
+    assert ops.resolved_backend("cpu") != "reference"

@@ -1,0 +1,30 @@
+"""Selective scan and causal convolution behind one dispatch; see `dispatch.py` for the backends."""
+
+from vimtune.ops.dispatch import (
+    Backend,
+    BackendUnavailable,
+    backend_names,
+    backend_report,
+    register_backend,
+    resolved_backend,
+    set_backend,
+    use_backend,
+)
+from vimtune.ops.eager import EagerBackend
+from vimtune.ops.functional import causal_conv1d, selective_scan
+
+# In the order in which `auto` asks them.
+register_backend(EagerBackend())
+
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "backend_names",
+    "backend_report",
+    "causal_conv1d",
+    "register_backend",
+    "resolved_backend",
+    "selective_scan",
+    "set_backend",
+    "use_backend",
+]

@@ -1,0 +1,198 @@
+"""Backend `torch`: plain PyTorch on any device, with a hand-written backward that is linear in L.
+
+Tokens are handled in chunks: decays and inputs of a chunk are computed at once, only the recurrence
+itself walks token by token. The forward keeps the state before each chunk; the backward recomputes
+the states inside one chunk at a time, so memory grows with L / CHUNK states instead of L. The
+reverse direction walks the same tensors with descending indices.
+
+Shape letters: B batch, L tokens, T tokens of a chunk, E inner width, N states, K filter width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimtune.ops.dispatch import Backend, ScanOptions
+
+CHUNK = 16
+
+
+class EagerBackend(Backend):
+    name = "torch"
+    summary = "pure PyTorch, runs everywhere"
+
+    def refusals(self, device):
+        return []
+
+    def states_shape(self, batch, tokens, inner, states):
+        return (-(-tokens // CHUNK), batch, inner, states)
+
+    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        dt = _time_steps(delta.to(dtype), delta_bias, options)
+        dt_u = dt * u.to(dtype)
+        A, B, C = A.to(dtype), B.to(dtype), C.to(dtype)
+        y = torch.empty_like(dt_u)
+        state = dt.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+        saved = []
+        for chunk in _chunks(u.shape[1], options.reverse):
+            saved.append(state)
+            states, _ = _chunk_states(dt[:, chunk], dt_u[:, chunk], A, B[:, chunk], state, options.reverse)
+            y[:, chunk] = torch.einsum("bten,btn->bte", states, C[:, chunk])
+            state = states[:, 0 if options.reverse else -1]
+        if D is not None:
+            y += D.to(dtype) * u.to(dtype)
+        if z is not None:
+            y *= F.silu(z.to(dtype))
+        return y.to(u.dtype), torch.stack(saved) if save_states else dt.new_empty(0)
+
+    def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
+        raw = delta.to(dtype)
+        dt = _time_steps(raw, delta_bias, options)
+        uf, Af, Bf, Cf = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+        dt_u = dt * uf
+        grad = grad.to(dtype)
+        gate = None if z is None else torch.sigmoid(z.to(dtype))
+        grad_y = grad if gate is None else grad * gate * z.to(dtype)
+
+        need_time = need_delta or need_bias
+        y = torch.empty_like(uf) if need_z else None
+        grad_dt_u = torch.empty_like(uf)
+        grad_dt = torch.empty_like(uf)
+        grad_A = torch.zeros_like(Af) if need_A else None
+        grad_B = torch.empty_like(Bf) if need_B else None
+        grad_C = torch.empty_like(Cf) if need_C else None
+
+        # `carry` is decay_{t+1} * adjoint_{t+1}: what the later tokens (in scan order) send back.
+        carry = torch.zeros_like(states[0])
+        for index, chunk in reversed(list(enumerate(_chunks(u.shape[1], options.reverse)))):
+            before = states[index]
+            inside, decay = _chunk_states(
+                dt[:, chunk], dt_u[:, chunk], Af, Bf[:, chunk], before, options.reverse
+            )
+            adjoint = torch.einsum("bte,btn->bten", grad_y[:, chunk], Cf[:, chunk])
+            order = list(_steps(inside.shape[1], options.reverse))
+            for t in reversed(order):
+                adjoint[:, t] += carry
+                carry = decay[:, t] * adjoint[:, t]
+            if y is not None:
+                y[:, chunk] = torch.einsum("bten,btn->bte", inside, Cf[:, chunk])
+            if grad_C is not None:
+                grad_C[:, chunk] = torch.einsum("bte,bten->btn", grad_y[:, chunk], inside)
+            if grad_B is not None:
+                grad_B[:, chunk] = torch.einsum("bte,bten->btn", dt_u[:, chunk], adjoint)
+            if need_u or need_time:
+                grad_dt_u[:, chunk] = torch.einsum("bten,btn->bte", adjoint, Bf[:, chunk])
+            if need_time or grad_A is not None:
+                previous = torch.cat([before[:, None], inside[:, order[:-1]]], dim=1)
+                if options.reverse:
+                    previous = previous.flip(1)
+                grad_exponent = adjoint.mul_(previous).mul_(decay)
+                if need_time:
+                    grad_dt[:, chunk] = torch.einsum("bten,en->bte", grad_exponent, Af)
+                if grad_A is not None:
+                    grad_A += torch.einsum("bten,bte->en", grad_exponent, dt[:, chunk])
+
+        grad_u = grad_raw = grad_z = grad_D = grad_bias = None
+        if need_u:
+            grad_u = grad_dt_u * dt
+            if D is not None:
+                grad_u += grad_y * D.to(dtype)
+        if need_time:
+            grad_raw = grad_dt + grad_dt_u * uf
+            if options.delta_softplus:
+                shifted = raw if delta_bias is None else raw + delta_bias.to(dtype)
+                grad_raw *= torch.sigmoid(shifted)
+            if need_bias:
+                grad_bias = grad_raw.sum((0, 1)).to(delta_bias.dtype)
+        if need_D:
+            grad_D = (grad_y * uf).sum((0, 1)).to(D.dtype)
+        if y is not None:
+            if D is not None:
+                y += D.to(dtype) * uf
+            grad_z = (grad * y * gate * (1 + z.to(dtype) * (1 - gate))).to(z.dtype)
+        return (
+            None if grad_u is None else grad_u.to(u.dtype),
+            grad_raw.to(delta.dtype) if need_delta else None,
+            None if grad_A is None else grad_A.to(A.dtype),
+            None if grad_B is None else grad_B.to(B.dtype),
+            None if grad_C is None else grad_C.to(C.dtype),
+            grad_D,
+            grad_z,
+            grad_bias,
+        )
+
+    def conv_forward(self, x, weight, bias, silu, reverse):
+        y = _filter(x.to(torch.promote_types(x.dtype, torch.float32)), weight, bias, reverse)
+        return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
+
+    def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        need_x, need_weight, need_bias = needs
+        xf, grad = x.to(dtype), grad.to(dtype)
+        if silu:
+            y = _filter(xf, weight, bias, reverse)
+            gate = torch.sigmoid(y)
+            grad = grad * gate * (1 + y * (1 - gate))
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            # The adjoint of a causal filter is the same filter run in the other direction.
+            grad_x = _filter(grad, weight, None, not reverse).to(x.dtype)
+        if need_weight:
+            columns = []
+            for source, target in _shifts(x.shape[1], weight.shape[1], reverse):
+                columns.append((grad[:, target] * xf[:, source]).sum((0, 1)))
+            grad_weight = torch.stack(columns, dim=1).to(weight.dtype)
+        if need_bias:
+            grad_bias = grad.sum((0, 1)).to(bias.dtype)
+        return grad_x, grad_weight, grad_bias
+
+
+def _time_steps(delta: Tensor, delta_bias: Tensor | None, options: ScanOptions) -> Tensor:
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)
+    return F.softplus(delta) if options.delta_softplus else delta
+
+
+def _chunks(num_tokens: int, reverse: bool) -> list[slice]:
+    """Chunks in scan order; each slice itself is in token order."""
+    chunks = [slice(start, min(start + CHUNK, num_tokens)) for start in range(0, num_tokens, CHUNK)]
+    return chunks[::-1] if reverse else chunks
+
+
+def _steps(num_tokens: int, reverse: bool) -> range:
+    return range(num_tokens - 1, -1, -1) if reverse else range(num_tokens)
+
+
+def _chunk_states(
+    dt: Tensor, dt_u: Tensor, A: Tensor, B: Tensor, state: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """States after, and decays at, every token of a chunk, both (B, T, E, N) in token order."""
+    decay = torch.exp(dt[..., None] * A)
+    states = torch.einsum("bte,btn->bten", dt_u, B)
+    for t in _steps(dt.shape[1], reverse):
+        states[:, t].addcmul_(decay[:, t], state)
+        state = states[:, t]
+    return states, decay
+
+
+def _shifts(num_tokens: int, width: int, reverse: bool) -> list[tuple[slice, slice]]:
+    """For each filter tap the tokens it reads and the tokens it adds to."""
+    shifts = []
+    for tap in range(width):
+        lag = min(width - 1 - tap, num_tokens)
+        early, late = slice(0, num_tokens - lag), slice(lag, num_tokens)
+        shifts.append((late, early) if reverse else (early, late))
+    return shifts
+
+
+def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    weight = weight.to(x.dtype)
+    y = torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x).contiguous()
+    for tap, (source, target) in enumerate(_shifts(x.shape[1], weight.shape[1], reverse)):
+        y[:, target].addcmul_(x[:, source], weight[:, tap])
+    return y

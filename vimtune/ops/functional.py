@@ -1,0 +1,256 @@
+"""`selective_scan` and `causal_conv1d` as torch custom ops over the backends of `dispatch.py`.
+
+Being custom ops with fake implementations they are opaque to torch.compile, torch.export,
+torch.fx and TorchScript, and differentiable everywhere. Gradients nobody asks for are not computed.
+
+Shape letters: B batch, L tokens, E inner width, N states, K filter width.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from vimtune.ops import reference
+from vimtune.ops.dispatch import ScanOptions, resolve_backend, uses_reference
+
+# torch.library reads these annotations at run time and TorchScript compiles the two public
+# functions, hence the spelled-out Optional.
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,  # noqa: UP045
+    z: Optional[Tensor] = None,  # noqa: UP045
+    delta_bias: Optional[Tensor] = None,  # noqa: UP045
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Selective scan of Mamba; formula and shapes as in `vimtune.ops.reference.selective_scan`.
+
+    `u`, `delta`, `z`: (B, L, E); `A`: (E, N); `B`, `C`: (B, L, N); `D`, `delta_bias`: (E,).
+    Returns (B, L, E) in the dtype of `u`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown backend.
+        BackendUnavailable: `backend` names one that cannot run here.
+    """
+    if not torch.jit.is_scripting() and uses_reference(backend):
+        return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    return torch.ops.vimtune.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, torch.is_grad_enabled()
+    )[0]
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,  # noqa: UP045
+    silu: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Depthwise causal convolution of `x` (B, L, E) with `weight` (E, K), optionally through SiLU.
+
+    With `reverse` the filter runs from the last token to the first. Returns (B, L, E).
+    """
+    if not torch.jit.is_scripting() and uses_reference(backend):
+        return reference.causal_conv1d(x, weight, bias, silu, reverse)
+    return torch.ops.vimtune.causal_conv1d(x, weight, bias, silu, reverse, backend)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """Kernels want adjacent channels; views of a wider row pass as they are."""
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _unit_strides(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else _unit_stride(tensor) for tensor in tensors)
+
+
+def _check_shapes(named: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    wrong = [
+        f"{name} is {tuple(tensor.shape)}, expected {expected}"
+        for name, (tensor, expected) in named.items()
+        if tensor is not None and tuple(tensor.shape) != expected
+    ]
+    if wrong:
+        raise ValueError("shapes do not fit together: " + "; ".join(wrong))
+
+
+@torch.library.custom_op("vimtune::selective_scan", mutates_args=())
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    z: Optional[Tensor],  # noqa: UP045
+    delta_bias: Optional[Tensor],  # noqa: UP045
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    if u.dim() != 3 or A.dim() != 2:
+        raise ValueError(f"u must be (B, L, E) and A (E, N); got {tuple(u.shape)} and {tuple(A.shape)}")
+    batch, tokens, inner = u.shape
+    states = A.shape[1]
+    _check_shapes(
+        {
+            "delta": (delta, (batch, tokens, inner)),
+            "A": (A, (inner, states)),
+            "B": (B, (batch, tokens, states)),
+            "C": (C, (batch, tokens, states)),
+            "D": (D, (inner,)),
+            "z": (z, (batch, tokens, inner)),
+            "delta_bias": (delta_bias, (inner,)),
+        }
+    )
+    tensors = _unit_strides(u, delta, A, B, C, D, z, delta_bias)
+    kernels = resolve_backend(backend, u.device)
+    return kernels.scan_forward(*tensors, ScanOptions(delta_softplus, reverse), save_states)  # type: ignore[arg-type]
+
+
+@_scan.register_fake
+def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, save_states):
+    shape: tuple[int, ...] = (0,)
+    if save_states:
+        shape = resolve_backend(backend, u.device).states_shape(*u.shape, A.shape[1])
+    return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.promote_types(u.dtype, torch.float32))
+
+
+@torch.library.custom_op("vimtune::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    grad: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    z: Optional[Tensor],  # noqa: UP045
+    delta_bias: Optional[Tensor],  # noqa: UP045
+    delta_softplus: bool,
+    reverse: bool,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    tensors = _unit_strides(grad, states, u, delta, A, B, C, D, z, delta_bias)
+    kernels = resolve_backend(backend, u.device)
+    options = ScanOptions(delta_softplus, reverse)
+    return _as_list(kernels.scan_backward(*tensors, options, needs), grad)  # type: ignore[arg-type]
+
+
+@_scan_backward.register_fake
+def _(
+    grad, states, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, needs
+):  # fmt: skip
+    return _fake_gradients([u, delta, A, B, C, D, z, delta_bias], needs, grad)
+
+
+def _scan_setup(ctx, inputs, output) -> None:
+    *tensors, delta_softplus, reverse, backend, save_states = inputs
+    if not save_states:
+        raise RuntimeError("selective_scan was called without saved states but needs a gradient")
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = (delta_softplus, reverse, backend)
+
+
+def _scan_autograd(ctx, grad, _grad_states):
+    states, *tensors = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:8])
+    gradients = torch.ops.vimtune.selective_scan_backward(grad, states, *tensors, *ctx.options, needs)
+    return *_as_optional(gradients, needs), None, None, None, None
+
+
+_scan.register_autograd(_scan_autograd, setup_context=_scan_setup)
+
+
+@torch.library.custom_op("vimtune::causal_conv1d", mutates_args=())
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    silu: bool,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    if x.dim() != 3 or weight.dim() != 2:
+        raise ValueError(
+            f"x must be (B, L, E) and weight (E, K); got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    inner = x.shape[2]
+    _check_shapes({"weight": (weight, (inner, weight.shape[1])), "bias": (bias, (inner,))})
+    tensors = _unit_strides(x, weight, bias)
+    return resolve_backend(backend, x.device).conv_forward(*tensors, silu, reverse)  # type: ignore[arg-type]
+
+
+@_conv.register_fake
+def _(x, weight, bias, silu, reverse, backend):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("vimtune::causal_conv1d_backward", mutates_args=())
+def _conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    silu: bool,
+    reverse: bool,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    tensors = _unit_strides(grad, x, weight, bias)
+    kernels = resolve_backend(backend, x.device)
+    return _as_list(kernels.conv_backward(*tensors, silu, reverse, needs), grad)  # type: ignore[arg-type]
+
+
+@_conv_backward.register_fake
+def _(grad, x, weight, bias, silu, reverse, backend, needs):
+    return _fake_gradients([x, weight, bias], needs, grad)
+
+
+def _conv_setup(ctx, inputs, output) -> None:
+    x, weight, bias, silu, reverse, backend = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.options = (silu, reverse, backend)
+
+
+def _conv_autograd(ctx, grad):
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.vimtune.causal_conv1d_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    return *_as_optional(gradients, needs), None, None, None
+
+
+_conv.register_autograd(_conv_autograd, setup_context=_conv_setup)
+
+
+# A custom op returns a list of tensors, never None: gradients that were not asked for travel as
+# empty tensors and become None again on the autograd side.
+
+
+def _as_list(gradients, like: Tensor) -> list[Tensor]:
+    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+def _as_optional(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+
+
+def _fake_gradients(inputs, needs: list[bool], like: Tensor) -> list[Tensor]:
+    return [
+        tensor.new_empty(tensor.shape) if needed else like.new_empty(0)
+        for tensor, needed in zip(inputs, needs, strict=True)
+    ]

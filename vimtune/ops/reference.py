@@ -1,0 +1,79 @@
+"""The definition of every operation: fp32, one step after the other, differentiated by autograd.
+
+Slow on purpose. Each backend answers to these functions, forward and gradients.
+
+Shape letters: B batch, L tokens, E inner width, N states, K filter width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> Tensor:
+    """Selective scan (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2), channel-last.
+
+        dt_t = softplus(delta_t + delta_bias)
+        s_t  = exp(dt_t A) s_{t-1} + dt_t B_t u_t,     s_{-1} = 0
+        y_t  = <s_t, C_t> + D u_t,                     out_t = y_t silu(z_t)
+
+    `u`, `delta`, `z`: (B, L, E); `A`: (E, N), negative; `B`, `C`: (B, L, N); `D`, `delta_bias`: (E,).
+    `reverse` runs from the last token to the first; the output stays in token order.
+    Returns (B, L, E) in the dtype of `u`; all arithmetic is fp32 (fp64 for fp64 input).
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    delta = delta.to(dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(dtype)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    num_tokens = u.shape[1]
+    state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=dtype, device=u.device)
+    outputs: list[Tensor] = [state] * num_tokens
+    for t in reversed(range(num_tokens)) if reverse else range(num_tokens):
+        dt = delta[:, t, :, None]
+        step_input = dt * B[:, t, None, :].to(dtype) * u[:, t, :, None].to(dtype)
+        state = torch.exp(dt * A.to(dtype)) * state + step_input
+        outputs[t] = (state * C[:, t, None, :].to(dtype)).sum(-1)
+    y = torch.stack(outputs, dim=1)
+    if D is not None:
+        y = y + D.to(dtype) * u.to(dtype)
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype)
+
+
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, silu: bool = False, reverse: bool = False
+) -> Tensor:
+    """Depthwise causal convolution, channel-last: y_t = bias + sum_k weight[:, k] x_{t-K+1+k}.
+
+    `x`: (B, L, E); `weight`: (E, K), its last column multiplies the current token; `bias`: (E,).
+    `reverse` looks ahead instead of back (the filter runs from the last token to the first).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    width = weight.shape[1]
+    sequence = x.to(dtype).transpose(1, 2)
+    if reverse:
+        sequence = sequence.flip(-1)
+    padded = F.pad(sequence, (width - 1, 0))
+    y = F.conv1d(
+        padded, weight.to(dtype)[:, None], None if bias is None else bias.to(dtype), groups=x.shape[2]
+    )
+    if reverse:
+        y = y.flip(-1)
+    y = y.transpose(1, 2)
+    return (F.silu(y) if silu else y).to(x.dtype)
