@@ -1,0 +1,276 @@
+"""`vimtune doctor`: what this machine offers, whether every scan backend computes the right numbers,
+and the exact line that installs what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from vimtune import __version__, ops
+from vimtune.ops import reference
+
+# Largest error that rounding explains, relative to the largest element of the reference result.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "safetensors", "triton")
+OPTIONAL = ("mamba-ssm", "causal-conv1d")
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed distribution, None when it is not there. Imports nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that the CPU kernel would be built with."""
+    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the machine has an NVIDIA driver, even if this torch cannot use it."""
+    return os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi") is not None
+
+
+def _processor() -> str:
+    name = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            name = next((line.partition(":")[2].strip() for line in file if "model name" in line), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name or platform.machine()}, {cores} usable cores, torch uses {torch.get_num_threads()} threads"
+
+
+def _accelerators() -> str:
+    if torch.cuda.is_available():
+        properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = [f"{p.name} ({p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor})" for p in properties]
+        return ", ".join(names)
+    if torch.backends.mps.is_available():
+        return "Apple GPU (mps)"
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    driver = "an NVIDIA driver is installed" if has_nvidia_gpu() else "no NVIDIA driver found"
+    return f"none usable (torch is {build}; {driver})"
+
+
+def environment() -> list[tuple[str, str]]:
+    """(name, value) rows that describe this installation."""
+    rows = [("vimtune", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
+    rows += [(name, installed(name) or "not installed") for name in PACKAGES]
+    rows += [(name, installed(name) or "not installed (optional)") for name in OPTIONAL]
+    rows += [
+        ("system", platform.platform()),
+        ("CPU", _processor()),
+        ("GPU", _accelerators()),
+        ("C++ compiler", find_compiler() or "none found"),
+    ]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# Numeric self-test
+
+
+@dataclass
+class SelfTest:
+    """Errors of one backend on one device, relative to the largest element of the reference result."""
+
+    forward: dict[torch.dtype, float] = field(default_factory=dict)
+    gradient: dict[torch.dtype, float] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure
+
+
+def _scan_inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Inputs like those of a Vim layer, of odd sizes: B 2, L 61, E 40, N 16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    batch, tokens, inner, states = 2, 61, 40, 16
+    activations = {
+        "u": normal(batch, tokens, inner),
+        "delta": 0.5 * normal(batch, tokens, inner),
+        "B": normal(batch, tokens, states),
+        "C": normal(batch, tokens, states),
+        "z": normal(batch, tokens, inner),
+    }
+    weights = {
+        "A": -torch.rand(inner, states, generator=generator) * states - 0.1,
+        "D": normal(inner),
+        "delta_bias": normal(inner) - 3.0,
+    }
+    inputs = {name: tensor.to(dtype) for name, tensor in activations.items()} | weights
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _conv_inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 61, 40), (40, 4), (40,)))
+    return {"x": x.to(device, dtype), "weight": weight.to(device), "bias": bias.to(device)}
+
+
+def _with_gradients(operation: object, inputs: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
+    """Result of `operation` and the gradients of all its inputs for a fixed random cotangent."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    out = operation(**leaves, **options)  # type: ignore[operator]
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    gradients = torch.autograd.grad(out, list(leaves.values()), cotangent)
+    return {"output": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+def _cases(device: torch.device) -> Iterator[tuple[torch.dtype, str, dict[str, Tensor], dict[str, bool]]]:
+    for dtype in TOLERANCE:
+        for reverse in (False, True):
+            scan_options = {"delta_softplus": True, "reverse": reverse}
+            yield dtype, "selective_scan", _scan_inputs(dtype, device), scan_options
+            yield dtype, "causal_conv1d", _conv_inputs(dtype, device), {"silu": True, "reverse": reverse}
+
+
+def self_test(backend: str, device: torch.device) -> SelfTest:
+    """Compare `backend` with the reference: scan and convolution, both directions, every gradient."""
+    result = SelfTest()
+    try:
+        for dtype, operation, inputs, options in _cases(device):
+            expected = _with_gradients(getattr(reference, operation), inputs, **options)
+            found = _with_gradients(getattr(ops, operation), inputs, backend=backend, **options)
+            for name, tensor in expected.items():
+                error = _relative_error(found[name], tensor)
+                errors = result.forward if name == "output" else result.gradient
+                errors[dtype] = max(error, errors.get(dtype, 0.0))
+                if error > TOLERANCE[dtype] and not result.failure:
+                    kind = "output" if name == "output" else f"gradient of {name}"
+                    direction = "reverse" if options["reverse"] else "forward"
+                    result.failure = (
+                        f"{operation} ({direction}, {SHORT[dtype]}): the {kind} is off by {error:.1e}, "
+                        f"at most {TOLERANCE[dtype]:.0e} is allowed"
+                    )
+    except Exception as error:  # whatever a broken kernel raises is the finding of this test
+        result.failure = f"{type(error).__name__}: {error}"
+    return result
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """max|found - expected| / max|expected|; infinite when `found` is not finite."""
+    if found.shape != expected.shape or not torch.isfinite(found).all():
+        return float("inf")
+    difference = (found.double() - expected.double()).abs().max()
+    return (difference / expected.double().abs().max().clamp_min(1e-30)).item()
+
+
+# ---------------------------------------------------------------------------------------------
+# Advice
+
+
+def install_advice() -> list[str]:
+    """What would make this machine faster: one reason and one command per entry."""
+    advice = []
+    if has_nvidia_gpu() and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            reason = "this torch is a CPU build, but the machine has an NVIDIA GPU"
+            advice.append(f"{reason}:\n    pip install --force-reinstall torch torchvision")
+        else:
+            advice.append(
+                f"torch (CUDA {torch.version.cuda}) cannot use the NVIDIA driver: "
+                "update the driver, or check with\n    nvidia-smi"
+            )
+    if torch.cuda.is_available() and installed("triton") is None:
+        advice.append("the Triton kernels need the triton package:\n    pip install triton")
+    if not torch.cuda.is_available() and find_compiler() is None:
+        advice.append(f"the fast CPU kernel is built with a C++ compiler:\n    {_compiler_line()}")
+    if torch.cuda.is_available() and any(installed(name) is None for name in OPTIONAL):
+        needs = "" if shutil.which("nvcc") else " (compiles for minutes and needs nvcc, which is not there)"
+        advice.append(
+            f"optional, the kernels of mamba-ssm as one more backend{needs}:\n"
+            '    pip install --no-build-isolation "vimtune[cuda]"'
+        )
+    return advice
+
+
+def _compiler_line() -> str:
+    if sys.platform == "darwin":
+        return "xcode-select --install"
+    if sys.platform == "win32":
+        return "winget install Microsoft.VisualStudio.2022.BuildTools"
+    for tool, line in {"apt-get": "apt-get install g++", "dnf": "dnf install gcc-c++"}.items():
+        if shutil.which(tool):
+            return f"sudo {line}"
+    return "conda install -c conda-forge cxx-compiler"
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+
+
+def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[str, str]]:
+    """(name, text in rich markup) per backend; adds what went wrong to `failures`."""
+    chosen = ops.resolved_backend(device)
+    for row in ops.backend_report(device):
+        if not row.available:
+            yield row.name, f"cannot run: {escape('; '.join(row.reasons))}"
+            continue
+        about = f"{escape(row.summary)}{' (used by auto)' if row.name == chosen else ''}"
+        if row.name == "reference":
+            yield row.name, about
+            continue
+        result = self_test(row.name, device)
+        if result.failure:
+            failures.append(f"{row.name} on {device.type}: {result.failure}")
+        verdict = "[red]FAILED[/]" if result.failure else "[green]passed[/]"
+        errors = "".join(
+            f"; {SHORT[dtype]} output {result.forward[dtype]:.0e}, gradients {result.gradient[dtype]:.0e}"
+            for dtype in TOLERANCE
+            if dtype in result.gradient
+        )
+        yield row.name, f"{about}\nself-test {verdict}{errors}"
+
+
+def run_doctor(console: Console | None = None) -> int:
+    """Print environment, backends with self-tests, and advice. Returns 1 when a self-test fails."""
+    console = console or Console(highlight=False)
+
+    def show(title: str, rows: Iterable[tuple[str, str]]) -> None:
+        console.print(title, style="bold")
+        table = Table(show_header=False, box=None, padding=(0, 2))
+        for name, value in rows:
+            table.add_row(name, value)
+        console.print(table)
+
+    show("Environment", ((name, escape(value)) for name, value in environment()))
+    failures: list[str] = []
+    for device in _devices():
+        show(f"\nScan backends on {device.type}", _backend_lines(device, failures))
+    allowed = " and ".join(f"{tolerance:.0e} in {SHORT[dtype]}" for dtype, tolerance in TOLERANCE.items())
+    console.print(f"Errors are relative to the largest element of the reference; {allowed} are allowed.")
+
+    console.print("\nWhat to install", style="bold")
+    for line in install_advice() or ["nothing: vimtune uses all that this machine offers"]:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    for failure in failures:
+        console.print(f"\nSelf-test failed: {failure}", style="red", markup=False, soft_wrap=True)
+    if failures:
+        console.print("Choose another backend with --backend, and please report this.", style="red")
+    return 1 if failures else 0
