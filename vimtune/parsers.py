@@ -126,9 +126,8 @@ def mapping(value: Any) -> dict[str, Any]:
 
 def image_size(value: Any) -> int | list[int]:
     value = _unbracket(value)
-    if isinstance(value, str):
-        value = [part for part in re.split(r"[x,\s]+", value.strip()) if part]
-        value = value[0] if len(value) == 1 else value
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*[x, ]\s*(\d+)\s*", value)):
+        value = list(match.groups())
     try:
         if isinstance(value, list | tuple):
             height, width = (integer(1)(side) for side in value)

@@ -75,7 +75,7 @@ class Recipe:
         "data",
         None,
         parsers.optional(parsers.choice("val", "test")),
-        "images evaluated during training: val, test (default: val, or test when val is trained on)",
+        "evaluated while training: val, test (default: val if not trained on)",
     )
     dataset_kwargs: dict[str, Any] = _setting(
         "data", {}, parsers.mapping, "further options of the data set, such as num_classes=20"
