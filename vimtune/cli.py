@@ -300,27 +300,31 @@ def _guarded(action: Callable[[], int], show_traceback: bool) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `--list | head`
         sys.stderr.close()
         return 141
-    except (ValueError, OSError) as error:
-        message = _explain(error)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (ValueError, OSError, RuntimeError) as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, RuntimeError) and not out_of_memory:
             raise
-        message = (
-            f"{error}\nLower --batch-size (and raise --grad-accum), or use --grad-checkpointing or --amp."
-        )
-    if show_traceback:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        if show_traceback:
+            traceback.print_exception(error)
+        advice = ""
+        if out_of_memory:
+            advice = "\nLower --batch-size (and raise --grad-accum), or use --grad-checkpointing or --amp."
+        elif not show_traceback and _is_foreign(error):
+            advice = "\n(--traceback shows where this arose)"
+        print(f"error: {_message(error)}{advice}", file=sys.stderr)
+        return 2
 
 
-def _explain(error: ValueError | OSError) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether another package worded this error: then it may need its context."""
     frames = traceback.extract_tb(error.__traceback__)
-    foreign = frames and not Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-    # An error that vimtune did not word itself may need its context.
-    return f"{error}" + ("\n(--traceback shows where this arose)" if foreign else "")
+    return bool(frames) and not Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 def _start_logging() -> None:

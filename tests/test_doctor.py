@@ -1,0 +1,129 @@
+"""The doctor: it passes sound backends, finds broken ones, and gives advice that fits the machine."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from vimtune import cli, doctor, ops
+from vimtune.ops import dispatch
+
+CPU = torch.device("cpu")
+
+
+class Broken(type(dispatch._BACKENDS["torch"])):
+    """The PyTorch backend with one fault."""
+
+    name = "broken"
+    summary = "wrong on purpose"
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def scan_forward(self, *arguments):
+        out, states = super().scan_forward(*arguments)
+        if self.fault == "output":
+            out = out * 1.001
+        elif self.fault == "nan":
+            out[0, 0, 0] = torch.nan
+        elif self.fault == "raises":
+            raise RuntimeError("illegal instruction")
+        return out, states
+
+    def scan_backward(self, *arguments):
+        gradients = list(super().scan_backward(*arguments))
+        if self.fault == "gradient":
+            gradients[7] = gradients[7] * 1.001
+        return tuple(gradients)
+
+    def conv_forward(self, x, weight, bias, silu, reverse):
+        return super().conv_forward(x, weight, bias, silu, reverse and self.fault != "direction")
+
+
+@pytest.fixture
+def break_backend(monkeypatch):
+    def install(fault: str) -> None:
+        monkeypatch.setitem(dispatch._BACKENDS, "broken", Broken(fault))
+
+    return install
+
+
+@pytest.mark.parametrize("backend", [row.name for row in ops.backend_report("cpu") if row.available])
+def test_every_backend_of_this_machine_passes(backend):
+    result = doctor.self_test(backend, CPU)
+    assert result.failure == ""
+    assert set(result.forward) == set(result.gradient) == set(doctor.TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("output", r"selective_scan \(forward, fp32\): the output is off by 1\.\de-03"),
+        ("nan", r"the output is off by inf"),
+        ("gradient", r"the gradient of delta_bias is off"),
+        ("direction", r"causal_conv1d \(reverse, fp32\)"),
+        ("raises", r"RuntimeError: illegal instruction"),
+    ],
+)
+def test_a_broken_backend_is_found_and_named(break_backend, fault, words):
+    break_backend(fault)
+    assert re.search(words, doctor.self_test("broken", CPU).failure)
+
+
+def run(width: int) -> tuple[int, str]:
+    console = Console(width=width, record=True, file=io.StringIO(), highlight=False)
+    return doctor.run_doctor(console), console.export_text()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_report(width):
+    code, text = run(width)
+    assert code == 0
+    for name in (*dispatch._BACKENDS, "reference", "python", "torch", "timm", "GPU", "CPU"):
+        assert re.search(rf"^ +{name} ", text, re.M)
+    assert "used by auto" in text and "FAILED" not in text and "What to install" in text
+
+
+def test_a_failed_self_test_sets_the_exit_code(break_backend, capsys):
+    break_backend("gradient")
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text and "broken on cpu: selective_scan" in text
+
+
+def test_reasons_of_a_backend_that_cannot_run_are_shown(monkeypatch):
+    backend = Broken("")
+    backend.refusals = lambda device: ["no [magic] found"]
+    monkeypatch.setitem(dispatch._BACKENDS, "broken", backend)
+    code, text = run(100)
+    assert code == 0 and "cannot run: no [magic] found" in text
+
+
+@pytest.mark.parametrize("compiler", [None, "/usr/bin/c++"])
+@pytest.mark.parametrize("driver", [False, True])
+@pytest.mark.parametrize("build", [None, "13.0"])
+def test_advice_on_a_machine_without_usable_gpu(monkeypatch, compiler, driver, build):
+    monkeypatch.setattr(doctor, "find_compiler", lambda: compiler)
+    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    advice = "\n".join(doctor.install_advice())
+    assert ("compiler" in advice) == (compiler is None)
+    assert ("pip install --force-reinstall torch" in advice) == (driver and build is None)
+    assert ("nvidia-smi" in advice) == (driver and build is not None)
+
+
+@pytest.mark.parametrize("nvcc", [None, "/usr/local/cuda/bin/nvcc"])
+@pytest.mark.parametrize("packages", [(), ("triton",), ("triton", "mamba-ssm", "causal-conv1d")])
+def test_advice_on_a_machine_with_a_gpu(monkeypatch, packages, nvcc):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "installed", lambda name: "1.0" if name in packages else None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: nvcc if name == "nvcc" else None)
+    advice = "\n".join(doctor.install_advice())
+    assert ("pip install triton" in advice) == ("triton" not in packages)
+    assert ("vimtune[cuda]" in advice) == ("mamba-ssm" not in packages)
+    assert ("needs nvcc" in advice) == ("mamba-ssm" not in packages and nvcc is None)
