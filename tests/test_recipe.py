@@ -91,7 +91,7 @@ BAD = {
     "model_kwargs": [3],
     "peft": ["lor", "lora+", "lora+lora", "", None],
     "targets": [[], 3, [3], ""],
-    "layers": [[], "a", [-1], [True], "1-"],
+    "layers": [[], "a", [0.5], [True], "1-", "0--1"],
     "rank": [0, -3, 1.5, "x", True],
     "alpha": [0, -1],
     "dropout": [1, -0.1],
@@ -217,6 +217,18 @@ def test_a_composition_has_the_fields_of_all_its_methods():
     recipe = build(peft="bitfit + lora", rank=4, peft_kwargs={"alpha": 2.0})
     assert recipe.peft == "bitfit+lora"
     assert recipe.method_kwargs == {"rank": 4, "alpha": 2.0}
+
+
+def test_fields_of_one_method_of_a_composition():
+    assert build(peft="lora+strong", peft_kwargs={"lora": {"rank": 4}}).method_kwargs == {"lora": {"rank": 4}}
+    with pytest.raises(RecipeError, match="blocks = 3 is not a field of lora"):
+        build(peft="lora+strong", peft_kwargs={"lora": {"blocks": 3}})
+    with pytest.raises(RecipeError, match="expected a mapping"):
+        build(peft="lora+strong", peft_kwargs={"lora": 3})
+
+
+def test_blocks_count_from_both_ends():
+    assert build(layers="0,-1").layers == build(layers=[0, -1]).layers == [0, -1]
 
 
 def test_recipes_are_checked_however_they_are_made():

@@ -149,22 +149,21 @@ def targets(value: Any) -> str | list[str]:
 
 
 def layers(value: Any) -> list[int]:
-    expected = "expected block indices such as [0, 1, 2], or 0,1,2, or 0-11"
+    expected = "expected block indices such as [0, 1, 2], or 0,1,2, or 0-11 (-1 is the last block)"
     value = _unbracket(value)
     if isinstance(value, int) and not isinstance(value, bool):
         value = [value]
     if isinstance(value, str):
         indices: list[int] = []
         for part in value.split(","):
-            match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+            match = re.fullmatch(r"\s*(?:(-?\d+)|(\d+)\s*-\s*(\d+))\s*", part)
             if match is None:
                 raise ValueError(expected)
-            first = int(match[1])
-            indices += range(first, int(match[2] or first) + 1)
+            indices += [int(match[1])] if match[1] else range(int(match[2]), int(match[3]) + 1)
         value = indices
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(expected)
-    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value):
+    if not all(isinstance(index, int) and not isinstance(index, bool) for index in value):
         raise ValueError(expected)
     return list(value)
 

@@ -251,24 +251,31 @@ class Recipe:
         return problems
 
     def _method_problems(self, wrong: set[str]) -> list[str]:
-        allowed: dict[str, Any] = {}
-        for method in self.peft.split("+"):
-            allowed |= catalog.METHOD_FIELDS[method]
-        known = f"its fields are {', '.join(allowed)}" if allowed else "it has no fields"
-        problems = []
-        for name in self.METHOD_FLAGS:
-            if name in wrong or getattr(self, name) is None:
-                continue
-            if name not in allowed:
-                problems.append(f"{name} = {getattr(self, name)!r} is not a field of {self.peft}: {known}")
-            elif name in self.peft_kwargs:
-                problems.append(f"{name} is given twice: as {name} and in peft_kwargs")
+        fields = {method: catalog.METHOD_FIELDS[method] for method in self.peft.split("+")}
+        shared = {name: value for name, value in self.peft_kwargs.items() if name not in fields}
+        flags = {name: getattr(self, name) for name in self.METHOD_FLAGS if name not in wrong}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        anywhere = {name for own in fields.values() for name in own}
+        problems = [_not_a_field(name, flags[name], self.peft, anywhere) for name in flags.keys() - anywhere]
         problems += [
-            f"peft_kwargs: {name!r} is not a field of {self.peft}: {known}.{suggest(name, allowed)}"
-            for name in self.peft_kwargs
-            if name not in allowed
+            f"{name} is given twice: as {name} and in peft_kwargs" for name in flags.keys() & shared.keys()
         ]
-        return problems
+        problems += [
+            "peft_kwargs: " + _not_a_field(name, value, self.peft, anywhere)
+            for name, value in shared.items()
+            if name not in anywhere
+        ]
+        for method in fields.keys() & self.peft_kwargs.keys():  # {"lora": {...}}: for one of several methods
+            own = self.peft_kwargs[method]
+            if not isinstance(own, Mapping):
+                problems.append(f"peft_kwargs: {method} = {own!r}: expected a mapping of its fields")
+                continue
+            problems += [
+                "peft_kwargs: " + _not_a_field(name, value, method, fields[method])
+                for name, value in own.items()
+                if name not in fields[method]
+            ]
+        return sorted(problems)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Recipe:
@@ -315,6 +322,11 @@ class Recipe:
         """Write the recipe as YAML, atomically."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _not_a_field(name: str, value: Any, method: str, fields: Iterable[str]) -> str:
+    known = f"its fields are {', '.join(sorted(fields))}" if fields else "it has none"
+    return f"{name} = {value!r} is not a field of {method}: {known}.{suggest(name, fields)}"
 
 
 def path_problems(values: Mapping[str, Any]) -> list[str]:
