@@ -1,0 +1,67 @@
+"""Parameter-efficient methods as rules for effective weights; see `rule.py` for the idea.
+
+Adding a method is one new file with a registered class (`lora.py` is the pattern) and one line here.
+"""
+
+# In the order in which they are listed.
+from vimtune.adapters import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401, I001
+from vimtune.adapters.base import Method, get_method, list_methods, method_fields, register_method
+from vimtune.adapters.manage import (
+    AdaptedParameter,
+    AdapterSummary,
+    DeadAdapterError,
+    active_adapter,
+    adapter_parameters,
+    adapter_state_dict,
+    check_gradients,
+    delete_adapter,
+    disabled,
+    head_has_rules,
+    inject,
+    list_adapters,
+    load_adapter_state_dict,
+    merge,
+    set_adapter,
+    summary,
+)
+from vimtune.adapters.rule import WeightRule, base_parameters
+from vimtune.adapters.store import (
+    AdapterFileError,
+    AdapterInfo,
+    base_hash,
+    load_adapter,
+    read_adapter_info,
+    save_adapter,
+)
+
+__all__ = [
+    "AdaptedParameter",
+    "AdapterFileError",
+    "AdapterInfo",
+    "AdapterSummary",
+    "DeadAdapterError",
+    "Method",
+    "WeightRule",
+    "active_adapter",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "base_hash",
+    "base_parameters",
+    "check_gradients",
+    "delete_adapter",
+    "disabled",
+    "get_method",
+    "head_has_rules",
+    "inject",
+    "list_adapters",
+    "list_methods",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "merge",
+    "method_fields",
+    "read_adapter_info",
+    "register_method",
+    "save_adapter",
+    "set_adapter",
+    "summary",
+]

@@ -1,0 +1,198 @@
+"""One adapter, one file: tensors, head, class names, preprocessing, method, and the base it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vimtune.adapters.manage import _demand as demand_adapter
+from vimtune.adapters.manage import (
+    adapter_state_dict,
+    inject,
+    list_adapters,
+    load_adapter_state_dict,
+)
+from vimtune.adapters.rule import Tuned, base_parameters, iter_slots
+from vimtune.utils import atomic_write
+
+FORMAT = "vimtune-adapter"
+VERSION = 1
+
+
+class AdapterFileError(ValueError):
+    """A file that is no adapter, is damaged, or belongs to another base model."""
+
+
+@dataclass
+class AdapterInfo:
+    """Everything in an adapter file besides the tensors."""
+
+    method: str
+    options: dict[str, Any]
+    targets: str | list[str] | None
+    layers: list[int] | None
+    num_classes: int
+    base_hash: str
+    model: dict[str, Any]
+    """{"name": registered model, "kwargs": its creation arguments}; empty if not created by name."""
+    classes: list[str] = field(default_factory=list)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+
+def base_hash(model: nn.Module, name: str | None = None) -> str:
+    """SHA-256 over the base weights that an adapter builds on.
+
+    Parameters that the adapter replaces as a whole (the head; everything under full fine-tuning) do
+    not count: the adapter does not depend on them.
+    """
+    _, record = demand_adapter(model, name)
+    replaced = {
+        path
+        for path, _, _, slot in iter_slots(model)
+        if record.name in slot and isinstance(slot[record.name], Tuned)
+    }
+    digest = hashlib.sha256()
+    for path, parameter in sorted(base_parameters(model)):
+        if path not in replaced:
+            values = parameter.detach().cpu().contiguous()
+            digest.update(f"{path} {tuple(values.shape)} {values.dtype}\n".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    classes: list[str] | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+    tensors: dict[str, Tensor] | None = None,
+) -> AdapterInfo:
+    """Write the active adapter, or the one named, to one safetensors file; atomically.
+
+    Args:
+        model: a model with adapters.
+        path: the file.
+        name: which adapter.
+        classes: class names, one per output of the head.
+        preprocessing: how images become inputs; plain JSON values.
+        extra: anything else worth keeping (recipe, scores); plain JSON values.
+        tensors: values to write instead of the present ones, e.g. an average over training; keys as
+            in `adapter_state_dict`.
+
+    Raises:
+        ValueError: no such adapter, or class names that do not match the head.
+    """
+    _, record = demand_adapter(model, name)
+    classes = classes or []
+    if classes and record.head and len(classes) != record.num_classes:
+        raise ValueError(f"{len(classes)} class names for a head of {record.num_classes} outputs")
+    info = AdapterInfo(
+        method=record.method,
+        options=record.options,
+        targets=record.targets,
+        layers=record.layers,
+        num_classes=record.num_classes,
+        base_hash=base_hash(model, record.name),
+        model=getattr(model, "creation", {}),
+        classes=classes,
+        preprocessing=preprocessing or {},
+        extra=extra or {},
+    )
+    values = adapter_state_dict(model, record.name) if tensors is None else tensors
+    values = {key: value.detach().cpu().contiguous() for key, value in values.items()}
+    metadata = {"format": FORMAT, "info": json.dumps(dataclasses.asdict(info))}
+    atomic_write(path, lambda temporary: save_file(values, temporary, metadata=metadata))
+    return info
+
+
+def read_adapter_info(path: str | Path) -> AdapterInfo:
+    """Read what an adapter file says about itself, without a model and without its tensors.
+
+    Raises:
+        AdapterFileError: missing, truncated, or not an adapter file.
+    """
+    return _read(path, with_tensors=False)[0]
+
+
+def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise AdapterFileError(f"adapter file {path} {kind}; expected the adapter.safetensors of a run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path} is truncated or not a safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise AdapterFileError(
+            f"{path} is not an adapter file of vimtune; load_checkpoint (--checkpoint) reads plain weights"
+        )
+    info = AdapterInfo(**json.loads(metadata["info"]))
+    if info.version > VERSION:
+        raise AdapterFileError(
+            f"{path} has format version {info.version}; this vimtune reads up to {VERSION}"
+        )
+    return info, tensors
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, *, name: str | None = None, force: bool = False
+) -> AdapterInfo:
+    """Inject the adapter of a file, with its head, and make it the active one.
+
+    Args:
+        model: the base model that the adapter was trained on; its number of classes does not matter.
+        path: a file written by `save_adapter`.
+        name: the adapter's name on this model; the first free of "default", "default_2", ... if None.
+        force: load it although the base weights differ.
+
+    Raises:
+        AdapterFileError: not an adapter file, or trained on other base weights (unless forced).
+        ValueError: it does not fit the model's structure. The model is then as it was.
+    """
+    from vimtune.adapters.manage import active_adapter, delete_adapter, set_adapter
+
+    info, tensors = _read(path, with_tensors=True)
+    before = active_adapter(model)
+    taken = list_adapters(model)
+    if name is None:
+        candidates = ["default", *(f"default_{index}" for index in range(2, len(taken) + 3))]
+        name = next(candidate for candidate in candidates if candidate not in taken)
+    inject(
+        model,
+        info.method,
+        name=name,
+        targets=info.targets,
+        layers=info.layers,
+        num_classes=info.num_classes or None,
+        **info.options,
+    )
+    try:
+        found = base_hash(model, name)
+        if found != info.base_hash and not force:
+            raise AdapterFileError(
+                f"{path} was trained on other base weights: their hash is {info.base_hash[:12]}, that of this "
+                f"model {found[:12]}. Load the same pretrained weights first, or pass force=True"
+            )
+        load_adapter_state_dict(model, tensors, name)
+    except ValueError:
+        delete_adapter(model, name)
+        set_adapter(model, None if before is None else before.name)
+        raise
+    return info

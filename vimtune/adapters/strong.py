@@ -1,0 +1,15 @@
+"""The "Strong" baseline (Halloran et al. 2024, arXiv 2406.00209): LoRA on in_proj, out_proj and x_proj."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vimtune.adapters.base import register_method
+from vimtune.adapters.lora import LoRA
+
+
+@register_method("strong")
+@dataclass(frozen=True, kw_only=True)
+class Strong(LoRA):
+    summary = "LoRA on in_proj, out_proj and both x_proj (Halloran et al. 2024)"
+    default_targets = ("in_proj", "out_proj", "x_proj", "x_proj_b")

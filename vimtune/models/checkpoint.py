@@ -1,0 +1,171 @@
+"""Reading checkpoints safely: official `.pth` files, plain `.pth` / `.pt`, and `.safetensors`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vimtune.adapters import base_parameters
+
+if TYPE_CHECKING:
+    from vimtune.models.vim import VisionMamba
+
+logger = logging.getLogger(__name__)
+
+# Where training scripts keep the weights inside a checkpoint, the first one found wins. The official
+# files carry `model` and `model_ema`; their published accuracy belongs to `model`.
+_WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "module", "model_ema")
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is damaged, or does not fit the model."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file without running any code from it.
+
+    Official files carry an `argparse.Namespace`, the only class besides tensors that is let through.
+
+    Raises:
+        CheckpointError: missing, truncated, of another kind, or with pickled objects inside.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"checkpoint {path} {kind}; expected a .pth, .pt or .safetensors file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "contains objects that are not weights" if zipfile.is_zipfile(path) else "is no checkpoint"
+        raise CheckpointError(f"{path} {reason}; refusing to unpickle it ({_first_line(error)})") from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a PyTorch checkpoint ({_first_line(error)})"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
+    return dict(content)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def extract_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint's contents and strip a `module.` prefix of DataParallel.
+
+    Raises:
+        CheckpointError: no weights inside.
+    """
+    weights: Mapping[str, Any] = content
+    for key in _WEIGHT_KEYS:
+        if isinstance(content.get(key), Mapping):
+            weights = content[key]
+            break
+    state = {
+        name.removeprefix("module."): value for name, value in weights.items() if isinstance(value, Tensor)
+    }
+    if not state:
+        found = ", ".join(map(str, list(content)[:8])) or "nothing"
+        raise CheckpointError(f"no weights in the checkpoint; it holds: {found}")
+    return state
+
+
+def load_checkpoint(model: VisionMamba, path: str | Path) -> VisionMamba:
+    """Load base weights from a file into `model`, adapters left as they are.
+
+    The position embedding is resized when the image size differs. The head keeps its initial values,
+    which is logged, when the file has none or one for another number of classes.
+
+    Raises:
+        CheckpointError: not a checkpoint, or any other mismatch; nothing is loaded then.
+    """
+    from vimtune.models.vim import checkpoint_filter_fn
+
+    try:
+        state = checkpoint_filter_fn(read_checkpoint(path), model)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    wanted = dict(base_parameters(model))
+    head = [name for name in wanted if name.startswith("head.")]
+    fits = [name for name in head if name in state and state[name].shape == wanted[name].shape]
+    if fits != head or not head:
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        wanted = {name: parameter for name, parameter in wanted.items() if name not in head}
+
+    problems = _mismatches(state, wanted)
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems))
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(state[name])
+    if fits != head:
+        logger.warning(
+            "%s has no head for %d classes: the classification head starts from scratch",
+            path,
+            model.num_classes,
+        )
+    return model
+
+
+def _mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> list[str]:
+    def listing(names: list[str]) -> str:
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in state and state[name].shape != parameter.shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing {listing(missing)}")
+    if unexpected:
+        problems.append(f"unexpected {listing(unexpected)}")
+    if shapes:
+        problems.append(f"shapes {listing(shapes)}")
+    return problems
+
+
+@contextmanager
+def pretrained_loading(variant: str, pretrained: bool) -> Iterator[None]:
+    """Let timm read official files (Namespace inside) and turn its failures into one clear message."""
+    if not pretrained:
+        yield
+        return
+    advice = (
+        "use pretrained=False, or load a file with vimtune.load_checkpoint (--checkpoint on the command line)"
+    )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"the pretrained weights of {variant} could not be downloaded ({_first_line(error)}); {advice}"
+        ) from error
+    except RuntimeError as error:
+        if "No pretrained weights exist" not in str(error):
+            raise
+        raise CheckpointError(f"no pretrained weights are published for {variant}; {advice}") from error

@@ -1,0 +1,145 @@
+"""The bidirectional Mamba mixer of Vision Mamba (Zhu et al. 2024, arXiv 2401.09417, Algorithm 1).
+
+Parameter names are those of the official code (`bimamba_type="v2"`): the suffix `_b` marks the
+copy of a parameter that the backward direction has for itself.
+
+Shape letters: B batch, L tokens, D width, E inner width, N states, R dt rank, K filter width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimtune.ops import causal_conv1d, selective_scan
+
+# Time steps at the start of training are log-uniform in this range (Gu & Dao 2023, section 3.6).
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+
+
+class BiMambaMixer(nn.Module):
+    """Token mixer (B, L, D) -> (B, L, D): one gated scan per direction between two shared projections.
+
+        x, z = in_proj(h)
+        u    = SiLU(conv(x));  dt, B, C = x_proj(u)
+        y    = scan(u, softplus(dt_proj(dt)), -exp(A_log), B, C, D) * SiLU(z)
+        out  = out_proj((y_forward + y_backward) / 2)
+
+    Every weight is read through its module at each call, so that rules attached to a weight
+    (`vimtune.adapters`) take effect wherever the weight is used. The number of states is that of
+    `A_log`, whatever was asked for at construction.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        num_residuals: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        """Build a mixer of width `dim`.
+
+        Args:
+            dim: D.
+            d_state: N.
+            d_conv: K.
+            expand: E / D.
+            dt_rank: R; ceil(D / 16) if None.
+            num_residuals: number of residual branches in the network; scales the initial out_proj.
+            backend: scan backend, see `vimtune.ops`.
+        """
+        super().__init__()
+        inner = expand * dim
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.backend = backend
+
+        def state_matrix() -> nn.Parameter:
+            return nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(inner, 1))
+
+        def convolution() -> nn.Conv1d:
+            return nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+
+        # In the official order, which is also the order of the keys.
+        self.A_log = state_matrix()
+        self.D = nn.Parameter(torch.ones(inner))
+        self.A_b_log = state_matrix()
+        self.D_b = nn.Parameter(torch.ones(inner))
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv1d = convolution()
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.conv1d_b = convolution()
+        self.x_proj_b = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj_b = nn.Linear(self.dt_rank, inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self._init_weights(num_residuals)
+
+    @torch.no_grad()
+    def _init_weights(self, num_residuals: int) -> None:
+        """Official initialisation, for both directions.
+
+        The official code leaves the time steps of the backward direction at softplus(0) = 0.69,
+        some fifty times faster forgetting than forward; here both directions start alike.
+        """
+        self.out_proj.weight.div_(math.sqrt(num_residuals))
+        for dt_proj in (self.dt_proj, self.dt_proj_b):
+            nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            dt = torch.empty_like(dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_()
+            dt.clamp_(min=DT_FLOOR)
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, z = self.in_proj(hidden).chunk(2, dim=-1)
+        forward = self._scan(
+            x,
+            z,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            reverse=False,
+        )
+        backward = self._scan(
+            x,
+            z,
+            self.conv1d_b.weight,
+            self.conv1d_b.bias,
+            self.x_proj_b.weight,
+            self.dt_proj_b.weight,
+            self.dt_proj_b.bias,
+            self.A_b_log,
+            self.D_b,
+            reverse=True,
+        )
+        return self.out_proj((forward + backward) / 2)
+
+    def _scan(
+        self,
+        x: Tensor,
+        z: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        x_proj_weight: Tensor,
+        dt_proj_weight: Tensor,
+        dt_proj_bias: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        reverse: bool,
+    ) -> Tensor:
+        """One direction: (B, L, E) -> (B, L, E), gated."""
+        num_states = A_log.shape[1]
+        u = causal_conv1d(x, conv_weight.squeeze(1), conv_bias, True, reverse, self.backend)
+        dt, B, C = F.linear(u, x_proj_weight).split([self.dt_rank, num_states, num_states], dim=-1)
+        delta = F.linear(dt, dt_proj_weight)
+        A = -torch.exp(A_log)
+        return selective_scan(u, delta, A, B, C, D, z, dt_proj_bias, True, reverse, self.backend)

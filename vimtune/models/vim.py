@@ -1,0 +1,533 @@
+"""Vision Mamba (Vim) for timm's registry (Zhu et al. 2024, arXiv 2401.09417).
+
+Same function and parameter keys as the official implementation with its published settings: class
+token in the middle of the sequence, absolute position embedding, RMSNorm, pre-norm residual in fp32.
+
+Shape letters: B batch, L tokens (patches and class token), M patches, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint, checkpoint_seq
+from torch import Tensor, nn
+
+from vimtune.adapters import head_has_rules, inject
+from vimtune.models.checkpoint import extract_state_dict, pretrained_loading
+from vimtune.models.mixer import BiMambaMixer
+from vimtune.utils import suggest
+
+__all__ = ["VisionMamba"]
+
+
+def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else tuple(value)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return height, width
+
+
+@register_notrace_function
+def _check_image_size(height: int, width: int, expected: tuple[int, int]) -> None:
+    if height != expected[0] or width != expected[1]:
+        raise ValueError(
+            f"model takes images of {expected[0]} x {expected[1]} pixels (H x W), got {height} x {width}; "
+            "resize them, or create the model with this img_size"
+        )
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last dimension; statistics in fp32, output as the weight's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps).to(weight.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Image (B, C, H, W) to patch tokens (B, M, D) in row-major order; patches may overlap."""
+
+    def __init__(
+        self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, embed_dim: int
+    ) -> None:
+        super().__init__()
+        if min(img_size) < patch_size:
+            raise ValueError(f"img_size {img_size} is smaller than patch_size {patch_size}")
+        self.img_size = img_size
+        self.grid_size = (
+            (img_size[0] - patch_size) // stride + 1,
+            (img_size[1] - patch_size) // stride + 1,
+        )
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check_image_size(x.shape[2], x.shape[3], self.img_size)
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + drop_path(mixer(norm(x)))."""
+
+    def __init__(self, dim: int, mixer: BiMambaMixer, drop_path: float) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.norm = RMSNorm(dim)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mixer(self.norm(x)))
+
+
+class VisionMamba(nn.Module):
+    """Vision Mamba with timm's model interface and the official parameter keys."""
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        """Build a randomly initialised model.
+
+        Args:
+            img_size: height and width of the images in pixels; an int means square.
+            patch_size: side of a patch in pixels.
+            stride: distance between patches in pixels; `patch_size` if None, smaller makes them overlap.
+            in_chans: image channels.
+            num_classes: outputs of the head; 0 leaves the head out.
+            global_pool: "token" (the class token, as trained), "avg" (mean of the patch tokens) or "".
+            embed_dim: D.
+            depth: number of blocks.
+            d_state: states per channel.
+            d_conv: width of the causal convolution.
+            expand: inner width over D.
+            dt_rank: rank of the time step projection; ceil(D / 16) if None.
+            drop_rate: dropout before the head.
+            pos_drop_rate: dropout after the position embedding.
+            drop_path_rate: stochastic depth of the last block; grows linearly from 0.
+            backend: scan backend, see `vimtune.ops`.
+
+        Raises:
+            ValueError: sizes that do not fit together, or an unknown `global_pool`.
+        """
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.global_pool = _check_pool(global_pool)
+        self.grad_checkpointing = False
+        stride = patch_size if stride is None else stride
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.patch_embed = PatchEmbed(_pair(img_size, "img_size"), patch_size, stride, in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        build_mixer = partial(
+            BiMambaMixer,
+            embed_dim,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+            num_residuals=depth,
+            backend=backend,
+        )
+        # nn.Sequential has the keys `layers.0`, ... and can be scripted, sliced and checkpointed.
+        self.layers = nn.Sequential(
+            *(
+                Block(embed_dim, build_mixer(), drop_path_rate * index / max(depth - 1, 1))
+                for index in range(depth)
+            )
+        )
+        self.norm_f = RMSNorm(embed_dim)
+        self.feature_info = [
+            {"module": f"layers.{index}", "num_chs": embed_dim, "reduction": stride} for index in range(depth)
+        ]
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
+        _init_lecun_normal(self.patch_embed.proj)
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @property
+    def cls_position(self) -> int:
+        """Index of the class token in the sequence."""
+        return self.patch_embed.num_patches // 2
+
+    # timm's model interface
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one of `num_classes` outputs (0: none) and, if given, the pooling.
+
+        Raises:
+            ValueError: the head is owned by an adapter; `merge` or delete the adapters first.
+        """
+        if head_has_rules(self):
+            raise ValueError(
+                "the head belongs to an adapter: merge or delete the adapters before replacing it"
+            )
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = _check_pool(global_pool)
+        reference = self.norm_f.weight
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.to(device=reference.device, dtype=reference.dtype)
+        self._init_head()
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Image to tokens (B, M + 1, D) with the class token in the middle, in at least fp32."""
+        x = self.patch_embed(x)
+        position = self.patch_embed.num_patches // 2
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
+        x = torch.cat([x[:, :position], cls_token, x[:, position:]], dim=1)
+        if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+            x = x.float()  # the residual stream stays in fp32 whatever the activations are
+        return self.pos_drop(x + self.pos_embed)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to normalised tokens (B, M + 1, D), the class token at `cls_position`."""
+        x = self._embed(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.layers, x)
+        else:
+            x = self.layers(x)
+        return self.norm_f(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens of `forward_features` to logits (B, num_classes), or pooled features (B, D)."""
+        position = self.patch_embed.num_patches // 2
+        if self.global_pool == "token":
+            x = x[:, position]
+        elif self.global_pool == "avg":
+            x = (x.sum(1) - x[:, position]) / self.patch_embed.num_patches
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised as `pretrained_cfg` says, to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """Run the model and keep the outputs of some blocks.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: which blocks: all if None, the last n for an int, or a list.
+            return_prefix_tokens: return pairs (map, class token (B, 1, D)) instead of maps.
+            norm: apply the final norm to the intermediates.
+            stop_early: skip the blocks after the last one asked for.
+            output_fmt: "NCHW" for feature maps (B, D, H', W') or "NLC" for patch tokens (B, M, D).
+            intermediates_only: leave the final tokens out of the result.
+
+        Returns:
+            The intermediates, or (final tokens, intermediates).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        x = self._embed(x)
+        taken = []
+        for index, block in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if index in take_indices:
+                taken.append(self.norm_f(x) if norm else x)
+
+        position = self.cls_position
+        intermediates: list[Any] = []
+        for tokens in taken:
+            features = torch.cat([tokens[:, :position], tokens[:, position + 1 :]], dim=1)
+            if output_fmt == "NCHW":
+                features = features.transpose(1, 2).unflatten(2, self.patch_embed.grid_size).contiguous()
+            cls_token = tokens[:, position : position + 1]
+            intermediates.append((features, cls_token) if return_prefix_tokens else features)
+        return intermediates if intermediates_only else (self.norm_f(x), intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates(indices=...)` does not need; returns the indices taken."""
+        take_indices, max_index = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: max_index + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+
+def _check_pool(global_pool: str) -> str:
+    if global_pool not in ("token", "avg", ""):
+        raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
+    return global_pool
+
+
+def _init_lecun_normal(conv: nn.Conv2d) -> None:
+    fan_in = conv.weight[0].numel()
+    # Dividing by the standard deviation of a normal truncated at two sigma restores the variance 1 / fan_in.
+    trunc_normal_(conv.weight, std=math.sqrt(1 / fan_in) / 0.87962566103423978)
+    nn.init.zeros_(conv.bias)
+
+
+def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resize a position embedding (1, M + 1, D) whose class row is in the middle to another grid.
+
+    The class row is lifted out, the grid of patch rows is resized (bicubic, antialiased when it
+    shrinks) and the class row put back into the new middle. The official script resizes as if the
+    class row came first, which shifts half of the patches and turns the class row into a patch.
+    """
+    if old_grid == new_grid:
+        return pos_embed
+    old_middle, new_middle = (grid[0] * grid[1] // 2 for grid in (old_grid, new_grid))
+    cls_row = pos_embed[:, old_middle : old_middle + 1]
+    rows = torch.cat([pos_embed[:, :old_middle], pos_embed[:, old_middle + 1 :]], dim=1)
+    grid = rows.transpose(1, 2).unflatten(2, old_grid).float()
+    grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False, antialias=True)
+    rows = grid.to(pos_embed.dtype).flatten(2).transpose(1, 2)
+    return torch.cat([rows[:, :new_middle], cls_row, rows[:, new_middle:]], dim=1)
+
+
+def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
+    """Official or own checkpoint contents to a state dict for `model`; resizes the position embedding.
+
+    The grid of the checkpoint is taken as square if its size allows, else in the aspect of the model's.
+    """
+    state = extract_state_dict(checkpoint)
+    pos_embed = state.get("pos_embed")
+    if pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:
+        new_grid = model.patch_embed.grid_size
+        old_grid = _guess_grid(pos_embed.shape[1] - 1, new_grid)
+        state = {**state, "pos_embed": resize_pos_embed(pos_embed, old_grid, new_grid)}
+    return state
+
+
+def _guess_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int]:
+    side = math.isqrt(num_patches)
+    if side * side == num_patches:
+        return side, side
+    height = round(math.sqrt(num_patches * like[0] / like[1]))
+    if height < 1 or num_patches % height:
+        raise ValueError(
+            f"the position embedding of the checkpoint has {num_patches} patch rows: neither a square grid nor "
+            f"one with the aspect of the model's {like[0]} x {like[1]}. Create the model with the checkpoint's "
+            "img_size"
+        )
+    return height, num_patches // height
+
+
+def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Create a registered Vim, then inject the adapter that the `peft*` options describe.
+
+    `peft`: method name(s), `peft_targets`, `peft_layers`: where, `peft_kwargs`: the method's fields.
+    """
+    peft = kwargs.pop("peft", None)
+    peft_options = {
+        name: kwargs.pop(f"peft_{name}", None) for name in ("targets", "layers", "kwargs") if peft is not None
+    }
+    _check_options(kwargs)
+    out_indices = kwargs.pop("out_indices", 3)
+    with pretrained_loading(variant, pretrained):
+        model = build_model_with_cfg(
+            VisionMamba,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **kwargs,
+        )
+    backbone = model.model if kwargs.get("features_only") else model
+    backbone.creation = {
+        "name": variant,
+        "kwargs": {k: v for k, v in kwargs.items() if k not in _FACTORY_OPTIONS},
+    }
+    if peft is not None:
+        inject(
+            backbone,
+            peft,
+            targets=peft_options["targets"],
+            layers=peft_options["layers"],
+            **(peft_options["kwargs"] or {}),
+        )
+    return model
+
+
+# What timm's own factory functions understand besides the constructor's arguments.
+_FACTORY_OPTIONS = {
+    "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "feature_cls", "out_indices",
+    "pretrained_strict",
+}  # fmt: skip
+_PEFT_OPTIONS = {"peft", "peft_targets", "peft_layers", "peft_kwargs"}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise TypeError on a misspelt option, with the closest real one."""
+    known = set(inspect.signature(VisionMamba).parameters) | _FACTORY_OPTIONS
+    for name in options.keys() - known:
+        raise TypeError(f"unknown model option {name!r}.{suggest(name, known | _PEFT_OPTIONS)}")
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "fixed_input_size": True,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+def _hub(repository: str, filename: str) -> dict[str, Any]:
+    return _cfg(
+        hf_hub_id=f"hustvl/{repository}",
+        hf_hub_filename=filename,
+        paper_ids="arXiv:2401.09417",
+        origin_url="https://github.com/hustvl/Vim",
+    )
+
+
+def _small_image_cfg(**kwargs: Any) -> dict[str, Any]:
+    return _cfg(**{"input_size": (3, 64, 64), "crop_pct": 1.0, "num_classes": 200, **kwargs})
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vim_tiny_patch16_224.in1k": _hub("Vim-tiny-midclstok", "vim_t_midclstok_76p1acc.pth"),
+        "vim_tiny_patch16_stride8_224.in1k": _hub("Vim-tiny-midclstok", "vim_t_midclstok_ft_78p3acc.pth"),
+        "vim_small_patch16_224.in1k": _hub("Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
+        "vim_small_patch16_stride8_224.in1k": _hub("Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
+        "vim_base_patch16_224.in1k": _hub("Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
+        "vim_tiny_patch8_64": _small_image_cfg(),
+        "vim_nano_patch8_64": _small_image_cfg(),
+        "test_vim": _small_image_cfg(input_size=(3, 32, 32), num_classes=10),
+    }
+)
+
+TINY = {"embed_dim": 192, "depth": 24}
+SMALL = {"embed_dim": 384, "depth": 24}
+BASE = {"embed_dim": 768, "depth": 24}
+PATCH8_64 = {"img_size": 64, "patch_size": 8}
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti, 7 M parameters, 196 patches."""
+    return _create_vim("vim_tiny_patch16_224", pretrained, **{**TINY, **kwargs})
+
+
+@register_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti+, overlapping patches of stride 8, 729 patches."""
+    return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **{**TINY, "stride": 8, **kwargs})
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-S, 26 M parameters, 196 patches."""
+    return _create_vim("vim_small_patch16_224", pretrained, **{**SMALL, **kwargs})
+
+
+@register_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-S+, overlapping patches of stride 8, 729 patches."""
+    return _create_vim("vim_small_patch16_stride8_224", pretrained, **{**SMALL, "stride": 8, **kwargs})
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-B, 98 M parameters, 196 patches."""
+    return _create_vim("vim_base_patch16_224", pretrained, **{**BASE, **kwargs})
+
+
+@register_model
+def vim_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """Vim-Ti for images of 64 pixels, 64 patches."""
+    return _create_vim("vim_tiny_patch8_64", pretrained, **{**TINY, **PATCH8_64, **kwargs})
+
+
+@register_model
+def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """About 1 M parameters for images of 64 pixels: trains on a CPU."""
+    return _create_vim(
+        "vim_nano_patch8_64", pretrained, **{"embed_dim": 96, "depth": 12, **PATCH8_64, **kwargs}
+    )
+
+
+@register_model
+def test_vim(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+    """A few thousand parameters for tests: images of 32 pixels, 16 patches."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3}
+    return _create_vim("test_vim", pretrained, **{**sizes, **kwargs})
