@@ -1,0 +1,136 @@
+"""Finding where a non-finite value arises, by replaying the batch with hooks on every module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class NonFiniteError(ValueError):
+    """The run met inf or NaN; the message names the place where it first appears."""
+
+
+def describe(tensor: Tensor) -> str:
+    """How much of a tensor is non-finite, and how large the rest is."""
+    tensor = tensor.detach().float()
+    finite = torch.isfinite(tensor)
+    largest = f"{tensor[finite].abs().max().item():.3g}" if bool(finite.any()) else "none"
+    return f"{int((~finite).sum())} of {tensor.numel()} values, largest finite magnitude {largest}"
+
+
+def find_nonfinite(
+    model: nn.Module, images: Tensor, forward: Callable[[Tensor], Tensor], *, backward: bool
+) -> str | None:
+    """Name the first place where a non-finite value arises in `forward(images)`, which runs `model`.
+
+    Looked at in this order: images, weights, activations (the first module, in order of
+    completion, that returns a non-finite value) and, with `backward`, for which `forward` has to
+    return the loss: the loss, gradients of activations, gradients of weights.
+
+    Returns None when everything is finite. With `backward`, the model's gradients are overwritten.
+    """
+    if not is_finite(images):
+        return f"the input images ({describe(images)}): look at the data and their normalisation"
+    if bad := {name: p for name, p in model.named_parameters() if not is_finite(p)}:
+        name, tensor = next(iter(bad.items()))
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        return f"the weight {name}{more} ({describe(tensor)}): it was so before this step"
+    with torch.no_grad(), _watch_activations(model) as found:
+        result = forward(images)
+    if found:
+        return found[0]
+    if not is_finite(result):
+        return "the loss; the outputs of all modules are finite: look at the labels"
+    return _find_in_backward(model, lambda: forward(images)) if backward else None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether every floating-point tensor in `value` (tensor, tuple, list, dict) is finite."""
+    return all(bool(torch.isfinite(t).all()) for t in _tensors(value))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _title(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(module).__name__})"
+
+
+@contextmanager
+def _watch_activations(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the modules that return non-finite values, the first to finish first."""
+    found: list[str] = []
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and not is_finite(output):
+                bad = next(t for t in _tensors(output) if not is_finite(t))
+                seen = [describe(t) for t in _tensors(inputs)]
+                given = f"; its input: {seen[0]}" if seen else ""
+                found.append(f"the output of {_title(name, module)}: {describe(bad)}{given}")
+
+        return hook
+
+    handles = [m.register_forward_hook(hook_for(name)) for name, m in model.named_modules()]
+    try:
+        yield found
+    finally:
+        _remove(handles)
+
+
+def _find_in_backward(model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
+    finite: list[str] = []
+    found: list[str] = []
+
+    def watch(title: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            if found:
+                return
+            if is_finite(gradient):
+                finite.append(title)
+            else:
+                origin = f"the backward of {finite[-1]}" if finite else "the gradient of the loss"
+                found.append(f"{origin}: the gradient it passes to {title} has {describe(gradient)}")
+
+        return hook
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(watch(_title(name, module)))
+
+        return hook
+
+    handles: list[RemovableHandle] = [
+        m.register_forward_hook(hook_for(name)) for name, m in model.named_modules()
+    ]
+    model.zero_grad(set_to_none=True)
+    try:
+        loss().backward()
+    finally:
+        _remove(handles)
+    if found:
+        return found[0]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not is_finite(parameter.grad):
+            return f"the gradient of {name} ({describe(parameter.grad)})"
+    return None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

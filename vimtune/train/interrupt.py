@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next step, where the run can be saved."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by a signal after its state was saved; the message is for the user."""
+
+
+class StopRequest:
+    """Context manager that turns the first SIGINT or SIGTERM into `requested = True`.
+
+    A second Ctrl-C raises KeyboardInterrupt at once. The former handlers come back on exit; outside
+    the main thread, where Python cannot install handlers, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,123 @@
+"""AdamW over what the adapters train, the learning-rate curve, and the moving average of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class TrainedParameter(Protocol):
+    """What this file needs of `vimtune.adapters.AdaptedParameter`."""
+
+    parameter: nn.Parameter
+    group: str
+    weight_decay: bool
+
+
+def build_optimizer(
+    parameters: Iterable[TrainedParameter],
+    *,
+    lr: float,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """AdamW with one group per (head or adapter, with or without weight decay).
+
+    Each group keeps its peak rate as `peak_lr`; `set_learning_rate` follows the curve from there.
+
+    Raises:
+        ValueError: nothing is trainable.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for entry in parameters:
+        groups.setdefault((entry.group, entry.weight_decay), []).append(entry.parameter)
+    if not groups:
+        raise ValueError("the method trains no tensor of this model: check peft, targets and layers")
+    return torch.optim.AdamW(
+        [
+            {
+                "params": members,
+                "peak_lr": head_lr if group == "head" and head_lr is not None else lr,
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+            for (group, decays), members in groups.items()
+        ],
+        lr=lr,
+        betas=betas,
+    )
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up, then a half cosine down to `min_lr`; a pure function of the step.
+
+    Being stateless it needs no saving. A run resumed with more epochs continues on the longer
+    curve: at the step where it had ended near `min_lr` the rate jumps up to the longer cosine.
+    """
+
+    total_steps: int
+    warmup_steps: int
+    min_lr: float
+
+    def __call__(self, step: int, peak: float) -> float:
+        """Learning rate of the optimizer step number `step` (from 0)."""
+        if step < self.warmup_steps:
+            # The first step already moves: a zero rate would waste it and leave LoRA's B at zero.
+            return peak * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        low = min(self.min_lr, peak)
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: CosineSchedule, step: int) -> float:
+    """Give every group its rate at `step`; return that of the first group."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule(step, group["peak_lr"])
+    return optimizer.param_groups[0]["lr"]
+
+
+class WeightAverage:
+    """Exponential moving average of the trained tensors (the frozen ones need none).
+
+    The decay grows from 0.1 towards `decay` over the first steps, so that short runs are not
+    dominated by the initial weights.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters = dict(parameters)
+        self.decay = decay
+        self.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, average in self.tensors.items():
+            average.lerp_(self.parameters[name], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with averaged weights, for the length of a block."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._write(self.tensors)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from saved averages."""
+        for name, average in self.tensors.items():
+            average.copy_(tensors[name])
+
+    @torch.no_grad()
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])

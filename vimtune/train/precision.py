@@ -1,0 +1,37 @@
+"""Mixed precision: the autocast block and the gradient scaler that a recipe's `amp` means."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+
+from vimtune.train.evaluate import Autocast
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_autocast(amp: str, device: torch.device) -> Autocast:
+    """A function that opens the block in which the model runs.
+
+    Raises:
+        ValueError: the device cannot train in this precision.
+    """
+    if amp == "none":
+        return _no_autocast
+    if amp == "fp16" and device.type != "cuda":
+        raise ValueError(f"amp = 'fp16' needs a CUDA GPU and the device is {device}: use bf16 or none")
+    if amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"amp = 'bf16' is not supported by {name}: use fp16 or none")
+    return partial(torch.autocast, device.type, DTYPES[amp])
+
+
+def build_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for fp16; disabled, and then the identity, for everything else."""
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def _no_autocast() -> AbstractContextManager:
+    return nullcontext()

@@ -1,0 +1,73 @@
+"""Seeds and the process-wide switches of a run, all of which are put back afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+from vimtune.ops import use_backend
+from vimtune.recipe import Recipe
+
+
+def derive_seed(seed: int, *parts: str | int) -> int:
+    """A 63-bit seed that depends on every argument, equal in all processes and on all machines.
+
+    Each random decision of a run draws from its own seed (run seed, what for, step, ...), so that
+    a resumed run needs no stored generator state to continue exactly.
+    """
+    text = "/".join(str(part) for part in (seed, *parts))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def numpy_seed(seed: int) -> Iterator[None]:
+    """Seed numpy's global generator for a block (timm's Mixup draws from it) and restore it."""
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+@contextmanager
+def process_settings(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Threads, scan backend, determinism and random state of `recipe`, for the length of a block."""
+    with ExitStack() as stack:
+        stack.enter_context(use_backend(recipe.backend))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        if recipe.threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(recipe.threads)
+        if recipe.deterministic:
+            stack.enter_context(_deterministic())
+        yield
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+    )
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    # cuBLAS reads this when its first handle is made; without it deterministic matmuls raise.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.deterministic, cudnn.benchmark = before[2:]
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -1,0 +1,500 @@
+"""The training run, from recipe to report; the optimizer step reads top to bottom in `_step`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+import time
+from contextlib import ExitStack, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vimtune
+from vimtune import adapters
+from vimtune.ops import resolved_backend
+from vimtune.recipe import Recipe
+from vimtune.train.batch import BatchMixer, summed_loss
+from vimtune.train.checkpoint import (
+    Progress,
+    ResumeError,
+    RunState,
+    check_resumable,
+    find_checkpoint,
+    load_run_state,
+    optimizer_tensors,
+    restore_optimizer,
+    save_run_state,
+)
+from vimtune.train.distributed import Processes, open_processes
+from vimtune.train.evaluate import Evaluation, evaluate
+from vimtune.train.folder import RunFolder, writing
+from vimtune.train.guard import NonFiniteError, find_nonfinite
+from vimtune.train.interrupt import Interrupted, StopRequest
+from vimtune.train.job import build_job
+from vimtune.train.optim import CosineSchedule, WeightAverage, build_optimizer, set_learning_rate
+from vimtune.train.precision import build_autocast, build_scaler
+from vimtune.train.report import (
+    Report,
+    build_report,
+    describe_method,
+    peak_memory,
+    print_report,
+    versions,
+    write_report,
+)
+from vimtune.train.settings import derive_seed, process_settings
+from vimtune.train.tracking import Tracker, build_console
+
+WATCHED_STEPS = 5
+"""Optimizer steps after which a trained tensor that never had a gradient is reported."""
+
+Batch = tuple[Tensor, Tensor]
+
+
+def train(recipe: Recipe) -> Report:
+    """Fine-tune as `recipe` says and leave a run folder behind.
+
+    The folder holds recipe.yaml, adapter.safetensors (the best), checkpoint.safetensors (the last
+    state, for `resume`), metrics.jsonl, tensorboard/, report.json, learning_curve.png and
+    confusion_matrix.png. Under torchrun all processes call this with the same recipe; only the
+    first one writes and prints.
+
+    Raises:
+        ValueError: the recipe, the data, the weights or the run to resume do not allow the run,
+            the output cannot be written, or (`NonFiniteError`) training met inf or NaN.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved and can be resumed.
+    """
+    recipe.check_paths()
+    with open_processes(recipe.device) as processes, process_settings(recipe, processes.device):
+        saved = None
+        if recipe.resume is not None:
+            path = find_checkpoint(recipe.resume)
+            saved = load_run_state(path)
+            _refuse_finished(recipe, saved.progress, RunFolder(path.parent))
+            folder = RunFolder(path.parent)
+            if recipe.output_dir is not None and Path(recipe.output_dir).resolve() != folder.path.resolve():
+                raise ResumeError(f"a resumed run continues in its own folder {folder.path}: drop output_dir")
+        else:
+            folder = RunFolder(processes.from_main(_unused(recipe.run_dir(), recipe.output_dir is None)))
+        with ExitStack() as stack:
+            return _Run(recipe, processes, folder, saved, stack).complete()
+
+
+def _unused(path: Path, rename: bool) -> Path:
+    """`path`, or with `rename` the first of path, path-2, path-3, ... that does not exist."""
+    number, free = 2, path
+    while rename and free.exists():
+        free = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return free
+
+
+def _ended(recipe: Recipe, progress: Progress) -> bool:
+    exhausted = 0 < recipe.early_stop <= progress.stale_evaluations
+    return progress.epoch >= recipe.epochs or exhausted
+
+
+def _refuse_finished(recipe: Recipe, progress: Progress, folder: RunFolder) -> None:
+    # Without a report of this length the run was stopped between its last epoch and its end: let it end.
+    if _ended(recipe, progress) and _reported_epochs(folder) == progress.epoch:
+        more = "raise --epochs to train longer" if progress.epoch >= recipe.epochs else "it stopped early"
+        raise ResumeError(f"{folder.path} is finished after {progress.epoch} epochs: {more}")
+
+
+def _reported_epochs(folder: RunFolder) -> int | None:
+    try:
+        return json.loads(folder.report.read_text(encoding="utf-8")).get("epochs")
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+class _Run:
+    """One training run in this process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        folder: RunFolder,
+        saved: RunState | None,
+        stack: ExitStack,
+    ) -> None:
+        self.recipe, self.processes, self.folder = recipe, processes, folder
+        self.device = processes.device
+        self.autocast = build_autocast(recipe.amp, self.device)
+        self.scaler = build_scaler(recipe.amp, self.device)
+        self.job = build_job(recipe, processes)
+        self.model = self.job.model
+        self.forward = torch.compile(self.model) if recipe.compile else self.model
+        self.mix = BatchMixer(recipe.mixup, recipe.cutmix, len(self.job.classes))
+        entries = list(adapters.adapter_parameters(self.model))
+        self.parameters: dict[str, nn.Parameter] = {entry.key: entry.parameter for entry in entries}
+        self.optimizer = build_optimizer(
+            entries,
+            lr=recipe.lr,
+            head_lr=recipe.head_lr,
+            weight_decay=recipe.weight_decay,
+            betas=(recipe.betas[0], recipe.betas[1]),
+        )
+        self.ema = WeightAverage(self.parameters, recipe.ema) if recipe.ema > 0 else None
+        self.steps_per_epoch = math.ceil(len(self.job.train) / recipe.grad_accum)
+        self.schedule = CosineSchedule(
+            total_steps=self.steps_per_epoch * recipe.epochs,
+            warmup_steps=round(self.steps_per_epoch * recipe.warmup_epochs),
+            min_lr=recipe.min_lr,
+        )
+        self.facts = {
+            "classes": self.job.classes,
+            "train_images": len(self.job.train.dataset),
+            "base_hash": adapters.base_hash(self.model),
+            "versions": versions(),
+        }
+        self.progress = Progress()
+        if saved is not None:
+            self._restore(saved)
+        self.first_step = self.progress.step
+        self.without_gradient = set(self.parameters)
+        self.seconds_before = self.progress.seconds
+        self.started = time.monotonic()
+        self._prepare_folder()
+        self.tracker = Tracker(
+            folder,
+            build_console(processes.is_main),
+            is_main=processes.is_main,
+            epochs=recipe.epochs,
+            total_steps=self.schedule.total_steps,
+            first_step=self.first_step,
+            keep_bytes=self.progress.metrics_bytes,
+        )
+        stack.callback(self.tracker.close)
+        self.stop = stack.enter_context(StopRequest())
+
+    # --- the run ------------------------------------------------------------------------------
+
+    def complete(self) -> Report:
+        """Train the epochs that are left, then score the best adapter and write the report."""
+        self._introduce()
+        try:
+            while not _ended(self.recipe, self.progress):
+                self._train_epoch()
+                self._end_epoch()
+            return self._finish()
+        except _Stopping:
+            self._save()
+            message = (
+                f"stopped after step {self.progress.step} of {self.schedule.total_steps}; "
+                f"the state is saved, continue with:\n  {self._resume_command()}"
+            )
+            self.tracker.message(message)
+            raise Interrupted(message) from None
+
+    def _train_epoch(self) -> None:
+        recipe, progress = self.recipe, self.progress
+        self.job.train.set_position(progress.epoch, progress.batch)
+        self.model.train()
+        batches = iter(self.job.train)
+        shown = progress.images
+        clock = shown_at = time.monotonic()
+        while window := list(islice(batches, recipe.grad_accum)):
+            loss_sum, images, norm, lr = self._step(window)
+            progress.batch += len(window)
+            progress.step += 1
+            progress.loss_sum += loss_sum
+            progress.loss_images += images
+            progress.images += images
+            now = time.monotonic()
+            progress.train_seconds += now - clock
+            clock = now
+            loss = loss_sum / max(1, images)
+            last = progress.batch == len(self.job.train)
+            if progress.step % recipe.log_interval == 0 or last:
+                rate = (progress.images - shown) / max(1e-9, now - shown_at)
+                shown, shown_at = progress.images, now
+                self.tracker.record_step(
+                    {
+                        "step": progress.step,
+                        "epoch": progress.epoch + 1,
+                        "loss": loss,
+                        "lr": lr,
+                        "grad_norm": norm,
+                        "images_per_second": rate,
+                    }
+                )
+                self.tracker.show_step(progress.epoch, progress.step, loss, lr, rate)
+            if self.should_stop:
+                raise _Stopping
+
+    def _step(self, window: list[Batch]) -> tuple[float, int, float, float]:
+        """One optimizer step on the batches of `window`.
+
+        Returns the loss summed over images, the number of images, the gradient norm before clipping
+        and the learning rate; the first three over all processes.
+        """
+        recipe, step = self.recipe, self.progress.step
+        nominal = recipe.batch_size * recipe.grad_accum
+        lr = set_learning_rate(self.optimizer, self.schedule, step)
+        window = [
+            (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)) for x, y in window
+        ]
+
+        # Forward and backward. Losses are sums, so parts of any size add up to the whole.
+        total = torch.zeros((), device=self.device)
+        for micro, (images, labels) in enumerate(window):
+            if len(images) > 0:
+                loss = self._loss(self.forward, images, labels, micro)
+                self.scaler.scale(loss / nominal).backward()
+                total += loss.detach()
+        if step == self.first_step and any(len(images) > 0 for images, _ in window):
+            adapters.check_gradients(self.model)
+
+        # Over all processes: gradients, loss, images, wish to stop.
+        self.processes.sum_gradients_(list(self.parameters.values()))
+        counted = [float(total), sum(len(images) for images, _ in window), float(self.stop.requested)]
+        loss_sum, num_images, stop = self.processes.sum(torch.tensor(counted, dtype=torch.float64)).tolist()
+        self.should_stop = stop > 0
+        if num_images == 0:  # every image of the window was corrupt and skipped
+            return 0.0, 0, 0.0, lr
+
+        # From a sum to a mean over the images there really were, then clip.
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if num_images != nominal:
+            torch._foreach_mul_(gradients, nominal / num_images)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if recipe.clip_grad > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), recipe.clip_grad, norm)
+        norm = float(norm)
+        self._require_finite(loss_sum, norm, window)
+        self._watch_gradients()
+
+        # Update.
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(step)
+        return loss_sum, int(num_images), norm, lr
+
+    def _loss(self, forward: nn.Module, images: Tensor, labels: Tensor, micro: int) -> Tensor:
+        """Loss of micro-batch `micro` of the current step, summed; the same at every call."""
+        place = (self.progress.step, micro, self.processes.rank)
+        torch.manual_seed(derive_seed(self.recipe.seed, "step", *place))
+        images, targets = self.mix(images, labels, derive_seed(self.recipe.seed, "mix", *place[:2]))
+        with self.autocast():
+            logits = forward(images)
+        return summed_loss(logits, targets, self.recipe.label_smoothing)
+
+    def _require_finite(self, loss_sum: float, norm: float, window: list[Batch]) -> None:
+        # fp16 gradients may overflow while the scale is being found: those steps are skipped.
+        scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
+        if math.isfinite(loss_sum) and (math.isfinite(norm) or scaling):
+            return
+        place = None
+        for micro, (images, labels) in enumerate(window):
+            if place is None and len(images) > 0:
+                place = find_nonfinite(
+                    self.model,
+                    images,
+                    lambda x, labels=labels, micro=micro: self._loss(self.model, x, labels, micro),
+                    backward=True,
+                )
+        places = [found for found in self.processes.gather(place) if found is not None]
+        what = "gradient" if math.isfinite(loss_sum) else "loss"
+        hint = (
+            "lower --lr or set --clip-grad" if self.recipe.amp == "none" else "lower --lr or use --amp none"
+        )
+        raise NonFiniteError(
+            f"non-finite {what} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1} "
+            f"(lr {self.optimizer.param_groups[0]['lr']:.2e}, amp {self.recipe.amp}). "
+            f"It first arises in {places[0] if places else 'no place that a replay of the batch shows'}. "
+            f"No update was made with it; {hint}"
+        )
+
+    def _watch_gradients(self) -> None:
+        if self.first_step > 0 or self.progress.step >= WATCHED_STEPS or not self.without_gradient:
+            return
+        names = list(self.without_gradient)
+        gradients = [self.parameters[name].grad for name in names]
+        moving = torch.stack(
+            [torch.zeros((), device=self.device) if g is None else g.any() for g in gradients]
+        )
+        self.without_gradient = {
+            name for name, moves in zip(names, moving.tolist(), strict=True) if not moves
+        }
+        if self.progress.step == WATCHED_STEPS - 1 and self.without_gradient:
+            listed = ", ".join(name for name in self.parameters if name in self.without_gradient)
+            self._warn(f"gradient exactly zero in all of the first {WATCHED_STEPS} steps: {listed}")
+
+    # --- the end of an epoch ------------------------------------------------------------------
+
+    def _end_epoch(self) -> None:
+        recipe, progress = self.recipe, self.progress
+        lr = self.schedule(max(0, progress.step - 1), recipe.lr)
+        record: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "lr": lr,
+            "train_loss": progress.loss_sum / max(1, progress.loss_images),
+            "images_per_second": progress.images / max(1e-9, progress.train_seconds),
+        }
+        last = progress.epoch + 1 == recipe.epochs
+        if last or (progress.epoch + 1) % recipe.eval_interval == 0:
+            with self.ema.applied() if self.ema else nullcontext():
+                scores = self._evaluate(self.job.selection)
+                record |= {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
+                if scores.top1 > progress.best_top1:
+                    progress.best_top1, progress.best_epoch = scores.top1, progress.epoch + 1
+                    progress.stale_evaluations = 0
+                    self._save_adapter()
+                else:
+                    progress.stale_evaluations += 1
+        progress.history.append(record)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.loss_sum, progress.loss_images = 0.0, 0
+        self.tracker.record_epoch(record, recipe.selection_split)
+        self._save()
+
+    def _evaluate(self, loader: Any) -> Evaluation:
+        loader.set_position(0)
+        scores = evaluate(
+            self.model,
+            loader,
+            len(self.job.classes),
+            device=self.device,
+            autocast=self.autocast,
+            processes=self.processes,
+            should_stop=lambda: self.stop.requested,
+        )
+        if scores is None:
+            raise _Stopping
+        if self.recipe.on_corrupt == "error":
+            assert scores.num_images == len(loader.dataset), "evaluation counts every image exactly once"
+        return scores
+
+    def _finish(self) -> Report:
+        recipe, progress = self.recipe, self.progress
+        memory = max(self.processes.gather(peak_memory(self.device)))
+        # From the file, as a user would: what is scored is what the run leaves behind.
+        info = vimtune.load_adapter(self.model, self.folder.adapter, name="best")
+        loader = self.job.test or self.job.selection
+        scores = self._evaluate(loader)
+        for used in dict.fromkeys((self.job.train, self.job.selection, loader)):
+            if used.skipped_paths:
+                self._warn(f"{used.dataset.split}: {len(used.skipped_paths)} corrupt images left out")
+        progress.seconds = self._seconds()
+        report = build_report(
+            recipe,
+            progress,
+            scores,
+            classes=self.job.classes,
+            data=self.job.sources,
+            split=loader.dataset.split,
+            method_config=describe_method(info),
+            trainable=sum(p.numel() for p in self.parameters.values()),
+            total=vimtune.summary(self.model).total,
+            processes=self.processes,
+            memory=memory,
+            run_dir=self.folder.path,
+        )
+        if self.processes.is_main:
+            write_report(report, scores.confusion, self.folder)
+        self.tracker.close()
+        print_report(report, self.tracker.console)
+        return report
+
+    # --- files --------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        if not self.processes.is_main:
+            return
+        with writing(self.folder.path):
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.path.glob(".*.tmp"):  # of a save that was killed
+                left.unlink()
+        with writing(self.folder.recipe):
+            settled = dataclasses.replace(self.recipe, resume=None, output_dir=str(self.folder.path))
+            settled.save(self.folder.recipe)
+
+    def _save(self) -> None:
+        """Write the checkpoint; metrics first, so that its count of them is never too high."""
+        self.progress.seconds = self._seconds()
+        self.progress.metrics_bytes = self.tracker.sync()
+        if not self.processes.is_main:
+            return
+        state = RunState(
+            recipe=dataclasses.replace(self.recipe, resume=None).to_dict(),
+            facts=self.facts,
+            progress=self.progress,
+            adapter=dict(self.parameters),
+            optimizer=optimizer_tensors(self.optimizer, self.parameters),
+            ema=self.ema.tensors if self.ema else {},
+            scaler=self.scaler.state_dict(),
+        )
+        save_run_state(self.folder.checkpoint, state)
+
+    def _save_adapter(self) -> None:
+        if not self.processes.is_main:
+            return
+        with writing(self.folder.adapter):
+            vimtune.save_adapter(
+                self.model,
+                self.folder.adapter,
+                classes=self.job.classes,
+                preprocessing=self.job.preprocessing,
+                extra={"recipe": self.recipe.to_dict(), "epoch": self.progress.epoch + 1},
+            )
+
+    def _restore(self, saved: RunState) -> None:
+        notes = check_resumable(saved, self.recipe, self.facts)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(saved.adapter[name])
+        restore_optimizer(self.optimizer, self.parameters, saved.optimizer)
+        if self.ema is not None:
+            self.ema.restore(saved.ema or saved.adapter)
+        if self.scaler.is_enabled() and saved.scaler:
+            self.scaler.load_state_dict(saved.scaler)
+        self.progress = saved.progress
+        self.progress.warnings += [note for note in notes if note not in self.progress.warnings]
+
+    # --- words --------------------------------------------------------------------------------
+
+    def _introduce(self) -> None:
+        recipe, tracker = self.recipe, self.tracker
+        for split, source in self.job.sources.items():
+            tracker.message(f"{split}: {source}")
+        trainable = sum(p.numel() for p in self.parameters.values())
+        total = vimtune.summary(self.model).total
+        tracker.message(
+            f"{recipe.model}, {recipe.peft}: {trainable:,} of {total:,} parameters trained "
+            f"({100 * trainable / total:.2f} %); {self.device}, backend {resolved_backend(self.device)}, "
+            f"amp {recipe.amp}"
+            + (f", {self.processes.world_size} processes" if self.processes.world_size > 1 else "")
+        )
+        tracker.message(f"run folder: {self.folder.path}")
+        if self.progress.step:
+            tracker.message(f"resumed in epoch {self.progress.epoch + 1} after step {self.progress.step}")
+        for warning in self.progress.warnings:
+            tracker.message(f"warning: {warning}")
+
+    def _warn(self, text: str) -> None:
+        self.progress.warnings.append(text)
+        self.tracker.message(f"warning: {text}")
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _resume_command(self) -> str:
+        command = f"vimtune train --resume {shlex.quote(str(self.folder.path))}"
+        count = self.processes.world_size
+        return command if count == 1 else f"torchrun --nproc-per-node {count} --no-python {command}"
+
+
+class _Stopping(Exception):
+    """Unwinds to where the run is saved; raised in all processes together."""
