@@ -1,5 +1,6 @@
 """Selective scan and causal convolution behind one dispatch; see `dispatch.py` for the backends."""
 
+from vimtune.ops.cpu import CpuBackend
 from vimtune.ops.dispatch import (
     Backend,
     BackendUnavailable,
@@ -14,6 +15,7 @@ from vimtune.ops.eager import EagerBackend
 from vimtune.ops.functional import causal_conv1d, selective_scan
 
 # In the order in which `auto` asks them.
+register_backend(CpuBackend())
 register_backend(EagerBackend())
 
 __all__ = [

@@ -1,0 +1,196 @@
+"""The compiled kernels as Python functions on fp32 tensors.
+
+Shape letters: B batch, L tokens, E inner width, N states, K filter width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vimtune.ops.cpu.build import BuildError
+from vimtune.ops.dispatch import ScanOptions
+
+
+def _structure(name: str, pointers: str, integers: str) -> type[ctypes.Structure]:
+    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
+    fields += [(field, ctypes.c_int64) for field in integers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# Mirror the structs of scan.cpp and conv.cpp.
+ScanArguments = _structure(
+    "ScanArguments",
+    "u delta A B C D z bias grad out saved "
+    "grad_u grad_delta grad_A grad_B grad_C grad_D grad_z grad_bias launch",
+    "batch tokens inner states u_batch u_token delta_batch delta_token A_row B_batch B_token "
+    "C_batch C_token z_batch z_token grad_batch grad_token num_threads softplus reverse",
+)
+ConvArguments = _structure(
+    "ConvArguments",
+    "x weight bias grad out grad_x grad_weight grad_bias launch",
+    "batch tokens inner width x_batch x_token grad_batch grad_token num_threads silu reverse",
+)
+
+
+class Kernels:
+    """Calls into one loaded library. All tensors fp32 with unit stride in the last dimension."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        try:
+            self._functions = {
+                "scan_forward": library.vimtune_scan_forward,
+                "scan_backward": library.vimtune_scan_backward,
+                "conv_forward": library.vimtune_conv_forward,
+                "conv_backward": library.vimtune_conv_backward,
+            }
+            self.chunk = int(library.vimtune_scan_chunk())
+        except AttributeError as error:
+            raise BuildError(f"the compiled library lacks a function: {error}") from error
+        self._launcher = _team_launcher()
+        self._process = os.getpid()
+
+    def scan_forward(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        options: ScanOptions,
+        saved: Tensor | None,
+    ) -> Tensor:
+        """Return `out`, (B, L, E); fill `saved`, (chunks, B, N, E), when given."""
+        out = empty(u.shape)
+        arguments = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, options)
+        self._call("scan_forward", arguments, out=out, saved=saved)
+        return out
+
+    def scan_backward(
+        self,
+        grad: Tensor,
+        saved: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        delta_bias: Tensor | None,
+        options: ScanOptions,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of (u, delta, A, B, C, D, z, delta_bias), None where `needs` is False."""
+        arguments = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, options)
+        arguments.grad_batch, arguments.grad_token = grad.stride()[:2]
+        inputs = (u, delta, A.t(), B, C, D, z, delta_bias)
+        gradients = _empty_where_needed(inputs, needs)
+        names = ("grad_u", "grad_delta", "grad_A", "grad_B", "grad_C", "grad_D", "grad_z", "grad_bias")
+        outputs = dict(zip(names, gradients, strict=True))
+        self._call("scan_backward", arguments, grad=grad, saved=saved, **outputs)
+        if gradients[2] is not None:
+            gradients[2] = gradients[2].t().contiguous()
+        return gradients
+
+    def conv_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
+    ) -> Tensor:
+        """Return the filtered `x`, (B, L, E)."""
+        out = empty(x.shape)
+        columns = weight.t().contiguous()
+        self._call("conv_forward", _conv_arguments(x, columns, bias, silu, reverse), out=out)
+        return out
+
+    def conv_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        silu: bool,
+        reverse: bool,
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of (x, weight, bias), None where `needs` is False."""
+        columns = weight.t().contiguous()
+        arguments = _conv_arguments(x, columns, bias, silu, reverse)
+        arguments.grad_batch, arguments.grad_token = grad.stride()[:2]
+        gradients = _empty_where_needed((x, columns, bias), needs)
+        outputs = dict(zip(("grad_x", "grad_weight", "grad_bias"), gradients, strict=True))
+        self._call("conv_backward", arguments, grad=grad, **outputs)
+        if gradients[1] is not None:
+            gradients[1] = gradients[1].t().contiguous()
+        return gradients
+
+    def _call(self, function: str, arguments: ctypes.Structure, **tensors: Tensor | None) -> None:
+        """Run a kernel. The caller holds every tensor of `arguments` until this returns."""
+        for name, tensor in tensors.items():
+            setattr(arguments, name, _address(tensor))
+        arguments.num_threads = torch.get_num_threads()
+        # The team's threads do not survive a fork: a child brings its own.
+        arguments.launch = self._launcher if os.getpid() == self._process else None
+        if self._functions[function](ctypes.byref(arguments)) != 0:
+            raise MemoryError(f"out of memory in the CPU kernel {function}")
+
+
+def empty(shape: Sequence[int]) -> Tensor:
+    """What a kernel writes to, whatever default dtype and device are set."""
+    return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _empty_where_needed(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        empty(tensor.shape) if needed and tensor is not None else None
+        for tensor, needed in zip(inputs, needs, strict=True)
+    ]
+
+
+def _scan_arguments(u, delta, A, B, C, D, z, delta_bias, options: ScanOptions) -> ctypes.Structure:
+    arguments = ScanArguments()
+    arguments.batch, arguments.tokens, arguments.inner = u.shape
+    arguments.states = A.shape[1]
+    for name, tensor in {"u": u, "delta": delta, "B": B, "C": C, "z": z}.items():
+        if tensor is not None:
+            setattr(arguments, name, tensor.data_ptr())
+            setattr(arguments, f"{name}_batch", tensor.stride(0))
+            setattr(arguments, f"{name}_token", tensor.stride(1))
+    arguments.A, arguments.A_row = A.data_ptr(), A.stride(0)
+    arguments.D, arguments.bias = _address(D), _address(delta_bias)
+    arguments.softplus, arguments.reverse = options.delta_softplus, options.reverse
+    return arguments
+
+
+def _conv_arguments(x, columns, bias, silu: bool, reverse: bool) -> ctypes.Structure:
+    arguments = ConvArguments()
+    arguments.batch, arguments.tokens, arguments.inner = x.shape
+    arguments.width = columns.shape[0]
+    arguments.x, arguments.x_batch, arguments.x_token = x.data_ptr(), x.stride(0), x.stride(1)
+    arguments.weight, arguments.bias = columns.data_ptr(), _address(bias)
+    arguments.silu, arguments.reverse = silu, reverse
+    return arguments
+
+
+def _team_launcher() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch uses, or None where there is none.
+
+    Looked up through torch's own library, so that it is the runtime torch runs on and no second one.
+    """
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        entry = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(entry, ctypes.c_void_p).value
