@@ -19,7 +19,7 @@ GOOD = {
     "data_dir": (".", "."),
     "train_split": ("train+val", "train+val"),
     "eval_split": ("test", "test"),
-    "dataset_kwargs": ({"num_classes": 5}, "num_classes=5"),
+    "dataset_kwargs": ({"species": 5}, "species=5"),
     "download": (False, "false"),
     "num_workers": (0, "0"),
     "cache": (True, "true"),

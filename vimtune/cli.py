@@ -232,7 +232,7 @@ def _merge(prog: str, arguments: Sequence[str]) -> int:
     _add_common(parser)
     options = parser.parse_strictly(arguments)
 
-    from vimtune.predict import run_merge
+    from vimtune.plain import run_merge
 
     return run_merge(
         adapter=Path(options.adapter),
@@ -294,8 +294,9 @@ def _guarded(action: Callable[[], int], show_traceback: bool) -> int:
         return action()
     except SystemExit as exit:  # argparse, after --help and --version
         return exit.code if isinstance(exit.code, int) else 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        if not interruption.args:  # the trainer has said how to continue
+            print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `--list | head`
         sys.stderr.close()

@@ -78,7 +78,7 @@ class Recipe:
         "evaluated while training: val, test (default: val if not trained on)",
     )
     dataset_kwargs: dict[str, Any] = _setting(
-        "data", {}, parsers.mapping, "further options of the data set, such as num_classes=20"
+        "data", {}, parsers.mapping, "further options of the data set, such as species=20"
     )
     download: bool = _setting("data", True, parsers.boolean, "download a data set that is not there yet")
     num_workers: int = _setting("data", 2, parsers.integer(0), "processes that prepare images")
