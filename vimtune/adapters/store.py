@@ -187,8 +187,8 @@ def load_adapter(
         found = base_hash(model, name)
         if found != info.base_hash and not force:
             raise AdapterFileError(
-                f"{path} was trained on other base weights: their hash is {info.base_hash[:12]}, that of this "
-                f"model {found[:12]}. Load the same pretrained weights first, or pass force=True"
+                f"{path} was trained on other base weights (hash {info.base_hash[:12]}; this model's is "
+                f"{found[:12]}). Load the same pretrained weights first, or pass force=True"
             )
         load_adapter_state_dict(model, tensors, name)
     except ValueError:

@@ -128,7 +128,7 @@ class BiMambaMixer(nn.Module):
         x: Tensor,
         z: Tensor,
         conv_weight: Tensor,
-        conv_bias: Tensor,
+        conv_bias: Tensor | None,
         x_proj_weight: Tensor,
         dt_proj_weight: Tensor,
         dt_proj_bias: Tensor,

@@ -6,8 +6,6 @@ token in the middle of the sequence, absolute position embedding, RMSNorm, pre-n
 Shape letters: B batch, L tokens (patches and class token), M patches, D width.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from functools import partial
@@ -38,12 +36,18 @@ def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
 
 
 @register_notrace_function
-def _check_image_size(height: int, width: int, expected: tuple[int, int]) -> None:
+def check_image_size(height: int, width: int, expected: tuple[int, int]) -> None:
     if height != expected[0] or width != expected[1]:
         raise ValueError(
             f"model takes images of {expected[0]} x {expected[1]} pixels (H x W), got {height} x {width}; "
             "resize them, or create the model with this img_size"
         )
+
+
+@register_notrace_function
+def at_least_fp32(x: Tensor) -> Tensor:
+    """The residual stream stays in fp32 whatever the activations are."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +81,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_image_size(x.shape[2], x.shape[3], self.img_size)
+        check_image_size(x.shape[2], x.shape[3], self.img_size)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -226,9 +230,8 @@ class VisionMamba(nn.Module):
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = _check_pool(global_pool)
-        reference = self.norm_f.weight
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(device=reference.device, dtype=reference.dtype)
+        self.head.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
         self._init_head()
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -237,9 +240,7 @@ class VisionMamba(nn.Module):
         position = self.patch_embed.num_patches // 2
         cls_token = self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype)
         x = torch.cat([x[:, :position], cls_token, x[:, position:]], dim=1)
-        if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-            x = x.float()  # the residual stream stays in fp32 whatever the activations are
-        return self.pos_drop(x + self.pos_embed)
+        return self.pos_drop(at_least_fp32(x) + self.pos_embed)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to normalised tokens (B, M + 1, D), the class token at `cls_position`."""
@@ -375,9 +376,9 @@ def _guess_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int]:
     height = round(math.sqrt(num_patches * like[0] / like[1]))
     if height < 1 or num_patches % height:
         raise ValueError(
-            f"the position embedding of the checkpoint has {num_patches} patch rows: neither a square grid nor "
-            f"one with the aspect of the model's {like[0]} x {like[1]}. Create the model with the checkpoint's "
-            "img_size"
+            f"the position embedding of the checkpoint has {num_patches} patch rows, neither a square grid "
+            f"nor one with the aspect of the model's {like[0]} x {like[1]}; create the model with the "
+            "img_size of the checkpoint"
         )
     return height, num_patches // height
 

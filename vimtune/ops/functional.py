@@ -42,8 +42,9 @@ def selective_scan(
         ValueError: shapes that do not fit together, or an unknown backend.
         BackendUnavailable: `backend` names one that cannot run here.
     """
-    if not torch.jit.is_scripting() and uses_reference(backend):
-        return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
+        if uses_reference(backend):
+            return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return torch.ops.vimtune.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, torch.is_grad_enabled()
     )[0]
@@ -61,8 +62,9 @@ def causal_conv1d(
 
     With `reverse` the filter runs from the last token to the first. Returns (B, L, E).
     """
-    if not torch.jit.is_scripting() and uses_reference(backend):
-        return reference.causal_conv1d(x, weight, bias, silu, reverse)
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if uses_reference(backend):
+            return reference.causal_conv1d(x, weight, bias, silu, reverse)
     return torch.ops.vimtune.causal_conv1d(x, weight, bias, silu, reverse, backend)
 
 
