@@ -259,7 +259,11 @@ def _check_outputs(outputs: Sequence[Path]) -> None:
 
 def _print_table(console: Console, predictions: Sequence[Prediction]) -> None:
     shown = predictions[:SHOWN_IMAGES]
-    folder = os.path.commonpath([os.path.dirname(p.path) for p in shown]) if len(shown) > 1 else ""
+    folder = (
+        os.path.commonpath([os.path.abspath(os.path.dirname(p.path)) for p in shown])
+        if len(shown) > 1
+        else ""
+    )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column(f"image in {folder}" if folder else "image", overflow="fold")
     table.add_column("class")
