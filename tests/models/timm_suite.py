@@ -41,8 +41,19 @@ def main(arguments: list[str]) -> int:
         suite = Path(folder) / "test_timm_models.py"
         suite.write_text(Path(arguments[0]).read_text())
         selection = "not regnet and not naflexvit and not gemma4"
-        options = ["-p", "no:cacheprovider", "-W", "ignore", "-c", "/dev/null", "--rootdir", folder, "-k", selection]
-        return pytest.main([*options, str(suite), *arguments[1:]])
+        options = [
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore",
+            "-c",
+            "/dev/null",
+            "--rootdir",
+            folder,
+            "-k",
+            selection,
+        ]
+        return pytest.main([*options, "-k", selection, str(suite), *arguments[1:]])
 
 
 if __name__ == "__main__":

@@ -100,10 +100,9 @@ def load_checkpoint(model: VisionMamba, path: str | Path) -> VisionMamba:
     """
     from vimtune.models.vim import checkpoint_filter_fn
 
+    content = read_checkpoint(path)
     try:
-        state = checkpoint_filter_fn(read_checkpoint(path), model)
-    except CheckpointError:
-        raise
+        state = checkpoint_filter_fn(content, model)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     wanted = dict(base_parameters(model))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, lecun_normal_, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq
@@ -182,7 +182,8 @@ class VisionMamba(nn.Module):
     def _init_weights(self) -> None:
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        _init_lecun_normal(self.patch_embed.proj)
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
         self._init_head()
 
     def _init_head(self) -> None:
@@ -328,13 +329,6 @@ def _check_pool(global_pool: str) -> str:
     if global_pool not in ("token", "avg", ""):
         raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
     return global_pool
-
-
-def _init_lecun_normal(conv: nn.Conv2d) -> None:
-    fan_in = conv.weight[0].numel()
-    # Dividing by the standard deviation of a normal truncated at two sigma restores the variance 1 / fan_in.
-    trunc_normal_(conv.weight, std=math.sqrt(1 / fan_in) / 0.87962566103423978)
-    nn.init.zeros_(conv.bias)
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
