@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import hashlib
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from vimtune.data import DatasetError, create_dataset, flowers
+from vimtune.data.download import DownloadError, download_file, extract_archive
+
+CONTENT = np.random.default_rng(0).bytes(1_000_000)
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server:
+    """Serves CONTENT; can cut connections and ignore ranges."""
+
+    def __init__(self) -> None:
+        self.cut_after: list[int] = []  # bytes to send before cutting, one per request
+        self.ranges = True
+        self.requests: list[str | None] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                wanted = self.headers.get("Range")
+                outer.requests.append(wanted)
+                if self.path != "/file.bin":
+                    self.send_error(404)
+                    return
+                start = int(wanted.split("=")[1].rstrip("-")) if wanted and outer.ranges else 0
+                if start >= len(CONTENT):
+                    self.send_error(416)
+                    return
+                body = CONTENT[start:]
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: outer.cut_after.pop(0)] if outer.cut_after else body)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/file.bin"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_downloads_and_keeps_a_verified_file(server: Server, tmp_path) -> None:
+    path = download_file(server.url, tmp_path / "deep" / "file.bin", MD5)
+    assert path.read_bytes() == CONTENT
+    download_file(server.url, path, MD5)
+    assert len(server.requests) == 1
+
+
+def test_resumes_after_cut_connections(server: Server, tmp_path) -> None:
+    server.cut_after = [300_000, 200_000]
+    path = download_file(server.url, tmp_path / "file.bin", MD5, pause=0.01)
+    assert path.read_bytes() == CONTENT
+    assert server.requests == [None, "bytes=300000-", "bytes=500000-"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_a_later_call_resumes_what_an_earlier_one_kept(server: Server, tmp_path) -> None:
+    server.cut_after = [400_000]
+    with pytest.raises(DownloadError, match="400000 bytes are kept"):
+        download_file(server.url, tmp_path / "file.bin", MD5, attempts=1)
+    assert not (tmp_path / "file.bin").exists()
+    download_file(server.url, tmp_path / "file.bin", MD5)
+    assert server.requests[1] == "bytes=400000-"
+
+
+def test_a_server_without_ranges_starts_over(server: Server, tmp_path) -> None:
+    server.ranges = False
+    server.cut_after = [400_000]
+    path = download_file(server.url, tmp_path / "file.bin", MD5, pause=0.01)
+    assert path.read_bytes() == CONTENT
+
+
+def test_wrong_checksum_keeps_nothing(server: Server, tmp_path) -> None:
+    with pytest.raises(DownloadError, match=f"MD5 {MD5}, expected 0000"):
+        download_file(server.url, tmp_path / "file.bin", "0000")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_part_is_detected(server: Server, tmp_path) -> None:
+    (tmp_path / "file.bin.part").write_bytes(b"x" * 1000)
+    with pytest.raises(DownloadError, match="MD5"):
+        download_file(server.url, tmp_path / "file.bin", MD5)
+    assert download_file(server.url, tmp_path / "file.bin", MD5).read_bytes() == CONTENT
+
+
+def test_a_complete_part_needs_no_bytes(server: Server, tmp_path) -> None:
+    (tmp_path / "file.bin.part").write_bytes(CONTENT)
+    assert download_file(server.url, tmp_path / "file.bin", MD5).read_bytes() == CONTENT
+
+
+def test_missing_on_server_is_not_retried(server: Server, tmp_path) -> None:
+    with pytest.raises(DownloadError, match="404"):
+        download_file(server.url + "x", tmp_path / "file.bin", MD5, pause=5)
+    assert len(server.requests) == 1
+
+
+def test_offline_dataset_gives_one_message(server: Server, tmp_path, monkeypatch) -> None:
+    server.http.server_close()
+    monkeypatch.setattr(flowers, "_URL", server.url.replace("file.bin", ""))
+    monkeypatch.setattr("vimtune.data.download.time.sleep", lambda seconds: None)
+    with pytest.raises(DatasetError, match=r"no connection.*Expected <data-dir>.*synthetic_flowers"):
+        create_dataset("flowers", "train", tmp_path)
+    assert not (tmp_path / "flowers-102" / "setid.mat").exists()
+
+
+def test_extract_moves_one_entry_and_leaves_no_rest(tmp_path) -> None:
+    (tmp_path / "src" / "jpg").mkdir(parents=True)
+    (tmp_path / "src" / "jpg" / "a.txt").write_text("a")
+    with tarfile.open(tmp_path / "x.tgz", "w:gz") as bundle:
+        bundle.add(tmp_path / "src" / "jpg", "inner/jpg")
+    target = extract_archive(tmp_path / "x.tgz", tmp_path / "out", "jpg")
+    assert (target / "a.txt").read_text() == "a"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["jpg"]
+    with pytest.raises(DownloadError, match="no entry 'png'"):
+        extract_archive(tmp_path / "x.tgz", tmp_path / "out2", "png")

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from vimtune.data import CorruptImageError, ImageDataset, build_transform, create_dataset, create_loader
+from vimtune.data.base import load_image
+
+SIZE = (16, 16)
+
+
+def flowers(images: int = 5, species: int = 4) -> ImageDataset:
+    return create_dataset(
+        "synthetic_flowers", "train", img_size=SIZE, species=species, train_per_species=images
+    )
+
+
+def make(ds=None, *, library: str = "albumentations", preset: str = "strong", **changes):
+    options = {
+        "batch_size": 6,
+        "shuffle": True,
+        "drop_last": False,
+        "num_workers": 0,
+        "seed": 3,
+    } | changes
+    transform = build_transform(preset, SIZE, train=True, crop_pct=1.0, library=library)
+    return create_loader(ds or flowers(), transform, **options)
+
+
+def epoch(loader, number: int = 0, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    loader.set_position(number, start)
+    return list(loader)
+
+
+def assert_same(one, two) -> None:
+    assert len(one) == len(two)
+    for (x, y), (p, q) in zip(one, two, strict=True):
+        assert torch.equal(x, p) and torch.equal(y, q)
+
+
+@pytest.mark.parametrize("library", ["albumentations", "torchvision"])
+def test_any_number_of_workers_gives_the_same_batches(library: str) -> None:
+    loaders = [make(library=library, num_workers=n) for n in (0, 1, 2)]
+    for number in (0, 1):  # the second epoch runs in the surviving workers
+        batches = [epoch(loader, number) for loader in loaders]
+        assert_same(batches[0], batches[1])
+        assert_same(batches[0], batches[2])
+
+
+def test_epochs_differ_and_repeat() -> None:
+    loader = make()
+    first, second = epoch(loader, 0), epoch(loader, 1)
+    assert not torch.equal(first[0][0], second[0][0])
+    assert_same(epoch(loader, 0), first)
+    for batches in (first, second):
+        assert Counter(torch.cat([y for _, y in batches]).tolist()) == {0: 5, 1: 5, 2: 5, 3: 5}
+
+
+def test_the_position_does_not_touch_global_random_state() -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    list(make(num_workers=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_ranks_together_see_the_single_process_batches(world: int, shuffle: bool) -> None:
+    whole = epoch(make(shuffle=shuffle), 2)
+    ranks = [epoch(make(shuffle=shuffle, rank=r, world_size=world), 2) for r in range(world)]
+    for i, (images, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([rank[i][0] for rank in ranks]), images)
+        assert torch.equal(torch.cat([rank[i][1] for rank in ranks]), labels)
+    assert len({len(rank) for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_resuming_at_a_batch_reproduces_the_rest(workers: int, start: int) -> None:
+    whole = epoch(make(), 1)
+    assert len(whole) == 4
+    loader = make(num_workers=workers)
+    assert_same(epoch(loader, 1, start), whole[start:])
+    assert len(loader) == 4
+    assert_same(epoch(loader, 2), epoch(make(), 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_abandoned_epoch_leaves_no_trace(workers: int) -> None:
+    loader = make(num_workers=workers)
+    loader.set_position(0)
+    for _ in loader:
+        break
+    assert_same(epoch(loader, 1), epoch(make(), 1))
+
+
+def test_unshuffled_order_is_the_data_sets() -> None:
+    ds = flowers()
+    labels = torch.cat([y for _, y in epoch(make(ds, shuffle=False))])
+    assert labels.tolist() == ds.targets
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cache_changes_nothing_but_the_decoding(workers: int, monkeypatch) -> None:
+    ds = flowers()
+    plain = [epoch(make(ds), n) for n in (0, 1)]
+    calls = []
+    load = ds.load
+    monkeypatch.setattr(ds, "load", lambda i: calls.append(i) or load(i))
+    loader = make(ds, cache=True, num_workers=workers)
+    assert sorted(calls) == list(range(20))
+    monkeypatch.setattr(ds, "load", lambda i: pytest.fail("decoded again"))
+    for number in (0, 1):
+        assert_same(epoch(loader, number), plain[number])
+
+
+def test_cache_stops_at_its_budget(monkeypatch) -> None:
+    monkeypatch.setattr("vimtune.data.loader._free_memory", lambda: 2 * 7 * 16 * 16 * 3)
+    loader = make(cache=True)
+    assert len(loader._items._cached) == 7
+    assert_same(epoch(loader), epoch(make()))
+
+
+class Damaged(ImageDataset):
+    """Ten small files of two classes; numbers 2 and 7 are truncated JPEGs."""
+
+    name = "damaged"
+
+    def __init__(self, folder) -> None:
+        self.classes, self.split, self.source = ["a", "b"], "train", "test"
+        self.targets = [i % 2 for i in range(10)]
+        self.paths = [folder / f"{i}.jpg" for i in range(10)]
+        for i, path in enumerate(self.paths):
+            Image.effect_noise((40, 40), 20 * i).save(path)
+            if i in (2, 7):
+                path.write_bytes(path.read_bytes()[:400])
+
+    def load(self, index: int) -> Image.Image:
+        return load_image(self.paths[index])
+
+    def describe(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cache", [False, True])
+def test_corrupt_image_stops_with_its_path(workers: int, cache: bool, tmp_path) -> None:
+    loader = make(Damaged(tmp_path), num_workers=workers, shuffle=False, batch_size=2, cache=cache)
+    with pytest.raises(CorruptImageError, match=r"2\.jpg") as error:
+        list(loader)
+    assert error.value.path == str(tmp_path / "2.jpg")
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_images_are_skipped_counted_and_named_once(workers: int, tmp_path, caplog) -> None:
+    ds = Damaged(tmp_path)
+    loader = make(ds, num_workers=workers, shuffle=False, batch_size=4, on_corrupt="skip")
+    with caplog.at_level(logging.WARNING):
+        sizes = [[len(y) for _, y in epoch(loader, n)] for n in (0, 1)]
+    assert sizes == [[3, 3, 2]] * 2
+    assert loader.num_skipped == 4
+    assert loader.skipped_paths == {str(tmp_path / "2.jpg"), str(tmp_path / "7.jpg")}
+    assert sum("2.jpg" in record.message for record in caplog.records) == 1
+
+
+def test_a_batch_of_corrupt_images_is_empty_but_shaped(tmp_path) -> None:
+    loader = make(Damaged(tmp_path), shuffle=False, batch_size=1, on_corrupt="skip")
+    images, labels = list(loader)[2]
+    assert images.shape == (0, 3, *SIZE) and labels.shape == (0,) and labels.dtype == torch.int64
+
+
+def test_last_batch() -> None:
+    sizes = [len(y) for _, y in epoch(make(batch_size=8))]
+    assert sizes == [8, 8, 4]
+    assert [len(y) for _, y in epoch(make(batch_size=8, drop_last=True))] == [8, 8]
+    assert len(make(batch_size=8)) == 3 and len(make(batch_size=8, drop_last=True)) == 2
+    assert [len(y) for _, y in epoch(make(batch_size=64))] == [20]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 32, "drop_last": True}, "no batch left: 20 images"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"on_corrupt": "ignore"}, "on_corrupt='ignore'"),
+        ({"batch_size": 5, "drop_last": True, "world_size": 2}, "multiple of 2"),
+    ],
+)
+def test_bad_settings_are_explained(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_positions_outside_are_refused() -> None:
+    with pytest.raises(ValueError, match="start_batch=9"):
+        make().set_position(0, 9)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vimtune.data import LIBRARIES, PRESETS, build_transform
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def photo(height: int = 90, width: int = 120) -> Image.Image:
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    waves = np.stack([np.sin(x / 9) + np.cos(y / 7), np.cos(x / 11 + y / 13), np.sin(y / 5)], -1)
+    return Image.fromarray((127 + 60 * waves).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("img_size", [(32, 32), (24, 48)])
+def test_randomness_is_a_pure_function_of_the_seed(library: str, preset: str, img_size) -> None:
+    def build():
+        return build_transform(preset, img_size, MEAN, STD, train=True, crop_pct=0.9, library=library)
+
+    one, two, image = build(), build(), photo()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state()
+    first = [one(image, seed) for seed in range(12)]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    again = [two(image, seed) for seed in reversed(range(12))][::-1]
+    for a, b in zip(first, again, strict=True):
+        assert a.shape == (3, *img_size) and a.dtype == torch.float32 and a.is_contiguous()
+        assert torch.equal(a, b)
+    distinct = {tuple(a.flatten()[::7].tolist()) for a in first}
+    assert len(distinct) == (1 if preset == "none" else 12)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_flip_does_not_depend_on_the_crop(library: str) -> None:
+    """All four combinations of flipped and left/right crop occur: the steps draw independently."""
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (120, 1, 3)))
+    transform = build_transform("light", (16, 16), (0, 0, 0), (1, 1, 1), train=True, library=library)
+    seen = set()
+    for seed in range(80):
+        grey = transform(ramp, seed).mean(0)
+        seen.add((bool(grey[:, 0].mean() > grey[:, -1].mean()), bool(grey.mean() > 0.47)))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("preset", ["light", "strong"])
+def test_libraries_agree_in_distribution(preset: str) -> None:
+    means, stds = [], []
+    for library in LIBRARIES:
+        transform = build_transform(preset, (32, 32), MEAN, STD, train=True, library=library)
+        batch = torch.stack([transform(photo(), seed) for seed in range(150)])
+        means.append(batch.mean((0, 2, 3)))
+        stds.append(batch.std((0, 2, 3)))
+    torch.testing.assert_close(means[0], means[1], atol=0.15, rtol=0)
+    torch.testing.assert_close(stds[0], stds[1], atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_evaluation_is_the_same_for_both_libraries_and_presets(preset: str, crop_pct: float) -> None:
+    outputs = [
+        build_transform(p, (32, 40), MEAN, STD, train=train, crop_pct=crop_pct, library=library)(photo(), 3)
+        for library in LIBRARIES
+        for p, train in ((preset, False), ("none", True), ("none", False))
+    ]
+    for output in outputs[1:]:
+        assert torch.equal(output, outputs[0])
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+@pytest.mark.parametrize("size", [(50, 70), (300, 200), (61, 61), (97, 333)])
+def test_evaluation_equals_torchvision(crop_pct: float, size: tuple[int, int]) -> None:
+    from torchvision.transforms import v2
+
+    image = photo(*size)
+    resize = [v2.Resize((64, 64), interpolation=v2.InterpolationMode.BICUBIC)]
+    if crop_pct < 1:
+        resize = [
+            v2.Resize(round(64 / crop_pct), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(64),
+        ]
+    oracle = v2.Compose(
+        [*resize, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    )
+    ours = build_transform("none", (64, 64), MEAN, STD, train=False, crop_pct=crop_pct)(image)
+    torch.testing.assert_close(ours, torch.as_tensor(oracle(image)), atol=1e-5, rtol=0)
+
+
+def test_evaluation_crops_the_middle_of_wide_and_tall_images() -> None:
+    for size in ((40, 160), (160, 40)):
+        image = Image.new("RGB", size[::-1], "white")
+        image.paste("black", (size[1] // 2 - 2, size[0] // 2 - 2, size[1] // 2 + 2, size[0] // 2 + 2))
+        out = build_transform("none", (32, 24), (0,) * 3, (1,) * 3, crop_pct=0.8)(image)
+        ys, xs = torch.nonzero(out[0] < 0.3, as_tuple=True)
+        assert abs(ys.float().mean() - 15.5) < 0.6 and abs(xs.float().mean() - 11.5) < 0.6
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_config_rebuilds_and_pickles(library: str) -> None:
+    transform = build_transform("strong", (20, 24), MEAN, STD, train=True, crop_pct=0.9, library=library)
+    assert transform.config["img_size"] == [20, 24]
+    expected = transform(photo(), 9)
+    assert torch.equal(build_transform(**transform.config)(photo(), 9), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(photo(), 9), expected)
+
+
+def test_strong_erases_to_the_mean_now_and_then() -> None:
+    for library in LIBRARIES:
+        transform = build_transform("strong", (32, 32), MEAN, STD, train=True, library=library)
+        white = Image.new("RGB", (64, 64), (255, 255, 255))
+        grey = sum(bool((transform(white, s).abs().amax(0) < 0.02).float().mean() > 0.015) for s in range(80))
+        assert 8 <= grey <= 60
+
+
+def test_bad_values_are_named() -> None:
+    for wrong, message in (
+        ({"preset": "lite"}, "Did you mean 'light'"),
+        ({"library": "albumentation"}, "Did you mean 'albumentations'"),
+        ({"interpolation": "cubic"}, "bicubic"),
+        ({"crop_pct": 0.0}, "crop_pct=0.0"),
+        ({"img_size": (0, 4)}, "img_size"),
+        ({"std": (0, 1, 1)}, "std"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_transform(**wrong)
+
+
+def test_albumentations_is_imported_late_offline_and_without_side_effects() -> None:
+    code = """
+import os, sys, socket
+socket.socket.connect = lambda *a: sys.exit('network call')
+import vimtune.data as d
+assert 'albumentations' not in sys.modules
+import cv2
+state = (cv2.getNumThreads(), dict(os.environ))
+d.build_transform('strong', (8, 8), train=True)
+assert 'albumentations' in sys.modules
+assert (cv2.getNumThreads(), dict(os.environ)) == state
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

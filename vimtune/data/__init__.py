@@ -1,0 +1,42 @@
+"""Data sets, transforms and loaders.
+
+A new data set is one file beside these with a class under `@register_dataset("name")`, and its name in the
+import below.
+"""
+
+from vimtune.data import caltech, cars, flowers, folder, synthetic  # noqa: F401  (each registers itself)
+from vimtune.data.base import (
+    SPLITS,
+    CorruptImageError,
+    DatasetError,
+    ImageDataset,
+    MissingSplitError,
+    create_dataset,
+    dataset_options,
+    dataset_summary,
+    list_datasets,
+    load_image,
+    register_dataset,
+)
+from vimtune.data.loader import ImageLoader, create_loader
+from vimtune.data.transforms import LIBRARIES, PRESETS, Transform, build_transform
+
+__all__ = [
+    "LIBRARIES",
+    "PRESETS",
+    "SPLITS",
+    "CorruptImageError",
+    "DatasetError",
+    "ImageDataset",
+    "ImageLoader",
+    "MissingSplitError",
+    "Transform",
+    "build_transform",
+    "create_dataset",
+    "create_loader",
+    "dataset_options",
+    "dataset_summary",
+    "list_datasets",
+    "load_image",
+    "register_dataset",
+]

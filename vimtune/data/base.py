@@ -1,0 +1,285 @@
+"""What every image data set offers, and the registry that finds it by name."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from vimtune.utils import suggest
+
+SPLITS = ("train", "val", "test", "train+val")
+DEFAULT_DATA_DIR = "data"
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
+EMBEDDED_ALTERNATIVE = "No files at hand? `--dataset synthetic_flowers` is embedded and needs none."
+
+
+class DatasetError(ValueError):
+    """A data set cannot be used as asked; the message says what was expected and what to do."""
+
+
+class MissingSplitError(DatasetError):
+    """The data set exists but has no such split (e.g. a folder without test images)."""
+
+
+class CorruptImageError(ValueError):
+    """An image cannot be decoded. `path` names it, `reason` is the decoder's word."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(
+            f"cannot decode image {path}: {reason}. Replace or remove the file, "
+            f"or leave such images out with on_corrupt='skip'."
+        )
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+class ImageDataset(ABC):
+    """Images with integer labels.
+
+    Attributes:
+        name: the registry's name.
+        summary: one line for tables.
+        split: one of `SPLITS`.
+        classes: human-readable class names; label `i` means `classes[i]`.
+        targets: the label of every image.
+        source: one line saying which data are really used.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    split: str
+    classes: list[str]
+    targets: list[int]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def label(self, index: int) -> int:
+        """Class index of image `index`."""
+        return self.targets[index]
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image:
+        """Decode image `index` to RGB.
+
+        Raises:
+            CorruptImageError: the file cannot be read or decoded.
+        """
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """Name image `index` in messages: its path, or how it was generated."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.source})"
+
+
+class FileDataset(ImageDataset):
+    """A data set whose images are files. Subclasses pass what they found to `_set_files`."""
+
+    paths: list[str]
+
+    def _set_files(
+        self, split: str, paths: Sequence[str], targets: Sequence[int], classes: Sequence[str], source: str
+    ) -> None:
+        self.split = split
+        self.paths = list(paths)
+        self.targets = [int(target) for target in targets]
+        self.classes = list(classes)
+        self.source = f"{source}, {len(self.paths)} images of {len(self.classes)} classes"
+
+    def load(self, index: int) -> Image.Image:
+        return load_image(self.paths[index])
+
+    def describe(self, index: int) -> str:
+        return self.paths[index]
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file to RGB; transparency is laid over white.
+
+    Raises:
+        CorruptImageError: the file is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                canvas = Image.new("RGBA", image.size, "white")
+                canvas.alpha_composite(image.convert("RGBA"))
+                return canvas.convert("RGB")
+            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    # Pillow's decoders raise all of these on damaged files.
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise CorruptImageError(str(path), str(error) or type(error).__name__) from error
+
+
+# --------------------------------------------------------------------------- registry
+
+_REGISTRY: dict[str, type[ImageDataset]] = {}
+
+
+def register_dataset(name: str) -> Callable[[type[ImageDataset]], type[ImageDataset]]:
+    """Class decorator: make an `ImageDataset` available as `create_dataset(name, ...)`.
+
+    The class is called with `(split, data_dir, *, seed, img_size, download, **options)`; its further
+    keyword-only arguments are the options users give as `dataset_kwargs`.
+    """
+
+    def register(cls: type[ImageDataset]) -> type[ImageDataset]:
+        assert name not in _REGISTRY, f"data set {name!r} registered twice"
+        assert cls.summary, f"data set {name!r} needs a summary"
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def list_datasets() -> dict[str, str]:
+    """Names of all data sets with a one-line description each."""
+    return {name: _REGISTRY[name].summary for name in sorted(_REGISTRY)}
+
+
+def dataset_summary(name: str) -> str:
+    """One-line description of the data set `name`."""
+    return _find(name).summary
+
+
+def dataset_options(name: str) -> dict[str, Any]:
+    """Options of a data set (`dataset_kwargs`) with their defaults."""
+    common = {"self", "split", "data_dir", "seed", "img_size", "download"}
+    parameters = inspect.signature(_find(name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in common}
+
+
+def create_dataset(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    seed: int = 0,
+    img_size: tuple[int, int] = (64, 64),
+    download: bool = True,
+    **dataset_kwargs: Any,
+) -> ImageDataset:
+    """Open one split of a data set.
+
+    Args:
+        name: see `list_datasets()`.
+        split: "train", "val", "test" or "train+val".
+        data_dir: where the files are or go; default `./data`. Generators ignore it.
+        seed: fixes splits that are drawn, and the images of generators.
+        img_size: (height, width) of generated images; files keep their own size.
+        download: fetch missing data where the owner offers a download.
+        dataset_kwargs: options of this data set, see `dataset_options(name)`.
+
+    Raises:
+        DatasetError: unknown name, split or option, or missing or unusable data.
+    """
+    cls = _find(name)
+    if split not in SPLITS:
+        raise DatasetError(
+            f"unknown split {split!r}; choose from {', '.join(SPLITS)}.{suggest(split, SPLITS)}"
+        )
+    options = dataset_options(name)
+    for key in dataset_kwargs:
+        if key not in options:
+            known = ", ".join(options) or "none"
+            raise DatasetError(
+                f"data set {name!r} has no option {key!r}; its options: {known}.{suggest(key, options)}"
+            )
+    root = None if data_dir is None else Path(data_dir).expanduser()
+    make: Callable[..., ImageDataset] = cls
+    return make(split, root, seed=seed, img_size=img_size, download=download, **dataset_kwargs)
+
+
+def _find(name: str) -> type[ImageDataset]:
+    if name not in _REGISTRY:
+        raise DatasetError(
+            f"unknown data set {name!r}; choose from {', '.join(list_datasets())}.{suggest(name, _REGISTRY)}"
+        )
+    return _REGISTRY[name]
+
+
+# --------------------------------------------------------------------------- helpers for data sets
+
+
+def locate_root(data_dir: Path | None, folder_names: Sequence[str], marker: str) -> tuple[Path, bool]:
+    """Find the folder that holds `marker`: `data_dir` itself or one of `folder_names` inside it.
+
+    Returns:
+        (folder, found). When nothing is found, the folder is where a download should go:
+        `data_dir` if it carries one of the names already, else its first named sub-folder.
+    """
+    base = Path(DEFAULT_DATA_DIR) if data_dir is None else data_dir
+    if data_dir is not None and not data_dir.is_dir():
+        # A new folder for a download is fine; a path of which nothing exists is a slip.
+        if data_dir.exists():
+            raise DatasetError(f"data_dir {str(data_dir)!r} is a file; give the folder with the data.")
+        if not data_dir.absolute().parent.is_dir():
+            raise DatasetError(f"data_dir {str(data_dir)!r} does not exist. {EMBEDDED_ALTERNATIVE}")
+    for candidate in (base, *(base / name for name in folder_names)):
+        if (candidate / marker).exists():
+            return candidate, True
+    return (base if base.name in folder_names else base / folder_names[0]), False
+
+
+def check_files_exist(paths: Sequence[str], what: str, advice: str) -> None:
+    """Raise one `DatasetError` when some of `paths` are missing. Lists each folder once."""
+    present = {folder: set(_list_names(folder)) for folder in {os.path.dirname(path) for path in paths}}
+    missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
+    if missing:
+        raise DatasetError(
+            f"{what} is incomplete: {len(missing)} of {len(paths)} images are missing, "
+            f"e.g. {missing[0]}. {advice}"
+        )
+
+
+def _list_names(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:
+    """Draw disjoint parts with the same class proportions; the remainder is the last part.
+
+    Each class gives `round(fraction * count)` images to every part (at least one where the class has
+    enough images for all parts), and always keeps one for the remainder. Classes are drawn
+    independently, so adding images to one class does not move the others.
+
+    Args:
+        targets: class of every image.
+        fractions: share of each drawn part, in (0, 1), sum below 1.
+        seed: the split is a pure function of `targets`, `fractions` and `seed`.
+
+    Returns:
+        `len(fractions) + 1` sorted lists of indices.
+    """
+    parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
+    labels = np.asarray(targets)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        left = len(order)
+        for part, fraction in zip(parts, fractions, strict=False):
+            minimum = 1 if len(order) > len(fractions) and fraction > 0 else 0
+            take = min(max(round(fraction * len(order)), minimum), left - 1)
+            part.extend(order[len(order) - left : len(order) - left + take].tolist())
+            left -= take
+        parts[-1].extend(order[len(order) - left :].tolist())
+    return [sorted(part) for part in parts]

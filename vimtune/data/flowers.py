@@ -1,0 +1,92 @@
+"""Oxford Flowers-102 (Nilsback & Zisserman, 2008) in its official split."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from vimtune.data.base import (
+    EMBEDDED_ALTERNATIVE,
+    DatasetError,
+    FileDataset,
+    check_files_exist,
+    locate_root,
+    register_dataset,
+)
+from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+
+_URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+_MD5 = {
+    "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
+    "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
+    "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
+}
+_SPLIT_KEYS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "train+val": ("trnid", "valid")}
+_LAYOUT = (
+    "Expected <data-dir>/flowers-102/ with jpg/image_00001.jpg ... image_08189.jpg, imagelabels.mat and "
+    f"setid.mat (102flowers.tgz and the .mat files of {_URL})."
+)
+
+
+@register_dataset("flowers")
+class Flowers(FileDataset):
+    """102 British flowers: 1020 train, 1020 val, 6149 test images; 2040 in train+val."""
+
+    summary = "Oxford Flowers-102, official split (102 classes; downloads 345 MB)"
+
+    def __init__(
+        self, split: str, data_dir: Path | None, *, seed: int, img_size: tuple[int, int], download: bool
+    ) -> None:
+        del seed, img_size  # official split, real files
+        root, found = locate_root(data_dir, ["flowers-102", "flowers/flowers-102"], "setid.mat")
+        if not (found and (root / "imagelabels.mat").exists() and (root / "jpg").is_dir()):
+            if not download:
+                raise DatasetError(f"Flowers-102 is not in {root}. {_LAYOUT} {EMBEDDED_ALTERNATIVE}")
+            _download(root)
+        ids, labels = _read_split(root, split)
+        paths = [str(root / "jpg" / f"image_{i:05d}.jpg") for i in ids]
+        classes = (
+            files("vimtune.data").joinpath("flowers_classes.txt").read_text(encoding="utf-8").splitlines()
+        )
+        check_files_exist(
+            paths, f"Flowers-102 in {root}", f"Delete {root / 'jpg'} to download it again. {_LAYOUT}"
+        )
+        self._set_files(
+            split,
+            paths,
+            [labels[i - 1] - 1 for i in ids],
+            classes,
+            f"Flowers-102 official {split} split from {root}",
+        )
+
+
+def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
+    """Image numbers of a split (1-based) and the labels (1-based) of all images."""
+    from scipy.io import loadmat
+
+    try:
+        sets = loadmat(root / "setid.mat", squeeze_me=True)
+        labels = loadmat(root / "imagelabels.mat", squeeze_me=True)["labels"].tolist()
+        ids = [int(i) for key in _SPLIT_KEYS[split] for i in sets[key]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"setid.mat or imagelabels.mat in {root} is damaged ({error}). Delete both and download again."
+        ) from error
+    return ids, labels
+
+
+def _download(root: Path) -> None:
+    try:
+        with download_lock(root):
+            for name in ("imagelabels.mat", "setid.mat"):
+                download_file(_URL + name, root / name, _MD5[name])
+            if not (root / "jpg").is_dir():
+                archive = download_file(
+                    _URL + "102flowers.tgz", root / "102flowers.tgz", _MD5["102flowers.tgz"]
+                )
+                extract_archive(archive, root, "jpg")
+                archive.unlink()
+    except DownloadError as error:
+        raise DatasetError(
+            f"Flowers-102 is not in {root} and: {error} {_LAYOUT} {EMBEDDED_ALTERNATIVE}"
+        ) from error
