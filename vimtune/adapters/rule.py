@@ -118,7 +118,7 @@ def attach(module: nn.Module, parameter: str, adapter: str, rule: WeightRule) ->
     if parameter not in slots:
         slots[parameter] = Slot()
     slot = slots[parameter]
-    rule.to(device=base.device)
+    rule.to(device=base.device).train(module.training)
     slot[adapter] = Chain(slot[adapter], rule) if adapter in slot else rule
     _update_class(module)
 
