@@ -192,6 +192,7 @@ def test_all_problems_are_reported_together():
         ({"min_lr": 0.1}, "larger than lr"),
         ({"epochs": 2, "warmup_epochs": 3}, "warmup_epochs = 3"),
         ({"amp": "fp16", "device": "cpu"}, "bf16"),
+        ({"model_kwargs": {"img_size": 32}}, "img_size is set by the key img_size"),
         ({"peft": "linear", "rank": 4}, "rank = 4 is not a field of linear"),
         ({"rank": 4, "peft_kwargs": {"rank": 4}}, "given twice"),
         ({"peft_kwargs": {"rnk": 4}}, "Did you mean 'rank'?"),

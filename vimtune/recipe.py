@@ -26,6 +26,19 @@ RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors
 GROUPS = ("data", "model", "method", "optimisation", "run")
 
 
+# Model options that the recipe sets from elsewhere, and where.
+_MODEL_OPTION_OWNERS = {
+    "num_classes": "the data set",
+    "img_size": "the key img_size",
+    "drop_path_rate": "the key drop_path",
+    "pretrained": "the key pretrained",
+    "peft": "the key peft",
+    "peft_targets": "the key targets",
+    "peft_layers": "the key layers",
+    "peft_kwargs": "the key peft_kwargs",
+}
+
+
 class RecipeError(ValueError):
     """A recipe that cannot run; `problems` lists every reason, one line each."""
 
@@ -246,6 +259,12 @@ class Recipe:
             )
         if not wrong & {"amp", "device"} and self.amp == "fp16" and self.device == "cpu":
             problems.append("amp = 'fp16' needs a GPU: use bf16 or none on the CPU")
+        if "model_kwargs" not in wrong:
+            problems += [
+                f"model_kwargs: {option} is set by {owner}"
+                for option, owner in _MODEL_OPTION_OWNERS.items()
+                if option in self.model_kwargs
+            ]
         if not wrong & {"peft", "peft_kwargs"}:
             problems += self._method_problems(wrong)
         return problems
