@@ -42,6 +42,6 @@ class DoRARule(WeightRule):
 class DoRA(LoRA):
     summary = "low-rank update of the directions, free magnitude of each row (Liu et al. 2024)"
 
-    def build_rule(self, path: str, weight: Tensor) -> DoRARule:
+    def build_rule(self, path: str, weight: Tensor) -> WeightRule:
         check_matrix(self.name, path, weight, self.rank)
         return DoRARule(weight, self.rank, self.alpha, self.dropout)

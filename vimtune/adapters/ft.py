@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vimtune.adapters.base import Method, register_method
-from vimtune.adapters.rule import Tuned
+from vimtune.adapters.rule import Tuned, WeightRule
 
 
 @register_method("ft")
@@ -15,5 +15,5 @@ from vimtune.adapters.rule import Tuned
 class FineTuning(Method):
     summary = "full training of the targets (the projectors)"
 
-    def build_rule(self, path: str, weight: Tensor) -> Tuned:
+    def build_rule(self, path: str, weight: Tensor) -> WeightRule:
         return Tuned(weight)

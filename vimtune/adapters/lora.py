@@ -64,6 +64,6 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         check_low_rank_options(self.alpha, self.dropout)
 
-    def build_rule(self, path: str, weight: Tensor) -> LoRARule:
+    def build_rule(self, path: str, weight: Tensor) -> WeightRule:
         check_matrix(self.name, path, weight, self.rank)
         return LoRARule(weight, self.rank, self.alpha, self.dropout)

@@ -23,6 +23,7 @@ from vimtune.adapters.rule import (
     WeightRule,
     attach,
     base_parameters,
+    base_value,
     detach,
     has_rules,
     iter_slots,
@@ -135,8 +136,8 @@ def inject(
             parameter.requires_grad_(False)
         model.register_load_state_dict_post_hook(_forgive_missing_adapters)
     for path, rule in rules:
-        owner, parameter = _owner(model, path)
-        attach(owner, parameter, name, rule)
+        owner, leaf = _owner(model, path)
+        attach(owner, leaf, name, rule)
     state.records[name] = AdapterRecord(
         name=name,
         method=method,
@@ -188,10 +189,11 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _base_parameter(model: nn.Module, path: str) -> nn.Parameter:
-    owner, name = _owner(model, path)
-    parameter = owner._parameters[name]
-    assert parameter is not None
-    return parameter
+    return base_value(*_owner(model, path))
+
+
+def _set_num_classes(model: nn.Module, num_classes: int) -> None:
+    model.num_classes = num_classes  # type: ignore[assignment]  # timm's attribute, an int
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -210,7 +212,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         slot.active = name
         for adapter, rule in slot.items():
             rule.requires_grad_(adapter == name)
-    model.num_classes = state.num_classes if name is None else state.records[name].num_classes
+    _set_num_classes(model, state.num_classes if name is None else state.records[name].num_classes)
 
 
 @contextmanager
@@ -270,14 +272,14 @@ def merge(model: Model) -> Model:
     _, record = _demand(model)
     merged: list[tuple[nn.Module, str, Tensor]] = []
     for path, owner, parameter, slot in iter_slots(model):
-        weight = slot.effective(owner._parameters[parameter]).clone()
+        weight = slot.effective(base_value(owner, parameter)).clone()
         if not torch.isfinite(weight).all():
             raise ValueError(f"adapter {record.name!r} makes {path} non-finite; nothing was merged")
         merged.append((owner, parameter, weight))
     for name in list(state.records):
         delete_adapter(model, name)
     for owner, parameter, weight in merged:
-        base = owner._parameters[parameter]
+        base = base_value(owner, parameter)
         if base.shape == weight.shape:
             base.copy_(weight)
         else:
@@ -285,7 +287,7 @@ def merge(model: Model) -> Model:
     head = getattr(model, "get_classifier", lambda: None)()
     if isinstance(head, nn.Linear):
         head.out_features = record.num_classes
-    model.num_classes = record.num_classes
+    _set_num_classes(model, record.num_classes)
     return model
 
 
@@ -313,7 +315,7 @@ class AdaptedParameter:
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[AdaptedParameter]:
     """Trained tensors of the active adapter, or of the one named."""
     _, record = _demand(model, name)
-    exempt = getattr(model, "no_weight_decay", set)()
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
     for path, _, leaf, slot in iter_slots(model):
         if record.name not in slot:
             continue
@@ -406,5 +408,5 @@ def summary(model: nn.Module) -> AdapterSummary:
 
 
 def head_has_rules(model: nn.Module) -> bool:
-    """Whether an adapter owns the classification head."""
-    return any(has_rules(module) for module in model.get_classifier().modules())
+    """Whether an adapter owns a parameter of the classification head."""
+    return any(has_rules(_owner(model, path)[0]) for path in _head_parameters(model))

@@ -86,7 +86,7 @@ class ProDiaL(LoRA):
                 'no gradient; variant "free" or larger blocks do'
             )
 
-    def build_rule(self, path: str, weight: Tensor) -> ProDiaLRule:
+    def build_rule(self, path: str, weight: Tensor) -> WeightRule:
         _, columns = check_matrix(self.name, path, weight, self.rank)
         if self.block_size < 1 or columns % self.block_size:
             divisors = [str(size) for size in range(1, min(columns, 64) + 1) if columns % size == 0]

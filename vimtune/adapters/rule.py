@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class Chain(WeightRule):
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         for rule in self.rules:
-            weight = rule.effective_weight(weight)
+            weight = cast(WeightRule, rule).effective_weight(weight)
         return weight
 
 
@@ -66,7 +66,9 @@ class Slot(nn.ModuleDict):
     @property
     def rule(self) -> WeightRule | None:
         """The rule in force, if any."""
-        return self[self.active] if self.active is not None and self.active in self else None
+        if self.active is None or self.active not in self:
+            return None
+        return cast(WeightRule, self[self.active])
 
     def effective(self, weight: Tensor) -> Tensor:
         rule = self.rule
@@ -79,16 +81,31 @@ class Slot(nn.ModuleDict):
         return rule.effective_weight(weight)
 
 
+def has_rules(module: nn.Module) -> bool:
+    """Whether any parameter of `module` itself has a rule."""
+    return SLOTS in module._modules
+
+
+def slots_of(module: nn.Module) -> dict[str, Slot]:
+    """The slots of a module that has rules, by parameter name."""
+    return cast(dict[str, Slot], module._modules[SLOTS])
+
+
+def base_value(module: nn.Module, parameter: str) -> nn.Parameter:
+    """The frozen parameter itself, whatever rules it has."""
+    return cast(nn.Parameter, module._parameters[parameter])
+
+
 def _effective_property(name: str) -> property:
     def read(module: nn.Module) -> Tensor:
-        return module._modules[SLOTS][name].effective(module._parameters[name])
+        return slots_of(module)[name].effective(base_value(module, name))
 
     return property(read, doc=f"effective value of {name!r} under the active adapter")
 
 
 def _adapted_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    weight = module._parameters["weight"]
-    rule = module._modules[SLOTS]["weight"].rule
+    weight = base_value(module, "weight")
+    rule = slots_of(module)["weight"].rule
     return F.linear(x, weight, module.bias) if rule is None else rule.linear(x, weight, module.bias)
 
 
@@ -103,29 +120,28 @@ def _adapted_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 
 
 def _update_class(module: nn.Module) -> None:
-    base = getattr(type(module), "_unadapted_class", type(module))
-    slots = module._modules.get(SLOTS)
-    module.__class__ = _adapted_class(base, tuple(sorted(slots))) if slots else base
+    base: type[nn.Module] = getattr(type(module), "_unadapted_class", type(module))
+    if has_rules(module):
+        base = _adapted_class(base, tuple(sorted(slots_of(module))))  # type: ignore[arg-type]  # classes hash
+    module.__class__ = base
 
 
 def attach(module: nn.Module, parameter: str, adapter: str, rule: WeightRule) -> None:
     """Give `module.<parameter>` a rule under the name of an adapter; inactive at first."""
-    base = module._parameters[parameter]
-    assert base is not None
-    if SLOTS not in module._modules:
+    if not has_rules(module):
         module.add_module(SLOTS, nn.ModuleDict())
-    slots = module._modules[SLOTS]
+    slots = slots_of(module)
     if parameter not in slots:
         slots[parameter] = Slot()
     slot = slots[parameter]
-    rule.to(device=base.device).train(module.training)
-    slot[adapter] = Chain(slot[adapter], rule) if adapter in slot else rule
+    rule.to(device=base_value(module, parameter).device).train(module.training)
+    slot[adapter] = Chain(cast(WeightRule, slot[adapter]), rule) if adapter in slot else rule
     _update_class(module)
 
 
 def detach(module: nn.Module, adapter: str) -> None:
     """Remove an adapter's rules from `module`, and the mechanism itself after the last one."""
-    slots = module._modules[SLOTS]
+    slots = slots_of(module)
     for parameter in list(slots):
         if adapter in slots[parameter]:
             del slots[parameter][adapter]
@@ -141,15 +157,10 @@ def adapted_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in model.named_modules() if has_rules(module)]
 
 
-def has_rules(module: nn.Module) -> bool:
-    """Whether any parameter of `module` itself has a rule."""
-    return SLOTS in module._modules
-
-
 def iter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]]:
     """(parameter path, owner, parameter name, slot) of every parameter with rules."""
     for path, module in adapted_modules(model):
-        for parameter, slot in module._modules[SLOTS].items():
+        for parameter, slot in slots_of(module).items():
             yield join(path, parameter), module, parameter, slot
 
 

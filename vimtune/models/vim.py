@@ -183,7 +183,7 @@ class VisionMamba(nn.Module):
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         self._init_head()
 
     def _init_head(self) -> None:
@@ -319,7 +319,7 @@ class VisionMamba(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: max_index + 1]
         if prune_norm:
-            self.norm_f = nn.Identity()
+            self.norm_f = nn.Identity()  # type: ignore[assignment]
         if prune_head:
             self.reset_classifier(0, "")
         return take_indices
@@ -397,7 +397,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
             **kwargs,
         )
-    backbone = model.model if kwargs.get("features_only") else model
+    backbone: Any = model.model if kwargs.get("features_only") else model
     backbone.creation = {
         "name": variant,
         "kwargs": {k: v for k, v in kwargs.items() if k not in _FACTORY_OPTIONS},
@@ -478,43 +478,43 @@ PATCH8_64 = {"img_size": 64, "patch_size": 8}
 
 
 @register_model
-def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-Ti, 7 M parameters, 196 patches."""
     return _create_vim("vim_tiny_patch16_224", pretrained, **{**TINY, **kwargs})
 
 
 @register_model
-def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-Ti+, overlapping patches of stride 8, 729 patches."""
     return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **{**TINY, "stride": 8, **kwargs})
 
 
 @register_model
-def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-S, 26 M parameters, 196 patches."""
     return _create_vim("vim_small_patch16_224", pretrained, **{**SMALL, **kwargs})
 
 
 @register_model
-def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-S+, overlapping patches of stride 8, 729 patches."""
     return _create_vim("vim_small_patch16_stride8_224", pretrained, **{**SMALL, "stride": 8, **kwargs})
 
 
 @register_model
-def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-B, 98 M parameters, 196 patches."""
     return _create_vim("vim_base_patch16_224", pretrained, **{**BASE, **kwargs})
 
 
 @register_model
-def vim_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def vim_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Vim-Ti for images of 64 pixels, 64 patches."""
     return _create_vim("vim_tiny_patch8_64", pretrained, **{**TINY, **PATCH8_64, **kwargs})
 
 
 @register_model
-def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """About 1 M parameters for images of 64 pixels: trains on a CPU."""
     return _create_vim(
         "vim_nano_patch8_64", pretrained, **{"embed_dim": 96, "depth": 12, **PATCH8_64, **kwargs}
@@ -522,7 +522,7 @@ def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
 
 
 @register_model
-def test_vim(pretrained: bool = False, **kwargs: Any) -> VisionMamba:
+def test_vim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A few thousand parameters for tests: images of 32 pixels, 16 patches."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3}
     return _create_vim("test_vim", pretrained, **{**sizes, **kwargs})

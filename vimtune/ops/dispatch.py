@@ -207,7 +207,7 @@ def _demand(name: str, device: torch.device) -> Backend:
 @cache
 def _choose_automatically(device_type: str, device_index: int | None) -> Backend:
     device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
-    refused = []
+    refused: list[tuple[str, str]] = []
     for backend in _BACKENDS.values():
         reasons = backend.refusals(device)
         if not reasons:

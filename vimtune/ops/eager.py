@@ -56,8 +56,8 @@ class EagerBackend(Backend):
         uf, Af, Bf, Cf = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
         dt_u = dt * uf
         grad = grad.to(dtype)
-        gate = None if z is None else torch.sigmoid(z.to(dtype))
-        grad_y = grad if gate is None else grad * gate * z.to(dtype)
+        zf = None if z is None else z.to(dtype)
+        grad_y = grad if zf is None else grad * F.silu(zf)
 
         need_time = need_delta or need_bias
         y = torch.empty_like(uf) if need_z else None
@@ -114,7 +114,8 @@ class EagerBackend(Backend):
         if y is not None:
             if D is not None:
                 y += D.to(dtype) * uf
-            grad_z = (grad * y * gate * (1 + z.to(dtype) * (1 - gate))).to(z.dtype)
+            gate = torch.sigmoid(zf)
+            grad_z = (grad * y * gate * (1 + zf * (1 - gate))).to(z.dtype)
         return (
             None if grad_u is None else grad_u.to(u.dtype),
             grad_raw.to(delta.dtype) if need_delta else None,

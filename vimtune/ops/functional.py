@@ -8,7 +8,7 @@ Shape letters: B batch, L tokens, E inner width, N states, K filter width.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _unit_strides(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else _unit_stride(tensor) for tensor in tensors)
+def _unit_strides(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else _unit_stride(tensor) for tensor in tensors]
 
 
 def _check_shapes(named: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
@@ -119,14 +119,16 @@ def _scan(
     )
     tensors = _unit_strides(u, delta, A, B, C, D, z, delta_bias)
     kernels = resolve_backend(backend, u.device)
-    return kernels.scan_forward(*tensors, ScanOptions(delta_softplus, reverse), save_states)  # type: ignore[arg-type]
+    return kernels.scan_forward(*tensors, ScanOptions(delta_softplus, reverse), save_states)
 
 
 @_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, save_states):
     shape: tuple[int, ...] = (0,)
     if save_states:
-        shape = resolve_backend(backend, u.device).states_shape(*u.shape, A.shape[1])
+        shape = resolve_backend(backend, u.device).states_shape(
+            u.shape[0], u.shape[1], u.shape[2], A.shape[1]
+        )
     return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.promote_types(u.dtype, torch.float32))
 
 
@@ -150,7 +152,7 @@ def _scan_backward(
     tensors = _unit_strides(grad, states, u, delta, A, B, C, D, z, delta_bias)
     kernels = resolve_backend(backend, u.device)
     options = ScanOptions(delta_softplus, reverse)
-    return _as_list(kernels.scan_backward(*tensors, options, needs), grad)  # type: ignore[arg-type]
+    return _as_list(kernels.scan_backward(*tensors, options, needs), grad)
 
 
 @_scan_backward.register_fake
@@ -195,7 +197,7 @@ def _conv(
     inner = x.shape[2]
     _check_shapes({"weight": (weight, (inner, weight.shape[1])), "bias": (bias, (inner,))})
     tensors = _unit_strides(x, weight, bias)
-    return resolve_backend(backend, x.device).conv_forward(*tensors, silu, reverse)  # type: ignore[arg-type]
+    return resolve_backend(backend, x.device).conv_forward(*tensors, silu, reverse)
 
 
 @_conv.register_fake
@@ -216,7 +218,7 @@ def _conv_backward(
 ) -> list[Tensor]:
     tensors = _unit_strides(grad, x, weight, bias)
     kernels = resolve_backend(backend, x.device)
-    return _as_list(kernels.conv_backward(*tensors, silu, reverse, needs), grad)  # type: ignore[arg-type]
+    return _as_list(kernels.conv_backward(*tensors, silu, reverse, needs), grad)
 
 
 @_conv_backward.register_fake
