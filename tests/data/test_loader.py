@@ -146,14 +146,16 @@ class Damaged(ImageDataset):
         return str(self.paths[index])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("workers", "cache"), [(0, False), (0, True), (1, False), (1, True)])
 def test_corrupt_image_stops_with_its_path(workers: int, cache: bool, tmp_path) -> None:
     loader = make(Damaged(tmp_path), num_workers=workers, shuffle=False, batch_size=2, cache=cache)
-    with pytest.raises(CorruptImageError, match=r"2\.jpg") as error:
+    message = path = ""
+    try:  # not pytest.raises: the traceback it keeps would keep the workers alive
         list(loader)
-    assert error.value.path == str(tmp_path / "2.jpg")
-    assert "Traceback" not in str(error.value)
+    except CorruptImageError as error:
+        message, path = str(error), error.path
+    assert path == str(tmp_path / "2.jpg")
+    assert path in message and "Traceback" not in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])

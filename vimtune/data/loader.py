@@ -167,7 +167,7 @@ class _Key(NamedTuple):
     """What a worker needs to make one sample. Carrying the epoch lets workers outlive it."""
 
     epoch: int
-    index: int
+    image: int
 
 
 class _Failed(NamedTuple):
@@ -204,13 +204,13 @@ class _Items(Dataset):
         )
 
     def __getitem__(self, key: _Key) -> tuple[torch.Tensor, int] | _Failed:
-        pixels = self._cached.get(key.index)
+        pixels = self._cached.get(key.image)
         try:
-            image = self.dataset.load(key.index) if pixels is None else Image.fromarray(pixels)
+            image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
         except CorruptImageError as error:
-            return _Failed(self.dataset.describe(key.index), error.reason)
-        tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.index))
-        return tensor, self.dataset.label(key.index)
+            return _Failed(self.dataset.describe(key.image), error.reason)
+        tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.image))
+        return tensor, self.dataset.label(key.image)
 
 
 class _Batches(Sampler[list[_Key]]):

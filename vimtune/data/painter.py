@@ -73,7 +73,7 @@ def smooth_noise(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return _stretch(height, values.shape[-2]) @ values @ _stretch(width, values.shape[-1]).T
 
 
-def mix(a: Sequence[float], b: Sequence[float], t: float) -> RGB:
+def mix(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, t: float) -> RGB:
     """Colour between `a` (t = 0) and `b` (t = 1)."""
     return (a[0] + (b[0] - a[0]) * t, a[1] + (b[1] - a[1]) * t, a[2] + (b[2] - a[2]) * t)
 

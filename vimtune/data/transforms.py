@@ -117,7 +117,7 @@ def build_transform(
         raise ValueError(f"crop_pct={crop_pct} must lie in (0, 1].")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} must be 3 numbers each, std positive.")
-    config = {
+    config: dict[str, Any] = {
         "preset": preset,
         "img_size": [int(side) for side in img_size],
         "mean": [float(value) for value in mean],
