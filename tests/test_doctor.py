@@ -103,16 +103,20 @@ def test_reasons_of_a_backend_that_cannot_run_are_shown(monkeypatch):
     assert code == 0 and "cannot run: no [magic] found" in text
 
 
-@pytest.mark.parametrize("compiler", [None, "/usr/bin/c++"])
+@pytest.mark.parametrize("compiler", [None, "missing", "c++"])
 @pytest.mark.parametrize("driver", [False, True])
 @pytest.mark.parametrize("build", [None, "13.0"])
 def test_advice_on_a_machine_without_usable_gpu(monkeypatch, compiler, driver, build):
-    monkeypatch.setattr(doctor, "find_compiler", lambda: compiler)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(doctor, "compiler", lambda: compiler if compiler == "c++" else None)
+    if compiler == "missing":
+        monkeypatch.setenv("CXX", "missing")
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     advice = "\n".join(doctor.install_advice())
-    assert ("compiler" in advice) == (compiler is None)
+    assert ("compiler" in advice) == (compiler != "c++")
+    assert ("unset CXX" in advice) == (compiler == "missing")
     assert ("pip install --force-reinstall torch" in advice) == (driver and build is None)
     assert ("nvidia-smi" in advice) == (driver and build is not None)
 

@@ -5,6 +5,7 @@ and the exact line that installs what is missing.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from vimtune import __version__, ops
 from vimtune.ops import reference
+from vimtune.ops.cpu import build
 
 # Largest error that rounding explains, relative to the largest element of the reference result.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -37,10 +39,12 @@ def installed(package: str) -> str | None:
         return None
 
 
-def find_compiler() -> str | None:
-    """Path of the C++ compiler that the CPU kernel would be built with."""
-    candidates = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+def compiler() -> str | None:
+    """Command line start of the C++ compiler that the CPU kernels are built with."""
+    try:
+        return " ".join(build.find_compiler())
+    except build.BuildError:
+        return None
 
 
 def has_nvidia_gpu() -> bool:
@@ -54,7 +58,7 @@ def _processor() -> str:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             name = next((line.partition(":")[2].strip() for line in file if "model name" in line), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name or platform.machine()}, {cores} usable cores, torch uses {torch.get_num_threads()} threads"
+    return f"{name or platform.machine()}, usable cores: {cores}, threads of torch: {torch.get_num_threads()}"
 
 
 def _accelerators() -> str:
@@ -78,7 +82,7 @@ def environment() -> list[tuple[str, str]]:
         ("system", platform.platform()),
         ("CPU", _processor()),
         ("GPU", _accelerators()),
-        ("C++ compiler", find_compiler() or "none found"),
+        ("C++ compiler", compiler() or "none found"),
     ]
     return rows
 
@@ -196,8 +200,9 @@ def install_advice() -> list[str]:
             )
     if torch.cuda.is_available() and installed("triton") is None:
         advice.append("the Triton kernels need the triton package:\n    pip install triton")
-    if not torch.cuda.is_available() and find_compiler() is None:
-        advice.append(f"the fast CPU kernel is built with a C++ compiler:\n    {_compiler_line()}")
+    if not torch.cuda.is_available() and compiler() is None:
+        missing = f"CXX={os.environ['CXX']} is not there" if os.environ.get("CXX") else "none was found"
+        advice.append(f"the fast CPU kernels need a C++ compiler, {missing}:\n    {_compiler_line()}")
     if torch.cuda.is_available() and any(installed(name) is None for name in OPTIONAL):
         needs = "" if shutil.which("nvcc") else " (compiles for minutes and needs nvcc, which is not there)"
         advice.append(
@@ -208,14 +213,16 @@ def install_advice() -> list[str]:
 
 
 def _compiler_line() -> str:
+    if os.environ.get("CXX"):
+        return "unset CXX"
+    if sys.platform == "win32":
+        return "wsl --install    (they are built under Linux and macOS)"
     if sys.platform == "darwin":
         return "xcode-select --install"
-    if sys.platform == "win32":
-        return "winget install Microsoft.VisualStudio.2022.BuildTools"
     for tool, line in {"apt-get": "apt-get install g++", "dnf": "dnf install gcc-c++"}.items():
         if shutil.which(tool):
             return f"sudo {line}"
-    return "conda install -c conda-forge cxx-compiler"
+    return "conda install -c conda-forge gxx"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,6 +258,7 @@ def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[
 def run_doctor(console: Console | None = None) -> int:
     """Print environment, backends with self-tests, and advice. Returns 1 when a self-test fails."""
     console = console or Console(highlight=False)
+    logging.getLogger("vimtune.ops").setLevel(logging.WARNING)  # the table below says which backend is used
 
     def show(title: str, rows: Iterable[tuple[str, str]]) -> None:
         console.print(title, style="bold")
