@@ -111,14 +111,14 @@ class EagerBackend(Backend):
                 grad_bias = grad_raw.sum((0, 1)).to(delta_bias.dtype)
         if need_D:
             grad_D = (grad_y * uf).sum((0, 1)).to(D.dtype)
-        if y is not None:
+        if y is not None and zf is not None:
             if D is not None:
                 y += D.to(dtype) * uf
             gate = torch.sigmoid(zf)
             grad_z = (grad * y * gate * (1 + zf * (1 - gate))).to(z.dtype)
         return (
             None if grad_u is None else grad_u.to(u.dtype),
-            grad_raw.to(delta.dtype) if need_delta else None,
+            grad_raw.to(delta.dtype) if need_delta and grad_raw is not None else None,
             None if grad_A is None else grad_A.to(A.dtype),
             None if grad_B is None else grad_B.to(B.dtype),
             None if grad_C is None else grad_C.to(C.dtype),

@@ -73,7 +73,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _unit_strides(*tensors: Tensor | None) -> list[Any]:
+def _unit_strides(*tensors: Tensor | None) -> Any:
     return [None if tensor is None else _unit_stride(tensor) for tensor in tensors]
 
 
@@ -117,9 +117,10 @@ def _scan(
             "delta_bias": (delta_bias, (inner,)),
         }
     )
-    tensors = _unit_strides(u, delta, A, B, C, D, z, delta_bias)
+    u, delta, A, B, C, D, z, delta_bias = _unit_strides(u, delta, A, B, C, D, z, delta_bias)
     kernels = resolve_backend(backend, u.device)
-    return kernels.scan_forward(*tensors, ScanOptions(delta_softplus, reverse), save_states)
+    options = ScanOptions(delta_softplus, reverse)
+    return kernels.scan_forward(u, delta, A, B, C, D, z, delta_bias, options, save_states)
 
 
 @_scan.register_fake
@@ -149,10 +150,11 @@ def _scan_backward(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    tensors = _unit_strides(grad, states, u, delta, A, B, C, D, z, delta_bias)
+    grad, u, delta, A, B, C, D, z, delta_bias = _unit_strides(grad, u, delta, A, B, C, D, z, delta_bias)
     kernels = resolve_backend(backend, u.device)
     options = ScanOptions(delta_softplus, reverse)
-    return _as_list(kernels.scan_backward(*tensors, options, needs), grad)
+    gradients = kernels.scan_backward(grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs)
+    return _as_list(gradients, grad)
 
 
 @_scan_backward.register_fake
@@ -196,8 +198,8 @@ def _conv(
         )
     inner = x.shape[2]
     _check_shapes({"weight": (weight, (inner, weight.shape[1])), "bias": (bias, (inner,))})
-    tensors = _unit_strides(x, weight, bias)
-    return resolve_backend(backend, x.device).conv_forward(*tensors, silu, reverse)
+    x, weight, bias = _unit_strides(x, weight, bias)
+    return resolve_backend(backend, x.device).conv_forward(x, weight, bias, silu, reverse)
 
 
 @_conv.register_fake
@@ -216,9 +218,9 @@ def _conv_backward(
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    tensors = _unit_strides(grad, x, weight, bias)
+    grad, x, weight, bias = _unit_strides(grad, x, weight, bias)
     kernels = resolve_backend(backend, x.device)
-    return _as_list(kernels.conv_backward(*tensors, silu, reverse, needs), grad)
+    return _as_list(kernels.conv_backward(grad, x, weight, bias, silu, reverse, needs), grad)
 
 
 @_conv_backward.register_fake
