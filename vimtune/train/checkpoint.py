@@ -50,7 +50,6 @@ HARMLESS = (
     "cache",
     "checkpoint",
     "pretrained",
-    "threads",
     "output_dir",
     "resume",
     "log_interval",
@@ -123,8 +122,12 @@ def save_run_state(path: Path, state: RunState) -> None:
     }
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in described.items()}
     data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
     with writing(path):
-        atomic_write(path, lambda temporary: temporary.write_bytes(data) and None)
+        atomic_write(path, write)
 
 
 def load_run_state(path: Path) -> RunState:
@@ -144,7 +147,9 @@ def load_run_state(path: Path) -> RunState:
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "a safetensors file of another kind")
         raise ResumeError(f"{path} is not a checkpoint to resume: expected {FORMAT!r}, found {found!r}")
-    adapter, ema, optimizer = {}, {}, {}
+    adapter: dict[str, Tensor] = {}
+    ema: dict[str, Tensor] = {}
+    optimizer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "optimizer":
@@ -205,11 +210,12 @@ def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any]) -
             + "; ".join(problems)
             + ". Resume with the run's own settings, or start a new run in another folder"
         )
-    return [
-        f"resumed with {name} = {value!r} (was {getattr(saved, name)!r})"
-        for name, value in recipe.to_dict().items()
-        if name not in (*IDENTITY, *HARMLESS) and value != getattr(saved, name)
-    ]
+    notes = []
+    for name, value in recipe.to_dict().items():
+        if name not in (*IDENTITY, *HARMLESS) and value != getattr(saved, name):
+            effect = "; the learning rate jumps to the new run's curve" if name == "epochs" else ""
+            notes.append(f"resumed with {name} = {value!r} (was {getattr(saved, name)!r}){effect}")
+    return notes
 
 
 def _changed_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

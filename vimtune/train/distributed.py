@@ -9,6 +9,7 @@ takes part.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,8 +123,13 @@ def open_processes(device_name: str) -> Iterator[Processes]:
     joins = world_size > 1 and not dist.is_initialized()
     if joins:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    notes = logging.getLogger("vimtune")
+    level = notes.level
+    if rank > 0:  # one process tells what all of them do; warnings pass
+        notes.setLevel(max(logging.WARNING, level))
     try:
         yield Processes(rank, world_size, device)
     finally:
+        notes.setLevel(level)
         if joins:
             dist.destroy_process_group()

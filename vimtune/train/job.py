@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from vimtune.data import (
     create_dataset,
     create_loader,
 )
-from vimtune.models import load_checkpoint
+from vimtune.models import VisionMamba, load_checkpoint
 from vimtune.recipe import Recipe
 from vimtune.train.distributed import Processes
 from vimtune.train.settings import derive_seed
@@ -102,19 +102,21 @@ def build_job(recipe: Recipe, processes: Processes) -> Job:
     )
 
 
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
     """The backbone with its weights, and the adapter of the recipe in it."""
-    size = {} if recipe.img_size is None else {"img_size": _image_size(recipe)}
+    options = dict(recipe.model_kwargs)
+    if recipe.img_size is not None:
+        options["img_size"] = _image_size(recipe)
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
     torch.manual_seed(derive_seed(recipe.seed, "model"))
-    model = timm.create_model(
+    created = timm.create_model(
         recipe.model,
         pretrained=recipe.pretrained and recipe.checkpoint is None,
         num_classes=num_classes,
         drop_path_rate=recipe.drop_path,
-        **size,
-        **recipe.model_kwargs,
+        **options,
     )
+    model = cast(VisionMamba, created)
     if recipe.checkpoint is not None:
         load_checkpoint(model, recipe.checkpoint)
     torch.manual_seed(derive_seed(recipe.seed, "adapter"))
@@ -128,8 +130,9 @@ def _image_size(recipe: Recipe) -> tuple[int, int]:
         return recipe.img_size, recipe.img_size
     if isinstance(recipe.img_size, Sequence):
         return recipe.img_size[0], recipe.img_size[1]
-    height, width = timm.get_pretrained_cfg(recipe.model).input_size[1:]
-    return height, width
+    config = timm.get_pretrained_cfg(recipe.model)
+    assert config is not None, "every model of the catalogue has a pretrained_cfg"
+    return config.input_size[1], config.input_size[2]
 
 
 def _open(recipe: Recipe, split: str, img_size: tuple[int, int]) -> ImageDataset:

@@ -6,22 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-
-class TrainedParameter(Protocol):
-    """What this file needs of `vimtune.adapters.AdaptedParameter`."""
-
-    parameter: nn.Parameter
-    group: str
-    weight_decay: bool
+from vimtune.adapters import AdaptedParameter
 
 
 def build_optimizer(
-    parameters: Iterable[TrainedParameter],
+    parameters: Iterable[AdaptedParameter],
     *,
     lr: float,
     head_lr: float | None = None,

@@ -188,8 +188,12 @@ def write_report(report: Report, confusion: Tensor, folder: RunFolder) -> None:
     _save(draw_learning_curve(report), folder.learning_curve)
     _save(draw_confusion_matrix(confusion, classes, report), folder.confusion_matrix)
     text = json.dumps(report.to_dict(), indent=2) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
     with writing(folder.report):
-        atomic_write(folder.report, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+        atomic_write(folder.report, write)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -236,7 +240,8 @@ def draw_learning_curve(report: Report) -> Figure:
         marker=".",
         label=f"{report.selection_split} loss",
     )
-    losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    losses.set(xlabel="epoch", ylabel="loss")
+    losses.set_ylim(0, 1.05 * losses.dataLim.ymax)
     losses.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy = losses.twinx()
     accuracy.plot(

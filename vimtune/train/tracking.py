@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from vimtune.train.folder import RunFolder, writing
@@ -40,24 +40,23 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, keep_bytes: int = 0) -> None:
         self.path = folder.metrics
         with writing(self.path):
-            self._file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the run
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
             self._file.truncate(min(keep_bytes, self._file.tell()))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        line = (json.dumps(record) + "\n").encode()
+        line = memoryview((json.dumps(record) + "\n").encode())
         length = os.fstat(self._file.fileno()).st_size
         with writing(self.path):
             try:
-                self._file.write(line)
-                self._file.flush()
+                while line:  # a full disk may take a part before it refuses the rest
+                    line = line[self._file.write(line) :]
             except OSError:
-                os.truncate(self.path, length)
+                self._file.truncate(length)
                 raise
 
     def sync(self) -> int:
         """Have everything on disk and return the length in bytes."""
         with writing(self.path):
-            self._file.flush()
             os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
@@ -96,13 +95,11 @@ class Tracker:
         if console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=12),
                 TextColumn("{task.completed}/{task.total}  {task.fields[status]}"),
-                TimeElapsedColumn(),
                 console=console,
             )
             self.task = self.bar.add_task("", total=total_steps, completed=first_step, status="")
-            self.bar.start()
 
     def message(self, text: str) -> None:
         """Print a line; above the progress bar if there is one."""
@@ -111,6 +108,7 @@ class Tracker:
     def show_step(self, epoch: int, step: int, loss: float, lr: float, images_per_second: float) -> None:
         """Move the progress bar to `step` optimizer steps done."""
         if self.bar is not None:
+            self.bar.start()  # only now, below what is said before the first step
             status = (
                 f"loss {loss:.3f}  lr {lr:.1e}  top1 {self.top1}  "
                 f"{images_per_second:.0f} img/s  eta {self._remaining(step)}"

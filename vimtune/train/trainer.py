@@ -7,7 +7,9 @@ import json
 import math
 import shlex
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,8 @@ class _Run:
             progress.train_seconds += now - clock
             clock = now
             loss = loss_sum / max(1, images)
+            average = progress.images / max(1e-9, progress.train_seconds)
+            self.tracker.show_step(progress.epoch, progress.step, loss, lr, average)
             last = progress.batch == len(self.job.train)
             if progress.step % recipe.log_interval == 0 or last:
                 rate = (progress.images - shown) / max(1e-9, now - shown_at)
@@ -226,7 +230,6 @@ class _Run:
                         "images_per_second": rate,
                     }
                 )
-                self.tracker.show_step(progress.epoch, progress.step, loss, lr, rate)
             if self.should_stop:
                 raise _Stopping
 
@@ -266,10 +269,10 @@ class _Run:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if num_images != nominal:
             torch._foreach_mul_(gradients, nominal / num_images)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        total_norm = torch.nn.utils.get_total_norm(gradients)
         if recipe.clip_grad > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), recipe.clip_grad, norm)
-        norm = float(norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), recipe.clip_grad, total_norm)
+        norm = float(total_norm)
         self._require_finite(loss_sum, norm, window)
         self._watch_gradients()
 
@@ -281,7 +284,9 @@ class _Run:
             self.ema.update(step)
         return loss_sum, int(num_images), norm, lr
 
-    def _loss(self, forward: nn.Module, images: Tensor, labels: Tensor, micro: int) -> Tensor:
+    def _loss(
+        self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, micro: int
+    ) -> Tensor:
         """Loss of micro-batch `micro` of the current step, summed; the same at every call."""
         place = (self.progress.step, micro, self.processes.rank)
         torch.manual_seed(derive_seed(self.recipe.seed, "step", *place))
@@ -298,12 +303,8 @@ class _Run:
         place = None
         for micro, (images, labels) in enumerate(window):
             if place is None and len(images) > 0:
-                place = find_nonfinite(
-                    self.model,
-                    images,
-                    lambda x, labels=labels, micro=micro: self._loss(self.model, x, labels, micro),
-                    backward=True,
-                )
+                replay = partial(self._loss, self.model, labels=labels, micro=micro)
+                place = find_nonfinite(self.model, images, replay, backward=True)
         places = [found for found in self.processes.gather(place) if found is not None]
         what = "gradient" if math.isfinite(loss_sum) else "loss"
         hint = (
@@ -385,8 +386,8 @@ class _Run:
         loader = self.job.test or self.job.selection
         scores = self._evaluate(loader)
         for used in dict.fromkeys((self.job.train, self.job.selection, loader)):
-            if used.skipped_paths:
-                self._warn(f"{used.dataset.split}: {len(used.skipped_paths)} corrupt images left out")
+            if skipped := len(set().union(*self.processes.gather(used.skipped_paths))):
+                self._warn(f"{used.dataset.split}: {skipped} corrupt images left out")
         progress.seconds = self._seconds()
         report = build_report(
             recipe,

@@ -1,0 +1,126 @@
+"""Non-finite values are traced to the place where they arise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vimtune.train import NonFiniteError, train, trainer
+from vimtune.train.guard import find_nonfinite
+
+
+class TwoFactors(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, forward_factor, backward_factor):
+        ctx.backward_factor = backward_factor
+        return x * forward_factor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.backward_factor, None, None
+
+
+class Scale(nn.Module):
+    """Multiplies by `forward_factor`; the gradient by `backward_factor`."""
+
+    def __init__(self, forward_factor: float = 1.0, backward_factor: float = 1.0) -> None:
+        super().__init__()
+        self.forward_factor, self.backward_factor = forward_factor, backward_factor
+
+    def forward(self, x):
+        return TwoFactors.apply(x, self.forward_factor, self.backward_factor)
+
+
+def build(**factors: float) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(4, 4), Scale()),
+        nn.Sequential(nn.Linear(4, 4), Scale(**factors), nn.Linear(4, 4)),
+        nn.Linear(4, 2),
+    )
+
+
+def find(model: nn.Module, images=None, backward: bool = True, forward=None) -> str | None:
+    images = torch.randn(3, 4) if images is None else images
+    return find_nonfinite(model, images, forward or (lambda x: model(x).square().sum()), backward=backward)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_places(bad):
+    assert find(build()) is None
+    images = torch.randn(3, 4)
+    images[1, 2] = bad
+    assert "the input images (1 of 12 values" in find(build(), images)
+
+    model = build()
+    with torch.no_grad():
+        model[1][0].weight[0, 0] = bad
+    assert find(model).startswith("the weight 1.0.weight (1 of 16 values")
+
+    place = find(build(forward_factor=bad))
+    assert place.startswith("the output of 1.1 (Scale)") and "its input: 0 of 12" in place
+    assert find(build(forward_factor=bad), backward=False).startswith("the output of 1.1 (Scale)")
+
+    model = build()
+    assert "the loss; the outputs" in find(model, forward=lambda x: model(x).sum() * bad)
+
+    place = find(build(backward_factor=bad))
+    assert place.startswith("the backward of 1.1 (Scale)") and "passes to 1.0 (Linear)" in place
+    assert find(build(backward_factor=bad), backward=False) is None
+
+    model = build()
+    model[0][0].weight.register_hook(lambda gradient: gradient * bad)
+    assert find(model).startswith("the gradient of 0.0.weight (16 of 16 values")
+
+
+def test_hooks_are_removed():
+    model = build(forward_factor=float("nan"))
+    find(model)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("options", [{}, {"grad_checkpointing": True, "grad_accum": 2, "batch_size": 4}])
+def test_run_names_the_layer(tiny, monkeypatch, options):
+    """A mixer that overflows from the third step on."""
+    original = trainer.build_job
+
+    def with_a_bad_layer(recipe, processes):
+        job = original(recipe, processes)
+        mixer, block = job.model.layers[1].mixer, job.model.layers[1].mixer.forward
+        calls = []
+
+        def overflows(x):
+            calls.append(1)
+            # Two calls a step with checkpointing or accumulation, four with both.
+            limit = 2 * (2 if "grad_accum" in options else 1) * (2 if "grad_checkpointing" in options else 1)
+            return block(x) * (1.0 if len(calls) <= limit else float("inf"))
+
+        mixer.forward = overflows
+        return job
+
+    monkeypatch.setattr(trainer, "build_job", with_a_bad_layer)
+    with pytest.raises(NonFiniteError) as error:
+        train(tiny(**options))
+    message = str(error.value)
+    assert "non-finite loss in epoch 1, step 3" in message
+    assert "the output of layers.1.mixer (BiMambaMixer)" in message
+    assert "lower --lr" in message
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_run_names_a_gradient(tiny, monkeypatch):
+    original = trainer.build_job
+
+    def with_a_bad_backward(recipe, processes):
+        job = original(recipe, processes)
+        block, forward = job.model.layers[2], job.model.layers[2].forward
+        block.forward = lambda x: forward(TwoFactors.apply(x, 1.0, float("nan")))
+        return job
+
+    monkeypatch.setattr(trainer, "build_job", with_a_bad_backward)
+    with pytest.raises(NonFiniteError) as error:
+        train(tiny())
+    assert "non-finite gradient in epoch 1, step 1" in str(error.value)
+    assert "passes to layers.1 (Block)" in str(error.value)
