@@ -69,7 +69,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")
     parser.add_argument(
         "--version", action="version", version=f"vimtune {__version__}", help="show the version and stop"
@@ -86,9 +86,7 @@ def _flag(name: str) -> str:
 
 def _help_line(field: dataclasses.Field[Any]) -> str:
     """The field's help and, in brackets, its default."""
-    default = Recipe.__dataclass_fields__[field.name].default
-    if default is dataclasses.MISSING:
-        default = getattr(Recipe(), field.name)
+    default = getattr(Recipe(), field.name)
     if isinstance(default, bool):
         shown = "on" if default else "off"
     elif isinstance(default, list):
@@ -113,7 +111,7 @@ def build_train_parser(prog: str) -> _Parser:
     general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--config", metavar="FILE", help="recipe in YAML; see configs/")
     general.add_argument("--list", action="store_true", help="list models, methods, data sets, and stop")
-    _add_common(general)  # type: ignore[arg-type]
+    _add_common(general)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(Recipe):
         boolean = isinstance(field.default, bool)

@@ -30,7 +30,7 @@ import vimtune
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.data import CorruptImageError, Transform, build_transform, load_image
 from vimtune.data.folder import EXTENSIONS
-from vimtune.models import load_checkpoint
+from vimtune.models import VisionMamba, load_checkpoint
 from vimtune.ops import use_backend
 from vimtune.train.distributed import resolve_device
 from vimtune.train.settings import derive_seed
@@ -137,7 +137,7 @@ def adapter_path(path: Path) -> Path:
     return path / "adapter.safetensors" if path.is_dir() else path
 
 
-def build_base(info: AdapterInfo, checkpoint: str | None = None) -> nn.Module:
+def build_base(info: AdapterInfo, checkpoint: str | None = None) -> VisionMamba:
     """The model an adapter was trained on, without the adapter.
 
     Its weights are those of `checkpoint` if given, else those the training run started from: a
@@ -161,6 +161,7 @@ def build_base(info: AdapterInfo, checkpoint: str | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.get("seed", 0), "model"))
         model = timm.create_model(name, pretrained=published, **options)
+    assert isinstance(model, VisionMamba), "every model that an adapter file names is one of ours"
     return model if checkpoint is None else load_checkpoint(model, checkpoint)
 
 
@@ -257,6 +258,15 @@ def _check_outputs(outputs: Sequence[Path]) -> None:
             raise ValueError(f"cannot write {path}: {folder} is not a writable folder")
 
 
+def _write(output: Path, predictions: Sequence[Prediction]) -> None:
+    text = WRITERS[output.suffix.lower()](predictions)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    atomic_write(output, write)
+
+
 def _print_table(console: Console, predictions: Sequence[Prediction]) -> None:
     shown = predictions[:SHOWN_IMAGES]
     folder = (
@@ -321,7 +331,6 @@ def run_predict(
     for error in skipped:
         logger.warning("skipped %s: %s", error.path, error.reason)
     for output in outputs:
-        text = WRITERS[output.suffix.lower()](predictions)
-        atomic_write(output, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        _write(output, predictions)
         console.print(f"{len(predictions)} predictions written to {output}", soft_wrap=True)
     return 0

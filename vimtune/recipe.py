@@ -340,7 +340,11 @@ class Recipe:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML, atomically."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        atomic_write(path, write)
 
 
 def _not_a_field(name: str, value: Any, method: str, fields: Iterable[str]) -> str:
