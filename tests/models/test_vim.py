@@ -140,17 +140,17 @@ def test_non_square_images_and_input_channels():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "message"),
     [
-        ({"drop_path_rat": 0.1}, TypeError, "'drop_path_rat'. Did you mean 'drop_path_rate'"),
-        ({"peft_target": "both"}, TypeError, "Did you mean 'peft_targets'"),
-        ({"img_size": 4}, ValueError, "smaller than patch_size"),
-        ({"img_size": -1}, ValueError, "must be positive"),
-        ({"global_pool": "max"}, ValueError, "global_pool"),
+        ({"drop_path_rat": 0.1}, "'drop_path_rat'. Did you mean 'drop_path_rate'"),
+        ({"peft_target": "both"}, "Did you mean 'peft_targets'"),
+        ({"img_size": 4}, "smaller than patch_size"),
+        ({"img_size": -1}, "must be positive"),
+        ({"global_pool": "max"}, "global_pool"),
     ],
 )
-def test_wrong_options_raise(options, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_options_raise(options, message):
+    with pytest.raises(ValueError, match=message):
         timm.create_model("test_vim", **options)
 
 

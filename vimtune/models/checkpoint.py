@@ -55,7 +55,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "contains objects that are not weights" if zipfile.is_zipfile(path) else "is no checkpoint"
-        raise CheckpointError(f"{path} {reason}; refusing to unpickle it ({_first_line(error)})") from error
+        raise CheckpointError(f"{path} {reason}; refusing to unpickle it") from error
     except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise CheckpointError(
             f"{path} is truncated or not a PyTorch checkpoint ({_first_line(error)})"

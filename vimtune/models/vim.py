@@ -422,10 +422,10 @@ _PEFT_OPTIONS = {"peft", "peft_targets", "peft_layers", "peft_kwargs"}
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Raise TypeError on a misspelt option, with the closest real one."""
+    """Raise ValueError on a misspelt option, with the closest real one."""
     known = set(inspect.signature(VisionMamba).parameters) | _FACTORY_OPTIONS
     for name in options.keys() - known:
-        raise TypeError(f"unknown model option {name!r}.{suggest(name, known | _PEFT_OPTIONS)}")
+        raise ValueError(f"unknown model option {name!r}.{suggest(name, known | _PEFT_OPTIONS)}")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
