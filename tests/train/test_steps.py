@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import TINY, assert_same_weights, largest_difference, metrics, weights
 
 import vimtune
@@ -17,7 +18,7 @@ from vimtune.data import build_transform, create_dataset, create_loader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import Report, evaluate, train, trainer
-from vimtune.train.checkpoint import load_run_state
+from vimtune.train.checkpoint import ResumeError, load_run_state
 from vimtune.train.distributed import Processes
 from vimtune.train.job import build_model
 from vimtune.train.precision import build_autocast
@@ -93,6 +94,16 @@ def test_settings_that_keep_the_result(tiny, plain, changes):
     report = train(tiny(**changes))
     assert largest_difference(weights(report.run_dir), weights(plain.run_dir)) < 2e-6
     assert report.steps == plain.steps
+
+
+def test_gradient_is_the_mean_over_the_images_there_are(tiny):
+    full = train(tiny("full", batch_size=25))
+    short = train(tiny("short", batch_size=32))  # one batch of 25 images
+    accumulated = train(tiny("accumulated", batch_size=20, grad_accum=3))  # 20 and 5
+    for other in (short, accumulated):
+        for ours, theirs in zip(metrics(full.run_dir), metrics(other.run_dir), strict=True):
+            assert ours.pop("kind") == theirs.pop("kind")
+            assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +310,33 @@ def test_skipped_images_are_counted(tiny, monkeypatch):
     report = train(tiny("skip", on_corrupt="skip"))
     assert report.warnings == ["train: 2 corrupt images left out"]
     assert report.steps == 8
+
+
+def test_training_on_train_and_val_selects_on_test(tiny):
+    report = train(tiny(train_split="train+val"))
+    assert (report.selection_split, report.split) == ("test", "test")
+    assert report.data.keys() == {"train+val", "test"} and "35 images" in report.data["train+val"]
+    assert report.top1 == report.best_top1
+
+
+def test_folder_without_test_images_is_scored_on_val(tiny, tmp_path):
+    for label, colour in enumerate(("red", "blue")):
+        (tmp_path / "images" / "train" / colour).mkdir(parents=True)
+        for number in range(8):
+            image = Image.new("RGB", (40, 36), (255 - 255 * label, number * 8, 255 * label))
+            image.save(tmp_path / "images" / "train" / colour / f"{number}.png")
+    report = train(tiny(dataset="folder", data_dir=str(tmp_path / "images"), dataset_kwargs={}))
+    assert report.split == report.selection_split == "val" and report.data.keys() == {"train", "val"}
+    assert list(report.per_class) == ["blue", "red"]
+    # Images that were added since make another data set.
+    image.save(tmp_path / "images" / "train" / "red" / "more.png")
+    with pytest.raises(ResumeError, match="training images were"):
+        train(load_recipe(None, {"resume": report.run_dir, "epochs": 3}))
+    (tmp_path / "images" / "train" / "green").mkdir()
+    for number in range(4):
+        image.save(tmp_path / "images" / "train" / "green" / f"{number}.png")
+    with pytest.raises(ResumeError, match="it has 2 classes and the data now 3"):
+        train(load_recipe(None, {"resume": report.run_dir, "epochs": 3}))
 
 
 def test_refuses_a_folder_with_another_run(tiny, plain):

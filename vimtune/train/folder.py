@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,22 @@ class RunFolder:
     @property
     def confusion_matrix(self) -> Path:
         return self.path / "confusion_matrix.png"
+
+    def reported_epochs(self) -> int | None:
+        """Length of the run that report.json tells of; None without a readable report."""
+        try:
+            return json.loads(self.report.read_text(encoding="utf-8")).get("epochs")
+        except (OSError, ValueError):
+            return None
+
+
+def unused_path(path: Path) -> Path:
+    """The first of path, path-2, path-3, ... that does not exist."""
+    number, free = 2, path
+    while free.exists():
+        free = path.with_name(f"{path.name}-{number}")
+        number += 1
+    return free
 
 
 @contextmanager

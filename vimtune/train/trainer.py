@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 import time
@@ -35,7 +34,7 @@ from vimtune.train.checkpoint import (
 )
 from vimtune.train.distributed import Processes, open_processes
 from vimtune.train.evaluate import Evaluation, evaluate
-from vimtune.train.folder import RunFolder, writing
+from vimtune.train.folder import RunFolder, unused_path, writing
 from vimtune.train.guard import NonFiniteError, find_nonfinite
 from vimtune.train.interrupt import Interrupted, StopRequest
 from vimtune.train.job import build_job
@@ -83,18 +82,14 @@ def train(recipe: Recipe) -> Report:
             if recipe.output_dir is not None and Path(recipe.output_dir).resolve() != folder.path.resolve():
                 raise ResumeError(f"a resumed run continues in its own folder {folder.path}: drop output_dir")
         else:
-            folder = RunFolder(processes.from_main(_unused(recipe.run_dir(), recipe.output_dir is None)))
+            folder = RunFolder(processes.from_main(_new_folder(recipe)))
         with ExitStack() as stack:
             return _Run(recipe, processes, folder, saved, stack).complete()
 
 
-def _unused(path: Path, rename: bool) -> Path:
-    """`path`, or with `rename` the first of path, path-2, path-3, ... that does not exist."""
-    number, free = 2, path
-    while rename and free.exists():
-        free = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return free
+def _new_folder(recipe: Recipe) -> Path:
+    # Names made from the time may meet; a name that was asked for is taken as it is.
+    return unused_path(recipe.run_dir()) if recipe.output_dir is None else recipe.run_dir()
 
 
 def _ended(recipe: Recipe, progress: Progress) -> bool:
@@ -104,16 +99,9 @@ def _ended(recipe: Recipe, progress: Progress) -> bool:
 
 def _refuse_finished(recipe: Recipe, progress: Progress, folder: RunFolder) -> None:
     # Without a report of this length the run was stopped between its last epoch and its end: let it end.
-    if _ended(recipe, progress) and _reported_epochs(folder) == progress.epoch:
+    if _ended(recipe, progress) and folder.reported_epochs() == progress.epoch:
         more = "raise --epochs to train longer" if progress.epoch >= recipe.epochs else "it stopped early"
         raise ResumeError(f"{folder.path} is finished after {progress.epoch} epochs: {more}")
-
-
-def _reported_epochs(folder: RunFolder) -> int | None:
-    try:
-        return json.loads(folder.report.read_text(encoding="utf-8")).get("epochs")
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 class _Run:
