@@ -29,8 +29,6 @@ struct ConvArguments {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Item {
     const ConvArguments& a;
     int64_t sample, start, end;  // positions

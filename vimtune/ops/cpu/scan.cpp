@@ -1,6 +1,6 @@
 // Selective scan, forward and backward, fp32, channel-last. The formula is in ops/reference.py.
 //
-// Lanes run over channels. A work item is one sample and BLOCK adjacent channels; it walks the tokens
+// Lanes run over channels. A work item is one sample and a block of adjacent channels; it walks the tokens
 // in chunks of CHUNK whose working set stays in the first two cache levels. The forward saves the state
 // before each chunk. The backward recomputes states and decays inside one chunk at a time, four states
 // (columns of A) at once, then walks the chunk back. States are padded to a multiple of four with
@@ -17,8 +17,8 @@
 namespace {
 
 constexpr int CHUNK = 32;
-constexpr int BLOCK = 64;
-constexpr int VECTORS = BLOCK / W;  // per block
+constexpr int MAX_BLOCK = 128;
+constexpr int VECTORS = MAX_BLOCK / W;
 constexpr int Q = 4;                // states handled together
 
 }  // namespace
@@ -43,23 +43,34 @@ struct ScanArguments {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Wide blocks read memory best; few samples need narrow ones to keep several cores busy. Depends on the
+// shapes alone, never on the number of threads, as does the order of every sum.
+int64_t block_width(const ScanArguments& a) {
+    return a.batch * ceil_div(a.inner, MAX_BLOCK) >= 16 ? MAX_BLOCK : MAX_BLOCK / 2;
+}
+int64_t num_blocks(const ScanArguments& a) { return ceil_div(a.inner, block_width(a)); }
 int64_t padded_states(const ScanArguments& a) { return ceil_div(a.states, Q) * Q; }
 
 // One work item: which sample, which channels, and where position i of the scan lies in memory.
 struct Item {
     const ScanArguments& a;
     int64_t sample, block, first_channel;
-    int vectors;
+    int channels, vectors;
 
     Item(const ScanArguments& a, int64_t item)
-        : a(a), sample(item % a.batch), block(item / a.batch), first_channel(block * BLOCK) {
-        vectors = static_cast<int>(ceil_div(std::min<int64_t>(BLOCK, a.inner - first_channel), W));
+        : a(a), sample(item / num_blocks(a)), block(item % num_blocks(a)), first_channel(block * block_width(a)) {
+        channels = static_cast<int>(std::min(block_width(a), a.inner - first_channel));
+        vectors = static_cast<int>(ceil_div(channels, W));
     }
     int64_t channel(int v) const { return first_channel + v * W; }
-    int lanes(int v) const { return static_cast<int>(std::min<int64_t>(W, a.inner - channel(v))); }
+    int lanes(int v) const { return static_cast<int>(std::min<int64_t>(W, channels - v * W)); }
     int64_t token(int64_t position) const { return a.reverse ? a.tokens - 1 - position : position; }
     int64_t row(int64_t token) const { return (sample * a.tokens + token) * a.inner; }  // of contiguous tensors
+    vf input(const float* tensor, int64_t sample_stride, int64_t token_stride, int64_t t, int v) const {
+        return load(tensor + sample * sample_stride + t * token_stride + channel(v), lanes(v));
+    }
+    vf parameter(const float* vector, int v) const { return vector ? load(vector + channel(v), lanes(v)) : vf{}; }
     float* saved(int64_t chunk, int64_t n, int v) const {
         return a.saved + ((chunk * a.batch + sample) * a.states + n) * a.inner + channel(v);
     }
@@ -76,6 +87,26 @@ struct Scratch {
         return piece;
     }
 };
+
+// Rows lie too far apart for the hardware to foresee: ask for the inputs of the next chunk while this one
+// is worked on. `step` of `num_steps` equal shares, so that the requests spread over the work.
+void prefetch_inputs(const Item& item, int64_t start, int step, int num_steps) {
+    const ScanArguments& a = item.a;
+    const int64_t first = start + CHUNK * step / num_steps;
+    const int64_t last = std::min(a.tokens, start + CHUNK * (step + 1) / num_steps);
+    auto ask = [&item](const float* tensor, int64_t sample_stride, int64_t token_stride, int64_t t) {
+        const float* row = tensor + item.sample * sample_stride + t * token_stride + item.first_channel;
+        for (int e = 0; e < item.channels; e += 16)  // one cache line
+            __builtin_prefetch(row + e, 0, 2);
+    };
+    for (int64_t position = std::max<int64_t>(first, 0); position < last; ++position) {
+        const int64_t t = item.token(position);
+        ask(a.u, a.u_batch, a.u_token, t);
+        ask(a.delta, a.delta_batch, a.delta_token, t);
+        if (a.z) ask(a.z, a.z_batch, a.z_token, t);
+        if (a.grad) ask(a.grad, a.grad_batch, a.grad_token, t);
+    }
+}
 
 // Rows of B or C in scan order, padded with zeros.
 void pack_rows(const Item& item, const float* source, int64_t sample_stride, int64_t token_stride, int64_t start,
@@ -97,16 +128,16 @@ void pack_A(const Item& item, int v, int64_t padded, vf* target) {
     }
 }
 
-vf channel_vector(const Item& item, const float* vector, int v) {
-    return vector ? load(vector + item.channel(v), item.lanes(v)) : vf{};
-}
-
 // ---------------------------------------------------------------- forward
 
+struct ForwardPoint {
+    vf dt, dt_u, y;
+};
+
 struct ForwardWork {
-    float *B, *C;         // (CHUNK, padded)
-    vf *A, *state;        // (VECTORS, padded)
-    vf *dt, *dt_u, *y;    // (CHUNK,) of the vector at hand
+    float *B, *C;          // (CHUNK, padded)
+    vf *A, *state;         // (VECTORS, padded)
+    ForwardPoint* points;  // (VECTORS, CHUNK)
     size_t size;
 
     ForwardWork(float* memory, int64_t padded) {
@@ -115,25 +146,24 @@ struct ForwardWork {
         C = scratch.take<float>(CHUNK * padded);
         A = scratch.take<vf>(VECTORS * padded);
         state = scratch.take<vf>(VECTORS * padded);
-        dt = scratch.take<vf>(CHUNK);
-        dt_u = scratch.take<vf>(CHUNK);
-        y = scratch.take<vf>(CHUNK);
+        points = scratch.take<ForwardPoint>(VECTORS * CHUNK);
         size = scratch.used;
     }
 };
 
-void forward_states(int length, int64_t padded, const vf* A, const float* B, const float* C, const vf* dt,
-                    const vf* dt_u, vf* state, vf* y) {
+void forward_states(int length, int64_t padded, const vf* A, const float* B, const float* C, vf* state,
+                    ForwardPoint* points) {
     vf s[Q], a[Q];
     for (int j = 0; j < Q; ++j) s[j] = state[j], a[j] = A[j];
     for (int i = 0; i < length; ++i) {
-        vf sum = y[i];
+        const vf dt = points[i].dt, dt_u = points[i].dt_u;
+        vf y = points[i].y;
 #pragma GCC unroll 4
         for (int j = 0; j < Q; ++j) {
-            s[j] = exp2_fast(dt[i] * a[j]) * s[j] + dt_u[i] * B[i * padded + j];
-            sum += s[j] * C[i * padded + j];
+            s[j] = exp2_fast(dt * a[j]) * s[j] + dt_u * B[i * padded + j];
+            y += s[j] * C[i * padded + j];
         }
-        y[i] = sum;
+        points[i].y = y;
     }
     for (int j = 0; j < Q; ++j) state[j] = s[j];
 }
@@ -142,39 +172,42 @@ void forward_item(const ScanArguments& a, int64_t index, float* memory) {
     const Item item(a, index);
     const int64_t padded = padded_states(a);
     const ForwardWork w(memory, padded);
-    float *B = w.B, *C = w.C;
-    vf *A = w.A, *state = w.state, *dt = w.dt, *dt_u = w.dt_u, *y = w.y;
-    for (int v = 0; v < item.vectors; ++v) pack_A(item, v, padded, A + v * padded);
-    std::fill(state, state + VECTORS * padded, vf{});
+    const int num_steps = item.vectors * static_cast<int>(padded / Q);
+    prefetch_inputs(item, 0, 0, 1);
+    for (int v = 0; v < item.vectors; ++v) pack_A(item, v, padded, w.A + v * padded);
+    std::fill(w.state, w.state + VECTORS * padded, vf{});
 
     for (int64_t start = 0, chunk = 0; start < a.tokens; start += CHUNK, ++chunk) {
         const int length = static_cast<int>(std::min<int64_t>(CHUNK, a.tokens - start));
-        pack_rows(item, a.B, a.B_batch, a.B_token, start, length, padded, B);
-        pack_rows(item, a.C, a.C_batch, a.C_token, start, length, padded, C);
-        for (int v = 0; v < item.vectors; ++v) {
-            const int lanes = item.lanes(v);
-            const int64_t channel = item.channel(v);
-            const vf bias = channel_vector(item, a.bias, v), D = channel_vector(item, a.D, v);
-            vf* s = state + v * padded;
-            if (a.saved)
-                for (int64_t n = 0; n < a.states; ++n) store(item.saved(chunk, n, v), s[n], lanes);
-            for (int i = 0; i < length; ++i) {
-                const int64_t t = item.token(start + i);
-                const vf raw = load(a.delta + item.sample * a.delta_batch + t * a.delta_token + channel, lanes) + bias;
-                const vf u = load(a.u + item.sample * a.u_batch + t * a.u_token + channel, lanes);
-                dt[i] = a.softplus ? softplus(raw).value : raw;
-                dt_u[i] = dt[i] * u;
-                y[i] = D * u;
+        pack_rows(item, a.B, a.B_batch, a.B_token, start, length, padded, w.B);
+        pack_rows(item, a.C, a.C_batch, a.C_token, start, length, padded, w.C);
+        for (int i = 0; i < length; ++i) {
+            const int64_t t = item.token(start + i);
+            for (int v = 0; v < item.vectors; ++v) {
+                const vf raw = item.input(a.delta, a.delta_batch, a.delta_token, t, v) + item.parameter(a.bias, v);
+                const vf u = item.input(a.u, a.u_batch, a.u_token, t, v);
+                const vf dt = a.softplus ? softplus(raw).value : raw;
+                w.points[v * CHUNK + i] = {dt, dt * u, item.parameter(a.D, v) * u};
             }
-            for (int64_t n = 0; n < padded; n += Q)
-                forward_states(length, padded, A + v * padded + n, B + n, C + n, dt, dt_u, s + n, y);
-            for (int i = 0; i < length; ++i) {
-                const int64_t t = item.token(start + i);
+        }
+        int step = 0;
+        for (int v = 0; v < item.vectors; ++v) {
+            vf* state = w.state + v * padded;
+            for (int64_t n = 0; a.saved && n < a.states; ++n) store(item.saved(chunk, n, v), state[n], item.lanes(v));
+            for (int64_t n = 0; n < padded; n += Q) {
+                prefetch_inputs(item, start + CHUNK, step++, num_steps);
+                forward_states(length, padded, w.A + v * padded + n, w.B + n, w.C + n, state + n, w.points + v * CHUNK);
+            }
+        }
+        for (int i = 0; i < length; ++i) {
+            const int64_t t = item.token(start + i);
+            for (int v = 0; v < item.vectors; ++v) {
+                vf out = w.points[v * CHUNK + i].y;
                 if (a.z) {
-                    const vf z = load(a.z + item.sample * a.z_batch + t * a.z_token + channel, lanes);
-                    y[i] *= z * sigmoid(z);
+                    const vf z = item.input(a.z, a.z_batch, a.z_token, t, v);
+                    out *= z * sigmoid(z);
                 }
-                store(a.out + item.row(t) + channel, y[i], lanes);
+                store(a.out + item.row(t) + item.channel(v), out, item.lanes(v));
             }
         }
     }
@@ -182,18 +215,17 @@ void forward_item(const ScanArguments& a, int64_t index, float* memory) {
 
 // ---------------------------------------------------------------- backward
 
-// What one chunk of one vector of channels needs, position by position. `slope` is d dt / d delta,
-// `z_factor` is d out / d z without the factor y; `to_*` collect gradients.
-struct Lines {
-    vf dt[CHUNK], dt_u[CHUNK], u[CHUNK], slope[CHUNK], grad_y[CHUNK], z_factor[CHUNK];
-    vf y[CHUNK], to_dt_u[CHUNK], to_dt[CHUNK];
+// One position of one vector of channels. `slope` is d dt / d delta, `z_factor` is d out / d z without
+// the factor y; `to_*` collect gradients.
+struct BackwardPoint {
+    vf dt, dt_u, u, slope, grad_y, z_factor, y, to_dt_u, to_dt;
 };
 
 struct BackwardWork {
     float *B, *C;             // (CHUNK, padded)
     vf *A, *adjoint, *to_A;   // (VECTORS, padded); adjoint: what later positions send back
     vf *to_bias, *to_D;       // (VECTORS,)
-    Lines* lines;             // (VECTORS,)
+    BackwardPoint* points;    // (VECTORS, CHUNK)
     vf *states, *decays;      // (CHUNK + 1, Q), (CHUNK, Q) of the vector and states at hand
     vf *to_B, *to_C;          // (CHUNK, Q), sums over the vectors of the block
     size_t size;
@@ -207,7 +239,7 @@ struct BackwardWork {
         to_A = scratch.take<vf>(VECTORS * padded);
         to_bias = scratch.take<vf>(VECTORS);
         to_D = scratch.take<vf>(VECTORS);
-        lines = scratch.take<Lines>(VECTORS);
+        points = scratch.take<BackwardPoint>(VECTORS * CHUNK);
         states = scratch.take<vf>((CHUNK + 1) * Q);
         decays = scratch.take<vf>(CHUNK * Q);
         to_B = scratch.take<vf>(CHUNK * Q);
@@ -225,29 +257,30 @@ struct Partials {
 // The recomputation: states and decays of one chunk; on the way y (for dz) and the sum for dC.
 template <bool FIRST>
 void backward_recompute(int length, int64_t padded, bool want_y, bool want_C, const vf* A, const float* B,
-                        const float* C, Lines& lines, const BackwardWork& w) {
+                        const float* C, BackwardPoint* points, const BackwardWork& w) {
+    vf *__restrict__ states = w.states, *__restrict__ decays = w.decays, *__restrict__ to_C = w.to_C;
     vf s[Q], a[Q];
-    for (int j = 0; j < Q; ++j) s[j] = w.states[j], a[j] = A[j];
+    for (int j = 0; j < Q; ++j) s[j] = states[j], a[j] = A[j];
     for (int i = 0; i < length; ++i) {
-        const vf dt = lines.dt[i], dt_u = lines.dt_u[i];
+        const vf dt = points[i].dt, dt_u = points[i].dt_u;
 #pragma GCC unroll 4
         for (int j = 0; j < Q; ++j) {
             const vf decay = exp2_fast(dt * a[j]);
             s[j] = decay * s[j] + dt_u * B[i * padded + j];
-            w.decays[i * Q + j] = decay;
-            w.states[(i + 1) * Q + j] = s[j];
+            decays[i * Q + j] = decay;
+            states[(i + 1) * Q + j] = s[j];
         }
         if (want_y) {
-            vf y = lines.y[i];
+            vf y = points[i].y;
 #pragma GCC unroll 4
             for (int j = 0; j < Q; ++j) y += s[j] * C[i * padded + j];
-            lines.y[i] = y;
+            points[i].y = y;
         }
         if (want_C) {
-            const vf grad_y = lines.grad_y[i];
+            const vf grad_y = points[i].grad_y;
 #pragma GCC unroll 4
             for (int j = 0; j < Q; ++j) {
-                vf& sum = w.to_C[i * Q + j];
+                vf& sum = to_C[i * Q + j];
                 sum = FIRST ? grad_y * s[j] : sum + grad_y * s[j];
             }
         }
@@ -256,71 +289,63 @@ void backward_recompute(int length, int64_t padded, bool want_y, bool want_C, co
 
 // The walk back: adjoints of the states, and from them everything else.
 template <bool FIRST, bool WANT_A>
-void backward_walk(int length, int64_t padded, const vf* A, const float* B, const float* C, Lines& lines, vf* adjoint,
+void backward_walk(int length, int64_t padded, const vf* A, const float* B, const float* C, BackwardPoint* points, vf* adjoint,
                    vf* to_A, const BackwardWork& w) {
+    const vf *__restrict__ states = w.states, *__restrict__ decays = w.decays;
+    vf* __restrict__ to_B = w.to_B;
     vf carry[Q], a[Q], sum_A[Q];
     for (int j = 0; j < Q; ++j) carry[j] = adjoint[j], a[j] = A[j], sum_A[j] = to_A[j];
     for (int i = length - 1; i >= 0; --i) {
-        const vf grad_y = lines.grad_y[i], dt_u = lines.dt_u[i], dt = lines.dt[i];
-        vf to_dt_u = lines.to_dt_u[i], to_dt = lines.to_dt[i];
+        const vf grad_y = points[i].grad_y, dt_u = points[i].dt_u, dt = points[i].dt;
+        vf to_dt_u = points[i].to_dt_u, to_dt = points[i].to_dt;
 #pragma GCC unroll 4
         for (int j = 0; j < Q; ++j) {
             const vf here = grad_y * C[i * padded + j] + carry[j];
-            vf& sum = w.to_B[i * Q + j];
+            vf& sum = to_B[i * Q + j];
             sum = FIRST ? dt_u * here : sum + dt_u * here;
             to_dt_u += here * B[i * padded + j];
-            carry[j] = w.decays[i * Q + j] * here;
-            const vf to_exponent = carry[j] * w.states[i * Q + j];
+            carry[j] = decays[i * Q + j] * here;
+            const vf to_exponent = carry[j] * states[i * Q + j];
             to_dt += to_exponent * a[j];
             if (WANT_A) sum_A[j] += to_exponent * dt;
         }
-        lines.to_dt_u[i] = to_dt_u;
-        lines.to_dt[i] = to_dt;
+        points[i].to_dt_u = to_dt_u;
+        points[i].to_dt = to_dt;
     }
     for (int j = 0; j < Q; ++j) adjoint[j] = carry[j];
     if (WANT_A)
         for (int j = 0; j < Q; ++j) to_A[j] = sum_A[j];
 }
 
-void fill_lines(const Item& item, int64_t start, int length, int v, Lines& lines) {
+void fill_point(const Item& item, int64_t t, int v, BackwardPoint& point) {
     const ScanArguments& a = item.a;
-    const int lanes = item.lanes(v);
-    const int64_t channel = item.channel(v);
-    const vf bias = channel_vector(item, a.bias, v);
-    for (int i = 0; i < length; ++i) {
-        const int64_t t = item.token(start + i);
-        const vf raw = load(a.delta + item.sample * a.delta_batch + t * a.delta_token + channel, lanes) + bias;
-        const vf u = load(a.u + item.sample * a.u_batch + t * a.u_token + channel, lanes);
-        vf grad = load(a.grad + item.sample * a.grad_batch + t * a.grad_token + channel, lanes);
-        const Softplus step = a.softplus ? softplus(raw) : Softplus{raw, splat(1.0f)};
-        if (a.z) {
-            const vf z = load(a.z + item.sample * a.z_batch + t * a.z_token + channel, lanes);
-            const vf gate = sigmoid(z);
-            lines.z_factor[i] = grad * gate * (1.0f + z * (1.0f - gate));
-            grad *= z * gate;
-        }
-        lines.dt[i] = step.value;
-        lines.slope[i] = step.slope;
-        lines.u[i] = u;
-        lines.dt_u[i] = step.value * u;
-        lines.grad_y[i] = grad;
-        lines.y[i] = lines.to_dt_u[i] = lines.to_dt[i] = vf{};
+    const vf raw = item.input(a.delta, a.delta_batch, a.delta_token, t, v) + item.parameter(a.bias, v);
+    const vf grad = item.input(a.grad, a.grad_batch, a.grad_token, t, v);
+    const Softplus step = a.softplus ? softplus(raw) : Softplus{raw, splat(1.0f)};
+    point.dt = step.value;
+    point.slope = step.slope;
+    point.u = item.input(a.u, a.u_batch, a.u_token, t, v);
+    point.dt_u = point.dt * point.u;
+    point.grad_y = grad;
+    if (a.z) {
+        const vf z = item.input(a.z, a.z_batch, a.z_token, t, v), gate = sigmoid(z);
+        point.z_factor = grad * gate * (1.0f + z * (1.0f - gate));
+        point.grad_y = grad * z * gate;
     }
+    point.y = point.to_dt_u = point.to_dt = vf{};
 }
 
-void finish_lines(const Item& item, int64_t start, int length, int v, const Lines& lines, const BackwardWork& w) {
+void finish_point(const Item& item, int64_t t, int v, const BackwardPoint& point, const BackwardWork& w) {
     const ScanArguments& a = item.a;
     const int lanes = item.lanes(v);
-    const vf D = channel_vector(item, a.D, v);
-    for (int i = length - 1; i >= 0; --i) {
-        const int64_t at = item.row(item.token(start + i)) + item.channel(v);
-        if (a.grad_u) store(a.grad_u + at, lines.to_dt_u[i] * lines.dt[i] + lines.grad_y[i] * D, lanes);
-        const vf to_delta = (lines.to_dt[i] * LN2 + lines.to_dt_u[i] * lines.u[i]) * lines.slope[i];
-        if (a.grad_delta) store(a.grad_delta + at, to_delta, lanes);
-        if (a.grad_z) store(a.grad_z + at, lines.z_factor[i] * (lines.y[i] + D * lines.u[i]), lanes);
-        w.to_bias[v] += to_delta;
-        w.to_D[v] += lines.grad_y[i] * lines.u[i];
-    }
+    const vf D = item.parameter(a.D, v);
+    const int64_t at = item.row(t) + item.channel(v);
+    if (a.grad_u) store(a.grad_u + at, point.to_dt_u * point.dt + point.grad_y * D, lanes);
+    const vf to_delta = (point.to_dt * LN2 + point.to_dt_u * point.u) * point.slope;
+    if (a.grad_delta) store(a.grad_delta + at, to_delta, lanes);
+    if (a.grad_z) store(a.grad_z + at, point.z_factor * (point.y + D * point.u), lanes);
+    w.to_bias[v] += to_delta;
+    w.to_D[v] += point.grad_y * point.u;
 }
 
 void backward_item(const ScanArguments& a, int64_t index, float* memory, const Partials& partials) {
@@ -330,6 +355,8 @@ void backward_item(const ScanArguments& a, int64_t index, float* memory, const P
     const bool want_y = a.grad_z, want_C = a.grad_C;
     const bool want_walk = a.grad_u || a.grad_delta || a.grad_bias || a.grad_A || a.grad_B;
     const bool want_states = want_y || want_C || want_walk;
+    const int num_steps = item.vectors * static_cast<int>(padded / Q);
+    prefetch_inputs(item, (ceil_div(a.tokens, CHUNK) - 1) * CHUNK, 0, 1);
     for (int v = 0; v < item.vectors; ++v) pack_A(item, v, padded, w.A + v * padded);
     std::fill(w.adjoint, w.adjoint + VECTORS * padded, vf{});
     std::fill(w.to_A, w.to_A + VECTORS * padded, vf{});
@@ -341,20 +368,23 @@ void backward_item(const ScanArguments& a, int64_t index, float* memory, const P
         const int length = static_cast<int>(std::min<int64_t>(CHUNK, a.tokens - start));
         pack_rows(item, a.B, a.B_batch, a.B_token, start, length, padded, w.B);
         pack_rows(item, a.C, a.C_batch, a.C_token, start, length, padded, w.C);
-        for (int v = 0; v < item.vectors; ++v) fill_lines(item, start, length, v, w.lines[v]);
+        for (int i = 0; i < length; ++i)
+            for (int v = 0; v < item.vectors; ++v) fill_point(item, item.token(start + i), v, w.points[v * CHUNK + i]);
+        int step = 0;
         for (int64_t n = 0; want_states && n < padded; n += Q) {
             for (int v = 0; v < item.vectors; ++v) {
+                prefetch_inputs(item, start - CHUNK, step++, num_steps);
                 const vf* A = w.A + v * padded + n;
-                Lines& lines = w.lines[v];
+                BackwardPoint* points = w.points + v * CHUNK;
                 for (int j = 0; j < Q; ++j)
                     w.states[j] = n + j < a.states ? load(item.saved(chunk, n + j, v), item.lanes(v)) : vf{};
                 (v == 0 ? backward_recompute<true> : backward_recompute<false>)(length, padded, want_y, want_C, A,
-                                                                                w.B + n, w.C + n, lines, w);
+                                                                                w.B + n, w.C + n, points, w);
                 if (!want_walk) continue;
                 vf *adjoint = w.adjoint + v * padded + n, *to_A = w.to_A + v * padded + n;
                 auto walk = a.grad_A ? (v == 0 ? backward_walk<true, true> : backward_walk<false, true>)
                                      : (v == 0 ? backward_walk<true, false> : backward_walk<false, false>);
-                walk(length, padded, A, w.B + n, w.C + n, lines, adjoint, to_A, w);
+                walk(length, padded, A, w.B + n, w.C + n, points, adjoint, to_A, w);
             }
             for (int i = 0; i < length; ++i) {
                 const int64_t t = item.token(start + i);
@@ -369,7 +399,8 @@ void backward_item(const ScanArguments& a, int64_t index, float* memory, const P
                 }
             }
         }
-        for (int v = 0; v < item.vectors; ++v) finish_lines(item, start, length, v, w.lines[v], w);
+        for (int i = length - 1; i >= 0; --i)
+            for (int v = 0; v < item.vectors; ++v) finish_point(item, item.token(start + i), v, w.points[v * CHUNK + i], w);
     }
     for (int v = 0; v < item.vectors; ++v) {
         const int lanes = item.lanes(v);
@@ -406,13 +437,13 @@ __attribute__((visibility("default"))) int64_t vimtune_scan_chunk() { return CHU
 
 // Both return 0, or 1 when memory ran out.
 __attribute__((visibility("default"))) int vimtune_scan_forward(const ScanArguments* a) {
-    const int64_t items = a->batch * ceil_div(a->inner, BLOCK);
+    const int64_t items = a->batch * num_blocks(*a);
     return !parallel_for(items, static_cast<int>(a->num_threads), a->launch, ForwardWork(nullptr, padded_states(*a)).size,
                          [a](int64_t item, float* memory) { forward_item(*a, item, memory); });
 }
 
 __attribute__((visibility("default"))) int vimtune_scan_backward(const ScanArguments* a) {
-    const int64_t blocks = ceil_div(a->inner, BLOCK), padded = padded_states(*a), rows = a->batch * a->tokens;
+    const int64_t blocks = num_blocks(*a), padded = padded_states(*a), rows = a->batch * a->tokens;
     const int64_t channels = a->batch * a->inner;
     Partials partials;
     auto want = [](const float* gradient, Buffer& buffer, int64_t floats) {

@@ -52,11 +52,15 @@ def _check(kernels: Kernels) -> None:
         results = [kernels.scan_forward(*scan, options, saved)]  # type: ignore[arg-type]
         results += kernels.scan_backward(grad, saved, *scan, options, [True] * 8)  # type: ignore[arg-type, list-item]
         _compare(
-            "scan", results, _expected(reference.selective_scan, scan, grad, delta_softplus=True, reverse=reverse)
+            "scan",
+            results,
+            _expected(reference.selective_scan, scan, grad, delta_softplus=True, reverse=reverse),
         )
         results = [kernels.conv_forward(*conv, True, reverse)]  # type: ignore[arg-type]
         results += kernels.conv_backward(grad, *conv, True, reverse, [True] * 3)  # type: ignore[arg-type, list-item]
-        _compare("convolution", results, _expected(reference.causal_conv1d, conv, grad, silu=True, reverse=reverse))
+        _compare(
+            "convolution", results, _expected(reference.causal_conv1d, conv, grad, silu=True, reverse=reverse)
+        )
 
 
 def _expected(function, inputs: list[Tensor], grad: Tensor, **options: bool) -> list[Tensor]:

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int W = 16;  // lanes
 #elif defined(__AVX2__)
@@ -41,27 +45,53 @@ static inline void store(float* p, vf v, int lanes) {
         std::memcpy(p, &v, lanes * sizeof(float));
 }
 
-// Both keep a NaN of `x`.
-static inline vf at_least(vf x, float low) { return splat(low) > x ? splat(low) : x; }
-static inline vf at_most(vf x, float high) { return splat(high) < x ? splat(high) : x; }
+// Both keep a NaN of `x`. (Compilers turn the general form into a comparison and a blend.)
+static inline vf at_least(vf x, float low) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(splat(low), x);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(splat(low), x);
+#else
+    return splat(low) > x ? splat(low) : x;
+#endif
+}
+
+static inline vf at_most(vf x, float high) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(splat(high), x);
+#elif defined(__AVX2__)
+    return _mm256_min_ps(splat(high), x);
+#else
+    return splat(high) < x ? splat(high) : x;
+#endif
+}
 
 // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits of the sum.
 constexpr float ROUND = 12582912.0f;
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.69314718055994531f;
 
-// 2^x; relative error below 2e-7; 0 from x = -127 down, infinity from 128 up. The polynomial is the
+// 2^x; relative error below 2e-7; 0 for very negative x, infinity from 128 up. The polynomial is the
 // minimax one on [-1/2, 1/2] among those with value 1 at 0: decays close to 1 keep full accuracy.
 static inline vf exp2_fast(vf x) {
+#if defined(__AVX512DQ__)
+    vf f = _mm512_reduce_ps(x, 0);  // x minus the nearest integer
+    vf n = x - f;
+#else
     x = at_most(at_least(x, -127.0f), 128.0f);
     vf t = x + ROUND;
     vf f = x - (t - ROUND);
+#endif
     vf p = f * 0.00132647273f + 0.00967151299f;
     p = p * f + 0.0555073358f;
     p = p * f + 0.240222424f;
     p = p * f + 0.693147004f;
     p = p * f + 1.0f;
+#if defined(__AVX512DQ__)
+    return _mm512_scalef_ps(p, n);
+#else
     return (vf)((vi)p + ((vi)t << 23));
+#endif
 }
 
 // e^x for any x, about 1 ulp: ln 2 in two parts keeps the reduced argument exact.
@@ -121,7 +151,11 @@ static inline vf4 lane_sums(const vf* four) {
             part[j] += more;
         }
     }
+#if defined(__SSE3__)
+    return _mm_hadd_ps(_mm_hadd_ps(part[0], part[1]), _mm_hadd_ps(part[2], part[3]));
+#else
     vf4 sum{};
     for (int lane = 0; lane < 4; ++lane) sum += vf4{part[0][lane], part[1][lane], part[2][lane], part[3][lane]};
     return sum;
+#endif
 }

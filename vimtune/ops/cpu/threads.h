@@ -45,6 +45,8 @@ class FlushDenormals {
     FlushDenormals& operator=(const FlushDenormals&) = delete;
 };
 
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct FreeDeleter {
     void operator()(void* p) const { std::free(p); }
 };

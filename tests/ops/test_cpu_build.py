@@ -1,0 +1,208 @@
+"""Building, caching and refusing: what happens on machines unlike the developer's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from vimtune.ops import dispatch
+from vimtune.ops.cpu import CpuBackend, build
+from vimtune.ops.cpu.build import BuildError, load_library
+from vimtune.ops.cpu.library import Kernels
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A cache folder with the library in it, built once for all tests here."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIMTUNE_CACHE", str(folder))
+        patch.delenv("VIMTUNE_NO_COMPILE", raising=False)
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("tmp")))
+        try:
+            build.find_compiler()
+        except BuildError as error:
+            pytest.skip(str(error))
+        load_library()
+    return folder
+
+
+@pytest.fixture
+def cache(built, tmp_path, monkeypatch) -> Path:
+    """A private copy of that folder, in use."""
+    folder = tmp_path / "cache"
+    shutil.copytree(built, folder)
+    monkeypatch.setenv("VIMTUNE_CACHE", str(folder))
+    monkeypatch.delenv("VIMTUNE_NO_COMPILE", raising=False)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return folder
+
+
+@pytest.fixture
+def no_compiling(cache, monkeypatch) -> Path:
+    monkeypatch.setenv("VIMTUNE_NO_COMPILE", "1")
+    return cache
+
+
+def library_in(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+def fake_compiler(tmp_path: Path, script: str) -> str:
+    path = tmp_path / "fake-c++"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_second_use_does_not_compile(no_compiling):
+    assert Kernels(load_library()).chunk > 0
+
+
+def test_import_and_choice_of_another_backend_do_not_compile(cache):
+    """Building waits for the first use on a CPU."""
+    shutil.rmtree(cache)
+    code = "import torch, vimtune.ops as ops; ops.resolved_backend('cpu', 'torch')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not cache.exists()
+
+
+def test_missing_compiler_falls_back_with_a_reason(cache, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_BACKENDS", {"cpu": CpuBackend(), "torch": dispatch._BACKENDS["torch"]})
+    dispatch._choose_automatically.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO):
+            assert dispatch.resolved_backend("cpu") == "torch"
+            assert dispatch.resolved_backend("cpu") == "torch"
+        with pytest.raises(dispatch.BackendUnavailable, match=r"no C\+\+ compiler"):
+            dispatch.resolve_backend("cpu", CPU)
+    finally:
+        dispatch._choose_automatically.cache_clear()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1 and "install g++" in warnings[0]
+    assert any("not cpu: no C++ compiler" in record.getMessage() for record in caplog.records)
+
+
+def test_chosen_compiler_must_exist(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    with pytest.raises(BuildError, match="CXX.*no-such-compiler"):
+        load_library()
+
+
+def test_compiler_error_is_quoted(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "echo 'scan.cpp:7:1: error: sorcery' >&2; exit 1"))
+    before = sorted(cache.iterdir())
+    with pytest.raises(BuildError, match=r"fake-c\+\+ failed: scan\.cpp:7:1: error: sorcery"):
+        load_library()
+    assert sorted(cache.iterdir()) == before
+
+
+def test_compiler_that_lies_is_refused(cache, tmp_path, monkeypatch):
+    """Exit code 0, but what it wrote is no library."""
+    script = 'for last; do :; done; [ "$last" = --version ] || echo nothing > "$last"'
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, script))
+    with pytest.raises(BuildError, match="cannot be loaded"):
+        load_library()
+
+
+def test_compiler_flags_change_the_name(cache, monkeypatch):
+    compiler = build.find_compiler()
+    assert build._key(compiler) != build._key([*compiler, "-DX"])
+    assert build._key(compiler) == build._key(compiler)
+
+
+def test_building_can_be_forbidden(cache, monkeypatch):
+    library_in(cache).unlink()
+    monkeypatch.setenv("VIMTUNE_NO_COMPILE", "1")
+    backend = CpuBackend()
+    assert "VIMTUNE_NO_COMPILE" in backend.refusals(CPU)[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_damaged_library_is_never_opened(no_compiling, damage):
+    path = library_in(no_compiling)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes({"truncated": content[:1000], "flipped": content, "empty": b""}[damage])
+    with pytest.raises(BuildError, match="no library is cached"):
+        load_library()
+    assert not path.exists()
+
+
+def test_unusable_cache_folder_falls_back_to_a_private_one(cache, tmp_path, monkeypatch):
+    file = tmp_path / "a-file"
+    file.write_text("")
+    monkeypatch.setenv("VIMTUNE_CACHE", str(file / "cache"))
+    assert Kernels(load_library()).chunk > 0
+    (private,) = (tmp_path / "tmp").iterdir()
+    assert private.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("VIMTUNE_NO_COMPILE", "1")
+    assert Kernels(load_library()).chunk > 0  # the next process finds it there
+
+
+def test_temporary_folder_of_somebody_else_is_not_trusted(cache, tmp_path):
+    if not hasattr(os, "getuid"):
+        pytest.skip("no users on this system")
+    folder = tmp_path / "tmp" / f"vimtune-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert build._private_temporary_folder() is None
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    assert build._private_temporary_folder() is None
+
+
+def test_two_processes_build_at_once(cache):
+    library_in(cache).unlink()
+    code = (
+        "import torch; from vimtune.ops.cpu import CpuBackend; r = CpuBackend().refusals(torch.device('cpu'));"
+        "assert not r, r"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    # Whoever came last may have made a byte-identical library or not: all that is there is whole.
+    for path in cache.iterdir():
+        assert build._digest(path.read_bytes()) == path.stem.rpartition("-")[2]
+
+
+@pytest.mark.parametrize("function", ["scan_forward", "scan_backward", "conv_forward", "conv_backward"])
+def test_wrong_numbers_are_refused(no_compiling, monkeypatch, function):
+    original = getattr(Kernels, function)
+
+    def wrong(self, *arguments):
+        result = original(self, *arguments)
+        damaged = result if isinstance(result, torch.Tensor) else result[-1]
+        damaged[..., -1] += 0.01 * damaged.abs().max()
+        return result
+
+    monkeypatch.setattr(Kernels, function, wrong)
+    (reason,) = CpuBackend().refusals(CPU)
+    assert "wrong numbers" in reason
+
+
+def test_loading_inside_a_trace(no_compiling):
+    """The first use may happen while torch.compile traces with fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.inference_mode():
+        assert CpuBackend().refusals(CPU) == []
+
+
+def test_other_devices_are_refused_without_building(cache):
+    shutil.rmtree(cache)
+    assert "not on meta" in CpuBackend().refusals(torch.device("meta"))[0]
+    assert not cache.exists()
