@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import pytest
@@ -203,3 +206,19 @@ def test_bad_settings_are_explained(changes: dict, message: str) -> None:
 def test_positions_outside_are_refused() -> None:
     with pytest.raises(ValueError, match="start_batch=9"):
         make().set_position(0, 9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_a_signal_to_the_process_group(number: int) -> None:
+    """Ctrl-C and schedulers signal all processes; the main one decides when to stop."""
+    loader = make(num_workers=2, batch_size=2)
+    expected = epoch(loader, 1)
+    before = multiprocessing.active_children()
+    loader.set_position(0)
+    batches = iter(loader)
+    next(batches)
+    for worker in before:
+        os.kill(worker.pid, number)
+    assert len(list(batches)) == len(loader) - 1
+    assert_same(epoch(loader, 1), expected)
+    assert {worker.pid for worker in multiprocessing.active_children()} == {worker.pid for worker in before}

@@ -21,6 +21,7 @@ from vimtune.data.transforms import Transform
 logger = logging.getLogger(__name__)
 
 _CACHE_SHARE = 0.5  # of the memory that is free when the cache is filled
+_GRACE_SECONDS = 10
 
 
 class ImageLoader:
@@ -264,10 +265,17 @@ def _prepare_worker(worker: int) -> None:
     del worker
     # Ctrl-C is the main process's business: it stops the workers after saving.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _die_later)
     if "cv2" in sys.modules:
         import cv2
 
         cv2.setNumThreads(0)  # one core per worker; OpenCV's thread pool does not survive a fork
+
+
+def _die_later(signum: int, frame: Any) -> None:
+    """Schedulers send SIGTERM to the whole process group: the main process needs its workers to
+    finish the step and save, so they live on for a moment."""
+    signal.alarm(_GRACE_SECONDS)
 
 
 def _context(num_workers: int) -> Any:
