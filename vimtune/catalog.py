@@ -1,52 +1,79 @@
-"""Names and one-line descriptions of models, methods and data sets, without heavy imports."""
+"""Names, descriptions and options of models, methods and data sets, read off the source files.
+
+Importing the registries takes seconds (torch, timm), and `--help` and `--list` answer at once. So the
+files that register things are parsed here and not run. What they say stays in one place; the tests
+compare these tables with the registries.
+"""
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-MODELS: dict[str, str] = {
-    "vim_nano_patch8_64": "1.0 M parameters, images of 64 px: trains on a CPU",
-    "vim_tiny_patch8_64": "6.9 M parameters, images of 64 px",
-    "vim_tiny_patch16_224": "Vim-Ti, 7.1 M parameters, 196 patches",
-    "vim_tiny_patch16_stride8_224": "Vim-Ti+, overlapping patches of stride 8, 729 patches",
-    "vim_small_patch16_224": "Vim-S, 25.8 M parameters, 196 patches",
-    "vim_small_patch16_stride8_224": "Vim-S+, overlapping patches of stride 8, 729 patches",
-    "vim_base_patch16_224": "Vim-B, 97.6 M parameters, 196 patches",
-    "test_vim": "20 thousand parameters, images of 32 px, for tests",
-}
-METHODS: dict[str, str] = {
-    "prodial": "projector-targeted diagonal-centric linear transformation",
-    "lora": "low-rank update",
-    "dora": "low-rank update with learned row norms",
-    "bitfit": "biases only",
-    "linear": "classification head only",
-    "full": "every weight",
-    "ft": "whole targeted projectors",
-    "strong": "LoRA on in_proj, out_proj and x_proj",
+_PACKAGE = Path(__file__).parent
+
+
+def _parse(*parts: str) -> ast.Module:
+    return ast.parse(_PACKAGE.joinpath(*parts).read_text(encoding="utf-8"))
+
+
+def _registering_files(package: str) -> list[ast.Module]:
+    """The modules that a package imports so that they register themselves, in that order."""
+    imports = (
+        node
+        for node in _parse(package, "__init__.py").body
+        if isinstance(node, ast.ImportFrom) and node.module == f"vimtune.{package}"
+    )
+    return [_parse(package, f"{alias.name}.py") for node in imports for alias in node.names]
+
+
+def _registered_classes(files: list[ast.Module], decorator: str) -> Iterator[tuple[str, ast.ClassDef]]:
+    """(name, class) of each class under `@decorator("name")`."""
+    for node in (node for file in files for node in file.body if isinstance(node, ast.ClassDef)):
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
+                yield ast.literal_eval(call.args[0]), node
+
+
+def _summary(node: ast.ClassDef) -> str:
+    for line in node.body:
+        if isinstance(line, ast.Assign) and [ast.unparse(target) for target in line.targets] == ["summary"]:
+            return ast.literal_eval(line.value)
+    raise AssertionError(f"class {node.name} has no summary")
+
+
+def _options(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> dict[str, tuple[Any, str]]:
+    """Fields given as `option(default, help)`: name -> (default, help), inherited ones first."""
+    options: dict[str, tuple[Any, str]] = {}
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            options |= _options(classes[base.id], classes)
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
+            default, help = (ast.literal_eval(argument) for argument in line.value.args)
+            options[ast.unparse(line.target)] = (default, help)
+    return options
+
+
+def _models() -> dict[str, str]:
+    functions = (node for node in _parse("models", "vim.py").body if isinstance(node, ast.FunctionDef))
+    return {
+        node.name: (ast.get_docstring(node) or "").removesuffix(".")
+        for node in functions
+        if [ast.unparse(decorator) for decorator in node.decorator_list] == ["register_model"]
+    }
+
+
+_methods = dict(_registered_classes(_registering_files("adapters"), "register_method"))
+_classes = {node.name: node for node in _methods.values()}
+
+MODELS: dict[str, str] = _models()
+METHODS: dict[str, str] = {name: _summary(node) for name, node in _methods.items()}
+METHOD_FIELDS: dict[str, dict[str, tuple[Any, str]]] = {
+    name: _options(node, _classes) for name, node in _methods.items()
 }
 DATASETS: dict[str, str] = {
-    "flowers": "Oxford Flowers-102",
-    "caltech": "Caltech-101",
-    "cars": "Stanford Cars",
-    "folder": "a folder with one subfolder per class",
-    "synthetic_flowers": "embedded generator",
-}
-_LOW_RANK: dict[str, tuple[Any, str]] = {
-    "rank": (16, "rank"),
-    "alpha": (8.0, "scale"),
-    "dropout": (0.0, "dropout"),
-}
-METHOD_FIELDS: dict[str, dict[str, tuple[Any, str]]] = {
-    "prodial": {
-        **_LOW_RANK,
-        "block_size": (4, "size of diagonal blocks"),
-        "variant": ("free", "free: D_b = I + D_a; paper: the published formula"),
-    },
-    "lora": dict(_LOW_RANK),
-    "dora": dict(_LOW_RANK),
-    "bitfit": {},
-    "linear": {},
-    "full": {},
-    "ft": {},
-    "strong": dict(_LOW_RANK),
+    name: _summary(node) for name, node in _registered_classes(_registering_files("data"), "register_dataset")
 }

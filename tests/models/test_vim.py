@@ -62,6 +62,7 @@ def test_nano_has_about_a_million_parameters():
 
 def test_catalog_lists_the_registry():
     assert set(catalog.MODELS) == set(NAMES)
+    assert all(catalog.MODELS.values())
 
 
 def test_every_model_has_imagenet_statistics():

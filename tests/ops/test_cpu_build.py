@@ -99,7 +99,7 @@ def test_missing_compiler_falls_back_with_a_reason(cache, tmp_path, monkeypatch,
 
 def test_chosen_compiler_must_exist(cache, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
-    with pytest.raises(BuildError, match="CXX.*no-such-compiler"):
+    with pytest.raises(BuildError, match=r"CXX.*no-such-compiler"):
         load_library()
 
 
@@ -169,8 +169,9 @@ def test_temporary_folder_of_somebody_else_is_not_trusted(cache, tmp_path):
 def test_two_processes_build_at_once(cache):
     library_in(cache).unlink()
     code = (
-        "import torch; from vimtune.ops.cpu import CpuBackend; r = CpuBackend().refusals(torch.device('cpu'));"
-        "assert not r, r"
+        "import torch; from vimtune.ops.cpu import CpuBackend\n"
+        "reasons = CpuBackend().refusals(torch.device('cpu'))\n"
+        "assert not reasons, reasons"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [process.wait(timeout=200) for process in processes] == [0, 0]

@@ -127,7 +127,7 @@ def test_nothing_is_left_unwritten_or_written_outside(backend, monkeypatch):
 
 def test_any_strides(backend):
     """Broadcast samples, every second token, parts of wider rows."""
-    u, delta, A, B, C, D, z, bias = scan_inputs(batch=2, tokens=20, inner=40)
+    u, _, A, _, C, D, _, bias = scan_inputs(batch=2, tokens=20, inner=40)
     views = [
         u[:1].expand(2, -1, -1),
         torch.randn(2, 40, 50)[:, ::2, 5:45],

@@ -509,13 +509,13 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def vim_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-Ti for images of 64 pixels, 64 patches."""
+    """Vim-Ti for images of 64 pixels, 7 M parameters, 64 patches."""
     return _create_vim("vim_tiny_patch8_64", pretrained, **{**TINY, **PATCH8_64, **kwargs})
 
 
 @register_model
 def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """About 1 M parameters for images of 64 pixels: trains on a CPU."""
+    """Vim-nano for images of 64 pixels, 1 M parameters: trains on a CPU."""
     return _create_vim(
         "vim_nano_patch8_64", pretrained, **{"embed_dim": 96, "depth": 12, **PATCH8_64, **kwargs}
     )
@@ -523,6 +523,6 @@ def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def test_vim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A few thousand parameters for tests: images of 32 pixels, 16 patches."""
+    """For tests: 20 thousand parameters, images of 32 pixels."""
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3}
     return _create_vim("test_vim", pretrained, **{**sizes, **kwargs})
