@@ -162,9 +162,13 @@ def test_only_the_adapter_changes_in_training(plain, case, images):
     assert not unchanged
 
 
-def test_called_and_read_weights_are_the_same(plain, case):
-    """The factored forward of a rule equals its formula, output and gradients."""
-    model = disturb(adapted(plain, case)).eval()
+@pytest.mark.parametrize("training", [False, True])
+def test_called_and_read_weights_are_the_same(plain, case, training):
+    """Calling a layer equals multiplying by the weight one reads, output and gradients."""
+    model = disturb(adapted(plain, case)).train(training)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # what is left of the form that serves dropout
     for owner in (model.layers[0].mixer.in_proj, model.layers[0].mixer.out_proj):
         x = torch.randn(2, 7, owner.in_features, requires_grad=True)
         trained = [p for p in owner.parameters() if p.requires_grad]
@@ -174,6 +178,20 @@ def test_called_and_read_weights_are_the_same(plain, case):
             results.append([output, *torch.autograd.grad(loss, [x, *trained])])
         for called, read in zip(*results, strict=True):
             close(called, read, 1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "prodial"])
+def test_dropout_acts_on_the_branch_in_training_only(plain, method):
+    model = disturb(vimtune.inject(plain, method, rank=3, dropout=0.5))
+    owner = model.layers[0].mixer.in_proj
+    x = torch.randn(64, owner.in_features)
+    torch.manual_seed(0)
+    outputs = torch.stack([owner(x) for _ in range(400)])
+    assert not torch.equal(outputs[0], outputs[1])
+    model.eval()
+    expected = owner(x)
+    assert (outputs.mean(0) - expected).abs().max() < 6 * outputs.std(0).max() / 400**0.5
+    assert torch.equal(owner(x), expected)
 
 
 def test_save_and_load(plain, case, images, tmp_path):

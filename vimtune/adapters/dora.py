@@ -5,35 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.adapters.base import check_matrix, register_method
-from vimtune.adapters.lora import LoRA, LowRank
+from vimtune.adapters.lora import LoRA, LoRARule
 from vimtune.adapters.rule import WeightRule
 
 
-class DoRARule(WeightRule):
+class DoRARule(LoRARule):
     """`magnitude` (out,) starts at the norms of the rows of W. The norm of V is a constant for the
     gradient (section 4.3 of the paper)."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, dropout: float) -> None:
-        super().__init__()
-        self.branch = LowRank(weight, rank, alpha, dropout)
+        super().__init__(weight, rank, alpha, dropout)
         self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight.detach(), dim=1))
 
-    def row_scale(self, direction: Tensor) -> Tensor:
+    def row_scale(self, weight: Tensor) -> Tensor:
         """m / ||V|| (out,)."""
-        return self.magnitude / torch.linalg.vector_norm(direction.detach(), dim=1)
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(weight + self.branch.matrix(), dim=1)
+        return self.magnitude / norm
 
     def effective_weight(self, weight: Tensor) -> Tensor:
-        direction = weight + self.branch.matrix()
-        return self.row_scale(direction)[:, None] * direction
+        return self.row_scale(weight)[:, None] * super().effective_weight(weight)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            direction = weight + self.branch.matrix()
-        y = (F.linear(x, weight) + self.branch(x)) * self.row_scale(direction)
+        y = super().linear(x, weight, None) * self.row_scale(weight)
         return y if bias is None else y + bias
 
 

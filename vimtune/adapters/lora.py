@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.adapters.base import Method, check_matrix, option, register_method
-from vimtune.adapters.rule import WeightRule
+from vimtune.adapters.rule import WeightRule, exact
 
 
 class LowRank(nn.Module):
@@ -34,15 +34,31 @@ class LowRank(nn.Module):
 
 
 class LoRARule(WeightRule):
+    """The branch beside a weight, W + eps.
+
+    The sum is multiplied at once. The factored form W x + B (A x) takes as long or longer in a training
+    step, on CPUs and GPUs (benchmarks/RESULTS.md), and serves dropout alone.
+    """
+
     def __init__(self, weight: Tensor, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
         self.branch = LowRank(weight, rank, alpha, dropout)
 
+    def main_weight(self, weight: Tensor) -> Tensor:
+        """What the branch is added to."""
+        return weight
+
     def effective_weight(self, weight: Tensor) -> Tensor:
-        return weight + self.branch.matrix()
+        return self.main_weight(weight) + self.branch.matrix()
+
+    @property
+    def acts_on_input(self) -> bool:
+        return self.training and isinstance(self.branch.dropout, nn.Dropout)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, weight, bias) + self.branch(x)
+        with exact(weight):
+            main_weight = self.main_weight(weight)
+        return F.linear(x, main_weight, bias) + self.branch(x)
 
 
 def check_low_rank_options(alpha: float, dropout: float) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.adapters.base import check_matrix, option, register_method
-from vimtune.adapters.lora import LoRA, LowRank
+from vimtune.adapters.lora import LoRA, LoRARule
 from vimtune.adapters.rule import WeightRule
 
 logger = logging.getLogger(__name__)
@@ -29,18 +29,17 @@ logger = logging.getLogger(__name__)
 VARIANTS = ("free", "paper")
 
 
-class ProDiaLRule(WeightRule):
+class ProDiaLRule(LoRARule):
     """`blocks` (n, b, b) holds D_a, `row_scale` (out,) holds s."""
 
     def __init__(
         self, weight: Tensor, rank: int, alpha: float, dropout: float, block_size: int, variant: str
     ) -> None:
-        super().__init__()
+        super().__init__(weight, rank, alpha, dropout)
         rows, columns = weight.shape
         self.variant = variant
         self.blocks = nn.Parameter(weight.new_zeros(columns // block_size, block_size, block_size))
         self.row_scale = nn.Parameter(weight.new_ones(rows))
-        self.branch = LowRank(weight, rank, alpha, dropout)
 
     def block_diagonal(self) -> Tensor:
         """D_b as its blocks, (n, b, b)."""
@@ -49,21 +48,14 @@ class ProDiaLRule(WeightRule):
             return identity + self.blocks
         return identity - F.relu(identity * self.blocks) + (1 - identity) * self.blocks
 
-    def _times_blocks(self, rows: Tensor, blocks: Tensor) -> Tensor:
-        """(..., in) times a block-diagonal matrix (n, b, b) from the right."""
+    def main_weight(self, weight: Tensor) -> Tensor:
+        """s W D_b."""
+        blocks = self.block_diagonal()
         if blocks.shape[-1] == 1:
-            return rows * blocks.flatten()
-        parts = rows.unflatten(-1, blocks.shape[:2])
-        return torch.einsum("...ni,nij->...nj", parts, blocks).flatten(-2)
-
-    def effective_weight(self, weight: Tensor) -> Tensor:
-        turned = self._times_blocks(weight, self.block_diagonal())
-        return self.row_scale[:, None] * turned + self.branch.matrix()
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        turned = self._times_blocks(x, self.block_diagonal().transpose(1, 2))
-        y = F.linear(turned, weight) * self.row_scale + self.branch(x)
-        return y if bias is None else y + bias
+            turned = weight * blocks.flatten()
+        else:
+            turned = torch.einsum("oni,nij->onj", weight.unflatten(1, blocks.shape[:2]), blocks).flatten(1)
+        return self.row_scale[:, None] * turned
 
 
 @register_method("prodial")

@@ -9,6 +9,7 @@ and the frozen base parameter keeps its place and its key in `state_dict()`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, cast
 
@@ -27,9 +28,17 @@ class WeightRule(nn.Module):
         """The value that takes the place of the frozen `weight`; may have another shape (heads)."""
         raise NotImplementedError
 
+    @property
+    def acts_on_input(self) -> bool:
+        """Whether the rule does, at present, what no weight can express (dropout on the input).
+
+        Linear layers then call `linear` in place of multiplying by the effective weight.
+        """
+        return False
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """`F.linear` with the effective weight. Rules override it where a factored form is faster."""
-        return F.linear(x, self.effective_weight(weight), bias)
+        """The layer's output (..., out) for `x` (..., in) where `acts_on_input`."""
+        raise NotImplementedError
 
 
 class Tuned(WeightRule):
@@ -56,6 +65,13 @@ class Chain(WeightRule):
         return weight
 
 
+def exact(weight: Tensor) -> AbstractContextManager[Any]:
+    """No autocast: a weight computed in half precision and rounded again differs from the merged one."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.autocast(weight.device.type, enabled=False)
+    return nullcontext()
+
+
 class Slot(nn.ModuleDict):
     """The rules of all named adapters for one parameter; at most one of them is active."""
 
@@ -74,11 +90,8 @@ class Slot(nn.ModuleDict):
         rule = self.rule
         if rule is None:
             return weight
-        if torch.is_autocast_enabled(weight.device.type):
-            # A weight rounded twice would differ from the merged one.
-            with torch.autocast(weight.device.type, enabled=False):
-                return rule.effective_weight(weight)
-        return rule.effective_weight(weight)
+        with exact(weight):
+            return rule.effective_weight(weight)
 
 
 def has_rules(module: nn.Module) -> bool:
@@ -104,9 +117,11 @@ def _effective_property(name: str) -> property:
 
 
 def _adapted_linear(module: nn.Linear, x: Tensor) -> Tensor:
-    weight = base_value(module, "weight")
-    rule = slots_of(module)["weight"].rule
-    return F.linear(x, weight, module.bias) if rule is None else rule.linear(x, weight, module.bias)
+    slot, weight = slots_of(module)["weight"], base_value(module, "weight")
+    rule = slot.rule
+    if rule is not None and rule.acts_on_input:
+        return rule.linear(x, weight, module.bias)
+    return F.linear(x, slot.effective(weight), module.bias)
 
 
 @cache
