@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vimtune.ops.cpu.build import BuildError, load_library
-from vimtune.ops.cpu.library import Kernels, empty
+from vimtune.ops.cpu.library import ConvInputs, Kernels, ScanInputs, empty
 from vimtune.ops.cpu.selftest import check_kernels
 from vimtune.ops.dispatch import Backend, Gradients
 from vimtune.ops.eager import EagerBackend
@@ -44,34 +45,37 @@ class CpuBackend(Backend):
         return (-(-tokens // self._kernels().chunk), batch, states, inner)
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
-        shape = self.states_shape(*u.shape, A.shape[1]) if save_states else (0,)
+        batch, tokens, inner = u.shape
+        shape = self.states_shape(batch, tokens, inner, A.shape[1]) if save_states else (0,)
         if u.dtype == torch.float64:
             out, _ = self._eager.scan_forward(u, delta, A, B, C, D, z, delta_bias, options, False)
             return out, u.new_zeros(shape)
         saved = empty(shape)
-        inputs = _single(u, delta, A, B, C, D, z, delta_bias)
-        out = self._kernels().scan_forward(*inputs, options, saved if save_states else None)
+        inputs = ScanInputs(*map(_single, (u, delta, A, B, C, D, z, delta_bias)))
+        out = self._kernels().scan_forward(inputs, options, saved if save_states else None)
         return out.to(u.dtype), saved
 
     def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
-        inputs = (u, delta, A, B, C, D, z, delta_bias)
+        given = (u, delta, A, B, C, D, z, delta_bias)
         if u.dtype == torch.float64:
             # The two backends save states of different layout; fp64 computes its own again.
-            _, states = self._eager.scan_forward(*inputs, options, True)
-            return self._eager.scan_backward(grad, states, *inputs, options, needs)
-        gradients = self._kernels().scan_backward(*_single(grad, states, *inputs), options, needs)
-        return _back(gradients, inputs)
+            _, states = self._eager.scan_forward(*given, options, True)
+            return self._eager.scan_backward(grad, states, *given, options, needs)
+        inputs = ScanInputs(*map(_single, given))
+        return _back(self._kernels().scan_backward(grad.float(), states, inputs, options, needs), given)
 
     def conv_forward(self, x, weight, bias, silu, reverse):
         if x.dtype == torch.float64:
             return self._eager.conv_forward(x, weight, bias, silu, reverse)
-        return self._kernels().conv_forward(*_single(x, weight, bias), silu, reverse).to(x.dtype)
+        inputs = ConvInputs(*map(_single, (x, weight, bias)))
+        return self._kernels().conv_forward(inputs, silu, reverse).to(x.dtype)
 
     def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):
         if x.dtype == torch.float64:
             return self._eager.conv_backward(grad, x, weight, bias, silu, reverse, needs)
-        gradients = self._kernels().conv_backward(*_single(grad, x, weight, bias), silu, reverse, needs)
-        return _back(gradients, (x, weight, bias))
+        given = (x, weight, bias)
+        inputs = ConvInputs(*map(_single, given))
+        return _back(self._kernels().conv_backward(grad.float(), inputs, silu, reverse, needs), given)
 
     def _kernels(self) -> Kernels:
         loaded = self._load()
@@ -98,9 +102,9 @@ class CpuBackend(Backend):
             return self._loaded
 
 
-def _single(*tensors: Tensor | None) -> list[Tensor]:
-    """Everything in fp32; None stays None."""
-    return [None if tensor is None else tensor.to(torch.float32) for tensor in tensors]  # type: ignore[misc]
+def _single(tensor: Any) -> Any:
+    """A tensor in fp32; None stays None."""
+    return None if tensor is None else tensor.float()
 
 
 def _back(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Gradients:

@@ -25,11 +25,12 @@ from vimtune.utils import atomic_write
 SOURCES = ("scan.cpp", "conv.cpp")
 HEADERS = ("simd.h", "threads.h")
 FLAGS = (
-    "-O3 -std=c++17 -fPIC -shared -pthread -fvisibility=hidden "
-    "-ffp-contract=fast -fno-math-errno -fno-trapping-math"
-).split()
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    # No -ffast-math: linking with it switches denormals off for the whole process.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
 # How compilers spell "this very processor"; the last resort is their default target.
-MACHINE_FLAGS = (["-march=native"], ["-mcpu=native"], [])
+MACHINE_FLAGS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMPILERS = ("g++", "clang++", "c++")
 TIMEOUT_SECONDS = 300
 
@@ -45,6 +46,13 @@ def load_library() -> ctypes.CDLL:
         BuildError: no compiler, a compiler error, or compiling is forbidden and nothing is cached.
     """
     compiler = find_compiler()
+    try:
+        return _load(compiler)
+    except OSError as error:
+        raise BuildError(f"the library cannot be built here: {error}") from error
+
+
+def _load(compiler: list[str]) -> ctypes.CDLL:
     key = _key(compiler)
     folders = list(_cache_folders())
     for folder in folders:
@@ -57,16 +65,19 @@ def load_library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="vimtune-build-") as scratch:
         built = Path(scratch) / "cpu.so"
         _compile(compiler, built)
-        digest = _digest(built.read_bytes())
+        content = built.read_bytes()
+
+        def write(path: Path) -> None:
+            path.write_bytes(content)
+
         for folder in folders:
-            path = folder / f"cpu-{key}-{digest}.so"
+            path = folder / f"cpu-{key}-{_digest(content)}.so"
             try:
-                atomic_write(path, lambda temporary: shutil.copyfile(built, temporary) and None)
-            except OSError:
-                continue  # read-only or full: the next folder may do
-            return _open(path)
-        # No folder keeps files: a loaded library outlives its file.
-        return _open(built)
+                atomic_write(path, write)
+                return _open(path)
+            except (OSError, BuildError):
+                continue  # read-only, full, or mounted without execution: the next folder may do
+        return _open(built)  # a loaded library outlives its file
 
 
 def find_compiler() -> list[str]:
@@ -109,12 +120,10 @@ def _digest(content: bytes) -> str:
 
 def _cache_folders() -> Iterator[Path]:
     """Folders that may hold the library, best first."""
-    if os.environ.get("VIMTUNE_CACHE"):
-        yield Path(os.environ["VIMTUNE_CACHE"]).expanduser()
-    elif os.environ.get("XDG_CACHE_HOME"):
-        yield Path(os.environ["XDG_CACHE_HOME"]) / "vimtune"
-    else:
-        yield Path("~/.cache/vimtune").expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = os.path.expanduser(os.environ.get("VIMTUNE_CACHE") or os.path.join(caches, "vimtune"))
+    if not folder.startswith("~"):  # no home folder is known
+        yield Path(folder)
     private = _private_temporary_folder()
     if private is not None:
         yield private
@@ -124,8 +133,8 @@ def _private_temporary_folder() -> Path | None:
     """A folder beside other users' files: only good when nobody else could have put a library there."""
     if not hasattr(os, "getuid"):
         return None
-    folder = Path(tempfile.gettempdir()) / f"vimtune-{os.getuid()}"
     try:
+        folder = Path(tempfile.gettempdir()) / f"vimtune-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
     except OSError:
@@ -141,8 +150,8 @@ def _open_if_intact(path: Path) -> ctypes.CDLL | None:
         if _digest(path.read_bytes()) == path.stem.rpartition("-")[2]:
             return _open(path)
         path.unlink()
-    except OSError:
-        pass  # vanished, or not ours to remove: build anew
+    except (OSError, BuildError):
+        pass  # vanished, not ours to remove, or lying where nothing may be executed: build anew
     return None
 
 

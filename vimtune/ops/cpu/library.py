@@ -9,6 +9,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from vimtune.ops.dispatch import ScanOptions
 
 
 def _structure(name: str, pointers: str, integers: str) -> type[ctypes.Structure]:
-    fields = [(field, ctypes.c_void_p) for field in pointers.split()]
+    fields: list[tuple[str, Any]] = [(field, ctypes.c_void_p) for field in pointers.split()]
     fields += [(field, ctypes.c_int64) for field in integers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
@@ -38,8 +39,29 @@ ConvArguments = _structure(
 )
 
 
+class ScanInputs(NamedTuple):
+    """fp32 tensors with unit stride in the last dimension, as in `Backend`."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+
+
+class ConvInputs(NamedTuple):
+    """fp32 tensors with unit stride in the last dimension, as in `Backend`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 class Kernels:
-    """Calls into one loaded library. All tensors fp32 with unit stride in the last dimension."""
+    """Calls into one loaded library; `grad` is like the inputs."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         try:
@@ -55,45 +77,19 @@ class Kernels:
         self._launcher = _team_launcher()
         self._process = os.getpid()
 
-    def scan_forward(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        options: ScanOptions,
-        saved: Tensor | None,
-    ) -> Tensor:
+    def scan_forward(self, inputs: ScanInputs, options: ScanOptions, saved: Tensor | None) -> Tensor:
         """Return `out`, (B, L, E); fill `saved`, (chunks, B, N, E), when given."""
-        out = empty(u.shape)
-        arguments = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, options)
-        self._call("scan_forward", arguments, out=out, saved=saved)
+        out = empty(inputs.u.shape)
+        self._call("scan_forward", _scan_arguments(inputs, options), out=out, saved=saved)
         return out
 
     def scan_backward(
-        self,
-        grad: Tensor,
-        saved: Tensor,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        options: ScanOptions,
-        needs: Sequence[bool],
+        self, grad: Tensor, saved: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of (u, delta, A, B, C, D, z, delta_bias), None where `needs` is False."""
-        arguments = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, options)
+        """Gradients in the order of `inputs`, None where `needs` is False."""
+        arguments = _scan_arguments(inputs, options)
         arguments.grad_batch, arguments.grad_token = grad.stride()[:2]
-        inputs = (u, delta, A.t(), B, C, D, z, delta_bias)
-        gradients = _empty_where_needed(inputs, needs)
+        gradients = _empty_where_needed(inputs._replace(A=inputs.A.t()), needs)
         names = ("grad_u", "grad_delta", "grad_A", "grad_B", "grad_C", "grad_D", "grad_z", "grad_bias")
         outputs = dict(zip(names, gradients, strict=True))
         self._call("scan_backward", arguments, grad=grad, saved=saved, **outputs)
@@ -101,37 +97,28 @@ class Kernels:
             gradients[2] = gradients[2].t().contiguous()
         return gradients
 
-    def conv_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
-    ) -> Tensor:
+    def conv_forward(self, inputs: ConvInputs, silu: bool, reverse: bool) -> Tensor:
         """Return the filtered `x`, (B, L, E)."""
-        out = empty(x.shape)
-        columns = weight.t().contiguous()
-        self._call("conv_forward", _conv_arguments(x, columns, bias, silu, reverse), out=out)
+        out = empty(inputs.x.shape)
+        inputs = _columns_first(inputs)
+        self._call("conv_forward", _conv_arguments(inputs, silu, reverse), out=out)
         return out
 
     def conv_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        silu: bool,
-        reverse: bool,
-        needs: Sequence[bool],
+        self, grad: Tensor, inputs: ConvInputs, silu: bool, reverse: bool, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of (x, weight, bias), None where `needs` is False."""
-        columns = weight.t().contiguous()
-        arguments = _conv_arguments(x, columns, bias, silu, reverse)
+        """Gradients in the order of `inputs`, None where `needs` is False."""
+        inputs = _columns_first(inputs)
+        arguments = _conv_arguments(inputs, silu, reverse)
         arguments.grad_batch, arguments.grad_token = grad.stride()[:2]
-        gradients = _empty_where_needed((x, columns, bias), needs)
+        gradients = _empty_where_needed(inputs, needs)
         outputs = dict(zip(("grad_x", "grad_weight", "grad_bias"), gradients, strict=True))
         self._call("conv_backward", arguments, grad=grad, **outputs)
         if gradients[1] is not None:
             gradients[1] = gradients[1].t().contiguous()
         return gradients
 
-    def _call(self, function: str, arguments: ctypes.Structure, **tensors: Tensor | None) -> None:
+    def _call(self, function: str, arguments: Any, **tensors: Tensor | None) -> None:
         """Run a kernel. The caller holds every tensor of `arguments` until this returns."""
         for name, tensor in tensors.items():
             setattr(arguments, name, _address(tensor))
@@ -158,27 +145,34 @@ def _empty_where_needed(inputs: Sequence[Tensor | None], needs: Sequence[bool]) 
     ]
 
 
-def _scan_arguments(u, delta, A, B, C, D, z, delta_bias, options: ScanOptions) -> ctypes.Structure:
-    arguments = ScanArguments()
-    arguments.batch, arguments.tokens, arguments.inner = u.shape
-    arguments.states = A.shape[1]
-    for name, tensor in {"u": u, "delta": delta, "B": B, "C": C, "z": z}.items():
+def _columns_first(inputs: ConvInputs) -> ConvInputs:
+    """The kernels read the filter tap by tap: (K, E)."""
+    return inputs._replace(weight=inputs.weight.t().contiguous())
+
+
+def _scan_arguments(inputs: ScanInputs, options: ScanOptions) -> Any:
+    arguments: Any = ScanArguments()
+    arguments.batch, arguments.tokens, arguments.inner = inputs.u.shape
+    arguments.states = inputs.A.shape[1]
+    for name in ("u", "delta", "B", "C", "z"):
+        tensor = getattr(inputs, name)
         if tensor is not None:
             setattr(arguments, name, tensor.data_ptr())
             setattr(arguments, f"{name}_batch", tensor.stride(0))
             setattr(arguments, f"{name}_token", tensor.stride(1))
-    arguments.A, arguments.A_row = A.data_ptr(), A.stride(0)
-    arguments.D, arguments.bias = _address(D), _address(delta_bias)
+    arguments.A, arguments.A_row = inputs.A.data_ptr(), inputs.A.stride(0)
+    arguments.D, arguments.bias = _address(inputs.D), _address(inputs.delta_bias)
     arguments.softplus, arguments.reverse = options.delta_softplus, options.reverse
     return arguments
 
 
-def _conv_arguments(x, columns, bias, silu: bool, reverse: bool) -> ctypes.Structure:
-    arguments = ConvArguments()
+def _conv_arguments(inputs: ConvInputs, silu: bool, reverse: bool) -> Any:
+    arguments: Any = ConvArguments()
+    x = inputs.x
     arguments.batch, arguments.tokens, arguments.inner = x.shape
-    arguments.width = columns.shape[0]
+    arguments.width = inputs.weight.shape[0]
     arguments.x, arguments.x_batch, arguments.x_token = x.data_ptr(), x.stride(0), x.stride(1)
-    arguments.weight, arguments.bias = columns.data_ptr(), _address(bias)
+    arguments.weight, arguments.bias = inputs.weight.data_ptr(), _address(inputs.bias)
     arguments.silu, arguments.reverse = silu, reverse
     return arguments
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vimtune.ops import reference
 from vimtune.ops.cpu.build import BuildError
-from vimtune.ops.cpu.library import Kernels, empty
+from vimtune.ops.cpu.library import ConvInputs, Kernels, ScanInputs, empty
 from vimtune.ops.dispatch import ScanOptions
 
 TOLERANCE = 1e-4
@@ -35,7 +37,7 @@ def _check(kernels: Kernels) -> None:
 
     tokens, inner, states, width = kernels.chunk + 3, 21, 5, 4
     grad = normal(1, tokens, inner)
-    scan = [
+    scan = ScanInputs(
         normal(1, tokens, inner),
         normal(1, tokens, inner),
         -normal(inner, states).exp(),
@@ -44,32 +46,31 @@ def _check(kernels: Kernels) -> None:
         normal(inner),
         normal(1, tokens, inner),
         normal(inner),
-    ]
-    conv = [normal(1, tokens, inner), normal(inner, width), normal(inner)]
+    )
+    conv = ConvInputs(normal(1, tokens, inner), normal(inner, width), normal(inner))
     for reverse in (False, True):
         options = ScanOptions(delta_softplus=True, reverse=reverse)
         saved = empty((2, 1, states, inner))
-        results = [kernels.scan_forward(*scan, options, saved)]  # type: ignore[arg-type]
-        results += kernels.scan_backward(grad, saved, *scan, options, [True] * 8)  # type: ignore[arg-type, list-item]
-        _compare(
-            "scan",
-            results,
-            _expected(reference.selective_scan, scan, grad, delta_softplus=True, reverse=reverse),
-        )
-        results = [kernels.conv_forward(*conv, True, reverse)]  # type: ignore[arg-type]
-        results += kernels.conv_backward(grad, *conv, True, reverse, [True] * 3)  # type: ignore[arg-type, list-item]
-        _compare(
-            "convolution", results, _expected(reference.causal_conv1d, conv, grad, silu=True, reverse=reverse)
-        )
+        out = kernels.scan_forward(scan, options, saved)
+        gradients = kernels.scan_backward(grad, saved, scan, options, [True] * len(scan))
+        expected = _expected(reference.selective_scan, scan, grad, delta_softplus=True, reverse=reverse)
+        _compare("scan", [out, *gradients], expected)
+
+        out = kernels.conv_forward(conv, True, reverse)
+        gradients = kernels.conv_backward(grad, conv, True, reverse, [True] * len(conv))
+        expected = _expected(reference.causal_conv1d, conv, grad, silu=True, reverse=reverse)
+        _compare("convolution", [out, *gradients], expected)
 
 
-def _expected(function, inputs: list[Tensor], grad: Tensor, **options: bool) -> list[Tensor]:
+def _expected(
+    function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, **options: bool
+) -> list[Tensor]:
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     out = function(*leaves, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
 
-def _compare(what: str, results: list[Tensor], expected: list[Tensor]) -> None:
+def _compare(what: str, results: Sequence[Any], expected: list[Tensor]) -> None:
     for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         error = ((result - wanted).abs().max() / wanted.abs().max()).item()
         if not error <= TOLERANCE:

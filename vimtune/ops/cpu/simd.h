@@ -17,7 +17,7 @@ constexpr int W = 4;  // SSE, NEON, and anything else through plain registers
 #endif
 
 typedef float vf __attribute__((vector_size(W * 4)));
-typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef float vf4 __attribute__((vector_size(16)));
 
 static inline vf splat(float x) { return vf{} + x; }
@@ -51,6 +51,8 @@ static inline vf at_least(vf x, float low) {
     return _mm512_max_ps(splat(low), x);
 #elif defined(__AVX2__)
     return _mm256_max_ps(splat(low), x);
+#elif defined(__SSE__)
+    return _mm_max_ps(splat(low), x);
 #else
     return splat(low) > x ? splat(low) : x;
 #endif
@@ -61,6 +63,8 @@ static inline vf at_most(vf x, float high) {
     return _mm512_min_ps(splat(high), x);
 #elif defined(__AVX2__)
     return _mm256_min_ps(splat(high), x);
+#elif defined(__SSE__)
+    return _mm_min_ps(splat(high), x);
 #else
     return splat(high) < x ? splat(high) : x;
 #endif
@@ -90,7 +94,7 @@ static inline vf exp2_fast(vf x) {
 #if defined(__AVX512DQ__)
     return _mm512_scalef_ps(p, n);
 #else
-    return (vf)((vi)p + ((vi)t << 23));
+    return (vf)((vu)p + ((vu)t << 23));
 #endif
 }
 
@@ -106,7 +110,7 @@ static inline vf exp_accurate(vf x) {
     p = p * r + 0.49999994f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    vf y = (vf)((vi)p + ((vi)t << 23));
+    vf y = (vf)((vu)p + ((vu)t << 23));
     y = x < splat(-87.33f) ? vf{} : y;
     return x > splat(88.72f) ? splat(__builtin_inff()) : y;
 }
