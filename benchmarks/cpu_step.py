@@ -18,7 +18,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
@@ -26,6 +25,7 @@ from torch import nn
 
 import vimtune  # noqa: F401  (registers the models)
 from vimtune import ops
+from vimtune.utils import processor_name
 
 REFERENCE = "reference"
 
@@ -124,16 +124,9 @@ def report(backends: list[str], jobs: list[str], times: dict, results: dict) -> 
 
 
 def describe_machine() -> str:
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        processor = names[0] if names else processor
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return (
-        f"{processor}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; "
+        f"{processor_name()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{load}; "
         f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
     )
 

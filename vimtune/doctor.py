@@ -22,6 +22,7 @@ from torch import Tensor
 from vimtune import __version__, ops
 from vimtune.ops import reference
 from vimtune.ops.cpu import build
+from vimtune.utils import processor_name
 
 # Largest error that rounding explains, relative to the largest element of the reference result.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -53,12 +54,8 @@ def has_nvidia_gpu() -> bool:
 
 
 def _processor() -> str:
-    name = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            name = next((line.partition(":")[2].strip() for line in file if "model name" in line), name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name or platform.machine()}, usable cores: {cores}, threads of torch: {torch.get_num_threads()}"
+    return f"{processor_name()}, usable cores: {cores}, threads of torch: {torch.get_num_threads()}"
 
 
 def _accelerators() -> str:

@@ -36,7 +36,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _STATE = "_vimtune_adapters"
 
 
-class DeadAdapterError(RuntimeError):
+class DeadAdapterError(ValueError):
     """A trainable tensor of the active adapter got no gradient: it would never train."""
 
 

@@ -28,7 +28,7 @@ from vimtune.train.distributed import Processes
 from vimtune.train.evaluate import Evaluation
 from vimtune.train.folder import RunFolder, writing
 from vimtune.train.tracking import duration
-from vimtune.utils import atomic_write
+from vimtune.utils import atomic_write, processor_name
 
 MAX_NAMED_CLASSES = 30
 """More names than these cannot be read beside a confusion matrix."""
@@ -179,7 +179,7 @@ def device_name(device: torch.device) -> str:
     """The hardware behind `device`, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+    return processor_name()
 
 
 def write_report(report: Report, confusion: Tensor, folder: RunFolder) -> None:
