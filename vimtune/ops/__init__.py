@@ -13,17 +13,25 @@ from vimtune.ops.dispatch import (
 )
 from vimtune.ops.eager import EagerBackend
 from vimtune.ops.functional import causal_conv1d, selective_scan
+from vimtune.ops.fused import DirectionWeights, bidirectional_scan, has_bidirectional_scan
+from vimtune.ops.norm import add_rms_norm
+from vimtune.ops.triton.backend import TritonBackend
 
 # In the order in which `auto` asks them.
 register_backend(CpuBackend())
+register_backend(TritonBackend())
 register_backend(EagerBackend())
 
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "DirectionWeights",
+    "add_rms_norm",
     "backend_names",
     "backend_report",
+    "bidirectional_scan",
     "causal_conv1d",
+    "has_bidirectional_scan",
     "register_backend",
     "resolved_backend",
     "selective_scan",

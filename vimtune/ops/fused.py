@@ -1,0 +1,169 @@
+"""The whole inside of the Vim mixer as one differentiable operation, where a backend has kernels for it.
+
+Between `in_proj` and `out_proj` a mixer runs, in both directions, a convolution, two small projections
+and the scan, and averages the gated results. As one operation this reads and writes a fraction of the
+memory; gradients of weights nobody trains are never computed, and with all of them frozen only
+d(xz) remains.
+
+Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from vimtune.ops.dispatch import resolve_backend, uses_reference
+
+NUM_WEIGHTS = 7  # per direction
+
+
+class DirectionWeights(NamedTuple):
+    """Weights of one direction: conv_weight (E, K), conv_bias (E,) or None, x_proj (R + 2 N, E) with rows
+    dt | B | C, dt_proj (E, R), dt_bias (E,), A_log (E, N), D (E,)."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+
+
+@torch.compiler.assume_constant_result
+def has_bidirectional_scan(backend: str, device: str) -> bool:
+    """Whether `bidirectional_scan` can run with this backend name on this device (e.g. "cuda:0")."""
+    return not uses_reference(backend) and resolve_backend(backend, torch.device(device)).name == "triton"
+
+
+def bidirectional_scan(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> Tensor:
+    """Average of both directions' gated scans: `xz` (B, L, 2 E), the output of in_proj, to (B, L, E).
+
+    Computes, for u = SiLU(conv(x)) and (dt, B, C) = x_proj(u),
+    (scan(u, softplus(dt_proj(dt))) + the same from the last token to the first) / 2 * SiLU(z).
+    The output has the dtype of `xz`; state, time steps, B and C are fp32.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    inner = xz.shape[-1] // 2
+    for label, weights in (("forward", forward), ("reverse", reverse)):
+        states = weights.A_log.shape[1]
+        rank = weights.dt_proj.shape[1]
+        expected = {
+            "conv_weight": (inner, forward.conv_weight.shape[1]),
+            "x_proj": (rank + 2 * states, inner),
+            "dt_proj": (inner, forward.dt_proj.shape[1]),
+            "dt_bias": (inner,),
+            "A_log": (inner, forward.A_log.shape[1]),
+            "D": (inner,),
+        }
+        for name, shape in expected.items():
+            found = tuple(getattr(weights, name).shape)
+            if found != shape:
+                raise ValueError(f"{label} {name} is {found}, expected {shape} for xz {tuple(xz.shape)}")
+    return torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, torch.is_grad_enabled())[0]
+
+
+# torch.library reads the annotations at run time, hence Optional.
+
+
+@torch.library.custom_op("vimtune::bidirectional_scan", mutates_args=())
+def _scan(
+    xz: Tensor,
+    conv_weight0: Tensor,
+    conv_bias0: Optional[Tensor],  # noqa: UP045
+    x_proj0: Tensor,
+    dt_proj0: Tensor,
+    dt_bias0: Tensor,
+    A_log0: Tensor,
+    D0: Tensor,
+    conv_weight1: Tensor,
+    conv_bias1: Optional[Tensor],  # noqa: UP045
+    x_proj1: Tensor,
+    dt_proj1: Tensor,
+    dt_bias1: Tensor,
+    A_log1: Tensor,
+    D1: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from vimtune.ops.triton import mixer
+
+    weights = _by_direction(
+        [conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0]
+        + [conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1]
+    )
+    return mixer.forward(_rows(xz), weights, save)
+
+
+@_scan.register_fake
+def _(xz, *rest):
+    from vimtune.ops.triton import mixer
+
+    A_log, dt_proj, save = rest[5], rest[3], rest[-1]
+    projections, states = mixer.shapes(xz, A_log.shape[1], dt_proj.shape[1])
+    batch, tokens, twice = xz.shape
+    return (
+        xz.new_empty((batch, tokens, twice // 2)),
+        xz.new_empty(projections, dtype=torch.float32),
+        xz.new_empty(states if save else (0,), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("vimtune::bidirectional_scan_backward", mutates_args=())
+def _scan_backward(
+    grad: Tensor,
+    xz: Tensor,
+    projections: Tensor,
+    states: Tensor,
+    weights: list[Optional[Tensor]],  # noqa: UP045
+    needs: list[bool],
+) -> list[Tensor]:
+    from vimtune.ops.triton import mixer
+
+    wanted = needs[1:]
+    halves = [wanted[:NUM_WEIGHTS], wanted[NUM_WEIGHTS:]]
+    rows = _rows(grad.to(xz.dtype))
+    grad_xz, found = mixer.backward(
+        rows, _rows(xz), projections, states, _by_direction(weights), needs[0], halves
+    )
+    flat = [grad_xz, *found[0], *found[1]]
+    return [xz.new_empty(0) if gradient is None else gradient for gradient in flat]
+
+
+@_scan_backward.register_fake
+def _(grad, xz, projections, states, weights, needs):
+    return [
+        tensor.new_empty(tensor.shape) if needed else xz.new_empty(0)
+        for tensor, needed in zip([xz, *weights], needs, strict=True)
+    ]
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, save = inputs
+    if not save:
+        raise RuntimeError("bidirectional_scan was called without saved states but needs a gradient")
+    ctx.save_for_backward(output[1], output[2], *tensors)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _autograd(ctx, grad, _grad_projections, _grad_states):
+    projections, states, xz, *weights = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[: 1 + 2 * NUM_WEIGHTS])
+    gradients = torch.ops.vimtune.bidirectional_scan_backward(grad, xz, projections, states, weights, needs)
+    return *(value if needed else None for value, needed in zip(gradients, needs, strict=True)), None
+
+
+_scan.register_autograd(_autograd, setup_context=_setup)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _by_direction(weights: list[Tensor | None]) -> list[list[Tensor | None]]:
+    flat = [None if weight is None else weight.contiguous() for weight in weights]
+    return [flat[:NUM_WEIGHTS], flat[NUM_WEIGHTS:]]

@@ -1,0 +1,113 @@
+"""Backend `triton`: the four kernels of the backend protocol on NVIDIA GPUs (or Triton's interpreter).
+
+Importable without Triton: the kernels are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from vimtune.ops.dispatch import Backend
+
+CHUNK = 64
+"""Steps between the states that the forward keeps."""
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    summary = "Triton kernels for NVIDIA GPUs"
+
+    def refusals(self, device):
+        reasons = []
+        if importlib.util.find_spec("triton") is None:
+            reasons.append("the package 'triton' is not installed")
+        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+            return reasons
+        if device.type != "cuda":
+            reasons.append(f"device is {device.type}, the kernels need cuda (or TRITON_INTERPRET=1)")
+        elif torch.version.cuda is None or not torch.cuda.is_available():
+            reasons.append("torch has no usable CUDA device")
+        elif torch.cuda.get_device_capability(device) < (8, 0):
+            reasons.append(f"compute capability {torch.cuda.get_device_capability(device)} is below (8, 0)")
+        return reasons
+
+    def states_shape(self, batch, tokens, inner, states):
+        return (1, batch, -(-tokens // CHUNK), states, inner)
+
+    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
+        from vimtune.ops.triton import launch
+
+        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        states = launch.scan_forward(
+            u,
+            z,
+            delta,
+            B,
+            C,
+            [launch.Direction(A.contiguous(), D, delta_bias)],
+            out,
+            first=int(options.reverse),
+            rank=0,
+            softplus=options.delta_softplus,
+            from_log=False,
+            scale=1.0,
+            direction_stride=0,
+            save_states=save_states,
+        )
+        return out, states
+
+    def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
+        from vimtune.ops.triton import launch
+
+        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
+        grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device) if need_z else None
+        gradients = launch.scan_backward(
+            grad,
+            u,
+            z,
+            states,
+            delta,
+            B,
+            C,
+            [launch.Direction(A.contiguous(), D, delta_bias)],
+            grad_z,
+            launch.ScanNeeds(need_u, need_delta, need_A, need_B or need_C, need_D, need_z, need_bias),
+            first=int(options.reverse),
+            rank=0,
+            softplus=options.delta_softplus,
+            from_log=False,
+            scale=1.0,
+            direction_stride=0,
+        )
+        grad_B = grad_C = None
+        if need_B or need_C:
+            num_states = A.shape[1]
+            blocks = gradients.BC[0]
+            padded = blocks.shape[-1] // 2
+            grad_B = blocks[..., :num_states].sum(0).to(B.dtype) if need_B else None
+            grad_C = blocks[..., padded : padded + num_states].sum(0).to(C.dtype) if need_C else None
+        return (
+            gradients.u[0] if need_u else None,
+            gradients.delta[0] if need_delta else None,
+            gradients.A[0].to(A.dtype) if need_A else None,
+            grad_B,
+            grad_C,
+            gradients.D[0].to(D.dtype) if need_D else None,
+            grad_z,
+            gradients.bias[0].to(delta_bias.dtype) if need_bias else None,
+        )
+
+    def conv_forward(self, x, weight, bias, silu, reverse):
+        from vimtune.ops.triton import convolution
+
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        convolution.convolve(x, weight.contiguous(), bias, out, silu, reverse)
+        return out
+
+    def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):
+        from vimtune.ops.triton import convolution
+
+        return convolution.conv_backward(grad, x, weight, bias, silu, reverse, needs)

@@ -1,0 +1,96 @@
+"""Launches of the convolution kernels.
+
+Shape letters: B batch, L tokens, E inner width, K filter width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vimtune.ops.triton.conv_kernels import (
+    conv_adjoint_kernel,
+    conv_kernel,
+    conv_slope_kernel,
+    conv_weight_kernel,
+)
+
+ROWS, CHANNELS = 32, 64
+TILES = 8
+
+
+def conv_grid(num_rows: int, inner: int) -> tuple[int, int]:
+    return -(-num_rows // ROWS), -(-inner // CHANNELS)
+
+
+def convolve(x, weight, bias, out, silu: bool, reverse: bool) -> None:
+    """`out` = causal convolution of `x` (B, L, E), through SiLU if asked for."""
+    batch, tokens, inner = x.shape
+    with torch.cuda.device_of(x):
+        conv_kernel[conv_grid(batch * tokens, inner)](
+            x, weight, weight if bias is None else bias, out,
+            x.stride(0), x.stride(1), out.stride(0), out.stride(1), batch * tokens, tokens, inner,
+            BM=ROWS, BE=CHANNELS, K=weight.shape[1], HAS_BIAS=bias is not None, AHEAD=reverse, SILU=silu,
+        )  # fmt: skip
+
+
+def adjoint(grad0, grad1, weight0, weight1, out, use: tuple[bool, bool]) -> None:
+    """`out` = gradient of the filter input, from the gradients behind either direction's filter."""
+    batch, tokens, inner = out.shape
+    with torch.cuda.device_of(out):
+        conv_adjoint_kernel[conv_grid(batch * tokens, inner)](
+            grad0, grad1, weight0, weight1, out,
+            grad0.stride(0), grad0.stride(1), out.stride(0), out.stride(1), batch * tokens, tokens, inner,
+            BM=ROWS, BE=CHANNELS, K=weight0.shape[1], USE0=use[0], USE1=use[1],
+        )  # fmt: skip
+
+
+def weight_gradients(grad, x, width: int, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the filter (E, K) and its bias (E,), fp32, from `grad` (B, L, E) behind the filter."""
+    batch, tokens, inner = x.shape
+    programs = -(-batch * tokens // (ROWS * TILES))
+    partial = torch.empty((programs, width + 1, inner), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        conv_weight_kernel[(programs, -(-inner // CHANNELS))](
+            grad, x, partial, grad.stride(0), grad.stride(1), x.stride(0), x.stride(1),
+            batch * tokens, tokens, inner,
+            BM=ROWS, BE=CHANNELS, K=width, TILES=TILES, AHEAD=reverse,
+        )  # fmt: skip
+    return partial[:, :width].sum(0).t().contiguous(), partial[:, width].sum(0)
+
+
+def conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    reverse: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, weight, bias), None where `needs` is False."""
+    need_x, need_weight, need_bias = needs
+    batch, tokens, inner = x.shape
+    weight = weight.contiguous()
+    width = weight.shape[1]
+    if silu:
+        slope = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        with torch.cuda.device_of(x):
+            conv_slope_kernel[conv_grid(batch * tokens, inner)](
+                grad, x, weight, weight if bias is None else bias, slope,
+                grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), batch * tokens, tokens, inner,
+                BM=ROWS, BE=CHANNELS, K=width, HAS_BIAS=bias is not None, AHEAD=reverse,
+            )  # fmt: skip
+        grad = slope
+    grad_x = None
+    if need_x:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        adjoint(grad, grad, weight, weight, grad_x, use=(not reverse, reverse))
+    grad_weight = grad_bias = None
+    if need_weight or need_bias:
+        grad_weight, grad_bias = weight_gradients(grad, x, width, reverse)
+        grad_weight = grad_weight.to(weight.dtype) if need_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if need_bias else None
+    return grad_x, grad_weight, grad_bias
