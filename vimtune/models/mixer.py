@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimtune.ops import causal_conv1d, selective_scan
+from vimtune.ops import (
+    DirectionWeights,
+    bidirectional_scan,
+    causal_conv1d,
+    has_bidirectional_scan,
+    selective_scan,
+)
 
 # Time steps at the start of training are log-uniform in this range (Gu & Dao 2023, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
@@ -96,50 +102,40 @@ class BiMambaMixer(nn.Module):
             dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x, z = self.in_proj(hidden).chunk(2, dim=-1)
-        forward = self._scan(
-            x,
-            z,
-            self.conv1d.weight,
+        xz = self.in_proj(hidden)
+        forward = DirectionWeights(
+            self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             self.x_proj.weight,
             self.dt_proj.weight,
             self.dt_proj.bias,
             self.A_log,
             self.D,
-            reverse=False,
         )
-        backward = self._scan(
-            x,
-            z,
-            self.conv1d_b.weight,
+        reverse = DirectionWeights(
+            self.conv1d_b.weight.squeeze(1),
             self.conv1d_b.bias,
             self.x_proj_b.weight,
             self.dt_proj_b.weight,
             self.dt_proj_b.bias,
             self.A_b_log,
             self.D_b,
-            reverse=True,
         )
-        return self.out_proj((forward + backward) / 2)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
+            if self._has_fused_scan():
+                return self.out_proj(bidirectional_scan(xz, forward, reverse))
+        x, z = xz.chunk(2, dim=-1)
+        gated = self._scan(x, z, forward, reverse=False) + self._scan(x, z, reverse, reverse=True)
+        return self.out_proj(gated / 2)
 
-    def _scan(
-        self,
-        x: Tensor,
-        z: Tensor,
-        conv_weight: Tensor,
-        conv_bias: Tensor | None,
-        x_proj_weight: Tensor,
-        dt_proj_weight: Tensor,
-        dt_proj_bias: Tensor,
-        A_log: Tensor,
-        D: Tensor,
-        reverse: bool,
-    ) -> Tensor:
+    def _has_fused_scan(self) -> bool:
+        return has_bidirectional_scan(self.backend, str(next(self.parameters()).device))
+
+    def _scan(self, x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool) -> Tensor:
         """One direction: (B, L, E) -> (B, L, E), gated."""
-        num_states = A_log.shape[1]
-        u = causal_conv1d(x, conv_weight.squeeze(1), conv_bias, True, reverse, self.backend)
-        dt, B, C = F.linear(u, x_proj_weight).split([self.dt_rank, num_states, num_states], dim=-1)
-        delta = F.linear(dt, dt_proj_weight)
-        A = -torch.exp(A_log)
-        return selective_scan(u, delta, A, B, C, D, z, dt_proj_bias, True, reverse, self.backend)
+        num_states = weights.A_log.shape[1]
+        u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, self.backend)
+        dt, B, C = F.linear(u, weights.x_proj).split([self.dt_rank, num_states, num_states], dim=-1)
+        delta = F.linear(dt, weights.dt_proj)
+        A = -torch.exp(weights.A_log)
+        return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, self.backend)

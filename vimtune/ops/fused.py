@@ -8,8 +8,7 @@ d(xz) remains.
 Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: TorchScript has to read those of DirectionWeights.
 from typing import NamedTuple, Optional
 
 import torch
