@@ -9,6 +9,7 @@ Shape letters: B batch, L tokens (patches and class token), M patches, D width.
 import inspect
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -455,7 +456,12 @@ def _hub(repository: str, filename: str) -> dict[str, Any]:
 
 
 def _small_image_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(**{"input_size": (3, 64, 64), "crop_pct": 1.0, "num_classes": 200, **kwargs})
+    return _cfg(**{"input_size": (3, 64, 64), "crop_pct": 1.0, **kwargs})
+
+
+def _embedded(filename: str) -> str:
+    """Weights that ship with the package."""
+    return str(Path(__file__).parent / "weights" / filename)
 
 
 default_cfgs = generate_default_cfgs(
@@ -466,7 +472,9 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_stride8_224.in1k": _hub("Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
         "vim_base_patch16_224.in1k": _hub("Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
         "vim_tiny_patch8_64": _small_image_cfg(),
-        "vim_nano_patch8_64": _small_image_cfg(),
+        "vim_nano_patch8_64.synthetic_flowers": _small_image_cfg(
+            file=_embedded("vim_nano_patch8_64.synthetic_flowers.safetensors"), num_classes=512
+        ),
         "test_vim": _small_image_cfg(input_size=(3, 32, 32), num_classes=10),
     }
 )
