@@ -1,6 +1,7 @@
 """Selective scan and causal convolution behind one dispatch; see `dispatch.py` for the backends."""
 
 from vimtune.ops.cpu import CpuBackend
+from vimtune.ops.cuda import CudaBackend
 from vimtune.ops.dispatch import (
     Backend,
     BackendUnavailable,
@@ -20,6 +21,7 @@ from vimtune.ops.triton.backend import TritonBackend
 # In the order in which `auto` asks them.
 register_backend(CpuBackend())
 register_backend(TritonBackend())
+register_backend(CudaBackend())
 register_backend(EagerBackend())
 
 __all__ = [

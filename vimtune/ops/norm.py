@@ -108,7 +108,13 @@ def _autograd(ctx, grad_normed, grad_total, _grad_inverse):
         branch = grad_total.to(ctx.branch_dtype) if need_branch else None
         return branch, passed, torch.zeros_like(weight) if need_weight else None, None, None
     residual, branch, own = torch.ops.vimtune.add_rms_norm_backward(
-        grad_normed, grad_total, total, weight, inverse, ctx.branch_dtype if need_branch else None, need_weight
+        grad_normed,
+        grad_total,
+        total,
+        weight,
+        inverse,
+        ctx.branch_dtype if need_branch else None,
+        need_weight,
     )
     return (
         branch if need_branch else None,

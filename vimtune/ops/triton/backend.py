@@ -41,54 +41,27 @@ class TritonBackend(Backend):
         from vimtune.ops.triton import launch
 
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        states = launch.scan_forward(
-            u,
-            z,
-            delta,
-            B,
-            C,
-            [launch.Direction(A.contiguous(), D, delta_bias)],
-            out,
-            first=int(options.reverse),
-            rank=0,
-            softplus=options.delta_softplus,
-            from_log=False,
-            scale=1.0,
-            direction_stride=0,
-            save_states=save_states,
-        )
-        return out, states
+        inputs = _inputs(u, delta, A, B, C, D, delta_bias, options)
+        return out, launch.scan_forward(inputs, z, out, 1.0, save_states)
 
     def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
         from vimtune.ops.triton import launch
 
         need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
-        grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device) if need_z else None
-        gradients = launch.scan_backward(
-            grad,
-            u,
-            z,
-            states,
-            delta,
-            B,
-            C,
-            [launch.Direction(A.contiguous(), D, delta_bias)],
-            grad_z,
-            launch.ScanNeeds(need_u, need_delta, need_A, need_B or need_C, need_D, need_z, need_bias),
-            first=int(options.reverse),
-            rank=0,
-            softplus=options.delta_softplus,
-            from_log=False,
-            scale=1.0,
-            direction_stride=0,
-        )
-        grad_B = grad_C = None
+        inputs = _inputs(u, delta, A, B, C, D, delta_bias, options)
+        wanted = launch.ScanNeeds(need_u, need_delta, need_A, need_B or need_C, need_D, need_z, need_bias)
+        before_gate = grad if z is None else launch.gate_gradient(grad, z, 1.0)
+        gradients = launch.scan_backward(inputs, before_gate, states, wanted)
+        grad_B = grad_C = grad_z = None
         if need_B or need_C:
             num_states = A.shape[1]
             blocks = gradients.BC[0]
             padded = blocks.shape[-1] // 2
             grad_B = blocks[..., :num_states].sum(0).to(B.dtype) if need_B else None
             grad_C = blocks[..., padded : padded + num_states].sum(0).to(C.dtype) if need_C else None
+        if need_z:
+            grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+            launch.gate_finish(grad, z, gradients.y, grad_z, 1.0)
         return (
             gradients.u[0] if need_u else None,
             gradients.delta[0] if need_delta else None,
@@ -111,3 +84,19 @@ class TritonBackend(Backend):
         from vimtune.ops.triton import convolution
 
         return convolution.conv_backward(grad, x, weight, bias, silu, reverse, needs)
+
+
+def _inputs(u, delta, A, B, C, D, delta_bias, options):
+    from vimtune.ops.triton.launch import Direction, ScanInputs
+
+    return ScanInputs(
+        u,
+        delta,
+        B,
+        C,
+        [Direction(A.contiguous(), D, delta_bias)],
+        first=int(options.reverse),
+        softplus=options.delta_softplus,
+        raw=True,
+        from_log=False,
+    )

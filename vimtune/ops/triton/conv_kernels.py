@@ -1,10 +1,9 @@
-"""Depthwise causal convolution and the small projections around it, in Triton.
+"""Depthwise causal convolution in Triton.
 
 Rows are the B * L tokens of the batch, one after the other; a filter tap that would cross the border
 of an image reads 0. Direction 0 looks back, direction 1 looks ahead.
 
-Shape letters: B batch, L tokens, E inner width, N states (NP padded), R dt rank (RP padded), K filter
-width, P = 2 NP + RP columns of the projected B | C | dt.
+Shape letters: B batch, L tokens, E inner width, K filter width.
 """
 
 from __future__ import annotations
@@ -68,6 +67,26 @@ def conv_kernel(
         y = silu(y)
     place = image * stride_out_image + t * stride_out_token
     tl.store(out + place[:, None] + e[None, :], y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def conv_pair_kernel(
+    x, weight0, weight1, bias0, bias1, out, stride_image, stride_token, num_rows, num_tokens, num_inner,
+    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """SiLU(conv(x)) of both directions, (2, B, L, E) contiguous, from one reading of x."""
+    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
+    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    live = e < num_inner
+    ok = ok_row[:, None] & live[None, :]
+    u0 = silu(_filtered(
+        x, weight0, bias0, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, False
+    ))  # fmt: skip
+    tl.store(out + row[:, None] * num_inner + e[None, :], u0.to(out.dtype.element_ty), mask=ok)
+    u1 = silu(_filtered(
+        x, weight1, bias1, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, True
+    ))  # fmt: skip
+    tl.store(out + (num_rows + row)[:, None] * num_inner + e[None, :], u1.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -137,131 +156,3 @@ def conv_weight_kernel(
                 value *= _tap(x, image, t, e, ok, stride_image, stride_token, num_tokens, K - 1 - j, AHEAD)
             total += tl.sum(value, axis=0)
         tl.store(base + j * num_inner + e, total, mask=live)
-
-
-@triton.jit
-def _weight_rows(p, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr):
-    """Row of x_proj's weight (dt | B | C) behind column p of B | C | dt, and whether there is one."""
-    is_B = p < NP
-    is_C = (p >= NP) & (p < 2 * NP)
-    place = tl.where(is_B, p + R, tl.where(is_C, p - NP + R + N, p - 2 * NP))
-    used = tl.where(is_B, p < N, tl.where(is_C, p - NP < N, p - 2 * NP < R))
-    return place, used
-
-
-@triton.jit
-def conv_project_kernel(
-    x, weight0, weight1, bias0, bias1, proj0, proj1, out, stride_image, stride_token,
-    num_rows, num_tokens, num_inner,
-    BM: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
-    LOW: tl.constexpr,
-):  # fmt: skip
-    """x_proj(SiLU(conv(x))) of both directions as fp32 (2, B, L, P); the convolved x stays on chip.
-
-    LOW multiplies in the dtype of `x` (bf16, fp16), as autocast would.
-    """
-    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
-    p = tl.arange(0, PP)
-    place, used = _weight_rows(p, N, NP, R)
-    total0 = tl.zeros([BM, PP], tl.float32)
-    total1 = tl.zeros([BM, PP], tl.float32)
-    for first in range(0, num_inner, BK):
-        e = first + tl.arange(0, BK)
-        live = e < num_inner
-        ok = ok_row[:, None] & live[None, :]
-        offset = place[None, :] * num_inner + e[:, None]
-        inside = used[None, :] & live[:, None]
-        u0 = silu(_filtered(
-            x, weight0, bias0, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, False
-        ))  # fmt: skip
-        w0 = tl.load(proj0 + offset, mask=inside, other=0.0)
-        u1 = silu(_filtered(
-            x, weight1, bias1, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, True
-        ))  # fmt: skip
-        w1 = tl.load(proj1 + offset, mask=inside, other=0.0)
-        if LOW:
-            total0 = tl.dot(u0.to(x.dtype.element_ty), w0.to(x.dtype.element_ty), total0)
-            total1 = tl.dot(u1.to(x.dtype.element_ty), w1.to(x.dtype.element_ty), total1)
-        else:
-            total0 = tl.dot(u0, w0.to(tl.float32), total0, input_precision="ieee")
-            total1 = tl.dot(u1, w1.to(tl.float32), total1, input_precision="ieee")
-    mask = ok_row[:, None] & (p < P)[None, :]
-    tl.store(out + row[:, None] * P + p[None, :], total0, mask=mask)
-    tl.store(out + (num_rows + row)[:, None] * P + p[None, :], total1, mask=mask)
-
-
-@triton.jit
-def project_backward_kernel(
-    x, weight0, weight1, bias0, bias1, proj0, proj1, dt_weight0, dt_weight1, grad_u, grad_delta, partial_BC,
-    grad_proj, stride_image, stride_token, num_rows, num_tokens, num_inner, num_blocks,
-    BM: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, P: tl.constexpr,
-    LOW: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """From the scan's gradients to those before SiLU, written over `grad_u` (2, B, L, E).
-
-    Adds the channel blocks' dB and dC, pulls d(delta) through dt_proj and all three through x_proj.
-    With KEEP the gradient of B | C | dt goes to `grad_proj` (2, B, L, P) for the weight gradients.
-    """
-    direction = tl.program_id(1)
-    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
-    dtype = x.dtype.element_ty if LOW else tl.float32
-    here_row = direction * num_rows + row
-    proj = proj1 if direction == 1 else proj0
-    weight = weight1 if direction == 1 else weight0
-    bias = bias1 if direction == 1 else bias0
-    dt_weight = dt_weight1 if direction == 1 else dt_weight0
-
-    c = tl.arange(0, 2 * NP)
-    r = tl.arange(0, RP)
-    grad_BC = tl.zeros([BM, 2 * NP], tl.float32)
-    for block in range(num_blocks):
-        place = (direction * num_blocks + block) * num_rows + row
-        grad_BC += tl.load(partial_BC + place[:, None] * 2 * NP + c[None, :], mask=ok_row[:, None], other=0.0)
-    grad_dt = tl.zeros([BM, RP], tl.float32)
-    for first in range(0, num_inner, BK):
-        e = first + tl.arange(0, BK)
-        live = e < num_inner
-        ok = ok_row[:, None] & live[None, :]
-        values = tl.load(grad_delta + here_row[:, None] * num_inner + e[None, :], mask=ok, other=0.0).to(dtype)
-        w = tl.load(dt_weight + e[:, None] * R + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
-        if LOW:
-            grad_dt = tl.dot(values, w.to(dtype), grad_dt)
-        else:
-            grad_dt = tl.dot(values, w.to(tl.float32), grad_dt, input_precision="ieee")
-    if KEEP:
-        kept = grad_proj + here_row[:, None] * P
-        tl.store(kept + c[None, :], grad_BC.to(grad_proj.dtype.element_ty), mask=ok_row[:, None])
-        tl.store(kept + 2 * NP + r[None, :], grad_dt.to(grad_proj.dtype.element_ty), mask=ok_row[:, None])
-
-    place, used = _weight_rows(c, N, NP, R)
-    low_BC = grad_BC.to(dtype)
-    low_dt = grad_dt.to(dtype)
-    for first in range(0, num_inner, BK):
-        e = first + tl.arange(0, BK)
-        live = e < num_inner
-        ok = ok_row[:, None] & live[None, :]
-        here = grad_u + here_row[:, None] * num_inner + e[None, :]
-        total = tl.load(here, mask=ok, other=0.0).to(tl.float32)
-        w_BC = tl.load(
-            proj + place[:, None] * num_inner + e[None, :], mask=used[:, None] & live[None, :], other=0.0
-        )
-        w_dt = tl.load(
-            proj + r[:, None] * num_inner + e[None, :], mask=(r < R)[:, None] & live[None, :], other=0.0
-        )
-        if LOW:
-            total = tl.dot(low_BC, w_BC.to(dtype), total)
-            total = tl.dot(low_dt, w_dt.to(dtype), total)
-        else:
-            total = tl.dot(low_BC, w_BC.to(tl.float32), total, input_precision="ieee")
-            total = tl.dot(low_dt, w_dt.to(tl.float32), total, input_precision="ieee")
-        if direction == 1:
-            y = _filtered(
-                x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, True
-            )  # fmt: skip
-        else:
-            y = _filtered(
-                x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, False
-            )  # fmt: skip
-        tl.store(here, (total * silu_slope(y)).to(grad_u.dtype.element_ty), mask=ok)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vimtune.ops.triton.conv_kernels import (
     conv_adjoint_kernel,
     conv_kernel,
+    conv_pair_kernel,
     conv_slope_kernel,
     conv_weight_kernel,
 )
@@ -34,6 +35,19 @@ def convolve(x, weight, bias, out, silu: bool, reverse: bool) -> None:
             x.stride(0), x.stride(1), out.stride(0), out.stride(1), batch * tokens, tokens, inner,
             BM=ROWS, BE=CHANNELS, K=weight.shape[1], HAS_BIAS=bias is not None, AHEAD=reverse, SILU=silu,
         )  # fmt: skip
+
+
+def convolve_pair(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """SiLU of the causal convolution in both directions, (2, B, L, E)."""
+    batch, tokens, inner = x.shape
+    out = torch.empty((2, batch, tokens, inner), dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        conv_pair_kernel[conv_grid(batch * tokens, inner)](
+            x, *weights, *(x if bias is None else bias for bias in biases), out,
+            x.stride(0), x.stride(1), batch * tokens, tokens, inner,
+            BM=ROWS, BE=CHANNELS, K=weights[0].shape[1], HAS_BIAS=biases[0] is not None,
+        )  # fmt: skip
+    return out
 
 
 def adjoint(grad0, grad1, weight0, weight1, out, use: tuple[bool, bool]) -> None:

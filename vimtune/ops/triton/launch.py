@@ -1,6 +1,6 @@
 """Launches of the scan kernels: shapes, strides, buffers and sums of partial results.
 
-Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
+Shape letters: B batch, L tokens, E inner width, N states.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vimtune.ops.triton.backend import CHUNK
 from vimtune.ops.triton.common import INTERPRETED, next_power_of_2
-from vimtune.ops.triton.scan_backward import scan_backward_kernel
-from vimtune.ops.triton.scan_kernels import scan_forward_kernel
+from vimtune.ops.triton.convolution import CHANNELS, ROWS, conv_grid
+from vimtune.ops.triton.project_kernels import gate_finish_kernel, gate_grad_kernel
+from vimtune.ops.triton.scan_kernels import scan_backward_kernel, scan_forward_kernel
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,35 @@ class Tiling:
 
 TILING = Tiling()
 
-# The interpreter multiplies bf16 matrices as if they were integers.
-DOT_TYPE = tl.float32 if INTERPRETED else tl.bfloat16
-
 
 @dataclass(frozen=True)
 class Direction:
-    """Parameters of one direction. The last three are None where `u` and `delta` are given."""
+    """Parameters of one direction's scan."""
 
     A: Tensor
     D: Tensor | None
     dt_bias: Tensor | None
-    conv_weight: Tensor | None = None
-    conv_bias: Tensor | None = None
-    dt_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScanInputs:
+    """u, delta (B, L, E), B, C (B, L, N) of the first direction; the second one's lie a stride away.
+
+    `raw`: delta is what goes through dt_bias and, if `softplus`, softplus; else it is the result.
+    """
+
+    u: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+    directions: Sequence[Direction]
+    first: int
+    softplus: bool
+    raw: bool
+    from_log: bool
+    u_stride: int = 0
+    delta_stride: int = 0
+    BC_stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,17 +72,18 @@ class ScanNeeds:
     A: bool
     BC: bool
     D: bool
-    z: bool
+    y: bool
     bias: bool
 
 
 @dataclass(frozen=True)
 class ScanGradients:
-    """u, delta (directions, B, L, E); BC (directions, blocks, B, L, 2 NP); A (directions, E, N); D, bias
-    (directions, E). Empty where not asked for."""
+    """u, delta before softplus, y recomputed (directions, B, L, E); BC (directions, blocks, B, L, 2 NP); A (or
+    A_log) (directions, E, N); D, bias (directions, E). Empty where not asked for."""
 
     u: Tensor
     delta: Tensor
+    y: Tensor
     BC: Tensor
     A: Tensor
     D: Tensor
@@ -83,122 +100,95 @@ def num_chunks(num_tokens: int) -> int:
 
 
 def is_low(tensor: Tensor) -> bool:
-    """Whether sums over channels may go through the matrix units, which round products to bf16."""
+    """Whether products may be rounded to half precision on the way through the matrix units."""
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
+def dot_type(tensor: Tensor) -> tl.dtype:
+    """What the matrix units multiply in. The interpreter takes bf16 matrices for integers."""
+    if INTERPRETED or not is_low(tensor):
+        return tl.float32
+    return tl.bfloat16 if tensor.dtype == torch.bfloat16 else tl.float16
+
+
 def scan_forward(
-    x: Tensor,
-    z: Tensor | None,
-    delta: Tensor,
-    B: Tensor,
-    C: Tensor,
-    directions: Sequence[Direction],
-    out: Tensor,
-    *,
-    first: int,
-    rank: int,
-    softplus: bool,
-    from_log: bool,
-    scale: float,
-    direction_stride: int,
-    save_states: bool,
+    inputs: ScanInputs, z: Tensor | None, out: Tensor, scale: float, save_states: bool
 ) -> Tensor:
-    """Run the directions first, first+1, .. into `out` (B, L, E); returns the states before each chunk."""
-    batch, tokens, inner = x.shape
-    head, last = directions[0], directions[-1]
+    """Sum of the directions, times `scale` and SiLU(z), into `out` (B, L, E). Returns the saved states."""
+    u, delta, B, C = inputs.u, inputs.delta, inputs.B, inputs.C
+    batch, tokens, inner = u.shape
+    head = inputs.directions[0]
     num_states = head.A.shape[1]
-    width = 0 if head.conv_weight is None else head.conv_weight.shape[1]
     chunks = num_chunks(tokens)
-    shape = (len(directions), batch, chunks, num_states, inner) if save_states else (0,)
-    states = torch.empty(shape, dtype=torch.float32, device=x.device)
-    tiling = TILING
-    channels = tiling.forward_channels
-    grid = (-(-inner // channels), batch)
-    with torch.cuda.device_of(x):
-        scan_forward_kernel[grid](
-            x, x if z is None else z, out, states, delta, B, C, *_pairs(head, last, x),
-            x.stride(0), 0 if z is None else z.stride(0), out.stride(0), delta.stride(0), B.stride(0), C.stride(0),
-            direction_stride, batch, tokens, inner, chunks, 0, scale,
-            STRIDE_X=x.stride(1), STRIDE_Z=0 if z is None else z.stride(1), STRIDE_OUT=out.stride(1),
+    shape = (len(inputs.directions), batch, chunks, num_states, inner) if save_states else (0,)
+    states = torch.empty(shape, dtype=torch.float32, device=u.device)
+    channels = TILING.forward_channels
+    with torch.cuda.device_of(u):
+        scan_forward_kernel[(-(-inner // channels), batch)](
+            u, u if z is None else z, out, states, delta, B, C, *_pairs(inputs),
+            u.stride(0), 0 if z is None else z.stride(0), out.stride(0), delta.stride(0), B.stride(0), C.stride(0),
+            inputs.u_stride, inputs.delta_stride, inputs.BC_stride, batch, tokens, inner, chunks, 0, scale,
+            STRIDE_U=u.stride(1), STRIDE_Z=0 if z is None else z.stride(1), STRIDE_OUT=out.stride(1),
             STRIDE_DELTA=delta.stride(1), STRIDE_B=B.stride(1), STRIDE_C=C.stride(1),
-            N=num_states, NP=padded_states(num_states, is_low(x)), R=rank, RP=max(next_power_of_2(rank), 16), K=width,
-            BE=channels, EVEN=inner % channels == 0, STEPS=tiling.forward_steps, CHUNK=tiling.chunk,
-            FIRST=first, LAST=first + len(directions) - 1, SOFTPLUS=softplus, FROM_LOG=from_log,
-            HAS_D=head.D is not None, HAS_Z=z is not None, HAS_DT_BIAS=head.dt_bias is not None,
-            HAS_CONV_BIAS=head.conv_bias is not None, SAVE=save_states, num_warps=tiling.forward_warps,
+            N=num_states, NP=padded_states(num_states, is_low(u)), BE=channels, EVEN=inner % channels == 0,
+            STEPS=TILING.forward_steps, CHUNK=TILING.chunk,
+            FIRST=inputs.first, LAST=inputs.first + len(inputs.directions) - 1,
+            SOFTPLUS=inputs.softplus and inputs.raw, FROM_LOG=inputs.from_log, HAS_D=head.D is not None,
+            HAS_Z=z is not None, HAS_DT_BIAS=inputs.raw and head.dt_bias is not None, SAVE=save_states,
+            num_warps=TILING.forward_warps,
         )  # fmt: skip
     return states
 
 
-def scan_backward(
-    grad: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    states: Tensor,
-    delta: Tensor,
-    B: Tensor,
-    C: Tensor,
-    directions: Sequence[Direction],
-    grad_z: Tensor | None,
-    needs: ScanNeeds,
-    *,
-    first: int,
-    rank: int,
-    softplus: bool,
-    from_log: bool,
-    scale: float,
-    direction_stride: int,
-) -> ScanGradients:
-    """Gradients of `scan_forward`; writes d(z) into `grad_z`. Gradient of A is that of A_log if `from_log`."""
-    batch, tokens, inner = x.shape
-    head, last = directions[0], directions[-1]
+def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanNeeds) -> ScanGradients:
+    """Gradients of the scan from `grad` (B, L, E), that of the ungated and unscaled sum of the directions."""
+    u, delta, B, C = inputs.u, inputs.delta, inputs.B, inputs.C
+    batch, tokens, inner = u.shape
+    head = inputs.directions[0]
     num_states = head.A.shape[1]
-    padded = padded_states(num_states, is_low(x))
-    width = 0 if head.conv_weight is None else head.conv_weight.shape[1]
-    tiling = TILING
-    channels = tiling.backward_channels
+    padded = padded_states(num_states, is_low(u))
+    channels = TILING.backward_channels
     blocks = -(-inner // channels)
-    count = len(directions)
+    count = len(inputs.directions)
 
     def buffer(wanted: bool, dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape if wanted else (0,), dtype=dtype, device=x.device)
+        return torch.empty(shape if wanted else (0,), dtype=dtype, device=u.device)
 
-    subs = tiling.chunk // tiling.backward_steps
-    scratch = buffer(subs > 1, torch.float32, batch * blocks, subs, padded, channels)
-    grad_u = buffer(needs.u, x.dtype, count, batch, tokens, inner)
-    grad_delta = buffer(needs.delta, x.dtype, count, batch, tokens, inner)
+    subs = TILING.chunk // TILING.backward_steps
+    scratch = buffer(subs > 1, torch.float32, count, batch * blocks, subs, padded, channels)
+    grad_u = buffer(needs.u, u.dtype, count, batch, tokens, inner)
+    grad_delta = buffer(needs.delta, u.dtype, count, batch, tokens, inner)
+    y = buffer(needs.y, u.dtype, count, batch, tokens, inner)
     partial_BC = buffer(needs.BC, torch.float32, count, blocks, batch, tokens, 2 * padded)
     partial_A = buffer(needs.A, torch.float32, count, batch, num_states, inner)
     partial_D = buffer(needs.D, torch.float32, count, batch, inner)
     partial_bias = buffer(needs.bias, torch.float32, count, batch, inner)
-    with torch.cuda.device_of(x):
-        scan_backward_kernel[(blocks, batch)](
-            grad, x, x if z is None else z, states, scratch, delta, B, C, *_pairs(head, last, x),
-            grad_u, grad_delta, x if grad_z is None else grad_z, partial_BC, partial_A, partial_D, partial_bias,
-            grad.stride(0), x.stride(0), 0 if z is None else z.stride(0), delta.stride(0), B.stride(0), C.stride(0),
-            direction_stride, 0 if grad_z is None else grad_z.stride(0),
-            batch, tokens, inner, num_chunks(tokens), 0, scale,
-            STRIDE_GRAD=grad.stride(1), STRIDE_X=x.stride(1), STRIDE_Z=0 if z is None else z.stride(1),
-            STRIDE_DELTA=delta.stride(1), STRIDE_B=B.stride(1), STRIDE_C=C.stride(1),
-            STRIDE_GRAD_Z=0 if grad_z is None else grad_z.stride(1), STRIDE_INNER=inner,
-            N=num_states, NP=padded, R=rank, RP=max(next_power_of_2(rank), 16), K=width,
-            BE=channels, EVEN=inner % channels == 0, SUB=tiling.backward_steps, CHUNK=tiling.chunk,
-            FIRST=first, LAST=first + count - 1, SOFTPLUS=softplus, FROM_LOG=from_log,
-            HAS_D=head.D is not None, HAS_Z=z is not None, HAS_DT_BIAS=head.dt_bias is not None,
-            HAS_CONV_BIAS=head.conv_bias is not None,
+    with torch.cuda.device_of(u):
+        scan_backward_kernel[(blocks, batch, count)](
+            grad, u, states, scratch, delta, B, C, *_pairs(inputs),
+            grad_u, grad_delta, y, partial_BC, partial_A, partial_D, partial_bias,
+            grad.stride(0), u.stride(0), delta.stride(0), B.stride(0), C.stride(0),
+            inputs.u_stride, inputs.delta_stride, inputs.BC_stride,
+            batch, tokens, inner, num_chunks(tokens), 0,
+            STRIDE_GRAD=grad.stride(1), STRIDE_U=u.stride(1), STRIDE_DELTA=delta.stride(1), STRIDE_B=B.stride(1),
+            STRIDE_C=C.stride(1), STRIDE_INNER=inner, N=num_states, NP=padded,
+            BE=channels, EVEN=inner % channels == 0, SUB=TILING.backward_steps, CHUNK=TILING.chunk,
+            FIRST=inputs.first, LAST=inputs.first + count - 1,
+            SOFTPLUS=inputs.softplus and inputs.raw, SLOPE=inputs.softplus, FROM_LOG=inputs.from_log,
+            HAS_D=head.D is not None, HAS_DT_BIAS=inputs.raw and head.dt_bias is not None,
             NEED_U=needs.u, NEED_DELTA=needs.delta, NEED_A=needs.A, NEED_BC=needs.BC, NEED_D=needs.D,
-            NEED_Z=needs.z, NEED_BIAS=needs.bias, DOT=is_low(x), DOT_TYPE=DOT_TYPE,
-            num_warps=tiling.backward_warps, num_stages=1,
+            NEED_Y=needs.y, NEED_BIAS=needs.bias, DOT=is_low(u), DOT_TYPE=dot_type(u),
+            num_warps=TILING.backward_warps, num_stages=1,
         )  # fmt: skip
     grad_A = partial_A
     if needs.A:
         grad_A = partial_A.sum(1).transpose(1, 2)
-        if from_log:  # A = -exp(A_log)
-            grad_A = grad_A * torch.stack([-torch.exp(d.A.float()) for d in directions])
+        if inputs.from_log:  # A = -exp(A_log)
+            grad_A = grad_A * torch.stack([-torch.exp(d.A.float()) for d in inputs.directions])
     return ScanGradients(
         grad_u,
         grad_delta,
+        y,
         partial_BC,
         grad_A,
         partial_D.sum(1) if needs.D else partial_D,
@@ -206,8 +196,30 @@ def scan_backward(
     )
 
 
-def _pairs(head: Direction, last: Direction, absent: Tensor) -> list[Tensor]:
-    """The kernels' parameter list: forward and reverse copy of each, `absent` where there is none."""
-    names = ("A", "D", "dt_bias", "conv_weight", "conv_bias", "dt_weight")
-    pairs = [getattr(direction, name) for name in names for direction in (head, last)]
-    return [absent if tensor is None else tensor for tensor in pairs]
+def gate_gradient(grad: Tensor, z: Tensor, scale: float) -> Tensor:
+    """grad * scale * SiLU(z), (B, L, E) contiguous."""
+    batch, tokens, inner = grad.shape
+    out = torch.empty((batch, tokens, inner), dtype=grad.dtype, device=grad.device)
+    with torch.cuda.device_of(grad):
+        gate_grad_kernel[conv_grid(batch * tokens, inner)](
+            grad, z, out, grad.stride(0), grad.stride(1), z.stride(0), z.stride(1),
+            batch * tokens, tokens, inner, scale, BM=ROWS, BE=CHANNELS,
+        )  # fmt: skip
+    return out
+
+
+def gate_finish(grad: Tensor, z: Tensor, y: Tensor, out: Tensor, scale: float) -> None:
+    """`out` = gradient of `z` (B, L, E), given what the gate multiplied: `y` (directions, B, L, E)."""
+    batch, tokens, inner = grad.shape
+    with torch.cuda.device_of(grad):
+        gate_finish_kernel[conv_grid(batch * tokens, inner)](
+            grad, z, y, out, grad.stride(0), grad.stride(1), z.stride(0), z.stride(1), out.stride(0), out.stride(1),
+            batch * tokens, tokens, inner, scale, BM=ROWS, BE=CHANNELS, DIRECTIONS=y.shape[0],
+        )  # fmt: skip
+
+
+def _pairs(inputs: ScanInputs) -> list[Tensor]:
+    """A, D and dt_bias of the forward and the reverse direction; any tensor where there is none."""
+    head, last = inputs.directions[0], inputs.directions[-1]
+    pairs = [getattr(direction, name) for name in ("A", "D", "dt_bias") for direction in (head, last)]
+    return [inputs.u if tensor is None else tensor for tensor in pairs]

@@ -108,7 +108,9 @@ def backward(
     programs = -(-num_rows // (rows * tiles))
     grad_residual = torch.empty_like(total)
     grad_branch = None if branch_dtype is None else torch.empty_like(total, dtype=branch_dtype)
-    partial = torch.empty((programs, width) if need_weight else (0,), dtype=torch.float32, device=total.device)
+    partial = torch.empty(
+        (programs, width) if need_weight else (0,), dtype=torch.float32, device=total.device
+    )
     with torch.cuda.device_of(total):
         _add_norm_backward_kernel[(programs,)](
             grad_normed, total if grad_total is None else grad_total, total, weight, inverse, grad_residual,

@@ -1,0 +1,260 @@
+"""The Triton kernels answer to the reference, in Triton's interpreter: TRITON_INTERPRET=1 pytest <this file>."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from vimtune import ops
+from vimtune.ops import reference
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 set before Python starts", allow_module_level=True)
+
+from vimtune.ops.triton import launch  # noqa: E402  (kernels are compiled or interpreted from here on)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """Several chunks, and groups inside a chunk, within few tokens: the interpreter is slow."""
+    if DEVICE == "cpu":
+        tiling = launch.Tiling(forward_steps=4, backward_steps=4, chunk=8)
+        monkeypatch.setattr(launch, "TILING", tiling)
+
+
+def normal(generator, *shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def gradients(function, inputs: dict, grad):
+    leaves = {
+        name: None if x is None else x.detach().clone().requires_grad_(x.is_floating_point())
+        for name, x in inputs.items()
+    }
+    out = function(**leaves)
+    wanted = {name: x for name, x in leaves.items() if x is not None}
+    return out, dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
+
+
+def assert_close(actual, expected, tolerance, label):
+    assert actual.shape == expected.shape, label
+    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)
+    assert error <= tolerance, f"{label}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    "tokens, inner, states, reverse, dtype, absent, delta_scale",
+    [
+        (1, 7, 4, False, torch.float32, (), 1.0),
+        (2, 33, 5, True, torch.float32, ("D",), 30.0),
+        (13, 24, 16, False, torch.float32, ("z", "delta_bias"), 1e-4),
+        (18, 8, 22, True, torch.float32, (), 1.0),
+        (9, 24, 16, True, torch.bfloat16, (), 1.0),
+        (9, 24, 3, False, torch.float16, ("z",), 1.0),
+    ],
+)
+def test_scan(tokens, inner, states, reverse, dtype, absent, delta_scale):
+    generator = torch.Generator().manual_seed(0)
+    wide = normal(generator, 2, tokens, 2 * inner, dtype=dtype)
+    narrow = normal(generator, 2, tokens, 2 * states + 3, dtype=dtype)
+    inputs = {
+        "u": wide[..., :inner],
+        "delta": delta_scale * normal(generator, 2, tokens, inner, dtype=dtype),
+        "A": -torch.rand(inner, states, generator=generator).to(DEVICE) * states - 0.1,
+        "B": narrow[..., 3 : 3 + states],
+        "C": narrow[..., 3 + states :],
+        "D": normal(generator, inner),
+        "z": wide[..., inner:],
+        "delta_bias": normal(generator, inner),
+    }
+    inputs = {name: None if name in absent else x for name, x in inputs.items()}
+    grad = normal(generator, 2, tokens, inner, dtype=dtype)
+    options = {"delta_softplus": True, "reverse": reverse}
+    exact = {name: None if x is None else x.double() for name, x in inputs.items()}
+    expected, expected_grads = gradients(
+        lambda **x: reference.selective_scan(**x, **options), exact, grad.double()
+    )
+    # Views reach the kernels as they are: `gradients` would make them contiguous.
+    viewed = ops.selective_scan(**inputs, **options, backend="triton")
+    out, grads = gradients(lambda **x: ops.selective_scan(**x, **options, backend="triton"), inputs, grad)
+    assert torch.equal(viewed, out)
+    assert_close(out, expected, TOLERANCES[dtype], "out")
+    for name, value in grads.items():
+        assert torch.isfinite(value).all(), name
+        assert value.dtype == inputs[name].dtype
+        assert_close(value, expected_grads[name], TOLERANCES[dtype], name)
+
+
+@pytest.mark.parametrize("wanted", [("u",), ("A",), ("z",), ("B", "delta_bias")])
+def test_scan_computes_only_what_is_asked_for(wanted):
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        name: normal(generator, 1, 5, width)
+        for name, width in (("u", 8), ("delta", 8), ("B", 4), ("C", 4), ("z", 8))
+    }
+    inputs |= {
+        "A": -torch.rand(8, 4).to(DEVICE),
+        "D": normal(generator, 8),
+        "delta_bias": normal(generator, 8),
+    }
+    everything = gradients(
+        lambda **x: ops.selective_scan(**x, backend="triton"), inputs, torch.ones(1, 5, 8, device=DEVICE)
+    )[1]
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    ops.selective_scan(**leaves, backend="triton").sum().backward()
+    for name, leaf in leaves.items():
+        if name in wanted:
+            assert_close(leaf.grad, everything[name], 1e-6, name)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize(
+    "tokens, reverse, silu, bias", [(1, False, True, True), (6, True, True, False), (35, False, False, True)]
+)
+def test_convolution(tokens, reverse, silu, bias):
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"x": normal(generator, 2, tokens, 20), "weight": normal(generator, 20, 4)}
+    inputs["bias"] = normal(generator, 20) if bias else None
+    grad = normal(generator, 2, tokens, 20)
+    options = {"silu": silu, "reverse": reverse}
+    expected, expected_grads = gradients(lambda **x: reference.causal_conv1d(**x, **options), inputs, grad)
+    out, grads = gradients(lambda **x: ops.causal_conv1d(**x, **options, backend="triton"), inputs, grad)
+    assert_close(out, expected, 1e-6, "out")
+    for name, value in grads.items():
+        assert_close(value, expected_grads[name], 2e-6, name)
+
+
+def direction_weights(generator, inner, states, rank, width, bias):
+    return {
+        "conv_weight": normal(generator, inner, width) / 2,
+        "conv_bias": normal(generator, inner) if bias else None,
+        "x_proj": normal(generator, rank + 2 * states, inner) / inner**0.5,
+        "dt_proj": normal(generator, inner, rank) / rank**0.5,
+        "dt_bias": normal(generator, inner) - 2,
+        "A_log": (torch.rand(inner, states, generator=generator) * 2).to(DEVICE),
+        "D": normal(generator, inner),
+    }
+
+
+def mixer_reference(xz, forward, reverse):
+    x, z = xz.chunk(2, dim=-1)
+    total = 0
+    for weights, backwards in ((forward, False), (reverse, True)):
+        u = reference.causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, backwards)
+        rank, states = weights.dt_proj.shape[1], weights.A_log.shape[1]
+        dt, B, C = (u @ weights.x_proj.t()).split([rank, states, states], dim=-1)
+        total = total + reference.selective_scan(
+            u,
+            dt @ weights.dt_proj.t(),
+            -weights.A_log.exp(),
+            B,
+            C,
+            weights.D,
+            z,
+            weights.dt_bias,
+            True,
+            backwards,
+        )
+    return total / 2
+
+
+@pytest.mark.parametrize(
+    "tokens, inner, states, rank, width, bias, dtype",
+    [
+        (9, 24, 5, 3, 4, True, torch.float32),
+        (17, 8, 16, 2, 3, False, torch.float32),
+        (7, 32, 16, 12, 4, True, torch.bfloat16),
+        (2, 8, 4, 1, 4, True, torch.float16),
+    ],
+)
+def test_bidirectional_scan(tokens, inner, states, rank, width, bias, dtype):
+    """Output and every gradient, compared with the composition of the definitions in fp64."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = {"xz": normal(generator, 2, tokens, 2 * inner, dtype=dtype)}
+    for label in ("forward", "reverse"):
+        own = direction_weights(generator, inner, states, rank, width, bias)
+        inputs |= {f"{label}.{name}": x for name, x in own.items()}
+
+    def apply(function):
+        def call(**flat):
+            directions = [
+                ops.DirectionWeights(*(flat[f"{label}.{name}"] for name in ops.DirectionWeights._fields))
+                for label in ("forward", "reverse")
+            ]
+            return function(flat["xz"], *directions)
+
+        return call
+
+    grad = normal(generator, 2, tokens, inner, dtype=dtype)
+    exact = {name: None if x is None else x.double() for name, x in inputs.items()}
+    expected, expected_grads = gradients(apply(mixer_reference), exact, grad.double())
+    with ops.use_backend("triton"):
+        out, grads = gradients(apply(ops.bidirectional_scan), inputs, grad)
+        frozen = inputs["xz"].detach().requires_grad_()
+        apply(ops.bidirectional_scan)(**{**inputs, "xz": frozen}).backward(grad)
+    assert_close(out, expected, TOLERANCES[dtype], "out")
+    for name, value in grads.items():
+        assert_close(value, expected_grads[name], 2 * TOLERANCES[dtype], name)
+    assert torch.equal(frozen.grad, grads["xz"]), "frozen weights change d(xz)"
+
+
+@pytest.mark.parametrize("has_branch", [True, False])
+def test_add_rms_norm(has_branch):
+    generator = torch.Generator().manual_seed(3)
+    branch = normal(generator, 3, 5, 24, dtype=torch.bfloat16) if has_branch else None
+    residual, weight = normal(generator, 3, 5, 24), normal(generator, 24)
+    grads = normal(generator, 3, 5, 24), normal(generator, 3, 5, 24)
+    results = []
+    for backend in ("reference", "triton"):
+        leaves = [None if x is None else x.detach().requires_grad_() for x in (branch, residual, weight)]
+        normed, total = ops.add_rms_norm(*leaves, backend=backend)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        loss = (normed * grads[0]).sum() + (total * grads[1]).sum()
+        results.append([normed, total, *torch.autograd.grad(loss, wanted)])
+    for index, (expected, actual) in enumerate(zip(*results, strict=True)):
+        assert actual.dtype == expected.dtype
+        assert_close(actual, expected, 1e-6 if actual.dtype == torch.float32 else 8e-3, str(index))
+
+
+def test_custom_ops_are_registered_correctly():
+    generator = torch.Generator().manual_seed(4)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    xz = normal(generator, 1, 3, 16).requires_grad_()
+    weights = [x for _ in range(2) for x in direction_weights(generator, 8, 4, 2, 4, True).values()]
+    torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, (xz, *weights, True), test_utils=tests)
+    norm = (
+        normal(generator, 2, 8).requires_grad_(),
+        normal(generator, 2, 8),
+        normal(generator, 8),
+        1e-5,
+        torch.float32,
+    )
+    torch.library.opcheck(torch.ops.vimtune.add_rms_norm, norm, test_utils=tests)
+
+
+def test_backward_is_deterministic():
+    generator = torch.Generator().manual_seed(5)
+    xz = normal(generator, 1, 9, 80, dtype=torch.bfloat16).requires_grad_()
+    directions = [
+        ops.DirectionWeights(*direction_weights(generator, 40, 16, 2, 4, True).values()) for _ in range(2)
+    ]
+    runs = [torch.autograd.grad(ops.bidirectional_scan(xz, *directions).sum(), xz)[0] for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("name, shape", [("x_proj", (9, 8)), ("D", (7,))])
+def test_wrong_shapes_are_named(name, shape):
+    generator = torch.Generator().manual_seed(6)
+    good = ops.DirectionWeights(*direction_weights(generator, 8, 4, 2, 4, True).values())
+    with pytest.raises(ValueError, match=f"reverse {name} is"):
+        ops.bidirectional_scan(
+            normal(generator, 1, 3, 16), good, good._replace(**{name: torch.zeros(shape, device=DEVICE)})
+        )
