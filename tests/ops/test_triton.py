@@ -1,4 +1,7 @@
-"""The Triton kernels answer to the reference, in Triton's interpreter: TRITON_INTERPRET=1 pytest <this file>."""
+"""The Triton kernels answer to the reference.
+
+Without a GPU they run in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/ops/test_triton.py
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 set before Python starts", allow_module_level=True)
 
-from vimtune.ops.triton import launch  # noqa: E402  (kernels are compiled or interpreted from here on)
+from vimtune.ops.triton import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")

@@ -92,8 +92,10 @@ def _scan(
     from vimtune.ops.triton import mixer
 
     weights = _by_direction(
-        [conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0]
-        + [conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1]
+        [
+            *(conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0),
+            *(conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1),
+        ]
     )
     return mixer.forward(_rows(xz), weights, save)
 

@@ -110,7 +110,8 @@ def conv_slope_kernel(
 
 @triton.jit
 def conv_adjoint_kernel(
-    grad0, grad1, weight0, weight1, out, stride_grad_image, stride_grad_token, stride_out_image, stride_out_token,
+    grad0, grad1, weight0, weight1, out,
+    stride_grad_image, stride_grad_token, stride_out_image, stride_out_token,
     num_rows, num_tokens, num_inner,
     BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, USE0: tl.constexpr, USE1: tl.constexpr,
 ):  # fmt: skip

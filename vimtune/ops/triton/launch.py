@@ -78,8 +78,8 @@ class ScanNeeds:
 
 @dataclass(frozen=True)
 class ScanGradients:
-    """u, delta before softplus, y recomputed (directions, B, L, E); BC (directions, blocks, B, L, 2 NP); A (or
-    A_log) (directions, E, N); D, bias (directions, E). Empty where not asked for."""
+    """u, delta before softplus, y recomputed (directions, B, L, E); BC (directions, blocks, B, L, 2 NP);
+    A or A_log (directions, E, N); D, bias (directions, E). Empty where not asked for."""
 
     u: Tensor
     delta: Tensor
@@ -126,10 +126,11 @@ def scan_forward(
     with torch.cuda.device_of(u):
         scan_forward_kernel[(-(-inner // channels), batch)](
             u, u if z is None else z, out, states, delta, B, C, *_pairs(inputs),
-            u.stride(0), 0 if z is None else z.stride(0), out.stride(0), delta.stride(0), B.stride(0), C.stride(0),
-            inputs.u_stride, inputs.delta_stride, inputs.BC_stride, batch, tokens, inner, chunks, 0, scale,
+            u.stride(0), 0 if z is None else z.stride(0), out.stride(0), delta.stride(0),
+            B.stride(0), C.stride(0), inputs.u_stride, inputs.delta_stride, inputs.BC_stride,
+            batch, tokens, inner, chunks, 0, scale,
             STRIDE_U=u.stride(1), STRIDE_Z=0 if z is None else z.stride(1), STRIDE_OUT=out.stride(1),
-            STRIDE_DELTA=delta.stride(1), STRIDE_B=B.stride(1), STRIDE_C=C.stride(1),
+            STRIDE_DELTA=delta.stride(1), STRIDE_B=B.stride(1), STRIDE_C=C.stride(1), STRIDE_INNER=inner,
             N=num_states, NP=padded_states(num_states, is_low(u)), BE=channels, EVEN=inner % channels == 0,
             STEPS=TILING.forward_steps, CHUNK=TILING.chunk,
             FIRST=inputs.first, LAST=inputs.first + len(inputs.directions) - 1,
@@ -170,8 +171,8 @@ def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanN
             grad.stride(0), u.stride(0), delta.stride(0), B.stride(0), C.stride(0),
             inputs.u_stride, inputs.delta_stride, inputs.BC_stride,
             batch, tokens, inner, num_chunks(tokens), 0,
-            STRIDE_GRAD=grad.stride(1), STRIDE_U=u.stride(1), STRIDE_DELTA=delta.stride(1), STRIDE_B=B.stride(1),
-            STRIDE_C=C.stride(1), STRIDE_INNER=inner, N=num_states, NP=padded,
+            STRIDE_GRAD=grad.stride(1), STRIDE_U=u.stride(1), STRIDE_DELTA=delta.stride(1),
+            STRIDE_B=B.stride(1), STRIDE_C=C.stride(1), STRIDE_INNER=inner, N=num_states, NP=padded,
             BE=channels, EVEN=inner % channels == 0, SUB=TILING.backward_steps, CHUNK=TILING.chunk,
             FIRST=inputs.first, LAST=inputs.first + count - 1,
             SOFTPLUS=inputs.softplus and inputs.raw, SLOPE=inputs.softplus, FROM_LOG=inputs.from_log,
@@ -213,7 +214,8 @@ def gate_finish(grad: Tensor, z: Tensor, y: Tensor, out: Tensor, scale: float) -
     batch, tokens, inner = grad.shape
     with torch.cuda.device_of(grad):
         gate_finish_kernel[conv_grid(batch * tokens, inner)](
-            grad, z, y, out, grad.stride(0), grad.stride(1), z.stride(0), z.stride(1), out.stride(0), out.stride(1),
+            grad, z, y, out, grad.stride(0), grad.stride(1), z.stride(0), z.stride(1),
+            out.stride(0), out.stride(1),
             batch * tokens, tokens, inner, scale, BM=ROWS, BE=CHANNELS, DIRECTIONS=y.shape[0],
         )  # fmt: skip
 

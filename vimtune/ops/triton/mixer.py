@@ -78,9 +78,11 @@ def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, T
     delta = _empty_delta(u)
     with torch.cuda.device_of(xz):
         project_kernel[(-(-sizes.rows // PROJECT_ROWS), 2)](
-            u, *_both(weights, X_PROJ), *_both(weights, DT_PROJ), *_both(weights, DT_BIAS), projections, delta,
-            sizes.rows, sizes.inner, BM=PROJECT_ROWS, BK=PROJECT_CHANNELS, N=sizes.states, NP=sizes.padded_states,
-            R=sizes.rank, RP=sizes.padded_rank, DOT_TYPE=launch.dot_type(xz),
+            u, *_both(weights, X_PROJ), *_both(weights, DT_PROJ), *_both(weights, DT_BIAS),
+            projections, delta,
+            sizes.rows, sizes.inner, BM=PROJECT_ROWS, BK=PROJECT_CHANNELS,
+            N=sizes.states, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank,
+            DOT_TYPE=launch.dot_type(xz),
         )  # fmt: skip
     out = torch.empty((sizes.batch, sizes.tokens, sizes.inner), dtype=xz.dtype, device=xz.device)
     states = launch.scan_forward(_scan_inputs(u, delta, projections, weights, sizes), z, out, 0.5, save)
@@ -206,8 +208,10 @@ def _spread(x: Tensor, weights: Weights, grad_projections: Tensor, grad_u: Tenso
         project_spread_kernel[(-(-sizes.rows // ROWS), -(-sizes.inner // CHANNELS), 2)](
             x, *_both(weights, CONV_WEIGHT), *biases, *_both(weights, X_PROJ), grad_projections, grad_u,
             x.stride(0), x.stride(1), sizes.rows, sizes.tokens, sizes.inner,
-            BM=ROWS, BE=CHANNELS, K=weights[0][CONV_WEIGHT].shape[1], HAS_BIAS=weights[0][CONV_BIAS] is not None,
-            N=sizes.states, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank, DOT_TYPE=launch.dot_type(x),
+            BM=ROWS, BE=CHANNELS, K=weights[0][CONV_WEIGHT].shape[1],
+            HAS_BIAS=weights[0][CONV_BIAS] is not None,
+            N=sizes.states, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank,
+            DOT_TYPE=launch.dot_type(x),
         )  # fmt: skip
 
 

@@ -73,9 +73,9 @@ def _tile(width: int) -> tuple[int, int, int]:
 def forward(
     branch: Tensor | None, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """normed (.., D) in `dtype`, residual + branch in the dtype of `residual`, 1 / rms (M,). Contiguous input.
+    """normed (.., D) in `dtype`, residual + branch in the dtype of `residual`, 1 / rms (M,).
 
-    Without a branch the second result is empty.
+    Inputs are contiguous. Without a branch the second result is empty.
     """
     width = residual.shape[-1]
     num_rows = residual.numel() // width
@@ -85,7 +85,8 @@ def forward(
     inverse = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
     with torch.cuda.device_of(residual):
         _add_norm_kernel[(-(-num_rows // rows),)](
-            residual if branch is None else branch, residual, weight, total, normed, inverse, num_rows, width, eps,
+            residual if branch is None else branch, residual, weight, total, normed, inverse,
+            num_rows, width, eps,
             ROWS=rows, BD=padded, HAS_BRANCH=branch is not None, num_warps=warps,
         )  # fmt: skip
     return normed, total, inverse

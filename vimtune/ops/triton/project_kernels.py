@@ -18,7 +18,7 @@ from vimtune.ops.triton.conv_kernels import _filtered, _rows
 @triton.jit
 def _product(a, b, total, DOT_TYPE: tl.constexpr):
     """total + a @ b on the matrix units, in bf16 or fp16 as autocast would, or in full fp32."""
-    if DOT_TYPE == tl.float32:
+    if tl.float32 == DOT_TYPE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
         return tl.dot(a.to(DOT_TYPE), b.to(DOT_TYPE), total)
@@ -215,7 +215,8 @@ def project_spread_kernel(
 
 @triton.jit
 def gate_grad_kernel(
-    grad, z, out, stride_grad_image, stride_grad, stride_z_image, stride_z, num_rows, num_tokens, num_inner, scale,
+    grad, z, out, stride_grad_image, stride_grad, stride_z_image, stride_z,
+    num_rows, num_tokens, num_inner, scale,
     BM: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Gradient before the gate: grad * scale * SiLU(z), (B, L, E) contiguous."""

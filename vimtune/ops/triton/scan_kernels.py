@@ -59,7 +59,7 @@ def _optional(base, e, live, PRESENT: tl.constexpr):
 def _forward_direction(
     u, z, out, states, delta, B, C, A, D, dt_bias, num_tokens, num_inner, e, live, scale,
     STRIDE_U: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr, STRIDE_DELTA: tl.constexpr,
-    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, STEPS: tl.constexpr,
+    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
     ADD: tl.constexpr, FINISH: tl.constexpr,
@@ -71,10 +71,11 @@ def _forward_direction(
     bias = _optional(dt_bias, e, live, HAS_DT_BIAS)
     state = tl.zeros([NP, e.shape[0]], tl.float32)
     for start in range(0, num_tokens, STEPS):
-        if SAVE:
+        if SAVE:  # noqa: SIM102  (the outer condition is known to the compiler)
             if start % CHUNK == 0:
-                place = states + (start // CHUNK) * N * num_inner + n[:, None] * num_inner + e[None, :]
-                tl.store(place, state, mask=used[:, None] & live[None, :])
+                place = group_rows(states, e, (start // CHUNK) * N, 0, STRIDE_INNER, False)
+                mask = used[:, None] & live[None, :]
+                tl.store(place[None, :] + n[:, None] * STRIDE_INNER, state, mask=mask)
         us = load_rows(u, e, live, start, num_tokens, STRIDE_U, 0, STEPS, REVERSE)
         raws = load_rows(delta, e, live, start, num_tokens, STRIDE_DELTA, 0, STEPS, REVERSE)
         Bs = load_vectors(B, n, used, start, num_tokens, STRIDE_B, STEPS, REVERSE)
@@ -106,7 +107,7 @@ def scan_forward_kernel(
     stride_u_direction, stride_delta_direction, stride_BC_direction,
     batch, num_tokens, num_inner, num_chunks, zero, scale,
     STRIDE_U: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr, STRIDE_DELTA: tl.constexpr,
-    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     BE: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
@@ -130,7 +131,7 @@ def scan_forward_kernel(
             C + (d - FIRST) * stride_BC_direction + image * stride_C_image,
             A1 if d else A0, D1 if d else D0, dt_bias1 if d else dt_bias0,
             num_tokens, num_inner, e, live, scale,
-            STRIDE_U, STRIDE_Z, STRIDE_OUT, STRIDE_DELTA, STRIDE_B, STRIDE_C, N, NP, STEPS, CHUNK,
+            STRIDE_U, STRIDE_Z, STRIDE_OUT, STRIDE_DELTA, STRIDE_B, STRIDE_C, STRIDE_INNER, N, NP, STEPS, CHUNK,
             d == 1, SOFTPLUS, FROM_LOG, HAS_D, HAS_Z, HAS_DT_BIAS, SAVE, d > FIRST, d == LAST,
         )  # fmt: skip
 
@@ -142,8 +143,8 @@ def _backward_direction(
     num_tokens, num_inner, num_chunks, e, e_local, live,
     STRIDE_GRAD: tl.constexpr, STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_B: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr,
-    SUB: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, SLOPE: tl.constexpr,
-    FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr,
+    SUB: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    SLOPE: tl.constexpr, FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr,
     NEED_DELTA: tl.constexpr, NEED_A: tl.constexpr, NEED_BC: tl.constexpr, NEED_D: tl.constexpr,
     NEED_Y: tl.constexpr, NEED_BIAS: tl.constexpr, DOT: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +153,8 @@ def _backward_direction(
     NUM_SUBS: tl.constexpr = CHUNK // SUB
     ROWS: tl.constexpr = 16 if 2 * SUB < 16 else 2 * SUB
     in_state = used[:, None] & live[None, :]
-    place = n[:, None] * num_inner + e[None, :]
-    scratch_place = n[:, None] * BE + e_local[None, :]
+    # Addresses of one row plus constants: a register pair instead of one for each state.
+    scratch_row = scratch + e_local
     decay = load_decay(A, n, e, live, N, FROM_LOG)
     skip = _optional(D, e, live, HAS_D)
     bias = _optional(dt_bias, e, live, HAS_DT_BIAS)
@@ -166,23 +167,24 @@ def _backward_direction(
 
     for back in range(num_chunks):
         chunk = num_chunks - 1 - back
-        state = tl.load(states + chunk * N * num_inner + place, mask=in_state, other=0.0)
+        place = group_rows(states, e, chunk * N, 0, STRIDE_INNER, False)
+        state = tl.load(place[None, :] + n[:, None] * STRIDE_INNER, mask=in_state, other=0.0)
         if NUM_SUBS > 1:
             for sub in range(NUM_SUBS - 1):
                 start = chunk * CHUNK + sub * SUB
                 us = load_rows(u, e, live, start, num_tokens, STRIDE_U, 0, SUB, REVERSE)
                 raws = load_rows(delta, e, live, start, num_tokens, STRIDE_DELTA, 0, SUB, REVERSE)
                 Bs = load_vectors(B, n, used, start, num_tokens, STRIDE_B, SUB, REVERSE)
-                tl.store(scratch + sub * NP * BE + scratch_place, state)
+                tl.store((scratch_row + sub * NP * BE)[None, :] + n[:, None] * BE, state)
                 for k in tl.static_range(SUB):
                     dt = _time_step(raws[k], bias, exists(start + k, num_tokens, live), SOFTPLUS)
                     state = tl.exp2(dt[None, :] * decay) * state + (dt * us[k])[None, :] * Bs[k][:, None]
         for sub_back in range(NUM_SUBS):
             sub = NUM_SUBS - 1 - sub_back
             start = chunk * CHUNK + sub * SUB
-            if NUM_SUBS > 1:
+            if NUM_SUBS > 1:  # noqa: SIM102
                 if sub_back > 0:
-                    state = tl.load(scratch + sub * NP * BE + scratch_place)
+                    state = tl.load((scratch_row + sub * NP * BE)[None, :] + n[:, None] * BE)
             us = load_rows(u, e, live, start, num_tokens, STRIDE_U, 0, SUB, REVERSE)
             raws = load_rows(delta, e, live, start, num_tokens, STRIDE_DELTA, 0, SUB, REVERSE)
             Bs = load_vectors(B, n, used, start, num_tokens, STRIDE_B, SUB, REVERSE)
@@ -250,7 +252,7 @@ def _backward_direction(
                 row = partial_BC + t[:, None] * 2 * NP + (index // SUB)[:, None] * NP + n[None, :]
                 tl.store(row, sums, mask=((index < 2 * SUB) & (step < num_tokens))[:, None])
     if NEED_A:
-        tl.store(partial_A + place, sum_A, mask=in_state)
+        tl.store((partial_A + e)[None, :] + n[:, None] * STRIDE_INNER, sum_A, mask=in_state)
     if NEED_D:
         tl.store(partial_D + e, sum_D, mask=live)
     if NEED_BIAS:
@@ -267,8 +269,8 @@ def scan_backward_kernel(
     STRIDE_GRAD: tl.constexpr, STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_B: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     BE: tl.constexpr, EVEN: tl.constexpr, SUB: tl.constexpr, CHUNK: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, SOFTPLUS: tl.constexpr, SLOPE: tl.constexpr, FROM_LOG: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr, NEED_DELTA: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, SOFTPLUS: tl.constexpr, SLOPE: tl.constexpr,
+    FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr, NEED_DELTA: tl.constexpr,
     NEED_A: tl.constexpr, NEED_BC: tl.constexpr, NEED_D: tl.constexpr, NEED_Y: tl.constexpr,
     NEED_BIAS: tl.constexpr, DOT: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
