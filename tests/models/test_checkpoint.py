@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import vimtune
-from vimtune.models import CheckpointError
+from vimtune.models import CheckpointError, resize_pos_embed
 
 
 @pytest.fixture
@@ -67,6 +67,17 @@ def test_other_image_size_resizes_the_position_embedding(tmp_path, model):
         larger.pos_embed[:, larger.cls_position], model.pos_embed[:, model.cls_position]
     )
     assert larger(torch.randn(1, 3, 40, 48)).shape == (1, 4)
+
+
+def test_as_many_patches_in_another_grid_are_resized_too(tmp_path, model, caplog):
+    """16 patches are 4 x 4 in the file and 2 x 8 here: equal shapes, different places."""
+    path = tmp_path / "plain.pth"
+    torch.save(model.state_dict(), path)
+    wide = timm.create_model("test_vim", num_classes=4, img_size=(16, 64))
+    vimtune.load_checkpoint(wide, path)
+    assert "16 patches taken as a 4 x 4 grid" in caplog.text
+    assert not torch.allclose(wide.pos_embed, model.pos_embed)
+    torch.testing.assert_close(wide.pos_embed, resize_pos_embed(model.pos_embed, (4, 4), (2, 8)))
 
 
 def test_other_number_of_classes_keeps_the_fresh_head(tmp_path, model, caplog):

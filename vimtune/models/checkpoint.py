@@ -1,9 +1,14 @@
-"""Reading checkpoints safely: official `.pth` files, plain `.pth` / `.pt`, and `.safetensors`."""
+"""Reading checkpoints safely - official `.pth` files, plain `.pth` / `.pt`, `.safetensors` - and fitting them
+to a model.
+
+Shape letters: M patches, D width.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -89,6 +95,56 @@ def extract_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
     return state
 
 
+def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resize a position embedding (1, M + 1, D) whose class row is in the middle to another grid.
+
+    The class row is lifted out, the grid of patch rows is resized (bicubic, antialiased when it
+    shrinks) and the class row put back into the new middle. The official script resizes as if the
+    class row came first, which shifts half of the patches and turns the class row into a patch.
+    """
+    if old_grid == new_grid:
+        return pos_embed
+    old_middle, new_middle = (grid[0] * grid[1] // 2 for grid in (old_grid, new_grid))
+    cls_row = pos_embed[:, old_middle : old_middle + 1]
+    rows = torch.cat([pos_embed[:, :old_middle], pos_embed[:, old_middle + 1 :]], dim=1)
+    grid = rows.transpose(1, 2).unflatten(2, old_grid).float()
+    grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False, antialias=True)
+    rows = grid.to(pos_embed.dtype).flatten(2).transpose(1, 2)
+    return torch.cat([rows[:, :new_middle], cls_row, rows[:, new_middle:]], dim=1)
+
+
+def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
+    """Official or own checkpoint contents to a state dict for `model`; resizes the position embedding.
+
+    The grid of the checkpoint is taken as square if its size allows, else in the aspect of the model's.
+    """
+    state = extract_state_dict(checkpoint)
+    pos_embed = state.get("pos_embed")
+    if pos_embed is not None:
+        new_grid = model.patch_embed.grid_size
+        old_grid = _guess_grid(pos_embed.shape[1] - 1, new_grid)
+        if old_grid != new_grid and pos_embed.shape == model.pos_embed.shape:
+            logger.warning(
+                "position embedding of %d patches taken as a %d x %d grid", pos_embed.shape[1] - 1, *old_grid
+            )
+        state = {**state, "pos_embed": resize_pos_embed(pos_embed, old_grid, new_grid)}
+    return state
+
+
+def _guess_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int]:
+    side = math.isqrt(num_patches)
+    if side * side == num_patches:
+        return side, side
+    height = round(math.sqrt(num_patches * like[0] / like[1]))
+    if height < 1 or num_patches % height:
+        raise ValueError(
+            f"the position embedding of the checkpoint has {num_patches} patch rows, neither a square grid "
+            f"nor one with the aspect of the model's {like[0]} x {like[1]}; create the model with the "
+            "img_size of the checkpoint"
+        )
+    return height, num_patches // height
+
+
 def load_checkpoint(model: VisionMamba, path: str | Path) -> VisionMamba:
     """Load base weights from a file into `model`, adapters left as they are.
 
@@ -98,8 +154,6 @@ def load_checkpoint(model: VisionMamba, path: str | Path) -> VisionMamba:
     Raises:
         CheckpointError: not a checkpoint, or any other mismatch; nothing is loaded then.
     """
-    from vimtune.models.vim import checkpoint_filter_fn
-
     content = read_checkpoint(path)
     try:
         state = checkpoint_filter_fn(content, model)

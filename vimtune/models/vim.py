@@ -7,7 +7,6 @@ Shape letters: B batch, L tokens (patches and class token), M patches, D width.
 """
 
 import inspect
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 from vimtune.adapters import head_has_rules, inject
-from vimtune.models.checkpoint import extract_state_dict, pretrained_loading
+from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
 from vimtune.utils import suggest
 
@@ -330,52 +329,6 @@ def _check_pool(global_pool: str) -> str:
     if global_pool not in ("token", "avg", ""):
         raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
     return global_pool
-
-
-def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resize a position embedding (1, M + 1, D) whose class row is in the middle to another grid.
-
-    The class row is lifted out, the grid of patch rows is resized (bicubic, antialiased when it
-    shrinks) and the class row put back into the new middle. The official script resizes as if the
-    class row came first, which shifts half of the patches and turns the class row into a patch.
-    """
-    if old_grid == new_grid:
-        return pos_embed
-    old_middle, new_middle = (grid[0] * grid[1] // 2 for grid in (old_grid, new_grid))
-    cls_row = pos_embed[:, old_middle : old_middle + 1]
-    rows = torch.cat([pos_embed[:, :old_middle], pos_embed[:, old_middle + 1 :]], dim=1)
-    grid = rows.transpose(1, 2).unflatten(2, old_grid).float()
-    grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False, antialias=True)
-    rows = grid.to(pos_embed.dtype).flatten(2).transpose(1, 2)
-    return torch.cat([rows[:, :new_middle], cls_row, rows[:, new_middle:]], dim=1)
-
-
-def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
-    """Official or own checkpoint contents to a state dict for `model`; resizes the position embedding.
-
-    The grid of the checkpoint is taken as square if its size allows, else in the aspect of the model's.
-    """
-    state = extract_state_dict(checkpoint)
-    pos_embed = state.get("pos_embed")
-    if pos_embed is not None and pos_embed.shape[1] != model.pos_embed.shape[1]:
-        new_grid = model.patch_embed.grid_size
-        old_grid = _guess_grid(pos_embed.shape[1] - 1, new_grid)
-        state = {**state, "pos_embed": resize_pos_embed(pos_embed, old_grid, new_grid)}
-    return state
-
-
-def _guess_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int]:
-    side = math.isqrt(num_patches)
-    if side * side == num_patches:
-        return side, side
-    height = round(math.sqrt(num_patches * like[0] / like[1]))
-    if height < 1 or num_patches % height:
-        raise ValueError(
-            f"the position embedding of the checkpoint has {num_patches} patch rows, neither a square grid "
-            f"nor one with the aspect of the model's {like[0]} x {like[1]}; create the model with the "
-            "img_size of the checkpoint"
-        )
-    return height, num_patches // height
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
