@@ -35,7 +35,7 @@ class TritonBackend(Backend):
         return reasons
 
     def states_shape(self, batch, tokens, inner, states):
-        return (1, batch, -(-tokens // CHUNK), states, inner)
+        return (1, batch, -(-tokens // CHUNK) - 1, states, inner)
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
         from vimtune.ops.triton import launch
@@ -77,7 +77,7 @@ class TritonBackend(Backend):
         from vimtune.ops.triton import convolution
 
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        convolution.convolve(x, weight.contiguous(), bias, out, silu, reverse)
+        convolution.convolve(x, convolution.transposed(weight), bias, out, silu, reverse)
         return out
 
     def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):

@@ -108,7 +108,7 @@ def load_rows(
     for k in tl.static_range(-BEFORE, STEPS):
         mask = live & exists(start + k, num_tokens, live)
         row = tl.load(step_row(group, k, STRIDE, REVERSE), mask=mask, other=0.0)
-        rows = rows + (row.to(tl.float32),)  # noqa: RUF005
+        rows = rows + (row.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return rows
 
 
@@ -124,7 +124,7 @@ def load_vectors(
     vectors = ()
     for k in tl.static_range(STEPS):
         t = token(tl.minimum(start + k, num_tokens - 1), num_tokens, REVERSE)
-        vectors = vectors + (tl.load(base + t * STRIDE + n, mask=used, other=0.0).to(tl.float32),)  # noqa: RUF005
+        vectors = vectors + (tl.load(base + t * STRIDE + n, mask=used, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return vectors
 
 
@@ -133,5 +133,5 @@ def load_columns(base, e, live, WIDTH: tl.constexpr):
     """The columns of an (E, WIDTH) matrix as a tuple of fp32 vectors."""
     columns = ()
     for k in tl.static_range(WIDTH):
-        columns = columns + (tl.load(base + e * WIDTH + k, mask=live, other=0.0).to(tl.float32),)  # noqa: RUF005
+        columns = columns + (tl.load(base + e * WIDTH + k, mask=live, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return columns

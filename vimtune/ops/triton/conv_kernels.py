@@ -1,4 +1,4 @@
-"""Depthwise causal convolution in Triton.
+"""Depthwise causal convolution in Triton. Filters come transposed, (K, E).
 
 Rows are the B * L tokens of the batch, one after the other; a filter tap that would cross the border
 of an image reads 0. Direction 0 looks back, direction 1 looks ahead.
@@ -27,12 +27,13 @@ def _tap(
 
 @triton.jit
 def _filtered(
-    x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens,
+    x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """bias + sum over taps; the last filter column belongs to the row itself."""
+    """bias + sum over taps. `weight` is (K, E), its last row belongs to the token itself: a column for
+    each channel would make every load of the filter touch a cache line a channel."""
     for j in tl.static_range(K):
-        w = tl.load(weight + e * K + K - 1 - j, mask=live, other=0.0).to(tl.float32)
+        w = tl.load(weight + (K - 1 - j) * num_inner + e, mask=live, other=0.0).to(tl.float32)
         product = w[None, :] * _tap(x, image, t, e, ok, stride_image, stride_token, num_tokens, j, AHEAD)
         if j == 0:
             total = product
@@ -61,8 +62,9 @@ def conv_kernel(
     live = e < num_inner
     ok = ok_row[:, None] & live[None, :]
     y = _filtered(
-        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, AHEAD
-    )
+        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
+        K, HAS_BIAS, AHEAD,
+    )  # fmt: skip
     if SILU:
         y = silu(y)
     place = image * stride_out_image + t * stride_out_token
@@ -80,11 +82,13 @@ def conv_pair_kernel(
     live = e < num_inner
     ok = ok_row[:, None] & live[None, :]
     u0 = silu(_filtered(
-        x, weight0, bias0, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, False
+        x, weight0, bias0, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
+        K, HAS_BIAS, False,
     ))  # fmt: skip
     tl.store(out + row[:, None] * num_inner + e[None, :], u0.to(out.dtype.element_ty), mask=ok)
     u1 = silu(_filtered(
-        x, weight1, bias1, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, True
+        x, weight1, bias1, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
+        K, HAS_BIAS, True,
     ))  # fmt: skip
     tl.store(out + (num_rows + row)[:, None] * num_inner + e[None, :], u1.to(out.dtype.element_ty), mask=ok)
 
@@ -101,8 +105,9 @@ def conv_slope_kernel(
     live = e < num_inner
     ok = ok_row[:, None] & live[None, :]
     y = _filtered(
-        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, K, HAS_BIAS, AHEAD
-    )
+        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
+        K, HAS_BIAS, AHEAD,
+    )  # fmt: skip
     place = (image * stride_grad_image + t * stride_grad_token)[:, None] + e[None, :]
     value = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32) * silu_slope(y)
     tl.store(out + row[:, None] * num_inner + e[None, :], value.to(out.dtype.element_ty), mask=ok)
@@ -123,13 +128,13 @@ def conv_adjoint_kernel(
     total = tl.zeros([BM, BE], tl.float32)
     if USE0:
         total += _filtered(
-            grad0, weight0, weight0, image, t, e, ok, live, stride_grad_image, stride_grad_token, num_tokens,
-            K, False, True,
+            grad0, weight0, weight0, image, t, e, ok, live, stride_grad_image, stride_grad_token,
+            num_tokens, num_inner, K, False, True,
         )  # fmt: skip
     if USE1:
         total += _filtered(
-            grad1, weight1, weight1, image, t, e, ok, live, stride_grad_image, stride_grad_token, num_tokens,
-            K, False, False,
+            grad1, weight1, weight1, image, t, e, ok, live, stride_grad_image, stride_grad_token,
+            num_tokens, num_inner, K, False, False,
         )  # fmt: skip
     place = image * stride_out_image + t * stride_out_token
     tl.store(out + place[:, None] + e[None, :], total.to(out.dtype.element_ty), mask=ok)

@@ -1,4 +1,4 @@
-"""Launches of the convolution kernels.
+"""Launches of the convolution kernels. A filter (E, K) travels transposed, as `filters` (K, E).
 
 Shape letters: B batch, L tokens, E inner width, K filter width.
 """
@@ -26,38 +26,43 @@ def conv_grid(num_rows: int, inner: int) -> tuple[int, int]:
     return -(-num_rows // ROWS), -(-inner // CHANNELS)
 
 
-def convolve(x, weight, bias, out, silu: bool, reverse: bool) -> None:
+def transposed(weight: Tensor) -> Tensor:
+    """Filter (E, K) as the kernels read it: (K, E), contiguous."""
+    return weight.t().contiguous()
+
+
+def convolve(x, filters, bias, out, silu: bool, reverse: bool) -> None:
     """`out` = causal convolution of `x` (B, L, E), through SiLU if asked for."""
     batch, tokens, inner = x.shape
     with torch.cuda.device_of(x):
         conv_kernel[conv_grid(batch * tokens, inner)](
-            x, weight, weight if bias is None else bias, out,
+            x, filters, filters if bias is None else bias, out,
             x.stride(0), x.stride(1), out.stride(0), out.stride(1), batch * tokens, tokens, inner,
-            BM=ROWS, BE=CHANNELS, K=weight.shape[1], HAS_BIAS=bias is not None, AHEAD=reverse, SILU=silu,
+            BM=ROWS, BE=CHANNELS, K=filters.shape[0], HAS_BIAS=bias is not None, AHEAD=reverse, SILU=silu,
         )  # fmt: skip
 
 
-def convolve_pair(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+def convolve_pair(x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """SiLU of the causal convolution in both directions, (2, B, L, E)."""
     batch, tokens, inner = x.shape
     out = torch.empty((2, batch, tokens, inner), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         conv_pair_kernel[conv_grid(batch * tokens, inner)](
-            x, *weights, *(x if bias is None else bias for bias in biases), out,
+            x, *filters, *(x if bias is None else bias for bias in biases), out,
             x.stride(0), x.stride(1), batch * tokens, tokens, inner,
-            BM=ROWS, BE=CHANNELS, K=weights[0].shape[1], HAS_BIAS=biases[0] is not None,
+            BM=ROWS, BE=CHANNELS, K=filters[0].shape[0], HAS_BIAS=biases[0] is not None,
         )  # fmt: skip
     return out
 
 
-def adjoint(grad0, grad1, weight0, weight1, out, use: tuple[bool, bool]) -> None:
+def adjoint(grad0, grad1, filters0, filters1, out, use: tuple[bool, bool]) -> None:
     """`out` = gradient of the filter input, from the gradients behind either direction's filter."""
     batch, tokens, inner = out.shape
     with torch.cuda.device_of(out):
         conv_adjoint_kernel[conv_grid(batch * tokens, inner)](
-            grad0, grad1, weight0, weight1, out,
+            grad0, grad1, filters0, filters1, out,
             grad0.stride(0), grad0.stride(1), out.stride(0), out.stride(1), batch * tokens, tokens, inner,
-            BM=ROWS, BE=CHANNELS, K=weight0.shape[1], USE0=use[0], USE1=use[1],
+            BM=ROWS, BE=CHANNELS, K=filters0.shape[0], USE0=use[0], USE1=use[1],
         )  # fmt: skip
 
 
@@ -87,13 +92,13 @@ def conv_backward(
     """Gradients of (x, weight, bias), None where `needs` is False."""
     need_x, need_weight, need_bias = needs
     batch, tokens, inner = x.shape
-    weight = weight.contiguous()
-    width = weight.shape[1]
+    filters = transposed(weight)
+    width = filters.shape[0]
     if silu:
         slope = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
             conv_slope_kernel[conv_grid(batch * tokens, inner)](
-                grad, x, weight, weight if bias is None else bias, slope,
+                grad, x, filters, filters if bias is None else bias, slope,
                 grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), batch * tokens, tokens, inner,
                 BM=ROWS, BE=CHANNELS, K=width, HAS_BIAS=bias is not None, AHEAD=reverse,
             )  # fmt: skip
@@ -101,10 +106,12 @@ def conv_backward(
     grad_x = None
     if need_x:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        adjoint(grad, grad, weight, weight, grad_x, use=(not reverse, reverse))
-    grad_weight = grad_bias = None
-    if need_weight or need_bias:
-        grad_weight, grad_bias = weight_gradients(grad, x, width, reverse)
-        grad_weight = grad_weight.to(weight.dtype) if need_weight else None
-        grad_bias = grad_bias.to(bias.dtype) if need_bias else None
-    return grad_x, grad_weight, grad_bias
+        adjoint(grad, grad, filters, filters, grad_x, use=(not reverse, reverse))
+    if not (need_weight or need_bias):
+        return grad_x, None, None
+    grad_weight, grad_bias = weight_gradients(grad, x, width, reverse)
+    return (
+        grad_x,
+        grad_weight.to(weight.dtype) if need_weight else None,
+        None if bias is None or not need_bias else grad_bias.to(bias.dtype),
+    )

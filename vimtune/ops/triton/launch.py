@@ -23,7 +23,7 @@ from vimtune.ops.triton.scan_kernels import scan_backward_kernel, scan_forward_k
 class Tiling:
     """How the scan is cut. Found by benchmarks/gpu_kernels.py on an H200, see benchmarks/LOG.md."""
 
-    forward_channels: int = 32
+    forward_channels: int = 64
     forward_steps: int = 8
     forward_warps: int = 1
     backward_channels: int = 32
@@ -120,7 +120,7 @@ def scan_forward(
     head = inputs.directions[0]
     num_states = head.A.shape[1]
     chunks = num_chunks(tokens)
-    shape = (len(inputs.directions), batch, chunks, num_states, inner) if save_states else (0,)
+    shape = (len(inputs.directions), batch, chunks - 1, num_states, inner) if save_states else (0,)
     states = torch.empty(shape, dtype=torch.float32, device=u.device)
     channels = TILING.forward_channels
     with torch.cuda.device_of(u):

@@ -10,13 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vimtune.ops.triton import launch
 from vimtune.ops.triton.common import next_power_of_2
-from vimtune.ops.triton.convolution import CHANNELS, ROWS, adjoint, convolve_pair, weight_gradients
+from vimtune.ops.triton.convolution import (
+    CHANNELS,
+    ROWS,
+    adjoint,
+    convolve_pair,
+    transposed,
+    weight_gradients,
+)
 from vimtune.ops.triton.project_kernels import (
     project_kernel,
     project_reduce_kernel,
@@ -30,7 +38,8 @@ PROJECT_CHANNELS = 64
 # Order of one direction's weights in the flat lists below.
 CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, D = range(7)
 
-Weights = Sequence[Sequence[Tensor | None]]
+Weights = Sequence[Sequence[Any]]
+"""Per direction, tensors in the order above; CONV_BIAS may be None."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def shapes(xz: Tensor, num_states: int, rank: int) -> tuple[tuple[int, ...], tup
     sizes = _sizes(xz, num_states, rank)
     return (
         (2, sizes.batch, sizes.tokens, sizes.columns),
-        (2, sizes.batch, launch.num_chunks(sizes.tokens), num_states, sizes.inner),
+        (2, sizes.batch, launch.num_chunks(sizes.tokens) - 1, num_states, sizes.inner),
     )
 
 
@@ -71,7 +80,8 @@ def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, T
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
     sizes = _sizes(xz, weights[0][A_LOG].shape[1], weights[0][DT_PROJ].shape[1])
     x, z = xz[..., : sizes.inner], xz[..., sizes.inner :]
-    u = convolve_pair(x, _both(weights, CONV_WEIGHT), _both(weights, CONV_BIAS))
+    filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
+    u = convolve_pair(x, filters, _both(weights, CONV_BIAS))
     projections = torch.empty(
         (2, sizes.batch, sizes.tokens, sizes.columns), dtype=torch.float32, device=xz.device
     )
@@ -107,7 +117,8 @@ def backward(
 
     need_conv = need_xz or anywhere(CONV_WEIGHT, CONV_BIAS)
     need_projection = need_conv or anywhere(X_PROJ)
-    u = convolve_pair(x, _both(weights, CONV_WEIGHT), _both(weights, CONV_BIAS))
+    filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
+    u = convolve_pair(x, filters, _both(weights, CONV_BIAS))
     delta = _empty_delta(u)
     with torch.cuda.device_of(xz):
         time_step_kernel[(-(-sizes.rows // PROJECT_ROWS), 2)](
@@ -130,19 +141,14 @@ def backward(
         ),
     )
     grad_projections = _grad_projections(gradients, weights, sizes) if need_projection else None
-    if need_conv:
-        _spread(x, weights, grad_projections, gradients.u, sizes)
+    if need_conv and grad_projections is not None:
+        _spread(x, weights, filters, grad_projections, gradients.u, sizes)
     grad_xz = None
     if need_xz:
         grad_xz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
         launch.gate_finish(grad, z, gradients.y, grad_xz[..., sizes.inner :], 0.5)
-        adjoint(
-            gradients.u[0],
-            gradients.u[1],
-            *_both(weights, CONV_WEIGHT),
-            grad_xz[..., : sizes.inner],
-            use=(True, True),
-        )
+        x_part = grad_xz[..., : sizes.inner]
+        adjoint(gradients.u[0], gradients.u[1], filters[0], filters[1], x_part, use=(True, True))
 
     result = []
     for index in (0, 1):
@@ -202,13 +208,20 @@ def _grad_projections(gradients: launch.ScanGradients, weights: Weights, sizes: 
     return out
 
 
-def _spread(x: Tensor, weights: Weights, grad_projections: Tensor, grad_u: Tensor, sizes: _Sizes) -> None:
+def _spread(
+    x: Tensor,
+    weights: Weights,
+    filters: list[Tensor],
+    grad_projections: Tensor,
+    grad_u: Tensor,
+    sizes: _Sizes,
+) -> None:
     biases = [x if bias is None else bias for bias in _both(weights, CONV_BIAS)]
     with torch.cuda.device_of(x):
         project_spread_kernel[(-(-sizes.rows // ROWS), -(-sizes.inner // CHANNELS), 2)](
-            x, *_both(weights, CONV_WEIGHT), *biases, *_both(weights, X_PROJ), grad_projections, grad_u,
+            x, *filters, *biases, *_both(weights, X_PROJ), grad_projections, grad_u,
             x.stride(0), x.stride(1), sizes.rows, sizes.tokens, sizes.inner,
-            BM=ROWS, BE=CHANNELS, K=weights[0][CONV_WEIGHT].shape[1],
+            BM=ROWS, BE=CHANNELS, K=filters[0].shape[0],
             HAS_BIAS=weights[0][CONV_BIAS] is not None,
             N=sizes.states, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank,
             DOT_TYPE=launch.dot_type(x),
@@ -240,5 +253,5 @@ def _empty_delta(u: Tensor) -> Tensor:
     return torch.empty(u.shape, dtype=torch.float16 if launch.is_low(u) else torch.float32, device=u.device)
 
 
-def _both(weights: Weights, name: int) -> list[Tensor]:
+def _both(weights: Weights, name: int) -> list[Any]:
     return [weights[0][name], weights[1][name]]

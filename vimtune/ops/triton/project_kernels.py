@@ -178,38 +178,14 @@ def project_spread_kernel(
     total = _product(grad_dt, w_dt, total, DOT_TYPE)
     if direction == 1:
         y = _filtered(
-            x,
-            weight1,
-            bias1,
-            image,
-            t,
-            e,
-            ok,
-            live,
-            stride_image,
-            stride_token,
-            num_tokens,
-            K,
-            HAS_BIAS,
-            True,
-        )
+            x, weight1, bias1, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
+            K, HAS_BIAS, True,
+        )  # fmt: skip
     else:
         y = _filtered(
-            x,
-            weight0,
-            bias0,
-            image,
-            t,
-            e,
-            ok,
-            live,
-            stride_image,
-            stride_token,
-            num_tokens,
-            K,
-            HAS_BIAS,
-            False,
-        )
+            x, weight0, bias0, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
+            K, HAS_BIAS, False,
+        )  # fmt: skip
     tl.store(here, (total * silu_slope(y)).to(grad_u.dtype.element_ty), mask=ok)
 
 

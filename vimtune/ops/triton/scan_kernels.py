@@ -5,9 +5,9 @@ registers, so sums over the states need no communication. Steps are visited in g
 loaded first. The loops are kept lean, because few threads run them: u and dt arrive ready-made (but for
 the softplus of the plain form), gates and their gradients are applied outside the backward.
 
-The forward keeps the state before every CHUNK steps. The backward walks the chunks from the last to
-the first; inside a chunk it first notes the state before every SUB steps in scratch memory, then
-recomputes SUB states at a time into registers. Sums over channels leave as one partial result per
+The forward keeps the state before every CHUNK steps but the first. The backward walks the chunks from
+the last to the first; inside a chunk it first notes the state before every SUB steps in scratch memory,
+then recomputes SUB states at a time into registers. Sums over channels leave as one partial result per
 channel block, added later in a fixed order: no atomics. With s_t = a_t s_{t-1} + dt_t u_t B_t,
 y_t = <C_t, s_t> + D u_t and a_t = exp(dt_t A), the adjoint runs backwards:
 
@@ -59,7 +59,8 @@ def _optional(base, e, live, PRESENT: tl.constexpr):
 def _forward_direction(
     u, z, out, states, delta, B, C, A, D, dt_bias, num_tokens, num_inner, e, live, scale,
     STRIDE_U: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr, STRIDE_DELTA: tl.constexpr,
-    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, STEPS: tl.constexpr,
+    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
     ADD: tl.constexpr, FINISH: tl.constexpr,
@@ -72,8 +73,8 @@ def _forward_direction(
     state = tl.zeros([NP, e.shape[0]], tl.float32)
     for start in range(0, num_tokens, STEPS):
         if SAVE:  # noqa: SIM102  (the outer condition is known to the compiler)
-            if start % CHUNK == 0:
-                place = group_rows(states, e, (start // CHUNK) * N, 0, STRIDE_INNER, False)
+            if (start % CHUNK == 0) & (start > 0):
+                place = group_rows(states, e, (start // CHUNK - 1) * N, 0, STRIDE_INNER, False)
                 mask = used[:, None] & live[None, :]
                 tl.store(place[None, :] + n[:, None] * STRIDE_INNER, state, mask=mask)
         us = load_rows(u, e, live, start, num_tokens, STRIDE_U, 0, STEPS, REVERSE)
@@ -107,8 +108,9 @@ def scan_forward_kernel(
     stride_u_direction, stride_delta_direction, stride_BC_direction,
     batch, num_tokens, num_inner, num_chunks, zero, scale,
     STRIDE_U: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr, STRIDE_DELTA: tl.constexpr,
-    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    BE: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+    STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
@@ -125,13 +127,14 @@ def scan_forward_kernel(
             u + (d - FIRST) * stride_u_direction + image * stride_u_image,
             z + image * stride_z_image,
             out + image * stride_out_image,
-            states + ((d - FIRST) * batch + image) * num_chunks * N * num_inner,
+            states + ((d - FIRST) * batch + image) * (num_chunks - 1) * N * num_inner,
             delta + (d - FIRST) * stride_delta_direction + image * stride_delta_image,
             B + (d - FIRST) * stride_BC_direction + image * stride_B_image,
             C + (d - FIRST) * stride_BC_direction + image * stride_C_image,
             A1 if d else A0, D1 if d else D0, dt_bias1 if d else dt_bias0,
             num_tokens, num_inner, e, live, scale,
-            STRIDE_U, STRIDE_Z, STRIDE_OUT, STRIDE_DELTA, STRIDE_B, STRIDE_C, STRIDE_INNER, N, NP, STEPS, CHUNK,
+            STRIDE_U, STRIDE_Z, STRIDE_OUT, STRIDE_DELTA, STRIDE_B, STRIDE_C, STRIDE_INNER,
+            N, NP, STEPS, CHUNK,
             d == 1, SOFTPLUS, FROM_LOG, HAS_D, HAS_Z, HAS_DT_BIAS, SAVE, d > FIRST, d == LAST,
         )  # fmt: skip
 
@@ -144,7 +147,8 @@ def _backward_direction(
     STRIDE_GRAD: tl.constexpr, STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_B: tl.constexpr,
     STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, BE: tl.constexpr,
     SUB: tl.constexpr, CHUNK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
-    SLOPE: tl.constexpr, FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr,
+    SLOPE: tl.constexpr, FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+    NEED_U: tl.constexpr,
     NEED_DELTA: tl.constexpr, NEED_A: tl.constexpr, NEED_BC: tl.constexpr, NEED_D: tl.constexpr,
     NEED_Y: tl.constexpr, NEED_BIAS: tl.constexpr, DOT: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -167,8 +171,9 @@ def _backward_direction(
 
     for back in range(num_chunks):
         chunk = num_chunks - 1 - back
-        place = group_rows(states, e, chunk * N, 0, STRIDE_INNER, False)
-        state = tl.load(place[None, :] + n[:, None] * STRIDE_INNER, mask=in_state, other=0.0)
+        place = group_rows(states, e, (chunk - 1) * N, 0, STRIDE_INNER, False)
+        saved = in_state & exists(chunk - 1, num_chunks, live)[None, :]
+        state = tl.load(place[None, :] + n[:, None] * STRIDE_INNER, mask=saved, other=0.0)
         if NUM_SUBS > 1:
             for sub in range(NUM_SUBS - 1):
                 start = chunk * CHUNK + sub * SUB
@@ -196,7 +201,7 @@ def _backward_direction(
             for k in tl.static_range(SUB):
                 dt = _time_step(raws[k], bias, exists(start + k, num_tokens, live), SOFTPLUS)
                 state = tl.exp2(dt[None, :] * decay) * state + (dt * us[k])[None, :] * Bs[k][:, None]
-                kept = kept + (state,)  # noqa: RUF005
+                kept = kept + (state,)  # type: ignore[assignment]  # noqa: RUF005
             # Loaded anew: were they the same values the compiler would keep every decay in registers.
             raws = load_rows(delta, e, live, start, num_tokens, STRIDE_DELTA, 0, SUB, REVERSE)
             Bs = load_vectors(B, n, used, start, num_tokens, STRIDE_B, SUB, REVERSE)
@@ -270,7 +275,8 @@ def scan_backward_kernel(
     STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     BE: tl.constexpr, EVEN: tl.constexpr, SUB: tl.constexpr, CHUNK: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, SOFTPLUS: tl.constexpr, SLOPE: tl.constexpr,
-    FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr, NEED_DELTA: tl.constexpr,
+    FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr,
+    NEED_DELTA: tl.constexpr,
     NEED_A: tl.constexpr, NEED_BC: tl.constexpr, NEED_D: tl.constexpr, NEED_Y: tl.constexpr,
     NEED_BIAS: tl.constexpr, DOT: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -291,7 +297,7 @@ def scan_backward_kernel(
     delta += d * stride_delta_direction + image * stride_delta_image
     B += d * stride_BC_direction + image * stride_B_image
     C += d * stride_BC_direction + image * stride_C_image
-    states += slot * num_chunks * N * num_inner
+    states += slot * (num_chunks - 1) * N * num_inner
     scratch += flat * (CHUNK // SUB) * NP * BE
     grad_u += slot * num_tokens * num_inner
     grad_delta += slot * num_tokens * num_inner
