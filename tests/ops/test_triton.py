@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vimtune import ops
+from vimtune.models.mixer import BiMambaMixer
 from vimtune.ops import reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -261,3 +262,20 @@ def test_wrong_shapes_are_named(name, shape):
         ops.bidirectional_scan(
             normal(generator, 1, 3, 16), good, good._replace(**{name: torch.zeros(shape, device=DEVICE)})
         )
+
+
+def test_mixer_compiles_without_graph_breaks():
+    """The whole mixer, fused scan and norm included, as one graph with the eager result and gradients."""
+    mixer = BiMambaMixer(8, d_state=4, backend="triton").to(DEVICE)
+    norm_weight = torch.ones(8, device=DEVICE, requires_grad=True)
+    x = normal(torch.Generator().manual_seed(7), 1, 5, 8).requires_grad_()
+
+    def block(x):
+        normed, total = ops.add_rms_norm(None, x, norm_weight, backend="triton")
+        return ops.add_rms_norm(mixer(normed), total, norm_weight, backend="triton")[0]
+
+    eager = block(x)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    assert_close(compiled, eager, 1e-6, "out")
+    expected, actual = (torch.autograd.grad(out.square().sum(), x)[0] for out in (eager, compiled))
+    assert_close(actual, expected, 1e-6, "x")
