@@ -45,10 +45,8 @@ def main() -> None:
     rows = []
     for size in options.img_sizes:
         print(f"\n{options.scale}, {size} px")
-        print(
         header = f"{'kernels':10} {'method':9} {'eager ms':>9} {'graph ms':>9} {'spread':>16}"
         print(f"{header} {'img/s':>8} {'GiB':>6}")
-        )
         for backend in [*options.backends, VIT]:
             refusal = refused(backend, device)
             if refusal:
