@@ -37,7 +37,7 @@ class LoRARule(WeightRule):
     """The branch beside a weight, W + eps.
 
     The sum is multiplied at once. The factored form W x + B (A x) takes as long or longer in a training
-    step, on CPUs and GPUs (benchmarks/RESULTS.md), and serves dropout alone.
+    step on a CPU (benchmarks/RESULTS.md), and serves dropout alone.
     """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, dropout: float) -> None:
