@@ -145,6 +145,7 @@ def test_non_square_images_and_input_channels():
     [
         ({"drop_path_rat": 0.1}, "'drop_path_rat'. Did you mean 'drop_path_rate'"),
         ({"peft_target": "both"}, "Did you mean 'peft_targets'"),
+        ({"peft_targets": "both"}, "peft_targets without peft"),
         ({"img_size": 4}, "smaller than patch_size"),
         ({"img_size": -1}, "must be positive"),
         ({"global_pool": "max"}, "global_pool"),

@@ -68,22 +68,29 @@ def assert_close(actual, expected, tolerance, label, backend="torch"):
     assert error <= tolerance, f"{label}: relative error {error:.2e}"
 
 
+def scan_gradients(backend, inputs, grad, wanted=SCAN_INPUTS, *, delta_softplus=True, reverse=False):
+    """Output and gradients of a backend on its device, or of the reference (backend None)."""
+    options = {"delta_softplus": delta_softplus, "reverse": reverse}
+    if backend is None:
+        return gradients(lambda **x: reference.selective_scan(**x, **options), inputs, grad, wanted)
+    device = device_of(backend)
+    return gradients(
+        lambda **x: ops.selective_scan(**x, **options, backend=backend), inputs, grad, wanted, device
+    )
+
+
+def random_like(u, seed):
+    return torch.randn(u.shape, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 63, 65, 197])
 def test_scan_matches_reference(backend, tokens, reverse):
     inputs = scan_inputs(tokens=tokens)
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(1))
+    grad = random_like(inputs["u"], 1)
     options = {"delta_softplus": True, "reverse": reverse}
-    expected, expected_grads = gradients(
-        lambda **x: reference.selective_scan(**x, **options), inputs, grad, SCAN_INPUTS
-    )
-    out, grads = gradients(
-        lambda **x: ops.selective_scan(**x, **options, backend=backend),
-        inputs,
-        grad,
-        SCAN_INPUTS,
-        device=device_of(backend),
-    )
+    expected, expected_grads = scan_gradients(None, inputs, grad, **options)
+    out, grads = scan_gradients(backend, inputs, grad, **options)
     assert_close(out, expected, 1e-5, "out", backend)
     for name in SCAN_INPUTS:
         assert_close(grads[name], expected_grads[name], 2e-5, name, backend)
@@ -93,17 +100,9 @@ def test_scan_matches_reference(backend, tokens, reverse):
 @pytest.mark.parametrize("states", [1, 4, 5, 16, 22, 64])
 def test_scan_sizes(backend, states, inner):
     inputs = scan_inputs(batch=1, tokens=9, inner=inner, states=states)
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(2))
-    expected, expected_grads = gradients(
-        lambda **x: reference.selective_scan(**x, delta_softplus=True), inputs, grad, SCAN_INPUTS
-    )
-    out, grads = gradients(
-        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend),
-        inputs,
-        grad,
-        SCAN_INPUTS,
-        device=device_of(backend),
-    )
+    grad = random_like(inputs["u"], 2)
+    expected, expected_grads = scan_gradients(None, inputs, grad)
+    out, grads = scan_gradients(backend, inputs, grad)
     assert_close(out, expected, 1e-5, "out", backend)
     for name in SCAN_INPUTS:
         assert_close(grads[name], expected_grads[name], 2e-5, name, backend)
@@ -118,17 +117,9 @@ def test_scan_optional_inputs(backend, missing, softplus):
     if not softplus and inputs["delta_bias"] is not None:
         inputs["delta_bias"] = inputs["delta_bias"].abs()
     wanted = [name for name in SCAN_INPUTS if name not in missing]
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(3))
-    expected, expected_grads = gradients(
-        lambda **x: reference.selective_scan(**x, delta_softplus=softplus), inputs, grad, wanted
-    )
-    out, grads = gradients(
-        lambda **x: ops.selective_scan(**x, delta_softplus=softplus, backend=backend),
-        inputs,
-        grad,
-        wanted,
-        device=device_of(backend),
-    )
+    grad = random_like(inputs["u"], 3)
+    expected, expected_grads = scan_gradients(None, inputs, grad, wanted, delta_softplus=softplus)
+    out, grads = scan_gradients(backend, inputs, grad, wanted, delta_softplus=softplus)
     assert_close(out, expected, 1e-5, "out", backend)
     for name in wanted:
         assert_close(grads[name], expected_grads[name], 2e-5, name, backend)
@@ -138,21 +129,9 @@ def test_scan_optional_inputs(backend, missing, softplus):
 def test_scan_backward_subset(backend, wanted):
     """Only what is asked for is computed, and it does not depend on what else is asked for."""
     inputs = scan_inputs()
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(4))
-    _, everything = gradients(
-        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend),
-        inputs,
-        grad,
-        SCAN_INPUTS,
-        device=device_of(backend),
-    )
-    _, some = gradients(
-        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend),
-        inputs,
-        grad,
-        wanted,
-        device=device_of(backend),
-    )
+    grad = random_like(inputs["u"], 4)
+    _, everything = scan_gradients(backend, inputs, grad)
+    _, some = scan_gradients(backend, inputs, grad, wanted)
     for name in wanted:
         assert_close(some[name], everything[name], 1e-6, name, backend)
 
@@ -160,17 +139,9 @@ def test_scan_backward_subset(backend, wanted):
 @pytest.mark.parametrize("scale", [1e-4, 30.0])
 def test_scan_extreme_delta(backend, scale):
     inputs = scan_inputs(delta_scale=scale, tokens=40)
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(5))
-    expected, expected_grads = gradients(
-        lambda **x: reference.selective_scan(**x, delta_softplus=True), inputs, grad, SCAN_INPUTS
-    )
-    out, grads = gradients(
-        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend),
-        inputs,
-        grad,
-        SCAN_INPUTS,
-        device=device_of(backend),
-    )
+    grad = random_like(inputs["u"], 5)
+    expected, expected_grads = scan_gradients(None, inputs, grad)
+    out, grads = scan_gradients(backend, inputs, grad)
     assert_close(out, expected, 2e-5, "out", backend)
     for name in SCAN_INPUTS:
         assert torch.isfinite(grads[name]).all()
@@ -181,18 +152,10 @@ def test_scan_extreme_delta(backend, scale):
 def test_scan_half_activations(backend, dtype):
     """Half-precision activations: output and gradients in that dtype, state and parameters in fp32."""
     inputs = scan_inputs(dtype=dtype, tokens=65)
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    grad = random_like(inputs["u"], 6).to(dtype)
     exact = {name: x.double() if x.dtype == dtype else x for name, x in inputs.items()}
-    expected, expected_grads = gradients(
-        lambda **x: reference.selective_scan(**x, delta_softplus=True), exact, grad.double(), SCAN_INPUTS
-    )
-    out, grads = gradients(
-        lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend),
-        inputs,
-        grad,
-        SCAN_INPUTS,
-        device=device_of(backend),
-    )
+    expected, expected_grads = scan_gradients(None, exact, grad.double())
+    out, grads = scan_gradients(backend, inputs, grad)
     tolerance = {torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     assert out.dtype == dtype
     assert_close(out, expected.to(dtype), tolerance, "out", backend)
@@ -232,17 +195,8 @@ def test_backward_is_deterministic(backend):
     if backend == "cuda":
         pytest.skip("the backward of mamba-ssm adds with atomics")
     inputs = scan_inputs(batch=3, tokens=65, inner=40)
-    grad = torch.randn(inputs["u"].shape, generator=torch.Generator().manual_seed(7))
-    runs = [
-        gradients(
-            lambda **x: ops.selective_scan(**x, delta_softplus=True, backend=backend),
-            inputs,
-            grad,
-            SCAN_INPUTS,
-            device=device_of(backend),
-        )[1]
-        for _ in range(3)
-    ]
+    grad = random_like(inputs["u"], 7)
+    runs = [scan_gradients(backend, inputs, grad)[1] for _ in range(3)]
     for name in SCAN_INPUTS:
         assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
 
@@ -257,15 +211,8 @@ def test_custom_ops_are_registered_correctly(backend, reverse):
     torch.library.opcheck(
         torch.ops.vimtune.selective_scan, (*leaves, True, reverse, backend, True), test_utils=tests
     )
-    conv = (
-        torch.randn(2, 5, 8, requires_grad=True),
-        torch.randn(8, 4),
-        torch.randn(8),
-        True,
-        reverse,
-        backend,
-    )
-    torch.library.opcheck(torch.ops.vimtune.causal_conv1d, conv, test_utils=tests)
+    conv = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 8), (8, 4), (8,))]
+    torch.library.opcheck(torch.ops.vimtune.causal_conv1d, (*conv, True, reverse, backend), test_utils=tests)
 
 
 def test_wrong_shapes_are_named():

@@ -33,8 +33,6 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     default_targets: ClassVar[str | tuple[str, ...]] = "both"
-    identity_at_start: ClassVar[bool] = True
-    """Whether a freshly injected adapter leaves the model's function as it was."""
 
     def select(
         self, model: nn.Module, targets: str | Sequence[str] | None, layers: Sequence[int] | None

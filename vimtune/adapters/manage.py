@@ -6,7 +6,6 @@ head always is one of them. At most one adapter is active. Who owns what is reco
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +68,12 @@ def _state(model: nn.Module) -> _State | None:
     return model.__dict__.get(_STATE)
 
 
-def _demand(model: nn.Module, name: str | None = None) -> tuple[_State, AdapterRecord]:
+def demand_adapter(model: nn.Module, name: str | None = None) -> tuple[_State, AdapterRecord]:
+    """Bookkeeping of the model and record of the adapter `name` (the active one if None).
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
     state = _state(model)
     if state is None:
         raise ValueError("the model has no adapter; inject or load one first")
@@ -206,7 +210,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         if state is None:
             return
     else:
-        state, _ = _demand(model, name)
+        state, _ = demand_adapter(model, name)
     state.active = name
     for _, _, _, slot in iter_slots(model):
         slot.active = name
@@ -244,7 +248,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Deleting the active one leaves none active.
     """
-    state, _ = _demand(model, name)
+    state, _ = demand_adapter(model, name)
     if state.active == name:
         set_adapter(model, None)
     for module in {id(owner): owner for _, owner, _, slot in iter_slots(model) if name in slot}.values():
@@ -269,7 +273,7 @@ def merge(model: Model) -> Model:
     state = _state(model)
     if state is None:
         return model
-    _, record = _demand(model)
+    _, record = demand_adapter(model)
     merged: list[tuple[nn.Module, str, Tensor]] = []
     for path, owner, parameter, slot in iter_slots(model):
         weight = slot.effective(base_value(owner, parameter)).clone()
@@ -314,7 +318,7 @@ class AdaptedParameter:
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[AdaptedParameter]:
     """Trained tensors of the active adapter, or of the one named."""
-    _, record = _demand(model, name)
+    _, record = demand_adapter(model, name)
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
     for path, _, leaf, slot in iter_slots(model):
         if record.name not in slot:
@@ -399,10 +403,7 @@ def summary(model: nn.Module) -> AdapterSummary:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return AdapterSummary("no adapter", trainable, 0, sum(p.numel() for _, p in base_parameters(model)))
     sizes = [(item.group, item.parameter.numel()) for item in adapter_parameters(model)]
-    total = sum(
-        math.prod(parameter.shape) if path not in record.head else 0
-        for path, parameter in base_parameters(model)
-    )
+    total = sum(p.numel() for path, p in base_parameters(model) if path not in record.head)
     head = sum(size for group, size in sizes if group == "head")
     return AdapterSummary(record.method, sum(size for _, size in sizes), head, total + head)
 

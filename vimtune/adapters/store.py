@@ -14,12 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vimtune.adapters.manage import _demand as demand_adapter
 from vimtune.adapters.manage import (
+    active_adapter,
     adapter_state_dict,
+    delete_adapter,
+    demand_adapter,
     inject,
     list_adapters,
     load_adapter_state_dict,
+    set_adapter,
 )
 from vimtune.adapters.rule import Tuned, base_parameters, iter_slots
 from vimtune.utils import atomic_write
@@ -166,8 +169,6 @@ def load_adapter(
         AdapterFileError: not an adapter file, or trained on other base weights (unless forced).
         ValueError: it does not fit the model's structure. The model is then as it was.
     """
-    from vimtune.adapters.manage import active_adapter, delete_adapter, set_adapter
-
     info, tensors = _read(path, with_tensors=True)
     before = active_adapter(model)
     taken = list_adapters(model)

@@ -337,9 +337,10 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     `peft`: method name(s), `peft_targets`, `peft_layers`: where, `peft_kwargs`: the method's fields.
     """
     peft = kwargs.pop("peft", None)
-    peft_options = {
-        name: kwargs.pop(f"peft_{name}", None) for name in ("targets", "layers", "kwargs") if peft is not None
-    }
+    peft_options = {name: kwargs.pop(name, None) for name in ("peft_targets", "peft_layers", "peft_kwargs")}
+    if peft is None and any(value is not None for value in peft_options.values()):
+        given = ", ".join(name for name, value in peft_options.items() if value is not None)
+        raise ValueError(f'{given} without peft: name the method too, such as peft="prodial"')
     _check_options(kwargs)
     out_indices = kwargs.pop("out_indices", 3)
     with pretrained_loading(variant, pretrained):
@@ -360,9 +361,9 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         inject(
             backbone,
             peft,
-            targets=peft_options["targets"],
-            layers=peft_options["layers"],
-            **(peft_options["kwargs"] or {}),
+            targets=peft_options["peft_targets"],
+            layers=peft_options["peft_layers"],
+            **(peft_options["peft_kwargs"] or {}),
         )
     return model
 

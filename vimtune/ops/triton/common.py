@@ -126,12 +126,3 @@ def load_vectors(
         t = token(tl.minimum(start + k, num_tokens - 1), num_tokens, REVERSE)
         vectors = vectors + (tl.load(base + t * STRIDE + n, mask=used, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return vectors
-
-
-@triton.jit
-def load_columns(base, e, live, WIDTH: tl.constexpr):
-    """The columns of an (E, WIDTH) matrix as a tuple of fp32 vectors."""
-    columns = ()
-    for k in tl.static_range(WIDTH):
-        columns = columns + (tl.load(base + e * WIDTH + k, mask=live, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-    return columns
