@@ -171,16 +171,21 @@ def mixer_reference(xz, forward, reverse):
 
 
 @pytest.mark.parametrize(
-    "tokens, inner, states, rank, width, bias, dtype",
+    "backend, tokens, inner, states, rank, width, bias, dtype",
     [
-        (9, 24, 5, 3, 4, True, torch.float32),
-        (17, 8, 16, 2, 3, False, torch.float32),
-        (7, 32, 16, 12, 4, True, torch.bfloat16),
-        (2, 8, 4, 1, 4, True, torch.float16),
+        ("triton", 9, 24, 5, 3, 4, True, torch.float32),
+        ("triton", 17, 8, 16, 2, 3, False, torch.float32),
+        ("triton", 7, 32, 16, 12, 4, True, torch.bfloat16),
+        ("triton", 2, 8, 4, 1, 4, True, torch.float16),
+        ("nvrtc", 19, 72, 16, 5, 4, True, torch.bfloat16),
+        ("nvrtc", 6, 6, 16, 17, 3, False, torch.float16),
+        ("nvrtc", 3, 9, 7, 2, 4, True, torch.bfloat16),  # sizes that only Triton has
     ],
 )
-def test_bidirectional_scan(tokens, inner, states, rank, width, bias, dtype):
+def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, dtype, request):
     """Output and every gradient, compared with the composition of the definitions in fp64."""
+    if backend == "nvrtc" and DEVICE == "cpu":
+        request.getfixturevalue("on_cpu")
     generator = torch.Generator().manual_seed(2)
     inputs = {"xz": normal(generator, 2, tokens, 2 * inner, dtype=dtype)}
     for label in ("forward", "reverse"):
@@ -200,7 +205,7 @@ def test_bidirectional_scan(tokens, inner, states, rank, width, bias, dtype):
     grad = normal(generator, 2, tokens, inner, dtype=dtype)
     exact = {name: None if x is None else x.double() for name, x in inputs.items()}
     expected, expected_grads = gradients(apply(mixer_reference), exact, grad.double())
-    with ops.use_backend("triton"):
+    with ops.use_backend(backend):
         out, grads = gradients(apply(ops.bidirectional_scan), inputs, grad)
         frozen = inputs["xz"].detach().requires_grad_()
         apply(ops.bidirectional_scan)(**{**inputs, "xz": frozen}).backward(grad)
@@ -233,7 +238,9 @@ def test_custom_ops_are_registered_correctly():
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     xz = normal(generator, 1, 3, 16).requires_grad_()
     weights = [x for _ in range(2) for x in direction_weights(generator, 8, 4, 2, 4, True).values()]
-    torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, (xz, *weights, True), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.vimtune.bidirectional_scan, (xz, *weights, True, "triton"), test_utils=tests
+    )
     norm = (
         normal(generator, 2, 8).requires_grad_(),
         normal(generator, 2, 8),
@@ -250,7 +257,9 @@ def test_backward_is_deterministic():
     directions = [
         ops.DirectionWeights(*direction_weights(generator, 40, 16, 2, 4, True).values()) for _ in range(2)
     ]
-    runs = [torch.autograd.grad(ops.bidirectional_scan(xz, *directions).sum(), xz)[0] for _ in range(2)]
+    runs = [
+        torch.autograd.grad(ops.bidirectional_scan(xz, *directions, "triton").sum(), xz)[0] for _ in range(2)
+    ]
     assert torch.equal(*runs)
 
 
@@ -259,9 +268,8 @@ def test_wrong_shapes_are_named(name, shape):
     generator = torch.Generator().manual_seed(6)
     good = ops.DirectionWeights(*direction_weights(generator, 8, 4, 2, 4, True).values())
     with pytest.raises(ValueError, match=f"reverse {name} is"):
-        ops.bidirectional_scan(
-            normal(generator, 1, 3, 16), good, good._replace(**{name: torch.zeros(shape, device=DEVICE)})
-        )
+        bad = good._replace(**{name: torch.zeros(shape, device=DEVICE)})
+        ops.bidirectional_scan(normal(generator, 1, 3, 16), good, bad, "triton")
 
 
 def test_mixer_compiles_without_graph_breaks():

@@ -16,10 +16,12 @@ from vimtune.ops.eager import EagerBackend
 from vimtune.ops.functional import causal_conv1d, selective_scan
 from vimtune.ops.fused import DirectionWeights, bidirectional_scan, has_bidirectional_scan
 from vimtune.ops.norm import add_rms_norm
+from vimtune.ops.nvrtc.backend import NvrtcBackend
 from vimtune.ops.triton.backend import TritonBackend
 
 # In the order in which `auto` asks them.
 register_backend(CpuBackend())
+register_backend(NvrtcBackend())
 register_backend(TritonBackend())
 register_backend(CudaBackend())
 register_backend(EagerBackend())

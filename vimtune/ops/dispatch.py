@@ -46,6 +46,8 @@ class Backend(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    has_fused_kernels: ClassVar[bool] = False
+    """Whether it also runs `bidirectional_scan` and `add_rms_norm`."""
 
     @abstractmethod
     def refusals(self, device: torch.device) -> list[str]:

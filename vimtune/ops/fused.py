@@ -32,13 +32,23 @@ class DirectionWeights(NamedTuple):
     D: Tensor
 
 
-@torch.compiler.assume_constant_result
 def has_bidirectional_scan(backend: str, device: str) -> bool:
     """Whether `bidirectional_scan` can run with this backend name on this device (e.g. "cuda:0")."""
-    return not uses_reference(backend) and resolve_backend(backend, torch.device(device)).name == "triton"
+    return fused_backend(backend, device) != ""
 
 
-def bidirectional_scan(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> Tensor:
+@torch.compiler.assume_constant_result
+def fused_backend(backend: str, device: str) -> str:
+    """Backend that runs `bidirectional_scan` for a backend name on a device; empty if it cannot."""
+    if uses_reference(backend):
+        return ""
+    chosen = resolve_backend(backend, torch.device(device))
+    return chosen.name if chosen.has_fused_kernels else ""
+
+
+def bidirectional_scan(
+    xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights, backend: str = "auto"
+) -> Tensor:
     """Average of both directions' gated scans: `xz` (B, L, 2 E), the output of in_proj, to (B, L, E).
 
     Computes, for u = SiLU(conv(x)) and (dt, B, C) = x_proj(u),
@@ -46,8 +56,11 @@ def bidirectional_scan(xz: Tensor, forward: DirectionWeights, reverse: Direction
     The output has the dtype of `xz`; state, time steps, B and C are fp32.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or a backend without these kernels.
     """
+    chosen = fused_backend(backend, str(xz.device))
+    if not chosen:
+        raise ValueError(f"backend {backend!r} has no kernels for bidirectional_scan on {xz.device}")
     inner = xz.shape[-1] // 2
     for label, weights in (("forward", forward), ("reverse", reverse)):
         states = weights.A_log.shape[1]
@@ -64,7 +77,7 @@ def bidirectional_scan(xz: Tensor, forward: DirectionWeights, reverse: Direction
             found = tuple(getattr(weights, name).shape)
             if found != shape:
                 raise ValueError(f"{label} {name} is {found}, expected {shape} for xz {tuple(xz.shape)}")
-    return torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, torch.is_grad_enabled())[0]
+    return torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, torch.is_grad_enabled(), chosen)[0]
 
 
 # torch.library reads the annotations at run time, hence Optional.
@@ -88,6 +101,7 @@ def _scan(
     A_log1: Tensor,
     D1: Tensor,
     save: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from vimtune.ops.triton import mixer
 
@@ -97,20 +111,20 @@ def _scan(
             *(conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1),
         ]
     )
-    return mixer.forward(_rows(xz), weights, save)
+    return mixer.forward(xz.contiguous(), weights, save, backend)
 
 
 @_scan.register_fake
 def _(xz, *rest):
     from vimtune.ops.triton import mixer
 
-    A_log, dt_proj, save = rest[5], rest[3], rest[-1]
-    projections, states = mixer.shapes(xz, A_log.shape[1], dt_proj.shape[1])
+    A_log, dt_proj, save, backend = rest[5], rest[3], rest[-2], rest[-1]
+    projections, states = mixer.shapes(xz, A_log.shape[1], dt_proj.shape[1], backend, save)
     batch, tokens, twice = xz.shape
     return (
         xz.new_empty((batch, tokens, twice // 2)),
-        xz.new_empty(projections, dtype=torch.float32),
-        xz.new_empty(states if save else (0,), dtype=torch.float32),
+        xz.new_empty(projections),
+        xz.new_empty(states, dtype=torch.float32),
     )
 
 
@@ -122,21 +136,28 @@ def _scan_backward(
     states: Tensor,
     weights: list[Optional[Tensor]],  # noqa: UP045
     needs: list[bool],
+    backend: str,
 ) -> list[Tensor]:
     from vimtune.ops.triton import mixer
 
     wanted = needs[1:]
     halves = [wanted[:NUM_WEIGHTS], wanted[NUM_WEIGHTS:]]
-    rows = _rows(grad.to(xz.dtype))
     grad_xz, found = mixer.backward(
-        rows, _rows(xz), projections, states, _by_direction(weights), needs[0], halves
+        grad.to(xz.dtype).contiguous(),
+        xz.contiguous(),
+        projections,
+        states,
+        _by_direction(weights),
+        needs[0],
+        halves,
+        backend,
     )
     flat = [grad_xz, *found[0], *found[1]]
     return [xz.new_empty(0) if gradient is None else gradient for gradient in flat]
 
 
 @_scan_backward.register_fake
-def _(grad, xz, projections, states, weights, needs):
+def _(grad, xz, projections, states, weights, needs, backend):
     return [
         tensor.new_empty(tensor.shape) if needed else xz.new_empty(0)
         for tensor, needed in zip([xz, *weights], needs, strict=True)
@@ -144,7 +165,7 @@ def _(grad, xz, projections, states, weights, needs):
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, save = inputs
+    *tensors, save, ctx.backend = inputs
     if not save:
         raise RuntimeError("bidirectional_scan was called without saved states but needs a gradient")
     ctx.save_for_backward(output[1], output[2], *tensors)
@@ -154,15 +175,13 @@ def _setup(ctx, inputs, output) -> None:
 def _autograd(ctx, grad, _grad_projections, _grad_states):
     projections, states, xz, *weights = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[: 1 + 2 * NUM_WEIGHTS])
-    gradients = torch.ops.vimtune.bidirectional_scan_backward(grad, xz, projections, states, weights, needs)
-    return *(value if needed else None for value, needed in zip(gradients, needs, strict=True)), None
+    gradients = torch.ops.vimtune.bidirectional_scan_backward(
+        grad, xz, projections, states, weights, needs, ctx.backend
+    )
+    return *(value if needed else None for value, needed in zip(gradients, needs, strict=True)), None, None
 
 
 _scan.register_autograd(_autograd, setup_context=_setup)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _by_direction(weights: list[Tensor | None]) -> list[list[Tensor | None]]:

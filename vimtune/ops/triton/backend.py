@@ -19,6 +19,7 @@ CHUNK = 64
 class TritonBackend(Backend):
     name = "triton"
     summary = "Triton kernels for NVIDIA GPUs"
+    has_fused_kernels = True
 
     def refusals(self, device):
         reasons = []

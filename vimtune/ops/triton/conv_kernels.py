@@ -1,7 +1,7 @@
 """Depthwise causal convolution in Triton. Filters come transposed, (K, E).
 
 Rows are the B * L tokens of the batch, one after the other; a filter tap that would cross the border
-of an image reads 0. Direction 0 looks back, direction 1 looks ahead.
+of an image reads 0. Direction 0 looks back (`sign` -1), direction 1 looks ahead (`sign` 1).
 
 Shape letters: B batch, L tokens, E inner width, K filter width.
 """
@@ -15,26 +15,24 @@ from vimtune.ops.triton.common import silu, silu_slope
 
 
 @triton.jit
-def _tap(
-    x, image, t, e, ok, stride_image, stride_token, num_tokens, SHIFT: tl.constexpr, AHEAD: tl.constexpr
-):
-    """Tile of rows SHIFT tokens before (or ahead of) each row, fp32."""
-    source = t + SHIFT if AHEAD else t - SHIFT
+def _tap(x, image, t, e, ok, stride_image, stride_token, num_tokens, shift):
+    """Tile of rows `shift` tokens ahead of each row (before it if negative), fp32."""
+    source = t + shift
     inside = (source >= 0) & (source < num_tokens)
     place = image * stride_image + source * stride_token
     return tl.load(x + place[:, None] + e[None, :], mask=ok & inside[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _filtered(
-    x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr,
+def filtered(
+    x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner, sign,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """bias + sum over taps. `weight` is (K, E), its last row belongs to the token itself: a column for
     each channel would make every load of the filter touch a cache line a channel."""
     for j in tl.static_range(K):
         w = tl.load(weight + (K - 1 - j) * num_inner + e, mask=live, other=0.0).to(tl.float32)
-        product = w[None, :] * _tap(x, image, t, e, ok, stride_image, stride_token, num_tokens, j, AHEAD)
+        product = w[None, :] * _tap(x, image, t, e, ok, stride_image, stride_token, num_tokens, j * sign)
         if j == 0:
             total = product
         else:
@@ -45,7 +43,7 @@ def _filtered(
 
 
 @triton.jit
-def _rows(num_rows, num_tokens, BM: tl.constexpr, AXIS: tl.constexpr):
+def tile_rows(num_rows, num_tokens, BM: tl.constexpr, AXIS: tl.constexpr):
     row = tl.program_id(AXIS).to(tl.int64) * BM + tl.arange(0, BM)
     return row, row // num_tokens, row % num_tokens, row < num_rows
 
@@ -53,17 +51,16 @@ def _rows(num_rows, num_tokens, BM: tl.constexpr, AXIS: tl.constexpr):
 @triton.jit
 def conv_kernel(
     x, weight, bias, out, stride_image, stride_token, stride_out_image, stride_out_token,
-    num_rows, num_tokens, num_inner,
-    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr,
-    SILU: tl.constexpr,
+    num_rows, num_tokens, num_inner, sign,
+    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    _row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
+    _row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     live = e < num_inner
     ok = ok_row[:, None] & live[None, :]
-    y = _filtered(
-        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
-        K, HAS_BIAS, AHEAD,
+    y = filtered(
+        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner, sign,
+        K, HAS_BIAS,
     )  # fmt: skip
     if SILU:
         y = silu(y)
@@ -72,41 +69,19 @@ def conv_kernel(
 
 
 @triton.jit
-def conv_pair_kernel(
-    x, weight0, weight1, bias0, bias1, out, stride_image, stride_token, num_rows, num_tokens, num_inner,
-    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """SiLU(conv(x)) of both directions, (2, B, L, E) contiguous, from one reading of x."""
-    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
-    live = e < num_inner
-    ok = ok_row[:, None] & live[None, :]
-    u0 = silu(_filtered(
-        x, weight0, bias0, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
-        K, HAS_BIAS, False,
-    ))  # fmt: skip
-    tl.store(out + row[:, None] * num_inner + e[None, :], u0.to(out.dtype.element_ty), mask=ok)
-    u1 = silu(_filtered(
-        x, weight1, bias1, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
-        K, HAS_BIAS, True,
-    ))  # fmt: skip
-    tl.store(out + (num_rows + row)[:, None] * num_inner + e[None, :], u1.to(out.dtype.element_ty), mask=ok)
-
-
-@triton.jit
 def conv_slope_kernel(
     grad, x, weight, bias, out, stride_grad_image, stride_grad_token, stride_image, stride_token,
-    num_rows, num_tokens, num_inner,
-    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr,
+    num_rows, num_tokens, num_inner, sign,
+    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Gradient before SiLU: grad * silu'(conv(x)), (B, L, E) contiguous."""
-    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
+    row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     live = e < num_inner
     ok = ok_row[:, None] & live[None, :]
-    y = _filtered(
-        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
-        K, HAS_BIAS, AHEAD,
+    y = filtered(
+        x, weight, bias, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner, sign,
+        K, HAS_BIAS,
     )  # fmt: skip
     place = (image * stride_grad_image + t * stride_grad_token)[:, None] + e[None, :]
     value = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32) * silu_slope(y)
@@ -121,20 +96,20 @@ def conv_adjoint_kernel(
     BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, USE0: tl.constexpr, USE1: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the filter's input, both directions added: the adjoint looks the other way."""
-    _row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
+    _row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     live = e < num_inner
     ok = ok_row[:, None] & live[None, :]
     total = tl.zeros([BM, BE], tl.float32)
     if USE0:
-        total += _filtered(
+        total += filtered(
             grad0, weight0, weight0, image, t, e, ok, live, stride_grad_image, stride_grad_token,
-            num_tokens, num_inner, K, False, True,
+            num_tokens, num_inner, 1, K, False,
         )  # fmt: skip
     if USE1:
-        total += _filtered(
+        total += filtered(
             grad1, weight1, weight1, image, t, e, ok, live, stride_grad_image, stride_grad_token,
-            num_tokens, num_inner, K, False, False,
+            num_tokens, num_inner, -1, K, False,
         )  # fmt: skip
     place = image * stride_out_image + t * stride_out_token
     tl.store(out + place[:, None] + e[None, :], total.to(out.dtype.element_ty), mask=ok)
@@ -143,8 +118,8 @@ def conv_adjoint_kernel(
 @triton.jit
 def conv_weight_kernel(
     grad, x, partial, stride_grad_image, stride_grad_token, stride_image, stride_token,
-    num_rows, num_tokens, num_inner,
-    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, AHEAD: tl.constexpr,
+    num_rows, num_tokens, num_inner, sign,
+    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Filter and bias gradients of TILES tiles of rows: `partial` (programs, K + 1, E)."""
     e = tl.program_id(1) * BE + tl.arange(0, BE)
@@ -157,8 +132,9 @@ def conv_weight_kernel(
             image = row // num_tokens
             t = row % num_tokens
             ok = (row < num_rows)[:, None] & live[None, :]
-            value = _tap(grad, image, t, e, ok, stride_grad_image, stride_grad_token, num_tokens, 0, False)
+            value = _tap(grad, image, t, e, ok, stride_grad_image, stride_grad_token, num_tokens, 0)
             if j < K:
-                value *= _tap(x, image, t, e, ok, stride_image, stride_token, num_tokens, K - 1 - j, AHEAD)
+                shift = (K - 1 - j) * sign
+                value *= _tap(x, image, t, e, ok, stride_image, stride_token, num_tokens, shift)
             total += tl.sum(value, axis=0)
         tl.store(base + j * num_inner + e, total, mask=live)

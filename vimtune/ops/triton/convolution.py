@@ -13,7 +13,6 @@ from torch import Tensor
 from vimtune.ops.triton.conv_kernels import (
     conv_adjoint_kernel,
     conv_kernel,
-    conv_pair_kernel,
     conv_slope_kernel,
     conv_weight_kernel,
 )
@@ -24,6 +23,11 @@ TILES = 8
 
 def conv_grid(num_rows: int, inner: int) -> tuple[int, int]:
     return -(-num_rows // ROWS), -(-inner // CHANNELS)
+
+
+def sign(reverse: bool) -> int:
+    """Where filter taps lie: before their token, or ahead of it."""
+    return 1 if reverse else -1
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -37,22 +41,10 @@ def convolve(x, filters, bias, out, silu: bool, reverse: bool) -> None:
     with torch.cuda.device_of(x):
         conv_kernel[conv_grid(batch * tokens, inner)](
             x, filters, filters if bias is None else bias, out,
-            x.stride(0), x.stride(1), out.stride(0), out.stride(1), batch * tokens, tokens, inner,
-            BM=ROWS, BE=CHANNELS, K=filters.shape[0], HAS_BIAS=bias is not None, AHEAD=reverse, SILU=silu,
+            x.stride(0), x.stride(1), out.stride(0), out.stride(1),
+            batch * tokens, tokens, inner, sign(reverse),
+            BM=ROWS, BE=CHANNELS, K=filters.shape[0], HAS_BIAS=bias is not None, SILU=silu,
         )  # fmt: skip
-
-
-def convolve_pair(x: Tensor, filters: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """SiLU of the causal convolution in both directions, (2, B, L, E)."""
-    batch, tokens, inner = x.shape
-    out = torch.empty((2, batch, tokens, inner), dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        conv_pair_kernel[conv_grid(batch * tokens, inner)](
-            x, *filters, *(x if bias is None else bias for bias in biases), out,
-            x.stride(0), x.stride(1), batch * tokens, tokens, inner,
-            BM=ROWS, BE=CHANNELS, K=filters[0].shape[0], HAS_BIAS=biases[0] is not None,
-        )  # fmt: skip
-    return out
 
 
 def adjoint(grad0, grad1, filters0, filters1, out, use: tuple[bool, bool]) -> None:
@@ -74,8 +66,8 @@ def weight_gradients(grad, x, width: int, reverse: bool) -> tuple[torch.Tensor, 
     with torch.cuda.device_of(x):
         conv_weight_kernel[(programs, -(-inner // CHANNELS))](
             grad, x, partial, grad.stride(0), grad.stride(1), x.stride(0), x.stride(1),
-            batch * tokens, tokens, inner,
-            BM=ROWS, BE=CHANNELS, K=width, TILES=TILES, AHEAD=reverse,
+            batch * tokens, tokens, inner, sign(reverse),
+            BM=ROWS, BE=CHANNELS, K=width, TILES=TILES,
         )  # fmt: skip
     return partial[:, :width].sum(0).t().contiguous(), partial[:, width].sum(0)
 
@@ -100,7 +92,7 @@ def conv_backward(
             conv_slope_kernel[conv_grid(batch * tokens, inner)](
                 grad, x, filters, filters if bias is None else bias, slope,
                 grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), batch * tokens, tokens, inner,
-                BM=ROWS, BE=CHANNELS, K=width, HAS_BIAS=bias is not None, AHEAD=reverse,
+                sign(reverse), BM=ROWS, BE=CHANNELS, K=width, HAS_BIAS=bias is not None,
             )  # fmt: skip
         grad = slope
     grad_x = None

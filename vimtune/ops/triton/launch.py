@@ -79,7 +79,7 @@ class ScanNeeds:
 @dataclass(frozen=True)
 class ScanGradients:
     """u, delta before softplus, y recomputed (directions, B, L, E); BC (directions, blocks, B, L, 2 NP);
-    A or A_log (directions, E, N); D, bias (directions, E). Empty where not asked for."""
+    A (of A_log if that was given; directions, E, N); D, bias (directions, E). Empty where not asked for."""
 
     u: Tensor
     delta: Tensor

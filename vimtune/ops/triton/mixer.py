@@ -1,7 +1,8 @@
 """Both directions of the Vim mixer, between its two large projections, forward and backward.
 
-For the backward only B | C | dt_r (2, B, L, 2 NP + RP) and a few states are kept. The convolved input and
-the time step exist for the duration of one call: they are computed again for the backward.
+For the backward only B | C | dt_r (2, B, L, 2 NP + RP) and at most a few states are kept. The convolved
+input and the time step exist for the duration of one call: they are computed again for the backward.
+The scan itself runs in Triton, or in the CUDA kernels of backend `nvrtc` where they cover the sizes.
 
 Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
 """
@@ -15,31 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vimtune.ops.nvrtc import scan as native
 from vimtune.ops.triton import launch
 from vimtune.ops.triton.common import next_power_of_2
-from vimtune.ops.triton.convolution import (
-    CHANNELS,
-    ROWS,
-    adjoint,
-    convolve_pair,
-    transposed,
-    weight_gradients,
-)
-from vimtune.ops.triton.project_kernels import (
-    project_kernel,
-    project_reduce_kernel,
-    project_spread_kernel,
-    time_step_kernel,
-)
+from vimtune.ops.triton.convolution import adjoint, transposed, weight_gradients
+from vimtune.ops.triton.project_kernels import prepare_backward_kernel, prepare_kernel
 
-PROJECT_ROWS = 32
-PROJECT_CHANNELS = 64
+PREPARE_ROWS = 64
+PREPARE_CHANNELS = 64
 
 # Order of one direction's weights in the flat lists below.
 CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, D = range(7)
 
 Weights = Sequence[Sequence[Any]]
 """Per direction, tensors in the order above; CONV_BIAS may be None."""
+
+Gradients = launch.ScanGradients | native.ScanGradients
 
 
 @dataclass(frozen=True)
@@ -67,36 +59,32 @@ def _sizes(xz: Tensor, num_states: int, rank: int) -> _Sizes:
     return _Sizes(batch, tokens, twice // 2, num_states, rank, padded, max(next_power_of_2(rank), 16))
 
 
-def shapes(xz: Tensor, num_states: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the two fp32 tensors kept for the backward: B | C | dt_r, and states."""
+def _runs_natively(backend: str, xz: Tensor, sizes: _Sizes) -> bool:
+    return backend == "nvrtc" and native.covers(xz.dtype, sizes.inner, sizes.states)
+
+
+def shapes(
+    xz: Tensor, num_states: int, rank: int, backend: str, save: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and fp32 states."""
     sizes = _sizes(xz, num_states, rank)
-    return (
-        (2, sizes.batch, sizes.tokens, sizes.columns),
-        (2, sizes.batch, launch.num_chunks(sizes.tokens) - 1, num_states, sizes.inner),
-    )
+    states: tuple[int, ...] = (0,)
+    if save and not _runs_natively(backend, xz, sizes):
+        states = (2, sizes.batch, launch.num_chunks(sizes.tokens) - 1, num_states, sizes.inner)
+    return (2, sizes.batch, sizes.tokens, sizes.columns), states
 
 
-def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(xz: Tensor, weights: Weights, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
     sizes = _sizes(xz, weights[0][A_LOG].shape[1], weights[0][DT_PROJ].shape[1])
-    x, z = xz[..., : sizes.inner], xz[..., sizes.inner :]
-    filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
-    u = convolve_pair(x, filters, _both(weights, CONV_BIAS))
-    projections = torch.empty(
-        (2, sizes.batch, sizes.tokens, sizes.columns), dtype=torch.float32, device=xz.device
-    )
-    delta = _empty_delta(u)
-    with torch.cuda.device_of(xz):
-        project_kernel[(-(-sizes.rows // PROJECT_ROWS), 2)](
-            u, *_both(weights, X_PROJ), *_both(weights, DT_PROJ), *_both(weights, DT_BIAS),
-            projections, delta,
-            sizes.rows, sizes.inner, BM=PROJECT_ROWS, BK=PROJECT_CHANNELS,
-            N=sizes.states, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank,
-            DOT_TYPE=launch.dot_type(xz),
-        )  # fmt: skip
+    projections = torch.empty((2, sizes.batch, sizes.tokens, sizes.columns), dtype=xz.dtype, device=xz.device)
+    u, delta = _prepare(xz[..., : sizes.inner], weights, projections, sizes, project=True)
+    if _runs_natively(backend, xz, sizes):
+        out = native.scan_forward(u, delta, projections, _both(weights, A_LOG), _both(weights, D), xz)
+        return out, projections, torch.empty(0, dtype=torch.float32, device=xz.device)
     out = torch.empty((sizes.batch, sizes.tokens, sizes.inner), dtype=xz.dtype, device=xz.device)
-    states = launch.scan_forward(_scan_inputs(u, delta, projections, weights, sizes), z, out, 0.5, save)
-    return out, projections, states
+    inputs = _scan_inputs(u, delta, projections, weights, sizes)
+    return out, projections, launch.scan_forward(inputs, xz[..., sizes.inner :], out, 0.5, save)
 
 
 def backward(
@@ -107,48 +95,49 @@ def backward(
     weights: Weights,
     need_xz: bool,
     needs: Sequence[Sequence[bool]],
+    backend: str,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """Gradient of `xz` and, per direction, of the weights; None where `needs` is False."""
     sizes = _sizes(xz, weights[0][A_LOG].shape[1], weights[0][DT_PROJ].shape[1])
-    x, z = xz[..., : sizes.inner], xz[..., sizes.inner :]
+    x = xz[..., : sizes.inner]
 
     def anywhere(*names: int) -> bool:
         return any(direction[name] for direction in needs for name in names)
 
     need_conv = need_xz or anywhere(CONV_WEIGHT, CONV_BIAS)
     need_projection = need_conv or anywhere(X_PROJ)
-    filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
-    u = convolve_pair(x, filters, _both(weights, CONV_BIAS))
-    delta = _empty_delta(u)
-    with torch.cuda.device_of(xz):
-        time_step_kernel[(-(-sizes.rows // PROJECT_ROWS), 2)](
-            projections, *_both(weights, DT_PROJ), *_both(weights, DT_BIAS), delta, sizes.rows, sizes.inner,
-            BM=PROJECT_ROWS, BK=PROJECT_CHANNELS, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank,
-            DOT_TYPE=launch.dot_type(xz),
+    u, delta = _prepare(x, weights, projections, sizes, project=False)
+    grad_xz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
+    gradients: Gradients
+    if _runs_natively(backend, xz, sizes):
+        gradients = native.scan_backward(
+            grad, u, delta, projections, _both(weights, A_LOG), _both(weights, D), xz, grad_xz,
+            need_parameters=anywhere(A_LOG, D, DT_BIAS),
         )  # fmt: skip
-    gradients = launch.scan_backward(
-        _scan_inputs(u, delta, projections, weights, sizes),
-        launch.gate_gradient(grad, z, 0.5),
-        states,
-        launch.ScanNeeds(
-            u=need_conv,
-            delta=need_projection or anywhere(DT_PROJ),
-            A=anywhere(A_LOG),
-            BC=need_projection,
-            D=anywhere(D),
-            y=need_xz,
-            bias=anywhere(DT_BIAS),
-        ),
-    )
-    grad_projections = _grad_projections(gradients, weights, sizes) if need_projection else None
-    if need_conv and grad_projections is not None:
-        _spread(x, weights, filters, grad_projections, gradients.u, sizes)
-    grad_xz = None
+    else:
+        z = xz[..., sizes.inner :]
+        gradients = launch.scan_backward(
+            _scan_inputs(u, delta, projections, weights, sizes),
+            launch.gate_gradient(grad, z, 0.5),
+            states,
+            launch.ScanNeeds(
+                u=need_conv,
+                delta=need_projection or anywhere(DT_PROJ),
+                A=anywhere(A_LOG),
+                BC=need_projection,
+                D=anywhere(D),
+                y=need_xz,
+                bias=anywhere(DT_BIAS),
+            ),
+        )
+        if need_xz:
+            launch.gate_finish(grad, z, gradients.y, grad_xz[..., sizes.inner :], 0.5)
+    grad_projections = None
+    if need_projection:
+        grad_projections = _prepare_backward(x, weights, gradients, sizes, spread=need_conv)
     if need_xz:
-        grad_xz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
-        launch.gate_finish(grad, z, gradients.y, grad_xz[..., sizes.inner :], 0.5)
-        x_part = grad_xz[..., : sizes.inner]
-        adjoint(gradients.u[0], gradients.u[1], filters[0], filters[1], x_part, use=(True, True))
+        filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
+        adjoint(gradients.u[0], gradients.u[1], *filters, grad_xz[..., : sizes.inner], use=(True, True))
 
     result = []
     for index in (0, 1):
@@ -163,7 +152,7 @@ def backward(
                 for value, own in zip(found, weights[index], strict=True)
             ]
         )
-    return grad_xz, result
+    return grad_xz if need_xz else None, result
 
 
 def _weight_gradients(index, wanted, weights, x, u, projections, grad_projections, gradients, sizes):
@@ -186,46 +175,64 @@ def _weight_gradients(index, wanted, weights, x, u, projections, grad_projection
         )
     if wanted[DT_PROJ]:
         low_rank = projections[index, ..., 2 * padded : 2 * padded + sizes.rank].flatten(0, 1)
-        found[DT_PROJ] = gradients.delta[index].flatten(0, 1).t() @ low_rank.to(x.dtype)
+        found[DT_PROJ] = gradients.delta[index].flatten(0, 1).t() @ low_rank
     found[DT_BIAS] = gradients.bias[index] if wanted[DT_BIAS] else None
     found[A_LOG] = gradients.A[index] if wanted[A_LOG] else None
     found[D] = gradients.D[index] if wanted[D] else None
     return found
 
 
-def _grad_projections(gradients: launch.ScanGradients, weights: Weights, sizes: _Sizes) -> Tensor:
-    """Gradient of B | C | dt_r, (2, B L, P) in the dtype of the activations."""
-    out = torch.empty(
-        (2, sizes.rows, sizes.columns), dtype=gradients.delta.dtype, device=gradients.delta.device
-    )
-    with torch.cuda.device_of(out):
-        project_reduce_kernel[(-(-sizes.rows // PROJECT_ROWS), 2)](
-            gradients.BC, gradients.delta, *_both(weights, DT_PROJ), out,
-            sizes.rows, sizes.inner, gradients.BC.shape[1],
-            BM=PROJECT_ROWS, BK=PROJECT_CHANNELS, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank,
-            DOT_TYPE=launch.dot_type(out),
+def _prepare(
+    x: Tensor, weights: Weights, projections: Tensor, sizes: _Sizes, project: bool
+) -> tuple[Tensor, Tensor]:
+    """Convolved inputs and time steps, both (2, B, L, E); fills `projections` or reads them.
+
+    Time steps keep eleven bits where activations have fewer: they multiply exponents.
+    """
+    u = torch.empty((2, sizes.batch, sizes.tokens, sizes.inner), dtype=x.dtype, device=x.device)
+    delta = torch.empty_like(u, dtype=torch.float16 if launch.is_low(u) else torch.float32)
+    with torch.cuda.device_of(x):
+        prepare_kernel[(-(-sizes.rows // PREPARE_ROWS), 2)](
+            x, *_convolution(x, weights), *_both(weights, X_PROJ), *_both(weights, DT_PROJ),
+            *_both(weights, DT_BIAS), u, projections, delta, x.stride(0), x.stride(1),
+            sizes.rows, sizes.tokens, sizes.inner, **_tile(x, weights, sizes), PROJECT=project,
+        )  # fmt: skip
+    return u, delta
+
+
+def _prepare_backward(
+    x: Tensor, weights: Weights, gradients: Gradients, sizes: _Sizes, spread: bool
+) -> Tensor:
+    """Gradient of B | C | dt_r, (2, B L, P); with `spread`, `gradients.u` becomes that of conv(x)."""
+    out = torch.empty((2, sizes.rows, sizes.columns), dtype=x.dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        prepare_backward_kernel[(-(-sizes.rows // PREPARE_ROWS), 2)](
+            gradients.BC, gradients.delta, x, *_convolution(x, weights), *_both(weights, X_PROJ),
+            *_both(weights, DT_PROJ), out, gradients.u, x.stride(0), x.stride(1),
+            sizes.rows, sizes.tokens, sizes.inner, gradients.BC.shape[1],
+            **_tile(x, weights, sizes), SPREAD=spread,
         )  # fmt: skip
     return out
 
 
-def _spread(
-    x: Tensor,
-    weights: Weights,
-    filters: list[Tensor],
-    grad_projections: Tensor,
-    grad_u: Tensor,
-    sizes: _Sizes,
-) -> None:
-    biases = [x if bias is None else bias for bias in _both(weights, CONV_BIAS)]
-    with torch.cuda.device_of(x):
-        project_spread_kernel[(-(-sizes.rows // ROWS), -(-sizes.inner // CHANNELS), 2)](
-            x, *filters, *biases, *_both(weights, X_PROJ), grad_projections, grad_u,
-            x.stride(0), x.stride(1), sizes.rows, sizes.tokens, sizes.inner,
-            BM=ROWS, BE=CHANNELS, K=filters[0].shape[0],
-            HAS_BIAS=weights[0][CONV_BIAS] is not None,
-            N=sizes.states, NP=sizes.padded_states, R=sizes.rank, RP=sizes.padded_rank,
-            DOT_TYPE=launch.dot_type(x),
-        )  # fmt: skip
+def _convolution(x: Tensor, weights: Weights) -> list[Tensor]:
+    """Filters (K, E) and biases of both directions; any tensor for a bias that is not there."""
+    filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
+    return filters + [x if bias is None else bias for bias in _both(weights, CONV_BIAS)]
+
+
+def _tile(x: Tensor, weights: Weights, sizes: _Sizes) -> dict[str, Any]:
+    return {
+        "BM": PREPARE_ROWS,
+        "BK": PREPARE_CHANNELS,
+        "K": weights[0][CONV_WEIGHT].shape[1],
+        "HAS_BIAS": weights[0][CONV_BIAS] is not None,
+        "N": sizes.states,
+        "NP": sizes.padded_states,
+        "R": sizes.rank,
+        "RP": sizes.padded_rank,
+        "DOT_TYPE": launch.dot_type(x),
+    }
 
 
 def _scan_inputs(
@@ -246,11 +253,6 @@ def _scan_inputs(
         delta_stride=delta.stride(0),
         BC_stride=projections.stride(0),
     )
-
-
-def _empty_delta(u: Tensor) -> Tensor:
-    """Time steps keep eleven bits where activations have fewer: they multiply exponents."""
-    return torch.empty(u.shape, dtype=torch.float16 if launch.is_low(u) else torch.float32, device=u.device)
 
 
 def _both(weights: Weights, name: int) -> list[Any]:

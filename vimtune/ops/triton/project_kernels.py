@@ -1,6 +1,6 @@
-"""The small projections of the mixer (x_proj, dt_proj) and its gate in Triton, forward and backward.
+"""What surrounds the scan in the mixer, in Triton: convolution and small projections, and the gate.
 
-Rows are the B * L tokens, direction after direction. B | C | dt_r are kept side by side in fp32.
+Rows are the B * L tokens, direction after direction. B | C | dt_r are kept side by side.
 
 Shape letters: B batch, L tokens, M = B L rows, E inner width, N states (NP padded), R dt rank (RP padded),
 K filter width, P = 2 NP + RP columns of B | C | dt_r.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vimtune.ops.triton.common import silu, silu_slope, softplus
-from vimtune.ops.triton.conv_kernels import _filtered, _rows
+from vimtune.ops.triton.conv_kernels import filtered, tile_rows
 
 
 @triton.jit
@@ -51,60 +51,55 @@ def _store_time_steps(
 
 
 @triton.jit
-def project_kernel(
-    u, proj0, proj1, dt_weight0, dt_weight1, dt_bias0, dt_bias1, out, delta, num_rows, num_inner,
-    BM: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
+def prepare_kernel(
+    x, filter0, filter1, bias0, bias1, proj0, proj1, dt_weight0, dt_weight1, dt_bias0, dt_bias1,
+    u, projections, delta, stride_image, stride_token, num_rows, num_tokens, num_inner,
+    BM: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    PROJECT: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """x_proj of `u` (2, M, E) into `out` (2, M, P), and the time steps `delta` (2, M, E) behind it."""
+    """`u` = SiLU(conv(x)) and the time steps `delta`, both (2, M, E), of one direction's BM rows.
+
+    `projections` (2, M, P), x_proj of u, is computed if PROJECT, otherwise it is there from the forward.
+    """
     direction = tl.program_id(1)
-    proj = proj1 if direction == 1 else proj0
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    ok_row = row < num_rows
+    row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     row += direction * num_rows
     P: tl.constexpr = 2 * NP + RP
     c = tl.arange(0, 2 * NP)
     r = tl.arange(0, RP)
+    proj = proj1 if direction == 1 else proj0
+    conv_weight = filter1 if direction == 1 else filter0
+    conv_bias = bias1 if direction == 1 else bias0
     place, used = _weight_rows(c, N, NP, R)
     total_BC = tl.zeros([BM, 2 * NP], tl.float32)
     total_dt = tl.zeros([BM, RP], tl.float32)
     for first in range(0, num_inner, BK):
         e = first + tl.arange(0, BK)
         live = e < num_inner
-        tile = tl.load(
-            u + row[:, None] * num_inner + e[None, :], mask=ok_row[:, None] & live[None, :], other=0.0
-        )
-        w_BC = tl.load(
-            proj + place[None, :] * num_inner + e[:, None], mask=used[None, :] & live[:, None], other=0.0
-        )
-        w_dt = tl.load(
-            proj + r[None, :] * num_inner + e[:, None], mask=(r < R)[None, :] & live[:, None], other=0.0
-        )
-        total_BC = _product(tile, w_BC, total_BC, DOT_TYPE)
-        total_dt = _product(tile, w_dt, total_dt, DOT_TYPE)
-    tl.store(out + row[:, None] * P + c[None, :], total_BC, mask=ok_row[:, None])
-    tl.store(out + row[:, None] * P + 2 * NP + r[None, :], total_dt, mask=ok_row[:, None])
-    _store_time_steps(
-        total_dt, row, ok_row, dt_weight1 if direction == 1 else dt_weight0,
-        dt_bias1 if direction == 1 else dt_bias0, delta, num_inner, BK, R, RP, BM, DOT_TYPE,
-    )  # fmt: skip
-
-
-@triton.jit
-def time_step_kernel(
-    proj, dt_weight0, dt_weight1, dt_bias0, dt_bias1, delta, num_rows, num_inner,
-    BM: tl.constexpr, BK: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
-):  # fmt: skip
-    """`delta` of `project_kernel` again, from its saved `proj` (2, M, P)."""
-    direction = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    ok_row = row < num_rows
-    row += direction * num_rows
-    P: tl.constexpr = 2 * NP + RP
-    low_rank = tl.load(
-        proj + row[:, None] * P + 2 * NP + tl.arange(0, RP)[None, :], mask=ok_row[:, None], other=0.0
-    )
+        ok = ok_row[:, None] & live[None, :]
+        y = filtered(
+            x, conv_weight, conv_bias, image, t, e, ok, live, stride_image, stride_token,
+            num_tokens, num_inner, 2 * direction - 1, K, HAS_BIAS,
+        )  # fmt: skip
+        tile = silu(y).to(u.dtype.element_ty)
+        tl.store(u + row[:, None] * num_inner + e[None, :], tile, mask=ok)
+        if PROJECT:
+            w_BC = tl.load(
+                proj + place[None, :] * num_inner + e[:, None], mask=used[None, :] & live[:, None], other=0.0
+            )
+            w_dt = tl.load(
+                proj + r[None, :] * num_inner + e[:, None], mask=(r < R)[None, :] & live[:, None], other=0.0
+            )
+            total_BC = _product(tile, w_BC, total_BC, DOT_TYPE)
+            total_dt = _product(tile, w_dt, total_dt, DOT_TYPE)
+    here = projections + row[:, None] * P
+    if PROJECT:
+        low_rank = total_dt.to(projections.dtype.element_ty)
+        tl.store(here + c[None, :], total_BC.to(projections.dtype.element_ty), mask=ok_row[:, None])
+        tl.store(here + 2 * NP + r[None, :], low_rank, mask=ok_row[:, None])
+    else:
+        low_rank = tl.load(here + 2 * NP + r[None, :], mask=ok_row[:, None], other=0.0)
     _store_time_steps(
         low_rank, row, ok_row, dt_weight1 if direction == 1 else dt_weight0,
         dt_bias1 if direction == 1 else dt_bias0, delta, num_inner, BK, R, RP, BM, DOT_TYPE,
@@ -112,19 +107,27 @@ def time_step_kernel(
 
 
 @triton.jit
-def project_reduce_kernel(
-    partial_BC, grad_delta, dt_weight0, dt_weight1, grad_proj, num_rows, num_inner, num_blocks,
-    BM: tl.constexpr, BK: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    DOT_TYPE: tl.constexpr,
+def prepare_backward_kernel(
+    partial_BC, grad_delta, x, filter0, filter1, bias0, bias1, proj0, proj1, dt_weight0, dt_weight1,
+    grad_projections, grad_u, stride_image, stride_token, num_rows, num_tokens, num_inner, num_blocks,
+    BM: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    SPREAD: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of B | C | dt_r, `grad_proj` (2, M, P): channel blocks added, d(delta) through dt_proj."""
+    """Gradient of B | C | dt_r, `grad_projections` (2, M, P): channel blocks added, d(delta) through dt_proj.
+
+    If SPREAD, `grad_u` (2, M, E) then becomes the gradient of conv(x) in place: plus what comes through
+    x_proj, times the slope of SiLU.
+    """
     direction = tl.program_id(1)
-    dt_weight = dt_weight1 if direction == 1 else dt_weight0
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    ok_row = row < num_rows
+    row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     P: tl.constexpr = 2 * NP + RP
     c = tl.arange(0, 2 * NP)
     r = tl.arange(0, RP)
+    dt_weight = dt_weight1 if direction == 1 else dt_weight0
+    proj = proj1 if direction == 1 else proj0
+    conv_weight = filter1 if direction == 1 else filter0
+    conv_bias = bias1 if direction == 1 else bias0
     grad_BC = tl.zeros([BM, 2 * NP], tl.float32)
     for block in range(num_blocks):
         place = (direction * num_blocks + block) * num_rows + row
@@ -134,59 +137,34 @@ def project_reduce_kernel(
     for first in range(0, num_inner, BK):
         e = first + tl.arange(0, BK)
         live = e < num_inner
-        tile = tl.load(
-            grad_delta + row[:, None] * num_inner + e[None, :],
-            mask=ok_row[:, None] & live[None, :],
-            other=0.0,
-        )
+        ok = ok_row[:, None] & live[None, :]
+        tile = tl.load(grad_delta + row[:, None] * num_inner + e[None, :], mask=ok, other=0.0)
         w = tl.load(dt_weight + e[:, None] * R + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
         grad_dt = _product(tile, w, grad_dt, DOT_TYPE)
-    here = grad_proj + row[:, None] * P
-    tl.store(here + c[None, :], grad_BC.to(grad_proj.dtype.element_ty), mask=ok_row[:, None])
-    tl.store(here + 2 * NP + r[None, :], grad_dt.to(grad_proj.dtype.element_ty), mask=ok_row[:, None])
-
-
-@triton.jit
-def project_spread_kernel(
-    x, weight0, weight1, bias0, bias1, proj0, proj1, grad_proj, grad_u, stride_image, stride_token,
-    num_rows, num_tokens, num_inner,
-    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, DOT_TYPE: tl.constexpr,
-):  # fmt: skip
-    """`grad_u` (2, M, E) in place: plus what comes through x_proj, times the slope of SiLU at conv(x)."""
-    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
-    direction = tl.program_id(2)
-    live = e < num_inner
-    ok = ok_row[:, None] & live[None, :]
-    P: tl.constexpr = 2 * NP + RP
-    c = tl.arange(0, 2 * NP)
-    r = tl.arange(0, RP)
-    proj = proj1 if direction == 1 else proj0
-    row += direction * num_rows
-    here = grad_u + row[:, None] * num_inner + e[None, :]
-    total = tl.load(here, mask=ok, other=0.0).to(tl.float32)
-    grad_BC = tl.load(grad_proj + row[:, None] * P + c[None, :], mask=ok_row[:, None], other=0.0)
-    grad_dt = tl.load(grad_proj + row[:, None] * P + 2 * NP + r[None, :], mask=ok_row[:, None], other=0.0)
-    place, used = _weight_rows(c, N, NP, R)
-    inside = used[:, None] & live[None, :]
-    w_BC = tl.load(proj + place[:, None] * num_inner + e[None, :], mask=inside, other=0.0)
-    w_dt = tl.load(
-        proj + r[:, None] * num_inner + e[None, :], mask=(r < R)[:, None] & live[None, :], other=0.0
-    )
-    total = _product(grad_BC, w_BC, total, DOT_TYPE)
-    total = _product(grad_dt, w_dt, total, DOT_TYPE)
-    if direction == 1:
-        y = _filtered(
-            x, weight1, bias1, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
-            K, HAS_BIAS, True,
-        )  # fmt: skip
-    else:
-        y = _filtered(
-            x, weight0, bias0, image, t, e, ok, live, stride_image, stride_token, num_tokens, num_inner,
-            K, HAS_BIAS, False,
-        )  # fmt: skip
-    tl.store(here, (total * silu_slope(y)).to(grad_u.dtype.element_ty), mask=ok)
+    here = grad_projections + row[:, None] * P
+    tl.store(here + c[None, :], grad_BC.to(grad_projections.dtype.element_ty), mask=ok_row[:, None])
+    tl.store(here + 2 * NP + r[None, :], grad_dt.to(grad_projections.dtype.element_ty), mask=ok_row[:, None])
+    if SPREAD:
+        place, used = _weight_rows(c, N, NP, R)
+        for first in range(0, num_inner, BK):
+            e = first + tl.arange(0, BK)
+            live = e < num_inner
+            ok = ok_row[:, None] & live[None, :]
+            w_BC = tl.load(
+                proj + place[:, None] * num_inner + e[None, :], mask=used[:, None] & live[None, :], other=0.0
+            )
+            w_dt = tl.load(
+                proj + r[:, None] * num_inner + e[None, :], mask=(r < R)[:, None] & live[None, :], other=0.0
+            )
+            at = grad_u + row[:, None] * num_inner + e[None, :]
+            total = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+            total = _product(grad_BC, w_BC, total, DOT_TYPE)
+            total = _product(grad_dt, w_dt, total, DOT_TYPE)
+            y = filtered(
+                x, conv_weight, conv_bias, image, t, e, ok, live, stride_image, stride_token,
+                num_tokens, num_inner, 2 * direction - 1, K, HAS_BIAS,
+            )  # fmt: skip
+            tl.store(at, (total * silu_slope(y)).to(grad_u.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -196,7 +174,7 @@ def gate_grad_kernel(
     BM: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """Gradient before the gate: grad * scale * SiLU(z), (B, L, E) contiguous."""
-    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
+    row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     ok = ok_row[:, None] & (e < num_inner)[None, :]
     place = (image * stride_grad_image + t * stride_grad)[:, None] + e[None, :]
@@ -213,7 +191,7 @@ def gate_finish_kernel(
     BM: tl.constexpr, BE: tl.constexpr, DIRECTIONS: tl.constexpr,
 ):  # fmt: skip
     """d(z) = grad * scale * SiLU'(z) * (sum over directions of `y` (directions, B, L, E))."""
-    row, image, t, ok_row = _rows(num_rows, num_tokens, BM, 0)
+    row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     ok = ok_row[:, None] & (e < num_inner)[None, :]
     total = tl.load(y + row[:, None] * num_inner + e[None, :], mask=ok, other=0.0).to(tl.float32)

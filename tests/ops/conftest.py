@@ -1,0 +1,60 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from vimtune.ops.cpu.build import BuildError, find_compiler
+from vimtune.ops.nvrtc import runtime
+from vimtune.ops.nvrtc.backend import NvrtcBackend
+
+HERE = Path(__file__).parent
+
+
+class EmulatedKernel:
+    """Stands in for `runtime.Kernel`: the same source, compiled for the CPU with cuda_on_cpu.h."""
+
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+        self.function = getattr(library, f"emulate_{name}")
+
+    def __call__(self, grid, threads, arguments) -> None:
+        values = runtime.packed(arguments)
+        self.function(*grid, threads, runtime.pointers(values))
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory):
+    """A replacement of `runtime.load_kernel` that needs a C++ compiler instead of a GPU."""
+    try:
+        compiler = find_compiler()
+    except BuildError as error:
+        pytest.skip(f"the emulator needs a C++ compiler: {error}")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+
+    @cache
+    def library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+        stem = "-".join([source, *(f"{name}{value}" for name, value in constants)])
+        unit = folder / f"{stem}.cpp"
+        exports = "".join(f"EXPORT({name})\n" for name in ("scan_forward", "scan_backward"))
+        included = (HERE / "cuda_on_cpu.h", runtime.SOURCES / source)
+        unit.write_text("".join(f'#include "{path}"\n' for path in included) + exports)
+        defines = [f"-D{name}={value}" for name, value in constants]
+        target = unit.with_suffix(".so")
+        command = [*compiler, "-O1", "-std=c++17", "-shared", "-fPIC", *defines, str(unit), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(target))
+
+    return lambda source, name, constants, device: EmulatedKernel(library(source, constants), name)
+
+
+@pytest.fixture
+def on_cpu(emulated_kernels, monkeypatch):
+    """Run the kernels of backend `nvrtc` on CPU tensors (those of Triton around them need its interpreter)."""
+    monkeypatch.setattr(NvrtcBackend, "refusals", lambda self, device: [])
+    monkeypatch.setattr(runtime, "load_kernel", emulated_kernels)

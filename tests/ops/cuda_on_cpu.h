@@ -1,0 +1,168 @@
+// Runs CUDA kernels on a CPU, to test them where there is no GPU. It takes the place of intrinsics.cuh.
+//
+// The threads of a block are coroutines on one CPU thread, resumed in turn; at a barrier each yields until all
+// have arrived, so missing barriers, wrong shuffles and races between warps show as wrong results.
+
+#include <math.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <memory>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+typedef unsigned short half_word;
+typedef unsigned int word;
+struct alignas(16) Words { word x, y, z, w; };
+struct alignas(16) Quad { float x, y, z, w; };
+struct alignas(8) Pair { float a, b; };
+
+struct Index { int x, y, z; };
+static Index blockIdx, gridDim;
+
+namespace emulator {
+
+constexpr size_t STACK = 256 * 1024;
+constexpr int WARP = 32;
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+};
+
+static std::vector<Thread> threads;
+static ucontext_t scheduler;
+static int current;
+static void (*body)(void*);
+static void* arguments;
+static float exchange[1024][6];
+
+inline void yield() { swapcontext(&threads[current].context, &scheduler); }
+
+// Waiting is counted, not timed: a barrier has been passed by all once each has arrived as often as the first.
+static std::vector<long> arrivals_block, arrivals_warp;
+
+inline void wait(std::vector<long>& arrivals, int first, int last) {
+    const long mine = ++arrivals[current];
+    for (bool all = false; !all;) {
+        all = true;
+        for (int k = first; k < last; k++) all = all && (arrivals[k] >= mine || threads[k].done);
+        if (!all) yield();
+    }
+}
+
+inline void start() {
+    body(arguments);
+    threads[current].done = true;
+    yield();
+}
+
+inline void run_block(int num_threads) {
+    threads.clear();
+    threads.resize(num_threads);
+    arrivals_block.assign(num_threads, 0);
+    arrivals_warp.assign(num_threads, 0);
+    for (Thread& thread : threads) {
+        thread.stack.reset(new char[STACK]);
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = STACK;
+        thread.context.uc_link = &scheduler;
+        makecontext(&thread.context, (void (*)())start, 0);
+    }
+    for (bool left = true; left;) {
+        left = false;
+        for (current = 0; current < num_threads; current++) {
+            if (threads[current].done) continue;
+            left = true;
+            swapcontext(&scheduler, &threads[current].context);
+        }
+    }
+}
+
+template <typename... Parameters, size_t... I>
+void call(void (*kernel)(Parameters...), void** values, std::index_sequence<I...>) {
+    kernel(*(std::remove_reference_t<Parameters>*)values[I]...);
+}
+
+// `values` points to the arguments, as for cuLaunchKernel.
+template <typename... Parameters>
+void launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int num_threads, void** values) {
+    struct Call { void (*kernel)(Parameters...); void** values; } now = {kernel, values};
+    arguments = &now;
+    body = [](void* pointer) {
+        Call* what = (Call*)pointer;
+        call(what->kernel, what->values, std::index_sequence_for<Parameters...>{});
+    };
+    gridDim = {grid_x, grid_y, 1};
+    for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++)
+        for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) run_block(num_threads);
+}
+
+inline float from_bits(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+inline uint32_t to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+inline float tf32(float value) { return from_bits(to_bits(value) & 0xffffe000u); }
+
+}  // namespace emulator
+
+#define EXPORT(kernel)                                                                             \
+    extern "C" void emulate_##kernel(int grid_x, int grid_y, int num_threads, void** values) {     \
+        emulator::launch(kernel, grid_x, grid_y, num_threads, values);                             \
+    }
+
+inline int lane() { return emulator::current % emulator::WARP; }
+inline int warp() { return emulator::current / emulator::WARP; }
+inline void sync_warp() { emulator::wait(emulator::arrivals_warp, warp() * 32, warp() * 32 + 32); }
+inline void sync_block() { emulator::wait(emulator::arrivals_block, 0, (int)emulator::threads.size()); }
+
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+
+inline Pair from_fp16(word pair) {
+    _Float16 halves[2];
+    memcpy(halves, &pair, 4);
+    return {(float)halves[0], (float)halves[1]};
+}
+inline word to_fp16(Pair value) {
+    const _Float16 halves[2] = {(_Float16)value.a, (_Float16)value.b};
+    word pair;
+    memcpy(&pair, halves, 4);
+    return pair;
+}
+inline Pair from_bf16(word pair) { return {emulator::from_bits(pair << 16), emulator::from_bits(pair & 0xffff0000u)}; }
+inline word to_bf16(Pair value) {
+    const auto rounded = [](float x) {
+        const uint32_t bits = emulator::to_bits(x);
+        return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    };
+    return rounded(value.a) | rounded(value.b) << 16;
+}
+
+inline void multiply_add(Quad& sums, Quad values, Pair picks) {
+    using namespace emulator;
+    const float mine[6] = {values.x, values.y, values.z, values.w, picks.a, picks.b};
+    memcpy(exchange[current], mine, sizeof mine);
+    sync_warp();
+    const int base = warp() * WARP, row = lane() / 4, column = lane() % 4;
+    const auto element = [&](int upper, int to) {   // row (+ 8 if `upper`) of values times column `to` of picks
+        float sum = 0.0f;
+        for (int k = 0; k < 8; k++) {
+            const float value = exchange[base + row * 4 + k % 4][upper + (k < 4 ? 0 : 2)];
+            sum += tf32(value) * exchange[base + to * 4 + k % 4][k < 4 ? 4 : 5];
+        }
+        return sum;
+    };
+    sums.x += element(0, 2 * column);
+    sums.y += element(0, 2 * column + 1);
+    sums.z += element(1, 2 * column);
+    sums.w += element(1, 2 * column + 1);
+    sync_warp();
+}

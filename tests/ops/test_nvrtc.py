@@ -1,0 +1,149 @@
+"""The CUDA C++ scan answers to the definition; without a GPU its source runs in an emulator on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vimtune.ops import reference
+from vimtune.ops.nvrtc import runtime, scan
+
+NUM_STATES = scan.NUM_STATES
+TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("on_cpu")
+    return "cpu"
+
+
+def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, rank=3) -> dict:
+    generator = torch.Generator().manual_seed(tokens + inner)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    delta = torch.nn.functional.softplus(normal(2, batch, tokens, inner) - 2) * delta_scale
+    columns = 2 * NUM_STATES + 16
+    inputs = {
+        "u": normal(2, batch, tokens, inner).to(dtype),
+        "delta": delta.clamp(max=6e4).half(),
+        "projections": normal(2, batch, tokens, columns).to(dtype),
+        "A_log": [torch.rand(inner, NUM_STATES, generator=generator) * 3 for _ in range(2)],
+        "D": [normal(inner) for _ in range(2)],
+        "xz": normal(batch, tokens, 2 * inner).to(dtype),
+    }
+    return {
+        name: [x.to(device) for x in value] if isinstance(value, list) else value.to(device)
+        for name, value in inputs.items()
+    }
+
+
+def definition(u, delta, projections, A_log, D, xz):
+    """What the kernels compute, by the reference in fp64. `delta` is before softplus here."""
+    z = xz[..., xz.shape[-1] // 2 :]
+    total = 0
+    for d in (0, 1):
+        B, C = projections[d, ..., :NUM_STATES], projections[d, ..., NUM_STATES : 2 * NUM_STATES]
+        total = total + reference.selective_scan(
+            u[d], delta[d], -A_log[d].exp(), B, C, D[d], z, None, True, bool(d)
+        )
+    return total / 2
+
+
+def exact(inputs: dict) -> dict:
+    """Leaves in fp64 on the CPU; time steps inverted through softplus."""
+    wide = {
+        name: [x.cpu().double() for x in value] if isinstance(value, list) else value.cpu().double()
+        for name, value in inputs.items()
+    }
+    wide["delta"] = wide["delta"] + torch.log(-torch.expm1(-wide["delta"]))
+    for value in wide.values():
+        for leaf in value if isinstance(value, list) else [value]:
+            leaf.requires_grad_()
+    return wide
+
+
+def assert_close(actual, expected, tolerance, label):
+    assert actual.shape == expected.shape, label
+    assert torch.isfinite(actual).all(), label
+    # With one token the gradient of A is 0, and what the kernel finds a difference of equal numbers.
+    error = (actual.cpu().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-4)
+    assert error <= tolerance, f"{label}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    "batch, tokens, inner, dtype, delta_scale",
+    [
+        (1, 1, 64, torch.bfloat16, 1.0),
+        (1, 2, 2, torch.float16, 1.0),
+        (2, 7, 40, torch.bfloat16, 1.0),
+        (1, 18, 72, torch.float16, 1.0),
+        (1, 65, 66, torch.bfloat16, 1.0),
+        (1, 33, 64, torch.bfloat16, 100.0),
+        (1, 33, 64, torch.bfloat16, 1e-3),
+    ],
+)
+def test_scan_and_its_gradients(device, batch, tokens, inner, dtype, delta_scale, trained):
+    inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale)
+    leaves = exact(inputs)
+    expected = definition(**leaves)
+    grad = torch.randn(batch, tokens, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
+    flat = [leaves["u"], leaves["delta"], leaves["projections"], leaves["xz"], *leaves["A_log"], *leaves["D"]]
+    grad_u, grad_delta, grad_projections, grad_xz, *vectors = torch.autograd.grad(
+        expected, flat, grad.double()
+    )
+
+    tolerance = TOLERANCES[dtype]
+    assert_close(scan.scan_forward(**inputs), expected, tolerance, "out")
+    found_xz = torch.zeros_like(inputs["xz"])
+    found = scan.scan_backward(grad.to(device), **inputs, grad_xz=found_xz, need_parameters=trained)
+    assert_close(found.u, grad_u, tolerance, "u")
+    assert_close(found.delta, grad_delta, tolerance, "delta")
+    assert_close(found_xz[..., inner:], grad_xz[..., inner:], tolerance, "gate")
+    assert not found_xz[..., :inner].any(), "the other half is not the scan's"
+    BC = found.BC.sum(1)
+    assert_close(BC[..., :NUM_STATES], grad_projections[..., :NUM_STATES], tolerance, "B")
+    C = grad_projections[..., NUM_STATES : 2 * NUM_STATES]
+    assert_close(BC[..., NUM_STATES:], C, tolerance, "C")
+    if trained:
+        assert_close(found.A, torch.stack(vectors[:2]), tolerance, "A_log")
+        assert_close(found.D, torch.stack(vectors[2:]), tolerance, "D")
+        assert_close(found.bias, grad_delta.sum((1, 2)), tolerance, "bias")
+    else:
+        assert found.A.numel() == found.D.numel() == found.bias.numel() == 0
+
+
+def test_what_is_covered():
+    assert scan.covers(torch.bfloat16, 384, 16)
+    assert not scan.covers(torch.float32, 384, 16)
+    assert not scan.covers(torch.bfloat16, 385, 16)
+    assert not scan.covers(torch.bfloat16, 384, 8)
+
+
+@pytest.mark.parametrize("fp16, trained", [(0, 0), (1, 1)])
+def test_source_compiles_without_a_gpu(fp16, trained):
+    """For every architecture this NVRTC still has, from the oldest with the needed instructions on."""
+    constants = (("WIDTH", 40), ("COLUMNS", 48), ("FP16", fp16), ("TRAINED", trained))
+    try:
+        runtime._nvrtc()
+    except runtime.CompileError as error:
+        pytest.skip(str(error))
+    for architecture in ("sm_80", "sm_90"):
+        assert runtime.compile_source(scan.SOURCE, constants, architecture)[:4] == b"\x7fELF"
+
+
+def test_compile_errors_are_one_line():
+    try:
+        runtime._nvrtc()
+    except runtime.CompileError as error:
+        pytest.skip(str(error))
+    with pytest.raises(
+        runtime.CompileError, match=r"does not compile scan.cu for sm_90: .*undefined"
+    ) as caught:
+        runtime.compile_source(scan.SOURCE, (), "sm_90")
+    assert "\n" not in str(caught.value)

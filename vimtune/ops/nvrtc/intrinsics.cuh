@@ -1,0 +1,58 @@
+// What the kernels need of the machine, and nothing else: a test puts a C++ version of this file in its place.
+
+typedef unsigned short half_word;   // one activation, or one fp16 time step
+typedef unsigned int word;          // two of them
+struct alignas(16) Words { word x, y, z, w; };
+struct alignas(16) Quad { float x, y, z, w; };
+struct alignas(8) Pair { float a, b; };   // the two channels of a thread
+
+__device__ inline int lane() { return threadIdx.x % 32; }
+__device__ inline int warp() { return threadIdx.x / 32; }
+__device__ inline void sync_warp() { __syncwarp(); }
+__device__ inline void sync_block() { __syncthreads(); }
+
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline Pair from_fp16(word pair) {
+    Pair value;
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(value.a), "=f"(value.b) : "r"(pair));
+    return value;
+}
+
+__device__ inline word to_fp16(Pair value) {
+    word pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(value.b), "f"(value.a));
+    return pair;
+}
+
+__device__ inline Pair from_bf16(word pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+__device__ inline word to_bf16(Pair value) {
+    word pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(value.b), "f"(value.a));
+    return pair;
+}
+
+// sums (16 x 8) += values (16 x 8) picks (8 x 8) in TF32. With row = lane / 4 and column = lane % 4 a lane holds
+// values: (row, column), (row + 8, column), (row, column + 4), (row + 8, column + 4); picks: (column, row),
+// (column + 4, row); sums: (row, 2 column), (row, 2 column + 1), (row + 8, 2 column), (row + 8, 2 column + 1).
+__device__ inline void multiply_add(Quad& sums, Quad values, Pair picks) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
+        : "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)), "r"(__float_as_uint(values.z)),
+          "r"(__float_as_uint(values.w)), "r"(__float_as_uint(picks.a)), "r"(__float_as_uint(picks.b)));
+}

@@ -1,0 +1,145 @@
+"""CUDA C++ compiled at run time with NVRTC, which CUDA builds of torch bring along: no nvcc, no build step.
+
+Only the few functions of NVRTC and of the driver that this takes are bound, by ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent
+PRELUDE = "intrinsics.cuh"
+
+
+class CompileError(RuntimeError):
+    """NVRTC is missing, or does not compile for this device; the message says why."""
+
+
+class Kernel:
+    """A compiled kernel on one device."""
+
+    def __init__(self, module: ctypes.c_void_p, name: str) -> None:
+        self._function = ctypes.c_void_p()
+        _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]) -> None:
+        """Launch on torch's current stream. Tensors become pointers, ints become C ints."""
+        values = packed(arguments)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(
+            _driver().cuLaunchKernel(
+                self._function, *grid, 1, threads, 1, 1, 0, stream, pointers(values), None
+            )
+        )
+
+
+def packed(arguments: Sequence[Tensor | int]) -> list[ctypes.c_void_p | ctypes.c_int]:
+    """Arguments as C values."""
+    return [
+        ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
+        for value in arguments
+    ]
+
+
+def pointers(values: Sequence[ctypes.c_void_p | ctypes.c_int]) -> ctypes.Array:
+    """The array of addresses that a launch wants."""
+    return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+
+
+@cache
+def load_kernel(source: str, name: str, constants: tuple[tuple[str, int], ...], device_index: int) -> Kernel:
+    """Compile `source` of this folder with `constants` defined, and return its kernel `name`.
+
+    Raises:
+        CompileError: NVRTC is missing or refuses.
+    """
+    return Kernel(_load_module(source, constants, device_index), name)
+
+
+@cache
+def _load_module(source: str, constants: tuple[tuple[str, int], ...], device_index: int) -> ctypes.c_void_p:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    image = compile_source(source, constants, f"sm_{major}{minor}")
+    module = ctypes.c_void_p()
+    with torch.cuda.device(device_index):
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
+    return module
+
+
+def compile_source(source: str, constants: Sequence[tuple[str, int]], architecture: str) -> bytes:
+    """Machine code for `architecture` ("sm_90"). Needs no GPU.
+
+    Raises:
+        CompileError: NVRTC is missing or refuses.
+    """
+    nvrtc = _nvrtc()
+    text = (SOURCES / PRELUDE).read_text(encoding="utf-8") + (SOURCES / source).read_text(encoding="utf-8")
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in constants)]
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 0, None, None)
+    try:
+        flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), flags) != 0:
+            log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().rstrip("\0")
+            lines = [line for line in log.splitlines() if "error" in line] or [log.strip() or "no message"]
+            raise CompileError(f"NVRTC does not compile {source} for {architecture}: {lines[0]}")
+        return _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(get_size, get, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    get_size(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    get(program, buffer)
+    return buffer.raw
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    failures = []
+    for candidate in _nvrtc_candidates():
+        try:
+            return ctypes.CDLL(candidate)
+        except OSError as error:
+            failures.append(f"{candidate}: {error}")
+    raise CompileError(f"NVRTC cannot be loaded ({'; '.join(failures)})")
+
+
+def _nvrtc_candidates() -> Iterator[str]:
+    """NVRTC of the CUDA version that torch was built for: from pip's packages, beside torch, or installed."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    beside_torch = Path(torch.__file__).parent / "lib"
+    if os.name == "nt":
+        yield from (str(path) for path in sorted(beside_torch.glob(f"nvrtc64_{major}*.dll")))
+        yield f"nvrtc64_{major}0_0.dll"
+        return
+    name = f"libnvrtc.so.{major}"
+    for folder in sys.path:
+        yield from (str(path) for path in sorted(Path(folder).glob(f"nvidia/*/lib/{name}")))
+    yield from (str(path) for path in sorted(beside_torch.glob(f"libnvrtc*.so.{major}")))
+    yield name
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as error:
+        raise CompileError(f"the CUDA driver cannot be loaded: {error}") from error
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(message))
+        raise RuntimeError(f"CUDA driver error {status}: {(message.value or b'unknown').decode()}")
