@@ -1,8 +1,8 @@
-"""Check the Triton mixer kernels against the definition, and time them kernel by kernel.
+"""Check the mixer's GPU kernels against the definition, and time them kernel by kernel.
 
     python benchmarks/gpu_kernels.py                               # Vim-tiny, 224 px, batch 128
     python benchmarks/gpu_kernels.py --tokens 65 --batch-size 1024
-    python benchmarks/gpu_kernels.py --sweep                       # all tilings of the scan
+    python benchmarks/gpu_kernels.py --backends triton --sweep     # all tilings of Triton's scan
 
 Times are replays of a CUDA graph (a Python launch takes longer than some kernels): median, fastest and
 slowest. The floor is the larger of two times: the special-function unit's for one exp2 per state, step
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,31 +48,40 @@ def main() -> None:
     print(f"forward floor: memory {3 * row / rate * 1e6:.0f} us, exponentials {exp_time:.0f} us")
     print(f"backward floor: memory {5 * row / rate * 1e6:.0f} us, exponentials {2 * exp_time:.0f} us")
 
+    for backend in options.backends:
+        measure(options, backend)
+
+
+def measure(options: argparse.Namespace, backend: str) -> None:
     xz, grad, weights = inputs(options, torch.bfloat16)
-    frozen = [[False] * 7] * 2
 
-    def backward() -> Callable[[], object]:
-        _, projections, states = mixer.forward(xz, weights, True)
-        return lambda: mixer.backward(grad, xz, projections, states, weights, True, frozen)
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        return mixer.forward(xz, weights, True, backend)
 
-    print(f"forward  {graph_time(lambda: mixer.forward(xz, weights, True))}")
-    print(f"backward {graph_time(backward())}")
-    if options.sweep:
+    def backward(needed: bool) -> Callable[[], object]:
+        _, projections, states = forward()
+        needs = [[needed] * 7] * 2
+        return lambda: mixer.backward(grad, xz, projections, states, weights, True, needs, backend)
+
+    print(f"\n{backend}: forward {graph_time(forward)}")
+    print(f"{backend}: backward, frozen weights {graph_time(backward(False))}")
+    print(f"{backend}: backward, trained weights {graph_time(backward(True))}")
+    if options.sweep and backend == "triton":
         usual = launch.TILING
         for channels, steps in FORWARD_TILINGS:
             launch.TILING = dataclasses.replace(usual, forward_channels=channels, forward_steps=steps)
-            print(f"forward  {channels:3} channels, {steps} steps: ", end="")
-            print(graph_time(lambda: mixer.forward(xz, weights, True)))
+            print(f"forward  {channels:3} channels, {steps} steps: {graph_time(forward)}")
         for channels, steps, chunk in BACKWARD_TILINGS:
             launch.TILING = dataclasses.replace(
                 usual, backward_channels=channels, backward_steps=steps, chunk=chunk
             )
-            print(f"backward {channels:3} channels, {steps} steps, chunk {chunk}: {graph_time(backward())}")
+            time = graph_time(backward(False))
+            print(f"backward {channels:3} channels, {steps} steps, chunk {chunk}: {time}")
         launch.TILING = usual
-    step = backward()
+    step = backward(False)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(5):
-            mixer.forward(xz, weights, True)
+            forward()
             step()
         torch.cuda.synchronize()
     for event in sorted(profiler.key_averages(), key=lambda event: -event.device_time_total):
@@ -88,6 +98,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--inner", type=int, default=384)
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--rank", type=int, default=12)
+    parser.add_argument("--backends", nargs="+", default=["nvrtc", "triton"], help="whose scan to time")
     parser.add_argument("--sweep", action="store_true", help="time every tiling of the scan")
     return parser.parse_args()
 
@@ -131,18 +142,28 @@ def check(options: argparse.Namespace) -> None:
     small = argparse.Namespace(**{**vars(options), "batch_size": 2})
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         xz, grad, weights = inputs(small, dtype)
-        found = []
-        for function, kind in ((definition, torch.float64), (bidirectional_scan, dtype)):
-            wide = torch.promote_types(kind, torch.float32)
-            leaves = [xz.to(kind), *(weight.to(wide) for own in weights for weight in own)]
-            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-            out = function(leaves[0], DirectionWeights(*leaves[1:8]), DirectionWeights(*leaves[8:]))
-            found.append([out, *torch.autograd.grad(out, leaves, grad.to(kind))])
-        errors = [
-            ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-            for expected, actual in zip(*found, strict=True)
-        ]
-        print(f"{dtype}: out {errors[0]:.1e}, d(xz) {errors[1]:.1e}, weight gradients {max(errors[2:]):.1e}")
+        exact = evaluate(definition, torch.float64, xz, grad, weights)
+        for backend in options.backends:
+            found = evaluate(partial(bidirectional_scan, backend=backend), dtype, xz, grad, weights)
+            errors = [
+                ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+                for expected, actual in zip(exact, found, strict=True)
+            ]
+            print(
+                f"{backend}, {dtype}: out {errors[0]:.1e}, d(xz) {errors[1]:.1e}, "
+                f"weight gradients {max(errors[2:]):.1e}"
+            )
+
+
+def evaluate(
+    function: Callable[..., Tensor], kind: torch.dtype, xz: Tensor, grad: Tensor, weights: list[list[Tensor]]
+) -> list[Tensor]:
+    """Output and all gradients of `function` with activations of dtype `kind`."""
+    wide = torch.promote_types(kind, torch.float32)
+    leaves = [xz.to(kind), *(weight.to(wide) for own in weights for weight in own)]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    out = function(leaves[0], DirectionWeights(*leaves[1:8]), DirectionWeights(*leaves[8:]))
+    return [out, *torch.autograd.grad(out, leaves, grad.to(kind))]
 
 
 def copy_rate() -> float:
