@@ -95,8 +95,9 @@ def text(value: Any) -> str:
 
 def choice(*options: str) -> Parser:
     def parse(value: Any) -> str:
-        if value is False and "none" in options:  # YAML 1.1 reads `off` and `no` as false
-            return "none"
+        if isinstance(value, bool):  # YAML 1.1 reads `on` and `yes` as true, `off` and `no` as false
+            meant = ("on",) if value else ("off", "none")
+            value = next((option for option in meant if option in options), value)
         if value not in options:
             raise ValueError(f"expected one of {', '.join(options)}.{suggest(str(value), options)}")
         return str(value)

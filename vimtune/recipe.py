@@ -199,6 +199,12 @@ class Recipe:
         "optimisation", False, parsers.boolean, "recompute activations: less memory, more time"
     )
     compile: bool = _setting("optimisation", False, parsers.boolean, "use torch.compile")
+    cuda_graph: str = _setting(
+        "optimisation",
+        "auto",
+        parsers.choice("auto", "on", "off"),
+        "replay batches as a CUDA graph: auto (where possible), on, off",
+    )
 
     # --- run
     seed: int = _setting("run", 0, parsers.integer(0), "seed of everything random")

@@ -53,6 +53,7 @@ HARMLESS = (
     "output_dir",
     "resume",
     "log_interval",
+    "cuda_graph",
 )
 """May change without a word: no influence on the weights (another base is found by its hash)."""
 
@@ -186,6 +187,22 @@ def restore_optimizer(
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: saved[names[p]] for i, p in enumerate(ordered) if names[p] in saved}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def ended(recipe: Recipe, progress: Progress) -> bool:
+    """Whether a run that stands at `progress` has trained all it should."""
+    exhausted = 0 < recipe.early_stop <= progress.stale_evaluations
+    return progress.epoch >= recipe.epochs or exhausted
+
+
+def refuse_finished(recipe: Recipe, progress: Progress, folder: RunFolder) -> None:
+    """Raise ResumeError when nothing is left to do.
+
+    Without a report of this length the run was stopped between its last epoch and its end: let it end.
+    """
+    if ended(recipe, progress) and folder.reported_epochs() == progress.epoch:
+        more = "raise --epochs to train longer" if progress.epoch >= recipe.epochs else "it stopped early"
+        raise ResumeError(f"{folder.path} is finished after {progress.epoch} epochs: {more}")
 
 
 def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:

@@ -35,12 +35,12 @@ class Processes:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum of a CPU tensor over all processes."""
+        """Sum of a tensor over all processes, on the device it came from."""
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)  # NCCL moves tensors of the GPU only
         dist.all_reduce(total)
-        return total.cpu()
+        return total.to(tensor.device)
 
     def sum_gradients_(self, parameters: Sequence[Tensor]) -> None:
         """Sum `.grad` of `parameters` over all processes; a missing gradient counts as zero."""

@@ -31,6 +31,7 @@ def build_optimizer(
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for entry in parameters:
         groups.setdefault((entry.group, entry.weight_decay), []).append(entry.parameter)
+    on_gpu = all(parameter.is_cuda for members in groups.values() for parameter in members)
     if not groups:
         raise ValueError("the method trains no tensor of this model: check peft, targets and layers")
     return torch.optim.AdamW(
@@ -44,6 +45,7 @@ def build_optimizer(
         ],
         lr=lr,
         betas=betas,
+        fused=on_gpu or None,  # one launch for all tensors, and overflows of fp16 are skipped without a wait
     )
 
 
@@ -92,8 +94,7 @@ class WeightAverage:
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.tensors.items():
-            average.lerp_(self.parameters[name], 1 - decay)
+        torch._foreach_lerp_(list(self.tensors.values()), list(self.parameters.values()), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -43,7 +43,8 @@ class Report:
     its `best_top1` on `selection_split`; `last_top1` is the last epoch's score there. When
     `selection_split` and `split` are the same, the choice makes `top1` optimistic.
     `images_per_second` counts training alone, over all processes. `backend` is the scan backend that
-    really ran. `data` says for each split which images were used.
+    really ran, `cuda_graph` whether batches were replayed (in the run's last session, if it was resumed).
+    `data` says for each split which images were used.
     """
 
     top1: float
@@ -72,6 +73,7 @@ class Report:
     num_classes: int
     data: dict[str, str]
     backend: str
+    cuda_graph: bool
     device: str
     device_name: str
     processes: int
@@ -102,6 +104,7 @@ def build_report(
     total: int,
     processes: Processes,
     memory: tuple[float, str],
+    cuda_graph: bool,
     run_dir: Path,
 ) -> Report:
     """The report of a run that stands at `progress` and whose saved adapter reached `scores` on `split`."""
@@ -132,6 +135,7 @@ def build_report(
         num_classes=len(classes),
         data=data,
         backend=resolved_backend(processes.device),
+        cuda_graph=cuda_graph,
         device=str(processes.device),
         device_name=device_name(processes.device),
         processes=processes.world_size,
@@ -211,7 +215,8 @@ def print_report(report: Report, console: Console) -> None:
         "peak memory": f"{report.peak_memory:.0f} MiB ({report.peak_memory_of})",
         "time": duration(report.seconds),
         "model, method": f"{report.model}, {report.method}",
-        "device, backend": f"{report.device}, {report.backend}",
+        "device, backend": f"{report.device}, {report.backend}"
+        + (", CUDA graph" if report.cuda_graph else ""),
         "data": report.data[report.split],
         "run folder": report.run_dir,
     }

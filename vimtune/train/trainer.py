@@ -8,7 +8,6 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,18 @@ from vimtune.train.checkpoint import (
     ResumeError,
     RunState,
     check_resumable,
+    ended,
     find_checkpoint,
     load_run_state,
     optimizer_tensors,
+    refuse_finished,
     restore_optimizer,
     save_run_state,
 )
 from vimtune.train.distributed import Processes, open_processes
 from vimtune.train.evaluate import Evaluation, evaluate
 from vimtune.train.folder import RunFolder, unused_path, writing
+from vimtune.train.graph import BatchGraph, CaptureError, CudaRecorder, refusals
 from vimtune.train.guard import NonFiniteError, find_nonfinite
 from vimtune.train.interrupt import Interrupted, StopRequest
 from vimtune.train.job import build_job
@@ -77,7 +79,7 @@ def train(recipe: Recipe) -> Report:
         if recipe.resume is not None:
             path = find_checkpoint(recipe.resume)
             saved = load_run_state(path)
-            _refuse_finished(recipe, saved.progress, RunFolder(path.parent))
+            refuse_finished(recipe, saved.progress, RunFolder(path.parent))
             folder = RunFolder(path.parent)
             if recipe.output_dir is not None and Path(recipe.output_dir).resolve() != folder.path.resolve():
                 raise ResumeError(f"a resumed run continues in its own folder {folder.path}: drop output_dir")
@@ -90,18 +92,6 @@ def train(recipe: Recipe) -> Report:
 def _new_folder(recipe: Recipe) -> Path:
     # Names made from the time may meet; a name that was asked for is taken as it is.
     return unused_path(recipe.run_dir()) if recipe.output_dir is None else recipe.run_dir()
-
-
-def _ended(recipe: Recipe, progress: Progress) -> bool:
-    exhausted = 0 < recipe.early_stop <= progress.stale_evaluations
-    return progress.epoch >= recipe.epochs or exhausted
-
-
-def _refuse_finished(recipe: Recipe, progress: Progress, folder: RunFolder) -> None:
-    # Without a report of this length the run was stopped between its last epoch and its end: let it end.
-    if _ended(recipe, progress) and folder.reported_epochs() == progress.epoch:
-        more = "raise --epochs to train longer" if progress.epoch >= recipe.epochs else "it stopped early"
-        raise ResumeError(f"{folder.path} is finished after {progress.epoch} epochs: {more}")
 
 
 class _Run:
@@ -117,6 +107,9 @@ class _Run:
     ) -> None:
         self.recipe, self.processes, self.folder = recipe, processes, folder
         self.device = processes.device
+        self.eager_because = refusals(recipe, self.device)
+        if recipe.cuda_graph == "on" and self.eager_because:
+            raise ValueError(f"cuda_graph = 'on' is not possible: {'; '.join(self.eager_because)}. Use auto")
         self.autocast = build_autocast(recipe.amp, self.device)
         self.scaler = build_scaler(recipe.amp, self.device)
         self.job = build_job(recipe, processes)
@@ -133,6 +126,12 @@ class _Run:
             betas=(recipe.betas[0], recipe.betas[1]),
         )
         self.ema = WeightAverage(self.parameters, recipe.ema) if recipe.ema > 0 else None
+        self.graph: BatchGraph | None = None
+        if not self.eager_because:
+            # The first step is over before: gradients still absent after it are those of dead tensors.
+            warmup = recipe.grad_accum + 1
+            self.graph = BatchGraph(CudaRecorder(self.device), self.parameters.values(), warmup)
+        self.images_per_step = recipe.batch_size * recipe.grad_accum
         self.steps_per_epoch = math.ceil(len(self.job.train) / recipe.grad_accum)
         self.schedule = CosineSchedule(
             total_steps=self.steps_per_epoch * recipe.epochs,
@@ -171,7 +170,7 @@ class _Run:
         """Train the epochs that are left, then score the best adapter and write the report."""
         self._introduce()
         try:
-            while not _ended(self.recipe, self.progress):
+            while not ended(self.recipe, self.progress):
                 self._train_epoch()
                 self._end_epoch()
             return self._finish()
@@ -228,7 +227,6 @@ class _Run:
         and the learning rate; the first three over all processes.
         """
         recipe, step = self.recipe, self.progress.step
-        nominal = recipe.batch_size * recipe.grad_accum
         lr = set_learning_rate(self.optimizer, self.schedule, step)
         window = [
             (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)) for x, y in window
@@ -238,16 +236,15 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for micro, (images, labels) in enumerate(window):
             if len(images) > 0:
-                loss = self._loss(self.forward, images, labels, micro)
-                self.scaler.scale(loss / nominal).backward()
-                total += loss.detach()
+                total += self._replay_or_run(*self._prepare(images, labels, micro))
         if step == self.first_step and any(len(images) > 0 for images, _ in window):
             adapters.check_gradients(self.model)
 
         # Over all processes: gradients, loss, images, wish to stop.
         self.processes.sum_gradients_(list(self.parameters.values()))
-        counted = [float(total), sum(len(images) for images, _ in window), float(self.stop.requested)]
-        loss_sum, num_images, stop = self.processes.sum(torch.tensor(counted, dtype=torch.float64)).tolist()
+        total = self.processes.sum(total)
+        counted = torch.tensor([sum(len(images) for images, _ in window), int(self.stop.requested)])
+        num_images, stop = self.processes.sum(counted).tolist()
         self.should_stop = stop > 0
         if num_images == 0:  # every image of the window was corrupt and skipped
             return 0.0, 0, 0.0, lr
@@ -255,44 +252,61 @@ class _Run:
         # From a sum to a mean over the images there really were, then clip.
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if num_images != nominal:
-            torch._foreach_mul_(gradients, nominal / num_images)
+        if num_images != self.images_per_step:
+            torch._foreach_mul_(gradients, self.images_per_step / num_images)
         total_norm = torch.nn.utils.get_total_norm(gradients)
         if recipe.clip_grad > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), recipe.clip_grad, total_norm)
-        norm = float(total_norm)
+        loss_sum, norm = torch.stack([total, total_norm]).tolist()  # one wait for the device
         self._require_finite(loss_sum, norm, window)
         self._watch_gradients()
 
         # Update.
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.graph is None)
         if self.ema is not None:
             self.ema.update(step)
-        return loss_sum, int(num_images), norm, lr
+        return loss_sum, num_images, norm, lr
 
-    def _loss(
-        self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, micro: int
-    ) -> Tensor:
-        """Loss of micro-batch `micro` of the current step, summed; the same at every call."""
+    def _prepare(self, images: Tensor, labels: Tensor, micro: int) -> Batch:
+        """Seed the pass of micro-batch `micro` of the current step and mix it; the same at every call."""
         place = (self.progress.step, micro, self.processes.rank)
         torch.manual_seed(derive_seed(self.recipe.seed, "step", *place))
-        images, targets = self.mix(images, labels, derive_seed(self.recipe.seed, "mix", *place[:2]))
+        return self.mix(images, labels, derive_seed(self.recipe.seed, "mix", *place[:2]))
+
+    def _replay_or_run(self, images: Tensor, targets: Tensor) -> Tensor:
+        """`_forward_backward`, or its replay."""
+        if self.graph is not None:
+            try:
+                return self.graph(self._forward_backward, images, targets)
+            except CaptureError as error:
+                self.graph = None
+                self._warn(f"the CUDA graph could not be recorded, batches run eagerly: {error}")
+        return self._forward_backward(images, targets)
+
+    def _forward_backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Add the gradients of a batch to those of the step; return its loss, summed over images."""
+        loss = self._loss(self.forward, images, targets)
+        self.scaler.scale(loss / self.images_per_step).backward()
+        return loss.detach()
+
+    def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> Tensor:
         with self.autocast():
             logits = forward(images)
         return summed_loss(logits, targets, self.recipe.label_smoothing)
 
     def _require_finite(self, loss_sum: float, norm: float, window: list[Batch]) -> None:
-        # fp16 gradients may overflow while the scale is being found: those steps are skipped.
-        scaling = self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
-        if math.isfinite(loss_sum) and (math.isfinite(norm) or scaling):
+        if math.isfinite(loss_sum) and (math.isfinite(norm) or self._scale_is_sought()):
             return
         place = None
         for micro, (images, labels) in enumerate(window):
             if place is None and len(images) > 0:
-                replay = partial(self._loss, self.model, labels=labels, micro=micro)
-                place = find_nonfinite(self.model, images, replay, backward=True)
+
+                def repeat(images: Tensor, labels: Tensor = labels, micro: int = micro) -> Tensor:
+                    return self._loss(self.model, *self._prepare(images, labels, micro))
+
+                place = find_nonfinite(self.model, images, repeat, backward=True)
         places = [found for found in self.processes.gather(place) if found is not None]
         what = "gradient" if math.isfinite(loss_sum) else "loss"
         hint = (
@@ -304,6 +318,10 @@ class _Run:
             f"It first arises in {places[0] if places else 'no place that a replay of the batch shows'}. "
             f"No update was made with it; {hint}"
         )
+
+    def _scale_is_sought(self) -> bool:
+        """Whether fp16 gradients may still overflow: those steps are skipped and the scale is lowered."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
 
     def _watch_gradients(self) -> None:
         if self.first_step > 0 or self.progress.step >= WATCHED_STEPS or not self.without_gradient:
@@ -389,6 +407,7 @@ class _Run:
             total=vimtune.summary(self.model).total,
             processes=self.processes,
             memory=memory,
+            cuda_graph=self.graph is not None and self.graph.num_replays > 0,
             run_dir=self.folder.path,
         )
         if self.processes.is_main:
@@ -466,6 +485,9 @@ class _Run:
             f"amp {recipe.amp}"
             + (f", {self.processes.world_size} processes" if self.processes.world_size > 1 else "")
         )
+        if self.device.type == "cuda":
+            reasons = "; ".join(self.eager_because)
+            tracker.message(f"CUDA graph: no, {reasons}" if reasons else "CUDA graph: yes, after a warm-up")
         tracker.message(f"run folder: {self.folder.path}")
         if self.progress.step:
             tracker.message(f"resumed in epoch {self.progress.epoch + 1} after step {self.progress.step}")
