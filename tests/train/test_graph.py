@@ -286,7 +286,7 @@ def run_once(recipe: Recipe):
     """The report of a run, its weights and its losses and gradient norms."""
     report = train(recipe)
     trace = [[r["loss"], r["grad_norm"]] for r in metrics(report.run_dir) if "grad_norm" in r]
-    return report, weights(report.run_dir), torch.tensor(trace)
+    return report, weights(report.run_dir), torch.tensor(trace).nan_to_num()  # fp16 norms may overflow
 
 
 def difference(one, other) -> float:

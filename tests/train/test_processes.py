@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import largest_difference, metrics, weights
 
 from vimtune.train import train
@@ -62,3 +63,16 @@ def test_two_processes_give_the_result_of_one(tiny, launch):
         assert ours.pop("kind") == theirs.pop("kind")
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert result.stdout.count("epoch 1/2") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.usefixtures("no_pictures")
+def test_two_gpus_with_replayed_batches_give_the_result_of_one(tiny, launch):
+    one = tiny("one", epochs=4, grad_accum=2, device="cuda", backend="auto", num_workers=2, cuda_graph="on")
+    two = replace(one, output_dir=str(Path(one.output_dir).parent / "two"))
+    result = launch(two)
+    assert result.returncode == 0, result.stderr
+    train(one)
+    assert json.loads(Path(two.output_dir, "report.json").read_text())["cuda_graph"]
+    assert largest_difference(weights(one.output_dir), weights(two.output_dir)) < 1e-4
