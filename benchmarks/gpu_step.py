@@ -1,207 +1,234 @@
 """Time forward passes and training steps side by side: our backends, mamba-ssm's kernels, a timm ViT.
 
-    python benchmarks/gpu_step.py                                        # Vim-tiny, 224 px, batch 128
-    python benchmarks/gpu_step.py --scale small --img-sizes 224 448 --batch-size 32
-    python benchmarks/gpu_step.py --backends triton cuda --methods forward lora prodial full
+    python benchmarks/gpu_step.py --output results             # tiny, four image sizes, all that runs here
+    python benchmarks/gpu_step.py --scale small --sizes 224:128
+    python benchmarks/gpu_step.py --backends triton cuda --methods forward lora prodial full --vit no
 
-A step is forward, backward and AdamW on resident random images, under bf16 autocast (fp32 on the CPU).
-Each case runs eagerly and, on a GPU, as replays of one CUDA graph. Medians with the fastest and slowest;
-peak memory of the eager step. Tables go to stdout, the same rows to --output as JSON and PNG.
+A step is forward, backward and AdamW on resident random images, under bf16 autocast on a GPU and in fp32
+elsewhere. On a GPU it is timed eagerly and as a replayed CUDA graph, which counts where it can be recorded.
+Each backend has a process of its own: what fails costs its own rows. The cases of an image size are prepared
+one by one and then timed in turns, round by round, so that a change of the clock meets all of them; ratios
+are medians over the rounds. `--output` gets gpu_step.json, rewritten after every case, and step_plot.py draws
+it. The last table holds the measured times against what counts.py says must be done and ceilings.py says the
+machine can do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
-from torch import nn
+from ceilings import Machine
+from step_cases import METHODS, PAIRS, VIT, Case, StepRunner
+from step_tables import growth_table, ratio_table, roofline_table, size_table
+from workers import Worker, WorkerFailed
 
-import vimtune  # noqa: F401  (registers the models)
-from vimtune import ops
+from vimtune.ops.dispatch import REFERENCE, backend_names
 
-PAIRS = {
-    "tiny": ("vim_tiny_patch16_224", "deit_tiny_patch16_224"),
-    "small": ("vim_small_patch16_224", "deit_small_patch16_224"),
-    "test": ("test_vim", "test_vit"),
-}
-VIT = "vit"
-METHODS = ("forward", "linear", "lora", "dora", "prodial", "full")
-NUM_CLASSES = 102
+GPU_SIZES = ("224:128", "64:1024", "448:32", "896:8")
+CPU_SIZES = ("224:4", "64:16", "448:1")
+START_SECONDS, CASE_SECONDS = 180, 120
+"""Limits for the start of a process with its first compilations, and for one case."""
+VISIT_SECONDS = 0.05
+CASE_BUDGET = 2.0
+"""Rounds after which a slow case stops taking part: when it has used this many seconds, but not before 3."""
+LEAST_ROUNDS = 3
 
 
 def main() -> None:
     options = parse_options()
-    device = torch.device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"{name}, torch {torch.__version__}, batch {options.batch_size}, {options.rounds} rounds")
-    rows = []
-    for size in options.img_sizes:
-        print(f"\n{options.scale}, {size} px")
-        header = f"{'kernels':10} {'method':9} {'eager ms':>9} {'graph ms':>9} {'spread':>16}"
-        print(f"{header} {'img/s':>8} {'GiB':>6}")
-        for backend in [*options.backends, VIT]:
-            refusal = refused(backend, device)
-            if refusal:
-                print(f"{backend:10} left out: {refusal}")
-                continue
-            for method in options.methods:
-                if backend == VIT and method not in ("forward", "linear", "full"):
-                    continue
-                with nullcontext() if backend == VIT else ops.use_backend(backend):
-                    row = measure(options, backend, method, size, device)
-                rows.append(row)
-                spread = f"{row['fastest_ms']:.2f} to {row['slowest_ms']:.2f}"
-                print(
-                    f"{backend:10} {method:9} {row['eager_ms']:9.2f} {row['graph_ms'] or float('nan'):9.2f} "
-                    f"{spread:>16} {row['images_per_second']:8.0f} {row['peak_gib']:6.2f}"
-                )
-    if options.output:
-        folder = Path(options.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        report = {"device": name, "torch": torch.__version__, "rows": rows}
-        (folder / "gpu_step.json").write_text(json.dumps(report, indent=1))
-        plot(rows, folder / "gpu_step.png")
+    run = Comparison(options)
+    try:
+        run.start()
+        for img_size, batch_size in options.sizes:
+            run.measure(img_size, batch_size)
+        print(growth_table(run.rows))
+        print(roofline_table(run.rows, run.report["ceilings"]))
+    finally:
+        run.stop()
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    known = [name for name in backend_names() if name not in ("auto", REFERENCE)]
+    on_gpu = torch.cuda.is_available()
     parser.add_argument("--scale", choices=PAIRS, default="tiny")
-    parser.add_argument("--img-sizes", type=int, nargs="+", default=[224])
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--backends", nargs="+", default=["triton", "cuda"], help="scan backends to compare")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--sizes", type=_size, nargs="+", help="pixels:batch, in this order")
+    parser.add_argument("--backends", choices=known, nargs="*", default=known)
+    parser.add_argument("--vit", choices=("yes", "no"), default="yes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="folder for gpu_step.json and gpu_step.png")
-    return parser.parse_args()
-
-
-def refused(backend: str, device: torch.device) -> str:
-    if backend == VIT:
-        return ""
-    for row in ops.backend_report(device):
-        if row.name == backend and not row.available:
-            return "; ".join(row.reasons)
-    return ""
-
-
-def build_model(scale: str, backend: str, method: str, size: int) -> nn.Module:
-    vim, vit = PAIRS[scale]
-    if backend == VIT:
-        model = timm.create_model(vit, num_classes=NUM_CLASSES, img_size=size)
-        if method == "linear":
-            model.requires_grad_(False)
-            model.get_classifier().requires_grad_(True)
-        return model
-    peft = {} if method == "forward" else {"peft": method}
-    return timm.create_model(vim, num_classes=NUM_CLASSES, img_size=size, **peft)
-
-
-def measure(options: argparse.Namespace, backend: str, method: str, size: int, device: torch.device) -> dict:
-    """One case: the step eagerly and as a CUDA graph."""
-    torch.manual_seed(0)
-    model = build_model(options.scale, backend, method, size).to(device)
-    images = torch.randn(options.batch_size, 3, size, size, device=device)
-    labels = torch.randint(NUM_CLASSES, (options.batch_size,), device=device)
-    on_gpu = device.type == "cuda"
-    # Cached casts would outlive the graph that made them.
-    autocast = (
-        (lambda: torch.autocast("cuda", torch.bfloat16, cache_enabled=False)) if on_gpu else nullcontext
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=20.0, help="start no new case after this time")
+    parser.add_argument(
+        "--slow-ms",
+        type=float,
+        default=1000.0,
+        help="a backend with a slower step leaves out its other methods at this size and all larger ones",
     )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, capturable=on_gpu, fused=on_gpu or None)
-
-    def forward() -> None:
-        with torch.no_grad(), autocast():
-            model(images)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast():
-            loss = nn.functional.cross_entropy(model(images).float(), labels)
-        loss.backward()
-        optimizer.step()
-
-    run = forward if method == "forward" else step
-    model.train(method != "forward")
-    if not on_gpu:
-        run()
-        times = [timed(run) for _ in range(options.rounds)]
-        return row(options, backend, method, size, times, None, float("nan"))
-    # Warm up where the graph is captured, so that gradients belong to that stream.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        eager = [timed(run) for _ in range(options.rounds)]
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    graph.replay()
-    replays = [timed(graph.replay) for _ in range(options.rounds)]
-    return row(options, backend, method, size, eager, replays, peak)
+    parser.add_argument("--output", type=Path, help="folder for gpu_step.json")
+    options = parser.parse_args()
+    if options.sizes is None:
+        options.sizes = [_size(text) for text in (CPU_SIZES if options.device == "cpu" else GPU_SIZES)]
+    return options
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Milliseconds of one run, the device's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+def _size(text: str) -> tuple[int, int]:
+    pixels, _, batch = text.partition(":")
+    if not (pixels.isdigit() and batch.isdigit() and int(pixels) and int(batch)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not pixels:batch, such as 224:128")
+    return int(pixels), int(batch)
 
 
-def row(options, backend, method, size, eager, replays, peak) -> dict:
-    best = eager if replays is None else replays
-    return {
-        "model": PAIRS[options.scale][backend == VIT],
-        "kernels": backend,
-        "method": method,
-        "img_size": size,
-        "batch_size": options.batch_size,
-        "eager_ms": statistics.median(eager),
-        "graph_ms": None if replays is None else statistics.median(replays),
-        "fastest_ms": min(best),
-        "slowest_ms": max(best),
-        "images_per_second": options.batch_size / statistics.median(best) * 1e3,
-        "peak_gib": peak,
-    }
+class Comparison:
+    """The whole run: its processes, its rows, its report."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.begin = time.perf_counter()
+        self.rows: list[dict[str, Any]] = []
+        self.report: dict[str, Any] = {"scale": options.scale, "rows": self.rows}
+        self.workers: dict[str, Worker] = {}
+        self.uncaptured: set[str] = set()
+        """Kernels whose steps could not be recorded in a CUDA graph."""
+        self.slow: dict[str, int] = {}
+        """Kernels too slow for the whole comparison -> the image size where they were found so."""
 
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
+    def start(self) -> None:
+        """Start all processes at once, let them compile, then measure the machine."""
+        options = self.options
+        names = [*options.backends, *([VIT] if options.vit == "yes" else [])]
+        machine = Worker(Machine, options.device)
+        self.workers = {name: Worker(StepRunner, name, options.device) for name in names}
+        self.report["machine"] = machine.call("describe", seconds=START_SECONDS)
+        print(", ".join(f"{key} {value}" for key, value in self.report["machine"].items()))
+        img_size, batch_size = options.sizes[0]
+        for name, worker in self.workers.items():
+            # Triton compiles anew for batches that 16 does not divide.
+            cases = [
+                Case(options.scale, name, method, img_size, min(batch_size, 16))
+                for method in ("forward", "prodial", "full")
+                if method in options.methods
+            ]
+            worker.send("warm", cases)
+        for name, worker in list(self.workers.items()):
+            try:
+                worker.receive(START_SECONDS)
+            except WorkerFailed as failure:
+                print(f"{name} left out: {failure}")
+                self.report.setdefault("left_out", {})[name] = str(failure)
+                worker.stop()
+                del self.workers[name]
+        try:
+            self.report["ceilings"] = machine.call("measure", seconds=CASE_SECONDS)
+        except WorkerFailed as failure:
+            print(f"ceilings not measured: {failure}")
+            self.report["ceilings"] = {}
+        machine.stop()
+        print(", ".join(f"{key} {value:.4g}" for key, value in self.report["ceilings"].items()))
+        print(f"ready after {self._elapsed():.0f} s")
+        self.save()
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def stop(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for kernels, method in dict.fromkeys((r["kernels"], r["method"]) for r in rows):
-        points = [r for r in rows if (r["kernels"], r["method"]) == (kernels, method)]
-        axes.plot(
-            [r["img_size"] for r in points],
-            [r["images_per_second"] for r in points],
-            marker="o",
-            label=f"{kernels} {method}",
-        )
-    axes.set(xlabel="image size in pixels", ylabel="images per second", yscale="log")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    def measure(self, img_size: int, batch_size: int) -> None:
+        """All cases of one image size."""
+        live: list[tuple[Case, dict[str, Any], int]] = []
+        left_out = 0
+        for kernels, worker in self.workers.items():
+            for method in METHODS:
+                if method not in self.options.methods or self._skips(kernels, img_size):
+                    continue
+                if self._elapsed() > 60 * self.options.minutes:
+                    left_out += 1
+                    continue
+                case = Case(self.options.scale, kernels, method, img_size, batch_size)
+                row: dict[str, Any] = asdict(case)
+                self.rows.append(row)
+                if self._prepare(worker, case, row):
+                    live.append((case, row, worker.generation))
+                self.save()
+        if left_out:
+            print(f"time is up: {left_out} cases at {img_size} px left out")
+        for turn in range(self.options.rounds):
+            for case, row, generation in live:
+                worker = self.workers[case.kernels]
+                used = sum(row["samples"]) / 1e3
+                gone = worker.generation != generation or "lost" in row
+                if gone or (turn >= LEAST_ROUNDS and used > CASE_BUDGET):
+                    continue
+                try:
+                    sample = worker.call("visit", case, VISIT_SECONDS, seconds=CASE_SECONDS)
+                    row["samples"].append(sample)
+                except WorkerFailed as failure:
+                    row["lost"] = str(failure)
+                    print(f"{case.kernels} {case.method} lost in round {turn + 1}: {failure}")
+                    self._recover(worker)
+            self.save()
+        rows = [row for row in self.rows if row["img_size"] == img_size]
+        print(f"\n{self.options.scale}, {img_size} px, batch {batch_size} (after {self._elapsed():.0f} s)")
+        print(size_table(rows))
+        print(ratio_table(rows))
+        for worker in self.workers.values():
+            self._recover(worker, "drop")
+
+    def save(self) -> None:
+        if self.options.output is None:
+            return
+        self.options.output.mkdir(parents=True, exist_ok=True)
+        partial = self.options.output / "gpu_step.json.partial"
+        partial.write_text(json.dumps(self.report, indent=1))
+        partial.replace(self.options.output / "gpu_step.json")
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def _skips(self, kernels: str, img_size: int) -> bool:
+        return kernels in self.slow and img_size >= self.slow[kernels]
+
+    def _prepare(self, worker: Worker, case: Case, row: dict[str, Any]) -> bool:
+        """Fill in the facts of a row; False, the reason being printed, if it is not for the rounds."""
+        try:
+            facts = self._prepare_once(worker, case)
+        except WorkerFailed as failure:
+            row["error"] = str(failure)
+            print(f"{case.kernels} {case.method} at {case.img_size} px failed: {failure}")
+            self._recover(worker)
+            return False
+        row |= facts
+        row["samples"] = []
+        if not row["kept"]:
+            print(f"{case.kernels}: a step takes {row['eager_ms'][0]:.0f} ms, the rest is left out")
+            self.slow[case.kernels] = min(case.img_size, self.slow.get(case.kernels, case.img_size))
+        return row["kept"]
+
+    def _prepare_once(self, worker: Worker, case: Case) -> dict[str, Any]:
+        capture, slow = case.kernels not in self.uncaptured, self.options.slow_ms / 1e3
+        try:
+            return worker.call("prepare", case, capture, slow, seconds=CASE_SECONDS)
+        except WorkerFailed as failure:
+            if failure.kind != "CaptureFailed":
+                raise
+            print(f"{case.kernels}: no CUDA graph, eager steps count ({failure})")
+            self.report.setdefault("uncaptured", {})[case.kernels] = str(failure)
+            self.uncaptured.add(case.kernels)
+            worker.stop()  # a broken recording may leave the process unusable
+        return worker.call("prepare", case, False, slow, seconds=CASE_SECONDS)
+
+    def _recover(self, worker: Worker, method: str = "recover") -> None:
+        try:
+            worker.call(method, seconds=CASE_SECONDS)
+        except WorkerFailed:
+            worker.stop()  # the next call starts it anew
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""The comparison of benchmarks/gpu_step.py: counts, times, tables, survival."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from fragile import Fragile
+from torch.utils.flop_counter import FlopCounterMode
+
+from vimtune import ops
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import step_plot  # noqa: E402
+from counts import VimShape, count_exponentials, count_instructions, count_matmul_flops  # noqa: E402
+from step_cases import METHODS, VIT, Case, StepRunner, build_model  # noqa: E402
+from step_tables import growth_table, ratio_table, roofline_table, size_table  # noqa: E402
+from workers import Worker, WorkerFailed  # noqa: E402
+
+# --- counts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forward", "linear", "frozen", "full"])
+def test_matmul_flops_are_those_that_torch_counts(method):
+    """The convolution and the scan are custom operations, which torch's counter does not know."""
+    model = build_model(Case("test", "cpu", method, 32, 3))
+    with FlopCounterMode(display=False) as counter:
+        if method == "forward":
+            with torch.no_grad():
+                model(torch.randn(3, 3, 32, 32))
+        else:
+            model(torch.randn(3, 3, 32, 32)).sum().backward()
+    assert count_matmul_flops(VimShape.of(model, 3, 102), method, 16) == counter.get_total_flops()
+
+
+def test_low_rank_gradients_take_the_cheaper_way():
+    model = timm.create_model("vim_tiny_patch16_224", num_classes=102, depth=1)
+    shape = VimShape.of(model, 2, 102)
+    assert shape.rows == 2 * 197 and shape.inner == 384 and shape.dt_rank == 12
+    flops = {rank: count_matmul_flops(shape, "lora", rank) for rank in (1, 16, 400)}
+    frozen, full = (count_matmul_flops(shape, method, 16) for method in ("frozen", "full"))
+    assert flops[1] < flops[16] < flops[400] < full
+    assert flops[400] - frozen == 2 * shape.rows * 384 * 192  # both dense gradients, less that input's
+
+
+def test_counts_are_linear_in_images_and_tokens():
+    one, two = (VimShape.of(timm.create_model("test_vim", img_size=32), batch, 10) for batch in (1, 2))
+    for method in METHODS:
+        for count in (count_exponentials, count_instructions):
+            assert count(two, method) == 2 * count(one, method)
+    assert count_exponentials(one, "forward") == 3 * 17 * 32 * (2 * 16 + 7)
+    assert count_exponentials(one, "prodial") == 2 * count_exponentials(one, "forward")
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["torch", VIT])
+def test_steps_of_every_method(kernels):
+    losses = {}
+    with ops.use_backend("auto"):  # undoes the choice that the runner makes for its process
+        runner = StepRunner(kernels, "cpu")
+        for method in METHODS:
+            case = Case("test", kernels, method, 32, 2)
+            facts = runner.prepare(case, capture=True)
+            assert runner.visit(case, seconds=1e-3) > 0
+            assert len(facts["eager_ms"]) >= 2 and not facts["graph"] and facts["tokens"] == 17
+            assert (facts["trained"] > 0) == (method != "forward")
+            losses[method] = facts["first_loss"]
+        slow = Case("test", kernels, "full", 32, 3)
+        facts = runner.prepare(slow, capture=True, slow=1e-9)
+        assert len(facts["eager_ms"]) == 1 and not facts["kept"] and slow not in runner.steps
+    # Adapters change nothing at the start.
+    assert all(loss == pytest.approx(losses["forward"], rel=1e-5) for loss in losses.values())
+    runner.drop()
+    assert not runner.steps and runner.images is None
+
+
+def test_lora_trains_as_much_of_the_vit_as_of_the_vim():
+    trained = []
+    for kernels in ("torch", VIT):
+        with torch.device("meta"):
+            model = build_model(Case("tiny", kernels, "lora", 224, 1))
+        trained.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    assert trained[0] == trained[1] == 609_510
+
+
+def test_frozen_case_goes_back_through_the_whole_backbone():
+    model = build_model(Case("test", "torch", "frozen", 32, 2))
+    seen = []
+    for block in model.layers:
+        block.register_full_backward_hook(lambda *_: seen.append(1))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(seen) == len(model.layers)
+    trained = {name.rpartition("adapters.")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.partition(".")[0] for name in trained} == {"pos_embed", "weight", "bias"}
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+
+def test_worker_survives_errors_and_comes_back_after_death_and_hanging():
+    worker = Worker(Fragile)
+    try:
+        assert worker.call("add", 2, seconds=60) == 2
+        with pytest.raises(WorkerFailed, match=r"^FloatingPointError: first line$") as error:
+            worker.call("fail", seconds=60)
+        assert error.value.kind == "FloatingPointError"
+        assert worker.call("add", 3, seconds=60) == 5 and worker.generation == 1
+        with pytest.raises(WorkerFailed, match="ended during 'die'"):
+            worker.call("die", seconds=60)
+        assert worker.call("add", 1, seconds=60) == 1 and worker.generation == 2
+        with pytest.raises(WorkerFailed, match="no answer to 'hang'"):
+            worker.call("hang", seconds=0.5)
+        worker.send("add", 4)
+        assert worker.receive(60) == 4 and worker.generation == 3
+    finally:
+        worker.stop()
+
+
+def test_worker_that_cannot_start_says_why():
+    worker = Worker(Fragile, "fails")
+    with pytest.raises(WorkerFailed, match="ValueError: cannot start here"):
+        worker.receive(60)
+    worker.stop()
+
+
+# --- tables and plot ----------------------------------------------------------------------------
+
+
+def row(kernels, method, img_size, samples, **changes):
+    tokens = (img_size // 16) ** 2 + 1
+    facts = {
+        "model": "vit" if kernels == VIT else "vim",
+        "kernels": kernels,
+        "method": method,
+        "img_size": img_size,
+        "batch_size": 4,
+        "tokens": tokens,
+        "first_loss": 4.6,
+        "graph": True,
+        "eager_ms": [9.0],
+        "peak_gib": 2.0,
+        "samples": samples,
+        "counts": {"bytes": 2e9, "matmul_flops": 4e9, "exponentials": 1e9, "instructions": 3e9},
+    }
+    return {**facts, **changes}
+
+
+def cells(table: str, *starts: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if line.split()[: len(starts)] == list(starts)]
+    return line.split()[len(starts) :]
+
+
+def test_size_table_gives_medians_and_doubts_a_loss_that_differs():
+    rows = [
+        row("triton", "lora", 224, [8.0, 10.0, 9.0]),
+        row("cuda", "lora", 224, [20.0]),
+        row("torch", "lora", 224, [], eager_ms=[40.0, 44.0], first_loss=5.1, graph=False),
+        {"kernels": "nvrtc", "method": "lora", "error": "out of memory"},
+    ]
+    table = size_table(rows)
+    assert cells(table, "triton", "lora") == ["9.00", "8.00", "10.00", "9.00", "444", "2.00", "yes"]
+    assert cells(table, "torch", "lora")[:3] == ["42.00", "40.00", "44.00"]
+    assert "WRONG? torch lora begins with a loss of 5.1000, the others with 4.6000" in table
+    assert "nvrtc" not in table and table.count("WRONG") == 1
+
+
+def test_ratios_pair_the_rounds():
+    rows = [
+        row("triton", "frozen", 224, [10.0, 20.0, 10.0]),
+        row("triton", "lora", 224, [11.0, 22.0, 12.0, 99.0]),
+        row("cuda", "lora", 224, [44.0, 88.0, 48.0], peak_gib=4.0),
+        row(VIT, "lora", 224, [5.5, 11.0, 6.0]),
+    ]
+    table = ratio_table(rows)
+    assert cells(table, "triton:", "lora", "/", "frozen")[:3] == ["1.100", "1.100", "1.200"]
+    assert cells(table, "lora:", "triton", "/", "cuda") == ["0.250", "0.250", "0.250", "memory", "0.50"]
+    assert cells(table, "lora:", "triton", "/", "vit")[0] == "2.000"
+    assert ratio_table(rows[:1]) == ""
+
+
+def test_growth_exponents():
+    rows = [row("triton", "prodial", size, [tokens * 0.1]) for size, tokens in ((224, 197), (448, 785))]
+    rows += [row(VIT, "prodial", size, [tokens**2 * 1e-4]) for size, tokens in ((224, 197), (448, 785))]
+    table = growth_table(rows)
+    assert cells(table, "triton", "prodial")[-2:] == ["(1.00)", "1.00"]
+    assert cells(table, "vit", "prodial")[-2:] == ["(2.00)", "2.00"]
+    assert growth_table(rows[:1]) == ""
+
+
+def test_roofline_shares():
+    ceilings = {"bytes": 4e12, "matmul_flops": 8e12, "exponentials": 1e12, "instructions": 1e12, "x": 1.0}
+    table = roofline_table([row("triton", "lora", 224, [10.0])], ceilings)
+    assert cells(table, "224", "triton", "lora") == ["10.00", "3.00", "5.0", "5.0", "10.0", "30.0"]
+    assert cells(table, "224", "4", "lora") == ["2", "4", "1", "3", "3.00"]
+    assert roofline_table([row("triton", "lora", 224, [10.0])], {}) == ""
+
+
+def test_plot_is_drawn_from_the_report(tmp_path):
+    rows = [
+        row(k, m, size, [9.0, 8.0]) for k in ("triton", VIT) for m in ("lora", "full") for size in (224, 448)
+    ]
+    rows.append({"kernels": "nvrtc", "method": "lora", "error": "out of memory"})
+    target = tmp_path / "plot.png"
+    step_plot.draw([{"rows": rows, "machine": {"device": "a card"}}], ["prodial", "full"], target)
+    assert target.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        step_plot.draw([{"rows": rows}], ["dora"], target)
+
+
+@pytest.mark.slow
+def test_whole_comparison_on_the_cpu(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_step.py"), "--scale", "test", "--device", "cpu"]
+    command += ["--sizes", "32:2", "128:2", "--backends", "torch", "cuda", "--methods", "forward", "lora"]
+    command += ["--rounds", "2", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "cuda left out: BackendUnavailable" in done.stdout
+    for heading in ("ratio of step times", "growth", "roofline"):
+        assert heading in done.stdout
+    report = json.loads((tmp_path / "gpu_step.json").read_text())
+    assert len(report["rows"]) == 8 and all(len(row["samples"]) == 2 for row in report["rows"])
+    assert report["ceilings"].keys() == {"bytes", "matmul_flops", "exponentials", "instructions"}
