@@ -7,9 +7,10 @@ Shape letters: B batch, L tokens (patches and class token), M patches, D width.
 """
 
 import inspect
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 from vimtune.adapters import head_has_rules, inject
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
+from vimtune.ops import add_rms_norm, bidirectional_scan, has_bidirectional_scan
 from vimtune.utils import suggest
 
 __all__ = ["VisionMamba"]
+
+register_notrace_function(bidirectional_scan)  # one node of an FX graph: it looks at shapes and devices
 
 
 def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
@@ -95,7 +99,61 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x)))
+        return x + self.branch(self.norm(x))
+
+    def branch(self, normed: Tensor) -> Tensor:
+        """What the block adds to its input, from the norm of that input."""
+        return self.drop_path(self.mixer(normed))
+
+
+class Blocks(nn.Sequential):
+    """Blocks in sequence.
+
+    Where a backend has a kernel for it, each residual add is done together with the norm of the next
+    block (`add_rms_norm`). No block then returns its sum, so hooks on blocks or their norms, tracing,
+    and whoever calls the blocks one by one (gradient checkpointing, `forward_intermediates`) have the
+    plain sequence. Hooks on mixers and all that is inside them run in both.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
+            if self._can_fuse(x):
+                return self._forward_fused(x)
+        for block in self:
+            x = block(x)
+        return x
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        """Whether every block can be taken apart, and the backend of its mixer has the kernel."""
+        if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+            return False
+        return all(
+            isinstance(block, Block)
+            and isinstance(block.mixer, BiMambaMixer)
+            and has_bidirectional_scan(block.mixer.backend, str(x.device))
+            and _is_only(Block.forward, block)
+            and _is_only(RMSNorm.forward, block.norm)
+            for block in self
+        )
+
+    def _forward_fused(self, x: Tensor) -> Tensor:
+        branch = None
+        for block in cast(Iterable[Block], self):
+            norm = block.norm
+            normed, x = add_rms_norm(branch, x, norm.weight, norm.eps, block.mixer.backend)
+            branch = block.branch(normed)
+        return x if branch is None else x + branch
+
+
+def _is_only(forward: Callable[..., Tensor], module: nn.Module) -> bool:
+    """Whether calling `module` runs `forward` and nothing else: no hooks, no other forward in its place."""
+    hooks = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    return not hooks and type(module).forward is forward and "forward" not in module.__dict__
 
 
 class VisionMamba(nn.Module):
@@ -166,8 +224,8 @@ class VisionMamba(nn.Module):
             num_residuals=depth,
             backend=backend,
         )
-        # nn.Sequential has the keys `layers.0`, ... and can be scripted, sliced and checkpointed.
-        self.layers = nn.Sequential(
+        # A sequence has the keys `layers.0`, ... and can be scripted, sliced and checkpointed.
+        self.layers = Blocks(
             *(
                 Block(embed_dim, build_mixer(), drop_path_rate * index / max(depth - 1, 1))
                 for index in range(depth)
@@ -317,7 +375,7 @@ class VisionMamba(nn.Module):
     ) -> list[int]:
         """Remove what `forward_intermediates(indices=...)` does not need; returns the indices taken."""
         take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: max_index + 1]
+        self.layers = cast(Blocks, self.layers[: max_index + 1])
         if prune_norm:
             self.norm_f = nn.Identity()  # type: ignore[assignment]
         if prune_head:
