@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.backend import NvrtcBackend
 
 HERE = Path(__file__).parent
+LARGEST_SHARED = 160 * 1024
+"""Bytes that a block may have on every supported GPU."""
 
 
 class EmulatedKernel:
@@ -22,7 +25,8 @@ class EmulatedKernel:
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
         self.function = getattr(library, f"emulate_{name}")
 
-    def __call__(self, grid, threads, arguments) -> None:
+    def __call__(self, grid, threads, arguments, shared=0) -> None:
+        assert shared <= LARGEST_SHARED
         values = runtime.packed(arguments)
         self.function(*grid, threads, runtime.pointers(values))
 
@@ -40,7 +44,8 @@ def emulated_kernels(tmp_path_factory):
     def library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         stem = "-".join([source, *(f"{name}{value}" for name, value in constants)])
         unit = folder / f"{stem}.cpp"
-        exports = "".join(f"EXPORT({name})\n" for name in ("scan_forward", "scan_backward"))
+        kernels = re.findall(r"__launch_bounds__\(.*?\) (\w+)\(", (runtime.SOURCES / source).read_text())
+        exports = "".join(f"EXPORT({name})\n" for name in kernels)
         included = (HERE / "cuda_on_cpu.h", runtime.SOURCES / source)
         unit.write_text("".join(f'#include "{path}"\n' for path in included) + exports)
         defines = [f"-D{name}={value}" for name, value in constants]

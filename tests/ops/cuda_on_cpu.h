@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU, to test them where there is no GPU. It takes the place of intrinsics.cuh.
 //
 // The threads of a block are coroutines on one CPU thread, resumed in turn; at a barrier each yields until all
-// have arrived, so missing barriers, wrong shuffles and races between warps show as wrong results.
+// have arrived, and asynchronous copies take place when they are waited for. So missing barriers or waits show as
+// wrong results.
 
 #include <math.h>
 #include <string.h>
@@ -45,6 +46,9 @@ static void (*body)(void*);
 static void* arguments;
 static float exchange[1024][6];
 
+struct Copy { void* target; char data[16]; };
+static std::vector<Copy> copies[1024];   // under way, of each thread
+
 inline void yield() { swapcontext(&threads[current].context, &scheduler); }
 
 // Waiting is counted, not timed: a barrier has been passed by all once each has arrived as often as the first.
@@ -68,6 +72,7 @@ inline void start() {
 inline void run_block(int num_threads) {
     threads.clear();
     threads.resize(num_threads);
+    for (auto& left : copies) left.clear();
     arrivals_block.assign(num_threads, 0);
     arrivals_warp.assign(num_threads, 0);
     for (Thread& thread : threads) {
@@ -123,6 +128,22 @@ inline int warp() { return emulator::current / emulator::WARP; }
 inline void sync_warp() { emulator::wait(emulator::arrivals_warp, warp() * 32, warp() * 32 + 32); }
 inline void sync_block() { emulator::wait(emulator::arrivals_block, 0, (int)emulator::threads.size()); }
 
+inline char* launched_shared() {
+    alignas(16) static char memory[256 * 1024];
+    return memory;
+}
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+    emulator::Copy copy = {shared, {}};
+    if (valid) memcpy(copy.data, global, 16);
+    emulator::copies[emulator::current].push_back(copy);
+}
+inline void wait_for_copies() {
+    for (const emulator::Copy& copy : emulator::copies[emulator::current]) memcpy(copy.target, copy.data, 16);
+    emulator::copies[emulator::current].clear();
+}
+
+inline int min(int a, int b) { return a < b ? a : b; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
@@ -157,6 +178,41 @@ inline void multiply_add(Quad& sums, Quad values, Pair picks) {
         for (int k = 0; k < 8; k++) {
             const float value = exchange[base + row * 4 + k % 4][upper + (k < 4 ? 0 : 2)];
             sum += tf32(value) * exchange[base + to * 4 + k % 4][k < 4 ? 4 : 5];
+        }
+        return sum;
+    };
+    sums.x += element(0, 2 * column);
+    sums.y += element(0, 2 * column + 1);
+    sums.z += element(1, 2 * column);
+    sums.w += element(1, 2 * column + 1);
+    sync_warp();
+}
+
+#if FP16
+inline Pair activation(word pair) { return from_fp16(pair); }
+inline word rounded(Pair value) { return to_fp16(value); }
+#else
+inline Pair activation(word pair) { return from_bf16(pair); }
+inline word rounded(Pair value) { return to_bf16(value); }
+#endif
+
+inline void multiply_add(Quad& sums, Words values, word pick0, word pick1) {
+    using namespace emulator;
+    const word mine[6] = {values.x, values.y, values.z, values.w, pick0, pick1};
+    memcpy(exchange[current], mine, sizeof mine);
+    sync_warp();
+    const int base = warp() * WARP, row = lane() / 4, column = lane() % 4;
+    const auto two = [&](int of, int index) {
+        word bits;
+        memcpy(&bits, &exchange[base + of][index], 4);
+        return activation(bits);
+    };
+    const auto element = [&](int upper, int to) {
+        float sum = 0.0f;
+        for (int k = 0; k < 8; k++) {   // words along the summed dimension
+            const Pair value = two(row * 4 + k % 4, upper + (k < 4 ? 0 : 2));
+            const Pair pick = two(to * 4 + k % 4, k < 4 ? 4 : 5);
+            sum += value.a * pick.a + value.b * pick.b;
         }
         return sum;
     };

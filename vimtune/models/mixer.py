@@ -123,7 +123,7 @@ class BiMambaMixer(nn.Module):
         )
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
             if self._has_fused_scan():
-                return self.out_proj(bidirectional_scan(xz, forward, reverse))
+                return self.out_proj(bidirectional_scan(xz, forward, reverse, self.backend))
         x, z = xz.chunk(2, dim=-1)
         gated = self._scan(x, z, forward, reverse=False) + self._scan(x, z, reverse, reverse=True)
         return self.out_proj(gated / 2)

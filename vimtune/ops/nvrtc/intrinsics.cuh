@@ -11,6 +11,20 @@ __device__ inline int warp() { return threadIdx.x / 32; }
 __device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline void sync_block() { __syncthreads(); }
 
+// Shared memory whose size the launch says.
+__device__ inline char* launched_shared() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+
+// Copy 16 bytes from global to shared memory, or zeros if not `valid`, without waiting.
+__device__ inline void copy_async(void* shared, const void* global, bool valid) {
+    const word target = (word)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(valid ? 16 : 0));
+}
+// Wait for this thread's copies.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -56,3 +70,26 @@ __device__ inline void multiply_add(Quad& sums, Quad values, Pair picks) {
         : "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)), "r"(__float_as_uint(values.z)),
           "r"(__float_as_uint(values.w)), "r"(__float_as_uint(picks.a)), "r"(__float_as_uint(picks.b)));
 }
+
+// The same in bf16 or fp16, values (16 x 16) picks (16 x 8); each word holds two neighbours along the summed dimension.
+// values: (row, 2 column), (row + 8, 2 column), (row, 2 column + 8), (row + 8, 2 column + 8);
+// picks: (2 column, row), (2 column + 8, row). Any order of the summed dimension will do, if it is the same in both.
+#if FP16
+#define LOW "f16"
+#else
+#define LOW "bf16"
+#endif
+__device__ inline void multiply_add(Quad& sums, Words values, word pick0, word pick1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." LOW "." LOW ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
+        : "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(pick0), "r"(pick1));
+}
+
+#if FP16
+__device__ inline Pair activation(word pair) { return from_fp16(pair); }
+__device__ inline word rounded(Pair value) { return to_fp16(value); }
+#else
+__device__ inline Pair activation(word pair) { return from_bf16(pair); }
+__device__ inline word rounded(Pair value) { return to_bf16(value); }
+#endif

@@ -18,6 +18,9 @@ from torch import Tensor
 SOURCES = Path(__file__).parent
 PRELUDE = "intrinsics.cuh"
 
+_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_USUAL_SHARED = 48 * 1024  # what a kernel gets without asking
+
 
 class CompileError(RuntimeError):
     """NVRTC is missing, or does not compile for this device; the message says why."""
@@ -28,15 +31,24 @@ class Kernel:
 
     def __init__(self, module: ctypes.c_void_p, name: str) -> None:
         self._function = ctypes.c_void_p()
+        self._shared = _USUAL_SHARED
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
 
-    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]) -> None:
-        """Launch on torch's current stream. Tensors become pointers, ints become C ints."""
+    def __call__(
+        self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int], shared: int = 0
+    ) -> None:
+        """Launch on torch's current stream, with `shared` bytes of shared memory beside the static ones.
+
+        Tensors become pointers, ints become C ints.
+        """
+        if shared > self._shared:
+            _check(_driver().cuFuncSetAttribute(self._function, _MAX_SHARED, shared))
+            self._shared = shared
         values = packed(arguments)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _check(
             _driver().cuLaunchKernel(
-                self._function, *grid, 1, threads, 1, 1, 0, stream, pointers(values), None
+                self._function, *grid, 1, threads, 1, 1, shared, stream, pointers(values), None
             )
         )
 
