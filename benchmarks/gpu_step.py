@@ -8,9 +8,9 @@ A step is forward, backward and AdamW on resident random images, under bf16 auto
 elsewhere. On a GPU it is timed eagerly and as a replayed CUDA graph, which counts where it can be recorded.
 Each backend has a process of its own: what fails costs its own rows. The cases of an image size are prepared
 one by one and then timed in turns, round by round, so that a change of the clock meets all of them; ratios
-are medians over the rounds. `--output` gets gpu_step.json, rewritten after every case, and step_plot.py draws
-it. The last table holds the measured times against what counts.py says must be done and ceilings.py says the
-machine can do.
+are medians over the rounds. `--output` gets gpu_step.json, rewritten after every case: step_tables.py prints
+its tables again, step_plot.py draws it. The last table holds the measured times against what counts.py says
+must be done and ceilings.py says the machine can do.
 """
 
 from __future__ import annotations
@@ -109,23 +109,14 @@ class Comparison:
         self.workers = {name: Worker(StepRunner, name, options.device) for name in names}
         self.report["machine"] = machine.call("describe", seconds=START_SECONDS)
         print(", ".join(f"{key} {value}" for key, value in self.report["machine"].items()))
-        img_size, batch_size = options.sizes[0]
-        for name, worker in self.workers.items():
-            # Triton compiles anew for batches that 16 does not divide.
-            cases = [
-                Case(options.scale, name, method, img_size, min(batch_size, 16))
-                for method in ("forward", "prodial", "full")
-                if method in options.methods
-            ]
-            worker.send("warm", cases)
         for name, worker in list(self.workers.items()):
             try:
                 worker.receive(START_SECONDS)
             except WorkerFailed as failure:
                 print(f"{name} left out: {failure}")
                 self.report.setdefault("left_out", {})[name] = str(failure)
-                worker.stop()
                 del self.workers[name]
+        self._compile()
         try:
             self.report["ceilings"] = machine.call("measure", seconds=CASE_SECONDS)
         except WorkerFailed as failure:
@@ -136,7 +127,27 @@ class Comparison:
         print(f"ready after {self._elapsed():.0f} s")
         self.save()
 
+    def _compile(self) -> None:
+        """Have all processes run small steps at once; what fails here will say so in its row."""
+        options = self.options
+        img_size, batch_size = options.sizes[0]
+        for name, worker in self.workers.items():
+            # Triton compiles anew for batches that 16 does not divide.
+            cases = [
+                Case(options.scale, name, method, img_size, min(batch_size, 16))
+                for method in ("forward", "prodial", "full")
+                if method in options.methods
+            ]
+            worker.send("warm", cases)
+        for name, worker in self.workers.items():
+            try:
+                worker.receive(START_SECONDS)
+            except WorkerFailed as failure:
+                print(f"{name}: warming up failed: {failure}")
+                self._recover(worker)
+
     def stop(self) -> None:
+        """End all processes."""
         for worker in self.workers.values():
             worker.stop()
 

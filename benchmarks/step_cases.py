@@ -61,10 +61,14 @@ class CaptureFailed(RuntimeError):
 
 @dataclass
 class Step:
-    """A prepared case: what a visit runs, and about how long that takes."""
+    """A prepared case."""
 
     run: Callable[[], object]
+    """What a visit runs."""
     seconds: float
+    """About how long that takes."""
+    eager: Callable[[], object]
+    """The step itself: it holds the model and the optimizer, whose memory a graph uses but does not own."""
 
 
 def build_model(case: Case) -> nn.Module:
@@ -91,6 +95,8 @@ class StepRunner:
         BackendUnavailable: the backend cannot run on `device`.
         """
         self.kernels, self.device = kernels, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", 0)
         if kernels != VIT:
             ops.set_backend(kernels)
             ops.resolved_backend(self.device)
@@ -129,10 +135,9 @@ class StepRunner:
             kept = eager[0] <= slow * 1e3
             peak = None if self.stream is None else (torch.cuda.max_memory_allocated() - held) / 2**30
             graph = self.stream is not None and capture and kept
-            if graph:
-                run = self._capture(run)
             if kept:
-                self.steps[case] = Step(run, self._time(run))
+                visited = self._capture(run) if graph else run
+                self.steps[case] = Step(visited, self._time(visited), eager=run)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         facts = {
             "model": PAIRS[case.scale][case.kernels == VIT],

@@ -1,10 +1,16 @@
-"""Tables over the rows of gpu_step.json. Times are milliseconds a step: median (fastest to slowest)."""
+"""Tables over the rows of gpu_step.json; times are milliseconds a step.
+
+python benchmarks/step_tables.py results/gpu_step.json           # all of them, also of a run cut short
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -20,6 +26,20 @@ RESOURCES = {
     "exponentials": "exp",
     "instructions": "fp32",
 }
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python benchmarks/step_tables.py PATH/gpu_step.json")
+    report = json.loads(Path(sys.argv[1]).read_text())
+    rows = report["rows"]
+    for img_size in dict.fromkeys(row["img_size"] for row in rows):
+        own = [row for row in rows if row["img_size"] == img_size]
+        print(f"\n{report['scale']}, {img_size} px, batch {own[0]['batch_size']}")
+        print(size_table(own))
+        print(ratio_table(own))
+    print(growth_table(rows))
+    print(roofline_table(rows, report.get("ceilings", {})))
 
 
 def measured(rows: Iterable[Row]) -> list[Row]:
@@ -195,3 +215,7 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _is_number(cell: str) -> bool:
     return not cell or cell[0].isdigit()
+
+
+if __name__ == "__main__":
+    main()

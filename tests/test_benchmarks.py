@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from vimtune import ops
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import gpu_step  # noqa: E402
 import step_plot  # noqa: E402
 from counts import VimShape, count_exponentials, count_instructions, count_matmul_flops  # noqa: E402
 from step_cases import METHODS, VIT, Case, StepRunner, build_model  # noqa: E402
@@ -216,6 +218,89 @@ def test_plot_is_drawn_from_the_report(tmp_path):
         step_plot.draw([{"rows": rows}], ["dora"], target)
 
 
+# --- the run ------------------------------------------------------------------------------------
+
+
+class ScriptedWorker:
+    """Answers as a GPU's process would; `trouble` maps (what is asked, of which method) to a failure."""
+
+    def __init__(self, trouble: dict[tuple[str, str], WorkerFailed], milliseconds: float = 5.0) -> None:
+        self.trouble, self.milliseconds = trouble, milliseconds
+        self.generation = 1
+        self.asked: list[tuple] = []
+
+    def call(self, question, *arguments, seconds):
+        self.asked.append((question, *arguments))
+        if question in ("recover", "drop"):
+            return None
+        case = arguments[0]
+        failure = self.trouble.get((question, case.method))
+        if failure is not None and not (failure.kind == "CaptureFailed" and not arguments[1]):
+            raise failure
+        if question == "visit":
+            return self.milliseconds
+        facts = row(case.kernels, case.method, case.img_size, [], graph=arguments[1])
+        kept = self.milliseconds <= 1e3 * arguments[2]
+        return {**facts, "eager_ms": [self.milliseconds], "kept": kept}
+
+    def stop(self) -> None:
+        self.generation += 1
+
+
+def comparison(tmp_path, workers: dict[str, ScriptedWorker], **changes) -> gpu_step.Comparison:
+    settings = {"scale": "tiny", "methods": ["forward", "lora", "frozen", "full"], "rounds": 3}
+    settings |= {"minutes": 1.0, "slow_ms": 1000.0, "output": tmp_path}
+    made = gpu_step.Comparison(argparse.Namespace(**{**settings, **changes}))
+    made.workers = workers
+    return made
+
+
+def test_run_goes_on_after_every_kind_of_failure(tmp_path, capsys):
+    trouble = {
+        ("prepare", "lora"): WorkerFailed("OutOfMemoryError", "too much"),
+        ("visit", "full"): WorkerFailed("Died", "the process ended"),
+    }
+    workers = {"triton": ScriptedWorker(trouble), "cuda": ScriptedWorker({})}
+    run = comparison(tmp_path, workers)
+    run.measure(224, 128)
+    found = {
+        (r["kernels"], r["method"]): r for r in json.loads((tmp_path / "gpu_step.json").read_text())["rows"]
+    }
+    assert found["triton", "lora"]["error"] == "OutOfMemoryError: too much"
+    assert "lost" in found["triton", "full"] and found["triton", "full"]["samples"] == []
+    for key in (("triton", "forward"), ("triton", "frozen"), ("cuda", "lora"), ("cuda", "full")):
+        assert found[key]["samples"] == [5.0] * 3
+    text = capsys.readouterr().out
+    assert "triton lora at 224 px failed: OutOfMemoryError: too much" in text
+    assert "triton full lost in round 1" in text
+    assert workers["triton"].asked[-1] == ("drop",)
+
+
+def test_backend_that_cannot_be_captured_is_timed_eagerly(tmp_path):
+    refusing = {("prepare", method): WorkerFailed("CaptureFailed", "no") for method in METHODS}
+    workers = {"cuda": ScriptedWorker(refusing), "triton": ScriptedWorker({})}
+    run = comparison(tmp_path, workers)
+    run.measure(224, 128)
+    graphs = {(row["kernels"], row["method"]): row["graph"] for row in run.rows}
+    assert len(graphs) == 8 and all(graph == (kernels == "triton") for (kernels, _), graph in graphs.items())
+    assert all(len(row["samples"]) == 3 for row in run.rows)
+    assert run.report["uncaptured"] == {"cuda": "CaptureFailed: no"}
+    assert workers["cuda"].generation == 2  # a fresh process, once
+
+
+def test_slow_backend_leaves_the_rest_out_and_time_limits_the_run(tmp_path, capsys):
+    workers = {"torch": ScriptedWorker({}, 4000.0), "triton": ScriptedWorker({})}
+    run = comparison(tmp_path, workers)
+    for size in (224, 448, 64):
+        run.measure(size, 8)
+    seen = [(row["img_size"], row["method"]) for row in run.rows if row["kernels"] == "torch"]
+    assert seen == [(224, "forward"), (64, "forward")]
+    assert len(run.rows) == 2 + 3 * 4
+    late = comparison(tmp_path, {"triton": ScriptedWorker({})}, minutes=0.0)
+    late.measure(224, 8)
+    assert late.rows == [] and "time is up: 4 cases at 224 px" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_whole_comparison_on_the_cpu(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "gpu_step.py"), "--scale", "test", "--device", "cpu"]
@@ -226,6 +311,9 @@ def test_whole_comparison_on_the_cpu(tmp_path):
     assert "cuda left out: BackendUnavailable" in done.stdout
     for heading in ("ratio of step times", "growth", "roofline"):
         assert heading in done.stdout
+    again = [sys.executable, str(BENCHMARKS / "step_tables.py"), str(tmp_path / "gpu_step.json")]
+    tables = subprocess.run(again, capture_output=True, text=True, check=True).stdout
+    assert tables.splitlines()[-3:] == done.stdout.splitlines()[-3:]
     report = json.loads((tmp_path / "gpu_step.json").read_text())
     assert len(report["rows"]) == 8 and all(len(row["samples"]) == 2 for row in report["rows"])
     assert report["ceilings"].keys() == {"bytes", "matmul_flops", "exponentials", "instructions"}
