@@ -45,10 +45,12 @@ class Machine:
         """Per second: bytes (read and written), matmul FLOPs in the dtype of a step, exponentials, fp32
         instructions; and on a GPU the clock under load in MHz, where nvidia-smi tells it."""
         if self.device.type != "cuda":
+            flops = self._matmul_rate(1024, torch.float32)
             return {
                 "bytes": self._copy_rate(2**27),
-                "matmul_flops": self._matmul_rate(1024, torch.float32),
-                **self._elementwise_rates(),
+                "matmul_flops": flops,
+                "exponentials": self._exponential_rate(),
+                "instructions": flops / 2,  # the same units do both
             }
         found = {
             "bytes": self._copy_rate(2**32),
@@ -88,14 +90,11 @@ class Machine:
         out = torch.empty_like(left)
         return 2 * side**3 / self._seconds(lambda: torch.mm(left, right, out=out), 8)
 
-    def _elementwise_rates(self) -> dict[str, float]:
+    def _exponential_rate(self) -> float:
         """Over a block that fits in the caches of all threads."""
         x = torch.rand(2**15 * torch.get_num_threads())
-        y = torch.rand_like(x)
-        return {
-            "exponentials": x.numel() / self._seconds(lambda: torch.exp2(x, out=y), 200),
-            "instructions": x.numel() / self._seconds(lambda: torch.add(x, y, alpha=0.5, out=y), 200),
-        }
+        y = torch.empty_like(x)
+        return x.numel() / self._seconds(lambda: torch.exp2(x, out=y), 200)
 
     def _chain_rates(self) -> dict[str, float]:
         from chain_kernel import chain_kernel  # Triton is at home on GPU machines only

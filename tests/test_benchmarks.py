@@ -78,7 +78,7 @@ def test_steps_of_every_method(kernels):
             losses[method] = facts["first_loss"]
         slow = Case("test", kernels, "full", 32, 3)
         facts = runner.prepare(slow, capture=True, slow=1e-9)
-        assert len(facts["eager_ms"]) == 1 and not facts["kept"] and slow not in runner.steps
+        assert len(facts["eager_ms"]) == 2 and not facts["kept"] and slow not in runner.steps
     # Adapters change nothing at the start.
     assert all(loss == pytest.approx(losses["forward"], rel=1e-5) for loss in losses.values())
     runner.drop()
