@@ -4,7 +4,7 @@ and the same on the CPU wherever the code exists there."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 import vimtune
 from vimtune.adapters import adapter_parameters, list_methods, method_fields
 from vimtune.data import build_transform, create_dataset
-from vimtune.train.distributed import Processes
-from vimtune.train.precision import build_autocast, build_scaler
 
 NUM_CLASSES = 8
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -87,11 +85,15 @@ def move_off_the_start(model: nn.Module) -> nn.Module:
     return model
 
 
+def precision(amp: str, device: str, **options) -> AbstractContextManager:
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return nullcontext() if amp == "none" else torch.autocast(device, types[amp], **options)
+
+
 def gradients(model: nn.Module, images: Tensor, labels: Tensor, amp: str = "none") -> dict[str, Tensor]:
     """Loss and gradients of one step, on the CPU."""
-    device = images.device
     model.zero_grad(set_to_none=True)
-    with build_autocast(amp, device)():
+    with precision(amp, images.device.type):
         loss = nn.functional.cross_entropy(model(images).float(), labels)
     loss.backward()
     found = {name: parameter.grad for name, parameter in trained(model).items()}
@@ -125,14 +127,14 @@ def follow(
     model = build(method, device, backend=backend).train()
     start = torch.cat([parameter.detach().flatten() for parameter in trained(model).values()])
     optimizer = torch.optim.AdamW(trained(model).values(), lr=lr)
-    autocast, scaler = build_autocast(amp, images.device), build_scaler(amp, images.device)
+    scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
     losses = []
     for step in range(steps):
         if step % 4 == 0:
             order = torch.randperm(64, generator=torch.Generator().manual_seed(step)).to(device)
         batch = order[16 * (step % 4) :][:16]
         optimizer.zero_grad()
-        with autocast():
+        with precision(amp, device):
             loss = nn.functional.cross_entropy(model(images[batch]).float(), labels[batch])
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -164,11 +166,9 @@ def test_a_hundred_steps_follow_the_fp32_reference(flowers, device, method, lr):
         assert apart <= distance_tolerance, amp
 
 
+@on_each_device
 @pytest.mark.parametrize("method", ["full", "prodial"])
-@pytest.mark.parametrize(
-    ("device", "amp"),
-    [("cpu", "bf16"), *(pytest.param("cuda", amp, marks=pytest.mark.gpu) for amp in ("bf16", "fp16"))],
-)
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_no_nan_under_amp(flowers, device, method, amp):
     """At many times the learning rate, too. A step that fp16's loss scaling skips leaves the weights as
     they are, so learning shows that few are."""
@@ -221,15 +221,13 @@ def test_replayed_graph_equals_the_eager_step(flowers, method, amp):
     expected = [gradients(model, *batch, amp) for batch in batches]
 
     static = [tensor.clone() for tensor in batches[0]]
-    # Cached casts would outlive the recording.
-    cast = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if amp == "bf16" else nullcontext()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
-        with cast:
+        with precision(amp, "cuda", cache_enabled=False):  # cached casts would outlive the recording
             loss = nn.functional.cross_entropy(model(static[0]).float(), static[1])
         loss.backward()
         return loss.detach()
@@ -278,6 +276,8 @@ def test_wrapped_for_distributed_training(flowers, device, tmp_path):
 
 def run_share(rank: int, device: str, folder: Path, flowers: tuple[Tensor, Tensor]) -> None:
     """One of two processes: its half of the batch, the sum of the gradients; the first one writes."""
+    from vimtune.train.distributed import Processes  # the trainer needs more packages than the other tests
+
     torch.set_num_threads(1)
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
