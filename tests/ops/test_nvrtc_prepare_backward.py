@@ -1,0 +1,164 @@
+"""The CUDA C++ behind the scan's backward answers to autograd; without a GPU it runs in the emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vimtune.ops import reference
+from vimtune.ops.nvrtc import prepare, prepare_backward, runtime
+
+NUM_STATES = 16
+TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("on_cpu")
+    return "cpu"
+
+
+def build_weights(inner, rank, width, bias, dtype) -> dict:
+    """Of both directions, in fp32; the projections already as activations of this dtype can be."""
+    generator = torch.Generator().manual_seed(inner + rank)
+
+    def pair(*shape, scale=1.0):
+        return [torch.randn(*shape, generator=generator) * scale for _ in range(2)]
+
+    return {
+        "conv_weight": pair(inner, width, scale=0.5),
+        "conv_bias": pair(inner) if bias else [None, None],
+        "x_proj": [w.to(dtype).float() for w in pair(rank + 2 * NUM_STATES, inner, scale=inner**-0.5)],
+        "dt_proj": [w.to(dtype).float() for w in pair(inner, rank, scale=rank**-0.5)],
+        "dt_bias": pair(inner),
+    }
+
+
+def build_gradients(batch, tokens, inner, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad_u, grad_delta and partial_BC."""
+    generator = torch.Generator().manual_seed(tokens)
+    both = torch.randn(2, 2, batch, tokens, inner, generator=generator).to(dtype)
+    partial = torch.randn(2, -(-inner // 64), batch, tokens, 2 * NUM_STATES, generator=generator)
+    return both[0], both[1], partial
+
+
+def definition(x, weights, grad_u, grad_delta, partial_BC) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, of B | C | dt_r and of the convolutions, by autograd in fp64."""
+    x = x.double().requires_grad_()
+    loss, projections, convolved = 0, [], []
+    for d in (0, 1):
+        own = {name: None if value[d] is None else value[d].double() for name, value in weights.items()}
+        y = reference.causal_conv1d(x, own["conv_weight"], own["conv_bias"], False, bool(d))
+        u = F.silu(y)
+        rank = own["dt_proj"].shape[1]
+        dt, BC = (u @ own["x_proj"].t()).split([rank, 2 * NUM_STATES], dim=-1)
+        loss = loss + (u * grad_u[d]).sum() + (BC * partial_BC[d].sum(0)).sum()
+        loss = loss + (dt @ own["dt_proj"].t() * grad_delta[d]).sum()
+        projections += [BC, dt]
+        convolved.append(y)
+    grad_x, *rest = torch.autograd.grad(loss, [x, *projections, *convolved])
+    gp = torch.stack([torch.cat(rest[0:2], dim=-1), torch.cat(rest[2:4], dim=-1)])
+    return grad_x, gp, torch.stack(rest[4:])
+
+
+def assert_close(actual, expected, tolerance, label):
+    assert actual.shape == expected.shape, label
+    error = (actual.cpu().double() - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"{label}: relative error {error:.2e}"
+
+
+def check(device, batch, tokens, inner, rank, width, bias, dtype, keep):
+    weights = build_weights(inner, rank, width, bias, dtype)
+    gradients = build_gradients(batch, tokens, inner, dtype)
+    xz = torch.randn(batch, tokens, 2 * inner, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = definition(xz[..., :inner], weights, *(g.double() for g in gradients))
+
+    moved = {name: [w if w is None else w.to(device) for w in value] for name, value in weights.items()}
+    packed = prepare.pack_weights(**moved, dtype=dtype)
+    grad_xz = torch.full_like(xz, 7.0, device=device)
+    gradients = [g.to(device) for g in gradients]
+    found = prepare_backward.prepare_backward(
+        *gradients, xz.to(device)[..., :inner], packed, grad_xz[..., :inner], keep
+    )
+    tolerance = TOLERANCES[dtype]
+    assert_close(grad_xz[..., :inner], expected[0], tolerance, "x")
+    assert (grad_xz[..., inner:] == 7).all(), "the other half is not this kernel's"
+    if keep:
+        assert_close(found[0][..., : 2 * NUM_STATES + rank], expected[1], tolerance, "projections")
+        assert not found[0][..., 2 * NUM_STATES + rank :].any(), "padding"
+        assert_close(found[1], expected[2], tolerance, "conv")
+    else:
+        assert found == (None, None)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    "batch, tokens, inner, rank, width, bias, dtype",
+    [
+        (1, 1, 8, 3, 4, True, torch.bfloat16),
+        (2, 2, 40, 12, 2, False, torch.float16),
+        (1, 3, 64, 3, 4, True, torch.float16),
+        (2, 7, 72, 17, 4, False, torch.bfloat16),
+        (1, 33, 40, 24, 1, True, torch.bfloat16),
+        (1, 65, 72, 33, 4, True, torch.float16),
+        (2, 59, 8, 3, 7, True, torch.bfloat16),
+    ],
+)
+def test_gradients(device, batch, tokens, inner, rank, width, bias, dtype, keep):
+    check(device, batch, tokens, inner, rank, width, bias, dtype, keep)
+
+
+@pytest.mark.parametrize(
+    "tokens, inner, rank, keep", [(197, 384, 12, False), (30, 384, 12, True), (14, 840, 48, True)]
+)
+def test_gradients_of_usual_widths(device, tokens, inner, rank, keep):
+    check(device, 1, tokens, inner, rank, 4, True, torch.bfloat16, keep)
+
+
+@pytest.mark.parametrize("inner", [8, 96])
+def test_images_are_apart(device, inner):
+    """Rows beside an image belong to its neighbours and count for nothing, whatever they are."""
+    batch, tokens = 3, 5
+    weights = build_weights(inner, 3, 4, True, torch.float16)
+    moved = {name: [w.to(device) for w in value] for name, value in weights.items()}
+    packed = prepare.pack_weights(**moved, dtype=torch.float16)
+    gradients = [g.to(device) for g in build_gradients(batch, tokens, inner, torch.float16)]
+    xz = torch.ones(batch, tokens, 2 * inner, dtype=torch.float16, device=device)
+    found = []
+    for outside in (0.0, float("nan")):
+        for tensor, image_axis in ((gradients[0], 1), (gradients[1], 1), (gradients[2], 2), (xz, 0)):
+            tensor.narrow(image_axis, 0, 1).fill_(outside)
+            tensor.narrow(image_axis, 2, 1).fill_(outside)
+        grad_xz = torch.empty_like(xz)
+        prepare_backward.prepare_backward(
+            *gradients, xz[..., :inner], packed, grad_xz[..., :inner], keep=False
+        )
+        found.append(grad_xz[1, :, :inner])
+    assert found[0].any()
+    assert torch.equal(found[0], found[1])
+
+
+def test_what_is_covered():
+    assert prepare_backward.covers(torch.bfloat16, 384, 48, 4)
+    assert prepare_backward.covers(torch.float16, 2048, 96, 4)
+    assert not prepare_backward.covers(torch.float32, 384, 48, 4)
+    assert not prepare_backward.covers(torch.bfloat16, 388, 48, 4)
+    assert not prepare_backward.covers(torch.bfloat16, 2056, 48, 4)
+    assert not prepare_backward.covers(torch.bfloat16, 384, 48, 9)
+    assert not prepare_backward.covers(torch.bfloat16, 768, 32 + 1024, 4)
+
+
+@pytest.mark.parametrize("fp16, keep, rows", [(0, 0, 32), (1, 1, 16)])
+def test_source_compiles_without_a_gpu(fp16, keep, rows):
+    constants = {"WIDTH": 40, "COLUMNS": 48, "FILTER": 4, "BLOCKS": 1}
+    constants |= {"ROWS": rows, "FP16": fp16, "KEEP": keep}
+    try:
+        runtime._nvrtc()
+    except runtime.CompileError as error:
+        pytest.skip(str(error))
+    for architecture in ("sm_80", "sm_90"):
+        image = runtime.compile_source(prepare_backward.SOURCE, tuple(constants.items()), architecture)
+        assert image[:4] == b"\x7fELF"

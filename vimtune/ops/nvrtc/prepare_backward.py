@@ -1,0 +1,94 @@
+"""Launch of the kernel of prepare_backward.cu, which has the method and the shapes.
+
+Shape letters: B batch, L tokens, E inner width (W rounded up to 64), K filter width, P columns of
+B | C | dt_r.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vimtune.ops.nvrtc import runtime
+from vimtune.ops.nvrtc.prepare import PackedWeights, padded_width
+
+SOURCE = "prepare_backward.cu"
+MAX_FILTER = 8
+MAX_WIDTH = 2048  # two channels a thread
+MAX_SHARED = 160 * 1024
+"""Bytes that a block may have on every supported GPU."""
+
+
+def covers(dtype: torch.dtype, inner: int, num_columns: int, width: int) -> bool:
+    """Whether the kernel exists for activations of this dtype, filters of `width`, and these sizes."""
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and inner % 8 == 0
+        and padded_width(inner) <= MAX_WIDTH
+        and width <= MAX_FILTER
+        and shared_bytes(inner, num_columns) <= MAX_SHARED
+    )
+
+
+def prepare_backward(
+    grad_u: Tensor,
+    grad_delta: Tensor,
+    partial_BC: Tensor,
+    x: Tensor,
+    weights: PackedWeights,
+    grad_x: Tensor,
+    keep: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the gradient of `x` into `grad_x`; both are the first half of a contiguous (B, L, 2 E).
+
+    Args:
+        grad_u: gradient of the convolved inputs (2, B, L, E).
+        grad_delta: gradient of the time steps before softplus (2, B, L, E).
+        partial_BC: gradient of B | C in parts to be added up, (2, blocks, B, L, 32), fp32.
+        x: input of the convolutions.
+        weights: see `prepare.pack_weights`.
+        grad_x: written.
+        keep: whether the gradients of weights are wanted, which need the following.
+
+    Returns:
+        If `keep`, the gradients of B | C | dt_r (2, B, L, P) and of the convolutions (2, B, L, E),
+        otherwise None twice.
+    """
+    _, batch, tokens, inner = grad_u.shape
+    num_columns, width = weights.proj_t.shape[2], weights.filters.shape[1]
+    grad_projections = grad_u.new_empty((2, batch, tokens, num_columns) if keep else (0,))
+    grad_conv = torch.empty_like(grad_u) if keep else grad_u.new_empty(0)
+    rows = _rows(inner)
+    tiles = -(-tokens // (rows - width + 1))
+    tokens_of_block = -(-tokens // tiles)
+    constants = (
+        ("WIDTH", inner),
+        ("COLUMNS", num_columns),
+        ("FILTER", width),
+        ("BLOCKS", partial_BC.shape[1]),
+        ("ROWS", rows),
+        ("FP16", int(grad_u.dtype == torch.float16)),
+        ("KEEP", int(keep)),
+    )
+    with torch.cuda.device_of(grad_u):
+        kernel = runtime.load_kernel(SOURCE, "prepare_backward", constants, grad_u.device.index)
+        kernel(
+            (-(-tokens // tokens_of_block), batch),
+            padded_width(inner) // 2,
+            [
+                *(grad_u, grad_delta, partial_BC, x, weights.filters, weights.conv_bias, weights.proj_t),
+                *(weights.dt_t, grad_x, grad_projections, grad_conv, batch, tokens, tokens_of_block),
+            ],
+            shared_bytes(inner, num_columns),
+        )
+    return (grad_projections, grad_conv) if keep else (None, None)
+
+
+def shared_bytes(inner: int, num_columns: int) -> int:
+    """Shared memory of a block: rows of both directions with all channels and with B | C | dt_r."""
+    return 2 * _rows(inner) * (padded_width(inner) + num_columns) * 2
+
+
+def _rows(inner: int) -> int:
+    """Rows of a block, as many as leave room for a second one on a multiprocessor if it is not too wide."""
+    return 32 if padded_width(inner) <= 768 else 16
