@@ -112,7 +112,7 @@ def test_gradients(device, batch, tokens, inner, rank, width, bias, dtype, keep)
 
 
 @pytest.mark.parametrize(
-    "tokens, inner, rank, keep", [(197, 384, 12, False), (30, 384, 12, True), (14, 840, 48, True)]
+    "tokens, inner, rank, keep", [(197, 384, 12, False), (30, 384, 12, True), (14, 1224, 48, True)]
 )
 def test_gradients_of_usual_widths(device, tokens, inner, rank, keep):
     check(device, 1, tokens, inner, rank, 4, True, torch.bfloat16, keep)
@@ -142,13 +142,13 @@ def test_images_are_apart(device, inner):
 
 
 def test_what_is_covered():
-    assert prepare_backward.covers(torch.bfloat16, 384, 48, 4)
-    assert prepare_backward.covers(torch.float16, 2048, 96, 4)
-    assert not prepare_backward.covers(torch.float32, 384, 48, 4)
-    assert not prepare_backward.covers(torch.bfloat16, 388, 48, 4)
-    assert not prepare_backward.covers(torch.bfloat16, 2056, 48, 4)
-    assert not prepare_backward.covers(torch.bfloat16, 384, 48, 9)
-    assert not prepare_backward.covers(torch.bfloat16, 768, 32 + 1024, 4)
+    cpu = torch.device("cpu")
+    assert prepare_backward.covers(384, 12, 4, cpu)
+    assert prepare_backward.covers(2048, 64, 4, cpu)
+    assert not prepare_backward.covers(388, 12, 4, cpu)
+    assert not prepare_backward.covers(2056, 64, 4, cpu)
+    assert not prepare_backward.covers(384, 12, 9, cpu)
+    assert not prepare_backward.covers(768, 1025, 4, cpu), "not enough shared memory"
 
 
 @pytest.mark.parametrize("fp16, keep, rows", [(0, 0, 32), (1, 1, 16)])

@@ -27,40 +27,38 @@ constexpr int RANK = COLUMNS - VECTORS;
 constexpr int PADDED = (WIDTH + 63) / 64 * 64;
 constexpr int WARPS = PADDED / 64;
 constexpr int HALO = FILTER - 1;
-constexpr int GROUP = 4;   // rows of x that are on their way
-constexpr float LOG2E = 1.4426950408889634f;
+constexpr int GROUP = 4;   // rows of x that are on their way to a thread
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 __device__ inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
 __device__ inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+__device__ inline Pair operator*(float x, Pair y) { return {x * y.a, x * y.b}; }
 
-__device__ inline float silu_slope(float x) {
-    const float gate = reciprocal(1.0f + exp2_fast(-LOG2E * x)), silu = x * gate;
-    return gate + (silu - silu * gate);
+// The slope of SiLU at `scaled` / log2(e).
+__device__ inline float silu_slope(float scaled) {
+    const float gate = reciprocal(1.0f + exp2_fast(-scaled)), silu = scaled * gate;
+    return gate + LN2 * (silu - silu * gate);
 }
 
-// Which tokens a block has. Row 0 of direction 0 is the first token, row HALO that of direction 1.
-struct Place {
-    int image, batch, tokens, first, count;
+// The tokens of one direction whose gradients a block computes. Row 0 is the block's first token in direction 0, and
+// in direction 1 row HALO is.
+struct Rows {
+    int token, begin, end, count;   // of row 0; rows from `begin` to `end` are in the image; tokens of the block
+    int first;                      // row of the block's first token
+    long index;                     // of row 0 among all images and directions
 
-    __device__ Place(int batch, int tokens, int most)
-        : image(blockIdx.y), batch(batch), tokens(tokens), first(blockIdx.x * most), count(min(most, tokens - first)) {}
-    __device__ int rows() const { return count + HALO; }
-    __device__ int token(int direction, int row) const { return first + row - direction * HALO; }
-    __device__ bool exists(int direction, int row) const {
-        const int at = token(direction, row);
-        return row < rows() && at >= 0 && at < tokens;
+    __device__ Rows(int direction, int batch, int tokens, int most) : first(direction * HALO) {
+        token = blockIdx.x * most - first;
+        count = min(most, tokens - token - first);
+        begin = token < 0 ? -token : 0;
+        end = min(count + HALO, tokens - token);
+        index = ((long)direction * batch + blockIdx.y) * tokens + token;
     }
+    __device__ bool exist(int row) const { return (unsigned)(row - begin) < (unsigned)(end - begin); }
     // Whether the token is this block's and not its neighbour's.
-    __device__ bool owns(int direction, int row) const {
-        const int index = row - direction * HALO;
-        return (unsigned)index < (unsigned)count;
-    }
-    // Index of a token of this image among those of all images.
-    __device__ long index(int token) const { return (long)image * tokens + token; }
-    // The same where directions follow each other.
-    __device__ long index(int direction, int row) const {
-        return (long)direction * batch * tokens + index(token(direction, row));
-    }
+    __device__ bool own(int row) const { return (unsigned)(row - first) < (unsigned)count; }
+    // The row, or one that exists, so that it can be read.
+    __device__ int readable(int row) const { return exist(row) ? row : begin; }
 };
 
 // One direction's rows in shared memory. In odd rows the halves of each 128 bytes change places: then eight
@@ -97,47 +95,50 @@ constexpr int FIT_SHARED = 227 * 1024 / (SHARED + 1024), FIT_REGISTERS = 65536 /
 constexpr int FIT = FIT_SHARED < FIT_REGISTERS ? FIT_SHARED : FIT_REGISTERS;
 constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 16 ? 16 : FIT;   // on a multiprocessor
 
-// Start to copy this warp's channels of grad_u. Rows of tokens that do not exist become zeros.
-__device__ inline void copy_rows(const Place& at, int direction, Tile tile, const half_word* grad_u) {
+// Start to copy this warp's channels of grad_u. Rows that are not in the image become zeros.
+__device__ inline void copy_rows(const Rows& rows, Tile tile, const half_word* grad_u) {
     const int channel = warp() * 64 + lane() % 8 * 8;
+    const half_word* source = grad_u + (rows.index + lane() / 8) * WIDTH + channel;
 #pragma unroll
-    for (int row = lane() / 8; row < ROWS; row += 4) {
-        const half_word* source = grad_u + at.index(direction, row) * WIDTH + channel;
-        copy_async(tile.at(row, channel), source, channel < WIDTH && at.exists(direction, row));
+    for (int k = 0; k < ROWS; k += 4) {
+        const int row = k + lane() / 8;
+        copy_async(tile.at(row, channel), source + k * WIDTH, channel < WIDTH && rows.exist(row));
     }
 }
 
-// B | C of four rows: partial sums added up, a lane four columns of a row.
+// B | C of eight rows: partial sums added up, a lane four columns of two rows.
 __device__ inline void add_blocks(
-    const Place& at, int direction, int row, Projections to, const float* partial_BC
+    const Rows& rows, int direction, int row, long stride, Projections to, const float* partial_BC
 ) {
-    const int column = lane() % 8 * 4;
-    row += lane() / 8;
-    Quad total = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (at.exists(direction, row)) {
-        const long stride = (long)at.batch * at.tokens * VECTORS;   // of blocks
-        const float* source = partial_BC + direction * BLOCKS * stride + at.index(at.token(direction, row)) * VECTORS;
-#pragma unroll 8
-        for (int block = 0; block < BLOCKS; block++) {
-            const Quad more = *(const Quad*)(source + block * stride + column);
-            total = {total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w};
+    const int column = lane() % 8 * 4, half[2] = {row + lane() / 8, row + lane() / 8 + 4};
+    // Blocks come after the direction.
+    const float* source = partial_BC + direction * (BLOCKS - 1) * stride + rows.index * VECTORS + column;
+    Quad total[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float* next = source + rows.readable(half[h]) * VECTORS;
+        total[h] = *(const Quad*)next;
+#pragma unroll
+        for (int block = 1; block < BLOCKS; block++) {
+            const Quad more = *(const Quad*)(next += stride);
+            total[h] = {total[h].x + more.x, total[h].y + more.y, total[h].z + more.z, total[h].w + more.w};
         }
     }
-    to.at(row, column) = rounded({total.x, total.y});
-    to.at(row, column + 2) = rounded({total.z, total.w});
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const bool exist = rows.exist(half[h]);
+        to.at(half[h], column) = exist ? rounded({total[h].x, total[h].y}) : 0;
+        to.at(half[h], column + 2) = exist ? rounded({total[h].z, total[h].w}) : 0;
+    }
 }
 
 // dt_r of 16 rows: grad_delta (16 x E) dt (E x RANK). Of each 32 channels a lane takes eight in a row.
 __device__ inline void project_steps(
-    const Place& at, int direction, int row, Projections to, const half_word* grad_delta, const half_word* dt_t
+    const Rows& rows, int direction, int row, Projections to, const half_word* grad_delta, const half_word* dt_t
 ) {
-    const int first = lane() % 4 * 8;
-    row += lane() / 4;
-    const bool upper = at.exists(direction, row), lower = at.exists(direction, row + 8);
-    // A row that does not exist is any other until it is written as zeros.
-    const half_word* any = grad_delta + at.index(direction, direction * HALO) * WIDTH + first;
-    const half_word* source0 = upper ? grad_delta + at.index(direction, row) * WIDTH + first : any;
-    const half_word* source1 = lower ? grad_delta + at.index(direction, row + 8) * WIDTH + first : any;
+    const int first = lane() % 4 * 8, upper = row + lane() / 4, lower = upper + 8;
+    const half_word* source = grad_delta + rows.index * WIDTH + first;
+    const half_word *source0 = source + rows.readable(upper) * WIDTH, *source1 = source + rows.readable(lower) * WIDTH;
     const half_word* weight = dt_t + (direction * RANK + lane() / 4) * PADDED + first;
     const Words zero = {0, 0, 0, 0};
     Quad sums[RANK / 8];
@@ -147,17 +148,18 @@ __device__ inline void project_steps(
         const bool live = WIDTH == PADDED || channel + first < WIDTH;
         const Words p = live ? *(const Words*)(source0 + channel) : zero;
         const Words q = live ? *(const Words*)(source1 + channel) : zero;
+        const Words values0 = {p.x, q.x, p.y, q.y}, values1 = {p.z, q.z, p.w, q.w};
 #pragma unroll
         for (int k = 0; k < RANK / 8; k++) {
             const Words w = *(const Words*)(weight + k * 8 * PADDED + channel);
-            multiply_add(sums[k], {p.x, q.x, p.y, q.y}, w.x, w.y);
-            multiply_add(sums[k], {p.z, q.z, p.w, q.w}, w.z, w.w);
+            multiply_add(sums[k], values0, w.x, w.y);
+            multiply_add(sums[k], values1, w.z, w.w);
         }
     }
     for (int k = 0; k < RANK / 8; k++) {
         const int column = VECTORS + k * 8 + lane() % 4 * 2;
-        to.at(row, column) = upper ? rounded({sums[k].x, sums[k].y}) : 0;
-        to.at(row + 8, column) = lower ? rounded({sums[k].z, sums[k].w}) : 0;
+        to.at(upper, column) = rows.exist(upper) ? rounded({sums[k].x, sums[k].y}) : 0;
+        to.at(lower, column) = rows.exist(lower) ? rounded({sums[k].z, sums[k].w}) : 0;
     }
 }
 
@@ -170,7 +172,8 @@ __device__ inline void spread(int direction, int channel, Tile tile, Projections
     Quad sums[ROWS / 16][4];
 #pragma unroll
     for (int m = 0; m < ROWS / 16; m++) {
-        const Words upper = *(const Words*)tile.at(m * 16 + row, own), lower = *(const Words*)tile.at(m * 16 + row + 8, own);
+        const Words upper = *(const Words*)tile.at(m * 16 + row, own);
+        const Words lower = *(const Words*)tile.at(m * 16 + row + 8, own);
         const word up[4] = {upper.x, upper.y, upper.z, upper.w}, low[4] = {lower.x, lower.y, lower.z, lower.w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -217,14 +220,15 @@ struct Window {
     }
 };
 
+// Taps and bias times log2(e), which spares the exponential a product.
 struct Filter {
     Pair taps[FILTER], bias;
 
     __device__ Filter(int direction, int channel, const float* filters, const float* conv_bias) {
         for (int k = 0; k < FILTER; k++) {
-            taps[k] = *(const Pair*)(filters + (direction * FILTER + k) * PADDED + channel);
+            taps[k] = LOG2E * *(const Pair*)(filters + (direction * FILTER + k) * PADDED + channel);
         }
-        bias = *(const Pair*)(conv_bias + direction * PADDED + channel);
+        bias = LOG2E * *(const Pair*)(conv_bias + direction * PADDED + channel);
     }
     // The last tap times the last row, or the first one.
     __device__ Pair straight(const Window& window, Pair total) const {
@@ -259,37 +263,40 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     const float* filters, const float* conv_bias, const half_word* proj_t, const half_word* dt_t, half_word* grad_x,
     half_word* grad_projections, half_word* grad_conv, int batch, int tokens, int most
 ) {
-    const Place at(batch, tokens, most);
+    const Rows rows0(0, batch, tokens, most), rows1(1, batch, tokens, most);
     char* shared = launched_shared();
     const Tile tile0(shared, 0), tile1(shared, 1);
-    copy_rows(at, 0, tile0, grad_u);
-    copy_rows(at, 1, tile1, grad_u);
-    constexpr int PRODUCTS = 2 * (ROWS / 16), SUMS = 2 * (ROWS / 4);
+    copy_rows(rows0, tile0, grad_u);
+    copy_rows(rows1, tile1, grad_u);
+    constexpr int PRODUCTS = 2 * (ROWS / 16), SUMS = 2 * (ROWS / 8);
     for (int unit = warp(); unit < PRODUCTS; unit += WARPS) {
         const int direction = unit % 2;
-        project_steps(at, direction, unit / 2 * 16, {shared, direction}, grad_delta, dt_t);
+        const Rows rows(direction, batch, tokens, most);
+        project_steps(rows, direction, unit / 2 * 16, {shared, direction}, grad_delta, dt_t);
     }
     constexpr int BUSY = WARPS > PRODUCTS ? PRODUCTS : 0;   // warps with a product leave the sums to the others
-#pragma unroll 2
-    for (int unit = warp() - BUSY; unit < SUMS; unit += WARPS - BUSY) {
-        if (unit < 0) break;
+    const int idle = warp() - BUSY;
+    for (int unit = idle < 0 ? SUMS : idle; unit < SUMS; unit += WARPS - BUSY) {
         const int direction = unit % 2;
-        add_blocks(at, direction, unit / 2 * 4, {shared, direction}, partial_BC);
+        const Rows rows(direction, batch, tokens, most);
+        const long stride = (long)batch * tokens * VECTORS;
+        add_blocks(rows, direction, unit / 2 * 8, stride, {shared, direction}, partial_BC);
     }
     sync_block();
 #if KEEP
     for (int k = warp() * 32 + lane(); k < ROWS * COLUMNS; k += WARPS * 32) {   // words of both directions
         const int direction = k / (ROWS * COLUMNS / 2), row = k / (COLUMNS / 2) % ROWS, column = k % (COLUMNS / 2) * 2;
-        if (at.owns(direction, row)) {
-            *(word*)(grad_projections + at.index(direction, row) * COLUMNS + column) =
+        const Rows rows(direction, batch, tokens, most);
+        if (rows.own(row)) {
+            *(word*)(grad_projections + (rows.index + row) * COLUMNS + column) =
                 Projections(shared, direction).at(row, column);
         }
     }
 #endif
     const int channel = warp() * 64 + lane() * 2;
     const bool live = channel < WIDTH;
-    const half_word* row_x = x + at.index(at.first) * 2 * WIDTH + channel;
-    Inputs inputs(row_x, live ? min(at.rows(), tokens - at.first) : 0);
+    const half_word* row_x = x + rows0.index * 2 * WIDTH + channel;
+    Inputs inputs(row_x, live ? rows0.end : 0);
     wait_for_copies();
     sync_warp();
 #pragma unroll 1
@@ -303,14 +310,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     const Filter filter0(0, channel, filters, conv_bias), filter1(1, channel, filters, conv_bias);
     Window seen, grads0, grads1;
     for (int k = HALO; k > 0; k--) {
-        seen.push(activation(k <= at.first ? *(const word*)(row_x - k * 2 * WIDTH) : 0));
+        seen.push(activation(k <= rows0.token ? *(const word*)(row_x - k * 2 * WIDTH) : 0));
     }
-    half_word* out = grad_x + at.index(at.first - HALO) * 2 * WIDTH + channel;
+    half_word* out = grad_x + (rows0.index - HALO) * 2 * WIDTH + channel;
 #if KEEP
-    half_word *out0 = grad_conv + at.index(0, 0) * WIDTH + channel, *out1 = grad_conv + at.index(1, 0) * WIDTH + channel;
+    half_word *out0 = grad_conv + rows0.index * WIDTH + channel, *out1 = grad_conv + rows1.index * WIDTH + channel;
 #endif
 #pragma unroll 1
-    for (int base = 0; base < at.rows(); base += GROUP) {
+    for (int base = 0; base < rows0.count + HALO; base += GROUP) {
         Pair arrived[GROUP];
 #pragma unroll
         for (int k = 0; k < GROUP; k++) arrived[k] = activation(inputs.ahead[k]);
@@ -324,10 +331,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
             grads0.push(activation(*(const word*)tile0.at(row, channel)) * slope0);
             grads1.push(activation(*(const word*)tile1.at(row, channel)) * slope1);
             const Pair total = filter1.straight(grads1, filter0.reversed(grads0, {0.0f, 0.0f}));
-            if (at.owns(1, row)) *(word*)(out + k * 2 * WIDTH) = rounded(total);
+            if (rows1.own(row)) *(word*)(out + k * 2 * WIDTH) = rounded(LN2 * total);
 #if KEEP
-            if (at.owns(0, row)) *(word*)(out0 + k * WIDTH) = rounded(grads0.rows[HALO]);
-            if (at.owns(1, row)) *(word*)(out1 + k * WIDTH) = rounded(grads1.rows[HALO]);
+            if (rows0.own(row)) *(word*)(out0 + k * WIDTH) = rounded(grads0.rows[HALO]);
+            if (rows1.own(row)) *(word*)(out1 + k * WIDTH) = rounded(grads1.rows[HALO]);
 #endif
         }
         out += GROUP * 2 * WIDTH;

@@ -10,24 +10,18 @@ import torch
 from torch import Tensor
 
 from vimtune.ops.nvrtc import runtime
-from vimtune.ops.nvrtc.prepare import PackedWeights, padded_width
+from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width
 
 SOURCE = "prepare_backward.cu"
 MAX_FILTER = 8
 MAX_WIDTH = 2048  # two channels a thread
-MAX_SHARED = 160 * 1024
-"""Bytes that a block may have on every supported GPU."""
+EMULATED_SHARED = 160 * 1024
 
 
-def covers(dtype: torch.dtype, inner: int, num_columns: int, width: int) -> bool:
-    """Whether the kernel exists for activations of this dtype, filters of `width`, and these sizes."""
-    return (
-        dtype in (torch.bfloat16, torch.float16)
-        and inner % 8 == 0
-        and padded_width(inner) <= MAX_WIDTH
-        and width <= MAX_FILTER
-        and shared_bytes(inner, num_columns) <= MAX_SHARED
-    )
+def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
+    """Whether the kernel exists for these sizes, with filters of `width`, on this device."""
+    fits = inner % 8 == 0 and padded_width(inner) <= MAX_WIDTH and width <= MAX_FILTER
+    return fits and _rows(inner, columns(rank), device) > 0
 
 
 def prepare_backward(
@@ -58,7 +52,7 @@ def prepare_backward(
     num_columns, width = weights.proj_t.shape[2], weights.filters.shape[1]
     grad_projections = grad_u.new_empty((2, batch, tokens, num_columns) if keep else (0,))
     grad_conv = torch.empty_like(grad_u) if keep else grad_u.new_empty(0)
-    rows = _rows(inner)
+    rows = _rows(inner, num_columns, x.device)
     tiles = -(-tokens // (rows - width + 1))
     tokens_of_block = -(-tokens // tiles)
     constants = (
@@ -79,16 +73,19 @@ def prepare_backward(
                 *(grad_u, grad_delta, partial_BC, x, weights.filters, weights.conv_bias, weights.proj_t),
                 *(weights.dt_t, grad_x, grad_projections, grad_conv, batch, tokens, tokens_of_block),
             ],
-            shared_bytes(inner, num_columns),
+            _shared_bytes(rows, inner, num_columns),
         )
     return (grad_projections, grad_conv) if keep else (None, None)
 
 
-def shared_bytes(inner: int, num_columns: int) -> int:
-    """Shared memory of a block: rows of both directions with all channels and with B | C | dt_r."""
-    return 2 * _rows(inner) * (padded_width(inner) + num_columns) * 2
+def _rows(inner: int, num_columns: int, device: torch.device) -> int:
+    """Rows of a block: the more, the fewer are computed twice. 0 if shared memory does not suffice."""
+    limit = EMULATED_SHARED
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return next((rows for rows in (32, 16) if _shared_bytes(rows, inner, num_columns) <= limit), 0)
 
 
-def _rows(inner: int) -> int:
-    """Rows of a block, as many as leave room for a second one on a multiprocessor if it is not too wide."""
-    return 32 if padded_width(inner) <= 768 else 16
+def _shared_bytes(rows: int, inner: int, num_columns: int) -> int:
+    """Of both directions, all channels and B | C | dt_r."""
+    return 2 * rows * (padded_width(inner) + num_columns) * 2
