@@ -60,6 +60,6 @@ def emulated_kernels(tmp_path_factory):
 
 @pytest.fixture
 def on_cpu(emulated_kernels, monkeypatch):
-    """Run the kernels of backend `nvrtc` on CPU tensors (those of Triton around them need its interpreter)."""
+    """Run the kernels of backend `nvrtc` on CPU tensors; the few of Triton need its interpreter."""
     monkeypatch.setattr(NvrtcBackend, "refusals", lambda self, device: [])
     monkeypatch.setattr(runtime, "load_kernel", emulated_kernels)

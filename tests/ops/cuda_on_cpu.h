@@ -145,6 +145,7 @@ inline void wait_for_copies() {
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
 inline Pair from_fp16(word pair) {

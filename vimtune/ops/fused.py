@@ -9,7 +9,8 @@ Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter w
 """
 
 # No `from __future__ import annotations`: TorchScript has to read those of DirectionWeights.
-from typing import NamedTuple, Optional
+from types import ModuleType
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -103,23 +104,21 @@ def _scan(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from vimtune.ops.triton import mixer
-
     weights = _by_direction(
         [
             *(conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0),
             *(conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1),
         ]
     )
-    return mixer.forward(xz.contiguous(), weights, save, backend)
+    return _kernels(backend, xz, weights[0]).forward(xz.contiguous(), weights, save)
 
 
 @_scan.register_fake
 def _(xz, *rest):
-    from vimtune.ops.triton import mixer
-
-    A_log, dt_proj, save, backend = rest[5], rest[3], rest[-2], rest[-1]
-    projections, states = mixer.shapes(xz, A_log.shape[1], dt_proj.shape[1], backend, save)
+    *weights, save, backend = rest
+    head = DirectionWeights(*weights[:NUM_WEIGHTS])
+    kernels = _kernels(backend, xz, head)
+    projections, states = kernels.shapes(xz, head.A_log.shape[1], head.dt_proj.shape[1], save)
     batch, tokens, twice = xz.shape
     return (
         xz.new_empty((batch, tokens, twice // 2)),
@@ -138,19 +137,11 @@ def _scan_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    from vimtune.ops.triton import mixer
-
     wanted = needs[1:]
     halves = [wanted[:NUM_WEIGHTS], wanted[NUM_WEIGHTS:]]
-    grad_xz, found = mixer.backward(
-        grad.to(xz.dtype).contiguous(),
-        xz.contiguous(),
-        projections,
-        states,
-        _by_direction(weights),
-        needs[0],
-        halves,
-        backend,
+    directions = _by_direction(weights)
+    grad_xz, found = _kernels(backend, xz, directions[0]).backward(
+        grad.to(xz.dtype).contiguous(), xz.contiguous(), projections, states, directions, needs[0], halves
     )
     flat = [grad_xz, *found[0], *found[1]]
     return [xz.new_empty(0) if gradient is None else gradient for gradient in flat]
@@ -184,6 +175,18 @@ def _autograd(ctx, grad, _grad_projections, _grad_states):
 _scan.register_autograd(_autograd, setup_context=_setup)
 
 
-def _by_direction(weights: list[Tensor | None]) -> list[list[Tensor | None]]:
-    flat = [None if weight is None else weight.contiguous() for weight in weights]
-    return [flat[:NUM_WEIGHTS], flat[NUM_WEIGHTS:]]
+def _by_direction(weights: list[Tensor | None]) -> list[DirectionWeights]:
+    flat: list[Any] = [None if weight is None else weight.contiguous() for weight in weights]
+    return [DirectionWeights(*flat[:NUM_WEIGHTS]), DirectionWeights(*flat[NUM_WEIGHTS:])]
+
+
+def _kernels(backend: str, xz: Tensor, weights: DirectionWeights) -> ModuleType:
+    """The module that runs the operation; `nvrtc` leaves to Triton what it does not cover."""
+    if backend == "nvrtc":
+        from vimtune.ops.nvrtc import mixer as native
+
+        if native.covers(xz, weights):
+            return native
+    from vimtune.ops.triton import mixer
+
+    return mixer

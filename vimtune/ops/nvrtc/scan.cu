@@ -323,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
             others.fetch(slot ^ 1);
             sync_warp();
             const int steps = min(STAGE, end - base);
-#pragma unroll 2
+#pragma unroll 1
             for (int step = 0; step < steps; step++) {
                 const Pair ut = activation(us.at(slot, step)), dt = from_fp16(dts.at(slot, step));
                 const Pair z = activation(gates.at(slot, step)), g = 0.5f * activation(grads.at(slot, step));
@@ -395,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
         past_terms.fetch(slot ^ 1);
         sync_warp();
         const int steps = min(STAGE, tokens - base);
-#pragma unroll 2
+#pragma unroll 1
         for (int step = 0; step < steps; step++) {
             const Pair ut = activation(us.at(slot, step)), dt = from_fp16(dts.at(slot, step));
             const Pair z = activation(gates.at(slot, step)), g = 0.5f * activation(grads.at(slot, step));

@@ -2,7 +2,6 @@
 
 For the backward only B | C | dt_r (2, B, L, 2 NP + RP) and at most a few states are kept. The convolved
 input and the time step exist for the duration of one call: they are computed again for the backward.
-The scan itself runs in Triton, or in the CUDA kernels of backend `nvrtc` where they cover the sizes.
 
 Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
 """
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vimtune.ops.nvrtc import scan as native
 from vimtune.ops.triton import launch
 from vimtune.ops.triton.common import next_power_of_2
 from vimtune.ops.triton.convolution import adjoint, transposed, weight_gradients
@@ -30,8 +28,6 @@ CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, D = range(7)
 
 Weights = Sequence[Sequence[Any]]
 """Per direction, tensors in the order above; CONV_BIAS may be None."""
-
-Gradients = launch.ScanGradients | native.ScanGradients
 
 
 @dataclass(frozen=True)
@@ -59,29 +55,18 @@ def _sizes(xz: Tensor, num_states: int, rank: int) -> _Sizes:
     return _Sizes(batch, tokens, twice // 2, num_states, rank, padded, max(next_power_of_2(rank), 16))
 
 
-def _runs_natively(backend: str, xz: Tensor, sizes: _Sizes) -> bool:
-    return backend == "nvrtc" and native.covers(xz.dtype, sizes.inner, sizes.states)
-
-
-def shapes(
-    xz: Tensor, num_states: int, rank: int, backend: str, save: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and fp32 states."""
     sizes = _sizes(xz, num_states, rank)
-    states: tuple[int, ...] = (0,)
-    if save and not _runs_natively(backend, xz, sizes):
-        states = (2, sizes.batch, launch.num_chunks(sizes.tokens) - 1, num_states, sizes.inner)
-    return (2, sizes.batch, sizes.tokens, sizes.columns), states
+    states = (2, sizes.batch, launch.num_chunks(sizes.tokens) - 1, num_states, sizes.inner)
+    return (2, sizes.batch, sizes.tokens, sizes.columns), states if save else (0,)
 
 
-def forward(xz: Tensor, weights: Weights, save: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
     sizes = _sizes(xz, weights[0][A_LOG].shape[1], weights[0][DT_PROJ].shape[1])
     projections = torch.empty((2, sizes.batch, sizes.tokens, sizes.columns), dtype=xz.dtype, device=xz.device)
     u, delta = _prepare(xz[..., : sizes.inner], weights, projections, sizes, project=True)
-    if _runs_natively(backend, xz, sizes):
-        out = native.scan_forward(u, delta, projections, _both(weights, A_LOG), _both(weights, D), xz)
-        return out, projections, torch.empty(0, dtype=torch.float32, device=xz.device)
     out = torch.empty((sizes.batch, sizes.tokens, sizes.inner), dtype=xz.dtype, device=xz.device)
     inputs = _scan_inputs(u, delta, projections, weights, sizes)
     return out, projections, launch.scan_forward(inputs, xz[..., sizes.inner :], out, 0.5, save)
@@ -95,7 +80,6 @@ def backward(
     weights: Weights,
     need_xz: bool,
     needs: Sequence[Sequence[bool]],
-    backend: str,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """Gradient of `xz` and, per direction, of the weights; None where `needs` is False."""
     sizes = _sizes(xz, weights[0][A_LOG].shape[1], weights[0][DT_PROJ].shape[1])
@@ -108,42 +92,64 @@ def backward(
     need_projection = need_conv or anywhere(X_PROJ)
     u, delta = _prepare(x, weights, projections, sizes, project=False)
     grad_xz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
-    gradients: Gradients
-    if _runs_natively(backend, xz, sizes):
-        gradients = native.scan_backward(
-            grad, u, delta, projections, _both(weights, A_LOG), _both(weights, D), xz, grad_xz,
-            need_parameters=anywhere(A_LOG, D, DT_BIAS),
-        )  # fmt: skip
-    else:
-        z = xz[..., sizes.inner :]
-        gradients = launch.scan_backward(
-            _scan_inputs(u, delta, projections, weights, sizes),
-            launch.gate_gradient(grad, z, 0.5),
-            states,
-            launch.ScanNeeds(
-                u=need_conv,
-                delta=need_projection or anywhere(DT_PROJ),
-                A=anywhere(A_LOG),
-                BC=need_projection,
-                D=anywhere(D),
-                y=need_xz,
-                bias=anywhere(DT_BIAS),
-            ),
-        )
-        if need_xz:
-            launch.gate_finish(grad, z, gradients.y, grad_xz[..., sizes.inner :], 0.5)
+    z = xz[..., sizes.inner :]
+    gradients = launch.scan_backward(
+        _scan_inputs(u, delta, projections, weights, sizes),
+        launch.gate_gradient(grad, z, 0.5),
+        states,
+        launch.ScanNeeds(
+            u=need_conv,
+            delta=need_projection or anywhere(DT_PROJ),
+            A=anywhere(A_LOG),
+            BC=need_projection,
+            D=anywhere(D),
+            y=need_xz,
+            bias=anywhere(DT_BIAS),
+        ),
+    )
+    if need_xz:
+        launch.gate_finish(grad, z, gradients.y, grad_xz[..., sizes.inner :], 0.5)
     grad_projections = None
     if need_projection:
         grad_projections = _prepare_backward(x, weights, gradients, sizes, spread=need_conv)
     if need_xz:
-        filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
+        filters = [transposed(weight) for weight in both(weights, CONV_WEIGHT)]
         adjoint(gradients.u[0], gradients.u[1], *filters, grad_xz[..., : sizes.inner], use=(True, True))
 
+    found = ParameterGradients(
+        gradients.A, gradients.D, gradients.bias, gradients.delta, gradients.u, grad_projections
+    )
+    return grad_xz if need_xz else None, parameter_gradients(found, needs, weights, x, u, projections)
+
+
+@dataclass(frozen=True)
+class ParameterGradients:
+    """What the gradients of the weights are made of; None or empty where nobody needs it.
+
+    A_log (2, E, N), D and dt_bias (2, E), those of the time step before softplus and of conv(x)
+    (2, B, L, E), and of B | C | dt_r (2, B L, 2 NP + RP).
+    """
+
+    A_log: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    delta: Tensor
+    conv: Tensor | None
+    projections: Tensor | None
+
+
+def parameter_gradients(
+    gradients: ParameterGradients,
+    needs: Sequence[Sequence[bool]],
+    weights: Weights,
+    x: Tensor,
+    u: Tensor,
+    projections: Tensor,
+) -> list[list[Tensor | None]]:
+    """Gradients of the weights in their order and dtype, None where `needs` is False."""
     result = []
     for index in (0, 1):
-        found = _weight_gradients(
-            index, needs[index], weights, x, u, projections, grad_projections, gradients, sizes
-        )
+        found = _of_one_direction(index, needs[index], gradients, weights, x, u, projections)
         result.append(
             [
                 None
@@ -152,32 +158,28 @@ def backward(
                 for value, own in zip(found, weights[index], strict=True)
             ]
         )
-    return grad_xz if need_xz else None, result
+    return result
 
 
-def _weight_gradients(index, wanted, weights, x, u, projections, grad_projections, gradients, sizes):
-    """Gradients of one direction's weights in the order of `weights`, None where not wanted."""
-    padded = sizes.padded_states
+def _of_one_direction(index, wanted, gradients, weights, x, u, projections):
+    rank, states = weights[index][DT_PROJ].shape[1], weights[index][A_LOG].shape[1]
+    padded = launch.padded_states(states, launch.is_low(x))
     found: list[Tensor | None] = [None] * 7
     if wanted[CONV_WEIGHT] or wanted[CONV_BIAS]:
         width = weights[index][CONV_WEIGHT].shape[1]
-        weight, bias = weight_gradients(gradients.u[index], x, width, bool(index))
+        weight, bias = weight_gradients(gradients.conv[index], x, width, bool(index))
         found[CONV_WEIGHT] = weight if wanted[CONV_WEIGHT] else None
         found[CONV_BIAS] = bias if wanted[CONV_BIAS] else None
     if wanted[X_PROJ]:
-        rows = grad_projections[index].t() @ u[index].flatten(0, 1)
+        rows = gradients.projections[index].t() @ u[index].flatten(0, 1)
         found[X_PROJ] = torch.cat(
-            [
-                rows[2 * padded : 2 * padded + sizes.rank],
-                rows[: sizes.states],
-                rows[padded : padded + sizes.states],
-            ]
+            [rows[2 * padded : 2 * padded + rank], rows[:states], rows[padded : padded + states]]
         )
     if wanted[DT_PROJ]:
-        low_rank = projections[index, ..., 2 * padded : 2 * padded + sizes.rank].flatten(0, 1)
+        low_rank = projections[index, ..., 2 * padded : 2 * padded + rank].flatten(0, 1)
         found[DT_PROJ] = gradients.delta[index].flatten(0, 1).t() @ low_rank
-    found[DT_BIAS] = gradients.bias[index] if wanted[DT_BIAS] else None
-    found[A_LOG] = gradients.A[index] if wanted[A_LOG] else None
+    found[DT_BIAS] = gradients.dt_bias[index] if wanted[DT_BIAS] else None
+    found[A_LOG] = gradients.A_log[index] if wanted[A_LOG] else None
     found[D] = gradients.D[index] if wanted[D] else None
     return found
 
@@ -193,22 +195,22 @@ def _prepare(
     delta = torch.empty_like(u, dtype=torch.float16 if launch.is_low(u) else torch.float32)
     with torch.cuda.device_of(x):
         prepare_kernel[(-(-sizes.rows // PREPARE_ROWS), 2)](
-            x, *_convolution(x, weights), *_both(weights, X_PROJ), *_both(weights, DT_PROJ),
-            *_both(weights, DT_BIAS), u, projections, delta, x.stride(0), x.stride(1),
+            x, *_convolution(x, weights), *both(weights, X_PROJ), *both(weights, DT_PROJ),
+            *both(weights, DT_BIAS), u, projections, delta, x.stride(0), x.stride(1),
             sizes.rows, sizes.tokens, sizes.inner, **_tile(x, weights, sizes), PROJECT=project,
         )  # fmt: skip
     return u, delta
 
 
 def _prepare_backward(
-    x: Tensor, weights: Weights, gradients: Gradients, sizes: _Sizes, spread: bool
+    x: Tensor, weights: Weights, gradients: launch.ScanGradients, sizes: _Sizes, spread: bool
 ) -> Tensor:
     """Gradient of B | C | dt_r, (2, B L, P); with `spread`, `gradients.u` becomes that of conv(x)."""
     out = torch.empty((2, sizes.rows, sizes.columns), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         prepare_backward_kernel[(-(-sizes.rows // PREPARE_ROWS), 2)](
-            gradients.BC, gradients.delta, x, *_convolution(x, weights), *_both(weights, X_PROJ),
-            *_both(weights, DT_PROJ), out, gradients.u, x.stride(0), x.stride(1),
+            gradients.BC, gradients.delta, x, *_convolution(x, weights), *both(weights, X_PROJ),
+            *both(weights, DT_PROJ), out, gradients.u, x.stride(0), x.stride(1),
             sizes.rows, sizes.tokens, sizes.inner, gradients.BC.shape[1],
             **_tile(x, weights, sizes), SPREAD=spread,
         )  # fmt: skip
@@ -217,8 +219,8 @@ def _prepare_backward(
 
 def _convolution(x: Tensor, weights: Weights) -> list[Tensor]:
     """Filters (K, E) and biases of both directions; any tensor for a bias that is not there."""
-    filters = [transposed(weight) for weight in _both(weights, CONV_WEIGHT)]
-    return filters + [x if bias is None else bias for bias in _both(weights, CONV_BIAS)]
+    filters = [transposed(weight) for weight in both(weights, CONV_WEIGHT)]
+    return filters + [x if bias is None else bias for bias in both(weights, CONV_BIAS)]
 
 
 def _tile(x: Tensor, weights: Weights, sizes: _Sizes) -> dict[str, Any]:
@@ -255,5 +257,5 @@ def _scan_inputs(
     )
 
 
-def _both(weights: Weights, name: int) -> list[Any]:
+def both(weights: Weights, name: int) -> list[Any]:
     return [weights[0][name], weights[1][name]]

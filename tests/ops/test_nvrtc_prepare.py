@@ -1,0 +1,98 @@
+"""The CUDA C++ in front of the scan answers to its definition; without a GPU it runs in the emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vimtune.ops import reference
+from vimtune.ops.nvrtc import prepare
+
+NUM_STATES = 16
+TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("on_cpu")
+    return "cpu"
+
+
+def build_weights(inner, rank, width, bias, device, seed=0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(*shape, scale=1.0):
+        return [(torch.randn(*shape, generator=generator) * scale).to(device) for _ in range(2)]
+
+    return {
+        "conv_weight": pair(inner, width, scale=0.5),
+        "conv_bias": pair(inner) if bias else [None, None],
+        "x_proj": pair(rank + 2 * NUM_STATES, inner, scale=inner**-0.5),
+        "dt_proj": pair(inner, rank, scale=rank**-0.5),
+        "dt_bias": [b - 3 for b in pair(inner, scale=2.0)],
+    }
+
+
+def definition(x, weights, dtype):
+    """u, time steps and B | C | dt_r in fp64, rounded where the kernels round."""
+    us, deltas, projections = [], [], []
+    for d in (0, 1):
+        own = {name: None if value[d] is None else value[d].double() for name, value in weights.items()}
+        u = reference.causal_conv1d(x.double(), own["conv_weight"], own["conv_bias"], True, bool(d))
+        rank = own["dt_proj"].shape[1]
+        rows = (u.to(dtype).double() @ own["x_proj"].to(dtype).double().t()).to(dtype).double()
+        dt, BC = rows[..., :rank], rows[..., rank:]
+        raw = dt @ own["dt_proj"].to(dtype).double().t() + own["dt_bias"]
+        us.append(u)
+        deltas.append(F.softplus(raw))
+        projections.append(torch.cat([BC, dt], dim=-1))
+    return torch.stack(us), torch.stack(deltas), torch.stack(projections)
+
+
+def assert_close(actual, expected, tolerance, label):
+    assert actual.shape == expected.shape, label
+    error = (actual.double() - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"{label}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, inner, rank, width, bias, dtype",
+    [
+        (1, 1, 8, 1, 4, True, torch.bfloat16),
+        (2, 5, 40, 3, 2, False, torch.float16),
+        (1, 33, 72, 17, 4, True, torch.bfloat16),
+        (1, 40, 648, 40, 4, True, torch.bfloat16),
+        (1, 197, 384, 12, 4, True, torch.float16),
+    ],
+)
+def test_prepare(device, batch, tokens, inner, rank, width, bias, dtype):
+    weights = build_weights(inner, rank, width, bias, device)
+    xz = torch.randn(batch, tokens, 2 * inner, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    x = xz[..., :inner]
+    expected = definition(x, weights, dtype)
+    packed = prepare.pack_weights(**weights, dtype=dtype)
+    u, delta, projections = prepare.prepare(x, packed)
+    tolerance = TOLERANCES[dtype]
+    assert_close(u, expected[0], tolerance, "u")
+    assert_close(projections[..., : 2 * NUM_STATES + rank], expected[2], tolerance, "projections")
+    assert not projections[..., 2 * NUM_STATES + rank :].any(), "padding is zero"
+    # dt_r was rounded: compare the time steps with what follows from the rounded ones.
+    low_rank = projections[..., 2 * NUM_STATES : 2 * NUM_STATES + rank].double()
+    dt_proj = torch.stack(weights["dt_proj"]).to(dtype).double()
+    raw = torch.einsum("dblr,der->dble", low_rank, dt_proj)
+    exact = F.softplus(raw + torch.stack(weights["dt_bias"]).double()[:, None, None])
+    torch.testing.assert_close(delta.double(), exact, rtol=1e-3, atol=1e-7)
+
+    again = prepare.prepare(x, packed, projections)
+    assert torch.equal(again[0], u) and torch.equal(again[1], delta)
+
+
+def test_what_is_covered():
+    cpu = torch.device("cpu")
+    assert prepare.covers(384, 12, 4, cpu)
+    assert prepare.covers(1536, 48, 4, cpu)
+    assert not prepare.covers(388, 12, 4, cpu)
+    assert not prepare.covers(4096, 128, 4, cpu)

@@ -1,0 +1,95 @@
+"""Both directions of the Vim mixer, between its two large projections, in CUDA C++: forward and backward.
+
+The same interface as `vimtune.ops.triton.mixer`. For the backward only B | C | dt_r are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vimtune.ops.nvrtc import prepare, scan
+from vimtune.ops.nvrtc.prepare_backward import prepare_backward
+from vimtune.ops.triton.mixer import (
+    A_LOG,
+    CONV_BIAS,
+    CONV_WEIGHT,
+    DT_BIAS,
+    DT_PROJ,
+    X_PROJ,
+    D,
+    ParameterGradients,
+    Weights,
+    both,
+    parameter_gradients,
+)
+
+
+def covers(xz: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether the kernels exist for these activations (B, L, 2 E) and one direction's weights."""
+    inner, num_states = weights[A_LOG].shape
+    rank, width = weights[DT_PROJ].shape[1], weights[CONV_WEIGHT].shape[1]
+    covered = scan.covers(xz.dtype, inner, num_states)
+    return covered and prepare.covers(inner, rank, width, xz.device)
+
+
+def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and nothing."""
+    batch, tokens, _ = xz.shape
+    return (2, batch, tokens, prepare.columns(rank)), (0,)
+
+
+def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
+    u, delta, projections = prepare.prepare(_x(xz), _packed(weights, xz.dtype))
+    out = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz)
+    return out, projections, torch.empty(0, dtype=torch.float32, device=xz.device)
+
+
+def backward(
+    grad: Tensor,
+    xz: Tensor,
+    projections: Tensor,
+    states: Tensor,
+    weights: Weights,
+    need_xz: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """Gradient of `xz` and, per direction, of the weights; None where `needs` is False."""
+
+    def anywhere(*names: int) -> bool:
+        return any(direction[name] for direction in needs for name in names)
+
+    packed = _packed(weights, xz.dtype)
+    u, delta, _ = prepare.prepare(_x(xz), packed, projections)
+    grad_xz = torch.empty_like(xz)
+    found = scan.scan_backward(
+        grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, grad_xz,
+        need_parameters=anywhere(A_LOG, D, DT_BIAS),
+    )  # fmt: skip
+    grad_projections, grad_conv = prepare_backward(
+        found.u, found.delta, found.BC, _x(xz), packed, _x(grad_xz),
+        keep=anywhere(CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
+    )  # fmt: skip
+    parts = ParameterGradients(
+        found.A,
+        found.D,
+        found.bias,
+        found.delta,
+        grad_conv,
+        None if grad_projections is None else grad_projections.flatten(1, 2),
+    )
+    return grad_xz if need_xz else None, parameter_gradients(parts, needs, weights, _x(xz), u, projections)
+
+
+def _x(xz: Tensor) -> Tensor:
+    """The half that is convolved."""
+    return xz[..., : xz.shape[-1] // 2]
+
+
+def _packed(weights: Weights, dtype: torch.dtype) -> prepare.PackedWeights:
+    return prepare.pack_weights(
+        *(both(weights, name) for name in (CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS)), dtype=dtype
+    )

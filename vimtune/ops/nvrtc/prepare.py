@@ -1,0 +1,153 @@
+"""Launches of the kernels of prepare.cu: convolution, x_proj and time steps of both directions.
+
+Shape letters: B batch, L tokens, E inner width (W rounded up to 64), R dt rank (padded), K filter width,
+P = 2 N + R columns of `projections`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vimtune.ops.nvrtc import runtime
+from vimtune.ops.nvrtc.scan import NUM_STATES
+
+SOURCE = "prepare.cu"
+MAX_WIDTH = 2048
+MAX_FILTER = 8
+
+
+class PackedWeights(NamedTuple):
+    """The mixer's small weights of both directions (first index) as the kernels read them, padded with zeros.
+
+    fp32: filters (2, K, W), conv_bias, dt_bias (2, W). In the dtype of the activations, with x_proj's
+    rows in the order B | C | dt_r: proj (2, P, W), proj_t (2, W, P), dt (2, W, R), dt_t (2, R, W).
+    """
+
+    filters: Tensor
+    conv_bias: Tensor
+    proj: Tensor
+    proj_t: Tensor
+    dt: Tensor
+    dt_t: Tensor
+    dt_bias: Tensor
+
+
+def padded_width(inner: int) -> int:
+    return -(-inner // 64) * 64
+
+
+def columns(rank: int) -> int:
+    """P, given dt_proj's rank."""
+    return 2 * NUM_STATES + max(16, 1 << (rank - 1).bit_length())
+
+
+def shared_bytes(inner: int, num_columns: int, project: bool) -> int:
+    """Shared memory of a block."""
+    rows = _max_rows(inner)
+    return (rows * (padded_width(inner) + 4) * 4 if project else 0) + 4 * rows * (num_columns - 32 + 8)
+
+
+def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
+    """Whether the kernels exist for these sizes, with filters of `width`, on this device."""
+    if inner % 8 != 0 or padded_width(inner) > MAX_WIDTH or width > MAX_FILTER:
+        return False
+    if device.type != "cuda":
+        return True
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return shared_bytes(inner, columns(rank), True) <= limit
+
+
+def pack_weights(
+    conv_weight: Sequence[Tensor],
+    conv_bias: Sequence[Tensor | None],
+    x_proj: Sequence[Tensor],
+    dt_proj: Sequence[Tensor],
+    dt_bias: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> PackedWeights:
+    """Pack both directions: filters (E, K), biases (E,), x_proj (R + 2 N, E), dt_proj (E, R)."""
+    inner, width = conv_weight[0].shape
+    rank, device = dt_proj[0].shape[1], x_proj[0].device
+    num_columns, padded = columns(rank), padded_width(inner)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    packed = PackedWeights(
+        empty(2, width, padded),
+        empty(2, padded),
+        empty(2, num_columns, padded, dtype=dtype),
+        empty(2, padded, num_columns, dtype=dtype),
+        empty(2, padded, num_columns - 2 * NUM_STATES, dtype=dtype),
+        empty(2, num_columns - 2 * NUM_STATES, padded, dtype=dtype),
+        empty(2, padded),
+    )
+    biases = [conv_weight[0] if bias is None else bias for bias in conv_bias]
+    inputs = [w.float().contiguous() for w in (*conv_weight, *biases, *x_proj, *dt_proj, *dt_bias)]
+    outputs = [
+        *(packed.filters, packed.conv_bias, packed.proj, packed.proj_t),
+        *(packed.dt, packed.dt_t, packed.dt_bias),
+    ]
+    with torch.cuda.device_of(inputs[0]):
+        kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, device)
+        kernel((padded // 64, 2 * num_columns), 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)])
+    return packed
+
+
+def prepare(
+    x: Tensor, weights: PackedWeights, projections: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolved inputs (2, B, L, E), time steps (2, B, L, E) in fp16 and projections (2, B, L, P).
+
+    Args:
+        x: first half of a contiguous (B, L, 2 E).
+        weights: see `pack_weights`.
+        projections: what an earlier call found, to be used instead of computed.
+    """
+    batch, tokens, inner = x.shape
+    num_columns, width = weights.proj.shape[1], weights.filters.shape[1]
+    project = projections is None
+    u = torch.empty((2, batch, tokens, inner), dtype=x.dtype, device=x.device)
+    delta = torch.empty_like(u, dtype=torch.float16)
+    if projections is None:
+        projections = torch.empty((2, batch, tokens, num_columns), dtype=x.dtype, device=x.device)
+    tiles = -(-tokens // _max_rows(inner))
+    with torch.cuda.device_of(x):
+        kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, x.device)
+        kernel(
+            (tiles, batch),
+            padded_width(inner) // 2,
+            [
+                *(x, weights.filters, weights.conv_bias, weights.proj, weights.dt, weights.dt_bias),
+                *(u, projections, delta, batch, tokens, -(-tokens // tiles)),
+            ],
+            shared_bytes(inner, num_columns, project),
+        )
+    return u, delta, projections
+
+
+def _max_rows(inner: int) -> int:
+    return 32 if padded_width(inner) <= 640 else 16
+
+
+def _kernel(
+    name: str,
+    inner: int,
+    num_columns: int,
+    width: int,
+    dtype: torch.dtype,
+    project: bool,
+    device: torch.device,
+) -> runtime.Kernel:
+    constants = (
+        ("WIDTH", inner),
+        ("COLUMNS", num_columns),
+        ("FILTER", width),
+        ("FP16", int(dtype == torch.float16)),
+        ("PROJECT", int(project)),
+    )
+    return runtime.load_kernel(SOURCE, name, constants, device.index)
