@@ -6,12 +6,12 @@ The same interface as `vimtune.ops.triton.mixer`. For the backward only B | C | 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vimtune.ops.nvrtc import prepare, scan
-from vimtune.ops.nvrtc.prepare_backward import prepare_backward
+from vimtune.ops.nvrtc import prepare, prepare_backward, scan
 from vimtune.ops.triton.mixer import (
     A_LOG,
     CONV_BIAS,
@@ -27,12 +27,12 @@ from vimtune.ops.triton.mixer import (
 )
 
 
-def covers(xz: Tensor, weights: Sequence[Tensor | None]) -> bool:
+def covers(xz: Tensor, weights: Sequence[Any]) -> bool:
     """Whether the kernels exist for these activations (B, L, 2 E) and one direction's weights."""
     inner, num_states = weights[A_LOG].shape
-    rank, width = weights[DT_PROJ].shape[1], weights[CONV_WEIGHT].shape[1]
+    sizes = inner, weights[DT_PROJ].shape[1], weights[CONV_WEIGHT].shape[1], xz.device
     covered = scan.covers(xz.dtype, inner, num_states)
-    return covered and prepare.covers(inner, rank, width, xz.device)
+    return covered and prepare.covers(*sizes) and prepare_backward.covers(*sizes)
 
 
 def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -69,7 +69,7 @@ def backward(
         grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, grad_xz,
         need_parameters=anywhere(A_LOG, D, DT_BIAS),
     )  # fmt: skip
-    grad_projections, grad_conv = prepare_backward(
+    grad_projections, grad_conv = prepare_backward.prepare_backward(
         found.u, found.delta, found.BC, _x(xz), packed, _x(grad_xz),
         keep=anywhere(CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
     )  # fmt: skip
@@ -91,5 +91,10 @@ def _x(xz: Tensor) -> Tensor:
 
 def _packed(weights: Weights, dtype: torch.dtype) -> prepare.PackedWeights:
     return prepare.pack_weights(
-        *(both(weights, name) for name in (CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS)), dtype=dtype
+        both(weights, CONV_WEIGHT),
+        both(weights, CONV_BIAS),
+        both(weights, X_PROJ),
+        both(weights, DT_PROJ),
+        both(weights, DT_BIAS),
+        dtype,
     )

@@ -95,7 +95,7 @@ def scan_backward(
     return found._replace(A=found.A.sum(1), D=found.D.sum(1), bias=found.bias.sum(1))
 
 
-def _launch(name: str, trained: bool, u: Tensor, projections: Tensor, arguments: list[Tensor | int]) -> None:
+def _launch(name: str, trained: bool, u: Tensor, projections: Tensor, arguments: Sequence[Tensor]) -> None:
     _, batch, tokens, inner = u.shape
     constants = (
         ("WIDTH", inner),
