@@ -6,6 +6,7 @@ Adding a method is one new file with a registered class (`lora.py` is the patter
 # In the order in which they are listed.
 from vimtune.adapters import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401, I001
 from vimtune.adapters.base import Method, get_method, list_methods, method_fields, register_method
+from vimtune.adapters.batched import shared_effective_weights
 from vimtune.adapters.manage import (
     AdaptedParameter,
     AdapterSummary,
@@ -63,5 +64,6 @@ __all__ = [
     "register_method",
     "save_adapter",
     "set_adapter",
+    "shared_effective_weights",
     "summary",
 ]

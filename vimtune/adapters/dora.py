@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vimtune.adapters.base import check_matrix, register_method
 from vimtune.adapters.lora import LoRA, LoRARule
-from vimtune.adapters.rule import WeightRule
+from vimtune.adapters.rule import WeightRule, exact
 
 
 class DoRARule(LoRARule):
@@ -20,17 +20,18 @@ class DoRARule(LoRARule):
         super().__init__(weight, rank, alpha, dropout)
         self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight.detach(), dim=1))
 
-    def row_scale(self, weight: Tensor) -> Tensor:
+    def row_scale(self, updated: Tensor) -> Tensor:
         """m / ||V|| (out,)."""
-        with torch.no_grad():
-            norm = torch.linalg.vector_norm(weight + self.branch.matrix(), dim=1)
-        return self.magnitude / norm
+        return self.magnitude / torch.linalg.vector_norm(updated.detach(), dim=1)
 
     def effective_weight(self, weight: Tensor) -> Tensor:
-        return self.row_scale(weight)[:, None] * super().effective_weight(weight)
+        updated = super().effective_weight(weight)
+        return self.row_scale(updated)[:, None] * updated
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = super().linear(x, weight, None) * self.row_scale(weight)
+        with exact(weight), torch.no_grad():
+            updated = super().effective_weight(weight)
+        y = super().linear(x, weight, None) * self.row_scale(updated)
         return y if bias is None else y + bias
 
 

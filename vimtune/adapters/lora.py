@@ -26,7 +26,7 @@ class LowRank(nn.Module):
 
     def matrix(self) -> Tensor:
         """(out, in)."""
-        return self.scale * (self.lora_B @ self.lora_A)
+        return (self.scale * self.lora_B) @ self.lora_A
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), with dropout on the input."""

@@ -41,21 +41,21 @@ class ProDiaLRule(LoRARule):
         self.blocks = nn.Parameter(weight.new_zeros(columns // block_size, block_size, block_size))
         self.row_scale = nn.Parameter(weight.new_ones(rows))
 
-    def block_diagonal(self) -> Tensor:
-        """D_b as its blocks, (n, b, b)."""
-        identity = torch.eye(self.blocks.shape[-1], dtype=self.blocks.dtype, device=self.blocks.device)
+    def offset(self) -> Tensor:
+        """D_b - I as its blocks, (n, b, b)."""
         if self.variant == "free":
-            return identity + self.blocks
-        return identity - F.relu(identity * self.blocks) + (1 - identity) * self.blocks
+            return self.blocks
+        identity = torch.eye(self.blocks.shape[-1], dtype=self.blocks.dtype, device=self.blocks.device)
+        return (1 - identity) * self.blocks - F.relu(identity * self.blocks)
 
     def main_weight(self, weight: Tensor) -> Tensor:
-        """s W D_b."""
-        blocks = self.block_diagonal()
-        if blocks.shape[-1] == 1:
-            turned = weight * blocks.flatten()
+        """s W D_b = s (W + W (D_b - I))."""
+        offset = self.offset()
+        if offset.shape[-1] == 1:
+            change = weight * offset.flatten()
         else:
-            turned = torch.einsum("oni,nij->onj", weight.unflatten(1, blocks.shape[:2]), blocks).flatten(1)
-        return self.row_scale[:, None] * turned
+            change = torch.einsum("oni,nij->onj", weight.unflatten(1, offset.shape[:2]), offset).flatten(1)
+        return self.row_scale[:, None] * (weight + change)
 
 
 @register_method("prodial")

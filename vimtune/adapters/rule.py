@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,13 @@ SLOTS = "adapters"
 
 class WeightRule(nn.Module):
     """One formula for the effective value of one parameter."""
+
+    batchable: ClassVar[bool] = True
+    """Whether the formula may be applied to the stacked weights of several layers (`batched.py`).
+
+    It then has to be one that `torch.func.vmap` can take: no control flow that depends on the values of
+    tensors, no buffer changed in place. False also where stacking would only copy.
+    """
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         """The value that takes the place of the frozen `weight`; may have another shape (heads)."""
@@ -43,6 +52,8 @@ class WeightRule(nn.Module):
 
 class Tuned(WeightRule):
     """The parameter itself is trained: a copy takes its place, the base stays as it was."""
+
+    batchable = False
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -72,6 +83,34 @@ def exact(weight: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+@dataclass
+class Ahead:
+    """The effective value of one weight, computed before anyone reads it (`batched.py`)."""
+
+    weight: Tensor
+    """The frozen weight."""
+    value: Tensor
+    grad_enabled: bool
+    """Whether `value` carries a graph if its rule's tensors are trained."""
+    rounded: Tensor | None
+    """`value` in the dtype of autocast, for the next product alone: autocast casts anew for each
+    product, and sums the gradients of several in full precision."""
+
+
+computed_ahead: ContextVar[dict[WeightRule, Ahead] | None] = ContextVar("computed_ahead", default=None)
+"""By rule. Of the present thread, and on no module: copies and state dicts have no part in it."""
+
+
+def find_ahead(rule: WeightRule, weight: Tensor) -> Ahead | None:
+    """What has been computed for this weight under this rule, if that serves here."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    found = (computed_ahead.get() or {}).get(rule)
+    if found is None or found.weight is not weight or found.grad_enabled != torch.is_grad_enabled():
+        return None
+    return found
+
+
 class Slot(nn.ModuleDict):
     """The rules of all named adapters for one parameter; at most one of them is active."""
 
@@ -87,11 +126,25 @@ class Slot(nn.ModuleDict):
         return cast(WeightRule, self[self.active])
 
     def effective(self, weight: Tensor) -> Tensor:
+        """The value of `weight` for whoever reads it."""
         rule = self.rule
         if rule is None:
             return weight
+        ahead = find_ahead(rule, weight)
+        if ahead is not None:
+            return ahead.value
         with exact(weight):
             return rule.effective_weight(weight)
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """The value of `weight` for one product: under autocast already in its dtype, if at hand."""
+        ahead = None if self.rule is None else find_ahead(self.rule, weight)
+        if ahead is not None and ahead.rounded is not None:
+            device = weight.device.type
+            if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == ahead.rounded.dtype:
+                rounded, ahead.rounded = ahead.rounded, None
+                return rounded
+        return self.effective(weight)
 
 
 def has_rules(module: nn.Module) -> bool:
@@ -121,7 +174,12 @@ def _adapted_linear(module: nn.Linear, x: Tensor) -> Tensor:
     rule = slot.rule
     if rule is not None and rule.acts_on_input:
         return rule.linear(x, weight, module.bias)
-    return F.linear(x, slot.effective(weight), module.bias)
+    return F.linear(x, slot.factor(weight), module.bias)
+
+
+def is_factor(module: nn.Module, parameter: str) -> bool:
+    """Whether `module`, called, multiplies by the effective value of this parameter and no more."""
+    return type(module).forward is _adapted_linear and parameter == "weight"
 
 
 @cache
@@ -169,7 +227,19 @@ def detach(module: nn.Module, adapter: str) -> None:
 
 def adapted_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of every module with rules."""
-    return [(path, module) for path, module in model.named_modules() if has_rules(module)]
+    return list(_adapted_below("", model, set()))
+
+
+def _adapted_below(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Unlike `named_modules` this passes by all that is inside rules, half of the modules."""
+    if module in seen:
+        return
+    seen.add(module)
+    if has_rules(module):
+        yield path, module
+    for name, child in module._modules.items():
+        if child is not None and name != SLOTS:
+            yield from _adapted_below(join(path, name), child, seen)
 
 
 def iter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]]:

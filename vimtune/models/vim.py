@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
-from vimtune.adapters import head_has_rules, inject
+from vimtune.adapters import head_has_rules, inject, shared_effective_weights
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
 from vimtune.ops import add_rms_norm, bidirectional_scan, has_bidirectional_scan
@@ -147,10 +147,11 @@ class Blocks(nn.Sequential):
 
     def _forward_fused(self, x: Tensor) -> Tensor:
         branch = None
-        for block in cast(Iterable[Block], self):
-            norm = block.norm
-            normed, x = add_rms_norm(branch, x, norm.weight, norm.eps, block.mixer.backend)
-            branch = block.branch(normed)
+        with shared_effective_weights(self):
+            for block in cast(Iterable[Block], self):
+                norm = block.norm
+                normed, x = add_rms_norm(branch, x, norm.weight, norm.eps, block.mixer.backend)
+                branch = block.branch(normed)
         return x if branch is None else x + branch
 
 
