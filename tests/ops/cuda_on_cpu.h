@@ -44,7 +44,7 @@ static ucontext_t scheduler;
 static int current;
 static void (*body)(void*);
 static void* arguments;
-static float exchange[1024][6];
+static word exchange[1024][6];
 
 struct Copy { void* target; char data[16]; };
 static std::vector<Copy> copies[1024];   // under way, of each thread
@@ -114,7 +114,6 @@ void launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int num_threa
 
 inline float from_bits(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline uint32_t to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
-inline float tf32(float value) { return from_bits(to_bits(value) & 0xffffe000u); }
 
 }  // namespace emulator
 
@@ -168,17 +167,21 @@ inline word to_bf16(Pair value) {
     return rounded(value.a) | rounded(value.b) << 16;
 }
 
-inline void multiply_add(Quad& sums, Quad values, Pair picks) {
+// The product of a warp's matrices, whose words `unpack` makes two numbers of.
+template <Pair (*unpack)(word)>
+inline void multiply_add_as(Quad& sums, Words values, word pick0, word pick1) {
     using namespace emulator;
-    const float mine[6] = {values.x, values.y, values.z, values.w, picks.a, picks.b};
+    const word mine[6] = {values.x, values.y, values.z, values.w, pick0, pick1};
     memcpy(exchange[current], mine, sizeof mine);
     sync_warp();
     const int base = warp() * WARP, row = lane() / 4, column = lane() % 4;
-    const auto element = [&](int upper, int to) {   // row (+ 8 if `upper`) of values times column `to` of picks
+    const auto two = [&](int of, int index) { return unpack(exchange[base + of][index]); };
+    const auto element = [&](int upper, int to) {
         float sum = 0.0f;
-        for (int k = 0; k < 8; k++) {
-            const float value = exchange[base + row * 4 + k % 4][upper + (k < 4 ? 0 : 2)];
-            sum += tf32(value) * exchange[base + to * 4 + k % 4][k < 4 ? 4 : 5];
+        for (int k = 0; k < 8; k++) {   // words along the summed dimension
+            const Pair value = two(row * 4 + k % 4, upper + (k < 4 ? 0 : 2));
+            const Pair pick = two(to * 4 + k % 4, k < 4 ? 4 : 5);
+            sum += value.a * pick.a + value.b * pick.b;
         }
         return sum;
     };
@@ -196,30 +199,9 @@ inline word rounded(Pair value) { return to_fp16(value); }
 inline Pair activation(word pair) { return from_bf16(pair); }
 inline word rounded(Pair value) { return to_bf16(value); }
 #endif
-
 inline void multiply_add(Quad& sums, Words values, word pick0, word pick1) {
-    using namespace emulator;
-    const word mine[6] = {values.x, values.y, values.z, values.w, pick0, pick1};
-    memcpy(exchange[current], mine, sizeof mine);
-    sync_warp();
-    const int base = warp() * WARP, row = lane() / 4, column = lane() % 4;
-    const auto two = [&](int of, int index) {
-        word bits;
-        memcpy(&bits, &exchange[base + of][index], 4);
-        return activation(bits);
-    };
-    const auto element = [&](int upper, int to) {
-        float sum = 0.0f;
-        for (int k = 0; k < 8; k++) {   // words along the summed dimension
-            const Pair value = two(row * 4 + k % 4, upper + (k < 4 ? 0 : 2));
-            const Pair pick = two(to * 4 + k % 4, k < 4 ? 4 : 5);
-            sum += value.a * pick.a + value.b * pick.b;
-        }
-        return sum;
-    };
-    sums.x += element(0, 2 * column);
-    sums.y += element(0, 2 * column + 1);
-    sums.z += element(1, 2 * column);
-    sums.w += element(1, 2 * column + 1);
-    sync_warp();
+    multiply_add_as<activation>(sums, values, pick0, pick1);
+}
+inline void multiply_add_bf16(Quad& sums, Words values, word pick0, word pick1) {
+    multiply_add_as<from_bf16>(sums, values, pick0, pick1);
 }

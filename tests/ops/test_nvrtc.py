@@ -106,10 +106,10 @@ def test_scan_and_its_gradients(device, batch, tokens, inner, dtype, delta_scale
     assert_close(found.delta, grad_delta, tolerance, "delta")
     assert_close(found_xz[..., inner:], grad_xz[..., inner:], tolerance, "gate")
     assert not found_xz[..., :inner].any(), "the other half is not the scan's"
-    BC = found.BC.sum(1)
-    assert_close(BC[..., :NUM_STATES], grad_projections[..., :NUM_STATES], tolerance, "B")
-    C = grad_projections[..., NUM_STATES : 2 * NUM_STATES]
-    assert_close(BC[..., NUM_STATES:], C, tolerance, "C")
+    # Their summands are rounded to bf16, which many channels even out; here there may be few.
+    BC, of_sums = found.BC.sum(1), max(tolerance, 4e-3)
+    assert_close(BC[..., :NUM_STATES], grad_projections[..., :NUM_STATES], of_sums, "B")
+    assert_close(BC[..., NUM_STATES:], grad_projections[..., NUM_STATES : 2 * NUM_STATES], of_sums, "C")
     if trained:
         assert_close(found.A, torch.stack(vectors[:2]), tolerance, "A_log")
         assert_close(found.D, torch.stack(vectors[2:]), tolerance, "D")

@@ -66,36 +66,28 @@ __device__ inline word to_bf16(Pair value) {
     return pair;
 }
 
-// sums (16 x 8) += values (16 x 8) picks (8 x 8) in TF32. With row = lane / 4 and column = lane % 4 a lane holds
-// values: (row, column), (row + 8, column), (row, column + 4), (row + 8, column + 4); picks: (column, row),
-// (column + 4, row); sums: (row, 2 column), (row, 2 column + 1), (row + 8, 2 column), (row + 8, 2 column + 1).
-__device__ inline void multiply_add(Quad& sums, Quad values, Pair picks) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
-        : "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)), "r"(__float_as_uint(values.z)),
-          "r"(__float_as_uint(values.w)), "r"(__float_as_uint(picks.a)), "r"(__float_as_uint(picks.b)));
-}
-
-// The same in bf16 or fp16, values (16 x 16) picks (16 x 8); each word holds two neighbours along the summed dimension.
+// sums (16 x 8) += values (16 x 16) picks (16 x 8); each word holds two neighbours along the summed dimension. With
+// row = lane / 4 and column = lane % 4 a lane holds
 // values: (row, 2 column), (row + 8, 2 column), (row, 2 column + 8), (row + 8, 2 column + 8);
-// picks: (2 column, row), (2 column + 8, row). Any order of the summed dimension will do, if it is the same in both.
-#if FP16
-#define LOW "f16"
-#else
-#define LOW "bf16"
-#endif
-__device__ inline void multiply_add(Quad& sums, Words values, word pick0, word pick1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." LOW "." LOW ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
-        : "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(pick0), "r"(pick1));
-}
+// picks: (2 column, row), (2 column + 8, row);
+// sums: (row, 2 column), (row, 2 column + 1), (row + 8, 2 column), (row + 8, 2 column + 1).
+// Any order of the summed dimension will do, if it is the same in both factors.
+#define MULTIPLY_ADD(name, type)                                                                                     \
+    __device__ inline void name(Quad& sums, Words values, word pick0, word pick1) {                                  \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "       \
+            "{%8, %9}, {%0, %1, %2, %3};"                                                                            \
+            : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)                                                 \
+            : "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(pick0), "r"(pick1));                   \
+    }
+MULTIPLY_ADD(multiply_add_bf16, "bf16")
 
+// Activations: fp16 if FP16, otherwise bf16.
 #if FP16
+MULTIPLY_ADD(multiply_add, "f16")
 __device__ inline Pair activation(word pair) { return from_fp16(pair); }
 __device__ inline word rounded(Pair value) { return to_fp16(value); }
 #else
+MULTIPLY_ADD(multiply_add, "bf16")
 __device__ inline Pair activation(word pair) { return from_bf16(pair); }
 __device__ inline word rounded(Pair value) { return to_bf16(value); }
 #endif

@@ -145,7 +145,7 @@ __device__ inline void project(
         const word* rows = us + (direction * ROWS / 2 + g) * PITCH + 8 * q;
         Quad sums[ROWS / 16];
         for (int m = 0; m < ROWS / 16; m++) sums[m] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
+#pragma unroll 2
         for (int k = 0; k < PADDED; k += 32) {   // a lane takes 8 neighbours of the 32, in both factors
             const Words w = *(const Words*)(weights + k);
 #pragma unroll
@@ -159,7 +159,8 @@ __device__ inline void project(
             for (int half = 0; half < 2; half++) {
                 const int r = m * 16 + half * 8 + g;
                 const word value = rounded(half ? Pair{sums[m].z, sums[m].w} : Pair{sums[m].x, sums[m].y});
-                if (r < tile.rows) *(word*)(projections + tile.row(direction, batch, r) * COLUMNS + column + 2 * q) = value;
+                half_word* row = projections + tile.row(direction, batch, r) * COLUMNS;
+                if (r < tile.rows) *(word*)(row + column + 2 * q) = value;
                 if (column >= 2 * N) {
                     *(word*)(low_rank + (direction * ROWS + r) * RANK_PITCH + column - 2 * N + 2 * q) = value;
                 }

@@ -72,7 +72,7 @@ struct Stream {
     int stride, left;
     bool live;
 
-    // Steps `begin` to `end`. `first`: the block's first channel in the row of token 0; rows lie `width` Words / 2 apart.
+    // Steps `begin` to `end`. `first`: the block's first channel in the row of token 0; rows are `width` Words / 2 apart.
     __device__ void start(Word* shared, const void* first, int width, int tokens, bool reverse, int begin, int end) {
         const int piece = lane() % LANES, step = begin + lane() / LANES;
         const int bytes = width * (int)sizeof(Word) / 2;
@@ -145,24 +145,38 @@ struct Vectors {
     __device__ const Quad* C(int step) const { return (const Quad*)(tile + step * 2 * N + N); }
 };
 
-// Sums over the channels of a warp of N values a step. The matrix units add up four lanes at a time: column c of
-// `picks` is 1 where the product's column c shall come from. Groups of four lanes wait in shared memory until
-// the stage is over.
+// Sums over the channels of a warp of N values a step. The matrix units add up four lanes at a time, of values rounded
+// to bf16: column c of `picks` is 1 where the product's column c shall come from. Groups of four lanes wait in shared
+// memory until the stage is over.
 struct ChannelSums {
     static constexpr int ROW = 32 + 4;   // Quads a step; 4 more, so that the steps begin in different banks
     static constexpr int SIZE = STAGE * ROW;
     Quad* waiting;
-    Pair picks[N / 4];
+    word picks[N / 4];
+    Words values;
+    Quad sums;
 
     __device__ ChannelSums(Quad* shared) : waiting(shared) {
+        const int row = lane() / 4;
         for (int k = 0; k < N / 4; k++) {
-            picks[k] = {lane() / 4 == 2 * k ? 1.0f : 0.0f, lane() / 4 == 2 * k + 1 ? 1.0f : 0.0f};
+            picks[k] = to_bf16({row == 2 * k ? 1.0f : 0.0f, row == 2 * k + 1 ? 1.0f : 0.0f});
         }
     }
-    // Values 4 k to 4 k + 3.
-    __device__ void add(Quad& sums, int k, Quad values) const { multiply_add(sums, values, picks[k]); }
-    // A lane now has values (0, 2, 1, 3) + 4 (lane % 4) of its group lane / 4.
-    __device__ void keep(int step, Quad sums) const { waiting[step * ROW + lane()] = sums; }
+    __device__ void clear() { sums = {0.0f, 0.0f, 0.0f, 0.0f}; }
+    // Values n to n + 3; call for n = 0, 4, 8, ...
+    __device__ void add(int n, const float (&part)[4]) {
+        const word first = to_bf16({part[0], part[1]}), second = to_bf16({part[2], part[3]});
+        if (n % 8 == 0) {
+            values.x = first;
+            values.y = second;
+        } else {
+            values.z = first;
+            values.w = second;
+            multiply_add_bf16(sums, values, picks[n / 8 * 2], picks[n / 8 * 2 + 1]);
+        }
+    }
+    // A lane now has values 4 (lane % 4) to 4 (lane % 4) + 3 of its group lane / 4.
+    __device__ void keep(int step) const { waiting[step * ROW + lane()] = sums; }
     // Add up the groups and store N floats a step, for `steps` steps; `stride` floats between steps.
     __device__ void store(float* row, int stride, int steps) const {
         sync_warp();
@@ -173,7 +187,7 @@ struct ChannelSums {
             const Quad more = mine[group * 4];
             total = {total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w};
         }
-        if (step < steps) *(Quad*)(row + (long)step * stride + part * 4) = {total.x, total.z, total.y, total.w};
+        if (step < steps) *(Quad*)(row + (long)step * stride + part * 4) = total;
     }
 };
 
@@ -262,8 +276,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
     }
 }
 
-// `scalars` (2, B, L, E) fp32 is scratch. `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (2, B, E, N),
-// `partial_D` and `partial_bias` (2, B, E) are to be added up over blocks or batch.
+// `scalars` (2, B, L, E) fp32 is scratch. `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A`
+// (2, B, E, N), `partial_D` and `partial_bias` (2, B, E) are to be added up over blocks or batch.
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, half_word* grad_u,
@@ -284,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
     const float* D = (reverse ? D1 : D0) + at.channel;
     const Pair skip = {at.live ? D[0] : 0.0f, at.live ? D[1] : 0.0f};
-    const ChannelSums over(mine.sums);
+    ChannelSums over(mine.sums);
 #if TRAINED
     Pair grad_A[N], grad_D = {0.0f, 0.0f}, grad_bias = {0.0f, 0.0f}, elapsed = {0.0f, 0.0f};
     for (int n = 0; n < N; n++) grad_A[n] = {0.0f, 0.0f};
@@ -334,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
                 grad_D = grad_D + dy * ut;
                 const Pair weighted = elapsed * dy;
 #endif
-                Quad sums = {0.0f, 0.0f, 0.0f, 0.0f};
+                over.clear();
                 const Quad *B = vectors_now.B(step), *C = vectors_now.C(step);
 #pragma unroll
                 for (int n = 0; n < N; n += 4) {
@@ -353,9 +367,9 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
 #endif
                         part[j] = s.a * dy.a + s.b * dy.b;
                     }
-                    over.add(sums, n / 4, {part[0], part[1], part[2], part[3]});
+                    over.add(n, part);
                 }
-                over.keep(step, sums);
+                over.keep(step);
                 terms.put(dy * term, at.live);
                 if (half) {
                     const Pair other = activation(others.at(slot, step));
@@ -405,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
             const Pair weighted = elapsed * input;
             elapsed = elapsed - dt;
 #endif
-            Quad sums = {0.0f, 0.0f, 0.0f, 0.0f};
+            over.clear();
             const Quad *B = vectors_now.B(step), *C = vectors_now.C(step);
 #pragma unroll
             for (int n = 0; n < N; n += 4) {
@@ -424,9 +438,9 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
                     part[j] = h.a * input.a + h.b * input.b;
                     state[n + j] = exp2_fast(dt * decay[n + j]) * h;
                 }
-                over.add(sums, n / 4, {part[0], part[1], part[2], part[3]});
+                over.add(n, part);
             }
-            over.keep(step, sums);
+            over.keep(step);
             mixed = mixed + past_terms.at(slot, step) - input * term;
             const Pair grad_dt = ut * through + LN2 * mixed;
             const Pair power = exp2_fast(-LOG2E * dt);   // 1 - e^-dt is the slope of softplus
