@@ -46,7 +46,7 @@ def emulated_kernels(tmp_path_factory):
         unit = folder / f"{stem}.cpp"
         kernels = re.findall(r"__launch_bounds__\(.*?\) (\w+)\(", (runtime.SOURCES / source).read_text())
         exports = "".join(f"EXPORT({name})\n" for name in kernels)
-        included = (HERE / "cuda_on_cpu.h", runtime.SOURCES / source)
+        included = (HERE / "cuda_on_cpu.h", runtime.SOURCES / "common.cuh", runtime.SOURCES / source)
         unit.write_text("".join(f'#include "{path}"\n' for path in included) + exports)
         defines = [f"-D{name}={value}" for name, value in constants]
         target = unit.with_suffix(".so")

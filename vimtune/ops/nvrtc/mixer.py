@@ -69,19 +69,20 @@ def backward(
         grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, grad_xz,
         need_parameters=anywhere(A_LOG, D, DT_BIAS),
     )  # fmt: skip
-    grad_projections, grad_conv = prepare_backward.prepare_backward(
+    grad_projections, grad_filters = prepare_backward.prepare_backward(
         found.u, found.delta, found.BC, _x(xz), packed, _x(grad_xz),
-        keep=anywhere(CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
+        need_weights=anywhere(CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
     )  # fmt: skip
     parts = ParameterGradients(
         found.A,
         found.D,
         found.bias,
         found.delta,
-        grad_conv,
-        None if grad_projections is None else grad_projections.flatten(1, 2),
+        grad_filters[..., :-1, :].transpose(-1, -2),
+        grad_filters[..., -1, :],
+        grad_projections.flatten(1, -2),
     )
-    return grad_xz if need_xz else None, parameter_gradients(parts, needs, weights, _x(xz), u, projections)
+    return grad_xz if need_xz else None, parameter_gradients(parts, needs, weights, u, projections)
 
 
 def _x(xz: Tensor) -> Tensor:

@@ -10,19 +10,12 @@
 // x (B, L, E) with rows 2 E apart, u, delta (2, B, L, E), projections (2, B, L, P), and of `pack_weights`
 // filters (2, K, W), conv_bias, dt_bias (2, W) fp32, proj (2, P, W), proj_t (2, W, P), dt (2, W, R), dt_t (2, R, W).
 
-constexpr int N = 16;
-constexpr int RANK = COLUMNS - 2 * N;
-constexpr int PADDED = (WIDTH + 63) / 64 * 64;
 constexpr int THREADS = PADDED / 2;
 constexpr int WARPS = THREADS / 32;
 constexpr int ROWS = PADDED <= 640 ? 32 : 16;
 constexpr int PITCH = PADDED + 4;        // words of two rows of u in shared memory: lanes meet different banks
 constexpr int RANK_PITCH = RANK + 8;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
 constexpr float LARGEST_FP16 = 65504.0f;
-
-__device__ inline float silu(float x) { return x * reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
 
 // log(1 + e^x), accurate also where e^x is small, which is where trained time steps live.
 __device__ inline float softplus(float x) {
@@ -90,10 +83,9 @@ __device__ inline Pair convolved(const Pair (&filter)[FILTER], Pair bias, const 
     Pair sum = bias;
 #pragma unroll
     for (int j = 0; j < FILTER; j++) {
-        const Pair value = activation(x[j * ahead]), tap = filter[FILTER - 1 - j];
-        sum = {sum.a + tap.a * value.a, sum.b + tap.b * value.b};
+        sum = sum + filter[FILTER - 1 - j] * activation(x[j * ahead]);
     }
-    return {silu(sum.a), silu(sum.b)};
+    return sum * sigmoid(sum);
 }
 
 // Phase 1: u of both directions, to memory and into `us` (2, ROWS / 2, PITCH).

@@ -14,25 +14,19 @@
 // begins with token t - K + 1 of direction 1.
 //
 // Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K), BLOCKS (of partial_BC),
-// ROWS (16 or 32), FP16 (activations are fp16, otherwise bf16), KEEP (write gp and gc).
+// ROWS (16 or 32), FP16 (activations are fp16, otherwise bf16), TRAINED (write gp and the gradients of the filters).
 // Shapes, all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and
-// the direction as first index: grad_u, grad_delta, grad_conv (2, B, L, E), partial_BC (2, BLOCKS, B, L, 32) fp32,
+// the direction as first index: grad_u, grad_delta (2, B, L, E), partial_BC (2, BLOCKS, B, L, 32) fp32,
 // x and grad_x (B, L, E) with rows 2 E apart, filters (2, K, W) fp32, whose row K - 1 belongs to the token itself,
-// conv_bias (2, W) fp32, proj_t (2, W, P), dt_t (2, P - 32, W), grad_projections (2, B, L, P).
+// conv_bias (2, W) fp32, proj_t (2, W, P), dt_t (2, P - 32, W), grad_projections (2, B, L, P), partial_filters (blocks,
+// 2, K + 1, W) fp32: gradients of the filters and, last, of the bias, from the tokens of each block.
 
 struct alignas(8) HalfWords { word x, y; };   // half of Words
 
-constexpr int VECTORS = 32;   // columns of B | C
-constexpr int RANK = COLUMNS - VECTORS;
-constexpr int PADDED = (WIDTH + 63) / 64 * 64;
+constexpr int VECTORS = 2 * N;   // columns of B | C
 constexpr int WARPS = PADDED / 64;
 constexpr int HALO = FILTER - 1;
 constexpr int GROUP = 4;   // rows of x that are on their way to a thread
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-
-__device__ inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
-__device__ inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
-__device__ inline Pair operator*(float x, Pair y) { return {x * y.a, x * y.b}; }
 
 // The slope of SiLU at `scaled` / log2(e).
 __device__ inline float silu_slope(float scaled) {
@@ -91,7 +85,8 @@ struct Projections {
 };
 
 constexpr int SHARED = 2 * (Tile::BYTES + Projections::BYTES);
-constexpr int FIT_SHARED = 227 * 1024 / (SHARED + 1024), FIT_REGISTERS = 65536 / (WARPS * 32 * 80);
+constexpr int REGISTERS = TRAINED ? 112 : 80;
+constexpr int FIT_SHARED = 227 * 1024 / (SHARED + 1024), FIT_REGISTERS = 65536 / (WARPS * 32 * REGISTERS);
 constexpr int FIT = FIT_SHARED < FIT_REGISTERS ? FIT_SHARED : FIT_REGISTERS;
 constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 16 ? 16 : FIT;   // on a multiprocessor
 
@@ -119,10 +114,7 @@ __device__ inline void add_blocks(
         const float* next = source + rows.readable(half[h]) * VECTORS;
         total[h] = *(const Quad*)next;
 #pragma unroll
-        for (int block = 1; block < BLOCKS; block++) {
-            const Quad more = *(const Quad*)(next += stride);
-            total[h] = {total[h].x + more.x, total[h].y + more.y, total[h].z + more.z, total[h].w + more.w};
-        }
+        for (int block = 1; block < BLOCKS; block++) total[h] = total[h] + *(const Quad*)(next += stride);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -243,6 +235,29 @@ struct Filter {
     }
 };
 
+// Gradients of taps and bias, `grad` being that of the filter's result.
+struct FilterGradients {
+    Pair taps[FILTER], bias;
+
+    __device__ FilterGradients() : bias({0.0f, 0.0f}) {
+        for (int k = 0; k < FILTER; k++) taps[k] = {0.0f, 0.0f};
+    }
+    __device__ void straight(const Window& window, Pair grad) {
+#pragma unroll
+        for (int k = 0; k < FILTER; k++) taps[k] = taps[k] + grad * window.rows[k];
+        bias = bias + grad;
+    }
+    __device__ void reversed(const Window& window, Pair grad) {
+#pragma unroll
+        for (int k = 0; k < FILTER; k++) taps[HALO - k] = taps[HALO - k] + grad * window.rows[k];
+        bias = bias + grad;
+    }
+    __device__ void store(float* place) const {
+        for (int k = 0; k < FILTER; k++) *(Pair*)(place + k * PADDED) = taps[k];
+        *(Pair*)(place + FILTER * PADDED) = bias;
+    }
+};
+
 // Two channels of x, in the order of tokens, GROUP of them on their way.
 struct Inputs {
     const half_word* next;
@@ -261,7 +276,7 @@ struct Inputs {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_backward(
     const half_word* grad_u, const half_word* grad_delta, const float* partial_BC, const half_word* x,
     const float* filters, const float* conv_bias, const half_word* proj_t, const half_word* dt_t, half_word* grad_x,
-    half_word* grad_projections, half_word* grad_conv, int batch, int tokens, int most
+    half_word* grad_projections, float* partial_filters, int batch, int tokens, int most
 ) {
     const Rows rows0(0, batch, tokens, most), rows1(1, batch, tokens, most);
     char* shared = launched_shared();
@@ -283,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
         add_blocks(rows, direction, unit / 2 * 8, stride, {shared, direction}, partial_BC);
     }
     sync_block();
-#if KEEP
+#if TRAINED
     for (int k = warp() * 32 + lane(); k < ROWS * COLUMNS; k += WARPS * 32) {   // words of both directions
         const int direction = k / (ROWS * COLUMNS / 2), row = k / (COLUMNS / 2) % ROWS, column = k % (COLUMNS / 2) * 2;
         const Rows rows(direction, batch, tokens, most);
@@ -313,8 +328,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
         seen.push(activation(k <= rows0.token ? *(const word*)(row_x - k * 2 * WIDTH) : 0));
     }
     half_word* out = grad_x + (rows0.index - HALO) * 2 * WIDTH + channel;
-#if KEEP
-    half_word *out0 = grad_conv + rows0.index * WIDTH + channel, *out1 = grad_conv + rows1.index * WIDTH + channel;
+#if TRAINED
+    FilterGradients trained0, trained1;
 #endif
 #pragma unroll 1
     for (int base = 0; base < rows0.count + HALO; base += GROUP) {
@@ -332,15 +347,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
             grads1.push(activation(*(const word*)tile1.at(row, channel)) * slope1);
             const Pair total = filter1.straight(grads1, filter0.reversed(grads0, {0.0f, 0.0f}));
             if (rows1.own(row)) *(word*)(out + k * 2 * WIDTH) = rounded(LN2 * total);
-#if KEEP
-            if (rows0.own(row)) *(word*)(out0 + k * WIDTH) = rounded(grads0.rows[HALO]);
-            if (rows1.own(row)) *(word*)(out1 + k * WIDTH) = rounded(grads1.rows[HALO]);
+#if TRAINED
+            if (rows0.own(row)) trained0.straight(seen, grads0.rows[HALO]);
+            if (rows1.own(row)) trained1.reversed(seen, grads1.rows[HALO]);
 #endif
         }
         out += GROUP * 2 * WIDTH;
-#if KEEP
-        out0 += GROUP * WIDTH;
-        out1 += GROUP * WIDTH;
-#endif
     }
+#if TRAINED
+    float* place = partial_filters + ((long)blockIdx.y * gridDim.x + blockIdx.x) * 2 * (FILTER + 1) * PADDED + channel;
+    trained0.store(place);
+    trained1.store(place + (FILTER + 1) * PADDED);
+#endif
 }

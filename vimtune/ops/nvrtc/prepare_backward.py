@@ -31,8 +31,8 @@ def prepare_backward(
     x: Tensor,
     weights: PackedWeights,
     grad_x: Tensor,
-    keep: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
     """Write the gradient of `x` into `grad_x`; both are the first half of a contiguous (B, L, 2 E).
 
     Args:
@@ -42,19 +42,25 @@ def prepare_backward(
         x: input of the convolutions.
         weights: see `prepare.pack_weights`.
         grad_x: written.
-        keep: whether the gradients of weights are wanted, which need the following.
+        need_weights: whether the following is wanted.
 
     Returns:
-        If `keep`, the gradients of B | C | dt_r (2, B, L, P) and of the convolutions (2, B, L, E),
-        otherwise None twice.
+        Gradients of B | C | dt_r (2, B, L, P) and, fp32, of filters and convolution bias (2, K + 1, E); empty
+        if not wanted.
     """
     _, batch, tokens, inner = grad_u.shape
     num_columns, width = weights.proj_t.shape[2], weights.filters.shape[1]
-    grad_projections = grad_u.new_empty((2, batch, tokens, num_columns) if keep else (0,))
-    grad_conv = torch.empty_like(grad_u) if keep else grad_u.new_empty(0)
     rows = _rows(inner, num_columns, x.device)
     tiles = -(-tokens // (rows - width + 1))
     tokens_of_block = -(-tokens // tiles)
+    tiles = -(-tokens // tokens_of_block)
+    padded = padded_width(inner)
+    grad_projections = grad_u.new_empty((2, batch, tokens, num_columns) if need_weights else (0,))
+    partial_filters = torch.empty(
+        (batch * tiles, 2, width + 1, padded) if need_weights else (0,),
+        dtype=torch.float32,
+        device=grad_u.device,
+    )
     constants = (
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
@@ -62,20 +68,22 @@ def prepare_backward(
         ("BLOCKS", partial_BC.shape[1]),
         ("ROWS", rows),
         ("FP16", int(grad_u.dtype == torch.float16)),
-        ("KEEP", int(keep)),
+        ("TRAINED", int(need_weights)),
     )
     with torch.cuda.device_of(grad_u):
         kernel = runtime.load_kernel(SOURCE, "prepare_backward", constants, grad_u.device.index)
         kernel(
-            (-(-tokens // tokens_of_block), batch),
-            padded_width(inner) // 2,
+            (tiles, batch),
+            padded // 2,
             [
                 *(grad_u, grad_delta, partial_BC, x, weights.filters, weights.conv_bias, weights.proj_t),
-                *(weights.dt_t, grad_x, grad_projections, grad_conv, batch, tokens, tokens_of_block),
+                *(weights.dt_t, grad_x, grad_projections, partial_filters, batch, tokens, tokens_of_block),
             ],
             _shared_bytes(rows, inner, num_columns),
         )
-    return (grad_projections, grad_conv) if keep else (None, None)
+    if not need_weights:
+        return grad_projections, partial_filters
+    return grad_projections, partial_filters.sum(0)[..., :inner]
 
 
 def _rows(inner: int, num_columns: int, device: torch.device) -> int:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 SOURCES = Path(__file__).parent
-PRELUDE = "intrinsics.cuh"
+PRELUDE = ("intrinsics.cuh", "common.cuh")
+"""What stands in front of every source."""
 
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _USUAL_SHARED = 48 * 1024  # what a kernel gets without asking
@@ -93,7 +94,7 @@ def compile_source(source: str, constants: Sequence[tuple[str, int]], architectu
         CompileError: NVRTC is missing or refuses.
     """
     nvrtc = _nvrtc()
-    text = (SOURCES / PRELUDE).read_text(encoding="utf-8") + (SOURCES / source).read_text(encoding="utf-8")
+    text = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in (*PRELUDE, source))
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in constants)]
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 0, None, None)

@@ -28,23 +28,10 @@
 // Shapes, all contiguous unless said otherwise: u, delta (2, B, L, E), vectors (2, B, L, COLUMNS), A_log (E, N), D (E),
 // gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E). First index: direction.
 
-constexpr int N = 16;
 constexpr int CHANNELS = 64;
 constexpr int STAGE = 8;
 constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;   // on a multiprocessor: 255 or 168 registers for a thread
 constexpr bool RAGGED = WIDTH % CHANNELS != 0;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
-
-__device__ inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
-__device__ inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
-__device__ inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
-__device__ inline Pair operator*(float x, Pair y) { return {x * y.a, x * y.b}; }
-__device__ inline Pair exp2_fast(Pair x) { return {exp2_fast(x.a), exp2_fast(x.b)}; }
-__device__ inline Pair sigmoid(Pair x) {
-    const Pair power = exp2_fast(-LOG2E * x);
-    return {reciprocal(1.0f + power.a), reciprocal(1.0f + power.b)};
-}
 
 // Where a thread works. Lanes past the last channel read zeros and write nothing.
 struct Place {
@@ -183,10 +170,7 @@ struct ChannelSums {
         const int step = lane() / 4, part = lane() % 4;
         const Quad* mine = waiting + step * ROW + part;
         Quad total = mine[0];
-        for (int group = 1; group < 8; group++) {
-            const Quad more = mine[group * 4];
-            total = {total.x + more.x, total.y + more.y, total.z + more.z, total.w + more.w};
-        }
+        for (int group = 1; group < 8; group++) total = total + mine[group * 4];
         if (step < steps) *(Quad*)(row + (long)step * stride + part * 4) = total;
     }
 };

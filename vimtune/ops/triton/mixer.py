@@ -116,25 +116,31 @@ def backward(
         filters = [transposed(weight) for weight in both(weights, CONV_WEIGHT)]
         adjoint(gradients.u[0], gradients.u[1], *filters, grad_xz[..., : sizes.inner], use=(True, True))
 
-    found = ParameterGradients(
-        gradients.A, gradients.D, gradients.bias, gradients.delta, gradients.u, grad_projections
+    filters = biases = None
+    if anywhere(CONV_WEIGHT, CONV_BIAS):
+        width = weights[0][CONV_WEIGHT].shape[1]
+        found = [weight_gradients(gradients.u[index], x, width, bool(index)) for index in (0, 1)]
+        filters, biases = (torch.stack(both) for both in zip(*found, strict=True))
+    parts = ParameterGradients(
+        gradients.A, gradients.D, gradients.bias, gradients.delta, filters, biases, grad_projections
     )
-    return grad_xz if need_xz else None, parameter_gradients(found, needs, weights, x, u, projections)
+    return grad_xz if need_xz else None, parameter_gradients(parts, needs, weights, u, projections)
 
 
 @dataclass(frozen=True)
 class ParameterGradients:
     """What the gradients of the weights are made of; None or empty where nobody needs it.
 
-    A_log (2, E, N), D and dt_bias (2, E), those of the time step before softplus and of conv(x)
-    (2, B, L, E), and of B | C | dt_r (2, B L, 2 NP + RP).
+    A_log (2, E, N), D, dt_bias and conv_bias (2, E), conv_weight (2, E, K), those of the time step before
+    softplus (2, B, L, E) and of B | C | dt_r (2, B L, 2 NP + RP).
     """
 
     A_log: Tensor
     D: Tensor
     dt_bias: Tensor
     delta: Tensor
-    conv: Tensor | None
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
     projections: Tensor | None
 
 
@@ -142,14 +148,13 @@ def parameter_gradients(
     gradients: ParameterGradients,
     needs: Sequence[Sequence[bool]],
     weights: Weights,
-    x: Tensor,
     u: Tensor,
     projections: Tensor,
 ) -> list[list[Tensor | None]]:
     """Gradients of the weights in their order and dtype, None where `needs` is False."""
     result = []
     for index in (0, 1):
-        found = _of_one_direction(index, needs[index], gradients, weights, x, u, projections)
+        found = _of_one_direction(index, needs[index], gradients, weights, u, projections)
         result.append(
             [
                 None
@@ -161,15 +166,12 @@ def parameter_gradients(
     return result
 
 
-def _of_one_direction(index, wanted, gradients, weights, x, u, projections):
+def _of_one_direction(index, wanted, gradients, weights, u, projections):
     rank, states = weights[index][DT_PROJ].shape[1], weights[index][A_LOG].shape[1]
-    padded = launch.padded_states(states, launch.is_low(x))
+    padded = launch.padded_states(states, launch.is_low(u))
     found: list[Tensor | None] = [None] * 7
-    if wanted[CONV_WEIGHT] or wanted[CONV_BIAS]:
-        width = weights[index][CONV_WEIGHT].shape[1]
-        weight, bias = weight_gradients(gradients.conv[index], x, width, bool(index))
-        found[CONV_WEIGHT] = weight if wanted[CONV_WEIGHT] else None
-        found[CONV_BIAS] = bias if wanted[CONV_BIAS] else None
+    found[CONV_WEIGHT] = gradients.conv_weight[index] if wanted[CONV_WEIGHT] else None
+    found[CONV_BIAS] = gradients.conv_bias[index] if wanted[CONV_BIAS] else None
     if wanted[X_PROJ]:
         rows = gradients.projections[index].t() @ u[index].flatten(0, 1)
         found[X_PROJ] = torch.cat(

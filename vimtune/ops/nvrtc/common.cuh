@@ -1,0 +1,19 @@
+// Arithmetic and sizes that the kernels share. Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS.
+
+constexpr int N = 16;                              // states
+constexpr int RANK = COLUMNS - 2 * N;              // of the time step, padded; the rest of a row is B | C
+constexpr int PADDED = (WIDTH + 63) / 64 * 64;     // W, channels with the padding of packed weights
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+__device__ inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+__device__ inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+__device__ inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+__device__ inline Pair operator*(float x, Pair y) { return {x * y.a, x * y.b}; }
+__device__ inline Quad operator+(Quad x, Quad y) { return {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; }
+__device__ inline Pair exp2_fast(Pair x) { return {exp2_fast(x.a), exp2_fast(x.b)}; }
+
+__device__ inline Pair sigmoid(Pair x) {
+    const Pair power = exp2_fast(-LOG2E * x);
+    return {reciprocal(1.0f + power.a), reciprocal(1.0f + power.b)};
+}
