@@ -55,12 +55,9 @@ def prepare_backward(
     tokens_of_block = -(-tokens // tiles)
     tiles = -(-tokens // tokens_of_block)
     padded = padded_width(inner)
-    grad_projections = grad_u.new_empty((2, batch, tokens, num_columns) if need_weights else (0,))
-    partial_filters = torch.empty(
-        (batch * tiles, 2, width + 1, padded) if need_weights else (0,),
-        dtype=torch.float32,
-        device=grad_u.device,
-    )
+    grad_projections = grad_u.new_empty((2, batch if need_weights else 0, tokens, num_columns))
+    blocks = batch * tiles if need_weights else 0
+    partial_filters = torch.empty((blocks, 2, width + 1, padded), dtype=torch.float32, device=grad_u.device)
     constants = (
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
@@ -82,7 +79,7 @@ def prepare_backward(
             _shared_bytes(rows, inner, num_columns),
         )
     if not need_weights:
-        return grad_projections, partial_filters
+        return grad_projections, partial_filters.new_empty((2, width + 1, 0))
     return grad_projections, partial_filters.sum(0)[..., :inner]
 
 
