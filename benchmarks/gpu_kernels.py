@@ -22,8 +22,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vimtune.ops import DirectionWeights, bidirectional_scan, reference
-from vimtune.ops.triton import launch, mixer
+from vimtune.ops.nvrtc import mixer as nvrtc_mixer
+from vimtune.ops.triton import launch
+from vimtune.ops.triton import mixer as triton_mixer
 
+MIXERS = {"nvrtc": nvrtc_mixer, "triton": triton_mixer}
 SFU_PER_CLOCK = 16  # per multiprocessor
 FORWARD_TILINGS = [(32, 4), (32, 8), (64, 4), (64, 8)]  # channels, steps
 BACKWARD_TILINGS = [(32, 2, 64), (32, 4, 64), (32, 4, 32), (64, 2, 64)]  # channels, steps, chunk
@@ -54,14 +57,15 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, backend: str) -> None:
     xz, grad, weights = inputs(options, torch.bfloat16)
+    mixer = MIXERS[backend]
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
-        return mixer.forward(xz, weights, True, backend)
+        return mixer.forward(xz, weights, True)
 
     def backward(needed: bool) -> Callable[[], object]:
         _, projections, states = forward()
         needs = [[needed] * 7] * 2
-        return lambda: mixer.backward(grad, xz, projections, states, weights, True, needs, backend)
+        return lambda: mixer.backward(grad, xz, projections, states, weights, True, needs)
 
     print(f"\n{backend}: forward {graph_time(forward)}")
     print(f"{backend}: backward, frozen weights {graph_time(backward(False))}")
@@ -98,7 +102,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--inner", type=int, default=384)
     parser.add_argument("--states", type=int, default=16)
     parser.add_argument("--rank", type=int, default=12)
-    parser.add_argument("--backends", nargs="+", default=["nvrtc", "triton"], help="whose scan to time")
+    parser.add_argument(
+        "--backends", nargs="+", choices=MIXERS, default=list(MIXERS), help="whose kernels to time"
+    )
     parser.add_argument("--sweep", action="store_true", help="time every tiling of the scan")
     return parser.parse_args()
 
