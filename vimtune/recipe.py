@@ -213,8 +213,8 @@ class Recipe:
     backend: str = _setting(
         "run",
         "auto",
-        parsers.choice("auto", "torch", "cpu", "triton", "cuda", "reference"),
-        "selective scan: auto, torch, cpu, triton, cuda, reference",
+        parsers.choice("auto", "torch", "cpu", "nvrtc", "triton", "cuda", "reference"),
+        "selective scan: auto, torch, cpu, nvrtc, triton, cuda, reference",
     )
     threads: int | None = _setting(
         "run", None, parsers.optional(parsers.integer(1)), "CPU threads (default: torch's own)"
