@@ -86,6 +86,10 @@ def assert_close(actual, expected, tolerance, label):
         (1, 65, 64, torch.bfloat16, 1.0),
         (1, 33, 64, torch.bfloat16, 100.0),
         (1, 33, 64, torch.bfloat16, 1e-3),
+        (1, 63, 8, torch.float16, 1.0),
+        (1, 197, 16, torch.bfloat16, 1.0),
+        (1, 500, 8, torch.bfloat16, 1.0),
+        (1, 730, 8, torch.float16, 0.1),
     ],
 )
 def test_scan_and_its_gradients(device, batch, tokens, inner, dtype, delta_scale, trained):

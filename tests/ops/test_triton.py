@@ -215,6 +215,14 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
     assert torch.equal(frozen.grad, grads["xz"]), "frozen weights change d(xz)"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 63, 65, 197, 500, 730])
+@pytest.mark.parametrize("backend", ["triton", "nvrtc"])
+def test_bidirectional_scan_at_odd_lengths(backend, tokens, dtype):
+    test_bidirectional_scan(backend, tokens, 200, 16, 7, 4, True, dtype, None)
+
+
 @pytest.mark.parametrize("has_branch", [True, False])
 def test_add_rms_norm(has_branch):
     generator = torch.Generator().manual_seed(3)
