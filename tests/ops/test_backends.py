@@ -11,10 +11,11 @@ from vimtune.ops import reference
 SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 # Kernels for GPUs, with what they may deviate beyond the others: mamba-ssm uses fast exponentials.
 GPU_BACKENDS = {"triton": 2, "cuda": 100}
+# These operations of `nvrtc` are Triton's; what it has of its own is tested in test_nvrtc*.py.
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.gpu if name in GPU_BACKENDS else ())
     for name in ops.backend_names()
-    if name not in ("auto", "reference")
+    if name not in ("auto", "reference", "nvrtc")
 ]
 
 
