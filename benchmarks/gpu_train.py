@@ -1,11 +1,19 @@
-"""Time the trainer itself, eagerly and with batches replayed as a CUDA graph.
+"""Time the trainer against the bare training step, and so what the trainer costs beside the device's work.
 
-    python benchmarks/gpu_train.py                                  # Vim-tiny at 64 and 224 px, bf16, ProDiaL
+    python benchmarks/gpu_train.py                                  # Vim-tiny at 224 and 64 px, bf16, ProDiaL
+    python benchmarks/gpu_train.py --eager                          # without CUDA graphs as well
     python benchmarks/gpu_train.py --cases vim_small_patch16_224:64 --method full --amp none
 
-Each case is a whole run of `vimtune.train`, whose loader is replaced by one that yields the same batch
-from pinned memory: copies to the GPU count, decoding and augmentation do not. The rate is the median of
-the trainer's own log records after the first. The last losses show that both ways train the same.
+Rows of a case, all with the same recipe and one random batch:
+
+    bare       forward, backward and AdamW as one CUDA graph on resident data: no clipping, no norm, nobody
+               looks at the loss; the mean of steps without a pause
+    resident   a whole run of `vimtune.train`, whose loader is replaced by one that yields the batch from the
+               device: what the trainer adds
+    copied     the same from page-locked host memory: copies count too, decoding and augmentation do not
+
+Times of the trainer are the median of its own log records after the first. Equal losses show that `resident`,
+`copied` and their eager runs train the same.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -28,21 +36,32 @@ from torch import Tensor
 
 from vimtune.recipe import Recipe
 from vimtune.train import train, trainer
+from vimtune.train.batch import summed_loss
+from vimtune.train.distributed import Processes, open_processes
+from vimtune.train.graph import CudaRecorder
+from vimtune.train.job import Job, build_job
+from vimtune.train.precision import build_autocast
+from vimtune.train.settings import process_settings
 
-CASES = ["vim_tiny_patch8_64:256", "vim_tiny_patch8_64:1024", "vim_tiny_patch16_224:128"]
+CASES = ("vim_tiny_patch16_224:128", "vim_tiny_patch8_64:1024")
 NUM_CLASSES = 4
+NUM_RECORDS = 4
+"""Log records of a run; the first one has the warm-up."""
+WARMUP_STEPS = 3
+
+Row = dict[str, Any]
 
 
-class ResidentLoader:
+class OneBatch:
     """One random batch, `num_batches` times an epoch, in place of the loader of the training images."""
 
-    def __init__(self, replaced: Any, size: tuple[int, int], batch_size: int, num_batches: int) -> None:
-        self.dataset, self.skipped_paths = replaced.dataset, replaced.skipped_paths
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, 3, *size, generator=generator)
-        labels = torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
-        pinned = torch.cuda.is_available()
-        self.batch = (images.pin_memory(), labels.pin_memory()) if pinned else (images, labels)
+    def __init__(self, job: Job, batch_size: int, num_batches: int, device: torch.device) -> None:
+        self.dataset, self.skipped_paths = job.train.dataset, job.train.skipped_paths
+        self.batch = random_batch(job, batch_size)
+        if device.type != "cpu":
+            self.batch = self.batch[0].to(device), self.batch[1].to(device)
+        elif torch.cuda.is_available():
+            self.batch = self.batch[0].pin_memory(), self.batch[1].pin_memory()
         self.num_batches = num_batches
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
@@ -55,6 +74,13 @@ class ResidentLoader:
         return iter([self.batch] * self.num_batches)
 
 
+def random_batch(job: Job, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Images and labels as `job` expects them, in host memory."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, 3, *job.preprocessing["img_size"], generator=generator)
+    return images, torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
+
+
 def main() -> None:
     options = parse_options()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -62,18 +88,21 @@ def main() -> None:
         f"{name}, torch {torch.__version__}, {options.method}, amp {options.amp}, {options.steps} steps a run"
     )
     print(
-        f"{'model':24} {'batch':>5} {'graph':>5} {'img/s':>8} {'ms/step':>8} {'GiB':>6} {'loss':>10} {'s':>6}"
+        f"{'model':24} {'batch':>5} {'what':>8} {'graph':>5} {'img/s':>8} {'ms/step':>8} {'over bare':>9} "
+        f"{'GiB':>6} {'loss':>10} {'s':>5}"
     )
     rows = []
     for case in options.cases:
         model, _, batch_size = case.partition(":")
-        for mode in options.modes:
-            row = measure(options, model, int(batch_size), mode)
+        bare_ms = 0.0
+        for row in measure(options, model, int(batch_size)):
             rows.append(row)
+            bare_ms = row["step_ms"] if row["what"] == "bare" else bare_ms
             print(
-                f"{row['model']:24} {row['batch_size']:5} {'yes' if row['cuda_graph'] else 'no':>5} "
-                f"{row['images_per_second']:8.0f} {row['step_ms']:8.2f} {row['peak_gib']:6.2f} "
-                f"{row['last_loss']:10.6f} {row['seconds']:6.1f} {' '.join(row['warnings'])}",
+                f"{row['model']:24} {row['batch_size']:5} {row['what']:>8} "
+                f"{'yes' if row['cuda_graph'] else 'no':>5} {row['images_per_second']:8.0f} "
+                f"{row['step_ms']:8.2f} {row['step_ms'] - bare_ms:9.2f} {row['peak_gib']:6.2f} "
+                f"{row['last_loss']:10.6f} {row['seconds']:5.1f} {' '.join(row['warnings'])}",
                 flush=True,
             )
     if options.output:
@@ -87,37 +116,32 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:BATCH")
-    parser.add_argument("--modes", nargs="+", choices=("off", "on"), default=["off", "on"])
+    parser.add_argument("--eager", action="store_true", help="time the trainer without CUDA graphs too")
     parser.add_argument("--method", default="prodial")
     parser.add_argument("--amp", default="bf16")
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="JSON file for the rows")
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace, model: str, batch_size: int, mode: str) -> dict[str, Any]:
-    """One run of `options.steps` optimizer steps."""
-    build_job = trainer.build_job
-
-    def with_resident_batches(recipe: Recipe, processes: Any) -> Any:
-        job = build_job(recipe, processes)
-        height, width = job.preprocessing["img_size"]
-        job.train = ResidentLoader(job.train, (height, width), batch_size, options.steps)
-        return job
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        redirect_stdout(io.StringIO()),
-        mock.patch.object(trainer, "build_job", with_resident_batches),
-    ):
-        report = train(
-            Recipe(
+def measure(options: argparse.Namespace, model: str, batch_size: int) -> Iterator[Row]:
+    """The rows of a case, one by one."""
+    tasks: list[tuple[str, str, Callable[[argparse.Namespace, Recipe, str], Row]]] = [
+        ("bare", "auto", time_bare_step),
+        ("resident", "auto", time_trainer),
+        ("copied", "auto", time_trainer),
+    ]
+    if options.eager:
+        tasks += [("resident", "off", time_trainer), ("copied", "off", time_trainer)]
+    for what, cuda_graph, task in tasks:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = Recipe(
                 dataset="synthetic_flowers",
                 dataset_kwargs={
                     "species": NUM_CLASSES,
@@ -135,27 +159,93 @@ def measure(options: argparse.Namespace, model: str, batch_size: int, mode: str)
                 warmup_epochs=0,
                 batch_size=batch_size,
                 amp=options.amp,
-                cuda_graph=mode,
+                cuda_graph=cuda_graph,
                 device=options.device,
                 output_dir=str(Path(folder, "run")),
-                log_interval=max(1, options.steps // 4),
+                log_interval=max(1, options.steps // NUM_RECORDS),
             )
-        )
-        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+            row = task(options, recipe, what)
+        yield {
+            "model": model,
+            "batch_size": batch_size,
+            "what": what,
+            "method": options.method,
+            "amp": options.amp,
+            "images_per_second": 1e3 * batch_size / row["step_ms"],
+            "seconds": time.perf_counter() - started,
+            **row,
+        }
+
+
+def time_bare_step(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
+    """The step alone; eagerly where there is no GPU."""
+    with open_processes(recipe.device) as processes, process_settings(recipe, processes.device):
+        device = processes.device
+        on_gpu = device.type == "cuda"
+        job = build_job(recipe, processes)
+        model, autocast = job.model.train(), build_autocast(recipe.amp, device)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, capturable=on_gpu, fused=on_gpu or None)
+        images, labels = (part.to(device) for part in random_batch(job, recipe.batch_size))
+
+        def step() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            with autocast():
+                logits = model(images)
+            loss = summed_loss(logits, labels, recipe.label_smoothing) / recipe.batch_size
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        if on_gpu:
+            recorder = CudaRecorder(device)
+            for _ in range(WARMUP_STEPS):
+                recorder.run(step)
+            loss, run = recorder.record(step)
+            run()
+            torch.cuda.synchronize()
+        else:
+            loss, run = step(), step
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return {
+            "cuda_graph": on_gpu,
+            "step_ms": 1e3 * seconds / options.steps,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+            "last_loss": loss.item(),
+            "warnings": [],
+        }
+
+
+def time_trainer(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
+    """A run of `options.steps` optimizer steps."""
+
+    def with_one_batch(recipe: Recipe, processes: Processes) -> Job:
+        job = build_job(recipe, processes)
+        place = processes.device if what == "resident" else torch.device("cpu")
+        job.train = OneBatch(job, recipe.batch_size, options.steps, place)
+        return job
+
+    with (
+        redirect_stdout(io.StringIO()),
+        mock.patch.object(trainer, "build_job", with_one_batch),
+        mock.patch.object(trainer, "write_report"),  # its pictures take longer than the steps
+    ):
+        report = train(recipe)
+    assert recipe.output_dir is not None
+    lines = Path(recipe.output_dir, "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "grad_norm" in record]
     rate = statistics.median(record["images_per_second"] for record in records[1:])
     return {
-        "model": model,
-        "method": options.method,
-        "amp": options.amp,
-        "batch_size": batch_size,
         "cuda_graph": report.cuda_graph,
-        "images_per_second": rate,
-        "step_ms": 1e3 * batch_size / rate,
+        "step_ms": 1e3 * recipe.batch_size / rate,
         "peak_gib": report.peak_memory / 2**10,
         "last_loss": records[-1]["loss"],
         "warnings": report.warnings,
-        "seconds": time.perf_counter() - started,
     }
 
 

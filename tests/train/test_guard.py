@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_runs import assert_same_weights, metrics
 from torch import nn
 
 from vimtune.train import NonFiniteError, train, trainer
+from vimtune.train.checkpoint import load_run_state
 from vimtune.train.guard import find_nonfinite
+from vimtune.train.optim import build_optimizer
 
 
 class TwoFactors(torch.autograd.Function):
@@ -107,6 +112,71 @@ def test_run_names_the_layer(tiny, monkeypatch, options):
     assert "non-finite loss in epoch 1, step 3" in message
     assert "the output of layers.1.mixer (BiMambaMixer)" in message
     assert "lower --lr" in message
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Runs have the optimizer of a GPU, which skips updates by itself; gives those that were made."""
+    made = []
+
+    def install():
+        def build(*args, **kwargs):
+            optimizer = build_optimizer(*args, **kwargs)
+            for settings in (optimizer.defaults, *optimizer.param_groups):
+                settings["fused"] = True
+            made.append(optimizer)
+            return optimizer
+
+        monkeypatch.setattr(trainer, "build_optimizer", build)
+        return made
+
+    return install
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_updates_launched_before_the_loss_is_known_are_the_same(tiny, fused, monkeypatch):
+    """Whether the device or the host sees to it that nothing is updated by inf or NaN."""
+    fused()
+    settings = {"ema": 0.9, "grad_accum": 2, "batch_size": 4}
+    early = train(tiny("early", **settings))
+    monkeypatch.setattr(trainer, "skips_by_itself", lambda optimizer: False)
+    late = train(tiny("late", **settings))
+    states = [load_run_state(Path(r.run_dir, "checkpoint.safetensors")) for r in (early, late)]
+    assert_same_weights(states[0].adapter, states[1].adapter)
+    assert_same_weights(states[0].ema, states[1].ema)
+    assert metrics(early.run_dir) == metrics(late.run_dir)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("early", [False, True])
+def test_no_update_is_made_with_it(tiny, fused, monkeypatch, early):
+    """The model stays as it was after the second step, whether update or look at the loss comes first."""
+    made = fused() if early else []
+    original, kept = trainer.build_job, {}
+
+    def with_a_bad_gradient(recipe, processes):
+        job = original(recipe, processes)
+        forward, calls = job.model.forward, []
+
+        def fails_in_step_3(images):
+            calls.append(1)
+            if len(calls) < 3:
+                return forward(images)
+            if not kept:
+                kept.update({name: p.detach().clone() for name, p in job.model.named_parameters()})
+                kept["model"] = job.model
+            return TwoFactors.apply(forward(images), 1.0, float("inf"))
+
+        job.model.forward = fails_in_step_3
+        return job
+
+    monkeypatch.setattr(trainer, "build_job", with_a_bad_gradient)
+    with pytest.raises(NonFiniteError, match="non-finite gradient in epoch 1, step 3"):
+        train(tiny())
+    model = kept.pop("model")
+    assert_same_weights(dict(model.named_parameters()), kept)
+    for optimizer in made:
+        assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,15 @@ from torch import nn
 
 import vimtune
 from vimtune import adapters
-from vimtune.train.optim import CosineSchedule, WeightAverage, build_optimizer, set_learning_rate
+from vimtune.train.optim import (
+    CosineSchedule,
+    WeightAverage,
+    build_optimizer,
+    set_learning_rate,
+    skip_unless_finite,
+    skips_by_itself,
+)
+from vimtune.train.settings import seed_generators
 
 
 def test_groups_follow_head_and_weight_decay():
@@ -80,3 +90,34 @@ def test_average_of_weights():
     other = WeightAverage({"w": weight}, decay=0.5)
     other.restore(average.tensors)
     assert torch.equal(other.tensors["w"], average.tensors["w"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_fused_updates_are_skipped_whole(device, bad):
+    def start():
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(5, device=device))
+        return weight, torch.optim.AdamW([weight], lr=0.1, fused=True)
+
+    (weight, optimizer), (expected, plain) = start(), start()
+    assert skips_by_itself(optimizer) and not skips_by_itself(torch.optim.AdamW([weight], lr=0.1))
+    for step, value in enumerate([1.0, bad, 3.0, bad]):
+        gradient = torch.full((5,), value * (step + 1), device=device)
+        weight.grad, expected.grad = gradient, gradient
+        skip_unless_finite(optimizer, torch.tensor([2.0, value], device=device))
+        optimizer.step()
+        if math.isfinite(value):
+            plain.step()
+    assert torch.equal(weight, expected)
+    ours, theirs = optimizer.state[weight], plain.state[expected]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert float(ours["step"]) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_seeding_is_that_of_torch(device):
+    torch.manual_seed(17)
+    expected = torch.rand(3), torch.rand(3, device=device)
+    seed_generators(17, torch.device(device, 0 if device == "cuda" else None))
+    assert all(map(torch.equal, (torch.rand(3), torch.rand(3, device=device)), expected))

@@ -45,7 +45,7 @@ def build_optimizer(
         ],
         lr=lr,
         betas=betas,
-        fused=on_gpu or None,  # one launch for all tensors, and overflows of fp16 are skipped without a wait
+        fused=on_gpu or None,  # few launches for all tensors, and updates can be skipped without a wait
     )
 
 
@@ -76,6 +76,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: CosineSchedule
     for group in optimizer.param_groups:
         group["lr"] = schedule(step, group["peak_lr"])
     return optimizer.param_groups[0]["lr"]
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's kernels can leave an update out by a number that only the device knows."""
+    return bool(optimizer.defaults.get("fused"))
+
+
+def skip_unless_finite(optimizer: torch.optim.Optimizer, values: Tensor) -> None:
+    """Have the next step of an optimizer that `skips_by_itself` change nothing, not even its counts of
+    steps, if one of `values` is inf or NaN; the host does not wait to know."""
+    skipped = 1.0 - torch.isfinite(values).all().float()
+    optimizer.found_inf = skipped  # type: ignore[attr-defined] # where GradScaler puts its own
 
 
 class WeightAverage:

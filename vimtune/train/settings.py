@@ -25,6 +25,16 @@ def derive_seed(seed: int, *parts: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` for the CPU and `device` alone: noting a seed for each kind of device that is
+    not there, with a stack trace, would take longer than all else between two replayed steps."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 @contextmanager
 def numpy_seed(seed: int) -> Iterator[None]:
     """Seed numpy's global generator for a block (timm's Mixup draws from it) and restore it."""

@@ -8,7 +8,6 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,19 @@ from vimtune.train.checkpoint import (
 from vimtune.train.distributed import Processes, open_processes
 from vimtune.train.evaluate import Evaluation, evaluate
 from vimtune.train.folder import RunFolder, unused_path, writing
+from vimtune.train.gradients import GradientWatch, put_gradients, scale_and_clip
 from vimtune.train.graph import BatchGraph, CaptureError, CudaRecorder, refusals
 from vimtune.train.guard import NonFiniteError, find_nonfinite
 from vimtune.train.interrupt import Interrupted, StopRequest
 from vimtune.train.job import build_job
-from vimtune.train.optim import CosineSchedule, WeightAverage, build_optimizer, set_learning_rate
+from vimtune.train.optim import (
+    CosineSchedule,
+    WeightAverage,
+    build_optimizer,
+    set_learning_rate,
+    skip_unless_finite,
+    skips_by_itself,
+)
 from vimtune.train.precision import build_autocast, build_scaler
 from vimtune.train.report import (
     Report,
@@ -51,13 +58,12 @@ from vimtune.train.report import (
     versions,
     write_report,
 )
-from vimtune.train.settings import derive_seed, process_settings
+from vimtune.train.settings import derive_seed, process_settings, seed_generators
 from vimtune.train.tracking import Tracker, build_console
+from vimtune.train.transfer import Batch, Readback, WindowReader
 
 WATCHED_STEPS = 5
 """Optimizer steps after which a trained tensor that never had a gradient is reported."""
-
-Batch = tuple[Tensor, Tensor]
 
 
 def train(recipe: Recipe) -> Report:
@@ -125,12 +131,18 @@ class _Run:
             weight_decay=recipe.weight_decay,
             betas=(recipe.betas[0], recipe.betas[1]),
         )
+        # fp16 looks first: what its scaler skips is decided by other rules.
+        self.device_guards = skips_by_itself(self.optimizer) and not self.scaler.is_enabled()
         self.ema = WeightAverage(self.parameters, recipe.ema) if recipe.ema > 0 else None
         self.graph: BatchGraph | None = None
         if not self.eager_because:
             # The first step is over before: gradients still absent after it are those of dead tensors.
             warmup = recipe.grad_accum + 1
             self.graph = BatchGraph(CudaRecorder(self.device), self.parameters.values(), warmup)
+        # Where the graph knows gradients to lie they stay; a step of one batch then writes over them.
+        self.gradients_stay = self.graph is not None
+        self.replaces_gradients = self.gradients_stay and recipe.grad_accum == 1
+        self.windows = WindowReader(self.device, recipe.grad_accum)
         self.images_per_step = recipe.batch_size * recipe.grad_accum
         self.steps_per_epoch = math.ceil(len(self.job.train) / recipe.grad_accum)
         self.schedule = CosineSchedule(
@@ -148,7 +160,7 @@ class _Run:
         if saved is not None:
             self._restore(saved)
         self.first_step = self.progress.step
-        self.without_gradient = set(self.parameters)
+        self.watch = GradientWatch(self.parameters, 0 if self.first_step > 0 else WATCHED_STEPS)
         self.seconds_before = self.progress.seconds
         self.started = time.monotonic()
         self._prepare_folder()
@@ -163,6 +175,7 @@ class _Run:
         )
         stack.callback(self.tracker.close)
         self.stop = stack.enter_context(StopRequest())
+        self.should_stop = False
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -187,10 +200,9 @@ class _Run:
         recipe, progress = self.recipe, self.progress
         self.job.train.set_position(progress.epoch, progress.batch)
         self.model.train()
-        batches = iter(self.job.train)
         shown = progress.images
         clock = shown_at = time.monotonic()
-        while window := list(islice(batches, recipe.grad_accum)):
+        for window in self.windows.read(self.job.train):
             loss_sum, images, norm, lr = self._step(window)
             progress.batch += len(window)
             progress.step += 1
@@ -228,51 +240,59 @@ class _Run:
         """
         recipe, step = self.recipe, self.progress.step
         lr = set_learning_rate(self.optimizer, self.schedule, step)
-        window = [
-            (x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)) for x, y in window
-        ]
+        own_images = sum(len(images) for images, _ in window)
+        # Several processes wait for each other here, where the device has nothing to do anyway.
+        num_images = int(self.processes.sum(torch.tensor(own_images)))
+        if num_images == 0:  # every image of the window was corrupt and skipped
+            return 0.0, 0, 0.0, lr
 
         # Forward and backward. Losses are sums, so parts of any size add up to the whole.
+        if own_images == 0 or not self.replaces_gradients:
+            self.optimizer.zero_grad(set_to_none=not self.gradients_stay)
         total = torch.zeros((), device=self.device)
         for micro, (images, labels) in enumerate(window):
             if len(images) > 0:
                 total += self._replay_or_run(*self._prepare(images, labels, micro))
-        if step == self.first_step and any(len(images) > 0 for images, _ in window):
+        if step == self.first_step and own_images > 0:
             adapters.check_gradients(self.model)
 
-        # Over all processes: gradients, loss, images, wish to stop.
+        # Over all processes: gradients, loss, wish to stop. Then from a sum to a mean over the images there
+        # really were.
         self.processes.sum_gradients_(list(self.parameters.values()))
-        total = self.processes.sum(total)
-        counted = torch.tensor([sum(len(images) for images, _ in window), int(self.stop.requested)])
-        num_images, stop = self.processes.sum(counted).tolist()
-        self.should_stop = stop > 0
-        if num_images == 0:  # every image of the window was corrupt and skipped
-            return 0.0, 0, 0.0, lr
-
-        # From a sum to a mean over the images there really were, then clip.
+        wish = torch.full_like(total, self.stop.requested)
+        sums = self.processes.sum(torch.stack([total, wish]))
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if num_images != self.images_per_step:
-            torch._foreach_mul_(gradients, self.images_per_step / num_images)
-        total_norm = torch.nn.utils.get_total_norm(gradients)
-        if recipe.clip_grad > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), recipe.clip_grad, total_norm)
-        loss_sum, norm = torch.stack([total, total_norm]).tolist()  # one wait for the device
-        self._require_finite(loss_sum, norm, window)
-        self._watch_gradients()
+        factor = self.images_per_step / num_images
+        total_norm = scale_and_clip(self.parameters.values(), factor, recipe.clip_grad)
 
-        # Update.
+        # Update, but never by a loss or gradient that is not finite. Where the device can see to that by
+        # itself, all is launched, and the next window on its way, before the one wait for the device.
+        measured = torch.cat([sums, total_norm[None]])
+        reading = Readback(measured)
+        if self.device_guards:
+            skip_unless_finite(self.optimizer, measured)
+            self._update(step)
+        if not self.stop.requested:
+            self.windows.fetch_ahead()
+        loss_sum, wishes, norm = reading.read()
+        self.should_stop = wishes > 0
+        self._require_finite(loss_sum, norm, window)
+        if not self.device_guards:
+            self._update(step)
+        if unmoved := ", ".join(self.watch.look()):
+            self._warn(f"gradient exactly zero in all of the first {WATCHED_STEPS} steps: {unmoved}")
+        return loss_sum, num_images, norm, lr
+
+    def _update(self, step: int) -> None:
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=self.graph is None)
         if self.ema is not None:
             self.ema.update(step)
-        return loss_sum, num_images, norm, lr
 
     def _prepare(self, images: Tensor, labels: Tensor, micro: int) -> Batch:
         """Seed the pass of micro-batch `micro` of the current step and mix it; the same at every call."""
         place = (self.progress.step, micro, self.processes.rank)
-        torch.manual_seed(derive_seed(self.recipe.seed, "step", *place))
+        seed_generators(derive_seed(self.recipe.seed, "step", *place), self.device)
         return self.mix(images, labels, derive_seed(self.recipe.seed, "mix", *place[:2]))
 
     def _replay_or_run(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -288,7 +308,11 @@ class _Run:
     def _forward_backward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Add the gradients of a batch to those of the step; return its loss, summed over images."""
         loss = self._loss(self.forward, images, targets)
-        self.scaler.scale(loss / self.images_per_step).backward()
+        share = self.scaler.scale(loss / self.images_per_step)
+        if self.gradients_stay:
+            put_gradients(share, self.parameters.values(), replace=self.replaces_gradients)
+        else:
+            share.backward()
         return loss.detach()
 
     def _loss(self, forward: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor) -> Tensor:
@@ -309,34 +333,17 @@ class _Run:
                 place = find_nonfinite(self.model, images, repeat, backward=True)
         places = [found for found in self.processes.gather(place) if found is not None]
         what = "gradient" if math.isfinite(loss_sum) else "loss"
-        hint = (
-            "lower --lr or set --clip-grad" if self.recipe.amp == "none" else "lower --lr or use --amp none"
-        )
+        hint = "set --clip-grad" if self.recipe.amp == "none" else "use --amp none"
         raise NonFiniteError(
             f"non-finite {what} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1} "
             f"(lr {self.optimizer.param_groups[0]['lr']:.2e}, amp {self.recipe.amp}). "
             f"It first arises in {places[0] if places else 'no place that a replay of the batch shows'}. "
-            f"No update was made with it; {hint}"
+            f"No update was made with it; lower --lr or {hint}"
         )
 
     def _scale_is_sought(self) -> bool:
         """Whether fp16 gradients may still overflow: those steps are skipped and the scale is lowered."""
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0
-
-    def _watch_gradients(self) -> None:
-        if self.first_step > 0 or self.progress.step >= WATCHED_STEPS or not self.without_gradient:
-            return
-        names = list(self.without_gradient)
-        gradients = [self.parameters[name].grad for name in names]
-        moving = torch.stack(
-            [torch.zeros((), device=self.device) if g is None else g.any() for g in gradients]
-        )
-        self.without_gradient = {
-            name for name, moves in zip(names, moving.tolist(), strict=True) if not moves
-        }
-        if self.progress.step == WATCHED_STEPS - 1 and self.without_gradient:
-            listed = ", ".join(name for name in self.parameters if name in self.without_gradient)
-            self._warn(f"gradient exactly zero in all of the first {WATCHED_STEPS} steps: {listed}")
 
     # --- the end of an epoch ------------------------------------------------------------------
 

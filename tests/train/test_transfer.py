@@ -1,0 +1,178 @@
+"""Batches on their way to the device: order, reading ahead, errors, and runs that read ahead."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import assert_same_weights, metrics, weights
+
+from vimtune.data import CorruptImageError
+from vimtune.data.synthetic import SyntheticFlowers
+from vimtune.recipe import load_recipe
+from vimtune.train import Interrupted, train, trainer
+from vimtune.train.checkpoint import load_run_state
+from vimtune.train.transfer import Readback, WindowReader
+
+CPU = torch.device("cpu")
+
+
+class Loader:
+    """Batches 0 to `length` - 1, each holding its number; fails in place of batch `bad`."""
+
+    def __init__(self, length: int, bad: int = -1) -> None:
+        self.length, self.bad = length, bad
+        self.num_read = 0
+
+    def __iter__(self):
+        for number in range(self.length):
+            if number == self.bad:
+                raise CorruptImageError("picture.png", "damaged")
+            self.num_read += 1
+            yield torch.full((2, 3), float(number)), torch.tensor([number, number])
+
+
+def reader(size: int, ahead: bool = True) -> WindowReader:
+    made = WindowReader(CPU, size)
+    made.ahead = ahead
+    return made
+
+
+def numbers(window) -> list[int]:
+    assert all(images.unique().tolist() == labels.unique().tolist() for images, labels in window)
+    return [int(labels[0]) for _, labels in window]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize(("size", "length"), [(1, 0), (1, 3), (2, 4), (3, 7), (5, 2)])
+def test_windows_keep_the_order(ahead, size, length):
+    windows, loader, seen = reader(size, ahead), Loader(length), []
+    for window in windows.read(loader):
+        given = len(seen) + len(window)
+        assert loader.num_read == given
+        windows.fetch_ahead()
+        windows.fetch_ahead()  # one window, however often it is called
+        assert loader.num_read == (min(length, given + size) if ahead else given)
+        seen += numbers(window)
+    assert seen == list(range(length))
+    windows.fetch_ahead()  # the epoch is over
+    assert loader.num_read == length
+
+
+def test_a_new_epoch_forgets_what_was_fetched():
+    windows, loader = reader(2), Loader(6)
+    next(iter(windows.read(loader)))
+    windows.fetch_ahead()
+    assert [numbers(window) for window in windows.read(Loader(3))] == [[0, 1], [2]]
+    assert loader.num_read == 4
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize(("bad", "given"), [(0, 0), (4, 4), (5, 4)])
+def test_errors_come_with_their_window(ahead, bad, given):
+    windows, seen = reader(2, ahead), []
+    with pytest.raises(CorruptImageError, match=r"picture\.png"):
+        for window in windows.read(Loader(8, bad)):
+            windows.fetch_ahead()
+            seen += numbers(window)
+    assert seen == list(range(given))
+
+
+def test_the_cpu_reads_nothing_ahead():
+    windows, loader = WindowReader(CPU, 1), Loader(3)
+    for count, _ in enumerate(windows.read(loader), 1):
+        windows.fetch_ahead()
+        assert loader.num_read == count
+
+
+def test_numbers_come_back():
+    assert Readback(torch.tensor([1.5, -2.0])).read() == [1.5, -2.0]
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reading_ahead(monkeypatch):
+    """Runs read ahead, as on a GPU."""
+
+    class Ahead(WindowReader):
+        def __init__(self, device, size):
+            super().__init__(device, size)
+            self.ahead = True
+
+    return lambda: monkeypatch.setattr(trainer, "WindowReader", Ahead)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("changes", [{}, {"grad_accum": 3, "batch_size": 4, "num_workers": 1}], ids=str)
+def test_reading_ahead_changes_nothing_nor_does_an_interruption(tiny, reading_ahead, monkeypatch, changes):
+    whole = train(tiny("whole", **changes))
+    reading_ahead()
+    recipe, fetches, fetch = tiny("parts", **changes), [], WindowReader.fetch_ahead
+
+    def fetch_and_stop(self):
+        fetch(self)  # the signal comes when the next window has been read
+        fetches.append(1)
+        if len(fetches) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WindowReader, "fetch_ahead", fetch_and_stop)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step == 6
+    report = train(load_recipe(None, {"resume": recipe.output_dir}))
+    assert_same_weights(weights(whole.run_dir), weights(report.run_dir))
+    assert metrics(whole.run_dir) == metrics(report.run_dir)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_corrupt_image_stops_the_run_at_its_step(tiny, reading_ahead, monkeypatch):
+    reading_ahead()
+    load, loads = SyntheticFlowers.load, []
+
+    def broken(self, index):
+        loads.append(self.split)
+        if loads.count("train") == 20:  # in the third batch of 8
+            raise CorruptImageError(self.describe(index), "damaged")
+        return load(self, index)
+
+    monkeypatch.setattr(SyntheticFlowers, "load", broken)
+    recipe = tiny()
+    with pytest.raises(CorruptImageError):
+        train(recipe)
+    assert [record["step"] for record in metrics(recipe.output_dir)] == [1, 2]
+    loads.clear()
+    report = train(tiny("skipped", on_corrupt="skip", epochs=1))
+    assert report.warnings == ["train: 1 corrupt images left out"]
+    assert Path(report.run_dir, "report.json").exists()
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_windows_arrive_whole_while_the_device_works():
+    device = torch.device("cuda", 0)
+    length, side = 24, 1024
+    images = [torch.full((16, 3, 256, 256), float(n)).pin_memory() for n in range(length)]
+    batches = [(image, torch.tensor([n, n]).pin_memory()) for n, image in enumerate(images)]
+    windows = WindowReader(device, 2)
+    assert windows.ahead
+    busy = torch.eye(side, device=device)
+    seen, readings = [], []
+    for window in windows.read(batches):
+        for _ in range(20):
+            busy = busy @ busy
+        for images, labels in window:
+            assert images.device == labels.device == device
+            seen += [images.amin(), images.amax(), labels[0].float()]
+        del images, labels
+        readings.append(Readback(torch.stack(seen)))
+        windows.fetch_ahead()
+    expected = [float(n) for n in range(length) for _ in range(3)]
+    assert readings[-1].read() == expected
+    assert readings[0].read() == expected[:6]

@@ -1,0 +1,92 @@
+"""Between host and device while the device works: batches go there, a few numbers come back.
+
+On a GPU both are copies beside the computation: the images of the next optimizer step travel on a
+stream of their own during the current one, and the host takes the current step's numbers from
+page-locked memory as soon as they are there, whatever the device still has to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+
+class WindowReader:
+    """Puts the batches of a loader on the device, grouped by optimizer step.
+
+    On a GPU `fetch_ahead` reads and sends the next window before it is asked for; without that call,
+    and on any other device, each window is read when its turn comes. What was fetched and is not
+    asked for any more is forgotten: the position of a run counts the windows that it was given.
+    Copies run beside the computation if the loader's batches are in page-locked memory.
+    """
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        """`size` batches make a window."""
+        self.device, self.size = device, size
+        self.ahead = device.type == "cuda"
+        # One for the whole run: memory that is freed stays with the stream it was made for.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._batches: Iterator[Batch] = iter(())
+        self._fetched: list[Batch] | Exception | None = None
+
+    def read(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+        """Yield the windows of `batches`, on the device; the last one may be shorter.
+
+        An error of the loader is raised when its window is asked for.
+        """
+        self._batches, self._fetched = iter(batches), None
+        while True:
+            fetched = self._fetch() if self._fetched is None else self._fetched
+            self._fetched = None
+            if isinstance(fetched, Exception):
+                raise fetched
+            if not fetched:
+                return
+            self._receive(fetched)
+            yield fetched
+
+    def fetch_ahead(self) -> None:
+        """Read the next window now and start to copy it, unless the device is not worth it."""
+        if self.ahead and self._fetched is None:
+            self._fetched = self._fetch()
+
+    def _fetch(self) -> list[Batch] | Exception:
+        try:
+            window = list(islice(self._batches, self.size))
+        except Exception as error:  # the current step has nothing to do with it
+            return error
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return [
+                (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+                for images, labels in window
+            ]
+
+    def _receive(self, window: list[Batch]) -> None:
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self._stream)
+        for tensor in (tensor for batch in window for tensor in batch):
+            tensor.record_stream(current)  # not to be reused for a copy before the computation is through
+
+
+class Readback:
+    """Numbers on their way from the device; what is launched later does not delay them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)  # page-locked, if they come from a GPU
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def read(self) -> list[float]:
+        """Wait for the numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
