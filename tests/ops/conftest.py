@@ -45,6 +45,8 @@ def emulated_kernels(tmp_path_factory):
         stem = "-".join([source, *(f"{name}{value}" for name, value in constants)])
         unit = folder / f"{stem}.cpp"
         kernels = re.findall(r"__launch_bounds__\(.*?\) (\w+)\(", (runtime.SOURCES / source).read_text())
+        if not dict(constants).get("SEGMENTED", 1):
+            kernels = [name for name in kernels if not name.startswith("scan_ends")]
         exports = "".join(f"EXPORT({name})\n" for name in kernels)
         included = (HERE / "cuda_on_cpu.h", runtime.SOURCES / "common.cuh", runtime.SOURCES / source)
         unit.write_text("".join(f'#include "{path}"\n' for path in included) + exports)

@@ -100,16 +100,17 @@ void call(void (*kernel)(Parameters...), void** values, std::index_sequence<I...
 
 // `values` points to the arguments, as for cuLaunchKernel.
 template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), int grid_x, int grid_y, int num_threads, void** values) {
+void launch(void (*kernel)(Parameters...), Index grid, int num_threads, void** values) {
     struct Call { void (*kernel)(Parameters...); void** values; } now = {kernel, values};
     arguments = &now;
     body = [](void* pointer) {
         Call* what = (Call*)pointer;
         call(what->kernel, what->values, std::index_sequence_for<Parameters...>{});
     };
-    gridDim = {grid_x, grid_y, 1};
-    for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x < grid_x; blockIdx.x++) run_block(num_threads);
+    gridDim = grid;
+    for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
+        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
+            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) run_block(num_threads);
 }
 
 inline float from_bits(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
@@ -118,8 +119,8 @@ inline uint32_t to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); 
 }  // namespace emulator
 
 #define EXPORT(kernel)                                                                             \
-    extern "C" void emulate_##kernel(int grid_x, int grid_y, int num_threads, void** values) {     \
-        emulator::launch(kernel, grid_x, grid_y, num_threads, values);                             \
+    extern "C" void emulate_##kernel(int x, int y, int z, int num_threads, void** values) {        \
+        emulator::launch(kernel, {x, y, z}, num_threads, values);                                  \
     }
 
 inline int lane() { return emulator::current % emulator::WARP; }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -76,6 +78,7 @@ def assert_close(actual, expected, tolerance, label):
 
 
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("segments", [1, 2, 5])
 @pytest.mark.parametrize(
     "batch, tokens, inner, dtype, delta_scale",
     [
@@ -92,7 +95,13 @@ def assert_close(actual, expected, tolerance, label):
         (1, 730, 8, torch.float16, 0.1),
     ],
 )
-def test_scan_and_its_gradients(device, batch, tokens, inner, dtype, delta_scale, trained):
+def test_scan_and_its_gradients(
+    device, batch, tokens, inner, dtype, delta_scale, segments, trained, monkeypatch
+):
+    if tokens < segments:
+        pytest.skip("fewer tokens than segments")
+    span = -(-tokens // segments)
+    monkeypatch.setattr(scan, "num_segments", lambda *sizes: -(-tokens // span))
     inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale)
     leaves = exact(inputs)
     expected = definition(**leaves)
@@ -103,9 +112,13 @@ def test_scan_and_its_gradients(device, batch, tokens, inner, dtype, delta_scale
     )
 
     tolerance = TOLERANCES[dtype]
-    assert_close(scan.scan_forward(**inputs), expected, tolerance, "out")
+    out, ends = scan.scan_forward(**inputs)
+    assert_close(out, expected, tolerance, "out")
+    assert (ends.numel() > 0) == (span < tokens)
     found_xz = torch.zeros_like(inputs["xz"])
-    found = scan.scan_backward(grad.to(device), **inputs, grad_xz=found_xz, need_parameters=trained)
+    found = scan.scan_backward(
+        grad.to(device), **inputs, ends=ends, grad_xz=found_xz, need_parameters=trained
+    )
     assert_close(found.u, grad_u, tolerance, "u")
     assert_close(found.delta, grad_delta, tolerance, "delta")
     assert_close(found_xz[..., inner:], grad_xz[..., inner:], tolerance, "gate")
@@ -122,6 +135,20 @@ def test_scan_and_its_gradients(device, batch, tokens, inner, dtype, delta_scale
         assert found.A.numel() == found.D.numel() == found.bias.numel() == 0
 
 
+@pytest.mark.parametrize("batch", [1, 3, 8, 21, 22, 128])
+@pytest.mark.parametrize("tokens", [1, 197, 256, 257, 785, 3137])
+def test_segments_fill_the_card_and_none_is_empty(batch, tokens, monkeypatch):
+    card = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    segments = scan.num_segments(batch, tokens, 384, torch.device("cuda", 0))
+    span = -(-tokens // segments)
+    assert (segments - 1) * span < tokens <= segments * span
+    if batch * 6 >= 132 or tokens < 2 * scan.SHORTEST_SEGMENT:
+        assert segments == 1
+    else:
+        assert 1 < segments <= tokens // scan.SHORTEST_SEGMENT
+
+
 def test_what_is_covered():
     assert scan.covers(torch.bfloat16, 384, 16)
     assert not scan.covers(torch.float32, 384, 16)
@@ -132,7 +159,7 @@ def test_what_is_covered():
 @pytest.mark.parametrize("fp16, trained", [(0, 0), (1, 1)])
 def test_source_compiles_without_a_gpu(fp16, trained):
     """For every architecture this NVRTC still has, from the oldest with the needed instructions on."""
-    constants = (("WIDTH", 40), ("COLUMNS", 48), ("FP16", fp16), ("TRAINED", trained))
+    constants = (("WIDTH", 40), ("COLUMNS", 48), ("FP16", fp16), ("TRAINED", trained), ("SEGMENTED", trained))
     try:
         runtime._nvrtc()
     except runtime.CompileError as error:

@@ -1,6 +1,7 @@
 """Both directions of the Vim mixer, between its two large projections, in CUDA C++: forward and backward.
 
-The same interface as `vimtune.ops.triton.mixer`. For the backward only B | C | dt_r are kept.
+The same interface as `vimtune.ops.triton.mixer`. For the backward only B | C | dt_r are kept and, where
+sequences are cut, the ends of their segments.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ def covers(xz: Tensor, weights: Sequence[Any]) -> bool:
 
 
 def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and nothing."""
-    batch, tokens, _ = xz.shape
-    return (2, batch, tokens, prepare.columns(rank)), (0,)
+    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and ends of segments."""
+    batch, tokens, twice = xz.shape
+    ends = scan.ends_shape(batch, tokens, twice // 2, xz.device) if save else (0,)
+    return (2, batch, tokens, prepare.columns(rank)), ends
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
     u, delta, projections = prepare.prepare(_x(xz), _packed(weights, xz.dtype))
-    out = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz)
-    return out, projections, torch.empty(0, dtype=torch.float32, device=xz.device)
+    out, ends = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz)
+    return out, projections, ends if save else ends.new_empty(0)
 
 
 def backward(
@@ -66,7 +68,7 @@ def backward(
     u, delta, _ = prepare.prepare(_x(xz), packed, projections)
     grad_xz = torch.empty_like(xz)
     found = scan.scan_backward(
-        grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, grad_xz,
+        grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, states, grad_xz,
         need_parameters=anywhere(A_LOG, D, DT_BIAS),
     )  # fmt: skip
     grad_projections, grad_filters = prepare_backward.prepare_backward(

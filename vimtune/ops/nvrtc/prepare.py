@@ -94,7 +94,9 @@ def pack_weights(
     ]
     with torch.cuda.device_of(inputs[0]):
         kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, device)
-        kernel((padded // 64, 2 * num_columns), 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)])
+        kernel(
+            (padded // 64, 2 * num_columns, 1), 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)]
+        )
     return packed
 
 
@@ -119,7 +121,7 @@ def prepare(
     with torch.cuda.device_of(x):
         kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, x.device)
         kernel(
-            (tiles, batch),
+            (tiles, batch, 1),
             padded_width(inner) // 2,
             [
                 *(x, weights.filters, weights.conv_bias, weights.proj, weights.dt, weights.dt_bias),

@@ -70,7 +70,7 @@ def prepare_backward(
     with torch.cuda.device_of(grad_u):
         kernel = runtime.load_kernel(SOURCE, "prepare_backward", constants, grad_u.device.index)
         kernel(
-            (tiles, batch),
+            (tiles, batch, 1),
             padded // 2,
             [
                 *(grad_u, grad_delta, partial_BC, x, weights.filters, weights.conv_bias, weights.proj_t),

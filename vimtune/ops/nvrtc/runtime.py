@@ -36,7 +36,7 @@ class Kernel:
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
 
     def __call__(
-        self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int], shared: int = 0
+        self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Tensor | int], shared: int = 0
     ) -> None:
         """Launch on torch's current stream, with `shared` bytes of shared memory beside the static ones.
 
@@ -49,7 +49,7 @@ class Kernel:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         _check(
             _driver().cuLaunchKernel(
-                self._function, *grid, 1, threads, 1, 1, shared, stream, pointers(values), None
+                self._function, *grid, threads, 1, 1, shared, stream, pointers(values), None
             )
         )
 

@@ -23,28 +23,43 @@
 // So the backward is one sweep each way that keeps a scalar <A, dy_t C_t s_t> per token and channel: two exponentials a
 // state and step, no saved states. Likewise dA = sum_t T_t (dy_t C_t s_t - dt_t u_t B_t h_t), T_t = dt_1 + .. + dt_t.
 //
+// Where images times channels are too few to fill the card, sequences are cut into segments, one a block (SEGMENTED). Since
+// the recurrence is linear, scan_ends first finds the state behind each segment for a zero state before it, and
+// the segment's sum of dt: a block then gets the state before its segment from those of the segments before, the decay
+// over a segment being exp(A sum dt). scan_ends_backward does the same for the gradients of the states.
+//
 // Compile-time constants: WIDTH (E), COLUMNS (of a row of `vectors`: B_t, C_t, then anything), FP16 (activations
-// are fp16, otherwise bf16), TRAINED (gradients of A_log, D and the time step's bias are wanted).
+// are fp16, otherwise bf16), TRAINED (gradients of A_log, D and the time step's bias are wanted), SEGMENTED.
 // Shapes, all contiguous unless said otherwise: u, delta (2, B, L, E), vectors (2, B, L, COLUMNS), A_log (E, N), D (E),
-// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E). First index: direction.
+// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (2, B, S, E, ENTRY) fp32 for
+// S segments of `span` tokens. First index: direction.
 
 constexpr int CHANNELS = 64;
 constexpr int STAGE = 8;
 constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;   // on a multiprocessor: 255 or 168 registers for a thread
+constexpr int ENTRY = N + 4;     // of `ends`: a state, the sum of dt, padding
 constexpr bool RAGGED = WIDTH % CHANNELS != 0;
 
-// Where a thread works. Lanes past the last channel read zeros and write nothing.
+// Where a thread works: which tokens of an image are a block's. Lanes past the last channel read zeros and write nothing.
 struct Place {
-    int image, direction, tokens, first, channel;   // first channel of the block, and of the thread
+    int image, direction, total, begin, tokens, first, channel;   // first channel of the block, and of the thread
     bool live;
 
-    __device__ Place(int tokens) : image(blockIdx.y), direction(warp()), tokens(tokens), first(blockIdx.x * CHANNELS) {
+    __device__ Place(int total, int span)
+        : image(blockIdx.y), direction(warp()), total(total), begin(SEGMENTED ? blockIdx.z * span : 0),
+          tokens(SEGMENTED ? min(span, total - begin) : total), first(blockIdx.x * CHANNELS) {
         channel = first + 2 * lane();
         live = !RAGGED || channel < WIDTH;
     }
     // The number of steps after which the other direction has left y for all tokens to come.
     __device__ int middle() const { return direction ? tokens / 2 : (tokens + 1) / 2; }
-    __device__ long row(int batch) const { return ((long)direction * batch + image) * tokens; }
+    // Of the block's first token, among the rows of an image or of both directions.
+    __device__ long image_row() const { return (long)image * total + begin; }
+    __device__ long row(int batch) const { return ((long)direction * batch + image) * total + begin; }
+    // Where this thread's channels are in `ends`, in the first segment or in its own.
+    __device__ long entry(int batch, int segment) const {
+        return ((((long)direction * batch + image) * gridDim.z + segment) * WIDTH + channel) * ENTRY;
+    }
 };
 
 // Rows of one tensor on their way through shared memory, in the order in which they are visited. A row holds a Word
@@ -191,18 +206,148 @@ __device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Pl
     }
 }
 
+#if SEGMENTED
+// Let the states pass through the segments before this block's, or from the last one on through those behind it.
+__device__ inline void enter(
+    Pair (&state)[N], const Pair (&decay)[N], const float* ends, const Place& at, int batch, bool from_last
+) {
+    const int mine = blockIdx.z, step = from_last ? -1 : 1;
+    for (int segment = from_last ? gridDim.z - 1 : 0; at.live && segment != mine; segment += step) {
+        const float* entry = ends + at.entry(batch, segment);
+        const Pair elapsed = {entry[N], entry[ENTRY + N]};
+        for (int n = 0; n < N; n++) {
+            state[n] = exp2_fast(elapsed * decay[n]) * state[n] + Pair{entry[n], entry[ENTRY + n]};
+        }
+    }
+}
+
+__device__ inline void leave(const Pair (&state)[N], Pair elapsed, float* ends, const Place& at, int batch) {
+    float* entry = ends + at.entry(batch, blockIdx.z);
+    if (!at.live) return;
+    for (int n = 0; n < N; n++) {
+        entry[n] = state[n].a;
+        entry[ENTRY + n] = state[n].b;
+    }
+    entry[N] = elapsed.a;
+    entry[ENTRY + N] = elapsed.b;
+}
+
+extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
+    const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
+    float* ends, int batch, int total, int span
+) {
+    __shared__ Shared<2, 0> shared[2];
+    const Place at(total, span);
+    Shared<2, 0>& mine = shared[at.direction];
+    const bool reverse = at.direction;
+    const long own = at.row(batch);
+    Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
+    load_decay(decay, reverse ? A_log1 : A_log0, at);
+    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+
+    Vectors vectors_now;
+    Stream<word> us, dts;
+    vectors_now.start(mine.vectors, vectors + own * COLUMNS, at.tokens, reverse, 0);
+    us.start(mine.words[0], u + own * WIDTH + at.first, WIDTH, at.tokens, reverse, 0, at.tokens);
+    dts.start(mine.words[1], delta + own * WIDTH + at.first, WIDTH, at.tokens, reverse, 0, at.tokens);
+    int slot = 0;
+#pragma unroll 1
+    for (int base = 0; base < at.tokens; base += STAGE, slot ^= 1) {
+        wait_for_copies();
+        sync_warp();
+        vectors_now.unpack(base);
+        us.fetch(slot ^ 1);
+        dts.fetch(slot ^ 1);
+        sync_warp();
+        const int steps = min(STAGE, at.tokens - base);
+#pragma unroll 2
+        for (int step = 0; step < steps; step++) {
+            const Pair dt = from_fp16(dts.at(slot, step)), input = dt * activation(us.at(slot, step));
+            elapsed = elapsed + dt;
+            const Quad* B = vectors_now.B(step);
+#pragma unroll
+            for (int n = 0; n < N; n += 4) {
+                const Quad b4 = B[n / 4];
+                const float b[4] = {b4.x, b4.y, b4.z, b4.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
+                }
+            }
+        }
+    }
+    leave(state, elapsed, ends, at, batch);
+}
+
+// `ends`: the gradients of the states before each segment, if those behind it have none.
+extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
+    const half_word* grad, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
+    const half_word* gate, float* ends, int batch, int total, int span
+) {
+    __shared__ Shared<3, 0> shared[2];
+    const Place at(total, span);
+    Shared<3, 0>& mine = shared[at.direction];
+    const bool reverse = at.direction;
+    const long own = at.row(batch), image = at.image_row();
+    Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
+    load_decay(decay, reverse ? A_log1 : A_log0, at);
+    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+
+    Vectors vectors_now;
+    Stream<word> dts, gates, grads;
+    const int tokens = at.tokens;
+    vectors_now.start(mine.vectors, vectors + own * COLUMNS, tokens, !reverse, 0);
+    dts.start(mine.words[0], delta + own * WIDTH + at.first, WIDTH, tokens, !reverse, 0, tokens);
+    gates.start(mine.words[1], gate + image * 2 * WIDTH + at.first, 2 * WIDTH, tokens, !reverse, 0, tokens);
+    grads.start(mine.words[2], grad + image * WIDTH + at.first, WIDTH, tokens, !reverse, 0, tokens);
+    int slot = 0;
+#pragma unroll 1
+    for (int base = 0; base < tokens; base += STAGE, slot ^= 1) {
+        wait_for_copies();
+        sync_warp();
+        vectors_now.unpack(base);
+        dts.fetch(slot ^ 1);
+        gates.fetch(slot ^ 1);
+        grads.fetch(slot ^ 1);
+        sync_warp();
+        const int steps = min(STAGE, tokens - base);
+#pragma unroll 2
+        for (int step = 0; step < steps; step++) {
+            const Pair dt = from_fp16(dts.at(slot, step)), z = activation(gates.at(slot, step));
+            const Pair dy = 0.5f * activation(grads.at(slot, step)) * (z * sigmoid(z));
+            elapsed = elapsed + dt;
+            const Quad* C = vectors_now.C(step);
+#pragma unroll
+            for (int n = 0; n < N; n += 4) {
+                const Quad c4 = C[n / 4];
+                const float c[4] = {c4.x, c4.y, c4.z, c4.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    state[n + j] = exp2_fast(dt * decay[n + j]) * (c[j] * dy + state[n + j]);
+                }
+            }
+        }
+    }
+    leave(state, elapsed, ends, at, batch);
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
     const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
-    const float* D0, const float* D1, const half_word* gate, half_word* out, int batch, int tokens
+    const float* D0, const float* D1, const half_word* gate, half_word* out, const float* ends, int batch, int total,
+    int span
 ) {
-    const Place at(tokens);
+    const Place at(total, span);
     const bool reverse = at.direction;
-    const int middle = at.middle();
-    const long own = at.row(batch), image = (long)at.image * tokens;
+    const int tokens = at.tokens, middle = at.middle();
+    const long own = at.row(batch), image = at.image_row();
 
     Pair decay[N], state[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+#if SEGMENTED
+    enter(state, decay, ends, at, batch, reverse);
+#endif
     const float* D = (reverse ? D1 : D0) + at.channel;
     const Pair skip = {at.live ? D[0] : 0.0f, at.live ? D[1] : 0.0f};
 
@@ -261,25 +406,28 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
 }
 
 // `scalars` (2, B, L, E) fp32 is scratch. `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A`
-// (2, B, E, N), `partial_D` and `partial_bias` (2, B, E) are to be added up over blocks or batch.
+// (2, B, S, E, N), `partial_D` and `partial_bias` (2, B, S, E) are to be added up over blocks, or batch and segments.
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, half_word* grad_u,
     half_word* grad_delta, half_word* grad_gate, float* scalars, float* partial_BC, float* partial_A,
-    float* partial_D, float* partial_bias, int batch, int tokens
+    float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch, int total, int span
 ) {
     __shared__ Shared<6, ChannelSums::SIZE> shared[2];   // the scalars take two words
-    const Place at(tokens);
+    const Place at(total, span);
     Shared<6, ChannelSums::SIZE>& mine = shared[at.direction];
     const bool reverse = at.direction;
-    const int middle = at.middle();
-    const long own = at.row(batch), image = (long)at.image * tokens;
+    const int tokens = at.tokens, middle = at.middle();
+    const long own = at.row(batch), image = at.image_row();
     float* sums_row = partial_BC
-        + ((long)at.direction * gridDim.x + blockIdx.x) * batch * tokens * 2 * N + image * 2 * N;
+        + ((long)at.direction * gridDim.x + blockIdx.x) * batch * total * 2 * N + image * 2 * N;
 
     Pair decay[N], state[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+#if SEGMENTED
+    enter(state, decay, ends, at, batch, reverse);
+#endif
     const float* D = (reverse ? D1 : D0) + at.channel;
     const Pair skip = {at.live ? D[0] : 0.0f, at.live ? D[1] : 0.0f};
     ChannelSums over(mine.sums);
@@ -378,8 +526,20 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     past_terms.start((Pair*)mine.words[4], scalars + own * WIDTH + at.first, WIDTH, tokens, !reverse, 0, tokens);
     grad_us.start(grad_u + own * WIDTH + at.channel, WIDTH, tokens, !reverse);
     grad_deltas.start(grad_delta + own * WIDTH + at.channel, WIDTH, tokens, !reverse);
-    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
     Pair mixed = {0.0f, 0.0f};   // <A, w_t> log2(e)
+    Pair carry[N];
+    for (int n = 0; n < N; n++) carry[n] = {0.0f, 0.0f};
+#if SEGMENTED
+    enter(carry, decay, grad_ends, at, batch, !reverse);
+    for (int n = 0; n < N; n++) {   // behind the segment w is the product of what both sweeps hold there
+        const Pair w = carry[n] * state[n];
+        mixed = mixed + decay[n] * w;
+#if TRAINED
+        grad_A[n] = grad_A[n] + elapsed * w;
+#endif
+    }
+#endif
+    for (int n = 0; n < N; n++) state[n] = carry[n];
     int slot = 0;
 #pragma unroll 1
     for (int base = 0; base < tokens; base += STAGE, slot ^= 1) {
@@ -440,7 +600,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     }
 #if TRAINED
     if (at.live) {
-        const long channel = ((long)at.direction * batch + at.image) * WIDTH + at.channel;
+        const long segment = ((long)at.direction * batch + at.image) * gridDim.z + blockIdx.z;
+        const long channel = segment * WIDTH + at.channel;
         for (int n = 0; n < N; n++) {   // d(A_log) = A dA
             const Pair value = LN2 * decay[n] * grad_A[n];
             partial_A[channel * N + n] = value.a;
