@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 set before Python starts", allow_module_level=True)
 
+from vimtune.ops.nvrtc import scan
 from vimtune.ops.triton import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -213,6 +214,26 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
     for name, value in grads.items():
         assert_close(value, expected_grads[name], 2 * TOLERANCES[dtype], name)
     assert torch.equal(frozen.grad, grads["xz"]), "frozen weights change d(xz)"
+
+
+def test_segments_of_a_sequence_reach_the_backward(request, monkeypatch):
+    """The operation with sequences cut into pieces: same results, shapes as its fake implementation says."""
+    if DEVICE == "cpu":
+        request.getfixturevalue("on_cpu")
+    generator = torch.Generator().manual_seed(8)
+    xz = normal(generator, 1, 11, 16, dtype=torch.bfloat16).requires_grad_()
+    weights = [x for _ in range(2) for x in direction_weights(generator, 8, 16, 2, 4, True).values()]
+    grad = normal(generator, 1, 11, 8, dtype=torch.bfloat16)
+    results = []
+    for segments in (1, 3):
+        monkeypatch.setattr(scan, "num_segments", lambda *sizes, found=segments: found)
+        arguments = (xz, *weights, True, "nvrtc")
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, arguments, test_utils=tests)
+        out = torch.ops.vimtune.bidirectional_scan(*arguments)[0]
+        results.append([out, *torch.autograd.grad(out, xz, grad)])
+    for label, whole, pieces in zip(("out", "xz"), *results, strict=True):
+        assert_close(pieces, whole, 8e-3, label)
 
 
 @pytest.mark.gpu
