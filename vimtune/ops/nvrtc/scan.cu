@@ -23,16 +23,16 @@
 // So the backward is one sweep each way that keeps a scalar <A, dy_t C_t s_t> per token and channel: two exponentials a
 // state and step, no saved states. Likewise dA = sum_t T_t (dy_t C_t s_t - dt_t u_t B_t h_t), T_t = dt_1 + .. + dt_t.
 //
-// Where images times channels are too few to fill the card, sequences are cut into segments, one a block (SEGMENTED). Since
-// the recurrence is linear, scan_ends first finds the state behind each segment for a zero state before it, and
-// the segment's sum of dt: a block then gets the state before its segment from those of the segments before, the decay
-// over a segment being exp(A sum dt). scan_ends_backward does the same for the gradients of the states.
+// Where images times channels are too few to fill the card, sequences are cut into segments, one a block (SEGMENTED).
+// Since the recurrence is linear, scan_ends first finds the state behind each segment for a zero state before it, and
+// the segment's sum of dt: a block then gets the state before its segment from those of the segments before, the
+// decay over a segment being exp(A sum dt). scan_ends_backward does the same for the gradients of the states.
 //
 // Compile-time constants: WIDTH (E), COLUMNS (of a row of `vectors`: B_t, C_t, then anything), FP16 (activations
 // are fp16, otherwise bf16), TRAINED (gradients of A_log, D and the time step's bias are wanted), SEGMENTED.
 // Shapes, all contiguous unless said otherwise: u, delta (2, B, L, E), vectors (2, B, L, COLUMNS), A_log (E, N), D (E),
-// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (2, B, S, E, ENTRY) fp32 for
-// S segments of `span` tokens. First index: direction.
+// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (2, B, S, E, ENTRY) fp32
+// for S segments of `span` tokens. First index: direction.
 
 constexpr int CHANNELS = 64;
 constexpr int STAGE = 8;
@@ -40,7 +40,8 @@ constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;   // on a multiprocessor: 255 or 168
 constexpr int ENTRY = N + 4;     // of `ends`: a state, the sum of dt, padding
 constexpr bool RAGGED = WIDTH % CHANNELS != 0;
 
-// Where a thread works: which tokens of an image are a block's. Lanes past the last channel read zeros and write nothing.
+// Where a thread works: which tokens of an image are its block's. Lanes past the last channel read zeros and write
+// nothing.
 struct Place {
     int image, direction, total, begin, tokens, first, channel;   // first channel of the block, and of the thread
     bool live;
@@ -74,7 +75,8 @@ struct Stream {
     int stride, left;
     bool live;
 
-    // Steps `begin` to `end`. `first`: the block's first channel in the row of token 0; rows are `width` Words / 2 apart.
+    // Steps `begin` to `end`. `first`: the block's first channel in the row of token 0; rows are `width` Words / 2
+    // apart.
     __device__ void start(Word* shared, const void* first, int width, int tokens, bool reverse, int begin, int end) {
         const int piece = lane() % LANES, step = begin + lane() / LANES;
         const int bytes = width * (int)sizeof(Word) / 2;
@@ -198,6 +200,39 @@ struct Shared {
     Quad sums[SUMS > 0 ? SUMS : 1];
 };
 
+// Visit steps `begin` to `end`: `visit(slot, k)` once step k of a stage is in half `slot` of the shared memory,
+// `finish(base, steps)` behind each stage, which begins with step `base`.
+template <int UNROLL, typename Visit, typename Finish, typename... Streams>
+__device__ inline void sweep(int begin, int end, Vectors& vectors, Visit visit, Finish finish, Streams&... streams) {
+    int slot = 0;
+#pragma unroll 1
+    for (int base = begin; base < end; base += STAGE, slot ^= 1) {
+        wait_for_copies();
+        sync_warp();
+        vectors.unpack(base);
+        (streams.fetch(slot ^ 1), ...);
+        sync_warp();
+        const int steps = min(STAGE, end - base);
+#pragma unroll UNROLL
+        for (int k = 0; k < steps; k++) visit(slot, k);
+        finish(base, steps);
+    }
+}
+
+// `use(n, B_t[n .. n + 3], C_t[n .. n + 3])` for all states.
+template <typename Use>
+__device__ inline void each_four(const Vectors& vectors, int k, Use use) {
+    const Quad *B = vectors.B(k), *C = vectors.C(k);
+#pragma unroll
+    for (int n = 0; n < N; n += 4) {
+        const Quad b4 = B[n / 4], c4 = C[n / 4];
+        const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
+        use(n, b, c);
+    }
+}
+
+__device__ inline void nothing(int, int) {}
+
 // A log2(e), so that exp2(dt * decay) is the decay of a step.
 __device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Place& at) {
     const float* row = A_log + (at.live ? at.channel : 0) * N;
@@ -250,32 +285,17 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
     vectors_now.start(mine.vectors, vectors + own * COLUMNS, at.tokens, reverse, 0);
     us.start(mine.words[0], u + own * WIDTH + at.first, WIDTH, at.tokens, reverse, 0, at.tokens);
     dts.start(mine.words[1], delta + own * WIDTH + at.first, WIDTH, at.tokens, reverse, 0, at.tokens);
-    int slot = 0;
-#pragma unroll 1
-    for (int base = 0; base < at.tokens; base += STAGE, slot ^= 1) {
-        wait_for_copies();
-        sync_warp();
-        vectors_now.unpack(base);
-        us.fetch(slot ^ 1);
-        dts.fetch(slot ^ 1);
-        sync_warp();
-        const int steps = min(STAGE, at.tokens - base);
-#pragma unroll 2
-        for (int step = 0; step < steps; step++) {
-            const Pair dt = from_fp16(dts.at(slot, step)), input = dt * activation(us.at(slot, step));
-            elapsed = elapsed + dt;
-            const Quad* B = vectors_now.B(step);
+    const auto visit = [&](int slot, int k) {
+        const Pair dt = from_fp16(dts.at(slot, k)), input = dt * activation(us.at(slot, k));
+        elapsed = elapsed + dt;
+        each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&)[4]) {
 #pragma unroll
-            for (int n = 0; n < N; n += 4) {
-                const Quad b4 = B[n / 4];
-                const float b[4] = {b4.x, b4.y, b4.z, b4.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
-                }
+            for (int j = 0; j < 4; j++) {
+                state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
             }
-        }
-    }
+        });
+    };
+    sweep<2>(0, at.tokens, vectors_now, visit, nothing, us, dts);
     leave(state, elapsed, ends, at, batch);
 }
 
@@ -300,34 +320,18 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
     dts.start(mine.words[0], delta + own * WIDTH + at.first, WIDTH, tokens, !reverse, 0, tokens);
     gates.start(mine.words[1], gate + image * 2 * WIDTH + at.first, 2 * WIDTH, tokens, !reverse, 0, tokens);
     grads.start(mine.words[2], grad + image * WIDTH + at.first, WIDTH, tokens, !reverse, 0, tokens);
-    int slot = 0;
-#pragma unroll 1
-    for (int base = 0; base < tokens; base += STAGE, slot ^= 1) {
-        wait_for_copies();
-        sync_warp();
-        vectors_now.unpack(base);
-        dts.fetch(slot ^ 1);
-        gates.fetch(slot ^ 1);
-        grads.fetch(slot ^ 1);
-        sync_warp();
-        const int steps = min(STAGE, tokens - base);
-#pragma unroll 2
-        for (int step = 0; step < steps; step++) {
-            const Pair dt = from_fp16(dts.at(slot, step)), z = activation(gates.at(slot, step));
-            const Pair dy = 0.5f * activation(grads.at(slot, step)) * (z * sigmoid(z));
-            elapsed = elapsed + dt;
-            const Quad* C = vectors_now.C(step);
+    const auto visit = [&](int slot, int k) {
+        const Pair dt = from_fp16(dts.at(slot, k)), z = activation(gates.at(slot, k));
+        const Pair dy = 0.5f * activation(grads.at(slot, k)) * (z * sigmoid(z));
+        elapsed = elapsed + dt;
+        each_four(vectors_now, k, [&](int n, const float (&)[4], const float (&c)[4]) {
 #pragma unroll
-            for (int n = 0; n < N; n += 4) {
-                const Quad c4 = C[n / 4];
-                const float c[4] = {c4.x, c4.y, c4.z, c4.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    state[n + j] = exp2_fast(dt * decay[n + j]) * (c[j] * dy + state[n + j]);
-                }
+            for (int j = 0; j < 4; j++) {
+                state[n + j] = exp2_fast(dt * decay[n + j]) * (c[j] * dy + state[n + j]);
             }
-        }
-    }
+        });
+    };
+    sweep<2>(0, tokens, vectors_now, visit, nothing, dts, gates, grads);
     leave(state, elapsed, ends, at, batch);
 }
 #endif
@@ -367,41 +371,24 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
         gates.start(mine.words[2], gate + image * 2 * WIDTH + at.first, 2 * WIDTH, tokens, reverse, begin, end);
         others.start(mine.words[3], out_row + at.first, WIDTH, tokens, reverse, begin, end);
         results.start(out + image * WIDTH + at.channel, WIDTH, tokens, reverse, begin);
-        int slot = 0;
-#pragma unroll 1
-        for (int base = begin; base < end; base += STAGE, slot ^= 1) {
-            wait_for_copies();
-            sync_warp();
-            vectors_now.unpack(base);
-            us.fetch(slot ^ 1);
-            dts.fetch(slot ^ 1);
-            gates.fetch(slot ^ 1);
-            others.fetch(slot ^ 1);
-            sync_warp();
-            const int steps = min(STAGE, end - base);
-#pragma unroll 2
-            for (int step = 0; step < steps; step++) {
-                const Pair ut = activation(us.at(slot, step)), dt = from_fp16(dts.at(slot, step));
-                const Pair input = dt * ut;
-                Pair y = skip * ut;
-                const Quad *B = vectors_now.B(step), *C = vectors_now.C(step);
+        const auto visit = [&](int slot, int k) {
+            const Pair ut = activation(us.at(slot, k)), dt = from_fp16(dts.at(slot, k));
+            const Pair input = dt * ut;
+            Pair y = skip * ut;
+            each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&c)[4]) {
 #pragma unroll
-                for (int n = 0; n < N; n += 4) {
-                    const Quad b4 = B[n / 4], c4 = C[n / 4];
-                    const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
-                        y = y + c[j] * state[n + j];
-                    }
+                for (int j = 0; j < 4; j++) {
+                    state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
+                    y = y + c[j] * state[n + j];
                 }
-                if (half) {
-                    const Pair other = activation(others.at(slot, step)), z = activation(gates.at(slot, step));
-                    y = 0.5f * (y + other) * (z * sigmoid(z));
-                }
-                results.put(rounded(y), at.live);
+            });
+            if (half) {
+                const Pair other = activation(others.at(slot, k)), z = activation(gates.at(slot, k));
+                y = 0.5f * (y + other) * (z * sigmoid(z));
             }
-        }
+            results.put(rounded(y), at.live);
+        };
+        sweep<2>(begin, end, vectors_now, visit, nothing, us, dts, gates, others);
     }
 }
 
@@ -456,62 +443,46 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
         others.start(mine.words[4], grad_gate + image * 2 * WIDTH + at.first, 2 * WIDTH, tokens, reverse, begin, end);
         results.start(grad_gate + image * 2 * WIDTH + at.channel, 2 * WIDTH, tokens, reverse, begin);
         terms.start(scalars + own * WIDTH + at.channel, WIDTH, tokens, reverse, begin);
-        int slot = 0;
-#pragma unroll 1
-        for (int base = begin; base < end; base += STAGE, slot ^= 1) {
-            wait_for_copies();
-            sync_warp();
-            vectors_now.unpack(base);
-            us.fetch(slot ^ 1);
-            dts.fetch(slot ^ 1);
-            gates.fetch(slot ^ 1);
-            grads.fetch(slot ^ 1);
-            others.fetch(slot ^ 1);
-            sync_warp();
-            const int steps = min(STAGE, end - base);
-#pragma unroll 1
-            for (int step = 0; step < steps; step++) {
-                const Pair ut = activation(us.at(slot, step)), dt = from_fp16(dts.at(slot, step));
-                const Pair z = activation(gates.at(slot, step)), g = 0.5f * activation(grads.at(slot, step));
-                const Pair open = sigmoid(z), silu = z * open, dy = g * silu, input = dt * ut;
-                Pair y = skip * ut, term = {0.0f, 0.0f};
+        const auto visit = [&](int slot, int k) {
+            const Pair ut = activation(us.at(slot, k)), dt = from_fp16(dts.at(slot, k));
+            const Pair z = activation(gates.at(slot, k)), g = 0.5f * activation(grads.at(slot, k));
+            const Pair open = sigmoid(z), silu = z * open, dy = g * silu, input = dt * ut;
+            Pair y = skip * ut, term = {0.0f, 0.0f};
 #if TRAINED
-                elapsed = elapsed + dt;
-                grad_D = grad_D + dy * ut;
-                const Pair weighted = elapsed * dy;
+            elapsed = elapsed + dt;
+            grad_D = grad_D + dy * ut;
+            const Pair weighted = elapsed * dy;
 #endif
-                over.clear();
-                const Quad *B = vectors_now.B(step), *C = vectors_now.C(step);
+            over.clear();
+            each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&c)[4]) {
+                float part[4];
 #pragma unroll
-                for (int n = 0; n < N; n += 4) {
-                    const Quad b4 = B[n / 4], c4 = C[n / 4];
-                    const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
-                    float part[4];
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        Pair& s = state[n + j];
-                        s = exp2_fast(dt * decay[n + j]) * s + b[j] * input;
-                        const Pair seen = c[j] * s;
-                        y = y + seen;
-                        term = term + decay[n + j] * seen;
+                for (int j = 0; j < 4; j++) {
+                    Pair& s = state[n + j];
+                    s = exp2_fast(dt * decay[n + j]) * s + b[j] * input;
+                    const Pair seen = c[j] * s;
+                    y = y + seen;
+                    term = term + decay[n + j] * seen;
 #if TRAINED
-                        grad_A[n + j] = grad_A[n + j] + weighted * seen;
+                    grad_A[n + j] = grad_A[n + j] + weighted * seen;
 #endif
-                        part[j] = s.a * dy.a + s.b * dy.b;
-                    }
-                    over.add(n, part);
+                    part[j] = s.a * dy.a + s.b * dy.b;
                 }
-                over.keep(step);
-                terms.put(dy * term, at.live);
-                if (half) {
-                    const Pair other = activation(others.at(slot, step));
-                    y = g * (open + silu - silu * open) * (y + other);
-                }
-                results.put(rounded(y), at.live);
+                over.add(n, part);
+            });
+            over.keep(k);
+            terms.put(dy * term, at.live);
+            if (half) {
+                const Pair other = activation(others.at(slot, k));
+                y = g * (open + silu - silu * open) * (y + other);
             }
+            results.put(rounded(y), at.live);
+        };
+        const auto finish = [&](int base, int steps) {
             const long token = reverse ? tokens - 1 - base : base;
             over.store(sums_row + token * 2 * N + N, reverse ? -2 * N : 2 * N, steps);
-        }
+        };
+        sweep<1>(begin, end, vectors_now, visit, finish, us, dts, gates, grads, others);
     }
 
     // Their gradients, from the last step to the first.
@@ -540,64 +511,48 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     }
 #endif
     for (int n = 0; n < N; n++) state[n] = carry[n];
-    int slot = 0;
-#pragma unroll 1
-    for (int base = 0; base < tokens; base += STAGE, slot ^= 1) {
-        wait_for_copies();
-        sync_warp();
-        vectors_now.unpack(base);
-        us.fetch(slot ^ 1);
-        dts.fetch(slot ^ 1);
-        gates.fetch(slot ^ 1);
-        grads.fetch(slot ^ 1);
-        past_terms.fetch(slot ^ 1);
-        sync_warp();
-        const int steps = min(STAGE, tokens - base);
-#pragma unroll 1
-        for (int step = 0; step < steps; step++) {
-            const Pair ut = activation(us.at(slot, step)), dt = from_fp16(dts.at(slot, step));
-            const Pair z = activation(gates.at(slot, step)), g = 0.5f * activation(grads.at(slot, step));
-            const Pair dy = g * (z * sigmoid(z)), input = dt * ut;
-            Pair through = {0.0f, 0.0f}, term = {0.0f, 0.0f};
+    const auto visit = [&](int slot, int k) {
+        const Pair ut = activation(us.at(slot, k)), dt = from_fp16(dts.at(slot, k));
+        const Pair z = activation(gates.at(slot, k)), g = 0.5f * activation(grads.at(slot, k));
+        const Pair dy = g * (z * sigmoid(z)), input = dt * ut;
+        Pair through = {0.0f, 0.0f}, term = {0.0f, 0.0f};
 #if TRAINED
-            const Pair weighted = elapsed * input;
-            elapsed = elapsed - dt;
+        const Pair weighted = elapsed * input;
+        elapsed = elapsed - dt;
 #endif
-            over.clear();
-            const Quad *B = vectors_now.B(step), *C = vectors_now.C(step);
+        over.clear();
+        each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&c)[4]) {
+            float part[4];
 #pragma unroll
-            for (int n = 0; n < N; n += 4) {
-                const Quad b4 = B[n / 4], c4 = C[n / 4];
-                const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
-                float part[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const Pair h = c[j] * dy + state[n + j];
-                    const Pair felt = b[j] * h;
-                    through = through + felt;
-                    term = term + decay[n + j] * felt;
+            for (int j = 0; j < 4; j++) {
+                const Pair h = c[j] * dy + state[n + j];
+                const Pair felt = b[j] * h;
+                through = through + felt;
+                term = term + decay[n + j] * felt;
 #if TRAINED
-                    grad_A[n + j] = grad_A[n + j] - weighted * felt;
+                grad_A[n + j] = grad_A[n + j] - weighted * felt;
 #endif
-                    part[j] = h.a * input.a + h.b * input.b;
-                    state[n + j] = exp2_fast(dt * decay[n + j]) * h;
-                }
-                over.add(n, part);
+                part[j] = h.a * input.a + h.b * input.b;
+                state[n + j] = exp2_fast(dt * decay[n + j]) * h;
             }
-            over.keep(step);
-            mixed = mixed + past_terms.at(slot, step) - input * term;
-            const Pair grad_dt = ut * through + LN2 * mixed;
-            const Pair power = exp2_fast(-LOG2E * dt);   // 1 - e^-dt is the slope of softplus
-            const Pair grad_raw = grad_dt - power * grad_dt;
+            over.add(n, part);
+        });
+        over.keep(k);
+        mixed = mixed + past_terms.at(slot, k) - input * term;
+        const Pair grad_dt = ut * through + LN2 * mixed;
+        const Pair power = exp2_fast(-LOG2E * dt);   // 1 - e^-dt is the slope of softplus
+        const Pair grad_raw = grad_dt - power * grad_dt;
 #if TRAINED
-            grad_bias = grad_bias + grad_raw;
+        grad_bias = grad_bias + grad_raw;
 #endif
-            grad_us.put(rounded(dt * through + skip * dy), at.live);
-            grad_deltas.put(rounded(grad_raw), at.live);
-        }
+        grad_us.put(rounded(dt * through + skip * dy), at.live);
+        grad_deltas.put(rounded(grad_raw), at.live);
+    };
+    const auto finish = [&](int base, int steps) {
         const long token = reverse ? base : tokens - 1 - base;
         over.store(sums_row + token * 2 * N, reverse ? 2 * N : -2 * N, steps);
-    }
+    };
+    sweep<1>(0, tokens, vectors_now, visit, finish, us, dts, gates, grads, past_terms);
 #if TRAINED
     if (at.live) {
         const long segment = ((long)at.direction * batch + at.image) * gridDim.z + blockIdx.z;
