@@ -9,14 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from vimtune.ops.cpu.build import BuildError, find_compiler
 from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.backend import NvrtcBackend
 
 HERE = Path(__file__).parent
-LARGEST_SHARED = 160 * 1024
-"""Bytes that a block may have on every supported GPU."""
 
 
 class EmulatedKernel:
@@ -26,7 +25,7 @@ class EmulatedKernel:
         self.function = getattr(library, f"emulate_{name}")
 
     def __call__(self, grid, threads, arguments, shared=0) -> None:
-        assert shared <= LARGEST_SHARED
+        assert shared <= runtime.shared_memory(torch.device("cpu"))
         values = runtime.packed(arguments)
         self.function(*grid, threads, runtime.pointers(values))
 
@@ -65,3 +64,12 @@ def on_cpu(emulated_kernels, monkeypatch):
     """Run the kernels of backend `nvrtc` on CPU tensors; the few of Triton need its interpreter."""
     monkeypatch.setattr(NvrtcBackend, "refusals", lambda self, device: [])
     monkeypatch.setattr(runtime, "load_kernel", emulated_kernels)
+
+
+@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """Where the kernels of backend `nvrtc` run in a test: in the emulator or on a GPU."""
+    if request.param == "gpu":
+        return "cuda"
+    request.getfixturevalue("on_cpu")
+    return "cpu"

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
+import kernel_checks
 import pytest
 import torch
+from kernel_checks import TOLERANCES
 
 from vimtune.ops import reference
 from vimtune.ops.nvrtc import runtime, scan
 
 NUM_STATES = scan.NUM_STATES
-TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "gpu":
-        return "cuda"
-    request.getfixturevalue("on_cpu")
-    return "cpu"
+# With one token the gradient of A is 0, and what the kernel finds a difference of equal numbers.
+assert_close = partial(kernel_checks.assert_close, floor=1e-4)
 
 
 def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, rank=3) -> dict:
@@ -67,14 +63,6 @@ def exact(inputs: dict) -> dict:
         for leaf in value if isinstance(value, list) else [value]:
             leaf.requires_grad_()
     return wide
-
-
-def assert_close(actual, expected, tolerance, label):
-    assert actual.shape == expected.shape, label
-    assert torch.isfinite(actual).all(), label
-    # With one token the gradient of A is 0, and what the kernel finds a difference of equal numbers.
-    error = (actual.cpu().double() - expected).abs().max() / expected.abs().max().clamp_min(1e-4)
-    assert error <= tolerance, f"{label}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import TOLERANCES, assert_close
 
 from vimtune.ops import reference
 from vimtune.ops.nvrtc import prepare
 
 NUM_STATES = 16
-TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "gpu":
-        return "cuda"
-    request.getfixturevalue("on_cpu")
-    return "cpu"
 
 
 def build_weights(inner, rank, width, bias, device, seed=0) -> dict:
@@ -50,12 +42,6 @@ def definition(x, weights, dtype):
         deltas.append(F.softplus(raw))
         projections.append(torch.cat([BC, dt], dim=-1))
     return torch.stack(us), torch.stack(deltas), torch.stack(projections)
-
-
-def assert_close(actual, expected, tolerance, label):
-    assert actual.shape == expected.shape, label
-    error = (actual.double() - expected).abs().max() / expected.abs().max()
-    assert error <= tolerance, f"{label}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize(

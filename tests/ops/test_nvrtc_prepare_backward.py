@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import TOLERANCES, assert_close
 
 from vimtune.ops import reference
 from vimtune.ops.nvrtc import prepare, prepare_backward, runtime
 
 NUM_STATES = 16
-TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-
-
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "gpu":
-        return "cuda"
-    request.getfixturevalue("on_cpu")
-    return "cpu"
 
 
 def build_weights(inner, rank, width, bias, dtype) -> dict:
@@ -65,12 +57,6 @@ def definition(x, weights, grad_u, grad_delta, partial_BC) -> tuple[torch.Tensor
     grad_x, *rest = torch.autograd.grad(loss, [x, *projections, *filters])
     gp = torch.stack([torch.cat(rest[0:2], dim=-1), torch.cat(rest[2:4], dim=-1)])
     return grad_x, gp, torch.stack([torch.cat([w.t(), b[None]]) for w, b in (rest[4:6], rest[6:8])])
-
-
-def assert_close(actual, expected, tolerance, label):
-    assert actual.shape == expected.shape, label
-    error = (actual.cpu().double() - expected).abs().max() / expected.abs().max()
-    assert error <= tolerance, f"{label}: relative error {error:.2e}"
 
 
 def check(device, batch, tokens, inner, rank, width, bias, dtype, trained):

@@ -5,14 +5,13 @@
 //   2. the matrix units multiply the rows of u, now in shared memory, with x_proj (not if B | C | dt_r are known);
 //   3. and those of dt_r with dt_proj.
 //
-// Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), FP16, PROJECT
-// (compute `projections`, otherwise read them). Shapes, contiguous unless said otherwise, W = E rounded up to 64:
+// Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), ROWS (16 or 32), FP16,
+// PROJECT (compute `projections`, otherwise read them). Shapes, contiguous unless said otherwise, W = E rounded up to 64:
 // x (B, L, E) with rows 2 E apart, u, delta (2, B, L, E), projections (2, B, L, P), and of `pack_weights`
 // filters (2, K, W), conv_bias, dt_bias (2, W) fp32, proj (2, P, W), proj_t (2, W, P), dt (2, W, R), dt_t (2, R, W).
 
 constexpr int THREADS = PADDED / 2;
 constexpr int WARPS = THREADS / 32;
-constexpr int ROWS = PADDED <= 640 ? 32 : 16;
 constexpr int PITCH = PADDED + 4;        // words of two rows of u in shared memory: lanes meet different banks
 constexpr int RANK_PITCH = RANK + 8;
 constexpr float LARGEST_FP16 = 65504.0f;

@@ -45,6 +45,11 @@ def columns(rank: int) -> int:
     return 2 * NUM_STATES + max(16, 1 << (rank - 1).bit_length())
 
 
+def sizes_exist(inner: int, width: int) -> bool:
+    """Whether kernels of a thread for two channels exist for E and K, given enough shared memory."""
+    return inner % 8 == 0 and padded_width(inner) <= MAX_WIDTH and width <= MAX_FILTER
+
+
 def shared_bytes(inner: int, num_columns: int, project: bool) -> int:
     """Shared memory of a block."""
     rows = _max_rows(inner)
@@ -53,12 +58,9 @@ def shared_bytes(inner: int, num_columns: int, project: bool) -> int:
 
 def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
     """Whether the kernels exist for these sizes, with filters of `width`, on this device."""
-    if inner % 8 != 0 or padded_width(inner) > MAX_WIDTH or width > MAX_FILTER:
-        return False
-    if device.type != "cuda":
-        return True
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return shared_bytes(inner, columns(rank), True) <= limit
+    return sizes_exist(inner, width) and shared_bytes(inner, columns(rank), True) <= runtime.shared_memory(
+        device
+    )
 
 
 def pack_weights(
@@ -149,6 +151,7 @@ def _kernel(
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
         ("FILTER", width),
+        ("ROWS", _max_rows(inner)),
         ("FP16", int(dtype == torch.float16)),
         ("PROJECT", int(project)),
     )

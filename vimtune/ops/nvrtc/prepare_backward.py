@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 
 from vimtune.ops.nvrtc import runtime
-from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width
+from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width, sizes_exist
 
 SOURCE = "prepare_backward.cu"
-MAX_FILTER = 8
-MAX_WIDTH = 2048  # two channels a thread
-EMULATED_SHARED = 160 * 1024
 
 
 def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
     """Whether the kernel exists for these sizes, with filters of `width`, on this device."""
-    fits = inner % 8 == 0 and padded_width(inner) <= MAX_WIDTH and width <= MAX_FILTER
-    return fits and _rows(inner, columns(rank), device) > 0
+    return sizes_exist(inner, width) and _rows(inner, columns(rank), device) > 0
 
 
 def prepare_backward(
@@ -85,9 +81,7 @@ def prepare_backward(
 
 def _rows(inner: int, num_columns: int, device: torch.device) -> int:
     """Rows of a block: the more, the fewer are computed twice. 0 if shared memory does not suffice."""
-    limit = EMULATED_SHARED
-    if device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    limit = runtime.shared_memory(device)
     return next((rows for rows in (32, 16) if _shared_bytes(rows, inner, num_columns) <= limit), 0)
 
 

@@ -27,6 +27,13 @@ class CompileError(RuntimeError):
     """NVRTC is missing, or does not compile for this device; the message says why."""
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; where there is no GPU, those of an A100."""
+    if device.type != "cuda":
+        return 160 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 class Kernel:
     """A compiled kernel on one device."""
 

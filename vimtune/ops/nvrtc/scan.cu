@@ -233,6 +233,14 @@ __device__ inline void each_four(const Vectors& vectors, int k, Use use) {
 
 __device__ inline void nothing(int, int) {}
 
+__device__ inline void clear(Pair (&state)[N]) {
+    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+}
+
+__device__ inline Pair load_skip(const float* D, const Place& at) {
+    return at.live ? Pair{D[at.channel], D[at.channel + 1]} : Pair{0.0f, 0.0f};
+}
+
 // A log2(e), so that exp2(dt * decay) is the decay of a step.
 __device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Place& at) {
     const float* row = A_log + (at.live ? at.channel : 0) * N;
@@ -278,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
     const long own = at.row(batch);
     Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
     load_decay(decay, reverse ? A_log1 : A_log0, at);
-    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+    clear(state);
 
     Vectors vectors_now;
     Stream<word> us, dts;
@@ -311,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
     const long own = at.row(batch), image = at.image_row();
     Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
     load_decay(decay, reverse ? A_log1 : A_log0, at);
-    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+    clear(state);
 
     Vectors vectors_now;
     Stream<word> dts, gates, grads;
@@ -348,12 +356,11 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
 
     Pair decay[N], state[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
-    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+    clear(state);
 #if SEGMENTED
     enter(state, decay, ends, at, batch, reverse);
 #endif
-    const float* D = (reverse ? D1 : D0) + at.channel;
-    const Pair skip = {at.live ? D[0] : 0.0f, at.live ? D[1] : 0.0f};
+    const Pair skip = load_skip(reverse ? D1 : D0, at);
 
     __shared__ Shared<4, 0> shared[2];
     Shared<4, 0>& mine = shared[at.direction];
@@ -411,16 +418,15 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
 
     Pair decay[N], state[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
-    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+    clear(state);
 #if SEGMENTED
     enter(state, decay, ends, at, batch, reverse);
 #endif
-    const float* D = (reverse ? D1 : D0) + at.channel;
-    const Pair skip = {at.live ? D[0] : 0.0f, at.live ? D[1] : 0.0f};
+    const Pair skip = load_skip(reverse ? D1 : D0, at);
     ChannelSums over(mine.sums);
 #if TRAINED
     Pair grad_A[N], grad_D = {0.0f, 0.0f}, grad_bias = {0.0f, 0.0f}, elapsed = {0.0f, 0.0f};
-    for (int n = 0; n < N; n++) grad_A[n] = {0.0f, 0.0f};
+    clear(grad_A);
 #endif
 
     const half_word *u_row = u + own * WIDTH + at.first, *delta_row = delta + own * WIDTH + at.first;
@@ -499,7 +505,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     grad_deltas.start(grad_delta + own * WIDTH + at.channel, WIDTH, tokens, !reverse);
     Pair mixed = {0.0f, 0.0f};   // <A, w_t> log2(e)
     Pair carry[N];
-    for (int n = 0; n < N; n++) carry[n] = {0.0f, 0.0f};
+    clear(carry);
 #if SEGMENTED
     enter(carry, decay, grad_ends, at, batch, !reverse);
     for (int n = 0; n < N; n++) {   // behind the segment w is the product of what both sweeps hold there

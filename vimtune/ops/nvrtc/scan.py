@@ -80,9 +80,9 @@ def scan_forward(
     vectors = [*map(_parameter, A_log), *map(_parameter, D)]
     ends = torch.empty(ends_shape(batch, tokens, inner, u.device), dtype=torch.float32, device=u.device)
     if ends.numel() > 0:
-        _launch("scan_ends", False, u, projections, [u, delta, projections, *vectors[:2], ends])
+        _launch("scan_ends", False, ends, u, projections, [u, delta, projections, *vectors[:2], ends])
     arguments = [u, delta, projections, *vectors, xz[..., inner:], out, ends]
-    _launch("scan_forward", False, u, projections, arguments)
+    _launch("scan_forward", False, ends, u, projections, arguments)
     return out, ends
 
 
@@ -104,7 +104,7 @@ def scan_backward(
     """
     _, batch, tokens, inner = u.shape
     blocks = -(-inner // CHANNELS)
-    segments = ends.shape[2] if ends.numel() > 0 else 1
+    segments = _segments(ends)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=dtype, device=u.device)
@@ -121,21 +121,27 @@ def scan_backward(
     terms, grad_ends = scratch(*u.shape), torch.empty_like(ends)
     if segments > 1:
         behind = [grad, delta, projections, *vectors[:2], xz[..., inner:], grad_ends]
-        _launch("scan_ends_backward", False, u, projections, behind)
+        _launch("scan_ends_backward", False, ends, u, projections, behind)
     arguments = [
         *(grad, u, delta, projections, *vectors, xz[..., inner:]),
         *(found.u, found.delta, grad_xz[..., inner:], terms, found.BC, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]
-    _launch("scan_backward", need_parameters, u, projections, arguments)
+    _launch("scan_backward", need_parameters, ends, u, projections, arguments)
     if not need_parameters:
         return found
     return found._replace(A=found.A.sum((1, 2)), D=found.D.sum((1, 2)), bias=found.bias.sum((1, 2)))
 
 
-def _launch(name: str, trained: bool, u: Tensor, projections: Tensor, arguments: Sequence[Tensor]) -> None:
+def _segments(ends: Tensor) -> int:
+    return ends.shape[2] if ends.numel() > 0 else 1
+
+
+def _launch(
+    name: str, trained: bool, ends: Tensor, u: Tensor, projections: Tensor, arguments: Sequence[Tensor]
+) -> None:
     _, batch, tokens, inner = u.shape
-    segments = num_segments(batch, tokens, inner, u.device)
+    segments = _segments(ends)
     constants = (
         ("WIDTH", inner),
         ("COLUMNS", projections.shape[-1]),
