@@ -138,14 +138,17 @@ inline void copy_async(void* shared, const void* global, bool valid) {
     if (valid) memcpy(copy.data, global, 16);
     emulator::copies[emulator::current].push_back(copy);
 }
+inline void prefetch(const void*) {}
 inline void wait_for_copies() {
     for (const emulator::Copy& copy : emulator::copies[emulator::current]) memcpy(copy.target, copy.data, 16);
     emulator::copies[emulator::current].clear();
 }
+inline void store_if(bool valid, void* place, word value) {
+    if (valid) *(word*)place = value;
+}
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float exp2_fast(float x) { return exp2f(x); }
-inline float log2_fast(float x) { return log2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 
 inline Pair from_fp16(word pair) {
@@ -158,6 +161,10 @@ inline word to_fp16(Pair value) {
     word pair;
     memcpy(&pair, halves, 4);
     return pair;
+}
+inline word to_finite_fp16(Pair value) {
+    constexpr float LARGEST = 65504.0f;
+    return to_fp16({value.a > LARGEST ? LARGEST : value.a, value.b > LARGEST ? LARGEST : value.b});
 }
 inline Pair from_bf16(word pair) { return {emulator::from_bits(pair << 16), emulator::from_bits(pair & 0xffff0000u)}; }
 inline word to_bf16(Pair value) {
@@ -205,4 +212,14 @@ inline void multiply_add(Quad& sums, Words values, word pick0, word pick1) {
 }
 inline void multiply_add_bf16(Quad& sums, Words values, word pick0, word pick1) {
     multiply_add_as<from_bf16>(sums, values, pick0, pick1);
+}
+inline Words load_values(const void* piece) {
+    using namespace emulator;
+    static const word* pieces[1024];
+    pieces[current] = (const word*)piece;
+    sync_warp();
+    const auto own = [&](int matrix) { return pieces[warp() * WARP + matrix * 8 + lane() / 4][lane() % 4]; };
+    const Words values = {own(0), own(1), own(2), own(3)};
+    sync_warp();
+    return values;
 }

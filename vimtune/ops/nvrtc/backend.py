@@ -26,9 +26,9 @@ class NvrtcBackend(TritonBackend):
 
 @cache
 def _compile_errors(major: int, minor: int) -> list[str]:
-    constants = (("WIDTH", 384), ("COLUMNS", 48), ("FP16", 0), ("TRAINED", 0), ("SEGMENTED", 0))
+    constants = (("WIDTH", 384), ("COLUMNS", 48), ("FP16", 0), ("SEGMENTED", 0))
     try:
-        runtime.compile_source(scan.SOURCE, constants, f"sm_{major}{minor}")
+        runtime.compile_source(scan.FORWARD, constants, f"sm_{major}{minor}")
     except runtime.CompileError as error:
         return [str(error)]
     return []

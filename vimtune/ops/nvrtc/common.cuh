@@ -13,7 +13,10 @@ __device__ inline Pair operator*(float x, Pair y) { return {x * y.a, x * y.b}; }
 __device__ inline Quad operator+(Quad x, Quad y) { return {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}; }
 __device__ inline Pair exp2_fast(Pair x) { return {exp2_fast(x.a), exp2_fast(x.b)}; }
 
-__device__ inline Pair sigmoid(Pair x) {
-    const Pair power = exp2_fast(-LOG2E * x);
-    return {reciprocal(1.0f + power.a), reciprocal(1.0f + power.b)};
-}
+__device__ inline float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
+__device__ inline Pair sigmoid(Pair x) { return {sigmoid(x.a), sigmoid(x.b)}; }
+
+// One of the two numbers of a word.
+__device__ inline float activation(half_word value) { return activation((word)value).a; }
+__device__ inline float from_fp16(half_word value) { return from_fp16((word)value).a; }
+__device__ inline half_word rounded(float value) { return (half_word)rounded(Pair{value, 0.0f}); }

@@ -22,18 +22,20 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
     const word target = (word)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(valid ? 16 : 0));
 }
+// Bring the cache line to L2.
+__device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 // Wait for this thread's copies.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Store to global memory if `valid`; not a branch, which would keep what is before and after it apart.
+__device__ inline void store_if(bool valid, void* place, word value) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u32 [%1], %2;}"
+                 ::"r"((word)valid), "l"(place), "r"(value));
+}
 
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ inline float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -53,6 +55,13 @@ __device__ inline Pair from_fp16(word pair) {
 __device__ inline word to_fp16(Pair value) {
     word pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(value.b), "f"(value.a));
+    return pair;
+}
+
+// The same, but what is too large becomes the largest number.
+__device__ inline word to_finite_fp16(Pair value) {
+    word pair;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(value.b), "f"(value.a));
     return pair;
 }
 
@@ -80,6 +89,15 @@ __device__ inline word to_bf16(Pair value) {
             : "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(pick0), "r"(pick1));                   \
     }
 MULTIPLY_ADD(multiply_add_bf16, "bf16")
+
+// Values (16 x 16) in shared memory, of which lane k says where eight are: row k % 16, from column k / 16 * 8.
+__device__ inline Words load_values(const void* piece) {
+    const word source = (word)__cvta_generic_to_shared(piece);
+    Words values;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(values.x), "=r"(values.y), "=r"(values.z), "=r"(values.w) : "r"(source) : "memory");
+    return values;
+}
 
 // Activations: fp16 if FP16, otherwise bf16.
 #if FP16

@@ -1,30 +1,43 @@
 // What comes before the scan: u = SiLU(conv(x)) in both directions, B | C | dt_r = x_proj(u) and the time steps
-// softplus(dt_proj(dt_r)). A block owns up to ROWS tokens of one image with all channels:
+// softplus(dt_proj(dt_r)).
 //
-//   1. a thread owns two neighbouring channels and walks the tokens, so every x is read once for both directions;
-//   2. the matrix units multiply the rows of u, now in shared memory, with x_proj (not if B | C | dt_r are known);
-//   3. and those of dt_r with dt_proj.
+// A block is one warp, so that some load or store while others calculate. It has ROWS tokens of one image in one
+// direction. Of 64 channels at a time, x is copied to shared memory asynchronously; a lane convolves two channels and
+// writes u in the place of x. From there the warp stores it, and gives it to the matrix units, which add up x_proj over
+// all channels (not if B | C | dt_r are known). Their result is, as it lies in registers, an operand of the product
+// with dt_proj.
 //
-// Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), ROWS (16 or 32), FP16,
-// PROJECT (compute `projections`, otherwise read them). Shapes, contiguous unless said otherwise, W = E rounded up to 64:
+// Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), FP16, PROJECT
+// (compute `projections`, otherwise read them). Shapes, contiguous unless said otherwise, W = E rounded up to 64:
 // x (B, L, E) with rows 2 E apart, u, delta (2, B, L, E), projections (2, B, L, P), and of `pack_weights`
-// filters (2, K, W), conv_bias, dt_bias (2, W) fp32, proj (2, P, W), proj_t (2, W, P), dt (2, W, R), dt_t (2, R, W).
+// filters (2, K, W), conv_bias, dt_bias (2, W) fp32, and matrices in the order in which the matrix units take them.
 
-constexpr int THREADS = PADDED / 2;
-constexpr int WARPS = THREADS / 32;
-constexpr int PITCH = PADDED + 4;        // words of two rows of u in shared memory: lanes meet different banks
-constexpr int RANK_PITCH = RANK + 8;
-constexpr float LARGEST_FP16 = 65504.0f;
+struct alignas(8) HalfWords { word x, y; };   // half of Words
 
-// log(1 + e^x), accurate also where e^x is small, which is where trained time steps live.
+constexpr int ROWS = 16;    // as many as a product of the matrix units has
+constexpr int HALO = FILTER - 1;
+
+// log(1 + e^x) with a relative error below 6e-5, also where it is small, which is where trained time steps live:
+// max(x, 0) + log(1 + p), p = e^-|x|, where log(1 + p) / p is a polynomial fitted to 0 <= p <= 1.
 __device__ inline float softplus(float x) {
-    const float power = exp2_fast(LOG2E * x);
-    const float series = power * (1.0f - power * (0.5f - power * (0.33333334f - power * 0.25f)));
-    const float small = power < 0.015f ? series : LN2 * log2_fast(1.0f + power);
-    return x > 20.0f ? x : small;
+    const float p = exp2_fast(-fabsf(LOG2E * x));
+    const float ratio = 0.99994326f + p * (-0.49697781f + p * (0.30630094f + p * (-0.15742722f + p * 0.041347306f)));
+    return fmaxf(x, 0.0f) + p * ratio;
 }
 
-__device__ inline half_word low(float value) { return (half_word)rounded({value, 0.0f}); }
+// Matrices are packed such that what the 32 lanes of a warp load at once, 16 bytes each, lies side by side.
+//
+// Factors of a sum over channels: of 32 channels a lane has eight, and of 16 rows one in each of two products.
+__device__ inline int summed_index(int direction, int channel, int row, int rows, int part, int element) {
+    const int product = row / 16 * 2 + row % 4 / 2, lane = (row % 16 / 4 * 2 + row % 2) * 4 + part;
+    return (((direction * (PADDED / 32) + channel / 32) * (rows / 8) + product) * 32 + lane) * 8 + element;
+}
+// Factors of results with channels: of 32 channels a lane has one in each of four products, and of 16 columns four.
+__device__ inline int spread_index(int direction, int channel, int column, int columns) {
+    const int product = channel % 8 / 2, lane = (channel % 32 / 8 * 2 + channel % 2) * 4 + column % 16 / 4;
+    const int load = ((direction * (PADDED / 32) + channel / 32) * (columns / 16) + column / 16) * 2 + product / 2;
+    return (load * 32 + lane) * 8 + product % 2 * 4 + column % 4;
+}
 
 // One value of each packed weight a thread: channel blockIdx.x * 64 + threadIdx, row blockIdx.y of the widest matrix.
 extern "C" __global__ void __launch_bounds__(64) pack_weights(
@@ -42,13 +55,14 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
     // x_proj has the rows dt_r | B | C.
     const int source = row < 2 * N ? rank + row : row - 2 * N;
     const bool used = live && (row < 2 * N || source < rank);
-    const half_word value = low(used ? x_proj[source * WIDTH + channel] : 0.0f);
-    proj[(direction * COLUMNS + row) * PADDED + channel] = value;
-    proj_t[at * COLUMNS + row] = value;
+    const half_word value = rounded(used ? x_proj[source * WIDTH + channel] : 0.0f);
+    // u comes with pairs of neighbours, a gradient of time steps with eight neighbours.
+    proj[summed_index(direction, channel, row, COLUMNS, channel % 8 / 2, channel % 32 / 8 * 2 + channel % 2)] = value;
+    proj_t[spread_index(direction, channel, row, COLUMNS)] = value;
     if (row < RANK) {
-        const half_word step = low(live && row < rank ? dt_proj[channel * rank + row] : 0.0f);
-        dt[at * RANK + row] = step;
-        dt_t[(direction * RANK + row) * PADDED + channel] = step;
+        const half_word step = rounded(live && row < rank ? dt_proj[channel * rank + row] : 0.0f);
+        dt[spread_index(direction, channel, row, RANK)] = step;
+        dt_t[summed_index(direction, channel, row, RANK, channel % 32 / 8, channel % 8)] = step;
     }
     if (row < FILTER) {
         const float tap = live ? (direction ? conv1 : conv0)[channel * FILTER + row] : 0.0f;
@@ -60,183 +74,222 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
     }
 }
 
-// Where the word `pair` of row `r` of u lies in shared memory: rows r and r + 8 are interleaved, as the matrix units
-// take them.
-__device__ inline int interleaved(int r, int pair) {
-    return (r / 16 * 8 + r % 8) * PITCH + pair / 2 * 4 + pair % 2 * 2 + r / 8 % 2;
-}
+// Whether a channel is not only padding.
+__device__ inline bool exists(int channel) { return WIDTH == PADDED || channel < WIDTH; }
 
-struct Tile {
-    int image, first, rows, tokens;
+// The warp's tokens.
+struct Rows {
+    int direction, token, count;   // the first token and their number
+    long index;                    // of the first token among all images and directions
 
-    __device__ Tile(int tokens, int rows) : image(blockIdx.y), first(blockIdx.x * rows), tokens(tokens) {
-        this->rows = min(rows, tokens - first);
-    }
-    // Row of token `first + r` among those of a direction.
-    __device__ long row(int direction, int batch, int r) const {
-        return ((long)direction * batch + image) * tokens + first + r;
+    __device__ Rows(int batch, int tokens) : direction(blockIdx.x), token(blockIdx.y * ROWS) {
+        count = min(ROWS, tokens - token);
+        index = ((long)direction * batch + blockIdx.z) * tokens + token;
     }
 };
 
-__device__ inline Pair convolved(const Pair (&filter)[FILTER], Pair bias, const word* x, int ahead) {
-    Pair sum = bias;
+// 64 channels of these rows and their neighbours in shared memory, with room in between: then the same 16 bytes of eight
+// rows are in different banks.
+struct Tile {
+    static constexpr int COPIED = (ROWS + HALO + 3) / 4 * 4, PITCH = 144;
+    char* memory;
+
+    __device__ Tile() : memory(launched_shared()) {}
+    // The word, or the 16 bytes, that begin with this channel.
+    __device__ void* at(int row, int channel) const { return memory + row * PITCH + channel * 2; }
+};
+
+// Where a tile is copied, a lane has 16 bytes of each fourth row: those from this channel, and this one of four rows.
+__device__ inline int piece() { return lane() % 8 * 8; }
+__device__ inline int piece_row() { return lane() / 8; }
+
+// Start to copy rows of x, the lane's first one being `source`, of token `token`: zeros where the image has none.
+__device__ inline void copy_rows(Tile tile, const half_word* source, int token, int tokens) {
 #pragma unroll
-    for (int j = 0; j < FILTER; j++) {
-        sum = sum + filter[FILTER - 1 - j] * activation(x[j * ahead]);
+    for (int k = 0; k < Tile::COPIED; k += 4) {
+        copy_async(
+            tile.at(k + piece_row(), piece()), source + k * 2 * WIDTH, (unsigned)(token + k) < (unsigned)tokens
+        );
     }
-    return sum * sigmoid(sum);
 }
 
-// Phase 1: u of both directions, to memory and into `us` (2, ROWS / 2, PITCH).
-__device__ inline void convolve(
-    const Tile& tile, const half_word* x, const float* filters, const float* conv_bias, half_word* u, word* us,
-    int batch
-) {
-    constexpr int HALO = FILTER - 1;
-    const int channel = 2 * (warp() * 32 + lane());
-    const bool live = channel < WIDTH;
-    const half_word* source = x + (long)tile.image * tile.tokens * 2 * WIDTH + channel;
-    word xs[ROWS + 2 * HALO];
+// Two channels. Taps, in the order of tokens, and bias are multiplied by -log2(e), which spares the exponential a
+// product.
+struct Filter {
+    Pair taps[FILTER], bias;
+
+    __device__ Filter(int direction, int channel, const float* filters, const float* conv_bias) {
+        const int first = direction * (2 * FILTER - 1), step = 1 - 2 * direction;
+        for (int k = 0; k < FILTER; k++) {
+            taps[k] = -LOG2E * *(const Pair*)(filters + (first + k * step) * PADDED + channel);
+        }
+        bias = -LOG2E * *(const Pair*)(conv_bias + direction * PADDED + channel);
+    }
+    // SiLU of the convolution of FILTER rows.
+    __device__ word operator()(const Pair* x) const {
+        Pair sum = bias;
 #pragma unroll
-    for (int k = 0; k < ROWS + 2 * HALO; k++) {
-        const int token = tile.first + k - HALO;
-        const bool inside = live && token >= 0 && token < tile.tokens && k < tile.rows + 2 * HALO;
-        xs[k] = inside ? *(const word*)(source + (long)token * 2 * WIDTH) : 0;
+        for (int k = 0; k < FILTER; k++) sum = sum + taps[k] * x[k];
+        return rounded({silu(sum.a), silu(sum.b)});
     }
-    Pair taps[2][FILTER], bias[2];
-    for (int d = 0; d < 2; d++) {
-        for (int j = 0; j < FILTER; j++) taps[d][j] = *(const Pair*)(filters + (d * FILTER + j) * PADDED + channel);
-        bias[d] = *(const Pair*)(conv_bias + d * PADDED + channel);
-    }
-    half_word *row0 = u + tile.row(0, batch, 0) * WIDTH + channel, *row1 = u + tile.row(1, batch, 0) * WIDTH + channel;
+    // Of scaled / -log2(e).
+    static __device__ float silu(float scaled) { return scaled * reciprocal(-LOG2E - LOG2E * exp2_fast(scaled)); }
+};
+
+// u in the place of x: that of row r where x of row r was, which no later row needs.
+__device__ inline void convolve(int count, Tile tile, const Filter& filter) {
+    const int own = lane() * 2;
+    Pair window[ROWS + HALO];
+#pragma unroll
+    for (int k = 0; k < HALO; k++) window[k] = activation(*(const word*)tile.at(k, own));
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        if (r >= tile.rows) break;
-        const word u0 = rounded(convolved(taps[0], bias[0], xs + r + HALO, -1));
-        const word u1 = rounded(convolved(taps[1], bias[1], xs + r + HALO, 1));
-        if (live) {
-            *(word*)(row0 + r * WIDTH) = u0;
-            *(word*)(row1 + r * WIDTH) = u1;
-        }
-        if (PROJECT) {
-            us[interleaved(r, channel / 2)] = live ? u0 : 0;
-            us[ROWS / 2 * PITCH + interleaved(r, channel / 2)] = live ? u1 : 0;
-        }
+        if (r % 4 == 0 && r >= count) break;
+        window[r + HALO] = activation(*(const word*)tile.at(r + HALO, own));
+        *(word*)tile.at(r, own) = filter(window + r);
     }
 }
 
-// Phase 2: x_proj of `us`, to memory and, what of it is dt_r, into `low_rank` (2, ROWS, RANK_PITCH).
-__device__ inline void project(
-    const Tile& tile, const word* us, const half_word* proj, half_word* projections, half_word* low_rank, int batch
-) {
-    const int g = lane() / 4, q = lane() % 4;
-    for (int unit = warp(); unit < 2 * COLUMNS / 8; unit += WARPS) {
-        const int direction = unit / (COLUMNS / 8), column = unit % (COLUMNS / 8) * 8;
-        const half_word* weights = proj + (direction * COLUMNS + column + g) * PADDED + 8 * q;
-        const word* rows = us + (direction * ROWS / 2 + g) * PITCH + 8 * q;
-        Quad sums[ROWS / 16];
-        for (int m = 0; m < ROWS / 16; m++) sums[m] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 2
-        for (int k = 0; k < PADDED; k += 32) {   // a lane takes 8 neighbours of the 32, in both factors
-            const Words w = *(const Words*)(weights + k);
+// sums += u (16 x 64) x_proj (64 x P). Which column of a product is which of P is chosen such that a lane gets four of
+// each 16 in a row.
+__device__ inline void project(Quad (&sums)[COLUMNS / 8], const Words (&u)[4], const Words* weight) {
 #pragma unroll
-            for (int m = 0; m < ROWS / 16; m++) {
-                const Words* values = (const Words*)(rows + m * 8 * PITCH + k);
-                multiply_add(sums[m], values[0], w.x, w.y);
-                multiply_add(sums[m], values[1], w.z, w.w);
-            }
-        }
-        for (int m = 0; m < ROWS / 16; m++) {
-            for (int half = 0; half < 2; half++) {
-                const int r = m * 16 + half * 8 + g;
-                const word value = rounded(half ? Pair{sums[m].z, sums[m].w} : Pair{sums[m].x, sums[m].y});
-                half_word* row = projections + tile.row(direction, batch, r) * COLUMNS;
-                if (r < tile.rows) *(word*)(row + column + 2 * q) = value;
-                if (column >= 2 * N) {
-                    *(word*)(low_rank + (direction * ROWS + r) * RANK_PITCH + column - 2 * N + 2 * q) = value;
-                }
-            }
+    for (int k = 0; k < 2; k++) {
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++) {
+            const Words w = weight[(k * (COLUMNS / 8) + n) * 32];
+            multiply_add(sums[n], u[k * 2], w.x, w.y);
+            multiply_add(sums[n], u[k * 2 + 1], w.z, w.w);
         }
     }
 }
 
-// Instead of phase 2: dt_r from memory.
-__device__ inline void fetch(const Tile& tile, const half_word* projections, half_word* low_rank, int batch) {
-    constexpr int PIECES = RANK / 8;
-    for (int k = warp() * 32 + lane(); k < 2 * ROWS * PIECES; k += THREADS) {
-        const int direction = k / (ROWS * PIECES), r = k / PIECES % ROWS, piece = k % PIECES * 8;
-        if (r >= tile.rows) continue;
-        *(Words*)(low_rank + (direction * ROWS + r) * RANK_PITCH + piece) =
-            *(const Words*)(projections + tile.row(direction, batch, r) * COLUMNS + 2 * N + piece);
-    }
-}
+// A lane's part of two rows of projections: of each 16 columns four.
+struct Columns {
+    half_word *upper, *lower;
+    bool upper_exists, lower_exists;
 
-// Phase 3: time steps from `low_rank`. The columns of the products are permuted such that a lane gets 8 neighbours.
+    __device__ Columns(const Rows& rows, half_word* projections) {
+        const int row = lane() / 4;
+        upper = projections + (rows.index + row) * COLUMNS + lane() % 4 * 4;
+        lower = upper + 8 * COLUMNS;
+        upper_exists = row < rows.count;
+        lower_exists = row + 8 < rows.count;
+    }
+    // dt_r as values of products.
+    __device__ void fetch(Words (&low_rank)[RANK / 16]) const {
+        const HalfWords zero = {0, 0};
+#pragma unroll
+        for (int k = 0; k < RANK / 16; k++) {
+            const HalfWords p = upper_exists ? *(const HalfWords*)(upper + 2 * N + k * 16) : zero;
+            const HalfWords q = lower_exists ? *(const HalfWords*)(lower + 2 * N + k * 16) : zero;
+            low_rank[k] = {p.x, q.x, p.y, q.y};
+        }
+    }
+    __device__ void store(const Quad (&sums)[COLUMNS / 8], Words (&low_rank)[RANK / 16]) const {
+#pragma unroll
+        for (int k = 0; k < COLUMNS / 16; k++) {
+            const Quad even = sums[k * 2], odd = sums[k * 2 + 1];
+            const HalfWords p = {rounded({even.x, even.y}), rounded({odd.x, odd.y})};
+            const HalfWords q = {rounded({even.z, even.w}), rounded({odd.z, odd.w})};
+            if (upper_exists) *(HalfWords*)(upper + k * 16) = p;
+            if (lower_exists) *(HalfWords*)(lower + k * 16) = q;
+            if (k >= N / 8) low_rank[k - N / 8] = {p.x, q.x, p.y, q.y};
+        }
+    }
+};
+
+// Time steps of 64 channels, of which a lane gets eight in a row.
 __device__ inline void time_steps(
-    const Tile& tile, const half_word* low_rank, const half_word* dt, const float* dt_bias, half_word* delta, int batch
+    const Rows& rows, const Words (&low_rank)[RANK / 16], int base, const Words* dt, const float* dt_bias,
+    half_word* delta
 ) {
-    const int g = lane() / 4, q = lane() % 4;
-    for (int unit = 0; unit < 4; unit++) {
-        const int direction = unit / 2, base = warp() * 64 + unit % 2 * 32;
-        const half_word* rows = low_rank + (direction * ROWS + g) * RANK_PITCH + 2 * q;
-        const half_word* weights = dt + (direction * PADDED + base + g / 2 * 8 + g % 2) * RANK + 2 * q;
-        Quad sums[ROWS / 16][4];
-        for (int m = 0; m < ROWS / 16; m++)
-            for (int j = 0; j < 4; j++) sums[m][j] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const int row = lane() / 4, part = lane() % 4;
+#pragma unroll 1
+    for (int half = 0; half < 64; half += 32) {
+        const int first = rows.direction * PADDED + base + half;
+        const Words* weight = dt + first / 32 * (RANK / 16) * 64 + lane();
+        const Quad b0 = *(const Quad*)(dt_bias + first + part * 8), b1 = *(const Quad*)(dt_bias + first + part * 8 + 4);
+        Quad sums[4] = {
+            {b0.x, b0.y, b0.x, b0.y}, {b0.z, b0.w, b0.z, b0.w}, {b1.x, b1.y, b1.x, b1.y}, {b1.z, b1.w, b1.z, b1.w}
+        };
 #pragma unroll
-        for (int k = 0; k < RANK; k += 16) {
-            word picks[4][2];
-            for (int j = 0; j < 4; j++)
-                for (int i = 0; i < 2; i++) picks[j][i] = *(const word*)(weights + j * 2 * RANK + k + 8 * i);
-#pragma unroll
-            for (int m = 0; m < ROWS / 16; m++) {
-                const half_word* place = rows + m * 16 * RANK_PITCH + k;
-                const Words values = {
-                    *(const word*)place, *(const word*)(place + 8 * RANK_PITCH), *(const word*)(place + 8),
-                    *(const word*)(place + 8 * RANK_PITCH + 8)
-                };
-                for (int j = 0; j < 4; j++) multiply_add(sums[m][j], values, picks[j][0], picks[j][1]);
-            }
+        for (int k = 0; k < RANK / 16; k++) {
+            const Words v = weight[k * 64], w = weight[k * 64 + 32];
+            multiply_add(sums[0], low_rank[k], v.x, v.y);
+            multiply_add(sums[1], low_rank[k], v.z, v.w);
+            multiply_add(sums[2], low_rank[k], w.x, w.y);
+            multiply_add(sums[3], low_rank[k], w.z, w.w);
         }
-        const int channel = base + 8 * q;
-        const Quad b0 = *(const Quad*)(dt_bias + direction * PADDED + channel);
-        const Quad b1 = *(const Quad*)(dt_bias + direction * PADDED + channel + 4);
-        const Pair bias[4] = {{b0.x, b0.y}, {b0.z, b0.w}, {b1.x, b1.y}, {b1.z, b1.w}};
+        const int channel = base + half + part * 8;
+        half_word* place = delta + (rows.index + row) * WIDTH + channel;
 #pragma unroll
-        for (int m = 0; m < ROWS / 16; m++) {
+        for (int lower = 0; lower < 2; lower++) {
+            if (lower * 8 >= rows.count) break;
+            word steps[4];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int r = m * 16 + half * 8 + g;
-                if (r >= tile.rows || channel >= WIDTH) continue;
-                word steps[4];
-                for (int j = 0; j < 4; j++) {
-                    const Quad sum = sums[m][j];
-                    const float a = softplus((half ? sum.z : sum.x) + bias[j].a);
-                    const float b = softplus((half ? sum.w : sum.y) + bias[j].b);
-                    steps[j] = to_fp16({fminf(a, LARGEST_FP16), fminf(b, LARGEST_FP16)});
-                }
-                *(Words*)(delta + tile.row(direction, batch, r) * WIDTH + channel) =
-                    Words{steps[0], steps[1], steps[2], steps[3]};
+            for (int j = 0; j < 4; j++) {
+                const Pair sum = lower ? Pair{sums[j].z, sums[j].w} : Pair{sums[j].x, sums[j].y};
+                steps[j] = to_finite_fp16({softplus(sum.a), softplus(sum.b)});
+            }
+            if (row + lower * 8 < rows.count && exists(channel)) {
+                *(Words*)(place + lower * 8 * WIDTH) = {steps[0], steps[1], steps[2], steps[3]};
             }
         }
     }
 }
 
-// Grid: tiles of `rows` tokens, images. Shared memory: `us` if PROJECT, then `low_rank`.
-extern "C" __global__ void __launch_bounds__(THREADS) prepare(
-    const half_word* x, const float* filters, const float* conv_bias, const half_word* proj, const half_word* dt,
-    const float* dt_bias, half_word* u, half_word* projections, half_word* delta, int batch, int tokens, int rows
+constexpr int REGISTERS = 44 + PROJECT * COLUMNS / 2 + RANK / 4;
+constexpr int FIT = 16384 / (32 * REGISTERS);                   // on each quarter of a multiprocessor
+constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 8 ? 32 : 4 * FIT;
+
+// Grid: directions, tiles of ROWS tokens, images.
+extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
+    const half_word* x, const float* filters, const float* conv_bias, const Words* proj, const Words* dt,
+    const float* dt_bias, half_word* u, half_word* projections, half_word* delta, int batch, int tokens
 ) {
-    const Tile tile(tokens, rows);
-    word* us = (word*)launched_shared();
-    half_word* low_rank = (half_word*)(us + (PROJECT ? ROWS * PITCH : 0));
-    convolve(tile, x, filters, conv_bias, u, us, batch);
-    if (PROJECT) {
-        sync_block();
-        project(tile, us, proj, projections, low_rank, batch);
-    } else {
-        fetch(tile, projections, low_rank, batch);
+    const Rows rows(batch, tokens);
+    const Tile tile;
+    // Direction 0 looks back, 1 ahead.
+    const int token = rows.token - (rows.direction ? 0 : HALO) + piece_row();
+    const half_word* source = x + ((long)blockIdx.z * tokens + token) * 2 * WIDTH + piece();
+    copy_rows(tile, source, token, exists(piece()) ? tokens : 0);
+
+    Words low_rank[RANK / 16];
+    if (!PROJECT) Columns(rows, projections).fetch(low_rank);
+
+    const Words* weight = proj + rows.direction * (PADDED / 32) * (COLUMNS / 8) * 32 + lane();
+    half_word* out = u + (rows.index + piece_row()) * WIDTH + piece();
+    Quad sums[COLUMNS / 8];
+    for (int n = 0; n < COLUMNS / 8; n++) sums[n] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+    for (int base = 0; base < PADDED; base += 64) {
+        const Filter filter(rows.direction, base + lane() * 2, filters, conv_bias);
+        wait_for_copies();
+        sync_warp();
+        convolve(rows.count, tile, filter);
+        sync_warp();
+#pragma unroll
+        for (int k = 0; k < ROWS; k += 4) {
+            const bool kept = k + piece_row() < rows.count && exists(base + piece());
+            if (kept) *(Words*)(out + k * WIDTH) = *(const Words*)tile.at(k + piece_row(), piece());
+        }
+        Words values[4];
+        for (int k = 0; k < 4 && PROJECT; k++) values[k] = load_values(tile.at(lane() % 16, k * 16 + lane() / 16 * 8));
+        sync_warp();
+        source += 64;
+        if (base + 64 < PADDED) copy_rows(tile, source, token, exists(base + 64 + piece()) ? tokens : 0);
+        sync_warp();   // or else the compiler begins with the products
+        if (PROJECT) {
+            project(sums, values, weight);
+            weight += 2 * (COLUMNS / 8) * 32;
+        } else {
+            time_steps(rows, low_rank, base, dt, dt_bias, delta);
+        }
+        out += 64;
     }
-    sync_block();
-    time_steps(tile, low_rank, dt, dt_bias, delta, batch);
+    if (!PROJECT) return;
+    Columns(rows, projections).store(sums, low_rank);
+#pragma unroll 1
+    for (int base = 0; base < PADDED; base += 64) time_steps(rows, low_rank, base, dt, dt_bias, delta);
 }

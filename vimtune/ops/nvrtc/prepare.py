@@ -16,6 +16,8 @@ from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.scan import NUM_STATES
 
 SOURCE = "prepare.cu"
+ROWS = 16
+"""Tokens of a warp."""
 MAX_WIDTH = 2048
 MAX_FILTER = 8
 
@@ -23,8 +25,9 @@ MAX_FILTER = 8
 class PackedWeights(NamedTuple):
     """The mixer's small weights of both directions (first index) as the kernels read them, padded with zeros.
 
-    fp32: filters (2, K, W), conv_bias, dt_bias (2, W). In the dtype of the activations, with x_proj's
-    rows in the order B | C | dt_r: proj (2, P, W), proj_t (2, W, P), dt (2, W, R), dt_t (2, R, W).
+    fp32: filters (2, K, W), conv_bias, dt_bias (2, W). In the dtype of the activations and the order in which
+    the matrix units take them, of x_proj (2, P, W) for products with u and with gradients of its result, and
+    of dt_proj (2, W, R) for products with dt_r and with gradients of time steps.
     """
 
     filters: Tensor
@@ -46,21 +49,13 @@ def columns(rank: int) -> int:
 
 
 def sizes_exist(inner: int, width: int) -> bool:
-    """Whether kernels of a thread for two channels exist for E and K, given enough shared memory."""
+    """Whether kernels exist for E and K."""
     return inner % 8 == 0 and padded_width(inner) <= MAX_WIDTH and width <= MAX_FILTER
 
 
-def shared_bytes(inner: int, num_columns: int, project: bool) -> int:
-    """Shared memory of a block."""
-    rows = _max_rows(inner)
-    return (rows * (padded_width(inner) + 4) * 4 if project else 0) + 4 * rows * (num_columns - 32 + 8)
-
-
 def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
-    """Whether the kernels exist for these sizes, with filters of `width`, on this device."""
-    return sizes_exist(inner, width) and shared_bytes(inner, columns(rank), True) <= runtime.shared_memory(
-        device
-    )
+    """Whether the kernels exist for these sizes, with filters of `width`: for any `rank`, on any `device`."""
+    return sizes_exist(inner, width)
 
 
 def pack_weights(
@@ -119,23 +114,23 @@ def prepare(
     delta = torch.empty_like(u, dtype=torch.float16)
     if projections is None:
         projections = torch.empty((2, batch, tokens, num_columns), dtype=x.dtype, device=x.device)
-    tiles = -(-tokens // _max_rows(inner))
     with torch.cuda.device_of(x):
         kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, x.device)
         kernel(
-            (tiles, batch, 1),
-            padded_width(inner) // 2,
+            (2, -(-tokens // ROWS), batch),
+            32,
             [
                 *(x, weights.filters, weights.conv_bias, weights.proj, weights.dt, weights.dt_bias),
-                *(u, projections, delta, batch, tokens, -(-tokens // tiles)),
+                *(u, projections, delta, batch, tokens),
             ],
-            shared_bytes(inner, num_columns, project),
+            _shared_bytes(width),
         )
     return u, delta, projections
 
 
-def _max_rows(inner: int) -> int:
-    return 32 if padded_width(inner) <= 640 else 16
+def _shared_bytes(width: int) -> int:
+    """Shared memory of a block: 64 channels of x, with the neighbours of the warp's tokens."""
+    return -(-(ROWS + width - 1) // 4) * 4 * 144
 
 
 def _kernel(
@@ -151,7 +146,6 @@ def _kernel(
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
         ("FILTER", width),
-        ("ROWS", _max_rows(inner)),
         ("FP16", int(dtype == torch.float16)),
         ("PROJECT", int(project)),
     )

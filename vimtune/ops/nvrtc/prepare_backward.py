@@ -1,4 +1,4 @@
-"""Launch of the kernel of prepare_backward.cu, which has the method and the shapes.
+"""Launches of the kernels of prepare_backward.cu, which has the method and the shapes.
 
 Shape letters: B batch, L tokens, E inner width (W rounded up to 64), K filter width, P columns of
 B | C | dt_r.
@@ -13,11 +13,16 @@ from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width, sizes_exist
 
 SOURCE = "prepare_backward.cu"
+FROZEN = 32, 6
+TRAINED = 64, 3
+"""Rows of a block and the most warps it has. More rows mean that fewer are computed twice and fewer
+gradients of filters are left to add up, but also fewer warps on a multiprocessor."""
 
 
 def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
-    """Whether the kernel exists for these sizes, with filters of `width`, on this device."""
-    return sizes_exist(inner, width) and _rows(inner, columns(rank), device) > 0
+    """Whether the kernels exist for these sizes, with filters of `width`, on this device."""
+    needed = max(_shared_bytes(rows, warps, columns(rank)) for rows, warps in (FROZEN, TRAINED))
+    return sizes_exist(inner, width) and needed <= runtime.shared_memory(device)
 
 
 def prepare_backward(
@@ -45,46 +50,48 @@ def prepare_backward(
         if not wanted.
     """
     _, batch, tokens, inner = grad_u.shape
-    num_columns, width = weights.proj_t.shape[2], weights.filters.shape[1]
-    rows = _rows(inner, num_columns, x.device)
+    num_columns, width, padded = weights.proj.shape[1], weights.filters.shape[1], padded_width(inner)
+    rows, most_warps = TRAINED if need_weights else FROZEN
     tiles = -(-tokens // (rows - width + 1))
-    tokens_of_block = -(-tokens // tiles)
-    tiles = -(-tokens // tokens_of_block)
-    padded = padded_width(inner)
-    grad_projections = grad_u.new_empty((2, batch if need_weights else 0, tokens, num_columns))
-    blocks = batch * tiles if need_weights else 0
-    partial_filters = torch.empty((blocks, 2, width + 1, padded), dtype=torch.float32, device=grad_u.device)
+    tokens_of_tile = -(-tokens // tiles)
+    tiles = -(-tokens // tokens_of_tile)
+    blocks = -(-padded // (64 * most_warps))
+    warps = -(-padded // (64 * blocks))
+    grad_projections = grad_u.new_empty((2, batch, tokens, num_columns))
+    shape = batch * tiles if need_weights else 0, 2, width + 1, padded
+    partial_filters = torch.empty(shape, dtype=torch.float32, device=grad_u.device)
     constants = (
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
         ("FILTER", width),
         ("BLOCKS", partial_BC.shape[1]),
         ("ROWS", rows),
+        ("WARPS", warps),
         ("FP16", int(grad_u.dtype == torch.float16)),
         ("TRAINED", int(need_weights)),
     )
     with torch.cuda.device_of(grad_u):
+        kernel = runtime.load_kernel(SOURCE, "project_gradients", constants, grad_u.device.index)
+        kernel(
+            (-(-batch * tokens // (16 * warps)), 2, 1),
+            32 * warps,
+            [grad_delta, partial_BC, weights.dt_t, grad_projections, batch * tokens],
+        )
         kernel = runtime.load_kernel(SOURCE, "prepare_backward", constants, grad_u.device.index)
         kernel(
-            (tiles, batch, 1),
-            padded // 2,
+            (blocks, tiles, batch),
+            32 * warps,
             [
-                *(grad_u, grad_delta, partial_BC, x, weights.filters, weights.conv_bias, weights.proj_t),
-                *(weights.dt_t, grad_x, grad_projections, partial_filters, batch, tokens, tokens_of_block),
+                *(grad_u, grad_projections, x, weights.filters, weights.conv_bias, weights.proj_t),
+                *(grad_x, partial_filters, batch, tokens, tokens_of_tile),
             ],
-            _shared_bytes(rows, inner, num_columns),
+            _shared_bytes(rows, warps, num_columns),
         )
     if not need_weights:
-        return grad_projections, partial_filters.new_empty((2, width + 1, 0))
+        return grad_projections[:, :0], partial_filters.new_empty((2, width + 1, 0))
     return grad_projections, partial_filters.sum(0)[..., :inner]
 
 
-def _rows(inner: int, num_columns: int, device: torch.device) -> int:
-    """Rows of a block: the more, the fewer are computed twice. 0 if shared memory does not suffice."""
-    limit = runtime.shared_memory(device)
-    return next((rows for rows in (32, 16) if _shared_bytes(rows, inner, num_columns) <= limit), 0)
-
-
-def _shared_bytes(rows: int, inner: int, num_columns: int) -> int:
-    """Of both directions, all channels and B | C | dt_r."""
-    return 2 * rows * (padded_width(inner) + num_columns) * 2
+def _shared_bytes(rows: int, warps: int, num_columns: int) -> int:
+    """Of both directions: 64 channels for each warp, and B | C | dt_r with padding."""
+    return 2 * rows * (warps * 64 + num_columns + 8) * 2

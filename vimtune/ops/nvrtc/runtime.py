@@ -102,7 +102,8 @@ def compile_source(source: str, constants: Sequence[tuple[str, int]], architectu
     """
     nvrtc = _nvrtc()
     text = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in (*PRELUDE, source))
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in constants)]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", f"--include-path={SOURCES}"]
+    options += [f"-D{k}={v}" for k, v in constants]
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 0, None, None)
     try:

@@ -1,4 +1,4 @@
-"""Launches of the kernels of scan.cu, which has the method and the shapes.
+"""Launches of the kernels of scan.cu and scan_backward.cu; scan.cuh has the method and the shapes.
 
 Shape letters: B batch, L tokens, E inner width, N states, P columns of `projections`.
 """
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vimtune.ops.nvrtc import runtime
 
-SOURCE = "scan.cu"
+FORWARD = "scan.cu"
+BACKWARD = "scan_backward.cu"
 NUM_STATES = 16
 CHANNELS = 64  # of a block
 THREADS = 64
@@ -80,9 +81,9 @@ def scan_forward(
     vectors = [*map(_parameter, A_log), *map(_parameter, D)]
     ends = torch.empty(ends_shape(batch, tokens, inner, u.device), dtype=torch.float32, device=u.device)
     if ends.numel() > 0:
-        _launch("scan_ends", False, ends, u, projections, [u, delta, projections, *vectors[:2], ends])
+        _launch("scan_ends", ends, u, projections, [u, delta, projections, *vectors[:2], ends])
     arguments = [u, delta, projections, *vectors, xz[..., inner:], out, ends]
-    _launch("scan_forward", False, ends, u, projections, arguments)
+    _launch("scan_forward", ends, u, projections, arguments)
     return out, ends
 
 
@@ -118,16 +119,16 @@ def scan_backward(
         scratch(2, batch, segments, inner, wanted=need_parameters),
     )
     vectors = [*map(_parameter, A_log), *map(_parameter, D)]
-    terms, grad_ends = scratch(*u.shape), torch.empty_like(ends)
+    terms, grad_ends = scratch(*u.shape, 2), torch.empty_like(ends)
     if segments > 1:
         behind = [grad, delta, projections, *vectors[:2], xz[..., inner:], grad_ends]
-        _launch("scan_ends_backward", False, ends, u, projections, behind)
+        _launch("scan_ends_backward", ends, u, projections, behind, need_parameters)
     arguments = [
         *(grad, u, delta, projections, *vectors, xz[..., inner:]),
         *(found.u, found.delta, grad_xz[..., inner:], terms, found.BC, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]
-    _launch("scan_backward", need_parameters, ends, u, projections, arguments)
+    _launch("scan_backward", ends, u, projections, arguments, need_parameters)
     if not need_parameters:
         return found
     return found._replace(A=found.A.sum((1, 2)), D=found.D.sum((1, 2)), bias=found.bias.sum((1, 2)))
@@ -138,19 +139,27 @@ def _segments(ends: Tensor) -> int:
 
 
 def _launch(
-    name: str, trained: bool, ends: Tensor, u: Tensor, projections: Tensor, arguments: Sequence[Tensor]
+    name: str,
+    ends: Tensor,
+    u: Tensor,
+    projections: Tensor,
+    arguments: Sequence[Tensor],
+    trained: bool | None = None,
 ) -> None:
+    """Launch a kernel of the backward, which knows whether weights are `trained`, or else of the forward."""
     _, batch, tokens, inner = u.shape
     segments = _segments(ends)
-    constants = (
+    source = FORWARD if trained is None else BACKWARD
+    constants = [
         ("WIDTH", inner),
         ("COLUMNS", projections.shape[-1]),
         ("FP16", int(u.dtype == torch.float16)),
-        ("TRAINED", int(trained)),
         ("SEGMENTED", int(segments > 1)),
-    )
+    ]
+    if trained is not None:
+        constants.append(("TRAINED", int(trained)))
     with torch.cuda.device_of(u):
-        kernel = runtime.load_kernel(SOURCE, name, constants, u.device.index)
+        kernel = runtime.load_kernel(source, name, tuple(constants), u.device.index)
         grid = (-(-inner // CHANNELS), batch, segments)
         kernel(grid, THREADS, [*arguments, batch, tokens, -(-tokens // segments)])
 

@@ -1,0 +1,219 @@
+// Selective scan in both directions, N = 16 states: what its forward (scan.cu) and its backward (scan_backward.cu) share.
+//
+// A block owns one image and 64 channels: its first warp scans from the first token to the last, its second
+// warp the other way. A thread owns two neighbouring channels with all their states in registers, so sums over
+// states need no communication. Everything a step reads comes through shared memory, STAGE steps at a time, and is
+// copied there while the STAGE steps before are computed.
+//
+// The two warps meet in the middle of the sequence: until then each leaves its y_t for the other, from then on
+// it adds what the other left, so that the sum of the directions needs neither a second pass nor atomics.
+//
+// Where images times channels are too few to fill the card, sequences are cut into segments, one a block (SEGMENTED).
+// Since the recurrence is linear, scan_ends first finds the state behind each segment for a zero state before it, and
+// the segment's sum of dt: a block then gets the state before its segment from those of the segments before, the
+// decay over a segment being exp(A sum dt). scan_ends_backward does the same for the gradients of the states.
+//
+// Compile-time constants: WIDTH (E), COLUMNS (of a row of `vectors`: B_t, C_t, then anything), FP16 (activations
+// are fp16, otherwise bf16), SEGMENTED.
+// Shapes, all contiguous unless said otherwise: u, delta (2, B, L, E), vectors (2, B, L, COLUMNS), A_log (E, N), D (E),
+// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (2, B, S, E, ENTRY) fp32
+// for S segments of `span` tokens. First index: direction.
+
+constexpr int CHANNELS = 64;
+constexpr int STAGE = 8;
+constexpr int ENTRY = N + 4;     // of `ends`: a state, the sum of dt, padding
+constexpr bool RAGGED = WIDTH % CHANNELS != 0;
+
+// Where a thread works: which tokens of an image are its block's. Lanes past the last channel read zeros and write
+// nothing.
+struct Place {
+    int image, direction, total, begin, tokens, first, channel;   // first channel of the block, and of the thread
+    bool live;
+
+    __device__ Place(int total, int span)
+        : image(blockIdx.y), direction(warp()), total(total), begin(SEGMENTED ? blockIdx.z * span : 0),
+          tokens(SEGMENTED ? min(span, total - begin) : total), first(blockIdx.x * CHANNELS) {
+        channel = first + 2 * lane();
+        live = !RAGGED || channel < WIDTH;
+    }
+    // The number of steps after which the other direction has left y for all tokens to come.
+    __device__ int middle() const { return direction ? tokens / 2 : (tokens + 1) / 2; }
+    // Of the block's first token, among the rows of an image or of both directions.
+    __device__ long image_row() const { return (long)image * total + begin; }
+    __device__ long row(int batch) const { return ((long)direction * batch + image) * total + begin; }
+    // Where this thread's channels are in `ends`, in the first segment or in its own.
+    __device__ long entry(int batch, int segment) const {
+        return ((((long)direction * batch + image) * gridDim.z + segment) * WIDTH + channel) * ENTRY;
+    }
+};
+
+// Rows of one tensor on their way through shared memory, in the order in which they are visited. A row holds a Word
+// for each lane; lanes bring it in pieces of 16 bytes.
+template <typename Word>
+struct Stream {
+    static constexpr int SIZE = 2 * STAGE * 32;   // Words of shared memory: the stage in use and the next one
+    static constexpr int LANES = 32 * sizeof(Word) / 16;
+    static constexpr int ROWS = 32 / LANES;
+    Word* buffer;
+    const char* next;
+    int stride, left;
+    bool live;
+
+    // Steps `begin` to `end`. `first`: the block's first channel in the row of token 0; rows are `width` Words / 2
+    // apart.
+    __device__ void start(Word* shared, const void* first, int width, int tokens, bool reverse, int begin, int end) {
+        const int piece = lane() % LANES, step = begin + lane() / LANES;
+        const int bytes = width * (int)sizeof(Word) / 2;
+        buffer = shared;
+        stride = reverse ? -bytes : bytes;
+        next = (const char*)first + (long)(reverse ? tokens - 1 - step : step) * bytes + piece * 16;
+        left = end - step;
+        live = !RAGGED || blockIdx.x * CHANNELS + piece * (CHANNELS / LANES) < WIDTH;
+        fetch(0);
+    }
+    // Start to copy the next stage into half `slot` of the buffer.
+    __device__ void fetch(int slot) {
+        char* place = (char*)(buffer + slot * STAGE * 32) + lane() * 16;
+        for (int k = 0; k < STAGE; k += ROWS) {
+            copy_async(place + k * 32 * sizeof(Word), next + (long)k * stride, live && k < left);
+        }
+        next += (long)STAGE * stride;
+        left -= STAGE;
+    }
+    __device__ Word at(int slot, int step) const { return buffer[(slot * STAGE + step) * 32 + lane()]; }
+};
+
+// This thread's words of the rows that it writes, one a step.
+template <typename Word>
+struct Results {
+    Word* next;
+    int stride;
+
+    // `first`: the word in the row of token 0; rows lie `width` Words / 2 apart.
+    __device__ void start(void* first, int width, int tokens, bool reverse, int begin = 0) {
+        const int bytes = width * (int)sizeof(Word) / 2;
+        next = (Word*)((char*)first + (long)(reverse ? tokens - 1 - begin : begin) * bytes);
+        stride = reverse ? -bytes : bytes;
+    }
+    __device__ void put(Word value, bool live) {
+        if (live) *next = value;
+        next = (Word*)((char*)next + stride);
+    }
+};
+
+// B_t and C_t as fp32 in shared memory. A lane brings eight values of one step.
+struct Vectors {
+    static constexpr int SIZE = STAGE * 2 * N;
+    float* tile;
+    const half_word* source;
+    int tokens;
+    bool reverse;
+    Words ahead;
+
+    __device__ void load(int step) {
+        step = min(step + lane() / 4, tokens - 1);   // past the end the last step again: nobody looks
+        ahead = *(const Words*)(source + (long)(reverse ? tokens - 1 - step : step) * COLUMNS);
+    }
+    __device__ void start(float* shared, const half_word* rows, int tokens_, bool reverse_, int begin) {
+        tile = shared;
+        source = rows + lane() % 4 * 8;
+        tokens = tokens_;
+        reverse = reverse_;
+        load(begin);
+    }
+    // Unpack the steps from `base` on and load the next ones.
+    __device__ void unpack(int base) {
+        const Pair p = activation(ahead.x), q = activation(ahead.y), r = activation(ahead.z), s = activation(ahead.w);
+        Quad* place = (Quad*)(tile + lane() * 8);
+        place[0] = {p.a, p.b, q.a, q.b};
+        place[1] = {r.a, r.b, s.a, s.b};
+        load(base + STAGE);
+    }
+    __device__ const Quad* B(int step) const { return (const Quad*)(tile + step * 2 * N); }
+    __device__ const Quad* C(int step) const { return (const Quad*)(tile + step * 2 * N + N); }
+};
+
+// What a warp keeps in shared memory.
+template <int STREAMS, int SUMS>
+struct Shared {
+    alignas(16) word words[STREAMS][Stream<word>::SIZE];
+    alignas(16) float vectors[Vectors::SIZE];
+    Quad sums[SUMS > 0 ? SUMS : 1];
+};
+
+// Visit steps `begin` to `end`: `visit(slot, k)` once step k of a stage is in half `slot` of the shared memory,
+// `finish(base, steps)` behind each stage, which begins with step `base`.
+template <int UNROLL, typename Visit, typename Finish, typename... Streams>
+__device__ inline void sweep(int begin, int end, Vectors& vectors, Visit visit, Finish finish, Streams&... streams) {
+    int slot = 0;
+#pragma unroll 1
+    for (int base = begin; base < end; base += STAGE, slot ^= 1) {
+        wait_for_copies();
+        sync_warp();
+        vectors.unpack(base);
+        (streams.fetch(slot ^ 1), ...);
+        sync_warp();
+        const int steps = min(STAGE, end - base);
+#pragma unroll UNROLL
+        for (int k = 0; k < steps; k++) visit(slot, k);
+        finish(base, steps);
+    }
+    wait_for_copies();   // zeros behind the last stage, which shall not overwrite what the next sweep copies
+}
+
+// `use(n, B_t[n .. n + 3], C_t[n .. n + 3])` for all states.
+template <typename Use>
+__device__ inline void each_four(const Vectors& vectors, int k, Use use) {
+    const Quad *B = vectors.B(k), *C = vectors.C(k);
+#pragma unroll
+    for (int n = 0; n < N; n += 4) {
+        const Quad b4 = B[n / 4], c4 = C[n / 4];
+        const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
+        use(n, b, c);
+    }
+}
+
+__device__ inline void nothing(int, int) {}
+
+__device__ inline void clear(Pair (&state)[N]) {
+    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+}
+
+__device__ inline Pair load_skip(const float* D, const Place& at) {
+    return at.live ? Pair{D[at.channel], D[at.channel + 1]} : Pair{0.0f, 0.0f};
+}
+
+// A log2(e), so that exp2(dt * decay) is the decay of a step.
+__device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Place& at) {
+    const float* row = A_log + (at.live ? at.channel : 0) * N;
+    for (int n = 0; n < N; n++) {
+        decay[n] = {-LOG2E * exp2_fast(LOG2E * row[n]), -LOG2E * exp2_fast(LOG2E * row[N + n])};
+    }
+}
+
+#if SEGMENTED
+// Let the states pass through the segments before this block's, or from the last one on through those behind it.
+__device__ inline void enter(
+    Pair (&state)[N], const Pair (&decay)[N], const float* ends, const Place& at, int batch, bool from_last
+) {
+    const int mine = blockIdx.z, step = from_last ? -1 : 1;
+    for (int segment = from_last ? gridDim.z - 1 : 0; at.live && segment != mine; segment += step) {
+        const float* entry = ends + at.entry(batch, segment);
+        const Pair elapsed = {entry[N], entry[ENTRY + N]};
+        for (int n = 0; n < N; n++) {
+            state[n] = exp2_fast(elapsed * decay[n]) * state[n] + Pair{entry[n], entry[ENTRY + n]};
+        }
+    }
+}
+
+__device__ inline void leave(const Pair (&state)[N], Pair elapsed, float* ends, const Place& at, int batch) {
+    float* entry = ends + at.entry(batch, blockIdx.z);
+    if (!at.live) return;
+    for (int n = 0; n < N; n++) {
+        entry[n] = state[n].a;
+        entry[ENTRY + n] = state[n].b;
+    }
+    entry[N] = elapsed.a;
+    entry[ENTRY + N] = elapsed.b;
+}
+#endif
