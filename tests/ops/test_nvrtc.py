@@ -123,18 +123,30 @@ def test_scan_and_its_gradients(
         assert found.A.numel() == found.D.numel() == found.bias.numel() == 0
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8, 21, 22, 128])
+@pytest.fixture
+def card(monkeypatch):
+    """A device with the 132 multiprocessors of an H200."""
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 8, 21, 44, 128, 1024])
 @pytest.mark.parametrize("tokens", [1, 197, 256, 257, 785, 3137])
-def test_segments_fill_the_card_and_none_is_empty(batch, tokens, monkeypatch):
-    card = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    segments = scan.num_segments(batch, tokens, 384, torch.device("cuda", 0))
+def test_no_segment_is_empty_or_short(batch, tokens, backward, card):
+    segments = scan.num_segments(batch, tokens, 384, card, backward)
     span = -(-tokens // segments)
     assert (segments - 1) * span < tokens <= segments * span
-    if batch * 6 >= 132 or tokens < 2 * scan.SHORTEST_SEGMENT:
-        assert segments == 1
-    else:
-        assert 1 < segments <= tokens // scan.SHORTEST_SEGMENT
+    assert segments == 1 or span >= scan.SHORTEST_SEGMENT
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, forward, both", [(128, 197, 1, 1), (64, 785, 1, 1), (32, 785, 1, 4), (8, 3137, 11, 11)]
+)
+def test_segments_where_they_were_measured_to_pay(batch, tokens, forward, both, card):
+    assert scan.num_segments(batch, tokens, 384, card, backward=False) == forward
+    assert scan.num_segments(batch, tokens, 384, card, backward=True) == both
 
 
 def test_what_is_covered():

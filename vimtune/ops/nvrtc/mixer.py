@@ -46,7 +46,7 @@ def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[in
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
     u, delta, projections = prepare.prepare(_x(xz), _packed(weights, xz.dtype))
-    out, ends = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz)
+    out, ends = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz, save)
     return out, projections, ends if save else ends.new_empty(0)
 
 

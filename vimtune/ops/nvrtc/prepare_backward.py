@@ -14,7 +14,7 @@ from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width, size
 
 SOURCE = "prepare_backward.cu"
 FROZEN = 32, 6
-TRAINED = 64, 3
+TRAINED = 64, 6
 """Rows of a block and the most warps it has. More rows mean that fewer are computed twice and fewer
 gradients of filters are left to add up, but also fewer warps on a multiprocessor."""
 

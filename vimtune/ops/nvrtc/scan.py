@@ -20,8 +20,12 @@ CHANNELS = 64  # of a block
 THREADS = 64
 ENTRY = NUM_STATES + 4  # of `ends`
 
-BLOCKS_WANTED = 4  # a multiprocessor
 SHORTEST_SEGMENT = 128  # tokens
+
+# Time of a token in a block, with up to 2, 4 or 6 blocks on a multiprocessor, which is up to 1, 2 or 3 warps for each
+# of its schedulers (microseconds, measured on an H200): of whole sequences and of segments, without and with a backward.
+WHOLE = (0.22, 0.35, 0.55), (0.98, 1.52, 2.31)
+SEGMENTED = (0.42, 0.75, 1.20), (1.40, 2.42, 3.70)
 
 
 class ScanGradients(NamedTuple):
@@ -41,30 +45,41 @@ def covers(dtype: torch.dtype, inner: int, num_states: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and inner % 8 == 0 and num_states == NUM_STATES
 
 
-def num_segments(batch: int, tokens: int, inner: int, device: torch.device) -> int:
-    """Into how many segments sequences are cut: 1 unless images times channels leave multiprocessors idle.
+def num_segments(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> int:
+    """Into how many segments sequences are cut, if a `backward` follows or not.
 
-    A segmented scan does 1.65 times the work.
+    A segmented scan does about 1.6 times the work, which pays where images times channels leave the card idle. Of
+    the numbers that just fill it once, twice or three times the one with the shortest time is taken.
     """
     if device.type != "cuda":
         return 1
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    multiprocessors = runtime.num_multiprocessors(device)
     blocks = batch * -(-inner // CHANNELS)
-    if blocks >= multiprocessors:
-        return 1
-    wanted = -(-BLOCKS_WANTED * multiprocessors // blocks)
-    segments = max(1, min(wanted, tokens // SHORTEST_SEGMENT))
-    return -(-tokens // -(-tokens // segments))  # none is empty
+    times = {1: tokens * WHOLE[backward][min(-(-blocks // (2 * multiprocessors)), 3) - 1]}
+    for warps, time in enumerate(SEGMENTED[backward], start=1):
+        segments = min(2 * warps * multiprocessors // blocks, tokens // SHORTEST_SEGMENT)
+        if segments > 1:
+            times.setdefault(segments, -(-tokens // segments) * time)
+    best = min(times, key=lambda segments: times[segments])
+    return -(-tokens // -(-tokens // best))  # none is empty
 
 
-def ends_shape(batch: int, tokens: int, inner: int, device: torch.device) -> tuple[int, ...]:
-    """Shape of what `scan_forward` knows about the ends of segments."""
-    segments = num_segments(batch, tokens, inner, device)
+def ends_shape(
+    batch: int, tokens: int, inner: int, device: torch.device, backward: bool = True
+) -> tuple[int, ...]:
+    """Shape of what `scan_forward` finds out about the ends of segments."""
+    segments = num_segments(batch, tokens, inner, device, backward)
     return (2, batch, segments, inner, ENTRY) if segments > 1 else (0,)
 
 
 def scan_forward(
-    u: Tensor, delta: Tensor, projections: Tensor, A_log: Sequence[Tensor], D: Sequence[Tensor], xz: Tensor
+    u: Tensor,
+    delta: Tensor,
+    projections: Tensor,
+    A_log: Sequence[Tensor],
+    D: Sequence[Tensor],
+    xz: Tensor,
+    backward: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Gated average of both directions (B, L, E), and the ends of segments (`ends_shape`, fp32).
 
@@ -75,11 +90,13 @@ def scan_forward(
         A_log: (E, N) of either direction.
         D: (E,) of either direction.
         xz: output of in_proj (B, L, 2 E), whose second half is the gate.
+        backward: whether `scan_backward` will follow.
     """
     _, batch, tokens, inner = u.shape
     out = torch.empty((batch, tokens, inner), dtype=u.dtype, device=u.device)
     vectors = [*map(_parameter, A_log), *map(_parameter, D)]
-    ends = torch.empty(ends_shape(batch, tokens, inner, u.device), dtype=torch.float32, device=u.device)
+    shape = ends_shape(batch, tokens, inner, u.device, backward)
+    ends = torch.empty(shape, dtype=torch.float32, device=u.device)
     if ends.numel() > 0:
         _launch("scan_ends", ends, u, projections, [u, delta, projections, *vectors[:2], ends])
     arguments = [u, delta, projections, *vectors, xz[..., inner:], out, ends]
