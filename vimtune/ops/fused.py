@@ -161,6 +161,7 @@ def _setup(ctx, inputs, output) -> None:
         raise RuntimeError("bidirectional_scan was called without saved states but needs a gradient")
     ctx.save_for_backward(output[1], output[2], *tensors)
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # or else they get gradients of zeros
 
 
 def _autograd(ctx, grad, _grad_projections, _grad_states):
