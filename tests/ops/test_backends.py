@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vimtune import ops
 from vimtune.ops import reference
+from vimtune.ops.dispatch import ScanOptions
+from vimtune.ops.eager import EagerBackend
 
 SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 # Kernels for GPUs, with what they may deviate beyond the others: mamba-ssm uses fast exponentials.
@@ -214,6 +217,28 @@ def test_custom_ops_are_registered_correctly(backend, reverse):
     )
     conv = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 8), (8, 4), (8,))]
     torch.library.opcheck(torch.ops.vimtune.causal_conv1d, (*conv, True, reverse, backend), test_utils=tests)
+
+
+class WithoutHost(TorchDispatchMode):
+    """Fails on operations that a CUDA graph cannot record: they copy indices to the device or wait for it."""
+
+    FORBIDDEN = ("aten.index.", "aten.index_put", "aten._local_scalar_dense", "aten.nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not str(func).startswith(self.FORBIDDEN), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_plain_pytorch_can_be_recorded_on_a_gpu(reverse):
+    inputs, kernels = scan_inputs(tokens=19), EagerBackend()
+    options = ScanOptions(delta_softplus=True, reverse=reverse)
+    weight, grad = torch.randn(24, 4), torch.randn(2, 19, 24)
+    with WithoutHost():
+        out, states = kernels.scan_forward(*inputs.values(), options, True)
+        kernels.scan_backward(grad, states, *inputs.values(), options, [True] * 8)
+        kernels.conv_forward(out, weight, None, True, reverse)
+        kernels.conv_backward(grad, out, weight, None, True, reverse, [True, True, False])
 
 
 def test_wrong_shapes_are_named():

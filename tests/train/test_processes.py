@@ -69,7 +69,8 @@ def test_two_processes_give_the_result_of_one(tiny, launch):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.usefixtures("no_pictures")
 def test_two_gpus_with_replayed_batches_give_the_result_of_one(tiny, launch):
-    one = tiny("one", epochs=4, grad_accum=2, device="cuda", backend="auto", num_workers=2, cuda_graph="on")
+    settings = {"device": "cuda", "backend": "auto", "cuda_graph": "on", "transforms": "torchvision"}
+    one = tiny("one", epochs=4, grad_accum=2, num_workers=2, **settings)
     two = replace(one, output_dir=str(Path(one.output_dir).parent / "two"))
     result = launch(two)
     assert result.returncode == 0, result.stderr

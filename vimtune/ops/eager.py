@@ -75,8 +75,7 @@ class EagerBackend(Backend):
                 dt[:, chunk], dt_u[:, chunk], Af, Bf[:, chunk], before, options.reverse
             )
             adjoint = torch.einsum("bte,btn->bten", grad_y[:, chunk], Cf[:, chunk])
-            order = list(_steps(inside.shape[1], options.reverse))
-            for t in reversed(order):
+            for t in reversed(_steps(inside.shape[1], options.reverse)):
                 adjoint[:, t] += carry
                 carry = decay[:, t] * adjoint[:, t]
             if y is not None:
@@ -88,9 +87,10 @@ class EagerBackend(Backend):
             if need_u or need_time:
                 grad_dt_u[:, chunk] = torch.einsum("bten,btn->bte", adjoint, Bf[:, chunk])
             if need_time or grad_A is not None:
-                previous = torch.cat([before[:, None], inside[:, order[:-1]]], dim=1)
+                neighbours = [before[:, None], inside[:, :-1]]
                 if options.reverse:
-                    previous = previous.flip(1)
+                    neighbours = [inside[:, 1:], before[:, None]]
+                previous = torch.cat(neighbours, dim=1)
                 grad_exponent = adjoint.mul_(previous).mul_(decay)
                 if need_time:
                     grad_dt[:, chunk] = torch.einsum("bten,en->bte", grad_exponent, Af)
