@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 set before Python starts", allow_module_level=True)
 
+from vimtune.ops.nvrtc import mixer as nvrtc_mixer
 from vimtune.ops.nvrtc import scan
 from vimtune.ops.triton import launch
 
@@ -234,6 +235,27 @@ def test_segments_of_a_sequence_reach_the_backward(request, monkeypatch):
         results.append([out, *torch.autograd.grad(out, xz, grad)])
     for label, whole, pieces in zip(("out", "xz"), *results, strict=True):
         assert_close(pieces, whole, 8e-3, label)
+
+
+def test_what_nobody_trains_is_not_saved(request, monkeypatch):
+    if DEVICE == "cpu":
+        request.getfixturevalue("on_cpu")
+    seen, forward = [], nvrtc_mixer.forward
+
+    def watched(xz, weights, save):
+        seen.append(save)
+        return forward(xz, weights, save)
+
+    monkeypatch.setattr(nvrtc_mixer, "forward", watched)
+    generator = torch.Generator().manual_seed(9)
+    xz = normal(generator, 1, 3, 16, dtype=torch.bfloat16)
+    weights = [ops.DirectionWeights(**direction_weights(generator, 8, 16, 2, 4, True)) for _ in range(2)]
+    trained = weights[0]._replace(D=weights[0].D.clone().requires_grad_())
+    ops.bidirectional_scan(xz, *weights, backend="nvrtc")
+    ops.bidirectional_scan(xz, trained, weights[1], backend="nvrtc")
+    with torch.no_grad():
+        ops.bidirectional_scan(xz, trained, weights[1], backend="nvrtc")
+    assert seen == [False, True, False]
 
 
 @pytest.mark.gpu

@@ -78,7 +78,9 @@ def bidirectional_scan(
             found = tuple(getattr(weights, name).shape)
             if found != shape:
                 raise ValueError(f"{label} {name} is {found}, expected {shape} for xz {tuple(xz.shape)}")
-    return torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, torch.is_grad_enabled(), chosen)[0]
+    trained = any(tensor is not None and tensor.requires_grad for tensor in (xz, *forward, *reverse))
+    save = trained and torch.is_grad_enabled()  # a linear probe's backbone keeps nothing
+    return torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, chosen)[0]
 
 
 # torch.library reads the annotations at run time, hence Optional.
