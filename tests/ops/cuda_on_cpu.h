@@ -138,7 +138,6 @@ inline void copy_async(void* shared, const void* global, bool valid) {
     if (valid) memcpy(copy.data, global, 16);
     emulator::copies[emulator::current].push_back(copy);
 }
-inline void prefetch(const void*) {}
 inline void wait_for_copies() {
     for (const emulator::Copy& copy : emulator::copies[emulator::current]) memcpy(copy.target, copy.data, 16);
     emulator::copies[emulator::current].clear();

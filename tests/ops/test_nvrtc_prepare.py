@@ -77,8 +77,8 @@ def test_prepare(device, batch, tokens, inner, rank, width, bias, dtype):
 
 
 def test_what_is_covered():
-    cpu = torch.device("cpu")
-    assert prepare.covers(384, 12, 4, cpu)
-    assert prepare.covers(1536, 48, 4, cpu)
-    assert not prepare.covers(388, 12, 4, cpu)
-    assert not prepare.covers(4096, 128, 4, cpu)
+    assert prepare.covers(384, 4)
+    assert prepare.covers(2048, 8)
+    assert not prepare.covers(388, 4)
+    assert not prepare.covers(2056, 4)
+    assert not prepare.covers(384, 9)

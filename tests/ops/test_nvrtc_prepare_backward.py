@@ -134,25 +134,35 @@ def test_images_are_apart(device, inner):
     assert torch.equal(found[0], found[1])
 
 
-def test_what_is_covered():
-    cpu = torch.device("cpu")
-    assert prepare_backward.covers(384, 12, 4, cpu)
-    assert prepare_backward.covers(2048, 64, 4, cpu)
-    assert not prepare_backward.covers(388, 12, 4, cpu)
-    assert not prepare_backward.covers(2056, 64, 4, cpu)
-    assert not prepare_backward.covers(384, 12, 9, cpu)
-    assert not prepare_backward.covers(768, 1025, 4, cpu), "not enough shared memory"
+def test_little_shared_memory_means_fewer_warps_and_none_that_nothing_is_covered(monkeypatch):
+    found = []
+    for limit in (160, 64, 24):
+        monkeypatch.setattr(runtime, "shared_memory", lambda device, limit=limit: limit * 1024)
+        cpu = torch.device("cpu")
+        found.append(prepare_backward._most_warps(prepare_backward.ROWS_TRAINED, 48, cpu))
+        assert prepare_backward.covers(12, cpu) == (limit != 24)
+        assert not prepare_backward.covers(1025, cpu)
+    assert found == [6, 3, 0]
+
+
+@pytest.mark.parametrize("limit", [160, 64, 40])
+def test_gradients_with_little_shared_memory(limit, on_cpu, monkeypatch):
+    monkeypatch.setattr(runtime, "shared_memory", lambda device: limit * 1024)
+    check("cpu", 1, 30, 424, 12, 4, True, torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("fp16, trained", [(0, 0), (1, 1)])
-def test_source_compiles_without_a_gpu(fp16, trained):
-    rows, warps = prepare_backward.TRAINED if trained else prepare_backward.FROZEN
-    constants = {"WIDTH": 40, "COLUMNS": 48, "FILTER": 4, "BLOCKS": 1}
-    constants |= {"ROWS": rows, "WARPS": warps, "FP16": fp16, "TRAINED": trained}
+def test_sources_compile_without_a_gpu(fp16, trained):
+    rows = prepare_backward.ROWS_TRAINED if trained else prepare_backward.ROWS_FROZEN
+    common = (("WIDTH", 40), ("COLUMNS", 48), ("WARPS", 1), ("FP16", fp16))
+    sources = {
+        prepare_backward.PROJECT: (*common, ("BLOCKS", 1)),
+        prepare_backward.CONVOLVE: (*common, ("FILTER", 4), ("ROWS", rows), ("TRAINED", trained)),
+    }
     try:
         runtime._nvrtc()
     except runtime.CompileError as error:
         pytest.skip(str(error))
     for architecture in ("sm_80", "sm_90"):
-        image = runtime.compile_source(prepare_backward.SOURCE, tuple(constants.items()), architecture)
-        assert image[:4] == b"\x7fELF"
+        for source, constants in sources.items():
+            assert runtime.compile_source(source, constants, architecture)[:4] == b"\x7fELF"

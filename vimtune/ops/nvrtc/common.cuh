@@ -6,6 +6,8 @@ constexpr int PADDED = (WIDTH + 63) / 64 * 64;     // W, channels with the paddi
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
+struct alignas(8) HalfWords { word x, y; };   // half of Words
+
 __device__ inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
 __device__ inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
 __device__ inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }

@@ -31,9 +31,11 @@ from vimtune.ops.triton.mixer import (
 def covers(xz: Tensor, weights: Sequence[Any]) -> bool:
     """Whether the kernels exist for these activations (B, L, 2 E) and one direction's weights."""
     inner, num_states = weights[A_LOG].shape
-    sizes = inner, weights[DT_PROJ].shape[1], weights[CONV_WEIGHT].shape[1], xz.device
-    covered = scan.covers(xz.dtype, inner, num_states)
-    return covered and prepare.covers(*sizes) and prepare_backward.covers(*sizes)
+    return (
+        scan.covers(xz.dtype, inner, num_states)
+        and prepare.covers(inner, weights[CONV_WEIGHT].shape[1])
+        and prepare_backward.covers(weights[DT_PROJ].shape[1], xz.device)
+    )
 
 
 def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

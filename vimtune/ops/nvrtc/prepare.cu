@@ -12,8 +12,6 @@
 // x (B, L, E) with rows 2 E apart, u, delta (2, B, L, E), projections (2, B, L, P), and of `pack_weights`
 // filters (2, K, W), conv_bias, dt_bias (2, W) fp32, and matrices in the order in which the matrix units take them.
 
-struct alignas(8) HalfWords { word x, y; };   // half of Words
-
 constexpr int ROWS = 16;    // as many as a product of the matrix units has
 constexpr int HALO = FILTER - 1;
 

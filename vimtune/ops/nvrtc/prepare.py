@@ -48,14 +48,9 @@ def columns(rank: int) -> int:
     return 2 * NUM_STATES + max(16, 1 << (rank - 1).bit_length())
 
 
-def sizes_exist(inner: int, width: int) -> bool:
-    """Whether kernels exist for E and K."""
+def covers(inner: int, width: int) -> bool:
+    """Whether the kernels exist for E and filters of `width`."""
     return inner % 8 == 0 and padded_width(inner) <= MAX_WIDTH and width <= MAX_FILTER
-
-
-def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
-    """Whether the kernels exist for these sizes, with filters of `width`: for any `rank`, on any `device`."""
-    return sizes_exist(inner, width)
 
 
 def pack_weights(

@@ -1,131 +1,23 @@
-// What the gradients of the scan's inputs mean for x: back through dt_proj, x_proj, SiLU and the convolutions of both
-// directions, which are added.
+// What the gradients of the scan's inputs mean for x: back through x_proj, SiLU and the convolutions of both directions,
+// which are added. Those of B | C | dt_r, gp, are found by project_gradients.cu.
 //
-//     gp_t = (sum over channel blocks of partial_BC_t | grad_delta_t dt)            gradient of B | C | dt_r
 //     gc_t = (grad_u_t + gp_t proj) silu'(conv(x)_t + bias)                         gradient of the convolution
 //     grad_x_t = sum_j f0[K-1-j] gc0_{t+j} + f1[K-1-j] gc1_{t-j}                    direction 0 looks back, 1 ahead
 //
-// Two kernels, in which every warp works alone, so that some load while others calculate. In project_gradients a warp
-// finds 16 rows of gp, of whatever images. In prepare_backward it has 64 channels of some tokens of one image, of both
-// directions. The gradients gc that these tokens need are those of ROWS tokens, K - 1 of them belonging to the warp of
-// the next tokens (direction 0) or of those before (direction 1), which computes them too. grad_u of these rows is
-// copied to the warp's part of shared memory asynchronously. The warp adds gp proj on the matrix units, and then walks
-// the rows in the order of tokens, a lane with two channels. One window of K rows of x serves both directions: at x_t
-// it ends in token t of direction 0 and begins with token t - K + 1 of direction 1.
+// A block has some tokens of one image, a warp 64 of their channels in both directions. The gradients gc that these
+// tokens need are those of ROWS tokens, K - 1 of them belonging to the next block (direction 0) or to the one before
+// (direction 1), which computes them too. grad_u of these rows and gp are copied to shared memory asynchronously. Then
+// each warp goes on alone: adds gp proj to its channels on the matrix units, and walks the rows in the order of tokens,
+// a lane with two channels. One window of K rows of x serves both directions: at x_t it ends in token t of direction 0
+// and begins with token t - K + 1 of direction 1.
 //
-// Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K), BLOCKS (of partial_BC),
-// ROWS (a multiple of 16), WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the
-// gradients of the filters). Shapes, all contiguous unless said otherwise, with W = E rounded up to a multiple of 64
-// and zeros in between, and the direction as first index: grad_u, grad_delta (2, B, L, E), partial_BC
-// (2, BLOCKS, B, L, 32) fp32, gp (2, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters (2, K, W) fp32,
-// whose row K - 1 belongs to the token itself, conv_bias (2, W) fp32, proj_t and dt_t as packed by prepare.cu,
+// Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K), ROWS (a multiple of 16),
+// WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the gradients of the filters). Shapes,
+// all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and the direction
+// as first index: grad_u (2, B, L, E), gp (2, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters (2, K, W)
+// fp32, whose row K - 1 belongs to the token itself, conv_bias (2, W) fp32, proj_t as packed by prepare.cu,
 // partial_filters (B tiles, 2, K + 1, W) fp32: gradients of the filters and, last, of the bias, from the tokens of
 // each tile.
-
-struct alignas(8) HalfWords { word x, y; };   // half of Words
-
-// ---- gp ----
-
-constexpr int VECTORS = 2 * N;                // columns of B | C
-constexpr int PART = RANK < 64 ? RANK : 64;   // columns of dt_r that are found at once
-constexpr int STEPS = PADDED / 32;            // of the product with dt
-constexpr int AHEAD = RANK == 16 && STEPS % 4 == 0 ? 4 : 2;   // steps whose gradients are on their way
-constexpr int RESIDENT = RANK > 32 ? 20 : 24;   // warps of a multiprocessor, as registers allow
-
-// Of each 32 channels of two rows the lane's eight, AHEAD steps of them on their way.
-struct Gradients {
-    const half_word *upper, *lower;
-    int left;   // channels
-    Words ahead[AHEAD][2];
-
-    __device__ Gradients(const half_word* upper, const half_word* lower) : upper(upper), lower(lower) {
-        left = WIDTH - lane() % 4 * 8;
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) fetch(k);
-    }
-    __device__ void fetch(int k) {
-        const Words zero = {0, 0, 0, 0};
-        ahead[k][0] = k * 32 < left ? *(const Words*)(upper + k * 32) : zero;
-        ahead[k][1] = k * 32 < left ? *(const Words*)(lower + k * 32) : zero;
-        if (k < AHEAD - 1) return;
-        upper += AHEAD * 32;
-        lower += AHEAD * 32;
-        left -= AHEAD * 32;
-    }
-};
-
-// sums += gradients (16 x E) dt (E x PART). Columns are permuted such that a lane gets four neighbours of 16.
-__device__ inline void project_steps(Quad (&sums)[PART / 8], Gradients& gradients, const Words* weight) {
-#pragma unroll 1
-    for (int step = 0; step < STEPS; step += AHEAD) {
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) {
-            const Words p = gradients.ahead[k][0], q = gradients.ahead[k][1];
-            const Words values0 = {p.x, q.x, p.y, q.y}, values1 = {p.z, q.z, p.w, q.w};
-            gradients.fetch(k);
-#pragma unroll
-            for (int n = 0; n < PART / 8; n++) {
-                const Words w = weight[(k * (RANK / 8) + n) * 32];
-                multiply_add(sums[n], values0, w.x, w.y);
-                multiply_add(sums[n], values1, w.z, w.w);
-            }
-        }
-        weight += AHEAD * (RANK / 8) * 32;
-    }
-}
-
-// Grid: blocks of 16 WARPS rows, directions. `rows` are B L.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) project_gradients(
-    const half_word* grad_delta, const float* partial_BC, const Words* dt_t, half_word* gp, int rows
-) {
-    const int direction = blockIdx.y, first = (blockIdx.x * WARPS + warp()) * 16;
-    const int last = min(15, rows - 1 - first);   // what would come after it is read as if it were this row
-    if (last < 0) return;
-    const long index = (long)direction * rows + first;
-    const int part = lane() % 4, upper = lane() / 4, lower = upper + 8;
-    const half_word* row = grad_delta + index * WIDTH + part * 8;
-    const half_word *row0 = row + min(upper, last) * WIDTH, *row1 = row + min(lower, last) * WIDTH;
-    Gradients gradients(row0, row1);
-
-    const int column = lane() % 8 * 4;
-    const float* source = partial_BC + ((long)direction * (BLOCKS - 1) * rows + index) * VECTORS + column;
-    Quad totals[4];   // four columns of each fourth row
-    for (int k = 0; k < 4; k++) totals[k] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 6
-    for (int block = 0; block < BLOCKS; block++) {
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            totals[k] = totals[k] + *(const Quad*)(source + min(k * 4 + lane() / 8, last) * VECTORS);
-        }
-        source += (long)rows * VECTORS;
-    }
-    half_word* out = gp + index * COLUMNS;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int row = k * 4 + lane() / 8;
-        const HalfWords total = {rounded({totals[k].x, totals[k].y}), rounded({totals[k].z, totals[k].w})};
-        if (row <= last) *(HalfWords*)(out + row * COLUMNS + column) = total;
-    }
-
-#pragma unroll 1
-    for (int base = 0; base < RANK; base += PART) {
-        Quad sums[PART / 8];
-        for (int n = 0; n < PART / 8; n++) sums[n] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (base > 0) gradients = Gradients(row0, row1);
-        project_steps(sums, gradients, dt_t + (direction * STEPS * RANK + base) / 8 * 32 + lane());
-        half_word* place = out + VECTORS + base + part * 4;
-#pragma unroll
-        for (int n = 0; n < PART / 8; n += 2) {
-            const Quad even = sums[n], odd = sums[n + 1];
-            const HalfWords above = {rounded({even.x, even.y}), rounded({odd.x, odd.y})};
-            const HalfWords below = {rounded({even.z, even.w}), rounded({odd.z, odd.w})};
-            if (upper <= last) *(HalfWords*)(place + upper * COLUMNS + n * 8) = above;
-            if (lower <= last) *(HalfWords*)(place + lower * COLUMNS + n * 8) = below;
-        }
-    }
-}
-
-// ---- from gp to x ----
 
 constexpr int HALO = FILTER - 1;
 constexpr int GROUP = 8;   // rows of x that are on their way to a thread
@@ -351,7 +243,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     copy_rows(rows0, base, tile0, grad_u);
     copy_rows(rows1, base, tile1, grad_u);
     const half_word* row_x = x + rows0.index * 2 * WIDTH + channel;
-    for (int row = lane(); row < rows0.end; row += 32) prefetch(row_x - own + row * 2 * WIDTH);
     wait_for_copies();
     sync_block();
     if (base >= PADDED) return;

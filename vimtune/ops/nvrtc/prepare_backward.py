@@ -1,4 +1,4 @@
-"""Launches of the kernels of prepare_backward.cu, which has the method and the shapes.
+"""Launches of the kernels of project_gradients.cu and prepare_backward.cu, which say what they do.
 
 Shape letters: B batch, L tokens, E inner width (W rounded up to 64), K filter width, P columns of
 B | C | dt_r.
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from vimtune.ops.nvrtc import runtime
-from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width, sizes_exist
+from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width
 
-SOURCE = "prepare_backward.cu"
-FROZEN = 32, 6
-TRAINED = 64, 6
-"""Rows of a block and the most warps it has. More rows mean that fewer are computed twice and fewer
-gradients of filters are left to add up, but also fewer warps on a multiprocessor."""
+PROJECT = "project_gradients.cu"
+CONVOLVE = "prepare_backward.cu"
+ROWS_FROZEN, ROWS_TRAINED = 32, 64
+"""Rows of a block. More rows mean that fewer are computed twice and fewer gradients of filters are left to
+add up, but also fewer warps on a multiprocessor."""
+MAX_WARPS = 6  # of a block
 
 
-def covers(inner: int, rank: int, width: int, device: torch.device) -> bool:
-    """Whether the kernels exist for these sizes, with filters of `width`, on this device."""
-    needed = max(_shared_bytes(rows, warps, columns(rank)) for rows, warps in (FROZEN, TRAINED))
-    return sizes_exist(inner, width) and needed <= runtime.shared_memory(device)
+def covers(rank: int, device: torch.device) -> bool:
+    """Whether the kernels exist for this rank on this device, and else all that `prepare` covers."""
+    return _most_warps(ROWS_TRAINED, columns(rank), device) > 0
 
 
 def prepare_backward(
@@ -51,33 +51,31 @@ def prepare_backward(
     """
     _, batch, tokens, inner = grad_u.shape
     num_columns, width, padded = weights.proj.shape[1], weights.filters.shape[1], padded_width(inner)
-    rows, most_warps = TRAINED if need_weights else FROZEN
+    rows = ROWS_TRAINED if need_weights else ROWS_FROZEN
     tiles = -(-tokens // (rows - width + 1))
     tokens_of_tile = -(-tokens // tiles)
     tiles = -(-tokens // tokens_of_tile)
-    blocks = -(-padded // (64 * most_warps))
+    blocks = -(-padded // (64 * _most_warps(rows, num_columns, grad_u.device)))
     warps = -(-padded // (64 * blocks))
     grad_projections = grad_u.new_empty((2, batch, tokens, num_columns))
     shape = batch * tiles if need_weights else 0, 2, width + 1, padded
     partial_filters = torch.empty(shape, dtype=torch.float32, device=grad_u.device)
-    constants = (
+    common = (
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
-        ("FILTER", width),
-        ("BLOCKS", partial_BC.shape[1]),
-        ("ROWS", rows),
         ("WARPS", warps),
         ("FP16", int(grad_u.dtype == torch.float16)),
-        ("TRAINED", int(need_weights)),
     )
+    project = (*common, ("BLOCKS", partial_BC.shape[1]))
+    convolve = (*common, ("FILTER", width), ("ROWS", rows), ("TRAINED", int(need_weights)))
     with torch.cuda.device_of(grad_u):
-        kernel = runtime.load_kernel(SOURCE, "project_gradients", constants, grad_u.device.index)
+        kernel = runtime.load_kernel(PROJECT, "project_gradients", project, grad_u.device.index)
         kernel(
             (-(-batch * tokens // (16 * warps)), 2, 1),
             32 * warps,
             [grad_delta, partial_BC, weights.dt_t, grad_projections, batch * tokens],
         )
-        kernel = runtime.load_kernel(SOURCE, "prepare_backward", constants, grad_u.device.index)
+        kernel = runtime.load_kernel(CONVOLVE, "prepare_backward", convolve, grad_u.device.index)
         kernel(
             (blocks, tiles, batch),
             32 * warps,
@@ -90,6 +88,13 @@ def prepare_backward(
     if not need_weights:
         return grad_projections[:, :0], partial_filters.new_empty((2, width + 1, 0))
     return grad_projections, partial_filters.sum(0)[..., :inner]
+
+
+def _most_warps(rows: int, num_columns: int, device: torch.device) -> int:
+    """How many warps a block can have; 0 if shared memory does not suffice for one."""
+    limit = runtime.shared_memory(device)
+    fitting = (warps for warps in range(MAX_WARPS, 0, -1) if _shared_bytes(rows, warps, num_columns) <= limit)
+    return next(fitting, 0)
 
 
 def _shared_bytes(rows: int, warps: int, num_columns: int) -> int:
