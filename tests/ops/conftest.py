@@ -21,11 +21,16 @@ HERE = Path(__file__).parent
 class EmulatedKernel:
     """Stands in for `runtime.Kernel`: the same source, compiled for the CPU with cuda_on_cpu.h."""
 
+    backwards = False
+    """Whether threads and blocks take their turns from the last to the first."""
+
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
         self.function = getattr(library, f"emulate_{name}")
+        self.turns = library.emulate_turns
 
     def __call__(self, grid, threads, arguments, shared=0) -> None:
         assert shared <= runtime.shared_memory(torch.device("cpu"))
+        self.turns(int(self.backwards))
         values = runtime.packed(arguments)
         self.function(*grid, threads, runtime.pointers(values))
 
@@ -64,6 +69,20 @@ def on_cpu(emulated_kernels, monkeypatch):
     """Run the kernels of backend `nvrtc` on CPU tensors; the few of Triton need its interpreter."""
     monkeypatch.setattr(NvrtcBackend, "refusals", lambda self, device: [])
     monkeypatch.setattr(runtime, "load_kernel", emulated_kernels)
+
+
+@pytest.fixture
+def in_both_orders(on_cpu, monkeypatch):
+    """Results of a function with the emulator's threads taking turns forwards and backwards."""
+
+    def call(function):
+        results = []
+        for backwards in (False, True):
+            monkeypatch.setattr(EmulatedKernel, "backwards", backwards)
+            results.append(function())
+        return results
+
+    return call
 
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])

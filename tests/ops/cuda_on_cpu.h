@@ -1,8 +1,9 @@
 // Runs CUDA kernels on a CPU, to test them where there is no GPU. It takes the place of intrinsics.cuh.
 //
 // The threads of a block are coroutines on one CPU thread, resumed in turn; at a barrier each yields until all
-// have arrived, and asynchronous copies take place when they are waited for. So missing barriers or waits show as
-// wrong results.
+// have arrived, and asynchronous copies take place when they are waited for. So missing waits show as wrong results, and
+// missing barriers as results that change when threads and blocks take their turns backwards and copies take place at
+// once.
 
 #include <math.h>
 #include <string.h>
@@ -42,6 +43,7 @@ struct Thread {
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
 static int current;
+static bool backwards;
 static void (*body)(void*);
 static void* arguments;
 static word exchange[1024][6];
@@ -85,7 +87,8 @@ inline void run_block(int num_threads) {
     }
     for (bool left = true; left;) {
         left = false;
-        for (current = 0; current < num_threads; current++) {
+        for (int turn = 0; turn < num_threads; turn++) {
+            current = backwards ? num_threads - 1 - turn : turn;
             if (threads[current].done) continue;
             left = true;
             swapcontext(&scheduler, &threads[current].context);
@@ -108,15 +111,20 @@ void launch(void (*kernel)(Parameters...), Index grid, int num_threads, void** v
         call(what->kernel, what->values, std::index_sequence_for<Parameters...>{});
     };
     gridDim = grid;
-    for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
-        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++)
-            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) run_block(num_threads);
+    const int blocks = grid.x * grid.y * grid.z;
+    for (int turn = 0; turn < blocks; turn++) {
+        const int block = backwards ? blocks - 1 - turn : turn;
+        blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+        run_block(num_threads);
+    }
 }
 
 inline float from_bits(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 inline uint32_t to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 
 }  // namespace emulator
+
+extern "C" void emulate_turns(int backwards) { emulator::backwards = backwards; }
 
 #define EXPORT(kernel)                                                                             \
     extern "C" void emulate_##kernel(int x, int y, int z, int num_threads, void** values) {        \
@@ -136,7 +144,11 @@ inline char* launched_shared() {
 inline void copy_async(void* shared, const void* global, bool valid) {
     emulator::Copy copy = {shared, {}};
     if (valid) memcpy(copy.data, global, 16);
-    emulator::copies[emulator::current].push_back(copy);
+    if (emulator::backwards) {
+        memcpy(copy.target, copy.data, 16);
+    } else {
+        emulator::copies[emulator::current].push_back(copy);
+    }
 }
 inline void wait_for_copies() {
     for (const emulator::Copy& copy : emulator::copies[emulator::current]) memcpy(copy.target, copy.data, 16);

@@ -1,0 +1,53 @@
+"""The mixer of backend `nvrtc` as a whole: no kernel depends on the order in which threads and blocks run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vimtune.ops.nvrtc import mixer, scan
+
+
+def build(batch, tokens, inner, rank, dtype):
+    generator = torch.Generator().manual_seed(tokens)
+
+    def normal(*shape, scale=1.0):
+        return torch.randn(*shape, generator=generator) * scale
+
+    weights = [
+        [
+            *(normal(inner, 4, scale=0.5), normal(inner), normal(rank + 32, inner, scale=inner**-0.5)),
+            *(normal(inner, rank, scale=rank**-0.5), normal(inner) - 3),
+            *(normal(inner, 16, scale=0.5), normal(inner)),
+        ]
+        for _ in range(2)
+    ]
+    return normal(batch, tokens, 2 * inner).to(dtype), normal(batch, tokens, inner).to(dtype), weights
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    "batch, tokens, inner, segments, dtype",
+    [
+        (2, 37, 72, 1, torch.bfloat16),
+        (1, 37, 72, 3, torch.float16),
+        (1, 70, 136, 2, torch.bfloat16),
+        (3, 2, 64, 1, torch.float16),
+    ],
+)
+def test_the_order_of_threads_and_blocks_changes_no_bit(
+    batch, tokens, inner, segments, dtype, trained, in_both_orders, monkeypatch
+):
+    monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
+    xz, grad, weights = build(batch, tokens, inner, 5, dtype)
+
+    def run():
+        out, projections, ends = mixer.forward(xz, weights, True)
+        grad_xz, grads = mixer.backward(grad, xz, projections, ends, weights, True, [[trained] * 7] * 2)
+        return [out, projections, grad_xz, *(g for own in grads for g in own if g is not None)]
+
+    forwards, backwards = in_both_orders(run)
+    assert len(forwards) == (17 if trained else 3)
+    for one, other in zip(forwards, backwards, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
