@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from method_cases import CASES, disturb, label, options_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,38 +22,18 @@ from vimtune.adapters import (
     adapter_parameters,
     adapter_state_dict,
     check_gradients,
-    list_methods,
-    method_fields,
     shared_effective_weights,
 )
 from vimtune.adapters.rule import attach, computed_ahead, has_rules, iter_slots
 
-SMALL = {"rank": 3, "block_size": 4}
-CASES = [
-    *((name, {}) for name in list_methods()),
-    ("prodial", {"variant": "paper"}),
-    ("prodial", {"block_size": 1}),
-    ("lora+bitfit", {}),
-    ("lora", {"dropout": 0.5}),
-]
 BATCHED = ["lora", "prodial", "dora", "strong"]
 TOLERANCE = 1e-6  # of the norm: products of stacks may sum in another order
 
 
 def build(method="lora", depth=3, **options):
-    known = {field for part in method.split("+") for field in method_fields(part)}
-    options = {key: value for key, value in SMALL.items() if key in known} | options
     torch.manual_seed(0)
     model = timm.create_model("test_vim", num_classes=5, depth=depth, backend="torch")
-    return disturb(vimtune.inject(model, method, **options))
-
-
-def disturb(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for item in adapter_parameters(model):
-            item.parameter.add_(0.05 * torch.randn(item.parameter.shape, generator=generator))
-    return model
+    return disturb(vimtune.inject(model, method, **options_for(method, options)))
 
 
 def images():
@@ -97,7 +78,7 @@ def use(model, shared, amp=False):
     return values, outputs, gradients(model)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case[0] + "".join(f"-{k}={v}" for k, v in case[1].items()))
+@pytest.fixture(params=CASES, ids=label)
 def case(request):
     return request.param
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from method_cases import disturb
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,13 +28,6 @@ def model():
 @pytest.fixture
 def images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
-def disturb(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for item in adapter_parameters(model):
-            item.parameter.add_(0.1 * torch.randn(item.parameter.shape, generator=generator))
 
 
 def test_several_adapters_with_heads_of_their_own(model, images):

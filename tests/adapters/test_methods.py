@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from method_cases import CASES, SMALL, disturb, label, options_for
 
 import vimtune
 from vimtune import adapters, catalog
@@ -20,24 +21,8 @@ from vimtune.adapters import (
 )
 from vimtune.adapters.prodial import ProDiaL
 
-# Options small enough for test_vim, whose narrowest target is 16 wide.
-SMALL = {"rank": 3, "block_size": 4}
-CASES = [
-    *((name, {}) for name in list_methods()),
-    ("prodial", {"variant": "paper"}),
-    ("prodial", {"block_size": 1}),
-    ("lora+bitfit", {}),
-    ("lora", {"dropout": 0.5}),
-    ("prodial", {"dropout": 0.5}),
-]
 
-
-def options_for(method: str, extra: dict) -> dict:
-    known = {field for part in method.split("+") for field in method_fields(part)}
-    return {**{key: value for key, value in SMALL.items() if key in known}, **extra}
-
-
-@pytest.fixture(params=CASES, ids=lambda case: case[0] + "".join(f"-{k}={v}" for k, v in case[1].items()))
+@pytest.fixture(params=CASES, ids=label)
 def case(request):
     method, extra = request.param
     return method, options_for(method, extra)
@@ -57,15 +42,6 @@ def images():
 def adapted(plain, case):
     method, options = case
     return vimtune.inject(copy.deepcopy(plain), method, **options)
-
-
-def disturb(model, seed=0, size=0.05):
-    """Move every trained tensor away from its start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for item in adapter_parameters(model):
-            item.parameter.add_(size * torch.randn(item.parameter.shape, generator=generator))
-    return model
 
 
 def close(actual, expected, tolerance=1e-5):
