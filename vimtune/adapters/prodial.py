@@ -52,10 +52,10 @@ class ProDiaLRule(LoRARule):
         """s W D_b = s (W + W (D_b - I))."""
         offset = self.offset()
         if offset.shape[-1] == 1:
-            change = weight * offset.flatten()
-        else:
-            change = torch.einsum("oni,nij->onj", weight.unflatten(1, offset.shape[:2]), offset).flatten(1)
-        return self.row_scale[:, None] * (weight + change)
+            return self.row_scale[:, None] * (weight + weight * offset.flatten())
+        # The product has the blocks first; added to W as it is, and only then flattened, it needs no copy.
+        blocks = weight.unflatten(1, offset.shape[:2])
+        return self.row_scale[:, None] * (blocks + torch.einsum("oni,nij->onj", blocks, offset)).flatten(1)
 
 
 @register_method("prodial")
