@@ -120,7 +120,7 @@ def _(xz, *rest):
     *weights, save, backend = rest
     head = DirectionWeights(*weights[:NUM_WEIGHTS])
     kernels = _kernels(backend, xz, head)
-    projections, states = kernels.shapes(xz, head.A_log.shape[1], head.dt_proj.shape[1], save)
+    projections, states = kernels.shapes(xz, head, save)
     batch, tokens, twice = xz.shape
     return (
         xz.new_empty((batch, tokens, twice // 2)),

@@ -1,12 +1,13 @@
 """Both directions of the Vim mixer, between its two large projections, in CUDA C++: forward and backward.
 
-The same interface as `vimtune.ops.triton.mixer`. For the backward only B | C | dt_r are kept and, where
-sequences are cut, the ends of their segments.
+The same interface as `vimtune.ops.triton.mixer`. For the backward only B | C | dt_r are kept, the small
+weights as the kernels read them and, where sequences are cut, the ends of their segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -38,25 +39,38 @@ def covers(xz: Tensor, weights: Sequence[Any]) -> bool:
     )
 
 
-def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and ends of segments."""
-    batch, tokens, twice = xz.shape
-    ends = scan.ends_shape(batch, tokens, twice // 2, xz.device) if save else (0,)
-    return (2, batch, tokens, prepare.columns(rank)), ends
+def shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and in fp32 the packed
+    weights followed by the ends of segments. `weights` are those of one direction."""
+    batch, tokens, _ = xz.shape
+    kept = prepare.packed_size(*_sizes(weights)) + prod(_ends_shape(xz, save))
+    return (2, batch, tokens, prepare.columns(weights[DT_PROJ].shape[1])), (kept if save else 0,)
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
-    u, delta, projections = prepare.prepare(_x(xz), _packed(weights, xz.dtype))
-    out, ends = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz, save)
-    return out, projections, ends if save else ends.new_empty(0)
+    size, ends_shape = prepare.packed_size(*_sizes(weights[0])), _ends_shape(xz, save)
+    kept = torch.empty(size + prod(ends_shape), dtype=torch.float32, device=xz.device)
+    packed = prepare.pack_weights(
+        both(weights, CONV_WEIGHT),
+        both(weights, CONV_BIAS),
+        both(weights, X_PROJ),
+        both(weights, DT_PROJ),
+        both(weights, DT_BIAS),
+        xz.dtype,
+        kept[:size],
+    )
+    u, delta, projections = prepare.prepare(_x(xz), packed)
+    ends = kept[size:].view(ends_shape)
+    out = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz, ends)
+    return out, projections, kept if save else kept.new_empty(0)
 
 
 def backward(
     grad: Tensor,
     xz: Tensor,
     projections: Tensor,
-    states: Tensor,
+    kept: Tensor,
     weights: Weights,
     need_xz: bool,
     needs: Sequence[Sequence[bool]],
@@ -66,11 +80,13 @@ def backward(
     def anywhere(*names: int) -> bool:
         return any(direction[name] for direction in needs for name in names)
 
-    packed = _packed(weights, xz.dtype)
+    size = prepare.packed_size(*_sizes(weights[0]))
+    packed = prepare.packed_in(kept[:size], *_sizes(weights[0]), xz.dtype)
+    ends = kept[size:].view(_ends_shape(xz, True))
     u, delta, _ = prepare.prepare(_x(xz), packed, projections)
     grad_xz = torch.empty_like(xz)
     found = scan.scan_backward(
-        grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, states, grad_xz,
+        grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, ends, grad_xz,
         need_parameters=anywhere(A_LOG, D, DT_BIAS),
     )  # fmt: skip
     grad_projections, grad_filters = prepare_backward.prepare_backward(
@@ -94,12 +110,11 @@ def _x(xz: Tensor) -> Tensor:
     return xz[..., : xz.shape[-1] // 2]
 
 
-def _packed(weights: Weights, dtype: torch.dtype) -> prepare.PackedWeights:
-    return prepare.pack_weights(
-        both(weights, CONV_WEIGHT),
-        both(weights, CONV_BIAS),
-        both(weights, X_PROJ),
-        both(weights, DT_PROJ),
-        both(weights, DT_BIAS),
-        dtype,
-    )
+def _sizes(weights: Sequence[Any]) -> tuple[int, int, int]:
+    """E, R and K of one direction's weights."""
+    return *weights[DT_PROJ].shape, weights[CONV_WEIGHT].shape[1]
+
+
+def _ends_shape(xz: Tensor, save: bool) -> tuple[int, ...]:
+    batch, tokens, twice = xz.shape
+    return scan.ends_shape(batch, tokens, twice // 2, xz.device, backward=save)

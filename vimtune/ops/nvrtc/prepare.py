@@ -27,16 +27,16 @@ class PackedWeights(NamedTuple):
 
     fp32: filters (2, K, W), conv_bias, dt_bias (2, W). In the dtype of the activations and the order in which
     the matrix units take them, of x_proj (2, P, W) for products with u and with gradients of its result, and
-    of dt_proj (2, W, R) for products with dt_r and with gradients of time steps.
+    of dt_proj (2, R, W) for products with dt_r and with gradients of time steps.
     """
 
     filters: Tensor
     conv_bias: Tensor
+    dt_bias: Tensor
     proj: Tensor
     proj_t: Tensor
     dt: Tensor
     dt_t: Tensor
-    dt_bias: Tensor
 
 
 def padded_width(inner: int) -> int:
@@ -53,6 +53,30 @@ def covers(inner: int, width: int) -> bool:
     return inner % 8 == 0 and padded_width(inner) <= MAX_WIDTH and width <= MAX_FILTER
 
 
+def packed_size(inner: int, rank: int, width: int) -> int:
+    """How many fp32 numbers packed weights take."""
+    return sum(_part_sizes(inner, columns(rank), width))
+
+
+def packed_in(buffer: Tensor, inner: int, rank: int, width: int, dtype: torch.dtype) -> PackedWeights:
+    """Packed weights that lie in `buffer`, of `packed_size` fp32 numbers."""
+    num_columns, padded = columns(rank), padded_width(inner)
+    low_rank = num_columns - 2 * NUM_STATES
+    filters, *vectors, proj, proj_t, dt, dt_t = buffer.split(_part_sizes(inner, num_columns, width))
+    return PackedWeights(
+        filters.view(2, width, padded),
+        *(vector.view(2, padded) for vector in vectors),
+        *(matrix.view(dtype).view(2, num_columns, padded) for matrix in (proj, proj_t)),
+        *(matrix.view(dtype).view(2, low_rank, padded) for matrix in (dt, dt_t)),
+    )
+
+
+def _part_sizes(inner: int, num_columns: int, width: int) -> list[int]:
+    padded = padded_width(inner)
+    low_rank = num_columns - 2 * NUM_STATES  # two numbers of a matrix take the place of one in fp32
+    return [2 * width * padded, *[2 * padded] * 2, *[num_columns * padded] * 2, *[low_rank * padded] * 2]
+
+
 def pack_weights(
     conv_weight: Sequence[Tensor],
     conv_bias: Sequence[Tensor | None],
@@ -60,24 +84,14 @@ def pack_weights(
     dt_proj: Sequence[Tensor],
     dt_bias: Sequence[Tensor],
     dtype: torch.dtype,
+    buffer: Tensor | None = None,
 ) -> PackedWeights:
-    """Pack both directions: filters (E, K), biases (E,), x_proj (R + 2 N, E), dt_proj (E, R)."""
+    """Pack filters (E, K), biases (E,), x_proj (R + 2 N, E), dt_proj (E, R) of both directions into `buffer`."""
     inner, width = conv_weight[0].shape
     rank, device = dt_proj[0].shape[1], x_proj[0].device
-    num_columns, padded = columns(rank), padded_width(inner)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    packed = PackedWeights(
-        empty(2, width, padded),
-        empty(2, padded),
-        empty(2, num_columns, padded, dtype=dtype),
-        empty(2, padded, num_columns, dtype=dtype),
-        empty(2, padded, num_columns - 2 * NUM_STATES, dtype=dtype),
-        empty(2, num_columns - 2 * NUM_STATES, padded, dtype=dtype),
-        empty(2, padded),
-    )
+    if buffer is None:
+        buffer = torch.empty(packed_size(inner, rank, width), dtype=torch.float32, device=device)
+    packed, num_columns = packed_in(buffer, inner, rank, width, dtype), columns(rank)
     biases = [conv_weight[0] if bias is None else bias for bias in conv_bias]
     inputs = [w.float().contiguous() for w in (*conv_weight, *biases, *x_proj, *dt_proj, *dt_bias)]
     outputs = [
@@ -86,9 +100,8 @@ def pack_weights(
     ]
     with torch.cuda.device_of(inputs[0]):
         kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, device)
-        kernel(
-            (padded // 64, 2 * num_columns, 1), 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)]
-        )
+        grid = (padded_width(inner) // 64, 2 * num_columns, 1)
+        kernel(grid, 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)])
     return packed
 
 

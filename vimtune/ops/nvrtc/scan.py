@@ -64,10 +64,8 @@ def num_segments(batch: int, tokens: int, inner: int, device: torch.device, back
     return -(-tokens // -(-tokens // best))  # none is empty
 
 
-def ends_shape(
-    batch: int, tokens: int, inner: int, device: torch.device, backward: bool = True
-) -> tuple[int, ...]:
-    """Shape of what `scan_forward` finds out about the ends of segments."""
+def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> tuple[int, ...]:
+    """Shape of what a scan in segments finds out about their ends; (0,) where there is only one."""
     segments = num_segments(batch, tokens, inner, device, backward)
     return (2, batch, segments, inner, ENTRY) if segments > 1 else (0,)
 
@@ -79,9 +77,9 @@ def scan_forward(
     A_log: Sequence[Tensor],
     D: Sequence[Tensor],
     xz: Tensor,
-    backward: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Gated average of both directions (B, L, E), and the ends of segments (`ends_shape`, fp32).
+    ends: Tensor,
+) -> Tensor:
+    """Gated average of both directions (B, L, E).
 
     Args:
         u: convolved inputs (2, B, L, E).
@@ -90,18 +88,16 @@ def scan_forward(
         A_log: (E, N) of either direction.
         D: (E,) of either direction.
         xz: output of in_proj (B, L, 2 E), whose second half is the gate.
-        backward: whether `scan_backward` will follow.
+        ends: of segments (`ends_shape`, fp32), which says how many they are; written.
     """
     _, batch, tokens, inner = u.shape
     out = torch.empty((batch, tokens, inner), dtype=u.dtype, device=u.device)
     vectors = [*map(_parameter, A_log), *map(_parameter, D)]
-    shape = ends_shape(batch, tokens, inner, u.device, backward)
-    ends = torch.empty(shape, dtype=torch.float32, device=u.device)
     if ends.numel() > 0:
         _launch("scan_ends", ends, u, projections, [u, delta, projections, *vectors[:2], ends])
     arguments = [u, delta, projections, *vectors, xz[..., inner:], out, ends]
     _launch("scan_forward", ends, u, projections, arguments)
-    return out, ends
+    return out
 
 
 def scan_backward(
@@ -118,7 +114,7 @@ def scan_backward(
 ) -> ScanGradients:
     """Gradients from `grad` (B, L, E), that of the result; that of the gate goes into half of `grad_xz`.
 
-    `ends` is what `scan_forward` returned; the other arguments are as there.
+    `ends` is what `scan_forward` wrote; the other arguments are as there.
     """
     _, batch, tokens, inner = u.shape
     blocks = -(-inner // CHANNELS)

@@ -55,9 +55,13 @@ def _sizes(xz: Tensor, num_states: int, rank: int) -> _Sizes:
     return _Sizes(batch, tokens, twice // 2, num_states, rank, padded, max(next_power_of_2(rank), 16))
 
 
-def shapes(xz: Tensor, num_states: int, rank: int, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and fp32 states."""
-    sizes = _sizes(xz, num_states, rank)
+def shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and fp32 states.
+
+    `weights` are those of one direction.
+    """
+    num_states = weights[A_LOG].shape[1]
+    sizes = _sizes(xz, num_states, weights[DT_PROJ].shape[1])
     states = (2, sizes.batch, launch.num_chunks(sizes.tokens) - 1, num_states, sizes.inner)
     return (2, sizes.batch, sizes.tokens, sizes.columns), states if save else (0,)
 
