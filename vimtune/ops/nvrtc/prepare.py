@@ -86,7 +86,10 @@ def pack_weights(
     dtype: torch.dtype,
     buffer: Tensor | None = None,
 ) -> PackedWeights:
-    """Pack filters (E, K), biases (E,), x_proj (R + 2 N, E), dt_proj (E, R) of both directions into `buffer`."""
+    """Pack filters (E, K), biases (E,), x_proj (R + 2 N, E) and dt_proj (E, R) of both directions.
+
+    They lie in `buffer`, see `packed_in`, or in a new one.
+    """
     inner, width = conv_weight[0].shape
     rank, device = dt_proj[0].shape[1], x_proj[0].device
     if buffer is None:
