@@ -1,4 +1,4 @@
-"""What the tests of backend `nvrtc` compare by."""
+"""What the tests of backend `nvrtc` have in common: weights, and what they compare by."""
 
 from __future__ import annotations
 
@@ -15,3 +15,19 @@ def assert_close(actual, expected, tolerance, label, floor=0.0):
         floor
     )
     assert error <= tolerance, f"{label}: relative error {error:.2e}"
+
+
+def build_weights(inner, rank, width, bias, device="cpu", seed=0, num_states=16) -> dict:
+    """Of what surrounds the scan, in both directions, fp32; by the names of `prepare.pack_weights`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(*shape, scale=1.0):
+        return [(torch.randn(*shape, generator=generator) * scale).to(device) for _ in range(2)]
+
+    return {
+        "conv_weight": pair(inner, width, scale=0.5),
+        "conv_bias": pair(inner) if bias else [None, None],
+        "x_proj": pair(rank + 2 * num_states, inner, scale=inner**-0.5),
+        "dt_proj": pair(inner, rank, scale=rank**-0.5),
+        "dt_bias": [b - 3 for b in pair(inner, scale=2.0)],
+    }

@@ -102,11 +102,11 @@ def test_scan_and_its_gradients(
     tolerance = TOLERANCES[dtype]
     shape = scan.ends_shape(batch, tokens, inner, torch.device(device), True)
     inputs["ends"] = ends = torch.empty(shape, device=device)
-    out = scan.scan_forward(**inputs)
+    out = scan.scan_forward(scan.ScanInputs(**inputs))
     assert_close(out, expected, tolerance, "out")
     assert (ends.numel() > 0) == (span < tokens)
     found_xz = torch.zeros_like(inputs["xz"])
-    found = scan.scan_backward(grad.to(device), **inputs, grad_xz=found_xz, need_parameters=trained)
+    found = scan.scan_backward(grad.to(device), scan.ScanInputs(**inputs), found_xz, trained)
     assert_close(found.u, grad_u, tolerance, "u")
     assert_close(found.delta, grad_delta, tolerance, "delta")
     assert_close(found_xz[..., inner:], grad_xz[..., inner:], tolerance, "gate")

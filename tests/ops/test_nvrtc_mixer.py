@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_checks import build_weights
 
 from vimtune.ops.nvrtc import mixer, scan
 
@@ -11,16 +12,12 @@ from vimtune.ops.nvrtc import mixer, scan
 def build(batch, tokens, inner, rank, dtype):
     generator = torch.Generator().manual_seed(tokens)
 
-    def normal(*shape, scale=1.0):
-        return torch.randn(*shape, generator=generator) * scale
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
 
+    around = build_weights(inner, rank, 4, True, seed=tokens)
     weights = [
-        [
-            *(normal(inner, 4, scale=0.5), normal(inner), normal(rank + 32, inner, scale=inner**-0.5)),
-            *(normal(inner, rank, scale=rank**-0.5), normal(inner) - 3),
-            *(normal(inner, 16, scale=0.5), normal(inner)),
-        ]
-        for _ in range(2)
+        [*(pair[d] for pair in around.values()), 0.5 * normal(inner, 16), normal(inner)] for d in (0, 1)
     ]
     return normal(batch, tokens, 2 * inner).to(dtype), normal(batch, tokens, inner).to(dtype), weights
 

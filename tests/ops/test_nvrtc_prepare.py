@@ -5,27 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import TOLERANCES, assert_close
+from kernel_checks import TOLERANCES, assert_close, build_weights
 
 from vimtune.ops import reference
 from vimtune.ops.nvrtc import prepare
 
 NUM_STATES = 16
-
-
-def build_weights(inner, rank, width, bias, device, seed=0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-
-    def pair(*shape, scale=1.0):
-        return [(torch.randn(*shape, generator=generator) * scale).to(device) for _ in range(2)]
-
-    return {
-        "conv_weight": pair(inner, width, scale=0.5),
-        "conv_bias": pair(inner) if bias else [None, None],
-        "x_proj": pair(rank + 2 * NUM_STATES, inner, scale=inner**-0.5),
-        "dt_proj": pair(inner, rank, scale=rank**-0.5),
-        "dt_bias": [b - 3 for b in pair(inner, scale=2.0)],
-    }
 
 
 def definition(x, weights, dtype):

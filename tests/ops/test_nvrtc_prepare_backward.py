@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import kernel_checks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,19 +15,11 @@ NUM_STATES = 16
 
 
 def build_weights(inner, rank, width, bias, dtype) -> dict:
-    """Of both directions, in fp32; the projections already as activations of this dtype can be."""
-    generator = torch.Generator().manual_seed(inner + rank)
-
-    def pair(*shape, scale=1.0):
-        return [torch.randn(*shape, generator=generator) * scale for _ in range(2)]
-
-    return {
-        "conv_weight": pair(inner, width, scale=0.5),
-        "conv_bias": pair(inner) if bias else [None, None],
-        "x_proj": [w.to(dtype).float() for w in pair(rank + 2 * NUM_STATES, inner, scale=inner**-0.5)],
-        "dt_proj": [w.to(dtype).float() for w in pair(inner, rank, scale=rank**-0.5)],
-        "dt_bias": pair(inner),
-    }
+    """The projections already as activations of this dtype can be."""
+    weights = kernel_checks.build_weights(inner, rank, width, bias, seed=inner + rank)
+    for name in ("x_proj", "dt_proj"):
+        weights[name] = [w.to(dtype).float() for w in weights[name]]
+    return weights
 
 
 def build_gradients(batch, tokens, inner, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -75,7 +75,7 @@ class EagerBackend(Backend):
                 dt[:, chunk], dt_u[:, chunk], Af, Bf[:, chunk], before, options.reverse
             )
             adjoint = torch.einsum("bte,btn->bten", grad_y[:, chunk], Cf[:, chunk])
-            for t in reversed(_steps(inside.shape[1], options.reverse)):
+            for t in _steps(inside.shape[1], not options.reverse):
                 adjoint[:, t] += carry
                 carry = decay[:, t] * adjoint[:, t]
             if y is not None:

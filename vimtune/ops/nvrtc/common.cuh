@@ -19,6 +19,4 @@ __device__ inline float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-L
 __device__ inline Pair sigmoid(Pair x) { return {sigmoid(x.a), sigmoid(x.b)}; }
 
 // One of the two numbers of a word.
-__device__ inline float activation(half_word value) { return activation((word)value).a; }
-__device__ inline float from_fp16(half_word value) { return from_fp16((word)value).a; }
 __device__ inline half_word rounded(float value) { return (half_word)rounded(Pair{value, 0.0f}); }

@@ -42,14 +42,14 @@ def covers(xz: Tensor, weights: Sequence[Any]) -> bool:
 def shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and in fp32 the packed
     weights followed by the ends of segments. `weights` are those of one direction."""
-    batch, tokens, _ = xz.shape
-    kept = prepare.packed_size(*_sizes(weights)) + prod(_ends_shape(xz, save))
-    return (2, batch, tokens, prepare.columns(weights[DT_PROJ].shape[1])), (kept if save else 0,)
+    size, ends_shape = _layout(xz, weights, save)
+    projections = 2, *xz.shape[:2], prepare.columns(weights[DT_PROJ].shape[1])
+    return projections, (size + prod(ends_shape) if save else 0,)
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
-    size, ends_shape = prepare.packed_size(*_sizes(weights[0])), _ends_shape(xz, save)
+    size, ends_shape = _layout(xz, weights[0], save)
     kept = torch.empty(size + prod(ends_shape), dtype=torch.float32, device=xz.device)
     packed = prepare.pack_weights(
         both(weights, CONV_WEIGHT),
@@ -62,7 +62,7 @@ def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, T
     )
     u, delta, projections = prepare.prepare(_x(xz), packed)
     ends = kept[size:].view(ends_shape)
-    out = scan.scan_forward(u, delta, projections, both(weights, A_LOG), both(weights, D), xz, ends)
+    out = scan.scan_forward(_scan_inputs(u, delta, projections, weights, xz, ends))
     return out, projections, kept if save else kept.new_empty(0)
 
 
@@ -80,15 +80,12 @@ def backward(
     def anywhere(*names: int) -> bool:
         return any(direction[name] for direction in needs for name in names)
 
-    size = prepare.packed_size(*_sizes(weights[0]))
+    size, ends_shape = _layout(xz, weights[0], save=True)
     packed = prepare.packed_in(kept[:size], *_sizes(weights[0]), xz.dtype)
-    ends = kept[size:].view(_ends_shape(xz, True))
     u, delta, _ = prepare.prepare(_x(xz), packed, projections)
+    inputs = _scan_inputs(u, delta, projections, weights, xz, kept[size:].view(ends_shape))
     grad_xz = torch.empty_like(xz)
-    found = scan.scan_backward(
-        grad, u, delta, projections, both(weights, A_LOG), both(weights, D), xz, ends, grad_xz,
-        need_parameters=anywhere(A_LOG, D, DT_BIAS),
-    )  # fmt: skip
+    found = scan.scan_backward(grad, inputs, grad_xz, need_parameters=anywhere(A_LOG, D, DT_BIAS))
     grad_projections, grad_filters = prepare_backward.prepare_backward(
         found.u, found.delta, found.BC, _x(xz), packed, _x(grad_xz),
         need_weights=anywhere(CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
@@ -115,6 +112,14 @@ def _sizes(weights: Sequence[Any]) -> tuple[int, int, int]:
     return *weights[DT_PROJ].shape, weights[CONV_WEIGHT].shape[1]
 
 
-def _ends_shape(xz: Tensor, save: bool) -> tuple[int, ...]:
+def _layout(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[int, tuple[int, ...]]:
+    """Of what is kept: how many numbers packed weights take, and the shape of the ends of segments behind."""
     batch, tokens, twice = xz.shape
-    return scan.ends_shape(batch, tokens, twice // 2, xz.device, backward=save)
+    ends = scan.ends_shape(batch, tokens, twice // 2, xz.device, backward=save)
+    return prepare.packed_size(*_sizes(weights)), ends
+
+
+def _scan_inputs(
+    u: Tensor, delta: Tensor, projections: Tensor, weights: Weights, xz: Tensor, ends: Tensor
+) -> scan.ScanInputs:
+    return scan.ScanInputs(u, delta, projections, both(weights, A_LOG), both(weights, D), xz, ends)

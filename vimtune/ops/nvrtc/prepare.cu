@@ -90,9 +90,10 @@ struct Rows {
 // rows are in different banks.
 struct Tile {
     static constexpr int COPIED = (ROWS + HALO + 3) / 4 * 4, PITCH = 144;
+    struct Memory { alignas(16) char bytes[COPIED * PITCH]; };
     char* memory;
 
-    __device__ Tile() : memory(launched_shared()) {}
+    __device__ Tile(Memory& shared) : memory(shared.bytes) {}
     // The word, or the 16 bytes, that begin with this channel.
     __device__ void* at(int row, int channel) const { return memory + row * PITCH + channel * 2; }
 };
@@ -247,7 +248,8 @@ extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
     const float* dt_bias, half_word* u, half_word* projections, half_word* delta, int batch, int tokens
 ) {
     const Rows rows(batch, tokens);
-    const Tile tile;
+    __shared__ Tile::Memory shared;
+    const Tile tile(shared);
     // Direction 0 looks back, 1 ahead.
     const int token = rows.token - (rows.direction ? 0 : HALO) + piece_row();
     const half_word* source = x + ((long)blockIdx.z * tokens + token) * 2 * WIDTH + piece();

@@ -134,14 +134,8 @@ def prepare(
                 *(x, weights.filters, weights.conv_bias, weights.proj, weights.dt, weights.dt_bias),
                 *(u, projections, delta, batch, tokens),
             ],
-            _shared_bytes(width),
         )
     return u, delta, projections
-
-
-def _shared_bytes(width: int) -> int:
-    """Shared memory of a block: 64 channels of x, with the neighbours of the warp's tokens."""
-    return -(-(ROWS + width - 1) // 4) * 4 * 144
 
 
 def _kernel(

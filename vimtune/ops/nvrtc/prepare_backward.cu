@@ -238,8 +238,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     const int base = (blockIdx.x * WARPS + warp()) * 64, own = lane() * 2, channel = base + own;
     const Rows rows0(0, batch, tokens, most), rows1(1, batch, tokens, most);
     const Tile tile0(0), tile1(1);
-    copy_rows(rows0, 0, gp);
-    copy_rows(rows1, 1, gp);
+    copy_rows(rows0, Projections(0), gp);
+    copy_rows(rows1, Projections(1), gp);
     copy_rows(rows0, base, tile0, grad_u);
     copy_rows(rows1, base, tile1, grad_u);
     const half_word* row_x = x + rows0.index * 2 * WIDTH + channel;
@@ -248,7 +248,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     if (base >= PADDED) return;
 #pragma unroll 1
     for (int direction = 0; direction < 2; direction++) {
-        spread(direction, direction, proj_t + (direction * PADDED + base) / 32 * (COLUMNS / 16) * 64 + lane());
+        const Words* weight = proj_t + (direction * PADDED + base) / 32 * (COLUMNS / 16) * 64 + lane();
+        spread(Tile(direction), Projections(direction), weight);
     }
     sync_warp();
 

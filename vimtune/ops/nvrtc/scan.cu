@@ -51,10 +51,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
 
     Pair decay[N], state[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
-    clear(state);
-#if SEGMENTED
     enter(state, decay, ends, at, batch, reverse);
-#endif
     const Pair skip = load_skip(reverse ? D1 : D0, at);
 
     __shared__ Shared<4, 0> shared[2];

@@ -41,9 +41,9 @@ struct Place {
     // Of the block's first token, among the rows of an image or of both directions.
     __device__ long image_row() const { return (long)image * total + begin; }
     __device__ long row(int batch) const { return ((long)direction * batch + image) * total + begin; }
-    // Where this thread's channels are in `ends`, in the first segment or in its own.
-    __device__ long entry(int batch, int segment) const {
-        return ((((long)direction * batch + image) * gridDim.z + segment) * WIDTH + channel) * ENTRY;
+    // Where this thread's channels are in a segment, in tensors (2, B, S, E).
+    __device__ long in_segment(int batch, int segment) const {
+        return (((long)direction * batch + image) * gridDim.z + segment) * WIDTH + channel;
     }
 };
 
@@ -191,14 +191,15 @@ __device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Pl
     }
 }
 
-#if SEGMENTED
-// Let the states pass through the segments before this block's, or from the last one on through those behind it.
+// Zero states, which pass through the segments before this block's, or from the last one on through those behind it.
 __device__ inline void enter(
     Pair (&state)[N], const Pair (&decay)[N], const float* ends, const Place& at, int batch, bool from_last
 ) {
+    clear(state);
+    if (!SEGMENTED) return;
     const int mine = blockIdx.z, step = from_last ? -1 : 1;
     for (int segment = from_last ? gridDim.z - 1 : 0; at.live && segment != mine; segment += step) {
-        const float* entry = ends + at.entry(batch, segment);
+        const float* entry = ends + at.in_segment(batch, segment) * ENTRY;
         const Pair elapsed = {entry[N], entry[ENTRY + N]};
         for (int n = 0; n < N; n++) {
             state[n] = exp2_fast(elapsed * decay[n]) * state[n] + Pair{entry[n], entry[ENTRY + n]};
@@ -206,8 +207,9 @@ __device__ inline void enter(
     }
 }
 
+#if SEGMENTED
 __device__ inline void leave(const Pair (&state)[N], Pair elapsed, float* ends, const Place& at, int batch) {
-    float* entry = ends + at.entry(batch, blockIdx.z);
+    float* entry = ends + at.in_segment(batch, blockIdx.z) * ENTRY;
     if (!at.live) return;
     for (int n = 0; n < N; n++) {
         entry[n] = state[n].a;

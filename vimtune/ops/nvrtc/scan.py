@@ -28,6 +28,41 @@ WHOLE = (0.22, 0.35, 0.55), (0.98, 1.52, 2.31)
 SEGMENTED = (0.42, 0.75, 1.20), (1.40, 2.42, 3.70)
 
 
+class ScanInputs(NamedTuple):
+    """What the scan and its backward read.
+
+    u: convolved inputs (2, B, L, E).
+    delta: time steps after softplus (2, B, L, E), fp16.
+    projections: B | C | anything (2, B, L, P), in the dtype of `u`.
+    A_log: (E, N) of either direction.
+    D: (E,) of either direction.
+    xz: output of in_proj (B, L, 2 E), whose second half is the gate.
+    ends: of segments (`ends_shape`, fp32), which says how many they are; the forward writes it.
+    """
+
+    u: Tensor
+    delta: Tensor
+    projections: Tensor
+    A_log: Sequence[Tensor]
+    D: Sequence[Tensor]
+    xz: Tensor
+    ends: Tensor
+
+    def gate(self) -> Tensor:
+        return self.xz[..., self.u.shape[-1] :]
+
+    def decays(self) -> list[Tensor]:
+        """A_log as the kernels take it."""
+        return [*map(_parameter, self.A_log)]
+
+    def skips(self) -> list[Tensor]:
+        """D as the kernels take it."""
+        return [*map(_parameter, self.D)]
+
+    def segments(self) -> int:
+        return self.ends.shape[2] if self.ends.numel() > 0 else 1
+
+
 class ScanGradients(NamedTuple):
     """Gradients of u and of the time step before softplus (2, B, L, E), of B | C in parts to be added
     up (2, blocks, B, L, 2 N), and if asked for of A_log (2, E, N), D and the time step's bias (2, E)."""
@@ -70,55 +105,25 @@ def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backwa
     return (2, batch, segments, inner, ENTRY) if segments > 1 else (0,)
 
 
-def scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    projections: Tensor,
-    A_log: Sequence[Tensor],
-    D: Sequence[Tensor],
-    xz: Tensor,
-    ends: Tensor,
-) -> Tensor:
-    """Gated average of both directions (B, L, E).
-
-    Args:
-        u: convolved inputs (2, B, L, E).
-        delta: time steps after softplus (2, B, L, E), fp16.
-        projections: B | C | anything (2, B, L, P), in the dtype of `u`.
-        A_log: (E, N) of either direction.
-        D: (E,) of either direction.
-        xz: output of in_proj (B, L, 2 E), whose second half is the gate.
-        ends: of segments (`ends_shape`, fp32), which says how many they are; written.
-    """
-    _, batch, tokens, inner = u.shape
-    out = torch.empty((batch, tokens, inner), dtype=u.dtype, device=u.device)
-    vectors = [*map(_parameter, A_log), *map(_parameter, D)]
-    if ends.numel() > 0:
-        _launch("scan_ends", ends, u, projections, [u, delta, projections, *vectors[:2], ends])
-    arguments = [u, delta, projections, *vectors, xz[..., inner:], out, ends]
-    _launch("scan_forward", ends, u, projections, arguments)
+def scan_forward(inputs: ScanInputs) -> Tensor:
+    """Gated average of both directions (B, L, E)."""
+    u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
+    out = torch.empty(u.shape[1:], dtype=u.dtype, device=u.device)
+    shared = [u, delta, projections, *inputs.decays()]
+    if inputs.segments() > 1:
+        _launch("scan_ends", inputs, [*shared, ends])
+    _launch("scan_forward", inputs, [*shared, *inputs.skips(), inputs.gate(), out, ends])
     return out
 
 
-def scan_backward(
-    grad: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    projections: Tensor,
-    A_log: Sequence[Tensor],
-    D: Sequence[Tensor],
-    xz: Tensor,
-    ends: Tensor,
-    grad_xz: Tensor,
-    need_parameters: bool,
-) -> ScanGradients:
+def scan_backward(grad: Tensor, inputs: ScanInputs, grad_xz: Tensor, need_parameters: bool) -> ScanGradients:
     """Gradients from `grad` (B, L, E), that of the result; that of the gate goes into half of `grad_xz`.
 
-    `ends` is what `scan_forward` wrote; the other arguments are as there.
+    `inputs` are those of the forward, with the ends that it wrote.
     """
+    u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
     _, batch, tokens, inner = u.shape
-    blocks = -(-inner // CHANNELS)
-    segments = _segments(ends)
+    blocks, segments = -(-inner // CHANNELS), inputs.segments()
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=dtype, device=u.device)
@@ -131,41 +136,30 @@ def scan_backward(
         scratch(2, batch, segments, inner, wanted=need_parameters),
         scratch(2, batch, segments, inner, wanted=need_parameters),
     )
-    vectors = [*map(_parameter, A_log), *map(_parameter, D)]
     terms, grad_ends = scratch(*u.shape, 2), torch.empty_like(ends)
+    decays, gate = inputs.decays(), inputs.gate()
     if segments > 1:
-        behind = [grad, delta, projections, *vectors[:2], xz[..., inner:], grad_ends]
-        _launch("scan_ends_backward", ends, u, projections, behind, need_parameters)
+        behind = [grad, delta, projections, *decays, gate, grad_ends]
+        _launch("scan_ends_backward", inputs, behind, need_parameters)
     arguments = [
-        *(grad, u, delta, projections, *vectors, xz[..., inner:]),
+        *(grad, u, delta, projections, *decays, *inputs.skips(), gate),
         *(found.u, found.delta, grad_xz[..., inner:], terms, found.BC, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]
-    _launch("scan_backward", ends, u, projections, arguments, need_parameters)
+    _launch("scan_backward", inputs, arguments, need_parameters)
     if not need_parameters:
         return found
     return found._replace(A=found.A.sum((1, 2)), D=found.D.sum((1, 2)), bias=found.bias.sum((1, 2)))
 
 
-def _segments(ends: Tensor) -> int:
-    return ends.shape[2] if ends.numel() > 0 else 1
-
-
-def _launch(
-    name: str,
-    ends: Tensor,
-    u: Tensor,
-    projections: Tensor,
-    arguments: Sequence[Tensor],
-    trained: bool | None = None,
-) -> None:
+def _launch(name: str, inputs: ScanInputs, arguments: Sequence[Tensor], trained: bool | None = None) -> None:
     """Launch a kernel of the backward, which knows whether weights are `trained`, or else of the forward."""
+    u, segments = inputs.u, inputs.segments()
     _, batch, tokens, inner = u.shape
-    segments = _segments(ends)
     source = FORWARD if trained is None else BACKWARD
     constants = [
         ("WIDTH", inner),
-        ("COLUMNS", projections.shape[-1]),
+        ("COLUMNS", inputs.projections.shape[-1]),
         ("FP16", int(u.dtype == torch.float16)),
         ("SEGMENTED", int(segments > 1)),
     ]

@@ -12,8 +12,8 @@
 //     w_t = h_t s_t - dt_t u_t B_t h_t = w_{t+1} + dy_t C_t s_t - dt_t u_t B_t h_t
 //
 // is a running sum of one term that a sweep over the states knows and one that a sweep over their gradients knows.
-// So the backward is one sweep each way that keeps a scalar <A, dy_t C_t s_t> per token and channel (and dy_t): two exponentials a
-// state and step, no saved states. Likewise dA = sum_t T_t (dy_t C_t s_t - dt_t u_t B_t h_t), T_t = dt_1 + .. + dt_t.
+// So the backward is one sweep each way that keeps the scalars <A, dy_t C_t s_t> and dy_t per token and channel: two
+// exponentials a state and step, no saved states. Likewise dA = sum_t T_t (dy_t C_t s_t - dt_t u_t B_t h_t), T_t = dt_1 + .. + dt_t.
 //
 // One more compile-time constant: TRAINED (gradients of A_log, D and the time step's bias are wanted).
 
@@ -103,8 +103,9 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
 }
 #endif
 
-// `scalars` (2, B, L, E / 2, 4) fp32 is scratch: <A, dy_t C_t s_t> and dy_t of two channels. `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A`
-// (2, B, S, E, N), `partial_D` and `partial_bias` (2, B, S, E) are to be added up over blocks, or batch and segments.
+// `scalars` (2, B, L, E / 2, 4) fp32 is scratch: <A, dy_t C_t s_t> and dy_t of two channels. `partial_BC`
+// (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (2, B, S, E, N), `partial_D` and `partial_bias` (2, B, S, E) are to be
+// added up over blocks, or batch and segments.
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, half_word* grad_u,
@@ -122,10 +123,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
 
     Pair decay[N], state[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
-    clear(state);
-#if SEGMENTED
     enter(state, decay, ends, at, batch, reverse);
-#endif
     const Pair skip = load_skip(reverse ? D1 : D0, at);
     ChannelSums over(mine.sums);
 #if TRAINED
@@ -208,9 +206,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     grad_deltas.start(grad_delta + own * WIDTH + at.channel, WIDTH, tokens, !reverse);
     Pair mixed = {0.0f, 0.0f};   // <A, w_t> log2(e)
     Pair carry[N];
-    clear(carry);
-#if SEGMENTED
     enter(carry, decay, grad_ends, at, batch, !reverse);
+#if SEGMENTED
     for (int n = 0; n < N; n++) {   // behind the segment w is the product of what both sweeps hold there
         const Pair w = carry[n] * state[n];
         mixed = mixed + decay[n] * w;
@@ -264,8 +261,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     sweep<1>(0, tokens, vectors_now, visit, finish, us, dts, past_terms);
 #if TRAINED
     if (at.live) {
-        const long segment = ((long)at.direction * batch + at.image) * gridDim.z + blockIdx.z;
-        const long channel = segment * WIDTH + at.channel;
+        const long channel = at.in_segment(batch, blockIdx.z);
         for (int n = 0; n < N; n++) {   // d(A_log) = A dA
             const Pair value = LN2 * decay[n] * grad_A[n];
             partial_A[channel * N + n] = value.a;
