@@ -63,9 +63,8 @@ def measure(options: argparse.Namespace, backend: str) -> None:
         return mixer.forward(xz, weights, True)
 
     def backward(needed: bool) -> Callable[[], object]:
-        _, projections, states = forward()
-        needs = [[needed] * 7] * 2
-        return lambda: mixer.backward(grad, xz, projections, states, weights, True, needs)
+        results, needs = forward(), [[needed] * 7] * 2
+        return lambda: mixer.backward(grad, xz, results, weights, True, needs)
 
     print(f"\n{backend}: forward {graph_time(forward)}")
     print(f"{backend}: backward, frozen weights {graph_time(backward(False))}")

@@ -158,7 +158,17 @@ inline void store_if(bool valid, void* place, word value) {
     if (valid) *(word*)place = value;
 }
 
+inline float exchanged(float value, int distance) {
+    static float values[1024];
+    values[emulator::current] = value;
+    sync_warp();
+    const float other = values[emulator::current ^ distance];
+    sync_warp();
+    return other;
+}
+
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 

@@ -133,6 +133,7 @@ def _(xz, *rest):
 def _scan_backward(
     grad: Tensor,
     xz: Tensor,
+    out: Tensor,
     projections: Tensor,
     states: Tensor,
     weights: list[Optional[Tensor]],  # noqa: UP045
@@ -143,14 +144,19 @@ def _scan_backward(
     halves = [wanted[:NUM_WEIGHTS], wanted[NUM_WEIGHTS:]]
     directions = _by_direction(weights)
     grad_xz, found = _kernels(backend, xz, directions[0]).backward(
-        grad.to(xz.dtype).contiguous(), xz.contiguous(), projections, states, directions, needs[0], halves
+        grad.to(xz.dtype).contiguous(),
+        xz.contiguous(),
+        (out, projections, states),
+        directions,
+        needs[0],
+        halves,
     )
     flat = [grad_xz, *found[0], *found[1]]
     return [xz.new_empty(0) if gradient is None else gradient for gradient in flat]
 
 
 @_scan_backward.register_fake
-def _(grad, xz, projections, states, weights, needs, backend):
+def _(grad, xz, out, projections, states, weights, needs, backend):
     return [
         tensor.new_empty(tensor.shape) if needed else xz.new_empty(0)
         for tensor, needed in zip([xz, *weights], needs, strict=True)
@@ -161,16 +167,16 @@ def _setup(ctx, inputs, output) -> None:
     *tensors, save, ctx.backend = inputs
     if not save:
         raise RuntimeError("bidirectional_scan was called without saved states but needs a gradient")
-    ctx.save_for_backward(output[1], output[2], *tensors)
+    ctx.save_for_backward(*output, *tensors)  # the first is out_proj's input, which is mostly kept anyway
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)  # or else they get gradients of zeros
 
 
 def _autograd(ctx, grad, _grad_projections, _grad_states):
-    projections, states, xz, *weights = ctx.saved_tensors
+    out, projections, states, xz, *weights = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[: 1 + 2 * NUM_WEIGHTS])
     gradients = torch.ops.vimtune.bidirectional_scan_backward(
-        grad, xz, projections, states, weights, needs, ctx.backend
+        grad, xz, out, projections, states, weights, needs, ctx.backend
     )
     return *(value if needed else None for value, needed in zip(gradients, needs, strict=True)), None, None
 

@@ -31,6 +31,9 @@ __device__ inline void store_if(bool valid, void* place, word value) {
                  ::"r"((word)valid), "l"(place), "r"(value));
 }
 
+// The value of the lane that differs in this one bit.
+__device__ inline float exchanged(float value, int bit) { return __shfl_xor_sync(0xffffffffu, value, bit); }
+
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -1,14 +1,15 @@
 """Both directions of the Vim mixer, between its two large projections, in CUDA C++: forward and backward.
 
-The same interface as `vimtune.ops.triton.mixer`. For the backward only B | C | dt_r are kept, the small
-weights as the kernels read them and, where sequences are cut, the ends of their segments.
+The same interface as `vimtune.ops.triton.mixer`. For the backward, the result and B | C | dt_r are kept, the
+small weights as the kernels read them, where sequences are cut the ends of their segments, and for fp16 the mean of
+both directions before the gate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,17 +41,16 @@ def covers(xz: Tensor, weights: Sequence[Any]) -> bool:
 
 
 def shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and in fp32 the packed
-    weights followed by the ends of segments. `weights` are those of one direction."""
-    size, ends_shape = _layout(xz, weights, save)
+    """Shapes of what is kept for the backward beside the result: B | C | dt_r in the dtype of `xz`, and an
+    fp32 buffer (see `_Kept`). `weights` are those of one direction."""
     projections = 2, *xz.shape[:2], prepare.columns(weights[DT_PROJ].shape[1])
-    return projections, (size + prod(ends_shape) if save else 0,)
+    return projections, (sum(_sizes(xz, weights, save)) if save else 0,)
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
-    size, ends_shape = _layout(xz, weights[0], save)
-    kept = torch.empty(size + prod(ends_shape), dtype=torch.float32, device=xz.device)
+    buffer = torch.empty(sum(_sizes(xz, weights[0], save)), dtype=torch.float32, device=xz.device)
+    kept = _kept_in(buffer, xz, weights[0], save)
     packed = prepare.pack_weights(
         both(weights, CONV_WEIGHT),
         both(weights, CONV_BIAS),
@@ -58,34 +58,36 @@ def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, T
         both(weights, DT_PROJ),
         both(weights, DT_BIAS),
         xz.dtype,
-        kept[:size],
+        kept.packed,
     )
     u, delta, projections = prepare.prepare(_x(xz), packed)
-    ends = kept[size:].view(ends_shape)
-    out = scan.scan_forward(_scan_inputs(u, delta, projections, weights, xz, ends))
-    return out, projections, kept if save else kept.new_empty(0)
+    out = scan.scan_forward(_scan_inputs(u, delta, projections, weights, xz, kept))
+    return out, projections, buffer if save else buffer.new_empty(0)
 
 
 def backward(
     grad: Tensor,
     xz: Tensor,
-    projections: Tensor,
-    kept: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
     weights: Weights,
     need_xz: bool,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """Gradient of `xz` and, per direction, of the weights; None where `needs` is False."""
+    """Gradient of `xz` and, per direction, of the weights; None where `needs` is False.
+
+    `results` are those of the forward, `grad` is the gradient of the first.
+    """
 
     def anywhere(*names: int) -> bool:
         return any(direction[name] for direction in needs for name in names)
 
-    size, ends_shape = _layout(xz, weights[0], save=True)
-    packed = prepare.packed_in(kept[:size], *_sizes(weights[0]), xz.dtype)
+    out, projections, buffer = results
+    kept = _kept_in(buffer, xz, weights[0], save=True)
+    packed = prepare.packed_in(kept.packed, *_weight_sizes(weights[0]), xz.dtype)
     u, delta, _ = prepare.prepare(_x(xz), packed, projections)
-    inputs = _scan_inputs(u, delta, projections, weights, xz, kept[size:].view(ends_shape))
+    inputs = _scan_inputs(u, delta, projections, weights, xz, kept)
     grad_xz = torch.empty_like(xz)
-    found = scan.scan_backward(grad, inputs, grad_xz, need_parameters=anywhere(A_LOG, D, DT_BIAS))
+    found = scan.scan_backward(grad, out, inputs, grad_xz, need_parameters=anywhere(A_LOG, D, DT_BIAS))
     grad_projections, grad_filters = prepare_backward.prepare_backward(
         found.u, found.delta, found.BC, _x(xz), packed, _x(grad_xz),
         need_weights=anywhere(CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
@@ -107,19 +109,41 @@ def _x(xz: Tensor) -> Tensor:
     return xz[..., : xz.shape[-1] // 2]
 
 
-def _sizes(weights: Sequence[Any]) -> tuple[int, int, int]:
+class _Kept(NamedTuple):
+    """Parts of the buffer that is kept: packed weights, and what the scan's backward needs (`ScanInputs`)."""
+
+    packed: Tensor
+    ends: Tensor
+    mean: Tensor
+
+
+def _weight_sizes(weights: Sequence[Any]) -> tuple[int, int, int]:
     """E, R and K of one direction's weights."""
     return *weights[DT_PROJ].shape, weights[CONV_WEIGHT].shape[1]
 
 
-def _layout(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[int, tuple[int, ...]]:
-    """Of what is kept: how many numbers packed weights take, and the shape of the ends of segments behind."""
+def _shapes(xz: Tensor, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those of `_Kept.ends` and `_Kept.mean`."""
     batch, tokens, twice = xz.shape
     ends = scan.ends_shape(batch, tokens, twice // 2, xz.device, backward=save)
-    return prepare.packed_size(*_sizes(weights)), ends
+    return ends, scan.mean_shape(batch, tokens, twice // 2, xz.dtype, backward=save)
+
+
+def _sizes(xz: Tensor, weights: Sequence[Any], save: bool) -> list[int]:
+    """How many fp32 numbers each part of `_Kept` takes."""
+    ends, mean = _shapes(xz, save)
+    return [prepare.packed_size(*_weight_sizes(weights)), prod(ends), prod(mean) * xz.itemsize // 4]
+
+
+def _kept_in(buffer: Tensor, xz: Tensor, weights: Sequence[Any], save: bool) -> _Kept:
+    packed, ends, mean = buffer.split(_sizes(xz, weights, save))
+    ends_shape, mean_shape = _shapes(xz, save)
+    return _Kept(packed, ends.view(ends_shape), mean.view(xz.dtype).view(mean_shape))
 
 
 def _scan_inputs(
-    u: Tensor, delta: Tensor, projections: Tensor, weights: Weights, xz: Tensor, ends: Tensor
+    u: Tensor, delta: Tensor, projections: Tensor, weights: Weights, xz: Tensor, kept: _Kept
 ) -> scan.ScanInputs:
-    return scan.ScanInputs(u, delta, projections, both(weights, A_LOG), both(weights, D), xz, ends)
+    return scan.ScanInputs(
+        u, delta, projections, both(weights, A_LOG), both(weights, D), xz, kept.ends, kept.mean
+    )

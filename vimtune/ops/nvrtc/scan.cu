@@ -19,74 +19,103 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     clear(state);
 
+    const Order order = {at.tokens, reverse};
+    const Range all = {0, at.tokens};
     Vectors vectors_now;
-    Stream<word> us, dts;
-    vectors_now.start(mine.vectors, vectors + own * COLUMNS, at.tokens, reverse, 0);
-    us.start(mine.words[0], u + own * WIDTH + at.first, WIDTH, at.tokens, reverse, 0, at.tokens);
-    dts.start(mine.words[1], delta + own * WIDTH + at.first, WIDTH, at.tokens, reverse, 0, at.tokens);
-    const auto visit = [&](int slot, int k) {
-        const Pair dt = from_fp16(dts.at(slot, k)), input = dt * activation(us.at(slot, k));
+    Stream<word, 0> us;
+    Stream<word, 1> dts;
+    vectors_now.start(vectors + own * COLUMNS, order);
+    us.start(u + own * WIDTH + at.first, WIDTH, order, 0, all);
+    dts.start(delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    const auto visit = [&](const Step& step, int, int) {
+        const Pair dt = from_fp16(dts.at(step)), input = dt * activation(us.at(step));
         elapsed = elapsed + dt;
-        each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&)[4]) {
+        each_four(step, [&](int n, const float (&b)[4], const float (&)[4]) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
             }
         });
     };
-    sweep<2>(0, at.tokens, vectors_now, visit, nothing, us, dts);
+    sweep<2>(mine, order, 0, at.tokens, vectors_now, visit, nothing, us, dts);
     leave(state, elapsed, ends, at, batch);
 }
 #endif
 
+typedef Shared<4, 0> Memory;   // of a warp
+
+// What the kernel reads and writes for each token.
+struct Tensors {
+    const half_word *u, *delta, *vectors, *gate;
+    half_word *out, *mean;
+    int batch;
+};
+
+// The first half of the steps, whose y is left to the other direction, or the second, which adds what the other has left.
+template <bool SECOND>
+__device__ inline void sweep_half(
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Pair (&state)[N]
+) {
+    const int middle = at.middle(), begin = SECOND ? middle : 0, end = SECOND ? at.tokens : middle;
+    const long own = at.row(tensors.batch), image = at.image_row();
+    const Order order = {at.tokens, (bool)at.direction};
+    const Range all = {0, at.tokens};
+    Vectors vectors;
+    Stream<word, 0> us;
+    Stream<word, 1> dts;
+    Stream<word, 2> gates;
+    Stream<word, 3> others;
+    Results<word> results, means;
+    vectors.start(tensors.vectors + own * COLUMNS, order);
+    us.start(tensors.u + own * WIDTH + at.first, WIDTH, order, begin, all);
+    dts.start(tensors.delta + own * WIDTH + at.first, WIDTH, order, begin, all);
+    results.start(tensors.out + image * WIDTH + at.channel, WIDTH, order, begin);
+    if (SECOND) {
+        gates.start(tensors.gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, begin, all);
+        others.start(tensors.out + image * WIDTH + at.first, WIDTH, order, begin, all);
+        if (FP16) means.start(tensors.mean + image * WIDTH + at.channel, WIDTH, order, begin);
+    }
+    const auto visit = [&](const Step& step, int, int) {
+        const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step)), input = dt * ut;
+        Pair y = skip * ut;
+        each_four(step, [&](int n, const float (&b)[4], const float (&c)[4]) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
+                y = y + c[j] * state[n + j];
+            }
+        });
+        if (SECOND) {
+            const Pair z = nonzero(activation(gates.at(step)));
+            y = 0.5f * (y + activation(others.at(step)));
+            if (FP16 && tensors.mean) means.put(rounded(y), at.live);
+            y = y * (z * sigmoid(z));
+        }
+        results.put(rounded(y), at.live);
+    };
+    if constexpr (SECOND) {
+        sweep<2>(mine, order, begin, end, vectors, visit, nothing, us, dts, gates, others);
+    } else {
+        sweep<2>(mine, order, begin, end, vectors, visit, nothing, us, dts);
+    }
+}
+
+// `mean`: of both directions before the gate, for a backward in fp16 (`gate_slope`), or null.
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
     const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
-    const float* D0, const float* D1, const half_word* gate, half_word* out, const float* ends, int batch, int total,
-    int span
+    const float* D0, const float* D1, const half_word* gate, half_word* out, half_word* mean, const float* ends,
+    int batch, int total, int span
 ) {
+    __shared__ Memory shared[2];
+    const Tensors tensors = {u, delta, vectors, gate, out, mean, batch};
     const Place at(total, span);
+    Memory& mine = shared[at.direction];
     const bool reverse = at.direction;
-    const int tokens = at.tokens, middle = at.middle();
-    const long own = at.row(batch), image = at.image_row();
-
     Pair decay[N], state[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     enter(state, decay, ends, at, batch, reverse);
     const Pair skip = load_skip(reverse ? D1 : D0, at);
-
-    __shared__ Shared<4, 0> shared[2];
-    Shared<4, 0>& mine = shared[at.direction];
-    Vectors vectors_now;
-    Stream<word> us, dts, gates, others;
-    Results<word> results;
-    const half_word* out_row = out + image * WIDTH;
-#pragma unroll 1
-    for (int half = 0; half < 2; half++) {
-        const int begin = half ? middle : 0, end = half ? tokens : middle;
-        sync_block();
-        vectors_now.start(mine.vectors, vectors + own * COLUMNS, tokens, reverse, begin);
-        us.start(mine.words[0], u + own * WIDTH + at.first, WIDTH, tokens, reverse, begin, end);
-        dts.start(mine.words[1], delta + own * WIDTH + at.first, WIDTH, tokens, reverse, begin, end);
-        gates.start(mine.words[2], gate + image * 2 * WIDTH + at.first, 2 * WIDTH, tokens, reverse, begin, end);
-        others.start(mine.words[3], out_row + at.first, WIDTH, tokens, reverse, begin, end);
-        results.start(out + image * WIDTH + at.channel, WIDTH, tokens, reverse, begin);
-        const auto visit = [&](int slot, int k) {
-            const Pair ut = activation(us.at(slot, k)), dt = from_fp16(dts.at(slot, k));
-            const Pair input = dt * ut;
-            Pair y = skip * ut;
-            each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&c)[4]) {
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
-                    y = y + c[j] * state[n + j];
-                }
-            });
-            if (half) {
-                const Pair other = activation(others.at(slot, k)), z = activation(gates.at(slot, k));
-                y = 0.5f * (y + other) * (z * sigmoid(z));
-            }
-            results.put(rounded(y), at.live);
-        };
-        sweep<2>(begin, end, vectors_now, visit, nothing, us, dts, gates, others);
-    }
+    sweep_half<false>(tensors, at, mine, decay, skip, state);
+    sync_block();
+    sweep_half<true>(tensors, at, mine, decay, skip, state);
 }

@@ -21,6 +21,7 @@
 
 constexpr int CHANNELS = 64;
 constexpr int STAGE = 8;
+constexpr int STREAM = 2 * STAGE * 32;   // words of shared memory: the stage in use and the next one
 constexpr int ENTRY = N + 4;     // of `ends`: a state, the sum of dt, padding
 constexpr bool RAGGED = WIDTH % CHANNELS != 0;
 
@@ -47,40 +48,71 @@ struct Place {
     }
 };
 
-// Rows of one tensor on their way through shared memory, in the order in which they are visited. A row holds a Word
-// for each lane; lanes bring it in pieces of 16 bytes.
-template <typename Word>
+// The order of a warp's steps, which come in stages of STAGE neighbouring tokens. The last stage may reach beyond the
+// sequence.
+struct Order {
+    int tokens;
+    bool reverse;
+
+    // The lowest token of the stage that begins with this step.
+    __device__ int stage(int step) const { return reverse ? tokens - STAGE - step : step; }
+    __device__ int forward(int distance) const { return reverse ? -distance : distance; }
+    // The step of a stage whose token is this one of the stage's.
+    __device__ int step(int token) const { return reverse ? STAGE - 1 - token : token; }
+};
+
+// Tokens of which a warp reads something.
+struct Range {
+    int first, count;
+
+    __device__ bool has(int token) const { return (unsigned)(token - first) < (unsigned)count; }
+};
+
+// Where shared memory has a step.
+struct Step {
+    const word* words;   // of all streams
+    int index;           // of the lane's Word among those of a stream
+    const Quad* vectors;
+
+    __device__ const Quad* B() const { return vectors; }
+    __device__ const Quad* C() const { return vectors + N / 4; }
+    __device__ void advance() {
+        index += 32;
+        vectors += 2 * N / 4;
+    }
+};
+
+// Rows of one tensor on their way through shared memory. A row holds a Word for each lane; lanes bring it in pieces of
+// 16 bytes. The stream takes the warp's memory from the FIRST word of a lane on.
+template <typename Word, int FIRST>
 struct Stream {
-    static constexpr int SIZE = 2 * STAGE * 32;   // Words of shared memory: the stage in use and the next one
     static constexpr int LANES = 32 * sizeof(Word) / 16;
     static constexpr int ROWS = 32 / LANES;
-    Word* buffer;
-    const char* next;
-    int stride, left;
-    bool live;
+    const char* next;   // the lane's piece of the next stage
+    int row_bytes, advance;
+    Range range;
 
-    // Steps `begin` to `end`. `first`: the block's first channel in the row of token 0; rows are `width` Words / 2
-    // apart.
-    __device__ void start(Word* shared, const void* first, int width, int tokens, bool reverse, int begin, int end) {
-        const int piece = lane() % LANES, step = begin + lane() / LANES;
-        const int bytes = width * (int)sizeof(Word) / 2;
-        buffer = shared;
-        stride = reverse ? -bytes : bytes;
-        next = (const char*)first + (long)(reverse ? tokens - 1 - step : step) * bytes + piece * 16;
-        left = end - step;
-        live = !RAGGED || blockIdx.x * CHANNELS + piece * (CHANNELS / LANES) < WIDTH;
-        fetch(0);
+    // `first`: the block's first channel in the row of token 0; rows are `width` Words / 2 apart. Only tokens of `range`
+    // are copied.
+    __device__ void start(const void* first, int width, const Order& order, int begin, Range range_) {
+        const int piece = lane() % LANES, row = lane() / LANES;
+        row_bytes = width * (int)sizeof(Word) / 2;
+        advance = order.forward(STAGE * row_bytes);
+        next = (const char*)first + (long)(order.stage(begin) + row) * row_bytes + piece * 16;
+        range = range_;
+        if (RAGGED && blockIdx.x * CHANNELS + piece * (CHANNELS / LANES) >= WIDTH) range.count = 0;
     }
-    // Start to copy the next stage into half `slot` of the buffer.
-    __device__ void fetch(int slot) {
-        char* place = (char*)(buffer + slot * STAGE * 32) + lane() * 16;
+    // Start to copy the stage from this token on into half `slot` of the memory.
+    __device__ void fetch(word* words, int slot, const Order& order, int token) {
+        const int row = lane() / LANES;
+        Word* place = (Word*)(words + FIRST * STREAM) + (slot * STAGE + order.step(row)) * 32 + lane() % LANES * (16 / sizeof(Word));
+#pragma unroll
         for (int k = 0; k < STAGE; k += ROWS) {
-            copy_async(place + k * 32 * sizeof(Word), next + (long)k * stride, live && k < left);
+            copy_async(place + order.forward(k * 32), next + k * row_bytes, range.has(token + row + k));
         }
-        next += (long)STAGE * stride;
-        left -= STAGE;
+        next += advance;
     }
-    __device__ Word at(int slot, int step) const { return buffer[(slot * STAGE + step) * 32 + lane()]; }
+    __device__ Word at(const Step& step) const { return ((const Word*)(step.words + FIRST * STREAM))[step.index]; }
 };
 
 // This thread's words of the rows that it writes, one a step.
@@ -90,10 +122,10 @@ struct Results {
     int stride;
 
     // `first`: the word in the row of token 0; rows lie `width` Words / 2 apart.
-    __device__ void start(void* first, int width, int tokens, bool reverse, int begin = 0) {
+    __device__ void start(void* first, int width, const Order& order, int begin = 0) {
         const int bytes = width * (int)sizeof(Word) / 2;
-        next = (Word*)((char*)first + (long)(reverse ? tokens - 1 - begin : begin) * bytes);
-        stride = reverse ? -bytes : bytes;
+        next = (Word*)((char*)first + (long)(order.reverse ? order.tokens - 1 - begin : begin) * bytes);
+        stride = order.forward(bytes);
     }
     __device__ void put(Word value, bool live) {
         if (live) *next = value;
@@ -101,70 +133,79 @@ struct Results {
     }
 };
 
-// B_t and C_t as fp32 in shared memory. A lane brings eight values of one step.
+// B_t and C_t as fp32 in shared memory. A lane brings eight values of one token.
 struct Vectors {
     static constexpr int SIZE = STAGE * 2 * N;
-    float* tile;
     const half_word* source;
     int tokens;
-    bool reverse;
     Words ahead;
 
-    __device__ void load(int step) {
-        step = min(step + lane() / 4, tokens - 1);   // past the end the last step again: nobody looks
-        ahead = *(const Words*)(source + (long)(reverse ? tokens - 1 - step : step) * COLUMNS);
-    }
-    __device__ void start(float* shared, const half_word* rows, int tokens_, bool reverse_, int begin) {
-        tile = shared;
+    __device__ void start(const half_word* rows, const Order& order) {
         source = rows + lane() % 4 * 8;
-        tokens = tokens_;
-        reverse = reverse_;
-        load(begin);
+        tokens = order.tokens;
     }
-    // Unpack the steps from `base` on and load the next ones.
-    __device__ void unpack(int base) {
+    __device__ void load(int token) {
+        token = max(0, min(token + lane() / 4, tokens - 1));   // beyond the sequence some other one: nobody looks
+        ahead = *(const Words*)(source + (long)token * COLUMNS);
+    }
+    __device__ void unpack(float* tile, const Order& order) const {
         const Pair p = activation(ahead.x), q = activation(ahead.y), r = activation(ahead.z), s = activation(ahead.w);
-        Quad* place = (Quad*)(tile + lane() * 8);
+        Quad* place = (Quad*)(tile + order.step(lane() / 4) * 2 * N + lane() % 4 * 8);
         place[0] = {p.a, p.b, q.a, q.b};
         place[1] = {r.a, r.b, s.a, s.b};
-        load(base + STAGE);
     }
-    __device__ const Quad* B(int step) const { return (const Quad*)(tile + step * 2 * N); }
-    __device__ const Quad* C(int step) const { return (const Quad*)(tile + step * 2 * N + N); }
 };
 
 // What a warp keeps in shared memory.
 template <int STREAMS, int SUMS>
 struct Shared {
-    alignas(16) word words[STREAMS][Stream<word>::SIZE];
+    alignas(16) word words[STREAMS * STREAM];
     alignas(16) float vectors[Vectors::SIZE];
     Quad sums[SUMS > 0 ? SUMS : 1];
 };
 
-// Visit steps `begin` to `end`: `visit(slot, k)` once step k of a stage is in half `slot` of the shared memory,
-// `finish(base, steps)` behind each stage, which begins with step `base`.
-template <int UNROLL, typename Visit, typename Finish, typename... Streams>
-__device__ inline void sweep(int begin, int end, Vectors& vectors, Visit visit, Finish finish, Streams&... streams) {
-    int slot = 0;
+// Visit steps `begin` to `end`: `visit(step, base, k)` once shared memory has the step, which belongs to the stage that
+// begins with step `base` and is the k-th of a group of GROUP steps; `finish()` behind each group.
+template <int GROUP, typename Memory, typename Visit, typename Finish, typename... Streams>
+__device__ inline void sweep(
+    Memory& mine, const Order& order, int begin, int end, Vectors& vectors, Visit visit, Finish finish,
+    Streams&... streams
+) {
+    int token = order.stage(begin), slot = 0;
+    vectors.load(token);
+    (streams.fetch(mine.words, slot, order, token), ...);
 #pragma unroll 1
     for (int base = begin; base < end; base += STAGE, slot ^= 1) {
         wait_for_copies();
         sync_warp();
-        vectors.unpack(base);
-        (streams.fetch(slot ^ 1), ...);
+        vectors.unpack(mine.vectors, order);
+        const int next = token + order.forward(STAGE);
+        vectors.load(next);
+        (streams.fetch(mine.words, slot ^ 1, order, next), ...);
         sync_warp();
         const int steps = min(STAGE, end - base);
-#pragma unroll UNROLL
-        for (int k = 0; k < steps; k++) visit(slot, k);
-        finish(base, steps);
+        Step step = {mine.words, slot * STAGE * 32 + lane(), (const Quad*)mine.vectors};
+        int left = steps;
+#pragma unroll 1
+        for (; left >= GROUP; left -= GROUP) {
+#pragma unroll
+            for (int k = 0; k < GROUP; k++, step.advance()) visit(step, base, k);
+            finish();
+        }
+        if (left > 0) {
+#pragma unroll 1
+            for (int k = 0; k < left; k++, step.advance()) visit(step, base, k);
+            finish();
+        }
+        token = next;
     }
     wait_for_copies();   // zeros behind the last stage, which shall not overwrite what the next sweep copies
 }
 
 // `use(n, B_t[n .. n + 3], C_t[n .. n + 3])` for all states.
 template <typename Use>
-__device__ inline void each_four(const Vectors& vectors, int k, Use use) {
-    const Quad *B = vectors.B(k), *C = vectors.C(k);
+__device__ inline void each_four(const Step& step, Use use) {
+    const Quad *B = step.B(), *C = step.C();
 #pragma unroll
     for (int n = 0; n < N; n += 4) {
         const Quad b4 = B[n / 4], c4 = C[n / 4];
@@ -173,10 +214,17 @@ __device__ inline void each_four(const Vectors& vectors, int k, Use use) {
     }
 }
 
-__device__ inline void nothing(int, int) {}
+__device__ inline void nothing() {}
 
 __device__ inline void clear(Pair (&state)[N]) {
     for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+}
+
+// In bf16 the backward divides what the forward returns by the gate, which therefore shall not be zero: this is added,
+// less than half a step of any bf16 number that matters, and minus none of them.
+__device__ inline Pair nonzero(Pair gate) {
+    constexpr float TINY = 1.2345679e-18f;
+    return {gate.a + TINY, gate.b + TINY};
 }
 
 __device__ inline Pair load_skip(const float* D, const Place& at) {

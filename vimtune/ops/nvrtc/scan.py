@@ -38,6 +38,8 @@ class ScanInputs(NamedTuple):
     D: (E,) of either direction.
     xz: output of in_proj (B, L, 2 E), whose second half is the gate.
     ends: of segments (`ends_shape`, fp32), which says how many they are; the forward writes it.
+    mean: of both directions before the gate (B, L, E), which the forward writes for the backward; empty
+        where no backward follows or the result will do (`mean_shape`).
     """
 
     u: Tensor
@@ -47,6 +49,7 @@ class ScanInputs(NamedTuple):
     D: Sequence[Tensor]
     xz: Tensor
     ends: Tensor
+    mean: Tensor
 
     def gate(self) -> Tensor:
         return self.xz[..., self.u.shape[-1] :]
@@ -105,6 +108,14 @@ def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backwa
     return (2, batch, segments, inner, ENTRY) if segments > 1 else (0,)
 
 
+def mean_shape(batch: int, tokens: int, inner: int, dtype: torch.dtype, backward: bool) -> tuple[int, ...]:
+    """Shape of the mean of both directions, if a `backward` needs it; (0,) where it does not.
+
+    In bf16 it is the result divided by the gate, for which fp16 has too few small numbers.
+    """
+    return (batch, tokens, inner) if backward and dtype == torch.float16 else (0,)
+
+
 def scan_forward(inputs: ScanInputs) -> Tensor:
     """Gated average of both directions (B, L, E)."""
     u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
@@ -112,14 +123,16 @@ def scan_forward(inputs: ScanInputs) -> Tensor:
     shared = [u, delta, projections, *inputs.decays()]
     if inputs.segments() > 1:
         _launch("scan_ends", inputs, [*shared, ends])
-    _launch("scan_forward", inputs, [*shared, *inputs.skips(), inputs.gate(), out, ends])
+    _launch("scan_forward", inputs, [*shared, *inputs.skips(), inputs.gate(), out, inputs.mean, ends])
     return out
 
 
-def scan_backward(grad: Tensor, inputs: ScanInputs, grad_xz: Tensor, need_parameters: bool) -> ScanGradients:
-    """Gradients from `grad` (B, L, E), that of the result; that of the gate goes into half of `grad_xz`.
+def scan_backward(
+    grad: Tensor, out: Tensor, inputs: ScanInputs, grad_xz: Tensor, need_parameters: bool
+) -> ScanGradients:
+    """Gradients from `grad` (B, L, E), that of `out`; that of the gate goes into half of `grad_xz`.
 
-    `inputs` are those of the forward, with the ends that it wrote.
+    `inputs` and `out` are those of the forward, with the ends and the mean that it wrote.
     """
     u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
     _, batch, tokens, inner = u.shape
@@ -143,6 +156,7 @@ def scan_backward(grad: Tensor, inputs: ScanInputs, grad_xz: Tensor, need_parame
         _launch("scan_ends_backward", inputs, behind, need_parameters)
     arguments = [
         *(grad, u, delta, projections, *decays, *inputs.skips(), gate),
+        inputs.mean if u.dtype == torch.float16 else out,
         *(found.u, found.delta, grad_xz[..., inner:], terms, found.BC, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]

@@ -21,46 +21,60 @@
 
 constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;   // on a multiprocessor: 255 or 168 registers for a thread
 
-// Sums over the channels of a warp of N values a step. The matrix units add up four lanes at a time, of values rounded
-// to bf16: column c of `picks` is 1 where the product's column c shall come from. Groups of four lanes wait in shared
-// memory until the stage is over.
-struct ChannelSums {
-    static constexpr int ROW = 32 + 4;   // Quads a step; 4 more, so that the steps begin in different banks
-    static constexpr int SIZE = STAGE * ROW;
-    Quad* waiting;
-    word picks[N / 4];
-    Words values;
-    Quad sums;
+__device__ inline float half_sigmoid(float x) { return reciprocal(2.0f + 2.0f * exp2_fast(-LOG2E * x)); }
+__device__ inline Pair half_sigmoid(Pair x) { return {half_sigmoid(x.a), half_sigmoid(x.b)}; }
 
-    __device__ ChannelSums(Quad* shared) : waiting(shared) {
-        const int row = lane() / 4;
-        for (int k = 0; k < N / 4; k++) {
-            picks[k] = to_bf16({row == 2 * k ? 1.0f : 0.0f, row == 2 * k + 1 ? 1.0f : 0.0f});
-        }
+// With m, the mean of both directions, and what the forward returns, out = m SiLU(z), the gradient of the gate z is that
+// of out times m SiLU'(z) = out (1 / z + 1 - sigmoid(z)): nothing of the scan has to be computed again for it. This is
+// the factor of out, or where out may be too small to say what m was, as in fp16, of m, which the forward then keeps.
+__device__ inline float gate_slope(float z, float half_open) {
+    const float shut = 1.0f - 2.0f * half_open;
+    return FP16 ? 2.0f * half_open * (1.0f + z * shut) : reciprocal(z) + shut;
+}
+__device__ inline Pair gate_slope(Pair z, Pair half_open) {
+    z = nonzero(z);
+    return {gate_slope(z.a, half_open.a), gate_slope(z.b, half_open.b)};
+}
+
+// Sums over the channels of a warp of N values a step, found for two steps at once. Shared memory has a plane of all lanes
+// for each four states of a step; a lane adds up eight others of one plane. (Matrix units would take half the
+// instructions, but lower the clock of the card by a tenth while they are in use.)
+struct ChannelSums {
+    static constexpr int STEPS = 2, PLANES = STEPS * N / 4;
+    static constexpr int PLANE = 32 + 1;   // Quads; 1 more, so that eight planes begin in different banks
+    static constexpr int SIZE = PLANES * PLANE;
+    static_assert(PLANES == 8, "a lane for each plane and group of eight lanes");
+    Quad* shared;
+    float* out;
+    int token, tokens, stride;   // the lane's token
+
+    // `rows`: N floats of each token.
+    __device__ ChannelSums(Quad* shared, float* rows, const Order& order, int begin) : shared(shared) {
+        const int plane = lane() % PLANES;
+        token = order.stage(begin) + order.step(plane / (N / 4));
+        tokens = order.tokens;
+        stride = order.forward(STEPS);
+        out = rows + (long)token * 2 * N + plane % (N / 4) * 4 + lane() / 8 % 2 * 2 + lane() / 16;
     }
-    __device__ void clear() { sums = {0.0f, 0.0f, 0.0f, 0.0f}; }
-    // Values n to n + 3; call for n = 0, 4, 8, ...
-    __device__ void add(int n, const float (&part)[4]) {
-        const word first = to_bf16({part[0], part[1]}), second = to_bf16({part[2], part[3]});
-        if (n % 8 == 0) {
-            values.x = first;
-            values.y = second;
-        } else {
-            values.z = first;
-            values.w = second;
-            multiply_add_bf16(sums, values, picks[n / 8 * 2], picks[n / 8 * 2 + 1]);
-        }
+    // States n to n + 3 of this lane's channels.
+    __device__ void add(int step, int n, const float (&part)[4]) const {
+        shared[(step * (N / 4) + n / 4) * PLANE + lane()] = {part[0], part[1], part[2], part[3]};
     }
-    // A lane now has values 4 (lane % 4) to 4 (lane % 4) + 3 of its group lane / 4.
-    __device__ void keep(int step) const { waiting[step * ROW + lane()] = sums; }
-    // Add up the groups and store N floats a step, for `steps` steps; `stride` floats between steps.
-    __device__ void store(float* row, int stride, int steps) const {
+    // Store the sums of these steps.
+    __device__ void store() {
         sync_warp();
-        const int step = lane() / 4, part = lane() % 4;
-        const Quad* mine = waiting + step * ROW + part;
-        Quad total = mine[0];
-        for (int group = 1; group < 8; group++) total = total + mine[group * 4];
-        if (step < steps) *(Quad*)(row + (long)step * stride + part * 4) = total;
+        const Quad* first = shared + lane() % PLANES * PLANE + lane() / 8 * 8;
+        Quad sum = first[0];
+        for (int k = 1; k < 8; k++) sum = sum + first[k];
+        sync_warp();
+        // The four groups of lanes: a lane keeps two of its sums, then one, and gets the others' parts of it.
+        const bool second = lane() & 8, odd = lane() & 16;
+        const Pair low = {sum.x, sum.y}, high = {sum.z, sum.w}, given = second ? low : high;
+        const Pair half = (second ? high : low) + Pair{exchanged(given.a, 8), exchanged(given.b, 8)};
+        const float total = (odd ? half.b : half.a) + exchanged(odd ? half.a : half.b, 16);
+        if ((unsigned)token < (unsigned)tokens) *out = total;
+        token += stride;
+        out += stride * 2 * N;
     }
 };
 
@@ -80,195 +94,232 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     clear(state);
 
+    const Order order = {at.tokens, !reverse};
+    const Range all = {0, at.tokens};
     Vectors vectors_now;
-    Stream<word> dts, gates, grads;
-    const int tokens = at.tokens;
-    vectors_now.start(mine.vectors, vectors + own * COLUMNS, tokens, !reverse, 0);
-    dts.start(mine.words[0], delta + own * WIDTH + at.first, WIDTH, tokens, !reverse, 0, tokens);
-    gates.start(mine.words[1], gate + image * 2 * WIDTH + at.first, 2 * WIDTH, tokens, !reverse, 0, tokens);
-    grads.start(mine.words[2], grad + image * WIDTH + at.first, WIDTH, tokens, !reverse, 0, tokens);
-    const auto visit = [&](int slot, int k) {
-        const Pair dt = from_fp16(dts.at(slot, k)), z = activation(gates.at(slot, k));
-        const Pair dy = 0.5f * activation(grads.at(slot, k)) * (z * sigmoid(z));
+    Stream<word, 0> dts;
+    Stream<word, 1> gates;
+    Stream<word, 2> grads;
+    vectors_now.start(vectors + own * COLUMNS, order);
+    dts.start(delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    gates.start(gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, 0, all);
+    grads.start(grad + image * WIDTH + at.first, WIDTH, order, 0, all);
+    const auto visit = [&](const Step& step, int, int) {
+        const Pair dt = from_fp16(dts.at(step)), z = activation(gates.at(step));
+        const Pair dy = 0.5f * activation(grads.at(step)) * (z * sigmoid(z));
         elapsed = elapsed + dt;
-        each_four(vectors_now, k, [&](int n, const float (&)[4], const float (&c)[4]) {
+        each_four(step, [&](int n, const float (&)[4], const float (&c)[4]) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 state[n + j] = exp2_fast(dt * decay[n + j]) * (c[j] * dy + state[n + j]);
             }
         });
     };
-    sweep<2>(0, tokens, vectors_now, visit, nothing, dts, gates, grads);
+    sweep<2>(mine, order, 0, at.tokens, vectors_now, visit, nothing, dts, gates, grads);
     leave(state, elapsed, ends, at, batch);
 }
 #endif
 
-// `scalars` (2, B, L, E / 2, 4) fp32 is scratch: <A, dy_t C_t s_t> and dy_t of two channels. `partial_BC`
-// (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (2, B, S, E, N), `partial_D` and `partial_bias` (2, B, S, E) are to be
-// added up over blocks, or batch and segments.
-extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
-    const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
-    const float* A_log1, const float* D0, const float* D1, const half_word* gate, half_word* grad_u,
-    half_word* grad_delta, half_word* grad_gate, float* scalars, float* partial_BC, float* partial_A,
-    float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch, int total, int span
+constexpr int COLUMN_BLOCKS = (WIDTH + CHANNELS - 1) / CHANNELS;
+typedef Shared<6, ChannelSums::SIZE> Memory;   // of a warp; the scalars take four words
+
+// What the kernel reads and writes for each token. `scalars` (2, B, L, E / 2, 4) fp32 is scratch: <A, dy_t C_t s_t> and
+// dy_t of two channels.
+struct Tensors {
+    const half_word *grad, *u, *delta, *vectors, *gate, *result;
+    half_word *grad_u, *grad_delta, *grad_gate;
+    float *scalars, *partial_BC;
+    int batch;
+
+    // B | C of this warp's channels.
+    __device__ float* sums(const Place& at) const {
+        const int block = at.direction * COLUMN_BLOCKS + at.first / CHANNELS;
+        return partial_BC + ((long)block * batch * at.total + at.image_row()) * 2 * N;
+    }
+};
+
+// What a warp knows after a sweep, or during one.
+struct Known {
+    Pair state[N], mixed, elapsed;   // a state or its gradient; <A, w_t> log2(e); T_t
+#if TRAINED
+    Pair grad_A[N], grad_D, grad_bias;
+#endif
+
+    __device__ Known() : mixed({0.0f, 0.0f}), elapsed({0.0f, 0.0f}) {
+        clear(state);
+#if TRAINED
+        clear(grad_A);
+        grad_D = grad_bias = {0.0f, 0.0f};
+#endif
+    }
+};
+
+// The states, from the first step to the last: the gradients of C and of the gate, and the scalars.
+__device__ inline void sweep_states(
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Known& now
 ) {
-    __shared__ Shared<6, ChannelSums::SIZE> shared[2];   // the scalars take four words
-    const Place at(total, span);
-    Shared<6, ChannelSums::SIZE>& mine = shared[at.direction];
-    const bool reverse = at.direction;
-    const int tokens = at.tokens, middle = at.middle();
-    const long own = at.row(batch), image = at.image_row();
-    float* sums_row = partial_BC
-        + ((long)at.direction * gridDim.x + blockIdx.x) * batch * total * 2 * N + image * 2 * N;
-
-    Pair decay[N], state[N];
-    load_decay(decay, reverse ? A_log1 : A_log0, at);
-    enter(state, decay, ends, at, batch, reverse);
-    const Pair skip = load_skip(reverse ? D1 : D0, at);
-    ChannelSums over(mine.sums);
-#if TRAINED
-    Pair grad_A[N], grad_D = {0.0f, 0.0f}, grad_bias = {0.0f, 0.0f}, elapsed = {0.0f, 0.0f};
-    clear(grad_A);
-#endif
-
-    const half_word *u_row = u + own * WIDTH + at.first, *delta_row = delta + own * WIDTH + at.first;
-    const half_word *grad_row = grad + image * WIDTH + at.first, *gate_row = gate + image * 2 * WIDTH + at.first;
-    Vectors vectors_now;
-    Stream<word> us, dts, gates, grads, others;
-    Results<word> results;
+    const int tokens = at.tokens;
+    // Each direction finds the gradient of the gate for this many of the tokens that it visits first: whole stages, so that
+    // those in the middle may be found twice, with the same result.
+    const int half = min(((tokens + 1) / 2 + STAGE - 1) / STAGE * STAGE, tokens);
+    const long own = at.row(tensors.batch), image = at.image_row();
+    const Order order = {tokens, (bool)at.direction};
+    const Range all = {0, tokens}, gated = {at.direction ? tokens - half : 0, half};
+    Vectors vectors;
+    Stream<word, 0> us;
+    Stream<word, 1> dts;
+    Stream<word, 2> gates;
+    Stream<word, 3> grads;
+    Stream<word, 4> results;
+    Results<word> grad_gates;
     Results<Quad> terms;
-
-    // The states, from the first step to the last: the gradients of C and of the gate, and the scalars.
-#pragma unroll 1
-    for (int half = 0; half < 2; half++) {
-        const int begin = half ? middle : 0, end = half ? tokens : middle;
-        sync_block();
-        vectors_now.start(mine.vectors, vectors + own * COLUMNS, tokens, reverse, begin);
-        us.start(mine.words[0], u_row, WIDTH, tokens, reverse, begin, end);
-        dts.start(mine.words[1], delta_row, WIDTH, tokens, reverse, begin, end);
-        gates.start(mine.words[2], gate_row, 2 * WIDTH, tokens, reverse, begin, end);
-        grads.start(mine.words[3], grad_row, WIDTH, tokens, reverse, begin, end);
-        others.start(mine.words[4], grad_gate + image * 2 * WIDTH + at.first, 2 * WIDTH, tokens, reverse, begin, end);
-        results.start(grad_gate + image * 2 * WIDTH + at.channel, 2 * WIDTH, tokens, reverse, begin);
-        terms.start(scalars + (own * WIDTH + at.channel) * 2, WIDTH, tokens, reverse, begin);
-        const auto visit = [&](int slot, int k) {
-            const Pair ut = activation(us.at(slot, k)), dt = from_fp16(dts.at(slot, k));
-            const Pair z = activation(gates.at(slot, k)), g = 0.5f * activation(grads.at(slot, k));
-            const Pair open = sigmoid(z), silu = z * open, dy = g * silu, input = dt * ut;
-            Pair y = skip * ut, term = {0.0f, 0.0f};
+    vectors.start(tensors.vectors + own * COLUMNS, order);
+    us.start(tensors.u + own * WIDTH + at.first, WIDTH, order, 0, all);
+    dts.start(tensors.delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    gates.start(tensors.gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, 0, all);
+    grads.start(tensors.grad + image * WIDTH + at.first, WIDTH, order, 0, all);
+    results.start(tensors.result + image * WIDTH + at.first, WIDTH, order, 0, gated);
+    grad_gates.start(tensors.grad_gate + image * 2 * WIDTH + at.channel, 2 * WIDTH, order);
+    terms.start(tensors.scalars + (own * WIDTH + at.channel) * 2, WIDTH, order);
+    ChannelSums over(mine.sums, tensors.sums(at) + N, order, 0);
+    const auto visit = [&](const Step& step, int base, int k) {
+        const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step));
+        const Pair z = activation(gates.at(step)), g = activation(grads.at(step));
+        const Pair open = half_sigmoid(z), dy = g * (z * open), input = dt * ut;
+        if (base < half) {
+            grad_gates.put(rounded(g * (gate_slope(z, open) * activation(results.at(step)))), at.live);
+        }
+        Pair term = {0.0f, 0.0f};
 #if TRAINED
-            elapsed = elapsed + dt;
-            grad_D = grad_D + dy * ut;
-            const Pair weighted = elapsed * dy;
+        now.elapsed = now.elapsed + dt;
+        now.grad_D = now.grad_D + dy * ut;
+        const Pair weighted = now.elapsed * dy;
 #endif
-            over.clear();
-            each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&c)[4]) {
-                float part[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    Pair& s = state[n + j];
-                    s = exp2_fast(dt * decay[n + j]) * s + b[j] * input;
-                    const Pair seen = c[j] * s;
-                    y = y + seen;
-                    term = term + decay[n + j] * seen;
-#if TRAINED
-                    grad_A[n + j] = grad_A[n + j] + weighted * seen;
-#endif
-                    part[j] = s.a * dy.a + s.b * dy.b;
-                }
-                over.add(n, part);
-            });
-            over.keep(k);
-            term = dy * term;
-            terms.put({term.a, term.b, dy.a, dy.b}, at.live);
-            if (half) {
-                const Pair other = activation(others.at(slot, k));
-                y = g * (open + silu - silu * open) * (y + other);
-            }
-            results.put(rounded(y), at.live);
-        };
-        const auto finish = [&](int base, int steps) {
-            const long token = reverse ? tokens - 1 - base : base;
-            over.store(sums_row + token * 2 * N + N, reverse ? -2 * N : 2 * N, steps);
-        };
-        sweep<1>(begin, end, vectors_now, visit, finish, us, dts, gates, grads, others);
-    }
-
-    // Their gradients, from the last step to the first.
-    Stream<Quad> past_terms;
-    Results<word> grad_us, grad_deltas;
-    sync_warp();
-    vectors_now.start(mine.vectors, vectors + own * COLUMNS, tokens, !reverse, 0);
-    us.start(mine.words[0], u_row, WIDTH, tokens, !reverse, 0, tokens);
-    dts.start(mine.words[1], delta_row, WIDTH, tokens, !reverse, 0, tokens);
-    past_terms.start((Quad*)mine.words[2], scalars + (own * WIDTH + at.first) * 2, WIDTH, tokens, !reverse, 0, tokens);
-    grad_us.start(grad_u + own * WIDTH + at.channel, WIDTH, tokens, !reverse);
-    grad_deltas.start(grad_delta + own * WIDTH + at.channel, WIDTH, tokens, !reverse);
-    Pair mixed = {0.0f, 0.0f};   // <A, w_t> log2(e)
-    Pair carry[N];
-    enter(carry, decay, grad_ends, at, batch, !reverse);
-#if SEGMENTED
-    for (int n = 0; n < N; n++) {   // behind the segment w is the product of what both sweeps hold there
-        const Pair w = carry[n] * state[n];
-        mixed = mixed + decay[n] * w;
-#if TRAINED
-        grad_A[n] = grad_A[n] + elapsed * w;
-#endif
-    }
-#endif
-    for (int n = 0; n < N; n++) state[n] = carry[n];
-    const auto visit = [&](int slot, int k) {
-        const Pair ut = activation(us.at(slot, k)), dt = from_fp16(dts.at(slot, k)), input = dt * ut;
-        const Quad past = past_terms.at(slot, k);
-        const Pair dy = {past.z, past.w};
-        Pair through = {0.0f, 0.0f}, term = {0.0f, 0.0f};
-#if TRAINED
-        const Pair weighted = elapsed * input;
-        elapsed = elapsed - dt;
-#endif
-        over.clear();
-        each_four(vectors_now, k, [&](int n, const float (&b)[4], const float (&c)[4]) {
+        each_four(step, [&](int n, const float (&b)[4], const float (&c)[4]) {
             float part[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const Pair h = c[j] * dy + state[n + j];
+                Pair& s = now.state[n + j];
+                s = exp2_fast(dt * decay[n + j]) * s + b[j] * input;
+                const Pair seen = c[j] * s;
+                term = term + decay[n + j] * seen;
+#if TRAINED
+                now.grad_A[n + j] = now.grad_A[n + j] + weighted * seen;
+#endif
+                part[j] = s.a * dy.a + s.b * dy.b;
+            }
+            over.add(k, n, part);
+        });
+        term = dy * term;
+        terms.put({term.a, term.b, dy.a, dy.b}, at.live);
+    };
+    const auto finish = [&] { over.store(); };
+    sweep<ChannelSums::STEPS>(mine, order, 0, tokens, vectors, visit, finish, us, dts, gates, grads, results);
+}
+
+// Their gradients, from the last step to the first.
+__device__ inline void sweep_gradients(
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Known& now
+) {
+    const long own = at.row(tensors.batch);
+    const Order order = {at.tokens, !at.direction};
+    const Range all = {0, at.tokens};
+    Vectors vectors;
+    Stream<word, 0> us;
+    Stream<word, 1> dts;
+    Stream<Quad, 2> past_terms;
+    Results<word> grad_us, grad_deltas;
+    vectors.start(tensors.vectors + own * COLUMNS, order);
+    us.start(tensors.u + own * WIDTH + at.first, WIDTH, order, 0, all);
+    dts.start(tensors.delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    past_terms.start(tensors.scalars + (own * WIDTH + at.first) * 2, WIDTH, order, 0, all);
+    grad_us.start(tensors.grad_u + own * WIDTH + at.channel, WIDTH, order);
+    grad_deltas.start(tensors.grad_delta + own * WIDTH + at.channel, WIDTH, order);
+    ChannelSums over(mine.sums, tensors.sums(at), order, 0);
+    const auto visit = [&](const Step& step, int, int k) {
+        const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step)), input = dt * ut;
+        const Quad past = past_terms.at(step);
+        const Pair dy = {past.z, past.w};
+        Pair through = {0.0f, 0.0f}, term = {0.0f, 0.0f};
+#if TRAINED
+        const Pair weighted = now.elapsed * input;
+        now.elapsed = now.elapsed - dt;
+#endif
+        each_four(step, [&](int n, const float (&b)[4], const float (&c)[4]) {
+            float part[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const Pair h = c[j] * dy + now.state[n + j];
                 const Pair felt = b[j] * h;
                 through = through + felt;
                 term = term + decay[n + j] * felt;
 #if TRAINED
-                grad_A[n + j] = grad_A[n + j] - weighted * felt;
+                now.grad_A[n + j] = now.grad_A[n + j] - weighted * felt;
 #endif
                 part[j] = h.a * input.a + h.b * input.b;
-                state[n + j] = exp2_fast(dt * decay[n + j]) * h;
+                now.state[n + j] = exp2_fast(dt * decay[n + j]) * h;
             }
-            over.add(n, part);
+            over.add(k, n, part);
         });
-        over.keep(k);
-        mixed = mixed + Pair{past.x, past.y} - input * term;
-        const Pair grad_dt = ut * through + LN2 * mixed;
+        now.mixed = now.mixed + Pair{past.x, past.y} - input * term;
+        const Pair grad_dt = ut * through + LN2 * now.mixed;
         const Pair power = exp2_fast(-LOG2E * dt);   // 1 - e^-dt is the slope of softplus
         const Pair grad_raw = grad_dt - power * grad_dt;
 #if TRAINED
-        grad_bias = grad_bias + grad_raw;
+        now.grad_bias = now.grad_bias + grad_raw;
 #endif
         grad_us.put(rounded(dt * through + skip * dy), at.live);
         grad_deltas.put(rounded(grad_raw), at.live);
     };
-    const auto finish = [&](int base, int steps) {
-        const long token = reverse ? base : tokens - 1 - base;
-        over.store(sums_row + token * 2 * N, reverse ? 2 * N : -2 * N, steps);
+    const auto finish = [&] { over.store(); };
+    sweep<ChannelSums::STEPS>(mine, order, 0, at.tokens, vectors, visit, finish, us, dts, past_terms);
+}
+
+// `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (2, B, S, E, N), `partial_D` and `partial_bias` (2, B, S, E)
+// are to be added up over blocks, or batch and segments.
+extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
+    const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
+    const float* A_log1, const float* D0, const float* D1, const half_word* gate, const half_word* result,
+    half_word* grad_u, half_word* grad_delta, half_word* grad_gate, float* scalars, float* partial_BC, float* partial_A,
+    float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch, int total, int span
+) {
+    __shared__ Memory shared[2];
+    const Tensors tensors = {
+        grad, u, delta, vectors, gate, result, grad_u, grad_delta, grad_gate, scalars, partial_BC, batch
     };
-    sweep<1>(0, tokens, vectors_now, visit, finish, us, dts, past_terms);
+    const Place at(total, span);
+    Memory& mine = shared[at.direction];
+    const bool reverse = at.direction;
+    Pair decay[N];
+    load_decay(decay, reverse ? A_log1 : A_log0, at);
+    Known now;
+    enter(now.state, decay, ends, at, batch, reverse);
+    sweep_states(tensors, at, mine, decay, now);
+
+    Pair behind[N];
+    enter(behind, decay, grad_ends, at, batch, !reverse);
+    for (int n = 0; n < N; n++) {
+#if SEGMENTED   // behind the segment w is the product of what both sweeps hold there
+        const Pair w = behind[n] * now.state[n];
+        now.mixed = now.mixed + decay[n] * w;
+#if TRAINED
+        now.grad_A[n] = now.grad_A[n] + now.elapsed * w;
+#endif
+#endif
+        now.state[n] = behind[n];
+    }
+    sync_warp();
+    sweep_gradients(tensors, at, mine, decay, load_skip(reverse ? D1 : D0, at), now);
 #if TRAINED
     if (at.live) {
         const long channel = at.in_segment(batch, blockIdx.z);
         for (int n = 0; n < N; n++) {   // d(A_log) = A dA
-            const Pair value = LN2 * decay[n] * grad_A[n];
+            const Pair value = LN2 * decay[n] * now.grad_A[n];
             partial_A[channel * N + n] = value.a;
             partial_A[(channel + 1) * N + n] = value.b;
         }
-        *(Pair*)(partial_D + channel) = grad_D;
-        *(Pair*)(partial_bias + channel) = grad_bias;
+        *(Pair*)(partial_D + channel) = now.grad_D;
+        *(Pair*)(partial_bias + channel) = now.grad_bias;
     }
 #endif
 }

@@ -79,13 +79,16 @@ def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, T
 def backward(
     grad: Tensor,
     xz: Tensor,
-    projections: Tensor,
-    states: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
     weights: Weights,
     need_xz: bool,
     needs: Sequence[Sequence[bool]],
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """Gradient of `xz` and, per direction, of the weights; None where `needs` is False."""
+    """Gradient of `xz` and, per direction, of the weights; None where `needs` is False.
+
+    `results` are those of the forward, `grad` is the gradient of the first.
+    """
+    _, projections, states = results
     sizes = _sizes(xz, weights[0][A_LOG].shape[1], weights[0][DT_PROJ].shape[1])
     x = xz[..., : sizes.inner]
 
