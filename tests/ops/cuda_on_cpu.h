@@ -196,21 +196,28 @@ inline word to_bf16(Pair value) {
     return rounded(value.a) | rounded(value.b) << 16;
 }
 
-// The product of a warp's matrices, whose words `unpack` makes two numbers of.
-template <Pair (*unpack)(word)>
-inline void multiply_add_as(Quad& sums, Words values, word pick0, word pick1) {
+#if FP16
+inline Pair activation(word pair) { return from_fp16(pair); }
+inline word rounded(Pair value) { return to_fp16(value); }
+#else
+inline Pair activation(word pair) { return from_bf16(pair); }
+inline word rounded(Pair value) { return to_bf16(value); }
+#endif
+
+// The product of a warp's matrices.
+inline void multiply_add(Quad& sums, Words values, word weight0, word weight1) {
     using namespace emulator;
-    const word mine[6] = {values.x, values.y, values.z, values.w, pick0, pick1};
+    const word mine[6] = {values.x, values.y, values.z, values.w, weight0, weight1};
     memcpy(exchange[current], mine, sizeof mine);
     sync_warp();
     const int base = warp() * WARP, row = lane() / 4, column = lane() % 4;
-    const auto two = [&](int of, int index) { return unpack(exchange[base + of][index]); };
+    const auto two = [&](int of, int index) { return activation(exchange[base + of][index]); };
     const auto element = [&](int upper, int to) {
         float sum = 0.0f;
         for (int k = 0; k < 8; k++) {   // words along the summed dimension
             const Pair value = two(row * 4 + k % 4, upper + (k < 4 ? 0 : 2));
-            const Pair pick = two(to * 4 + k % 4, k < 4 ? 4 : 5);
-            sum += value.a * pick.a + value.b * pick.b;
+            const Pair weight = two(to * 4 + k % 4, k < 4 ? 4 : 5);
+            sum += value.a * weight.a + value.b * weight.b;
         }
         return sum;
     };
@@ -219,20 +226,6 @@ inline void multiply_add_as(Quad& sums, Words values, word pick0, word pick1) {
     sums.z += element(1, 2 * column);
     sums.w += element(1, 2 * column + 1);
     sync_warp();
-}
-
-#if FP16
-inline Pair activation(word pair) { return from_fp16(pair); }
-inline word rounded(Pair value) { return to_fp16(value); }
-#else
-inline Pair activation(word pair) { return from_bf16(pair); }
-inline word rounded(Pair value) { return to_bf16(value); }
-#endif
-inline void multiply_add(Quad& sums, Words values, word pick0, word pick1) {
-    multiply_add_as<activation>(sums, values, pick0, pick1);
-}
-inline void multiply_add_bf16(Quad& sums, Words values, word pick0, word pick1) {
-    multiply_add_as<from_bf16>(sums, values, pick0, pick1);
 }
 inline Words load_values(const void* piece) {
     using namespace emulator;

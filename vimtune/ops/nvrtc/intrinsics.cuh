@@ -76,21 +76,6 @@ __device__ inline word to_bf16(Pair value) {
     return pair;
 }
 
-// sums (16 x 8) += values (16 x 16) picks (16 x 8); each word holds two neighbours along the summed dimension. With
-// row = lane / 4 and column = lane % 4 a lane holds
-// values: (row, 2 column), (row + 8, 2 column), (row, 2 column + 8), (row + 8, 2 column + 8);
-// picks: (2 column, row), (2 column + 8, row);
-// sums: (row, 2 column), (row, 2 column + 1), (row + 8, 2 column), (row + 8, 2 column + 1).
-// Any order of the summed dimension will do, if it is the same in both factors.
-#define MULTIPLY_ADD(name, type)                                                                                     \
-    __device__ inline void name(Quad& sums, Words values, word pick0, word pick1) {                                  \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "       \
-            "{%8, %9}, {%0, %1, %2, %3};"                                                                            \
-            : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)                                                 \
-            : "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(pick0), "r"(pick1));                   \
-    }
-MULTIPLY_ADD(multiply_add_bf16, "bf16")
-
 // Values (16 x 16) in shared memory, of which lane k says where eight are: row k % 16, from column k / 16 * 8.
 __device__ inline Words load_values(const void* piece) {
     const word source = (word)__cvta_generic_to_shared(piece);
@@ -102,11 +87,24 @@ __device__ inline Words load_values(const void* piece) {
 
 // Activations: fp16 if FP16, otherwise bf16.
 #if FP16
-MULTIPLY_ADD(multiply_add, "f16")
+#define ACTIVATIONS "f16"
 __device__ inline Pair activation(word pair) { return from_fp16(pair); }
 __device__ inline word rounded(Pair value) { return to_fp16(value); }
 #else
-MULTIPLY_ADD(multiply_add, "bf16")
+#define ACTIVATIONS "bf16"
 __device__ inline Pair activation(word pair) { return from_bf16(pair); }
 __device__ inline word rounded(Pair value) { return to_bf16(value); }
 #endif
+
+// sums (16 x 8) += values (16 x 16) weights (16 x 8); each word holds two neighbours along the summed dimension. With
+// row = lane / 4 and column = lane % 4 a lane holds
+// values: (row, 2 column), (row + 8, 2 column), (row, 2 column + 8), (row + 8, 2 column + 8);
+// weights: (2 column, row), (2 column + 8, row);
+// sums: (row, 2 column), (row, 2 column + 1), (row + 8, 2 column), (row + 8, 2 column + 1).
+// Any order of the summed dimension will do, if it is the same in both factors.
+__device__ inline void multiply_add(Quad& sums, Words values, word weight0, word weight1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." ACTIVATIONS "." ACTIVATIONS ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums.x), "+f"(sums.y), "+f"(sums.z), "+f"(sums.w)
+        : "r"(values.x), "r"(values.y), "r"(values.z), "r"(values.w), "r"(weight0), "r"(weight1));
+}

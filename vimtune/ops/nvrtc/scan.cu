@@ -21,12 +21,9 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
 
     const Order order = {at.tokens, reverse};
     const Range all = {0, at.tokens};
-    Vectors vectors_now;
-    Stream<word, 0> us;
-    Stream<word, 1> dts;
-    vectors_now.start(vectors + own * COLUMNS, order);
-    us.start(u + own * WIDTH + at.first, WIDTH, order, 0, all);
-    dts.start(delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    Vectors vectors_now(vectors + own * COLUMNS, order);
+    Stream<word, 0> us(u + own * WIDTH + at.first, WIDTH, order, 0, all);
+    Stream<word, 1> dts(delta + own * WIDTH + at.first, WIDTH, order, 0, all);
     const auto visit = [&](const Step& step, int, int) {
         const Pair dt = from_fp16(dts.at(step)), input = dt * activation(us.at(step));
         elapsed = elapsed + dt;
@@ -60,21 +57,13 @@ __device__ inline void sweep_half(
     const long own = at.row(tensors.batch), image = at.image_row();
     const Order order = {at.tokens, (bool)at.direction};
     const Range all = {0, at.tokens};
-    Vectors vectors;
-    Stream<word, 0> us;
-    Stream<word, 1> dts;
-    Stream<word, 2> gates;
-    Stream<word, 3> others;
-    Results<word> results, means;
-    vectors.start(tensors.vectors + own * COLUMNS, order);
-    us.start(tensors.u + own * WIDTH + at.first, WIDTH, order, begin, all);
-    dts.start(tensors.delta + own * WIDTH + at.first, WIDTH, order, begin, all);
-    results.start(tensors.out + image * WIDTH + at.channel, WIDTH, order, begin);
-    if (SECOND) {
-        gates.start(tensors.gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, begin, all);
-        others.start(tensors.out + image * WIDTH + at.first, WIDTH, order, begin, all);
-        if (FP16) means.start(tensors.mean + image * WIDTH + at.channel, WIDTH, order, begin);
-    }
+    Vectors vectors(tensors.vectors + own * COLUMNS, order);
+    Stream<word, 0> us(tensors.u + own * WIDTH + at.first, WIDTH, order, begin, all);
+    Stream<word, 1> dts(tensors.delta + own * WIDTH + at.first, WIDTH, order, begin, all);
+    Stream<word, 2> gates(tensors.gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, begin, all);
+    Stream<word, 3> others(tensors.out + image * WIDTH + at.first, WIDTH, order, begin, all);
+    Results<word> results(tensors.out + image * WIDTH + at.channel, WIDTH, order, begin);
+    Results<word> means(tensors.mean + image * WIDTH + at.channel, WIDTH, order, begin);
     const auto visit = [&](const Step& step, int, int) {
         const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step)), input = dt * ut;
         Pair y = skip * ut;

@@ -5,8 +5,8 @@
 // states need no communication. Everything a step reads comes through shared memory, STAGE steps at a time, and is
 // copied there while the STAGE steps before are computed.
 //
-// The two warps meet in the middle of the sequence: until then each leaves its y_t for the other, from then on
-// it adds what the other left, so that the sum of the directions needs neither a second pass nor atomics.
+// In the forward the two warps meet in the middle of the sequence: until then each leaves its y_t for the other, from then
+// on it adds what the other left, so that the sum of the directions needs neither a second pass nor atomics.
 //
 // Where images times channels are too few to fill the card, sequences are cut into segments, one a block (SEGMENTED).
 // Since the recurrence is linear, scan_ends first finds the state behind each segment for a zero state before it, and
@@ -22,7 +22,7 @@
 constexpr int CHANNELS = 64;
 constexpr int STAGE = 8;
 constexpr int STREAM = 2 * STAGE * 32;   // words of shared memory: the stage in use and the next one
-constexpr int ENTRY = N + 4;     // of `ends`: a state, the sum of dt, padding
+constexpr int ENTRY = N + 4;             // of `ends`: a state, the sum of dt, padding
 constexpr bool RAGGED = WIDTH % CHANNELS != 0;
 
 // Where a thread works: which tokens of an image are its block's. Lanes past the last channel read zeros and write
@@ -48,20 +48,21 @@ struct Place {
     }
 };
 
-// The order of a warp's steps, which come in stages of STAGE neighbouring tokens. The last stage may reach beyond the
-// sequence.
+// The order in which a warp visits its tokens. Steps come in stages of STAGE neighbouring tokens, of which the last may
+// reach beyond the sequence.
 struct Order {
     int tokens;
     bool reverse;
 
     // The lowest token of the stage that begins with this step.
     __device__ int stage(int step) const { return reverse ? tokens - STAGE - step : step; }
-    __device__ int forward(int distance) const { return reverse ? -distance : distance; }
-    // The step of a stage whose token is this one of the stage's.
-    __device__ int step(int token) const { return reverse ? STAGE - 1 - token : token; }
+    // Which step of its stage visits the k-th lowest token, and the other way round.
+    __device__ int within_stage(int k) const { return reverse ? STAGE - 1 - k : k; }
+    // How far a pointer moves in so many steps.
+    __device__ int along(int distance) const { return reverse ? -distance : distance; }
 };
 
-// Tokens of which a warp reads something.
+// Neighbouring tokens.
 struct Range {
     int first, count;
 
@@ -88,44 +89,45 @@ template <typename Word, int FIRST>
 struct Stream {
     static constexpr int LANES = 32 * sizeof(Word) / 16;
     static constexpr int ROWS = 32 / LANES;
+    const int row_bytes;
     const char* next;   // the lane's piece of the next stage
-    int row_bytes, advance;
     Range range;
 
-    // `first`: the block's first channel in the row of token 0; rows are `width` Words / 2 apart. Only tokens of `range`
-    // are copied.
-    __device__ void start(const void* first, int width, const Order& order, int begin, Range range_) {
-        const int piece = lane() % LANES, row = lane() / LANES;
-        row_bytes = width * (int)sizeof(Word) / 2;
-        advance = order.forward(STAGE * row_bytes);
-        next = (const char*)first + (long)(order.stage(begin) + row) * row_bytes + piece * 16;
-        range = range_;
-        if (RAGGED && blockIdx.x * CHANNELS + piece * (CHANNELS / LANES) >= WIDTH) range.count = 0;
+    // `first`: the block's first channel in the row of token 0; rows are `width` Words / 2 apart. From step `begin` on;
+    // only tokens of `range` are copied, the others are zeros.
+    __device__ Stream(const void* first, int width, const Order& order, int begin, Range range)
+        : row_bytes(width * (int)sizeof(Word) / 2), range(range) {
+        next = (const char*)first + (long)(order.stage(begin) + row()) * row_bytes + piece() * 16;
+        if (RAGGED && blockIdx.x * CHANNELS + piece() * (CHANNELS / LANES) >= WIDTH) this->range.count = 0;
     }
-    // Start to copy the stage from this token on into half `slot` of the memory.
+    // Start to copy the stage whose lowest token this is into half `slot` of the memory.
     __device__ void fetch(word* words, int slot, const Order& order, int token) {
-        const int row = lane() / LANES;
-        Word* place = (Word*)(words + FIRST * STREAM) + (slot * STAGE + order.step(row)) * 32 + lane() % LANES * (16 / sizeof(Word));
+        Word* memory = (Word*)(words + FIRST * STREAM) + slot * STAGE * 32 + piece() * (16 / (int)sizeof(Word));
+        Word* place = memory + order.within_stage(row()) * 32;
 #pragma unroll
         for (int k = 0; k < STAGE; k += ROWS) {
-            copy_async(place + order.forward(k * 32), next + k * row_bytes, range.has(token + row + k));
+            copy_async(place + order.along(k * 32), next + k * row_bytes, range.has(token + row() + k));
         }
-        next += advance;
+        next += order.along(STAGE * row_bytes);
     }
     __device__ Word at(const Step& step) const { return ((const Word*)(step.words + FIRST * STREAM))[step.index]; }
+
+private:
+    static __device__ int piece() { return lane() % LANES; }
+    static __device__ int row() { return lane() / LANES; }
 };
 
 // This thread's words of the rows that it writes, one a step.
 template <typename Word>
 struct Results {
+    const int stride;
     Word* next;
-    int stride;
 
-    // `first`: the word in the row of token 0; rows lie `width` Words / 2 apart.
-    __device__ void start(void* first, int width, const Order& order, int begin = 0) {
-        const int bytes = width * (int)sizeof(Word) / 2;
-        next = (Word*)((char*)first + (long)(order.reverse ? order.tokens - 1 - begin : begin) * bytes);
-        stride = order.forward(bytes);
+    // `first`: the word in the row of token 0; rows lie `width` Words / 2 apart. From step `begin` on.
+    __device__ Results(void* first, int width, const Order& order, int begin)
+        : stride(order.along(width * (int)sizeof(Word) / 2)) {
+        const long rows = order.reverse ? begin + 1 - order.tokens : begin;
+        next = (Word*)((char*)first + rows * stride);
     }
     __device__ void put(Word value, bool live) {
         if (live) *next = value;
@@ -137,20 +139,18 @@ struct Results {
 struct Vectors {
     static constexpr int SIZE = STAGE * 2 * N;
     const half_word* source;
-    int tokens;
+    const int tokens;
     Words ahead;
 
-    __device__ void start(const half_word* rows, const Order& order) {
-        source = rows + lane() % 4 * 8;
-        tokens = order.tokens;
-    }
+    __device__ Vectors(const half_word* rows, const Order& order) : source(rows + lane() % 4 * 8), tokens(order.tokens) {}
+    // Begin with the stage whose lowest token this is.
     __device__ void load(int token) {
         token = max(0, min(token + lane() / 4, tokens - 1));   // beyond the sequence some other one: nobody looks
         ahead = *(const Words*)(source + (long)token * COLUMNS);
     }
     __device__ void unpack(float* tile, const Order& order) const {
         const Pair p = activation(ahead.x), q = activation(ahead.y), r = activation(ahead.z), s = activation(ahead.w);
-        Quad* place = (Quad*)(tile + order.step(lane() / 4) * 2 * N + lane() % 4 * 8);
+        Quad* place = (Quad*)(tile + order.within_stage(lane() / 4) * 2 * N + lane() % 4 * 8);
         place[0] = {p.a, p.b, q.a, q.b};
         place[1] = {r.a, r.b, s.a, s.b};
     }
@@ -164,8 +164,8 @@ struct Shared {
     Quad sums[SUMS > 0 ? SUMS : 1];
 };
 
-// Visit steps `begin` to `end`: `visit(step, base, k)` once shared memory has the step, which belongs to the stage that
-// begins with step `base` and is the k-th of a group of GROUP steps; `finish()` behind each group.
+// Visit steps `begin` to `end`: `visit(step, base, k)` once shared memory has the step, which is one of the stage that
+// begins with step `base` and the k-th of a group of GROUP steps; `finish()` behind each group.
 template <int GROUP, typename Memory, typename Visit, typename Finish, typename... Streams>
 __device__ inline void sweep(
     Memory& mine, const Order& order, int begin, int end, Vectors& vectors, Visit visit, Finish finish,
@@ -179,25 +179,22 @@ __device__ inline void sweep(
         wait_for_copies();
         sync_warp();
         vectors.unpack(mine.vectors, order);
-        const int next = token + order.forward(STAGE);
-        vectors.load(next);
-        (streams.fetch(mine.words, slot ^ 1, order, next), ...);
+        token += order.along(STAGE);
+        vectors.load(token);
+        (streams.fetch(mine.words, slot ^ 1, order, token), ...);
         sync_warp();
-        const int steps = min(STAGE, end - base);
         Step step = {mine.words, slot * STAGE * 32 + lane(), (const Quad*)mine.vectors};
-        int left = steps;
+        int left = min(STAGE, end - base);
 #pragma unroll 1
         for (; left >= GROUP; left -= GROUP) {
 #pragma unroll
             for (int k = 0; k < GROUP; k++, step.advance()) visit(step, base, k);
             finish();
         }
-        if (left > 0) {
+        if (left == 0) continue;
 #pragma unroll 1
-            for (int k = 0; k < left; k++, step.advance()) visit(step, base, k);
-            finish();
-        }
-        token = next;
+        for (int k = 0; k < left; k++, step.advance()) visit(step, base, k);
+        finish();
     }
     wait_for_copies();   // zeros behind the last stage, which shall not overwrite what the next sweep copies
 }
@@ -220,8 +217,8 @@ __device__ inline void clear(Pair (&state)[N]) {
     for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
 }
 
-// In bf16 the backward divides what the forward returns by the gate, which therefore shall not be zero: this is added,
-// less than half a step of any bf16 number that matters, and minus none of them.
+// The backward divides the forward's result by the gate (`gate_slope`), which therefore must not be zero: a number that
+// changes no gate above 1e-10 in fp32, and that is not minus any bf16 number.
 __device__ inline Pair nonzero(Pair gate) {
     constexpr float TINY = 1.2345679e-18f;
     return {gate.a + TINY, gate.b + TINY};

@@ -24,9 +24,9 @@ constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;   // on a multiprocessor: 255 or 168
 __device__ inline float half_sigmoid(float x) { return reciprocal(2.0f + 2.0f * exp2_fast(-LOG2E * x)); }
 __device__ inline Pair half_sigmoid(Pair x) { return {half_sigmoid(x.a), half_sigmoid(x.b)}; }
 
-// With m, the mean of both directions, and what the forward returns, out = m SiLU(z), the gradient of the gate z is that
-// of out times m SiLU'(z) = out (1 / z + 1 - sigmoid(z)): nothing of the scan has to be computed again for it. This is
-// the factor of out, or where out may be too small to say what m was, as in fp16, of m, which the forward then keeps.
+// The forward returns out = m SiLU(z), where m is the mean of both directions and z the gate. The gradient of z is that of
+// out times m SiLU'(z) = out (1 / z + 1 - sigmoid(z)), so that y need not be computed again. This is the factor of out, or
+// of m, which the forward keeps where numbers are not small enough for out to say what m was, as in fp16.
 __device__ inline float gate_slope(float z, float half_open) {
     const float shut = 1.0f - 2.0f * half_open;
     return FP16 ? 2.0f * half_open * (1.0f + z * shut) : reciprocal(z) + shut;
@@ -36,9 +36,9 @@ __device__ inline Pair gate_slope(Pair z, Pair half_open) {
     return {gate_slope(z.a, half_open.a), gate_slope(z.b, half_open.b)};
 }
 
-// Sums over the channels of a warp of N values a step, found for two steps at once. Shared memory has a plane of all lanes
-// for each four states of a step; a lane adds up eight others of one plane. (Matrix units would take half the
-// instructions, but lower the clock of the card by a tenth while they are in use.)
+// Sums over the channels of a warp of N values a step, for two steps at once. In shared memory each four states of a step
+// have a plane of all lanes, of which a lane adds up eight. (Matrix units would take half the instructions, but an H200 has a
+// clock lower by a tenth while they are in use.)
 struct ChannelSums {
     static constexpr int STEPS = 2, PLANES = STEPS * N / 4;
     static constexpr int PLANE = 32 + 1;   // Quads; 1 more, so that eight planes begin in different banks
@@ -46,14 +46,14 @@ struct ChannelSums {
     static_assert(PLANES == 8, "a lane for each plane and group of eight lanes");
     Quad* shared;
     float* out;
-    int token, tokens, stride;   // the lane's token
+    const int tokens, stride;
+    int token;   // the lane's
 
     // `rows`: N floats of each token.
-    __device__ ChannelSums(Quad* shared, float* rows, const Order& order, int begin) : shared(shared) {
+    __device__ ChannelSums(Quad* shared, float* rows, const Order& order)
+        : shared(shared), tokens(order.tokens), stride(order.along(STEPS)) {
         const int plane = lane() % PLANES;
-        token = order.stage(begin) + order.step(plane / (N / 4));
-        tokens = order.tokens;
-        stride = order.forward(STEPS);
+        token = order.stage(0) + order.within_stage(plane / (N / 4));
         out = rows + (long)token * 2 * N + plane % (N / 4) * 4 + lane() / 8 % 2 * 2 + lane() / 16;
     }
     // States n to n + 3 of this lane's channels.
@@ -96,17 +96,13 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
 
     const Order order = {at.tokens, !reverse};
     const Range all = {0, at.tokens};
-    Vectors vectors_now;
-    Stream<word, 0> dts;
-    Stream<word, 1> gates;
-    Stream<word, 2> grads;
-    vectors_now.start(vectors + own * COLUMNS, order);
-    dts.start(delta + own * WIDTH + at.first, WIDTH, order, 0, all);
-    gates.start(gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, 0, all);
-    grads.start(grad + image * WIDTH + at.first, WIDTH, order, 0, all);
+    Vectors vectors_now(vectors + own * COLUMNS, order);
+    Stream<word, 0> dts(delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    Stream<word, 1> gates(gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, 0, all);
+    Stream<word, 2> grads(grad + image * WIDTH + at.first, WIDTH, order, 0, all);
     const auto visit = [&](const Step& step, int, int) {
         const Pair dt = from_fp16(dts.at(step)), z = activation(gates.at(step));
-        const Pair dy = 0.5f * activation(grads.at(step)) * (z * sigmoid(z));
+        const Pair dy = activation(grads.at(step)) * (z * half_sigmoid(z));
         elapsed = elapsed + dt;
         each_four(step, [&](int n, const float (&)[4], const float (&c)[4]) {
 #pragma unroll
@@ -165,23 +161,15 @@ __device__ inline void sweep_states(
     const long own = at.row(tensors.batch), image = at.image_row();
     const Order order = {tokens, (bool)at.direction};
     const Range all = {0, tokens}, gated = {at.direction ? tokens - half : 0, half};
-    Vectors vectors;
-    Stream<word, 0> us;
-    Stream<word, 1> dts;
-    Stream<word, 2> gates;
-    Stream<word, 3> grads;
-    Stream<word, 4> results;
-    Results<word> grad_gates;
-    Results<Quad> terms;
-    vectors.start(tensors.vectors + own * COLUMNS, order);
-    us.start(tensors.u + own * WIDTH + at.first, WIDTH, order, 0, all);
-    dts.start(tensors.delta + own * WIDTH + at.first, WIDTH, order, 0, all);
-    gates.start(tensors.gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, 0, all);
-    grads.start(tensors.grad + image * WIDTH + at.first, WIDTH, order, 0, all);
-    results.start(tensors.result + image * WIDTH + at.first, WIDTH, order, 0, gated);
-    grad_gates.start(tensors.grad_gate + image * 2 * WIDTH + at.channel, 2 * WIDTH, order);
-    terms.start(tensors.scalars + (own * WIDTH + at.channel) * 2, WIDTH, order);
-    ChannelSums over(mine.sums, tensors.sums(at) + N, order, 0);
+    Vectors vectors(tensors.vectors + own * COLUMNS, order);
+    Stream<word, 0> us(tensors.u + own * WIDTH + at.first, WIDTH, order, 0, all);
+    Stream<word, 1> dts(tensors.delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    Stream<word, 2> gates(tensors.gate + image * 2 * WIDTH + at.first, 2 * WIDTH, order, 0, all);
+    Stream<word, 3> grads(tensors.grad + image * WIDTH + at.first, WIDTH, order, 0, all);
+    Stream<word, 4> results(tensors.result + image * WIDTH + at.first, WIDTH, order, 0, gated);
+    Results<word> grad_gates(tensors.grad_gate + image * 2 * WIDTH + at.channel, 2 * WIDTH, order, 0);
+    Results<Quad> terms(tensors.scalars + (own * WIDTH + at.channel) * 2, WIDTH, order, 0);
+    ChannelSums over(mine.sums, tensors.sums(at) + N, order);
     const auto visit = [&](const Step& step, int base, int k) {
         const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step));
         const Pair z = activation(gates.at(step)), g = activation(grads.at(step));
@@ -224,18 +212,13 @@ __device__ inline void sweep_gradients(
     const long own = at.row(tensors.batch);
     const Order order = {at.tokens, !at.direction};
     const Range all = {0, at.tokens};
-    Vectors vectors;
-    Stream<word, 0> us;
-    Stream<word, 1> dts;
-    Stream<Quad, 2> past_terms;
-    Results<word> grad_us, grad_deltas;
-    vectors.start(tensors.vectors + own * COLUMNS, order);
-    us.start(tensors.u + own * WIDTH + at.first, WIDTH, order, 0, all);
-    dts.start(tensors.delta + own * WIDTH + at.first, WIDTH, order, 0, all);
-    past_terms.start(tensors.scalars + (own * WIDTH + at.first) * 2, WIDTH, order, 0, all);
-    grad_us.start(tensors.grad_u + own * WIDTH + at.channel, WIDTH, order);
-    grad_deltas.start(tensors.grad_delta + own * WIDTH + at.channel, WIDTH, order);
-    ChannelSums over(mine.sums, tensors.sums(at), order, 0);
+    Vectors vectors(tensors.vectors + own * COLUMNS, order);
+    Stream<word, 0> us(tensors.u + own * WIDTH + at.first, WIDTH, order, 0, all);
+    Stream<word, 1> dts(tensors.delta + own * WIDTH + at.first, WIDTH, order, 0, all);
+    Stream<Quad, 2> past_terms(tensors.scalars + (own * WIDTH + at.first) * 2, WIDTH, order, 0, all);
+    Results<word> grad_us(tensors.grad_u + own * WIDTH + at.channel, WIDTH, order, 0);
+    Results<word> grad_deltas(tensors.grad_delta + own * WIDTH + at.channel, WIDTH, order, 0);
+    ChannelSums over(mine.sums, tensors.sums(at), order);
     const auto visit = [&](const Step& step, int, int k) {
         const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step)), input = dt * ut;
         const Quad past = past_terms.at(step);
