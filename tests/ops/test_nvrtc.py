@@ -133,7 +133,7 @@ def test_scan_and_its_gradients(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_gates_at_and_around_zero_and_far_from_it(device, dtype):
-    """In bf16 it is found from the result, which there is almost zero: each one must be right, not only large ones."""
+    """In bf16 it is found from the result, which there is almost zero: small ones must be right as well."""
     batch, tokens, inner = 2, 21, 64
     inputs = build_inputs(batch, tokens, inner, dtype, device)
     values = [0.0, 1e-38, 1e-30, 1e-18, 1e-10, 1e-4, 1.0, 20.0, 90.0, 300.0]

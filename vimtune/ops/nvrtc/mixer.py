@@ -1,8 +1,8 @@
 """Both directions of the Vim mixer, between its two large projections, in CUDA C++: forward and backward.
 
-The same interface as `vimtune.ops.triton.mixer`. For the backward, the result and B | C | dt_r are kept, the
-small weights as the kernels read them, where sequences are cut the ends of their segments, and for fp16 the mean of
-both directions before the gate.
+The same interface as `vimtune.ops.triton.mixer`. For the backward the result, which out_proj mostly keeps
+anyway, B | C | dt_r and the small weights as the kernels read them are kept; where sequences are cut the
+ends of their segments, too, and in fp16 the mean of both directions before the gate.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ struct Tensors {
     int batch;
 };
 
-// The first half of the steps, whose y is left to the other direction, or the second, which adds what the other has left.
+// The first half of the steps, whose y is left to the other direction, or the second, which adds what that has left.
 template <bool SECOND>
 __device__ inline void sweep_half(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Pair (&state)[N]

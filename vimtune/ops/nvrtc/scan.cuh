@@ -1,12 +1,12 @@
-// Selective scan in both directions, N = 16 states: what its forward (scan.cu) and its backward (scan_backward.cu) share.
+// Selective scan in both directions, N = 16 states: what forward (scan.cu) and backward (scan_backward.cu) share.
 //
 // A block owns one image and 64 channels: its first warp scans from the first token to the last, its second
 // warp the other way. A thread owns two neighbouring channels with all their states in registers, so sums over
 // states need no communication. Everything a step reads comes through shared memory, STAGE steps at a time, and is
 // copied there while the STAGE steps before are computed.
 //
-// In the forward the two warps meet in the middle of the sequence: until then each leaves its y_t for the other, from then
-// on it adds what the other left, so that the sum of the directions needs neither a second pass nor atomics.
+// In the forward the two warps meet in the middle of the sequence: until then each leaves its y_t for the other, from
+// then on it adds what the other left, so that the sum of the directions needs neither a second pass nor atomics.
 //
 // Where images times channels are too few to fill the card, sequences are cut into segments, one a block (SEGMENTED).
 // Since the recurrence is linear, scan_ends first finds the state behind each segment for a zero state before it, and
@@ -142,7 +142,8 @@ struct Vectors {
     const int tokens;
     Words ahead;
 
-    __device__ Vectors(const half_word* rows, const Order& order) : source(rows + lane() % 4 * 8), tokens(order.tokens) {}
+    __device__ Vectors(const half_word* rows, const Order& order)
+        : source(rows + lane() % 4 * 8), tokens(order.tokens) {}
     // Begin with the stage whose lowest token this is.
     __device__ void load(int token) {
         token = max(0, min(token + lane() / 4, tokens - 1));   // beyond the sequence some other one: nobody looks

@@ -13,7 +13,9 @@
 //
 // is a running sum of one term that a sweep over the states knows and one that a sweep over their gradients knows.
 // So the backward is one sweep each way that keeps the scalars <A, dy_t C_t s_t> and dy_t per token and channel: two
-// exponentials a state and step, no saved states. Likewise dA = sum_t T_t (dy_t C_t s_t - dt_t u_t B_t h_t), T_t = dt_1 + .. + dt_t.
+// exponentials a state and step, no saved states. Likewise
+//
+//     dA = sum_t T_t (dy_t C_t s_t - dt_t u_t B_t h_t),  T_t = dt_1 + .. + dt_t
 //
 // One more compile-time constant: TRAINED (gradients of A_log, D and the time step's bias are wanted).
 
@@ -24,9 +26,9 @@ constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;   // on a multiprocessor: 255 or 168
 __device__ inline float half_sigmoid(float x) { return reciprocal(2.0f + 2.0f * exp2_fast(-LOG2E * x)); }
 __device__ inline Pair half_sigmoid(Pair x) { return {half_sigmoid(x.a), half_sigmoid(x.b)}; }
 
-// The forward returns out = m SiLU(z), where m is the mean of both directions and z the gate. The gradient of z is that of
-// out times m SiLU'(z) = out (1 / z + 1 - sigmoid(z)), so that y need not be computed again. This is the factor of out, or
-// of m, which the forward keeps where numbers are not small enough for out to say what m was, as in fp16.
+// The forward returns out = m SiLU(z), where m is the mean of both directions and z the gate. The gradient of z is that
+// of out times m SiLU'(z) = out (1 / z + 1 - sigmoid(z)), so that y need not be computed again. This is the factor of
+// out, or in fp16, whose numbers are not small enough for out to say what m was, of m, which the forward then keeps.
 __device__ inline float gate_slope(float z, float half_open) {
     const float shut = 1.0f - 2.0f * half_open;
     return FP16 ? 2.0f * half_open * (1.0f + z * shut) : reciprocal(z) + shut;
@@ -36,9 +38,9 @@ __device__ inline Pair gate_slope(Pair z, Pair half_open) {
     return {gate_slope(z.a, half_open.a), gate_slope(z.b, half_open.b)};
 }
 
-// Sums over the channels of a warp of N values a step, for two steps at once. In shared memory each four states of a step
-// have a plane of all lanes, of which a lane adds up eight. (Matrix units would take half the instructions, but an H200 has a
-// clock lower by a tenth while they are in use.)
+// Sums over the channels of a warp of N values a step, for two steps at once. In shared memory each four states of a
+// step have a plane of all lanes, of which a lane adds up eight. (Matrix units would take half the instructions, but an
+// H200 lowers its clock by a tenth while they are in use.)
 struct ChannelSums {
     static constexpr int STEPS = 2, PLANES = STEPS * N / 4;
     static constexpr int PLANE = 32 + 1;   // Quads; 1 more, so that eight planes begin in different banks
@@ -155,8 +157,8 @@ __device__ inline void sweep_states(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Known& now
 ) {
     const int tokens = at.tokens;
-    // Each direction finds the gradient of the gate for this many of the tokens that it visits first: whole stages, so that
-    // those in the middle may be found twice, with the same result.
+    // Each direction finds the gradient of the gate for this many of the tokens that it visits first: whole stages, so
+    // that those in the middle may be found twice, with the same result.
     const int half = min(((tokens + 1) / 2 + STAGE - 1) / STAGE * STAGE, tokens);
     const long own = at.row(tensors.batch), image = at.image_row();
     const Order order = {tokens, (bool)at.direction};
@@ -173,9 +175,9 @@ __device__ inline void sweep_states(
     const auto visit = [&](const Step& step, int base, int k) {
         const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step));
         const Pair z = activation(gates.at(step)), g = activation(grads.at(step));
-        const Pair open = half_sigmoid(z), dy = g * (z * open), input = dt * ut;
+        const Pair half_open = half_sigmoid(z), dy = g * (z * half_open), input = dt * ut;
         if (base < half) {
-            grad_gates.put(rounded(g * (gate_slope(z, open) * activation(results.at(step)))), at.live);
+            grad_gates.put(rounded(g * (gate_slope(z, half_open) * activation(results.at(step)))), at.live);
         }
         Pair term = {0.0f, 0.0f};
 #if TRAINED
@@ -258,8 +260,8 @@ __device__ inline void sweep_gradients(
     sweep<ChannelSums::STEPS>(mine, order, 0, at.tokens, vectors, visit, finish, us, dts, past_terms);
 }
 
-// `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (2, B, S, E, N), `partial_D` and `partial_bias` (2, B, S, E)
-// are to be added up over blocks, or batch and segments.
+// `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (2, B, S, E, N), `partial_D` and `partial_bias`
+// (2, B, S, E) are to be added up over blocks, or batch and segments.
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, const half_word* result,
