@@ -26,13 +26,14 @@ class EmulatedKernel:
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
         self.function = getattr(library, f"emulate_{name}")
-        self.turns = library.emulate_turns
+        self.library = library
 
     def __call__(self, grid, threads, arguments, shared=0) -> None:
         assert shared <= runtime.shared_memory(torch.device("cpu"))
-        self.turns(int(self.backwards))
+        self.library.emulate_next(int(self.backwards), shared)
         values = runtime.packed(arguments)
         self.function(*grid, threads, runtime.pointers(values))
+        assert self.library.emulate_kept_within(), f"more than the {shared} bytes of shared memory asked for"
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,11 @@ struct Thread {
     bool done = false;
 };
 
+alignas(16) static char shared_memory[256 * 1024];
+static int shared_bytes;   // that the launch says; what lies behind must stay as it was
+constexpr int GUARD = 4096;
+constexpr char UNTOUCHED = 0x5a;
+
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
 static int current;
@@ -111,6 +116,7 @@ void launch(void (*kernel)(Parameters...), Index grid, int num_threads, void** v
         call(what->kernel, what->values, std::index_sequence_for<Parameters...>{});
     };
     gridDim = grid;
+    memset(shared_memory + shared_bytes, UNTOUCHED, GUARD);
     const int blocks = grid.x * grid.y * grid.z;
     for (int turn = 0; turn < blocks; turn++) {
         const int block = backwards ? blocks - 1 - turn : turn;
@@ -124,7 +130,18 @@ inline uint32_t to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); 
 
 }  // namespace emulator
 
-extern "C" void emulate_turns(int backwards) { emulator::backwards = backwards; }
+// How the next launches run: in which order threads and blocks take their turns, and with how much shared memory.
+extern "C" void emulate_next(int backwards, int shared_bytes) {
+    emulator::backwards = backwards;
+    emulator::shared_bytes = shared_bytes;
+}
+// Whether the last launch wrote to no more shared memory than that.
+extern "C" int emulate_kept_within() {
+    for (int k = 0; k < emulator::GUARD; k++) {
+        if (emulator::shared_memory[emulator::shared_bytes + k] != emulator::UNTOUCHED) return 0;
+    }
+    return 1;
+}
 
 #define EXPORT(kernel)                                                                             \
     extern "C" void emulate_##kernel(int x, int y, int z, int num_threads, void** values) {        \
@@ -136,10 +153,7 @@ inline int warp() { return emulator::current / emulator::WARP; }
 inline void sync_warp() { emulator::wait(emulator::arrivals_warp, warp() * 32, warp() * 32 + 32); }
 inline void sync_block() { emulator::wait(emulator::arrivals_block, 0, (int)emulator::threads.size()); }
 
-inline char* launched_shared() {
-    alignas(16) static char memory[256 * 1024];
-    return memory;
-}
+inline char* launched_shared() { return emulator::shared_memory; }
 
 inline void copy_async(void* shared, const void* global, bool valid) {
     emulator::Copy copy = {shared, {}};
