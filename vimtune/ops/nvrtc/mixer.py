@@ -44,13 +44,14 @@ def shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[tuple[int, .
     """Shapes of what is kept for the backward beside the result: B | C | dt_r in the dtype of `xz`, and an
     fp32 buffer (see `_Kept`). `weights` are those of one direction."""
     projections = 2, *xz.shape[:2], prepare.columns(weights[DT_PROJ].shape[1])
-    return projections, (sum(_sizes(xz, weights, save)) if save else 0,)
+    return projections, (sum(_sizes(_shapes(xz, weights, save), xz.dtype)) if save else 0,)
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
-    buffer = torch.empty(sum(_sizes(xz, weights[0], save)), dtype=torch.float32, device=xz.device)
-    kept = _kept_in(buffer, xz, weights[0], save)
+    parts = _shapes(xz, weights[0], save)
+    buffer = torch.empty(sum(_sizes(parts, xz.dtype)), dtype=torch.float32, device=xz.device)
+    kept = _kept_in(buffer, parts, xz.dtype)
     packed = prepare.pack_weights(
         both(weights, CONV_WEIGHT),
         both(weights, CONV_BIAS),
@@ -82,7 +83,7 @@ def backward(
         return any(direction[name] for direction in needs for name in names)
 
     out, projections, buffer = results
-    kept = _kept_in(buffer, xz, weights[0], save=True)
+    kept = _kept_in(buffer, _shapes(xz, weights[0], save=True), xz.dtype)
     packed = prepare.packed_in(kept.packed, *_weight_sizes(weights[0]), xz.dtype)
     u, delta, _ = prepare.prepare(_x(xz), packed, projections)
     inputs = _scan_inputs(u, delta, projections, weights, xz, kept)
@@ -117,28 +118,36 @@ class _Kept(NamedTuple):
     mean: Tensor
 
 
+class _Shapes(NamedTuple):
+    """Those of `_Kept`."""
+
+    packed: tuple[int, ...]
+    ends: tuple[int, ...]
+    mean: tuple[int, ...]
+
+
+def _shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> _Shapes:
+    batch, tokens, twice = xz.shape
+    return _Shapes(
+        (prepare.packed_size(*_weight_sizes(weights)),),
+        scan.ends_shape(batch, tokens, twice // 2, xz.device, backward=save),
+        scan.mean_shape(batch, tokens, twice // 2, xz.dtype, backward=save),
+    )
+
+
+def _sizes(parts: _Shapes, dtype: torch.dtype) -> list[int]:
+    """How many fp32 numbers each part of the buffer takes; the mean has the dtype of the activations."""
+    return [prod(parts.packed), prod(parts.ends), prod(parts.mean) * dtype.itemsize // 4]
+
+
+def _kept_in(buffer: Tensor, parts: _Shapes, dtype: torch.dtype) -> _Kept:
+    packed, ends, mean = buffer.split(_sizes(parts, dtype))
+    return _Kept(packed, ends.view(parts.ends), mean.view(dtype).view(parts.mean))
+
+
 def _weight_sizes(weights: Sequence[Any]) -> tuple[int, int, int]:
     """E, R and K of one direction's weights."""
     return *weights[DT_PROJ].shape, weights[CONV_WEIGHT].shape[1]
-
-
-def _shapes(xz: Tensor, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of `_Kept.ends` and `_Kept.mean`."""
-    batch, tokens, twice = xz.shape
-    ends = scan.ends_shape(batch, tokens, twice // 2, xz.device, backward=save)
-    return ends, scan.mean_shape(batch, tokens, twice // 2, xz.dtype, backward=save)
-
-
-def _sizes(xz: Tensor, weights: Sequence[Any], save: bool) -> list[int]:
-    """How many fp32 numbers each part of `_Kept` takes."""
-    ends, mean = _shapes(xz, save)
-    return [prepare.packed_size(*_weight_sizes(weights)), prod(ends), prod(mean) * xz.itemsize // 4]
-
-
-def _kept_in(buffer: Tensor, xz: Tensor, weights: Sequence[Any], save: bool) -> _Kept:
-    packed, ends, mean = buffer.split(_sizes(xz, weights, save))
-    ends_shape, mean_shape = _shapes(xz, save)
-    return _Kept(packed, ends.view(ends_shape), mean.view(xz.dtype).view(mean_shape))
 
 
 def _scan_inputs(

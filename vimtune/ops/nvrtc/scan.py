@@ -108,12 +108,15 @@ def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backwa
     return (2, batch, segments, inner, ENTRY) if segments > 1 else (0,)
 
 
-def mean_shape(batch: int, tokens: int, inner: int, dtype: torch.dtype, backward: bool) -> tuple[int, ...]:
-    """Shape of the mean of both directions, if a `backward` needs it; (0,) where it does not.
+def _needs_mean(dtype: torch.dtype) -> bool:
+    """Whether the backward does: in bf16 it is the result divided by the gate, for which fp16 has too few
+    small numbers."""
+    return dtype == torch.float16
 
-    In bf16 it is the result divided by the gate, for which fp16 has too few small numbers.
-    """
-    return (batch, tokens, inner) if backward and dtype == torch.float16 else (0,)
+
+def mean_shape(batch: int, tokens: int, inner: int, dtype: torch.dtype, backward: bool) -> tuple[int, ...]:
+    """Shape of the mean of both directions, if a `backward` needs it; (0,) where it does not."""
+    return (batch, tokens, inner) if backward and _needs_mean(dtype) else (0,)
 
 
 def scan_forward(inputs: ScanInputs) -> Tensor:
@@ -156,7 +159,7 @@ def scan_backward(
         _launch("scan_ends_backward", inputs, behind, need_parameters)
     arguments = [
         *(grad, u, delta, projections, *decays, *inputs.skips(), gate),
-        inputs.mean if u.dtype == torch.float16 else out,
+        inputs.mean if _needs_mean(u.dtype) else out,
         *(found.u, found.delta, grad_xz[..., inner:], terms, found.BC, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]

@@ -48,12 +48,13 @@ struct ChannelSums {
     static_assert(PLANES == 8, "a lane for each plane and group of eight lanes");
     Quad* shared;
     float* out;
-    const int tokens, stride;
+    const Range all;
+    const int stride;
     int token;   // the lane's
 
     // `rows`: N floats of each token.
     __device__ ChannelSums(Quad* shared, float* rows, const Order& order)
-        : shared(shared), tokens(order.tokens), stride(order.along(STEPS)) {
+        : shared(shared), all({0, order.tokens}), stride(order.along(STEPS)) {
         const int plane = lane() % PLANES;
         token = order.stage(0) + order.within_stage(plane / (N / 4));
         out = rows + (long)token * 2 * N + plane % (N / 4) * 4 + lane() / 8 % 2 * 2 + lane() / 16;
@@ -74,7 +75,7 @@ struct ChannelSums {
         const Pair low = {sum.x, sum.y}, high = {sum.z, sum.w}, given = second ? low : high;
         const Pair half = (second ? high : low) + Pair{exchanged(given.a, 8), exchanged(given.b, 8)};
         const float total = (odd ? half.b : half.a) + exchanged(odd ? half.a : half.b, 16);
-        if ((unsigned)token < (unsigned)tokens) *out = total;
+        if (all.has(token)) *out = total;
         token += stride;
         out += stride * 2 * N;
     }
@@ -138,18 +139,11 @@ struct Tensors {
 
 // What a warp knows after a sweep, or during one.
 struct Known {
-    Pair state[N], mixed, elapsed;   // a state or its gradient; <A, w_t> log2(e); T_t
+    Pair state[N];     // or its gradient
+    Pair mixed = {};   // <A, w_t> log2(e)
 #if TRAINED
-    Pair grad_A[N], grad_D, grad_bias;
+    Pair elapsed = {}, grad_A[N] = {}, grad_D = {}, grad_bias = {};   // elapsed: T_t
 #endif
-
-    __device__ Known() : mixed({0.0f, 0.0f}), elapsed({0.0f, 0.0f}) {
-        clear(state);
-#if TRAINED
-        clear(grad_A);
-        grad_D = grad_bias = {0.0f, 0.0f};
-#endif
-    }
 };
 
 // The states, from the first step to the last: the gradients of C and of the gate, and the scalars.
