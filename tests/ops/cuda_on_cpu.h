@@ -168,6 +168,8 @@ inline void wait_for_copies() {
     for (const emulator::Copy& copy : emulator::copies[emulator::current]) memcpy(copy.target, copy.data, 16);
     emulator::copies[emulator::current].clear();
 }
+inline void store_passing(void* place, Words value) { *(Words*)place = value; }
+
 inline void store_if(bool valid, void* place, word value) {
     if (valid) *(word*)place = value;
 }

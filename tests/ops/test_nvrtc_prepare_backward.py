@@ -27,7 +27,7 @@ def build_gradients(batch, tokens, inner, dtype) -> tuple[torch.Tensor, torch.Te
     generator = torch.Generator().manual_seed(tokens)
     both = torch.randn(2, 2, batch, tokens, inner, generator=generator).to(dtype)
     partial = torch.randn(2, -(-inner // 64), batch, tokens, 2 * NUM_STATES, generator=generator)
-    return both[0], both[1], partial
+    return both[0], both[1], partial.to(dtype)
 
 
 def definition(x, weights, grad_u, grad_delta, partial_BC) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vimtune.adapters.base import check_matrix, option, register_method
 from vimtune.adapters.lora import LoRA, LoRARule
 from vimtune.adapters.rule import WeightRule
+from vimtune.ops.blocks import scaled_block_product
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,7 @@ class ProDiaLRule(LoRARule):
 
     def main_weight(self, weight: Tensor) -> Tensor:
         """s W D_b = s (W + W (D_b - I))."""
-        offset = self.offset()
-        if offset.shape[-1] == 1:
-            return self.row_scale[:, None] * (weight + weight * offset.flatten())
-        # The product has the blocks first; added to W as it is, and only then flattened, it needs no copy.
-        blocks = weight.unflatten(1, offset.shape[:2])
-        return self.row_scale[:, None] * (blocks + torch.einsum("oni,nij->onj", blocks, offset)).flatten(1)
+        return scaled_block_product(weight, self.row_scale, self.offset())
 
 
 @register_method("prodial")

@@ -1,8 +1,5 @@
-// Arithmetic and sizes that the kernels share. Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS.
+// Arithmetic that the kernels share.
 
-constexpr int N = 16;                              // states
-constexpr int RANK = COLUMNS - 2 * N;              // of the time step, padded; the rest of a row is B | C
-constexpr int PADDED = (WIDTH + 63) / 64 * 64;     // W, channels with the padding of packed weights
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 

@@ -31,6 +31,12 @@ __device__ inline void store_if(bool valid, void* place, word value) {
                  ::"r"((word)valid), "l"(place), "r"(value));
 }
 
+// Store what this multiprocessor does not read again, and thereby not take the place of weights in its L1.
+__device__ inline void store_passing(void* place, Words v) {
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(place), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // The value of the lane that differs in this one bit.
 __device__ inline float exchanged(float value, int bit) { return __shfl_xor_sync(0xffffffffu, value, bit); }
 

@@ -11,6 +11,9 @@
 // (compute `projections`, otherwise read them). Shapes, contiguous unless said otherwise, W = E rounded up to 64:
 // x (B, L, E) with rows 2 E apart, u, delta (2, B, L, E), projections (2, B, L, P), and of `pack_weights`
 // filters (2, K, W), conv_bias, dt_bias (2, W) fp32, and matrices in the order in which the matrix units take them.
+// Filters and their biases are packed times -log2(e), which spares the exponential in SiLU a product.
+
+#include "sizes.cuh"
 
 constexpr int ROWS = 16;    // as many as a product of the matrix units has
 constexpr int HALO = FILTER - 1;
@@ -30,7 +33,8 @@ __device__ inline int summed_index(int direction, int channel, int row, int rows
     const int product = row / 16 * 2 + row % 4 / 2, lane = (row % 16 / 4 * 2 + row % 2) * 4 + part;
     return (((direction * (PADDED / 32) + channel / 32) * (rows / 8) + product) * 32 + lane) * 8 + element;
 }
-// Factors of results with channels: of 32 channels a lane has one in each of four products, and of 16 columns four.
+// Factors of results with channels: of 32 channels a lane has one in each of four products, and of 16 columns four
+// neighbours.
 __device__ inline int spread_index(int direction, int channel, int column, int columns) {
     const int product = channel % 8 / 2, lane = (channel % 32 / 8 * 2 + channel % 2) * 4 + column % 16 / 4;
     const int load = ((direction * (PADDED / 32) + channel / 32) * (columns / 16) + column / 16) * 2 + product / 2;
@@ -56,7 +60,9 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
     const half_word value = rounded(used ? x_proj[source * WIDTH + channel] : 0.0f);
     // u comes with pairs of neighbours, a gradient of time steps with eight neighbours.
     proj[summed_index(direction, channel, row, COLUMNS, channel % 8 / 2, channel % 32 / 8 * 2 + channel % 2)] = value;
-    proj_t[spread_index(direction, channel, row, COLUMNS)] = value;
+    // Here a lane has columns 2 k, 2 k + 1, 2 k + 8 and 2 k + 9 of 16, as `load_values` has them.
+    const int column = row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2;
+    proj_t[spread_index(direction, channel, column, COLUMNS)] = value;
     if (row < RANK) {
         const half_word step = rounded(live && row < rank ? dt_proj[channel * rank + row] : 0.0f);
         dt[spread_index(direction, channel, row, RANK)] = step;
@@ -64,10 +70,10 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
     }
     if (row < FILTER) {
         const float tap = live ? (direction ? conv1 : conv0)[channel * FILTER + row] : 0.0f;
-        filters[(direction * FILTER + row) * PADDED + channel] = tap;
+        filters[(direction * FILTER + row) * PADDED + channel] = -LOG2E * tap;
     }
     if (row == 0) {
-        conv_bias[at] = live && has_bias ? (direction ? conv_bias1 : conv_bias0)[channel] : 0.0f;
+        conv_bias[at] = live && has_bias ? -LOG2E * (direction ? conv_bias1 : conv_bias0)[channel] : 0.0f;
         dt_bias[at] = live ? (direction ? dt_bias1 : dt_bias0)[channel] : 0.0f;
     }
 }
@@ -112,17 +118,16 @@ __device__ inline void copy_rows(Tile tile, const half_word* source, int token, 
     }
 }
 
-// Two channels. Taps, in the order of tokens, and bias are multiplied by -log2(e), which spares the exponential a
-// product.
+// Two channels. Taps are in the order of tokens.
 struct Filter {
     Pair taps[FILTER], bias;
 
     __device__ Filter(int direction, int channel, const float* filters, const float* conv_bias) {
         const int first = direction * (2 * FILTER - 1), step = 1 - 2 * direction;
         for (int k = 0; k < FILTER; k++) {
-            taps[k] = -LOG2E * *(const Pair*)(filters + (first + k * step) * PADDED + channel);
+            taps[k] = *(const Pair*)(filters + (first + k * step) * PADDED + channel);
         }
-        bias = -LOG2E * *(const Pair*)(conv_bias + direction * PADDED + channel);
+        bias = *(const Pair*)(conv_bias + direction * PADDED + channel);
     }
     // SiLU of the convolution of FILTER rows.
     __device__ word operator()(const Pair* x) const {
@@ -198,47 +203,73 @@ struct Columns {
     }
 };
 
-// Time steps of 64 channels, of which a lane gets eight in a row.
-__device__ inline void time_steps(
-    const Rows& rows, const Words (&low_rank)[RANK / 16], int base, const Words* dt, const float* dt_bias,
-    half_word* delta
-) {
-    const int row = lane() / 4, part = lane() % 4;
-#pragma unroll 1
-    for (int half = 0; half < 64; half += 32) {
-        const int first = rows.direction * PADDED + base + half;
-        const Words* weight = dt + first / 32 * (RANK / 16) * 64 + lane();
-        const Quad b0 = *(const Quad*)(dt_bias + first + part * 8), b1 = *(const Quad*)(dt_bias + first + part * 8 + 4);
+// What time steps of 32 channels are made with: of the products a lane's factors, and the bias of eight channels.
+struct StepWeights {
+    Words factors[RANK / 16][2];
+    Quad bias[2];
+
+    // `channel`: the first one.
+    __device__ StepWeights(int direction, int channel, const Words* dt, const float* dt_bias) {
+        const int first = direction * PADDED + channel;
+        const Words* own = dt + first / 32 * (RANK / 16) * 64 + lane();
+#pragma unroll
+        for (int k = 0; k < RANK / 16; k++) {
+            factors[k][0] = own[k * 64];
+            factors[k][1] = own[k * 64 + 32];
+        }
+        for (int k = 0; k < 2; k++) bias[k] = *(const Quad*)(dt_bias + first + lane() % 4 * 8 + k * 4);
+    }
+};
+
+// Time steps of the rows, 32 channels after 32, of which a lane has eight neighbours. The weights of the next ones are on
+// their way.
+struct TimeSteps {
+    const Rows& rows;
+    const Words* dt;
+    const float* dt_bias;
+    half_word* place;
+    int base;
+    StepWeights next;
+
+    __device__ TimeSteps(const Rows& rows, const Words* dt, const float* dt_bias, half_word* delta)
+        : rows(rows), dt(dt), dt_bias(dt_bias), base(0), next(rows.direction, 0, dt, dt_bias) {
+        place = delta + (rows.index + lane() / 4) * WIDTH + lane() % 4 * 8;
+    }
+    __device__ void put(const Words (&low_rank)[RANK / 16]) {
+        const StepWeights now = next;
+        const bool live = exists(base + lane() % 4 * 8);
+        base += 32;
+        next = StepWeights(rows.direction, min(base, PADDED - 32), dt, dt_bias);
+        const Quad b0 = now.bias[0], b1 = now.bias[1];
         Quad sums[4] = {
             {b0.x, b0.y, b0.x, b0.y}, {b0.z, b0.w, b0.z, b0.w}, {b1.x, b1.y, b1.x, b1.y}, {b1.z, b1.w, b1.z, b1.w}
         };
 #pragma unroll
         for (int k = 0; k < RANK / 16; k++) {
-            const Words v = weight[k * 64], w = weight[k * 64 + 32];
+            const Words v = now.factors[k][0], w = now.factors[k][1];
             multiply_add(sums[0], low_rank[k], v.x, v.y);
             multiply_add(sums[1], low_rank[k], v.z, v.w);
             multiply_add(sums[2], low_rank[k], w.x, w.y);
             multiply_add(sums[3], low_rank[k], w.z, w.w);
         }
-        const int channel = base + half + part * 8;
-        half_word* place = delta + (rows.index + row) * WIDTH + channel;
 #pragma unroll
-        for (int lower = 0; lower < 2; lower++) {
-            if (lower * 8 >= rows.count) break;
+        for (int lower = 0; lower < 16; lower += 8) {
+            if (lower >= rows.count) break;
             word steps[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const Pair sum = lower ? Pair{sums[j].z, sums[j].w} : Pair{sums[j].x, sums[j].y};
                 steps[j] = to_finite_fp16({softplus(sum.a), softplus(sum.b)});
             }
-            if (row + lower * 8 < rows.count && exists(channel)) {
-                *(Words*)(place + lower * 8 * WIDTH) = {steps[0], steps[1], steps[2], steps[3]};
+            if (lane() / 4 + lower < rows.count && live) {
+                store_passing(place + lower * WIDTH, {steps[0], steps[1], steps[2], steps[3]});
             }
         }
+        place += 32;
     }
-}
+};
 
-constexpr int REGISTERS = 44 + PROJECT * COLUMNS / 2 + RANK / 4;
+constexpr int REGISTERS = PROJECT ? 44 + COLUMNS / 2 + RANK / 4 : 60 + RANK * 3 / 4;
 constexpr int FIT = 16384 / (32 * REGISTERS);                   // on each quarter of a multiprocessor
 constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 8 ? 32 : 4 * FIT;
 
@@ -255,41 +286,49 @@ extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
     const half_word* source = x + ((long)blockIdx.z * tokens + token) * 2 * WIDTH + piece();
     copy_rows(tile, source, token, exists(piece()) ? tokens : 0);
 
-    Words low_rank[RANK / 16];
-    if (!PROJECT) Columns(rows, projections).fetch(low_rank);
-
+    Filter filter(rows.direction, lane() * 2, filters, conv_bias);
     const Words* weight = proj + rows.direction * (PADDED / 32) * (COLUMNS / 8) * 32 + lane();
     half_word* out = u + (rows.index + piece_row()) * WIDTH + piece();
+    const Columns columns(rows, projections);
+    Words low_rank[RANK / 16];
+#if PROJECT
     Quad sums[COLUMNS / 8];
     for (int n = 0; n < COLUMNS / 8; n++) sums[n] = {0.0f, 0.0f, 0.0f, 0.0f};
+#else
+    columns.fetch(low_rank);
+    TimeSteps steps(rows, dt, dt_bias, delta);
+#endif
 #pragma unroll 1
     for (int base = 0; base < PADDED; base += 64) {
-        const Filter filter(rows.direction, base + lane() * 2, filters, conv_bias);
         wait_for_copies();
         sync_warp();
         convolve(rows.count, tile, filter);
+        filter = Filter(rows.direction, min(base + 64, PADDED - 64) + lane() * 2, filters, conv_bias);
         sync_warp();
 #pragma unroll
         for (int k = 0; k < ROWS; k += 4) {
             const bool kept = k + piece_row() < rows.count && exists(base + piece());
-            if (kept) *(Words*)(out + k * WIDTH) = *(const Words*)tile.at(k + piece_row(), piece());
+            if (kept) store_passing(out + k * WIDTH, *(const Words*)tile.at(k + piece_row(), piece()));
         }
+        out += 64;
         Words values[4];
         for (int k = 0; k < 4 && PROJECT; k++) values[k] = load_values(tile.at(lane() % 16, k * 16 + lane() / 16 * 8));
         sync_warp();
         source += 64;
         if (base + 64 < PADDED) copy_rows(tile, source, token, exists(base + 64 + piece()) ? tokens : 0);
         sync_warp();   // or else the compiler begins with the products
-        if (PROJECT) {
-            project(sums, values, weight);
-            weight += 2 * (COLUMNS / 8) * 32;
-        } else {
-            time_steps(rows, low_rank, base, dt, dt_bias, delta);
-        }
-        out += 64;
+#if PROJECT
+        project(sums, values, weight);
+        weight += 2 * (COLUMNS / 8) * 32;
+#else
+#pragma unroll
+        for (int half = 0; half < 2; half++) steps.put(low_rank);
+#endif
     }
-    if (!PROJECT) return;
-    Columns(rows, projections).store(sums, low_rank);
-#pragma unroll 1
-    for (int base = 0; base < PADDED; base += 64) time_steps(rows, low_rank, base, dt, dt_bias, delta);
+#if PROJECT
+    TimeSteps steps(rows, dt, dt_bias, delta);
+    columns.store(sums, low_rank);
+#pragma unroll 2
+    for (int base = 0; base < PADDED; base += 32) steps.put(low_rank);
+#endif
 }

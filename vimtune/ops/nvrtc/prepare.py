@@ -25,9 +25,10 @@ MAX_FILTER = 8
 class PackedWeights(NamedTuple):
     """The mixer's small weights of both directions (first index) as the kernels read them, padded with zeros.
 
-    fp32: filters (2, K, W), conv_bias, dt_bias (2, W). In the dtype of the activations and the order in which
-    the matrix units take them, of x_proj (2, P, W) for products with u and with gradients of its result, and
-    of dt_proj (2, R, W) for products with dt_r and with gradients of time steps.
+    fp32: filters (2, K, W) and conv_bias (2, W), both times -log2(e), and dt_bias (2, W). In the dtype of the
+    activations and the order in which the matrix units take them, of x_proj (2, P, W) for products with u and
+    with gradients of its result, and of dt_proj (2, R, W) for products with dt_r and with gradients of time
+    steps.
     """
 
     filters: Tensor

@@ -15,17 +15,19 @@
 // WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the gradients of the filters). Shapes,
 // all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and the direction
 // as first index: grad_u (2, B, L, E), gp (2, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters (2, K, W)
-// fp32, whose row K - 1 belongs to the token itself, conv_bias (2, W) fp32, proj_t as packed by prepare.cu,
+// fp32, whose row K - 1 belongs to the token itself, conv_bias (2, W) fp32, proj_t, all as packed by prepare.cu,
 // partial_filters (B tiles, 2, K + 1, W) fp32: gradients of the filters and, last, of the bias, from the tokens of
 // each tile.
 
-constexpr int HALO = FILTER - 1;
-constexpr int GROUP = 8;   // rows of x that are on their way to a thread
+#include "sizes.cuh"
 
-// The slope of SiLU at `scaled` / log2(e), times log(2), which cancels the factor in the filters' taps.
+constexpr int HALO = FILTER - 1;
+constexpr int GROUP = 4;   // rows of x that are on their way to a thread
+
+// The slope of SiLU at `scaled` / -log2(e), divided by -log2(e), which cancels the factor in the filters' taps.
 __device__ inline float silu_slope(float scaled) {
-    const float gate = reciprocal(1.0f + exp2_fast(-scaled));
-    return gate * (LN2 + LN2 * LN2 * (scaled - scaled * gate));
+    const float gate = reciprocal(1.0f + exp2_fast(scaled));
+    return gate * (LN2 * LN2 * (scaled - scaled * gate) - LN2);
 }
 
 // The tokens of one direction whose gradients a block computes. Row 0 is the block's first token in direction 0, and
@@ -55,11 +57,9 @@ struct Projections {
 
     __device__ Projections(int direction) : memory(launched_shared() + direction * BYTES) {}
     __device__ char* at(int row, int column) const { return memory + (row * PITCH + column) * 2; }
-    // Operand of a product: 16 rows and 16 columns, of which a lane takes four neighbours.
+    // Operand of a product: 16 rows and 16 columns.
     __device__ Words values(int row, int column) const {
-        const word* upper = (const word*)at(row + lane() / 4, column + lane() % 4 * 4);
-        const word* lower = upper + 8 * PITCH / 2;
-        return {upper[0], lower[0], upper[1], lower[1]};
+        return load_values(at(row + lane() % 16, column + lane() / 16 * 8));
     }
 };
 
@@ -76,7 +76,7 @@ struct Tile {
 };
 
 constexpr int SHARED = 2 * (Projections::BYTES + WARPS * Tile::BYTES);
-constexpr int REGISTERS = 40 + 10 * FILTER + TRAINED * (16 + 4 * FILTER);
+constexpr int REGISTERS = 56 + 10 * FILTER + TRAINED * (16 + 4 * FILTER);
 constexpr int FIT_SHARED = 227 * 1024 / (SHARED + 1024);
 constexpr int FIT_REGISTERS = 65536 / (WARPS * 32 * REGISTERS);
 constexpr int FIT = FIT_SHARED < FIT_REGISTERS ? FIT_SHARED : FIT_REGISTERS;
@@ -160,15 +160,14 @@ struct Window {
     }
 };
 
-// Taps and bias times log2(e), which spares the exponential a product.
 struct Filter {
     Pair taps[FILTER], bias;
 
     __device__ Filter(int direction, int channel, const float* filters, const float* conv_bias) {
         for (int k = 0; k < FILTER; k++) {
-            taps[k] = LOG2E * *(const Pair*)(filters + (direction * FILTER + k) * PADDED + channel);
+            taps[k] = *(const Pair*)(filters + (direction * FILTER + k) * PADDED + channel);
         }
-        bias = LOG2E * *(const Pair*)(conv_bias + direction * PADDED + channel);
+        bias = *(const Pair*)(conv_bias + direction * PADDED + channel);
     }
     // The last tap times the last row, or the first one.
     __device__ Pair straight(const Window& window, Pair total) const {
@@ -183,7 +182,7 @@ struct Filter {
     }
 };
 
-// Gradients of taps and bias, `grad` being that of the filter's result times log(2).
+// Gradients of taps and bias, `grad` being that of the filter's result divided by -log2(e).
 struct FilterGradients {
     Pair taps[FILTER], bias;
 
@@ -201,32 +200,28 @@ struct FilterGradients {
         bias = bias + grad;
     }
     __device__ void store(float* place) const {
-        for (int k = 0; k < FILTER; k++) *(Pair*)(place + k * PADDED) = LOG2E * taps[k];
-        *(Pair*)(place + FILTER * PADDED) = LOG2E * bias;
+        for (int k = 0; k < FILTER; k++) *(Pair*)(place + k * PADDED) = -LOG2E * taps[k];
+        *(Pair*)(place + FILTER * PADDED) = -LOG2E * bias;
     }
 };
 
-// Two channels of x, in the order of tokens, GROUP of them on their way.
+// Two channels of x, in the order of tokens, GROUP after GROUP, the next one on its way.
 struct Inputs {
-    const half_word* next;
+    const half_word* place;
     int left;
     word ahead[GROUP];
 
-    __device__ Inputs(const half_word* row, int tokens) : next(row), left(tokens) {
+    __device__ Inputs(const half_word* row, int tokens) : place(row), left(tokens) { fetch(); }
+    __device__ void fetch() {
 #pragma unroll
-        for (int k = 0; k < GROUP; k++) fetch(k);
-    }
-    __device__ void fetch(int k) {
-        ahead[k] = k < left ? *(const word*)(next + k * 2 * WIDTH) : 0;
-        if (k < GROUP - 1) return;
-        next += GROUP * 2 * WIDTH;
+        for (int k = 0; k < GROUP; k++) ahead[k] = k < left ? *(const word*)(place + k * 2 * WIDTH) : 0;
+        place += GROUP * 2 * WIDTH;
         left -= GROUP;
     }
-    // Row k of the current GROUP; to be called for each in turn.
-    __device__ Pair take(int k) {
-        const word row = ahead[k];
-        fetch(k);
-        return activation(row);
+    __device__ void take(word (&rows)[GROUP]) {
+#pragma unroll
+        for (int k = 0; k < GROUP; k++) rows[k] = ahead[k];
+        fetch();
     }
 };
 
@@ -243,6 +238,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     copy_rows(rows0, base, tile0, grad_u);
     copy_rows(rows1, base, tile1, grad_u);
     const half_word* row_x = x + rows0.index * 2 * WIDTH + channel;
+    const bool live = channel < WIDTH;
+    Inputs inputs(row_x, live ? rows0.end : 0);
+    Window seen, grads0, grads1;
+    for (int k = HALO; k > 0; k--) {
+        seen.push(activation(live && k <= rows0.token ? *(const word*)(row_x - k * 2 * WIDTH) : 0));
+    }
     wait_for_copies();
     sync_block();
     if (base >= PADDED) return;
@@ -253,13 +254,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     }
     sync_warp();
 
-    const bool live = channel < WIDTH;
-    Inputs inputs(row_x, live ? rows0.end : 0);
     const Filter filter0(0, channel, filters, conv_bias), filter1(1, channel, filters, conv_bias);
-    Window seen, grads0, grads1;
-    for (int k = HALO; k > 0; k--) {
-        seen.push(activation(live && k <= rows0.token ? *(const word*)(row_x - k * 2 * WIDTH) : 0));
-    }
     half_word* out = grad_x + (rows0.index - HALO) * 2 * WIDTH + channel;
     int left = live ? rows0.count + HALO : 0;   // rows of which some are stored
 #if TRAINED
@@ -267,10 +262,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
 #endif
 #pragma unroll 1
     for (int first = 0; first < rows0.count + HALO; first += GROUP) {
+        word arrived[GROUP];
+        inputs.take(arrived);
 #pragma unroll
         for (int k = 0; k < GROUP; k++) {
             const int row = first + k;
-            seen.push(inputs.take(k));
+            seen.push(activation(arrived[k]));
             const Pair y0 = filter0.straight(seen, filter0.bias), y1 = filter1.reversed(seen, filter1.bias);
             const Pair slope0 = {silu_slope(y0.a), silu_slope(y0.b)}, slope1 = {silu_slope(y1.a), silu_slope(y1.b)};
             grads0.push(activation(*(const word*)tile0.at(row, own)) * slope0);

@@ -39,7 +39,7 @@ def prepare_backward(
     Args:
         grad_u: gradient of the convolved inputs (2, B, L, E).
         grad_delta: gradient of the time steps before softplus (2, B, L, E).
-        partial_BC: gradient of B | C in parts to be added up, (2, blocks, B, L, 32), fp32.
+        partial_BC: gradient of B | C in parts to be added up, (2, blocks, B, L, 32).
         x: input of the convolutions.
         weights: see `prepare.pack_weights`.
         grad_x: written.

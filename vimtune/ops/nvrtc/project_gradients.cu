@@ -4,7 +4,9 @@
 //
 // Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), BLOCKS (of partial_BC), WARPS (of a
 // block), FP16 (activations are fp16, otherwise bf16). Shapes, contiguous, the direction as first index: grad_delta
-// (2, B, L, E), partial_BC (2, BLOCKS, B, L, 32) fp32, gp (2, B, L, P), dt_t as packed by prepare.cu.
+// (2, B, L, E), partial_BC (2, BLOCKS, B, L, 32), gp (2, B, L, P), dt_t as packed by prepare.cu.
+
+#include "sizes.cuh"
 
 constexpr int VECTORS = 2 * N;                // columns of B | C
 constexpr int PART = RANK < 64 ? RANK : 64;   // columns of dt_r that are found at once
@@ -56,7 +58,7 @@ __device__ inline void project_steps(Quad (&sums)[PART / 8], Gradients& gradient
 
 // Grid: blocks of 16 WARPS rows, directions. `rows` are B L.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) project_gradients(
-    const half_word* grad_delta, const float* partial_BC, const Words* dt_t, half_word* gp, int rows
+    const half_word* grad_delta, const half_word* partial_BC, const Words* dt_t, half_word* gp, int rows
 ) {
     const int direction = blockIdx.y, first = (blockIdx.x * WARPS + warp()) * 16;
     const int last = min(15, rows - 1 - first);   // what would come after it is read as if it were this row
@@ -67,24 +69,27 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) proje
     const half_word *row0 = row + min(upper, last) * WIDTH, *row1 = row + min(lower, last) * WIDTH;
     Gradients gradients(row0, row1);
 
-    const int column = lane() % 8 * 4;
-    const float* source = partial_BC + ((long)direction * (BLOCKS - 1) * rows + index) * VECTORS + column;
-    Quad totals[4];   // four columns of each fourth row
-    for (int k = 0; k < 4; k++) totals[k] = {0.0f, 0.0f, 0.0f, 0.0f};
+    const half_word* source = partial_BC + ((long)direction * (BLOCKS - 1) * rows + index) * VECTORS + part * 8;
+    Pair totals[2][4];   // of two rows eight columns
+    for (int k = 0; k < 8; k++) totals[k / 4][k % 4] = {0.0f, 0.0f};
 #pragma unroll 6
     for (int block = 0; block < BLOCKS; block++) {
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            totals[k] = totals[k] + *(const Quad*)(source + min(k * 4 + lane() / 8, last) * VECTORS);
+        for (int k = 0; k < 2; k++) {
+            const Words values = *(const Words*)(source + min(k ? lower : upper, last) * VECTORS);
+            const word pairs[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+            for (int j = 0; j < 4; j++) totals[k][j] = totals[k][j] + activation(pairs[j]);
         }
         source += (long)rows * VECTORS;
     }
     half_word* out = gp + index * COLUMNS;
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int row = k * 4 + lane() / 8;
-        const HalfWords total = {rounded({totals[k].x, totals[k].y}), rounded({totals[k].z, totals[k].w})};
-        if (row <= last) *(HalfWords*)(out + row * COLUMNS + column) = total;
+    for (int k = 0; k < 2; k++) {
+        const int row = k ? lower : upper;
+        const Pair(&total)[4] = totals[k];
+        const Words values = {rounded(total[0]), rounded(total[1]), rounded(total[2]), rounded(total[3])};
+        if (row <= last) *(Words*)(out + row * COLUMNS + part * 8) = values;
     }
 
 #pragma unroll 1

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Kernel:
     def __init__(self, module: ctypes.c_void_p, name: str) -> None:
         self._function = ctypes.c_void_p()
         self._shared = _USUAL_SHARED
-        _check(_driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()))
+        _call("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
 
     def __call__(
         self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Tensor | int], shared: int = 0
@@ -55,15 +56,12 @@ class Kernel:
         Tensors become pointers, ints become C ints.
         """
         if shared > self._shared:
-            _check(_driver().cuFuncSetAttribute(self._function, _MAX_SHARED, shared))
+            _call("cuFuncSetAttribute", self._function, _MAX_SHARED, shared)
             self._shared = shared
         values = packed(arguments)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchKernel(
-                self._function, *grid, threads, 1, 1, shared, stream, pointers(values), None
-            )
-        )
+        block = (threads, 1, 1)
+        _call("cuLaunchKernel", self._function, *grid, *block, shared, stream, pointers(values), None)
 
 
 def packed(arguments: Sequence[Tensor | int]) -> list[ctypes.c_void_p | ctypes.c_int]:
@@ -95,7 +93,7 @@ def _load_module(source: str, constants: tuple[tuple[str, int], ...], device_ind
     image = compile_source(source, constants, f"sm_{major}{minor}")
     module = ctypes.c_void_p()
     with torch.cuda.device(device_index):
-        _check(_driver().cuModuleLoadData(ctypes.byref(module), image))
+        _call("cuModuleLoadData", ctypes.byref(module), image)
     return module
 
 
@@ -162,6 +160,19 @@ def _driver() -> ctypes.CDLL:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
         raise CompileError(f"the CUDA driver cannot be loaded: {error}") from error
+
+
+def _call(function: str, *arguments: Any) -> None:
+    """Call the driver, in the context of torch's current device.
+
+    torch makes it that of a thread by its own first call of CUDA, which on autograd's threads may come later.
+    """
+    driver, context = _driver(), ctypes.c_void_p()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)))
+    if not context:
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()))
+        _check(driver.cuCtxSetCurrent(context))
+    _check(getattr(driver, function)(*arguments))
 
 
 def _check(status: int) -> None:

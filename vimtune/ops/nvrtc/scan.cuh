@@ -19,6 +19,8 @@
 // gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (2, B, S, E, ENTRY) fp32
 // for S segments of `span` tokens. First index: direction.
 
+#include "sizes.cuh"
+
 constexpr int CHANNELS = 64;
 constexpr int STAGE = 8;
 constexpr int STREAM = 2 * STAGE * 32;   // words of shared memory: the stage in use and the next one

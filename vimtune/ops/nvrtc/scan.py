@@ -24,8 +24,8 @@ SHORTEST_SEGMENT = 128  # tokens
 
 # Time of a token, in microseconds on an H200, with up to 2, 4 or 6 blocks on a multiprocessor, which is up to
 # 1, 2 or 3 warps for each of its schedulers: of whole sequences and of segments, without and with a backward.
-WHOLE = (0.22, 0.35, 0.55), (0.98, 1.52, 2.31)
-SEGMENTED = (0.42, 0.75, 1.20), (1.40, 2.42, 3.70)
+WHOLE = (0.23, 0.35, 0.51), (0.99, 1.48, 2.11)
+SEGMENTED = (0.43, 0.78, 1.22), (1.44, 2.40, 3.67)
 
 
 class ScanInputs(NamedTuple):
@@ -147,7 +147,7 @@ def scan_backward(
     found = ScanGradients(
         scratch(*u.shape, dtype=u.dtype),
         scratch(*u.shape, dtype=u.dtype),
-        scratch(2, blocks, batch, tokens, 2 * NUM_STATES),
+        scratch(2, blocks, batch, tokens, 2 * NUM_STATES, dtype=u.dtype),
         scratch(2, batch, segments, inner, NUM_STATES, wanted=need_parameters),
         scratch(2, batch, segments, inner, wanted=need_parameters),
         scratch(2, batch, segments, inner, wanted=need_parameters),
@@ -160,7 +160,7 @@ def scan_backward(
     arguments = [
         *(grad, u, delta, projections, *decays, *inputs.skips(), gate),
         inputs.mean if _needs_mean(u.dtype) else out,
-        *(found.u, found.delta, grad_xz[..., inner:], terms, found.BC, found.A, found.D, found.bias),
+        *(found.u, found.delta, grad_xz[..., inner:], found.BC, terms, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]
     _launch("scan_backward", inputs, arguments, need_parameters)

@@ -47,13 +47,13 @@ struct ChannelSums {
     static constexpr int SIZE = PLANES * PLANE;
     static_assert(PLANES == 8, "a lane for each plane and group of eight lanes");
     Quad* shared;
-    float* out;
+    half_word* out;
     const Range all;
     const int stride;
     int token;   // the lane's
 
-    // `rows`: N floats of each token.
-    __device__ ChannelSums(Quad* shared, float* rows, const Order& order)
+    // `rows`: N values of each token.
+    __device__ ChannelSums(Quad* shared, half_word* rows, const Order& order)
         : shared(shared), all({0, order.tokens}), stride(order.along(STEPS)) {
         const int plane = lane() % PLANES;
         token = order.stage(0) + order.within_stage(plane / (N / 4));
@@ -75,7 +75,7 @@ struct ChannelSums {
         const Pair low = {sum.x, sum.y}, high = {sum.z, sum.w}, given = second ? low : high;
         const Pair half = (second ? high : low) + Pair{exchanged(given.a, 8), exchanged(given.b, 8)};
         const float total = (odd ? half.b : half.a) + exchanged(odd ? half.a : half.b, 16);
-        if (all.has(token)) *out = total;
+        if (all.has(token)) *out = rounded(total);
         token += stride;
         out += stride * 2 * N;
     }
@@ -126,12 +126,12 @@ typedef Shared<6, ChannelSums::SIZE> Memory;   // of a warp; the scalars take fo
 // dy_t of two channels.
 struct Tensors {
     const half_word *grad, *u, *delta, *vectors, *gate, *result;
-    half_word *grad_u, *grad_delta, *grad_gate;
-    float *scalars, *partial_BC;
+    half_word *grad_u, *grad_delta, *grad_gate, *partial_BC;
+    float* scalars;
     int batch;
 
     // B | C of this warp's channels.
-    __device__ float* sums(const Place& at) const {
+    __device__ half_word* sums(const Place& at) const {
         const int block = at.direction * COLUMN_BLOCKS + at.first / CHANNELS;
         return partial_BC + ((long)block * batch * at.total + at.image_row()) * 2 * N;
     }
@@ -259,12 +259,12 @@ __device__ inline void sweep_gradients(
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, const half_word* result,
-    half_word* grad_u, half_word* grad_delta, half_word* grad_gate, float* scalars, float* partial_BC, float* partial_A,
-    float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch, int total, int span
+    half_word* grad_u, half_word* grad_delta, half_word* grad_gate, half_word* partial_BC, float* scalars,
+    float* partial_A, float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch, int total, int span
 ) {
     __shared__ Memory shared[2];
     const Tensors tensors = {
-        grad, u, delta, vectors, gate, result, grad_u, grad_delta, grad_gate, scalars, partial_BC, batch
+        grad, u, delta, vectors, gate, result, grad_u, grad_delta, grad_gate, partial_BC, scalars, batch
     };
     const Place at(total, span);
     Memory& mine = shared[at.direction];

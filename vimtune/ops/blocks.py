@@ -1,0 +1,112 @@
+"""Scaled products with a block diagonal matrix, the change that ProDiaL makes to a weight.
+
+Shape letters: O rows, C columns, n blocks of b columns, C = n b.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vimtune.ops.fused import fused_backend
+
+MAX_BLOCK = 8
+"""Columns of the largest blocks that the kernels take; their threads have such blocks in registers."""
+
+
+def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, backend: str = "auto") -> Tensor:
+    """s (W + W diag(D_1, ..., D_n)), where s scales rows.
+
+    With kernels for it, which want fp32, W is read and the result written once, where matrix products of such
+    small blocks are slow and want W in another order. Then gradients of the gradients of s and D do not
+    exist.
+
+    Args:
+        weight: W (..., O, C).
+        row_scale: s (..., O).
+        blocks: D_1 to D_n (..., n, b, b).
+        backend: see `vimtune.ops.backend_names`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    *leading, rows, columns = weight.shape
+    if tuple(row_scale.shape) != (*leading, rows):
+        raise ValueError(
+            f"row_scale is {tuple(row_scale.shape)}, expected {(*leading, rows)} "
+            f"for a weight {tuple(weight.shape)}"
+        )
+    size = blocks.shape[-1] if blocks.ndim else 0
+    if size == 0 or columns % size or tuple(blocks.shape) != (*leading, columns // size, size, size):
+        raise ValueError(
+            f"blocks are {tuple(blocks.shape)}, expected (..., n, b, b) with n b = {columns} "
+            f"for a weight {tuple(weight.shape)}"
+        )
+    tensors = (weight, row_scale, blocks)
+    covered = size <= MAX_BLOCK and weight.numel() > 0 and all(t.dtype == torch.float32 for t in tensors)
+    if covered and fused_backend(backend, str(weight.device)) == "nvrtc":
+        return torch.ops.vimtune.scaled_block_product(*tensors)
+    if size == 1:
+        return row_scale.unsqueeze(-1) * (weight + weight * blocks.flatten(-3).unsqueeze(-2))
+    parts = weight.unflatten(-1, (columns // size, size))
+    # The product has the blocks first; added to W as it is, and only then flattened, it needs no copy.
+    changed = (parts + torch.einsum("...oni,...nij->...onj", parts, blocks)).flatten(-2)
+    return row_scale.unsqueeze(-1) * changed
+
+
+@torch.library.custom_op("vimtune::scaled_block_product", mutates_args=())
+def _product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
+    from vimtune.ops.nvrtc import blocks as kernels
+
+    return kernels.scaled_block_product(weight, row_scale, blocks)
+
+
+@_product.register_fake
+def _(weight, row_scale, blocks):
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.custom_op("vimtune::scaled_block_product_backward", mutates_args=())
+def _backward(
+    grad: Tensor, weight: Tensor, row_scale: Tensor, blocks: Tensor, need_scale: bool, need_blocks: bool
+) -> tuple[Tensor, Tensor]:
+    from vimtune.ops.nvrtc import blocks as kernels
+
+    return kernels.scaled_block_product_backward(grad, weight, row_scale, blocks, need_scale, need_blocks)
+
+
+@_backward.register_fake
+def _(grad, weight, row_scale, blocks, need_scale, need_blocks):
+    return (
+        row_scale.new_empty(row_scale.shape if need_scale else 0),
+        blocks.new_empty(blocks.shape if need_blocks else 0),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad):
+    weight, row_scale, blocks = ctx.saved_tensors
+    need_weight, *needs = ctx.needs_input_grad
+    grad_weight, others = None, (None, None)
+    if need_weight:
+        # Of s (W + W D) it is s (g + g D^T).
+        grad_weight = torch.ops.vimtune.scaled_block_product(grad, row_scale, blocks.transpose(-1, -2))
+    if any(needs):
+        others = torch.ops.vimtune.scaled_block_product_backward(grad, weight, row_scale, blocks, *needs)
+    return grad_weight, *(value if needed else None for value, needed in zip(others, needs, strict=True))
+
+
+def _vmap(info, in_dims, *tensors):
+    """One more leading dimension."""
+    stacked = [
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+    return torch.ops.vimtune.scaled_block_product(*stacked), 0
+
+
+_product.register_autograd(_autograd, setup_context=_setup)
+_product.register_vmap(_vmap)
