@@ -36,6 +36,7 @@ def definition(x, weights, dtype):
         (2, 5, 40, 3, 2, False, torch.float16),
         (1, 33, 72, 17, 4, True, torch.bfloat16),
         (1, 40, 648, 40, 4, True, torch.bfloat16),
+        (2, 19, 72, 70, 8, True, torch.bfloat16),
         (1, 197, 384, 12, 4, True, torch.float16),
     ],
 )
