@@ -21,6 +21,7 @@ from vimtune.adapters import (
     WeightRule,
     adapter_parameters,
     adapter_state_dict,
+    batched,
     check_gradients,
     shared_effective_weights,
 )
@@ -461,17 +462,23 @@ def test_switching_disabling_and_merging_within():
 
 
 @pytest.mark.parametrize("method", BATCHED)
-def test_compile_and_trace_see_the_single_rules(method):
+def test_compile_and_trace_see_the_single_rules(method, monkeypatch):
     torch._dynamo.reset()
     model = build(method).eval()
     expected = model(images())
 
     def run(x):
         with shared_effective_weights(model):
-            assert ahead() == 0
             return model(x)
 
-    close(torch.compile(run, fullgraph=True, backend="eager")(images()), expected)
+    def shared(modules):
+        raise AssertionError("weights are shared under the compiler")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batched, "_sharing", shared)
+        with pytest.raises(AssertionError, match="are shared"):
+            run(images())
+        close(torch.compile(run, fullgraph=True, backend="eager")(images()), expected)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with shared_effective_weights(model):
         close(compiled(images()), expected)
