@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 
+from vimtune.ops import BackendUnavailable, use_backend
 from vimtune.ops import blocks as ops
 from vimtune.ops.blocks import MAX_BLOCK, scaled_block_product
 from vimtune.ops.nvrtc import blocks as kernels
@@ -248,11 +249,34 @@ def test_what_kernels_do_not_take_is_the_formula(size, dtype, on_cpu, launches):
 
 
 @pytest.mark.parametrize("leading, rows, columns", [((), 0, 8), ((), 5, 0), ((0,), 5, 8)])
-def test_nothing_to_do(leading, rows, columns, on_cpu):
+@pytest.mark.parametrize("transform", [lambda product: product, torch.func.vmap])
+def test_nothing_to_do(leading, rows, columns, transform, on_cpu):
+    if transform is torch.func.vmap and not leading:
+        pytest.skip("no dimension to map over")
     *tensors, grad = build(leading, rows, columns, 4)
-    found = with_gradients(lambda *t: scaled_block_product(*t, backend="nvrtc"), tensors, grad)
-    assert found[0].shape == grad.shape
+    product = transform(lambda *t: scaled_block_product(*t, backend="nvrtc"))
+    found = with_gradients(product, tensors, grad)
+    assert [value.shape for value in found] == [value.shape for value in (grad, *tensors)]
     assert not found[3].any()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the backend is available")
+def test_a_backend_for_scans_does_not_forbid_the_formula():
+    tensors = build((), 5, 8, 4)[:3]
+    with use_backend("nvrtc"):
+        assert torch.equal(
+            scaled_block_product(*tensors), scaled_block_product(*tensors, backend="reference")
+        )
+    with pytest.raises(BackendUnavailable):
+        scaled_block_product(*tensors, backend="nvrtc")
+
+
+def test_tensors_on_several_devices_are_an_error_and_not_a_launch(native):
+    """A kernel would take the address of one for that of the other."""
+    weight, row_scale, blocks, _ = build((), 5, 8, 4)
+    native(weight, row_scale, blocks)
+    with pytest.raises(RuntimeError, match="device"):
+        scaled_block_product(weight, row_scale, blocks.to("meta"), backend="nvrtc")
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3), (3, 4, 4), (2, 0, 0), (1, 2, 4, 4), (1, 5, 5), (4, 4), ()])
@@ -268,8 +292,10 @@ def test_a_row_scale_that_does_not_fit(shape):
 
 
 @pytest.mark.parametrize("size", range(1, MAX_BLOCK + 1))
-def test_sources_compile_without_a_gpu(size):
-    constants = (("SIZE", size), ("AHEAD", 4), ("WANT_SCALE", 1), ("WANT_BLOCKS", 1))
+@pytest.mark.parametrize("wanted", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_sources_compile_without_a_gpu(size, wanted):
+    ahead = kernels._rows_ahead(size) // (2 if any(wanted) else 1)
+    constants = (("SIZE", size), ("AHEAD", ahead), *zip(("WANT_SCALE", "WANT_BLOCKS"), wanted, strict=True))
     try:
         runtime._nvrtc()
     except runtime.CompileError as error:

@@ -216,3 +216,37 @@ def test_compile_errors_are_one_line():
     ) as caught:
         runtime.compile_source(scan.FORWARD, (), "sm_90")
     assert "\n" not in str(caught.value)
+
+
+class Driver:
+    """Stands in for CUDA's driver on a thread that has this context."""
+
+    def __init__(self, context):
+        self.context = context
+        self.calls = []
+
+    def cuCtxGetCurrent(self, place):
+        place._obj.value = self.context
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, place, device):
+        place._obj.value = 100 + device
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.context = context.value
+        return 0
+
+    def cuAnything(self, *arguments):
+        self.calls.append((self.context, arguments))
+        return 0
+
+
+@pytest.mark.parametrize("own, used", [(None, 103), (7, 7)])
+def test_the_driver_is_called_in_a_context(own, used, monkeypatch):
+    """A thread that has not called CUDA has none; one that has keeps its own."""
+    driver = Driver(own)
+    monkeypatch.setattr(runtime, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    runtime._call("cuAnything", 1, 2)
+    assert driver.calls == [(used, (1, 2))]

@@ -1,5 +1,6 @@
 """Selective scan and causal convolution behind one dispatch; see `dispatch.py` for the backends."""
 
+from vimtune.ops.blocks import scaled_block_product
 from vimtune.ops.cpu import CpuBackend
 from vimtune.ops.cuda import CudaBackend
 from vimtune.ops.dispatch import (
@@ -38,6 +39,7 @@ __all__ = [
     "has_bidirectional_scan",
     "register_backend",
     "resolved_backend",
+    "scaled_block_product",
     "selective_scan",
     "set_backend",
     "use_backend",

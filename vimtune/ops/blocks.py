@@ -8,24 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vimtune.ops.dispatch import BackendUnavailable
 from vimtune.ops.fused import fused_backend
 
 MAX_BLOCK = 8
 """Columns of the largest blocks that the kernels take; their threads have such blocks in registers."""
+MAX_ROWS = 2_000_000
+"""Of a matrix that the kernels take."""
 
 
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, backend: str = "auto") -> Tensor:
     """s (W + W diag(D_1, ..., D_n)), where s scales rows.
 
     With kernels for it, which want fp32, W is read and the result written once, where matrix products of such
-    small blocks are slow and want W in another order. Then gradients of the gradients of s and D do not
-    exist.
+    small blocks are slow and want W in another order. Then there are no gradients of the gradients of s and
+    D, no forward-mode derivatives and no `torch.func.grad`.
 
     Args:
         weight: W (..., O, C).
         row_scale: s (..., O).
         blocks: D_1 to D_n (..., n, b, b).
-        backend: see `vimtune.ops.backend_names`.
+        backend: see `vimtune.ops.backend_names`. What "auto" stands for need not exist on the device of
+            `weight`: chosen for scans, it does not forbid the formula.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -43,8 +47,10 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
             f"for a weight {tuple(weight.shape)}"
         )
     tensors = (weight, row_scale, blocks)
-    covered = size <= MAX_BLOCK and weight.numel() > 0 and all(t.dtype == torch.float32 for t in tensors)
-    if covered and fused_backend(backend, str(weight.device)) == "nvrtc":
+    covered = size <= MAX_BLOCK and rows <= MAX_ROWS
+    for tensor in tensors:
+        covered = covered and tensor.dtype == torch.float32 and tensor.device == weight.device
+    if covered and _has_kernels(backend, str(weight.device)):
         return torch.ops.vimtune.scaled_block_product(*tensors)
     if size == 1:
         return row_scale.unsqueeze(-1) * (weight + weight * blocks.flatten(-3).unsqueeze(-2))
@@ -54,10 +60,22 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
     return row_scale.unsqueeze(-1) * changed
 
 
+@torch.compiler.assume_constant_result
+def _has_kernels(backend: str, device: str) -> bool:
+    try:
+        return fused_backend(backend, device) == "nvrtc"
+    except BackendUnavailable:
+        if backend != "auto":
+            raise
+        return False
+
+
 @torch.library.custom_op("vimtune::scaled_block_product", mutates_args=())
 def _product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
     from vimtune.ops.nvrtc import blocks as kernels
 
+    if weight.numel() == 0:  # as under a vmap over nothing
+        return torch.empty_like(weight)
     return kernels.scaled_block_product(weight, row_scale, blocks)
 
 
@@ -72,6 +90,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     from vimtune.ops.nvrtc import blocks as kernels
 
+    if weight.numel() == 0:
+        return (
+            row_scale.new_zeros(row_scale.shape if need_scale else 0),
+            blocks.new_zeros(blocks.shape if need_blocks else 0),
+        )
     return kernels.scaled_block_product_backward(grad, weight, row_scale, blocks, need_scale, need_blocks)
 
 

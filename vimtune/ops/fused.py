@@ -40,7 +40,7 @@ def has_bidirectional_scan(backend: str, device: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def fused_backend(backend: str, device: str) -> str:
-    """Backend that runs `bidirectional_scan` for a backend name on a device; empty if it cannot."""
+    """Backend with fused kernels that a backend name means on a device; empty if it has none."""
     if uses_reference(backend):
         return ""
     chosen = resolve_backend(backend, torch.device(device))

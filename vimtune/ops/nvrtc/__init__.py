@@ -1,1 +1,1 @@
-"""Scan kernels in CUDA C++, compiled at run time; see `backend.py`."""
+"""Kernels in CUDA C++, compiled at run time; see `backend.py`."""

@@ -1,4 +1,5 @@
-"""Backend `nvrtc`: the mixer's scan in CUDA C++, compiled at run time; everything else is Triton's.
+"""Backend `nvrtc`: the inside of the mixer and ProDiaL's weights in CUDA C++, compiled at run time; the rest
+is Triton's.
 
 Sizes and dtypes that the CUDA kernels do not have (`scan.covers`) run in Triton as well.
 """

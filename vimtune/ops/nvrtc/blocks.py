@@ -18,10 +18,7 @@ ENOUGH = 400
 
 
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
-    """s (W + W D) of `weight` (M, O, C), `row_scale` (M, O) and `blocks` (M, n, b, b), all fp32, not empty.
-
-    O is at most 2 million.
-    """
+    """s (W + W D) of `weight` (M, O, C), `row_scale` (M, O) and `blocks` (M, n, b, b), fp32 and not empty."""
     weight, row_scale, blocks = map(_readable, (weight, row_scale, blocks))
     matrices, rows, num_blocks, size = _sizes(weight, blocks)
     out = torch.empty_like(weight)

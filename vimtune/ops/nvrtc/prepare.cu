@@ -221,8 +221,8 @@ struct StepWeights {
     }
 };
 
-// Time steps of the rows, 32 channels after 32, of which a lane has eight neighbours. The weights of the next ones are on
-// their way.
+// Time steps of the rows, 32 channels after 32, of which a lane has eight neighbours. The weights of the next ones are
+// on their way.
 struct TimeSteps {
     const Rows& rows;
     const Words* dt;

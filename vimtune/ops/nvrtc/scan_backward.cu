@@ -260,7 +260,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, const half_word* result,
     half_word* grad_u, half_word* grad_delta, half_word* grad_gate, half_word* partial_BC, float* scalars,
-    float* partial_A, float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch, int total, int span
+    float* partial_A, float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch,
+    int total, int span
 ) {
     __shared__ Memory shared[2];
     const Tensors tensors = {
