@@ -86,6 +86,15 @@ def in_both_orders(on_cpu, monkeypatch):
     return call
 
 
+@pytest.fixture
+def nvrtc():
+    """Skips where there is none."""
+    try:
+        runtime._nvrtc()
+    except runtime.CompileError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request):
     """Where the kernels of backend `nvrtc` run in a test: in the emulator or on a GPU."""

@@ -174,11 +174,11 @@ inline void store_if(bool valid, void* place, word value) {
     if (valid) *(word*)place = value;
 }
 
-inline float exchanged(float value, int distance) {
+inline float exchanged(float value, int bit) {
     static float values[1024];
     values[emulator::current] = value;
     sync_warp();
-    const float other = values[emulator::current ^ distance];
+    const float other = values[emulator::current ^ bit];
     sync_warp();
     return other;
 }

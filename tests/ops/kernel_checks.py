@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vimtune.ops.nvrtc import runtime
+
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
@@ -15,6 +17,12 @@ def assert_close(actual, expected, tolerance, label, floor=0.0):
         floor
     )
     assert error <= tolerance, f"{label}: relative error {error:.2e}"
+
+
+def assert_compiles(source, constants):
+    """For every architecture this NVRTC still has, from the oldest with the needed instructions on."""
+    for architecture in ("sm_80", "sm_90"):
+        assert runtime.compile_source(source, constants, architecture)[:4] == b"\x7fELF"
 
 
 def build_weights(inner, rank, width, bias, device="cpu", seed=0, num_states=16) -> dict:

@@ -15,5 +15,26 @@ __device__ inline Pair exp2_fast(Pair x) { return {exp2_fast(x.a), exp2_fast(x.b
 __device__ inline float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
 __device__ inline Pair sigmoid(Pair x) { return {sigmoid(x.a), sigmoid(x.b)}; }
 
+// What 16 bytes of activations are as numbers.
+struct Eight {
+    Pair pairs[4];
+
+    __device__ Words words() const {
+        return {rounded(pairs[0]), rounded(pairs[1]), rounded(pairs[2]), rounded(pairs[3])};
+    }
+};
+__device__ inline Eight activations(Words v) {
+    return {{activation(v.x), activation(v.y), activation(v.z), activation(v.w)}};
+}
+
+// sums (16 x 32) += values (16 x 16) weights (16 x 32). Weights packed by `spread_index` (prepare.cu) give a lane eight
+// neighbouring columns of two rows, two of them in each of its sums.
+__device__ inline void multiply_add(Quad (&sums)[4], Words values, Words low, Words high) {
+    multiply_add(sums[0], values, low.x, low.y);
+    multiply_add(sums[1], values, low.z, low.w);
+    multiply_add(sums[2], values, high.x, high.y);
+    multiply_add(sums[3], values, high.z, high.w);
+}
+
 // One of the two numbers of a word.
 __device__ inline half_word rounded(float value) { return (half_word)rounded(Pair{value, 0.0f}); }

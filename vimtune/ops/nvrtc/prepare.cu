@@ -245,13 +245,7 @@ struct TimeSteps {
             {b0.x, b0.y, b0.x, b0.y}, {b0.z, b0.w, b0.z, b0.w}, {b1.x, b1.y, b1.x, b1.y}, {b1.z, b1.w, b1.z, b1.w}
         };
 #pragma unroll
-        for (int k = 0; k < RANK / 16; k++) {
-            const Words v = now.factors[k][0], w = now.factors[k][1];
-            multiply_add(sums[0], low_rank[k], v.x, v.y);
-            multiply_add(sums[1], low_rank[k], v.z, v.w);
-            multiply_add(sums[2], low_rank[k], w.x, w.y);
-            multiply_add(sums[3], low_rank[k], w.z, w.w);
-        }
+        for (int k = 0; k < RANK / 16; k++) multiply_add(sums, low_rank[k], now.factors[k][0], now.factors[k][1]);
 #pragma unroll
         for (int lower = 0; lower < 16; lower += 8) {
             if (lower >= rows.count) break;

@@ -110,12 +110,11 @@ __device__ inline void spread(Tile tile, Projections gp, const Words* weight) {
         Quad sums[ROWS / 16][4];
 #pragma unroll
         for (int m = 0; m < ROWS / 16; m++) {
-            const Words upper = *(const Words*)tile.at(m * 16 + row, own);
-            const Words lower = *(const Words*)tile.at(m * 16 + row + 8, own);
-            const word up[4] = {upper.x, upper.y, upper.z, upper.w}, low[4] = {lower.x, lower.y, lower.z, lower.w};
+            const Eight upper = activations(*(const Words*)tile.at(m * 16 + row, own));
+            const Eight lower = activations(*(const Words*)tile.at(m * 16 + row + 8, own));
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                const Pair p = activation(up[j]), q = activation(low[j]);
+                const Pair p = upper.pairs[j], q = lower.pairs[j];
                 sums[m][j] = {p.a, p.b, q.a, q.b};
             }
         }
@@ -124,24 +123,18 @@ __device__ inline void spread(Tile tile, Projections gp, const Words* weight) {
             const Words v = weight[0], w = weight[32];
             weight += 64;
 #pragma unroll
-            for (int m = 0; m < ROWS / 16; m++) {
-                const Words values = gp.values(m * 16, column);
-                multiply_add(sums[m][0], values, v.x, v.y);
-                multiply_add(sums[m][1], values, v.z, v.w);
-                multiply_add(sums[m][2], values, w.x, w.y);
-                multiply_add(sums[m][3], values, w.z, w.w);
-            }
+            for (int m = 0; m < ROWS / 16; m++) multiply_add(sums[m], gp.values(m * 16, column), v, w);
         }
 #pragma unroll
         for (int m = 0; m < ROWS / 16; m++) {
-            word up[4], low[4];
+            Eight upper, lower;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                up[j] = rounded({sums[m][j].x, sums[m][j].y});
-                low[j] = rounded({sums[m][j].z, sums[m][j].w});
+                upper.pairs[j] = {sums[m][j].x, sums[m][j].y};
+                lower.pairs[j] = {sums[m][j].z, sums[m][j].w};
             }
-            *(Words*)tile.at(m * 16 + row, own) = {up[0], up[1], up[2], up[3]};
-            *(Words*)tile.at(m * 16 + row + 8, own) = {low[0], low[1], low[2], low[3]};
+            *(Words*)tile.at(m * 16 + row, own) = upper.words();
+            *(Words*)tile.at(m * 16 + row + 8, own) = lower.words();
         }
     }
 }

@@ -70,8 +70,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) proje
     Gradients gradients(row0, row1);
 
     const half_word* source = partial_BC + ((long)direction * (BLOCKS - 1) * rows + index) * VECTORS + part * 8;
-    Pair totals[2][4];   // of two rows eight columns
-    for (int k = 0; k < 8; k++) totals[k / 4][k % 4] = {0.0f, 0.0f};
+    Eight totals[2] = {};   // of two rows
 #pragma unroll 6
     for (int block = 0; block < BLOCKS; block++) {
 #pragma unroll
@@ -79,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) proje
             const Words values = *(const Words*)(source + min(k ? lower : upper, last) * VECTORS);
             const word pairs[4] = {values.x, values.y, values.z, values.w};
 #pragma unroll
-            for (int j = 0; j < 4; j++) totals[k][j] = totals[k][j] + activation(pairs[j]);
+            for (int j = 0; j < 4; j++) totals[k].pairs[j] = totals[k].pairs[j] + activation(pairs[j]);
         }
         source += (long)rows * VECTORS;
     }
@@ -87,8 +86,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) proje
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         const int row = k ? lower : upper;
-        const Pair(&total)[4] = totals[k];
-        const Words values = {rounded(total[0]), rounded(total[1]), rounded(total[2]), rounded(total[3])};
+        const Words values = totals[k].words();
         if (row <= last) *(Words*)(out + row * COLUMNS + part * 8) = values;
     }
 
