@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import TINY
 
 from vimtune.recipe import Recipe
+from vimtune.train import trainer
+from vimtune.train.optim import build_optimizer
+from vimtune.train.transfer import WindowReader
 
 
 @pytest.fixture
@@ -24,3 +28,34 @@ def tiny(tmp_path: Path) -> Callable[..., Recipe]:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out, a third of the time of a tiny run."""
     monkeypatch.setattr("vimtune.train.report._save", lambda figure, path: path.touch())
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[torch.optim.Optimizer]]:
+    """Runs have the optimizer of a GPU, which skips updates by itself; gives those that were made."""
+    made: list[torch.optim.Optimizer] = []
+
+    def install() -> list[torch.optim.Optimizer]:
+        def build(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            optimizer = build_optimizer(*args, **kwargs)
+            for settings in (optimizer.defaults, *optimizer.param_groups):
+                settings["fused"] = True
+            made.append(optimizer)
+            return optimizer
+
+        monkeypatch.setattr(trainer, "build_optimizer", build)
+        return made
+
+    return install
+
+
+@pytest.fixture
+def reading_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Runs read ahead, as on a GPU, and with the optimizer of a GPU read a step's numbers late."""
+
+    class Ahead(WindowReader):
+        def __init__(self, device: torch.device, size: int) -> None:
+            super().__init__(device, size)
+            self.ahead = True
+
+    return lambda: monkeypatch.setattr(trainer, "WindowReader", Ahead)

@@ -223,15 +223,15 @@ def test_interrupted_and_resumed(tiny, replaying, monkeypatch):
     whole = train(tiny("whole"))
     replaying()
     recipe, steps = tiny("parts"), []
-    step = trainer._Run._step
+    compute = trainer._Run._compute_gradients
 
     def interrupted(self, window):
         steps.append(1)
         self.stop.requested = self.stop.requested or len(steps) == 6
-        return step(self, window)
+        return compute(self, window)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_step", interrupted)
+        patch.setattr(trainer._Run, "_compute_gradients", interrupted)
         with pytest.raises(Interrupted):
             train(recipe)
     report = train(load_recipe(None, {"resume": recipe.output_dir, "cuda_graph": "off"}))

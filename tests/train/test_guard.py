@@ -12,7 +12,6 @@ from torch import nn
 from vimtune.train import NonFiniteError, train, trainer
 from vimtune.train.checkpoint import load_run_state
 from vimtune.train.guard import find_nonfinite
-from vimtune.train.optim import build_optimizer
 
 
 class TwoFactors(torch.autograd.Function):
@@ -86,10 +85,14 @@ def test_hooks_are_removed():
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("options", [{}, {"grad_checkpointing": True, "grad_accum": 2, "batch_size": 4}])
-def test_run_names_the_layer(tiny, monkeypatch, options):
-    """A mixer that overflows from the third step on."""
+def test_run_names_the_layer(tiny, fused, reading_ahead, monkeypatch, options, late):
+    """A mixer that overflows from the third step on; with its loss read `late`, the fourth has begun."""
     original = trainer.build_job
+    if late:
+        fused()
+        reading_ahead()
 
     def with_a_bad_layer(recipe, processes):
         job = original(recipe, processes)
@@ -114,44 +117,31 @@ def test_run_names_the_layer(tiny, monkeypatch, options):
     assert "lower --lr" in message
 
 
-@pytest.fixture
-def fused(monkeypatch):
-    """Runs have the optimizer of a GPU, which skips updates by itself; gives those that were made."""
-    made = []
-
-    def install():
-        def build(*args, **kwargs):
-            optimizer = build_optimizer(*args, **kwargs)
-            for settings in (optimizer.defaults, *optimizer.param_groups):
-                settings["fused"] = True
-            made.append(optimizer)
-            return optimizer
-
-        monkeypatch.setattr(trainer, "build_optimizer", build)
-        return made
-
-    return install
-
-
 @pytest.mark.usefixtures("no_pictures")
-def test_updates_launched_before_the_loss_is_known_are_the_same(tiny, fused, monkeypatch):
-    """Whether the device or the host sees to it that nothing is updated by inf or NaN."""
+def test_what_is_launched_before_the_loss_is_known_is_the_same(tiny, fused, reading_ahead, monkeypatch):
+    """Nothing; the update; the update and the passes of the next step."""
     fused()
     settings = {"ema": 0.9, "grad_accum": 2, "batch_size": 4}
-    early = train(tiny("early", **settings))
-    monkeypatch.setattr(trainer, "skips_by_itself", lambda optimizer: False)
-    late = train(tiny("late", **settings))
-    states = [load_run_state(Path(r.run_dir, "checkpoint.safetensors")) for r in (early, late)]
-    assert_same_weights(states[0].adapter, states[1].adapter)
-    assert_same_weights(states[0].ema, states[1].ema)
-    assert metrics(early.run_dir) == metrics(late.run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "skips_by_itself", lambda optimizer: False)
+        reports = [train(tiny("nothing", **settings))]
+    reports.append(train(tiny("update", **settings)))
+    reading_ahead()
+    reports.append(train(tiny("passes", **settings)))
+    states = [load_run_state(Path(r.run_dir, "checkpoint.safetensors")) for r in reports]
+    for report, state in zip(reports[1:], states[1:], strict=True):
+        assert_same_weights(state.adapter, states[0].adapter)
+        assert_same_weights(state.ema, states[0].ema)
+        assert metrics(report.run_dir) == metrics(reports[0].run_dir)
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("early", [False, True])
-def test_no_update_is_made_with_it(tiny, fused, monkeypatch, early):
-    """The model stays as it was after the second step, whether update or look at the loss comes first."""
-    made = fused() if early else []
+@pytest.mark.parametrize("launched", ["nothing", "update", "passes"])
+def test_no_update_is_made_with_it(tiny, fused, reading_ahead, monkeypatch, launched):
+    """The model stays as it was after the second step, whatever is launched before the look at the loss."""
+    made = [] if launched == "nothing" else fused()
+    if launched == "passes":
+        reading_ahead()
     original, kept = trainer.build_job, {}
 
     def with_a_bad_gradient(recipe, processes):

@@ -36,7 +36,7 @@ EVERYTHING = {
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str, call: int, number: int) -> None:
     """Send this process signal `number` just before call `call` of a step or an evaluation."""
-    owner = trainer._Run if where == "_step" else trainer
+    owner = trainer._Run if where == "_compute_gradients" else trainer
     original, calls = getattr(owner, where), []
 
     def wrapped(*args: object, **kwargs: object) -> object:
@@ -61,9 +61,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("kind", "where", "call", "number"),
     [
-        ("plain", "_step", 1, signal.SIGINT),
-        ("plain", "_step", 4, signal.SIGINT),  # the last step of an epoch
-        ("everything", "_step", 6, signal.SIGTERM),
+        ("plain", "_compute_gradients", 1, signal.SIGINT),
+        ("plain", "_compute_gradients", 4, signal.SIGINT),  # the last step of an epoch
+        ("everything", "_compute_gradients", 6, signal.SIGTERM),
         ("plain", "evaluate", 2, signal.SIGINT),
         ("plain", "evaluate", 4, signal.SIGTERM),  # the final scores
     ],
@@ -93,7 +93,7 @@ def test_command_line(tiny, straight, tmp_path, monkeypatch, capsys):
     recipe = tiny()
     recipe.save(tmp_path / "recipe.yaml")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, "_step", 2, signal.SIGINT)
+        interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
         assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 130
     command = capsys.readouterr().out.splitlines()[-1].split()
     assert command == ["vimtune", "train", "--resume", recipe.output_dir]
@@ -155,7 +155,7 @@ def half_done(tiny, monkeypatch) -> Recipe:
     """A run stopped in its second epoch."""
     recipe = tiny()
     with monkeypatch.context() as patch:
-        interrupt_at(patch, "_step", 6, signal.SIGINT)
+        interrupt_at(patch, "_compute_gradients", 6, signal.SIGINT)
         with pytest.raises(Interrupted):
             run_training(recipe)
     return load_recipe(None, {"resume": recipe.output_dir})

@@ -52,12 +52,12 @@ def test_windows_keep_the_order(ahead, size, length):
     for window in windows.read(loader):
         given = len(seen) + len(window)
         assert loader.num_read == given
-        windows.fetch_ahead()
-        windows.fetch_ahead()  # one window, however often it is called
+        for _ in range(2):  # one window, however often it is called
+            assert windows.fetch_ahead() == (ahead and given < length)
         assert loader.num_read == (min(length, given + size) if ahead else given)
         seen += numbers(window)
     assert seen == list(range(length))
-    windows.fetch_ahead()  # the epoch is over
+    assert not windows.fetch_ahead()  # the epoch is over
     assert loader.num_read == length
 
 
@@ -75,8 +75,8 @@ def test_errors_come_with_their_window(ahead, bad, given):
     windows, seen = reader(2, ahead), []
     with pytest.raises(CorruptImageError, match=r"picture\.png"):
         for window in windows.read(Loader(8, bad)):
-            windows.fetch_ahead()
             seen += numbers(window)
+            assert windows.fetch_ahead() == (ahead and len(seen) < given)
     assert seen == list(range(given))
 
 
@@ -94,30 +94,24 @@ def test_numbers_come_back():
 # --- whole runs ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def reading_ahead(monkeypatch):
-    """Runs read ahead, as on a GPU."""
-
-    class Ahead(WindowReader):
-        def __init__(self, device, size):
-            super().__init__(device, size)
-            self.ahead = True
-
-    return lambda: monkeypatch.setattr(trainer, "WindowReader", Ahead)
-
-
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"grad_accum": 3, "batch_size": 4, "num_workers": 1}], ids=str)
-def test_reading_ahead_changes_nothing_nor_does_an_interruption(tiny, reading_ahead, monkeypatch, changes):
+def test_reading_ahead_changes_nothing_nor_does_an_interruption(
+    tiny, reading_ahead, fused, monkeypatch, changes, late
+):
+    if late:
+        fused()
     whole = train(tiny("whole", **changes))
     reading_ahead()
     recipe, fetches, fetch = tiny("parts", **changes), [], WindowReader.fetch_ahead
 
     def fetch_and_stop(self):
-        fetch(self)  # the signal comes when the next window has been read
+        follows = fetch(self)  # the signal comes when the next window has been read
         fetches.append(1)
         if len(fetches) == 5:
             signal.raise_signal(signal.SIGINT)
+        return follows
 
     with monkeypatch.context() as patch:
         patch.setattr(WindowReader, "fetch_ahead", fetch_and_stop)
@@ -130,8 +124,43 @@ def test_reading_ahead_changes_nothing_nor_does_an_interruption(tiny, reading_ah
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_corrupt_image_stops_the_run_at_its_step(tiny, reading_ahead, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_numbers_are_read_when_the_next_passes_are_launched(tiny, reading_ahead, fused, monkeypatch, late):
+    """Only within an epoch, and only where the optimizer looks for inf and NaN by itself."""
     reading_ahead()
+    if late:
+        fused()
+    order, compute, checked = [], trainer._Run._compute_gradients, trainer._Run._checked
+
+    def note_compute(self, window):
+        step = compute(self, window)
+        order.append(("passes", step.number))
+        return step
+
+    def note_checked(self, step):
+        order.append(("read", step.number))
+        return checked(self, step)
+
+    monkeypatch.setattr(trainer._Run, "_compute_gradients", note_compute)
+    monkeypatch.setattr(trainer._Run, "_checked", note_checked)
+    train(tiny(epochs=2))
+    expected = []
+    for first in (0, 4):
+        for number in range(first, first + 4):
+            expected.append(("passes", number))
+            if late and number > first:
+                expected.append(("read", number - 1))
+            if not late or number == first + 3:
+                expected.append(("read", number))
+    assert order == expected
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("late", [False, True])
+def test_a_corrupt_image_stops_the_run_at_its_step(tiny, reading_ahead, fused, monkeypatch, late):
+    reading_ahead()
+    if late:
+        fused()
     load, loads = SyntheticFlowers.load, []
 
     def broken(self, index):

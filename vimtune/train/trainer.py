@@ -1,4 +1,4 @@
-"""The training run, from recipe to report; the optimizer step reads top to bottom in `_step`."""
+"""The training run, from recipe to report; the optimizer step reads top to bottom from `_steps` on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import math
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,8 @@ class _Run:
         self.gradients_stay = self.graph is not None
         self.replaces_gradients = self.gradients_stay and recipe.grad_accum == 1
         self.windows = WindowReader(self.device, recipe.grad_accum)
+        # Several processes meet on the host in each step anyway.
+        self.reads_late = self.device_guards and self.windows.ahead and processes.world_size == 1
         self.images_per_step = recipe.batch_size * recipe.grad_accum
         self.steps_per_epoch = math.ceil(len(self.job.train) / recipe.grad_accum)
         self.schedule = CosineSchedule(
@@ -175,7 +178,6 @@ class _Run:
         )
         stack.callback(self.tracker.close)
         self.stop = stack.enter_context(StopRequest())
-        self.should_stop = False
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -202,58 +204,74 @@ class _Run:
         self.model.train()
         shown = progress.images
         clock = shown_at = time.monotonic()
-        for window in self.windows.read(self.job.train):
-            loss_sum, images, norm, lr = self._step(window)
-            progress.batch += len(window)
-            progress.step += 1
+        for step in self._steps():
+            loss_sum, wishes, norm = step.numbers.read()
             progress.loss_sum += loss_sum
-            progress.loss_images += images
-            progress.images += images
+            progress.loss_images += step.num_images
+            progress.images += step.num_images
             now = time.monotonic()
             progress.train_seconds += now - clock
             clock = now
-            loss = loss_sum / max(1, images)
+            loss = loss_sum / max(1, step.num_images)
             average = progress.images / max(1e-9, progress.train_seconds)
-            self.tracker.show_step(progress.epoch, progress.step, loss, lr, average)
-            last = progress.batch == len(self.job.train)
-            if progress.step % recipe.log_interval == 0 or last:
+            self.tracker.show_step(progress.epoch, step.number + 1, loss, step.lr, average)
+            if (step.number + 1) % recipe.log_interval == 0 or step.is_last:
                 rate = (progress.images - shown) / max(1e-9, now - shown_at)
                 shown, shown_at = progress.images, now
                 self.tracker.record_step(
                     {
-                        "step": progress.step,
+                        "step": step.number + 1,
                         "epoch": progress.epoch + 1,
                         "loss": loss,
-                        "lr": lr,
+                        "lr": step.lr,
                         "grad_norm": norm,
                         "images_per_second": rate,
                     }
                 )
-            if self.should_stop:
+            if wishes > 0:
                 raise _Stopping
+            del step  # its images, too: those after the next ones are about to be fetched
 
-    def _step(self, window: list[Batch]) -> tuple[float, int, float, float]:
-        """One optimizer step on the batches of `window`.
+    def _steps(self) -> Iterator[_Step]:
+        """Take the optimizer steps of an epoch and yield each of them when its numbers are there.
 
-        Returns the loss summed over images, the number of images, the gradient norm before clipping
-        and the learning rate; the first three over all processes.
+        The host would let the device wait while it reads a step's numbers and prepares the next one. So where
+        `reads_late`, it launches the next step's passes first: whatever the numbers say, those change nothing
+        but gradients.
         """
-        recipe, step = self.recipe, self.progress.step
-        lr = set_learning_rate(self.optimizer, self.schedule, step)
+        unread: _Step | None = None
+        for window in self.windows.read(self.job.train):
+            step = self._compute_gradients(window)
+            if unread is not None:
+                yield self._checked(unread)
+                unread = None
+            follows = not self.stop.requested and self.windows.fetch_ahead()
+            self._update(step)
+            if self.reads_late and follows:
+                unread = step
+            else:
+                yield self._checked(step)
+
+    def _compute_gradients(self, window: list[Batch]) -> _Step:
+        """Launch forward and backward of the batches of `window`: clipped gradients, over all processes."""
+        recipe, number = self.recipe, self.progress.step
+        lr = set_learning_rate(self.optimizer, self.schedule, number)
+        is_last = self.progress.batch + len(window) == len(self.job.train)
         own_images = sum(len(images) for images, _ in window)
         # Several processes wait for each other here, where the device has nothing to do anyway.
         num_images = int(self.processes.sum(torch.tensor(own_images)))
         if num_images == 0:  # every image of the window was corrupt and skipped
-            return 0.0, 0, 0.0, lr
+            nothing = torch.zeros(3)
+            return _Step(number, window, 0, lr, is_last, nothing, Readback(nothing))
 
-        # Forward and backward. Losses are sums, so parts of any size add up to the whole.
+        # Losses are sums, so parts of any size add up to the whole.
         if own_images == 0 or not self.replaces_gradients:
             self.optimizer.zero_grad(set_to_none=not self.gradients_stay)
         total = torch.zeros((), device=self.device)
         for micro, (images, labels) in enumerate(window):
             if len(images) > 0:
-                total += self._replay_or_run(*self._prepare(images, labels, micro))
-        if step == self.first_step and own_images > 0:
+                total += self._replay_or_run(*self._prepare(images, labels, number, micro))
+        if number == self.first_step and own_images > 0:
             adapters.check_gradients(self.model)
 
         # Over all processes: gradients, loss, wish to stop. Then from a sum to a mean over the images there
@@ -264,34 +282,35 @@ class _Run:
         self.scaler.unscale_(self.optimizer)
         factor = self.images_per_step / num_images
         total_norm = scale_and_clip(self.parameters.values(), factor, recipe.clip_grad)
-
-        # Update, but never by a loss or gradient that is not finite. Where the device can see to that by
-        # itself, all is launched, and the next window on its way, before the one wait for the device.
-        measured = torch.cat([sums, total_norm[None]])
-        reading = Readback(measured)
-        if self.device_guards:
-            skip_unless_finite(self.optimizer, measured)
-            self._update(step)
-        if not self.stop.requested:
-            self.windows.fetch_ahead()
-        loss_sum, wishes, norm = reading.read()
-        self.should_stop = wishes > 0
-        self._require_finite(loss_sum, norm, window)
-        if not self.device_guards:
-            self._update(step)
         if unmoved := ", ".join(self.watch.look()):
             self._warn(f"gradient exactly zero in all of the first {WATCHED_STEPS} steps: {unmoved}")
-        return loss_sum, num_images, norm, lr
+        measured = torch.cat([sums, total_norm[None]])
+        return _Step(number, window, num_images, lr, is_last, measured, Readback(measured))
 
-    def _update(self, step: int) -> None:
+    def _update(self, step: _Step) -> None:
+        """Change the weights, but never by a loss or gradient that is not finite."""
+        self.progress.step += 1
+        self.progress.batch += len(step.window)
+        if step.num_images == 0:
+            return
+        if self.device_guards:
+            skip_unless_finite(self.optimizer, step.measured)
+        else:
+            self._require_finite(step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update(step)
+            self.ema.update(step.number)
 
-    def _prepare(self, images: Tensor, labels: Tensor, micro: int) -> Batch:
-        """Seed the pass of micro-batch `micro` of the current step and mix it; the same at every call."""
-        place = (self.progress.step, micro, self.processes.rank)
+    def _checked(self, step: _Step) -> _Step:
+        """`step`, whose numbers have arrived and are finite."""
+        if self.device_guards:  # the host did so before the update elsewhere
+            self._require_finite(step)
+        return step
+
+    def _prepare(self, images: Tensor, labels: Tensor, number: int, micro: int) -> Batch:
+        """Seed the pass of micro-batch `micro` of step `number` and mix it; the same at every call."""
+        place = (number, micro, self.processes.rank)
         seed_generators(derive_seed(self.recipe.seed, "step", *place), self.device)
         return self.mix(images, labels, derive_seed(self.recipe.seed, "mix", *place[:2]))
 
@@ -320,23 +339,24 @@ class _Run:
             logits = forward(images)
         return summed_loss(logits, targets, self.recipe.label_smoothing)
 
-    def _require_finite(self, loss_sum: float, norm: float, window: list[Batch]) -> None:
+    def _require_finite(self, step: _Step) -> None:
+        loss_sum, _, norm = step.numbers.read()
         if math.isfinite(loss_sum) and (math.isfinite(norm) or self._scale_is_sought()):
             return
         place = None
-        for micro, (images, labels) in enumerate(window):
+        for micro, (images, labels) in enumerate(step.window):
             if place is None and len(images) > 0:
 
                 def repeat(images: Tensor, labels: Tensor = labels, micro: int = micro) -> Tensor:
-                    return self._loss(self.model, *self._prepare(images, labels, micro))
+                    return self._loss(self.model, *self._prepare(images, labels, step.number, micro))
 
                 place = find_nonfinite(self.model, images, repeat, backward=True)
         places = [found for found in self.processes.gather(place) if found is not None]
         what = "gradient" if math.isfinite(loss_sum) else "loss"
         hint = "set --clip-grad" if self.recipe.amp == "none" else "use --amp none"
         raise NonFiniteError(
-            f"non-finite {what} in epoch {self.progress.epoch + 1}, step {self.progress.step + 1} "
-            f"(lr {self.optimizer.param_groups[0]['lr']:.2e}, amp {self.recipe.amp}). "
+            f"non-finite {what} in epoch {self.progress.epoch + 1}, step {step.number + 1} "
+            f"(lr {step.lr:.2e}, amp {self.recipe.amp}). "
             f"It first arises in {places[0] if places else 'no place that a replay of the batch shows'}. "
             f"No update was made with it; lower --lr or {hint}"
         )
@@ -512,6 +532,23 @@ class _Run:
         command = f"vimtune train --resume {shlex.quote(str(self.folder.path))}"
         count = self.processes.world_size
         return command if count == 1 else f"torchrun --nproc-per-node {count} --no-python {command}"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An optimizer step, launched if not yet done."""
+
+    number: int
+    window: list[Batch]
+    num_images: int
+    """Of all processes."""
+    lr: float
+    is_last: bool
+    """Of the epoch."""
+    measured: Tensor
+    """Loss summed over images, wishes to stop, and gradient norm before clipping; of all processes."""
+    numbers: Readback
+    """`measured` on its way to the host."""
 
 
 class _Stopping(Exception):

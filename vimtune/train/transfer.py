@@ -51,10 +51,15 @@ class WindowReader:
             self._receive(fetched)
             yield fetched
 
-    def fetch_ahead(self) -> None:
-        """Read the next window now and start to copy it, unless the device is not worth it."""
+    def fetch_ahead(self) -> bool:
+        """Read the next window now and start to copy it, unless the device is not worth it.
+
+        Returns:
+            Whether a next window lies ready: neither the end nor an error of the loader.
+        """
         if self.ahead and self._fetched is None:
             self._fetched = self._fetch()
+        return bool(self._fetched) and not isinstance(self._fetched, Exception)
 
     def _fetch(self) -> list[Batch] | Exception:
         try:
