@@ -205,18 +205,63 @@ def test_backward_is_deterministic(backend):
         assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
 
 
+# Of torch.library.opcheck: schema, fake implementation (strides included), and autograd registration agree.
+OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
 @pytest.mark.parametrize("reverse", [False, True])
-def test_custom_ops_are_registered_correctly(backend, reverse):
-    """torch.library.opcheck: schema, fake implementation and autograd registration agree."""
-    inputs = scan_inputs(tokens=5, inner=8, states=4)
-    device = device_of(backend)
-    leaves = [x.detach().to(device).requires_grad_() for x in inputs.values()]
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(
-        torch.ops.vimtune.selective_scan, (*leaves, True, reverse, backend, True), test_utils=tests
-    )
-    conv = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 8), (8, 4), (8,))]
-    torch.library.opcheck(torch.ops.vimtune.causal_conv1d, (*conv, True, reverse, backend), test_utils=tests)
+def test_scan_is_registered_correctly(backend, reverse):
+    device, options = device_of(backend), (True, reverse, backend)
+    leaves = [
+        x.detach().to(device).requires_grad_() for x in scan_inputs(tokens=5, inner=8, states=4).values()
+    ]
+    forward, backward = torch.ops.vimtune.selective_scan, torch.ops.vimtune.selective_scan_backward
+    torch.library.opcheck(forward, (*leaves, *options, True), test_utils=OPCHECKS)
+    tensors = [leaf.detach() for leaf in leaves]
+    out, states = forward(*tensors, *options, True)
+    for needs in ([True] * 8, [True, False] * 4):
+        torch.library.opcheck(backward, (out, states, *tensors, *options, needs), test_utils=OPCHECKS[:2])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_convolution_is_registered_correctly(backend, reverse):
+    device, options = device_of(backend), (True, reverse, backend)
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 8), (8, 4), (8,))]
+    forward, backward = torch.ops.vimtune.causal_conv1d, torch.ops.vimtune.causal_conv1d_backward
+    torch.library.opcheck(forward, (*leaves, *options), test_utils=OPCHECKS)
+    tensors = [leaf.detach() for leaf in leaves]
+    out = forward(*tensors, *options)
+    for needs in ([True] * 3, [True, False, True]):
+        torch.library.opcheck(backward, (out, *tensors, *options, needs), test_utils=OPCHECKS[:2])
+
+
+def test_results_are_contiguous_however_a_backend_lays_them_out(monkeypatch):
+    """As mamba-ssm's do, whose kernels are not channel-last."""
+
+    def strided(x):
+        return x if x is None or x.dim() < 2 else x.mT.contiguous().mT
+
+    def lay_out(name):
+        original = getattr(EagerBackend, name)
+
+        def changed(*arguments):
+            found = original(*arguments)
+            return strided(found) if isinstance(found, torch.Tensor) else tuple(map(strided, found))
+
+        monkeypatch.setattr(EagerBackend, name, changed)
+
+    for name in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
+        lay_out(name)
+    scan = [x.detach() for x in scan_inputs(tokens=5, inner=8, states=4).values()]
+    out, states = torch.ops.vimtune.selective_scan(*scan, True, True, "torch", True)
+    results = [
+        out,
+        *torch.ops.vimtune.selective_scan_backward(out, states, *scan, True, True, "torch", [True] * 8),
+    ]
+    conv = [torch.randn(shape) for shape in ((2, 5, 8), (8, 4), (8,))]
+    out = torch.ops.vimtune.causal_conv1d(*conv, True, True, "torch")
+    results += [out, *torch.ops.vimtune.causal_conv1d_backward(out, *conv, True, True, "torch", [True] * 3)]
+    assert all(result.is_contiguous() for result in results)
 
 
 class WithoutHost(TorchDispatchMode):

@@ -292,6 +292,14 @@ def test_custom_ops_are_registered_correctly():
     torch.library.opcheck(
         torch.ops.vimtune.bidirectional_scan, (xz, *weights, True, "triton"), test_utils=tests
     )
+    with torch.no_grad():
+        kept = torch.ops.vimtune.bidirectional_scan(xz, *weights, True, "triton")
+    for needs in ([True] * 15, [True] + 7 * [False, True]):
+        torch.library.opcheck(
+            torch.ops.vimtune.bidirectional_scan_backward,
+            (kept[0], xz.detach(), *kept, weights, needs, "triton"),
+            test_utils=tests[:2],
+        )
     norm = (
         normal(generator, 2, 8).requires_grad_(),
         normal(generator, 2, 8),

@@ -131,8 +131,9 @@ def _to_columns(x: Tensor, reverse: bool) -> Tensor:
 
 
 def _from_columns(x: Tensor, reverse: bool) -> Tensor:
+    """(B, E, L) in scan order to (B, L, E), strided."""
     rows = x.transpose(1, 2)
-    return rows.flip(1) if reverse else rows.contiguous()
+    return rows.flip(1) if reverse else rows
 
 
 def _import_errors() -> list[str]:

@@ -41,7 +41,8 @@ class Backend(ABC):
 
     Tensors are channel-last with unit stride in the last dimension and any stride elsewhere:
     `u`, `delta`, `z`, `x` (B, L, E), `B`, `C` (B, L, N), `A` (E, N), `weight` (E, K), vectors (E,).
-    Activations may be fp32, bf16 or fp16; the state is always fp32.
+    Activations may be fp32, bf16 or fp16; the state is always fp32. Results may have any strides, the
+    operations make them contiguous.
     """
 
     name: ClassVar[str]

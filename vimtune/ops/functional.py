@@ -120,7 +120,8 @@ def _scan(
     u, delta, A, B, C, D, z, delta_bias = _unit_strides(u, delta, A, B, C, D, z, delta_bias)
     kernels = resolve_backend(backend, u.device)
     options = ScanOptions(delta_softplus, reverse)
-    return kernels.scan_forward(u, delta, A, B, C, D, z, delta_bias, options, save_states)
+    out, kept = kernels.scan_forward(u, delta, A, B, C, D, z, delta_bias, options, save_states)
+    return out.contiguous(), kept
 
 
 @_scan.register_fake
@@ -199,7 +200,7 @@ def _conv(
     inner = x.shape[2]
     _check_shapes({"weight": (weight, (inner, weight.shape[1])), "bias": (bias, (inner,))})
     x, weight, bias = _unit_strides(x, weight, bias)
-    return resolve_backend(backend, x.device).conv_forward(x, weight, bias, silu, reverse)
+    return resolve_backend(backend, x.device).conv_forward(x, weight, bias, silu, reverse).contiguous()
 
 
 @_conv.register_fake
@@ -244,11 +245,12 @@ _conv.register_autograd(_conv_autograd, setup_context=_conv_setup)
 
 
 # A custom op returns a list of tensors, never None: gradients that were not asked for travel as
-# empty tensors and become None again on the autograd side.
+# empty tensors and become None again on the autograd side. All results are contiguous, whatever the
+# backend makes of them: torch.compile relies on the strides of the fake ones.
 
 
 def _as_list(gradients, like: Tensor) -> list[Tensor]:
-    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
 
 
 def _as_optional(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
