@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vimtune
+from vimtune import ops
 from vimtune.adapters import adapter_parameters, list_methods, method_fields
 from vimtune.data import build_transform, create_dataset
 
@@ -184,6 +185,20 @@ def test_no_nan_under_amp(flowers, device, method, amp):
 @pytest.mark.parametrize("method", ["full", "prodial"])
 def test_compiled_step_equals_the_eager_one(flowers, device, method):
     """In one graph; by inductor on the GPU, on the CPU without its C++ compiler."""
+    check_compiled_step(flowers, device, method)
+
+
+@pytest.mark.gpu
+def test_compiled_step_equals_the_eager_one_with_the_kernels_of_mamba_ssm(flowers):
+    try:
+        ops.resolved_backend("cuda", "cuda")
+    except ops.BackendUnavailable as error:
+        pytest.skip(str(error))
+    with ops.use_backend("cuda"):
+        check_compiled_step(flowers, "cuda", "full")
+
+
+def check_compiled_step(flowers: tuple[Tensor, Tensor], device: str, method: str) -> None:
     images, labels = (tensor[:4].to(device) for tensor in flowers)
     model = move_off_the_start(build(method, device))
     expected = gradients(model, images, labels)
@@ -274,8 +289,8 @@ def test_wrapped_for_distributed_training(flowers, device, tmp_path):
     assert_close({"loss": expected["loss"], **actual}, expected, 1e-5)
 
 
-def run_share(rank: int, device: str, folder: Path, flowers: tuple[Tensor, Tensor]) -> None:
-    """One of two processes: its half of the batch, the sum of the gradients; the first one writes."""
+def run_share(rank: int, wrap: bool, device: str, folder: Path, flowers: tuple[Tensor, Tensor]) -> None:
+    """One of two processes: its half of the batch, the gradient of the whole; the first one writes."""
     from vimtune.train.distributed import Processes  # the trainer needs more packages than the other tests
 
     torch.set_num_threads(1)
@@ -285,19 +300,24 @@ def run_share(rank: int, device: str, folder: Path, flowers: tuple[Tensor, Tenso
     join(device, rank, 2, folder / "meet")
     images, labels = (tensor[4 * rank : 4 * rank + 4].to(place) for tensor in flowers)
     model = move_off_the_start(build("prodial", str(place)))
-    (nn.functional.cross_entropy(model(images), labels) / 2).backward()
-    Processes(rank, 2, place).sum_gradients_(list(trained(model).values()))
+    if wrap:
+        wrapped = DistributedDataParallel(model)  # averages gradients, as long as somebody holds it
+        nn.functional.cross_entropy(wrapped(images), labels).backward()
+    else:
+        (nn.functional.cross_entropy(model(images), labels) / 2).backward()
+        Processes(rank, 2, place).sum_gradients_(list(trained(model).values()))
     if rank == 0:
-        torch.save({name: p.grad.cpu() for name, p in trained(model).items()}, folder / "sum.pt")
+        torch.save({name: p.grad.cpu() for name, p in trained(model).items()}, folder / "gradients.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), ON_GPU])
-def test_two_processes_sum_to_the_gradient_of_one(flowers, device, tmp_path):
+@pytest.mark.parametrize("wrap", [False, True], ids=["trainer", "DistributedDataParallel"])
+def test_two_processes_have_the_gradient_of_one(flowers, wrap, device, tmp_path):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    torch.multiprocessing.spawn(run_share, (device, tmp_path, flowers), nprocs=2)
+    torch.multiprocessing.spawn(run_share, (wrap, device, tmp_path, flowers), nprocs=2)
     images, labels = (tensor[:8].to(device) for tensor in flowers)
     expected = gradients(move_off_the_start(build("prodial", device)), images, labels)
     del expected["loss"]
-    assert_close(torch.load(tmp_path / "sum.pt"), expected, 1e-5)
+    assert_close(torch.load(tmp_path / "gradients.pt"), expected, 1e-5)
