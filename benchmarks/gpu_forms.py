@@ -33,7 +33,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, backend {backend}, {options.img_size} px")
     print("batch  method   effective ms  factored ms  factored / effective (least to most)")
     for batch_size in options.batch_sizes:
-        for method in METHODS:
+        for method in options.methods:
             case = Case("tiny", backend, method, options.img_size, batch_size)
             effective, factored = StepRunner(backend, "cuda:0"), StepRunner(backend, "cuda:0")
             effective.prepare(case, capture=True)
@@ -54,6 +54,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 32, 128])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
 

@@ -15,6 +15,7 @@ CASES = [
     ("prodial", {"block_size": 1}),
     ("lora+bitfit", {}),
     ("lora", {"dropout": 0.5}),
+    ("dora", {"dropout": 0.5}),
     ("prodial", {"dropout": 0.5}),
 ]
 

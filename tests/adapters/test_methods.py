@@ -156,6 +156,14 @@ def test_called_and_read_weights_are_the_same(plain, case, training):
             close(called, read, 1e-4)
 
 
+def test_called_layers_keep_to_the_dtype_of_autocast(plain, case):
+    """What comes after them would be computed in fp32 otherwise, and by slower kernels."""
+    model = adapted(plain, case).train()
+    for owner in (model.layers[0].mixer.in_proj, model.layers[0].mixer.out_proj):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert owner(torch.randn(2, 7, owner.in_features)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "prodial"])
 def test_dropout_acts_on_the_branch_in_training_only(plain, method):
     model = disturb(vimtune.inject(plain, method, rank=3, dropout=0.5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.adapters.base import check_matrix, register_method
@@ -29,10 +30,12 @@ class DoRARule(LoRARule):
         return self.row_scale(updated)[:, None] * updated
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with exact(weight), torch.no_grad():
-            updated = super().effective_weight(weight)
-        y = super().linear(x, weight, None) * self.row_scale(updated)
-        return y if bias is None else y + bias
+        with exact(weight):
+            with torch.no_grad():
+                updated = super().effective_weight(weight)
+            row_scale = self.row_scale(updated)
+            main_weight = row_scale[:, None] * weight
+        return F.linear(x, main_weight, bias) + self.branch(x, row_scale)
 
 
 @register_method("dora")

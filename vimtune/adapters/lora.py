@@ -28,16 +28,19 @@ class LowRank(nn.Module):
         """(out, in)."""
         return (self.scale * self.lora_B) @ self.lora_A
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), with dropout on the input."""
-        return F.linear(F.linear(self.dropout(x), self.lora_A), self.scale * self.lora_B)
+    def forward(self, x: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out), with dropout on the input; `row_scale` (out,) scales the result."""
+        up = self.scale * self.lora_B
+        if row_scale is not None:  # the small factor rather than the large result
+            up = row_scale[:, None] * up
+        return F.linear(F.linear(self.dropout(x), self.lora_A), up)
 
 
 class LoRARule(WeightRule):
     """The branch beside a weight, W + eps.
 
-    The sum is multiplied at once. The factored form W x + B (A x) takes as long or longer in a training
-    step on a CPU (benchmarks/RESULTS.md), and serves dropout alone.
+    The sum is multiplied at once. The factored form W x + B (A x) takes longer in a training step, on a CPU
+    mostly and on a GPU always (benchmarks/RESULTS.md), and serves dropout alone.
     """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, dropout: float) -> None:
