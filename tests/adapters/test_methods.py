@@ -138,13 +138,18 @@ def test_only_the_adapter_changes_in_training(plain, case, images):
     assert not unchanged
 
 
+def without_chance(model):
+    """`model` with dropout that keeps everything: what is left is the form that serves dropout."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_called_and_read_weights_are_the_same(plain, case, training):
     """Calling a layer equals multiplying by the weight one reads, output and gradients."""
-    model = disturb(adapted(plain, case)).train(training)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # what is left of the form that serves dropout
+    model = without_chance(disturb(adapted(plain, case)).train(training))
     for owner in (model.layers[0].mixer.in_proj, model.layers[0].mixer.out_proj):
         x = torch.randn(2, 7, owner.in_features, requires_grad=True)
         trained = [p for p in owner.parameters() if p.requires_grad]
@@ -232,9 +237,10 @@ def test_bf16_model(plain, case, images):
     check_gradients(model)
 
 
-def test_compiles_without_graph_breaks(plain, case, images):
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_graph_breaks(plain, case, images, training):
     torch._dynamo.reset()
-    model = adapted(plain, case).eval()
+    model = without_chance(disturb(adapted(plain, case)).train(training))
     expected = model(images)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     close(compiled(images), expected)

@@ -256,6 +256,7 @@ def test_results_are_contiguous_however_a_backend_lays_them_out(monkeypatch):
     out, states = torch.ops.vimtune.selective_scan(*scan, True, True, "torch", True)
     results = [
         out,
+        states,
         *torch.ops.vimtune.selective_scan_backward(out, states, *scan, True, True, "torch", [True] * 8),
     ]
     conv = [torch.randn(shape) for shape in ((2, 5, 8), (8, 4), (8,))]

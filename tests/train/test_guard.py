@@ -12,6 +12,7 @@ from torch import nn
 from vimtune.train import NonFiniteError, train, trainer
 from vimtune.train.checkpoint import load_run_state
 from vimtune.train.guard import find_nonfinite
+from vimtune.train.settings import derive_seed
 
 
 class TwoFactors(torch.autograd.Function):
@@ -89,7 +90,8 @@ def test_hooks_are_removed():
 @pytest.mark.parametrize("options", [{}, {"grad_checkpointing": True, "grad_accum": 2, "batch_size": 4}])
 def test_run_names_the_layer(tiny, fused, reading_ahead, monkeypatch, options, late):
     """A mixer that overflows from the third step on; with its loss read `late`, the fourth has begun."""
-    original = trainer.build_job
+    original, seed, seeds = trainer.build_job, trainer.seed_generators, []
+    monkeypatch.setattr(trainer, "seed_generators", lambda *a: (seeds.append(a[0]), seed(*a)))
     if late:
         fused()
         reading_ahead()
@@ -115,6 +117,8 @@ def test_run_names_the_layer(tiny, fused, reading_ahead, monkeypatch, options, l
     assert "non-finite loss in epoch 1, step 3" in message
     assert "the output of layers.1.mixer (BiMambaMixer)" in message
     assert "lower --lr" in message
+    # What was replayed last to find it draws the numbers of that step.
+    assert seeds[-1] == derive_seed(0, "step", 2, 0, 0)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -150,11 +154,10 @@ def test_no_update_is_made_with_it(tiny, fused, reading_ahead, monkeypatch, laun
 
         def fails_in_step_3(images):
             calls.append(1)
-            if len(calls) < 3:
+            if len(calls) != 3:  # the fourth step, if it has begun, must not be updated with either
                 return forward(images)
-            if not kept:
-                kept.update({name: p.detach().clone() for name, p in job.model.named_parameters()})
-                kept["model"] = job.model
+            kept.update({name: p.detach().clone() for name, p in job.model.named_parameters()})
+            kept["model"] = job.model
             return TwoFactors.apply(forward(images), 1.0, float("inf"))
 
         job.model.forward = fails_in_step_3

@@ -157,6 +157,42 @@ def test_numbers_are_read_when_the_next_passes_are_launched(tiny, reading_ahead,
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("late", [False, True])
+def test_records_come_at_intervals_and_with_the_end_of_an_epoch(tiny, reading_ahead, fused, late):
+    reading_ahead()
+    if late:
+        fused()
+    recipe = tiny(epochs=2, log_interval=3)
+    train(recipe)
+    steps = [record["step"] for record in metrics(recipe.output_dir) if record["kind"] == "step"]
+    assert steps == [3, 4, 6, 8]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_without_any_image_updates_nothing(tiny, reading_ahead, fused, monkeypatch, late):
+    reading_ahead()
+    if late:
+        fused()
+    load, loads = SyntheticFlowers.load, []
+
+    def broken(self, index):
+        loads.append(self.split)
+        if self.split == "train" and 9 <= loads.count("train") <= 16:  # the second batch of 8
+            raise CorruptImageError(self.describe(index), "damaged")
+        return load(self, index)
+
+    monkeypatch.setattr(SyntheticFlowers, "load", broken)
+    recipe = tiny(epochs=1, on_corrupt="skip", weight_decay=0.1)
+    assert train(recipe).warnings == ["train: 8 corrupt images left out"]
+    records = [record for record in metrics(recipe.output_dir) if record["kind"] == "step"]
+    assert [record["loss"] > 0 for record in records] == [True, False, True, True]
+    state = load_run_state(Path(recipe.output_dir, "checkpoint.safetensors"))
+    assert state.progress.step == 4
+    assert {float(tensors["step"]) for tensors in state.optimizer.values()} == {3.0}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("late", [False, True])
 def test_a_corrupt_image_stops_the_run_at_its_step(tiny, reading_ahead, fused, monkeypatch, late):
     reading_ahead()
     if late:

@@ -121,7 +121,7 @@ def _scan(
     kernels = resolve_backend(backend, u.device)
     options = ScanOptions(delta_softplus, reverse)
     out, kept = kernels.scan_forward(u, delta, A, B, C, D, z, delta_bias, options, save_states)
-    return out.contiguous(), kept
+    return out.contiguous(), kept.contiguous()
 
 
 @_scan.register_fake

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step, where the run can be saved."""
+"""Ctrl-C and SIGTERM as a request to stop between two of the next steps, where the run can be saved."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ class _Run:
                 )
             if wishes > 0:
                 raise _Stopping
-            del step  # its images, too: those after the next ones are about to be fetched
+            del step  # and with it its images: others are about to be fetched
 
     def _steps(self) -> Iterator[_Step]:
         """Take the optimizer steps of an epoch and yield each of them when its numbers are there.
@@ -251,6 +251,7 @@ class _Run:
                 unread = step
             else:
                 yield self._checked(step)
+            del step  # or it would keep its images while the next ones are computed with
 
     def _compute_gradients(self, window: list[Batch]) -> _Step:
         """Launch forward and backward of the batches of `window`: clipped gradients, over all processes."""
