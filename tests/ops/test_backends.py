@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_checks import OPCHECKS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vimtune import ops
@@ -203,10 +204,6 @@ def test_backward_is_deterministic(backend):
     runs = [scan_gradients(backend, inputs, grad)[1] for _ in range(3)]
     for name in SCAN_INPUTS:
         assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
-
-
-# Of torch.library.opcheck: schema, fake implementation (strides included), and autograd registration agree.
-OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 
 @pytest.mark.parametrize("reverse", [False, True])

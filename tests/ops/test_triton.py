@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from kernel_checks import OPCHECKS
 
 from vimtune import ops
 from vimtune.models.mixer import BiMambaMixer
@@ -229,8 +230,7 @@ def test_segments_of_a_sequence_reach_the_backward(request, monkeypatch):
     for segments in (1, 3):
         monkeypatch.setattr(scan, "num_segments", lambda *sizes, found=segments: found)
         arguments = (xz, *weights, True, "nvrtc")
-        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, arguments, test_utils=tests)
+        torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, arguments, test_utils=OPCHECKS)
         out = torch.ops.vimtune.bidirectional_scan(*arguments)[0]
         results.append([out, *torch.autograd.grad(out, xz, grad)])
     for label, whole, pieces in zip(("out", "xz"), *results, strict=True):
@@ -286,11 +286,10 @@ def test_add_rms_norm(has_branch):
 
 def test_custom_ops_are_registered_correctly():
     generator = torch.Generator().manual_seed(4)
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     xz = normal(generator, 1, 3, 16).requires_grad_()
     weights = [x for _ in range(2) for x in direction_weights(generator, 8, 4, 2, 4, True).values()]
     torch.library.opcheck(
-        torch.ops.vimtune.bidirectional_scan, (xz, *weights, True, "triton"), test_utils=tests
+        torch.ops.vimtune.bidirectional_scan, (xz, *weights, True, "triton"), test_utils=OPCHECKS
     )
     with torch.no_grad():
         kept = torch.ops.vimtune.bidirectional_scan(xz, *weights, True, "triton")
@@ -298,7 +297,7 @@ def test_custom_ops_are_registered_correctly():
         torch.library.opcheck(
             torch.ops.vimtune.bidirectional_scan_backward,
             (kept[0], xz.detach(), *kept, weights, needs, "triton"),
-            test_utils=tests[:2],
+            test_utils=OPCHECKS[:2],
         )
     norm = (
         normal(generator, 2, 8).requires_grad_(),
@@ -307,7 +306,7 @@ def test_custom_ops_are_registered_correctly():
         1e-5,
         torch.float32,
     )
-    torch.library.opcheck(torch.ops.vimtune.add_rms_norm, norm, test_utils=tests)
+    torch.library.opcheck(torch.ops.vimtune.add_rms_norm, norm, test_utils=OPCHECKS)
 
 
 def test_backward_is_deterministic():

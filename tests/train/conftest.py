@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 from tiny_runs import TINY
 
+from vimtune.data import CorruptImageError
+from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe
 from vimtune.train import trainer
 from vimtune.train.optim import build_optimizer
@@ -28,6 +31,25 @@ def tiny(tmp_path: Path) -> Callable[..., Recipe]:
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out, a third of the time of a tiny run."""
     monkeypatch.setattr("vimtune.train.report._save", lambda figure, path: path.touch())
+
+
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], bool]], None]:
+    """`damaged(which)`: training images of which `which(index, turn)` is true cannot be read; `turn` counts
+    from 1 the training images that have been read since the call."""
+    load = SyntheticFlowers.load
+
+    def install(which: Callable[[int, int], bool]) -> None:
+        turns = itertools.count(1)
+
+        def read(self: SyntheticFlowers, index: int) -> Any:
+            if self.split == "train" and which(index, next(turns)):
+                raise CorruptImageError(self.describe(index), "damaged")
+            return load(self, index)
+
+        monkeypatch.setattr(SyntheticFlowers, "load", read)
+
+    return install
 
 
 @pytest.fixture

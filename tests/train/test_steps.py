@@ -14,7 +14,7 @@ from tiny_runs import TINY, assert_same_weights, largest_difference, metrics, we
 
 import vimtune
 from vimtune import adapters
-from vimtune.data import build_transform, create_dataset, create_loader
+from vimtune.data import CorruptImageError, build_transform, create_dataset, create_loader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import Report, evaluate, train, trainer
@@ -293,18 +293,8 @@ def test_console_off_a_terminal_is_brief(tiny, capsys):
     assert "\x1b" not in "".join(lines)
 
 
-def test_skipped_images_are_counted(tiny, monkeypatch):
-    from vimtune.data import CorruptImageError
-    from vimtune.data.synthetic import SyntheticFlowers
-
-    load = SyntheticFlowers.load
-
-    def broken(self, index):
-        if self.split == "train" and index in (3, 4):
-            raise CorruptImageError(self.describe(index), "damaged")
-        return load(self, index)
-
-    monkeypatch.setattr(SyntheticFlowers, "load", broken)
+def test_skipped_images_are_counted(tiny, damaged):
+    damaged(lambda index, turn: index in (3, 4))
     with pytest.raises(CorruptImageError):
         train(tiny("error"))
     report = train(tiny("skip", on_corrupt="skip"))

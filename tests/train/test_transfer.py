@@ -10,7 +10,6 @@ import torch
 from tiny_runs import assert_same_weights, metrics, weights
 
 from vimtune.data import CorruptImageError
-from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import load_recipe
 from vimtune.train import Interrupted, train, trainer
 from vimtune.train.checkpoint import load_run_state
@@ -94,13 +93,22 @@ def test_numbers_come_back():
 # --- whole runs ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[False, True])
+def late(request, reading_ahead, fused) -> bool:
+    """Runs read ahead, and the numbers of a step at once or late."""
+    reading_ahead()
+    if request.param:
+        fused()
+    return request.param
+
+
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("guards", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"grad_accum": 3, "batch_size": 4, "num_workers": 1}], ids=str)
 def test_reading_ahead_changes_nothing_nor_does_an_interruption(
-    tiny, reading_ahead, fused, monkeypatch, changes, late
+    tiny, reading_ahead, fused, monkeypatch, changes, guards
 ):
-    if late:
+    if guards:
         fused()
     whole = train(tiny("whole", **changes))
     reading_ahead()
@@ -124,12 +132,8 @@ def test_reading_ahead_changes_nothing_nor_does_an_interruption(
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("late", [False, True])
-def test_numbers_are_read_when_the_next_passes_are_launched(tiny, reading_ahead, fused, monkeypatch, late):
+def test_numbers_are_read_when_the_next_passes_are_launched(tiny, late, monkeypatch):
     """Only within an epoch, and only where the optimizer looks for inf and NaN by itself."""
-    reading_ahead()
-    if late:
-        fused()
     order, compute, checked = [], trainer._Run._compute_gradients, trainer._Run._checked
 
     def note_compute(self, window):
@@ -155,33 +159,17 @@ def test_numbers_are_read_when_the_next_passes_are_launched(tiny, reading_ahead,
     assert order == expected
 
 
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("late", [False, True])
-def test_records_come_at_intervals_and_with_the_end_of_an_epoch(tiny, reading_ahead, fused, late):
-    reading_ahead()
-    if late:
-        fused()
+@pytest.mark.usefixtures("no_pictures", "late")
+def test_records_come_at_intervals_and_with_the_end_of_an_epoch(tiny):
     recipe = tiny(epochs=2, log_interval=3)
     train(recipe)
     steps = [record["step"] for record in metrics(recipe.output_dir) if record["kind"] == "step"]
     assert steps == [3, 4, 6, 8]
 
 
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("late", [False, True])
-def test_a_step_without_any_image_updates_nothing(tiny, reading_ahead, fused, monkeypatch, late):
-    reading_ahead()
-    if late:
-        fused()
-    load, loads = SyntheticFlowers.load, []
-
-    def broken(self, index):
-        loads.append(self.split)
-        if self.split == "train" and 9 <= loads.count("train") <= 16:  # the second batch of 8
-            raise CorruptImageError(self.describe(index), "damaged")
-        return load(self, index)
-
-    monkeypatch.setattr(SyntheticFlowers, "load", broken)
+@pytest.mark.usefixtures("no_pictures", "late")
+def test_a_step_without_any_image_updates_nothing(tiny, damaged):
+    damaged(lambda index, turn: 9 <= turn <= 16)  # the second batch of 8
     recipe = tiny(epochs=1, on_corrupt="skip", weight_decay=0.1)
     assert train(recipe).warnings == ["train: 8 corrupt images left out"]
     records = [record for record in metrics(recipe.output_dir) if record["kind"] == "step"]
@@ -191,26 +179,17 @@ def test_a_step_without_any_image_updates_nothing(tiny, reading_ahead, fused, mo
     assert {float(tensors["step"]) for tensors in state.optimizer.values()} == {3.0}
 
 
-@pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("late", [False, True])
-def test_a_corrupt_image_stops_the_run_at_its_step(tiny, reading_ahead, fused, monkeypatch, late):
-    reading_ahead()
-    if late:
-        fused()
-    load, loads = SyntheticFlowers.load, []
+@pytest.mark.usefixtures("no_pictures", "late")
+def test_a_corrupt_image_stops_the_run_at_its_step(tiny, damaged):
+    def in_the_third_batch(index: int, turn: int) -> bool:
+        return turn == 20
 
-    def broken(self, index):
-        loads.append(self.split)
-        if loads.count("train") == 20:  # in the third batch of 8
-            raise CorruptImageError(self.describe(index), "damaged")
-        return load(self, index)
-
-    monkeypatch.setattr(SyntheticFlowers, "load", broken)
+    damaged(in_the_third_batch)
     recipe = tiny()
     with pytest.raises(CorruptImageError):
         train(recipe)
     assert [record["step"] for record in metrics(recipe.output_dir)] == [1, 2]
-    loads.clear()
+    damaged(in_the_third_batch)  # which counts from the start again
     report = train(tiny("skipped", on_corrupt="skip", epochs=1))
     assert report.warnings == ["train: 1 corrupt images left out"]
     assert Path(report.run_dir, "report.json").exists()

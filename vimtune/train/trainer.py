@@ -8,7 +8,6 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,8 +261,7 @@ class _Run:
         # Several processes wait for each other here, where the device has nothing to do anyway.
         num_images = int(self.processes.sum(torch.tensor(own_images)))
         if num_images == 0:  # every image of the window was corrupt and skipped
-            nothing = torch.zeros(3)
-            return _Step(number, window, 0, lr, is_last, nothing, Readback(nothing))
+            return _Step(number, window, 0, lr, is_last, Readback(torch.zeros(3)))
 
         # Losses are sums, so parts of any size add up to the whole.
         if own_images == 0 or not self.replaces_gradients:
@@ -285,8 +283,8 @@ class _Run:
         total_norm = scale_and_clip(self.parameters.values(), factor, recipe.clip_grad)
         if unmoved := ", ".join(self.watch.look()):
             self._warn(f"gradient exactly zero in all of the first {WATCHED_STEPS} steps: {unmoved}")
-        measured = torch.cat([sums, total_norm[None]])
-        return _Step(number, window, num_images, lr, is_last, measured, Readback(measured))
+        numbers = Readback(torch.cat([sums, total_norm[None]]))
+        return _Step(number, window, num_images, lr, is_last, numbers)
 
     def _update(self, step: _Step) -> None:
         """Change the weights, but never by a loss or gradient that is not finite."""
@@ -295,7 +293,7 @@ class _Run:
         if step.num_images == 0:
             return
         if self.device_guards:
-            skip_unless_finite(self.optimizer, step.measured)
+            skip_unless_finite(self.optimizer, step.numbers.values)
         else:
             self._require_finite(step)
         self.scaler.step(self.optimizer)
@@ -535,7 +533,7 @@ class _Run:
         return command if count == 1 else f"torchrun --nproc-per-node {count} --no-python {command}"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Step:
     """An optimizer step, launched if not yet done."""
 
@@ -546,10 +544,8 @@ class _Step:
     lr: float
     is_last: bool
     """Of the epoch."""
-    measured: Tensor
-    """Loss summed over images, wishes to stop, and gradient norm before clipping; of all processes."""
     numbers: Readback
-    """`measured` on its way to the host."""
+    """Loss summed over images, wishes to stop, and gradient norm before clipping; of all processes."""
 
 
 class _Stopping(Exception):

@@ -85,7 +85,9 @@ class Readback:
     """Numbers on their way from the device; what is launched later does not delay them."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True)  # page-locked, if they come from a GPU
+        self.values = values
+        """Where they come from."""
+        self._copy = values.to("cpu", non_blocking=True)  # page-locked, if they come from a GPU
         self._arrived = torch.cuda.Event() if values.is_cuda else None
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(values.device))
@@ -94,4 +96,4 @@ class Readback:
         """Wait for the numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._values.tolist()
+        return self._copy.tolist()
