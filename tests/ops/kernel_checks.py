@@ -1,4 +1,4 @@
-"""What the tests of backend `nvrtc` have in common: weights, and what they compare by."""
+"""What the tests of the compiled kernels have in common: weights, and what they compare by."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ Without a GPU they run in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/
 from __future__ import annotations
 
 import os
+from functools import partial
 
+import kernel_checks
 import pytest
 import torch
 from kernel_checks import OPCHECKS
@@ -24,8 +26,11 @@ from vimtune.ops.nvrtc import scan
 from vimtune.ops.triton import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+# Rounding what enters the scan to bf16, and all else exact, already moves gradients of weights by 3.4e-2 (two
+# tokens); and where a GPU rounds to bf16, the interpreter cuts off.
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# With one token the gradient of A is 0, and what backend `nvrtc` finds a difference of equal numbers.
+assert_close = partial(kernel_checks.assert_close, floor=1e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +53,6 @@ def gradients(function, inputs: dict, grad):
     out = function(**leaves)
     wanted = {name: x for name, x in leaves.items() if x is not None}
     return out, dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
-
-
-def assert_close(actual, expected, tolerance, label):
-    assert actual.shape == expected.shape, label
-    error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)
-    assert error <= tolerance, f"{label}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize(
@@ -180,8 +179,10 @@ def mixer_reference(xz, forward, reverse):
         ("triton", 17, 8, 16, 2, 3, False, torch.float32),
         ("triton", 7, 32, 16, 12, 4, True, torch.bfloat16),
         ("triton", 2, 8, 4, 1, 4, True, torch.float16),
+        ("triton", 1, 24, 16, 3, 4, True, torch.float16),
         ("nvrtc", 19, 72, 16, 5, 4, True, torch.bfloat16),
         ("nvrtc", 6, 8, 16, 17, 3, False, torch.float16),
+        ("nvrtc", 1, 200, 16, 7, 4, True, torch.float16),
         ("nvrtc", 3, 9, 7, 2, 4, True, torch.bfloat16),  # sizes that only Triton has
     ],
 )
@@ -215,7 +216,9 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
     assert_close(out, expected, TOLERANCES[dtype], "out")
     for name, value in grads.items():
         assert_close(value, expected_grads[name], 2 * TOLERANCES[dtype], name)
-    assert torch.equal(frozen.grad, grads["xz"]), "frozen weights change d(xz)"
+    # What is wanted decides which kernel is compiled, and two of them may round the last bits differently.
+    rounding = 0.0 if DEVICE == "cpu" else torch.finfo(dtype).eps
+    assert_close(frozen.grad, grads["xz"], rounding, "xz with frozen weights")
 
 
 def test_segments_of_a_sequence_reach_the_backward(request, monkeypatch):
