@@ -6,18 +6,21 @@ import torch
 
 from vimtune.ops.nvrtc import runtime
 
-# Of torch.library.opcheck: schema, fake implementation (strides included), and autograd registration agree.
-OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+# Of torch.library.opcheck: schema and fake implementation (strides included) agree with the operation.
+OPCHECKS = ("test_schema", "test_faketensor")
+AUTOGRAD_OPCHECKS = (*OPCHECKS, "test_autograd_registration")
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+# With one token the gradient of A is 0, and what backend `nvrtc` finds a difference of equal numbers.
+ZERO_A = 1e-4
 
 
 def assert_close(actual, expected, tolerance, label, floor=0.0):
-    """Largest deviation from fp64 results, relative to the largest value but at least to `floor`."""
+    """Largest deviation from `expected`, relative to its largest value but at least to `floor`."""
     assert actual.shape == expected.shape, label
     assert torch.isfinite(actual).all(), label
-    error = (actual.double().to(expected.device) - expected).abs().max() / expected.abs().max().clamp_min(
-        floor
-    )
+    expected = expected.double()
+    scale = expected.abs().max().clamp_min(max(floor, 1e-30))
+    error = (actual.double().to(expected.device) - expected).abs().max() / scale
     assert error <= tolerance, f"{label}: relative error {error:.2e}"
 
 

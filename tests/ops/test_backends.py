@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import kernel_checks
 import pytest
 import torch
-from kernel_checks import OPCHECKS
+from kernel_checks import AUTOGRAD_OPCHECKS, OPCHECKS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vimtune import ops
@@ -66,11 +67,8 @@ def gradients(function, inputs: dict, grad, wanted, device="cpu"):
 
 
 def assert_close(actual, expected, tolerance, label, backend="torch"):
-    tolerance *= GPU_BACKENDS.get(backend, 1)
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype, label
-    scale = expected.abs().max().clamp_min(1e-30)
-    error = ((actual.double() - expected.double()).abs().max() / scale).item()
-    assert error <= tolerance, f"{label}: relative error {error:.2e}"
+    assert actual.dtype == expected.dtype, label
+    kernel_checks.assert_close(actual, expected, tolerance * GPU_BACKENDS.get(backend, 1), label)
 
 
 def scan_gradients(backend, inputs, grad, wanted=SCAN_INPUTS, *, delta_softplus=True, reverse=False):
@@ -213,11 +211,11 @@ def test_scan_is_registered_correctly(backend, reverse):
         x.detach().to(device).requires_grad_() for x in scan_inputs(tokens=5, inner=8, states=4).values()
     ]
     forward, backward = torch.ops.vimtune.selective_scan, torch.ops.vimtune.selective_scan_backward
-    torch.library.opcheck(forward, (*leaves, *options, True), test_utils=OPCHECKS)
+    torch.library.opcheck(forward, (*leaves, *options, True), test_utils=AUTOGRAD_OPCHECKS)
     tensors = [leaf.detach() for leaf in leaves]
     out, states = forward(*tensors, *options, True)
     for needs in ([True] * 8, [True, False] * 4):
-        torch.library.opcheck(backward, (out, states, *tensors, *options, needs), test_utils=OPCHECKS[:2])
+        torch.library.opcheck(backward, (out, states, *tensors, *options, needs), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -225,11 +223,11 @@ def test_convolution_is_registered_correctly(backend, reverse):
     device, options = device_of(backend), (True, reverse, backend)
     leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 8), (8, 4), (8,))]
     forward, backward = torch.ops.vimtune.causal_conv1d, torch.ops.vimtune.causal_conv1d_backward
-    torch.library.opcheck(forward, (*leaves, *options), test_utils=OPCHECKS)
+    torch.library.opcheck(forward, (*leaves, *options), test_utils=AUTOGRAD_OPCHECKS)
     tensors = [leaf.detach() for leaf in leaves]
     out = forward(*tensors, *options)
     for needs in ([True] * 3, [True, False, True]):
-        torch.library.opcheck(backward, (out, *tensors, *options, needs), test_utils=OPCHECKS[:2])
+        torch.library.opcheck(backward, (out, *tensors, *options, needs), test_utils=OPCHECKS)
 
 
 def test_results_are_contiguous_however_a_backend_lays_them_out(monkeypatch):

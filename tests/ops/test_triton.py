@@ -6,12 +6,10 @@ Without a GPU they run in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/
 from __future__ import annotations
 
 import os
-from functools import partial
 
-import kernel_checks
 import pytest
 import torch
-from kernel_checks import OPCHECKS
+from kernel_checks import AUTOGRAD_OPCHECKS, OPCHECKS, ZERO_A, assert_close
 
 from vimtune import ops
 from vimtune.models.mixer import BiMambaMixer
@@ -29,8 +27,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rounding what enters the scan to bf16, and all else exact, already moves gradients of weights by 3.4e-2 (two
 # tokens); and where a GPU rounds to bf16, the interpreter cuts off.
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# With one token the gradient of A is 0, and what backend `nvrtc` finds a difference of equal numbers.
-assert_close = partial(kernel_checks.assert_close, floor=1e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -215,9 +211,11 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
         apply(ops.bidirectional_scan)(**{**inputs, "xz": frozen}).backward(grad)
     assert_close(out, expected, TOLERANCES[dtype], "out")
     for name, value in grads.items():
-        assert_close(value, expected_grads[name], 2 * TOLERANCES[dtype], name)
-    # What is wanted decides which kernel is compiled, and two of them may round the last bits differently.
-    rounding = 0.0 if DEVICE == "cpu" else torch.finfo(dtype).eps
+        floor = ZERO_A if backend == "nvrtc" and name.endswith("A_log") else 0.0
+        assert_close(value, expected_grads[name], 2 * TOLERANCES[dtype], name, floor)
+    # What is wanted decides what Triton compiles: in half precision such kernels may round differently.
+    may_differ = DEVICE == "cuda" and backend == "triton" and dtype != torch.float32
+    rounding = torch.finfo(dtype).eps if may_differ else 0.0
     assert_close(frozen.grad, grads["xz"], rounding, "xz with frozen weights")
 
 
@@ -233,7 +231,7 @@ def test_segments_of_a_sequence_reach_the_backward(request, monkeypatch):
     for segments in (1, 3):
         monkeypatch.setattr(scan, "num_segments", lambda *sizes, found=segments: found)
         arguments = (xz, *weights, True, "nvrtc")
-        torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, arguments, test_utils=OPCHECKS)
+        torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, arguments, test_utils=AUTOGRAD_OPCHECKS)
         out = torch.ops.vimtune.bidirectional_scan(*arguments)[0]
         results.append([out, *torch.autograd.grad(out, xz, grad)])
     for label, whole, pieces in zip(("out", "xz"), *results, strict=True):
@@ -292,7 +290,7 @@ def test_custom_ops_are_registered_correctly():
     xz = normal(generator, 1, 3, 16).requires_grad_()
     weights = [x for _ in range(2) for x in direction_weights(generator, 8, 4, 2, 4, True).values()]
     torch.library.opcheck(
-        torch.ops.vimtune.bidirectional_scan, (xz, *weights, True, "triton"), test_utils=OPCHECKS
+        torch.ops.vimtune.bidirectional_scan, (xz, *weights, True, "triton"), test_utils=AUTOGRAD_OPCHECKS
     )
     with torch.no_grad():
         kept = torch.ops.vimtune.bidirectional_scan(xz, *weights, True, "triton")
@@ -300,7 +298,7 @@ def test_custom_ops_are_registered_correctly():
         torch.library.opcheck(
             torch.ops.vimtune.bidirectional_scan_backward,
             (kept[0], xz.detach(), *kept, weights, needs, "triton"),
-            test_utils=OPCHECKS[:2],
+            test_utils=OPCHECKS,
         )
     norm = (
         normal(generator, 2, 8).requires_grad_(),
@@ -309,7 +307,7 @@ def test_custom_ops_are_registered_correctly():
         1e-5,
         torch.float32,
     )
-    torch.library.opcheck(torch.ops.vimtune.add_rms_norm, norm, test_utils=OPCHECKS)
+    torch.library.opcheck(torch.ops.vimtune.add_rms_norm, norm, test_utils=AUTOGRAD_OPCHECKS)
 
 
 def test_backward_is_deterministic():
