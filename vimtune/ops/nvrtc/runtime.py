@@ -32,7 +32,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have; where there is no GPU, those of an A100."""
     if device.type != "cuda":
         return 160 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack this field
+    return properties.shared_memory_per_block_optin
 
 
 def num_multiprocessors(device: torch.device) -> int:

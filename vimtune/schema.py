@@ -1,0 +1,126 @@
+"""Checks of structured data that comes from a file: one schema for each kind of file.
+
+A file may come from anybody, so nothing in it is believed before it was compared with a schema: a
+dataclass whose annotations say which fields there are, of which types and in which ranges. The
+comparison is pydantic's, in strict mode: no field is guessed, converted, dropped or added. The same
+schema is applied when a file is written, so that what we write can be read.
+
+A schema is a plain dataclass with `__pydantic_config__ = STRICT`; ranges are written as
+`Annotated[int, annotated_types.Ge(1)]` or with the types below.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from annotated_types import Ge, Le, Len
+
+from vimtune.text import quote
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Schema = TypeVar("Schema")
+
+STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+"""What a schema class sets as `__pydantic_config__`."""
+
+MAX_TEXT_BYTES = 64 * 2**20
+"""Longest JSON text that is parsed; the class names of ImageNet-21k are 1 MiB."""
+
+Count = Annotated[int, Ge(0), Le(2**62)]
+"""A whole number of something, such as epochs or images."""
+Name = Annotated[str, Len(1, 200)]
+"""A short name, such as a model's or a method's."""
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # imported late: `--help` reads no files
+
+    return TypeAdapter(schema)
+
+
+def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] = ValueError) -> Schema:
+    """Return `values` as an instance of `schema`.
+
+    Args:
+        schema: a dataclass with `__pydantic_config__ = STRICT`, or any type that pydantic knows.
+        values: plain values as JSON has them.
+        what: the file and the part of it, for the message.
+        error: the class of the error.
+
+    Raises:
+        ValueError: (or the subclass `error`) the first few places where `values` differ from the schema.
+    """
+    from pydantic import ValidationError
+
+    adapter: TypeAdapter[Schema] = _adapter(schema)  # type: ignore[arg-type]  # types hash
+    try:
+        # Through JSON: in strict mode pydantic makes a dataclass out of an object of JSON, not out of a dict.
+        return adapter.validate_json(json.dumps(values, allow_nan=False))
+    except ValidationError as failure:
+        problems = failure.errors(include_url=False, include_context=False)
+        shown = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
+            f" (found {quote(problem['input'])})"
+            for problem in problems[:3]
+        )
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise error(f"{what} does not have the expected form: {shown}{more}") from None
+    except RecursionError:
+        raise error(f"{what} is nested too deeply") from None
+    except TypeError as failure:  # on writing: a value that JSON does not have
+        raise error(f"{what} holds what a file cannot: {failure}") from None
+    except ValueError as failure:
+        raise error(f"{what} holds a number that is not finite: {failure}") from None
+
+
+def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError) -> Any:
+    """Plain values of a JSON text: no NaN, no infinity, no key twice, not too long, not too deep.
+
+    Raises:
+        ValueError: (or the subclass `error`) `text` is None (the file lacks this part) or anything else.
+    """
+    if text is None:
+        raise error(f"{what} is missing")
+    if len(text) > MAX_TEXT_BYTES:
+        raise error(f"{what} has {len(text):,} characters; at most {MAX_TEXT_BYTES:,} are read")
+    try:
+        return json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys
+        )
+    except RecursionError:
+        raise error(f"{what} is nested too deeply") from None
+    except ValueError as failure:
+        raise error(f"{what} is not valid JSON: {failure}") from None
+
+
+def load_json(
+    schema: type[Schema], text: str | None, what: str, error: type[ValueError] = ValueError
+) -> Schema:
+    """`check(schema, parse_json(text))`."""
+    return check(schema, parse_json(text, what, error), what, error)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"the number {name} is not allowed")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {quote(text)} is too large")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {quote(twice)} is given twice")
+    return found

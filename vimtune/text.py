@@ -1,0 +1,67 @@
+"""Text of users and of files, made harmless for the place where it is shown.
+
+Class names, paths and values of options are somebody's words. They may hold escape sequences that
+rewrite a terminal, formulas that a spreadsheet runs, bytes that are not UTF-8, or megabytes.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+MAX_QUOTE = 160
+"""Characters of a value that a message repeats."""
+
+# Control, format (which includes the marks that reorder text), surrogate, private use, unassigned,
+# and the separators that start a new line.
+_HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with every character that is not visible written as an escape.
+
+    Joiners between visible characters (as in emoji and Indic scripts) stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(character if _is_visible(character) else _escape(character) for character in text)
+
+
+def _is_visible(character: str) -> bool:
+    return character in "\u200c\u200d" or unicodedata.category(character) not in _HIDDEN
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shorten(text: str, limit: int = MAX_QUOTE) -> str:
+    """`text` with its middle left out if it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def quote(value: Any, limit: int = MAX_QUOTE) -> str:
+    """`repr(value)` for a message: on one line, visible, and shortened; also for very large values."""
+    if isinstance(value, str | bytes) and len(value) > 2 * limit:
+        value = value[: 2 * limit]  # repr of the whole would take long, and its middle is left out anyway
+    elif isinstance(value, list | tuple | dict | set | frozenset) and len(value) > limit:
+        return f"a {type(value).__name__} of {len(value)} items"
+    elif isinstance(value, int) and value.bit_length() > 4 * limit:
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        return printable(shorten(repr(value), limit))
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+
+
+def csv_cell(text: str) -> str:
+    """`text` as a cell of a CSV file that a spreadsheet takes for text and never for a formula.
+
+    A cell that starts like a formula gets an apostrophe in front, as spreadsheets write it themselves.
+    """
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
