@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import vimtune
 from vimtune import catalog
 from vimtune.adapters import adapter_parameters, check_gradients
-from vimtune.recipe import Recipe, load_recipe, read_yaml
+from vimtune.recipe import Recipe, load_recipe
+from vimtune.strict_yaml import read_yaml
 from vimtune.train.job import build_model
 from vimtune.train.optim import build_optimizer
 

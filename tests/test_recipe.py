@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import pytest
 import yaml
 
 from vimtune import catalog
-from vimtune.recipe import GROUPS, RUN_FILES, Recipe, RecipeError, load_recipe, read_yaml
+from vimtune.recipe import GROUPS, RUN_FILES, Recipe, RecipeError, load_recipe
+from vimtune.strict_yaml import read_yaml
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
 # For every field: values that differ from the default and are right, as YAML gives them and as flag text.
 GOOD = {
     "dataset": ("flowers", "flowers"),
-    "data_dir": (".", "."),
+    "data_dir": (os.path.abspath("."), "."),
     "train_split": ("train+val", "train+val"),
     "eval_split": ("test", "test"),
     "dataset_kwargs": ({"species": 5}, "species=5"),
@@ -30,7 +32,7 @@ GOOD = {
     "cutmix": (1.0, "1"),
     "model": ("test_vim", "test_vim"),
     "pretrained": (False, "no"),
-    "checkpoint": ("base.pth", "base.pth"),
+    "checkpoint": (os.path.abspath("base.pth"), "base.pth"),
     "img_size": ([64, 96], "64x96"),
     "drop_path": (0.1, "0.1"),
     "model_kwargs": ({"depth": 3}, "{depth: 3}"),

@@ -18,13 +18,13 @@ class FileError(ValueError):
 
 @dataclass
 class Inner:
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     rate: Annotated[float, Ge(0)]
 
 
 @dataclass
 class Outer:
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     name: Name
     count: Count = 0
     inner: list[Inner] = field(default_factory=list)

@@ -2,7 +2,8 @@
 
 Importing the registries takes seconds (torch, timm), and `--help` and `--list` answer at once. So the
 files that register things are parsed here and not run. What they say stays in one place; the tests
-compare these tables with the registries.
+compare these tables with the registries. Where a file computes what others state as a constant, the
+registry itself is imported: slower, and right.
 """
 
 from __future__ import annotations
@@ -12,21 +13,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+Fields = dict[str, tuple[str, Any, str]]
+"""Fields of a method: name -> (type as it is written, default, help)."""
+
 _PACKAGE = Path(__file__).parent
 
 
-def _parse(*parts: str) -> ast.Module:
-    return ast.parse(_PACKAGE.joinpath(*parts).read_text(encoding="utf-8"))
+class _NotConstant(Exception):
+    """The source does not state as a constant what is looked for."""
+
+
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def _registering_files(package: str) -> list[ast.Module]:
     """The modules that a package imports so that they register themselves, in that order."""
     imports = (
         node
-        for node in _parse(package, "__init__.py").body
+        for node in _parse(_PACKAGE / package / "__init__.py").body
         if isinstance(node, ast.ImportFrom) and node.module == f"vimtune.{package}"
     )
-    return [_parse(package, f"{alias.name}.py") for node in imports for alias in node.names]
+    return [_parse(_PACKAGE / package / f"{alias.name}.py") for node in imports for alias in node.names]
 
 
 def _registered_classes(files: list[ast.Module], decorator: str) -> Iterator[tuple[str, ast.ClassDef]]:
@@ -34,46 +42,81 @@ def _registered_classes(files: list[ast.Module], decorator: str) -> Iterator[tup
     for node in (node for file in files for node in file.body if isinstance(node, ast.ClassDef)):
         for call in node.decorator_list:
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == decorator:
-                yield ast.literal_eval(call.args[0]), node
+                yield _constant(call.args[0]), node
+
+
+def _constant(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise _NotConstant from error
 
 
 def _summary(node: ast.ClassDef) -> str:
     for line in node.body:
         if isinstance(line, ast.Assign) and [ast.unparse(target) for target in line.targets] == ["summary"]:
-            return ast.literal_eval(line.value)
-    raise AssertionError(f"class {node.name} has no summary")
+            return _constant(line.value)
+    raise _NotConstant
 
 
-def _options(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> dict[str, tuple[Any, str]]:
-    """Fields given as `option(default, help)`: name -> (default, help), inherited ones first."""
-    options: dict[str, tuple[Any, str]] = {}
-    for base in node.bases:
-        if isinstance(base, ast.Name) and base.id in classes:
-            options |= _options(classes[base.id], classes)
+def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Fields:
+    """Fields given as `option(default, help)`, inherited ones first."""
+    fields: Fields = {}
+    for base in (ast.unparse(base) for base in node.bases):
+        if base in classes:
+            fields |= _fields(classes[base], classes)
+        elif base != "Method":
+            raise _NotConstant
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
-            default, help = (ast.literal_eval(argument) for argument in line.value.args)
-            options[ast.unparse(line.target)] = (default, help)
-    return options
+            arguments = [_constant(argument) for argument in line.value.args]
+            if len(arguments) != 2:
+                raise _NotConstant
+            fields[ast.unparse(line.target)] = (ast.unparse(line.annotation), *arguments)
+    return fields
+
+
+def _methods() -> tuple[dict[str, str], dict[str, Fields]]:
+    try:
+        nodes = dict(_registered_classes(_registering_files("adapters"), "register_method"))
+        classes = {node.name: node for node in nodes.values()}
+        summaries = {name: _summary(node) for name, node in nodes.items()}
+        return summaries, {name: _fields(node, classes) for name, node in nodes.items()}
+    except _NotConstant:
+        from vimtune.adapters import get_method, list_methods, method_fields
+
+        names = list_methods()
+        return {name: get_method(name).summary for name in names}, {
+            name: method_fields(name) for name in names
+        }
+
+
+def _datasets() -> dict[str, str]:
+    try:
+        nodes = _registered_classes(_registering_files("data"), "register_dataset")
+        return {name: _summary(node) for name, node in nodes}
+    except _NotConstant:
+        from vimtune.data import list_datasets
+
+        return list_datasets()
 
 
 def _models() -> dict[str, str]:
-    functions = (node for node in _parse("models", "vim.py").body if isinstance(node, ast.FunctionDef))
-    return {
-        node.name: (ast.get_docstring(node) or "").removesuffix(".")
-        for node in functions
-        if [ast.unparse(decorator) for decorator in node.decorator_list] == ["register_model"]
-    }
+    """Functions under `@register_model`; their docstrings are their descriptions."""
+    path = _PACKAGE / "models" / "vim.py"
+    models = {}
+    for node in _parse(path).body:
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        if "register_model" not in map(ast.unparse, node.decorator_list):
+            continue
+        description = (ast.get_docstring(node) or "").removesuffix(".")
+        if not description:
+            raise ValueError(f"model {node.name} in {path} needs a docstring, one line that --list shows")
+        models[node.name] = description
+    return models
 
-
-_methods = dict(_registered_classes(_registering_files("adapters"), "register_method"))
-_classes = {node.name: node for node in _methods.values()}
 
 MODELS: dict[str, str] = _models()
-METHODS: dict[str, str] = {name: _summary(node) for name, node in _methods.items()}
-METHOD_FIELDS: dict[str, dict[str, tuple[Any, str]]] = {
-    name: _options(node, _classes) for name, node in _methods.items()
-}
-DATASETS: dict[str, str] = {
-    name: _summary(node) for name, node in _registered_classes(_registering_files("data"), "register_dataset")
-}
+METHODS, METHOD_FIELDS = _methods()
+DATASETS: dict[str, str] = _datasets()

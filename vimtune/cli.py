@@ -164,7 +164,7 @@ def listing(width: int) -> str:
         for name, description in table.items():
             lines += _hanging(f"  {name}", description, column, width)
             if table is catalog.METHODS:
-                fields = [f"{key}={default}" for key, (default, _) in catalog.METHOD_FIELDS[name].items()]
+                fields = [f"{key}={default}" for key, (_, default, _) in catalog.METHOD_FIELDS[name].items()]
                 lines += _hanging("", ", ".join(fields), column, width) if fields else []
     return "\n".join(lines)
 

@@ -12,30 +12,33 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import yaml
-
+from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
+from vimtune.text import quote
 from vimtune.utils import suggest
 
 Parser = Callable[[Any], Any]
 
+LARGEST = 2**31 - 1
+"""Largest whole number of a recipe, unless the field says otherwise."""
+MAX_IMAGE_SIDE = 2**14
+"""Largest image side in pixels."""
+MAX_LAYERS = 10_000
+"""Block indices lie between minus and plus this number; it is far more than any model has."""
+
 
 def _yaml_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not readable as YAML ({getattr(error, 'problem', error)})") from None
+        value = parse_yaml(text)
+    except YAMLTextError as error:
+        raise ValueError(f"not readable as YAML ({error.problem})") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return float(value)  # YAML 1.1 reads 1e-3 as text
     return value
 
 
 def _unbracket(value: Any) -> Any:
-    """A flag such as '[0, 1]' as the list it means."""
-    return _yaml_value(value) if isinstance(value, str) and value.startswith("[") else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A flag such as '[0, 1]' or '{a: b}' as the list or mapping it means."""
+    return _yaml_value(value) if isinstance(value, str) and value.startswith(("[", "{")) else value
 
 
 def number(
@@ -44,33 +47,39 @@ def number(
     """Float in [low, high]; `above`/`below` make the bound an open one."""
     lower = f"> {low:g}" if above else f">= {low:g}"
     upper = f"< {high:g}" if below else f"<= {high:g}"
-    expected = "a number " + " and ".join(
-        text for text, bound in ((lower, low), (upper, high)) if math.isfinite(bound)
-    )
+    bounds = [text for text, bound in ((lower, low), (upper, high)) if math.isfinite(bound)]
+    expected = " ".join(["a number", " and ".join(bounds)]) if bounds else "a finite number"
 
     def parse(value: Any) -> float:
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-            try:
-                value = float(value)
-            except ValueError:
-                raise ValueError(f"expected {expected}") from None
-        if not _is_number(value) or not math.isfinite(value):
+        # Text, because YAML 1.1 reads 1e-3 as text.
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(f"expected {expected}")
-        if value < low or value > high or (above and value == low) or (below and value == high):
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"expected {expected}") from None
+        if not math.isfinite(value) or value < low or value > high:
             raise ValueError(f"expected {expected}")
-        return float(value)
+        if (above and value == low) or (below and value == high):
+            raise ValueError(f"expected {expected}")
+        return value
 
     return parse
 
 
-def integer(low: int) -> Parser:
+def integer(low: int = -LARGEST, high: int = LARGEST) -> Parser:
+    expected = "expected a whole number" + (f" >= {low}" if low > -LARGEST else "")
+
     def parse(value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip()):
+        # The length is checked first: Python refuses to read thousands of digits.
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,30}", value.strip()):
             value = int(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"expected a whole number >= {low}")
+            raise ValueError(expected)
+        if value > high:
+            raise ValueError(f"expected a whole number <= {high}")
         return value
 
     return parse
@@ -85,12 +94,33 @@ def boolean(value: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """Text that is not empty, or a path."""
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
+    """Text that is not empty."""
     if not isinstance(value, str) or not value:
         raise ValueError("expected text")
     return value
+
+
+def path(value: Any) -> str:
+    """A path as text, with `~` replaced by the home folder. Whether anything lies there is not asked."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a path")
+    if "\0" in value:
+        raise ValueError("expected a path: no path has a NUL character in it")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError("expected a path: a character of it cannot be in a file name") from None
+    expanded = os.path.expanduser(value)
+    if expanded == value and re.match(r"~(/|$)", value):
+        raise ValueError("expected a path without ~, because no home folder is known here")
+    return expanded
+
+
+def absolute_path(value: Any) -> str:
+    """`path`, made independent of the working directory."""
+    return os.path.abspath(path(value))
 
 
 def choice(*options: str) -> Parser:
@@ -98,9 +128,10 @@ def choice(*options: str) -> Parser:
         if isinstance(value, bool):  # YAML 1.1 reads `on` and `yes` as true, `off` and `no` as false
             meant = ("on",) if value else ("off", "none")
             value = next((option for option in meant if option in options), value)
-        if value not in options:
-            raise ValueError(f"expected one of {', '.join(options)}.{suggest(str(value), options)}")
-        return str(value)
+        if not isinstance(value, str) or value not in options:
+            hint = suggest(value, options) if isinstance(value, str) else ""
+            raise ValueError(f"expected one of {', '.join(options)}.{hint}")
+        return value
 
     return parse
 
@@ -108,44 +139,123 @@ def choice(*options: str) -> Parser:
 def known(kind: str, table: Mapping[str, str]) -> Parser:
     def parse(value: Any) -> str:
         if not isinstance(value, str) or value not in table:
-            raise ValueError(f"expected a known {kind}: {', '.join(table)}.{suggest(str(value), table)}")
+            hint = suggest(value, table) if isinstance(value, str) else ""
+            raise ValueError(f"expected a known {kind}: {', '.join(table)}.{hint}")
         return value
 
     return parse
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    if isinstance(value, str) and "=" in value:  # --peft-kwargs variant=paper,rank=8
-        pairs = [pair.partition("=") for pair in value.split(",")]
-        value = {key.strip(): _yaml_value(text) for key, _, text in pairs}
-    elif isinstance(value, str):
+    """Options by name, whose values are plain: text, numbers, true, false, nothing, lists and mappings."""
+    if isinstance(value, str) and re.match(r"\s*\{", value):
         value = _yaml_value(value)
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    elif isinstance(value, str) and "=" in value:  # --peft-kwargs variant=paper,rank=8
+        value = {key: _yaml_value(text) for key, text in _pairs(value).items()}
+    if not isinstance(value, Mapping):
         raise ValueError("expected a mapping such as '{name: value}' or name=value,name=value")
-    return dict(value)
+    return _plain_mapping(value, 0)
+
+
+def _pairs(flag: str) -> dict[str, str]:
+    """The pairs of 'a=1,b=x'. A comma begins a new pair only where a name and '=' follow: 'a=1,2' is one."""
+    pairs: dict[str, str] = {}
+    for part in re.split(r",(?=[^,=]*=)", flag):
+        name, equals, text = part.partition("=")
+        name = name.strip()
+        if not name or not equals:
+            raise ValueError("expected name=value,name=value")
+        if name in pairs:
+            raise ValueError(f"{quote(name)} is given twice")
+        pairs[name] = text.strip()
+    return pairs
+
+
+def _plain_mapping(values: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    if not all(isinstance(key, str) and key for key in values):
+        raise ValueError("expected a mapping whose keys are text")
+    return {key: _plain(value, f"{key} = {quote(value)}", depth) for key, value in values.items()}
+
+
+def _plain(value: Any, shown: str, depth: int) -> Any:
+    """`value` built anew from the types that a recipe file can hold."""
+    if depth == MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        if abs(value) > 2**63 - 1:
+            raise ValueError(f"{shown}: expected whole numbers of at most 63 bits")
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{shown}: expected finite numbers")
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item, shown, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        return _plain_mapping(value, depth + 1)
+    raise ValueError(f"{shown}: expected text, numbers, true, false, null, or lists and mappings of them")
+
+
+def typed(annotation: str) -> Parser:
+    """The parser of a field whose Python type is `annotation`, such as "int" or "float | None".
+
+    Of types beyond these nothing is checked here; the class that has the field does it.
+    """
+    kinds: dict[str, Parser] = {
+        "int": integer(),
+        "float": number(),
+        "bool": boolean,
+        "str": text,
+    }
+    parse = kinds.get(annotation.removesuffix(" | None"), lambda value: value)
+    return optional(parse) if annotation.endswith(" | None") else parse
 
 
 def image_size(value: Any) -> int | list[int]:
     value = _unbracket(value)
+    side = integer(1, MAX_IMAGE_SIDE)
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*[x, ]\s*(\d+)\s*", value)):
         value = list(match.groups())
     try:
         if isinstance(value, list | tuple):
-            height, width = (integer(1)(side) for side in value)
+            height, width = map(side, value)
             return [height, width]
-        return integer(1)(value)
+        return side(value)
     except ValueError:
-        raise ValueError("expected pixels such as 224, or height and width such as [64, 96]") from None
+        raise ValueError(
+            f"expected pixels such as 224, or height and width such as [64, 96], at most {MAX_IMAGE_SIDE}"
+        ) from None
 
 
-def targets(value: Any) -> str | list[str]:
+def targets(value: Any) -> str | list[str] | dict[str, str | list[str]]:
+    """Target names for all methods, or a mapping of them by method.
+
+    As a flag: `both`, `in_proj,x_proj`, or by method `lora=both,ft=A_log,D`.
+    """
     value = _unbracket(value)
+    if isinstance(value, str) and "=" in value:
+        value = _pairs(value)
+    if isinstance(value, Mapping):
+        if not value or not all(isinstance(method, str) and method for method in value):
+            raise ValueError("expected targets by method, such as {lora: both, ft: [A_log, D]}")
+        return {method: _target_names(names) for method, names in value.items()}
+    return _target_names(value)
+
+
+def _target_names(value: Any) -> str | list[str]:
     if isinstance(value, str) and "," in value:
         value = [part.strip() for part in value.split(",")]
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(x, str) and x for x in value):
-        raise ValueError("expected both, in_proj, out_proj, or a list of target names")
+        raise ValueError(
+            "expected both, in_proj, out_proj, or a list of target names, or one of these for each method: "
+            "lora=both,ft=A_log,D"
+        )
     return list(value)
 
 
@@ -157,8 +267,8 @@ def layers(value: Any) -> list[int]:
     if isinstance(value, str):
         indices: list[int] = []
         for part in value.split(","):
-            match = re.fullmatch(r"\s*(?:(-?\d+)|(\d+)\s*-\s*(\d+))\s*", part)
-            if match is None:
+            match = re.fullmatch(r"\s*(?:(-?\d{1,30})|(\d{1,4})\s*-\s*(\d{1,4}))\s*", part)
+            if match is None or (match[2] and int(match[2]) > int(match[3])):
                 raise ValueError(expected)
             indices += [int(match[1])] if match[1] else range(int(match[2]), int(match[3]) + 1)
         value = indices
@@ -166,6 +276,8 @@ def layers(value: Any) -> list[int]:
         raise ValueError(expected)
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in value):
         raise ValueError(expected)
+    if len(value) > MAX_LAYERS or not all(-MAX_LAYERS <= index < MAX_LAYERS for index in value):
+        raise ValueError(f"expected at most {MAX_LAYERS} block indices below {MAX_LAYERS}")
     return list(value)
 
 

@@ -19,31 +19,20 @@ from typing import Any, ClassVar
 
 import yaml
 
-from vimtune import catalog, parsers
+from vimtune import catalog, options, parsers
+from vimtune.strict_yaml import read_yaml
+from vimtune.text import printable, quote
 from vimtune.utils import atomic_write, suggest
 
 RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors", "checkpoint.safetensors")
 GROUPS = ("data", "model", "method", "optimisation", "run")
 
 
-# Model options that the recipe sets from elsewhere, and where.
-_MODEL_OPTION_OWNERS = {
-    "num_classes": "the data set",
-    "img_size": "the key img_size",
-    "drop_path_rate": "the key drop_path",
-    "pretrained": "the key pretrained",
-    "peft": "the key peft",
-    "peft_targets": "the key targets",
-    "peft_layers": "the key layers",
-    "peft_kwargs": "the key peft_kwargs",
-}
-
-
 class RecipeError(ValueError):
     """A recipe that cannot run; `problems` lists every reason, one line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
+        self.problems = [printable(problem) for problem in problems]
         if len(self.problems) == 1:
             message = self.problems[0]
         else:
@@ -79,7 +68,7 @@ class Recipe:
         "data", "synthetic_flowers", parsers.known("data set", catalog.DATASETS), "data set (see --list)"
     )
     data_dir: str | None = _setting(
-        "data", None, parsers.optional(parsers.text), "folder of the data set's files"
+        "data", None, parsers.optional(parsers.absolute_path), "folder of the data set's files"
     )
     train_split: str = _setting(
         "data", "train", parsers.choice("train", "train+val"), "images to train on: train, train+val"
@@ -94,7 +83,7 @@ class Recipe:
         "data", {}, parsers.mapping, "further options of the data set, such as species=20"
     )
     download: bool = _setting("data", True, parsers.boolean, "download a data set that is not there yet")
-    num_workers: int = _setting("data", 2, parsers.integer(0), "processes that prepare images")
+    num_workers: int = _setting("data", 2, parsers.integer(0, 1024), "processes that prepare images")
     cache: bool = _setting("data", False, parsers.boolean, "keep decoded images in memory")
     on_corrupt: str = _setting(
         "data", "error", parsers.choice("error", "skip"), "an unreadable image: error (stop), skip (report)"
@@ -117,7 +106,10 @@ class Recipe:
     )
     pretrained: bool = _setting("model", True, parsers.boolean, "start from the model's published weights")
     checkpoint: str | None = _setting(
-        "model", None, parsers.optional(parsers.text), "start from this .pth/.safetensors file instead"
+        "model",
+        None,
+        parsers.optional(parsers.absolute_path),
+        "start from this .pth/.safetensors file instead",
     )
     img_size: int | list[int] | None = _setting(
         "model", None, parsers.optional(parsers.image_size), "image size, N or HxW (default: the model's own)"
@@ -127,7 +119,7 @@ class Recipe:
 
     # --- method
     peft: str = _setting("method", "prodial", _methods, "method (see --list), or several: lora+bitfit")
-    targets: str | list[str] | None = _setting(
+    targets: str | list[str] | dict[str, str | list[str]] | None = _setting(
         "method",
         None,
         parsers.optional(parsers.targets),
@@ -207,7 +199,7 @@ class Recipe:
     )
 
     # --- run
-    seed: int = _setting("run", 0, parsers.integer(0), "seed of everything random")
+    seed: int = _setting("run", 0, parsers.integer(0, 2**63 - 1), "seed of everything random")
     deterministic: bool = _setting("run", False, parsers.boolean, "use deterministic algorithms only")
     device: str = _setting("run", "auto", parsers.text, "auto, cpu, cuda, cuda:1, mps")
     backend: str = _setting(
@@ -217,16 +209,16 @@ class Recipe:
         "selective scan: auto, torch, cpu, nvrtc, triton, cuda, reference",
     )
     threads: int | None = _setting(
-        "run", None, parsers.optional(parsers.integer(1)), "CPU threads (default: torch's own)"
+        "run", None, parsers.optional(parsers.integer(1, 4096)), "CPU threads (default: torch's own)"
     )
     output_dir: str | None = _setting(
         "run",
         None,
-        parsers.optional(parsers.text),
+        parsers.optional(parsers.path),
         "run folder (default: runs/<dataset>-<model>-<method>-<time>)",
     )
     resume: str | None = _setting(
-        "run", None, parsers.optional(parsers.text), "continue this run folder or checkpoint"
+        "run", None, parsers.optional(parsers.path), "continue this run folder or checkpoint"
     )
     log_interval: int = _setting("run", 10, parsers.integer(1), "steps between two log lines")
     eval_interval: int = _setting("run", 1, parsers.integer(1), "epochs between two evaluations")
@@ -240,7 +232,7 @@ class Recipe:
             try:
                 object.__setattr__(self, field.name, field.metadata["parse"](value))
             except ValueError as error:
-                problems.append(f"{field.name} = {value!r}: {error}")
+                problems.append(f"{field.name} = {quote(value)}: {error}")
                 wrong.add(field.name)
         problems += self._contradictions(wrong)
         if problems:
@@ -265,40 +257,32 @@ class Recipe:
             )
         if not wrong & {"amp", "device"} and self.amp == "fp16" and self.device == "cpu":
             problems.append("amp = 'fp16' needs a GPU: use bf16 or none on the CPU")
-        if "model_kwargs" not in wrong:
-            problems += [
-                f"model_kwargs: {option} is set by {owner}"
-                for option, owner in _MODEL_OPTION_OWNERS.items()
-                if option in self.model_kwargs
-            ]
-        if not wrong & {"peft", "peft_kwargs"}:
+        for key in options.RESERVED.keys() - wrong:
+            problems += options.reserved_problems(key, getattr(self, key))
+        if "peft" not in wrong:
             problems += self._method_problems(wrong)
         return problems
 
     def _method_problems(self, wrong: set[str]) -> list[str]:
-        fields = {method: catalog.METHOD_FIELDS[method] for method in self.peft.split("+")}
-        shared = {name: value for name, value in self.peft_kwargs.items() if name not in fields}
+        problems = []
+        methods = self.peft.split("+")
         flags = {name: getattr(self, name) for name in self.METHOD_FLAGS if name not in wrong}
         flags = {name: value for name, value in flags.items() if value is not None}
-        anywhere = {name for own in fields.values() for name in own}
-        problems = [_not_a_field(name, flags[name], self.peft, anywhere) for name in flags.keys() - anywhere]
+        fields = options.method_fields(methods)
         problems += [
-            f"{name} is given twice: as {name} and in peft_kwargs" for name in flags.keys() & shared.keys()
+            options.not_a_field(name, flags[name], self.peft, fields) for name in flags.keys() - fields
         ]
-        problems += [
-            "peft_kwargs: " + _not_a_field(name, value, self.peft, anywhere)
-            for name, value in shared.items()
-            if name not in anywhere
-        ]
-        for method in fields.keys() & self.peft_kwargs.keys():  # {"lora": {...}}: for one of several methods
-            own = self.peft_kwargs[method]
-            if not isinstance(own, Mapping):
-                problems.append(f"peft_kwargs: {method} = {own!r}: expected a mapping of its fields")
-                continue
+        if "peft_kwargs" not in wrong:
+            twice = flags.keys() & self.peft_kwargs.keys()
+            problems += [f"{name} is given twice: as {name} and in peft_kwargs" for name in twice]
+            parsed, more = options.parse_method_options(self.peft, self.peft_kwargs)
+            object.__setattr__(self, "peft_kwargs", parsed)
+            problems += more
+        if "targets" not in wrong and isinstance(self.targets, dict):
             problems += [
-                "peft_kwargs: " + _not_a_field(name, value, method, fields[method])
-                for name, value in own.items()
-                if name not in fields[method]
+                f"targets: {quote(name)} is not one of the methods of {self.peft}.{suggest(name, methods)}"
+                for name in self.targets
+                if name not in methods
             ]
         return sorted(problems)
 
@@ -306,7 +290,11 @@ class Recipe:
     def from_values(cls, values: Mapping[str, Any]) -> Recipe:
         """Build a recipe from YAML values and flag strings; all errors in one `RecipeError`."""
         names = [field.name for field in dataclasses.fields(cls)]
-        problems = [f"unknown key {key!r}.{suggest(str(key), names)}" for key in values if key not in names]
+        problems = [
+            f"unknown key {quote(key)}.{suggest(key, names) if isinstance(key, str) else ''}"
+            for key in values
+            if key not in names
+        ]
         known = {key: value for key, value in values.items() if key in names}
         try:
             recipe = cls(**known)
@@ -353,11 +341,6 @@ class Recipe:
         atomic_write(path, write)
 
 
-def _not_a_field(name: str, value: Any, method: str, fields: Iterable[str]) -> str:
-    known = f"its fields are {', '.join(sorted(fields))}" if fields else "it has none"
-    return f"{name} = {value!r} is not a field of {method}: {known}.{suggest(name, fields)}"
-
-
 def path_problems(values: Mapping[str, Any]) -> list[str]:
     """Problems with the folders and files a recipe names, found before any heavy work.
 
@@ -365,69 +348,39 @@ def path_problems(values: Mapping[str, Any]) -> list[str]:
     resumed, must not hold the results of another run. With several processes, call it before the
     first of them writes.
     """
-
-    def path_of(name: str) -> Path | None:
-        value = values.get(name)
-        return Path(value) if isinstance(value, str | os.PathLike) and str(value) else None
-
+    checks = {"data_dir": _data_dir_problem, "checkpoint": _checkpoint_problem, "output_dir": _output_problem}
     problems = []
-    data_dir, checkpoint, output_dir = (path_of(name) for name in ("data_dir", "checkpoint", "output_dir"))
-    if (
-        data_dir is not None
-        and not data_dir.is_dir()
-        and (data_dir.exists() or not values.get("download", True))
-    ):
-        problems.append(f"data_dir = {str(data_dir)!r} is not a folder")
-    if checkpoint is not None and not checkpoint.is_file():
-        problems.append(f"checkpoint = {str(checkpoint)!r} is not a file")
-    if output_dir is not None:
-        existing = next((p for p in (output_dir, *output_dir.absolute().parents) if p.exists()), output_dir)
-        if not existing.is_dir():
-            problems.append(f"output_dir = {str(output_dir)!r}: {str(existing)!r} is not a folder")
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            problems.append(f"output_dir = {str(output_dir)!r}: {str(existing)!r} is not writable")
-        elif values.get("resume") is None and any((output_dir / name).exists() for name in RUN_FILES):
-            problems.append(
-                f"output_dir = {str(output_dir)!r} holds another run: choose another folder, "
-                f"or continue that run with --resume {output_dir}"
-            )
+    for name, check in checks.items():
+        try:
+            path = parsers.optional(parsers.path)(values.get(name))
+            problem = None if path is None else check(Path(path), values)
+        except ValueError:
+            continue  # no path at all: the field's own parser says it
+        except OSError as error:  # a name too long, a folder that may not be searched
+            problem = f": {error.strerror}"
+        if problem is not None:
+            problems.append(f"{name} = {quote(path)}{problem}")
     return problems
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice instead of silently keeping the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+def _data_dir_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    may_come = values.get("download", True) and not path.exists()
+    return None if path.is_dir() or may_come else " is not a folder"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping a YAML file holds; `RecipeError` with file and line when it is not one."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise RecipeError([f"cannot read {str(path)!r}: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError([f"{path} is not a YAML text file"]) from error
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError([f"{path}{line}: {error.problem}"]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError([f"{path} is not valid YAML: {error}"]) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise RecipeError([f"{path}: expected 'key: value' lines, got {type(values).__name__}"])
-    return values
+def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    return None if path.is_file() else " is not a file"
+
+
+def _output_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        return f": {quote(str(existing))} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f": {quote(str(existing))} is not writable"
+    if values.get("resume") is None and any((path / name).exists() for name in RUN_FILES):
+        return f" holds another run: choose another folder, or continue that run with --resume {path}"
+    return None
 
 
 def load_recipe(
@@ -436,21 +389,21 @@ def load_recipe(
     """The recipe of a run: defaults, then the YAML file `config`, then `overrides` (flags).
 
     With `resume` among the values, the recipe of that run comes before `config`, and its folder is
-    the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. Paths
-    are checked too. Raises `RecipeError` with every problem found.
+    the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. A relative
+    path is relative to the working directory, in a file, too. Paths are checked as well.
+
+    Raises:
+        RecipeError: the file, the values or the paths; it has every problem that was found.
     """
-    values = {} if config is None else read_yaml(Path(config))
+    values = {} if config is None else _read("config", config)
     values |= overrides or {}
     problems: list[str] = []
-    if isinstance(values.get("resume"), str | os.PathLike):
-        resume = Path(values["resume"])
-        folder = resume if resume.is_dir() else resume.parent
-        if not resume.exists():
-            problems.append(f"resume = {str(resume)!r} does not exist")
-        elif not (folder / "recipe.yaml").is_file():
-            problems.append(f"resume = {str(resume)!r} is no run folder: it has no recipe.yaml")
-        else:
-            values = {**read_yaml(folder / "recipe.yaml"), "output_dir": str(folder), **values}
+    try:
+        resumed = _resumed(values.get("resume"))
+    except RecipeError as error:
+        problems += error.problems
+    else:
+        values = resumed | values
     problems += path_problems(values)
     try:
         recipe = Recipe.from_values(values)
@@ -459,3 +412,34 @@ def load_recipe(
     if problems:
         raise RecipeError(problems)
     return recipe
+
+
+def _read(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The YAML file that the value `name` points at."""
+    try:
+        path = parsers.path(path)
+    except ValueError as error:
+        raise RecipeError([f"{name} = {quote(path)}: {error}"]) from error
+    try:
+        return read_yaml(path)
+    except ValueError as error:
+        raise RecipeError([str(error)]) from error
+
+
+def _resumed(resume: Any) -> dict[str, Any]:
+    """What the run folder or checkpoint `resume` states: its recipe, and its folder as `output_dir`."""
+    try:
+        path = parsers.optional(parsers.path)(resume)
+    except ValueError:
+        return {}  # no path at all: the field's own parser says it
+    if path is None:
+        return {}
+    try:
+        if not os.path.lexists(path):
+            raise RecipeError([f"resume = {quote(path)} does not exist"])
+        folder = Path(path) if os.path.isdir(path) else Path(path).parent
+        if not (folder / "recipe.yaml").is_file():
+            raise RecipeError([f"resume = {quote(path)} is no run folder: it has no recipe.yaml"])
+    except OSError as error:
+        raise RecipeError([f"resume = {quote(path)}: {error.strerror}"]) from error
+    return _read("resume", folder / "recipe.yaml") | {"output_dir": str(folder)}

@@ -5,8 +5,9 @@ dataclass whose annotations say which fields there are, of which types and in wh
 comparison is pydantic's, in strict mode: no field is guessed, converted, dropped or added. The same
 schema is applied when a file is written, so that what we write can be read.
 
-A schema is a plain dataclass with `__pydantic_config__ = STRICT`; ranges are written as
-`Annotated[int, annotated_types.Ge(1)]` or with the types below.
+A schema is a plain dataclass with `__pydantic_config__: ClassVar[Any] = STRICT` (Python 3.10 refuses a
+bare `ClassVar` there); ranges are written as `Annotated[int, annotated_types.Ge(1)]` or with the types
+below.
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ def quote(value: Any, limit: int = MAX_QUOTE) -> str:
         return printable(shorten(repr(value), limit))
     except RecursionError:
         return f"a deeply nested {type(value).__name__}"
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        return f"a {type(value).__name__} with a very large number in it"
 
 
 def csv_cell(text: str) -> str:

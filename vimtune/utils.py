@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from vimtune.text import quote
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_summary(cls: type, what: str) -> None:
+    """Check that a class that is being registered states its line of `--list` itself.
+
+    Raises:
+        ValueError: the class body has no `summary = "one line"`; the message names class and file.
+    """
+    summary = vars(cls).get("summary")
+    if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
+        raise ValueError(
+            f'{what}: class {cls.__name__} in {inspect.getsourcefile(cls)} needs summary = "...", '
+            f"one line that --list shows"
+        )
+
+
+def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Content of a regular file of at most `limit` bytes.
+
+    A pipe or a device is never opened: reading it could wait or go on for ever.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+        ValueError: it is a folder, a pipe or a device, too long, or its name cannot be a path.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{quote(os.fspath(path))} is not a regular file")
+    with open(path, "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{quote(os.fspath(path))} is longer than {limit:,} bytes, more than is read")
+    return content
 
 
 def processor_name() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vimtune.adapters.rule import WeightRule
 from vimtune.adapters.targets import resolve_targets
-from vimtune.utils import suggest
+from vimtune.utils import require_summary, suggest
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -53,9 +53,17 @@ MethodType = TypeVar("MethodType", bound=type[Method])
 
 
 def register_method(name: str) -> Callable[[MethodType], MethodType]:
-    """Class decorator: make a method known under `name`."""
+    """Class decorator: make a method known under `name`.
+
+    Raises:
+        ValueError: the class has no summary of its own, or a field without help.
+    """
 
     def register(cls: MethodType) -> MethodType:
+        require_summary(cls, f"method {name!r}")
+        for item in dataclasses.fields(cls):
+            if "help" not in item.metadata:
+                raise ValueError(f"method {name!r}: field {item.name} needs option(default, help)")
         cls.name = name
         _METHODS[name] = cls
         return cls

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from vimtune.utils import suggest
+from vimtune.utils import require_summary, suggest
 
 SPLITS = ("train", "val", "test", "train+val")
 DEFAULT_DATA_DIR = "data"
@@ -143,7 +143,7 @@ def register_dataset(name: str) -> Callable[[type[ImageDataset]], type[ImageData
 
     def register(cls: type[ImageDataset]) -> type[ImageDataset]:
         assert name not in _REGISTRY, f"data set {name!r} registered twice"
-        assert cls.summary, f"data set {name!r} needs a summary"
+        require_summary(cls, f"data set {name!r}")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
