@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import yaml
+from bad_input import TEXTS, VALUES
 
-from vimtune import catalog
+from vimtune import catalog, text
 from vimtune.recipe import GROUPS, RUN_FILES, Recipe, RecipeError, load_recipe
-from vimtune.strict_yaml import read_yaml
+from vimtune.strict_yaml import parse_yaml, read_yaml
 
 FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
 
@@ -356,3 +361,217 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         build(lr=0.1).save(path)
     assert yaml.safe_load(path.read_bytes())["lr"] == 0.5
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- nasty input: taken or refused at once, never anything else
+
+
+def assert_one_line_each(error: RecipeError) -> None:
+    assert error.problems
+    for problem in error.problems:
+        assert text.printable(problem) == problem and len(problem) < 700
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_nasty_values_of_every_field(name):
+    for value in VALUES.values():
+        start = time.monotonic()
+        for make in (lambda values: Recipe(**values), lambda values: load_recipe(None, values)):
+            try:
+                recipe = make({name: value})
+            except RecipeError as error:
+                assert_one_line_each(error)
+            else:  # what is taken is plain, and a file gives it back
+                saved = yaml.safe_dump(recipe.to_dict(), allow_unicode=True)
+                assert Recipe.from_values(parse_yaml(saved)) == recipe
+        assert time.monotonic() - start < 1
+
+
+def alias_bomb(levels: str) -> str:
+    lines = [f"{levels[0]}: &{levels[0]} [{', '.join('x' * 9)}]"]
+    lines += [f"{new}: &{new} [{', '.join(['*' + old] * 9)}]" for old, new in itertools.pairwise(levels)]
+    return "\n".join(lines)
+
+
+NASTY_FILES = {
+    **{f"{name}, as key": f"{nasty}: 1\n" for name, nasty in TEXTS.items()},
+    "alias bomb": alias_bomb("abcdefghij"),
+    "alias of itself": "peft_kwargs: &a {a: *a}",
+    "anchor": "lr: &a 1",
+    "merge": "<<: {lr: 1}",
+    "list as key": "? [a]\n: 1",
+    "nothing as key": "~: 1\n? : 2",
+    "not a number as key": ".nan: 1",
+    "two documents": "lr: 1\n---\nlr: 2",
+    "megabytes": "a: " + "x" * 2**20,
+    "explicit tags": "lr: !!float x",
+    "bool of its tag": "cache: !!bool perhaps",
+    "date of its tag": "lr: !!timestamp x",
+    "integer without digits": "epochs: 0x_",
+}
+
+
+@pytest.mark.parametrize("name", NASTY_FILES)
+def test_nasty_files_are_refused(name, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_bytes(NASTY_FILES[name].encode("utf-8", "surrogatepass"))
+    start = time.monotonic()
+    with pytest.raises(RecipeError) as info:
+        load_recipe(config)
+    assert time.monotonic() - start < 1
+    assert_one_line_each(info.value)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_nasty_words_in_a_file(name, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    for key in ("lr", "img_size", "targets", "layers", "peft_kwargs", "checkpoint"):
+        config.write_bytes(f"{key}: {TEXTS[name]}".encode("utf-8", "surrogatepass"))
+        start = time.monotonic()
+        try:
+            load_recipe(config)
+        except RecipeError as error:
+            assert_one_line_each(error)
+        assert time.monotonic() - start < 1
+
+
+def make_fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+NASTY_PATHS = {
+    "a NUL": lambda folder: folder / "a\0b",
+    "a long name": lambda folder: folder / ("x" * 5000),
+    "a long path": lambda folder: folder / ("x/" * 5000),
+    "a surrogate": lambda folder: folder / "\ud800",
+    "bytes that are not UTF-8": lambda folder: folder / "\udce9.yaml",
+    "under a file": lambda folder: write(folder / "file", "lr: 1") / "x",
+    "a folder": lambda folder: folder,
+    "a pipe": lambda folder: make_fifo(folder / "pipe"),
+    "a device": lambda folder: Path("/dev/zero"),
+    "a broken link": lambda folder: link(folder / "broken", folder / "nothing"),
+    "a link to itself": lambda folder: link(folder / "circle", folder / "circle"),
+}
+
+
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize("key", ["config", "resume", "checkpoint"])
+@pytest.mark.parametrize("kind", NASTY_PATHS)
+def test_nasty_paths_are_refused_without_waiting(kind, key, tmp_path):
+    path = NASTY_PATHS[kind](tmp_path)
+    errors: list[RecipeError] = []
+
+    def load() -> None:
+        with pytest.raises(RecipeError) as info:
+            load_recipe(path) if key == "config" else load_recipe(None, {key: path})
+        errors.append(info.value)
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert errors, "it waits, or it raised something else"
+    assert_one_line_each(errors[0])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NASTY_PATHS if kind not in ("a folder", "a broken link")])
+@pytest.mark.parametrize("key", ["data_dir", "output_dir"])
+def test_nasty_folders_are_refused(kind, key, tmp_path):
+    path = NASTY_PATHS[kind](tmp_path)
+    may_be_made = kind == "bytes that are not UTF-8" or (key, kind) == ("data_dir", "under a file")
+    try:
+        recipe = load_recipe(None, {key: str(path), "download": False})
+    except RecipeError as error:
+        assert_one_line_each(error)
+    else:
+        assert may_be_made and getattr(recipe, key) == str(path)
+
+
+# --- paths
+
+
+@pytest.mark.parametrize("key", ["output_dir", "data_dir", "checkpoint", "resume"])
+def test_a_tilde_is_the_home_folder(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(Recipe(**{key: "~/x"}), key) == str(tmp_path / "x")
+    build(lr=0.5).save(tmp_path / "x" / "recipe.yaml")
+    (tmp_path / "base.pth").touch()
+    value = {"checkpoint": "~/base.pth", "output_dir": "~/y"}.get(key, "~/x")
+    config = write(tmp_path / "config.yaml", f"{key}: {value}\n")
+    expected = os.path.expanduser(value)
+    assert getattr(load_recipe("~/config.yaml"), key) == expected
+    assert getattr(load_recipe(None, {key: value}), key) == expected
+    assert getattr(load_recipe(config), key) == expected
+
+
+def test_a_tilde_without_a_home_folder_is_refused(monkeypatch):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(RecipeError, match="no home folder is known"):
+        Recipe(output_dir="~/x")
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "data_dir"])
+def test_relative_inputs_are_stored_as_absolute_paths(key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(**{key: "base"})
+    assert getattr(recipe, key) == str(tmp_path / "base")
+    recipe.save("recipe.yaml")
+    monkeypatch.chdir("/")
+    assert read_yaml(tmp_path / "recipe.yaml")[key] == str(tmp_path / "base")
+
+
+def test_a_name_that_is_not_utf8_survives_the_file(tmp_path):
+    recipe = Recipe(output_dir=str(tmp_path / "caf\udce9"))
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.from_values(read_yaml(tmp_path / "recipe.yaml")) == recipe
+
+
+# --- options that are handed on
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"dataset_kwargs": "seed=0"}, "dataset_kwargs: seed is set by the key seed"),
+        ({"dataset_kwargs": {"split": "val"}}, "split is set by the keys train_split and eval_split"),
+        ({"dataset_kwargs": {"img_size": [8, 8]}}, "img_size is set by the key img_size"),
+        ({"model_kwargs": {"pretrained": True}}, "pretrained is set by the key pretrained"),
+        ({"peft_kwargs": {"rank": "two"}}, "peft_kwargs: rank = 'two': expected a whole number"),
+        ({"peft_kwargs": {"rank": True}}, "rank = True: expected a whole number"),
+        ({"peft_kwargs": {"alpha": [1]}}, "alpha = [1]: expected a finite number"),
+        ({"peft_kwargs": {"variant": 3}}, "variant = 3: expected text"),
+        ({"peft": "lora+ft", "peft_kwargs": {"lora": {"rank": {}}}}, "rank = {}: expected a whole number"),
+        ({"peft_kwargs": "rank=2,rank=3"}, "'rank' is given twice"),
+        ({"peft_kwargs": "=3"}, "expected name=value"),
+        ({"dataset_kwargs": {"a": {"b": float("nan")}}}, "expected finite numbers"),
+        ({"peft": "lora", "targets": {"lor": "both"}}, "Did you mean 'lora'?"),
+        ({"peft": "lora+ft", "targets": "lora=both,fft=D"}, "'fft' is not one of the methods of lora+ft"),
+        ({"peft": "lora+ft", "targets": {"lora": []}}, "for each method: lora=both,ft=A_log,D"),
+    ],
+)
+def test_wrong_options_are_reported_with_everything_else(values, words):
+    with pytest.raises(RecipeError) as info:
+        Recipe.from_values({**values, "epochs": 0})
+    assert len(info.value.problems) == 2
+    assert words in str(info.value)
+
+
+def test_options_of_methods_are_parsed_like_every_other_value():
+    recipe = build(peft="lora+prodial", peft_kwargs={"alpha": "1e-3", "prodial": {"rank": "4"}})
+    assert recipe.method_kwargs == {"alpha": 0.001, "prodial": {"rank": 4}}
+
+
+def test_options_whose_values_hold_commas_and_braces():
+    assert build(dataset_kwargs="a=[1, 2],b={c: d}").dataset_kwargs == {"a": [1, 2], "b": {"c": "d"}}
+    assert build(dataset_kwargs="{a: x=y}").dataset_kwargs == {"a": "x=y"}
+
+
+@pytest.mark.parametrize(
+    "value", ["lora=both,ft=A_log,D", "{lora: both, ft: [A_log, D]}", {"lora": "both", "ft": ["A_log", "D"]}]
+)
+def test_targets_of_each_method(value):
+    assert build(peft="lora+ft", targets=value).targets == {"lora": "both", "ft": ["A_log", "D"]}

@@ -1,24 +1,24 @@
 """The commands: `vimtune train | predict | merge | doctor`, and `train_vim.py`.
 
 Only what a command needs is imported, when it runs: `--help` and `--list` answer without torch.
-Exit codes: 0 done, 1 a check failed, 2 the input or the machine does not allow the job, 130 Ctrl-C.
+How a command may end is said in `exits.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import shutil
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vimtune import __version__, catalog
+from vimtune import __version__, catalog, parsers
+from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
 from vimtune.recipe import GROUPS, Recipe, RecipeError, load_recipe
+from vimtune.text import quote
 from vimtune.utils import suggest
 
 TRAIN_DESCRIPTION = """\
@@ -29,8 +29,10 @@ TRAIN_EXAMPLES = """\
 examples:
   {prog} --dataset flowers --peft prodial
   {prog} --dataset folder --data-dir my/images --peft lora --rank 8
-  {prog} --config configs/flowers/vim_tiny_prodial_both.yaml --epochs 50
-  {prog} --resume runs/my-run"""
+  {prog} --config my-recipe.yaml --epochs 50
+  {prog} --resume runs/my-run
+
+The repository's folder configs/ has recipes for --config."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,9 +49,9 @@ class _Parser(argparse.ArgumentParser):
         """One line for each argument that no option of this parser takes."""
         options = [option for action in self._actions for option in action.option_strings]
         flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
-        lines = [f"unknown flag {flag}.{suggest(flag, options)}" for flag in flags]
+        lines = [f"unknown flag {quote(flag)[1:-1]}.{suggest(flag, options)}" for flag in flags]
         # What follows an unknown flag is its value; alone it is a surplus argument.
-        return lines or [f"unexpected argument {argument!r}" for argument in arguments]
+        return lines or [f"unexpected argument {quote(argument)}" for argument in arguments]
 
     def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(arguments)
@@ -60,7 +62,8 @@ class _Parser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        width = min(shutil.get_terminal_size().columns, 120) - 2
+        # argparse needs room for one word beside the flags, and nothing wraps well in less.
+        width = max(min(shutil.get_terminal_size().columns, 120) - 2, 48)
         super().__init__(prog, max_help_position=28, width=width)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -109,7 +112,7 @@ def build_train_parser(prog: str) -> _Parser:
     )
     general = parser.add_argument_group("general")
     general.add_argument("-h", "--help", action="help", help="show this help and stop")
-    general.add_argument("--config", metavar="FILE", help="recipe in YAML; see configs/")
+    general.add_argument("--config", metavar="FILE", help="recipe in YAML")
     general.add_argument("--list", action="store_true", help="list models, methods, data sets, and stop")
     _add_common(general)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
@@ -178,9 +181,19 @@ def _hanging(label: str, text: str, column: int, width: int) -> list[str]:
 # predict, merge, doctor
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(parsers.path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{quote(text)}: {error}") from error
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="base weights; default: those the adapter was trained on"
+        "--checkpoint",
+        metavar="FILE",
+        type=_path,
+        help="base weights; default: those the adapter was trained on",
     )
     parser.add_argument("--device", metavar="X", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument("--backend", metavar="X", default="auto", help="selective scan backend [auto]")
@@ -188,8 +201,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _predict(prog: str, arguments: Sequence[str]) -> int:
     parser = _Parser(prog=prog, description="Classify images with a trained adapter file.")
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE", help="images, or folders of images")
-    parser.add_argument("--adapter", metavar="FILE", required=True, help="adapter file or run folder")
+    parser.add_argument("inputs", nargs="+", metavar="IMAGE", type=_path, help="images, or folders of images")
+    parser.add_argument(
+        "--adapter", metavar="FILE", type=_path, required=True, help="adapter file or run folder"
+    )
     _add_model_options(parser)
     parser.add_argument("--top-k", metavar="N", type=int, default=3, help="classes per image [3]")
     parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images at a time [32]")
@@ -197,7 +212,13 @@ def _predict(prog: str, arguments: Sequence[str]) -> int:
         "--on-corrupt", metavar="X", default="error", help="an unreadable image: error (stop), skip [error]"
     )
     parser.add_argument(
-        "--output", "-o", metavar="FILE", action="append", default=[], help="also write .csv or .json"
+        "--output",
+        "-o",
+        metavar="FILE",
+        type=_path,
+        action="append",
+        default=[],
+        help="also write .csv or .json",
     )
     _add_common(parser)
     options = parser.parse_strictly(arguments)
@@ -205,10 +226,10 @@ def _predict(prog: str, arguments: Sequence[str]) -> int:
     from vimtune.predict import run_predict
 
     return run_predict(
-        inputs=[Path(path) for path in options.inputs],
-        adapter=Path(options.adapter),
+        inputs=options.inputs,
+        adapter=options.adapter,
         checkpoint=options.checkpoint,
-        outputs=[Path(path) for path in options.output],
+        outputs=options.output,
         top_k=options.top_k,
         batch_size=options.batch_size,
         on_corrupt=options.on_corrupt,
@@ -222,9 +243,9 @@ def _merge(prog: str, arguments: Sequence[str]) -> int:
         prog=prog,
         description="Fold an adapter into its base weights: one plain checkpoint without any adapter left.",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter file or run folder")
+    parser.add_argument("adapter", metavar="ADAPTER", type=_path, help="adapter file or run folder")
     parser.add_argument(
-        "--output", "-o", metavar="FILE", required=True, help="the .safetensors file to write"
+        "--output", "-o", metavar="FILE", type=_path, required=True, help="the .safetensors file to write"
     )
     _add_model_options(parser)
     _add_common(parser)
@@ -233,8 +254,8 @@ def _merge(prog: str, arguments: Sequence[str]) -> int:
     from vimtune.plain import run_merge
 
     return run_merge(
-        adapter=Path(options.adapter),
-        output=Path(options.output),
+        adapter=options.adapter,
+        output=options.output,
         checkpoint=options.checkpoint,
         device=options.device,
         backend=options.backend,
@@ -268,7 +289,9 @@ COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
 def _overview() -> str:
     lines = ["usage: vimtune COMMAND [options]", "", "Transfer learning for Vision Mamba.", "", "commands:"]
     lines += [f"  {name:<9} {summary}" for name, (summary, _) in COMMANDS.items()]
-    return "\n".join([*lines, "", "vimtune COMMAND --help shows the options of a command."])
+    lines += ["", "vimtune COMMAND --help shows the options of a command.", "", "exit codes:"]
+    lines += [f"  {code:<9} {meaning}" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(lines)
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
@@ -282,69 +305,21 @@ def _dispatch(arguments: Sequence[str]) -> int:
     elif command in COMMANDS:
         return COMMANDS[command][1](f"vimtune {command}", rest)
     else:
-        raise ValueError(f"unknown command {command!r}.{suggest(command, COMMANDS)} See vimtune --help")
+        raise ValueError(f"unknown command {quote(command)}.{suggest(command, COMMANDS)} See vimtune --help")
     return 0
 
 
-def _guarded(action: Callable[[], int], show_traceback: bool) -> int:
-    """Run a command; what the user can mend becomes one `error:` block and exit code 2."""
-    try:
-        return action()
-    except SystemExit as exit:  # argparse, after --help and --version
-        return exit.code if isinstance(exit.code, int) else 0
-    except KeyboardInterrupt as interruption:
-        if not interruption.args:  # the trainer has said how to continue
-            print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `--list | head`
-        sys.stderr.close()
-        return 141
-    except (ValueError, OSError, RuntimeError) as error:
-        out_of_memory = type(error).__name__ == "OutOfMemoryError"
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            raise
-        if show_traceback:
-            traceback.print_exception(error)
-        advice = ""
-        if out_of_memory:
-            advice = "\nLower --batch-size (and raise --grad-accum), or use --grad-checkpointing or --amp."
-        elif not show_traceback and _is_foreign(error):
-            advice = "\n(--traceback shows where this arose)"
-        print(f"error: {_message(error)}{advice}", file=sys.stderr)
-        return 2
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
-
-
-def _is_foreign(error: Exception) -> bool:
-    """Whether another package worded this error: then it may need its context."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and not Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-
-
-def _start_logging() -> None:
-    """Notes of the package (backend chosen, weights loaded) go to stderr, one plain line each."""
-    logger = logging.getLogger("vimtune")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+def _run(action: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    prepare_streams()
+    return run_guarded(lambda: action(arguments), show_traceback="--traceback" in arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`vimtune COMMAND ...`; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    _start_logging()
-    return _guarded(lambda: _dispatch(arguments), "--traceback" in arguments)
+    return _run(_dispatch, arguments)
 
 
 def train_main(arguments: Sequence[str] | None = None) -> int:
     """`python train_vim.py ...`; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    _start_logging()
-    return _guarded(lambda: _train("python train_vim.py", arguments), "--traceback" in arguments)
+    return _run(lambda given: _train("python train_vim.py", given), arguments)

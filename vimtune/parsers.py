@@ -22,8 +22,12 @@ LARGEST = 2**31 - 1
 """Largest whole number of a recipe, unless the field says otherwise."""
 MAX_IMAGE_SIDE = 2**14
 """Largest image side in pixels."""
-MAX_LAYERS = 10_000
-"""Block indices lie between minus and plus this number; it is far more than any model has."""
+MAX_LAYERS = 1024
+"""Block indices lie between minus and plus this number."""
+MAX_PATH = 4096
+"""Characters of a path."""
+MAX_OPTIONS = 8192
+"""Characters of the options or targets of a recipe, so that its file stays one that can be read."""
 
 
 def _yaml_value(text: str) -> Any:
@@ -100,12 +104,20 @@ def text(value: Any) -> str:
     return value
 
 
+def device(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d{1,3})?", value):
+        raise ValueError("expected auto, cpu, cuda, cuda:<index> or mps")
+    return value
+
+
 def path(value: Any) -> str:
     """A path as text, with `~` replaced by the home folder. Whether anything lies there is not asked."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str) or not value:
         raise ValueError("expected a path")
+    if len(value) > MAX_PATH:
+        raise ValueError(f"expected a path of at most {MAX_PATH} characters")
     if "\0" in value:
         raise ValueError("expected a path: no path has a NUL character in it")
     try:
@@ -154,7 +166,13 @@ def mapping(value: Any) -> dict[str, Any]:
         value = {key: _yaml_value(text) for key, text in _pairs(value).items()}
     if not isinstance(value, Mapping):
         raise ValueError("expected a mapping such as '{name: value}' or name=value,name=value")
-    return _plain_mapping(value, 0)
+    return _bounded(_plain_mapping(value, 0))
+
+
+def _bounded(value: Any) -> Any:
+    if len(str(value)) > MAX_OPTIONS:
+        raise ValueError(f"expected at most {MAX_OPTIONS} characters")
+    return value
 
 
 def _pairs(flag: str) -> dict[str, str]:
@@ -242,8 +260,8 @@ def targets(value: Any) -> str | list[str] | dict[str, str | list[str]]:
     if isinstance(value, Mapping):
         if not value or not all(isinstance(method, str) and method for method in value):
             raise ValueError("expected targets by method, such as {lora: both, ft: [A_log, D]}")
-        return {method: _target_names(names) for method, names in value.items()}
-    return _target_names(value)
+        return _bounded({method: _target_names(names) for method, names in value.items()})
+    return _bounded(_target_names(value))
 
 
 def _target_names(value: Any) -> str | list[str]:

@@ -201,7 +201,7 @@ class Recipe:
     # --- run
     seed: int = _setting("run", 0, parsers.integer(0, 2**63 - 1), "seed of everything random")
     deterministic: bool = _setting("run", False, parsers.boolean, "use deterministic algorithms only")
-    device: str = _setting("run", "auto", parsers.text, "auto, cpu, cuda, cuda:1, mps")
+    device: str = _setting("run", "auto", parsers.device, "auto, cpu, cuda, cuda:1, mps")
     backend: str = _setting(
         "run",
         "auto",
@@ -373,7 +373,7 @@ def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:
 
 
 def _output_problem(path: Path, values: Mapping[str, Any]) -> str | None:
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    existing = next(folder for folder in (path, *path.absolute().parents) if _is_there(folder))
     if not existing.is_dir():
         return f": {quote(str(existing))} is not a folder"
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -381,6 +381,15 @@ def _output_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     if values.get("resume") is None and any((path / name).exists() for name in RUN_FILES):
         return f" holds another run: choose another folder, or continue that run with --resume {path}"
     return None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, also a link that leads nowhere. Other failures are raised."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def load_recipe(

@@ -81,7 +81,8 @@ class _Loader(yaml.SafeLoader):
             raise _error(node, f"cannot read the number {quote(node.value)}") from error
 
 
-def _error(place: yaml.Event | yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+def _error(place: Any, problem: str) -> yaml.MarkedYAMLError:
+    """A problem at an event or a node."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 

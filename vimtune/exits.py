@@ -1,0 +1,152 @@
+"""How a command ends: every error is one line and an exit code, and no stream can stop the work.
+
+What the user can mend is said as `error: ...`. Any other exception is a fault of this program; its
+traceback goes to a file of its own, and the line says where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vimtune import __version__
+from vimtune.recipe import RecipeError
+from vimtune.text import printable, shorten
+
+EXIT_CODES = {
+    0: "done",
+    1: "a check failed (doctor)",
+    2: "the input or the machine does not allow it; the message says what to do",
+    70: "a fault of vimtune; the message names a file with the details to report",
+    130: "interrupted (Ctrl-C)",
+    141: "the reader of the output has gone",
+}
+
+MAX_LINE = 2000
+"""Characters of one line of a message; what is longer somebody else has worded."""
+
+
+def prepare_streams() -> None:
+    """Make stdin, stdout and stderr safe to use, whatever they are, and start the log on stderr.
+
+    A closed stream gets the null device, so that no file is opened under its descriptor and takes what
+    is printed. Characters that a stream cannot encode are written as escapes: ASCII terminals and file
+    names that are not UTF-8 must not end a run.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - it stays open as the process's stream
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logger = logging.getLogger("vimtune")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_OneLine("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+class _OneLine(logging.Formatter):
+    """Notes of the package (backend chosen, weights loaded), one harmless line each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def run_guarded(action: Callable[[], int], *, show_traceback: bool) -> int:
+    """Run a command and return its exit code, one of `EXIT_CODES`; no exception leaves."""
+    try:
+        try:
+            code = action()
+        except SystemExit as exit:  # argparse, after --help and --version
+            code = exit.code if isinstance(exit.code, int) else 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as interruption:
+        if not interruption.args:  # the trainer has said how to continue
+            _print_lines("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `--list | head`
+        return 141
+    except Exception as error:
+        if show_traceback:
+            _print_lines("".join(traceback.format_exception(error)))
+        if _is_out_of_memory(error):
+            advice = "Lower --batch-size (and raise --grad-accum), or use --grad-checkpointing or --amp."
+            _print_lines(f"error: {_message(error)} {advice}")
+        elif isinstance(error, ValueError | OSError):
+            hint = "" if show_traceback or not _is_foreign(error) else " (--traceback shows where this arose)"
+            _print_lines(f"error: {_message(error)}{hint}")
+        else:
+            _print_lines(f"error: {_report(error, show_traceback)}")
+            return 70
+        return 2
+    finally:
+        _let_go(sys.stdout)
+        _let_go(sys.stderr)
+
+
+def _print_lines(text: str) -> None:
+    """Print to stderr, every line harmless for a terminal."""
+    with contextlib.suppress(OSError):  # when stderr cannot be written either, the exit code has to do
+        print("\n".join(printable(shorten(line, MAX_LINE)) for line in text.split("\n")), file=sys.stderr)
+
+
+def _let_go(stream: Any) -> None:
+    """Write out what `stream` still holds, or drop it: it would fail again when Python ends."""
+    try:
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {shorten(str(error.filename))}" if error.filename else error.strerror
+    message = str(error) or type(error).__name__
+    return message if isinstance(error, RecipeError) else " ".join(message.split("\n"))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch is not imported here, so its exceptions are known by name and by what they say.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Whether another package worded this error: then it may need its context."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and not Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _report(error: Exception, traceback_was_shown: bool) -> str:
+    """The line about a fault of ours, after its traceback was saved."""
+    what = f"{type(error).__name__}: {_message(error)}"
+    sorry = "This looks like a fault of vimtune, not of your input; please report it with"
+    if traceback_was_shown:
+        return f"{what}. {sorry} the traceback above"
+    try:
+        handle, path = tempfile.mkstemp(prefix="vimtune-fault-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            print(f"vimtune {__version__}, Python {platform.python_version()}", file=file)
+            print(f"{platform.platform()}\n", file=file)
+            traceback.print_exception(error, file=file)
+    except OSError:  # no room for a file, so it has to be shown here
+        _print_lines("".join(traceback.format_exception(error)))
+        return f"{what}. {sorry} the traceback above"
+    return f"{what}. {sorry} the file {path} (--traceback shows it here)"
