@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import logging
 import os
 import re
 import subprocess
 import sys
+import time
 import types
 
 import pytest
+from bad_input import TEXTS
 
 from vimtune import __version__, catalog, cli
+from vimtune.exits import EXIT_CODES
 from vimtune.recipe import Recipe
+from vimtune.text import printable
 
 HEAVY = ("torch", "timm", "albumentations", "matplotlib", "numpy")
 
@@ -44,7 +50,7 @@ def test_every_field_of_the_recipe_is_a_flag(capsys):
         assert field.metadata["help"].split()[0] in text
 
 
-@pytest.mark.parametrize("columns", [60, 80, 120, 300])
+@pytest.mark.parametrize("columns", [50, 60, 80, 120, 300])
 def test_help_and_list_fit_the_terminal(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     for flag in ("--help", "--list"):
@@ -173,22 +179,191 @@ def raise_error(error: BaseException):
         (OSError(28, "No space left on device", "runs/x"), 2, "error: No space left on device: runs/x"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (type("OutOfMemoryError", (RuntimeError,), {})("tried 2 GiB"), 2, "--batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
+        (MemoryError(), 2, "--batch-size"),
+        (ValueError("rose\x1b[2J\nerror: lie"), 2, "error: rose\\x1b[2J error: lie"),
     ],
 )
 def test_what_the_user_can_mend_is_no_traceback(capsys, trained, monkeypatch, error, code, words):
     monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(error))
     assert cli.main(["train"]) == code
     err = capsys.readouterr().err
-    assert words in err and "Traceback" not in err
+    assert words in err and "Traceback" not in err and err.count("\n") == 1
 
 
-def test_traceback_on_request_and_always_for_our_own_faults(capsys, trained, monkeypatch):
+def test_a_traceback_on_request(capsys, trained, monkeypatch):
     monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(ValueError("no such thing")))
     assert cli.main(["train", "--traceback"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("\nerror: no such thing\n")
     assert cli.main(["train"]) == 2
-    assert capsys.readouterr().err == "error: no such thing\n(--traceback shows where this arose)\n"
+    assert capsys.readouterr().err == "error: no such thing (--traceback shows where this arose)\n"
+
+
+FAULTS = [
+    RuntimeError("bug"),
+    TypeError("bug"),
+    KeyError("bug"),
+    AssertionError(),
+    RecursionError("bug\nbug"),
+]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_a_fault_of_ours_is_one_line_with_a_file_to_report(capsys, trained, monkeypatch, tmp_path, error):
+    monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(error))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli.main(["train"]) == cli.main(["train"]) == 70
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 2
+    files = list(tmp_path.iterdir())
+    assert len(files) == 2  # a file of its own each time
+    for line in err.splitlines():
+        assert line.startswith(f"error: {type(error).__name__}: ") and "fault of vimtune" in line
+        (path,) = (path for path in files if str(path) in line)
+        assert "Traceback" in path.read_text() and __version__ in path.read_text()
+
+    assert cli.main(["train", "--traceback"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_fault_with_no_room_for_a_file_is_shown(capsys, trained, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(RuntimeError("bug")))
-    with pytest.raises(RuntimeError, match="bug"):
-        cli.main(["train"])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
+    assert cli.main(["train"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+# --- nasty input
+
+
+def assert_harmless(message: str) -> None:
+    lines = message.splitlines()
+    assert len(lines) == 1 or re.fullmatch(r"error: \d+ problems in the recipe:", lines[0])
+    assert all(printable(line) == line and len(line) < 800 for line in lines)
+
+
+@pytest.mark.parametrize("nasty", TEXTS)
+def test_nasty_texts_of_all_flags(capsys, trained, nasty):
+    booleans = [field.name for field in dataclasses.fields(Recipe) if isinstance(field.default, bool)]
+    flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(Recipe)}
+    start = time.monotonic()
+    others = [f"{flag}={TEXTS[nasty]}" for name, flag in flags.items() if name not in booleans]
+    assert_harmless(failure(capsys, "train", *others))
+    assert_harmless(failure(capsys, "train", f"{flags[booleans[0]]}={TEXTS[nasty]}"))
+    assert time.monotonic() - start < 1
+
+
+COMMANDS_OF_WORDS = [
+    "{}",
+    "train {}",
+    "train --{}",
+    "train --config={}/x",
+    "predict x.jpg --adapter={}\0",
+    "predict x.jpg --adapter=a --top-k={}x",
+    "predict {}\0 --adapter=a",
+    "merge {}\0 -o x.safetensors",
+    "merge x -o {}\0",
+    "merge x --checkpoint {}\0 -o x.safetensors",
+    "doctor {}",
+    "doctor --{}",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_WORDS)
+def test_nasty_words_of_every_command(capsys, trained, command):
+    for text in TEXTS.values():
+        if text.strip():
+            assert_harmless(failure(capsys, *(part.format(text) for part in command.split(" "))))
+
+
+@pytest.mark.parametrize("option", ["--adapter", "--checkpoint", "--output", "-o"])
+def test_paths_of_predict_have_a_home_folder(monkeypatch, tmp_path, option):
+    given = {}
+    module = types.ModuleType("vimtune.predict")
+    module.run_predict = lambda **options: given.update(options) or 0
+    monkeypatch.setitem(sys.modules, "vimtune.predict", module)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        cli.main(["predict", "~/photo.jpg", "--adapter", "~/a", "--checkpoint=~/b", option, "~/x.csv"]) == 0
+    )
+    assert given["inputs"] == [tmp_path / "photo.jpg"]
+    name = {"-o": "output"}.get(option, option.removeprefix("--"))
+    value = given["outputs"][0] if name == "output" else given[name]
+    assert value == tmp_path / "x.csv"
+
+
+# --- streams
+
+
+def run(*arguments: str, **options) -> subprocess.CompletedProcess:
+    options = {"capture_output": True, "text": True, **options}
+    return subprocess.run([sys.executable, "-m", "vimtune", *arguments], **options)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_streams_that_cannot_show_every_character(encoding, tmp_path):
+    code = "import vimtune.cli, sys; sys.exit(vimtune.cli.main(sys.argv[1:]))"
+    name = os.fsdecode(b"caf\xe9-\xe2\x82\xac\xf0\x9f\x8c\xb8.yaml")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--config", name], capture_output=True, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: cannot read 'caf\\udce9-") and done.stderr.count(b"\n") == 1
+
+
+def test_what_is_printed_in_a_run_may_have_any_character(trained, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys.modules["vimtune.train"], "train", lambda recipe: print("rose \u2192 \udce9"))
+    assert cli.main(["train"]) == 0
+    assert stream.buffer.getvalue() == b"rose \\u2192 \\udce9\n"
+
+
+def test_log_lines_are_harmless():
+    cli.main(["--version"])  # starts the log
+    (handler, *_) = logging.getLogger("vimtune").handlers
+    record = logging.LogRecord("vimtune", logging.INFO, "", 0, "loaded %s", ("\x1b[2J\nerror: lie",), None)
+    assert handler.format(record) == "loaded \\x1b[2J\\nerror: lie"
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--list", "train --help", "train --epochs 0", "nonsense"])
+def test_closed_streams(arguments):
+    code = run(*arguments.split()).returncode
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        line = f"{sys.executable} -m vimtune {arguments} {closed}"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True)
+        assert done.returncode == code, line
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", ["--help", "--list", "train --help"])
+def test_a_full_disk_under_stdout(arguments):
+    done = subprocess.run(
+        f"{sys.executable} -m vimtune {arguments} > /dev/full", shell=True, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def test_a_reader_that_has_gone():
+    script = f"{sys.executable} -m vimtune --list; echo $? >&2"
+    done = subprocess.run(["bash", "-c", f"({script}) | true"], capture_output=True, text=True)
+    assert done.stderr in ("141\n", "0\n")  # 0 where all of it fits the pipe's buffer
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "10", "40"])
+def test_narrow_terminals(columns):
+    for arguments in (["--list"], ["train", "--help"], ["predict", "--help"], ["merge", "--help"]):
+        done = run(*arguments, env={**os.environ, "COLUMNS": columns})
+        assert done.returncode == 0 and done.stdout and done.stderr == ""
+
+
+def test_help_names_the_exit_codes(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for code, meaning in EXIT_CODES.items():
+        assert re.search(rf"^  {code} +{re.escape(meaning)}$", text, re.M)
+    assert max(map(len, text.splitlines())) <= 80

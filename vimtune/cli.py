@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from vimtune import __version__, catalog, parsers
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
 from vimtune.recipe import GROUPS, Recipe, RecipeError, load_recipe
-from vimtune.text import quote
+from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
 TRAIN_DESCRIPTION = """\
@@ -43,7 +43,10 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. See {self.prog} --help")
+        raise ValueError(f"{shorten(message, 400)}. See {self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own goes on when it cannot write
 
     def unknown_arguments(self, arguments: Sequence[str]) -> list[str]:
         """One line for each argument that no option of this parser takes."""
@@ -279,7 +282,7 @@ def _doctor(prog: str, arguments: Sequence[str]) -> int:
 # entries
 
 COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
-    "train": ("fine-tune a model; `vimtune train --list` shows models, methods, data sets", _train),
+    "train": ("fine-tune a model (--list shows models, methods and data sets)", _train),
     "predict": ("classify images with an adapter file", _predict),
     "merge": ("fold an adapter into a plain checkpoint, and prove it", _merge),
     "doctor": ("check this machine and every scan backend", _doctor),

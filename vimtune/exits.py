@@ -25,8 +25,8 @@ from vimtune.text import printable, shorten
 EXIT_CODES = {
     0: "done",
     1: "a check failed (doctor)",
-    2: "the input or the machine does not allow it; the message says what to do",
-    70: "a fault of vimtune; the message names a file with the details to report",
+    2: "input or machine do not allow it; the message says what to do",
+    70: "a fault of vimtune; the message names a file to report",
     130: "interrupted (Ctrl-C)",
     141: "the reader of the output has gone",
 }

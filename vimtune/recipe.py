@@ -123,7 +123,7 @@ class Recipe:
         "method",
         None,
         parsers.optional(parsers.targets),
-        "tuned projectors: both, in_proj, out_proj, or a list",
+        "tuned: both, in_proj, out_proj, or a list; by method: lora=both,ft=D",
     )
     layers: list[int] | None = _setting(
         "method",
