@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -131,3 +134,46 @@ def test_advice_on_a_machine_with_a_gpu(monkeypatch, packages, nvcc):
     assert ("pip install triton" in advice) == ("triton" not in packages)
     assert ("vimtune[cuda]" in advice) == ("mamba-ssm" not in packages)
     assert ("needs nvcc" in advice) == ("mamba-ssm" not in packages and nvcc is None)
+
+
+EXAMINED = [
+    (doctor.build, "find_compiler"),
+    (doctor.importlib.metadata, "version"),
+    (doctor.platform, "platform"),
+    (doctor, "processor_name"),
+    (torch.cuda, "is_available"),
+    (doctor.ops, "backend_report"),
+    (doctor, "install_advice"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), EXAMINED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_whatever_is_broken_is_a_finding(monkeypatch, owner, name):
+    def broken(*arguments):
+        raise RuntimeError("no [home] folder\n\x1b[2J")
+
+    devices = doctor._devices()
+    monkeypatch.setattr(doctor, "_devices", lambda: devices)
+    monkeypatch.setattr(doctor, "self_test", lambda backend, device: doctor.SelfTest())
+    monkeypatch.setattr(owner, name, broken)
+    code, text = run(300)
+    assert code in (0, 1)
+    assert "no [home] folder" in text and "What to install" in text and "\x1b" not in text
+
+
+def test_an_environment_where_nothing_is_as_it_should_be():
+    nowhere = "/dev/null/nothing"
+    odd = {
+        "CXX": "no-such-compiler",
+        "HOME": nowhere,
+        "VIMTUNE_CACHE": nowhere,
+        "TMPDIR": nowhere,
+        "COLUMNS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "vimtune", "doctor"], capture_output=True, text=True, env={**os.environ, **odd}
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "unsetCXX" in "".join(done.stdout.split())

@@ -10,8 +10,9 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -22,6 +23,7 @@ from torch import Tensor
 from vimtune import __version__, ops
 from vimtune.ops import reference
 from vimtune.ops.cpu import build
+from vimtune.text import printable, shorten
 from vimtune.utils import processor_name
 
 # Largest error that rounding explains, relative to the largest element of the reference result.
@@ -38,6 +40,14 @@ def installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def finding(examine: Callable[[], str]) -> str:
+    """What `examine` finds out, or why it could not: a broken machine is what the doctor is for."""
+    try:
+        return examine()
+    except Exception as error:  # whatever is broken in it is the finding
+        return f"cannot be examined ({type(error).__name__}: {printable(shorten(str(error)))})"
 
 
 def compiler() -> str | None:
@@ -72,16 +82,21 @@ def _accelerators() -> str:
 
 def environment() -> list[tuple[str, str]]:
     """(name, value) rows that describe this installation."""
-    rows = [("vimtune", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
-    rows += [(name, installed(name) or "not installed") for name in PACKAGES]
-    rows += [(name, installed(name) or "not installed (optional)") for name in OPTIONAL]
-    rows += [
-        ("system", platform.platform()),
-        ("CPU", _processor()),
-        ("GPU", _accelerators()),
-        ("C++ compiler", compiler() or "none found"),
-    ]
-    return rows
+    examinations: dict[str, Callable[[], str]] = {
+        "vimtune": lambda: __version__,
+        "python": lambda: f"{platform.python_version()} ({sys.executable})",
+        **{name: partial(_version, name, "not installed") for name in PACKAGES},
+        **{name: partial(_version, name, "not installed (optional)") for name in OPTIONAL},
+        "system": platform.platform,
+        "CPU": _processor,
+        "GPU": _accelerators,
+        "C++ compiler": lambda: compiler() or "none found",
+    }
+    return [(name, finding(examine)) for name, examine in examinations.items()]
+
+
+def _version(package: str, otherwise: str) -> str:
+    return installed(package) or otherwise
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,8 +246,12 @@ def _devices() -> list[torch.device]:
 
 def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[str, str]]:
     """(name, text in rich markup) per backend; adds what went wrong to `failures`."""
-    chosen = ops.resolved_backend(device)
-    for row in ops.backend_report(device):
+    try:
+        chosen, report = ops.resolved_backend(device), ops.backend_report(device)
+    except Exception as error:  # no backend can even be asked, and that is what the doctor has to say
+        failures.append(f"{device.type}: {type(error).__name__}: {error}")
+        return
+    for row in report:
         if not row.available:
             yield row.name, f"cannot run: {escape('; '.join(row.reasons))}"
             continue
@@ -264,7 +283,7 @@ def run_doctor(console: Console | None = None) -> int:
             table.add_row(name, value)
         console.print(table)
 
-    show("Environment", ((name, escape(value)) for name, value in environment()))
+    show("Environment", ((name, escape(printable(value))) for name, value in environment()))
     failures: list[str] = []
     for device in _devices():
         show(f"\nScan backends on {device.type}", _backend_lines(device, failures))
@@ -272,9 +291,10 @@ def run_doctor(console: Console | None = None) -> int:
     console.print(f"Errors are relative to the largest element of the reference; {allowed} are allowed.")
 
     console.print("\nWhat to install", style="bold")
-    for line in install_advice() or ["nothing: vimtune uses all that this machine offers"]:
-        console.print(f"  {line}", markup=False, soft_wrap=True)
-    for failure in failures:
+    nothing = "nothing: vimtune uses all that this machine offers"
+    advice = finding(lambda: "\n  ".join(install_advice()) or nothing)
+    console.print(f"  {advice}", markup=False, soft_wrap=True)
+    for failure in map(printable, failures):
         console.print(f"\nSelf-test failed: {failure}", style="red", markup=False, soft_wrap=True)
     if failures:
         console.print("Choose another backend with --backend, and please report this.", style="red")
