@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import datetime
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Fails when the block takes more than a second of this process, however busy the machine is."""
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < 1
 
 
 def nested(depth: int) -> list:

@@ -50,10 +50,18 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("vimtune")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _LogHandler()
         handler.setFormatter(_OneLine("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+
+
+class _LogHandler(logging.StreamHandler):
+    """Writes to what sys.stderr is at that time, which while a progress bar runs is the lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _OneLine(logging.Formatter):

@@ -249,22 +249,27 @@ def image_size(value: Any) -> int | list[int]:
         ) from None
 
 
-def targets(value: Any) -> str | list[str] | dict[str, str | list[str]]:
-    """Target names for all methods, or a mapping of them by method.
+def per_method(parse: Parser) -> Parser:
+    """Takes what `parse` takes, or a mapping from methods of a composition to that.
 
-    As a flag: `both`, `in_proj,x_proj`, or by method `lora=both,ft=A_log,D`.
+    As a flag, the mapping is `lora=both,ft=A_log,D`: a name and '=' begin the part of a method.
     """
-    value = _unbracket(value)
-    if isinstance(value, str) and "=" in value:
-        value = _pairs(value)
-    if isinstance(value, Mapping):
+
+    def parse_each(value: Any) -> Any:
+        value = _unbracket(value)
+        if isinstance(value, str) and "=" in value:
+            value = _pairs(value)
+        if not isinstance(value, Mapping):
+            return _bounded(parse(value))
         if not value or not all(isinstance(method, str) and method for method in value):
-            raise ValueError("expected targets by method, such as {lora: both, ft: [A_log, D]}")
-        return _bounded({method: _target_names(names) for method, names in value.items()})
-    return _bounded(_target_names(value))
+            raise ValueError("expected a mapping from methods, such as {lora: both, ft: [A_log, D]}")
+        return _bounded({method: parse(own) for method, own in value.items()})
+
+    return parse_each
 
 
-def _target_names(value: Any) -> str | list[str]:
+def targets(value: Any) -> str | list[str]:
+    value = _unbracket(value)
     if isinstance(value, str) and "," in value:
         value = [part.strip() for part in value.split(",")]
     if isinstance(value, str) and value:

@@ -119,16 +119,16 @@ class Recipe:
 
     # --- method
     peft: str = _setting("method", "prodial", _methods, "method (see --list), or several: lora+bitfit")
-    targets: str | list[str] | dict[str, str | list[str]] | None = _setting(
+    targets: str | list[str] | dict[str, Any] | None = _setting(
         "method",
         None,
-        parsers.optional(parsers.targets),
+        parsers.optional(parsers.per_method(parsers.targets)),
         "tuned: both, in_proj, out_proj, or a list; by method: lora=both,ft=D",
     )
-    layers: list[int] | None = _setting(
+    layers: list[int] | dict[str, Any] | None = _setting(
         "method",
         None,
-        parsers.optional(parsers.layers),
+        parsers.optional(parsers.per_method(parsers.layers)),
         "tuned blocks, such as 0-11 or 0,5,10 (default: all)",
     )
     rank: int | None = _setting(
@@ -278,10 +278,11 @@ class Recipe:
             parsed, more = options.parse_method_options(self.peft, self.peft_kwargs)
             object.__setattr__(self, "peft_kwargs", parsed)
             problems += more
-        if "targets" not in wrong and isinstance(self.targets, dict):
+        for key in {"targets", "layers"} - wrong:
+            by_method = getattr(self, key)
             problems += [
-                f"targets: {quote(name)} is not one of the methods of {self.peft}.{suggest(name, methods)}"
-                for name in self.targets
+                f"{key}: {quote(name)} is not one of the methods of {self.peft}.{suggest(name, methods)}"
+                for name in (by_method if isinstance(by_method, dict) else ())
                 if name not in methods
             ]
         return sorted(problems)
