@@ -76,19 +76,23 @@ def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Fields:
     return fields
 
 
+def _methods_of_source() -> tuple[dict[str, str], dict[str, Fields]]:
+    nodes = dict(_registered_classes(_registering_files("adapters"), "register_method"))
+    classes = {node.name: node for node in nodes.values()}
+    summaries = {name: _summary(node) for name, node in nodes.items()}
+    return summaries, {name: _fields(node, classes) for name, node in nodes.items()}
+
+
 def _methods() -> tuple[dict[str, str], dict[str, Fields]]:
+    """Summaries and fields of all methods."""
     try:
-        nodes = dict(_registered_classes(_registering_files("adapters"), "register_method"))
-        classes = {node.name: node for node in nodes.values()}
-        summaries = {name: _summary(node) for name, node in nodes.items()}
-        return summaries, {name: _fields(node, classes) for name, node in nodes.items()}
+        return _methods_of_source()
     except _NotConstant:
         from vimtune.adapters import get_method, list_methods, method_fields
 
         names = list_methods()
-        return {name: get_method(name).summary for name in names}, {
-            name: method_fields(name) for name in names
-        }
+        summaries = {name: get_method(name).summary for name in names}
+        return summaries, {name: method_fields(name) for name in names}
 
 
 def _datasets() -> dict[str, str]:

@@ -1,0 +1,109 @@
+"""The catalogue read off the source files, and what it does with sources that it cannot read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vimtune import catalog
+from vimtune.adapters import Method, get_method, register_method
+from vimtune.adapters.base import option
+from vimtune.data.base import ImageDataset, register_dataset
+
+
+@pytest.fixture
+def sources(monkeypatch, tmp_path) -> Path:
+    """A copy of the files that the catalogue reads; the registries stay those of the package."""
+    for name in ("adapters", "data", "models"):
+        shutil.copytree(
+            catalog._PACKAGE / name, tmp_path / name, ignore=lambda *_: ["weights", "__pycache__"]
+        )
+    monkeypatch.setattr(catalog, "_PACKAGE", tmp_path)
+    return tmp_path
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+LORA_SUMMARY = 'summary = "low-rank update of the projectors (Hu et al. 2021)"'
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("option(16,", "option(32 / 2,"),
+        ("option(16,", "option(DEFAULT_RANK,"),
+        ('option(16, "r, columns of B and rows of A")', 'option(default=16, help="r")'),
+        (LORA_SUMMARY, 'summary = "low-rank " + UPDATE'),
+        (LORA_SUMMARY, ""),
+        ('@register_method("lora")', "@register_method(NAME)"),
+        ("class LoRA(Method):", "class LoRA(LowRank):"),
+    ],
+)
+def test_methods_that_are_computed_are_taken_from_the_registry(sources, old, new):
+    replace(sources / "adapters" / "lora.py", old, new)
+    with pytest.raises(catalog._NotConstant):
+        catalog._methods_of_source()
+    assert catalog._methods() == (catalog.METHODS, catalog.METHOD_FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("summary = ", "summary = PREFIX + "), ('register_dataset("flowers")', "register_dataset(NAME)")],
+)
+def test_data_sets_that_are_computed_are_taken_from_the_registry(sources, old, new):
+    replace(sources / "data" / "flowers.py", old, new)
+    assert catalog._datasets() == catalog.DATASETS
+
+
+def test_sources_as_they_are_need_no_registry(sources):
+    assert catalog._methods_of_source() == (catalog.METHODS, catalog.METHOD_FIELDS)
+
+
+def test_a_model_without_description_is_named_with_its_file(sources):
+    path = sources / "models" / "vim.py"
+    path.write_text(
+        path.read_text(encoding="utf-8") + "\n@register_model\ndef vim_new(pretrained):\n    ...\n"
+    )
+    with pytest.raises(ValueError, match=r"model vim_new in .*vim\.py needs a docstring"):
+        catalog._models()
+
+
+def test_a_file_with_a_syntax_error_is_named(sources):
+    replace(sources / "adapters" / "lora.py", "class LoRA(", "class LoRA[(")
+    with pytest.raises(SyntaxError) as error:
+        catalog._methods()
+    assert error.value.filename == str(sources / "adapters" / "lora.py")
+
+
+@pytest.mark.parametrize("summary", [None, "", " ", 3, "two\nlines"])
+def test_a_class_without_summary_is_refused_with_class_and_file(summary):
+    body = {} if summary is None else {"summary": summary}
+    for register, base in ((register_method, Method), (register_dataset, ImageDataset)):
+        with pytest.raises(ValueError, match=rf"'new'.*class New in .*{Path(__file__).name} needs summary"):
+            register("new")(type("New", (base,), body | {"__module__": __name__}))
+
+
+def test_an_inherited_summary_is_none_of_ones_own():
+    with pytest.raises(ValueError, match="needs summary"):
+        register_method("new")(type("New", (get_method("lora"),), {"__module__": __name__}))
+
+
+def test_a_field_without_help_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class New(Method):
+        summary = "new"
+        good: int = option(1, "help")
+        bad: int = 3
+
+        def build_rule(self, path, weight):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"method 'new': field bad needs option\(default, help\)"):
+        register_method("new")(New)

@@ -1,0 +1,190 @@
+"""Every command and code block of README, CONTRIBUTING and --help runs as it is written.
+
+What a test cannot do within seconds is replaced, and only as stated here:
+
+- Tools of developers (`DEVELOPERS_TOOLS`) are not started; what they name has to exist.
+- Training lasts one epoch on a tiny model (`TINY`); `--dataset flowers`, whose images are not at hand, and
+  everything with `--config` end when the recipe is ready; torchrun's processes are one.
+- The README's Python starts from random weights instead of downloaded ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vimtune import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+BLOCKS = [
+    (name, language, body)
+    for name, text in DOCUMENTS.items()
+    for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+]
+COMMANDS = [
+    *(line for _, language, body in BLOCKS if not language for line in body.splitlines() if line.strip()),
+    *re.findall(r"^  (vimtune .*)", cli.TRAIN_EXAMPLES.format(prog="vimtune train"), re.M),
+]
+FLAGS = sorted({flags for text in DOCUMENTS.values() for flags in re.findall(r"`(--[a-z-]+ [^`]+)`", text)})
+DEVELOPERS_TOOLS = ("pip", "python -m venv", ".", "pre-commit", "pytest", "python tests/")
+TINY = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --num-workers 0 --device cpu"
+
+
+def image(path: Path, color: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 32), color).save(path)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with what the commands take for granted: images, a recipe, a run."""
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "my-recipe.yaml").write_text("lr: 0.01\n")
+    image(folder / "photo.jpg", "red")
+    for name, color in (("rose", "red"), ("violet", "blue")):
+        for index in range(8):
+            image(folder / "my" / "images" / name / f"{index}.png", color)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        command = f"train --dataset folder --data-dir my/images --output-dir runs/my-run --peft lora {TINY}"
+        assert cli.main(command.split()) == 0
+    return folder
+
+
+@pytest.fixture
+def here(workplace, monkeypatch, tmp_path) -> Path:
+    """A copy of the workplace as the working directory."""
+    shutil.copytree(workplace, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def recipes(monkeypatch) -> list:
+    """The recipes that reached the trainer, which is replaced."""
+    reached: list = []
+    monkeypatch.setattr("vimtune.train.train", reached.append)
+    return reached
+
+
+def without_comment(line: str) -> str:
+    return re.sub(r"\s{2,}#.*", "", line)
+
+
+def test_the_documents_have_what_this_test_looks_for():
+    assert len(COMMANDS) >= 18 and len(FLAGS) >= 3
+    assert [(name, language) for name, language, _ in BLOCKS if language] == [
+        ("README.md", "python"),
+        ("CONTRIBUTING.md", "python"),
+    ]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(DEVELOPERS_TOOLS)])
+def test_what_the_tools_of_developers_name_exists(line):
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in re.findall(r"\[(\w+)\]", line):
+        assert re.search(rf"^{extra} = \[", project, re.M)
+    for path in re.findall(r"(?<![\w/])tests/[\w/.*]+", line):
+        assert list(ROOT.glob(path)), path
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(DEVELOPERS_TOOLS)])
+def test_commands(line, here, request, capsys):
+    line = re.sub(r"^torchrun --nproc-per-node \d+ ", "python ", without_comment(line))
+    line = re.sub(r"^python train_vim\.py", "vimtune train", line)
+    program, command, *arguments = shlex.split(line)
+    assert program == "vimtune" and command in cli.COMMANDS
+    if command != "train":
+        assert cli.main([command, *arguments]) == 0
+        return
+    if "--resume" in arguments:
+        assert cli.main([command, *arguments, "--epochs", "2"]) == 0
+    elif "flowers" in arguments or "--config" in arguments:
+        reached = request.getfixturevalue("recipes")
+        assert cli.main([command, *arguments]) == 0 and len(reached) == 1
+    else:
+        small = "--dataset-kwargs species=3,train_per_species=4,val_per_species=2,test_per_species=2"
+        data = [] if "folder" in arguments else small.split()
+        method = [] if "--rank" in arguments or "--peft" in arguments else ["--peft", "lora"]
+        assert cli.main([command, *arguments, *TINY.split(), *data, *method]) == 0
+        assert "report.json" in {path.name for path in here.glob("runs/*/*")}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_in_the_text(flags, here, recipes):
+    assert (
+        cli.main(["train", *shlex.split(flags.replace("--dataset folder", "--dataset folder --data-dir my"))])
+        == 0
+    )
+
+
+def test_the_python_of_the_readme(here):
+    (body,) = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    body = body.replace("pretrained=True", "pretrained=False")
+    before, save, after = body.partition("vimtune.save_adapter")
+    assert save
+    namespace: dict = {}
+    torch.manual_seed(0)
+    exec(before, namespace)
+    # "Pets" were trained on the same base weights.
+    namespace["vimtune"].save_adapter(namespace["model"], "pets.safetensors")
+    exec(save + after, namespace)
+    assert namespace["vimtune"].list_adapters(namespace["model"]) == []
+    (call,) = re.findall(r"`(vimtune\.inject\([^`]+\))`", DOCUMENTS["README.md"])
+    exec(call, namespace)
+    assert namespace["vimtune"].list_adapters(namespace["model"]) == ["default"]
+
+
+def test_the_method_of_contributing_passes_the_checks_of_every_method(tmp_path):
+    (body,) = (body for name, language, body in BLOCKS if (name, language) == ("CONTRIBUTING.md", "python"))
+    for name in ("vimtune", "tests", "configs"):
+        ignored = shutil.ignore_patterns("__pycache__", "fixtures")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "vimtune" / "adapters" / "ia3.py").write_text(body, encoding="utf-8")
+    package = tmp_path / "vimtune" / "adapters" / "__init__.py"
+    text = package.read_text(encoding="utf-8")
+    changed = re.sub(
+        r"^(from vimtune\.adapters import .*?)(, \w+)(  # noqa)", r"\1\2, ia3\3", text, flags=re.M
+    )
+    assert changed != text
+    package.write_text(changed, encoding="utf-8")
+
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    listing = run("-X", "importtime", "-m", "vimtune", "--list")
+    assert "IA3" not in listing.stderr and "torch" not in listing.stderr
+    assert "one factor per output channel" in listing.stdout and "start=1.0" in listing.stdout
+    tests = ["tests/adapters/test_methods.py", "tests/test_configs.py", "-k", "ia3 or catalog"]
+    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20
+
+
+def test_links_work_wherever_the_readme_is_shown():
+    targets = re.findall(r"\]\(([^)]+)\)", DOCUMENTS["README.md"])
+    assert targets and all(target.startswith("https://") for target in targets)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_that_are_named_exist(name):
+    paths = re.findall(r"`((?:vimtune|tests|configs|benchmarks|notebooks|\.ci)/[\w/.*]*)`", DOCUMENTS[name])
+    assert paths
+    for path in paths:
+        assert list(ROOT.glob(path)) or path == "vimtune/adapters/ia3.py", path
