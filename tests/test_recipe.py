@@ -390,7 +390,7 @@ def test_nasty_values_of_every_field(name):
 def alias_bomb(levels: str) -> str:
     lines = [f"{levels[0]}: &{levels[0]} [{', '.join('x' * 9)}]"]
     lines += [f"{new}: &{new} [{', '.join(['*' + old] * 9)}]" for old, new in itertools.pairwise(levels)]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"targets: *{levels[-1]}"])  # a message about it would have 10^10 words
 
 
 NASTY_FILES = {

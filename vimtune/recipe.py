@@ -257,8 +257,9 @@ class Recipe:
             )
         if not wrong & {"amp", "device"} and self.amp == "fp16" and self.device == "cpu":
             problems.append("amp = 'fp16' needs a GPU: use bf16 or none on the CPU")
-        for key in options.RESERVED.keys() - wrong:
-            problems += options.reserved_problems(key, getattr(self, key))
+        for key in options.RESERVED:
+            if key not in wrong:
+                problems += options.reserved_problems(key, getattr(self, key))
         if "peft" not in wrong:
             problems += self._method_problems(wrong)
         return problems
