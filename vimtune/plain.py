@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import vimtune
 from vimtune.adapters import read_adapter_info
+from vimtune.models import create_listed_model
 from vimtune.ops import use_backend
 from vimtune.predict import adapter_path, load_predictor
 from vimtune.utils import atomic_write
@@ -86,7 +86,7 @@ def merge_to_file(
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata=metadata)
-        fresh = timm.create_model(info.model["name"], pretrained=False, **options)
+        fresh = create_listed_model(info.model["name"], options)
         fresh.load_state_dict(load_file(temporary))
         proofs.append(_prove(fresh.to(predictor.device).eval(), images, expected, backend))
         if not proofs[0].holds:

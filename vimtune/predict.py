@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,7 @@ import vimtune
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.data import CorruptImageError, Transform, build_transform, load_image
 from vimtune.data.folder import EXTENSIONS
-from vimtune.models import VisionMamba, load_checkpoint
+from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.ops import use_backend
 from vimtune.train.distributed import resolve_device
 from vimtune.train.settings import derive_seed
@@ -160,8 +159,7 @@ def build_base(info: AdapterInfo, checkpoint: str | None = None) -> VisionMamba:
     published = checkpoint is None and recipe.get("pretrained", True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.get("seed", 0), "model"))
-        model = timm.create_model(name, pretrained=published, **options)
-    assert isinstance(model, VisionMamba), "every model that an adapter file names is one of ours"
+        model = create_listed_model(name, options, pretrained=published, error=AdapterFileError)
     return model if checkpoint is None else load_checkpoint(model, checkpoint)
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import yaml
 
 from vimtune import catalog, parsers
+from vimtune.model_options import check_model_options
 from vimtune.utils import atomic_write, suggest
 
 RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors", "checkpoint.safetensors")
@@ -271,6 +272,11 @@ class Recipe:
                 for option, owner in _MODEL_OPTION_OWNERS.items()
                 if option in self.model_kwargs
             ]
+            own = {k: v for k, v in self.model_kwargs.items() if k not in _MODEL_OPTION_OWNERS}
+            try:
+                check_model_options(own, "model_kwargs")
+            except ValueError as error:
+                problems.append(str(error))
         if not wrong & {"peft", "peft_kwargs"}:
             problems += self._method_problems(wrong)
         return problems
