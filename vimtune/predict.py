@@ -160,7 +160,7 @@ def build_base(info: AdapterInfo, checkpoint: str | None = None) -> VisionMamba:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.get("seed", 0), "model"))
         model = create_listed_model(name, options, pretrained=published, error=AdapterFileError)
-    return model if checkpoint is None else load_checkpoint(model, checkpoint)
+    return model if checkpoint is None else load_checkpoint(model, checkpoint, head=False)
 
 
 def load_predictor(
@@ -169,8 +169,16 @@ def load_predictor(
     checkpoint: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    force: bool = False,
 ) -> Predictor:
     """Build everything that an adapter file (or run folder) describes.
+
+    Args:
+        adapter: an adapter file, or a run folder that has one.
+        checkpoint: the base weights; those that the adapter was trained on if None.
+        device: where to compute: "auto", "cpu", "cuda", "cuda:1", "mps".
+        backend: scan backend, see `vimtune.ops`.
+        force: use the adapter although the base weights differ from those that it was trained on.
 
     Raises:
         ValueError: no adapter file, base weights that are missing or others than it was trained on,
@@ -181,9 +189,9 @@ def load_predictor(
     where = resolve_device(device)
     model = build_base(info, checkpoint)
     try:
-        vimtune.load_adapter(model, path)
+        vimtune.load_adapter(model, path, force=force)
     except AdapterFileError as error:
-        raise AdapterFileError(f"{error} (on the command line: --checkpoint)") from error
+        raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
     return Predictor(
         model=model.to(where).eval(),
         transform=build_transform(**info.preprocessing),
@@ -303,6 +311,7 @@ def run_predict(
     on_corrupt: str,
     device: str,
     backend: str,
+    force: bool,
 ) -> int:
     """`vimtune predict`: print a table, write the files asked for. Returns the exit code."""
     if on_corrupt not in ("error", "skip"):
@@ -311,7 +320,7 @@ def run_predict(
         )
     _check_outputs(outputs)
     paths = find_images(inputs)
-    predictor = load_predictor(adapter, checkpoint=checkpoint, device=device, backend=backend)
+    predictor = load_predictor(adapter, checkpoint=checkpoint, device=device, backend=backend, force=force)
     skipped: list[CorruptImageError] = []
     predictions = list(
         predictor.predict(

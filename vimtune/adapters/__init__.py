@@ -36,6 +36,7 @@ from vimtune.adapters.manage import (
     summary,
 )
 from vimtune.adapters.rule import WeightRule, base_parameters
+from vimtune.adapters.store import FORMAT as ADAPTER_FORMAT
 from vimtune.adapters.store import (
     AdapterFileError,
     AdapterInfo,
@@ -45,6 +46,7 @@ from vimtune.adapters.store import (
 )
 
 __all__ = [
+    "ADAPTER_FORMAT",
     "AdaptedParameter",
     "AdapterFileError",
     "AdapterInfo",
