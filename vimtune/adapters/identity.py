@@ -206,12 +206,12 @@ def architecture_differences(saved: Mapping[str, Any], model: nn.Module) -> list
     own: dict[str, Any] = getattr(model, "creation", {})
     if not saved or not own:
         return []
+    # Files of the first format hold only what was given.
+    pairs = [(option, saved["kwargs"].get(option), own["kwargs"].get(option)) for option in ARCHITECTURE]
     return [
-        f"{option} {quote(saved['kwargs'][option])} instead of {quote(own['kwargs'][option])}"
-        for option in ARCHITECTURE
-        if option in saved["kwargs"]
-        and option in own["kwargs"]
-        and saved["kwargs"][option] != own["kwargs"][option]
+        f"{option} {quote(theirs)} there and {quote(ours)} here"
+        for option, theirs, ours in pairs
+        if theirs is not None and ours is not None and theirs != ours
     ]
 
 

@@ -313,8 +313,8 @@ class VisionMamba(nn.Module):
             for index in range(depth)
         ]
         self._init_weights()
-        self.options = asdict(options)
-        """The resolved arguments as plain values, without device and dtype."""
+        self.options = {**asdict(options), "stride": options.step, "dt_rank": options.rank}
+        """All arguments besides device and dtype, resolved, as plain values."""
         note_seed(self, generator, partial(VisionMamba, **self.options), INITIALISATION)
 
     def _init_weights(self) -> None:
