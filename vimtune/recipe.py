@@ -277,6 +277,11 @@ class Recipe:
                 check_model_options(own, "model_kwargs")
             except ValueError as error:
                 problems.append(str(error))
+            if own.get("in_chans", 3) != 3:
+                problems.append(
+                    f"model_kwargs: in_chans = {own['in_chans']!r}: images are read as RGB, which has 3 "
+                    "channels, grey ones, too. Leave it out"
+                )
         if not wrong & {"peft", "peft_kwargs"}:
             problems += self._method_problems(wrong)
         return problems

@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vimtune
+from vimtune import cli
 from vimtune.adapters import AdapterFileError, base_identity, base_parameters, has_base
-from vimtune.models import VisionMamba, create_listed_model
+from vimtune.models import VisionMamba, checkpoint, create_listed_model, vim
+from vimtune.predict import load_predictor
+
 
 SMALL = {"num_classes": 5, "depth": 2}
 
@@ -58,12 +61,21 @@ def saved(tmp_path, weights):
     return path
 
 
-def damage_bits(model: VisionMamba) -> VisionMamba:
-    """What another instruction set does: the last bit of every number that was computed on this machine."""
-    with torch.no_grad():
-        for _, parameter in base_parameters(model):
-            parameter.mul_(1 + 2**-23)
-    return model
+@pytest.fixture
+def another_machine(monkeypatch):
+    """Call it, and drawing and resizing give other last bits, as with another instruction set."""
+
+    def move() -> None:
+        def draw(tensor, **options):
+            trunc_normal(tensor, **options)
+            with torch.no_grad():
+                return tensor.mul_(1 + 2**-23)
+
+        trunc_normal, resize = vim.trunc_normal_, checkpoint.resize_pos_embed
+        monkeypatch.setattr(vim, "trunc_normal_", draw)
+        monkeypatch.setattr(checkpoint, "resize_pos_embed", lambda *given: resize(*given) * (1 + 2**-23))
+
+    return move
 
 
 # --- the same weights are recognised
@@ -132,10 +144,8 @@ def test_an_adapter_trained_in_another_form_fits_the_plain_one(tmp_path, weights
 
 
 def test_drawn_weights_are_recognised_by_the_seed(tmp_path):
-    """Also where drawing computes other last bits, as on another instruction set."""
     model = adapted(create(4, img_size=48))
     found = base_identity(model)
-    assert has_base(model, "another machine's bits", found.origin)
     assert identity(create(4, img_size=48)) == found
     assert identity(create(4, img_size=48).bfloat16()).origin == found.origin
     assert identity(copy.deepcopy(create(4, img_size=48)).double()).origin == found.origin
@@ -162,6 +172,31 @@ def test_the_rule_of_drawing_is_the_one_that_its_number_stands_for():
 
 
 EXPECTED_DRAWS = [3511.1646, 12104.5478, 21358322.0]
+
+
+@pytest.mark.parametrize("base", ["drawn", "resized"])
+def test_a_run_goes_on_and_predicts_on_another_machine(tmp_path, weights, another_machine, capsys, base):
+    run = tmp_path / "run"
+    flags = (
+        f"--output-dir {run} --model test_vim --img-size 40 --peft lora --epochs 1 --num-workers 0 "
+        "--batch-size 8 --device cpu --model-kwargs depth=2 "
+        "--dataset-kwargs species=2,train_per_species=8,val_per_species=4,test_per_species=4"
+    )
+    start = ["--no-pretrained"] if base == "drawn" else ["--checkpoint", str(weights)]
+    assert cli.train_main([*flags.split(), *start]) == 0
+    here = load_predictor(run, device="cpu").model.pos_embed
+    another_machine()
+    there = load_predictor(run, device="cpu").model.pos_embed
+    assert not torch.equal(here, there)
+    torch.testing.assert_close(here, there)
+    assert cli.train_main(["--resume", str(run), "--epochs", "2"]) == 0
+    # Weights that are really others are refused, and --force takes them.
+    save_file(create(seed=3).state_dict(), tmp_path / "other.safetensors")
+    command = ["merge", str(run), "-o", str(tmp_path / "m.safetensors")]
+    command += ["--checkpoint", str(tmp_path / "other.safetensors")]
+    assert cli.main(command) == 2
+    assert "other base weights of test_vim" in capsys.readouterr().err
+    assert cli.main([*command, "--force"]) == 0
 
 
 # --- and other weights are not
