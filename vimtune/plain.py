@@ -77,9 +77,7 @@ def merge_to_file(
 
     merged = vimtune.merge(predictor.model)
     tensors = {name: value.detach().cpu().contiguous() for name, value in merged.state_dict().items()}
-    fresh = create_listed_model(
-        info.model["name"], {**info.model["kwargs"], "num_classes": info.num_classes}
-    )
+    fresh = create_listed_model(info.model["name"], {**info.model["kwargs"], "num_classes": info.num_classes})
     metadata = {
         "format": "pt",
         "model": info.model["name"],
@@ -117,9 +115,7 @@ def run_merge(
     *, adapter: Path, output: Path, checkpoint: str | None, device: str, backend: str, force: bool
 ) -> int:
     """`vimtune merge`: write the file, print the proof. Returns the exit code."""
-    proof = merge_to_file(
-        adapter, output, checkpoint=checkpoint, device=device, backend=backend, force=force
-    )
+    proof = merge_to_file(adapter, output, checkpoint=checkpoint, device=device, backend=backend, force=force)
     info = read_adapter_info(adapter_path(adapter))
     console = Console(highlight=False, markup=False)
     console.print(f"{info.model['name']} with {info.method} merged into {output}", soft_wrap=True)

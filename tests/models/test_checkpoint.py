@@ -188,7 +188,9 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path, model, change, words):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 17), (2, 17, 16), (1, 1, 16), (1, 0, 16), (1, 17, 8), (1, 9, 16)])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, 17), (2, 17, 16), (1, 1, 16), (1, 0, 16), (1, 17, 8), (1, 9, 16)]
+)
 def test_a_position_embedding_of_no_grid_is_refused(tmp_path, model, shape):
     state = dict(model.state_dict()) | {"pos_embed": torch.zeros(shape)}
     with pytest.raises(CheckpointError, match=r"pos_embed|position embedding"):
@@ -198,11 +200,11 @@ def test_a_position_embedding_of_no_grid_is_refused(tmp_path, model, shape):
 def test_an_adapter_or_a_run_state_says_what_it_is(tmp_path, model):
     vimtune.inject(model, "lora", rank=2)
     vimtune.save_adapter(model, tmp_path / "adapter.safetensors")
-    with pytest.raises(CheckpointError, match="is an adapter.*vimtune.load_adapter"):
+    with pytest.raises(CheckpointError, match=r"is an adapter.*vimtune.load_adapter"):
         vimtune.load_checkpoint(model, tmp_path / "adapter.safetensors")
     state = RunState({}, {}, Progress(), {"x": torch.zeros(1)}, {}, {}, {})
     save_run_state(tmp_path / "checkpoint.safetensors", state)
-    with pytest.raises(CheckpointError, match="is the state of a run.*--resume"):
+    with pytest.raises(CheckpointError, match=r"is the state of a run.*--resume"):
         vimtune.load_checkpoint(model, tmp_path / "checkpoint.safetensors")
 
 

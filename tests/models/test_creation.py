@@ -102,7 +102,9 @@ def test_an_adapter_file_cannot_choose_arguments_of_the_factory(tmp_path, adapte
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp", "resnet18", "test_vim.tag", 3, None])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:someone/model", "local-dir:/tmp", "resnet18", "test_vim.tag", 3, None]
+)
 def test_only_models_of_the_registry_are_created(adapter, capsys, name):
     def change(metadata):
         info = json.loads(metadata["info"])
@@ -120,8 +122,8 @@ def test_only_models_of_the_registry_are_created(adapter, capsys, name):
 def finished_run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     flags = (
-        "--model test_vim --no-pretrained --peft lora --epochs 1 --num-workers 0 --batch-size 16 --device cpu "
-        "--dataset-kwargs species=2,train_per_species=8,val_per_species=4,test_per_species=4"
+        "--model test_vim --no-pretrained --peft lora --epochs 1 --num-workers 0 --batch-size 16 "
+        "--device cpu --dataset-kwargs species=2,train_per_species=8,val_per_species=4,test_per_species=4"
     )
     assert cli.train_main([*flags.split(), "--output-dir", str(run)]) == 0
     return run
@@ -159,9 +161,11 @@ def test_a_recipe_cannot_choose_arguments_of_the_factory(
 
 
 def test_a_recipe_names_the_wrong_option():
-    with pytest.raises(RecipeError, match="model_kwargs: unknown model option 'depht'. Did you mean 'depth'"):
+    with pytest.raises(
+        RecipeError, match=r"model_kwargs: unknown model option 'depht'. Did you mean 'depth'"
+    ):
         Recipe(model_kwargs={"depht": 2})
-    with pytest.raises(RecipeError, match="depth: Input should be a valid integer .found True"):
+    with pytest.raises(RecipeError, match=r"depth: Input should be a valid integer .found True"):
         Recipe(model_kwargs={"depth": True})
     with pytest.raises(RecipeError, match="in_chans = 1: images are read as RGB"):
         Recipe(model_kwargs={"in_chans": 1})
@@ -180,7 +184,9 @@ def test_the_schema_is_the_constructor():
 
 
 @pytest.mark.parametrize("name", catalog.MODELS)
-@pytest.mark.parametrize("options", [{}, {"img_size": (96, 80), "stride": 8, "in_chans": 1, "num_classes": 0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"img_size": (96, 80), "stride": 8, "in_chans": 1, "num_classes": 0}]
+)
 def test_number_of_parameters(name, options):
     with torch.device("meta"):
         model = timm.create_model(name, **options)
@@ -220,7 +226,7 @@ def test_nonsense_is_refused_in_one_line_by_constructor_and_file(options):
 
 
 def test_unknown_backend_is_refused_when_the_model_is_created():
-    with pytest.raises(ValueError, match="unknown backend 'tritn'. Did you mean 'triton'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'tritn'. Did you mean 'triton'"):
         create_listed_model("test_vim", {"backend": "tritn"})
 
 

@@ -49,7 +49,7 @@ class _Seed:
 
     generator: bytes
     """State of torch's generator for the CPU when creation began."""
-    create: partial[nn.Module]
+    create: partial[Any]
     """Creates the model anew, with the same draws."""
     rule: int
     """Number of the rule by which weights are drawn."""
@@ -93,7 +93,7 @@ class _Sources:
 # Remembering where values come from
 
 
-def note_seed(model: nn.Module, generator: Tensor, create: partial[nn.Module], rule: int) -> None:
+def note_seed(model: nn.Module, generator: Tensor, create: partial[Any], rule: int) -> None:
     """Remember that `create`, called with torch's CPU generator in this state, drew the model's weights.
 
     Args:
@@ -227,7 +227,7 @@ def _foundation(model: nn.Module, name: str | None) -> list[tuple[str, nn.Parame
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether it holds numbers: none of a meta device, nor of FakeTensorMode, whose tensors have own types."""
+    """Whether it holds numbers. Tensors of the meta device and those of FakeTensorMode do not."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
 
 
@@ -235,7 +235,7 @@ def _raw(tensor: Tensor) -> tuple[bytes, memoryview]:
     """A line that says what the tensor is, and its bytes."""
     values = tensor.detach().cpu().contiguous()
     head = f"{tuple(values.shape)} {values.dtype}\n".encode()
-    return head, memoryview(values.flatten().view(torch.uint8).numpy())
+    return head, values.flatten().view(torch.uint8).numpy().data
 
 
 def _digest(tensor: Tensor) -> str:

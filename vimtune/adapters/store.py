@@ -159,8 +159,8 @@ def load_adapter(
     differences = architecture_differences(info.model, model)
     if differences and not force:
         raise AdapterFileError(
-            f"{path} was trained on {info.model['name']}, and this model is another: {'; '.join(differences)}. "
-            "Create that model, or pass force=True"
+            f"{path} was trained on {info.model['name']}, and this model is another: "
+            f"{'; '.join(differences)}. Create that model, or pass force=True"
         )
     before = active_adapter(model)
     taken = list_adapters(model)

@@ -210,8 +210,8 @@ def _source_grid(num_patches: int, model: VisionMamba, stated: tuple[int, int] |
     if stated is not None:
         if math.prod(stated) != num_patches:
             raise CheckpointError(
-                f"the checkpoint says that its images have {stated[0]} x {stated[1]} patches, and its position "
-                f"embedding has {num_patches}"
+                f"the checkpoint says that its images have {stated[0]} x {stated[1]} patches, "
+                f"and its position embedding has {num_patches}"
             )
         return stated
     published = getattr(model, "pretrained_cfg", {}).get("input_size")

@@ -501,9 +501,9 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     backbone: Any = model.model if kwargs.get("features_only") else model
     _mention_unseen_pixels(backbone.patch_embed)
     backbone.creation = {"name": variant, "kwargs": backbone.options}
-    for each in {id(each): each for each in (model, backbone)}.values():
-        # A fresh dictionary of each model; timm reads from it what images to prepare.
-        each.pretrained_cfg["input_size"] = (backbone.in_chans, *backbone.patch_embed.img_size)
+    owners: tuple[Any, ...] = (model, backbone)
+    for owner in owners:  # each has a dictionary of its own, from which timm reads what images to prepare
+        owner.pretrained_cfg["input_size"] = (backbone.in_chans, *backbone.patch_embed.img_size)
     if peft is not None:
         inject(
             backbone,

@@ -205,9 +205,7 @@ def refuse_finished(recipe: Recipe, progress: Progress, folder: RunFolder) -> No
         raise ResumeError(f"{folder.path} is finished after {progress.epoch} epochs: {more}")
 
 
-def check_resumable(
-    state: RunState, recipe: Recipe, facts: Mapping[str, Any], same_base: bool
-) -> list[str]:
+def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any], same_base: bool) -> list[str]:
     """Compare a checkpoint with the run about to continue it.
 
     Returns:
