@@ -33,7 +33,7 @@ Rate = Annotated[float, Ge(0), Lt(1)]
 class ModelOptions:
     """Arguments of `VisionMamba`, which explains them; the defaults are the same."""
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
 
     img_size: Pixels | tuple[Pixels, Pixels] = 224
     patch_size: Pixels = 16
@@ -140,3 +140,19 @@ def check_model_name(name: Any, what: str = "the model", error: type[ValueError]
             f"Known: {', '.join(catalog.MODELS)}"
         )
     return name
+
+
+def check_creation(creation: Any, what: str, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """What a file says about the creation of a model: {"name": ..., "kwargs": ...}, or {} for nothing.
+
+    Raises:
+        ValueError: (or the subclass `error`) anything else, another package's model, or a wrong option.
+    """
+    if creation == {}:
+        return {}
+    if not isinstance(creation, Mapping) or set(creation) != {"name", "kwargs"}:
+        raise error(f"{what}: expected the name and the kwargs of a model, found {quote(creation)}")
+    return {
+        "name": check_model_name(creation["name"], what, error),
+        "kwargs": check_model_options(creation["kwargs"], f"{what}: the set of model options", error),
+    }

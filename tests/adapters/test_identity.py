@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vimtune
 from vimtune import cli
 from vimtune.adapters import AdapterFileError, base_identity, base_parameters, has_base
-from vimtune.models import VisionMamba, checkpoint, create_listed_model, vim
+from vimtune.models import VisionMamba, checkpoint, checkpoint_filter_fn, create_listed_model, vim
 from vimtune.predict import load_predictor
 
 SMALL = {"num_classes": 5, "depth": 2}
@@ -269,6 +269,18 @@ def test_weights_that_lose_bits_are_not_those_of_another_file(tmp_path, weights)
         for path in (weights, tmp_path / "near.safetensors")
     )
     assert one.origin != other.origin
+
+
+def test_a_resized_embedding_that_was_changed_before_loading_is_another(weights):
+    models = [create(img_size=48) for _ in range(3)]
+    states = [checkpoint_filter_fn(load_file(weights), model) for model in models]
+    states[1]["pos_embed"].mul_(1.5)
+    states[2]["pos_embed"] = states[2]["pos_embed"].clone()  # forgets what it was made from, no more
+    for model, state in zip(models, states, strict=True):
+        model.load_state_dict(state)
+    resized, changed, copied = map(identity, models)
+    assert resized.origin == identity(vimtune.load_checkpoint(create(), weights)).origin
+    assert len({resized.origin, changed.origin, copied.origin}) == 3 and copied.bits == resized.bits
 
 
 def test_another_architecture_is_named(saved):

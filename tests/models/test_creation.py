@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import vimtune
 from vimtune import catalog, cli
-from vimtune.model_options import OPTIONS, ModelOptions, check_model_options
+from vimtune.model_options import OPTIONS, ModelOptions, check_creation, check_model_options
 from vimtune.models import VisionMamba, create_listed_model
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.train.job import build_model
@@ -234,3 +234,16 @@ def test_whole_numbers_of_numpy_are_numbers():
     np = pytest.importorskip("numpy")
     model = VisionMamba(img_size=np.int64(32), depth=np.int32(1), num_classes=np.int64(3), embed_dim=16)
     assert json.loads(json.dumps(model.options))["depth"] == 1 and type(model.num_classes) is int
+
+
+@pytest.mark.parametrize(
+    "creation",
+    [[], None, "test_vim", {"name": "test_vim"}, {"kwargs": {}}, {"name": [], "kwargs": {}},
+     {"name": "test_vim", "kwargs": [1]},
+     {"name": "test_vim", "kwargs": {}, "url": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_what_a_file_says_about_the_model_has_one_form(creation):
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
+        check_creation(creation, "a.safetensors")
+    assert check_creation({}, "a.safetensors") == {}

@@ -123,17 +123,22 @@ def note_loading(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -
             continue
         sources.drawn.discard(name)
         sources.originals.pop(name, None)
-        original = getattr(value, _ORIGINAL, None)
-        if (original is not None or value.dtype != parameter.dtype) and _has_values(value):
-            loaded = value.to(parameter.dtype)
-            sources.originals[name] = (_digest(loaded), original or _digest(value))
+        if (hasattr(value, _ORIGINAL) or value.dtype != parameter.dtype) and _has_values(value):
+            sources.originals[name] = (_digest(value.to(parameter.dtype)), _digest_of_original(value))
 
 
 def made_from(value: Tensor, original: Tensor) -> Tensor:
     """`value`, which remembers that it was computed from `original`, as by resizing."""
     if value is not original and _has_values(original):
-        setattr(value, _ORIGINAL, getattr(original, _ORIGINAL, None) or _digest(original))
+        setattr(value, _ORIGINAL, (_digest(value), _digest_of_original(original)))
     return value
+
+
+def _digest_of_original(tensor: Tensor) -> str:
+    """Digest of what `tensor` was made from, if it still is what was made, or of itself."""
+    own = _digest(tensor)
+    made, original = getattr(tensor, _ORIGINAL, ("", ""))
+    return original if made == own else own
 
 
 def note_casts(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

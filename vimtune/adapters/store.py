@@ -23,7 +23,7 @@ from vimtune.adapters.manage import (
     load_adapter_state_dict,
     set_adapter,
 )
-from vimtune.model_options import check_model_name, check_model_options
+from vimtune.model_options import check_creation
 from vimtune.utils import atomic_write
 
 FORMAT = "vimtune-adapter"
@@ -134,9 +134,7 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
         raise AdapterFileError(
             f"{path} has format version {info.version}; this vimtune reads up to {VERSION}"
         )
-    if info.model:  # what it says becomes arguments of a function
-        check_model_name(info.model.get("name"), str(path), AdapterFileError)
-        check_model_options(info.model.get("kwargs"), f"{path}: the set of model options", AdapterFileError)
+    info.model = check_creation(info.model, str(path), AdapterFileError)  # becomes arguments of a function
     return info, tensors
 
 

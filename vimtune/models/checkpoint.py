@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
 from vimtune.model_options import MAX_PATCHES, ModelOptions, check_model_options
 from vimtune.schema import parse_json
-from vimtune.text import quote
+from vimtune.text import printable, quote
 
 if TYPE_CHECKING:
     from vimtune.models.vim import VisionMamba
@@ -76,9 +76,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Contents and metadata of a checkpoint file; only safetensors files have metadata."""
+    shown = printable(str(path))
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {kind}; expected a .pth, .pt or .safetensors file")
+        raise CheckpointError(f"checkpoint {shown} {kind}; expected a .pth, .pt or .safetensors file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -86,26 +87,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "contains objects that are not weights" if zipfile.is_zipfile(path) else "is no checkpoint"
-        raise CheckpointError(f"{path} {reason}; refusing to unpickle it") from error
+        raise CheckpointError(f"{shown} {reason}; refusing to unpickle it") from error
     except _DAMAGE as error:
         raise CheckpointError(
-            f"{path} is truncated or not a PyTorch checkpoint ({_first_line(error)})"
+            f"{shown} is truncated or not a PyTorch checkpoint ({_first_line(error)})"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
+        raise CheckpointError(f"{shown} holds a {type(content).__name__}, expected a dictionary of weights")
     return dict(content), {}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    shown = printable(str(path))
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             for kind, meaning in _OTHER_FILES.items():
                 if metadata.get("format", "").startswith(kind):
-                    raise CheckpointError(f"{path} {meaning}")
+                    raise CheckpointError(f"{shown} {meaning}")
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - no dict
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise CheckpointError(f"{shown} is truncated or not a safetensors file ({error})") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -263,11 +265,12 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
             mismatch; nothing is loaded then.
     """
     path = Path(path)
+    shown = printable(str(path))
     content, metadata = _read(path)
     try:
         state = checkpoint_filter_fn(content, model, _stated_grid(metadata))
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{shown}: {error}") from error
     wanted = dict(base_parameters(model))
     own_head = [name for name in wanted if name.startswith("head.")]
     fits = all(name in state and state[name].shape == wanted[name].shape for name in own_head)
@@ -277,7 +280,7 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
 
     problems = _mismatches(state, wanted) or _unusable(state)
     if problems:
-        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems))
+        raise CheckpointError(f"{shown} does not fit the model: " + "; ".join(problems))
     note_loading(model, state)
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -285,7 +288,7 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
     if head and own_head and not fits:
         logger.warning(
             "%s has no head for %d classes: the classification head starts from scratch",
-            path,
+            shown,
             model.num_classes,
         )
     return model

@@ -129,7 +129,6 @@ class PatchEmbed(nn.Module):
     def __init__(self, options: ModelOptions, **factory: Any) -> None:
         super().__init__()
         self.img_size = options.size
-        self.in_chans = options.in_chans
         self.grid_size = options.grid
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(
@@ -143,7 +142,7 @@ class PatchEmbed(nn.Module):
         self.overlapping = options.step != options.patch_size
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.in_chans, self.img_size)
+        check_images(x, self.proj.in_channels, self.img_size)
         if self.overlapping:
             return self.proj(x).flatten(2).transpose(1, 2)
         # As a matrix product: convolutions of three channels are what libraries are slow at.
