@@ -200,6 +200,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="X", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument("--backend", metavar="X", default="auto", help="selective scan backend [auto]")
+    parser.add_argument(
+        "--force", action="store_true", help="use the adapter although the base weights are others"
+    )
 
 
 def _predict(prog: str, arguments: Sequence[str]) -> int:
@@ -238,6 +241,7 @@ def _predict(prog: str, arguments: Sequence[str]) -> int:
         on_corrupt=options.on_corrupt,
         device=options.device,
         backend=options.backend,
+        force=options.force,
     )
 
 
@@ -262,6 +266,7 @@ def _merge(prog: str, arguments: Sequence[str]) -> int:
         checkpoint=options.checkpoint,
         device=options.device,
         backend=options.backend,
+        force=options.force,
     )
 
 

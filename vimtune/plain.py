@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import vimtune
 from vimtune.adapters import read_adapter_info
+from vimtune.models import create_listed_model
 from vimtune.ops import use_backend
 from vimtune.predict import adapter_path, load_predictor
 from vimtune.utils import atomic_write
@@ -50,12 +50,14 @@ def merge_to_file(
     device: str = "auto",
     backend: str = "auto",
     num_images: int = 8,
+    force: bool = False,
 ) -> MergeProof:
     """Write the merged weights as plain safetensors and check the file that was written.
 
     The file is read back into a fresh model without adapters and has to give the logits of base
     plus adapter on `num_images` random images; otherwise no file is left behind. Its metadata hold
-    model name, class names and preprocessing as JSON.
+    model name, class names and preprocessing as JSON. With `force` the adapter is merged although the base
+    weights differ from those that it was trained on.
 
     Raises:
         ValueError: the adapter cannot be loaded, or `output` cannot be a weights file.
@@ -68,25 +70,25 @@ def merge_to_file(
     if any(output.resolve() == source.resolve() for source in inputs):
         raise ValueError(f"{output} is read as input; choose another --output")
     info = read_adapter_info(path)
-    predictor = load_predictor(path, checkpoint=checkpoint, device=device, backend=backend)
+    predictor = load_predictor(path, checkpoint=checkpoint, device=device, backend=backend, force=force)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(num_images, 3, *predictor.transform.img_size, generator=generator)
     expected = predictor.logits(images)
 
     merged = vimtune.merge(predictor.model)
     tensors = {name: value.detach().cpu().contiguous() for name, value in merged.state_dict().items()}
+    fresh = create_listed_model(info.model["name"], {**info.model["kwargs"], "num_classes": info.num_classes})
     metadata = {
         "format": "pt",
         "model": info.model["name"],
+        "options": json.dumps(fresh.options),
         "classes": json.dumps(info.classes, ensure_ascii=False),
         "preprocessing": json.dumps(info.preprocessing),
     }
-    options = {**info.model["kwargs"], "num_classes": info.num_classes}
     proofs: list[MergeProof] = []
 
     def write(temporary: Path) -> None:
         save_file(tensors, temporary, metadata=metadata)
-        fresh = timm.create_model(info.model["name"], pretrained=False, **options)
         fresh.load_state_dict(load_file(temporary))
         proofs.append(_prove(fresh.to(predictor.device).eval(), images, expected, backend))
         if not proofs[0].holds:
@@ -109,9 +111,11 @@ def _prove(model: nn.Module, images: Tensor, expected: Tensor, backend: str) -> 
     return MergeProof(error, expected.abs().max().item(), len(images))
 
 
-def run_merge(*, adapter: Path, output: Path, checkpoint: str | None, device: str, backend: str) -> int:
+def run_merge(
+    *, adapter: Path, output: Path, checkpoint: str | None, device: str, backend: str, force: bool
+) -> int:
     """`vimtune merge`: write the file, print the proof. Returns the exit code."""
-    proof = merge_to_file(adapter, output, checkpoint=checkpoint, device=device, backend=backend)
+    proof = merge_to_file(adapter, output, checkpoint=checkpoint, device=device, backend=backend, force=force)
     info = read_adapter_info(adapter_path(adapter))
     console = Console(highlight=False, markup=False)
     console.print(f"{info.model['name']} with {info.method} merged into {output}", soft_wrap=True)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,7 @@ import vimtune
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.data import CorruptImageError, Transform, build_transform, load_image
 from vimtune.data.folder import EXTENSIONS
-from vimtune.models import VisionMamba, load_checkpoint
+from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.ops import use_backend
 from vimtune.train.distributed import resolve_device
 from vimtune.train.settings import derive_seed
@@ -160,9 +159,8 @@ def build_base(info: AdapterInfo, checkpoint: str | None = None) -> VisionMamba:
     published = checkpoint is None and recipe.get("pretrained", True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.get("seed", 0), "model"))
-        model = timm.create_model(name, pretrained=published, **options)
-    assert isinstance(model, VisionMamba), "every model that an adapter file names is one of ours"
-    return model if checkpoint is None else load_checkpoint(model, checkpoint)
+        model = create_listed_model(name, options, pretrained=published, error=AdapterFileError)
+    return model if checkpoint is None else load_checkpoint(model, checkpoint, head=False)
 
 
 def load_predictor(
@@ -171,8 +169,16 @@ def load_predictor(
     checkpoint: str | None = None,
     device: str = "auto",
     backend: str = "auto",
+    force: bool = False,
 ) -> Predictor:
     """Build everything that an adapter file (or run folder) describes.
+
+    Args:
+        adapter: an adapter file, or a run folder that has one.
+        checkpoint: the base weights; those that the adapter was trained on if None.
+        device: where to compute: "auto", "cpu", "cuda", "cuda:1", "mps".
+        backend: scan backend, see `vimtune.ops`.
+        force: use the adapter although the base weights differ from those that it was trained on.
 
     Raises:
         ValueError: no adapter file, base weights that are missing or others than it was trained on,
@@ -183,9 +189,9 @@ def load_predictor(
     where = resolve_device(device)
     model = build_base(info, checkpoint)
     try:
-        vimtune.load_adapter(model, path)
+        vimtune.load_adapter(model, path, force=force)
     except AdapterFileError as error:
-        raise AdapterFileError(f"{error} (on the command line: --checkpoint)") from error
+        raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
     return Predictor(
         model=model.to(where).eval(),
         transform=build_transform(**info.preprocessing),
@@ -305,6 +311,7 @@ def run_predict(
     on_corrupt: str,
     device: str,
     backend: str,
+    force: bool,
 ) -> int:
     """`vimtune predict`: print a table, write the files asked for. Returns the exit code."""
     if on_corrupt not in ("error", "skip"):
@@ -313,7 +320,7 @@ def run_predict(
         )
     _check_outputs(outputs)
     paths = find_images(inputs)
-    predictor = load_predictor(adapter, checkpoint=checkpoint, device=device, backend=backend)
+    predictor = load_predictor(adapter, checkpoint=checkpoint, device=device, backend=backend, force=force)
     skipped: list[CorruptImageError] = []
     predictions = list(
         predictor.predict(

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
+import random
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +13,15 @@ from safetensors.torch import save_file
 
 import vimtune
 from vimtune.models import CheckpointError, resize_pos_embed
+from vimtune.train.checkpoint import Progress, RunState, save_run_state
+
+
+def save(content: dict, path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
 
 
 @pytest.fixture
@@ -69,15 +81,154 @@ def test_other_image_size_resizes_the_position_embedding(tmp_path, model):
     assert larger(torch.randn(1, 3, 40, 48)).shape == (1, 4)
 
 
-def test_as_many_patches_in_another_grid_are_resized_too(tmp_path, model, caplog):
-    """16 patches are 4 x 4 in the file and 2 x 8 here: equal shapes, different places."""
-    path = tmp_path / "plain.pth"
-    torch.save(model.state_dict(), path)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_position_embedding_of_the_models_shape_stays_as_it_is(tmp_path, suffix, caplog):
+    """16 patches are 2 x 8 here, though they might be 4 x 4."""
+    wide, again = (timm.create_model("test_vim", num_classes=4, img_size=(16, 64)) for _ in range(2))
+    path = save(wide.state_dict(), tmp_path / f"plain{suffix}")
+    vimtune.load_checkpoint(again, path)
+    assert torch.equal(again.pos_embed, wide.pos_embed) and not caplog.text
+
+
+def test_a_grid_that_is_guessed_is_said_and_one_that_the_file_states_is_taken(tmp_path, caplog):
     wide = timm.create_model("test_vim", num_classes=4, img_size=(16, 64))
-    vimtune.load_checkpoint(wide, path)
-    assert "16 patches taken as a 4 x 4 grid" in caplog.text
-    assert not torch.allclose(wide.pos_embed, model.pos_embed)
-    torch.testing.assert_close(wide.pos_embed, resize_pos_embed(model.pos_embed, (4, 4), (2, 8)))
+    other = {"num_classes": 4, "img_size": (32, 64)}
+    square = resize_pos_embed(wide.pos_embed.detach(), (4, 4), (4, 8))
+    stated = resize_pos_embed(wide.pos_embed.detach(), (2, 8), (4, 8))
+    path = save(wide.state_dict(), tmp_path / "plain.safetensors")
+    guessing = vimtune.load_checkpoint(timm.create_model("test_vim", **other), path)
+    assert torch.equal(guessing.pos_embed, square)
+    assert "how its 16 patches lie: taken as a 4 x 4 grid and resized to 4 x 8" in caplog.text
+    caplog.clear()
+    save_file(wide.state_dict(), path, metadata={"options": json.dumps(wide.options)})
+    knowing = vimtune.load_checkpoint(timm.create_model("test_vim", **other), path)
+    assert torch.equal(knowing.pos_embed, stated) and not caplog.text
+    # The same number of patches in another grid, and the file says so.
+    transposed = vimtune.load_checkpoint(timm.create_model("test_vim", num_classes=4), path)
+    assert torch.equal(transposed.pos_embed, resize_pos_embed(wide.pos_embed, (2, 8), (4, 4)))
+
+
+@pytest.mark.parametrize("options", ["{", "[]", '{"img_size": true}', '{"img_size": 32}', '{"url": "x"}'])
+def test_damaged_metadata_of_a_merged_file_is_refused(tmp_path, model, options):
+    path = tmp_path / "merged.safetensors"
+    save_file(model.state_dict(), path, metadata={"options": options})
+    with pytest.raises(CheckpointError) as caught:
+        vimtune.load_checkpoint(model, path)
+    assert "\n" not in str(caught.value)
+
+
+# --- checkpoints of others
+
+PREFIXES = ["_orig_mod.", "module.", "model.", "backbone.", "module._orig_mod.", "model.backbone."]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_are_stripped(tmp_path, model, prefix, suffix):
+    state = {prefix + name: x + 1 for name, x in model.state_dict().items()}
+    path = save(state, tmp_path / f"wrapped{suffix}")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    vimtune.load_checkpoint(model, path)
+    assert all(torch.equal(x, before[name] + 1) for name, x in model.state_dict().items())
+
+
+def test_a_prefix_of_some_names_stays(tmp_path, model):
+    state = {f"module.{name}": x for name, x in model.state_dict().items()}
+    state["extra"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"missing pos_embed|missing cls_token"):
+        vimtune.load_checkpoint(model, save(state, tmp_path / "mixed.pth"))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state": {"model": state}, "epoch": 3},
+        lambda state: {"checkpoint": {"weights": {"net": state}}},
+        lambda state: {"optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}, "net": state},
+        lambda state: {"teacher": {"x": torch.zeros(1)}, "student": state, 5: None},
+        lambda state: state | {"epoch": 3, "note": "text", "history": [1.0], 7: None},
+        lambda state: {"state_dict": {f"model.{name}": x for name, x in state.items()}, "loops": {}},
+        lambda state: {"model": state, "model_ema": {name: x * 0 for name, x in state.items()}},
+    ],
+)
+def test_weights_are_found_wherever_they_lie(tmp_path, model, wrap):
+    state = {name: x + 1 for name, x in model.state_dict().items()}
+    path = save(wrap(state), tmp_path / "nested.pth")
+    vimtune.load_checkpoint(model, path)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
+def test_a_dictionary_inside_itself_ends(tmp_path, model):
+    circle: dict = {"epoch": 1}
+    circle["model"] = circle
+    with pytest.raises(CheckpointError, match="no weights in the checkpoint"):
+        vimtune.load_checkpoint(model, save(circle, tmp_path / "circle.pth"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: torch.full_like(x, float("nan")), "norm_f.weight holds values that are not finite"),
+        (lambda x: x / 0, "norm_f.weight holds values that are not finite"),
+        (lambda x: x.to(torch.int8), r"norm_f.weight holds torch.int8 .*, expected floating point"),
+        (lambda x: x.to(torch.complex64), r"norm_f.weight holds torch.complex64"),
+        (lambda x: x.bool(), r"norm_f.weight holds torch.bool"),
+        (lambda x: x.to_sparse(), r"norm_f.weight holds .*sparse"),
+        (lambda x: x.to("meta"), "norm_f.weight holds no values"),
+        (lambda x: x[0], r"norm_f.weight \(\) instead of \(16,\)"),
+    ],
+)
+def test_what_is_no_weight_is_refused_by_name(tmp_path, model, change, words):
+    state = dict(model.state_dict())
+    state["norm_f.weight"] = change(state["norm_f.weight"])
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=words) as caught:
+        vimtune.load_checkpoint(model, save(state, tmp_path / "odd.pth"))
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, 17), (2, 17, 16), (1, 1, 16), (1, 0, 16), (1, 17, 8), (1, 9, 16)]
+)
+def test_a_position_embedding_of_no_grid_is_refused(tmp_path, model, shape):
+    state = dict(model.state_dict()) | {"pos_embed": torch.zeros(shape)}
+    with pytest.raises(CheckpointError, match=r"pos_embed|position embedding"):
+        vimtune.load_checkpoint(model, save(state, tmp_path / "odd.pth"))
+
+
+def test_an_adapter_or_a_run_state_says_what_it_is(tmp_path, model):
+    vimtune.inject(model, "lora", rank=2)
+    vimtune.save_adapter(model, tmp_path / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match=r"is an adapter.*vimtune.load_adapter"):
+        vimtune.load_checkpoint(model, tmp_path / "adapter.safetensors")
+    state = RunState({}, {}, Progress(), {"x": torch.zeros(1)}, {}, {}, {})
+    save_run_state(tmp_path / "checkpoint.safetensors", state)
+    with pytest.raises(CheckpointError, match=r"is the state of a run.*--resume"):
+        vimtune.load_checkpoint(model, tmp_path / "checkpoint.safetensors")
+
+
+def test_a_head_that_the_adapter_brings_is_not_missed(tmp_path, model, caplog):
+    path = save(model.state_dict(), tmp_path / "plain.pth")
+    other = timm.create_model("test_vim", num_classes=9)
+    vimtune.load_checkpoint(other, path, head=False)
+    assert not caplog.text and torch.equal(other.norm_f.weight, model.norm_f.weight)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_damaged_file_is_one_line(tmp_path, model, seed):
+    """Bytes overwritten anywhere: either the file still loads, or one line says that it cannot."""
+    path = save({"model": model.state_dict(), "epoch": 3}, tmp_path / "damaged.pth")
+    data = bytearray(path.read_bytes())
+    generator = random.Random(seed)
+    for _ in range(generator.choice([1, 20])):
+        start = generator.randrange(len(data))
+        data[start : start + 8] = generator.randbytes(8)
+    path.write_bytes(data)
+    try:
+        vimtune.load_checkpoint(model, path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
 
 
 def test_other_number_of_classes_keeps_the_fresh_head(tmp_path, model, caplog):

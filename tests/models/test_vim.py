@@ -147,7 +147,7 @@ def test_non_square_images_and_input_channels():
         ({"peft_target": "both"}, "Did you mean 'peft_targets'"),
         ({"peft_targets": "both"}, "peft_targets without peft"),
         ({"img_size": 4}, "smaller than patch_size"),
-        ({"img_size": -1}, "must be positive"),
+        ({"img_size": -1}, "img_size.*greater than or equal to 1"),
         ({"global_pool": "max"}, "global_pool"),
     ],
 )

@@ -7,6 +7,16 @@ Adding a method is one new file with a registered class (`lora.py` is the patter
 from vimtune.adapters import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401, I001
 from vimtune.adapters.base import Method, get_method, list_methods, method_fields, register_method
 from vimtune.adapters.batched import shared_effective_weights
+from vimtune.adapters.identity import (
+    BaseIdentity,
+    base_hash,
+    base_identity,
+    has_base,
+    made_from,
+    note_casts,
+    note_loading,
+    note_seed,
+)
 from vimtune.adapters.manage import (
     AdaptedParameter,
     AdapterSummary,
@@ -26,20 +36,22 @@ from vimtune.adapters.manage import (
     summary,
 )
 from vimtune.adapters.rule import WeightRule, base_parameters
+from vimtune.adapters.store import FORMAT as ADAPTER_FORMAT
 from vimtune.adapters.store import (
     AdapterFileError,
     AdapterInfo,
-    base_hash,
     load_adapter,
     read_adapter_info,
     save_adapter,
 )
 
 __all__ = [
+    "ADAPTER_FORMAT",
     "AdaptedParameter",
     "AdapterFileError",
     "AdapterInfo",
     "AdapterSummary",
+    "BaseIdentity",
     "DeadAdapterError",
     "Method",
     "WeightRule",
@@ -47,19 +59,25 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "base_hash",
+    "base_identity",
     "base_parameters",
     "check_gradients",
     "delete_adapter",
     "disabled",
     "get_method",
+    "has_base",
     "head_has_rules",
     "inject",
     "list_adapters",
     "list_methods",
     "load_adapter",
     "load_adapter_state_dict",
+    "made_from",
     "merge",
     "method_fields",
+    "note_casts",
+    "note_loading",
+    "note_seed",
     "read_adapter_info",
     "register_method",
     "save_adapter",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vimtune.adapters.identity import architecture_differences, base_identity, has_base
 from vimtune.adapters.manage import (
     active_adapter,
     adapter_state_dict,
@@ -24,7 +23,7 @@ from vimtune.adapters.manage import (
     load_adapter_state_dict,
     set_adapter,
 )
-from vimtune.adapters.rule import Tuned, base_parameters, iter_slots
+from vimtune.model_options import check_creation
 from vimtune.utils import atomic_write
 
 FORMAT = "vimtune-adapter"
@@ -45,33 +44,15 @@ class AdapterInfo:
     layers: list[int] | None
     num_classes: int
     base_hash: str
+    """`BaseIdentity.bits`; in a file without `base_origin` the hash of the first format."""
     model: dict[str, Any]
     """{"name": registered model, "kwargs": its creation arguments}; empty if not created by name."""
     classes: list[str] = field(default_factory=list)
     preprocessing: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
-
-
-def base_hash(model: nn.Module, name: str | None = None) -> str:
-    """SHA-256 over the base weights that an adapter builds on.
-
-    Parameters that the adapter replaces as a whole (the head; everything under full fine-tuning) do
-    not count: the adapter does not depend on them.
-    """
-    _, record = demand_adapter(model, name)
-    replaced = {
-        path
-        for path, _, _, slot in iter_slots(model)
-        if record.name in slot and isinstance(slot[record.name], Tuned)
-    }
-    digest = hashlib.sha256()
-    for path, parameter in sorted(base_parameters(model)):
-        if path not in replaced:
-            values = parameter.detach().cpu().contiguous()
-            digest.update(f"{path} {tuple(values.shape)} {values.dtype}\n".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    base_origin: str = ""
+    """`BaseIdentity.origin`."""
 
 
 def save_adapter(
@@ -103,13 +84,15 @@ def save_adapter(
     classes = classes or []
     if classes and record.head and len(classes) != record.num_classes:
         raise ValueError(f"{len(classes)} class names for a head of {record.num_classes} outputs")
+    base = base_identity(model, record.name)
     info = AdapterInfo(
         method=record.method,
         options=record.options,
         targets=record.targets,
         layers=record.layers,
         num_classes=record.num_classes,
-        base_hash=base_hash(model, record.name),
+        base_hash=base.bits,
+        base_origin=base.origin,
         model=getattr(model, "creation", {}),
         classes=classes,
         preprocessing=preprocessing or {},
@@ -151,6 +134,7 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
         raise AdapterFileError(
             f"{path} has format version {info.version}; this vimtune reads up to {VERSION}"
         )
+    info.model = check_creation(info.model, str(path), AdapterFileError)  # becomes arguments of a function
     return info, tensors
 
 
@@ -170,6 +154,12 @@ def load_adapter(
         ValueError: it does not fit the model's structure. The model is then as it was.
     """
     info, tensors = _read(path, with_tensors=True)
+    differences = architecture_differences(info.model, model)
+    if differences and not force:
+        raise AdapterFileError(
+            f"{path} was trained on {info.model['name']}, and this model is another: "
+            f"{'; '.join(differences)}. Create that model, or pass force=True"
+        )
     before = active_adapter(model)
     taken = list_adapters(model)
     if name is None:
@@ -185,11 +175,11 @@ def load_adapter(
         **info.options,
     )
     try:
-        found = base_hash(model, name)
-        if found != info.base_hash and not force:
+        if not force and not has_base(model, info.base_hash, info.base_origin, name):
+            of = f" of {info.model['name']}" if info.model else ""
             raise AdapterFileError(
-                f"{path} was trained on other base weights (hash {info.base_hash[:12]}; this model's is "
-                f"{found[:12]}). Load the same pretrained weights first, or pass force=True"
+                f"{path} was trained on other base weights{of} than this model has. Load the same "
+                "pretrained weights first, or pass force=True"
             )
         load_adapter_state_dict(model, tensors, name)
     except ValueError:

@@ -7,6 +7,7 @@ from vimtune.models.checkpoint import (
     read_checkpoint,
     resize_pos_embed,
 )
+from vimtune.models.creation import create_listed_model
 from vimtune.models.mixer import BiMambaMixer
 from vimtune.models.vim import VisionMamba
 
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "VisionMamba",
     "checkpoint_filter_fn",
+    "create_listed_model",
     "load_checkpoint",
     "read_checkpoint",
     "resize_pos_embed",

@@ -10,8 +10,9 @@ import argparse
 import logging
 import math
 import pickle
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,20 +20,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vimtune.adapters import base_parameters
+from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
+from vimtune.model_options import MAX_PATCHES, ModelOptions, check_model_options
+from vimtune.schema import parse_json
+from vimtune.text import printable, quote
 
 if TYPE_CHECKING:
     from vimtune.models.vim import VisionMamba
 
 logger = logging.getLogger(__name__)
 
-# Where training scripts keep the weights inside a checkpoint, the first one found wins. The official
+# Where training scripts keep the weights inside a checkpoint, the most likely place first. The official
 # files carry `model` and `model_ema`; their published accuracy belongs to `model`.
 _WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "module", "model_ema")
+_MAX_DEPTH = 6
+"""Levels of a checkpoint's dictionaries that are searched for weights."""
+
+_PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
+"""What `torch.compile`, DataParallel and modules around the model put before the names of weights."""
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# What `torch.load` raises for damaged files, depending on the place of the damage.
+_DAMAGE = (
+    RuntimeError, EOFError, zipfile.BadZipFile, LookupError, ValueError, TypeError, AttributeError,
+    AssertionError, ArithmeticError, struct.error,
+)  # fmt: skip
+
+# What else of ours is a safetensors file, by its format, and what to do with it.
+_OTHER_FILES = {
+    ADAPTER_FORMAT: "is an adapter, not base weights: load it with vimtune.load_adapter "
+    "(predict --adapter and merge on the command line)",
+    "vimtune run state": "is the state of a run, not base weights: continue the run with --resume, or merge "
+    "its adapter.safetensors into base weights",
+}
 
 
 class CheckpointError(ValueError):
@@ -47,51 +71,92 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated, of another kind, or with pickled objects inside.
     """
-    path = Path(path)
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Contents and metadata of a checkpoint file; only safetensors files have metadata."""
+    shown = printable(str(path))
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {kind}; expected a .pth, .pt or .safetensors file")
+        raise CheckpointError(f"checkpoint {shown} {kind}; expected a .pth, .pt or .safetensors file")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from error
+        return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "contains objects that are not weights" if zipfile.is_zipfile(path) else "is no checkpoint"
-        raise CheckpointError(f"{path} {reason}; refusing to unpickle it") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(f"{shown} {reason}; refusing to unpickle it") from error
+    except _DAMAGE as error:
         raise CheckpointError(
-            f"{path} is truncated or not a PyTorch checkpoint ({_first_line(error)})"
+            f"{shown} is truncated or not a PyTorch checkpoint ({_first_line(error)})"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of weights")
-    return dict(content)
+        raise CheckpointError(f"{shown} holds a {type(content).__name__}, expected a dictionary of weights")
+    return dict(content), {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    shown = printable(str(path))
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            for kind, meaning in _OTHER_FILES.items():
+                if metadata.get("format", "").startswith(kind):
+                    raise CheckpointError(f"{shown} {meaning}")
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{shown} is truncated or not a safetensors file ({error})") from error
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def extract_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Find the weights in a checkpoint's contents and strip a `module.` prefix of DataParallel.
+def extract_state_dict(content: Mapping[str, Any], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint's contents, however deep, under the names that the model gives them.
+
+    Args:
+        content: what the file holds.
+        expected: names of the model's weights. Of several sets of tensors the one with most of them is
+            taken, the most usual place first.
 
     Raises:
-        CheckpointError: no weights inside.
+        CheckpointError: no tensors inside.
     """
-    weights: Mapping[str, Any] = content
-    for key in _WEIGHT_KEYS:
-        if isinstance(content.get(key), Mapping):
-            weights = content[key]
-            break
-    state = {
-        name.removeprefix("module."): value for name, value in weights.items() if isinstance(value, Tensor)
-    }
-    if not state:
-        found = ", ".join(map(str, list(content)[:8])) or "nothing"
+    names = set(expected)
+    states = [_without_prefixes(found) for found in _find_tensors(content)]
+    if not states:
+        found = ", ".join(quote(key, 40) for key in list(content)[:8]) or "nothing"
         raise CheckpointError(f"no weights in the checkpoint; it holds: {found}")
+    return max(states, key=lambda state: len(names & state.keys()))
+
+
+def _find_tensors(content: Mapping[Any, Any]) -> list[dict[str, Tensor]]:
+    """The named tensors of each dictionary in `content`, itself included; the likeliest ones first."""
+    found = []
+    level, seen = [content], {id(content)}
+    for _ in range(_MAX_DEPTH):
+        below = []
+        for mapping in level:
+            tensors = {k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}
+            if tensors:
+                found.append(tensors)
+            usual = [key for key in _WEIGHT_KEYS if key in mapping]
+            for key in [*usual, *(key for key in mapping if key not in usual)]:
+                inner = mapping[key]
+                if isinstance(inner, Mapping) and id(inner) not in seen:
+                    seen.add(id(inner))
+                    below.append(inner)
+        level = below
+    return found
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without prefixes that all of their names have."""
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
@@ -113,31 +178,69 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tup
     return torch.cat([rows[:, :new_middle], cls_row, rows[:, new_middle:]], dim=1)
 
 
-def checkpoint_filter_fn(checkpoint: dict[str, Any], model: VisionMamba) -> dict[str, Tensor]:
+def checkpoint_filter_fn(
+    checkpoint: Mapping[str, Any], model: VisionMamba, grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """Official or own checkpoint contents to a state dict for `model`; resizes the position embedding.
 
-    The grid of the checkpoint is taken as square if its size allows, else in the aspect of the model's.
+    Args:
+        checkpoint: what a checkpoint file holds.
+        model: the model that the weights are for.
+        grid: patches in a column and in a row of the checkpoint's images, where it says so. Without it,
+            a position embedding of the model's own shape stays as it is.
+
+    Raises:
+        CheckpointError: no weights inside, or a position embedding of no grid.
     """
-    state = extract_state_dict(checkpoint)
-    pos_embed = state.get("pos_embed")
-    if pos_embed is not None:
+    state = extract_state_dict(checkpoint, (name for name, _ in base_parameters(model)))
+    pos_embed, own = state.get("pos_embed"), model.pos_embed
+    if pos_embed is None or pos_embed.dim() != 3 or pos_embed.shape[::2] != own.shape[::2]:
+        return state
+    if 1 < pos_embed.shape[1] <= MAX_PATCHES + 1:
+        if unusable := _unusable({"pos_embed": pos_embed}):
+            raise CheckpointError(unusable[0])
         new_grid = model.patch_embed.grid_size
-        old_grid = _guess_grid(pos_embed.shape[1] - 1, new_grid)
-        if old_grid != new_grid and pos_embed.shape == model.pos_embed.shape:
-            logger.warning(
-                "position embedding of %d patches taken as a %d x %d grid", pos_embed.shape[1] - 1, *old_grid
-            )
-        state = {**state, "pos_embed": resize_pos_embed(pos_embed, old_grid, new_grid)}
+        old_grid = _source_grid(pos_embed.shape[1] - 1, model, grid)
+        resized = resize_pos_embed(pos_embed, old_grid, new_grid)
+        state = {**state, "pos_embed": made_from(resized, pos_embed)}
     return state
 
 
+def _source_grid(num_patches: int, model: VisionMamba, stated: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid of a position embedding of `num_patches` patches."""
+    own = model.patch_embed.grid_size
+    if stated is not None:
+        if math.prod(stated) != num_patches:
+            raise CheckpointError(
+                f"the checkpoint says that its images have {stated[0]} x {stated[1]} patches, "
+                f"and its position embedding has {num_patches}"
+            )
+        return stated
+    published = getattr(model, "pretrained_cfg", {}).get("input_size")
+    if published is not None:  # of the weights that timm is loading; later on of the model's own images
+        at_home = ModelOptions(**{**model.options, "img_size": tuple(published[1:])}).grid
+        if math.prod(at_home) == num_patches:
+            return at_home
+    if math.prod(own) == num_patches:
+        return own
+    guessed = _guess_grid(num_patches, own)
+    logger.warning(
+        "the checkpoint does not say how its %d patches lie: taken as a %d x %d grid and resized to %d x %d",
+        num_patches,
+        *guessed,
+        *own,
+    )
+    return guessed
+
+
 def _guess_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int]:
+    """A square if the number allows, else the aspect of the model's grid `like`."""
     side = math.isqrt(num_patches)
     if side * side == num_patches:
         return side, side
     height = round(math.sqrt(num_patches * like[0] / like[1]))
     if height < 1 or num_patches % height:
-        raise ValueError(
+        raise CheckpointError(
             f"the position embedding of the checkpoint has {num_patches} patch rows, neither a square grid "
             f"nor one with the aspect of the model's {like[0]} x {like[1]}; create the model with the "
             "img_size of the checkpoint"
@@ -145,40 +248,69 @@ def _guess_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int]:
     return height, num_patches // height
 
 
-def load_checkpoint(model: VisionMamba, path: str | Path) -> VisionMamba:
+def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) -> VisionMamba:
     """Load base weights from a file into `model`, adapters left as they are.
 
-    The position embedding is resized when the image size differs. The head keeps its initial values,
-    which is logged, when the file has none or one for another number of classes.
+    Takes official files, files of other training scripts, and what `vimtune merge` writes. The position
+    embedding is resized when the image size differs. The head keeps its initial values, which is logged,
+    when the file has none or one for another number of classes.
+
+    Args:
+        model: the model, changed in place.
+        path: a .pth, .pt or .safetensors file.
+        head: load the classification head, too. False where an adapter brings its own.
 
     Raises:
-        CheckpointError: not a checkpoint, or any other mismatch; nothing is loaded then.
+        CheckpointError: not a checkpoint, values that are no finite floating point numbers, or any other
+            mismatch; nothing is loaded then.
     """
-    content = read_checkpoint(path)
+    path = Path(path)
+    shown = printable(str(path))
+    content, metadata = _read(path)
     try:
-        state = checkpoint_filter_fn(content, model)
+        state = checkpoint_filter_fn(content, model, _stated_grid(metadata))
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{shown}: {error}") from error
     wanted = dict(base_parameters(model))
-    head = [name for name in wanted if name.startswith("head.")]
-    fits = [name for name in head if name in state and state[name].shape == wanted[name].shape]
-    if fits != head or not head:
+    own_head = [name for name in wanted if name.startswith("head.")]
+    fits = all(name in state and state[name].shape == wanted[name].shape for name in own_head)
+    if not (head and own_head and fits):
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        wanted = {name: parameter for name, parameter in wanted.items() if name not in head}
+        wanted = {name: parameter for name, parameter in wanted.items() if name not in own_head}
 
-    problems = _mismatches(state, wanted)
+    problems = _mismatches(state, wanted) or _unusable(state)
     if problems:
-        raise CheckpointError(f"{path} does not fit the model: " + "; ".join(problems))
+        raise CheckpointError(f"{shown} does not fit the model: " + "; ".join(problems))
+    note_loading(model, state)
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(state[name])
-    if fits != head:
+    if head and own_head and not fits:
         logger.warning(
             "%s has no head for %d classes: the classification head starts from scratch",
-            path,
+            shown,
             model.num_classes,
         )
     return model
+
+
+def _stated_grid(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Patches in a column and in a row of the images, if a file of ours says which model it is for."""
+    if "options" not in metadata:
+        return None
+    options = check_model_options(parse_json(metadata["options"], "options"), "the set of model options")
+    return ModelOptions(**options).grid
+
+
+def _unusable(state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps tensors from being weights."""
+    for name, value in state.items():
+        if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type == "meta":
+            kind = "no values" if value.device.type == "meta" else f"{value.dtype} ({value.layout})"
+            return [f"{name} holds {kind}, expected floating point numbers; quantised weights cannot be used"]
+        if not torch.isfinite(value).all():
+            return [f"{name} holds values that are not finite (NaN or infinity): the file is damaged"]
+    return []
 
 
 def _mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> list[str]:

@@ -9,6 +9,7 @@ Shape letters: B batch, L tokens, D width, E inner width, N states, R dt rank, K
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,8 @@ class BiMambaMixer(nn.Module):
         dt_rank: int | None = None,
         num_residuals: int = 1,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Build a mixer of width `dim`.
 
@@ -60,31 +63,35 @@ class BiMambaMixer(nn.Module):
             dt_rank: R; ceil(D / 16) if None.
             num_residuals: number of residual branches in the network; scales the initial out_proj.
             backend: scan backend, see `vimtune.ops`.
+            device: where the parameters lie; torch's default if None.
+            dtype: of the parameters; torch's default if None.
         """
         super().__init__()
         inner = expand * dim
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.backend = backend
 
         def state_matrix() -> nn.Parameter:
-            return nn.Parameter(torch.arange(1, d_state + 1).float().log().repeat(inner, 1))
+            logarithms = torch.arange(1, d_state + 1, device=device).float().log()
+            return nn.Parameter(logarithms.to(dtype or torch.float32).repeat(inner, 1))
 
         def convolution() -> nn.Conv1d:
-            return nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+            return nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **factory)
 
         # In the official order, which is also the order of the keys.
         self.A_log = state_matrix()
-        self.D = nn.Parameter(torch.ones(inner))
+        self.D = nn.Parameter(torch.ones(inner, **factory))
         self.A_b_log = state_matrix()
-        self.D_b = nn.Parameter(torch.ones(inner))
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.D_b = nn.Parameter(torch.ones(inner, **factory))
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **factory)
         self.conv1d = convolution()
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj = nn.Linear(self.dt_rank, inner, **factory)
         self.conv1d_b = convolution()
-        self.x_proj_b = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj_b = nn.Linear(self.dt_rank, inner)
-        self.out_proj = nn.Linear(inner, dim, bias=False)
+        self.x_proj_b = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj_b = nn.Linear(self.dt_rank, inner, **factory)
+        self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
         self._init_weights(num_residuals)
 
     @torch.no_grad()
@@ -97,7 +104,9 @@ class BiMambaMixer(nn.Module):
         self.out_proj.weight.div_(math.sqrt(num_residuals))
         for dt_proj in (self.dt_proj, self.dt_proj_b):
             nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-            dt = torch.empty_like(dt_proj.bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_()
+            precise = torch.promote_types(dt_proj.bias.dtype, torch.float32)
+            dt = torch.empty_like(dt_proj.bias, dtype=precise)
+            dt.uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_()
             dt.clamp_(min=DT_FLOOR)
             dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 

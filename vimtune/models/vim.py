@@ -6,8 +6,10 @@ token in the middle of the sequence, absolute position embedding, RMSNorm, pre-n
 Shape letters: B batch, L tokens (patches and class token), M patches, D width.
 """
 
-import inspect
-from collections.abc import Callable, Iterable
+import logging
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,30 +23,84 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
-from vimtune.adapters import head_has_rules, inject, shared_effective_weights
+from vimtune.adapters import (
+    head_has_rules,
+    inject,
+    list_methods,
+    method_fields,
+    note_casts,
+    note_loading,
+    note_seed,
+    shared_effective_weights,
+)
+from vimtune.model_options import OPTIONS, ModelOptions
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
-from vimtune.ops import add_rms_norm, bidirectional_scan, has_bidirectional_scan
+from vimtune.ops import add_rms_norm, backend_names, bidirectional_scan, has_bidirectional_scan
+from vimtune.schema import check
+from vimtune.text import quote
 from vimtune.utils import suggest
 
 __all__ = ["VisionMamba"]
 
+logger = logging.getLogger(__name__)
+
+INITIALISATION = 1
+"""Number of the rule by which weights are drawn at random; another rule gets another number.
+
+Adapters trained on random weights know those by the seed, which means other weights under another rule.
+"""
+
 register_notrace_function(bidirectional_scan)  # one node of an FX graph: it looks at shapes and devices
 
 
-def _pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else tuple(value)
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return height, width
+def _resolve_options(values: Mapping[str, Any]) -> ModelOptions:
+    """The constructor's arguments, checked.
+
+    Raises:
+        ValueError: a value of another type or out of range, or sizes that do not fit together.
+    """
+    plain = {name: _plain(value) for name, value in values.items()}
+    options = check(ModelOptions, plain, "the set of model options")
+    options.check_sizes()
+    if options.backend not in backend_names():
+        raise ValueError(
+            f"unknown backend {quote(options.backend)}.{suggest(options.backend, backend_names())} "
+            f"Known: {', '.join(backend_names())}"
+        )
+    return options
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers of other libraries as Python's."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return operator.index(value)
 
 
 @register_notrace_function
-def check_image_size(height: int, width: int, expected: tuple[int, int]) -> None:
-    if height != expected[0] or width != expected[1]:
+def check_images(images: Tensor, channels: int, size: tuple[int, int]) -> None:
+    """Raise ValueError, with the remedy, for what is no batch of images of this size."""
+    if images.dim() != 4:
         raise ValueError(
-            f"model takes images of {expected[0]} x {expected[1]} pixels (H x W), got {height} x {width}; "
+            f"model takes a batch of images (B, C, H, W), got {images.dim()} dimensions; "
+            "give a single image a batch dimension with image.unsqueeze(0)"
+        )
+    if images.shape[1] != channels:
+        raise ValueError(
+            f"model takes images of {channels} channels (B, C, H, W), got {images.shape[1]}; "
+            "convert them, or create the model with this number as in_chans"
+        )
+    if images.shape[2] != size[0] or images.shape[3] != size[1]:
+        raise ValueError(
+            f"model takes images of {size[0]} x {size[1]} pixels (H x W), got "
+            f"{images.shape[2]} x {images.shape[3]}; "
             "resize them, or create the model with this img_size"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"model takes normalised images of floating point numbers, got {images.dtype}; "
+            "divide by 255, then subtract the mean and divide by the standard deviation"
         )
 
 
@@ -57,9 +113,9 @@ def at_least_fp32(x: Tensor) -> Tensor:
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension; statistics in fp32, output as the weight's dtype."""
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, **factory: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim, **factory))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,41 +126,40 @@ class RMSNorm(nn.Module):
 class PatchEmbed(nn.Module):
     """Image (B, C, H, W) to patch tokens (B, M, D) in row-major order; patches may overlap."""
 
-    def __init__(
-        self, img_size: tuple[int, int], patch_size: int, stride: int, in_chans: int, embed_dim: int
-    ) -> None:
+    def __init__(self, options: ModelOptions, **factory: Any) -> None:
         super().__init__()
-        if min(img_size) < patch_size:
-            raise ValueError(f"img_size {img_size} is smaller than patch_size {patch_size}")
-        self.img_size = img_size
-        self.grid_size = (
-            (img_size[0] - patch_size) // stride + 1,
-            (img_size[1] - patch_size) // stride + 1,
-        )
+        self.img_size = options.size
+        self.grid_size = options.grid
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=stride)
-        self.patch_size = patch_size
-        self.overlapping = stride != patch_size
+        self.proj = nn.Conv2d(
+            options.in_chans,
+            options.embed_dim,
+            kernel_size=options.patch_size,
+            stride=options.step,
+            **factory,
+        )
+        self.patch_size = options.patch_size
+        self.overlapping = options.step != options.patch_size
 
     def forward(self, x: Tensor) -> Tensor:
-        check_image_size(x.shape[2], x.shape[3], self.img_size)
+        check_images(x, self.proj.in_channels, self.img_size)
         if self.overlapping:
             return self.proj(x).flatten(2).transpose(1, 2)
         # As a matrix product: convolutions of three channels are what libraries are slow at.
         height, width = self.grid_size
         side = self.patch_size
         x = x[:, :, : height * side, : width * side].unflatten(2, (height, side)).unflatten(4, (width, side))
-        patches = x.permute(0, 2, 4, 1, 3, 5).reshape(x.shape[0], height * width, -1)
+        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Block(nn.Module):
     """Pre-norm residual block: x + drop_path(mixer(norm(x)))."""
 
-    def __init__(self, dim: int, mixer: BiMambaMixer, drop_path: float) -> None:
+    def __init__(self, dim: int, mixer: BiMambaMixer, drop_path: float, **factory: Any) -> None:
         super().__init__()
         self.mixer = mixer
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,6 +242,8 @@ class VisionMamba(nn.Module):
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Build a randomly initialised model.
 
@@ -207,23 +264,30 @@ class VisionMamba(nn.Module):
             pos_drop_rate: dropout after the position embedding.
             drop_path_rate: stochastic depth of the last block; grows linearly from 0.
             backend: scan backend, see `vimtune.ops`.
+            device: where the parameters lie; torch's default if None.
+            dtype: of the parameters; torch's default if None.
 
         Raises:
-            ValueError: sizes that do not fit together, or an unknown `global_pool`.
+            ValueError: a value of another type or out of range (`vimtune.model_options` has the ranges),
+                sizes that do not fit together, or an unknown backend.
         """
+        given = locals()
+        options = _resolve_options({name: given[name] for name in OPTIONS})
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.global_pool = _check_pool(global_pool)
+        generator = torch.get_rng_state()
+        self.num_classes = options.num_classes
+        self.in_chans = options.in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = options.embed_dim
+        self.global_pool = global_pool
         self.grad_checkpointing = False
-        stride = patch_size if stride is None else stride
 
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.patch_embed = PatchEmbed(_pair(img_size, "img_size"), patch_size, stride, in_chans, embed_dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **factory))
+        self.patch_embed = PatchEmbed(options, **factory)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 1, embed_dim, **factory))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
         build_mixer = partial(
             BiMambaMixer,
             embed_dim,
@@ -233,19 +297,24 @@ class VisionMamba(nn.Module):
             dt_rank=dt_rank,
             num_residuals=depth,
             backend=backend,
+            **factory,
         )
         # A sequence has the keys `layers.0`, ... and can be scripted, sliced and checkpointed.
         self.layers = Blocks(
             *(
-                Block(embed_dim, build_mixer(), drop_path_rate * index / max(depth - 1, 1))
+                Block(embed_dim, build_mixer(), drop_path_rate * index / max(depth - 1, 1), **factory)
                 for index in range(depth)
             )
         )
-        self.norm_f = RMSNorm(embed_dim)
+        self.norm_f = RMSNorm(embed_dim, **factory)
         self.feature_info = [
-            {"module": f"layers.{index}", "num_chs": embed_dim, "reduction": stride} for index in range(depth)
+            {"module": f"layers.{index}", "num_chs": embed_dim, "reduction": options.step}
+            for index in range(depth)
         ]
         self._init_weights()
+        self.options = {**asdict(options), "stride": options.step, "dt_rank": options.rank}
+        """All arguments besides device and dtype, resolved, as plain values."""
+        note_seed(self, generator, partial(VisionMamba, **self.options), INITIALISATION)
 
     def _init_weights(self) -> None:
         trunc_normal_(self.pos_embed, std=0.02)
@@ -290,18 +359,32 @@ class VisionMamba(nn.Module):
         """Replace the head by a fresh one of `num_classes` outputs (0: none) and, if given, the pooling.
 
         Raises:
-            ValueError: the head is owned by an adapter; `merge` or delete the adapters first.
+            ValueError: the head is owned by an adapter (`merge` or delete the adapters first), or no number
+                of classes or no pooling.
         """
         if head_has_rules(self):
             raise ValueError(
                 "the head belongs to an adapter: merge or delete the adapters before replacing it"
             )
+        options = _resolve_options(
+            {
+                **self.options,
+                "num_classes": num_classes,
+                "global_pool": self.global_pool if global_pool is None else global_pool,
+            }
+        )
         self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _check_pool(global_pool)
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self.head.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
+        self.global_pool = self.options["global_pool"] = options.global_pool
+        place: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
+        self.head = nn.Linear(self.embed_dim, num_classes, **place) if num_classes > 0 else nn.Identity()
         self._init_head()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionMamba":
+        return super()._apply(note_casts(self, fn), recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        note_loading(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image to tokens (B, M + 1, D) with the class token in the middle, in at least fp32."""
@@ -393,12 +476,6 @@ class VisionMamba(nn.Module):
         return take_indices
 
 
-def _check_pool(global_pool: str) -> str:
-    if global_pool not in ("token", "avg", ""):
-        raise ValueError(f"global_pool must be 'token', 'avg' or '', got {global_pool!r}")
-    return global_pool
-
-
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Create a registered Vim, then inject the adapter that the `peft*` options describe.
 
@@ -421,10 +498,11 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             **kwargs,
         )
     backbone: Any = model.model if kwargs.get("features_only") else model
-    backbone.creation = {
-        "name": variant,
-        "kwargs": {k: v for k, v in kwargs.items() if k not in _FACTORY_OPTIONS},
-    }
+    _mention_unseen_pixels(backbone.patch_embed)
+    backbone.creation = {"name": variant, "kwargs": backbone.options}
+    owners: tuple[Any, ...] = (model, backbone)
+    for owner in owners:  # each has a dictionary of its own, from which timm reads what images to prepare
+        owner.pretrained_cfg["input_size"] = (backbone.in_chans, *backbone.patch_embed.img_size)
     if peft is not None:
         inject(
             backbone,
@@ -436,18 +514,38 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     return model
 
 
-# What timm's own factory functions understand besides the constructor's arguments.
+def _mention_unseen_pixels(patches: PatchEmbed) -> None:
+    step = patches.proj.stride[0]
+    rows, columns = ((side - patches.patch_size) % step for side in patches.img_size)
+    if rows or columns:
+        logger.warning(
+            "patches of %d pixels at a distance of %d do not fill an image of %d x %d pixels: the last "
+            "%d rows and %d columns are not seen",
+            patches.patch_size,
+            step,
+            *patches.img_size,
+            rows,
+            columns,
+        )
+
+
+# What timm's factory functions understand besides the constructor's arguments, in all versions supported.
 _FACTORY_OPTIONS = {
     "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "feature_cls", "out_indices",
-    "pretrained_strict",
+    "pretrained_strict", "pretrained_model_args",
 }  # fmt: skip
 _PEFT_OPTIONS = {"peft", "peft_targets", "peft_layers", "peft_kwargs"}
 
 
 def _check_options(options: dict[str, Any]) -> None:
     """Raise ValueError on a misspelt option, with the closest real one."""
-    known = set(inspect.signature(VisionMamba).parameters) | _FACTORY_OPTIONS
-    for name in options.keys() - known:
+    known = {*OPTIONS, "device", "dtype"} | _FACTORY_OPTIONS
+    for name in sorted(options.keys() - known):
+        if any(name in method_fields(method) for method in list_methods()):
+            raise ValueError(
+                f"{name!r} is an option of a method, not of the model: give it as "
+                f"peft_kwargs={{{name!r}: {quote(options[name])}}}, beside peft"
+            )
         raise ValueError(f"unknown model option {name!r}.{suggest(name, known | _PEFT_OPTIONS)}")
 
 

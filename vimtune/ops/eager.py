@@ -193,7 +193,9 @@ def _shifts(num_tokens: int, width: int, reverse: bool) -> list[tuple[slice, sli
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
     weight = weight.to(x.dtype)
-    y = torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x).contiguous()
+    # A copy in any case: of one or no token, `contiguous` would return the bias itself.
+    start = x.new_zeros(()) if bias is None else bias.to(x.dtype)
+    y = start.expand_as(x).clone(memory_format=torch.contiguous_format)
     for tap, (source, target) in enumerate(_shifts(x.shape[1], weight.shape[1], reverse)):
         y[:, target].addcmul_(x[:, source], weight[:, tap])
     return y

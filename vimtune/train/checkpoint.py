@@ -2,7 +2,7 @@
 
 Tensors: `adapter/<name>` (what is trained), `ema/<name>` (its moving average) and
 `optimizer/<name>/<key>`. Metadata, as JSON: the recipe, the facts the state depends on (classes,
-number of training images, hash of the base weights, versions) and the progress. The format holds
+number of training images, identity of the base weights, versions) and the progress. The format holds
 no code, so a checkpoint from elsewhere can be read without trusting it.
 """
 
@@ -55,7 +55,7 @@ HARMLESS = (
     "log_interval",
     "cuda_graph",
 )
-"""May change without a word: no influence on the weights (another base is found by its hash)."""
+"""May change without a word: no influence on the weights (another base is found by its identity)."""
 
 
 class ResumeError(ValueError):
@@ -205,7 +205,7 @@ def refuse_finished(recipe: Recipe, progress: Progress, folder: RunFolder) -> No
         raise ResumeError(f"{folder.path} is finished after {progress.epoch} epochs: {more}")
 
 
-def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any], same_base: bool) -> list[str]:
     """Compare a checkpoint with the run about to continue it.
 
     Returns:
@@ -221,6 +221,8 @@ def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any]) -
         if getattr(saved, name) != getattr(recipe, name)
     ]
     problems += _changed_facts(state.facts, facts)
+    if not same_base:
+        problems.append("the base weights are others")
     if problems:
         raise ResumeError(
             "this checkpoint belongs to another run: "
@@ -244,6 +246,4 @@ def _changed_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
         problems.append(f"the class names differ (such as {changed!r})")
     if saved["train_images"] != now["train_images"]:
         problems.append(f"training images were {saved['train_images']} and are now {now['train_images']}")
-    if saved["base_hash"] != now["base_hash"]:
-        problems.append("the base weights are others")
     return problems

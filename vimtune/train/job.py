@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from vimtune.data import (
     create_dataset,
     create_loader,
 )
-from vimtune.models import VisionMamba, load_checkpoint
+from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.recipe import Recipe
 from vimtune.train.distributed import Processes
 from vimtune.train.settings import derive_seed
@@ -109,14 +109,10 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
         options["img_size"] = _image_size(recipe)
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
     torch.manual_seed(derive_seed(recipe.seed, "model"))
-    created = timm.create_model(
-        recipe.model,
-        pretrained=recipe.pretrained and recipe.checkpoint is None,
-        num_classes=num_classes,
-        drop_path_rate=recipe.drop_path,
-        **options,
+    options |= {"num_classes": num_classes, "drop_path_rate": recipe.drop_path}
+    model = create_listed_model(
+        recipe.model, options, pretrained=recipe.pretrained and recipe.checkpoint is None, what="model_kwargs"
     )
-    model = cast(VisionMamba, created)
     if recipe.checkpoint is not None:
         load_checkpoint(model, recipe.checkpoint)
     torch.manual_seed(derive_seed(recipe.seed, "adapter"))

@@ -152,10 +152,12 @@ class _Run:
             warmup_steps=round(self.steps_per_epoch * recipe.warmup_epochs),
             min_lr=recipe.min_lr,
         )
+        base = adapters.base_identity(self.model)
         self.facts = {
             "classes": self.job.classes,
             "train_images": len(self.job.train.dataset),
-            "base_hash": adapters.base_hash(self.model),
+            "base_hash": base.bits,
+            "base_origin": base.origin,
             "versions": versions(),
         }
         self.progress = Progress()
@@ -485,7 +487,9 @@ class _Run:
             )
 
     def _restore(self, saved: RunState) -> None:
-        notes = check_resumable(saved, self.recipe, self.facts)
+        bits, origin = saved.facts["base_hash"], saved.facts.get("base_origin", "")
+        same_base = adapters.has_base(self.model, bits, origin)
+        notes = check_resumable(saved, self.recipe, self.facts, same_base)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(saved.adapter[name])
