@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 import vimtune
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
-from vimtune.data import CorruptImageError, Transform, build_transform, load_image
-from vimtune.data.folder import EXTENSIONS
+from vimtune.data import CorruptImageError, Transform, build_transform, images, load_image
 from vimtune.models import VisionMamba, load_checkpoint
 from vimtune.ops import use_backend
 from vimtune.train.distributed import resolve_device
@@ -204,10 +203,10 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.name[0] != "."]
+            inside = images.find_images(path).paths
             if not inside:
-                raise ValueError(f"no images in {path}; image types are {' '.join(EXTENSIONS)}")
-            found += sorted(inside)
+                raise ValueError(f"no images in {path}; image types are {' '.join(images.EXTENSIONS)}")
+            found += map(Path, inside)
         elif path.is_file():
             found.append(path)
         else:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vimtune.data import CorruptImageError, DatasetError, MissingSplitError, create_dataset, load_image
+from vimtune.data import DatasetError, MissingSplitError, create_dataset
 from vimtune.data.base import stratified_split
 
 
@@ -111,25 +111,3 @@ def test_stratified_split_is_a_partition(fractions: list[float]) -> None:
         counts = Counter(targets[i] for i in part)
         assert counts[0] == round(50 * fraction)
         assert bool(counts[2]) == (fraction > 0)
-
-
-def test_modes_become_rgb_and_damage_is_reported(tmp_path) -> None:
-    for mode, name in (
-        ("L", "l.png"),
-        ("P", "p.gif"),
-        ("RGBA", "a.png"),
-        ("CMYK", "c.jpg"),
-        ("I;16", "i.png"),
-    ):
-        Image.new(mode, (5, 4)).save(tmp_path / name)
-        assert load_image(tmp_path / name).mode == "RGB"
-    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
-    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
-    data = (tmp_path / "whole.jpg").read_bytes()
-    for name, content in (("cut.jpg", data[: len(data) // 2]), ("empty.jpg", b""), ("text.png", b"hello")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(CorruptImageError, match=name) as error:
-            load_image(tmp_path / name)
-        assert error.value.path == str(tmp_path / name)
-    with pytest.raises(CorruptImageError, match=r"gone\.jpg"):
-        load_image(tmp_path / "gone.jpg")

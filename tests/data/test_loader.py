@@ -10,8 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vimtune.data import CorruptImageError, ImageDataset, build_transform, create_dataset, create_loader
-from vimtune.data.base import load_image
+from vimtune.data import (
+    CorruptImageError,
+    ImageDataset,
+    build_transform,
+    create_dataset,
+    create_loader,
+    load_image,
+)
 
 SIZE = (16, 16)
 

@@ -7,17 +7,15 @@ import below.
 from vimtune.data import caltech, cars, flowers, folder, synthetic  # noqa: F401  (each registers itself)
 from vimtune.data.base import (
     SPLITS,
-    CorruptImageError,
-    DatasetError,
     ImageDataset,
-    MissingSplitError,
     create_dataset,
     dataset_options,
     dataset_summary,
     list_datasets,
-    load_image,
     register_dataset,
 )
+from vimtune.data.errors import CorruptImageError, DatasetError, ImageReadError, MissingSplitError
+from vimtune.data.images import FoundImages, find_images, load_image
 from vimtune.data.loader import ImageLoader, create_loader
 from vimtune.data.transforms import LIBRARIES, PRESETS, Transform, build_transform
 
@@ -27,8 +25,10 @@ __all__ = [
     "SPLITS",
     "CorruptImageError",
     "DatasetError",
+    "FoundImages",
     "ImageDataset",
     "ImageLoader",
+    "ImageReadError",
     "MissingSplitError",
     "Transform",
     "build_transform",
@@ -36,6 +36,7 @@ __all__ = [
     "create_loader",
     "dataset_options",
     "dataset_summary",
+    "find_images",
     "list_datasets",
     "load_image",
     "register_dataset",

@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
-import struct
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from vimtune.data.errors import DatasetError, ImageReadError
+from vimtune.data.images import load_image
 from vimtune.utils import suggest
 
 SPLITS = ("train", "val", "test", "train+val")
 DEFAULT_DATA_DIR = "data"
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
 EMBEDDED_ALTERNATIVE = "No files at hand? `--dataset synthetic_flowers` is embedded and needs none."
-
-
-class DatasetError(ValueError):
-    """A data set cannot be used as asked; the message says what was expected and what to do."""
-
-
-class MissingSplitError(DatasetError):
-    """The data set exists but has no such split (e.g. a folder without test images)."""
-
-
-class CorruptImageError(ValueError):
-    """An image cannot be decoded. `path` names it, `reason` is the decoder's word."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(
-            f"cannot decode image {path}: {reason}. Replace or remove the file, "
-            f"or leave such images out with on_corrupt='skip'."
-        )
-        self.path = path
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[str, str]]:
-        return type(self), (self.path, self.reason)
 
 
 class ImageDataset(ABC):
@@ -84,19 +61,44 @@ class ImageDataset(ABC):
     def describe(self, index: int) -> str:
         """Name image `index` in messages: its path, or how it was generated."""
 
+    def fingerprint(self) -> str:
+        """Hash of which images the split holds, in which order and with which labels.
+
+        A run that is resumed compares it: the same fingerprint means the same images. It depends neither on
+        where the data lie nor on the options that led to the split. This default is a hash of `describe` and
+        `label` of every image; a generator adds to it what its images depend on.
+        """
+        return _hash_lines(f"{self.label(i)} {self.describe(i)}" for i in range(len(self)))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source})"
+
+
+def _hash_lines(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 class FileDataset(ImageDataset):
     """A data set whose images are files. Subclasses pass what they found to `_set_files`."""
 
+    root: Path
     paths: list[str]
 
     def _set_files(
-        self, split: str, paths: Sequence[str], targets: Sequence[int], classes: Sequence[str], source: str
+        self,
+        split: str,
+        root: Path,
+        paths: Sequence[str],
+        targets: Sequence[int],
+        classes: Sequence[str],
+        source: str,
     ) -> None:
+        """Take the images at `paths`, all of them below the folder `root`."""
         self.split = split
+        self.root = root
         self.paths = list(paths)
         self.targets = [int(target) for target in targets]
         self.classes = list(classes)
@@ -108,25 +110,27 @@ class FileDataset(ImageDataset):
     def describe(self, index: int) -> str:
         return self.paths[index]
 
+    def fingerprint(self) -> str:
+        """Hash of every image's label, path below the folder of the data, and size in bytes.
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file to RGB; transparency is laid over white.
+        It changes when an image is renamed, moved, added, removed, or replaced by one of another size. A
+        replacement of the same size is not noticed: to read all contents would take as long as an epoch, and
+        the times of modification differ between copies of the same data.
 
-    Raises:
-        CorruptImageError: the file is missing, truncated or no image.
-    """
+        Raises:
+            ImageReadError: an image is gone or cannot be looked at.
+        """
+        return _hash_lines(
+            f"{label} {_size(path)} {os.path.relpath(path, self.root)}"
+            for label, path in zip(self.targets, self.paths, strict=True)
+        )
+
+
+def _size(path: str) -> int:
     try:
-        with Image.open(path) as image:
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-                canvas = Image.new("RGBA", image.size, "white")
-                canvas.alpha_composite(image.convert("RGBA"))
-                return canvas.convert("RGB")
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    # Pillow's decoders raise all of these on damaged files.
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise CorruptImageError(str(path), str(error) or type(error).__name__) from error
+        return os.stat(path).st_size
+    except OSError as error:
+        raise ImageReadError(path, error.strerror or str(error)) from error
 
 
 # --------------------------------------------------------------------------- registry

@@ -19,13 +19,13 @@ import numpy as np
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
-    DatasetError,
     FileDataset,
     check_files_exist,
     locate_root,
     register_dataset,
 )
 from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+from vimtune.data.errors import DatasetError
 
 SPLIT_SEED = 0
 NUM_TRAIN = 25
@@ -65,7 +65,7 @@ class Caltech(FileDataset):
         check_files_exist(paths, f"Caltech-101 in {root}", _LAYOUT)
         names = [readable_name(category) for category in categories]
         source = f"Caltech-101 {split} part of vimtune's split (30 per class, seed {SPLIT_SEED}) from {root}"
-        self._set_files(split, paths, targets, names, source)
+        self._set_files(split, root, paths, targets, names, source)
 
 
 def load_split() -> dict[str, Any]:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
-    DatasetError,
     FileDataset,
     check_files_exist,
     locate_root,
     register_dataset,
     stratified_split,
 )
+from vimtune.data.errors import DatasetError
 
 _TEST_LABELS = "cars_test_annos_withlabels.mat"
 _HELP = (
@@ -64,7 +64,7 @@ class Cars(FileDataset):
             else ""
         )
         source = f"Stanford Cars {split} part{drawn} from {root}"
-        self._set_files(split, paths, [label for _, label in rows], classes, source)
+        self._set_files(split, root, paths, [label for _, label in rows], classes, source)
 
 
 def _test_table(root: Path) -> Path:

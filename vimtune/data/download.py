@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from vimtune.data.base import DatasetError
+from vimtune.data.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
-    DatasetError,
     FileDataset,
     check_files_exist,
     locate_root,
     register_dataset,
 )
 from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+from vimtune.data.errors import DatasetError
 
 _URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 _MD5 = {
@@ -53,6 +53,7 @@ class Flowers(FileDataset):
         )
         self._set_files(
             split,
+            root,
             paths,
             [labels[i - 1] - 1 for i in ids],
             classes,

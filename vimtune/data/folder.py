@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
-    DatasetError,
     FileDataset,
-    MissingSplitError,
     register_dataset,
     stratified_split,
 )
+from vimtune.data.errors import DatasetError, MissingSplitError
+from vimtune.data.images import EXTENSIONS, find_images
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 _ALIASES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
@@ -81,7 +79,7 @@ class Folder(FileDataset):
             raise MissingSplitError(
                 f"the {split!r} split of {data_dir} is empty ({how}). Add images or raise {split}_fraction."
             )
-        self._set_files(split, paths, targets, classes, f"folder {data_dir}, {split} split ({how})")
+        self._set_files(split, data_dir, paths, targets, classes, f"folder {data_dir}, {split} split ({how})")
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -147,8 +145,4 @@ def _scan(root: Path) -> tuple[list[str], list[int], list[str]]:
 
 
 def _images_below(folder: Path) -> list[str]:
-    found = []
-    for where, _, names in os.walk(folder, followlinks=True):
-        # A leading dot marks macOS resource forks and other hidden files.
-        found += [os.path.join(where, n) for n in names if n.lower().endswith(EXTENSIONS) and n[0] != "."]
-    return sorted(found)
+    return find_images(folder).paths

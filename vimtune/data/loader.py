@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vimtune.data.base import CorruptImageError, ImageDataset
+from vimtune.data.base import ImageDataset
+from vimtune.data.errors import CorruptImageError
 from vimtune.data.transforms import Transform
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vimtune.data.base import DatasetError, ImageDataset, register_dataset
+from vimtune.data.base import ImageDataset, register_dataset
+from vimtune.data.errors import DatasetError
 from vimtune.data.flora import GENUS_SIZE, Species, make_species, species_name
 from vimtune.data.painter import (
     RGB,
@@ -114,6 +115,9 @@ class SyntheticFlowers(ImageDataset):
     def describe(self, index: int) -> str:
         number, part, i = self._items[index]
         return f"synthetic {part} {number}/{i}"
+
+    def fingerprint(self) -> str:
+        return f"seed {self._seed}, {self._img_size[0]}x{self._img_size[1]}: {super().fingerprint()}"
 
 
 def render_flower(seed: int, number: int, split: str, index: int, img_size: tuple[int, int]) -> Image.Image:
