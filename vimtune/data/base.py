@@ -95,14 +95,17 @@ class FileDataset(ImageDataset):
         targets: Sequence[int],
         classes: Sequence[str],
         source: str,
+        notes: Sequence[str] = (),
     ) -> None:
-        """Take the images at `paths`, all of them below the folder `root`."""
+        """Take the images at `paths`, all of them below the folder `root`; `source` ends with `notes`."""
         self.split = split
         self.root = root
         self.paths = list(paths)
         self.targets = [int(target) for target in targets]
         self.classes = list(classes)
-        self.source = f"{source}, {len(self.paths)} images of {len(self.classes)} classes"
+        self.source = "; ".join(
+            [f"{source}, {len(self.paths)} images of {len(self.classes)} classes", *notes]
+        )
 
     def load(self, index: int) -> Image.Image:
         return load_image(self.paths[index])
