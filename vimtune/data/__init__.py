@@ -14,7 +14,14 @@ from vimtune.data.base import (
     list_datasets,
     register_dataset,
 )
-from vimtune.data.errors import CorruptImageError, DatasetError, ImageReadError, MissingSplitError
+from vimtune.data.errors import (
+    CorruptImageError,
+    DatasetError,
+    ImageReadError,
+    MissingSplitError,
+    TooManyCorruptError,
+    WorkerError,
+)
 from vimtune.data.images import FoundImages, find_images, load_image
 from vimtune.data.loader import ImageLoader, create_loader
 from vimtune.data.transforms import LIBRARIES, PRESETS, Transform, build_transform
@@ -30,7 +37,9 @@ __all__ = [
     "ImageLoader",
     "ImageReadError",
     "MissingSplitError",
+    "TooManyCorruptError",
     "Transform",
+    "WorkerError",
     "build_transform",
     "create_dataset",
     "create_loader",

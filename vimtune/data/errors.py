@@ -43,3 +43,11 @@ class ImageReadError(DatasetError):
 
     def __reduce__(self) -> tuple[type[ImageReadError], tuple[str, str]]:
         return type(self), (self.path, self.reason)
+
+
+class TooManyCorruptError(DatasetError):
+    """So many images were left out as corrupt that what is left is no longer the data set."""
+
+
+class WorkerError(DatasetError):
+    """The processes that prepare images can no longer do so: one died, or the system ran out of something."""
