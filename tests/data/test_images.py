@@ -302,9 +302,10 @@ def test_decompression_bombs_are_refused_whatever_pillows_setting(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     path = tmp_path / "bomb.ppm"
-    path.write_bytes(b"P6 20000 20000 255 ")
-    with pytest.raises(CorruptImageError, match="pixels"):
-        load_image(path)
+    for size in (b"20000 20000", b"1000001 1", b"1 1000001"):
+        path.write_bytes(b"P6 " + size + b" 255 ")
+        with pytest.raises(CorruptImageError, match="pixels"):
+            load_image(path)
 
 
 def test_images_up_to_the_limit_are_read(tmp_path, monkeypatch) -> None:

@@ -24,6 +24,8 @@ from vimtune.text import printable
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels: 512 MiB as RGB. Larger ones are refused unread."""
+MAX_SIDE = 1_000_000
+"""Longest side of an image that is decoded, in pixels: resizing takes memory for it, too."""
 
 _FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's name of the format -> its usual extensions
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -102,7 +104,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     Of several frames the first is taken.
 
     Raises:
-        CorruptImageError: damaged, of no format in `FORMATS`, above `MAX_PIXELS`, or no regular file.
+        CorruptImageError: damaged, of no format in `FORMATS`, too large, or no regular file.
         ImageReadError: missing, or the system cannot read it.
     """
     name = os.fspath(path)
@@ -121,14 +123,20 @@ def _decode(path: str) -> tuple[Image.Image, int]:
     """The image in its own mode, and its EXIF orientation."""
     try:
         with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            _check_size(*image.size)
             image.load()
             return image, _orientation(image)
     except _DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in _DECODER_ERRNOS:
             raise ImageReadError(path, error.strerror or str(error)) from error
         raise CorruptImageError(path, _reason(error)) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels: a side is longer than {MAX_SIDE:,}")
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -115,8 +115,8 @@ class ImageLoader:
                 raise
             reason = printable(shorten(text.splitlines()[-1]))
             raise WorkerError(
-                f"the processes that prepare images failed ({reason}). Most often memory, shared memory or open "
-                f"files ran out: use fewer --num-workers, a smaller --batch-size, or no --cache."
+                f"the processes that prepare images failed ({reason}). Most often memory, shared memory or "
+                f"open files ran out: use fewer --num-workers, a smaller --batch-size, or no --cache."
             ) from error
 
     def _leave_out(self, error: CorruptImageError | ImageReadError) -> None:
