@@ -26,16 +26,26 @@ RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors
 GROUPS = ("data", "model", "method", "optimisation", "run")
 
 
-# Model options that the recipe sets from elsewhere, and where.
-_MODEL_OPTION_OWNERS = {
-    "num_classes": "the data set",
-    "img_size": "the key img_size",
-    "drop_path_rate": "the key drop_path",
-    "pretrained": "the key pretrained",
-    "peft": "the key peft",
-    "peft_targets": "the key targets",
-    "peft_layers": "the key layers",
-    "peft_kwargs": "the key peft_kwargs",
+# Options of data sets and models that the recipe sets from elsewhere, and where.
+_OPTION_OWNERS = {
+    "dataset_kwargs": {
+        "name": "the key dataset",
+        "split": "the keys train_split and eval_split",
+        "data_dir": "the key data_dir",
+        "seed": "the key data_seed",
+        "img_size": "the key img_size",
+        "download": "the key download",
+    },
+    "model_kwargs": {
+        "num_classes": "the data set",
+        "img_size": "the key img_size",
+        "drop_path_rate": "the key drop_path",
+        "pretrained": "the key pretrained",
+        "peft": "the key peft",
+        "peft_targets": "the key targets",
+        "peft_layers": "the key layers",
+        "peft_kwargs": "the key peft_kwargs",
+    },
 }
 
 
@@ -92,6 +102,9 @@ class Recipe:
     )
     dataset_kwargs: dict[str, Any] = _setting(
         "data", {}, parsers.mapping, "further options of the data set, such as species=20"
+    )
+    data_seed: int = _setting(
+        "data", 0, parsers.integer(0), "seed of splits that are drawn and of generated images"
     )
     download: bool = _setting("data", True, parsers.boolean, "download a data set that is not there yet")
     num_workers: int = _setting("data", 2, parsers.integer(0), "processes that prepare images")
@@ -207,7 +220,7 @@ class Recipe:
     )
 
     # --- run
-    seed: int = _setting("run", 0, parsers.integer(0), "seed of everything random")
+    seed: int = _setting("run", 0, parsers.integer(0), "seed of weights, order and augmentation")
     deterministic: bool = _setting("run", False, parsers.boolean, "use deterministic algorithms only")
     device: str = _setting("run", "auto", parsers.text, "auto, cpu, cuda, cuda:1, mps")
     backend: str = _setting(
@@ -265,12 +278,10 @@ class Recipe:
             )
         if not wrong & {"amp", "device"} and self.amp == "fp16" and self.device == "cpu":
             problems.append("amp = 'fp16' needs a GPU: use bf16 or none on the CPU")
-        if "model_kwargs" not in wrong:
-            problems += [
-                f"model_kwargs: {option} is set by {owner}"
-                for option, owner in _MODEL_OPTION_OWNERS.items()
-                if option in self.model_kwargs
-            ]
+        for key, owners in _OPTION_OWNERS.items():
+            if key not in wrong:
+                given = owners.keys() & getattr(self, key).keys()
+                problems += [f"{key}: {option} is set by {owners[option]}" for option in sorted(given)]
         if not wrong & {"peft", "peft_kwargs"}:
             problems += self._method_problems(wrong)
         return problems
@@ -430,6 +441,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of an earlier run, with the keys it lacks set to what vimtune did when it was stored."""
+    return {"data_seed": values.get("seed", 0), **values}  # one seed drew everything
+
+
 def load_recipe(
     config: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -450,7 +466,8 @@ def load_recipe(
         elif not (folder / "recipe.yaml").is_file():
             problems.append(f"resume = {str(resume)!r} is no run folder: it has no recipe.yaml")
         else:
-            values = {**read_yaml(folder / "recipe.yaml"), "output_dir": str(folder), **values}
+            stored = complete_stored(read_yaml(folder / "recipe.yaml"))
+            values = {**stored, "output_dir": str(folder), **values}
     problems += path_problems(values)
     try:
         recipe = Recipe.from_values(values)

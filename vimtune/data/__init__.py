@@ -7,8 +7,10 @@ import below.
 from vimtune.data import caltech, cars, flowers, folder, synthetic  # noqa: F401  (each registers itself)
 from vimtune.data.base import (
     SPLITS,
+    FileDataset,
     ImageDataset,
     create_dataset,
+    dataset_class,
     dataset_options,
     dataset_summary,
     list_datasets,
@@ -32,6 +34,7 @@ __all__ = [
     "SPLITS",
     "CorruptImageError",
     "DatasetError",
+    "FileDataset",
     "FoundImages",
     "ImageDataset",
     "ImageLoader",
@@ -43,6 +46,7 @@ __all__ = [
     "build_transform",
     "create_dataset",
     "create_loader",
+    "dataset_class",
     "dataset_options",
     "dataset_summary",
     "find_images",

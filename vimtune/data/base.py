@@ -6,15 +6,17 @@ import hashlib
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 from PIL import Image
 
 from vimtune.data.errors import DatasetError, ImageReadError
 from vimtune.data.images import load_image
+from vimtune.schema import check
+from vimtune.text import quote
 from vimtune.utils import suggest
 
 SPLITS = ("train", "val", "test", "train+val")
@@ -25,13 +27,27 @@ EMBEDDED_ALTERNATIVE = "No files at hand? `--dataset synthetic_flowers` is embed
 class ImageDataset(ABC):
     """Images with integer labels.
 
+    What a data set owes (tests/data/test_data_registry.py holds every registered one to it):
+
+    - Its class is called with `(split, data_dir, *, seed, img_size, download, **options)` and sets the
+      attributes below. `split` is one of `SPLITS`; `data_dir` is a Path, or None where the user named none.
+    - Its options are keyword-only parameters with a default and an annotation that says type and range, such
+      as `Annotated[int, Ge(1)]`. Values are checked against it before the class is called.
+    - The same arguments give the same images in the same order. What is drawn at random depends on `seed`
+      alone. No image is in two of the splits train, val and test; "train+val" is those two together.
+    - A split that does not exist raises `MissingSplitError`. All else that is wrong with arguments or files
+      raises `DatasetError` in one line: what was found, what was expected, what to do next.
+    - A data set made of files derives from `FileDataset`. Where they are missing and not to be downloaded,
+      the error names the folder that was searched and says which files belong into "<data-dir>"; nothing is
+      written.
+
     Attributes:
         name: the registry's name.
         summary: one line for tables.
         split: one of `SPLITS`.
         classes: human-readable class names; label `i` means `classes[i]`.
         targets: the label of every image.
-        source: one line saying which data are really used.
+        source: one line saying which data are really used, with the number of images and classes.
     """
 
     name: ClassVar[str] = ""
@@ -139,13 +155,14 @@ def _size(path: str) -> int:
 # --------------------------------------------------------------------------- registry
 
 _REGISTRY: dict[str, type[ImageDataset]] = {}
+_COMMON = ("self", "split", "data_dir", "seed", "img_size", "download")
+"""Parameters that every data set has; the others are its options."""
 
 
 def register_dataset(name: str) -> Callable[[type[ImageDataset]], type[ImageDataset]]:
     """Class decorator: make an `ImageDataset` available as `create_dataset(name, ...)`.
 
-    The class is called with `(split, data_dir, *, seed, img_size, download, **options)`; its further
-    keyword-only arguments are the options users give as `dataset_kwargs`.
+    `ImageDataset` says what the class must offer.
     """
 
     def register(cls: type[ImageDataset]) -> type[ImageDataset]:
@@ -163,16 +180,25 @@ def list_datasets() -> dict[str, str]:
     return {name: _REGISTRY[name].summary for name in sorted(_REGISTRY)}
 
 
+def dataset_class(name: str) -> type[ImageDataset]:
+    """The class of the data set `name`."""
+    if name not in _REGISTRY:
+        raise DatasetError(
+            f"unknown data set {quote(name)}; choose from {', '.join(list_datasets())}."
+            f"{suggest(name, _REGISTRY)}"
+        )
+    return _REGISTRY[name]
+
+
 def dataset_summary(name: str) -> str:
     """One-line description of the data set `name`."""
-    return _find(name).summary
+    return dataset_class(name).summary
 
 
 def dataset_options(name: str) -> dict[str, Any]:
     """Options of a data set (`dataset_kwargs`) with their defaults."""
-    common = {"self", "split", "data_dir", "seed", "img_size", "download"}
-    parameters = inspect.signature(_find(name).__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in common}
+    parameters = inspect.signature(dataset_class(name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in _COMMON}
 
 
 def create_dataset(
@@ -197,31 +223,50 @@ def create_dataset(
         dataset_kwargs: options of this data set, see `dataset_options(name)`.
 
     Raises:
-        DatasetError: unknown name, split or option, or missing or unusable data.
+        DatasetError: unknown name, split or option, an option of the wrong type or out of its range, or
+            missing or unusable data.
+        MissingSplitError: the data set has no such split.
     """
-    cls = _find(name)
+    cls = dataset_class(name)
     if split not in SPLITS:
         raise DatasetError(
-            f"unknown split {split!r}; choose from {', '.join(SPLITS)}.{suggest(split, SPLITS)}"
+            f"unknown split {quote(split)}; choose from {', '.join(SPLITS)}.{suggest(split, SPLITS)}"
         )
-    options = dataset_options(name)
-    for key in dataset_kwargs:
+    options = _check_options(cls, dataset_kwargs)
+    root = None if data_dir is None else Path(data_dir).expanduser()
+    make: Callable[..., ImageDataset] = cls
+    dataset = make(split, root, seed=seed, img_size=img_size, download=download, **options)
+    _refuse_degenerate(dataset)
+    return dataset
+
+
+def _check_options(cls: type[ImageDataset], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, compared with the annotations of the class's options."""
+    options = dataset_options(cls.name)
+    for key in given:
         if key not in options:
             known = ", ".join(options) or "none"
             raise DatasetError(
-                f"data set {name!r} has no option {key!r}; its options: {known}.{suggest(key, options)}"
+                f"data set {cls.name!r} has no option {quote(key)}; its options: {known}."
+                f"{suggest(key, options)}"
             )
-    root = None if data_dir is None else Path(data_dir).expanduser()
-    make: Callable[..., ImageDataset] = cls
-    return make(split, root, seed=seed, img_size=img_size, download=download, **dataset_kwargs)
+    types = get_type_hints(cls.__init__, include_extras=True)
+    return {
+        key: check(types[key], value, f"data set {cls.name!r}: {key}={quote(value)}", DatasetError)
+        for key, value in given.items()
+    }
 
 
-def _find(name: str) -> type[ImageDataset]:
-    if name not in _REGISTRY:
+def _refuse_degenerate(dataset: ImageDataset) -> None:
+    if not dataset.targets:
+        raise DatasetError(f"the data set is empty: {dataset.source}.")
+    if len(dataset.classes) < 2:
+        raise DatasetError(f"a classifier needs at least 2 classes: {dataset.source}.")
+    lowest, highest = min(dataset.targets), max(dataset.targets)
+    if lowest < 0 or highest >= len(dataset.classes):
         raise DatasetError(
-            f"unknown data set {name!r}; choose from {', '.join(list_datasets())}.{suggest(name, _REGISTRY)}"
+            f"labels {lowest} to {highest} do not fit {len(dataset.classes)} classes: {dataset.source}."
         )
-    return _REGISTRY[name]
 
 
 # --------------------------------------------------------------------------- helpers for data sets

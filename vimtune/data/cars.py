@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Gt, Lt
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
@@ -41,11 +44,9 @@ class Cars(FileDataset):
         seed: int,
         img_size: tuple[int, int],
         download: bool,
-        val_fraction: float = 0.1,
+        val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
     ) -> None:
         del img_size, download
-        if not 0 < val_fraction < 1:
-            raise DatasetError(f"val_fraction={val_fraction} must lie between 0 and 1.")
         root, found = locate_root(data_dir, ["stanford_cars", "cars"], "devkit/cars_meta.mat")
         if not found:
             raise DatasetError(f"Stanford Cars is not in {root}. {_HELP} {EMBEDDED_ALTERNATIVE}")
