@@ -122,7 +122,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
 def _decode(path: str) -> tuple[Image.Image, int]:
     """The image in its own mode, and its EXIF orientation."""
     try:
-        with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=FORMATS) as image:
+        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
             _check_size(*image.size)
             image.load()
             return image, _orientation(image)
@@ -139,7 +139,7 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels: a side is longer than {MAX_SIDE:,}")
 
 
-def _open_regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int) -> int:
     """Open a regular file, without waiting for the other end of a pipe or waking a device."""
     try:
         descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
