@@ -66,6 +66,7 @@ GOOD = {
     "compile": (True, "on"),
     "cuda_graph": ("on", "on"),
     "seed": (7, "7"),
+    "data_seed": (3, "3"),
     "deterministic": (True, "True"),
     "device": ("cpu", "cpu"),
     "backend": ("torch", "torch"),
@@ -122,6 +123,7 @@ BAD = {
     "compile": ["max"],
     "cuda_graph": ["always", 1, None],
     "seed": [-1, "x"],
+    "data_seed": [-1, "x", None, True],
     "deterministic": [None],
     "device": [3],
     "backend": ["gpu"],
@@ -201,6 +203,12 @@ def test_all_problems_are_reported_together():
         ({"epochs": 2, "warmup_epochs": 3}, "warmup_epochs = 3"),
         ({"amp": "fp16", "device": "cpu"}, "bf16"),
         ({"model_kwargs": {"img_size": 32}}, "img_size is set by the key img_size"),
+        ({"dataset_kwargs": "seed=0"}, "dataset_kwargs: seed is set by the key data_seed"),
+        ({"dataset_kwargs": {"split": "test"}}, "split is set by the keys train_split and eval_split"),
+        ({"dataset_kwargs": {"img_size": 32}}, "img_size is set by the key img_size"),
+        ({"dataset_kwargs": {"name": "cars"}}, "name is set by the key dataset"),
+        ({"dataset_kwargs": {"data_dir": "x"}}, "data_dir is set by the key data_dir"),
+        ({"dataset_kwargs": {"download": False}}, "download is set by the key download"),
         ({"peft": "linear", "rank": 4}, "rank = 4 is not a field of linear"),
         ({"rank": 4, "peft_kwargs": {"rank": 4}}, "given twice"),
         ({"peft_kwargs": {"rnk": 4}}, "Did you mean 'rank'?"),
@@ -339,6 +347,16 @@ def test_resuming_needs_only_the_folder(tmp_path):
 
     checkpoint = write(run / "checkpoint.safetensors", "")
     assert load_recipe(None, {"resume": str(checkpoint)}).output_dir == str(run)
+
+
+def test_a_run_of_before_data_seed_resumes_with_the_data_of_its_seed(tmp_path):
+    build(seed=5).save(tmp_path / "recipe.yaml")
+    values = read_yaml(tmp_path / "recipe.yaml")
+    assert load_recipe(None, {"resume": str(tmp_path)}).data_seed == 0
+    del values["data_seed"]
+    write(tmp_path / "recipe.yaml", yaml.safe_dump(values))
+    assert load_recipe(None, {"resume": str(tmp_path)}).data_seed == 5
+    assert load_recipe(None, {"resume": str(tmp_path), "data_seed": "2"}).data_seed == 2
 
 
 @pytest.mark.parametrize("make", [False, True])

@@ -36,6 +36,13 @@ def test_values_that_fit_become_an_instance_with_its_parts():
     assert found == Outer("a", 0, [Inner(1.0)], {"b": [1, None]})
 
 
+@pytest.mark.parametrize("value", ["3", True, 3.5, None])
+def test_plain_types_are_not_converted_either(value):
+    with pytest.raises(ValueError, match=r"valid integer"):
+        check(int, value, "an option")
+    assert check(Annotated[float, Ge(0)], 3, "an option") == 3.0
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

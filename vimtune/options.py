@@ -19,7 +19,7 @@ RESERVED = {
         "name": "the key dataset",
         "split": "the keys train_split and eval_split",
         "data_dir": "the key data_dir",
-        "seed": "the key seed",
+        "seed": "the key data_seed",
         "img_size": "the key img_size",
         "download": "the key download",
     },

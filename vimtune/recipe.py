@@ -83,6 +83,9 @@ class Recipe:
     dataset_kwargs: dict[str, Any] = _setting(
         "data", {}, parsers.mapping, "further options of the data set, such as species=20"
     )
+    data_seed: int = _setting(
+        "data", 0, parsers.integer(0, 2**63 - 1), "seed of splits that are drawn and of generated images"
+    )
     download: bool = _setting("data", True, parsers.boolean, "download a data set that is not there yet")
     num_workers: int = _setting("data", 2, parsers.integer(0, 1024), "processes that prepare images")
     cache: bool = _setting("data", False, parsers.boolean, "keep decoded images in memory")
@@ -200,7 +203,7 @@ class Recipe:
     )
 
     # --- run
-    seed: int = _setting("run", 0, parsers.integer(0, 2**63 - 1), "seed of everything random")
+    seed: int = _setting("run", 0, parsers.integer(0, 2**63 - 1), "seed of weights, order and augmentation")
     deterministic: bool = _setting("run", False, parsers.boolean, "use deterministic algorithms only")
     device: str = _setting("run", "auto", parsers.device, "auto, cpu, cuda, cuda:1, mps")
     backend: str = _setting(
@@ -412,6 +415,11 @@ def _is_there(path: Path) -> bool:
     return True
 
 
+def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of an earlier run, with the keys it lacks set to what vimtune did when it was stored."""
+    return {"data_seed": values.get("seed", 0), **values}  # one seed drew everything
+
+
 def load_recipe(
     config: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -471,4 +479,4 @@ def _resumed(resume: Any) -> dict[str, Any]:
             raise RecipeError([f"resume = {quote(path)} is no run folder: it has no recipe.yaml"])
     except OSError as error:
         raise RecipeError([f"resume = {quote(path)}: {error.strerror}"]) from error
-    return _read("resume", folder / "recipe.yaml") | {"output_dir": str(folder)}
+    return complete_stored(_read("resume", folder / "recipe.yaml")) | {"output_dir": str(folder)}

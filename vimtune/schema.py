@@ -62,7 +62,7 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
     adapter: TypeAdapter[Schema] = _adapter(schema)  # type: ignore[arg-type]  # types hash
     try:
         # Through JSON: in strict mode pydantic makes a dataclass out of an object of JSON, not out of a dict.
-        return adapter.validate_json(json.dumps(values, allow_nan=False))
+        return adapter.validate_json(json.dumps(values, allow_nan=False), strict=True)
     except ValidationError as failure:
         problems = failure.errors(include_url=False, include_context=False)
         shown = "; ".join(

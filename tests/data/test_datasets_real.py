@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.resources import files
 
 import pytest
 
 from vimtune.data import DatasetError, create_dataset
-from vimtune.data.caltech import SPLIT_SEED, draw_split, load_split, select_numbers
+from vimtune.data.caltech import SPLIT_SEED, draw_split, format_split, load_split, select_numbers
 
 FOLDERS = {"flowers": "flowers", "caltech": "caltech101", "cars": "stanford_cars"}
 SIZES = {
@@ -84,14 +85,16 @@ def test_cars_val_is_a_stratified_tenth_fixed_by_the_seed(shared_dir) -> None:
 
 def test_caltech_split_file_is_what_the_seed_draws() -> None:
     split = load_split()
-    counts = {name: entry["count"] for name, entry in split["categories"].items()}
+    counts = {name: entry.count for name, entry in split.categories.items()}
     assert split == draw_split(counts, SPLIT_SEED)
     assert split != draw_split(counts, SPLIT_SEED + 1)
     assert len(counts) == 102 and sum(counts.values()) == 9144
-    for entry in split["categories"].values():
+    for entry in split.categories.values():
         parts = {part: select_numbers(entry, part) for part in ("train", "val", "test", "train+val")}
         assert [len(parts[p]) for p in ("train", "val", "train+val")] == [25, 5, 30]
-        assert sorted(parts["train+val"] + parts["test"]) == list(range(1, entry["count"] + 1))
+        assert sorted(parts["train+val"] + parts["test"]) == list(range(1, entry.count + 1))
+    shipped = files("vimtune.data").joinpath("caltech101_split.json").read_text(encoding="utf-8")
+    assert format_split(split) == shipped
 
 
 def test_incomplete_caltech_names_a_missing_image(tmp_path) -> None:

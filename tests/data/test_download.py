@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,3 +135,63 @@ def test_extract_moves_one_entry_and_leaves_no_rest(tmp_path) -> None:
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["jpg"]
     with pytest.raises(DownloadError, match="no entry 'png'"):
         extract_archive(tmp_path / "x.tgz", tmp_path / "out2", "png")
+
+
+def archive_of(path: Path, name: str, kind: str) -> Path:
+    """An archive with jpg/a.txt and one entry more."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as bundle:
+            bundle.writestr("jpg/a.txt", "a")
+            bundle.writestr(name, "evil")
+        return path
+    with tarfile.open(path, "w:gz") as bundle:
+        for entry, entry_kind in (("jpg/a.txt", "file"), (name, kind)):
+            info = tarfile.TarInfo(entry)
+            if entry_kind == "file":
+                info.size = 4
+                bundle.addfile(info, io.BytesIO(b"evil"))
+                continue
+            info.type = {"symlink": tarfile.SYMTYPE, "link": tarfile.LNKTYPE, "fifo": tarfile.FIFOTYPE}.get(
+                entry_kind, tarfile.CHRTYPE
+            )
+            info.linkname = "../../outside" if entry_kind == "symlink" else "jpg/a.txt"
+            bundle.addfile(info)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "name", "kind"),
+    [
+        *(
+            (suffix, name, "file")
+            for suffix in (".tgz", ".zip")
+            for name in ("../outside", "jpg/../../../outside")
+        ),
+        *((suffix, "/tmp/vimtune-outside", "file") for suffix in (".tgz", ".zip")),
+        *((".tgz", "jpg/b.txt", kind) for kind in ("symlink", "link", "fifo", "device")),
+    ],
+)
+def test_entries_that_lead_outside_or_are_no_files_are_refused(
+    suffix: str, name: str, kind: str, tmp_path
+) -> None:
+    archive = archive_of(tmp_path / f"x{suffix}", name, kind)
+    folder = tmp_path / "deep" / "er" / "out"
+    with pytest.raises(DownloadError, match=r"damaged or not the expected archive .*delete it"):
+        extract_archive(archive, folder, "jpg")
+    files = [path for path in tmp_path.rglob("*") if not path.is_dir()]
+    assert files == [archive] and not Path("/tmp/vimtune-outside").exists()
+
+
+@pytest.mark.parametrize("suffix", [".tgz", ".zip"])
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "changed"])
+def test_damaged_archives_are_one_line(suffix: str, damage: str, tmp_path) -> None:
+    archive = archive_of(tmp_path / f"x{suffix}", "jpg/" + "b" * 90, "file")
+    whole = archive.read_bytes()
+    changed = bytearray(whole)
+    changed[whole.index(b"evil") if suffix == ".zip" else len(whole) // 2] ^= 255
+    content = {"empty": b"", "text": b"hello" * 200, "cut": whole[: len(whole) // 2], "changed": changed}
+    archive.write_bytes(content[damage])
+    with pytest.raises(DownloadError, match="delete it and download again") as error:
+        extract_archive(archive, tmp_path / "out", "jpg")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "out").iterdir()) == []

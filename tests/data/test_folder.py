@@ -1,19 +1,29 @@
 from __future__ import annotations
 
+import os
+import re
+import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from vimtune.data import CorruptImageError, DatasetError, MissingSplitError, create_dataset, load_image
+from vimtune.data import DatasetError, ImageReadError, MissingSplitError, create_dataset
 from vimtune.data.base import stratified_split
+from vimtune.data.layout import split_of
 
 
 def fill(folder: Path, count: int, suffix: str = ".png") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("RGB", (12, 10), (i * 5 % 255, 80, 40)).save(folder / f"{i:03d}{suffix}")
+
+
+def fill_classes(folder: Path, count: int, names: Sequence[str] = ("a", "b")) -> None:
+    for name in names:
+        fill(folder / name, count)
 
 
 def test_drawn_splits_are_disjoint_stratified_and_seeded(tmp_path) -> None:
@@ -56,10 +66,10 @@ def test_val_is_drawn_from_train_where_it_lacks(tmp_path) -> None:
 
 
 def test_missing_test_split_has_its_own_error(tmp_path) -> None:
-    fill(tmp_path / "train" / "a", 4)
+    fill_classes(tmp_path / "parted" / "train", 4)
     with pytest.raises(MissingSplitError, match="no test folder"):
-        create_dataset("folder", "test", tmp_path)
-    fill(tmp_path / "flat" / "a", 4)
+        create_dataset("folder", "test", tmp_path / "parted")
+    fill_classes(tmp_path / "flat", 4)
     with pytest.raises(MissingSplitError, match="test_fraction"):
         create_dataset("folder", "test", tmp_path / "flat", test_fraction=0.0)
 
@@ -71,7 +81,7 @@ def test_a_class_may_be_called_train(tmp_path) -> None:
 
 
 def test_empty_class_is_named(tmp_path) -> None:
-    fill(tmp_path / "full", 3)
+    fill_classes(tmp_path, 3)
     (tmp_path / "hollow").mkdir()
     with pytest.raises(DatasetError, match=r"without images: .*hollow"):
         create_dataset("folder", "train", tmp_path)
@@ -82,7 +92,7 @@ def test_classes_of_the_splits_must_match(tmp_path) -> None:
     fill(tmp_path / "train" / "b", 3)
     fill(tmp_path / "val" / "a", 3)
     fill(tmp_path / "val" / "c", 3)
-    with pytest.raises(DatasetError, match=r"missing \['b'\], extra \['c'\]"):
+    with pytest.raises(DatasetError, match=r"missing 'b', extra 'c'"):
         create_dataset("folder", "val", tmp_path)
 
 
@@ -92,9 +102,9 @@ def test_wrong_layouts_and_values_are_explained(tmp_path) -> None:
         create_dataset("folder", "train", tmp_path)
     with pytest.raises(DatasetError, match="needs data_dir"):
         create_dataset("folder", "train")
-    fill(tmp_path / "images", 3)
+    fill(tmp_path / "loose", 3)
     with pytest.raises(DatasetError, match="no class folders"):
-        create_dataset("folder", "train", tmp_path / "images")
+        create_dataset("folder", "train", tmp_path / "loose")
     with pytest.raises(DatasetError, match="leave no train images"):
         create_dataset("folder", "train", tmp_path, val_fraction=0.6, test_fraction=0.4)
     with pytest.raises(DatasetError, match=r"val_fraction=1\.5"):
@@ -113,23 +123,299 @@ def test_stratified_split_is_a_partition(fractions: list[float]) -> None:
         assert bool(counts[2]) == (fraction > 0)
 
 
-def test_modes_become_rgb_and_damage_is_reported(tmp_path) -> None:
-    for mode, name in (
-        ("L", "l.png"),
-        ("P", "p.gif"),
-        ("RGBA", "a.png"),
-        ("CMYK", "c.jpg"),
-        ("I;16", "i.png"),
-    ):
-        Image.new(mode, (5, 4)).save(tmp_path / name)
-        assert load_image(tmp_path / name).mode == "RGB"
-    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
-    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.jpg")
-    data = (tmp_path / "whole.jpg").read_bytes()
-    for name, content in (("cut.jpg", data[: len(data) // 2]), ("empty.jpg", b""), ("text.png", b"hello")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(CorruptImageError, match=name) as error:
-            load_image(tmp_path / name)
-        assert error.value.path == str(tmp_path / name)
-    with pytest.raises(CorruptImageError, match=r"gone\.jpg"):
-        load_image(tmp_path / "gone.jpg")
+# --------------------------------------------------------------------------- layouts
+
+
+def splits_of(folder: Path, **options) -> dict[str, set[str]]:
+    """Relative paths of the images of each split that there is."""
+    found = {}
+    for split in ("train", "val", "test"):
+        try:
+            dataset = create_dataset("folder", split, folder, **options)
+        except MissingSplitError:
+            continue
+        found[split] = {os.path.relpath(path, folder) for path in dataset.paths}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Train", "Val", "Test"),
+        ("TRAINING", "VALIDATION", "TESTING"),
+        ("Training", None, "Testing"),
+        ("train", "dev", "test"),
+        ("train", "valid", "test"),
+        ("train", "eval", "test"),
+        ("training_set", None, "test_set"),
+        ("seg_train", None, "seg_test"),
+        ("train2017", "val2017", None),
+        ("Train Images", "Validation Images", "Test Images"),
+        ("trainset", "devset", "testset"),
+        ("training-data", "evaluation-data", "holdout"),
+    ],
+)
+def test_split_folders_by_their_usual_names(train: str, val: str | None, test: str | None, tmp_path) -> None:
+    """Images of a test folder are never trained on, and its name is no class."""
+    for name, count in ((train, 8), (val, 3), (test, 2)):
+        if name is not None:
+            fill_classes(tmp_path / name, count)
+    dataset = create_dataset("folder", "train", tmp_path)
+    assert dataset.classes == ["a", "b"]
+    assert f"{train}/" in dataset.source
+    found = splits_of(tmp_path)
+    assert {path.split("/")[0] for path in found["train"]} == {train}
+    assert {path.split("/")[0] for path in found["val"]} == {val or train}
+    assert ("test" in found) == (test is not None)
+    if test is not None:
+        assert {path.split("/")[0] for path in found["test"]} == {test}
+        assert f"{test}/" in create_dataset("folder", "test", tmp_path).source
+    both = create_dataset("folder", "train+val", tmp_path)
+    assert {os.path.relpath(path, tmp_path) for path in both.paths} == found["train"] | found["val"]
+
+
+@pytest.mark.parametrize(
+    "name", ["cat", "trainer", "retrain", "testament", "valley", "device", "evaluate me", "set", "7"]
+)
+def test_other_names_are_no_splits(name: str) -> None:
+    assert split_of(name) is None
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("inner", ["classes", "splits"])
+def test_a_folder_around_the_data_is_refused_with_the_right_one(depth: int, inner: str, tmp_path) -> None:
+    folder = tmp_path.joinpath(*["PetImages", "deep er", "yet deeper"][:depth])
+    fill_classes(folder if inner == "classes" else folder / "train", 3)
+    fill_classes(folder / "test", 2) if inner == "splits" else None
+    (tmp_path / "__MACOSX" / "PetImages").mkdir(parents=True)
+    (tmp_path / "readme.txt").write_text("data")
+    quoted = f"'{folder}'" if " " in str(folder) else str(folder)
+    with pytest.raises(DatasetError, match=re.escape(f"Did you mean --data-dir {quoted}?")):
+        create_dataset("folder", "train", tmp_path)
+    assert len(create_dataset("folder", "train", folder).classes) == 2
+
+
+def test_two_data_sets_side_by_side_are_no_classes(tmp_path) -> None:
+    for name in ("first", "second"):
+        fill_classes(tmp_path / name / "train", 2)
+        fill_classes(tmp_path / name / "test", 2)
+    with pytest.raises(DatasetError, match=r"holds folders of splits.*--data-dir \S+/first\?"):
+        create_dataset("folder", "train", tmp_path)
+
+
+def test_splits_inside_the_classes_are_refused(tmp_path) -> None:
+    for name in ("cat", "dog"):
+        fill_classes(tmp_path / name, 2, ("train", "test"))
+    with pytest.raises(DatasetError, match=r"cat holds folders of splits \('test', 'train'\)"):
+        create_dataset("folder", "train", tmp_path)
+
+
+def test_one_class_is_refused(tmp_path) -> None:
+    fill(tmp_path / "flat" / "cat", 5)
+    fill(tmp_path / "parted" / "train" / "cat", 5)
+    fill(tmp_path / "hollow" / "cat", 5)
+    (tmp_path / "hollow" / "dog").mkdir()
+    for name in ("flat", "parted", "hollow"):
+        with pytest.raises(DatasetError, match=r"only one folder with images, 'cat'.*at least 2 classes"):
+            create_dataset("folder", "train", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["train/a", "train/b", "val/a", "valid/a"], r"two folders for the val split: 'val', 'valid'"),
+        (["train/a", "train/b", "Train2/a", "Train2/b"], r"two folders for the train split"),
+        (
+            ["train/a", "train/b", "test/a", "extra"],
+            r"\('test', 'train'\) beside other folders.*'extra'",
+        ),
+        (["train/a", "cat", "dog"], r"\('train'\) beside other folders.*'cat', 'dog'"),
+        (["cat", "dog", "test"], r"'test' beside 'cat', 'dog'"),
+        (["train", "test"], r"'test', 'train' with images but no class folders"),
+        (["train", "val/a", "val/b"], r"train has no class folders"),
+        (["val/a", "test/a"], r"has 'test', 'val' but no train folder"),
+    ],
+)
+def test_ambiguous_layouts_are_refused_with_what_was_found(folders, message: str, tmp_path) -> None:
+    for folder in folders:
+        fill(tmp_path / folder, 3)
+    for split in ("train", "val", "test", "train+val"):
+        with pytest.raises(DatasetError, match=message) as error:
+            create_dataset("folder", split, tmp_path)
+        assert not isinstance(error.value, MissingSplitError)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_test_images_without_labels_are_left_out_and_told(tmp_path) -> None:
+    fill_classes(tmp_path / "train", 8)
+    fill(tmp_path / "test1", 5)
+    train = create_dataset("folder", "train", tmp_path)
+    assert "not used: 5 images in test1/" in train.source
+    assert "test1" not in "".join(os.path.relpath(path, tmp_path) for path in train.paths)
+    with pytest.raises(MissingSplitError, match="test1/"):
+        create_dataset("folder", "test", tmp_path)
+
+
+def test_a_class_called_train_beside_splits(tmp_path) -> None:
+    for split in ("train", "test"):
+        fill_classes(tmp_path / split, 4, ("plane", "train"))
+    assert create_dataset("folder", "test", tmp_path).classes == ["plane", "train"]
+
+
+def test_hidden_and_system_folders_are_neither_classes_nor_splits(tmp_path) -> None:
+    fill_classes(tmp_path, 10)
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN", ".cache"):
+        fill_classes(tmp_path / name, 2)
+        fill(tmp_path / "a" / name, 2)
+    datasets = [create_dataset("folder", split, tmp_path) for split in ("train", "val", "test")]
+    assert datasets[0].classes == ["a", "b"]
+    assert sum(map(len, datasets)) == 20
+    assert "left out" not in datasets[0].source
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../..", "/"])
+def test_links_that_lead_back_add_nothing(target: str, tmp_path) -> None:
+    root = tmp_path / "root"
+    fill_classes(root, 10)
+    fill_classes(tmp_path / "other", 3)
+    plain = splits_of(root)
+    (root / "a" / "back").symlink_to(target)
+    if target != "..":
+        (root / "loop").symlink_to(target if target != ".." else ".")
+    assert splits_of(root) == plain
+    assert "link to a folder around it (such as a/back)" in create_dataset("folder", "val", root).source
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("b/link", "../a"), ("kitten", "a"), ("b/same.png", "../a/000.png"), ("kitten", "b")],
+)
+def test_links_into_another_class_are_refused(link: str, target: str, tmp_path) -> None:
+    fill_classes(tmp_path, 10)
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(DatasetError, match=f"{link} links to .*two classes or splits"):
+        create_dataset("folder", "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("val", "train"), ("val/a", "../train/a"), ("val/a/same.png", "../../train/a/000.png")],
+)
+def test_links_into_another_split_are_refused(link: str, target: str, tmp_path) -> None:
+    fill_classes(tmp_path / "train", 5)
+    if link != "val":
+        fill_classes(tmp_path / "val", 5, ("b",) if link == "val/a" else ("a", "b"))
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(DatasetError, match=f"{link} links to .*two classes or splits"):
+        create_dataset("folder", "train", tmp_path)
+
+
+def test_links_within_a_class_count_once(tmp_path) -> None:
+    fill_classes(tmp_path, 10)
+    plain = splits_of(tmp_path)
+    (tmp_path / "a" / "again.png").symlink_to("000.png")
+    (tmp_path / "cover.png").symlink_to("a/000.png")
+    assert splits_of(tmp_path) == plain
+    assert "2 link to what was found already" in create_dataset("folder", "train", tmp_path).source
+
+
+def test_classes_that_are_links_to_elsewhere_are_followed(tmp_path) -> None:
+    fill_classes(tmp_path / "pool", 10)
+    (tmp_path / "root").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "root" / name).symlink_to(tmp_path / "pool" / name)
+    assert splits_of(tmp_path / "root") == splits_of(tmp_path / "pool")
+
+
+def test_a_class_of_one_image_is_trained_on_and_told(tmp_path) -> None:
+    fill_classes(tmp_path, 20)
+    fill(tmp_path / "rare", 1)
+    train, val = (create_dataset("folder", split, tmp_path) for split in ("train", "val"))
+    assert Counter(train.targets)[2] == 1 and 2 not in val.targets
+    assert val.classes == ["a", "b", "rare"]
+    assert "no images of 'rare'" in val.source and "no images" not in train.source
+
+
+def test_a_class_without_images_in_its_own_split_is_told(tmp_path) -> None:
+    fill_classes(tmp_path / "train", 4)
+    fill(tmp_path / "val" / "b", 3)
+    (tmp_path / "val" / "a").mkdir()
+    val = create_dataset("folder", "val", tmp_path)
+    assert val.classes == ["a", "b"] and val.targets == [1, 1, 1]
+    assert "no images of 'a'" in val.source
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path) -> None:
+    for split in ("train", "test"):
+        fill_classes(tmp_path / split, 4)
+    for name in ("train/a/1.heic", "train/a/2.HEIC", "test/b/3.heic", "train/b/x.cr2", "train/loose.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "top.png").touch()
+    train, test = (create_dataset("folder", split, tmp_path).source for split in ("train", "test"))
+    assert "2 .heic (such as train/a/1.heic)" in train and "1 .cr2" in train
+    assert "2 beside the class folders (such as top.png)" in train
+    assert "1 .heic (such as test/b/3.heic)" in test and ".cr2" not in test
+    for name in ("only/1.heic", "only/2.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DatasetError, match=r"no images; left out: 2 \.heic"):
+        create_dataset("folder", "train", tmp_path / "only")
+
+
+def test_names_of_folders_cannot_write_to_the_terminal(tmp_path) -> None:
+    root = tmp_path / "x\x1b[2Jy"
+    fill_classes(root, 4)
+    (root / "a" / "\x1b[31m.heic").touch()
+    assert "\x1b" not in create_dataset("folder", "train", root).source
+    fill(root / "evil\x1b]0;\n" / "test", 2)
+    with pytest.raises(DatasetError) as error:
+        create_dataset("folder", "train", root)
+    assert str(error.value).isprintable()
+
+
+def test_very_deep_folders_are_read(tmp_path) -> None:
+    fill_classes(tmp_path, 2)
+    deep = [f"{tmp_path}/a"]
+    for _ in range(1010):  # beyond the depth to which Python calls itself
+        deep.append(f"{deep[-1]}/d")
+        os.mkdir(deep[-1])
+    shutil.copy(tmp_path / "a" / "000.png", deep[-1])
+    try:
+        whole = create_dataset("folder", "train", tmp_path, val_fraction=0.0, test_fraction=0.0)
+        assert len(whole) == 5
+    finally:
+        os.unlink(f"{deep[-1]}/000.png")
+        for folder in reversed(deep[1:]):
+            os.rmdir(folder)
+
+
+def test_a_fingerprint_notices_every_change_but_not_a_move(tmp_path) -> None:
+    root = tmp_path / "one"
+    fill_classes(root, 10)
+
+    def fingerprints(folder: Path = root) -> list[str]:
+        return [create_dataset("folder", split, folder).fingerprint() for split in ("train", "val", "test")]
+
+    before = fingerprints()
+    assert len(set(before)) == 3 and fingerprints() == before
+    shutil.copytree(root, tmp_path / "two")
+    assert fingerprints(tmp_path / "two") == before
+    last = create_dataset("folder", "train", root).paths[-1]
+    content = Path(last).read_bytes()
+    Path(last).write_bytes(content + b"!")
+    assert fingerprints()[0] != before[0] and fingerprints()[1:] == before[1:]
+    Path(last).write_bytes(content)
+    assert fingerprints() == before
+    renamed = Path(last).rename(Path(last).with_name("zzz.png"))
+    assert fingerprints() != before
+    renamed.rename(root / "a" / os.path.basename(last).replace(".png", "-moved.png"))
+    assert fingerprints() != before
+
+
+def test_a_fingerprint_of_vanished_images_is_an_error_of_the_system(tmp_path) -> None:
+    fill_classes(tmp_path, 4)
+    dataset = create_dataset("folder", "train", tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ImageReadError, match="No such file"):
+        dataset.fingerprint()

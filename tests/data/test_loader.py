@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 from collections import Counter
 
@@ -10,8 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from vimtune.data import CorruptImageError, ImageDataset, build_transform, create_dataset, create_loader
-from vimtune.data.base import load_image
+from vimtune.data import (
+    CorruptImageError,
+    DatasetError,
+    ImageDataset,
+    ImageReadError,
+    TooManyCorruptError,
+    WorkerError,
+    build_transform,
+    create_dataset,
+    create_loader,
+    load_image,
+)
 
 SIZE = (16, 16)
 
@@ -137,6 +148,7 @@ class Damaged(ImageDataset):
         self.classes, self.split, self.source = ["a", "b"], "train", "test"
         self.targets = [i % 2 for i in range(10)]
         self.paths = [folder / f"{i}.jpg" for i in range(10)]
+        folder.mkdir(exist_ok=True)
         for i, path in enumerate(self.paths):
             Image.effect_noise((40, 40), 20 * i).save(path)
             if i in (2, 7):
@@ -177,6 +189,123 @@ def test_a_batch_of_corrupt_images_is_empty_but_shaped(tmp_path) -> None:
     loader = make(Damaged(tmp_path), shuffle=False, batch_size=1, on_corrupt="skip")
     images, labels = list(loader)[2]
     assert images.shape == (0, 3, *SIZE) and labels.shape == (0,) and labels.dtype == torch.int64
+
+
+class Broken(Damaged):
+    """Images of which `which(index)` raises `error`; the others are as in `Damaged`."""
+
+    def __init__(self, folder, which, error) -> None:
+        super().__init__(folder)
+        self.which, self.error = which, error
+
+    def load(self, index: int) -> Image.Image:
+        if self.which(index):
+            raise self.error
+        return Image.new("RGB", (16, 16))
+
+
+def failure(loader) -> ValueError | None:
+    """What an epoch of the loader raises, without the traceback, which would keep the workers alive."""
+    try:
+        list(loader)
+    except ValueError as error:
+        return error.with_traceback(None)
+    return None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("on_corrupt", ["skip", "error"])
+def test_errors_of_the_system_are_never_skipped(workers: int, on_corrupt: str, tmp_path) -> None:
+    ds = Broken(tmp_path, lambda index: index == 3, ImageReadError("/data/3.jpg", "Input/output error"))
+    error = failure(make(ds, num_workers=workers, on_corrupt=on_corrupt))
+    assert isinstance(error, ImageReadError) and error.path == "/data/3.jpg"
+    assert "Input/output error" in str(error) and "Traceback" not in str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_folder_that_vanishes_stops_the_run(workers: int, tmp_path) -> None:
+    ds = Damaged(tmp_path / "images")
+    loader = make(ds, num_workers=workers, on_corrupt="skip")
+    assert sum(len(labels) for _, labels in loader) == 8
+    shutil.rmtree(tmp_path / "images")
+    assert isinstance(failure(loader), ImageReadError)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("corrupt", "stops"), [(range(10), True), (range(6), True), (range(5), False), (range(9, 10), False)]
+)
+def test_an_epoch_mostly_of_corrupt_images_is_an_error(workers: int, corrupt: range, stops: bool, tmp_path):
+    ds = Broken(tmp_path, lambda index: index in corrupt, CorruptImageError("x.jpg", "damaged"))
+    loader = make(ds, num_workers=workers, on_corrupt="skip", batch_size=2)
+    error = failure(loader)
+    assert isinstance(error, TooManyCorruptError if stops else type(None))
+    if stops:
+        assert f"{len(corrupt)} of the 10 images" in str(error) and "x.jpg" in str(error)
+    loader.set_position(0, 4)  # the rest of an epoch alone says nothing about it
+    assert failure(loader) is None
+
+
+def test_many_corrupt_images_stop_an_epoch_early(monkeypatch) -> None:
+    ds = flowers(images=60)
+    turns = []
+
+    def load(index: int) -> Image.Image:
+        turns.append(index)
+        raise CorruptImageError("x.jpg", "damaged")
+
+    monkeypatch.setattr(ds, "load", load)
+    assert isinstance(failure(make(ds, on_corrupt="skip", batch_size=8)), TooManyCorruptError)
+    assert 100 <= len(turns) < 120
+
+
+@pytest.mark.parametrize("between", ["batches", "epochs"])
+def test_a_dead_worker_ends_the_epoch_with_one_line(between: str) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    before = set(multiprocessing.active_children())
+    loader = make(flowers(images=200), num_workers=2, batch_size=2)
+    batches = iter(loader)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    for worker in set(multiprocessing.active_children()) - before:
+        worker.kill()
+        worker.join(10)
+    if between == "epochs":
+        batches.close()
+        batches = iter(loader)
+    error = failure(batches)
+    assert isinstance(error, WorkerError) and isinstance(error, DatasetError)
+    assert "--num-workers" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), WorkerError),
+        (
+            RuntimeError("Too many open files. Communication with the workers is no longer possible"),
+            WorkerError,
+        ),
+        (OSError(24, "Too many open files"), WorkerError),
+        (EOFError(), WorkerError),
+        (
+            RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: bug"),
+            RuntimeError,
+        ),
+        (OSError("Caught OSError in DataLoader worker process 0.\nOriginal Traceback: bug"), OSError),
+        (RuntimeError("a bug"), RuntimeError),
+    ],
+)
+def test_only_what_happens_to_the_workers_is_reworded(raised, expected, monkeypatch) -> None:
+    loader = make(num_workers=1)
+
+    def fail(self):
+        raise raised
+
+    monkeypatch.setattr(type(loader._loader), "__iter__", fail)
+    with pytest.raises(expected) as error:
+        list(loader)
+    assert type(error.value) is expected
 
 
 def test_last_batch() -> None:

@@ -119,9 +119,45 @@ def test_generation_is_fast() -> None:
         ({"species": 2.5}, r"species=2\.5"),
         ({"train_per_species": -1}, "train_per_species=-1"),
         ({"species_offset": -4}, "species_offset=-4"),
+        ({"species": 1}, "species=1"),
+        ({"species": "abc"}, "species='abc'"),
+        ({"species": "3"}, "species='3'"),
+        ({"species": True}, "species=True"),
+        ({"species": None}, "species=None"),
+        ({"species": float("nan")}, "species=nan"),
+        ({"species": [2]}, r"species=\[2\]"),
+        ({"species": 10**30}, r"species=10{30}"),
+        ({"species": 10**6000}, "species=a whole number of"),
+        ({"species_offset": 10**9}, "species_offset=1000000000"),
+        ({"train_per_species": 10**12}, "train_per_species=1000000000000"),
+        ({"species": 100_000, "train_per_species": 10**6}, "100,000,000,000 images.*more than 10,000,000"),
         ({"img_size": (4, 64)}, "img_size"),
     ],
 )
 def test_bad_options_are_named(wrong: dict, message: str) -> None:
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=message) as error:
         create_dataset("synthetic_flowers", "train", **wrong)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_every_image_has_its_place() -> None:
+    options = {"species": 3, "train_per_species": 2, "val_per_species": 3, "species_offset": 5}
+    ds = create_dataset("synthetic_flowers", "train+val", **options)
+    expected = [("train", n, i) for n in (5, 6, 7) for i in (0, 1)]
+    expected += [("val", n, i) for n in (5, 6, 7) for i in (0, 1, 2)]
+    assert [ds.describe(k) for k in range(len(ds))] == [f"synthetic {p} {n}/{i}" for p, n, i in expected]
+    assert ds.targets == [n - 5 for _, n, _ in expected]
+    with pytest.raises(IndexError):
+        ds.describe(len(ds))
+
+
+def test_the_fingerprint_knows_all_that_images_depend_on() -> None:
+    def fingerprint(split: str = "train", **changes: object) -> str:
+        options = {"species": 3, "img_size": (16, 16), "seed": 0} | changes
+        return create_dataset("synthetic_flowers", split, **options).fingerprint()
+
+    first = fingerprint()
+    assert fingerprint() == first
+    others = [fingerprint(**c) for c in ({"seed": 1}, {"img_size": (16, 24)}, {"species_offset": 4})]
+    others += [fingerprint("val"), fingerprint(species=4), fingerprint(train_per_species=3)]
+    assert len({first, *others}) == 7

@@ -168,6 +168,7 @@ def half_done(tiny, monkeypatch) -> Recipe:
         ({"rank": 3}, "method_kwargs was {'rank': 2} and is now {'rank': 3}"),
         ({"batch_size": 4}, "batch_size was 8 and is now 4"),
         ({"seed": 7}, "seed was 0 and is now 7"),
+        ({"data_seed": 7}, "data_seed was 0 and is now 7"),
         ({"model": "vim_nano_patch8_64"}, "model was 'test_vim'"),
         (
             {"dataset_kwargs": {"species": 4, "train_per_species": 5, "val_per_species": 2}},

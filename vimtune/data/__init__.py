@@ -7,17 +7,24 @@ import below.
 from vimtune.data import caltech, cars, flowers, folder, synthetic  # noqa: F401  (each registers itself)
 from vimtune.data.base import (
     SPLITS,
-    CorruptImageError,
-    DatasetError,
+    FileDataset,
     ImageDataset,
-    MissingSplitError,
     create_dataset,
+    dataset_class,
     dataset_options,
     dataset_summary,
     list_datasets,
-    load_image,
     register_dataset,
 )
+from vimtune.data.errors import (
+    CorruptImageError,
+    DatasetError,
+    ImageReadError,
+    MissingSplitError,
+    TooManyCorruptError,
+    WorkerError,
+)
+from vimtune.data.images import FoundImages, find_images, load_image
 from vimtune.data.loader import ImageLoader, create_loader
 from vimtune.data.transforms import LIBRARIES, PRESETS, Transform, build_transform
 
@@ -27,15 +34,22 @@ __all__ = [
     "SPLITS",
     "CorruptImageError",
     "DatasetError",
+    "FileDataset",
+    "FoundImages",
     "ImageDataset",
     "ImageLoader",
+    "ImageReadError",
     "MissingSplitError",
+    "TooManyCorruptError",
     "Transform",
+    "WorkerError",
     "build_transform",
     "create_dataset",
     "create_loader",
+    "dataset_class",
     "dataset_options",
     "dataset_summary",
+    "find_images",
     "list_datasets",
     "load_image",
     "register_dataset",

@@ -2,51 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
-import struct
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import numpy as np
 from PIL import Image
 
+from vimtune.data.errors import DatasetError, ImageReadError
+from vimtune.data.images import load_image
+from vimtune.schema import check
+from vimtune.text import printable, quote
 from vimtune.utils import require_summary, suggest
 
 SPLITS = ("train", "val", "test", "train+val")
 DEFAULT_DATA_DIR = "data"
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error, zlib.error)
 EMBEDDED_ALTERNATIVE = "No files at hand? `--dataset synthetic_flowers` is embedded and needs none."
-
-
-class DatasetError(ValueError):
-    """A data set cannot be used as asked; the message says what was expected and what to do."""
-
-
-class MissingSplitError(DatasetError):
-    """The data set exists but has no such split (e.g. a folder without test images)."""
-
-
-class CorruptImageError(ValueError):
-    """An image cannot be decoded. `path` names it, `reason` is the decoder's word."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(
-            f"cannot decode image {path}: {reason}. Replace or remove the file, "
-            f"or leave such images out with on_corrupt='skip'."
-        )
-        self.path = path
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[CorruptImageError], tuple[str, str]]:
-        return type(self), (self.path, self.reason)
 
 
 class ImageDataset(ABC):
     """Images with integer labels.
+
+    What a data set owes (tests/data/test_data_registry.py holds every registered one to it):
+
+    - Its class is called with `(split, data_dir, *, seed, img_size, download, **options)` and sets the
+      attributes below. `split` is one of `SPLITS`; `data_dir` is a Path, or None where the user named none.
+    - Its options are keyword-only parameters with a default and an annotation that says type and range, such
+      as `Annotated[int, Ge(1)]`. Values are checked against it before the class is called.
+    - The same arguments give the same images in the same order. What is drawn at random depends on `seed`
+      alone. No image is in two of the splits train, val and test; "train+val" is those two together.
+    - A split that does not exist raises `MissingSplitError`. All else that is wrong with arguments or files
+      raises `DatasetError` in one line: what was found, what was expected, what to do next.
+    - A data set made of files derives from `FileDataset`. Where they are missing and not to be downloaded,
+      the error names the folder that was searched and says which files belong into "<data-dir>"; nothing is
+      written.
 
     Attributes:
         name: the registry's name.
@@ -54,7 +47,7 @@ class ImageDataset(ABC):
         split: one of `SPLITS`.
         classes: human-readable class names; label `i` means `classes[i]`.
         targets: the label of every image.
-        source: one line saying which data are really used.
+        source: one line saying which data are really used, with the number of images and classes.
     """
 
     name: ClassVar[str] = ""
@@ -84,23 +77,51 @@ class ImageDataset(ABC):
     def describe(self, index: int) -> str:
         """Name image `index` in messages: its path, or how it was generated."""
 
+    def fingerprint(self) -> str:
+        """Hash of which images the split holds, in which order and with which labels.
+
+        A run that is resumed compares it: the same fingerprint means the same images. It depends neither on
+        where the data lie nor on the options that led to the split. This default is a hash of `describe` and
+        `label` of every image; a generator adds to it what its images depend on.
+        """
+        return _hash_lines(f"{self.label(i)} {self.describe(i)}" for i in range(len(self)))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source})"
+
+
+def _hash_lines(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 class FileDataset(ImageDataset):
     """A data set whose images are files. Subclasses pass what they found to `_set_files`."""
 
+    root: Path
     paths: list[str]
 
     def _set_files(
-        self, split: str, paths: Sequence[str], targets: Sequence[int], classes: Sequence[str], source: str
+        self,
+        split: str,
+        root: Path,
+        paths: Sequence[str],
+        targets: Sequence[int],
+        classes: Sequence[str],
+        source: str,
+        notes: Sequence[str] = (),
     ) -> None:
+        """Take the images at `paths`, all of them below the folder `root`; `source` ends with `notes`."""
         self.split = split
+        self.root = root
         self.paths = list(paths)
         self.targets = [int(target) for target in targets]
         self.classes = list(classes)
-        self.source = f"{source}, {len(self.paths)} images of {len(self.classes)} classes"
+        self.source = "; ".join(
+            [f"{source}, {len(self.paths)} images of {len(self.classes)} classes", *notes]
+        )
 
     def load(self, index: int) -> Image.Image:
         return load_image(self.paths[index])
@@ -108,37 +129,40 @@ class FileDataset(ImageDataset):
     def describe(self, index: int) -> str:
         return self.paths[index]
 
+    def fingerprint(self) -> str:
+        """Hash of every image's label, path below the folder of the data, and size in bytes.
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file to RGB; transparency is laid over white.
+        It changes when an image is renamed, moved, added, removed, or replaced by one of another size. A
+        replacement of the same size is not noticed: to read all contents would take as long as an epoch, and
+        the times of modification differ between copies of the same data.
 
-    Raises:
-        CorruptImageError: the file is missing, truncated or no image.
-    """
+        Raises:
+            ImageReadError: an image is gone or cannot be looked at.
+        """
+        return _hash_lines(
+            f"{label} {_size(path)} {os.path.relpath(path, self.root)}"
+            for label, path in zip(self.targets, self.paths, strict=True)
+        )
+
+
+def _size(path: str) -> int:
     try:
-        with Image.open(path) as image:
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-                canvas = Image.new("RGBA", image.size, "white")
-                canvas.alpha_composite(image.convert("RGBA"))
-                return canvas.convert("RGB")
-            if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey to white
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    # Pillow's decoders raise all of these on damaged files.
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise CorruptImageError(str(path), str(error) or type(error).__name__) from error
+        return os.stat(path).st_size
+    except OSError as error:
+        raise ImageReadError(path, error.strerror or str(error)) from error
 
 
 # --------------------------------------------------------------------------- registry
 
 _REGISTRY: dict[str, type[ImageDataset]] = {}
+_COMMON = ("self", "split", "data_dir", "seed", "img_size", "download")
+"""Parameters that every data set has; the others are its options."""
 
 
 def register_dataset(name: str) -> Callable[[type[ImageDataset]], type[ImageDataset]]:
     """Class decorator: make an `ImageDataset` available as `create_dataset(name, ...)`.
 
-    The class is called with `(split, data_dir, *, seed, img_size, download, **options)`; its further
-    keyword-only arguments are the options users give as `dataset_kwargs`.
+    `ImageDataset` says what the class must offer.
     """
 
     def register(cls: type[ImageDataset]) -> type[ImageDataset]:
@@ -156,16 +180,25 @@ def list_datasets() -> dict[str, str]:
     return {name: _REGISTRY[name].summary for name in sorted(_REGISTRY)}
 
 
+def dataset_class(name: str) -> type[ImageDataset]:
+    """The class of the data set `name`."""
+    if name not in _REGISTRY:
+        raise DatasetError(
+            f"unknown data set {quote(name)}; choose from {', '.join(list_datasets())}."
+            f"{suggest(name, _REGISTRY)}"
+        )
+    return _REGISTRY[name]
+
+
 def dataset_summary(name: str) -> str:
     """One-line description of the data set `name`."""
-    return _find(name).summary
+    return dataset_class(name).summary
 
 
 def dataset_options(name: str) -> dict[str, Any]:
     """Options of a data set (`dataset_kwargs`) with their defaults."""
-    common = {"self", "split", "data_dir", "seed", "img_size", "download"}
-    parameters = inspect.signature(_find(name).__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in common}
+    parameters = inspect.signature(dataset_class(name).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in _COMMON}
 
 
 def create_dataset(
@@ -190,31 +223,50 @@ def create_dataset(
         dataset_kwargs: options of this data set, see `dataset_options(name)`.
 
     Raises:
-        DatasetError: unknown name, split or option, or missing or unusable data.
+        DatasetError: unknown name, split or option, an option of the wrong type or out of its range, or
+            missing or unusable data.
+        MissingSplitError: the data set has no such split.
     """
-    cls = _find(name)
+    cls = dataset_class(name)
     if split not in SPLITS:
         raise DatasetError(
-            f"unknown split {split!r}; choose from {', '.join(SPLITS)}.{suggest(split, SPLITS)}"
+            f"unknown split {quote(split)}; choose from {', '.join(SPLITS)}.{suggest(split, SPLITS)}"
         )
-    options = dataset_options(name)
-    for key in dataset_kwargs:
+    options = _check_options(cls, dataset_kwargs)
+    root = None if data_dir is None else Path(data_dir).expanduser()
+    make: Callable[..., ImageDataset] = cls
+    dataset = make(split, root, seed=seed, img_size=img_size, download=download, **options)
+    _refuse_degenerate(dataset)
+    return dataset
+
+
+def _check_options(cls: type[ImageDataset], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, compared with the annotations of the class's options."""
+    options = dataset_options(cls.name)
+    for key in given:
         if key not in options:
             known = ", ".join(options) or "none"
             raise DatasetError(
-                f"data set {name!r} has no option {key!r}; its options: {known}.{suggest(key, options)}"
+                f"data set {cls.name!r} has no option {quote(key)}; its options: {known}."
+                f"{suggest(key, options)}"
             )
-    root = None if data_dir is None else Path(data_dir).expanduser()
-    make: Callable[..., ImageDataset] = cls
-    return make(split, root, seed=seed, img_size=img_size, download=download, **dataset_kwargs)
+    types = get_type_hints(cls.__init__, include_extras=True)
+    return {
+        key: check(types[key], value, f"data set {cls.name!r}: {key}={quote(value)}", DatasetError)
+        for key, value in given.items()
+    }
 
 
-def _find(name: str) -> type[ImageDataset]:
-    if name not in _REGISTRY:
+def _refuse_degenerate(dataset: ImageDataset) -> None:
+    if not dataset.targets:
+        raise DatasetError(f"the data set is empty: {dataset.source}.")
+    if len(dataset.classes) < 2:
+        raise DatasetError(f"a classifier needs at least 2 classes: {dataset.source}.")
+    lowest, highest = min(dataset.targets), max(dataset.targets)
+    if lowest < 0 or highest >= len(dataset.classes):
         raise DatasetError(
-            f"unknown data set {name!r}; choose from {', '.join(list_datasets())}.{suggest(name, _REGISTRY)}"
+            f"labels {lowest} to {highest} do not fit {len(dataset.classes)} classes: {dataset.source}."
         )
-    return _REGISTRY[name]
 
 
 # --------------------------------------------------------------------------- helpers for data sets
@@ -247,8 +299,25 @@ def check_files_exist(paths: Sequence[str], what: str, advice: str) -> None:
     if missing:
         raise DatasetError(
             f"{what} is incomplete: {len(missing)} of {len(paths)} images are missing, "
-            f"e.g. {missing[0]}. {advice}"
+            f"e.g. {printable(missing[0])}. {advice}"
         )
+
+
+def whole_numbers(values: Any, low: int, high: int, what: str) -> list[int]:
+    """`values` of a file as ints; a `DatasetError` that names `what` where they are not `low` to `high`."""
+    numbers = np.atleast_1d(np.asarray(values))
+    if numbers.dtype.kind not in "uif" or numbers.ndim != 1 or not numbers.size:
+        raise DatasetError(f"{what} are no list of numbers.")
+    if not (low <= numbers.min() and numbers.max() <= high and (numbers % 1 == 0).all()):
+        raise DatasetError(f"{what} must be whole numbers from {low} to {high}.")
+    return [int(number) for number in numbers]
+
+
+def plain_name(name: Any, what: str) -> str:
+    """`name` of a file, if it is that of a file in a folder and leads nowhere else."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+        raise DatasetError(f"{what} holds {quote(name)} where the name of a file belongs.")
+    return name
 
 
 def _list_names(folder: str) -> list[str]:

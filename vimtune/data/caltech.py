@@ -11,21 +11,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
-    DatasetError,
     FileDataset,
     check_files_exist,
     locate_root,
+    plain_name,
     register_dataset,
 )
 from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+from vimtune.data.errors import DatasetError
+from vimtune.schema import STRICT, Count, load_json
+from vimtune.text import quote
 
 SPLIT_SEED = 0
 NUM_TRAIN = 25
@@ -57,7 +61,7 @@ class Caltech(FileDataset):
                 raise DatasetError(f"Caltech-101 is not in {root}. {_LAYOUT} {EMBEDDED_ALTERNATIVE}")
             _download(root)
         paths, targets = [], []
-        categories = load_split()["categories"]
+        categories = load_split().categories
         for label, (category, entry) in enumerate(categories.items()):
             for number in select_numbers(entry, split):
                 paths.append(str(root / _FOLDER / category / f"image_{number:04d}.jpg"))
@@ -65,23 +69,52 @@ class Caltech(FileDataset):
         check_files_exist(paths, f"Caltech-101 in {root}", _LAYOUT)
         names = [readable_name(category) for category in categories]
         source = f"Caltech-101 {split} part of vimtune's split (30 per class, seed {SPLIT_SEED}) from {root}"
-        self._set_files(split, paths, targets, names, source)
+        self._set_files(split, root, paths, targets, names, source)
 
 
-def load_split() -> dict[str, Any]:
-    """The shipped split: {"seed", "categories": {category: {"count", "train", "val"}}}."""
-    return json.loads(files("vimtune.data").joinpath("caltech101_split.json").read_text(encoding="utf-8"))
+@dataclass
+class Category:
+    """Numbers of the images of a category; those in neither list are for tests."""
+
+    __pydantic_config__: ClassVar = STRICT
+    count: Count
+    train: list[int]
+    val: list[int]
 
 
-def select_numbers(entry: Mapping[str, Any], split: str) -> list[int]:
+@dataclass
+class Split:
+    """A split of all categories, as its JSON file holds it."""
+
+    __pydantic_config__: ClassVar = STRICT
+    seed: Count
+    categories: dict[str, Category]
+
+
+def load_split() -> Split:
+    """The shipped split."""
+    text = files("vimtune.data").joinpath("caltech101_split.json").read_text(encoding="utf-8")
+    split = load_json(Split, text, "caltech101_split.json", DatasetError)
+    for name, category in split.categories.items():
+        plain_name(name, "caltech101_split.json")
+        used = [*category.train, *category.val]
+        if len(set(used)) < len(used) or not set(used) <= set(range(1, category.count + 1)):
+            raise DatasetError(
+                f"caltech101_split.json has an image of {quote(name)} twice, or one that is not there."
+            )
+    return split
+
+
+def select_numbers(category: Category, split: str) -> list[int]:
     """Image numbers (1-based) of one category that belong to `split`."""
     if split == "test":
-        used = {*entry["train"], *entry["val"]}
-        return [number for number in range(1, entry["count"] + 1) if number not in used]
-    return [number for part in split.split("+") for number in entry[part]]
+        used = {*category.train, *category.val}
+        return [number for number in range(1, category.count + 1) if number not in used]
+    parts = {"train": category.train, "val": category.val}
+    return [number for part in split.split("+") for number in parts[part]]
 
 
-def draw_split(counts: Mapping[str, int], seed: int) -> dict[str, Any]:
+def draw_split(counts: Mapping[str, int], seed: int) -> Split:
     """Draw `NUM_TRAIN` + `NUM_VAL` image numbers from each category.
 
     Args:
@@ -92,12 +125,8 @@ def draw_split(counts: Mapping[str, int], seed: int) -> dict[str, Any]:
     for i, category in enumerate(sorted(counts)):
         drawn = np.random.default_rng([seed, i]).permutation(counts[category])[: NUM_TRAIN + NUM_VAL] + 1
         train, val = drawn[:NUM_TRAIN], drawn[NUM_TRAIN:]
-        categories[category] = {
-            "count": counts[category],
-            "train": sorted(train.tolist()),
-            "val": sorted(val.tolist()),
-        }
-    return {"seed": seed, "categories": categories}
+        categories[category] = Category(counts[category], sorted(train.tolist()), sorted(val.tolist()))
+    return Split(seed, categories)
 
 
 def readable_name(category: str) -> str:
@@ -106,11 +135,11 @@ def readable_name(category: str) -> str:
     return special.get(category, category.replace("_", " ").lower())
 
 
-def format_split(split: Mapping[str, Any]) -> str:
+def format_split(split: Split) -> str:
     """JSON text of a split, one line per category."""
-    lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in split["categories"].items()]
+    lines = [f"  {json.dumps(name)}: {json.dumps(vars(entry))}" for name, entry in split.categories.items()]
     body = ",\n".join(lines)
-    return f'{{"seed": {split["seed"]}, "categories": {{\n{body}\n}}}}\n'
+    return f'{{"seed": {split.seed}, "categories": {{\n{body}\n}}}}\n'
 
 
 def _download(root: Path) -> None:

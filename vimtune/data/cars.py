@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from annotated_types import Gt, Lt
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
-    DatasetError,
     FileDataset,
     check_files_exist,
     locate_root,
+    plain_name,
     register_dataset,
     stratified_split,
+    whole_numbers,
 )
+from vimtune.data.errors import DatasetError
+from vimtune.data.mat import read_mat
 
 _TEST_LABELS = "cars_test_annos_withlabels.mat"
 _HELP = (
@@ -41,18 +48,18 @@ class Cars(FileDataset):
         seed: int,
         img_size: tuple[int, int],
         download: bool,
-        val_fraction: float = 0.1,
+        val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
     ) -> None:
         del img_size, download
-        if not 0 < val_fraction < 1:
-            raise DatasetError(f"val_fraction={val_fraction} must lie between 0 and 1.")
         root, found = locate_root(data_dir, ["stanford_cars", "cars"], "devkit/cars_meta.mat")
         if not found:
             raise DatasetError(f"Stanford Cars is not in {root}. {_HELP} {EMBEDDED_ALTERNATIVE}")
-        classes = [str(name) for name in _load(root / "devkit" / "cars_meta.mat", "class_names")]
         official = "test" if split == "test" else "train"
         table = _test_table(root) if split == "test" else root / "devkit" / "cars_train_annos.mat"
-        rows = [(str(row["fname"]), int(row["class"]) - 1) for row in _load(table, "annotations")]
+        classes = _load(root / "devkit" / "cars_meta.mat", "class_names")
+        if not all(isinstance(name, str) for name in classes):
+            raise DatasetError(f"the class names in {root} are damaged. {_HELP}")
+        rows = _read_rows(table, len(classes))
         if split in ("train", "val"):
             val, train = stratified_split([label for _, label in rows], [val_fraction], seed)
             rows = [rows[i] for i in (val if split == "val" else train)]
@@ -64,7 +71,7 @@ class Cars(FileDataset):
             else ""
         )
         source = f"Stanford Cars {split} part{drawn} from {root}"
-        self._set_files(split, paths, [label for _, label in rows], classes, source)
+        self._set_files(split, root, paths, [label for _, label in rows], classes, source)
 
 
 def _test_table(root: Path) -> Path:
@@ -76,12 +83,26 @@ def _test_table(root: Path) -> Path:
     )
 
 
-def _load(path: Path, key: str) -> list:
-    from scipy.io import loadmat
+def _read_rows(table: Path, num_classes: int) -> list[tuple[str, int]]:
+    """File name and label (0-based) of every image."""
+    rows = _load(table, "annotations")
+    if not all(isinstance(row, dict) and {"fname", "class"} <= row.keys() for row in rows):
+        raise DatasetError(f"{table} is damaged (its annotations lack fname or class). {_HELP}")
+    numbers = [number for row in rows for number in np.ravel(row["class"])]
+    labels = whole_numbers(numbers, 1, num_classes, f"the classes in {table}")
+    if len(labels) != len(rows):
+        raise DatasetError(f"{table} is damaged (an image has no class, or several). {_HELP}")
+    names = [plain_name(row["fname"], str(table)) for row in rows]
+    if len(set(names)) < len(names):
+        raise DatasetError(f"{table} is damaged (it names an image twice). {_HELP}")
+    return [(name, label - 1) for name, label in zip(names, labels, strict=True)]
 
+
+def _load(path: Path, key: str) -> list[Any]:
     try:
-        return list(loadmat(path, squeeze_me=True)[key])
-    except FileNotFoundError as error:
-        raise DatasetError(f"Stanford Cars is incomplete: {path} is missing. {_HELP}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path} is damaged ({error}). {_HELP}") from error
+        values = read_mat(path, [key])[key]
+    except DatasetError as error:
+        raise DatasetError(f"Stanford Cars is incomplete: {error} {_HELP}") from error
+    if not isinstance(values, list) or not values:
+        raise DatasetError(f"{path} is damaged ({key} is no list). {_HELP}")
+    return values

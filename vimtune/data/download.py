@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import logging
@@ -12,13 +13,15 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
-from vimtune.data.base import DatasetError
+from vimtune.data.errors import DatasetError
+from vimtune.text import quote
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,17 @@ _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionE
 
 class DownloadError(DatasetError):
     """A file could not be fetched or is not the expected one."""
+
+
+class _UnsafeEntryError(Exception):
+    """An entry of an archive that has no place among data."""
+
+
+_ARCHIVE_ERRORS = (
+    *(tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError),
+    *(zipfile.BadZipFile, RuntimeError),  # an encrypted .zip or one of an unknown method is a RuntimeError
+    _UnsafeEntryError,
+)
 
 
 def md5_of(path: Path) -> str:
@@ -137,7 +151,11 @@ def download_lock(folder: Path) -> Iterator[None]:
 def extract_archive(archive: Path, folder: Path, member: str) -> Path:
     """Unpack `archive` (.zip, .tar, .tar.gz, .tgz) and move its entry `member` into `folder`.
 
-    The result appears in one step, so an interrupted unpacking is never taken for the data.
+    The result appears in one step, so an interrupted unpacking is never taken for the data. Archives of data
+    sets hold files and folders only, so anything else in one is refused, as is an entry outside of `folder`.
+
+    Raises:
+        DownloadError: a damaged archive, or one that is not what the data set's owner offers.
     """
     staging = folder / f".unpack-{member}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -145,15 +163,35 @@ def extract_archive(archive: Path, folder: Path, member: str) -> Path:
     try:
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as bundle:
+                for name in bundle.namelist():
+                    _refuse_outside(name)
                 bundle.extractall(staging)
         else:
             with tarfile.open(archive) as bundle:
-                bundle.extractall(staging, filter="data")
+                bundle.extractall(staging, filter=_files_and_folders)
         found = next((path for path in sorted(staging.rglob(member))), None)
         if found is None:
             raise DownloadError(f"{archive} has no entry {member!r}; delete it and download again.")
         target = folder / member
         os.replace(found, target)
+    except _ARCHIVE_ERRORS as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DownloadError(
+            f"{archive} is damaged or not the expected archive ({reason}); delete it and download again."
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _files_and_folders(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+    if not (member.isfile() or member.isdir()):
+        raise _UnsafeEntryError(f"{quote(member.name)} is a link or device")
+    _refuse_outside(member.name)
+    return tarfile.data_filter(member, folder)
+
+
+def _refuse_outside(name: str) -> None:
+    """Refuse what the libraries would quietly move inside."""
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+        raise _UnsafeEntryError(f"{quote(name)} leads outside")

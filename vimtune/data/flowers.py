@@ -7,13 +7,15 @@ from pathlib import Path
 
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
-    DatasetError,
     FileDataset,
     check_files_exist,
     locate_root,
     register_dataset,
+    whole_numbers,
 )
 from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+from vimtune.data.errors import DatasetError
+from vimtune.data.mat import read_mat
 
 _URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 _MD5 = {
@@ -21,6 +23,7 @@ _MD5 = {
     "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
     "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
 }
+NUM_CLASSES = 102
 _SPLIT_KEYS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "train+val": ("trnid", "valid")}
 _LAYOUT = (
     "Expected <data-dir>/flowers-102/ with jpg/image_00001.jpg ... image_08189.jpg, imagelabels.mat and "
@@ -53,6 +56,7 @@ class Flowers(FileDataset):
         )
         self._set_files(
             split,
+            root,
             paths,
             [labels[i - 1] - 1 for i in ids],
             classes,
@@ -62,17 +66,18 @@ class Flowers(FileDataset):
 
 def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
     """Image numbers of a split (1-based) and the labels (1-based) of all images."""
-    from scipy.io import loadmat
-
     try:
-        sets = loadmat(root / "setid.mat", squeeze_me=True)
-        labels = loadmat(root / "imagelabels.mat", squeeze_me=True)["labels"].tolist()
-        ids = [int(i) for key in _SPLIT_KEYS[split] for i in sets[key]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(
-            f"setid.mat or imagelabels.mat in {root} is damaged ({error}). Delete both and download again."
-        ) from error
-    return ids, labels
+        labels = read_mat(root / "imagelabels.mat", ["labels"])["labels"]
+        labels = whole_numbers(labels, 1, NUM_CLASSES, "the labels of imagelabels.mat")
+        sets = read_mat(root / "setid.mat", ["trnid", "valid", "tstid"])
+        parts = {k: whole_numbers(ids, 1, len(labels), f"{k} of setid.mat") for k, ids in sets.items()}
+        numbers = [number for ids in parts.values() for number in ids]
+        if len(set(numbers)) < len(numbers):
+            raise DatasetError("setid.mat has an image in two splits.")
+    except DatasetError as error:
+        advice = f"Delete setid.mat and imagelabels.mat in {root} to download them again."
+        raise DatasetError(f"{error} {advice}") from error
+    return [number for key in _SPLIT_KEYS[split] for number in parts[key]], labels
 
 
 def _download(root: Path) -> None:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Annotated
 
-from vimtune.data.base import (
-    EMBEDDED_ALTERNATIVE,
-    DatasetError,
-    FileDataset,
-    MissingSplitError,
-    register_dataset,
-    stratified_split,
-)
+from annotated_types import Ge, Lt
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
-_ALIASES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
-_LAYOUT = (
-    "Expected <data-dir>/<class>/*.jpg (split for you), or <data-dir>/train/<class>/*.jpg with val/ and "
-    f"test/ of the same classes beside it. Image types: {' '.join(EXTENSIONS)}."
-)
+from vimtune.data.base import EMBEDDED_ALTERNATIVE, FileDataset, register_dataset, stratified_split
+from vimtune.data.errors import DatasetError, MissingSplitError
+from vimtune.data.layout import LAYOUT, Layout, name_some, read_layout
+from vimtune.text import printable
+
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 @register_dataset("folder")
@@ -34,8 +23,8 @@ class Folder(FileDataset):
       `val_fraction` of train is drawn; without `test`, asking for "test" raises `MissingSplitError`.
     - `root/<class>/...`: a stratified draw of `val_fraction` and `test_fraction`; the rest is train.
 
-    Draws are a pure function of the sorted files and `seed`. A class folder may hold sub-folders. Class names
-    are the folder names.
+    Draws are a pure function of the sorted files and `seed`. Class names are the folder names. Which folder
+    names are understood and what is refused is said in `vimtune.data.layout`.
     """
 
     summary = "your own images: one folder per class, with or without train/val/test"
@@ -48,107 +37,76 @@ class Folder(FileDataset):
         seed: int,
         img_size: tuple[int, int],
         download: bool,
-        val_fraction: float = 0.15,
-        test_fraction: float = 0.15,
+        val_fraction: Share = 0.15,
+        test_fraction: Share = 0.15,
     ) -> None:
         del img_size, download
         if data_dir is None:
-            raise DatasetError(f"the data set 'folder' needs data_dir. {_LAYOUT} {EMBEDDED_ALTERNATIVE}")
+            raise DatasetError(f"the data set 'folder' needs data_dir. {LAYOUT} {EMBEDDED_ALTERNATIVE}")
+        shown = printable(str(data_dir))
         if not data_dir.is_dir():
             problem = "is no folder" if data_dir.exists() else "does not exist"
-            raise DatasetError(f"data_dir {str(data_dir)!r} {problem}. {_LAYOUT} {EMBEDDED_ALTERNATIVE}")
-        for key, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= value < 1:
-                raise DatasetError(f"{key}={value} must lie in [0, 1).")
+            raise DatasetError(f"data_dir {shown!r} {problem}. {LAYOUT} {EMBEDDED_ALTERNATIVE}")
         if val_fraction + test_fraction >= 1:
             raise DatasetError(
                 f"val_fraction={val_fraction} + test_fraction={test_fraction} leave no train images."
             )
-
-        folders = _split_folders(data_dir)
-        if "train" in folders:
-            paths, targets, classes, how = _read_own_splits(folders, split, val_fraction, seed)
-        elif folders:
-            raise DatasetError(f"{data_dir} has {', '.join(sorted(folders))} but no train folder. {_LAYOUT}")
+        layout = read_layout(data_dir)
+        if layout.folders:
+            images, how, notes = _own_split(layout, split, val_fraction, seed, shown)
         else:
-            paths, targets, classes = _scan(data_dir)
-            val, test, train = stratified_split(targets, [val_fraction, test_fraction], seed)
-            parts = {"train": train, "val": val, "test": test}
-            chosen = [i for part in split.split("+") for i in parts[part]]
-            paths, targets = [paths[i] for i in chosen], [targets[i] for i in chosen]
+            fractions = {"val": val_fraction, "test": test_fraction}
+            images = _draw(layout.parts["all"], split, fractions, seed)
             how = f"drawn with seed {seed}, val {val_fraction:g}, test {test_fraction:g}"
-        if not paths:
-            raise MissingSplitError(
-                f"the {split!r} split of {data_dir} is empty ({how}). Add images or raise {split}_fraction."
-            )
-        self._set_files(split, paths, targets, classes, f"folder {data_dir}, {split} split ({how})")
-
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    """Split name -> folder, for the split folders that hold class folders themselves.
-
-    A class may be called "train": without sub-folders it is a class.
-    """
-    found = {}
-    for split, names in _ALIASES.items():
-        for name in names:
-            if (root / name).is_dir() and any(entry.is_dir() for entry in (root / name).iterdir()):
-                found[split] = root / name
-                break
-    return found
-
-
-def _read_own_splits(
-    folders: dict[str, Path], split: str, val_fraction: float, seed: int
-) -> tuple[list[str], list[int], list[str], str]:
-    paths, targets, classes = _scan(folders["train"])
-    how = f"as in {folders[split].name}/" if split in folders else "all of train/"
-    if split in ("val", "test") and split in folders:
-        paths, targets, own = _scan(folders[split])
-        if own != classes:
-            missing, extra = sorted(set(classes) - set(own)), sorted(set(own) - set(classes))
-            raise DatasetError(
-                f"{folders[split]} must have the classes of {folders['train']}: "
-                f"missing {missing[:5] or 'none'}, extra {extra[:5] or 'none'}."
-            )
-    elif split == "test":
-        raise MissingSplitError(f"{folders['train'].parent} has no test folder. {_LAYOUT}")
-    elif "val" in folders and split == "train+val":
-        more_paths, more_targets, _ = _read_own_splits(folders, "val", val_fraction, seed)[:3]
-        paths, targets, how = paths + more_paths, targets + more_targets, "train/ and val/"
-    elif "val" not in folders and split != "train+val":
-        val, train = stratified_split(targets, [val_fraction], seed)
-        chosen = val if split == "val" else train
-        paths, targets = [paths[i] for i in chosen], [targets[i] for i in chosen]
-        how = f"val {val_fraction:g} drawn from train/ with seed {seed}"
-    return paths, targets, classes, how
-
-
-def _scan(root: Path) -> tuple[list[str], list[int], list[str]]:
-    """Sorted image paths, their class indices, and the sorted class names below `root`."""
-    classes = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not classes:
-        raise DatasetError(f"{root} has no class folders. {_LAYOUT}")
-    paths, targets, empty = [], [], []
-    for label, name in enumerate(classes):
-        images = _images_below(root / name)
+            notes = layout.notes["all"]
         if not images:
-            empty.append(str(root / name))
-        paths += images
-        targets += [label] * len(images)
-    if empty:
-        more = f" (and {len(empty) - 3} more)" if len(empty) > 3 else ""
-        raise DatasetError(
-            f"class folder without images: {', '.join(empty[:3])}{more}. Add images or remove it. {_LAYOUT}"
+            raise MissingSplitError(
+                f"the {split!r} split of {shown} is empty ({how}). Add images or raise {split}_fraction."
+            )
+        paths, targets = [path for path, _ in images], [label for _, label in images]
+        self._set_files(
+            split,
+            data_dir,
+            paths,
+            targets,
+            layout.classes,
+            f"folder {shown}, {split} split ({how})",
+            [*notes, *_lacking(layout, targets)],
         )
-    return paths, targets, classes
 
 
-def _images_below(folder: Path) -> list[str]:
-    found = []
-    for where, _, names in os.walk(folder, followlinks=True):
-        # A leading dot marks macOS resource forks and other hidden files.
-        found += [os.path.join(where, n) for n in names if n.lower().endswith(EXTENSIONS) and n[0] != "."]
-    return sorted(found)
+def _own_split(
+    layout: Layout, split: str, val_fraction: float, seed: int, shown: str
+) -> tuple[list[tuple[str, int]], str, list[str]]:
+    """Images of a split of a divided folder, where they come from, and what is to say about that."""
+    if split == "test" and "test" not in layout.folders:
+        unused = "".join(f"; {note}" for note in layout.notes["train"])
+        raise MissingSplitError(f"{shown} has no test folder{unused}. {LAYOUT}")
+    names = {part: f"{printable(folder)}/" for part, folder in layout.folders.items()}
+    if split == "test" or (split != "train+val" and "val" in layout.folders):
+        return layout.parts[split], f"as in {names[split]}", layout.notes[split]
+    if split == "train+val":
+        parts = [part for part in ("train", "val") if part in layout.folders]
+        images = [image for part in parts for image in layout.parts[part]]
+        return (
+            images,
+            " and ".join(names[part] for part in parts),
+            [n for p in parts for n in layout.notes[p]],
+        )
+    how = f"val {val_fraction:g} drawn from {names['train']} with seed {seed}"
+    return _draw(layout.parts["train"], split, {"val": val_fraction}, seed), how, layout.notes["train"]
+
+
+def _draw(
+    images: list[tuple[str, int]], split: str, fractions: dict[str, float], seed: int
+) -> list[tuple[str, int]]:
+    """The images that a stratified draw gives to `split`; what no fraction takes is train."""
+    drawn = stratified_split([label for _, label in images], list(fractions.values()), seed)
+    parts = dict(zip([*fractions, "train"], drawn, strict=True))
+    return [images[i] for part in split.split("+") for i in parts[part]]
+
+
+def _lacking(layout: Layout, targets: list[int]) -> list[str]:
+    used = set(targets)
+    names = [name for label, name in enumerate(layout.classes) if label not in used]
+    return [f"no images of {name_some(names)}"] if names else []

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,13 +18,21 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vimtune.data.base import CorruptImageError, ImageDataset
+from vimtune.data.base import ImageDataset
+from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError, WorkerError
 from vimtune.data.transforms import Transform
+from vimtune.text import printable, shorten
 
 logger = logging.getLogger(__name__)
 
 _CACHE_SHARE = 0.5  # of the memory that is free when the cache is filled
 _GRACE_SECONDS = 10
+_MAX_CORRUPT_SHARE = 0.5
+_ENOUGH_TO_JUDGE = 100  # images after which the share of corrupt ones counts before the epoch has ended
+# In messages of torch: a worker that died, or no means left to send a batch; not an error in a worker's code.
+_WORKER_TROUBLE = (
+    r"DataLoader worker \(pid|Pin memory thread exited|shared memory|ancdata|Too many open files"
+)
 
 
 class ImageLoader:
@@ -31,6 +42,12 @@ class ImageLoader:
     contiguously over the ranks, so `b` may differ by one between ranks where it does not divide; it may be 0
     in the last batch of an epoch that is not dropped, or where all images of a rank's share were skipped.
     Every rank sees the same number of batches.
+
+    Iterating raises, besides what the data set's `load` and the transform do:
+        CorruptImageError: an image is corrupt, and such are not to be left out.
+        TooManyCorruptError: more than half of the images are left out.
+        ImageReadError: the system cannot read an image.
+        WorkerError: a worker died.
 
     Attributes:
         num_skipped: corrupt images left out so far, each occurrence counted.
@@ -68,20 +85,54 @@ class ImageLoader:
         return self._batches.num_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, labels, corrupt in self._loader:
-            for path, reason in corrupt:
-                self._leave_out(path, reason)
-            if images is None:
-                images = torch.empty(0, 3, *self._img_size)
-            yield images, labels
+        whole = self._batches.start_batch == 0
+        seen = left_out = 0
+        last: CorruptImageError | ImageReadError | None = None
+        for images, labels, failures in self._read():
+            for last in failures:
+                self._leave_out(last)
+            seen += len(labels) + len(failures)
+            left_out += len(failures)
+            if seen >= _ENOUGH_TO_JUDGE:
+                self._judge(left_out, seen, last)
+            yield torch.empty(0, 3, *self._img_size) if images is None else images, labels
+        if whole:
+            self._judge(left_out, seen, last)
 
-    def _leave_out(self, path: str, reason: str) -> None:
-        if self._on_corrupt == "error":
-            raise CorruptImageError(path, reason)
+    def _read(self) -> Iterator[_Batch]:
+        """The batches as the workers make them; what happens to the workers becomes a `WorkerError`."""
+        if self._loader.num_workers == 0:
+            yield from self._loader
+            return
+        try:
+            with _death_noticed_later():
+                batches = iter(self._loader)
+            yield from batches
+        except (RuntimeError, OSError, EOFError) as error:
+            text = str(error).strip() or type(error).__name__
+            plumbing = not isinstance(error, RuntimeError) and not text.startswith("Caught ")
+            if not plumbing and not re.search(_WORKER_TROUBLE, text):
+                raise
+            reason = printable(shorten(text.splitlines()[-1]))
+            raise WorkerError(
+                f"the processes that prepare images failed ({reason}). Most often memory, shared memory or "
+                f"open files ran out: use fewer --num-workers, a smaller --batch-size, or no --cache."
+            ) from error
+
+    def _leave_out(self, error: CorruptImageError | ImageReadError) -> None:
+        if self._on_corrupt == "error" or isinstance(error, ImageReadError):
+            raise type(error)(error.path, error.reason)  # anew: `error` would keep its own frames alive
         self.num_skipped += 1
-        if path not in self.skipped_paths:
-            self.skipped_paths.add(path)
-            logger.warning("left out corrupt image %s: %s", path, reason)
+        if error.path not in self.skipped_paths:
+            self.skipped_paths.add(error.path)
+            logger.warning("left out corrupt image %s: %s", printable(error.path), error.reason)
+
+    def _judge(self, left_out: int, seen: int, last: Exception | None) -> None:
+        if left_out > _MAX_CORRUPT_SHARE * seen:
+            raise TooManyCorruptError(
+                f"{left_out} of the {seen} images of {self.dataset.split!r} that were read in this epoch are "
+                f"corrupt, more than {_MAX_CORRUPT_SHARE:.0%}. The last of them: {last}"
+            )
 
 
 def create_loader(
@@ -113,7 +164,8 @@ def create_loader(
         cache: decode every image once, now, and keep it in memory (uint8, full size). The workers are forked
             and read the same pages. At most half of the free memory is used; what does not fit is decoded
             each time, with the same result. Every rank keeps its own cache.
-        on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch.
+        on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
+            they are more than half of an epoch, or of what was read of it after the first 100 images.
         pin_memory: put batches in page-locked memory for faster copies to a GPU.
 
     Raises:
@@ -172,8 +224,17 @@ class _Key(NamedTuple):
 
 
 class _Failed(NamedTuple):
-    path: str
-    reason: str
+    """An image that could not be read; a value, as DataLoader cannot raise each error of a worker again."""
+
+    error: CorruptImageError | ImageReadError
+
+
+class _Batch(NamedTuple):
+    """What a worker sends. `images` is None where no image could be read."""
+
+    images: torch.Tensor | None
+    labels: torch.Tensor
+    failures: list[CorruptImageError | ImageReadError]
 
 
 class _Items(Dataset):
@@ -208,8 +269,8 @@ class _Items(Dataset):
         pixels = self._cached.get(key.image)
         try:
             image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
-        except CorruptImageError as error:
-            return _Failed(self.dataset.describe(key.image), error.reason)
+        except (CorruptImageError, ImageReadError) as error:
+            return _Failed(error)
         tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.image))
         return tensor, self.dataset.label(key.image)
 
@@ -252,13 +313,27 @@ class _Batches(Sampler[list[_Key]]):
             yield [_Key(epoch, int(index)) for index in whole[first:last]]
 
 
-def _collate(
-    samples: list[tuple[torch.Tensor, int] | _Failed],
-) -> tuple[torch.Tensor | None, torch.Tensor, list[tuple[str, str]]]:
-    corrupt = [(sample.path, sample.reason) for sample in samples if isinstance(sample, _Failed)]
+def _collate(samples: list[tuple[torch.Tensor, int] | _Failed]) -> _Batch:
+    failures = [sample.error for sample in samples if isinstance(sample, _Failed)]
     good = [sample for sample in samples if not isinstance(sample, _Failed)]
     images = torch.stack([image for image, _ in good]) if good else None
-    return images, torch.tensor([label for _, label in good], dtype=torch.int64), corrupt
+    return _Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), failures)
+
+
+@contextmanager
+def _death_noticed_later() -> Iterator[None]:
+    """Take back the signal handler that DataLoader installs inside.
+
+    It would raise the death of a worker wherever the main process is, such as amid the saving of a run.
+    Without it DataLoader notices when the next batch is asked for.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    former = signal.getsignal(signal.SIGCHLD)
+    yield
+    if signal.getsignal(signal.SIGCHLD) is not former and former is not None:
+        signal.signal(signal.SIGCHLD, former)
 
 
 def _prepare_worker(worker: int) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Le
 from PIL import Image
 
-from vimtune.data.base import DatasetError, ImageDataset, register_dataset
+from vimtune.data.base import ImageDataset, register_dataset
+from vimtune.data.errors import DatasetError
 from vimtune.data.flora import GENUS_SIZE, Species, make_species, species_name
 from vimtune.data.painter import (
     RGB,
@@ -32,6 +35,9 @@ from vimtune.data.painter import (
 
 _SPLIT_CODES = {"train": 0, "val": 1, "test": 2}
 _STRANGER = 1_000_000_000  # species seen only far behind the subject
+_MAX_SPECIES = 100_000
+_MAX_IMAGES = 10_000_000
+PerSpecies = Annotated[int, Ge(1), Le(_MAX_IMAGES)]
 _GREENS: tuple[RGB, ...] = (
     (0.20, 0.42, 0.16),
     (0.33, 0.52, 0.20),
@@ -53,7 +59,7 @@ _SCENES: dict[str, tuple[RGB, RGB]] = {  # colours at the top and the bottom
 class SyntheticFlowers(ImageDataset):
     """Generated flowers. Options:
 
-    - species: number of classes, 1 to many thousands.
+    - species: number of classes, 2 to 100,000.
     - train_per_species, val_per_species, test_per_species: images per class.
     - species_offset: first species; disjoint ranges give disjoint sets, e.g. for pretraining.
     """
@@ -68,24 +74,19 @@ class SyntheticFlowers(ImageDataset):
         seed: int,
         img_size: tuple[int, int],
         download: bool,
-        species: int = 16,
-        train_per_species: int = 64,
-        val_per_species: int = 16,
-        test_per_species: int = 32,
-        species_offset: int = 0,
+        species: Annotated[int, Ge(2), Le(_MAX_SPECIES)] = 16,
+        train_per_species: PerSpecies = 64,
+        val_per_species: PerSpecies = 16,
+        test_per_species: PerSpecies = 32,
+        species_offset: Annotated[int, Ge(0), Le(_STRANGER - _MAX_SPECIES)] = 0,
     ) -> None:
         del data_dir, download
         sizes = {"train": train_per_species, "val": val_per_species, "test": test_per_species}
-        for key, value, least in (
-            ("species", species, 1),
-            ("species_offset", species_offset, 0),
-            *((f"{part}_per_species", count, 1) for part, count in sizes.items()),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise DatasetError(f"{key}={value!r} must be a whole number of at least {least}.")
-        if species + species_offset > _STRANGER:
+        num_images = species * sum(sizes[part] for part in split.split("+"))
+        if num_images > _MAX_IMAGES:
             raise DatasetError(
-                f"species_offset + species = {species + species_offset} must not exceed {_STRANGER}."
+                f"{num_images:,} images in the {split!r} split are more than {_MAX_IMAGES:,}: "
+                f"lower species or the images per species."
             )
         if len(img_size) != 2 or min(img_size) < 8:
             raise DatasetError(
@@ -94,26 +95,35 @@ class SyntheticFlowers(ImageDataset):
         self.split = split
         self._seed = seed
         self._img_size = (int(img_size[0]), int(img_size[1]))
-        self._items = [
-            (number, part, index)
-            for part in split.split("+")
-            for number in range(species_offset, species_offset + species)
-            for index in range(sizes[part])
+        self._species, self._offset = species, species_offset
+        self._counts = {part: sizes[part] for part in split.split("+")}
+        self.targets = [
+            label for count in self._counts.values() for label in range(species) for _ in range(count)
         ]
-        self.targets = [number - species_offset for number, _, _ in self._items]
         self.classes = [species_name(seed, n) for n in range(species_offset, species_offset + species)]
         self.source = (
             f"generated flowers, {split} split, seed {seed}, species {species_offset} to "
-            f"{species_offset + species - 1}, {len(self._items)} images of {species} classes"
+            f"{species_offset + species - 1}, {len(self.targets)} images of {species} classes"
         )
 
+    def _locate(self, index: int) -> tuple[int, str, int]:
+        """Species, split and number of image `index`."""
+        for part, count in self._counts.items():
+            if index < self._species * count:
+                return self._offset + index // count, part, index % count
+            index -= self._species * count
+        raise IndexError("beyond the last image")
+
     def load(self, index: int) -> Image.Image:
-        number, part, i = self._items[index]
+        number, part, i = self._locate(index)
         return render_flower(self._seed, number, part, i, self._img_size)
 
     def describe(self, index: int) -> str:
-        number, part, i = self._items[index]
+        number, part, i = self._locate(index)
         return f"synthetic {part} {number}/{i}"
+
+    def fingerprint(self) -> str:
+        return f"seed {self._seed}, {self._img_size[0]}x{self._img_size[1]}: {super().fingerprint()}"
 
 
 def render_flower(seed: int, number: int, split: str, index: int, img_size: tuple[int, int]) -> Image.Image:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vimtune.data.resize import resize_region
 from vimtune.utils import suggest
 
 PRESETS = ("none", "light", "strong")
@@ -140,15 +141,15 @@ def _evaluation_crop(
     """Resize and centre-crop; returns uint8 (H, W, 3)."""
     height, width = img_size
     if crop_pct == 1.0:
-        return _to_array(image.resize((width, height), resample))
+        return _to_array(resize_region(image, (width, height), (0, 0, width, height), resample))
     cover_h, cover_w = round(height / crop_pct), round(width / crop_pct)
     if cover_h * image.width >= cover_w * image.height:
         new_w, new_h = cover_h * image.width // image.height, cover_h
     else:
         new_w, new_h = cover_w, cover_w * image.height // image.width
     left, top = round((new_w - width) / 2), round((new_h - height) / 2)
-    resized = image.resize((new_w, new_h), resample)
-    return _to_array(resized.crop((left, top, left + width, top + height)))
+    region = (left, top, left + width, top + height)
+    return _to_array(resize_region(image, (new_w, new_h), region, resample))
 
 
 def _to_array(image: Image.Image) -> np.ndarray:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vimtune.recipe import Recipe
+from vimtune.recipe import Recipe, complete_stored
 from vimtune.train.folder import RunFolder, writing
 from vimtune.utils import atomic_write
 
@@ -29,6 +29,7 @@ FORMAT = "vimtune run state 1"
 IDENTITY = (
     "dataset",
     "dataset_kwargs",
+    "data_seed",
     "train_split",
     "model",
     "model_kwargs",
@@ -214,7 +215,7 @@ def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any], s
     Raises:
         ResumeError: naming everything that makes the state unusable here.
     """
-    saved = Recipe.from_values({**state.recipe, "resume": None})
+    saved = Recipe.from_values({**complete_stored(state.recipe), "resume": None})
     problems = [
         f"{name} was {getattr(saved, name)!r} and is now {getattr(recipe, name)!r}"
         for name in IDENTITY

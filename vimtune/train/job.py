@@ -136,7 +136,7 @@ def _open(recipe: Recipe, split: str, img_size: tuple[int, int]) -> ImageDataset
         recipe.dataset,
         split,
         recipe.data_dir,
-        seed=recipe.seed,
+        seed=recipe.data_seed,
         img_size=img_size,
         download=recipe.download,
         **recipe.dataset_kwargs,

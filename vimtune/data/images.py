@@ -1,0 +1,289 @@
+"""Image files: which there are below a folder, and how one is opened.
+
+Files are somebody's input. Only regular files are opened, only by the decoders of the formats listed here,
+and only up to a size, whatever the file claims to be. All parts of the project that look for images or open
+them do so here, so they agree on what an image is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from PIL import ExifTags, Image, features
+
+from vimtune.data.errors import CorruptImageError, ImageReadError
+from vimtune.data.pixels import to_rgb
+from vimtune.text import printable
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded, in pixels: 512 MiB as RGB. Larger ones are refused unread."""
+MAX_SIDE = 1_000_000
+"""Longest side of an image that is decoded, in pixels: resizing takes memory for it, too."""
+
+_FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's name of the format -> its usual extensions
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "GIF": (".gif",),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "AVIF": (".avif",),
+}
+_OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts that a build of Pillow may lack
+
+
+def _has(part: str | None) -> bool:
+    return part is None or (
+        (part in features.modules or part in features.codecs) and bool(features.check(part))
+    )
+
+
+FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or _has(_OPTIONAL[name]))
+"""Formats that are opened here, by Pillow's names. The content of a file decides, not its extension."""
+
+EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])
+"""Endings of file names that mark an image, in lower case."""
+
+# Written by systems and tools beside the data; no data themselves. In lower case.
+_SYSTEM_FOLDERS = {
+    *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
+    "__pycache__",
+}
+# Companions of images that nobody expects to be read as one. Other files that are left out are reported.
+_COMPANIONS = {
+    *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".mat", ".md5", ".sha256"),
+    *(".md", ".html", ".htm", ".log", ".py", ".ipynb", ".sh", ".xmp", ".aae"),
+    *(".ini", ".db", ".url", ".lnk"),
+}
+_COMPANION_NAMES = {"readme", "license", "licence", "copying", "makefile", "md5sums", "sha256sums"}
+
+# Pillow's decoders raise all of these on damaged files.
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+# Of an OSError of the system, what a decoder causes that follows a nonsensical offset in the file.
+_DECODER_ERRNOS = (None, errno.EINVAL, errno.EOVERFLOW)
+
+_ORIENTATIONS = {  # value of the EXIF tag -> what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# --------------------------------------------------------------------------- one image
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file to RGB (see `vimtune.data.pixels`), turned upright as its EXIF data say.
+
+    Of several frames the first is taken.
+
+    Raises:
+        CorruptImageError: damaged, of no format in `FORMATS`, too large, or no regular file.
+        ImageReadError: missing, or the system cannot read it.
+    """
+    name = os.fspath(path)
+    try:
+        image, orientation = _decode(name)
+        try:
+            pixels = to_rgb(image)
+        except ValueError as error:
+            raise CorruptImageError(name, str(error)) from error
+        return pixels.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else pixels
+    except MemoryError as error:
+        raise ImageReadError(name, "not enough memory to decode it") from error
+
+
+def _decode(path: str) -> tuple[Image.Image, int]:
+    """The image in its own mode, and its EXIF orientation."""
+    try:
+        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
+            _check_size(*image.size)
+            image.load()
+            return image, _orientation(image)
+    except _DECODE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno not in _DECODER_ERRNOS:
+            raise ImageReadError(path, error.strerror or str(error)) from error
+        raise CorruptImageError(path, _reason(error)) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"{width} x {height} pixels: a side is longer than {MAX_SIDE:,}")
+
+
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file, without waiting for the other end of a pipe or waking a device."""
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+            raise ValueError("not a regular file") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not a regular file")
+    return descriptor
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _DECODE_ERRORS:
+        return 1  # damaged EXIF data say nothing, and the pixels are there
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"no image of a known format ({', '.join(FORMATS)})"
+    return printable(str(error)) or type(error).__name__
+
+
+# --------------------------------------------------------------------------- many images
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """What `find_images` found.
+
+    Attributes:
+        paths: image files, sorted.
+        folders: folders that were read, sorted, without the one that was searched; empty ones, too.
+        left_out: other files and links, sorted, by the reason why they are not among `paths`. Hidden and
+            system files and folders and the usual companions of images (.txt, .json, ...) are not counted.
+        links: of what is left out because it was found already: where it was found.
+    """
+
+    paths: list[str]
+    folders: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+
+
+CIRCLE = "link to a folder around it"
+SECOND_WAY = "link to what was found already"
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or the system's, and so never part of the data."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+def find_images(folder: str | os.PathLike[str]) -> FoundImages:
+    """Image files in `folder` and all its sub-folders.
+
+    Links are followed, and every folder and every image is found once, where it really is if that is below
+    `folder`: links that lead in circles or to the same place twice end in `left_out`.
+
+    Raises:
+        ImageReadError: a folder cannot be read.
+    """
+    root = os.fspath(folder)
+    walk = _Walk(root)
+    walk.read(root, os.path.realpath(root))
+    walk.follow_links()
+    left_out = {reason: sorted(paths) for reason, paths in sorted(walk.left_out.items())}
+    return FoundImages(sorted(walk.images.values()), sorted(walk.folders.values())[1:], left_out, walk.links)
+
+
+def describe_left_out(left_out: dict[str, list[str]], folder: str | os.PathLike[str]) -> str:
+    """One line: how many files were left out for which reason, each with an example; "" for none."""
+    return ", ".join(
+        f"{len(paths)} {reason} (such as {printable(os.path.relpath(paths[0], folder))})"
+        for reason, paths in left_out.items()
+    )
+
+
+class _Walk:
+    """A search; what is real is read before any link is followed."""
+
+    def __init__(self, root: str) -> None:
+        self._root = os.path.realpath(root)
+        self.images: dict[str, str] = {}  # real path -> path as found
+        self.folders: dict[str, str] = {}
+        self.links: dict[str, str] = {}
+        self.left_out: defaultdict[str, list[str]] = defaultdict(list)
+        self._to_follow: list[tuple[str, str]] = []  # link, and the real path of the folder that holds it
+
+    def read(self, folder: str, real: str) -> None:
+        """Read a folder that was not read yet, and what really lies below it."""
+        waiting = [(folder, real)]
+        while waiting:
+            folder, real = waiting.pop()
+            self.folders[real] = folder
+            for entry in _entries(folder):
+                if is_ignored(entry.name):
+                    continue
+                if entry.is_symlink():
+                    self._to_follow.append((entry.path, real))
+                elif entry.is_dir(follow_symlinks=False):
+                    waiting.append((entry.path, os.path.join(real, entry.name)))
+                else:
+                    self._take(
+                        entry.path, os.path.join(real, entry.name), entry.is_file(follow_symlinks=False)
+                    )
+
+    def follow_links(self) -> None:
+        """Follow the links met so far, and those that are met on the way."""
+        while self._to_follow:
+            links, self._to_follow = sorted(self._to_follow), []
+            for link, holder in links:
+                real = os.path.realpath(link)
+                known = self.folders.get(real) or self.images.get(real)
+                if _is_around(real, holder) or _is_around(real, self._root):
+                    self.left_out[CIRCLE].append(link)
+                elif known is not None:
+                    self.links[link] = known
+                    self.left_out[SECOND_WAY].append(link)
+                elif os.path.isdir(real):
+                    self.read(link, real)
+                else:
+                    self._take(link, real, os.path.isfile(real))
+
+    def _take(self, path: str, real: str, is_file: bool) -> None:
+        stem, extension = os.path.splitext(os.path.basename(path).lower())
+        if extension in EXTENSIONS and is_file:
+            self.images[real] = path
+        elif extension in EXTENSIONS:
+            self.left_out["not a file"].append(path)
+        elif extension not in _COMPANIONS and stem not in _COMPANION_NAMES:
+            self.left_out[printable(extension) or "without an extension"].append(path)
+
+
+def _is_around(outer: str, inner: str) -> bool:
+    return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise ImageReadError(folder, error.strerror or str(error)) from error
