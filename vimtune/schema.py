@@ -65,11 +65,7 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
         return adapter.validate_json(json.dumps(values, allow_nan=False), strict=True)
     except ValidationError as failure:
         problems = failure.errors(include_url=False, include_context=False)
-        shown = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
-            f" (found {quote(problem['input'])})"
-            for problem in problems[:3]
-        )
+        shown = "; ".join(map(_describe, problems[:3]))
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise error(f"{what} does not have the expected form: {shown}{more}") from None
     except RecursionError:
@@ -78,6 +74,15 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
         raise error(f"{what} holds what a file cannot: {failure}") from None
     except ValueError as failure:
         raise error(f"{what} holds a number that is not finite: {failure}") from None
+
+
+def _describe(problem: Any) -> str:
+    """One difference from a schema: where it is, what is wrong, what was found."""
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "value_error":  # raised by the schema class itself, which words it fully
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}" if place else message
+    return f"{place or 'value'}: {problem['msg']} (found {quote(problem['input'])})"
 
 
 def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -7,10 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 
-from vimtune.data import LIBRARIES, PRESETS, build_transform
+from vimtune import catalog
+from vimtune.data import LIBRARIES, PRESETS, build_transform, model_preprocessing, read_transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -152,3 +156,133 @@ assert (cv2.getNumThreads(), dict(os.environ)) == state
 """
     environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# --- timm's own evaluation transform of the same settings
+
+PHOTOS = [(90, 120), (120, 90), (61, 61), (50, 333), (401, 77), (64, 63), (20, 31)]
+"""Heights and widths of images, most of them not square."""
+SIZES = [None, 40, 96, 100, (48, 80), (80, 56)]
+"""Values of `img_size`; None is the model's own."""
+
+
+def small(name: str, img_size=None) -> torch.nn.Module:
+    """A registered model with its own preprocessing, but hardly any weights."""
+    options = {} if img_size is None else {"img_size": img_size}
+    return timm.create_model(name, depth=1, embed_dim=16, d_state=2, num_classes=3, **options)
+
+
+def pixels(tensor: torch.Tensor) -> torch.Tensor:
+    """Back from normalised values to levels from 0 to 255."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (tensor * std + mean) * 255
+
+
+@pytest.mark.parametrize("img_size", SIZES, ids=str)
+@pytest.mark.parametrize("name", catalog.MODELS)
+def test_timm_gives_the_same_pixels_from_the_models_own_configuration(name: str, img_size) -> None:
+    model = small(name, img_size)
+    config = model_preprocessing(model) | {"img_size": model.patch_embed.img_size}
+    oracle = create_transform(
+        **resolve_model_data_config(model) | {"input_size": (3, *model.patch_embed.img_size)}
+    )
+    ours = build_transform("none", **config)
+    for size in PHOTOS:
+        image = photo(*size)
+        torch.testing.assert_close(pixels(ours(image)), pixels(oracle(image)), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("img_size", [(64, 64), (50, 50), (33, 77), (96, 56), (14, 15)])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_timm_gives_the_same_pixels_for_all_settings(crop_mode, crop_pct, img_size, interpolation) -> None:
+    settings = {"crop_pct": crop_pct, "crop_mode": crop_mode, "interpolation": interpolation}
+    oracle = create_transform((3, *img_size), mean=MEAN, std=STD, **settings)
+    ours = build_transform("none", img_size, MEAN, STD, **settings)
+    for size in PHOTOS:
+        image = photo(*size)
+        torch.testing.assert_close(pixels(ours(image)), pixels(oracle(image)), atol=1e-3, rtol=0)
+
+
+def before_crop_modes(image: Image.Image, img_size: tuple[int, int], crop_pct: float) -> np.ndarray:
+    """The evaluation crop as it was when adapter files had no crop mode."""
+    height, width = img_size
+    if crop_pct == 1.0:
+        return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    cover_h, cover_w = round(height / crop_pct), round(width / crop_pct)
+    if cover_h * image.width >= cover_w * image.height:
+        new_w, new_h = cover_h * image.width // image.height, cover_h
+    else:
+        new_w, new_h = cover_w, cover_w * image.height // image.width
+    left, top = round((new_w - width) / 2), round((new_h - height) / 2)
+    resized = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + width, top + height)))
+
+
+@pytest.mark.parametrize("img_size", [(64, 64), (50, 50), (33, 77), (96, 56)])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+def test_a_file_without_a_crop_mode_means_what_it_meant(img_size, crop_pct: float) -> None:
+    config = {
+        "preset": "none",
+        "img_size": list(img_size),
+        "mean": list(MEAN),
+        "std": list(STD),
+        "train": False,
+        "crop_pct": crop_pct,
+        "interpolation": "bicubic",
+        "library": "albumentations",
+    }
+    read = read_transform(config, "preprocessing")
+    again = read_transform(json.loads(json.dumps(read.config)), "preprocessing")  # as a file written from it
+    for size in PHOTOS:
+        image = photo(*size)
+        expected = torch.from_numpy(before_crop_modes(image, img_size, crop_pct)).permute(2, 0, 1).float()
+        for transform in (read, again, build_transform(**config)):
+            torch.testing.assert_close(pixels(transform(image)), expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"img_size": [0, 32]}, "img_size"),
+        ({"img_size": [32, 10**9]}, "img_size"),
+        ({"img_size": [32]}, "img_size"),
+        ({"img_size": [32.5, 32]}, "img_size"),
+        ({"img_size": "32"}, "img_size"),
+        ({"mean": [0.5, 0.5]}, "3 finite numbers"),
+        ({"mean": [1e300, 0.5, 0.5]}, "3 finite numbers"),
+        ({"mean": [float("nan"), 0.5, 0.5]}, "not finite"),
+        ({"std": [0.0, 0.5, 0.5]}, "std positive"),
+        ({"std": [1e-40, 0.5, 0.5]}, "std positive"),
+        ({"std": [float("inf"), 0.5, 0.5]}, "not finite"),
+        ({"std": [True, 0.5, 0.5]}, "std"),
+        ({"crop_pct": 0}, "crop_pct"),
+        ({"crop_pct": 1.5}, "crop_pct"),
+        ({"crop_pct": None}, "crop_pct"),
+        ({"crop_mode": "centre"}, "Did you mean 'center'"),
+        ({"interpolation": "cubic"}, "Did you mean 'bicubic'"),
+        ({"library": "os"}, "transform library"),
+        ({"preset": 3}, "preset"),
+        ({"size": 32}, "size"),
+    ],
+    ids=str,
+)
+def test_what_a_file_says_about_preprocessing_is_checked(change, words: str) -> None:
+    config = build_transform("none", (32, 32)).config | change
+    with pytest.raises(ValueError, match=words) as caught:
+        read_transform(config, "preprocessing of x.safetensors")
+    assert str(caught.value).startswith("preprocessing of x.safetensors ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [None, [], "none", 3, {"img_size": {"a": []}}], ids=str)
+def test_preprocessing_of_another_form_is_refused(config) -> None:
+    with pytest.raises(ValueError, match="expected form"):
+        read_transform(config, "preprocessing of x.safetensors")
+
+
+def test_a_file_cannot_ask_for_augmentation() -> None:
+    config = build_transform("strong", (32, 32), train=True).config
+    transform = read_transform(config, "preprocessing")
+    plain = build_transform("none", (32, 32))
+    assert torch.equal(transform(photo(), 1), plain(photo(), 2))

@@ -26,7 +26,14 @@ from vimtune.data.errors import (
 )
 from vimtune.data.images import FoundImages, find_images, load_image
 from vimtune.data.loader import ImageLoader, create_loader
-from vimtune.data.transforms import LIBRARIES, PRESETS, Transform, build_transform
+from vimtune.data.transforms import (
+    LIBRARIES,
+    PRESETS,
+    Transform,
+    build_transform,
+    model_preprocessing,
+    read_transform,
+)
 
 __all__ = [
     "LIBRARIES",
@@ -52,5 +59,7 @@ __all__ = [
     "find_images",
     "list_datasets",
     "load_image",
+    "model_preprocessing",
+    "read_transform",
     "register_dataset",
 ]

@@ -9,9 +9,16 @@ H, W: height and width of the model's input.
 | strong | crop of 8-100 % of the area, resize, flip, two random operations as in RandAugment (magnitude |
 |        | 9 of 30), and with 25 % chance a rectangle of 2-33 % of the area erased to the mean colour |
 
-Evaluation, for both libraries the same code (Pillow, anti-aliased): resize so that the image covers
-(H, W) / crop_pct with its aspect ratio kept, cut (H, W) from the middle; with crop_pct = 1 resize to (H, W)
-directly. Then scale to [0, 1] and normalise with mean and std.
+Evaluation, for both libraries the same code (Pillow, anti-aliased): resize, cut (H, W) from the middle, scale
+to [0, 1], normalise with mean and std. The crop mode says to which size the image is resized:
+
+| crop mode | size before the cut |
+|---|---|
+| center         | the smallest that covers (H, W) / crop_pct with the image's aspect ratio, as in timm |
+| squash         | (H, W) / crop_pct; the aspect ratio is lost, as in timm |
+| center_rounded | as center, but sizes are rounded as adapter files without a crop mode expect |
+
+With the first two, timm's own evaluation transform of the same settings gives the same pixels.
 
 The two libraries draw different random numbers and resample differently in detail, so they agree in
 distribution, not pixel by pixel.
@@ -19,20 +26,31 @@ distribution, not pixel by pixel.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vimtune.data.resize import resize_region
+from vimtune.schema import STRICT, check
+from vimtune.text import quote
 from vimtune.utils import suggest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PRESETS = ("none", "light", "strong")
 LIBRARIES = ("albumentations", "torchvision")
+CROP_MODES = ("center", "squash", "center_rounded")
+MAX_SIDE = 8192
+"""Largest height and width of a model's input, in pixels."""
 _PILLOW_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -43,30 +61,84 @@ _CROP_SCALE = {"light": (0.6, 1.0), "strong": (0.08, 1.0)}
 _JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
 _JITTER_CHANCE = 0.8
 _ERASE_CHANCE = 0.25
+_LARGEST = 1e6
+"""Of means and standard deviations, and one over the smallest standard deviation."""
 
 Augmentation = Callable[[Image.Image, int], np.ndarray]
 
 
-class Transform:
-    """Turns a PIL image into a normalised tensor. Made by `build_transform`.
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes a model's input: the settings of a `Transform`, and their schema in files.
 
-    Attributes:
-        config: the arguments of `build_transform` as plain values; `build_transform(**config)` rebuilds it.
+    The fields are the arguments of `build_transform`. Files written before there were crop modes have no
+    `crop_mode`: they mean "squash" where `crop_pct` is 1, else "center_rounded".
     """
 
-    def __init__(self, config: dict[str, Any], augment: Augmentation | None) -> None:
-        self.config = config
-        self.img_size: tuple[int, int] = (config["img_size"][0], config["img_size"][1])
-        self._augment = augment
-        self._mean = torch.tensor(config["mean"], dtype=torch.float32).view(3, 1, 1)
-        self._std = torch.tensor(config["std"], dtype=torch.float32).view(3, 1, 1)
+    __pydantic_config__ = STRICT
+
+    preset: str = "none"
+    img_size: list[int] = dataclasses.field(default_factory=lambda: [224, 224])
+    mean: list[float] = dataclasses.field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = dataclasses.field(default_factory=lambda: [0.229, 0.224, 0.225])
+    train: bool = False
+    crop_pct: float = 0.875
+    crop_mode: str | None = None
+    interpolation: str = "bicubic"
+    library: str = "albumentations"
+
+    def __post_init__(self) -> None:
+        crop_mode = self.crop_mode
+        if crop_mode is None:
+            crop_mode = "squash" if self.crop_pct == 1 else "center_rounded"
+            object.__setattr__(self, "crop_mode", crop_mode)
+        for what, value, known in (
+            ("augmentation preset", self.preset, PRESETS),
+            ("transform library", self.library, LIBRARIES),
+            ("crop mode", crop_mode, CROP_MODES),
+            ("interpolation", self.interpolation, tuple(_PILLOW_FILTERS)),
+        ):
+            if value not in known:
+                raise ValueError(
+                    f"unknown {what} {quote(value)}; choose from {', '.join(known)}.{suggest(value, known)}"
+                )
+        if len(self.img_size) != 2 or not all(1 <= side <= MAX_SIDE for side in self.img_size):
+            raise ValueError(
+                f"img_size={quote(self.img_size)} must be two numbers (height, width) from 1 to {MAX_SIDE}."
+            )
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct} must lie in (0, 1].")
+        if (
+            not len(self.mean) == len(self.std) == 3
+            or not all(abs(value) <= _LARGEST for value in self.mean)
+            or not all(1 / _LARGEST <= value <= _LARGEST for value in self.std)
+        ):
+            raise ValueError(
+                f"mean={quote(self.mean)} and std={quote(self.std)} must be 3 finite numbers each, "
+                "std positive."
+            )
+
+
+class Transform:
+    """Turns a PIL image into a normalised tensor. Made by `build_transform` and `read_transform`."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        height, width = preprocessing.img_size
+        self.img_size: tuple[int, int] = (height, width)
+        self._augment = _build_augmentation(preprocessing)
+        self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32).view(3, 1, 1)
+        self._std = torch.tensor(preprocessing.std, dtype=torch.float32).view(3, 1, 1)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings as plain values, for a file; `build_transform(**config)` rebuilds the transform."""
+        return dataclasses.asdict(self.preprocessing)
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """Return a float32 tensor (3, H, W); a pure function of the image and `seed`."""
         if self._augment is None:
-            pixels = _evaluation_crop(
-                image, self.img_size, self.config["crop_pct"], _PILLOW_FILTERS[self.config["interpolation"]]
-            )
+            pixels = _evaluation_crop(image, self.preprocessing)
         else:
             pixels = self._augment(image, seed)
         tensor = (
@@ -86,6 +158,7 @@ def build_transform(
     *,
     train: bool = False,
     crop_pct: float = 0.875,
+    crop_mode: str | None = None,
     interpolation: str = "bicubic",
     library: str = "albumentations",
 ) -> Transform:
@@ -97,59 +170,77 @@ def build_transform(
         mean, std: per RGB channel, of values in [0, 1].
         train: False gives the evaluation pipeline whatever the preset.
         crop_pct: share of the resized image that the evaluation crop keeps, in (0, 1].
+        crop_mode: "center", "squash" or "center_rounded" (see the second table there). None means what it
+            means in files without a crop mode: "squash" where `crop_pct` is 1, else "center_rounded".
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         library: who draws and applies the augmentation, "albumentations" or "torchvision".
 
     Raises:
         ValueError: an unknown name or a value out of range.
     """
-    for what, value, known in (
-        ("augmentation preset", preset, PRESETS),
-        ("transform library", library, LIBRARIES),
-        ("interpolation", interpolation, tuple(_PILLOW_FILTERS)),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"unknown {what} {value!r}; choose from {', '.join(known)}.{suggest(value, known)}"
-            )
-    if len(img_size) != 2 or min(img_size) < 1:
-        raise ValueError(f"img_size={tuple(img_size)} must be two positive numbers (height, width).")
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct={crop_pct} must lie in (0, 1].")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} must be 3 numbers each, std positive.")
-    config: dict[str, Any] = {
-        "preset": preset,
-        "img_size": [int(side) for side in img_size],
-        "mean": [float(value) for value in mean],
-        "std": [float(value) for value in std],
-        "train": bool(train),
-        "crop_pct": float(crop_pct),
-        "interpolation": interpolation,
-        "library": library,
+    return Transform(
+        Preprocessing(
+            preset=preset,
+            img_size=[int(side) for side in img_size],
+            mean=[float(value) for value in mean],
+            std=[float(value) for value in std],
+            train=bool(train),
+            crop_pct=float(crop_pct),
+            crop_mode=crop_mode,
+            interpolation=interpolation,
+            library=library,
+        )
+    )
+
+
+def read_transform(config: Any, what: str, error: type[ValueError] = ValueError) -> Transform:
+    """Build the evaluation preprocessing that a file asks for.
+
+    Args:
+        config: what the file holds, as plain values; `Transform.config` of the one who wrote it.
+        what: the file and the part of it, for the message.
+        error: the class of the error.
+
+    Raises:
+        ValueError: (or the subclass `error`) `config` is not of the form of `Preprocessing`.
+    """
+    return Transform(dataclasses.replace(check(Preprocessing, config, what, error), train=False))
+
+
+def model_preprocessing(model: nn.Module) -> dict[str, Any]:
+    """Arguments of `build_transform` for the preprocessing that a timm model's `pretrained_cfg` describes."""
+    from timm.data import resolve_model_data_config  # imported late: data sets do without timm
+
+    config = resolve_model_data_config(model)
+    return {
+        "img_size": config["input_size"][1:],
+        **{name: config[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
     }
-    augment = None
-    if train and preset != "none":
-        build = _build_albumentations if library == "albumentations" else _build_torchvision
-        augment = build(preset, (config["img_size"][0], config["img_size"][1]), config["mean"], interpolation)
-    return Transform(config, augment)
 
 
-def _evaluation_crop(
-    image: Image.Image, img_size: tuple[int, int], crop_pct: float, resample: Image.Resampling
-) -> np.ndarray:
+def _evaluation_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and centre-crop; returns uint8 (H, W, 3)."""
-    height, width = img_size
-    if crop_pct == 1.0:
-        return _to_array(resize_region(image, (width, height), (0, 0, width, height), resample))
-    cover_h, cover_w = round(height / crop_pct), round(width / crop_pct)
-    if cover_h * image.width >= cover_w * image.height:
-        new_w, new_h = cover_h * image.width // image.height, cover_h
-    else:
-        new_w, new_h = cover_w, cover_w * image.height // image.width
+    height, width = preprocessing.img_size
+    new_h, new_w = _resized_size(image, preprocessing)
     left, top = round((new_w - width) / 2), round((new_h - height) / 2)
     region = (left, top, left + width, top + height)
+    resample = _PILLOW_FILTERS[preprocessing.interpolation]
     return _to_array(resize_region(image, (new_w, new_h), region, resample))
+
+
+def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width of `image` before the cut; see the table of crop modes."""
+    mode = preprocessing.crop_mode
+    rounding = round if mode == "center_rounded" else math.floor
+    height, width = (rounding(side / preprocessing.crop_pct) for side in preprocessing.img_size)
+    if mode == "squash":
+        return height, width
+    if mode == "center" and height != width:
+        ratio = min(image.height / height, image.width / width)
+        return round(image.height / ratio), round(image.width / ratio)
+    if height * image.width >= width * image.height:
+        return height, height * image.width // image.height
+    return width * image.height // image.width, width
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
@@ -160,6 +251,15 @@ def _crop_ratio(img_size: tuple[int, int]) -> tuple[float, float]:
     """Aspect ratios (width / height) of random crops: within 3:4 and 4:3 of the result's own."""
     aspect = img_size[1] / img_size[0]
     return 3 / 4 * aspect, 4 / 3 * aspect
+
+
+def _build_augmentation(preprocessing: Preprocessing) -> Augmentation | None:
+    """What a training image goes through instead of the evaluation pipeline, if anything."""
+    if not preprocessing.train or preprocessing.preset == "none":
+        return None
+    build = _build_albumentations if preprocessing.library == "albumentations" else _build_torchvision
+    height, width = preprocessing.img_size
+    return build(preprocessing.preset, (height, width), preprocessing.mean, preprocessing.interpolation)
 
 
 # --------------------------------------------------------------------------- albumentations

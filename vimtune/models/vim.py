@@ -576,7 +576,8 @@ def _hub(repository: str, filename: str) -> dict[str, Any]:
 
 
 def _small_image_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(**{"input_size": (3, 64, 64), "crop_pct": 1.0, **kwargs})
+    # Squashed, because that is how the embedded weights were trained and scored.
+    return _cfg(**{"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "squash", **kwargs})
 
 
 def _embedded(filename: str) -> str:

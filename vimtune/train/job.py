@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
 from torch import nn
 
 import vimtune
@@ -19,6 +18,7 @@ from vimtune.data import (
     build_transform,
     create_dataset,
     create_loader,
+    model_preprocessing,
 )
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.recipe import Recipe
@@ -63,15 +63,7 @@ def build_job(recipe: Recipe, processes: Processes) -> Job:
             )
     with processes.main_first():  # may download weights
         model = build_model(recipe, len(train_set.classes))
-    config = resolve_model_data_config(model)
-    shared = {
-        "img_size": img_size,
-        "mean": config["mean"],
-        "std": config["std"],
-        "crop_pct": config["crop_pct"],
-        "interpolation": config["interpolation"],
-        "library": recipe.transforms,
-    }
+    shared = {**model_preprocessing(model), "img_size": img_size, "library": recipe.transforms}
     train_transform = build_transform(recipe.augmentation, train=True, **shared)
     eval_transform = build_transform("none", train=False, **shared)
 
