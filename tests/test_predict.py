@@ -17,8 +17,9 @@ from vimtune import cli
 from vimtune.adapters import AdapterFileError, adapter_parameters
 from vimtune.data import CorruptImageError, build_transform, create_dataset, load_image
 from vimtune.plain import MergeError, merge_to_file
-from vimtune.predict import SHOWN_IMAGES, find_images, load_predictor
+from vimtune.predict import find_images, load_predictor
 from vimtune.recipe import Recipe
+from vimtune.results import SHOWN_IMAGES
 from vimtune.train.job import build_model
 
 SPECIES = 5

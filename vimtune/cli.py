@@ -209,13 +209,17 @@ def _predict(prog: str, arguments: Sequence[str]) -> int:
     parser = _Parser(prog=prog, description="Classify images with a trained adapter file.")
     parser.add_argument("inputs", nargs="+", metavar="IMAGE", type=_path, help="images, or folders of images")
     parser.add_argument(
-        "--adapter", metavar="FILE", type=_path, required=True, help="adapter file or run folder"
+        "--adapter", metavar="FILE", type=_path, required=True, help="adapter file, run folder or merged file"
     )
     _add_model_options(parser)
     parser.add_argument("--top-k", metavar="N", type=int, default=3, help="classes per image [3]")
     parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images at a time [32]")
     parser.add_argument(
-        "--on-corrupt", metavar="X", default="error", help="an unreadable image: error (stop), skip [error]"
+        "--on-corrupt",
+        metavar="X",
+        default="report",
+        help="unreadable images: report (the others are classified, exit code 1), skip (exit code 0), "
+        "error (stop at the first) [report]",
     )
     parser.add_argument(
         "--output",

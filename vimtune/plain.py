@@ -5,21 +5,23 @@ Shape letters: B batch, C classes.
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import vimtune
+from vimtune import parsers
 from vimtune.adapters import read_adapter_info
+from vimtune.merged import MergedInfo, is_merged_file, read_merged, read_merged_info, write_merged
 from vimtune.models import create_listed_model
 from vimtune.ops import use_backend
-from vimtune.predict import adapter_path, load_predictor
-from vimtune.utils import atomic_write
+from vimtune.output import check_output, write_output
+from vimtune.predict import adapter_path, find_base, load_predictor
+from vimtune.text import printable, quote
+from vimtune.train.folder import OutputError
 
 TOLERANCE = 1e-3
 """Largest logit error that fp32 rounding explains, relative to the largest logit."""
@@ -43,10 +45,10 @@ class MergeProof:
 
 
 def merge_to_file(
-    adapter: Path,
-    output: Path,
+    adapter: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
-    checkpoint: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     device: str = "auto",
     backend: str = "auto",
     num_images: int = 8,
@@ -54,42 +56,41 @@ def merge_to_file(
 ) -> MergeProof:
     """Write the merged weights as plain safetensors and check the file that was written.
 
-    The file is read back into a fresh model without adapters and has to give the logits of base
-    plus adapter on `num_images` random images; otherwise no file is left behind. Its metadata hold
-    model name, class names and preprocessing as JSON. With `force` the adapter is merged although the base
-    weights differ from those that it was trained on.
+    The file (see `vimtune.merged`) is read back into a fresh model without adapters and has to give the
+    logits of base plus adapter on `num_images` random images; otherwise no file is left behind. With
+    `force` the adapter is merged although the base weights differ from those that it was trained on.
 
     Raises:
         ValueError: the adapter cannot be loaded, or `output` cannot be a weights file.
         MergeError: the logits differ by more than rounding explains.
     """
-    path = adapter_path(adapter)
-    if output.suffix != ".safetensors":
-        raise ValueError(f"cannot write {output}: expected a name ending in .safetensors")
-    inputs = [path] if checkpoint is None else [path, Path(checkpoint)]
-    if any(output.resolve() == source.resolve() for source in inputs):
-        raise ValueError(f"{output} is read as input; choose another --output")
+    path, output = adapter_path(adapter), Path(parsers.path(output))
+    if is_merged_file(path):
+        raise ValueError(f"{quote(str(path))} is merged already: there is no adapter in it")
     info = read_adapter_info(path)
-    predictor = load_predictor(path, checkpoint=checkpoint, device=device, backend=backend, force=force)
+    base = find_base(path, info) if checkpoint is None else Path(parsers.path(checkpoint))
+    check_output(output, (".safetensors",), [path] if base is None else [path, base])
+    if not _is_utf8(output.absolute()):
+        raise OutputError(
+            f"cannot write {quote(str(output))}: its path is not UTF-8, as safetensors needs it"
+        )
+    predictor = load_predictor(path, checkpoint=base, device=device, backend=backend, force=force)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(num_images, 3, *predictor.transform.img_size, generator=generator)
+    shape = (num_images, predictor.model.in_chans, *predictor.transform.img_size)
+    images = torch.randn(shape, generator=generator)
     expected = predictor.logits(images)
-
     merged = vimtune.merge(predictor.model)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in merged.state_dict().items()}
-    fresh = create_listed_model(info.model["name"], {**info.model["kwargs"], "num_classes": info.num_classes})
-    metadata = {
-        "format": "pt",
-        "model": info.model["name"],
-        "options": json.dumps(fresh.options),
-        "classes": json.dumps(info.classes, ensure_ascii=False),
-        "preprocessing": json.dumps(info.preprocessing),
-    }
+    written = MergedInfo(
+        model=info.model["name"],
+        options={**merged.options, "num_classes": merged.num_classes},
+        classes=info.classes,
+        preprocessing=predictor.transform.config,
+    )
     proofs: list[MergeProof] = []
 
     def write(temporary: Path) -> None:
-        save_file(tensors, temporary, metadata=metadata)
-        fresh.load_state_dict(load_file(temporary))
+        write_merged(temporary, merged.state_dict(), written)
+        fresh, _ = read_merged(temporary)
         proofs.append(_prove(fresh.to(predictor.device).eval(), images, expected, backend))
         if not proofs[0].holds:
             raise MergeError(
@@ -97,8 +98,16 @@ def merge_to_file(
                 f"{proofs[0].max_logit:.1f}; nothing was written"
             )
 
-    atomic_write(output, write)
+    write_output(output, write)
     return proofs[0]
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -111,22 +120,28 @@ def _prove(model: nn.Module, images: Tensor, expected: Tensor, backend: str) -> 
     return MergeProof(error, expected.abs().max().item(), len(images))
 
 
+def loading_code(path: Path, info: MergedInfo) -> str:
+    """Python that loads a merged file as a plain model, with timm's own loader."""
+    with torch.device("meta"):  # only the options are of interest
+        usual = create_listed_model(info.model, {}).options
+    options = {name: value for name, value in info.options.items() if value != usual[name]}
+    arguments = {"checkpoint_path": str(path), **options}
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"import timm, vimtune\nmodel = timm.create_model({info.model!r}, {shown})"
+
+
 def run_merge(
-    *, adapter: Path, output: Path, checkpoint: str | None, device: str, backend: str, force: bool
+    *, adapter: Path, output: Path, checkpoint: Path | None, device: str, backend: str, force: bool
 ) -> int:
     """`vimtune merge`: write the file, print the proof. Returns the exit code."""
     proof = merge_to_file(adapter, output, checkpoint=checkpoint, device=device, backend=backend, force=force)
-    info = read_adapter_info(adapter_path(adapter))
-    console = Console(highlight=False, markup=False)
-    console.print(f"{info.model['name']} with {info.method} merged into {output}", soft_wrap=True)
-    console.print(
+    info, merged = read_adapter_info(adapter_path(adapter)), read_merged_info(output)
+    print(f"{merged.model} with {printable(info.method)} merged into {printable(str(output))}")
+    print(
         f"maximum logit error {proof.max_error:.1e} on {proof.num_images} replayed images "
-        f"(largest logit {proof.max_logit:.1f}), file against base + adapter",
-        soft_wrap=True,
+        f"(largest logit {proof.max_logit:.1f}), file against base + adapter"
     )
-    console.print(
-        f'load it with: timm.create_model("{info.model["name"]}", num_classes={info.num_classes}, '
-        f'checkpoint_path="{output}")',
-        soft_wrap=True,
-    )
+    print("load it with:")
+    for line in loading_code(output, merged).splitlines():
+        print(f"    {line}")
     return 0

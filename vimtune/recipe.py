@@ -29,6 +29,10 @@ RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors
 GROUPS = ("data", "model", "method", "optimisation", "run")
 
 
+_OWN_FOLDERS = ("data_dir", "output_dir", "resume")
+"""Fields that name folders of the computer on which the run is."""
+
+
 class RecipeError(ValueError):
     """A recipe that cannot run; `problems` lists every reason, one line each."""
 
@@ -353,6 +357,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain values; `Recipe.from_values(recipe.to_dict()) == recipe`."""
         return dataclasses.asdict(self)
+
+    def to_share(self) -> dict[str, Any]:
+        """`to_dict` for a file that is passed on: no folders of this computer, of the checkpoint its name."""
+        values = {name: value for name, value in self.to_dict().items() if name not in _OWN_FOLDERS}
+        return values if self.checkpoint is None else {**values, "checkpoint": Path(self.checkpoint).name}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML, atomically."""

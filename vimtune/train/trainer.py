@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,8 @@ def train(recipe: Recipe) -> Report:
         Interrupted: Ctrl-C or SIGTERM; the state was saved and can be resumed.
     """
     recipe.check_paths()
+    if recipe.checkpoint is not None:  # the recipe in the run folder is read from anywhere
+        recipe = dataclasses.replace(recipe, checkpoint=os.path.abspath(recipe.checkpoint))
     with open_processes(recipe.device) as processes, process_settings(recipe, processes.device):
         saved = None
         if recipe.resume is not None:
@@ -483,7 +486,7 @@ class _Run:
                 self.folder.adapter,
                 classes=self.job.classes,
                 preprocessing=self.job.preprocessing,
-                extra={"recipe": self.recipe.to_dict(), "epoch": self.progress.epoch + 1},
+                extra={"recipe": self.recipe.to_share(), "epoch": self.progress.epoch + 1},
             )
 
     def _restore(self, saved: RunState) -> None:

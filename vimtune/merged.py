@@ -1,0 +1,113 @@
+"""A merged file: plain weights, and in the metadata what it takes to build their model and to feed it.
+
+The tensors are those of the model's `state_dict`, so that every reader of safetensors can use them.
+The metadata are "model" (a name of the registry) and, as JSON, "options" (of its creation), "classes"
+and "preprocessing". Files written before there were "options" have none.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+from annotated_types import Len
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vimtune.models import VisionMamba
+from vimtune.schema import STRICT, Name, check, parse_json
+from vimtune.text import quote
+
+_PARTS = ("classes", "preprocessing")
+
+
+class MergedFileError(ValueError):
+    """A merged file that is damaged, or whose parts contradict each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedInfo:
+    """What a merged file says besides the weights."""
+
+    __pydantic_config__ = STRICT
+
+    model: Name
+    options: dict[str, Any]
+    """Of the model's creation, the number of classes and the image size among them."""
+    classes: list[Annotated[str, Len(0, 1000)]]
+    """Their names, one for each output of the head, or none."""
+    preprocessing: dict[str, Any]
+    """See `vimtune.data.read_transform`."""
+
+
+def is_merged_file(path: Path) -> bool:
+    """Whether `path` is a safetensors file with the metadata of a merged one."""
+    if not path.is_file():
+        return False
+    try:
+        return {"model", *_PARTS} <= _read_metadata(path).keys()
+    except SafetensorError:  # whoever takes it for another kind of file says what is wrong with it
+        return False
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_merged(path: Path, tensors: dict[str, Tensor], info: MergedInfo) -> None:
+    """Write `tensors` (a `state_dict`) and `info` to `path`."""
+    parts = {"options": info.options, "classes": info.classes, "preprocessing": info.preprocessing}
+    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in parts.items()}
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(values, path, metadata={"format": "pt", "model": info.model, **metadata})
+
+
+def read_merged_info(path: Path) -> MergedInfo:
+    """Read what a merged file says besides the weights.
+
+    Raises:
+        MergedFileError: truncated, or not of the form that this module describes.
+    """
+    shown = quote(str(path))
+    try:
+        metadata = _read_metadata(path)
+    except SafetensorError as error:
+        raise MergedFileError(f"{shown} is truncated or not a safetensors file ({error})") from error
+    parts: dict[str, Any] = {
+        name: parse_json(metadata.get(name), f"{name} of {shown}", MergedFileError)
+        for name in (*_PARTS, *(["options"] if "options" in metadata else []))
+    }
+    if "options" not in parts:  # an older file: the rest shows the usual ones
+        sizes = {"num_classes": len(parts["classes"])} if isinstance(parts["classes"], list) else {}
+        known = parts["preprocessing"] if isinstance(parts["preprocessing"], dict) else {}
+        parts["options"] = sizes | {name: known[name] for name in ("img_size",) if name in known}
+    return check(
+        MergedInfo, {"model": metadata.get("model"), **parts}, f"metadata of {shown}", MergedFileError
+    )
+
+
+def read_merged(path: Path) -> VisionMamba:
+    """Build the model that a merged file holds, on the CPU and in training mode.
+
+    Raises:
+        MergedFileError: as `read_merged_info`, or weights that are not those of its model.
+    """
+    info, shown = read_merged_info(path), quote(str(path))
+    tensors = load_file(path)
+    for name, value in tensors.items():
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            raise MergedFileError(f"{shown}: {quote(name)} holds other values than finite numbers")
+    model = timm.create_model(info.model, pretrained=False, **info.options)
+    assert isinstance(model, VisionMamba), "every model that a merged file names is one of ours"
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise MergedFileError(f"{shown} does not hold the weights of its model: {quote(reason)}") from error
+    return model
