@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -37,6 +38,8 @@ Count = Annotated[int, Ge(0), Le(2**62)]
 Name = Annotated[str, Len(1, 200)]
 """A short name, such as a model's or a method's."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 @cache
 def _adapter(schema: Any) -> TypeAdapter[Any]:
@@ -50,7 +53,8 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
 
     Args:
         schema: a dataclass with `__pydantic_config__ = STRICT`, or any type that pydantic knows.
-        values: plain values as JSON has them.
+        values: plain values as JSON has them. What is not Unicode in a text (Python holds a byte of a file
+            name that is not UTF-8 as a surrogate) comes out as the text \\udcXX.
         what: the file and the part of it, for the message.
         error: the class of the error.
 
@@ -62,7 +66,8 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
     adapter: TypeAdapter[Schema] = _adapter(schema)  # type: ignore[arg-type]  # types hash
     try:
         # Through JSON: in strict mode pydantic makes a dataclass out of an object of JSON, not out of a dict.
-        return adapter.validate_json(json.dumps(values, allow_nan=False), strict=True)
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        return adapter.validate_json(_SURROGATE.sub(_escape, text), strict=True)
     except ValidationError as failure:
         problems = failure.errors(include_url=False, include_context=False)
         shown = "; ".join(map(_describe, problems[:3]))
@@ -74,6 +79,10 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
         raise error(f"{what} holds what a file cannot: {failure}") from None
     except ValueError as failure:
         raise error(f"{what} holds a number that is not finite: {failure}") from None
+
+
+def _escape(surrogate: re.Match[str]) -> str:
+    return f"\\\\u{ord(surrogate[0]):04x}"
 
 
 def _describe(problem: Any) -> str:

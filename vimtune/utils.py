@@ -62,11 +62,6 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def user_path(path: str | os.PathLike[str]) -> Path:
-    """`path` as a user means it: with `~` for the home folder."""
-    return Path(os.path.expanduser(path))
-
-
 def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` and move the finished file to `path` in one step.
 
