@@ -1,47 +1,40 @@
-"""predict and merge: an adapter file alone is enough, and a merged file computes the same."""
+"""predict: an adapter file alone is enough, nothing in it is believed unchecked, and no result is lost."""
 
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from adapter_files import SPECIES, make_adapter, rewrite, write_photos
+from PIL import Image
+from safetensors.torch import save_file
 
-import vimtune
 from vimtune import cli
-from vimtune.adapters import AdapterFileError, adapter_parameters
-from vimtune.data import CorruptImageError, build_transform, create_dataset, load_image
-from vimtune.plain import MergeError, merge_to_file
-from vimtune.predict import find_images, load_predictor
-from vimtune.recipe import Recipe
+from vimtune.adapters import AdapterFileError
+from vimtune.data import (
+    CorruptImageError,
+    ImageReadError,
+    build_transform,
+    create_dataset,
+    load_image,
+    model_preprocessing,
+)
+from vimtune.predict import Predictor, find_images, load_predictor, run_predict
 from vimtune.results import SHOWN_IMAGES
-from vimtune.train.job import build_model
-
-SPECIES = 5
 
 
-def make_adapter(path: Path, scale: float = 0.1, **values) -> torch.nn.Module:
-    """An adapter file as a training run leaves it, moved away from its start; returns the model."""
-    recipe = Recipe(model="test_vim", **{"pretrained": False, "peft": "lora", **values})
-    model = build_model(recipe, SPECIES).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for entry in adapter_parameters(model):
-            entry.parameter.add_(scale * torch.randn(entry.parameter.shape, generator=generator))
-    transform = build_transform("none", (32, 32), train=False, crop_pct=1.0)
-    vimtune.save_adapter(
-        model,
-        path,
-        classes=[f"species {index}" for index in range(SPECIES)],
-        preprocessing=transform.config,
-        extra={"recipe": recipe.to_dict()},
-    )
-    return model
+def read_csv(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +66,7 @@ def test_the_file_alone_gives_the_predictions_of_the_trained_model(tmp_path, ima
         save_file(timm.create_model("test_vim", num_classes=7).state_dict(), values["checkpoint"])
     trained = make_adapter(tmp_path / "adapter.safetensors", **values)
     paths = find_images([images])
-    transform = build_transform("none", (32, 32), train=False, crop_pct=1.0)
+    transform = build_transform("none", **model_preprocessing(trained))
     with torch.no_grad():
         expected = trained(torch.stack([transform(load_image(path)) for path in paths])).softmax(1)
 
@@ -91,7 +84,7 @@ def test_a_checkpoint_that_moved_is_asked_for_and_can_be_given(tmp_path, images)
     save_file(timm.create_model("test_vim", num_classes=7).state_dict(), base)
     make_adapter(adapter, checkpoint=str(base))
     moved = base.rename(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(AdapterFileError, match="--checkpoint"):
+    with pytest.raises(AdapterFileError, match=r"base\.safetensors.*--checkpoint"):
         load_predictor(adapter)
     assert load_predictor(adapter, checkpoint=str(moved)).classes[0] == "species 0"
 
@@ -133,7 +126,7 @@ def test_predict_prints_and_writes(tmp_path, images, adapter, capsys):
     flags = ["--top-k", "2", "-o", str(outputs[0]), "--output", str(outputs[1]), "--device", "cpu"]
     assert cli.main(["predict", str(images), "--adapter", str(adapter), *flags]) == 0
     text = capsys.readouterr().out
-    rows = list(csv.reader(outputs[0].open(encoding="utf-8")))
+    rows = read_csv(outputs[0])
     assert rows[0] == ["path", "class1", "probability1", "class2", "probability2"]
     records = json.loads(outputs[1].read_text(encoding="utf-8"))
     assert len(rows) - 1 == len(records) == 8
@@ -163,15 +156,19 @@ def test_a_long_table_is_cut_and_says_so(images, adapter, capsys):
         (["--adapter", "none.safetensors"], "none.safetensors does not exist"),
         (["--adapter", "{adapter}", "-o", "p.txt"], "ending in .csv or .json"),
         (["--adapter", "{adapter}", "-o", "{adapter}/p.csv"], "not a writable folder"),
+        (["--adapter", "{adapter}", "-o", "{folder}.csv"], "it is a folder"),
         (["--adapter", "{adapter}", "--top-k", "0"], "top_k = 0"),
         (["--adapter", "{adapter}", "--batch-size", "0"], "batch_size = 0"),
         (["--adapter", "{adapter}", "--device", "gpu"], "device = 'gpu'"),
         (["--adapter", "{adapter}", "--backend", "fast"], "unknown backend 'fast'"),
         (["--adapter", "{adapter}", "--on-corrupt", "skp"], "Did you mean 'skip'?"),
+        (["--adapter", "{adapter}", "--on-corrupt", "re\nport"], r"'re\nport'"),
     ],
 )
 def test_bad_input_of_predict_is_one_line(images, adapter, capsys, flags, words):
-    flags = [flag.format(adapter=adapter) for flag in flags]
+    folder = adapter.with_name("folder")
+    folder.with_suffix(".csv").mkdir()
+    flags = [flag.format(adapter=adapter, folder=folder) for flag in flags]
     assert cli.main(["predict", str(images), *flags]) == 2
     error = capsys.readouterr().err.splitlines()
     assert [line for line in error if line.startswith("error: ")] == error[-1:] and words in error[-1]
@@ -182,46 +179,6 @@ def test_a_truncated_adapter_is_refused(images, adapter, capsys, size):
     adapter.write_bytes(adapter.read_bytes()[:size])
     assert cli.main(["predict", str(images), "--adapter", str(adapter)]) == 2
     assert "truncated" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("peft", ["prodial", "dora", "full", "linear", "lora+bitfit"])
-def test_a_merged_file_loads_as_plain_weights_and_computes_the_same(tmp_path, peft, capsys):
-    trained = make_adapter(tmp_path / "adapter.safetensors", peft=peft)
-    output = tmp_path / "merged.safetensors"
-    assert cli.main(["merge", str(tmp_path), "--output", str(output)]) == 0
-    assert "maximum logit error" in capsys.readouterr().out
-
-    plain = timm.create_model("test_vim", num_classes=SPECIES)
-    assert load_file(output).keys() == plain.state_dict().keys()
-    by_timm = timm.create_model("test_vim", num_classes=SPECIES, checkpoint_path=str(output)).eval()
-    by_us = vimtune.load_checkpoint(plain, output).eval()
-    batch = torch.randn(3, 3, 32, 32)
-    with torch.no_grad():
-        for model in (by_timm, by_us):
-            torch.testing.assert_close(model(batch), trained(batch), rtol=1e-4, atol=1e-4)
-    with safe_open(output, "pt") as file:
-        assert json.loads(file.metadata()["classes"])[1] == "species 1"
-
-
-def test_a_merge_that_changes_the_model_leaves_no_file(tmp_path, adapter, monkeypatch):
-    merge = vimtune.merge
-
-    def wrong(model):
-        merge(model).head.bias.data[0] += 0.1
-        return model
-
-    monkeypatch.setattr(vimtune, "merge", wrong, raising=False)
-    with pytest.raises(MergeError, match=r"maximum logit error 1\.0e-01"):
-        merge_to_file(adapter, tmp_path / "merged.safetensors")
-    assert list(tmp_path.iterdir()) == [adapter]
-
-
-def test_merge_does_not_overwrite_what_it_reads(tmp_path, adapter, capsys):
-    before = adapter.read_bytes()
-    assert cli.main(["merge", str(adapter), "-o", str(adapter)]) == 2
-    assert cli.main(["merge", str(adapter), "-o", str(tmp_path / "merged.bin")]) == 2
-    assert capsys.readouterr().err.count("error: ") == 2
-    assert adapter.read_bytes() == before
 
 
 def test_from_a_flag_to_a_prediction(tmp_path, images, capsys):
@@ -237,3 +194,337 @@ def test_from_a_flag_to_a_prediction(tmp_path, images, capsys):
     capsys.readouterr()
     assert cli.train_main([*flags.split(), "--output-dir", str(run)]) == 2
     assert "holds another run" in capsys.readouterr().err
+
+
+# --- what the file says is checked, and what it does not say is the model's own
+
+
+@pytest.mark.parametrize("img_size", [None, 48, [48, 32]], ids=str)
+def test_an_adapter_without_preprocessing_gets_that_of_its_model(tmp_path, img_size):
+    make_adapter(tmp_path / "adapter.safetensors", img_size=img_size)
+    stated = load_predictor(tmp_path)
+    rewrite(tmp_path / "adapter.safetensors", lambda info: info.update(preprocessing={}))
+    predictor = load_predictor(tmp_path)
+    assert predictor.transform.config == stated.transform.config
+    assert predictor.transform.config["crop_mode"] == "squash"
+    [photo, *_] = write_photos(tmp_path / "photos")
+    assert next(predictor.predict([photo])) == next(stated.predict([photo]))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda info: info["preprocessing"].update(img_size=[64, 64]),
+            "images of 64 x 64 pixels for a model",
+        ),
+        (lambda info: info["preprocessing"].update(img_size=[10**9, 32]), "img_size"),
+        (lambda info: info["preprocessing"].update(std=[0, 1, 1]), "std positive"),
+        (lambda info: info["preprocessing"].update(crop_pct=-1), "crop_pct"),
+        (lambda info: info["preprocessing"].update(crop_mode="exec"), "crop mode"),
+        (lambda info: info["preprocessing"].update(colour="red"), "colour"),
+        (lambda info: info["classes"].pop(), "4 class names for a head of 5"),
+        (lambda info: info.update(extra={"recipe": []}), "recipe"),
+        (lambda info: info["extra"]["recipe"].update(checkpoint=7), "checkpoint"),
+        (lambda info: info["extra"]["recipe"].update(seed=-1), "seed"),
+        (lambda info: info["extra"]["recipe"].update(seed=10**30), "seed"),
+        (lambda info: info["extra"]["recipe"].update(pretrained="yes"), "pretrained"),
+    ],
+)
+def test_what_an_adapter_file_says_is_checked(tmp_path, adapter, capsys, change, words):
+    [photo, *_] = write_photos(tmp_path / "photos")
+    rewrite(adapter, change)
+    for command in (["predict", str(photo), "--adapter"], ["merge", "-o", str(tmp_path / "m.safetensors")]):
+        assert cli.main([*command, str(adapter)]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert [line for line in error if line.startswith("error: ")] == error[-1:] and words in error[-1]
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_file_without_class_names_has_numbers(tmp_path, adapter):
+    rewrite(adapter, lambda info: info.update(classes=[]))
+    assert load_predictor(adapter).classes == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, "3", None], ids=repr)
+@pytest.mark.parametrize("name", ["top_k", "batch_size"])
+def test_counts_are_whole_numbers(adapter, name, value):
+    with pytest.raises(ValueError, match=f"{name} = .*whole number >= 1"):
+        load_predictor(adapter).predict([], **{name: value})
+
+
+class BreaksOnWhite(torch.nn.Module):
+    """Its outputs are not finite for white images."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.where(images.mean((1, 2, 3)) > 2, torch.nan, 0.0)[:, None].expand(-1, 3)
+
+
+def test_outputs_that_are_not_finite_are_an_error_naming_the_image(tmp_path):
+    for name in ("black", "white"):
+        Image.new("RGB", (9, 7), name).save(tmp_path / f"{name}.png")
+    transform = build_transform("none", (8, 8))
+    predictor = Predictor(BreaksOnWhite(), transform, list("abc"), torch.device("cpu"))
+    assert len(list(predictor.predict([tmp_path / "black.png"]))) == 1
+    with pytest.raises(ValueError, match=r"white\.png' are not finite"):
+        list(predictor.predict(sorted(tmp_path.iterdir())))
+
+
+# --- where the base weights are
+
+
+TRAINING = (
+    "--model test_vim --peft lora --epochs 1 --num-workers 0 --batch-size 16 --device cpu "
+    "--dataset-kwargs species=2,train_per_species=8,val_per_species=4,test_per_species=4"
+)
+
+
+def test_base_weights_are_found_from_any_folder_and_no_path_is_passed_on(tmp_path, monkeypatch, capsys):
+    [photo, *_] = write_photos(tmp_path / "photos")
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    save_file(timm.create_model("test_vim", num_classes=7).state_dict(), here / "base.safetensors")
+    monkeypatch.chdir(here)
+    command = [
+        *TRAINING.split(),
+        "--checkpoint",
+        "base.safetensors",
+        "--data-dir",
+        str(here),
+        "--output-dir",
+        "run",
+    ]
+    assert cli.train_main(command) == 0
+
+    monkeypatch.chdir(there)
+    adapter = here / "run" / "adapter.safetensors"
+    assert os.fsencode(tmp_path) not in adapter.read_bytes()
+    for given in (here / "run", adapter):
+        assert cli.main(["predict", str(photo), "--adapter", str(given)]) == 0
+    shared = there / "shared.safetensors"
+    shared.write_bytes(adapter.read_bytes())
+    capsys.readouterr()
+    assert cli.main(["predict", str(photo), "--adapter", str(shared)]) == 2
+    error = capsys.readouterr().err
+    assert "'base.safetensors'" in error and "--checkpoint" in error and str(here) not in error
+    base = str(here / "base.safetensors")
+    assert cli.main(["predict", str(photo), "--adapter", str(shared), "--checkpoint", base]) == 0
+
+
+def test_a_recipe_beside_the_adapter_that_names_other_weights_is_not_followed(tmp_path):
+    base, other = tmp_path / "base.safetensors", tmp_path / "other.safetensors"
+    for path in (base, other):
+        save_file(timm.create_model("test_vim", num_classes=7).state_dict(), path)
+    make_adapter(tmp_path / "adapter.safetensors", checkpoint=str(base))
+    (tmp_path / "recipe.yaml").write_text(f"checkpoint: {other}\n")
+    base.unlink()
+    with pytest.raises(AdapterFileError, match=r"'base\.safetensors'.*--checkpoint"):
+        load_predictor(tmp_path)
+
+
+def test_an_older_file_with_the_whole_path_finds_its_base_weights(tmp_path):
+    base = tmp_path / "weights" / "base.safetensors"
+    base.parent.mkdir()
+    save_file(timm.create_model("test_vim", num_classes=7).state_dict(), base)
+    adapter = tmp_path / "adapter.safetensors"
+    make_adapter(adapter, checkpoint=str(base))
+    rewrite(adapter, lambda info: info["extra"]["recipe"].update(checkpoint=str(base)))
+    assert load_predictor(adapter).classes[0] == "species 0"
+
+
+def test_paths_may_start_in_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = tmp_path / "base.safetensors"
+    save_file(timm.create_model("test_vim", num_classes=7).state_dict(), base)
+    make_adapter(tmp_path / "adapter.safetensors", checkpoint=str(base))
+    write_photos(tmp_path / "photos")
+    assert load_predictor("~/adapter.safetensors", checkpoint="~/base.safetensors").classes
+    flags = ["--adapter", "~", "--checkpoint", "~/base.safetensors", "--output", "~/p.csv"]
+    assert cli.main(["predict", "~/photos", *flags]) == 0
+    assert (tmp_path / "p.csv").is_file()
+    assert cli.main(["merge", "~", "-o", "~/merged.safetensors"]) == 0
+    assert (tmp_path / "merged.safetensors").is_file()
+
+
+# --- no result is lost
+
+
+def with_a_bad_photo(folder: Path) -> Path:
+    """A folder of three photos and, in the middle, a file that is none."""
+    write_photos(folder)
+    (folder / "00 bad\n.png").write_bytes(b"\x89PNG but not really")
+    return folder
+
+
+@pytest.mark.parametrize(("choice", "code"), [(None, 1), ("report", 1), ("skip", 0)])
+def test_one_bad_photo_does_not_take_the_others(tmp_path, adapter, capsys, caplog, choice, code):
+    folder, output = with_a_bad_photo(tmp_path / "photos"), tmp_path / "p.csv"
+    flags = [] if choice is None else ["--on-corrupt", choice]
+    assert cli.main(["predict", str(folder), "--adapter", str(adapter), "-o", str(output), *flags]) == code
+    rows = read_csv(output)
+    assert [Path(row[0]).name for row in rows[1:]] == ["0.png", "1.png", "2.png"]
+    assert "2.png" in capsys.readouterr().out
+    [line] = [line for line in caplog.messages if r"00 bad\n.png" in line]
+    assert line.startswith("left out ") and "1 of 4 images could not be read" in caplog.messages
+
+
+def test_error_stops_at_a_bad_photo_and_writes_nothing(tmp_path, adapter, capsys):
+    folder, output = with_a_bad_photo(tmp_path / "photos"), tmp_path / "p.csv"
+    flags = ["--adapter", str(adapter), "-o", str(output), "--on-corrupt", "error", "--batch-size", "1"]
+    assert cli.main(["predict", str(folder), *flags]) == 2
+    assert r"00 bad\n.png" in capsys.readouterr().err and not output.exists()
+
+
+@pytest.mark.parametrize("choice", ["report", "skip"])
+def test_what_the_system_cannot_read_is_never_passed_over_in_silence(
+    tmp_path, adapter, monkeypatch, capsys, caplog, choice
+):
+    paths = write_photos(tmp_path / "photos")
+
+    def load(path):
+        if Path(path) == paths[1]:
+            raise ImageReadError(str(path), "Permission denied")
+        return load_image(path)
+
+    monkeypatch.setattr("vimtune.predict.load_image", load)
+    flags = ["--adapter", str(adapter), "--on-corrupt", choice]
+    assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == 1
+    assert "1.png: Permission denied" in caplog.text and "2.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.EIO, "bad disk"), 2)])
+def test_what_was_computed_before_a_stop_is_written(tmp_path, adapter, monkeypatch, caplog, stop, code):
+    write_photos(tmp_path / "photos")
+    logits, output = Predictor.logits, tmp_path / "p.csv"
+    calls = []
+
+    def stops(self, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise stop
+        return logits(self, batch)
+
+    monkeypatch.setattr(Predictor, "logits", stops)
+    flags = ["--adapter", str(adapter), "-o", str(output), "--batch-size", "1"]
+    assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == code
+    assert len(read_csv(output)) == 1 + 2
+    assert "stopped after 2 of 3 images" in caplog.text
+
+
+STRANGE = "=1+1 [red]$x_1$ :smile: \x1b[31m\u202e日本\r\n😀"
+
+
+def predict_strangely(folder: Path, adapter: Path, name: str) -> list[Path]:
+    """Run the command on a photo of this name and with strange class names; returns CSV and JSON."""
+    rewrite(adapter, lambda info: info.update(classes=[f"{i}{STRANGE}" for i in range(SPECIES)]))
+    write_photos(folder)[0].rename(folder / name)
+    outputs = [folder / "p.csv", folder / "p.json"]
+    arguments = SimpleNamespace(
+        inputs=[folder], adapter=adapter, checkpoint=None, outputs=outputs, top_k=3, batch_size=2
+    )
+    run_predict(**vars(arguments), on_corrupt="report", device="cpu", backend="auto", force=False)
+    return outputs
+
+
+@pytest.mark.parametrize("columns", [1, 20, 80])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("errors", ["strict", "backslashreplace"])
+def test_no_terminal_can_lose_the_files(tmp_path, adapter, monkeypatch, encoding, columns, errors):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", stream)
+    name = os.fsdecode(b"-[b] \xff\x1b[2J.png")
+    outputs = [tmp_path / "photos" / "p.csv", tmp_path / "photos" / "p.json"]
+    try:
+        predict_strangely(tmp_path / "photos", adapter, name)
+    except UnicodeEncodeError:  # the command's entry makes its streams tolerant
+        assert errors == "strict" and encoding != "utf-8"
+    else:
+        stream.flush()
+        shown = stream.buffer.getvalue().decode(encoding)
+        assert "\x1b" not in shown and "\u202e" not in shown
+        assert "[red]" in shown.replace("\n", "") or columns < 80
+        assert ":smile:" in shown or columns < 80
+
+    rows = read_csv(outputs[0])
+    assert [len(row) for row in rows] == [7] * 4
+    records = json.loads(outputs[1].read_text(encoding="utf-8"))
+    found = {os.fsencode(Path(record["path"]).name) for record in records}
+    assert found == {os.fsencode(name), b"1.png", b"2.png"}
+    assert {row[1][1:] for row in rows[1:]} == {STRANGE}
+    assert {record["predictions"][0]["class"][1:] for record in records} == {STRANGE}
+
+
+def test_cells_that_look_like_formulas_are_text(tmp_path, adapter, monkeypatch):
+    names = ["=cmd()", "+1", "-1", "@x", "plain"]
+    rewrite(adapter, lambda info: info.update(classes=names))
+    [photo, *_] = write_photos(tmp_path)
+    photo.rename(tmp_path / "=x.png")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", "=x.png", "--adapter", str(adapter), "--top-k", "5", "-o", "p.csv"]) == 0
+    _, row = read_csv(Path("p.csv"))
+    assert row[0] == "'=x.png" and set(row[1::2]) == {"'=cmd()", "'+1", "'-1", "'@x", "plain"}
+
+
+# --- which images
+
+
+def test_folders_are_searched_as_training_does(tmp_path):
+    folder = tmp_path / "photos.jpg"  # a folder, whatever its name
+    folder.mkdir()
+    photos = write_photos(folder / "inside.png")
+    for hidden in (".hidden", "__MACOSX"):
+        write_photos(folder / hidden)
+    (folder / "link.png").symlink_to(photos[0])
+    (folder / "circle").symlink_to(folder)
+    (folder / ".secret.png").write_bytes(photos[0].read_bytes())
+    found = find_images([folder])
+    assert len(found) == 3 and {path.resolve() for path in found} == {path.resolve() for path in photos}
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
+    write_photos(tmp_path)
+    (tmp_path / "old.tga").write_bytes(b"")
+    with caplog.at_level("WARNING", "vimtune"):
+        find_images([tmp_path])
+    assert "1 .tga" in caplog.text
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"no images in .*1 \.tga"):
+        find_images([tmp_path])
+
+
+# --- files that are written
+
+
+@pytest.mark.parametrize("link", ["same", "symlink", "hard link"])
+@pytest.mark.parametrize("source", ["image", "adapter"])
+def test_no_input_is_overwritten(tmp_path, adapter, capsys, link, source):
+    read = tmp_path / "read.csv"  # a file of any name may be read
+    [photo, *_] = write_photos(tmp_path / "photos")
+    (photo if source == "image" else adapter).rename(read)
+    before, output = read.read_bytes(), read if link == "same" else tmp_path / "output.csv"
+    if link == "symlink":
+        output.symlink_to(read)
+    elif link == "hard link":
+        output.hardlink_to(read)
+    inputs = [read if source == "image" else photo, "--adapter", adapter if source == "image" else read]
+    assert cli.main(["predict", *map(str, inputs), "-o", str(output)]) == 2
+    assert "it is read as input" in capsys.readouterr().err
+    assert read.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, adapter, monkeypatch, capsys):
+    write_photos(tmp_path / "photos")
+    output = tmp_path / "p.csv"
+    output.write_text("before")
+
+    def fsync(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert cli.main(["predict", str(tmp_path / "photos"), "--adapter", str(adapter), "-o", str(output)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: cannot write") and "No space left" in error
+    assert output.read_text() == "before"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -63,7 +63,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
 def write_merged(path: Path, tensors: dict[str, Tensor], info: MergedInfo) -> None:
     """Write `tensors` (a `state_dict`) and `info` to `path`."""
     parts = {"options": info.options, "classes": info.classes, "preprocessing": info.preprocessing}
-    metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in parts.items()}
+    metadata = {name: json.dumps(value) for name, value in parts.items()}
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(values, path, metadata={"format": "pt", "model": info.model, **metadata})
 
