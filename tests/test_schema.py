@@ -90,3 +90,27 @@ def test_a_nested_value_that_python_can_parse_but_no_schema_takes():
     text = '{"name": "a", "count": ' + "[" * 500 + "]" * 500 + "}"
     with pytest.raises(FileError):
         load_json(Outer, text, "file.x", FileError)
+
+
+def test_text_that_is_not_unicode_comes_out_escaped():
+    found = check(dict, {"caf\udce9": ["\udcff", "é😀", "\\ud800"]}, "file.x")
+    assert found == {r"caf\udce9": [r"\udcff", "é😀", r"\ud800"]}
+
+
+@dataclass
+class Range:
+    __pydantic_config__: ClassVar[Any] = STRICT
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}")
+
+
+@pytest.mark.parametrize(("schema", "place"), [(Range, ""), (list[Range], "0: ")])
+def test_a_schema_may_word_what_its_fields_have_to_do_with_each_other(schema, place):
+    values = {"low": 2, "high": 1}
+    with pytest.raises(ValueError) as caught:
+        check(schema, values if schema is Range else [values], "file.x")
+    assert str(caught.value) == (f"file.x does not have the expected form: {place}low = 2 is above high = 1")
