@@ -219,7 +219,8 @@ def test_an_adapter_without_preprocessing_gets_that_of_its_model(tmp_path, img_s
             "images of 64 x 64 pixels for a model",
         ),
         (lambda info: info["preprocessing"].update(img_size=[10**9, 32]), "img_size"),
-        (lambda info: info["preprocessing"].update(std=[0, 1, 1]), "std positive"),
+        (lambda info: info["preprocessing"].update(std=[0, 1, 1]), "std"),
+        (lambda info: info["preprocessing"].update(std=[1e-45, 1, 1]), "std positive"),
         (lambda info: info["preprocessing"].update(crop_pct=-1), "crop_pct"),
         (lambda info: info["preprocessing"].update(crop_mode="exec"), "crop mode"),
         (lambda info: info["preprocessing"].update(colour="red"), "colour"),
@@ -426,9 +427,17 @@ def predict_strangely(folder: Path, adapter: Path, name: str) -> list[Path]:
     return outputs
 
 
-@pytest.mark.parametrize("columns", [1, 20, 80])
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-@pytest.mark.parametrize("errors", ["strict", "backslashreplace"])
+@pytest.mark.parametrize(
+    ("encoding", "errors", "columns"),
+    [
+        ("ascii", "strict", 80),
+        ("ascii", "backslashreplace", 20),
+        ("cp1252", "strict", 20),
+        ("cp1252", "backslashreplace", 80),
+        ("utf-8", "strict", 1),
+        ("utf-8", "strict", 80),
+    ],
+)
 def test_no_terminal_can_lose_the_files(tmp_path, adapter, monkeypatch, encoding, columns, errors):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -92,8 +92,8 @@ def read_merged_info(path: Path) -> MergedInfo:
     )
 
 
-def read_merged(path: Path) -> VisionMamba:
-    """Build the model that a merged file holds, on the CPU and in training mode.
+def read_merged(path: Path) -> tuple[VisionMamba, MergedInfo]:
+    """Build the model that a merged file holds, on the CPU and in training mode, and read the rest.
 
     Raises:
         MergedFileError: as `read_merged_info`, or weights that are not those of its model.
@@ -110,4 +110,4 @@ def read_merged(path: Path) -> VisionMamba:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise MergedFileError(f"{shown} does not hold the weights of its model: {quote(reason)}") from error
-    return model
+    return model, info
