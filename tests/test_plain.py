@@ -8,6 +8,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -28,16 +29,24 @@ from vimtune.plain import MergeError, merge_to_file
 from vimtune.predict import load_predictor
 
 
-@pytest.fixture
-def adapter(tmp_path) -> Path:
-    make_adapter(tmp_path / "adapter.safetensors")
-    return tmp_path / "adapter.safetensors"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run folder with an adapter, and the merged file of it."""
+    folder = tmp_path_factory.mktemp("made")
+    make_adapter(folder / "adapter.safetensors")
+    merge_to_file(folder, folder / "merged.safetensors")
+    return folder
 
 
 @pytest.fixture
-def merged(tmp_path, adapter) -> Path:
-    merge_to_file(adapter, tmp_path / "merged.safetensors")
-    return tmp_path / "merged.safetensors"
+def adapter(tmp_path, made) -> Path:
+    shutil.copy(made / "recipe.yaml", tmp_path)
+    return Path(shutil.copy(made / "adapter.safetensors", tmp_path))
+
+
+@pytest.fixture
+def merged(tmp_path, made) -> Path:
+    return Path(shutil.copy(made / "merged.safetensors", tmp_path))
 
 
 @pytest.mark.parametrize("peft", ["prodial", "dora", "full", "linear", "lora+bitfit"])

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,10 +52,17 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run folder with an adapter."""
+    folder = tmp_path_factory.mktemp("made")
+    make_adapter(folder / "adapter.safetensors")
+    return folder
+
+
 @pytest.fixture
-def adapter(tmp_path) -> Path:
-    make_adapter(tmp_path / "adapter.safetensors")
-    return tmp_path / "adapter.safetensors"
+def adapter(tmp_path, made) -> Path:
+    return Path(shutil.copy(made / "adapter.safetensors", tmp_path))
 
 
 @pytest.mark.parametrize("peft", ["prodial", "linear", "full", "lora+bitfit"])
