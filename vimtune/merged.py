@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import torch
 from annotated_types import Len
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vimtune.models import VisionMamba
+from vimtune.models import VisionMamba, create_listed_model
 from vimtune.schema import STRICT, Name, check, parse_json
 from vimtune.text import quote
 
@@ -103,8 +102,7 @@ def read_merged(path: Path) -> tuple[VisionMamba, MergedInfo]:
     for name, value in tensors.items():
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise MergedFileError(f"{shown}: {quote(name)} holds other values than finite numbers")
-    model = timm.create_model(info.model, pretrained=False, **info.options)
-    assert isinstance(model, VisionMamba), "every model that a merged file names is one of ours"
+    model = create_listed_model(info.model, info.options, what=shown, error=MergedFileError)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
