@@ -122,6 +122,8 @@ def check_model_options(
                 f"{what}: unknown model option {quote(name)}.{suggest(str(name), OPTIONS)} "
                 f"Known: {', '.join(OPTIONS)}"
             )
+    if not options:  # as in most recipes: the schema need not be built, which takes a while
+        return {}
     checked = check(ModelOptions, dict(options), what, error)
     return {name: getattr(checked, name) for name in options}
 

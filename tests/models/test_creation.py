@@ -185,7 +185,7 @@ def test_the_schema_is_the_constructor():
 
 @pytest.mark.parametrize("name", catalog.MODELS)
 @pytest.mark.parametrize(
-    "options", [{}, {"img_size": (96, 80), "stride": 8, "in_chans": 1, "num_classes": 0}]
+    "options", [{}, {"img_size": (96, 80), "stride": 8, "in_chans": 1, "num_classes": 0, "depth": 2}]
 )
 def test_number_of_parameters(name, options):
     with torch.device("meta"):
@@ -197,7 +197,7 @@ def test_number_of_parameters(name, options):
 @pytest.mark.parametrize("name", catalog.MODELS)
 def test_every_model_states_its_options_and_is_created_again_from_them(name):
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=7, img_size=(96, 112))
+        model = timm.create_model(name, num_classes=7, img_size=(96, 112), depth=2)
         stated = json.loads(json.dumps(model.creation))
         again = create_listed_model(stated["name"], stated["kwargs"])
     assert set(stated["kwargs"]) == set(OPTIONS)

@@ -121,13 +121,6 @@ def test_device_of_the_parameters():
     assert placed.creation == plain.creation
 
 
-@pytest.mark.gpu
-def test_created_on_the_gpu():
-    model = create(device="cuda")
-    assert {p.device.type for p in model.parameters()} == {"cuda"}
-    assert model(torch.zeros(2, 3, 32, 32, device="cuda")).shape == (2, 4)
-
-
 def test_created_on_the_device_and_in_the_dtype_of_the_context():
     with torch.device("meta"):
         assert create().cls_token.device.type == "meta"
