@@ -1,0 +1,118 @@
+"""The end of a run: the result first, then what decorates it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from vimtune.text import csv_cell, printable, shorten
+from vimtune.train import pictures
+from vimtune.train.checkpoint import HARMLESS
+from vimtune.train.folder import OutputError, RunFolder, writing
+from vimtune.train.report import Report, print_report, write_report
+from vimtune.train.tracking import Tracker
+from vimtune.utils import atomic_write
+
+MAX_REASON = 400
+"""Characters of somebody's error message that a warning repeats."""
+
+
+def conclude(
+    report: Report, confusion: Tensor, classes: Sequence[str], folder: RunFolder, tracker: Tracker
+) -> Report:
+    """Write, draw and print the result of a run, and close its tracker.
+
+    report.json comes first, and with it the run is finished: when something after it fails, only that
+    is missing, and a warning says why.
+
+    Args:
+        confusion: counts of images by true class and answer, (C, C).
+        classes: C names.
+
+    Returns:
+        The report with these warnings, as the file has it.
+
+    Raises:
+        OutputError: report.json cannot be written.
+    """
+    write_report(report, folder)
+    problems = list(_decorate(report, confusion, classes, folder, tracker))
+    tracker.close()
+    if problems:
+        report = dataclasses.replace(report, warnings=[*report.warnings, *problems])
+        problems += _attempt("warnings about it in report.json", lambda: write_report(report, folder))
+    for problem in problems:
+        tracker.message(f"warning: {problem}")
+    for problem in _attempt("final table", lambda: print_report(report, tracker.console)):
+        tracker.message(f"warning: {problem}")
+    return report
+
+
+def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Counts of images as CSV: a row for each true class, a column for each answer."""
+    names = [csv_cell(printable(name)) for name in classes]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["number", "true class", *names])
+    for number, (name, counts) in enumerate(zip(names, confusion.tolist(), strict=True)):
+        writer.writerow([number, name, *counts])
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+    with writing(path):
+        atomic_write(path, write)
+
+
+def final_scores(report: Report) -> dict[str, float | None]:
+    """The scores by which TensorBoard's table compares runs."""
+    return {
+        f"final/{report.split}_top1": report.top1,
+        f"final/{report.split}_top5": report.top5,
+        f"final/{report.split}_loss": report.loss,
+        f"final/best_{report.selection_split}_top1": report.best_top1,
+    }
+
+
+def _decorate(
+    report: Report, confusion: Tensor, classes: Sequence[str], folder: RunFolder, tracker: Tracker
+) -> Iterator[str]:
+    """Do everything that is not the result itself; yield a line for each part that did not succeed."""
+
+    def draw_confusion() -> None:
+        pictures.save_picture(
+            pictures.draw_confusion_matrix(confusion, classes, report), folder.confusion_matrix
+        )
+
+    def draw_curve() -> None:
+        pictures.save_picture(pictures.draw_learning_curve(report), folder.learning_curve)
+
+    def record() -> None:
+        settings = {name: value for name, value in report.recipe.items() if name not in HARMLESS}
+        tracker.record_result(settings, final_scores(report))
+
+    yield from _attempt(
+        folder.confusion_table.name, lambda: write_confusion_table(confusion, classes, folder.confusion_table)
+    )
+    yield from _attempt(folder.confusion_matrix.name, draw_confusion)
+    if len(classes) <= pictures.MAX_NAMED_CLASSES and (unshown := pictures.undrawable(classes)):
+        yield (
+            f"no font at hand shows the names of {len(unshown)} classes: {folder.confusion_matrix.name} "
+            f"numbers them as {folder.confusion_table.name} does"
+        )
+    yield from _attempt(folder.learning_curve.name, draw_curve)
+    yield from _attempt("final scores in TensorBoard", record)
+
+
+def _attempt(what: str, action: Callable[[], None]) -> Iterator[str]:
+    """Call `action`; yield one line if it fails."""
+    try:
+        action()
+    except Exception as error:  # whatever a drawing library raises, the result has been written
+        reason = shorten(" ".join(str(error).split()), MAX_REASON)
+        yield f"no {what}: {reason if isinstance(error, OutputError) else f'{type(error).__name__}: {reason}'}"
