@@ -326,11 +326,19 @@ def _is_foreign(error: Exception) -> bool:
     return bool(frames) and not Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
+class _LogHandler(logging.StreamHandler):
+    """Writes to what sys.stderr is at that time, which while a progress bar runs is the lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _start_logging() -> None:
     """Notes of the package (backend chosen, weights loaded) go to stderr, one plain line each."""
     logger = logging.getLogger("vimtune")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _LogHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

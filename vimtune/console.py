@@ -39,13 +39,18 @@ def build_console(quiet: bool = False) -> Console:
     return console
 
 
+def neutral(text: str, console: Console) -> str:
+    """`text` on one line, with escapes for what is not visible and what the console cannot encode."""
+    return _encodable(printable(text), console.encoding)
+
+
 def print_line(console: Console, text: str, *, wrap: bool = True) -> None:
     """Print `text`, neutral and complete.
 
     A terminal gets it wrapped between words, except where `wrap` is false: what a user copies, such
     as a command, has to stay one line. In a file every text is one line.
     """
-    text = printable(text)
+    text = neutral(text, console)
     for line in _wrapped(text, console.width) if wrap and console.is_terminal else [text]:
         console.print(Text(line), soft_wrap=True)
 
@@ -72,6 +77,10 @@ def fit(parts: Sequence[tuple[str, int]], width: int) -> str:
     return "  ".join(text for text, _ in kept)
 
 
+def _encodable(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class _Output:
     """A text stream that escapes what it cannot encode and says once that it cannot be written."""
 
@@ -83,8 +92,7 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        encoding = self._stream.encoding or "utf-8"
-        self._try(self._stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        self._try(self._stream.write, _encodable(text, self._stream.encoding or "utf-8"))
         return len(text)
 
     def flush(self) -> None:

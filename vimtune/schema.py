@@ -107,7 +107,7 @@ def load_json(
 
 
 def dump_json(values: Any, *, indent: int | None = None) -> str:
-    """JSON text of plain values, which any JSON parser reads: ASCII, with null for a number that is not finite."""
+    """JSON text of plain values that any parser reads: ASCII, null for what is not finite."""
     return json.dumps(finite_or_none(values), indent=indent, allow_nan=False)
 
 

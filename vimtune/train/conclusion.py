@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +21,9 @@ from vimtune.utils import atomic_write
 
 MAX_REASON = 400
 """Characters of somebody's error message that a warning repeats."""
+
+NOT_COMPARED = frozenset(HARMLESS) - {"checkpoint", "pretrained"}
+"""Settings without influence on the scores, which TensorBoard's table of runs leaves out."""
 
 
 def conclude(
@@ -83,30 +87,30 @@ def _decorate(
     report: Report, confusion: Tensor, classes: Sequence[str], folder: RunFolder, tracker: Tracker
 ) -> Iterator[str]:
     """Do everything that is not the result itself; yield a line for each part that did not succeed."""
-
-    def draw_confusion() -> None:
-        pictures.save_picture(
-            pictures.draw_confusion_matrix(confusion, classes, report), folder.confusion_matrix
-        )
-
-    def draw_curve() -> None:
-        pictures.save_picture(pictures.draw_learning_curve(report), folder.learning_curve)
-
-    def record() -> None:
-        settings = {name: value for name, value in report.recipe.items() if name not in HARMLESS}
-        tracker.record_result(settings, final_scores(report))
-
-    yield from _attempt(
-        folder.confusion_table.name, lambda: write_confusion_table(confusion, classes, folder.confusion_table)
-    )
-    yield from _attempt(folder.confusion_matrix.name, draw_confusion)
+    makers: dict[Path, Callable[[Path], None]] = {
+        folder.confusion_table: lambda path: write_confusion_table(confusion, classes, path),
+        folder.confusion_matrix: lambda path: pictures.save_picture(
+            pictures.draw_confusion_matrix(confusion, classes, report), path
+        ),
+        folder.learning_curve: lambda path: pictures.save_picture(pictures.draw_learning_curve(report), path),
+    }
+    for path, make in makers.items():
+        yield from _attempt(path.name, partial(_renew, path, make))
     if len(classes) <= pictures.MAX_NAMED_CLASSES and (unshown := pictures.undrawable(classes)):
         yield (
-            f"no font at hand shows the names of {len(unshown)} classes: {folder.confusion_matrix.name} "
-            f"numbers them as {folder.confusion_table.name} does"
+            f"no font at hand has all characters of the class names: {folder.confusion_matrix.name} has "
+            f"numbers for {len(unshown)} of them, which {folder.confusion_table.name} explains"
         )
-    yield from _attempt(folder.learning_curve.name, draw_curve)
-    yield from _attempt("final scores in TensorBoard", record)
+    settings = {name: value for name, value in report.recipe.items() if name not in NOT_COMPARED}
+    yield from _attempt(
+        "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report))
+    )
+
+
+def _renew(path: Path, make: Callable[[Path], None]) -> None:
+    """Make the file `path`; one of an earlier session does not stay beside the new result."""
+    path.unlink(missing_ok=True)
+    make(path)
 
 
 def _attempt(what: str, action: Callable[[], None]) -> Iterator[str]:
@@ -115,4 +119,5 @@ def _attempt(what: str, action: Callable[[], None]) -> Iterator[str]:
         action()
     except Exception as error:  # whatever a drawing library raises, the result has been written
         reason = shorten(" ".join(str(error).split()), MAX_REASON)
-        yield f"no {what}: {reason if isinstance(error, OutputError) else f'{type(error).__name__}: {reason}'}"
+        kind = "" if isinstance(error, OutputError) else f"{type(error).__name__}: "
+        yield f"no {what}: {kind}{reason}"

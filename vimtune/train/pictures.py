@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def draw_learning_curve(report: Report) -> Figure:
         evaluated = [record for record in report.history if "top1" in record]
         at = [record["epoch"] for record in evaluated]
         marker = "o" if len(epochs) <= MAX_MARKED_EPOCHS else None
-        shape = {"marker": marker, "markersize": 4, "clip_on": False}
+        shape: dict[str, Any] = {"marker": marker, "markersize": 4, "clip_on": False}
         split = report.selection_split
         train_losses = [record["train_loss"] for record in report.history]
         losses.plot(epochs, train_losses, color="tab:blue", label="train loss", **shape)
@@ -81,7 +81,8 @@ def draw_learning_curve(report: Report) -> Figure:
         )
         accuracy.set(ylabel="top-1 (%)", ylim=(0, 100))
         # Below the axes, where there is no curve to hide.
-        figure.legend(handles=[*losses.get_lines(), *accuracy.get_lines()], loc="outside lower center", ncols=4)
+        lines = [*losses.get_lines(), *accuracy.get_lines()]
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
         losses.set_title(shorten(f"{report.model}, {report.method}", 60))
         return figure
 

@@ -70,7 +70,8 @@ class MetricsLog(_GrowingFile):
     images), `lr`, `grad_norm`, `images_per_second`. Records of `kind` "epoch" tell of a whole epoch:
     `epoch`, `step` (its last one), `lr`, `train_loss`, `images_per_second`, and where it was
     evaluated `split` and that split's `loss`, `top1` and `top5` (percent; `top5` is null for five
-    classes or fewer). A number that is not finite, such as the gradient norm of a step that fp16 skips, is null.
+    classes or fewer). A number that is not finite is null, such as the gradient norm of a step that fp16
+    skips.
 
     `keep_bytes` is the length at the checkpoint that the run continues from; what was written after
     it is dropped, because the run is about to write the same lines again.
@@ -86,6 +87,9 @@ class MetricsLog(_GrowingFile):
 class EventLog(_GrowingFile):
     """TensorBoard's event file of one session of a run.
 
+    `Tracker` writes the curves `train/loss`, `train/lr`, `train/grad_norm` and `train/images_per_second` of
+    the steps, `train/epoch_loss` of the epochs, and `<split>/loss`, `<split>/top1` and `<split>/top5` of the
+    evaluations; all over optimizer steps.
     A session that resumes after `first_step` hides the later events of the sessions before it: the
     run is about to write them again.
     """
@@ -105,7 +109,9 @@ class EventLog(_GrowingFile):
         ]
         self._write(step=step, summary=Summary(value=values))
 
-    def write_result(self, settings: Mapping[str, Any], scores: Mapping[str, float | None], step: int) -> None:
+    def write_result(
+        self, settings: Mapping[str, Any], scores: Mapping[str, float | None], step: int
+    ) -> None:
         """Add the run to TensorBoard's table of hyperparameters."""
         plain = {
             name: value if isinstance(value, int | float | None) else printable(str(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from torch import Tensor
 from vimtune import __version__
 from vimtune.adapters import AdapterInfo
 from vimtune.adapters.base import build_methods
-from vimtune.console import print_line
+from vimtune.console import neutral, print_line
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.schema import dump_json, finite_or_none
-from vimtune.text import printable, shorten
+from vimtune.text import shorten
 from vimtune.train.checkpoint import Progress
 from vimtune.train.distributed import Processes
 from vimtune.train.evaluate import Evaluation
@@ -37,6 +37,8 @@ MOST_CONFUSED = 10
 """Pairs of classes that the report lists."""
 SHOWN_CONFUSED = 3
 """Pairs of them that the final table shows."""
+MAX_NAME = 40
+"""Characters of a class name in the final table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,48 +238,39 @@ def write_report(report: Report, folder: RunFolder) -> None:
 
 def print_report(report: Report, console: Console) -> None:
     """The final table; where a terminal is too narrow for it, a list."""
-    rows = {name: printable(value) for name, value in _rows(report).items()}
-    confused = [
-        f"{_short(pair['true'])} taken for {_short(pair['predicted'])}: {pair['images']} of {pair['of']}"
-        for pair in report.most_confused[:SHOWN_CONFUSED]
-    ]
+    rows = _rows(report)
     if console.width < TABLE_WIDTH:
-        for name, value in [*rows.items(), *(("most confused", line) for line in confused)]:
-            print_line(console, f"{name}: {value}")
+        for name, value in rows:
+            print_line(console, f"{name}: {value}" if name else value)
     else:
         table = Table(show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for name, value in rows.items():
-            table.add_row(name, value)
-        if confused:
-            table.add_row("most confused", "\n".join(confused))
+        for name, value in rows:
+            table.add_row(name, neutral(value, console))
         console.print(table)
     print_line(console, f"run folder: {report.run_dir}")
 
 
-def _rows(report: Report) -> dict[str, str]:
-    share = 100.0 * report.trainable_parameters / report.total_parameters
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    yield f"top-1 ({report.split})", f"{report.top1:.2f} %"
+    none = f"not counted among {report.num_classes} classes"
+    yield f"top-5 ({report.split})", none if report.top5 is None else f"{report.top5:.2f} %"
     early = ", stopped early" if report.stopped_early else ""
+    best = f"{report.selection_split} top-1 {report.best_top1:.2f} %"
+    yield "best epoch", f"{report.best_epoch} of {report.epochs}{early} ({best})"
+    trained, total = report.trainable_parameters, report.total_parameters
+    yield "trainable parameters", f"{trained:,} of {total:,} ({100.0 * trained / total:.2f} %)"
+    yield "training speed", f"{report.images_per_second:.0f} img/s"
     memory = "" if report.peak_memory is None else f"{report.peak_memory:.0f} MiB "
-    return {
-        f"top-1 ({report.split})": f"{report.top1:.2f} %",
-        f"top-5 ({report.split})": f"not counted among {report.num_classes} classes"
-        if report.top5 is None
-        else f"{report.top5:.2f} %",
-        "best epoch": f"{report.best_epoch} of {report.epochs}{early} "
-        f"({report.selection_split} top-1 {report.best_top1:.2f} %)",
-        "trainable parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} "
-        f"({share:.2f} %)",
-        "training speed": f"{report.images_per_second:.0f} img/s",
-        "peak memory": f"{memory}({report.peak_memory_of})",
-        "time": duration(report.seconds),
-        "model, method": f"{report.model}, {report.method}",
-        "device, backend": f"{report.device}, {report.backend}"
-        + (", CUDA graph" if report.cuda_graph else ""),
-        "data": report.data[report.split],
-    }
-
-
-def _short(name: str) -> str:
-    return printable(shorten(name, 40))
+    yield "peak memory", f"{memory}({report.peak_memory_of})"
+    yield "time", duration(report.seconds)
+    yield "model, method", f"{report.model}, {report.method}"
+    graph = ", CUDA graph" if report.cuda_graph else ""
+    yield "device, backend", f"{report.device}, {report.backend}{graph}"
+    yield "data", report.data[report.split]
+    title = "most confused"
+    for pair in report.most_confused[:SHOWN_CONFUSED]:
+        true, predicted = shorten(pair["true"], MAX_NAME), shorten(pair["predicted"], MAX_NAME)
+        yield title, f"{true} taken for {predicted}: {pair['images']} of {pair['of']}"
+        title = ""

@@ -57,7 +57,12 @@ class Tracker:
         self.events = EventLog(folder, first_step)
         if console.is_terminal:
             # Transient: figures that are no longer true do not stay above the final table.
-            self.live = Live(console=console, get_renderable=self._status_line, transient=True)
+            self.live = Live(
+                console=console,
+                get_renderable=self._status_line,
+                transient=True,
+                redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+            )
 
     def message(self, text: str, command: str | None = None) -> None:
         """Print `text`, above the progress bar if there is one, and below it a command to copy."""
