@@ -48,6 +48,7 @@ def test_run_folder_is_complete(plain):
         "report.json",
         "learning_curve.png",
         "confusion_matrix.png",
+        "confusion_matrix.csv",
     }
     assert load_recipe(folder / "recipe.yaml", {"resume": str(folder)}).output_dir == str(folder)
 

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vimtune.train.checkpoint import load_run_state
+from vimtune.recipe import Recipe
+from vimtune.train.checkpoint import Progress, load_run_state
+from vimtune.train.distributed import Processes
+from vimtune.train.evaluate import Evaluation
+from vimtune.train.report import Report, build_report
 
 TINY: dict[str, Any] = {
     "dataset": "synthetic_flowers",
@@ -28,6 +32,32 @@ TINY: dict[str, Any] = {
     "log_interval": 1,
 }
 """25 training images: 4 steps an epoch, the last one on a single image."""
+
+
+def report_of(
+    confusion: Tensor | None = None, classes: list[str] | None = None, folder: str | Path = "run"
+) -> Report:
+    """Report of a run of one epoch that was never made, with `confusion` on its test split."""
+    confusion = torch.tensor([[3, 1], [0, 4]]) if confusion is None else confusion
+    record = {"epoch": 1, "step": 4, "lr": 1e-3, "train_loss": 1.2, "images_per_second": 10.0}
+    record |= {"loss": 1.1, "top1": 50.0, "top5": None}
+    return build_report(
+        Recipe(**TINY),
+        Progress(
+            epoch=1, step=4, images=25, train_seconds=2.5, best_epoch=1, best_top1=50.0, history=[record]
+        ),
+        Evaluation(confusion, int(confusion.sum()), 1.0),
+        classes=classes or [f"class {index}" for index in range(len(confusion))],
+        data={split: f"{split} images" for split in ("train", "val", "test")},
+        split="test",
+        method_config={"lora": {"rank": 2}},
+        trainable=100,
+        total=1000,
+        processes=Processes(),
+        memory=(100.0, "process"),
+        cuda_graph=False,
+        run_dir=Path(folder),
+    )
 
 
 def weights(folder: str | Path) -> dict[str, Tensor]:
