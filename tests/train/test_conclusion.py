@@ -98,7 +98,7 @@ def test_the_result_is_on_disk_before_anything_is_drawn_or_printed(tmp_path, mon
 def test_a_table_that_cannot_be_printed_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "save_picture", lambda figure, path: path.touch())
     monkeypatch.setattr(conclusion, "print_report", raising(UnicodeError("no")))
-    assert finish(tmp_path).warnings == []  # the file tells what the files lack
+    assert finish(tmp_path).warnings == []  # of report.json: they tell of files that are missing
     assert "warning: no final table: UnicodeError: no" in capsys.readouterr().out
 
 
@@ -153,10 +153,8 @@ def test_most_confused_pairs_are_those_with_most_wrong_answers(number):
     confusion = torch.randint(0, 5, (number, number), generator=torch.Generator().manual_seed(number))
     names = [f"class {index}" for index in range(number)]
     found = most_confused(confusion, names)
-    wrong = sorted(
-        (int(confusion[i, j]) for i in range(number) for j in range(number) if i != j), reverse=True
-    )
-    assert [pair["images"] for pair in found] == [images for images in wrong[:10] if images]
+    wrong = [int(confusion[i, j]) for i in range(number) for j in range(number) if i != j]
+    assert [pair["images"] for pair in found] == [n for n in sorted(wrong, reverse=True)[:10] if n]
     for pair in found:
         true, predicted = names.index(pair["true"]), names.index(pair["predicted"])
         assert true != predicted and pair["images"] == confusion[true, predicted]

@@ -43,9 +43,7 @@ def report_of(
     record |= {"loss": 1.1, "top1": 50.0, "top5": None}
     return build_report(
         Recipe(**TINY),
-        Progress(
-            epoch=1, step=4, images=25, train_seconds=2.5, best_epoch=1, best_top1=50.0, history=[record]
-        ),
+        Progress(epoch=1, step=4, best_epoch=1, best_top1=50.0, history=[record]),
         Evaluation(confusion, int(confusion.sum()), 1.0),
         classes=classes or [f"class {index}" for index in range(len(confusion))],
         data={split: f"{split} images" for split in ("train", "val", "test")},
