@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -67,6 +68,16 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Records of a run without what depends on the clock."""
     records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in r.items() if key != "images_per_second"} for r in records]
+
+
+def assert_close_metrics(one: str | Path, other: str | Path, **tolerance: float) -> None:
+    """Records of two runs agree: floats within `tolerance`, everything else exactly."""
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        for name in ours.keys() | theirs.keys():
+            expected = theirs[name]
+            if isinstance(expected, float):
+                expected = pytest.approx(expected, **tolerance)
+            assert ours[name] == expected, name
 
 
 def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
