@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from vimtune.train.checkpoint import Progress, RunState, load_run_state, save_ru
 from vimtune.train.folder import RunFolder
 from vimtune.train.records import EventLog, MetricsLog
 from vimtune.train.tracking import Tracker, duration
+from vimtune.train.trainer import _Run
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +303,11 @@ def test_folder_that_cannot_be_made(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match=r"cannot write .*run: Permission denied.*permissions"):
         train(tiny())
+
+
+def test_a_repeated_warning_is_shown_and_recorded_once():
+    run = SimpleNamespace(progress=Progress(warnings=["seen before the run was resumed"]), tracker=Mock())
+    for text in ("seen before the run was resumed", "new", "new"):
+        _Run._warn(run, text)  # type: ignore[arg-type]
+    assert run.progress.warnings == ["seen before the run was resumed", "new"]
+    run.tracker.message.assert_called_once_with("warning: new")
