@@ -92,7 +92,7 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self._stream.write, _encodable(text, self._stream.encoding or "utf-8"))
+        self._try(self._stream.write, _encodable(text, getattr(self._stream, "encoding", None) or "utf-8"))
         return len(text)
 
     def flush(self) -> None:
@@ -107,5 +107,5 @@ class _Output:
             self._lost = True
             logger.warning("standard output cannot be written any more (%s); the work goes on", error)
             # Python writes what the stream still holds when it ends, which would fail again.
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())

@@ -113,8 +113,8 @@ def test_nasty_names_end_in_a_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("vimtune.train.pictures.FALLBACK_FONTS", ())
     classes = list(NASTY_NAMES)
     confusion = torch.ones(len(classes), len(classes), dtype=torch.int64)
-    report = finish(tmp_path, confusion, classes)
-    assert len(report.warnings) == 1 and "confusion_matrix.png has numbers for 2" in report.warnings[0]
+    assert finish(tmp_path, confusion, classes).warnings == []
+    assert (tmp_path / "confusion_matrix.png").exists()
     assert list(stored(tmp_path)["per_class"]) == classes
     assert (tmp_path / "report.json").read_text(encoding="ascii")
     assert "\x1b" not in capsys.readouterr().out

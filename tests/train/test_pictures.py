@@ -131,6 +131,8 @@ def test_names_without_a_font_are_numbered(monkeypatch):
     monkeypatch.setattr("vimtune.train.pictures.FALLBACK_FONTS", ())
     names = ["rose", "\u685c", "été"]
     assert undrawable(names) == [1] and class_labels(names) == ["rose", "class 1", "été"]
+    axes = draw_confusion_matrix(torch.eye(3, dtype=torch.int64), names, report()).axes[0]
+    assert axes.get_xlabel() == "predicted class (numbers: see confusion_matrix.csv)"
 
 
 def test_settings_of_the_user_do_not_reach_the_pictures(tmp_path):

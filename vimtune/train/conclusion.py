@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,14 +59,13 @@ def conclude(
 def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """Counts of images as CSV: a row for each true class, a column for each answer."""
     names = [csv_cell(printable(name)) for name in classes]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["number", "true class", *names])
-    for number, (name, counts) in enumerate(zip(names, confusion.tolist(), strict=True)):
-        writer.writerow([number, name, *counts])
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["number", "true class", *names])
+            for number, (name, counts) in enumerate(zip(names, confusion, strict=True)):
+                writer.writerow([number, name, *counts.tolist()])
 
     with writing(path):
         atomic_write(path, write)
@@ -96,11 +94,6 @@ def _decorate(
     }
     for path, make in makers.items():
         yield from _attempt(path.name, partial(_renew, path, make))
-    if len(classes) <= pictures.MAX_NAMED_CLASSES and (unshown := pictures.undrawable(classes)):
-        yield (
-            f"no font at hand has all characters of the class names: {folder.confusion_matrix.name} has "
-            f"numbers for {len(unshown)} of them, which {folder.confusion_table.name} explains"
-        )
     settings = {name: value for name, value in report.recipe.items() if name not in NOT_COMPARED}
     yield from _attempt(
         "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report))

@@ -90,8 +90,8 @@ def draw_learning_curve(report: Report) -> Figure:
 def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: Report) -> Figure:
     """Share of each true class (row) that was given each answer (column).
 
-    Few classes have their counts of images in the cells; many are numbered in the order of the data set,
-    as in confusion_matrix.csv.
+    Few classes have their counts of images in the cells. Where names cannot be read or drawn, numbers in
+    the order of the data set stand for them, as in confusion_matrix.csv.
 
     Args:
         confusion: counts of images, (C, C).
@@ -102,13 +102,14 @@ def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: Rep
         shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
         named, counted = number <= MAX_NAMED_CLASSES, number <= MAX_COUNTED_CLASSES
         names = class_labels(classes) if named else []
+        numbered = not named or bool(undrawable(classes))
         cells = number * (0.42 if counted else 0.26) if named else 7.0
         side = max(3.0, cells) + 0.075 * max(map(len, names), default=0)
         figure = Figure(figsize=(side + 1.6, side + 0.8), layout="constrained")
         axes = figure.add_subplot()
         picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-        order = "" if named else " (numbers: see confusion_matrix.csv)"
-        axes.set(xlabel=f"predicted class{order}", ylabel=f"true class{order}")
+        hint = " (numbers: see confusion_matrix.csv)" if numbered else ""
+        axes.set(xlabel=f"predicted class{hint}", ylabel=f"true class{hint}")
         if named:
             axes.set_xticks(range(number), names, rotation=90, fontsize=8)
             axes.set_yticks(range(number), names, fontsize=8)

@@ -254,7 +254,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield f"top-1 ({report.split})", f"{report.top1:.2f} %"
-    none = f"not counted among {report.num_classes} classes"
+    none = f"not counted: there are only {report.num_classes} classes"
     yield f"top-5 ({report.split})", none if report.top5 is None else f"{report.top5:.2f} %"
     early = ", stopped early" if report.stopped_early else ""
     best = f"{report.selection_split} top-1 {report.best_top1:.2f} %"
