@@ -15,10 +15,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import TINY, metrics, weights
 
+from vimtune.cli import main
 from vimtune.console import build_console
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import OutputError, Report, train
@@ -311,3 +313,20 @@ def test_a_repeated_warning_is_shown_and_recorded_once():
         _Run._warn(run, text)  # type: ignore[arg-type]
     assert run.progress.warnings == ["seen before the run was resumed", "new"]
     run.tracker.message.assert_called_once_with("warning: new")
+
+
+def test_a_run_over_folders_with_nasty_names_ends_well(tmp_path, capsys):
+    names = ["a$b$_^{", "[red]", "ros\udce9"]
+    for split, number in (("train", 4), ("val", 1), ("test", 1)):
+        for shade, name in enumerate(names):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(number):
+                image = Image.new("RGB", (32, 32), (80 * shade, 40 * index, 0))
+                image.save(tmp_path / "data" / split / name / f"{index}.png")
+    folder = tmp_path / "run\u685c"
+    options = {**TINY, "dataset": "folder", "data_dir": tmp_path / "data", "epochs": 1, "output_dir": folder}
+    del options["dataset_kwargs"], options["pretrained"]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    assert main(["train", "--no-pretrained", *flags]) == 0
+    assert set(json.loads((folder / "report.json").read_text())["per_class"]) == set(names)
+    assert (folder / "confusion_matrix.png").exists() and f"run folder: {folder}" in capsys.readouterr().out
