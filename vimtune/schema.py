@@ -121,6 +121,22 @@ def load_json(
     return check(schema, parse_json(text, what, error), what, error)
 
 
+def dump_json(values: Any, *, indent: int | None = None) -> str:
+    """JSON text of plain values that any parser reads: ASCII, null for what is not finite."""
+    return json.dumps(finite_or_none(values), indent=indent, allow_nan=False)
+
+
+def finite_or_none(value: Any) -> Any:
+    """Plain values with None in the place of each number that is not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_or_none(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(inner) for inner in value]
+    return value
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"the number {name} is not allowed")
 

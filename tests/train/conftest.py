@@ -30,7 +30,7 @@ def tiny(tmp_path: Path) -> Callable[..., Recipe]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out, a third of the time of a tiny run."""
-    monkeypatch.setattr("vimtune.train.report._save", lambda figure, path: path.touch())
+    monkeypatch.setattr("vimtune.train.pictures.save_picture", lambda figure, path: path.touch())
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,13 +140,12 @@ def test_sigkill_in_the_middle_of_a_save(tiny, straight):
     # Epoch 2 is in the metrics and its adapter may be saved, but its checkpoint is not.
     assert metrics(recipe.output_dir)[-1]["epoch"] == 2
 
-    time.sleep(1.1)  # TensorBoard orders event files by their start in whole seconds
     run_training(load_recipe(None, {"resume": recipe.output_dir}))
     assert_same_weights(weights(recipe.output_dir), weights(straight["plain"]))
     assert metrics(recipe.output_dir) == metrics(straight["plain"])
     assert not list(Path(recipe.output_dir).glob(".*.tmp"))
     events = EventAccumulator(str(Path(recipe.output_dir, "tensorboard"))).Reload()
-    assert [event.step for event in events.Scalars("step/loss")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
 
 @pytest.fixture

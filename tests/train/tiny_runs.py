@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from vimtune.train.checkpoint import load_run_state
+from vimtune.recipe import Recipe
+from vimtune.train.checkpoint import Progress, load_run_state
+from vimtune.train.distributed import Processes
+from vimtune.train.evaluate import Evaluation
+from vimtune.train.report import Report, build_report
 
 TINY: dict[str, Any] = {
     "dataset": "synthetic_flowers",
@@ -30,6 +35,30 @@ TINY: dict[str, Any] = {
 """25 training images: 4 steps an epoch, the last one on a single image."""
 
 
+def report_of(
+    confusion: Tensor | None = None, classes: list[str] | None = None, folder: str | Path = "run"
+) -> Report:
+    """Report of a run of one epoch that was never made, with `confusion` on its test split."""
+    confusion = torch.tensor([[3, 1], [0, 4]]) if confusion is None else confusion
+    record = {"epoch": 1, "step": 4, "lr": 1e-3, "train_loss": 1.2, "images_per_second": 10.0}
+    record |= {"loss": 1.1, "top1": 50.0, "top5": None}
+    return build_report(
+        Recipe(**TINY),
+        Progress(epoch=1, step=4, best_epoch=1, best_top1=50.0, history=[record]),
+        Evaluation(confusion, int(confusion.sum()), 1.0),
+        classes=classes or [f"class {index}" for index in range(len(confusion))],
+        data={split: f"{split} images" for split in ("train", "val", "test")},
+        split="test",
+        method_config={"lora": {"rank": 2}},
+        trainable=100,
+        total=1000,
+        processes=Processes(),
+        memory=(100.0, "process"),
+        cuda_graph=False,
+        run_dir=Path(folder),
+    )
+
+
 def weights(folder: str | Path) -> dict[str, Tensor]:
     """Trained tensors of a run's checkpoint."""
     return load_run_state(Path(folder) / "checkpoint.safetensors").adapter
@@ -39,6 +68,16 @@ def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Records of a run without what depends on the clock."""
     records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in r.items() if key != "images_per_second"} for r in records]
+
+
+def assert_close_metrics(one: str | Path, other: str | Path, **tolerance: float) -> None:
+    """Records of two runs agree: floats within `tolerance`, everything else exactly."""
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        for name in ours.keys() | theirs.keys():
+            expected = theirs[name]
+            if isinstance(expected, float):
+                expected = pytest.approx(expected, **tolerance)
+            assert ours[name] == expected, name
 
 
 def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -19,6 +19,10 @@ from vimtune.train.guard import NonFiniteError, find_nonfinite
 Autocast = Callable[[], AbstractContextManager]
 
 
+TOP = 5
+"""Answers among which the right one counts for the second score."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores over all images of a split; `confusion[true, predicted]` counts images, (C, C)."""
@@ -37,9 +41,9 @@ class Evaluation:
         return 100.0 * int(self.confusion.diag().sum()) / max(1, self.num_images)
 
     @property
-    def top5(self) -> float:
-        """Percent; with fewer than five classes the best of all of them."""
-        return 100.0 * self.top5_hits / max(1, self.num_images)
+    def top5(self) -> float | None:
+        """Percent; None for five classes or fewer, where every answer would be among the best five."""
+        return 100.0 * self.top5_hits / max(1, self.num_images) if len(self.confusion) > TOP else None
 
     @property
     def per_class(self) -> list[float | None]:
@@ -86,16 +90,22 @@ def evaluate(
 ) -> Evaluation | None:
     """Score `model` on this process's share of the images and add up the shares of all processes.
 
-    Returns None, in every process, when `should_stop` became true in any of them.
+    Among classes of equal logits the one of lowest index comes first, on every device.
+
+    Returns:
+        None, in every process, when `should_stop` became true in any of them.
+
+    Raises:
+        ValueError: there was no image to score.
     """
     processes = processes or Processes()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     hits, loss, stopped = 0, 0.0, False
     for logits, labels in iterate_logits(model, batches, device, autocast):
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        best = logits.topk(min(5, num_classes)).indices
-        hits += int((best == labels[:, None]).sum())
-        pairs = (labels * num_classes + best[:, 0]).cpu()
+        predicted, ranks = rank_answers(logits, labels)
+        hits += int((ranks < TOP).sum())
+        pairs = (labels * num_classes + predicted).cpu()
         confusion += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
         if should_stop():
             stopped = True
@@ -106,4 +116,26 @@ def evaluate(
     if stopped:
         return None
     confusion = counts[:-2].view(num_classes, num_classes)
-    return Evaluation(confusion, hits, loss / max(1, int(confusion.sum())))
+    if not (num_images := int(confusion.sum())):
+        raise ValueError("there is no image to score: the split is empty, or all of its images are corrupt")
+    return Evaluation(confusion, hits, loss / num_images)
+
+
+def rank_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The best class of each image, and how many classes come before the right one.
+
+    Among classes of equal logits the one of lowest index comes first; in bf16 such ties are common.
+
+    Args:
+        logits: (B, C).
+        labels: (B,), the right classes.
+
+    Returns:
+        Two int64 tensors (B,).
+    """
+    index = torch.arange(logits.shape[1], device=logits.device)
+    highest = logits.amax(1, keepdim=True)
+    predicted = torch.where(logits == highest, index, logits.shape[1]).amin(1)
+    own = logits.gather(1, labels[:, None])
+    before = (logits > own) | ((logits == own) & (index < labels[:, None]))
+    return predicted, before.sum(1)

@@ -57,6 +57,11 @@ class RunFolder:
     def confusion_matrix(self) -> Path:
         return self.path / "confusion_matrix.png"
 
+    @property
+    def confusion_table(self) -> Path:
+        """The counts that the picture of the confusion matrix shows."""
+        return self.path / "confusion_matrix.csv"
+
     def reported_epochs(self) -> int | None:
         """Length of the run that report.json tells of; None without a readable report."""
         try:

@@ -1,19 +1,16 @@
-"""What a run leaves behind: report.json, the final table, a learning curve and a confusion matrix."""
+"""The result of a run: report.json and the final table."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 import sys
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -21,8 +18,11 @@ from torch import Tensor
 from vimtune import __version__
 from vimtune.adapters import AdapterInfo
 from vimtune.adapters.base import build_methods
+from vimtune.console import neutral, print_line
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
+from vimtune.schema import dump_json, finite_or_none
+from vimtune.text import shorten
 from vimtune.train.checkpoint import Progress
 from vimtune.train.distributed import Processes
 from vimtune.train.evaluate import Evaluation
@@ -30,13 +30,22 @@ from vimtune.train.folder import RunFolder, writing
 from vimtune.train.tracking import duration
 from vimtune.utils import atomic_write, processor_name
 
-MAX_NAMED_CLASSES = 30
-"""More names than these cannot be read beside a confusion matrix."""
+FORMAT = "vimtune report 1"
+TABLE_WIDTH = 60
+"""A narrower terminal shows the final table as a list."""
+MOST_CONFUSED = 10
+"""Pairs of classes that the report lists."""
+SHOWN_CONFUSED = 3
+"""Pairs of them that the final table shows."""
+MAX_NAME = 40
+"""Characters of a class name in the final table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Result of a run. Accuracies are percent, times seconds, memory MiB.
+    """Result of a run, as in report.json. Accuracies are percent, times seconds, memory MiB.
+
+    A number that could not be measured or is not finite is None.
 
     `top1`, `top5`, `loss` and `per_class` are scores of the saved adapter on `split`, which is
     "test" where the data set has one. The adapter is that of epoch `best_epoch`, chosen by
@@ -44,13 +53,17 @@ class Report:
     `selection_split` and `split` are the same, the choice makes `top1` optimistic.
     `images_per_second` counts training alone, over all processes. `backend` is the scan backend that
     really ran, `cuda_graph` whether batches were replayed (in the run's last session, if it was resumed).
-    `data` says for each split which images were used.
+    `data` says for each split which images were used. `top5` is None for five classes or fewer.
+    `most_confused` lists pairs of classes, the most frequent first: of the `of` images of the class `true`,
+    `images` were taken for the class `predicted`. `recipe` holds the settings of the run.
     """
 
+    format: str
     top1: float
-    top5: float
-    loss: float
+    top5: float | None
+    loss: float | None
     per_class: dict[str, float | None]
+    most_confused: list[dict[str, Any]]
     split: str
     num_images: int
     selection_split: str
@@ -63,7 +76,7 @@ class Report:
     trainable_parameters: int
     total_parameters: int
     images_per_second: float
-    peak_memory: float
+    peak_memory: float | None
     peak_memory_of: str
     seconds: float
     train_seconds: float
@@ -84,11 +97,12 @@ class Report:
     versions: dict[str, str]
     warnings: list[str]
     run_dir: str
+    recipe: dict[str, Any]
     history: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in report.json."""
-        return dataclasses.asdict(self)
+        return finite_or_none(dataclasses.asdict(self))
 
 
 def build_report(
@@ -103,16 +117,18 @@ def build_report(
     trainable: int,
     total: int,
     processes: Processes,
-    memory: tuple[float, str],
+    memory: tuple[float | None, str],
     cuda_graph: bool,
     run_dir: Path,
 ) -> Report:
     """The report of a run that stands at `progress` and whose saved adapter reached `scores` on `split`."""
     return Report(
+        format=FORMAT,
         top1=scores.top1,
         top5=scores.top5,
         loss=scores.loss,
         per_class=dict(zip(classes, scores.per_class, strict=True)),
+        most_confused=most_confused(scores.confusion, classes),
         split=split,
         num_images=scores.num_images,
         selection_split=recipe.selection_split,
@@ -146,8 +162,31 @@ def build_report(
         versions=versions(),
         warnings=progress.warnings,
         run_dir=str(run_dir),
+        recipe=recipe.to_dict(),
         history=progress.history,
     )
+
+
+def most_confused(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The pairs of classes with the most wrong answers, as `Report.most_confused` lists them.
+
+    Args:
+        confusion: counts of images by true class and answer, (C, C).
+        classes: C names.
+    """
+    wrong = confusion - confusion.diag().diag()
+    order = wrong.flatten().sort(descending=True, stable=True).indices[:MOST_CONFUSED]
+    pairs = [divmod(place, len(classes)) for place in order.tolist()]
+    return [
+        {
+            "true": classes[true],
+            "predicted": classes[predicted],
+            "images": int(wrong[true, predicted]),
+            "of": int(confusion[true].sum()),
+        }
+        for true, predicted in pairs
+        if wrong[true, predicted] > 0
+    ]
 
 
 def describe_method(info: AdapterInfo) -> dict[str, Any]:
@@ -167,12 +206,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def peak_memory(device: torch.device) -> tuple[float, str]:
+def peak_memory(device: torch.device) -> tuple[float | None, str]:
     """Most memory used so far in MiB, and whose: the GPU's allocations, or this process as a whole."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20, "GPU allocations"
     if sys.platform == "win32":
-        return float("nan"), "not measured on Windows"
+        return None, "not measured on Windows"
     import resource  # does not exist on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -186,12 +225,9 @@ def device_name(device: torch.device) -> str:
     return processor_name()
 
 
-def write_report(report: Report, confusion: Tensor, folder: RunFolder) -> None:
-    """Write the pictures and report.json into the run folder; the report last, as the sign of completion."""
-    classes = list(report.per_class)
-    _save(draw_learning_curve(report), folder.learning_curve)
-    _save(draw_confusion_matrix(confusion, classes, report), folder.confusion_matrix)
-    text = json.dumps(report.to_dict(), indent=2) + "\n"
+def write_report(report: Report, folder: RunFolder) -> None:
+    """Write report.json; a run of which it exists is finished."""
+    text = dump_json(report.to_dict(), indent=2) + "\n"
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -201,89 +237,40 @@ def write_report(report: Report, confusion: Tensor, folder: RunFolder) -> None:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The final table."""
-    share = 100.0 * report.trainable_parameters / report.total_parameters
+    """The final table; where a terminal is too narrow for it, a list."""
+    rows = _rows(report)
+    if console.width < TABLE_WIDTH:
+        for name, value in rows:
+            print_line(console, f"{name}: {value}" if name else value)
+    else:
+        table = Table(show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, neutral(value, console))
+        console.print(table)
+    print_line(console, f"run folder: {report.run_dir}")
+
+
+def _rows(report: Report) -> Iterator[tuple[str, str]]:
+    yield f"top-1 ({report.split})", f"{report.top1:.2f} %"
+    none = f"not counted: there are only {report.num_classes} classes"
+    yield f"top-5 ({report.split})", none if report.top5 is None else f"{report.top5:.2f} %"
     early = ", stopped early" if report.stopped_early else ""
-    rows = {
-        f"top-1 ({report.split})": f"{report.top1:.2f} %",
-        f"top-5 ({report.split})": f"{report.top5:.2f} %",
-        "best epoch": f"{report.best_epoch} of {report.epochs}{early} "
-        f"({report.selection_split} top-1 {report.best_top1:.2f} %)",
-        "trainable parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,} "
-        f"({share:.2f} %)",
-        "training speed": f"{report.images_per_second:.0f} img/s",
-        "peak memory": f"{report.peak_memory:.0f} MiB ({report.peak_memory_of})",
-        "time": duration(report.seconds),
-        "model, method": f"{report.model}, {report.method}",
-        "device, backend": f"{report.device}, {report.backend}"
-        + (", CUDA graph" if report.cuda_graph else ""),
-        "data": report.data[report.split],
-        "run folder": report.run_dir,
-    }
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.print(table)
-
-
-def draw_learning_curve(report: Report) -> Figure:
-    """Losses on the left axis, accuracy on the right, over epochs."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    losses = figure.add_subplot()
-    epochs = [record["epoch"] for record in report.history]
-    evaluated = [record for record in report.history if "top1" in record]
-    at = [record["epoch"] for record in evaluated]
-    losses.plot(
-        epochs, [r["train_loss"] for r in report.history], color="tab:blue", marker=".", label="train loss"
-    )
-    losses.plot(
-        at,
-        [r["loss"] for r in evaluated],
-        color="tab:orange",
-        marker=".",
-        label=f"{report.selection_split} loss",
-    )
-    losses.set(xlabel="epoch", ylabel="loss")
-    losses.set_ylim(0, 1.05 * losses.dataLim.ymax)
-    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
-    accuracy = losses.twinx()
-    accuracy.plot(
-        at,
-        [r["top1"] for r in evaluated],
-        color="tab:green",
-        marker=".",
-        label=f"{report.selection_split} top-1",
-    )
-    accuracy.axvline(report.best_epoch, color="0.6", linestyle=":", linewidth=1)
-    accuracy.set(ylabel="top-1 (%)", ylim=(0, 100))
-    lines = [*losses.get_lines(), accuracy.get_lines()[0]]
-    losses.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
-    losses.set_title(f"{report.model}, {report.method}")
-    return figure
-
-
-def draw_confusion_matrix(confusion: Tensor, classes: list[str], report: Report) -> Figure:
-    """Share of each true class (row) that was given each answer (column)."""
-    shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
-    named = len(classes) <= MAX_NAMED_CLASSES
-    side = min(12.0, 4.0 + 0.28 * len(classes)) if named else 8.0
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axes = figure.add_subplot()
-    picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    if named:
-        ticks = range(len(classes))
-        axes.set_xticks(ticks, classes, rotation=90, fontsize=8)
-        axes.set_yticks(ticks, classes, fontsize=8)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(f"{report.split}: {report.top1:.1f} % of {report.num_images} images right")
-    figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    # Figure and canvas alone: pyplot would keep a list of figures for the whole process.
-    FigureCanvasAgg(figure)
-    with writing(path):
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    best = f"{report.selection_split} top-1 {report.best_top1:.2f} %"
+    yield "best epoch", f"{report.best_epoch} of {report.epochs}{early} ({best})"
+    trained, total = report.trainable_parameters, report.total_parameters
+    yield "trainable parameters", f"{trained:,} of {total:,} ({100.0 * trained / total:.2f} %)"
+    yield "training speed", f"{report.images_per_second:.0f} img/s"
+    memory = "" if report.peak_memory is None else f"{report.peak_memory:.0f} MiB "
+    yield "peak memory", f"{memory}({report.peak_memory_of})"
+    yield "time", duration(report.seconds)
+    yield "model, method", f"{report.model}, {report.method}"
+    graph = ", CUDA graph" if report.cuda_graph else ""
+    yield "device, backend", f"{report.device}, {report.backend}{graph}"
+    yield "data", report.data[report.split]
+    title = "most confused"
+    for pair in report.most_confused[:SHOWN_CONFUSED]:
+        true, predicted = shorten(pair["true"], MAX_NAME), shorten(pair["predicted"], MAX_NAME)
+        yield title, f"{true} taken for {predicted}: {pair['images']} of {pair['of']}"
+        title = ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import vimtune
 from vimtune import adapters
+from vimtune.console import build_console
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.train.batch import BatchMixer, summed_loss
@@ -33,6 +34,7 @@ from vimtune.train.checkpoint import (
     restore_optimizer,
     save_run_state,
 )
+from vimtune.train.conclusion import conclude
 from vimtune.train.distributed import Processes, open_processes
 from vimtune.train.evaluate import Evaluation, evaluate
 from vimtune.train.folder import RunFolder, unused_path, writing
@@ -55,12 +57,10 @@ from vimtune.train.report import (
     build_report,
     describe_method,
     peak_memory,
-    print_report,
     versions,
-    write_report,
 )
 from vimtune.train.settings import derive_seed, process_settings, seed_generators
-from vimtune.train.tracking import Tracker, build_console
+from vimtune.train.tracking import Tracker
 from vimtune.train.transfer import Batch, Readback, WindowReader
 
 WATCHED_STEPS = 5
@@ -71,9 +71,9 @@ def train(recipe: Recipe) -> Report:
     """Fine-tune as `recipe` says and leave a run folder behind.
 
     The folder holds recipe.yaml, adapter.safetensors (the best), checkpoint.safetensors (the last
-    state, for `resume`), metrics.jsonl, tensorboard/, report.json, learning_curve.png and
-    confusion_matrix.png. Under torchrun all processes call this with the same recipe; only the
-    first one writes and prints.
+    state, for `resume`), metrics.jsonl, tensorboard/, report.json, learning_curve.png,
+    confusion_matrix.png and confusion_matrix.csv. Under torchrun all processes call this with the
+    same recipe; only the first one writes and prints.
 
     Raises:
         ValueError: the recipe, the data, the weights or the run to resume do not allow the run,
@@ -173,7 +173,7 @@ class _Run:
         self._prepare_folder()
         self.tracker = Tracker(
             folder,
-            build_console(processes.is_main),
+            build_console(quiet=not processes.is_main),
             is_main=processes.is_main,
             epochs=recipe.epochs,
             total_steps=self.schedule.total_steps,
@@ -197,10 +197,10 @@ class _Run:
             self._save()
             message = (
                 f"stopped after step {self.progress.step} of {self.schedule.total_steps}; "
-                f"the state is saved, continue with:\n  {self._resume_command()}"
+                f"the state is saved, continue with:"
             )
-            self.tracker.message(message)
-            raise Interrupted(message) from None
+            self.tracker.message(message, self._resume_command())
+            raise Interrupted(f"{message}\n  {self._resume_command()}") from None
 
     def _train_epoch(self) -> None:
         recipe, progress = self.recipe, self.progress
@@ -400,6 +400,7 @@ class _Run:
 
     def _evaluate(self, loader: Any) -> Evaluation:
         loader.set_position(0)
+        self.tracker.show_evaluation(loader.dataset.split)
         scores = evaluate(
             self.model,
             loader,
@@ -442,9 +443,7 @@ class _Run:
             run_dir=self.folder.path,
         )
         if self.processes.is_main:
-            write_report(report, scores.confusion, self.folder)
-        self.tracker.close()
-        print_report(report, self.tracker.console)
+            report = conclude(report, scores.confusion, self.job.classes, self.folder, self.tracker)
         return report
 
     # --- files --------------------------------------------------------------------------------
@@ -528,6 +527,8 @@ class _Run:
             tracker.message(f"warning: {warning}")
 
     def _warn(self, text: str) -> None:
+        if text in self.progress.warnings:  # said already, perhaps before the run was resumed
+            return
         self.progress.warnings.append(text)
         self.tracker.message(f"warning: {text}")
 
