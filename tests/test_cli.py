@@ -176,6 +176,7 @@ def raise_error(error: BaseException):
     [
         (ValueError("no such thing"), 2, "error: no such thing"),
         (OSError(28, "No space left on device", "runs/x"), 2, "error: No space left on device: runs/x"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "error: Broken pipe"),  # of a worker, not of our output
         (KeyboardInterrupt(), 130, "interrupted"),
         (type("OutOfMemoryError", (RuntimeError,), {})("tried 2 GiB"), 2, "--batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),

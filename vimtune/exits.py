@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import platform
+import select
 import sys
 import tempfile
 import traceback
@@ -84,9 +85,9 @@ def run_guarded(action: Callable[[], int], *, show_traceback: bool) -> int:
         if not interruption.args:  # the trainer has said how to continue
             _print_lines("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `--list | head`
-        return 141
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # and not the end of a worker's pipe
+            return 141
         if show_traceback:
             _print_lines("".join(traceback.format_exception(error)))
         if _is_out_of_memory(error):
@@ -108,6 +109,16 @@ def _print_lines(text: str) -> None:
     """Print to stderr, every line harmless for a terminal."""
     with contextlib.suppress(OSError):  # when stderr cannot be written either, the exit code has to do
         print("\n".join(printable(shorten(line, MAX_LINE)) for line in text.split("\n")), file=sys.stderr)
+
+
+def _reader_has_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as after `vimtune --list | head -1`."""
+    try:
+        pipe = select.poll()
+        pipe.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in pipe.poll(0))
+    except (AttributeError, OSError):  # a system without poll, a stream without a descriptor
+        return False
 
 
 def _let_go(stream: Any) -> None:

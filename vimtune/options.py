@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vimtune import catalog, parsers
-from vimtune.text import quote
+from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
 # Options that the recipe sets from elsewhere, and where.
@@ -86,4 +86,4 @@ def _parse_fields(
 def not_a_field(name: str, value: Any, owner: str, fields: Iterable[str]) -> str:
     """The message about a field that the method `owner` does not have."""
     known = f"its fields are {', '.join(sorted(fields))}" if fields else "it has none"
-    return f"{quote(name)[1:-1]} = {quote(value)} is not a field of {owner}: {known}.{suggest(name, fields)}"
+    return f"{shorten(name)} = {quote(value)} is not a field of {owner}: {known}.{suggest(name, fields)}"
