@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vimtune.adapters import head_has_rules, inject, shared_effective_weights
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
-from vimtune.ops import add_rms_norm, bidirectional_scan, has_bidirectional_scan
+from vimtune.ops import add_rms_norm, bidirectional_scan, has_bidirectional_scan, with_chosen_backend
 from vimtune.utils import suggest
 
 __all__ = ["VisionMamba"]
@@ -315,7 +315,7 @@ class VisionMamba(nn.Module):
         """Images (B, C, H, W) to normalised tokens (B, M + 1, D), the class token at `cls_position`."""
         x = self._embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.layers, x)
+            x = checkpoint_seq([with_chosen_backend(layer) for layer in self.layers], x)
         else:
             x = self.layers(x)
         return self.norm_f(x)
@@ -365,7 +365,7 @@ class VisionMamba(nn.Module):
         x = self._embed(x)
         taken = []
         for index, block in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            x = checkpoint(with_chosen_backend(block), x) if self.grad_checkpointing else block(x)
             if index in take_indices:
                 taken.append(self.norm_f(x) if norm else x)
 
