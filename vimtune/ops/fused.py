@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vimtune.ops.dispatch import REFERENCE, chosen_backend, resolve_backend
-from vimtune.ops.operation import check_inputs, operation
+from vimtune.ops.operation import check_inputs, one_by_one, operation
 
 NUM_WEIGHTS = 7  # per direction
 
@@ -88,9 +88,13 @@ def bidirectional_scan(
             A_log=(weights.A_log, (inner, states)),
             D=(weights.D, (inner,)),
         )
-    trained = any(tensor is not None and tensor.requires_grad for tensor in (xz, *forward, *reverse))
-    save = trained and torch.is_grad_enabled()  # a linear probe's backbone keeps nothing
+    save = _is_trained(xz, *forward, *reverse)
     return torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, chosen)[0]
+
+
+def _is_trained(*tensors: Tensor | None) -> bool:
+    """Whether there will be a backward pass: a linear probe's backbone keeps nothing for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # torch.library reads the annotations at run time, hence Optional.
@@ -206,6 +210,12 @@ def _autograd(ctx, grad, _grad_projections, _grad_states):
 
 
 _scan.register_autograd(_autograd, setup_context=_setup)
+
+
+@_scan.register_vmap
+def _(info, in_dims, *inputs):
+    *tensors, _save, backend = inputs  # above, vmap has hidden whether gradients are wanted
+    return one_by_one(_scan, info.batch_size, in_dims, (*tensors, _is_trained(*tensors), backend))
 
 
 def _by_direction(weights: list[Tensor | None]) -> list[DirectionWeights]:

@@ -32,7 +32,7 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     def define(function: Callable[..., Any]) -> CustomOpDef:
         op = torch.library.custom_op(f"vimtune::{name}", function, mutates_args=())
         op.register_autograd(lambda ctx, *grads: _refuse(name, "no gradients (create_graph=True)"))
-        op.register_vmap(lambda info, in_dims, *inputs: _one_by_one(op, info.batch_size, in_dims, inputs))
+        op.register_vmap(lambda info, in_dims, *inputs: one_by_one(op, info.batch_size, in_dims, inputs))
         if get_origin(get_type_hints(function)["return"]) is list:  # of all others torch makes a batch itself
             refusal = "no batches of gradients (is_grads_batched=True, vectorize=True); use torch.func.vmap"
             op._lib.impl(name, lambda *inputs: _refuse(name, refusal), "Batched")
@@ -60,6 +60,19 @@ def check_inputs(device: torch.device, **inputs: tuple[Tensor | None, tuple[int,
             wrong.append(f"{name} is on {tensor.device}, expected {device}")
     if wrong:
         raise ValueError("inputs do not fit together: " + "; ".join(wrong))
+
+
+def one_by_one(op: CustomOpDef, size: int, in_dims: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, Any]:
+    """The rule for vmap that fits every operation: results of all members, stacked in front."""
+    if size == 0:
+        raise ValueError(f"{op} cannot be mapped over a dimension of size 0")
+    results = [
+        op(*(_member(value, dim, k) for value, dim in zip(inputs, in_dims, strict=True))) for k in range(size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = type(results[0])(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, type(results[0])(0 for _ in stacked)
 
 
 def _refuse(name: str, what: str) -> NoReturn:
@@ -99,19 +112,6 @@ def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
-
-
-def _one_by_one(op: CustomOpDef, size: int, in_dims: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, Any]:
-    """The rule for vmap that fits every operation: results of all members, stacked in front."""
-    if size == 0:
-        raise ValueError(f"{op} cannot be mapped over a dimension of size 0")
-    results = [
-        op(*(_member(value, dim, k) for value, dim in zip(inputs, in_dims, strict=True))) for k in range(size)
-    ]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    stacked = type(results[0])(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, type(results[0])(0 for _ in stacked)
 
 
 def _member(value: Any, dim: Any, index: int) -> Any:
