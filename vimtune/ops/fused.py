@@ -77,9 +77,10 @@ def bidirectional_scan(
     inner, width = xz.shape[-1] // 2, forward.conv_weight.shape[1]
     states, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
     check_inputs(xz.device, xz=(xz, xz.shape))
-    for weights in (forward, reverse):
+    for label, weights in (("forward ", forward), ("reverse ", reverse)):
         check_inputs(
             xz.device,
+            label,
             conv_weight=(weights.conv_weight, (inner, width)),
             conv_bias=(weights.conv_bias, (inner,)),
             x_proj=(weights.x_proj, (rank + 2 * states, inner)),

@@ -42,8 +42,12 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     return define
 
 
-def check_inputs(device: torch.device, **inputs: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def check_inputs(
+    device: torch.device, label: str = "", /, **inputs: tuple[Tensor | None, tuple[int, ...]]
+) -> None:
     """Check tensors, given by name with the shape that each should have. None stands for no tensor.
+
+    `label` stands before the names in messages.
 
     Raises:
         ValueError: another shape, another device than `device`, or a dtype that no kernel has.
@@ -53,11 +57,11 @@ def check_inputs(device: torch.device, **inputs: tuple[Tensor | None, tuple[int,
         if tensor is None:
             continue
         if tensor.shape != shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
+            wrong.append(f"{label}{name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
         if tensor.dtype not in DTYPES:
-            wrong.append(f"{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+            wrong.append(f"{label}{name} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
         if tensor.device != device:
-            wrong.append(f"{name} is on {tensor.device}, expected {device}")
+            wrong.append(f"{label}{name} is on {tensor.device}, expected {device}")
     if wrong:
         raise ValueError("inputs do not fit together: " + "; ".join(wrong))
 
