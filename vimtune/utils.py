@@ -62,12 +62,14 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def atomic_write(
+    path: str | os.PathLike[str], write: Callable[[Path], None], mode: int | None = None
+) -> None:
     """Call `write(temporary)` and move the finished file to `path` in one step.
 
     The temporary file lies in the same folder, is flushed to disk before the move and removed
     when anything fails, so `path` holds either the old content or the whole new one - also after
-    a SIGKILL or a full disk.
+    a SIGKILL or a full disk. The file has the rights of `mode`; by default those of any other new file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +80,11 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes private files; give the result the mode any other new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        if mode is None:  # mkstemp makes private files
+            umask = os.umask(0)
+            os.umask(umask)
+            mode = 0o666 & ~umask
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

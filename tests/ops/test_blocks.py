@@ -273,7 +273,7 @@ def test_tensors_on_several_devices_are_an_error_and_not_a_launch(native):
     """A kernel would take the address of one for that of the other."""
     weight, row_scale, blocks, _ = build((), 5, 8, 4)
     native(weight, row_scale, blocks)
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(ValueError, match="blocks is on meta"):
         scaled_block_product(weight, row_scale, blocks.to("meta"), backend="nvrtc")
 
 
@@ -285,7 +285,7 @@ def test_blocks_that_do_not_fit(shape):
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (5, 1), ()])
 def test_a_row_scale_that_does_not_fit(shape):
-    with pytest.raises(ValueError, match=r"row_scale is .*expected \(5,\) for a weight \(5, 8\)"):
+    with pytest.raises(ValueError, match=r"row_scale is .*expected \(5,\)"):
         scaled_block_product(torch.ones(5, 8), torch.ones(shape), torch.ones(2, 4, 4))
 
 

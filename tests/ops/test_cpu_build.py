@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vimtune.ops import dispatch
+from vimtune.doctor import compiler
+from vimtune.ops import causal_conv1d, dispatch
 from vimtune.ops.cpu import CpuBackend, build
 from vimtune.ops.cpu.build import BuildError, load_library
 from vimtune.ops.cpu.library import Kernels
@@ -119,6 +121,108 @@ def test_compiler_that_lies_is_refused(cache, tmp_path, monkeypatch):
         load_library()
 
 
+ODD_COMPILERS = {
+    "ccache 'g++": r"CXX .*ccache 'g\+\+.* is no command: No closing quotation",
+    "g++ \\": "is no command: No escaped character",
+    "''": "was not found",
+    "/bin/true": "true wrote no library",
+    "/bin/false": "false failed: exit code 1 without a message",
+    "/bin/cat": "cat failed",
+    "/": "was not found",
+}
+
+
+@pytest.mark.parametrize("chosen", ODD_COMPILERS)
+def test_odd_compilers_are_refused_with_the_reason(cache, monkeypatch, caplog, chosen):
+    """And scans then take the path in plain PyTorch, as announced, at each call."""
+    monkeypatch.setenv("CXX", chosen)
+    monkeypatch.setattr(dispatch, "_BACKENDS", {"cpu": CpuBackend(), "torch": dispatch._BACKENDS["torch"]})
+    dispatch._choose_automatically.cache_clear()
+    try:
+        (reason,) = dispatch.backend_report("cpu")[0].reasons
+        assert re.search(ODD_COMPILERS[chosen], reason), reason
+        for _ in range(2):
+            x, weight = torch.randn(1, 5, 3, requires_grad=True), torch.randn(3, 4)
+            out = causal_conv1d(x, weight)
+            assert torch.equal(out, causal_conv1d(x, weight, backend="torch"))
+            out.sum().backward()
+    finally:
+        dispatch._choose_automatically.cache_clear()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert compiler() is None or chosen.startswith("/bin")  # the doctor has an answer, too
+
+
+@pytest.mark.parametrize("place", ["a folder with spaces", "it's"])
+def test_a_compiler_may_lie_anywhere(cache, tmp_path, monkeypatch, place):
+    folder = tmp_path / place
+    folder.mkdir()
+    chosen = fake_compiler(folder, "echo odd: error: here >&2; exit 1")
+    monkeypatch.setenv("CXX", chosen)
+    assert build.find_compiler() == [chosen]
+    monkeypatch.setenv("CXX", f"{shlex.quote(chosen)} -O1")
+    assert build.find_compiler() == [chosen, "-O1"]
+    with pytest.raises(BuildError, match="odd: error: here"):
+        load_library()
+
+
+def test_a_compiler_that_hangs_is_given_up(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "sleep 60"))
+    monkeypatch.setattr(build, "VERSION_SECONDS", 1)
+    with pytest.raises(BuildError, match=r"could not be run: .*timed out after 1 seconds"):
+        load_library()
+
+
+def test_a_compiler_that_asks_gets_no_answer(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, "read answer || { echo error: no input >&2; exit 1; }"))
+    with pytest.raises(BuildError, match="error: no input"):
+        load_library()
+
+
+def test_what_a_compiler_prints_does_not_reach_the_terminal_as_it_is(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, r"printf 'error: \377\033[2J' >&2; exit 1"))
+    with pytest.raises(BuildError, match=r"error: \ufffd\\x1b\[2J") as caught:
+        load_library()
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_next_folder_serves(cache, tmp_path, monkeypatch):
+    content, write = library_in(cache).read_bytes(), Path.write_bytes
+    library_in(cache).unlink()
+    monkeypatch.setattr(build, "_compile", lambda compiler, target: write(target, content))
+
+    def full(path, content):
+        if path.parent == cache:
+            path.touch()
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert Kernels(load_library()).chunk > 0
+    assert not list(cache.iterdir())
+    assert len(list((tmp_path / "tmp").iterdir())) == 1
+
+
+def test_without_any_folder_for_temporary_files_there_is_a_reason(cache, monkeypatch):
+    library_in(cache).unlink()
+
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", nowhere)
+    with pytest.raises(BuildError, match=r"cannot be built here: .*No usable temporary directory"):
+        load_library()
+
+
+def test_a_processor_without_description(monkeypatch):
+    def unreadable(path, **options):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    assert build._processor()
+
+
 def test_compiler_flags_change_the_name(cache, monkeypatch):
     compiler = build.find_compiler()
     assert build._key(compiler) != build._key([*compiler, "-DX"])
@@ -152,18 +256,6 @@ def test_unusable_cache_folder_falls_back_to_a_private_one(cache, tmp_path, monk
     assert private.stat().st_mode & 0o077 == 0
     monkeypatch.setenv("VIMTUNE_NO_COMPILE", "1")
     assert Kernels(load_library()).chunk > 0  # the next process finds it there
-
-
-def test_temporary_folder_of_somebody_else_is_not_trusted(cache, tmp_path):
-    if not hasattr(os, "getuid"):
-        pytest.skip("no users on this system")
-    folder = tmp_path / "tmp" / f"vimtune-{os.getuid()}"
-    folder.mkdir()
-    folder.chmod(0o777)
-    assert build._private_temporary_folder() is None
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    assert build._private_temporary_folder() is None
 
 
 def test_two_processes_build_at_once(cache):

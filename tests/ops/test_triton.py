@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from kernel_checks import AUTOGRAD_OPCHECKS, OPCHECKS, ZERO_A, assert_close
+from kernel_checks import AUTOGRAD_OPCHECKS, OPCHECKS, ZERO_A, assert_close, mixer_reference
 
 from vimtune import ops
 from vimtune.models.mixer import BiMambaMixer
@@ -144,28 +144,6 @@ def direction_weights(generator, inner, states, rank, width, bias):
         "A_log": (torch.rand(inner, states, generator=generator) * 2).to(DEVICE),
         "D": normal(generator, inner),
     }
-
-
-def mixer_reference(xz, forward, reverse):
-    x, z = xz.chunk(2, dim=-1)
-    total = 0
-    for weights, backwards in ((forward, False), (reverse, True)):
-        u = reference.causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, backwards)
-        rank, states = weights.dt_proj.shape[1], weights.A_log.shape[1]
-        dt, B, C = (u @ weights.x_proj.t()).split([rank, states, states], dim=-1)
-        total = total + reference.selective_scan(
-            u,
-            dt @ weights.dt_proj.t(),
-            -weights.A_log.exp(),
-            B,
-            C,
-            weights.D,
-            z,
-            weights.dt_bias,
-            True,
-            backwards,
-        )
-    return total / 2
 
 
 @pytest.mark.parametrize(

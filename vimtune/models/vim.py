@@ -36,7 +36,13 @@ from vimtune.adapters import (
 from vimtune.model_options import OPTIONS, ModelOptions
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
-from vimtune.ops import add_rms_norm, backend_names, bidirectional_scan, has_bidirectional_scan
+from vimtune.ops import (
+    add_rms_norm,
+    backend_names,
+    bidirectional_scan,
+    has_bidirectional_scan,
+    with_chosen_backend,
+)
 from vimtune.schema import check
 from vimtune.text import quote
 from vimtune.utils import suggest
@@ -398,7 +404,7 @@ class VisionMamba(nn.Module):
         """Images (B, C, H, W) to normalised tokens (B, M + 1, D), the class token at `cls_position`."""
         x = self._embed(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.layers, x)
+            x = checkpoint_seq([with_chosen_backend(layer) for layer in self.layers], x)
         else:
             x = self.layers(x)
         return self.norm_f(x)
@@ -448,7 +454,7 @@ class VisionMamba(nn.Module):
         x = self._embed(x)
         taken = []
         for index, block in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            x = checkpoint(with_chosen_backend(block), x) if self.grad_checkpointing else block(x)
             if index in take_indices:
                 taken.append(self.norm_f(x) if norm else x)
 

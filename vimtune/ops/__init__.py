@@ -12,6 +12,7 @@ from vimtune.ops.dispatch import (
     resolved_backend,
     set_backend,
     use_backend,
+    with_chosen_backend,
 )
 from vimtune.ops.eager import EagerBackend
 from vimtune.ops.functional import causal_conv1d, selective_scan
@@ -43,4 +44,5 @@ __all__ = [
     "selective_scan",
     "set_backend",
     "use_backend",
+    "with_chosen_backend",
 ]

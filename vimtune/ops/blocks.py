@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vimtune.ops.dispatch import BackendUnavailable
+from vimtune.ops.dispatch import BackendUnavailable, chosen_backend
 from vimtune.ops.fused import fused_backend
+from vimtune.ops.operation import check_inputs, operation
 
 MAX_BLOCK = 8
 """Columns of the largest blocks that the kernels take; their threads have such blocks in registers."""
@@ -21,8 +22,7 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
     """s (W + W diag(D_1, ..., D_n)), where s scales rows.
 
     With kernels for it, which want fp32, W is read and the result written once, where matrix products of such
-    small blocks are slow and want W in another order. Then there are no gradients of the gradients of s and
-    D, no forward-mode derivatives and no `torch.func.grad`.
+    small blocks are slow and want W in another order.
 
     Args:
         weight: W (..., O, C).
@@ -32,25 +32,30 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
             `weight`: chosen for scans, it does not forbid the formula.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes or devices that do not fit together, or tensors that are not of floating point
+            numbers.
+        NotImplementedError: where kernels have run, derivatives that the formula has beyond them (the backend
+            "reference" is the formula): gradients of the gradients of s and D, forward-mode derivatives and
+            gradients under `torch.func`.
     """
     *leading, rows, columns = weight.shape
-    if tuple(row_scale.shape) != (*leading, rows):
-        raise ValueError(
-            f"row_scale is {tuple(row_scale.shape)}, expected {(*leading, rows)} "
-            f"for a weight {tuple(weight.shape)}"
-        )
     size = blocks.shape[-1] if blocks.ndim else 0
     if size == 0 or columns % size or tuple(blocks.shape) != (*leading, columns // size, size, size):
         raise ValueError(
             f"blocks are {tuple(blocks.shape)}, expected (..., n, b, b) with n b = {columns} "
             f"for a weight {tuple(weight.shape)}"
         )
+    check_inputs(
+        weight.device,
+        weight=(weight, weight.shape),
+        row_scale=(row_scale, (*leading, rows)),
+        blocks=(blocks, blocks.shape),
+    )
     tensors = (weight, row_scale, blocks)
     covered = size <= MAX_BLOCK and rows <= MAX_ROWS
     for tensor in tensors:
-        covered = covered and tensor.dtype == torch.float32 and tensor.device == weight.device
-    if covered and _has_kernels(backend, str(weight.device)):
+        covered = covered and tensor.dtype == torch.float32
+    if covered and _has_kernels(backend, chosen_backend(backend), str(weight.device)):
         return torch.ops.vimtune.scaled_block_product(*tensors)
     if size == 1:
         return row_scale.unsqueeze(-1) * (weight + weight * blocks.flatten(-3).unsqueeze(-2))
@@ -61,16 +66,16 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
 
 
 @torch.compiler.assume_constant_result
-def _has_kernels(backend: str, device: str) -> bool:
+def _has_kernels(asked: str, chosen: str, device: str) -> bool:
     try:
-        return fused_backend(backend, device) == "nvrtc"
+        return fused_backend(chosen, device) == "nvrtc"
     except BackendUnavailable:
-        if backend != "auto":
+        if asked != "auto":
             raise
         return False
 
 
-@torch.library.custom_op("vimtune::scaled_block_product", mutates_args=())
+@operation("scaled_block_product")
 def _product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
     from vimtune.ops.nvrtc import blocks as kernels
 
@@ -84,7 +89,7 @@ def _(weight, row_scale, blocks):
     return weight.new_empty(weight.shape)
 
 
-@torch.library.custom_op("vimtune::scaled_block_product_backward", mutates_args=())
+@operation("scaled_block_product_backward")
 def _backward(
     grad: Tensor, weight: Tensor, row_scale: Tensor, blocks: Tensor, need_scale: bool, need_blocks: bool
 ) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ autograd and torch.compile side is written once, in `functional.py`.
 from __future__ import annotations
 
 import logging
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from vimtune.utils import suggest
 logger = logging.getLogger(__name__)
 
 Gradients = tuple[Tensor | None, ...]
+T = TypeVar("T")
 
 
 class BackendUnavailable(ValueError):
@@ -119,6 +121,20 @@ REFERENCE = "reference"
 """Name of the naive definition. It has no kernels: autograd differentiates it, outside the custom ops."""
 
 
+class _Chosen(threading.local):
+    """What the innermost `use_backend` of the present thread says.
+
+    Not a ContextVar, which torch.compile cannot read before torch 2.14. Attributes of the present thread's
+    own are read and guarded by all versions: what was compiled under one choice is not run under another.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+
+_chosen = _Chosen()
+
+
 def register_backend(backend: Backend) -> None:
     """Make `backend` known; `auto` prefers the one registered first."""
     _BACKENDS[backend.name] = backend
@@ -129,13 +145,18 @@ def backend_names() -> list[str]:
     return ["auto", *_BACKENDS, REFERENCE]
 
 
-def uses_reference(name: str) -> bool:
-    """Whether `name` stands for the naive definition at present."""
-    return REFERENCE in (name, _default if name == "auto" else name)
+def chosen_backend(name: str) -> str:
+    """What `name` stands for in the present thread; still "auto" where nobody has chosen."""
+    if name != "auto":
+        return name
+    chosen = _chosen.name
+    return _default if chosen is None else chosen
 
 
 def set_backend(name: str) -> None:
     """Choose the backend that `backend="auto"` stands for in this process.
+
+    It holds in every thread, also in those that run already, except within their `use_backend` blocks.
 
     Raises:
         ValueError: unknown name. Whether it can run is checked on use, when the device is known.
@@ -147,30 +168,59 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend(name)` for the duration of a block."""
-    before = _default
-    set_backend(name)
+    """Choose what `backend="auto"` stands for in the present thread, for the duration of a block.
+
+    Other threads do not see it: neither those that run already nor those that start within the block, as
+    the replicas of `torch.nn.DataParallel` do. For all of them there is `set_backend`. Of a forward pass
+    within the block the backward pass may run anywhere, it uses the kernels that the forward used. As with
+    `torch.no_grad`, coroutines that take turns within one thread share the choice.
+
+    Raises:
+        ValueError: unknown name. Whether it can run is checked on use, when the device is known.
+    """
+    _check_name(name)
+    before = _chosen.name
+    _chosen.name = name
     try:
         yield
     finally:
-        set_backend(before)
+        _chosen.name = before
+
+
+def with_chosen_backend(function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, to be called under the present choice in whatever thread.
+
+    For what the backward pass calls again (gradient checkpointing): on GPUs it runs in threads of its own.
+    Under the compiler it is `function` itself, for the compiler repeats what it has traced.
+    """
+    if torch.compiler.is_compiling():
+        return function
+    name = chosen_backend("auto")
+
+    def call(*arguments: Any, **options: Any) -> T:
+        with use_backend(name):
+            return function(*arguments, **options)
+
+    return call
 
 
 def resolve_backend(name: str, device: torch.device) -> Backend:
-    """Return the backend to run on `device`.
+    """Return the backend whose kernels run on `device`.
 
     Raises:
         ValueError: unknown name.
-        BackendUnavailable: the named backend refuses this device.
+        BackendUnavailable: the named backend refuses this device, or has no kernels at all.
     """
     _check_name(name)
-    name = _default if name == "auto" else name
+    name = chosen_backend(name)
     return _choose_automatically(device.type, device.index) if name == "auto" else _demand(name, device)
 
 
 def resolved_backend(device: torch.device | str, name: str = "auto") -> str:
     """Name of the backend that `name` means on `device`."""
-    return REFERENCE if uses_reference(name) else resolve_backend(name, torch.device(device)).name
+    if chosen_backend(name) == REFERENCE:
+        return REFERENCE
+    return resolve_backend(name, torch.device(device)).name
 
 
 @dataclass(frozen=True)
@@ -192,13 +242,18 @@ def backend_report(device: torch.device | str = "cpu") -> list[BackendStatus]:
 
 
 def _check_name(name: str) -> None:
-    if name not in backend_names():
+    if name not in _BACKENDS and name not in ("auto", REFERENCE):
         raise ValueError(
             f"unknown backend {name!r}.{suggest(name, backend_names())} Known: {backend_names()}"
         )
 
 
 def _demand(name: str, device: torch.device) -> Backend:
+    if name == REFERENCE:
+        raise BackendUnavailable(
+            "backend 'reference' has no kernels, so a scripted, traced or exported graph that calls the "
+            "operation itself cannot use it: call the Python function, or choose another backend."
+        )
     reasons = _BACKENDS[name].refusals(device)
     if reasons:
         raise BackendUnavailable(

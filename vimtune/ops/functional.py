@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vimtune.ops import reference
-from vimtune.ops.dispatch import ScanOptions, resolve_backend, uses_reference
+from vimtune.ops.dispatch import REFERENCE, Backend, ScanOptions, chosen_backend, resolve_backend
+from vimtune.ops.operation import check_inputs, operation
 
 # torch.library reads these annotations at run time and TorchScript compiles the two public
 # functions, hence the spelled-out Optional.
@@ -36,14 +37,19 @@ def selective_scan(
     """Selective scan of Mamba; formula and shapes as in `vimtune.ops.reference.selective_scan`.
 
     `u`, `delta`, `z`: (B, L, E); `A`: (E, N); `B`, `C`: (B, L, N); `D`, `delta_bias`: (E,).
-    Returns (B, L, E) in the dtype of `u`.
+    Returns (B, L, E) in the dtype of `u`. B and L may be 0.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown backend.
+        ValueError: shapes or devices that do not fit together, tensors that are not of floating point
+            numbers, or an unknown backend.
         BackendUnavailable: `backend` names one that cannot run here.
+        NotImplementedError: derivatives other than those of autograd's backward pass, which only
+            `backend="reference"` has.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
-        if uses_reference(backend):
+    if not torch.jit.is_scripting():  # TorchScript drops this branch only in this form
+        backend = chosen_backend(backend)
+        if backend == REFERENCE:
+            _check_scan(u, delta, A, B, C, D, z, delta_bias)
             return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return torch.ops.vimtune.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, torch.is_grad_enabled()
@@ -60,12 +66,21 @@ def causal_conv1d(
 ) -> Tensor:
     """Depthwise causal convolution of `x` (B, L, E) with `weight` (E, K), optionally through SiLU.
 
-    With `reverse` the filter runs from the last token to the first. Returns (B, L, E).
+    With `reverse` the filter runs from the last token to the first. Returns (B, L, E). Errors are those of
+    `selective_scan`.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if uses_reference(backend):
+    if not torch.jit.is_scripting():
+        backend = chosen_backend(backend)
+        if backend == REFERENCE:
+            _check_conv(x, weight, bias)
             return reference.causal_conv1d(x, weight, bias, silu, reverse)
     return torch.ops.vimtune.causal_conv1d(x, weight, bias, silu, reverse, backend)
+
+
+def _used_backend(backend: str, tensor: Tensor) -> str:
+    """The backend of the forward pass by its own name: the backward pass may run in another thread, or after
+    another choice, and must read what the forward pass has saved."""
+    return resolve_backend(backend, tensor.device).name
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -77,17 +92,45 @@ def _unit_strides(*tensors: Tensor | None) -> Any:
     return [None if tensor is None else _unit_stride(tensor) for tensor in tensors]
 
 
-def _check_shapes(named: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    wrong = [
-        f"{name} is {tuple(tensor.shape)}, expected {expected}"
-        for name, (tensor, expected) in named.items()
-        if tensor is not None and tuple(tensor.shape) != expected
-    ]
-    if wrong:
-        raise ValueError("shapes do not fit together: " + "; ".join(wrong))
+def _check_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    if u.dim() != 3 or A.dim() != 2 or A.shape[1] < 1:
+        raise ValueError(f"u must be (B, L, E) and A (E, N); got {tuple(u.shape)} and {tuple(A.shape)}")
+    batch, tokens, inner = u.shape
+    states = A.shape[1]
+    check_inputs(
+        u.device,
+        u=(u, (batch, tokens, inner)),
+        delta=(delta, (batch, tokens, inner)),
+        A=(A, (inner, states)),
+        B=(B, (batch, tokens, states)),
+        C=(C, (batch, tokens, states)),
+        D=(D, (inner,)),
+        z=(z, (batch, tokens, inner)),
+        delta_bias=(delta_bias, (inner,)),
+    )
 
 
-@torch.library.custom_op("vimtune::selective_scan", mutates_args=())
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] < 1:
+        raise ValueError(
+            f"x must be (B, L, E) and weight (E, K); got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    inner = x.shape[2]
+    check_inputs(
+        x.device, x=(x, tuple(x.shape)), weight=(weight, (inner, weight.shape[1])), bias=(bias, (inner,))
+    )
+
+
+@operation("selective_scan")
 def _scan(
     u: Tensor,
     delta: Tensor,
@@ -102,23 +145,11 @@ def _scan(
     backend: str,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    if u.dim() != 3 or A.dim() != 2:
-        raise ValueError(f"u must be (B, L, E) and A (E, N); got {tuple(u.shape)} and {tuple(A.shape)}")
-    batch, tokens, inner = u.shape
-    states = A.shape[1]
-    _check_shapes(
-        {
-            "delta": (delta, (batch, tokens, inner)),
-            "A": (A, (inner, states)),
-            "B": (B, (batch, tokens, states)),
-            "C": (C, (batch, tokens, states)),
-            "D": (D, (inner,)),
-            "z": (z, (batch, tokens, inner)),
-            "delta_bias": (delta_bias, (inner,)),
-        }
-    )
+    _check_scan(u, delta, A, B, C, D, z, delta_bias)
     u, delta, A, B, C, D, z, delta_bias = _unit_strides(u, delta, A, B, C, D, z, delta_bias)
     kernels = resolve_backend(backend, u.device)
+    if u.numel() == 0:
+        return _empty_results(kernels, u, A, save_states)
     options = ScanOptions(delta_softplus, reverse)
     out, kept = kernels.scan_forward(u, delta, A, B, C, D, z, delta_bias, options, save_states)
     return out.contiguous(), kept.contiguous()
@@ -126,15 +157,16 @@ def _scan(
 
 @_scan.register_fake
 def _(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, save_states):
-    shape: tuple[int, ...] = (0,)
-    if save_states:
-        shape = resolve_backend(backend, u.device).states_shape(
-            u.shape[0], u.shape[1], u.shape[2], A.shape[1]
-        )
+    return _empty_results(resolve_backend(backend, u.device), u, A, save_states)
+
+
+def _empty_results(kernels: Backend, u: Tensor, A: Tensor, save_states: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, inner = u.shape
+    shape = kernels.states_shape(batch, tokens, inner, A.shape[1]) if save_states else (0,)
     return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.promote_types(u.dtype, torch.float32))
 
 
-@torch.library.custom_op("vimtune::selective_scan_backward", mutates_args=())
+@operation("selective_scan_backward")
 def _scan_backward(
     grad: Tensor,
     states: Tensor,
@@ -153,6 +185,8 @@ def _scan_backward(
 ) -> list[Tensor]:
     grad, u, delta, A, B, C, D, z, delta_bias = _unit_strides(grad, u, delta, A, B, C, D, z, delta_bias)
     kernels = resolve_backend(backend, u.device)
+    if u.numel() == 0:
+        return _zero_gradients([u, delta, A, B, C, D, z, delta_bias], needs, grad)
     options = ScanOptions(delta_softplus, reverse)
     gradients = kernels.scan_backward(grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs)
     return _as_list(gradients, grad)
@@ -171,7 +205,7 @@ def _scan_setup(ctx, inputs, output) -> None:
         raise RuntimeError("selective_scan was called without saved states but needs a gradient")
     ctx.save_for_backward(output[1], *tensors)
     ctx.mark_non_differentiable(output[1])
-    ctx.options = (delta_softplus, reverse, backend)
+    ctx.options = (delta_softplus, reverse, _used_backend(backend, tensors[0]))
 
 
 def _scan_autograd(ctx, grad, _grad_states):
@@ -184,7 +218,7 @@ def _scan_autograd(ctx, grad, _grad_states):
 _scan.register_autograd(_scan_autograd, setup_context=_scan_setup)
 
 
-@torch.library.custom_op("vimtune::causal_conv1d", mutates_args=())
+@operation("causal_conv1d")
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -193,14 +227,12 @@ def _conv(
     reverse: bool,
     backend: str,
 ) -> Tensor:
-    if x.dim() != 3 or weight.dim() != 2:
-        raise ValueError(
-            f"x must be (B, L, E) and weight (E, K); got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
-    inner = x.shape[2]
-    _check_shapes({"weight": (weight, (inner, weight.shape[1])), "bias": (bias, (inner,))})
+    _check_conv(x, weight, bias)
+    kernels = resolve_backend(backend, x.device)
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
     x, weight, bias = _unit_strides(x, weight, bias)
-    return resolve_backend(backend, x.device).conv_forward(x, weight, bias, silu, reverse).contiguous()
+    return kernels.conv_forward(x, weight, bias, silu, reverse).contiguous()
 
 
 @_conv.register_fake
@@ -208,7 +240,7 @@ def _(x, weight, bias, silu, reverse, backend):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("vimtune::causal_conv1d_backward", mutates_args=())
+@operation("causal_conv1d_backward")
 def _conv_backward(
     grad: Tensor,
     x: Tensor,
@@ -221,6 +253,8 @@ def _conv_backward(
 ) -> list[Tensor]:
     grad, x, weight, bias = _unit_strides(grad, x, weight, bias)
     kernels = resolve_backend(backend, x.device)
+    if x.numel() == 0:
+        return _zero_gradients([x, weight, bias], needs, grad)
     return _as_list(kernels.conv_backward(grad, x, weight, bias, silu, reverse, needs), grad)
 
 
@@ -232,7 +266,7 @@ def _(grad, x, weight, bias, silu, reverse, backend, needs):
 def _conv_setup(ctx, inputs, output) -> None:
     x, weight, bias, silu, reverse, backend = inputs
     ctx.save_for_backward(x, weight, bias)
-    ctx.options = (silu, reverse, backend)
+    ctx.options = (silu, reverse, _used_backend(backend, x))
 
 
 def _conv_autograd(ctx, grad):
@@ -255,6 +289,11 @@ def _as_list(gradients, like: Tensor) -> list[Tensor]:
 
 def _as_optional(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
     return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+
+
+def _zero_gradients(inputs, needs: list[bool], like: Tensor) -> list[Tensor]:
+    """Where there is no token."""
+    return [gradient.zero_() for gradient in _fake_gradients(inputs, needs, like)]
 
 
 def _fake_gradients(inputs, needs: list[bool], like: Tensor) -> list[Tensor]:

@@ -9,13 +9,15 @@ Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter w
 """
 
 # No `from __future__ import annotations`: TorchScript has to read those of DirectionWeights.
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from vimtune.ops.dispatch import resolve_backend, uses_reference
+from vimtune.ops.dispatch import REFERENCE, chosen_backend, resolve_backend
+from vimtune.ops.operation import check_inputs, one_by_one, operation
 
 NUM_WEIGHTS = 7  # per direction
 
@@ -38,13 +40,18 @@ def has_bidirectional_scan(backend: str, device: str) -> bool:
     return fused_backend(backend, device) != ""
 
 
-@torch.compiler.assume_constant_result
 def fused_backend(backend: str, device: str) -> str:
     """Backend with fused kernels that a backend name means on a device; empty if it has none."""
-    if uses_reference(backend):
+    # The compiler sees what has been chosen, and compiles anew after another choice.
+    return _fused_backend(chosen_backend(backend), device)
+
+
+@torch.compiler.assume_constant_result
+def _fused_backend(chosen: str, device: str) -> str:
+    if chosen == REFERENCE:
         return ""
-    chosen = resolve_backend(backend, torch.device(device))
-    return chosen.name if chosen.has_fused_kernels else ""
+    found = resolve_backend(chosen, torch.device(device))
+    return found.name if found.has_fused_kernels else ""
 
 
 def bidirectional_scan(
@@ -54,39 +61,47 @@ def bidirectional_scan(
 
     Computes, for u = SiLU(conv(x)) and (dt, B, C) = x_proj(u),
     (scan(u, softplus(dt_proj(dt))) + the same from the last token to the first) / 2 * SiLU(z).
-    The output has the dtype of `xz`; state, time steps, B and C are fp32.
+    The output has the dtype of `xz`; state, time steps, B and C are fp32. B and L may be 0.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend without these kernels.
+        ValueError: shapes or devices that do not fit together, tensors that are not of floating point
+            numbers, or a backend without these kernels.
+        NotImplementedError: derivatives other than those of autograd's backward pass; a mixer has them with
+            the backend "reference", where it does without this operation.
     """
     chosen = fused_backend(backend, str(xz.device))
     if not chosen:
         raise ValueError(f"backend {backend!r} has no kernels for bidirectional_scan on {xz.device}")
-    inner = xz.shape[-1] // 2
-    for label, weights in (("forward", forward), ("reverse", reverse)):
-        states = weights.A_log.shape[1]
-        rank = weights.dt_proj.shape[1]
-        expected = {
-            "conv_weight": (inner, forward.conv_weight.shape[1]),
-            "x_proj": (rank + 2 * states, inner),
-            "dt_proj": (inner, forward.dt_proj.shape[1]),
-            "dt_bias": (inner,),
-            "A_log": (inner, forward.A_log.shape[1]),
-            "D": (inner,),
-        }
-        for name, shape in expected.items():
-            found = tuple(getattr(weights, name).shape)
-            if found != shape:
-                raise ValueError(f"{label} {name} is {found}, expected {shape} for xz {tuple(xz.shape)}")
-    trained = any(tensor is not None and tensor.requires_grad for tensor in (xz, *forward, *reverse))
-    save = trained and torch.is_grad_enabled()  # a linear probe's backbone keeps nothing
+    if xz.dim() != 3 or xz.shape[-1] % 2:
+        raise ValueError(f"xz must be (B, L, 2 E), got {tuple(xz.shape)}")
+    inner, width = xz.shape[-1] // 2, forward.conv_weight.shape[1]
+    states, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
+    check_inputs(xz.device, xz=(xz, xz.shape))
+    for label, weights in (("forward ", forward), ("reverse ", reverse)):
+        check_inputs(
+            xz.device,
+            label,
+            conv_weight=(weights.conv_weight, (inner, width)),
+            conv_bias=(weights.conv_bias, (inner,)),
+            x_proj=(weights.x_proj, (rank + 2 * states, inner)),
+            dt_proj=(weights.dt_proj, (inner, rank)),
+            dt_bias=(weights.dt_bias, (inner,)),
+            A_log=(weights.A_log, (inner, states)),
+            D=(weights.D, (inner,)),
+        )
+    save = _is_trained(xz, *forward, *reverse)
     return torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, chosen)[0]
+
+
+def _is_trained(*tensors: Tensor | None) -> bool:
+    """Whether there will be a backward pass: a linear probe's backbone keeps nothing for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # torch.library reads the annotations at run time, hence Optional.
 
 
-@torch.library.custom_op("vimtune::bidirectional_scan", mutates_args=())
+@operation("bidirectional_scan")
 def _scan(
     xz: Tensor,
     conv_weight0: Tensor,
@@ -112,15 +127,23 @@ def _scan(
             *(conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1),
         ]
     )
-    return _kernels(backend, xz, weights[0]).forward(xz.contiguous(), weights, save)
+    kernels = _kernels(backend, xz, weights[0])
+    if xz.numel() == 0:
+        return _empty_results(kernels, xz, weights[0], save)
+    return kernels.forward(xz.contiguous(), weights, save)
 
 
 @_scan.register_fake
 def _(xz, *rest):
     *weights, save, backend = rest
     head = DirectionWeights(*weights[:NUM_WEIGHTS])
-    kernels = _kernels(backend, xz, head)
-    projections, states = kernels.shapes(xz, head, save)
+    return _empty_results(_kernels(backend, xz, head), xz, head, save)
+
+
+def _empty_results(
+    kernels: ModuleType, xz: Tensor, weights: DirectionWeights, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    projections, states = kernels.shapes(xz, weights, save)
     batch, tokens, twice = xz.shape
     return (
         xz.new_empty((batch, tokens, twice // 2)),
@@ -129,7 +152,7 @@ def _(xz, *rest):
     )
 
 
-@torch.library.custom_op("vimtune::bidirectional_scan_backward", mutates_args=())
+@operation("bidirectional_scan_backward")
 def _scan_backward(
     grad: Tensor,
     xz: Tensor,
@@ -140,6 +163,8 @@ def _scan_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    if xz.numel() == 0:
+        return [gradient.zero_() for gradient in _fake_gradients(xz, weights, needs)]
     wanted = needs[1:]
     halves = [wanted[:NUM_WEIGHTS], wanted[NUM_WEIGHTS:]]
     directions = _by_direction(weights)
@@ -157,8 +182,12 @@ def _scan_backward(
 
 @_scan_backward.register_fake
 def _(grad, xz, out, projections, states, weights, needs, backend):
+    return _fake_gradients(xz, weights, needs)
+
+
+def _fake_gradients(xz: Tensor, weights: Sequence[Tensor | None], needs: list[bool]) -> list[Tensor]:
     return [
-        tensor.new_empty(tensor.shape) if needed else xz.new_empty(0)
+        tensor.new_empty(tensor.shape) if needed and tensor is not None else xz.new_empty(0)
         for tensor, needed in zip([xz, *weights], needs, strict=True)
     ]
 
@@ -182,6 +211,12 @@ def _autograd(ctx, grad, _grad_projections, _grad_states):
 
 
 _scan.register_autograd(_autograd, setup_context=_setup)
+
+
+@_scan.register_vmap
+def _(info, in_dims, *inputs):
+    *tensors, _save, backend = inputs  # above, vmap has hidden whether gradients are wanted
+    return one_by_one(_scan, info.batch_size, in_dims, (*tensors, _is_trained(*tensors), backend))
 
 
 def _by_direction(weights: list[Tensor | None]) -> list[DirectionWeights]:

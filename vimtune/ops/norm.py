@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimtune.ops.fused import has_bidirectional_scan
+from vimtune.ops.operation import check_inputs, operation
 
 
 def add_rms_norm(
@@ -20,8 +21,18 @@ def add_rms_norm(
     """(rms_norm(residual + branch) * weight, residual + branch); without `branch` the residual itself.
 
     `branch`, `residual` (B, L, D), `weight` (D,). The sum keeps the dtype of `residual`, statistics are
-    fp32, the norm comes in the dtype of autocast where it is on and of `weight` elsewhere.
+    fp32, the norm comes in the dtype of autocast where it is on and of `weight` elsewhere. B and L may be 0.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together, or tensors that are not of floating point
+            numbers.
+        NotImplementedError: derivatives other than those of autograd's backward pass, which only
+            `backend="reference"` has.
     """
+    shape = residual.shape
+    check_inputs(
+        residual.device, branch=(branch, shape), residual=(residual, shape), weight=(weight, shape[-1:])
+    )
     dtype = weight.dtype
     if torch.is_autocast_enabled(residual.device.type):
         dtype = torch.get_autocast_dtype(residual.device.type)
@@ -35,7 +46,7 @@ def add_rms_norm(
     return normed.to(dtype), total
 
 
-@torch.library.custom_op("vimtune::add_rms_norm", mutates_args=())
+@operation("add_rms_norm")
 def _norm(
     branch: Optional[Tensor],  # noqa: UP045
     residual: Tensor,
@@ -45,6 +56,8 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from vimtune.ops.triton import norm
 
+    if residual.numel() == 0:
+        return _empty_results(branch, residual, dtype)
     return norm.forward(
         None if branch is None else branch.contiguous(), residual.contiguous(), weight, eps, dtype
     )
@@ -52,6 +65,12 @@ def _norm(
 
 @_norm.register_fake
 def _(branch, residual, weight, eps, dtype):
+    return _empty_results(branch, residual, dtype)
+
+
+def _empty_results(
+    branch: Tensor | None, residual: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = residual.numel() // residual.shape[-1]
     return (
         residual.new_empty(residual.shape, dtype=dtype),
@@ -60,7 +79,7 @@ def _(branch, residual, weight, eps, dtype):
     )
 
 
-@torch.library.custom_op("vimtune::add_rms_norm_backward", mutates_args=())
+@operation("add_rms_norm_backward")
 def _norm_backward(
     grad_normed: Tensor,
     grad_total: Optional[Tensor],  # noqa: UP045
@@ -72,6 +91,9 @@ def _norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from vimtune.ops.triton import norm
 
+    if total.numel() == 0:
+        nothing, of_branch, of_weight = _fake_gradients(total, weight, branch_dtype, need_weight)
+        return nothing, of_branch, of_weight.zero_()
     grad_total = None if grad_total is None else grad_total.contiguous()
     residual, branch, own = norm.backward(
         grad_normed.contiguous(), grad_total, total.contiguous(), weight, inverse, branch_dtype, need_weight
@@ -85,6 +107,12 @@ def _norm_backward(
 
 @_norm_backward.register_fake
 def _(grad_normed, grad_total, total, weight, inverse, branch_dtype, need_weight):
+    return _fake_gradients(total, weight, branch_dtype, need_weight)
+
+
+def _fake_gradients(
+    total: Tensor, weight: Tensor, branch_dtype: torch.dtype | None, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         total.new_empty(total.shape),
         total.new_empty((0,) if branch_dtype is None else total.shape, dtype=branch_dtype or total.dtype),

@@ -3,24 +3,28 @@
 The library has a plain C interface: it depends neither on torch's headers nor on the Python version,
 compiles in seconds and stays valid across updates of both. A file of the cache is named after what
 it was made from (sources, compiler, flags, processor) and after its own content, so it is never
-half-written, never stale and never taken for good when damaged.
+half-written, never stale and never taken for good when damaged. Which folders are trusted says `cache.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from vimtune.ops.cpu import cache
+from vimtune.text import printable, quote, shorten
 from vimtune.utils import atomic_write
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("scan.cpp", "conv.cpp")
 HEADERS = ("simd.h", "threads.h")
@@ -32,7 +36,8 @@ FLAGS = (
 # How compilers spell "this very processor"; the last resort is their default target.
 MACHINE_FLAGS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMPILERS = ("g++", "clang++", "c++")
-TIMEOUT_SECONDS = 300
+VERSION_SECONDS, COMPILE_SECONDS = 30, 300
+"""How long a compiler may take to say its version, and to compile."""
 
 
 class BuildError(RuntimeError):
@@ -54,7 +59,7 @@ def load_library() -> ctypes.CDLL:
 
 def _load(compiler: list[str]) -> ctypes.CDLL:
     key = _key(compiler)
-    folders = list(_cache_folders())
+    folders = cache.usable_folders()
     for folder in folders:
         for path in sorted(folder.glob(f"cpu-{key}-*.so")):
             library = _open_if_intact(path)
@@ -73,7 +78,7 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
         for folder in folders:
             path = folder / f"cpu-{key}-{_digest(content)}.so"
             try:
-                atomic_write(path, write)
+                atomic_write(path, write, mode=0o600)  # whatever the umask says
                 return _open(path)
             except (OSError, BuildError):
                 continue  # read-only, full, or mounted without execution: the next folder may do
@@ -87,20 +92,30 @@ def find_compiler() -> list[str]:
         BuildError: there is none.
     """
     chosen = os.environ.get("CXX", "").strip()
-    for command in [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]:
+    for command in [_split(chosen)] if chosen else [[name] for name in COMPILERS]:
         program = shutil.which(command[0])
         if program:
             return [program, *command[1:]]
     if chosen:
-        raise BuildError(f"the C++ compiler of the environment variable CXX ({chosen}) was not found")
+        raise BuildError(f"the C++ compiler of the environment variable CXX ({quote(chosen)}) was not found")
     raise BuildError(f"no C++ compiler ({', '.join(COMPILERS)}) on the PATH")
+
+
+def _split(chosen: str) -> list[str]:
+    """What `$CXX` means: a program, whose path may have spaces, or else a command with options."""
+    if shutil.which(chosen):
+        return [chosen]
+    try:
+        return shlex.split(chosen) or [chosen]
+    except ValueError as error:
+        raise BuildError(f"the environment variable CXX ({quote(chosen)}) is no command: {error}") from error
 
 
 def _key(compiler: list[str]) -> str:
     """Everything the machine code depends on."""
     here = Path(__file__).parent
     parts = [(here / name).read_text(encoding="utf-8") for name in (*SOURCES, *HEADERS)]
-    parts += [*compiler, _run([*compiler, "--version"]).stdout, *FLAGS, _processor()]
+    parts += [*compiler, _run([*compiler, "--version"], VERSION_SECONDS).stdout, *FLAGS, _processor()]
     return _digest("\0".join(parts).encode())
 
 
@@ -118,40 +133,20 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:20]
 
 
-def _cache_folders() -> Iterator[Path]:
-    """Folders that may hold the library, best first."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    folder = os.path.expanduser(os.environ.get("VIMTUNE_CACHE") or os.path.join(caches, "vimtune"))
-    if not folder.startswith("~"):  # no home folder is known
-        yield Path(folder)
-    private = _private_temporary_folder()
-    if private is not None:
-        yield private
-
-
-def _private_temporary_folder() -> Path | None:
-    """A folder beside other users' files: only good when nobody else could have put a library there."""
-    if not hasattr(os, "getuid"):
-        return None
-    try:
-        folder = Path(tempfile.gettempdir()) / f"vimtune-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    except OSError:
-        return None
-    mine = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    return folder if mine and not status.st_mode & 0o022 else None
-
-
 def _open_if_intact(path: Path) -> ctypes.CDLL | None:
-    """Open a cached library whose content matches its name; remove it otherwise."""
+    """Open a cached library that is ours and whose content matches its name; remove any other."""
     try:
-        # Checked before loading: opening a truncated library can end the process.
-        if _digest(path.read_bytes()) == path.stem.rpartition("-")[2]:
+        # Checked before loading: opening a truncated library can end the process. Nobody else can exchange
+        # the file in between, for the folder is private.
+        content = cache.read_private(path)
+        if _digest(content) == path.stem.rpartition("-")[2]:
             return _open(path)
-        path.unlink()
+    except cache.Untrusted as error:
+        logger.warning("A compiled library is not loaded but removed: %s.", error)
     except (OSError, BuildError):
-        pass  # vanished, not ours to remove, or lying where nothing may be executed: build anew
+        return None  # vanished, or lying where nothing may be executed: build anew
+    with contextlib.suppress(OSError):
+        path.unlink()
     return None
 
 
@@ -167,9 +162,11 @@ def _compile(compiler: list[str], target: Path) -> None:
     sources = [str(here / name) for name in SOURCES]
     failures = []
     for machine in MACHINE_FLAGS:
-        result = _run([*compiler, *FLAGS, *machine, *sources, "-o", str(target)])
-        if result.returncode == 0 and target.exists():
-            return
+        result = _run([*compiler, *FLAGS, *machine, *sources, "-o", str(target)], COMPILE_SECONDS)
+        if result.returncode == 0:
+            if target.exists():
+                return
+            raise BuildError(f"{Path(compiler[0]).name} wrote no library; is it a C++ compiler?")
         failures.append(_first_error(result))
     raise BuildError(f"{Path(compiler[0]).name} failed: {failures[0]}")
 
@@ -177,10 +174,11 @@ def _compile(compiler: list[str], target: Path) -> None:
 def _first_error(result: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
-    return (errors or lines or [f"exit code {result.returncode} without a message"])[0]
+    found = (errors or lines or [f"exit code {result.returncode} without a message"])[0]
+    return printable(shorten(found))
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], seconds: int) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         return subprocess.run(
@@ -188,7 +186,8 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=TIMEOUT_SECONDS,
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
             env=environment,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

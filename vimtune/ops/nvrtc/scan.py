@@ -89,7 +89,7 @@ def num_segments(batch: int, tokens: int, inner: int, device: torch.device, back
     A segmented scan does about 1.6 times the work, which pays where images times channels leave the card
     idle. Of the numbers that just fill it once, twice or three times the one with the shortest time is taken.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or batch * tokens * inner == 0:
         return 1
     multiprocessors = runtime.num_multiprocessors(device)
     blocks = batch * -(-inner // CHANNELS)

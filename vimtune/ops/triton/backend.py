@@ -36,7 +36,7 @@ class TritonBackend(Backend):
         return reasons
 
     def states_shape(self, batch, tokens, inner, states):
-        return (1, batch, -(-tokens // CHUNK) - 1, states, inner)
+        return (1, batch, torch.sym_max(-(-tokens // CHUNK) - 1, 0), states, inner)
 
     def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
         from vimtune.ops.triton import launch

@@ -62,7 +62,7 @@ def shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[tuple[int, .
     """
     num_states = weights[A_LOG].shape[1]
     sizes = _sizes(xz, num_states, weights[DT_PROJ].shape[1])
-    states = (2, sizes.batch, launch.num_chunks(sizes.tokens) - 1, num_states, sizes.inner)
+    states = (2, sizes.batch, torch.sym_max(launch.num_chunks(sizes.tokens) - 1, 0), num_states, sizes.inner)
     return (2, sizes.batch, sizes.tokens, sizes.columns), states if save else (0,)
 
 
