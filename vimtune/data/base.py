@@ -16,7 +16,7 @@ from PIL import Image
 from vimtune.data.errors import DatasetError, ImageReadError
 from vimtune.data.images import load_image
 from vimtune.schema import check
-from vimtune.text import printable, quote
+from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
 
 SPLITS = ("train", "val", "test", "train+val")
@@ -139,8 +139,9 @@ class FileDataset(ImageDataset):
         Raises:
             ImageReadError: an image is gone or cannot be looked at.
         """
+        root = os.path.join(self.root, "")
         return _hash_lines(
-            f"{label} {_size(path)} {os.path.relpath(path, self.root)}"
+            f"{label} {_size(path)} {path.removeprefix(root)}"
             for label, path in zip(self.targets, self.paths, strict=True)
         )
 
@@ -290,38 +291,6 @@ def locate_root(data_dir: Path | None, folder_names: Sequence[str], marker: str)
         if (candidate / marker).exists():
             return candidate, True
     return (base if base.name in folder_names else base / folder_names[0]), False
-
-
-def check_files_exist(paths: Sequence[str], what: str, advice: str) -> None:
-    """Raise one `DatasetError` when some of `paths` are missing. Lists each folder once."""
-    present = {folder: set(_list_names(folder)) for folder in {os.path.dirname(path) for path in paths}}
-    missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
-    if missing:
-        raise DatasetError(
-            f"{what} is incomplete: {len(missing)} of {len(paths)} images are missing, "
-            f"e.g. {printable(missing[0])}. {advice}"
-        )
-
-
-def whole_numbers(values: Any, low: int, high: int, what: str) -> list[int]:
-    """`values` of a file as ints; a `DatasetError` that names `what` where they are not `low` to `high`."""
-    numbers = np.atleast_1d(np.asarray(values))
-    if numbers.dtype.kind not in "uif" or numbers.ndim != 1 or not numbers.size:
-        raise DatasetError(f"{what} are no list of numbers.")
-    if not (low <= numbers.min() and numbers.max() <= high and (numbers % 1 == 0).all()):
-        raise DatasetError(f"{what} must be whole numbers from {low} to {high}.")
-    return [int(number) for number in numbers]
-
-
-def plain_name(name: Any, what: str) -> str:
-    """`name` of a file, if it is that of a file in a folder and leads nowhere else."""
-    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
-        raise DatasetError(f"{what} holds {quote(name)} where the name of a file belongs.")
-    return name
-
-
-def _list_names(folder: str) -> list[str]:
-    return os.listdir(folder) if os.path.isdir(folder) else []
 
 
 def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:

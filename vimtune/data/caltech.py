@@ -18,14 +18,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from vimtune.data.base import (
-    EMBEDDED_ALTERNATIVE,
-    FileDataset,
-    check_files_exist,
-    locate_root,
-    plain_name,
-    register_dataset,
-)
+from vimtune.data.base import EMBEDDED_ALTERNATIVE, FileDataset, locate_root, register_dataset
+from vimtune.data.checks import check_files_exist, plain_name
 from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
 from vimtune.data.errors import DatasetError
 from vimtune.schema import STRICT, Count, load_json
@@ -100,7 +94,7 @@ def load_split() -> Split:
         used = [*category.train, *category.val]
         if len(set(used)) < len(used) or not set(used) <= set(range(1, category.count + 1)):
             raise DatasetError(
-                f"caltech101_split.json has an image of {quote(name)} twice, or one that is not there."
+                f"caltech101_split.json names images of {quote(name)} twice, or beyond its count."
             )
     return split
 

@@ -11,13 +11,11 @@ from annotated_types import Gt, Lt
 from vimtune.data.base import (
     EMBEDDED_ALTERNATIVE,
     FileDataset,
-    check_files_exist,
     locate_root,
-    plain_name,
     register_dataset,
     stratified_split,
-    whole_numbers,
 )
+from vimtune.data.checks import check_files_exist, plain_name, whole_numbers
 from vimtune.data.errors import DatasetError
 from vimtune.data.mat import read_mat
 

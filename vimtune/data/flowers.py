@@ -5,14 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from vimtune.data.base import (
-    EMBEDDED_ALTERNATIVE,
-    FileDataset,
-    check_files_exist,
-    locate_root,
-    register_dataset,
-    whole_numbers,
-)
+from vimtune.data.base import EMBEDDED_ALTERNATIVE, FileDataset, locate_root, register_dataset
+from vimtune.data.checks import check_files_exist, whole_numbers
 from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
 from vimtune.data.errors import DatasetError
 from vimtune.data.mat import read_mat

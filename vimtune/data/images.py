@@ -41,13 +41,11 @@ _FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's name of the format -> its u
 _OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts that a build of Pillow may lack
 
 
-def _has(part: str | None) -> bool:
-    return part is None or (
-        (part in features.modules or part in features.codecs) and bool(features.check(part))
-    )
+def _is_there(part: str) -> bool:
+    return part in (*features.modules, *features.codecs) and bool(features.check(part))
 
 
-FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or _has(_OPTIONAL[name]))
+FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or _is_there(_OPTIONAL[name]))
 """Formats that are opened here, by Pillow's names. The content of a file decides, not its extension."""
 
 EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])

@@ -87,7 +87,7 @@ def read_layout(root: Path) -> Layout:
     try:
         layout = _understand(root, tree)
     except _NoLayoutError as error:
-        raise DatasetError(f"{error}{_advice(root, tree)} {LAYOUT}") from None
+        raise DatasetError(f"{error} {_advice(root, tree) or LAYOUT}") from None
     _refuse_shared(root, layout, found)
     _add_left_out(root, layout, found, tree)
     return layout
@@ -245,7 +245,7 @@ def _advice(folder: Path, tree: _Folder) -> str:
         }
         for path, inner in sorted(level.items(), key=lambda item: item[0]):
             if _is_understood(path, inner):
-                return f" Did you mean --data-dir {shlex.quote(_show(path))}?"
+                return f"Did you mean --data-dir {shlex.quote(_show(path))}?"
     return ""
 
 

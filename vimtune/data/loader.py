@@ -127,11 +127,12 @@ class ImageLoader:
             self.skipped_paths.add(error.path)
             logger.warning("left out corrupt image %s: %s", printable(error.path), error.reason)
 
-    def _judge(self, left_out: int, seen: int, last: Exception | None) -> None:
-        if left_out > _MAX_CORRUPT_SHARE * seen:
+    def _judge(self, left_out: int, seen: int, last: CorruptImageError | ImageReadError | None) -> None:
+        if last is not None and left_out > _MAX_CORRUPT_SHARE * seen:
             raise TooManyCorruptError(
                 f"{left_out} of the {seen} images of {self.dataset.split!r} that were read in this epoch are "
-                f"corrupt, more than {_MAX_CORRUPT_SHARE:.0%}. The last of them: {last}"
+                f"corrupt, more than {_MAX_CORRUPT_SHARE:.0%}; the last of them: {printable(last.path)} "
+                f"({last.reason})"
             )
 
 

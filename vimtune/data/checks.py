@@ -1,0 +1,44 @@
+"""Checks of what the tables of a data set say: numbers in range, plain names, files that are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vimtune.data.errors import DatasetError
+from vimtune.text import printable, quote
+
+
+def whole_numbers(values: Any, low: int, high: int, what: str) -> list[int]:
+    """`values` of a file as ints; a `DatasetError` that names `what` where they are not `low` to `high`."""
+    numbers = np.atleast_1d(np.asarray(values))
+    if numbers.dtype.kind not in "uif" or numbers.ndim != 1 or not numbers.size:
+        raise DatasetError(f"{what} are no list of numbers.")
+    if not (low <= numbers.min() and numbers.max() <= high and (numbers % 1 == 0).all()):
+        raise DatasetError(f"{what} must be whole numbers from {low} to {high}.")
+    return [int(number) for number in numbers]
+
+
+def plain_name(name: Any, what: str) -> str:
+    """`name` of a file, if it is that of a file in a folder and leads nowhere else."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+        raise DatasetError(f"{what} holds {quote(name)} where the name of a file belongs.")
+    return name
+
+
+def check_files_exist(paths: Sequence[str], what: str, advice: str) -> None:
+    """Raise one `DatasetError` when some of `paths` are missing. Lists each folder once."""
+    present = {folder: set(_list_names(folder)) for folder in {os.path.dirname(path) for path in paths}}
+    missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
+    if missing:
+        raise DatasetError(
+            f"{what} is incomplete: {len(missing)} of {len(paths)} images are missing, "
+            f"e.g. {printable(missing[0])}. {advice}"
+        )
+
+
+def _list_names(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
