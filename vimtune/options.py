@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vimtune import catalog, parsers
+from vimtune.model_options import check_model_options
 from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
@@ -40,6 +41,24 @@ RESERVED = {
 def reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:
     """One line for each of `options`, given as `key`, that another key of the recipe sets."""
     return [f"{key}: {name} is set by {owner}" for name, owner in RESERVED[key].items() if name in options]
+
+
+def model_problems(given: Mapping[str, Any]) -> list[str]:
+    """Problems of `model_kwargs` besides names that another key sets."""
+    own = {name: value for name, value in given.items() if name not in RESERVED["model_kwargs"]}
+    if not own:
+        return []  # without the schema and its library, which `--help` does not wait for
+    problems = []
+    try:
+        check_model_options(own, "model_kwargs")
+    except ValueError as error:
+        problems.append(str(error))
+    if own.get("in_chans", 3) != 3:
+        problems.append(
+            f"model_kwargs: in_chans = {quote(own['in_chans'])}: images are read as RGB, which has 3 "
+            "channels, grey ones, too. Leave it out"
+        )
+    return problems
 
 
 def method_fields(methods: Iterable[str]) -> dict[str, tuple[str, Any, str]]:

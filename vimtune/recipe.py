@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 import yaml
 
 from vimtune import catalog, options, parsers
-from vimtune.model_options import check_model_options
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import printable, quote
 from vimtune.utils import atomic_write, suggest
@@ -269,24 +268,9 @@ class Recipe:
             if key not in wrong:
                 problems += options.reserved_problems(key, getattr(self, key))
         if "model_kwargs" not in wrong:
-            problems += self._model_problems()
+            problems += options.model_problems(self.model_kwargs)
         if "peft" not in wrong:
             problems += self._method_problems(wrong)
-        return problems
-
-    def _model_problems(self) -> list[str]:
-        reserved = options.RESERVED["model_kwargs"]
-        own = {name: value for name, value in self.model_kwargs.items() if name not in reserved}
-        problems = []
-        try:
-            check_model_options(own, "model_kwargs")
-        except ValueError as error:
-            problems.append(str(error))
-        if own.get("in_chans", 3) != 3:
-            problems.append(
-                f"model_kwargs: in_chans = {quote(own['in_chans'])}: images are read as RGB, which has 3 "
-                "channels, grey ones, too. Leave it out"
-            )
         return problems
 
     def _method_problems(self, wrong: set[str]) -> list[str]:

@@ -70,7 +70,7 @@ class Caltech(FileDataset):
 class Category:
     """Numbers of the images of a category; those in neither list are for tests."""
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     count: Count
     train: list[int]
     val: list[int]
@@ -80,7 +80,7 @@ class Category:
 class Split:
     """A split of all categories, as its JSON file holds it."""
 
-    __pydantic_config__: ClassVar = STRICT
+    __pydantic_config__: ClassVar[Any] = STRICT
     seed: Count
     categories: dict[str, Category]
 
