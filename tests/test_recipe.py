@@ -551,7 +551,7 @@ def test_a_name_that_is_not_utf8_survives_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"dataset_kwargs": "seed=0"}, "dataset_kwargs: seed is set by the key seed"),
+        ({"dataset_kwargs": "seed=0"}, "dataset_kwargs: seed is set by the key data_seed"),
         ({"dataset_kwargs": {"split": "val"}}, "split is set by the keys train_split and eval_split"),
         ({"dataset_kwargs": {"img_size": [8, 8]}}, "img_size is set by the key img_size"),
         ({"model_kwargs": {"pretrained": True}}, "pretrained is set by the key pretrained"),
