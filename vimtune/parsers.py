@@ -30,8 +30,8 @@ def _yaml_value(text: str) -> Any:
 
 
 def _unbracket(value: Any) -> Any:
-    """A flag such as '[0, 1]' as the list it means."""
-    return _yaml_value(value) if isinstance(value, str) and value.startswith("[") else value
+    """A flag such as '[0, 1]' or '{lora: both}' as the list or mapping it means."""
+    return _yaml_value(value) if isinstance(value, str) and value.startswith(("[", "{")) else value
 
 
 def _is_number(value: Any) -> bool:
@@ -167,6 +167,20 @@ def layers(value: Any) -> list[int]:
     if not all(isinstance(index, int) and not isinstance(index, bool) for index in value):
         raise ValueError(expected)
     return list(value)
+
+
+def per_method(parse: Parser) -> Parser:
+    """Takes what `parse` takes, or a mapping from methods of a composition to that."""
+
+    def parse_each(value: Any) -> Any:
+        value = _unbracket(value)
+        if not isinstance(value, Mapping):
+            return parse(value)
+        if not value or not all(isinstance(name, str) for name in value):
+            raise ValueError("expected a mapping from methods, such as {lora: both, ft: A_log}")
+        return {name: parse(own) for name, own in value.items()}
+
+    return parse_each
 
 
 def betas(value: Any) -> list[float]:

@@ -127,16 +127,16 @@ class Recipe:
 
     # --- method
     peft: str = _setting("method", "prodial", _methods, "method (see --list), or several: lora+bitfit")
-    targets: str | list[str] | None = _setting(
+    targets: str | list[str] | dict[str, Any] | None = _setting(
         "method",
         None,
-        parsers.optional(parsers.targets),
+        parsers.optional(parsers.per_method(parsers.targets)),
         "tuned projectors: both, in_proj, out_proj, or a list",
     )
-    layers: list[int] | None = _setting(
+    layers: list[int] | dict[str, Any] | None = _setting(
         "method",
         None,
-        parsers.optional(parsers.layers),
+        parsers.optional(parsers.per_method(parsers.layers)),
         "tuned blocks, such as 0-11 or 0,5,10 (default: all)",
     )
     rank: int | None = _setting(

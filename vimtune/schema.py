@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -35,6 +36,16 @@ Count = Annotated[int, Ge(0), Le(2**62)]
 """A whole number of something, such as epochs or images."""
 Name = Annotated[str, Len(1, 200)]
 """A short name, such as a model's or a method's."""
+
+
+@dataclass(frozen=True)
+class As:
+    """In `Annotated[dict[str, Any], As(schema)]`: the value is compared with `schema`, a TypedDict."""
+
+    schema: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler.generate_schema(self.schema)
 
 
 @cache
@@ -87,8 +98,7 @@ def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError
     """
     if text is None:
         raise error(f"{what} is missing")
-    if len(text) > MAX_TEXT_BYTES:
-        raise error(f"{what} has {len(text):,} characters; at most {MAX_TEXT_BYTES:,} are read")
+    _refuse_long(text, what, error)
     try:
         return json.loads(
             text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys
@@ -104,6 +114,23 @@ def load_json(
 ) -> Schema:
     """`check(schema, parse_json(text))`."""
     return check(schema, parse_json(text, what, error), what, error)
+
+
+def dump_json(schema: Any, values: Any, what: str, error: type[ValueError] = ValueError) -> str:
+    """The JSON text of `values`, made sure that `load_json` with the same `schema` reads it.
+
+    Raises:
+        ValueError: (or the subclass `error`) as `check` does, or the text is too long.
+    """
+    check(schema, values, what, error)
+    text = json.dumps(values)
+    _refuse_long(text, what, error)
+    return text
+
+
+def _refuse_long(text: str, what: str, error: type[ValueError]) -> None:
+    if len(text) > MAX_TEXT_BYTES:
+        raise error(f"{what} has {len(text):,} characters; at most {MAX_TEXT_BYTES:,} are read")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -7,32 +7,28 @@ Adding a method is one new file with a registered class (`lora.py` is the patter
 from vimtune.adapters import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401, I001
 from vimtune.adapters.base import Method, get_method, list_methods, method_fields, register_method
 from vimtune.adapters.batched import shared_effective_weights
+from vimtune.adapters.info import AdapterFileError, AdapterInfo
 from vimtune.adapters.manage import (
-    AdaptedParameter,
-    AdapterSummary,
-    DeadAdapterError,
     active_adapter,
-    adapter_parameters,
-    adapter_state_dict,
-    check_gradients,
     delete_adapter,
     disabled,
     head_has_rules,
     inject,
     list_adapters,
-    load_adapter_state_dict,
     merge,
     set_adapter,
-    summary,
 )
 from vimtune.adapters.rule import WeightRule, base_parameters
-from vimtune.adapters.store import (
-    AdapterFileError,
-    AdapterInfo,
-    base_hash,
-    load_adapter,
-    read_adapter_info,
-    save_adapter,
+from vimtune.adapters.store import base_hash, load_adapter, read_adapter_info, save_adapter
+from vimtune.adapters.tensors import (
+    AdaptedParameter,
+    AdapterSummary,
+    DeadAdapterError,
+    adapter_parameters,
+    adapter_state_dict,
+    check_gradients,
+    load_adapter_state_dict,
+    summary,
 )
 
 __all__ = [

@@ -465,7 +465,7 @@ class _Run:
             recipe=dataclasses.replace(self.recipe, resume=None).to_dict(),
             facts=self.facts,
             progress=self.progress,
-            adapter=dict(self.parameters),
+            adapter=adapters.adapter_state_dict(self.model),
             optimizer=optimizer_tensors(self.optimizer, self.parameters),
             ema=self.ema.tensors if self.ema else {},
             scaler=self.scaler.state_dict(),
@@ -486,9 +486,7 @@ class _Run:
 
     def _restore(self, saved: RunState) -> None:
         notes = check_resumable(saved, self.recipe, self.facts)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(saved.adapter[name])
+        adapters.load_adapter_state_dict(self.model, saved.adapter)
         restore_optimizer(self.optimizer, self.parameters, saved.optimizer)
         if self.ema is not None:
             self.ema.restore(saved.ema or saved.adapter)
