@@ -185,6 +185,6 @@ def check_matrix(method: str, path: str, weight: Tensor, rank: int) -> tuple[int
     rows, columns = weight.shape
     if not 1 <= rank <= min(rows, columns):
         raise ValueError(
-            f"rank {rank} does not fit {path} of shape {rows} x {columns}: expected 1 to {min(rows, columns)}"
+            f"rank {quote(rank)} does not fit {path} of shape {rows} x {columns}: expected 1 to {min(rows, columns)}"
         )
     return rows, columns

@@ -35,12 +35,13 @@ from vimtune.adapters.sites import (
     Targets,
     build_rules,
     check_sites,
+    find_backbone,
     find_owner,
     parse_layers,
     parse_targets,
     select_sites,
 )
-from vimtune.adapters.wrappers import RECORD, refuse_container, unwrap
+from vimtune.adapters.wrappers import RECORD, unwrap
 from vimtune.text import quote
 from vimtune.utils import suggest
 
@@ -132,8 +133,7 @@ def inject(
             would have no effect, a model that rules cannot be attached to, or a name already taken. The
             model is then as it was.
     """
-    backbone = unwrap(model, retrains=True)
-    refuse_container(backbone)
+    backbone = find_backbone(model)
     methods = build_methods(method, options)
     targets, layers = parse_targets(targets), parse_layers(layers)
     add_adapter(

@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from vimtune import parsers
 from vimtune.adapters.base import Method
 from vimtune.adapters.rule import Chain, WeightRule, base_value, can_act_on_input, ever_acts_on_input, join
-from vimtune.adapters.wrappers import refuse_opaque
+from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
 from vimtune.text import quote
 
 Targets = str | list[str] | dict[str, str | list[str]] | None
@@ -52,6 +52,24 @@ def _parse(what: str, value: Any, parse: parsers.Parser) -> Any:
         return None if value is None else parse(value)
     except ValueError as error:
         raise ValueError(f"{what} = {quote(value)}: {error}") from None
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The model inside known wrappers, if an adapter can be added to it.
+
+    Raises:
+        ValueError: a container of the model that is meant, or a model whose parameters are not its own.
+    """
+    backbone = unwrap(model, retrains=True)
+    refuse_container(backbone)
+    for path, module in backbone.named_modules():
+        refuse_opaque(module)
+        for name, kind in _recomputed(module):
+            raise ValueError(
+                f"{join(path, name)} is computed from other tensors ({kind}): make it a plain parameter "
+                "first (remove_parametrizations, prune.remove, remove_weight_norm, remove_spectral_norm)"
+            )
+    return backbone
 
 
 def select_sites(
@@ -119,18 +137,11 @@ def _compose(path: str, first: WeightRule, method: str, second: WeightRule) -> C
 
 
 def check_sites(model: nn.Module, paths: Sequence[str]) -> None:
-    """Refuse models and parameters that no rule can be attached to.
+    """Refuse parameters that no rule can be attached to.
 
     Raises:
         ValueError: naming the parameter and the reason.
     """
-    for path, module in model.named_modules():
-        refuse_opaque(module)
-        for name, kind in _recomputed(module):
-            raise ValueError(
-                f"{join(path, name)} is computed from other tensors ({kind}): make it a plain parameter "
-                "first (remove_parametrizations, prune.remove, remove_weight_norm, remove_spectral_norm)"
-            )
     places = _places(model)
     for path in paths:
         parameter = base_value(*find_owner(model, path))

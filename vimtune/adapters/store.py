@@ -25,9 +25,9 @@ from vimtune.adapters.manage import (
     set_adapter,
 )
 from vimtune.adapters.rule import Tuned, base_parameters, iter_slots
-from vimtune.adapters.sites import Sites, select_sites
+from vimtune.adapters.sites import Sites, find_backbone, select_sites
 from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
-from vimtune.adapters.wrappers import refuse_container, unwrap
+from vimtune.adapters.wrappers import unwrap
 from vimtune.text import printable, quote
 from vimtune.utils import atomic_write, suggest
 
@@ -150,8 +150,7 @@ def load_adapter(
         AdapterFileError: not an adapter file, or trained on other base weights (unless forced).
         ValueError: it does not fit the model's structure. The model is then as it was.
     """
-    model = unwrap(model, retrains=True)
-    refuse_container(model)
+    model = find_backbone(model)
     info, tensors = _read(path, with_tensors=True)
     before = active_adapter(model)
     name = _free_name(list_adapters(model)) if name is None else name
