@@ -184,7 +184,8 @@ def check_matrix(method: str, path: str, weight: Tensor, rank: int) -> tuple[int
         raise ValueError(f"{method} needs a matrix; {path} has shape {tuple(weight.shape)}")
     rows, columns = weight.shape
     if not 1 <= rank <= min(rows, columns):
+        largest = min(rows, columns)
         raise ValueError(
-            f"rank {quote(rank)} does not fit {path} of shape {rows} x {columns}: expected 1 to {min(rows, columns)}"
+            f"rank {quote(rank)} does not fit {path} of shape {rows} x {columns}: expected 1 to {largest}"
         )
     return rows, columns

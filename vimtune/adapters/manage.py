@@ -167,18 +167,26 @@ def base_num_classes(model: nn.Module) -> int:
     return getattr(model, "num_classes", 0) if state is None else state.num_classes
 
 
+def check_name(model: nn.Module, name: str) -> str:
+    """`name`, if an adapter of that name can be added to a model (no wrapper).
+
+    Raises:
+        ValueError: it is no plain identifier, or taken.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter name {quote(name)} must be a plain identifier")
+    if name in list_adapters(model):
+        raise ValueError(f"the model already has an adapter {name!r}; delete it first or choose another name")
+    return name
+
+
 def add_adapter(model: nn.Module, record: AdapterRecord) -> None:
     """Attach the rules that `record` describes to a model (no wrapper) and make the adapter the active one.
 
     Raises:
         ValueError: it does not fit the model, which is then as it was.
     """
-    name = record.name
-    state = _state(model)
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"adapter name {quote(name)} must be a plain identifier")
-    if state is not None and name in state.records:
-        raise ValueError(f"the model already has an adapter {name!r}; delete it first or choose another name")
+    name, state = check_name(model, record.name), _state(model)
     check_sites(model, [*record.head, *(path for paths in record.sites.values() for path in paths)])
     methods: list[Method] = build_methods(record.method, record.options)
     rules = _build_head_rules(model, record) | build_rules(model, methods, record.sites)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from vimtune.adapters.manage import (
     active_adapter,
     add_adapter,
     base_num_classes,
+    check_name,
     delete_adapter,
     demand_adapter,
     head_parameters,
@@ -147,30 +150,39 @@ def load_adapter(
         force: load it although the base weights differ.
 
     Raises:
-        AdapterFileError: not an adapter file, or trained on other base weights (unless forced).
-        ValueError: it does not fit the model's structure. The model is then as it was.
+        AdapterFileError: not an adapter file, one that does not fit the model's structure, or one trained on
+            other base weights (unless forced).
+        ValueError: the model cannot take an adapter, or the name is taken. In any case it is as it was.
     """
     model = find_backbone(model)
     info, tensors = _read(path, with_tensors=True)
     before = active_adapter(model)
-    name = _free_name(list_adapters(model)) if name is None else name
-    try:
+    name = _free_name(list_adapters(model)) if name is None else check_name(model, name)
+    with _refusing(path):
         add_adapter(model, _record(model, info, tensors, name))
-    except ValueError as error:
-        raise AdapterFileError(f"{path} does not fit the model: {error}") from error
     try:
         found = base_hash(model, name)
         if found != info.base_hash and not force:
             raise AdapterFileError(
-                f"{path} was trained on other base weights (hash {info.base_hash[:12]}; this model's is "
-                f"{found[:12]}). Load the same pretrained weights first, or pass force=True"
+                f"{printable(str(path))} was trained on other base weights (hash {info.base_hash[:12]}; this "
+                f"model's is {found[:12]}). Load the same pretrained weights first, or pass force=True"
             )
-        load_adapter_state_dict(model, tensors, name)
+        with _refusing(path):
+            load_adapter_state_dict(model, tensors, name)
     except BaseException:  # whatever it is: it goes on, but the model is as it was
         delete_adapter(model, name)
         set_adapter(model, None if before is None else before.name)
         raise
     return info
+
+
+@contextmanager
+def _refusing(path: str | Path) -> Iterator[None]:
+    """Errors within the block are those of the file at `path`."""
+    try:
+        yield
+    except ValueError as error:
+        raise AdapterFileError(f"{printable(str(path))} does not fit the model: {error}") from error
 
 
 def _free_name(taken: list[str]) -> str:
