@@ -200,6 +200,16 @@ def test_a_plain_checkpoint_loads_strictly_under_a_prefix():
     assert torch.equal(around.backbone(images()), expected)
 
 
+def test_buffers_of_the_base_are_part_of_a_plain_checkpoint():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    state = {f"0.{key}": value for key, value in model.state_dict().items()}
+    around = nn.Sequential(vimtune.inject(model, "ft", targets="0"))
+    assert not around.load_state_dict(state).missing_keys
+    del state["0.1.running_mean"]
+    with pytest.raises(RuntimeError, match="running_mean"):
+        around.load_state_dict(state)
+
+
 def test_a_checkpoint_with_some_of_the_adapter_is_refused():
     around = Around(adapted())
     state = around.state_dict()

@@ -28,6 +28,7 @@ from vimtune.adapters.rule import (
     detach,
     has_rules,
     iter_slots,
+    rule_prefixes,
 )
 from vimtune.adapters.sites import (
     Layers,
@@ -217,12 +218,9 @@ def _keep_missing_adapters(module: nn.Module, state_dict: dict[str, Any], prefix
 
     `prefix` is the path of the model in the module whose `load_state_dict` was called.
     """
-    base = {path for path, _ in base_parameters(module)}
-    ours = {
-        prefix + path: tensor
-        for path, tensor in module.state_dict(keep_vars=True).items()
-        if path not in base
-    }
+    inside = rule_prefixes(module)
+    own = module.state_dict(keep_vars=True).items()
+    ours = {prefix + name: tensor for name, tensor in own if name.startswith(inside)}
     if state_dict.keys().isdisjoint(ours):
         state_dict.update(ours)
 

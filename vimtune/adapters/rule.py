@@ -346,7 +346,12 @@ def join(path: str, name: str) -> str:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the frozen base: what `named_parameters` gives without the rules' own."""
-    inside = tuple(join(path, SLOTS) + "." for path, _ in adapted_modules(model))
+    inside = rule_prefixes(model)
     for name, parameter in model.named_parameters():
         if not name.startswith(inside):
             yield name, parameter
+
+
+def rule_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all tensors of rules begin with."""
+    return tuple(join(path, SLOTS) + "." for path, _ in adapted_modules(model))
