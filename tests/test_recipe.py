@@ -354,3 +354,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         build(lr=0.1).save(path)
     assert yaml.safe_load(path.read_bytes())["lr"] == 0.5
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_targets_and_layers_of_each_method(text):
+    targets, layers = {"lora": "both", "ft": "A_log,D"}, {"lora": "0-1"}
+    if text:  # as on the command line
+        targets, layers = "{lora: both, ft: [A_log, D]}", "{lora: 0-1}"
+    recipe = build(peft="lora+ft", targets=targets, layers=layers)
+    assert recipe.targets == {"lora": "both", "ft": ["A_log", "D"]} and recipe.layers == {"lora": [0, 1]}
+    assert Recipe.from_values(recipe.to_dict()) == recipe
+    with pytest.raises(RecipeError, match="expected a mapping from methods"):
+        build(targets={})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import pytest
 from annotated_types import Ge
 
-from vimtune.schema import STRICT, Count, Name, check, load_json, parse_json
+from vimtune.schema import STRICT, As, Count, Name, check, dump_json, load_json, parse_json
 
 
 class FileError(ValueError):
@@ -83,3 +83,27 @@ def test_a_nested_value_that_python_can_parse_but_no_schema_takes():
     text = '{"name": "a", "count": ' + "[" * 500 + "]" * 500 + "}"
     with pytest.raises(FileError):
         load_json(Outer, text, "file.x", FileError)
+
+
+def test_text_that_json_cannot_hold():
+    with pytest.raises(FileError, match=r"^file.x holds text that is not Unicode"):
+        check(str, "\udc80", "file.x", FileError)
+
+
+@dataclass
+class Open:
+    __pydantic_config__: ClassVar = STRICT
+    values: Annotated[dict[str, Any], As(dict[str, int])]
+
+
+def test_a_schema_for_a_plain_dict():
+    assert check(Open, {"values": {"a": 1}}, "file.x").values == {"a": 1}
+    with pytest.raises(ValueError, match=r"values\.a"):
+        check(Open, {"values": {"a": "1"}}, "file.x")
+
+
+def test_what_is_written_is_what_is_read():
+    text = dump_json(Open, {"values": {"a": 1}}, "file.x")
+    assert load_json(Open, text, "file.x") == Open({"a": 1})
+    with pytest.raises(FileError, match=r"values\.a"):
+        dump_json(Open, {"values": {"a": None}}, "file.x", FileError)

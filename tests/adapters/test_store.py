@@ -210,6 +210,27 @@ def test_version_1_of_a_method_that_selects_more_today(path, monkeypatch):
     assert torch.equal(other.in_proj.bias, model.in_proj.bias)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "meant", "targets"),
+    [
+        ("strong", {"rank": 3, "dropout": 0.1}, {"rank": 3}, None),
+        ("lora+dora", {"rank": 3, "dropout": 0.1}, {"rank": 3}, None),
+        ("lora", {"rank": 3}, None, "head"),
+    ],
+)
+def test_version_1_with_rules_that_are_refused_today(method, options, meant, targets, path):
+    """Dropout without effect, a head alone: in evaluation such files compute what they computed."""
+    model = disturb(
+        vimtune.inject(plain(), "linear") if meant is None else vimtune.inject(plain(), method, **meant)
+    )
+    write_version_1(path, model, method, options, targets)
+    for _ in range(2):
+        other = plain()
+        vimtune.load_adapter(other, path)
+        assert torch.equal(other(images()), model(images()))
+        vimtune.save_adapter(other, path)  # in the present version
+
+
 # --- files from anybody
 
 DEEP = json.loads("[" * 500 + "]" * 500)
@@ -366,6 +387,7 @@ def test_names_of_files_are_shown_harmlessly(tmp_path):
         ({"preprocessing": {"mean": [0.5, 0.5]}}, "preprocessing.mean"),
         ({"classes": ["a"] * 4}, "4 class names for a head of 5"),
         ({"classes": [1, 2, 3, 4, 5]}, "classes.0"),
+        ({"classes": [*"abcd", "\udcff"]}, "holds text that is not Unicode"),
         ({"tensors": {}}, "missing"),
     ],
 )

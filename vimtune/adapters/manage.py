@@ -181,8 +181,13 @@ def check_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def add_adapter(model: nn.Module, record: AdapterRecord) -> None:
-    """Attach the rules that `record` describes to a model (no wrapper) and make the adapter the active one.
+def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = False) -> None:
+    """Attach the rules that `record` describes to a model and make the adapter the active one.
+
+    Args:
+        model: the backbone, no wrapper.
+        record: method, sites and head of the adapter.
+        accept_idle: let rules pass that are without effect in part.
 
     Raises:
         ValueError: it does not fit the model, which is then as it was.
@@ -190,7 +195,7 @@ def add_adapter(model: nn.Module, record: AdapterRecord) -> None:
     name, state = check_name(model, record.name), _state(model)
     check_sites(model, [*record.head, *(path for paths in record.sites.values() for path in paths)])
     methods: list[Method] = build_methods(record.method, record.options)
-    rules = _build_head_rules(model, record) | build_rules(model, methods, record.sites)
+    rules = _build_head_rules(model, record) | build_rules(model, methods, record.sites, accept_idle)
     if not rules:
         raise ValueError(
             f"method {record.method!r} would train nothing: the model has no head and no target was chosen"

@@ -80,7 +80,7 @@ class Chain(WeightRule):
     """Two rules for one parameter: the second one is applied to what the first one makes of the weight.
 
     Only the second one may act on the input: what the first one then does is no weight that could be handed
-    on. `compose` sees to that.
+    on. `inject` sees to that.
     """
 
     def __init__(self, first: WeightRule, second: WeightRule) -> None:

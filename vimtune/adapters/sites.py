@@ -88,12 +88,10 @@ def select_sites(
                 raise ValueError(f"{what}: {quote(name)} is no method of this adapter ({expected})")
     sites = {}
     for method in methods:
-        own_targets = targets.get(method.name) if isinstance(targets, dict) else targets
-        own_layers = layers.get(method.name) if isinstance(layers, dict) else layers
-        chosen = method.select(model, own_targets, own_layers)
-        sites[method.name] = [path for path in chosen if path not in head]
+        sites[method.name] = [path for path in selected(method, model, targets, layers) if path not in head]
         if not sites[method.name] and not method.trains_head_only:
-            where = "its own choice of targets" if own_targets is None else f"targets {quote(own_targets)}"
+            own = _of(method, targets)
+            where = "its own choice of targets" if own is None else f"targets {quote(own)}"
             raise ValueError(
                 f"method {method.name!r} would train nothing with {where}: the head is trained in any case. "
                 "Choose other targets, or method 'linear' for the head alone"
@@ -101,8 +99,26 @@ def select_sites(
     return sites
 
 
-def build_rules(model: nn.Module, methods: Sequence[Method], sites: Sites) -> dict[str, WeightRule]:
+def selected(method: Method, model: nn.Module, targets: Targets, layers: Layers) -> list[str]:
+    """What one of several methods chooses; paths of the head may be among it."""
+    return method.select(model, _of(method, targets), _of(method, layers))
+
+
+def _of(method: Method, value: Any) -> Any:
+    """The part of targets or layers that is for this method."""
+    return value.get(method.name) if isinstance(value, dict) else value
+
+
+def build_rules(
+    model: nn.Module, methods: Sequence[Method], sites: Sites, accept_idle: bool
+) -> dict[str, WeightRule]:
     """The rules of an adapter by path; several methods at one site make a `Chain`.
+
+    Args:
+        model: the backbone.
+        methods: the methods, in the order in which they are applied.
+        sites: where they act.
+        accept_idle: let rules pass that are without effect in part.
 
     Raises:
         ValueError: a rule that the parameter cannot take, or that would be without effect.
@@ -112,17 +128,22 @@ def build_rules(model: nn.Module, methods: Sequence[Method], sites: Sites) -> di
         for path in sites[method.name]:
             owner, parameter = find_owner(model, path)
             rule = method.build_rule(path, base_value(owner, parameter))
-            if ever_acts_on_input(rule) and not can_act_on_input(owner, parameter):
+            if not accept_idle and ever_acts_on_input(rule) and not can_act_on_input(owner, parameter):
                 raise ValueError(
                     f"method {method.name!r} with these options acts on the input of a layer (as dropout "
                     f"does), but the model only reads {path} and calls no layer there: leave dropout at 0 "
                     "or choose other targets"
                 )
-            rules[path] = _compose(path, rules[path], method.name, rule) if path in rules else rule
+            if path not in rules:
+                rules[path] = rule
+                continue
+            if not accept_idle:
+                _refuse_idle_pair(path, rules[path], method.name, rule)
+            rules[path] = Chain(rules[path], rule)
     return rules
 
 
-def _compose(path: str, first: WeightRule, method: str, second: WeightRule) -> Chain:
+def _refuse_idle_pair(path: str, first: WeightRule, method: str, second: WeightRule) -> None:
     if second.replaces:
         raise ValueError(
             f"method {method!r} replaces {path} as a whole, so the methods before it would have no effect: "
@@ -133,7 +154,6 @@ def _compose(path: str, first: WeightRule, method: str, second: WeightRule) -> C
             f"method {method!r} would follow one that acts on the input of {path} (as dropout does) and "
             "leaves it no weight to build on: leave dropout at 0 for all but the last method there"
         )
-    return Chain(first, second)
 
 
 def check_sites(model: nn.Module, paths: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from vimtune.adapters.manage import (
     set_adapter,
 )
 from vimtune.adapters.rule import Tuned, base_parameters, iter_slots
-from vimtune.adapters.sites import Sites, find_backbone, select_sites
+from vimtune.adapters.sites import Sites, find_backbone, selected
 from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.text import printable, quote
@@ -159,7 +159,8 @@ def load_adapter(
     before = active_adapter(model)
     name = _free_name(list_adapters(model)) if name is None else check_name(model, name)
     with _refusing(path):
-        add_adapter(model, _record(model, info, tensors, name))
+        # Version 1 accepted dropout where it has no effect; the outputs of such an adapter are right without.
+        add_adapter(model, _record(model, info, tensors, name), accept_idle=True)
     try:
         found = base_hash(model, name)
         if found != info.base_hash and not force:
@@ -218,9 +219,13 @@ def _sites(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], head
     paths = [path for path, _ in base_parameters(model) if path not in head]
     if info.sites is None:
         methods = build_methods(info.method, info.options)
-        chosen = select_sites(model, methods, info.targets, info.layers, head)
         adapted = {path for path in paths if any(key.startswith(f"{path}.") for key in tensors)}
-        return {method: [path for path in own if path in adapted] for method, own in chosen.items()}
+        return {
+            method.name: [
+                path for path in selected(method, model, info.targets, info.layers) if path in adapted
+            ]
+            for method in methods
+        }
     for own in info.sites.values():
         for path in own:
             if path not in paths or own.count(path) > 1:
