@@ -75,7 +75,7 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
         return adapter.validate_json(json.dumps(values, allow_nan=False))
     except ValidationError as failure:
         problems = failure.errors(include_url=False, include_context=False)
-        if problems[0]["type"] == "json_invalid":  # what json.dumps wrote is JSON but for this
+        if "surrogate" in problems[0]["msg"]:  # in Python's text, bytes that are no text
             raise error(f"{what} holds text that is not Unicode, such as a name not in UTF-8") from None
         shown = "; ".join(
             f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"

@@ -303,6 +303,19 @@ def test_pickle_and_torch_save_of_the_model(case):
         assert type(twin.layers[0].mixer.in_proj) is nn.Linear and twin(images()).shape == (2, 3)
 
 
+def test_models_on_the_meta_device(case, tmp_path):
+    """Shapes and sizes are known without values, and nothing takes them for values."""
+    model = vimtune.inject(plain().to("meta"), case[0], **options_for(*case))
+    assert model(images().to("meta")).shape == (2, 5)
+    assert vimtune.summary(model) == vimtune.summary(vimtune.inject(plain(), case[0], **options_for(*case)))
+    with pytest.raises(ValueError, match=r"has no values \(device meta\)"):
+        vimtune.save_adapter(model, tmp_path / "a.safetensors")
+    merged = vimtune.merge(copy.deepcopy(model))
+    assert list(merged.state_dict()) == list(plain().state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*head.adapters.weight"):
+        model.load_state_dict(plain().state_dict(), assign=True)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("method", [None, "lora", "strong"])
 def test_dynamic_quantisation_leaves_layers_alone_that_are_read(method):

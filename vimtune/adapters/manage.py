@@ -1,4 +1,4 @@
-"""Adapters on a model: inject, switch, delete, disable, merge, and what is trained.
+"""Adapters on a model: inject, switch, delete, disable, merge.
 
 An adapter is a name and a set of rules (`rule.py`), one per adapted parameter; the classification
 head always is one of them. At most one adapter is active. Who owns what is recorded on injection.
@@ -215,7 +215,7 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
         owner, leaf = find_owner(model, path)
         attach(owner, leaf, name, rule)
     state.records[name] = record
-    set_adapter(model, name)
+    _activate(model, state, name)
 
 
 def _keep_missing_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -226,7 +226,8 @@ def _keep_missing_adapters(module: nn.Module, state_dict: dict[str, Any], prefix
     inside = rule_prefixes(module)
     own = module.state_dict(keep_vars=True).items()
     ours = {prefix + name: tensor for name, tensor in own if name.startswith(inside)}
-    if state_dict.keys().isdisjoint(ours):
+    have_values = not any(tensor.is_meta for tensor in ours.values())
+    if have_values and state_dict.keys().isdisjoint(ours):
         state_dict.update(ours)
 
 
@@ -371,7 +372,7 @@ def merge(model: Model) -> Model:
                 "which no weight can express; nothing was merged"
             )
         weight = slot.effective(base).to(base.dtype, copy=True)
-        if not torch.isfinite(weight).all():
+        if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"adapter {record.name!r} makes {path} non-finite; nothing was merged")
         merged.append((owner, parameter, weight))
     for name in list(state.records):

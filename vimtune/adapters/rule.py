@@ -130,8 +130,9 @@ def ever_acts_on_input(rule: WeightRule) -> bool:
 
 def exact(weight: Tensor) -> AbstractContextManager[Any]:
     """No autocast: a weight computed in half precision and rounded again differs from the merged one."""
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.autocast(weight.device.type, enabled=False)
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
 
 

@@ -197,8 +197,6 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _unfit(parameter: nn.Parameter) -> str | None:
-    if parameter.is_meta:
-        return "it has no values yet (device meta): load the weights first"
     if type(parameter) is not nn.Parameter:
         return f"it is a {type(parameter).__name__}, and rules are for plain tensors on one device"
     if not parameter.is_floating_point():

@@ -85,6 +85,9 @@ def save_adapter(
     """
     model = unwrap(model)
     _, record = demand_adapter(model, name)
+    own = adapter_state_dict(model, record.name)
+    values = own if tensors is None else tensors
+    check_tensors(values, own)
     info = AdapterInfo(
         method=record.method,
         options=record.options,
@@ -98,9 +101,6 @@ def save_adapter(
         extra=extra or {},
         sites=record.sites,
     )
-    own = adapter_state_dict(model, record.name)
-    values = own if tensors is None else tensors
-    check_tensors(values, own)
     values = {key: value.detach().cpu().contiguous() for key, value in values.items()}
     metadata = {"format": FORMAT, "info": write_info(info, f"what adapter file {printable(str(path))} says")}
     atomic_write(path, lambda temporary: save_file(values, temporary, metadata=metadata))

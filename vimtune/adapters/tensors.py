@@ -125,6 +125,8 @@ def _difference(given: Tensor, expected: Tensor) -> str | None:
         return f"has shape {tuple(given.shape)}, expected {tuple(expected.shape)}"
     if given.dtype != expected.dtype and not {given.dtype, expected.dtype} <= _CONVERTIBLE:
         return f"is of {given.dtype}, expected {expected.dtype}"
+    if given.is_meta:
+        return "has no values (device meta)"
     if not torch.isfinite(given.to(expected.dtype)).all():
         return "holds values that are not finite"
     return None
