@@ -62,6 +62,30 @@ def test_several_adapters_with_heads_of_their_own(model, images):
         vimtune.set_adapter(model, "bird")
 
 
+def test_a_head_of_several_layers_keeps_its_shapes(tmp_path):
+    class Classifier(nn.Module):
+        num_classes = 3
+
+        def __init__(self):
+            super().__init__()
+            self.in_proj = nn.Linear(4, 4)
+            self.head = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def get_classifier(self):
+            return self.head
+
+        def forward(self, x):
+            return self.head(self.in_proj(x))
+
+    base = Classifier()
+    model = disturb(vimtune.inject(copy.deepcopy(base), "lora", targets="in_proj", rank=2, num_classes=3))
+    vimtune.save_adapter(model, tmp_path / "a.safetensors")
+    other = copy.deepcopy(base)
+    vimtune.load_adapter(other, tmp_path / "a.safetensors")
+    x = torch.randn(2, 4)
+    assert torch.equal(other(x), model(x))
+
+
 def test_merge_with_another_number_of_classes(model, images):
     vimtune.inject(model, "lora", rank=2, num_classes=3)
     disturb(model, 1)

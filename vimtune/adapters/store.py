@@ -198,10 +198,11 @@ def _record(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], nam
         ValueError: parameters that the model does not have, or a head of another size than the file says.
     """
     head = head_parameters(model)
-    for path in head:  # before a head of that size is made
-        rows = tensors[f"{path}.value"].shape[:1] if f"{path}.value" in tensors else ()
-        if info.num_classes and rows != (info.num_classes,):
-            raise ValueError(f"it says {info.num_classes} classes, but has no such tensor for {path}")
+    num_classes = info.num_classes or base_num_classes(model)
+    for path in head if num_classes != base_num_classes(model) else ():  # before a head of that size is made
+        tensor = tensors.get(f"{path}.value")
+        if tensor is None or tensor.shape[:1] != (num_classes,):
+            raise ValueError(f"it says {num_classes} classes, but has no such tensor for {path}")
     return AdapterRecord(
         name=name,
         method=info.method,
@@ -209,7 +210,7 @@ def _record(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], nam
         targets=info.targets,
         layers=info.layers,
         sites=_sites(model, info, tensors, head),
-        num_classes=info.num_classes or base_num_classes(model),
+        num_classes=num_classes,
         head=head,
     )
 
