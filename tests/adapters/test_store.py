@@ -334,11 +334,7 @@ BAD_TENSORS = {
     "a scalar": (LORA_A, lambda x: x.sum(), r"has shape \(\), expected \(2, 16\)"),
     "empty": (LORA_A, lambda x: x[:0], r"has shape \(0, 16\), expected \(2, 16\)"),
     "large": (LORA_A, lambda x: torch.zeros(10**6), r"has shape \(1000000,\), expected \(2, 16\)"),
-    "head": (
-        "head.weight.value",
-        lambda x: x[:4],
-        "it says 5 classes, but has no such tensor for head.weight",
-    ),
+    "head": ("head.weight.value", lambda x: x[:4], r"has shape \(4, 16\), expected \(5, 16\)"),
     "missing": (LORA_A, None, f"missing {LORA_A}"),
     "unexpected": ("more", lambda _: torch.zeros(1), "unexpected 'more'"),
 }
