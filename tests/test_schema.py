@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import pytest
 from annotated_types import Ge
 
-from vimtune.schema import STRICT, Count, Name, check, load_json, parse_json
+from vimtune.schema import STRICT, Count, Name, check, dump_json, load_json, parse_json
 
 
 class FileError(ValueError):
@@ -114,3 +114,10 @@ def test_a_schema_may_word_what_its_fields_have_to_do_with_each_other(schema, pl
     with pytest.raises(ValueError) as caught:
         check(schema, values if schema is Range else [values], "file.x")
     assert str(caught.value) == (f"file.x does not have the expected form: {place}low = 2 is above high = 1")
+
+
+def test_what_is_written_is_what_is_read():
+    text = dump_json(Outer, {"name": "a", "options": {"b": 1}}, "file.x")
+    assert load_json(Outer, text, "file.x") == Outer("a", options={"b": 1})
+    with pytest.raises(FileError, match="name"):
+        dump_json(Outer, {"name": None}, "file.x", FileError)

@@ -102,8 +102,7 @@ def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError
     """
     if text is None:
         raise error(f"{what} is missing")
-    if len(text) > MAX_TEXT_BYTES:
-        raise error(f"{what} has {len(text):,} characters; at most {MAX_TEXT_BYTES:,} are read")
+    _refuse_long(text, what, error)
     try:
         return json.loads(
             text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_keys
@@ -121,7 +120,19 @@ def load_json(
     return check(schema, parse_json(text, what, error), what, error)
 
 
-def dump_json(values: Any, *, indent: int | None = None) -> str:
+def dump_json(schema: Any, values: Any, what: str, error: type[ValueError] = ValueError) -> str:
+    """The JSON text of `values`, made sure that `load_json` with the same `schema` reads it.
+
+    Raises:
+        ValueError: (or the subclass `error`) as `check` does, or the text is too long.
+    """
+    check(schema, values, what, error)
+    text = json.dumps(values)
+    _refuse_long(text, what, error)
+    return text
+
+
+def finite_json(values: Any, *, indent: int | None = None) -> str:
     """JSON text of plain values that any parser reads: ASCII, null for what is not finite."""
     return json.dumps(finite_or_none(values), indent=indent, allow_nan=False)
 
@@ -135,6 +146,11 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_none(inner) for inner in value]
     return value
+
+
+def _refuse_long(text: str, what: str, error: type[ValueError]) -> None:
+    if len(text) > MAX_TEXT_BYTES:
+        raise error(f"{what} has {len(text):,} characters; at most {MAX_TEXT_BYTES:,} are read")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -14,6 +14,8 @@ CASES = [
     ("prodial", {"variant": "paper"}),
     ("prodial", {"block_size": 1}),
     ("lora+bitfit", {}),
+    ("full+lora", {}),
+    ("lora+dora", {"dora": {"dropout": 0.5}}),
     ("lora", {"dropout": 0.5}),
     ("dora", {"dropout": 0.5}),
     ("prodial", {"dropout": 0.5}),

@@ -62,6 +62,30 @@ def test_several_adapters_with_heads_of_their_own(model, images):
         vimtune.set_adapter(model, "bird")
 
 
+def test_a_head_of_several_layers_keeps_its_shapes(tmp_path):
+    class Classifier(nn.Module):
+        num_classes = 3
+
+        def __init__(self):
+            super().__init__()
+            self.in_proj = nn.Linear(4, 4)
+            self.head = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def get_classifier(self):
+            return self.head
+
+        def forward(self, x):
+            return self.head(self.in_proj(x))
+
+    base = Classifier()
+    model = disturb(vimtune.inject(copy.deepcopy(base), "lora", targets="in_proj", rank=2, num_classes=3))
+    vimtune.save_adapter(model, tmp_path / "a.safetensors")
+    other = copy.deepcopy(base)
+    vimtune.load_adapter(other, tmp_path / "a.safetensors")
+    x = torch.randn(2, 4)
+    assert torch.equal(other(x), model(x))
+
+
 def test_merge_with_another_number_of_classes(model, images):
     vimtune.inject(model, "lora", rank=2, num_classes=3)
     disturb(model, 1)
@@ -104,7 +128,7 @@ def test_features_only_with_an_adapter(images):
         ("lora", {"alpha": 0}, "alpha must be positive"),
         ("lora", {"dropout": 1.0}, "dropout must be in"),
         ("lora", {"targets": "in_prj"}, r"unknown target 'in_prj'. Did you mean 'in_proj'\? Targets of this"),
-        ("lora", {"targets": []}, "unknown target an empty list"),
+        ("lora", {"targets": []}, r"targets = \[\]: expected both, in_proj"),
         ("lora", {"targets": "conv1d"}, "lora needs a matrix; layers.0.mixer.conv1d.weight"),
         ("lora", {"layers": [2]}, r"layers \[2\]: the blocks with such targets are 0 to 1"),
         (
@@ -120,7 +144,7 @@ def test_features_only_with_an_adapter(images):
         ("lora+lora", {}, "names one method twice"),
         ("lora", {"name": "a.b"}, "plain identifier"),
         ("lora", {"name": "keys"}, "plain identifier"),
-        ("lora", {"num_classes": 0}, "num_classes must be at least 1"),
+        ("lora", {"num_classes": 0}, "num_classes = 0: expected a whole number >= 1"),
     ],
 )
 def test_wrong_options_leave_the_model_alone(model, images, method, options, message):
@@ -185,7 +209,15 @@ def test_weight_decay_and_groups(model):
     vimtune.delete_adapter(model, "default")
     vimtune.inject(model, "full")
     decay = {item.base_name: item.weight_decay for item in adapter_parameters(model)}
-    assert decay["layers.0.mixer.A_log"] and not decay["pos_embed"] and not decay["layers.0.mixer.D"]
+    assert decay["layers.0.mixer.in_proj.weight"] and decay["layers.0.mixer.conv1d.weight"]
+    undecayed = (
+        "pos_embed",
+        "cls_token",
+        "layers.0.mixer.A_log",
+        "layers.1.mixer.A_b_log",
+        "layers.0.mixer.D",
+    )
+    assert not any(decay[name] for name in undecayed)
 
 
 class TestFile:

@@ -186,12 +186,12 @@ def test_dropout_acts_on_the_branch_in_training_only(plain, method):
 def test_save_and_load(plain, case, images, tmp_path):
     model = disturb(adapted(plain, case)).eval()
     path = tmp_path / "adapter.safetensors"
-    vimtune.save_adapter(model, path, classes=list("abcde"), preprocessing={"size": 32})
+    vimtune.save_adapter(model, path, classes=list("abcde"), preprocessing={"img_size": [32, 32]})
     torch.manual_seed(99)
     other = copy.deepcopy(plain).eval()
     info = vimtune.load_adapter(other, path)
-    assert info.classes == list("abcde") and info.preprocessing == {"size": 32}
-    assert info.method == case[0] and info.options == case[1]
+    assert info.classes == list("abcde") and info.preprocessing == {"img_size": [32, 32]}
+    assert info.method == case[0]
     close(other(images), model(images), 0)
     assert [item.name for item in adapter_parameters(other)] == [
         item.name for item in adapter_parameters(model)

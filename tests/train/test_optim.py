@@ -35,9 +35,8 @@ def test_groups_follow_head_and_weight_decay():
     assert len(settings) == len(entries) == sum(p.requires_grad for p in model.parameters())
     for entry in entries:
         lr = 5e-3 if entry.base_name.startswith("head.") else 1e-3
-        decay = (
-            0.1 if entry.parameter.dim() > 1 and entry.base_name not in ("pos_embed", "cls_token") else 0.0
-        )
+        exempt = entry.parameter.dim() == 1 or entry.base_name in model.no_weight_decay()
+        decay = 0.0 if exempt else 0.1
         assert settings[entry.parameter] == (lr, decay, (0.8, 0.9)), entry.name
 
 

@@ -17,32 +17,29 @@ from vimtune.adapters.identity import (
     note_loading,
     note_seed,
 )
+from vimtune.adapters.info import FORMAT as ADAPTER_FORMAT
+from vimtune.adapters.info import AdapterFileError, AdapterInfo
 from vimtune.adapters.manage import (
-    AdaptedParameter,
-    AdapterSummary,
-    DeadAdapterError,
     active_adapter,
-    adapter_parameters,
-    adapter_state_dict,
-    check_gradients,
     delete_adapter,
     disabled,
     head_has_rules,
     inject,
     list_adapters,
-    load_adapter_state_dict,
     merge,
     set_adapter,
-    summary,
 )
 from vimtune.adapters.rule import WeightRule, base_parameters
-from vimtune.adapters.store import FORMAT as ADAPTER_FORMAT
-from vimtune.adapters.store import (
-    AdapterFileError,
-    AdapterInfo,
-    load_adapter,
-    read_adapter_info,
-    save_adapter,
+from vimtune.adapters.store import load_adapter, read_adapter_info, save_adapter
+from vimtune.adapters.tensors import (
+    AdaptedParameter,
+    AdapterSummary,
+    DeadAdapterError,
+    adapter_parameters,
+    adapter_state_dict,
+    check_gradients,
+    load_adapter_state_dict,
+    summary,
 )
 
 __all__ = [

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from functools import cache
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from torch import Tensor, nn
+from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
 
 from vimtune.adapters.rule import WeightRule
 from vimtune.adapters.targets import resolve_targets
+from vimtune.schema import STRICT, check
+from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
 
 _METHODS: dict[str, type[Method]] = {}
@@ -33,6 +37,8 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     default_targets: ClassVar[str | tuple[str, ...]] = "both"
+    trains_head_only: ClassVar[bool] = False
+    """Whether it is meant to select no parameter. Of any other method that is refused as a mistake."""
 
     def select(
         self, model: nn.Module, targets: str | Sequence[str] | None, layers: Sequence[int] | None
@@ -83,7 +89,8 @@ def get_method(name: str) -> type[Method]:
         ValueError: unknown name.
     """
     if name not in _METHODS:
-        raise ValueError(f"unknown method {name!r}.{suggest(name, _METHODS)} Known: {', '.join(_METHODS)}")
+        known = ", ".join(_METHODS)
+        raise ValueError(f"unknown method {quote(name)}.{suggest(name, _METHODS)} Known: {known}")
     return _METHODS[name]
 
 
@@ -93,38 +100,86 @@ def method_fields(name: str) -> dict[str, tuple[str, Any, str]]:
     return {item.name: (str(item.type), item.default, item.metadata["help"]) for item in fields}
 
 
-def build_methods(spec: str, options: dict[str, Any]) -> list[Method]:
-    """Methods of a spec such as "lora" or "lora+bitfit".
+def method_names(spec: str) -> list[str]:
+    """Names of the methods of a spec such as "lora" or "lora+bitfit".
+
+    Raises:
+        ValueError: not such a text, unknown method, or one method twice.
+    """
+    if not isinstance(spec, str):
+        raise ValueError(f"method = {quote(spec)}: expected the name of a method: {', '.join(_METHODS)}")
+    names = [name.strip() for name in spec.split("+")]
+    for name in names:
+        get_method(name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"method {spec!r} names one method twice")
+    return names
+
+
+def split_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The given options of each method of a spec: method -> field -> value.
 
     With several methods an option goes to every one that has such a field; `{"lora": {...}}` sets
     those of one method alone.
 
     Raises:
-        ValueError: unknown method, unknown option (with a suggestion), or a value out of range.
+        ValueError: unknown method, or unknown option (with a suggestion).
     """
-    names = [name.strip() for name in spec.split("+")]
-    if len(set(names)) < len(names):
-        raise ValueError(f"method {spec!r} names one method twice")
-    classes = [get_method(name) for name in names]
+    names = method_names(spec)
+    known = {name: {item.name for item in dataclasses.fields(get_method(name))} for name in names}
     shared = {key: value for key, value in options.items() if key not in names}
-    known = {
-        name: {item.name for item in dataclasses.fields(cls)}
-        for name, cls in zip(names, classes, strict=True)
-    }
     for key in shared:
         if not any(key in fields for fields in known.values()):
-            fields = sorted(set().union(*known.values()))
-            expected = f"its options are {', '.join(fields)}" if fields else "it has none"
-            raise ValueError(f"method {spec!r} has no option {key!r}.{suggest(key, fields)} ({expected})")
-    methods = []
-    for name, cls in zip(names, classes, strict=True):
-        own = {key: value for key, value in shared.items() if key in known[name]} | options.get(name, {})
-        unknown = own.keys() - known[name]
-        if unknown:
-            key = min(unknown)
-            raise ValueError(f"method {name!r} has no option {key!r}.{suggest(key, known[name])}")
-        methods.append(cls(**own))
-    return methods
+            anywhere = sorted(set().union(*known.values()))
+            expected = f"its options are {', '.join(anywhere)}" if anywhere else "it has none"
+            hint = suggest(str(key), anywhere)
+            raise ValueError(f"method {spec!r} has no option {quote(key)}.{hint} ({expected})")
+    split = {}
+    for name, fields in known.items():
+        own = options.get(name, {})
+        if not isinstance(own, Mapping):
+            raise ValueError(f"options of method {name!r} are {quote(own)}: expected a mapping of its fields")
+        for key in own:
+            if key not in fields:
+                raise ValueError(f"method {name!r} has no option {quote(key)}.{suggest(str(key), fields)}")
+        split[name] = {key: value for key, value in shared.items() if key in fields} | {**own}
+    return split
+
+
+def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every field of each method of a spec, defaults included: method -> field -> value.
+
+    Raises:
+        ValueError: unknown method or option, or a value of another type than the field's annotation.
+    """
+    resolved = {}
+    for name, given in split_options(spec, options).items():
+        types = _option_types(get_method(name))
+        own = {item.name: item.default for item in dataclasses.fields(get_method(name))}
+        for key, value in given.items():
+            own |= check(types, {key: value}, f"option {key} of method {name!r}")
+        resolved[name] = own
+    return resolved
+
+
+@cache
+def _option_types(method: type[Method]) -> Any:
+    """Schema of the options of a method: the annotations of its fields."""
+    hints = get_type_hints(method, include_extras=True)
+    fields = {item.name: hints[item.name] for item in dataclasses.fields(method)}
+    schema = TypedDict(f"{method.__name__}Options", fields, total=False)  # type: ignore[misc]
+    schema.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
+    return schema
+
+
+def build_methods(spec: str, options: Mapping[str, Any]) -> list[Method]:
+    """Methods of a spec such as "lora" or "lora+bitfit", with the options of `split_options`.
+
+    Raises:
+        ValueError: unknown method, unknown option (with a suggestion), or a value of another type or
+            out of range.
+    """
+    return [get_method(name)(**own) for name, own in resolve_options(spec, options).items()]
 
 
 def check_matrix(method: str, path: str, weight: Tensor, rank: int) -> tuple[int, int]:
@@ -137,7 +192,8 @@ def check_matrix(method: str, path: str, weight: Tensor, rank: int) -> tuple[int
         raise ValueError(f"{method} needs a matrix; {path} has shape {tuple(weight.shape)}")
     rows, columns = weight.shape
     if not 1 <= rank <= min(rows, columns):
+        largest = min(rows, columns)
         raise ValueError(
-            f"rank {rank} does not fit {path} of shape {rows} x {columns}: expected 1 to {min(rows, columns)}"
+            f"rank {quote(rank)} does not fit {path} of shape {rows} x {columns}: expected 1 to {largest}"
         )
     return rows, columns

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vimtune.adapters.base import register_method
 from vimtune.adapters.ft import FineTuning
 from vimtune.adapters.rule import base_parameters
-from vimtune.adapters.targets import resolve_targets
+from vimtune.adapters.targets import matches, resolve_targets
 
 
 @register_method("bitfit")
@@ -16,8 +16,19 @@ class BitFit(FineTuning):
     summary = "every bias: convolutions, time steps, patch embedding (Ben Zaken et al. 2021)"
 
     def select(self, model, targets, layers):
-        names = [path for path, _ in base_parameters(model) if path.endswith(".bias")]
+        biases = [path for path, _ in base_parameters(model) if _is_bias(path)]
         if targets is None:
-            return names if layers is None else resolve_targets(model, names, layers)
+            return biases if layers is None else resolve_targets(model, biases, layers)
         targets = targets.split(",") if isinstance(targets, str) else targets
-        return resolve_targets(model, [f"{target.strip()}.bias" for target in targets], layers)
+        return resolve_targets(model, [_bias_of(target.strip(), biases) for target in targets], layers)
+
+
+def _is_bias(path: str) -> bool:
+    """Also those that are parameters beside a weight of another name: `dt_bias`, `bias_ih_l0`."""
+    name = path.rpartition(".")[2]
+    return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
+
+
+def _bias_of(target: str, biases: list[str]) -> str:
+    """The target itself if it names a bias, else the bias of the module that it names."""
+    return target if any(matches(path, target) for path in biases) else f"{target}.bias"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from vimtune.adapters.manage import demand_adapter
 from vimtune.adapters.rule import Tuned, base_parameters, iter_slots
+from vimtune.adapters.wrappers import unwrap
 from vimtune.model_options import ARCHITECTURE
 from vimtune.text import quote
 
@@ -169,6 +170,7 @@ def base_identity(model: nn.Module, name: str | None = None) -> BaseIdentity:
     Parameters that the adapter replaces as a whole (the head; everything under full fine-tuning) do
     not count: the adapter does not depend on them.
     """
+    model = unwrap(model)
     parameters = _foundation(model, name)
     sources: _Sources = model.__dict__.get(_SOURCES, _Sources())
     seed = sources.seed
@@ -196,7 +198,7 @@ def has_base(model: nn.Module, bits: str, origin: str, name: str | None = None) 
     Without an `origin`, `bits` is the hash of the first format, which knew no other.
     """
     if not origin:
-        return _first_format_hash(model, name) == bits
+        return _first_format_hash(unwrap(model), name) == bits
     found = base_identity(model, name)
     return found.origin == origin or found.bits == bits
 

@@ -12,6 +12,7 @@ from vimtune.adapters.ft import FineTuning
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe(FineTuning):
     summary = "only the classification head"
+    trains_head_only = True
 
     def select(self, model, targets, layers):
         if targets is not None or layers is not None:

@@ -1,4 +1,4 @@
-"""Adapters on a model: inject, switch, delete, disable, merge, and what is trained.
+"""Adapters on a model: inject, switch, delete, disable, merge.
 
 An adapter is a name and a set of rules (`rule.py`), one per adapted parameter; the classification
 head always is one of them. At most one adapter is active. Who owns what is recorded on injection.
@@ -7,36 +7,46 @@ head always is one of them. At most one adapter is active. Who owns what is reco
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from vimtune.adapters.base import build_methods
+from vimtune import parsers
+from vimtune.adapters.base import Method, build_methods, resolve_options
 from vimtune.adapters.rule import (
-    SLOTS,
     Tuned,
     WeightRule,
+    acts_on_input_when,
     attach,
     base_parameters,
     base_value,
     detach,
     has_rules,
     iter_slots,
-    join,
+    rule_prefixes,
 )
+from vimtune.adapters.sites import (
+    Layers,
+    Sites,
+    Targets,
+    build_rules,
+    check_sites,
+    find_backbone,
+    find_owner,
+    parse_layers,
+    parse_targets,
+    select_sites,
+)
+from vimtune.adapters.wrappers import RECORD, unwrap
+from vimtune.text import quote
 from vimtune.utils import suggest
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_STATE = "_vimtune_adapters"
-
-
-class DeadAdapterError(ValueError):
-    """A trainable tensor of the active adapter got no gradient: it would never train."""
 
 
 @dataclass
@@ -45,9 +55,14 @@ class AdapterRecord:
 
     name: str
     method: str
-    options: dict[str, Any]
-    targets: str | list[str] | None
-    layers: list[int] | None
+    options: dict[str, dict[str, Any]]
+    """Every field of each method, defaults included."""
+    targets: Targets
+    """As given."""
+    layers: Layers
+    """As given."""
+    sites: Sites
+    """What targets and layers meant on this model."""
     num_classes: int
     head: list[str]
     """Paths of the head's parameters."""
@@ -60,16 +75,18 @@ class _State:
     requires_grad: dict[str, bool]
     """Flags of the base parameters before the first injection."""
     num_classes: int
+    loading: RemovableHandle
+    """Of the hook that lets plain checkpoints load."""
     active: str | None = None
     records: dict[str, AdapterRecord] = field(default_factory=dict)
 
 
 def _state(model: nn.Module) -> _State | None:
-    return model.__dict__.get(_STATE)
+    return model.__dict__.get(RECORD)
 
 
 def demand_adapter(model: nn.Module, name: str | None = None) -> tuple[_State, AdapterRecord]:
-    """Bookkeeping of the model and record of the adapter `name` (the active one if None).
+    """Bookkeeping of the model (no wrapper) and record of the adapter `name` (the active one if None).
 
     Raises:
         ValueError: there is no such adapter.
@@ -82,7 +99,7 @@ def demand_adapter(model: nn.Module, name: str | None = None) -> tuple[_State, A
         raise ValueError(f"no adapter is active; known: {', '.join(state.records)}")
     if name not in state.records:
         known = ", ".join(state.records)
-        raise ValueError(f"no adapter named {name!r}.{suggest(name, state.records)} Known: {known}")
+        raise ValueError(f"no adapter named {quote(name)}.{suggest(str(name), state.records)} Known: {known}")
     return state, state.records[name]
 
 
@@ -91,78 +108,130 @@ def inject(
     method: str,
     *,
     name: str = "default",
-    targets: str | Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
+    targets: Any = None,
+    layers: Any = None,
     num_classes: int | None = None,
     **options: Any,
 ) -> Model:
     """Freeze the model and add an adapter, which becomes the active one.
 
     Args:
-        model: the backbone, changed in place.
+        model: the backbone, changed in place; wrappers by torch.compile, DataParallel and timm's
+            features_only are seen through.
         method: a registered method ("prodial"), or several ("lora+bitfit").
         name: the adapter's name on this model.
-        targets: where: "both", "in_proj", ["x_proj", "A_log"]; the method's own choice if None.
-        layers: indices of the blocks to adapt; all if None.
+        targets: where: "both", "in_proj", ["x_proj", "A_log"]; the method's own choice if None. Several
+            methods may have targets of their own: {"lora": "both", "ft": "A_log,D"}.
+        layers: indices of the blocks to adapt, [0, 1] or "0-1"; all if None. By method as well.
         num_classes: outputs of this adapter's head; a copy of the model's head if None or equal.
         options: fields of the method, e.g. rank=16 (`method_fields` lists them).
 
     Returns:
-        The model.
+        The model, as it was given.
 
     Raises:
-        ValueError: unknown method, option, target or layer, options that do not fit the weights, or a
-            name already taken. The model is then as it was.
+        ValueError: unknown method, option, target or layer, options that do not fit the weights, a rule that
+            would have no effect, a model that rules cannot be attached to, or a name already taken. The
+            model is then as it was.
     """
-    state = _state(model)
-    if not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"adapter name {name!r} must be a plain identifier")
-    if state is not None and name in state.records:
-        raise ValueError(f"the model already has an adapter {name!r}; delete it first or choose another name")
+    backbone = find_backbone(model)
+    methods = build_methods(method, options)
+    targets, layers = parse_targets(targets), parse_layers(layers)
+    add_adapter(
+        backbone,
+        AdapterRecord(
+            name=name,
+            method=method,
+            options=resolve_options(method, options),
+            targets=targets,
+            layers=layers,
+            sites=select_sites(backbone, methods, targets, layers, head_parameters(backbone)),
+            num_classes=_check_num_classes(backbone, num_classes),
+            head=head_parameters(backbone),
+        ),
+    )
+    return model
 
-    head = _head_parameters(model)
-    rules: list[tuple[str, WeightRule]] = _build_head_rules(model, head, num_classes)
-    for configured in build_methods(method, options):
-        for path in configured.select(model, targets, layers):
-            if path not in head:
-                rules.append((path, configured.build_rule(path, _base_parameter(model, path))))
+
+def _check_num_classes(model: nn.Module, num_classes: int | None) -> int:
+    if num_classes is None:
+        return base_num_classes(model)
+    try:
+        return parsers.integer(1)(num_classes)
+    except ValueError as error:
+        raise ValueError(f"num_classes = {quote(num_classes)}: {error}") from None
+
+
+def base_num_classes(model: nn.Module) -> int:
+    """Outputs of the model's own head, whatever adapter is active; 0 for a model that does not tell."""
+    state = _state(model)
+    return getattr(model, "num_classes", 0) if state is None else state.num_classes
+
+
+def check_name(model: nn.Module, name: str) -> str:
+    """`name`, if an adapter of that name can be added to a model (no wrapper).
+
+    Raises:
+        ValueError: it is no plain identifier, or taken.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_]\w*", name) or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter name {quote(name)} must be a plain identifier")
+    if name in list_adapters(model):
+        raise ValueError(f"the model already has an adapter {name!r}; delete it first or choose another name")
+    return name
+
+
+def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = False) -> None:
+    """Attach the rules that `record` describes to a model and make the adapter the active one.
+
+    Args:
+        model: the backbone, no wrapper.
+        record: method, sites and head of the adapter.
+        accept_idle: let rules pass that are without effect in part.
+
+    Raises:
+        ValueError: it does not fit the model, which is then as it was.
+    """
+    name, state = check_name(model, record.name), _state(model)
+    check_sites(model, [*record.head, *(path for paths in record.sites.values() for path in paths)])
+    methods: list[Method] = build_methods(record.method, record.options)
+    rules = _build_head_rules(model, record) | build_rules(model, methods, record.sites, accept_idle)
     if not rules:
         raise ValueError(
-            f"method {method!r} would train nothing: the model has no head and no target was chosen"
+            f"method {record.method!r} would train nothing: the model has no head and no target was chosen"
         )
 
     # Nothing above has changed the model.
     if state is None:
-        flags = {path: parameter.requires_grad for path, parameter in base_parameters(model)}
-        state = _State(requires_grad=flags, num_classes=getattr(model, "num_classes", 0))
-        model.__dict__[_STATE] = state
+        state = _State(
+            requires_grad={path: parameter.requires_grad for path, parameter in base_parameters(model)},
+            num_classes=base_num_classes(model),
+            loading=model.register_load_state_dict_pre_hook(_keep_missing_adapters),
+        )
+        model.__dict__[RECORD] = state
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
-        model.register_load_state_dict_post_hook(_forgive_missing_adapters)
-    for path, rule in rules:
-        owner, leaf = _owner(model, path)
+    for path, rule in rules.items():
+        owner, leaf = find_owner(model, path)
         attach(owner, leaf, name, rule)
-    state.records[name] = AdapterRecord(
-        name=name,
-        method=method,
-        options=options,
-        targets=targets if targets is None or isinstance(targets, str) else list(targets),
-        layers=None if layers is None else list(layers),
-        num_classes=state.num_classes if num_classes is None else num_classes,
-        head=head,
-    )
-    set_adapter(model, name)
-    return model
+    state.records[name] = record
+    _activate(model, state, name)
 
 
-def _forgive_missing_adapters(module: nn.Module, incompatible: Any) -> None:
-    """A plain checkpoint loads strictly into a model with adapters: their tensors stay as they are."""
-    ours = {path for path, _ in module.named_parameters()} - {path for path, _ in base_parameters(module)}
-    if ours <= set(incompatible.missing_keys):
-        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in ours]
+def _keep_missing_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A plain checkpoint loads strictly into a model with adapters: their tensors stay as they are.
+
+    `prefix` is the path of the model in the module whose `load_state_dict` was called.
+    """
+    inside = rule_prefixes(module)
+    own = module.state_dict(keep_vars=True).items()
+    ours = {prefix + name: tensor for name, tensor in own if name.startswith(inside)}
+    have_values = not any(tensor.is_meta for tensor in ours.values())
+    if have_values and state_dict.keys().isdisjoint(ours):
+        state_dict.update(ours)
 
 
-def _head_parameters(model: nn.Module) -> list[str]:
+def head_parameters(model: nn.Module) -> list[str]:
     """Paths of the classification head's parameters; none for models without one."""
     get_classifier = getattr(model, "get_classifier", None)
     if get_classifier is None:
@@ -171,29 +240,17 @@ def _head_parameters(model: nn.Module) -> list[str]:
     return [path for path, parameter in base_parameters(model) if id(parameter) in inside]
 
 
-def _build_head_rules(
-    model: nn.Module, head: list[str], num_classes: int | None
-) -> list[tuple[str, WeightRule]]:
-    rules: list[tuple[str, WeightRule]] = []
-    for path in head:
-        value = _base_parameter(model, path).detach()
-        if num_classes is not None and num_classes != value.shape[0]:
-            if num_classes < 1:
-                raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-            value = value.new_zeros(num_classes, *value.shape[1:])
+def _build_head_rules(model: nn.Module, record: AdapterRecord) -> dict[str, WeightRule]:
+    """A copy of the model's head, or a fresh head if it has another number of outputs."""
+    rules: dict[str, WeightRule] = {}
+    for path in record.head:
+        value = base_value(*find_owner(model, path)).detach()
+        if record.num_classes not in (base_num_classes(model), value.shape[0]):
+            value = value.new_zeros(record.num_classes, *value.shape[1:])
             if value.dim() > 1:
                 nn.init.trunc_normal_(value, std=0.02)
-        rules.append((path, Tuned(value)))
+        rules[path] = Tuned(value)
     return rules
-
-
-def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    module_path, _, parameter = path.rpartition(".")
-    return model.get_submodule(module_path), parameter
-
-
-def _base_parameter(model: nn.Module, path: str) -> nn.Parameter:
-    return base_value(*_owner(model, path))
 
 
 def _set_num_classes(model: nn.Module, num_classes: int) -> None:
@@ -203,14 +260,24 @@ def _set_num_classes(model: nn.Module, num_classes: int) -> None:
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Make the adapter `name` the active one; None switches to the base model.
 
-    Only the active adapter's tensors require a gradient.
+    Only the active adapter's tensors require a gradient. Which adapter is active is a state of the model,
+    like its training mode, and not of the thread: all threads that use the model see the change, also in
+    the middle of a pass. Threads that want different adapters need a copy of the model each
+    (`copy.deepcopy`). A backward pass that recomputes activations (gradient checkpointing) has to run under
+    the adapter of its forward pass.
+
+    Raises:
+        ValueError: there is no such adapter, or the model is under DistributedDataParallel.
     """
-    if name is None:
-        state = _state(model)
-        if state is None:
-            return
-    else:
-        state, _ = demand_adapter(model, name)
+    model = unwrap(model, retrains=True)
+    if name is not None:
+        demand_adapter(model, name)
+    state = _state(model)
+    if state is not None:
+        _activate(model, state, name)
+
+
+def _activate(model: nn.Module, state: _State, name: str | None) -> None:
     state.active = name
     for _, _, _, slot in iter_slots(model):
         slot.active = name
@@ -220,26 +287,40 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model, with its own head, for the duration of a block."""
-    state = _state(model)
-    active = None if state is None else state.active
-    set_adapter(model, None)
+def disabled(model: Model) -> Iterator[Model]:
+    """The base model, with its own head, for the duration of a block.
+
+    Afterwards, also after an exception, the adapter that was active before is active again and its tensors
+    require a gradient as they did, unless it was deleted meanwhile. As with `set_adapter` all threads that
+    use the model see the base model.
+    """
+    backbone = unwrap(model)
+    state = _state(backbone)
+    if state is None:
+        yield model
+        return
+    active = state.active
+    slots = [slot for _, _, _, slot in iter_slots(backbone)]
+    flags = [(parameter, parameter.requires_grad) for slot in slots for parameter in slot.parameters()]
+    _activate(backbone, state, None)
     try:
         yield model
     finally:
-        set_adapter(model, active)
+        if _state(backbone) is state and (active is None or active in state.records):
+            _activate(backbone, state, active)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 def list_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters on the model, in order of injection."""
-    state = _state(model)
+    state = _state(unwrap(model))
     return [] if state is None else list(state.records)
 
 
 def active_adapter(model: nn.Module) -> AdapterRecord | None:
     """Record of the active adapter."""
-    state = _state(model)
+    state = _state(unwrap(model))
     return None if state is None or state.active is None else state.records[state.active]
 
 
@@ -247,167 +328,68 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter; after the last one the model is plain again.
 
     Deleting the active one leaves none active.
+
+    Raises:
+        ValueError: there is no such adapter, or the model is under DistributedDataParallel.
     """
+    model = unwrap(model, retrains=True)
     state, _ = demand_adapter(model, name)
     if state.active == name:
-        set_adapter(model, None)
+        _activate(model, state, None)
     for module in {id(owner): owner for _, owner, _, slot in iter_slots(model) if name in slot}.values():
         detach(module, name)
     del state.records[name]
     if not state.records:
         for path, parameter in base_parameters(model):
             parameter.requires_grad_(state.requires_grad[path])
-        del model.__dict__[_STATE]
+        state.loading.remove()
+        del model.__dict__[RECORD]
 
 
 @torch.no_grad()
 def merge(model: Model) -> Model:
     """Fold the active adapter into the weights and remove all adapters, in place.
 
-    The result is a plain model with plain keys and the same output. A model without adapters is
-    returned as it is.
+    The result is a plain model with plain keys and the same output in evaluation mode. A model without
+    adapters is returned as it is; wrappers by torch.compile, DataParallel and timm's features_only are
+    seen through and returned.
 
     Raises:
-        ValueError: no adapter is active, or a merged weight is not finite; the model is then as it was.
+        ValueError: no adapter is active, a rule acts on the input in evaluation, a merged weight is not
+            finite, or the model is under DistributedDataParallel; the model is then as it was.
     """
-    state = _state(model)
+    backbone = unwrap(model, retrains=True)
+    state = _state(backbone)
     if state is None:
         return model
-    _, record = demand_adapter(model)
+    _, record = demand_adapter(backbone)
     merged: list[tuple[nn.Module, str, Tensor]] = []
-    for path, owner, parameter, slot in iter_slots(model):
-        weight = slot.effective(base_value(owner, parameter)).clone()
-        if not torch.isfinite(weight).all():
+    for path, owner, parameter, slot in iter_slots(backbone):
+        rule, base = slot.rule, base_value(owner, parameter)
+        if rule is not None and acts_on_input_when(rule, training=False):
+            raise ValueError(
+                f"adapter {record.name!r} ({record.method}) acts on the input of {path} in evaluation, too, "
+                "which no weight can express; nothing was merged"
+            )
+        weight = slot.effective(base).to(base.dtype, copy=True)
+        if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"adapter {record.name!r} makes {path} non-finite; nothing was merged")
         merged.append((owner, parameter, weight))
     for name in list(state.records):
-        delete_adapter(model, name)
+        delete_adapter(backbone, name)
     for owner, parameter, weight in merged:
         base = base_value(owner, parameter)
         if base.shape == weight.shape:
             base.copy_(weight)
         else:
             owner._parameters[parameter] = nn.Parameter(weight, requires_grad=base.requires_grad)
-    head = getattr(model, "get_classifier", lambda: None)()
+    head = getattr(backbone, "get_classifier", lambda: None)()
     if isinstance(head, nn.Linear):
         head.out_features = record.num_classes
-    _set_num_classes(model, record.num_classes)
+    _set_num_classes(backbone, record.num_classes)
     return model
 
 
-@dataclass(frozen=True)
-class AdaptedParameter:
-    """One trained tensor of the active adapter."""
-
-    name: str
-    """Its name in `model.named_parameters()`."""
-    parameter: nn.Parameter
-    base_name: str
-    """The base parameter that its rule acts on."""
-    group: str
-    """"head" or "adapter"."""
-    weight_decay: bool
-    """Whether decay makes sense: not for vectors, nor what the model exempts (`no_weight_decay`)."""
-
-    @property
-    def key(self) -> str:
-        """Name without the adapter's: key in `adapter_state_dict`."""
-        _, _, own = self.name.partition(f"{SLOTS}.{self.base_name.rpartition('.')[2]}.")
-        return join(self.base_name, own.partition(".")[2])
-
-
-def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[AdaptedParameter]:
-    """Trained tensors of the active adapter, or of the one named."""
-    _, record = demand_adapter(model, name)
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    for path, _, leaf, slot in iter_slots(model):
-        if record.name not in slot:
-            continue
-        prefix = join(join(path.rpartition(".")[0], SLOTS), f"{leaf}.{record.name}")
-        for own, parameter in slot[record.name].named_parameters():
-            yield AdaptedParameter(
-                name=f"{prefix}.{own}",
-                parameter=parameter,
-                base_name=path,
-                group="head" if path in record.head else "adapter",
-                weight_decay=parameter.dim() > 1 and path not in exempt,
-            )
-
-
-def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """Every trained tensor of an adapter: "<base parameter>.<tensor of its rule>" -> tensor (detached)."""
-    return {item.key: item.parameter.detach() for item in adapter_parameters(model, name)}
-
-
-@torch.no_grad()
-def load_adapter_state_dict(model: nn.Module, state: dict[str, Tensor], name: str | None = None) -> None:
-    """Copy tensors saved by `adapter_state_dict` into an adapter.
-
-    Raises:
-        ValueError: keys or shapes differ; nothing is loaded then.
-    """
-    own = {item.key: item.parameter for item in adapter_parameters(model, name)}
-    problems = [f"missing {key}" for key in own.keys() - state.keys()]
-    problems += [f"unexpected {key}" for key in state.keys() - own.keys()]
-    problems += [
-        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError("the adapter's tensors do not fit: " + "; ".join(sorted(problems)[:4]) + more)
-    for key, parameter in own.items():
-        parameter.copy_(state[key])
-
-
-def check_gradients(model: nn.Module) -> None:
-    """After a backward pass, make sure that every trained tensor took part in it.
-
-    Raises:
-        DeadAdapterError: tensors without a gradient, all of them named.
-    """
-    dead = [item.name for item in adapter_parameters(model) if item.parameter.grad is None]
-    if dead:
-        names = ", ".join(dead[:6]) + (f" and {len(dead) - 6} more" if len(dead) > 6 else "")
-        raise DeadAdapterError(
-            f"{len(dead)} trainable tensor(s) got no gradient and would never train: {names}. "
-            "The model does not read these parameters through their modules."
-        )
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """Sizes of a model under its active adapter."""
-
-    method: str
-    trainable: int
-    """Trained numbers, head included."""
-    head: int
-    """Trained numbers of the head."""
-    total: int
-    """Numbers of the plain model, as after `merge`."""
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable / max(self.total, 1)
-        return (
-            f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %): "
-            f"{self.trainable - self.head:,} of the adapter, {self.head:,} of the head"
-        )
-
-
-def summary(model: nn.Module) -> AdapterSummary:
-    """Count trained and total parameters; without an adapter, everything that requires a gradient."""
-    record = active_adapter(model)
-    if record is None:
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return AdapterSummary("no adapter", trainable, 0, sum(p.numel() for _, p in base_parameters(model)))
-    sizes = [(item.group, item.parameter.numel()) for item in adapter_parameters(model)]
-    total = sum(p.numel() for path, p in base_parameters(model) if path not in record.head)
-    head = sum(size for group, size in sizes if group == "head")
-    return AdapterSummary(record.method, sum(size for _, size in sizes), head, total + head)
-
-
 def head_has_rules(model: nn.Module) -> bool:
-    """Whether an adapter owns a parameter of the classification head."""
-    return any(has_rules(_owner(model, path)[0]) for path in _head_parameters(model))
+    """Whether an adapter owns a parameter of the classification head of a model (no wrapper)."""
+    return any(has_rules(find_owner(model, path)[0]) for path in head_parameters(model))

@@ -24,6 +24,7 @@ from vimtune.adapters.base import check_matrix, option, register_method
 from vimtune.adapters.lora import LoRA, LoRARule
 from vimtune.adapters.rule import WeightRule
 from vimtune.ops.blocks import scaled_block_product
+from vimtune.text import quote
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class ProDiaL(LoRA):
         if self.block_size < 1 or columns % self.block_size:
             divisors = [str(size) for size in range(1, min(columns, 64) + 1) if columns % size == 0]
             raise ValueError(
-                f"block_size {self.block_size} does not divide the input width {columns} of {path}; "
+                f"block_size {quote(self.block_size)} does not divide the input width {columns} of {path}; "
                 f"possible: {', '.join(divisors)}"
             )
         return ProDiaLRule(weight, self.rank, self.alpha, self.dropout, self.block_size, self.variant)

@@ -8,12 +8,12 @@ and the frozen base parameter keeps its place and its key in `state_dict()`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,14 @@ SLOTS = "adapters"
 
 
 class WeightRule(nn.Module):
-    """One formula for the effective value of one parameter."""
+    """One formula for the effective value of one parameter.
+
+    The parameters of a rule are what its adapter trains. They and the rule's persistent buffers are saved,
+    loaded and moved together.
+    """
+
+    replaces: ClassVar[bool] = False
+    """Whether `effective_weight` ignores the weight that it is given."""
 
     batchable: ClassVar[bool] = True
     """Whether the formula may be applied to the stacked weights of several layers (`batched.py`).
@@ -49,10 +56,16 @@ class WeightRule(nn.Module):
         """The layer's output (..., out) for `x` (..., in) where `acts_on_input`."""
         raise NotImplementedError
 
+    def decays(self, name: str) -> bool:
+        """Whether weight decay makes sense for the parameter `name` of this rule: by default for all but
+        vectors, which hold scales, magnitudes and biases."""
+        return self.get_parameter(name).dim() > 1
+
 
 class Tuned(WeightRule):
     """The parameter itself is trained: a copy takes its place, the base stays as it was."""
 
+    replaces = True
     batchable = False
 
     def __init__(self, value: Tensor) -> None:
@@ -64,22 +77,62 @@ class Tuned(WeightRule):
 
 
 class Chain(WeightRule):
-    """Several rules for one parameter, applied one after the other."""
+    """Two rules for one parameter: the second one is applied to what the first one makes of the weight.
 
-    def __init__(self, *rules: WeightRule) -> None:
+    Only the second one may act on the input: what the first one then does is no weight that could be handed
+    on. `inject` sees to that.
+    """
+
+    def __init__(self, first: WeightRule, second: WeightRule) -> None:
         super().__init__()
-        self.rules = nn.ModuleList(rules)
+        self.rules = nn.ModuleList([first, second])
+
+    @property
+    def first(self) -> WeightRule:
+        return cast(WeightRule, self.rules[0])
+
+    @property
+    def second(self) -> WeightRule:
+        return cast(WeightRule, self.rules[1])
 
     def effective_weight(self, weight: Tensor) -> Tensor:
-        for rule in self.rules:
-            weight = cast(WeightRule, rule).effective_weight(weight)
-        return weight
+        return self.second.effective_weight(self.first.effective_weight(weight))
+
+    @property
+    def acts_on_input(self) -> bool:
+        return self.second.acts_on_input
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with exact(weight):
+            weight = self.first.effective_weight(weight)
+        return self.second.linear(x, weight, bias)
+
+    def decays(self, name: str) -> bool:
+        _, index, own = name.split(".", 2)
+        return cast(WeightRule, self.rules[int(index)]).decays(own)
+
+
+def acts_on_input_when(rule: WeightRule, training: bool) -> bool:
+    """Whether the rule would act on the input in training, or in evaluation; its mode stays as it is."""
+    modes = [(module, module.training) for module in rule.modules()]
+    rule.train(training)
+    try:
+        return rule.acts_on_input
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def ever_acts_on_input(rule: WeightRule) -> bool:
+    """Whether the rule acts on the input in training or in evaluation."""
+    return acts_on_input_when(rule, training=True) or acts_on_input_when(rule, training=False)
 
 
 def exact(weight: Tensor) -> AbstractContextManager[Any]:
     """No autocast: a weight computed in half precision and rounded again differs from the merged one."""
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.autocast(weight.device.type, enabled=False)
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
@@ -159,14 +212,22 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
 
 def base_value(module: nn.Module, parameter: str) -> nn.Parameter:
     """The frozen parameter itself, whatever rules it has."""
-    return cast(nn.Parameter, module._parameters[parameter])
+    parameters = module._parameters
+    if parameter not in parameters:  # a replica of DataParallel has tensors as plain attributes instead
+        return cast(nn.Parameter, module.__dict__[parameter])
+    return cast(nn.Parameter, parameters[parameter])
 
 
 def _effective_property(name: str) -> property:
     def read(module: nn.Module) -> Tensor:
         return slots_of(module)[name].effective(base_value(module, name))
 
-    return property(read, doc=f"effective value of {name!r} under the active adapter")
+    def write(module: nn.Module, value: Tensor) -> None:
+        if not getattr(module, "_is_replica", False):
+            raise AttributeError(f"{name!r} has rules of an adapter; only an nn.Parameter can replace it")
+        module.__dict__[name] = value
+
+    return property(read, write, doc=f"effective value of {name!r} under the active adapter")
 
 
 def _adapted_linear(module: nn.Linear, x: Tensor) -> Tensor:
@@ -182,18 +243,49 @@ def is_factor(module: nn.Module, parameter: str) -> bool:
     return type(module).forward is _adapted_linear and parameter == "weight"
 
 
+def can_act_on_input(module: nn.Module, parameter: str) -> bool:
+    """Whether a rule for this parameter is asked to act on the input: the model calls the module, which
+    is a linear layer without a way of its own, and does not declare that it only reads the weight."""
+    base = plain_class(module)
+    only_read = getattr(base, "weight_is_read", False)
+    return parameter == "weight" and base.forward is nn.Linear.forward and not only_read
+
+
 @cache
 def _adapted_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {name: _effective_property(name) for name in names}
     if base.forward is nn.Linear.forward and "weight" in names:
         members["forward"] = _adapted_linear
     members["_unadapted_class"] = base
+    members["__reduce_ex__"] = _reduce
     members["__module__"] = base.__module__
     return type(base.__name__, (base,), members)
 
 
+def _reduce(module: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+    """For pickle and copy, which find a class by its name: name the class that the module had before."""
+    adapted, base = type(module), plain_class(module)
+    build, arguments, *state = cast(tuple[Any, ...], base.__reduce_ex__(module, protocol))
+    arguments = tuple(base if argument is adapted else argument for argument in arguments)
+    return (_rebuild, (tuple(sorted(slots_of(module))), build, arguments), *state)
+
+
+def _rebuild(
+    names: tuple[str, ...], build: Callable[..., nn.Module], arguments: tuple[Any, ...]
+) -> nn.Module:
+    """The counterpart of `_reduce`; pickled models refer to it by this name."""
+    module = build(*arguments)
+    module.__class__ = _adapted_class(type(module), names)  # type: ignore[arg-type]  # classes hash
+    return module
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that `module` has without rules."""
+    return getattr(type(module), "_unadapted_class", type(module))
+
+
 def _update_class(module: nn.Module) -> None:
-    base: type[nn.Module] = getattr(type(module), "_unadapted_class", type(module))
+    base = plain_class(module)
     if has_rules(module):
         base = _adapted_class(base, tuple(sorted(slots_of(module))))  # type: ignore[arg-type]  # classes hash
     module.__class__ = base
@@ -206,9 +298,8 @@ def attach(module: nn.Module, parameter: str, adapter: str, rule: WeightRule) ->
     slots = slots_of(module)
     if parameter not in slots:
         slots[parameter] = Slot()
-    slot = slots[parameter]
     rule.to(device=base_value(module, parameter).device).train(module.training)
-    slot[adapter] = Chain(cast(WeightRule, slot[adapter]), rule) if adapter in slot else rule
+    slots[parameter][adapter] = rule
     _update_class(module)
 
 
@@ -256,7 +347,12 @@ def join(path: str, name: str) -> str:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the frozen base: what `named_parameters` gives without the rules' own."""
-    inside = tuple(join(path, SLOTS) + "." for path, _ in adapted_modules(model))
+    inside = rule_prefixes(model)
     for name, parameter in model.named_parameters():
         if not name.startswith(inside):
             yield name, parameter
+
+
+def rule_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all tensors of rules begin with."""
+    return tuple(join(path, SLOTS) + "." for path, _ in adapted_modules(model))

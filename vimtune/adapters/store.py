@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,47 +11,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vimtune.adapters.base import build_methods
 from vimtune.adapters.identity import architecture_differences, base_identity, has_base
+from vimtune.adapters.info import FORMAT, AdapterFileError, AdapterInfo, read_info, write_info
 from vimtune.adapters.manage import (
+    AdapterRecord,
     active_adapter,
-    adapter_state_dict,
+    add_adapter,
+    base_num_classes,
+    check_name,
     delete_adapter,
     demand_adapter,
-    inject,
+    head_parameters,
     list_adapters,
-    load_adapter_state_dict,
     set_adapter,
 )
-from vimtune.model_options import check_creation
-from vimtune.utils import atomic_write
-
-FORMAT = "vimtune-adapter"
-VERSION = 1
-
-
-class AdapterFileError(ValueError):
-    """A file that is no adapter, is damaged, or belongs to another base model."""
-
-
-@dataclass
-class AdapterInfo:
-    """Everything in an adapter file besides the tensors."""
-
-    method: str
-    options: dict[str, Any]
-    targets: str | list[str] | None
-    layers: list[int] | None
-    num_classes: int
-    base_hash: str
-    """`BaseIdentity.bits`; in a file without `base_origin` the hash of the first format."""
-    model: dict[str, Any]
-    """{"name": registered model, "kwargs": its creation arguments}; empty if not created by name."""
-    classes: list[str] = field(default_factory=list)
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    version: int = VERSION
-    base_origin: str = ""
-    """`BaseIdentity.origin`."""
+from vimtune.adapters.rule import base_parameters
+from vimtune.adapters.sites import Sites, find_backbone, selected
+from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
+from vimtune.adapters.wrappers import unwrap
+from vimtune.text import printable, quote
+from vimtune.utils import atomic_write, suggest
 
 
 def save_adapter(
@@ -72,18 +51,20 @@ def save_adapter(
         path: the file.
         name: which adapter.
         classes: class names, one per output of the head.
-        preprocessing: how images become inputs; plain JSON values.
+        preprocessing: how images become inputs; arguments of `vimtune.data.build_transform`.
         extra: anything else worth keeping (recipe, scores); plain JSON values.
         tensors: values to write instead of the present ones, e.g. an average over training; keys as
             in `adapter_state_dict`.
 
     Raises:
-        ValueError: no such adapter, or class names that do not match the head.
+        ValueError: no such adapter, class names that do not match the head, or anything else that could not
+            be read back; no file is written then.
     """
+    model = unwrap(model)
     _, record = demand_adapter(model, name)
-    classes = classes or []
-    if classes and record.head and len(classes) != record.num_classes:
-        raise ValueError(f"{len(classes)} class names for a head of {record.num_classes} outputs")
+    own = adapter_state_dict(model, record.name)
+    values = own if tensors is None else tensors
+    check_tensors(values, own)
     base = base_identity(model, record.name)
     info = AdapterInfo(
         method=record.method,
@@ -94,13 +75,13 @@ def save_adapter(
         base_hash=base.bits,
         base_origin=base.origin,
         model=getattr(model, "creation", {}),
-        classes=classes,
+        classes=classes or [],
         preprocessing=preprocessing or {},
         extra=extra or {},
+        sites=record.sites,
     )
-    values = adapter_state_dict(model, record.name) if tensors is None else tensors
     values = {key: value.detach().cpu().contiguous() for key, value in values.items()}
-    metadata = {"format": FORMAT, "info": json.dumps(dataclasses.asdict(info))}
+    metadata = {"format": FORMAT, "info": write_info(info, f"what adapter file {printable(str(path))} says")}
     atomic_write(path, lambda temporary: save_file(values, temporary, metadata=metadata))
     return info
 
@@ -109,33 +90,30 @@ def read_adapter_info(path: str | Path) -> AdapterInfo:
     """Read what an adapter file says about itself, without a model and without its tensors.
 
     Raises:
-        AdapterFileError: missing, truncated, or not an adapter file.
+        AdapterFileError: missing, truncated, not an adapter file, or one that does not fit the schema.
     """
     return _read(path, with_tensors=False)[0]
 
 
 def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, Tensor]]:
     path = Path(path)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise AdapterFileError(f"adapter file {path} {kind}; expected the adapter.safetensors of a run")
+    shown = f"adapter file {printable(str(path))}"
+    if not path.is_file():  # in particular nothing that would have to be waited for, such as a pipe
+        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise AdapterFileError(f"{shown} {kind}; expected the adapter.safetensors of a run")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
     except SafetensorError as error:
-        raise AdapterFileError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise AdapterFileError(f"{shown} is truncated or not a safetensors file ({error})") from error
+    except OSError as error:
+        raise AdapterFileError(f"{shown} cannot be read: {error.strerror or error}") from error
     if metadata.get("format") != FORMAT:
         raise AdapterFileError(
-            f"{path} is not an adapter file of vimtune; load_checkpoint (--checkpoint) reads plain weights"
+            f"{shown} is not one of vimtune; load_checkpoint (--checkpoint) reads plain weights"
         )
-    info = AdapterInfo(**json.loads(metadata["info"]))
-    if info.version > VERSION:
-        raise AdapterFileError(
-            f"{path} has format version {info.version}; this vimtune reads up to {VERSION}"
-        )
-    info.model = check_creation(info.model, str(path), AdapterFileError)  # becomes arguments of a function
-    return info, tensors
+    return read_info(metadata.get("info"), shown), tensors
 
 
 def load_adapter(
@@ -144,46 +122,100 @@ def load_adapter(
     """Inject the adapter of a file, with its head, and make it the active one.
 
     Args:
-        model: the base model that the adapter was trained on; its number of classes does not matter.
+        model: the base model that the adapter was trained on; its number of classes does not matter. Wrappers
+            are seen through as in `inject`.
         path: a file written by `save_adapter`.
         name: the adapter's name on this model; the first free of "default", "default_2", ... if None.
         force: load it although the base weights differ.
 
     Raises:
-        AdapterFileError: not an adapter file, or trained on other base weights (unless forced).
-        ValueError: it does not fit the model's structure. The model is then as it was.
+        AdapterFileError: not an adapter file, one that does not fit the model's structure, or one trained on
+            other base weights (unless forced).
+        ValueError: the model cannot take an adapter, or the name is taken. In any case it is as it was.
     """
+    model = find_backbone(model)
     info, tensors = _read(path, with_tensors=True)
     differences = architecture_differences(info.model, model)
     if differences and not force:
         raise AdapterFileError(
-            f"{path} was trained on {info.model['name']}, and this model is another: "
+            f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
             f"{'; '.join(differences)}. Create that model, or pass force=True"
         )
     before = active_adapter(model)
-    taken = list_adapters(model)
-    if name is None:
-        candidates = ["default", *(f"default_{index}" for index in range(2, len(taken) + 3))]
-        name = next(candidate for candidate in candidates if candidate not in taken)
-    inject(
-        model,
-        info.method,
-        name=name,
-        targets=info.targets,
-        layers=info.layers,
-        num_classes=info.num_classes or None,
-        **info.options,
-    )
+    name = _free_name(list_adapters(model)) if name is None else check_name(model, name)
+    with _refusing(path):
+        # Version 1 accepted dropout where it has no effect; the outputs of such an adapter are right without.
+        add_adapter(model, _record(model, info, tensors, name), accept_idle=True)
     try:
         if not force and not has_base(model, info.base_hash, info.base_origin, name):
             of = f" of {info.model['name']}" if info.model else ""
             raise AdapterFileError(
-                f"{path} was trained on other base weights{of} than this model has. Load the same "
-                "pretrained weights first, or pass force=True"
+                f"{printable(str(path))} was trained on other base weights{of} than this model has. Load the "
+                "same pretrained weights first, or pass force=True"
             )
-        load_adapter_state_dict(model, tensors, name)
-    except ValueError:
+        with _refusing(path):
+            load_adapter_state_dict(model, tensors, name)
+    except BaseException:  # whatever it is: it goes on, but the model is as it was
         delete_adapter(model, name)
         set_adapter(model, None if before is None else before.name)
         raise
     return info
+
+
+@contextmanager
+def _refusing(path: str | Path) -> Iterator[None]:
+    """Errors within the block are those of the file at `path`."""
+    try:
+        yield
+    except ValueError as error:
+        raise AdapterFileError(f"{printable(str(path))} does not fit the model: {error}") from error
+
+
+def _free_name(taken: list[str]) -> str:
+    candidates = ["default", *(f"default_{index}" for index in range(2, len(taken) + 3))]
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _record(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], name: str) -> AdapterRecord:
+    """What a file describes, as a record of this model.
+
+    Raises:
+        ValueError: parameters that the model does not have, or a head of another size than the file says.
+    """
+    head = head_parameters(model)
+    num_classes = info.num_classes or base_num_classes(model)
+    for path in head if num_classes != base_num_classes(model) else ():  # before a head of that size is made
+        tensor = tensors.get(f"{path}.value")
+        if tensor is None or tensor.shape[:1] != (num_classes,):
+            raise ValueError(f"it says {num_classes} classes, but has no such tensor for {path}")
+    return AdapterRecord(
+        name=name,
+        method=info.method,
+        options=info.options,
+        targets=info.targets,
+        layers=info.layers,
+        sites=_sites(model, info, tensors, head),
+        num_classes=num_classes,
+        head=head,
+    )
+
+
+def _sites(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], head: list[str]) -> Sites:
+    """The adapted parameters by method; those of version 1 are found again as they had been chosen."""
+    paths = [path for path, _ in base_parameters(model) if path not in head]
+    if info.sites is None:
+        methods = build_methods(info.method, info.options)
+        adapted = {path for path in paths if any(key.startswith(f"{path}.") for key in tensors)}
+        return {
+            method.name: [
+                path for path in selected(method, model, info.targets, info.layers) if path in adapted
+            ]
+            for method in methods
+        }
+    for own in info.sites.values():
+        for path in own:
+            if path not in paths or own.count(path) > 1:
+                raise ValueError(
+                    f"it adapts {quote(path)}, which is no parameter to adapt.{suggest(path, paths)}"
+                )
+    return info.sites

@@ -35,13 +35,13 @@ def resolve_targets(
     names = targets.split(",") if isinstance(targets, str) else list(targets)
     names = [part for name in names for part in ALIASES.get(name.strip(), (name.strip(),))]
     paths = [path for path, _ in base_parameters(model)]
-    unmatched = [name for name in names if not any(_matches(path, name) for path in paths)]
+    unmatched = [name for name in names if not any(matches(path, name) for path in paths)]
     if unmatched or not names:
         known = available_targets(paths)
         wrong = ", ".join(map(repr, unmatched)) or "an empty list"
         hint = suggest(unmatched[0], known) if unmatched else ""
         raise ValueError(f"unknown target {wrong}.{hint} Targets of this model: {', '.join(known)}")
-    chosen = [path for path in paths if any(_matches(path, name) for name in names)]
+    chosen = [path for path in paths if any(matches(path, name) for name in names)]
     return chosen if layers is None else _in_layers(chosen, layers)
 
 
@@ -64,7 +64,8 @@ def block_index(path: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _matches(path: str, name: str) -> bool:
+def matches(path: str, name: str) -> bool:
+    """Whether the target `name` means the parameter at `path`."""
     return any(path == full or path.endswith("." + full) for full in (name, f"{name}.weight"))
 
 

@@ -27,13 +27,12 @@ from vimtune.data.errors import (
 from vimtune.data.images import FoundImages, find_images, load_image
 from vimtune.data.loader import ImageLoader, create_loader
 from vimtune.data.transforms import (
-    LIBRARIES,
-    PRESETS,
     Transform,
     build_transform,
     model_preprocessing,
     read_transform,
 )
+from vimtune.preprocessing import LIBRARIES, PRESETS
 
 __all__ = [
     "LIBRARIES",

@@ -27,6 +27,17 @@ from vimtune.ops import (
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
 
+class ReadLinear(nn.Linear):
+    """A linear layer whose weight is read by the mixer; the layer itself is never called.
+
+    It is a type of its own so that tools that exchange linear layers for others by their type, such as
+    dynamic quantisation, leave it alone.
+    """
+
+    weight_is_read = True
+    """Tells adapters that a rule cannot act on the input of this layer."""
+
+
 class BiMambaMixer(nn.Module):
     """Token mixer (B, L, D) -> (B, L, D): one gated scan per direction between two shared projections.
 
@@ -86,11 +97,11 @@ class BiMambaMixer(nn.Module):
         self.D_b = nn.Parameter(torch.ones(inner, **factory))
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **factory)
         self.conv1d = convolution()
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **factory)
-        self.dt_proj = nn.Linear(self.dt_rank, inner, **factory)
+        self.x_proj = ReadLinear(inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj = ReadLinear(self.dt_rank, inner, **factory)
         self.conv1d_b = convolution()
-        self.x_proj_b = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **factory)
-        self.dt_proj_b = nn.Linear(self.dt_rank, inner, **factory)
+        self.x_proj_b = ReadLinear(inner, self.dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj_b = ReadLinear(self.dt_rank, inner, **factory)
         self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
         self._init_weights(num_residuals)
 
@@ -138,7 +149,10 @@ class BiMambaMixer(nn.Module):
         return self.out_proj(gated / 2)
 
     def _has_fused_scan(self) -> bool:
-        return has_bidirectional_scan(self.backend, str(next(self.parameters()).device))
+        parameter = next(self.parameters(), None)
+        if parameter is None:  # in a replica of DataParallel parameters are plain attributes
+            parameter = self.D
+        return has_bidirectional_scan(self.backend, str(parameter.device))
 
     def _scan(self, x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool) -> Tensor:
         """One direction: (B, L, E) -> (B, L, E), gated."""

@@ -227,6 +227,10 @@ def _is_only(forward: Callable[..., Tensor], module: nn.Module) -> bool:
     return not hooks and type(module).forward is forward and "forward" not in module.__dict__
 
 
+# Decay would pull these to values that mean nothing: A and D are no factors of a product of matrices.
+_UNDECAYED = {"pos_embed", "cls_token", "A_log", "A_b_log", "D", "D_b"}
+
+
 class VisionMamba(nn.Module):
     """Vision Mamba with timm's model interface and the official parameter keys."""
 
@@ -343,7 +347,8 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
+        # Of an adapted model also the tensors that take the place of these, whose names contain theirs.
+        return {name for name, _ in self.named_parameters() if not _UNDECAYED.isdisjoint(name.split("."))}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

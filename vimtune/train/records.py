@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
-from vimtune.schema import dump_json
+from vimtune.schema import finite_json
 from vimtune.text import printable
 from vimtune.train.folder import RunFolder, writing
 
@@ -81,7 +81,7 @@ class MetricsLog(_GrowingFile):
         super().__init__(folder.metrics, folder.metrics, keep_bytes)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self.append((dump_json(record) + "\n").encode())
+        self.append((finite_json(record) + "\n").encode())
 
 
 class EventLog(_GrowingFile):

@@ -21,7 +21,7 @@ from vimtune.adapters.base import build_methods
 from vimtune.console import neutral, print_line
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
-from vimtune.schema import dump_json, finite_or_none
+from vimtune.schema import finite_json, finite_or_none
 from vimtune.text import shorten
 from vimtune.train.checkpoint import Progress
 from vimtune.train.distributed import Processes
@@ -227,7 +227,7 @@ def device_name(device: torch.device) -> str:
 
 def write_report(report: Report, folder: RunFolder) -> None:
     """Write report.json; a run of which it exists is finished."""
-    text = dump_json(report.to_dict(), indent=2) + "\n"
+    text = finite_json(report.to_dict(), indent=2) + "\n"
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")

@@ -63,6 +63,9 @@ from vimtune.train.settings import derive_seed, process_settings, seed_generator
 from vimtune.train.tracking import Tracker
 from vimtune.train.transfer import Batch, Readback, WindowReader
 
+TRAINED = "default"
+"""Name of the adapter that is trained; at the end another one, read from the file, is scored beside it."""
+
 WATCHED_STEPS = 5
 """Optimizer steps after which a trained tensor that never had a gradient is reported."""
 
@@ -469,7 +472,7 @@ class _Run:
             recipe=dataclasses.replace(self.recipe, resume=None).to_dict(),
             facts=self.facts,
             progress=self.progress,
-            adapter=dict(self.parameters),
+            adapter=adapters.adapter_state_dict(self.model, TRAINED),
             optimizer=optimizer_tensors(self.optimizer, self.parameters),
             ema=self.ema.tensors if self.ema else {},
             scaler=self.scaler.state_dict(),
@@ -492,9 +495,7 @@ class _Run:
         bits, origin = saved.facts["base_hash"], saved.facts.get("base_origin", "")
         same_base = adapters.has_base(self.model, bits, origin)
         notes = check_resumable(saved, self.recipe, self.facts, same_base)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(saved.adapter[name])
+        adapters.load_adapter_state_dict(self.model, saved.adapter, TRAINED)
         restore_optimizer(self.optimizer, self.parameters, saved.optimizer)
         if self.ema is not None:
             self.ema.restore(saved.ema or saved.adapter)

@@ -1,0 +1,180 @@
+"""The tensors of an adapter: what is trained, saved, loaded and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vimtune.adapters.manage import AdapterRecord, active_adapter, demand_adapter
+from vimtune.adapters.rule import SLOTS, WeightRule, base_parameters, base_value, iter_slots, join
+from vimtune.adapters.wrappers import unwrap
+from vimtune.text import quote
+
+_CONVERTIBLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+class DeadAdapterError(ValueError):
+    """A trainable tensor of the active adapter got no gradient: it would never train."""
+
+
+@dataclass(frozen=True)
+class AdaptedParameter:
+    """One trained tensor of an adapter."""
+
+    name: str
+    """Its name in `model.named_parameters()`; of a wrapped model in those of the model inside."""
+    key: str
+    """Its name in `adapter_state_dict`, which does not depend on the adapter's name."""
+    parameter: nn.Parameter
+    base_name: str
+    """The base parameter that its rule acts on."""
+    group: str
+    """"head" or "adapter"."""
+    weight_decay: bool
+    """Whether decay makes sense: not where its rule says no (`WeightRule.decays`), nor for any tensor of a
+    parameter that the model exempts (timm's `no_weight_decay`, or mamba-ssm's mark on the parameter)."""
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[AdaptedParameter]:
+    """Trained tensors of the active adapter, or of the one named.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    model = unwrap(model)
+    _, record = demand_adapter(model, name)
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    for path, base, prefix, rule in _rules(model, record):
+        exempted = path in exempt or getattr(base, "_no_weight_decay", False)
+        for own, parameter in rule.named_parameters():
+            yield AdaptedParameter(
+                name=f"{prefix}.{own}",
+                key=join(path, own),
+                parameter=parameter,
+                base_name=path,
+                group="head" if path in record.head else "adapter",
+                weight_decay=rule.decays(own) and not exempted,
+            )
+
+
+def _rules(model: nn.Module, record: AdapterRecord) -> Iterator[tuple[str, nn.Parameter, str, WeightRule]]:
+    """(path of the base parameter, that parameter, path of its rule, rule) of one adapter."""
+    for path, owner, leaf, slot in iter_slots(model):
+        if record.name in slot:
+            prefix = join(join(path.rpartition(".")[0], SLOTS), f"{leaf}.{record.name}")
+            yield path, base_value(owner, leaf), prefix, cast(WeightRule, slot[record.name])
+
+
+def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of an adapter's rules, by their key in a file."""
+    model = unwrap(model)
+    _, record = demand_adapter(model, name)
+    found: dict[str, Tensor] = {}
+    for path, _, _, rule in _rules(model, record):
+        persistent = rule.state_dict()
+        found |= {join(path, own): parameter for own, parameter in rule.named_parameters()}
+        found |= {join(path, own): buffer for own, buffer in rule.named_buffers() if own in persistent}
+    return found
+
+
+def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """Every trained tensor and every persistent buffer of an adapter: "<base parameter>.<tensor of its rule>"
+    -> tensor (detached)."""
+    return {key: tensor.detach() for key, tensor in _tensors(model, name).items()}
+
+
+@torch.no_grad()
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | None = None) -> None:
+    """Copy tensors saved by `adapter_state_dict` into an adapter.
+
+    Keys and shapes have to be the adapter's own. Tensors in double, single or half precision (float16,
+    bfloat16) are converted to the one of these that the adapter has on this model; any other dtype has to be
+    the same.
+
+    Raises:
+        ValueError: keys, shapes or dtypes differ, or a value is not finite; nothing is loaded then.
+    """
+    own = _tensors(model, name)
+    check_tensors(state, own)
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
+
+
+def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare tensors with those that they are to be copied to.
+
+    Raises:
+        ValueError: naming the first differences.
+    """
+    problems = [f"missing {key}" for key in expected.keys() - given.keys()]
+    problems += [f"unexpected {quote(key)}" for key in given.keys() - expected.keys()]
+    for key in expected.keys() & given.keys():
+        if problem := _difference(given[key], expected[key]):
+            problems.append(f"{key} {problem}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError("the adapter's tensors do not fit: " + "; ".join(sorted(problems)[:4]) + more)
+
+
+def _difference(given: Tensor, expected: Tensor) -> str | None:
+    if given.shape != expected.shape:
+        return f"has shape {tuple(given.shape)}, expected {tuple(expected.shape)}"
+    if given.dtype != expected.dtype and not {given.dtype, expected.dtype} <= _CONVERTIBLE:
+        return f"is of {given.dtype}, expected {expected.dtype}"
+    if given.is_meta:
+        return "has no values (device meta)"
+    if not torch.isfinite(given.to(expected.dtype)).all():
+        return "holds values that are not finite"
+    return None
+
+
+def check_gradients(model: nn.Module) -> None:
+    """After a backward pass, make sure that every trained tensor took part in it.
+
+    Raises:
+        DeadAdapterError: tensors without a gradient, all of them named.
+    """
+    dead = [item.name for item in adapter_parameters(model) if item.parameter.grad is None]
+    if dead:
+        names = ", ".join(dead[:6]) + (f" and {len(dead) - 6} more" if len(dead) > 6 else "")
+        raise DeadAdapterError(
+            f"{len(dead)} trainable tensor(s) got no gradient and would never train: {names}. "
+            "The model does not read these parameters through their modules."
+        )
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """Sizes of a model under its active adapter."""
+
+    method: str
+    trainable: int
+    """Trained numbers, head included."""
+    head: int
+    """Trained numbers of the head."""
+    total: int
+    """Numbers of the plain model, as after `merge`."""
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        return (
+            f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %): "
+            f"{self.trainable - self.head:,} of the adapter, {self.head:,} of the head"
+        )
+
+
+def summary(model: nn.Module) -> AdapterSummary:
+    """Count trained and total parameters; without an adapter, everything that requires a gradient."""
+    model = unwrap(model)
+    record = active_adapter(model)
+    if record is None:
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return AdapterSummary("no adapter", trainable, 0, sum(p.numel() for _, p in base_parameters(model)))
+    sizes = [(item.group, item.parameter.numel()) for item in adapter_parameters(model)]
+    total = sum(p.numel() for path, p in base_parameters(model) if path not in record.head)
+    head = sum(size for group, size in sizes if group == "head")
+    return AdapterSummary(record.method, sum(size for _, size in sizes), head, total + head)
