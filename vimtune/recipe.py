@@ -226,7 +226,13 @@ class Recipe:
         "run folder (default: runs/<dataset>-<model>-<method>-<time>)",
     )
     resume: str | None = _setting(
-        "run", None, parsers.optional(parsers.text), "continue this run folder or checkpoint"
+        "run",
+        None,
+        parsers.optional(parsers.text),
+        "continue this run folder or checkpoint; auto: that in output_dir, or start",
+    )
+    force: bool = _setting(
+        "run", False, parsers.boolean, "resume although images or base weights have changed"
     )
     log_interval: int = _setting("run", 10, parsers.integer(1), "steps between two log lines")
     eval_interval: int = _setting("run", 1, parsers.integer(1), "epochs between two evaluations")
@@ -257,6 +263,8 @@ class Recipe:
             problems.append("eval_split = 'val' is trained on (train_split = 'train+val'): use test")
         if not wrong & {"dataset", "data_dir"} and self.dataset == "folder" and self.data_dir is None:
             problems.append("dataset = 'folder' needs data_dir: the folder with one subfolder per class")
+        if not wrong & {"resume", "output_dir"} and self.resume == "auto" and self.output_dir is None:
+            problems.append("resume = 'auto' needs output_dir: the folder to continue or start in")
         if not wrong & {"lr", "min_lr"} and self.min_lr > self.lr:
             problems.append(f"min_lr = {self.min_lr:g} is larger than lr = {self.lr:g}")
         if not wrong & {"epochs", "warmup_epochs"} and self.warmup_epochs > self.epochs:
@@ -436,13 +444,18 @@ def load_recipe(
     """The recipe of a run: defaults, then the YAML file `config`, then `overrides` (flags).
 
     With `resume` among the values, the recipe of that run comes before `config`, and its folder is
-    the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. Paths
-    are checked too. Raises `RecipeError` with every problem found.
+    the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. With
+    `resume` = "auto" that run is the one in `output_dir`, if there is one. Paths are checked too.
+    Raises `RecipeError` with every problem found.
     """
     values = {} if config is None else read_yaml(Path(config))
     values |= overrides or {}
     problems: list[str] = []
-    if isinstance(values.get("resume"), str | os.PathLike):
+    if values.get("resume") == "auto":
+        if isinstance(values.get("output_dir"), str | os.PathLike):
+            begun = Path(values["output_dir"]) / "recipe.yaml"
+            values = {**read_yaml(begun), **values} if begun.is_file() else values
+    elif isinstance(values.get("resume"), str | os.PathLike):
         resume = Path(values["resume"])
         folder = resume if resume.is_dir() else resume.parent
         if not resume.exists():

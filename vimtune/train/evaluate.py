@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vimtune.train.distributed import Processes
 from vimtune.train.guard import NonFiniteError, find_nonfinite
+from vimtune.train.reading import InputError
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -86,24 +87,37 @@ def evaluate(
 ) -> Evaluation | None:
     """Score `model` on this process's share of the images and add up the shares of all processes.
 
-    Returns None, in every process, when `should_stop` became true in any of them.
+    Returns None, in every process, when `should_stop` became true in any of them, or when the images of
+    another process cannot be read.
+
+    Raises:
+        InputError: the images of this process cannot be read.
+        ValueError: there was no image to score.
     """
     processes = processes or Processes()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     hits, loss, stopped = 0, 0.0, False
-    for logits, labels in iterate_logits(model, batches, device, autocast):
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        best = logits.topk(min(5, num_classes)).indices
-        hits += int((best == labels[:, None]).sum())
-        pairs = (labels * num_classes + best[:, 0]).cpu()
-        confusion += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-        if should_stop():
-            stopped = True
-            break
+    failure: InputError | None = None
+    try:
+        for logits, labels in iterate_logits(model, batches, device, autocast):
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            best = logits.topk(min(5, num_classes)).indices
+            hits += int((best == labels[:, None]).sum())
+            pairs = (labels * num_classes + best[:, 0]).cpu()
+            confusion += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+            if should_stop():
+                stopped = True
+                break
+    except InputError as error:  # raised below, after the others have been told to stop
+        failure, stopped = error, True
     counts = processes.sum(torch.cat([confusion.flatten(), torch.tensor([hits, int(stopped)])]))
     loss = float(processes.sum(torch.tensor(loss, dtype=torch.float64)))
     *_, hits, stopped = counts.tolist()
+    if failure is not None:
+        raise failure
     if stopped:
         return None
     confusion = counts[:-2].view(num_classes, num_classes)
-    return Evaluation(confusion, hits, loss / max(1, int(confusion.sum())))
+    if not (num_images := int(confusion.sum())):
+        raise ValueError("there is no image to score: the split is empty, or all of its images are corrupt")
+    return Evaluation(confusion, hits, loss / num_images)

@@ -23,6 +23,7 @@ from vimtune.adapters import AdapterInfo
 from vimtune.adapters.base import build_methods
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
+from vimtune.schema import STRICT, load_json
 from vimtune.train.checkpoint import Progress
 from vimtune.train.distributed import Processes
 from vimtune.train.evaluate import Evaluation
@@ -46,6 +47,8 @@ class Report:
     really ran, `cuda_graph` whether batches were replayed (in the run's last session, if it was resumed).
     `data` says for each split which images were used.
     """
+
+    __pydantic_config__ = STRICT
 
     top1: float
     top5: float
@@ -198,6 +201,14 @@ def write_report(report: Report, confusion: Tensor, folder: RunFolder) -> None:
 
     with writing(folder.report):
         atomic_write(folder.report, write)
+
+
+def read_report(folder: RunFolder) -> Report | None:
+    """The report in a run folder; None where there is none, or not one that this version writes."""
+    try:
+        return load_json(Report, folder.report.read_text(encoding="utf-8"), str(folder.report))
+    except (OSError, ValueError):
+        return None
 
 
 def print_report(report: Report, console: Console) -> None:

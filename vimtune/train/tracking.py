@@ -89,9 +89,9 @@ class Tracker:
             return
         self.metrics = MetricsLog(folder, keep_bytes)
         with writing(folder.tensorboard):
-            # Events after the checkpoint are hidden: the run is about to write them again.
-            purge = first_step + 1 if first_step else None
-            self.board = SummaryWriter(str(folder.tensorboard), purge_step=purge)
+            # Events after the checkpoint are hidden, all of them where there is none: the run is about to
+            # write them again.
+            self.board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
         if console.is_terminal:
             self.bar = Progress(
                 TextColumn("{task.description}"),
