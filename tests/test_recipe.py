@@ -73,6 +73,7 @@ GOOD = {
     "threads": (1, "1"),
     "output_dir": ("somewhere/new", "somewhere/new"),
     "resume": ("runs/x", "runs/x"),
+    "force": (True, "yes"),
     "log_interval": (1, "1"),
     "eval_interval": (2, "2"),
 }
@@ -130,6 +131,7 @@ BAD = {
     "threads": [0],
     "output_dir": [3],
     "resume": [True],
+    "force": [None, "very"],
     "log_interval": [0],
     "eval_interval": [0],
 }

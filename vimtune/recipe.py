@@ -225,7 +225,13 @@ class Recipe:
         "run folder (default: runs/<dataset>-<model>-<method>-<time>)",
     )
     resume: str | None = _setting(
-        "run", None, parsers.optional(parsers.path), "continue this run folder or checkpoint"
+        "run",
+        None,
+        parsers.optional(parsers.path),
+        "continue this run folder or checkpoint; auto: that in output_dir, or start",
+    )
+    force: bool = _setting(
+        "run", False, parsers.boolean, "resume although images or base weights have changed"
     )
     log_interval: int = _setting("run", 10, parsers.integer(1), "steps between two log lines")
     eval_interval: int = _setting("run", 1, parsers.integer(1), "epochs between two evaluations")
@@ -256,6 +262,8 @@ class Recipe:
             problems.append("eval_split = 'val' is trained on (train_split = 'train+val'): use test")
         if not wrong & {"dataset", "data_dir"} and self.dataset == "folder" and self.data_dir is None:
             problems.append("dataset = 'folder' needs data_dir: the folder with one subfolder per class")
+        if not wrong & {"resume", "output_dir"} and self.resume == "auto" and self.output_dir is None:
+            problems.append("resume = 'auto' needs output_dir: the folder to continue or start in")
         if not wrong & {"lr", "min_lr"} and self.min_lr > self.lr:
             problems.append(f"min_lr = {self.min_lr:g} is larger than lr = {self.lr:g}")
         if not wrong & {"epochs", "warmup_epochs"} and self.warmup_epochs > self.epochs:
@@ -419,8 +427,9 @@ def load_recipe(
     """The recipe of a run: defaults, then the YAML file `config`, then `overrides` (flags).
 
     With `resume` among the values, the recipe of that run comes before `config`, and its folder is
-    the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. A relative
-    path is relative to the working directory, in a file, too. Paths are checked as well.
+    the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. With
+    `resume` = "auto" that run is the one in `output_dir`, if there is one. A relative path is relative
+    to the working directory, in a file, too. Paths are checked as well.
 
     Raises:
         RecipeError: the file, the values or the paths; it has every problem that was found.
@@ -429,7 +438,7 @@ def load_recipe(
     values |= overrides or {}
     problems: list[str] = []
     try:
-        resumed = _resumed(values.get("resume"))
+        resumed = _resumed(values)
     except RecipeError as error:
         problems += error.problems
     else:
@@ -456,20 +465,22 @@ def _read(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise RecipeError([str(error)]) from error
 
 
-def _resumed(resume: Any) -> dict[str, Any]:
-    """What the run folder or checkpoint `resume` states: its recipe, and its folder as `output_dir`."""
+def _resumed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run states that `resume` asks to continue: its recipe, and its folder as `output_dir`."""
     try:
-        path = parsers.optional(parsers.path)(resume)
+        resume = parsers.optional(parsers.path)(values.get("resume"))
+        path = parsers.optional(parsers.path)(values.get("output_dir")) if resume == "auto" else resume
     except ValueError:
         return {}  # no path at all: the field's own parser says it
     if path is None:
         return {}
     try:
-        if not os.path.lexists(path):
-            raise RecipeError([f"resume = {quote(path)} does not exist"])
-        folder = Path(path) if os.path.isdir(path) else Path(path).parent
+        folder = Path(path) if resume == "auto" or os.path.isdir(path) else Path(path).parent
         if not (folder / "recipe.yaml").is_file():
-            raise RecipeError([f"resume = {quote(path)} is no run folder: it has no recipe.yaml"])
+            if resume == "auto":
+                return {}  # nothing has begun there: the run starts
+            what = "is no run folder: it has no recipe.yaml" if os.path.lexists(path) else "does not exist"
+            raise RecipeError([f"resume = {quote(path)} {what}"])
     except OSError as error:
         raise RecipeError([f"resume = {quote(path)}: {error.strerror}"]) from error
     return complete_stored(_read("resume", folder / "recipe.yaml")) | {"output_dir": str(folder)}

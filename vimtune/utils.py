@@ -62,6 +62,9 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+_TEMPORARY = ".vimtune-tmp"
+
+
 def atomic_write(
     path: str | os.PathLike[str], write: Callable[[Path], None], mode: int | None = None
 ) -> None:
@@ -70,10 +73,11 @@ def atomic_write(
     The temporary file lies in the same folder, is flushed to disk before the move and removed
     when anything fails, so `path` holds either the old content or the whole new one - also after
     a SIGKILL or a full disk. The file has the rights of `mode`; by default those of any other new file.
+    What a killed process leaves is found by `remove_temporaries`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -88,3 +92,9 @@ def atomic_write(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files of `atomic_write` calls that were killed, and no file of anybody else."""
+    for path in folder.glob(f".*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import OutputError, Report, train
 from vimtune.train.checkpoint import Progress, RunState, load_run_state, save_run_state
 from vimtune.train.folder import RunFolder
+from vimtune.train.identity import Facts
 from vimtune.train.records import EventLog, MetricsLog
 from vimtune.train.tracking import Tracker, duration
 from vimtune.train.trainer import _Run
@@ -209,7 +210,8 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 
 def state_of(value: float, size: int) -> RunState:
-    return RunState({}, {}, Progress(step=int(value)), {"w": torch.full((size,), value)}, {}, {}, {})
+    facts, tensors = Facts([], 0, ""), {"w": torch.full((size,), value)}
+    return RunState(Recipe(), facts, Progress(step=int(value)), tensors, {}, {}, {})
 
 
 def test_full_disk_keeps_the_former_checkpoint(tmp_path):
@@ -287,7 +289,7 @@ def test_run_on_a_full_disk_can_be_resumed(tiny, monkeypatch):
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OutputError, match=r"checkpoint\.safetensors: No space left on device.*--resume"):
             train(recipe)
-    assert not list(Path(recipe.output_dir).glob(".*.tmp"))
+    assert not list(Path(recipe.output_dir).glob(".*.vimtune-tmp"))
     assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.epoch == 1
     resumed = train(load_recipe(None, {"resume": recipe.output_dir}))
     assert (resumed.top1, resumed.loss) == (straight.top1, straight.loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, assert_same_weights, metrics, weights
@@ -18,7 +21,7 @@ from vimtune.cli import main
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import Interrupted, trainer
 from vimtune.train import train as run_training
-from vimtune.train.checkpoint import ResumeError
+from vimtune.train.identity import ResumeError
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -135,7 +138,7 @@ def test_sigkill_in_the_middle_of_a_save(tiny, straight):
     command = [sys.executable, "-c", KILLED_IN_SAVE, repr(recipe.to_dict())]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
-    left = [path.name for path in Path(recipe.output_dir).glob(".*.tmp")]
+    left = [path.name for path in Path(recipe.output_dir).glob(".*.vimtune-tmp")]
     assert len(left) == 1  # the process died between writing and moving
     # Epoch 2 is in the metrics and its adapter may be saved, but its checkpoint is not.
     assert metrics(recipe.output_dir)[-1]["epoch"] == 2
@@ -143,7 +146,7 @@ def test_sigkill_in_the_middle_of_a_save(tiny, straight):
     run_training(load_recipe(None, {"resume": recipe.output_dir}))
     assert_same_weights(weights(recipe.output_dir), weights(straight["plain"]))
     assert metrics(recipe.output_dir) == metrics(straight["plain"])
-    assert not list(Path(recipe.output_dir).glob(".*.tmp"))
+    assert not list(Path(recipe.output_dir).glob(".*.vimtune-tmp"))
     events = EventAccumulator(str(Path(recipe.output_dir, "tensorboard"))).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
@@ -187,6 +190,73 @@ def test_resume_refuses_other_base_weights(half_done, tmp_path):
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(ResumeError, match="the base weights are others"):
         run_training(replace(half_done, checkpoint=str(tmp_path / "other.safetensors")))
+
+
+def test_other_base_weights_by_force(half_done, tmp_path):
+    state = {name: value + 0.01 for name, value in base_weights(half_done).items()}
+    save_file(state, tmp_path / "other.safetensors")
+    report = run_training(replace(half_done, checkpoint=str(tmp_path / "other.safetensors"), force=True))
+    assert report.warnings == ["resumed although the base weights are others (--force)"]
+
+
+def draw(path: Path, side: int, value: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (side, side), (value, 255 - value, 0)).save(path)
+
+
+CHANGES = {
+    "renamed": lambda folder: (folder / "a" / "0.png").rename(folder / "a" / "x.png"),
+    "replaced": lambda folder: draw(folder / "a" / "0.png", 200, 77),
+    "moved": lambda folder: (folder / "a" / "0.png").rename(folder / "b" / "x.png"),
+}
+
+
+@pytest.fixture
+def on_files(tiny, tmp_path, monkeypatch) -> Recipe:
+    """A run on image files, stopped in its second epoch."""
+    for split, count in {"train": 8, "val": 2, "test": 2}.items():
+        for value, label in enumerate("ab"):
+            for number in range(count):
+                draw(tmp_path / "images" / split / label / f"{number}.png", 32 + number, 255 * value)
+    recipe = tiny(dataset="folder", data_dir=str(tmp_path / "images"), dataset_kwargs={}, epochs=2)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "_compute_gradients", 3, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            run_training(recipe)
+    return load_recipe(None, {"resume": recipe.output_dir})
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_resume_on_changed_images(on_files, split, capsys):
+    """The number of images and the class names stay as they were."""
+    folder = Path(on_files.data_dir, split)
+    before = Path(on_files.output_dir, "checkpoint.safetensors").read_bytes()
+    for change in CHANGES.values():
+        kept = folder.parent / "kept"
+        shutil.copytree(folder, kept)
+        change(folder)
+        with pytest.raises(
+            ResumeError, match=f"the images of '{split}' are others .*--force continues"
+        ) as error:
+            run_training(on_files)
+        assert "\n" not in str(error.value)
+        shutil.rmtree(folder)
+        kept.rename(folder)
+    assert Path(on_files.output_dir, "checkpoint.safetensors").read_bytes() == before
+    CHANGES["moved"](folder)
+    assert main(["train", "--resume", on_files.output_dir, "--force", "--backend", "torch"]) == 0
+    report = json.loads(Path(on_files.output_dir, "report.json").read_text())
+    assert any(f"although the images of '{split}' are others" in text for text in report["warnings"])
+    assert "warning: resumed although the images" in capsys.readouterr().out
+    assert not load_recipe(None, {"resume": on_files.output_dir}).force  # asked for once, not for good
+
+
+def test_resume_elsewhere_with_the_same_images(on_files, tmp_path):
+    """The folder of the images has moved, and so has that of the run."""
+    shutil.move(on_files.data_dir, tmp_path / "moved")
+    shutil.move(on_files.output_dir, tmp_path / "moved run")
+    values = {"resume": str(tmp_path / "moved run"), "data_dir": str(tmp_path / "moved")}
+    assert run_training(load_recipe(None, values)).warnings == []
 
 
 def base_weights(recipe: Recipe) -> dict[str, torch.Tensor]:

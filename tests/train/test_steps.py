@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -14,12 +15,13 @@ from tiny_runs import TINY, assert_close_metrics, assert_same_weights, largest_d
 
 import vimtune
 from vimtune import adapters
-from vimtune.data import CorruptImageError, build_transform, create_dataset, create_loader
+from vimtune.data import build_transform, create_dataset, create_loader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.train import Report, evaluate, train, trainer
-from vimtune.train.checkpoint import ResumeError, load_run_state
+from vimtune.train import InputError, Report, evaluate, train, trainer
+from vimtune.train.checkpoint import load_run_state
 from vimtune.train.distributed import Processes
+from vimtune.train.identity import ResumeError
 from vimtune.train.job import build_model
 from vimtune.train.precision import build_autocast
 
@@ -40,6 +42,7 @@ def plain(tmp_path_factory) -> Report:
 def test_run_folder_is_complete(plain):
     folder = Path(plain.run_dir)
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "recipe.yaml",
         "adapter.safetensors",
         "checkpoint.safetensors",
@@ -294,7 +297,7 @@ def test_console_off_a_terminal_is_brief(tiny, capsys):
 
 def test_skipped_images_are_counted(tiny, damaged):
     damaged(lambda index, turn: index in (3, 4))
-    with pytest.raises(CorruptImageError):
+    with pytest.raises(InputError, match="cannot decode image"):
         train(tiny("error"))
     report = train(tiny("skip", on_corrupt="skip"))
     assert report.warnings == ["train: 2 corrupt images left out"]
@@ -306,6 +309,29 @@ def test_training_on_train_and_val_selects_on_test(tiny):
     assert (report.selection_split, report.split) == ("test", "test")
     assert report.data.keys() == {"train+val", "test"} and "35 images" in report.data["train+val"]
     assert report.top1 == report.best_top1
+
+
+@pytest.mark.parametrize(("best", "evaluations"), [("last", 2), ("first", 3)])
+def test_the_best_adapter_is_not_scored_twice_on_the_same_images(tiny, monkeypatch, best, evaluations):
+    """Only if its weights are those that were scored last; the scores are of what lies in the file."""
+    score, calls = trainer.evaluate, []
+
+    def scripted(model, *arguments, **options):
+        calls.append(1)
+        scores = score(model, *arguments, **options)
+        if len(calls) > 2:
+            return scores
+        hits = scores.num_images if (best == "first") == (len(calls) == 1) else 0
+        confusion = torch.zeros_like(scores.confusion)
+        confusion[0, 0], confusion[0, 1] = hits, scores.num_images - hits
+        return replace(scores, confusion=confusion)
+
+    monkeypatch.setattr(trainer, "evaluate", scripted)
+    report = train(tiny(train_split="train+val", epochs=2, ema=0.5))
+    assert len(calls) == evaluations and report.best_epoch == (1 if best == "first" else 2)
+    assert report.split == report.selection_split == "test"
+    if best == "last":
+        assert report.top1 == report.best_top1 == 100.0
 
 
 def test_folder_without_test_images_is_scored_on_val(tiny, tmp_path):

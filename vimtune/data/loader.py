@@ -99,6 +99,13 @@ class ImageLoader:
         if whole:
             self._judge(left_out, seen, last)
 
+    def close(self) -> None:
+        """End the workers. Those that live on until Python exits are waited for `_GRACE_SECONDS` there."""
+        iterator = self._loader._iterator
+        if iterator is not None:  # DataLoader has no method of its own for this
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+            self._loader._iterator = None
+
     def _read(self) -> Iterator[_Batch]:
         """The batches as the workers make them; what happens to the workers becomes a `WorkerError`."""
         if self._loader.num_workers == 0:

@@ -2,65 +2,76 @@
 
 Tensors: `adapter/<name>` (what is trained), `ema/<name>` (its moving average) and
 `optimizer/<name>/<key>`. Metadata, as JSON: the recipe, the facts the state depends on (classes,
-number of training images, identity of the base weights, versions) and the progress. The format holds
-no code, so a checkpoint from elsewhere can be read without trusting it.
+fingerprints of the images, identity of the base weights, versions) and the progress. The format holds
+no code, and everything read is compared with a schema and with the run's own tensors, so a checkpoint
+from elsewhere can be read without trusting it.
+
+A run folder has two files that belong together: the state and the best adapter. They change as one:
+
+1. a better adapter is written beside the present one, under a name of its own (`next_adapter`);
+2. the state is written, which names the epoch of the best adapter; the rename that ends this step decides;
+3. the new adapter takes the place of the present one.
+
+After a crash before the decision the folder still holds the former state and its adapter; after it,
+`settle_best_adapter` does step 3 when the run is resumed. A state that is not sane (not finite) is never
+written, so the last good one stays.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Gt, Le
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vimtune.recipe import Recipe, complete_stored
+from vimtune.adapters.store import AdapterFileError, read_adapter_info
+from vimtune.recipe import Recipe, RecipeError, complete_stored
+from vimtune.schema import STRICT, Count, check, load_json, parse_json
+from vimtune.text import printable, quote, shorten
 from vimtune.train.folder import RunFolder, writing
+from vimtune.train.guard import NonFiniteError, describe, is_finite
+from vimtune.train.identity import Facts, ResumeError
 from vimtune.utils import atomic_write
 
 FORMAT = "vimtune run state 1"
+OPTIMIZER_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's tensors for each parameter."""
 
-IDENTITY = (
-    "dataset",
-    "dataset_kwargs",
-    "data_seed",
-    "train_split",
-    "model",
-    "model_kwargs",
-    "img_size",
-    "peft",
-    "targets",
-    "layers",
-    "method_kwargs",
-    "batch_size",
-    "grad_accum",
-    "seed",
-)
-"""What a state belongs to: with another value it could not be loaded, or would mean something else."""
-
-HARMLESS = (
-    "data_dir",
-    "download",
-    "num_workers",
-    "cache",
-    "checkpoint",
-    "pretrained",
-    "output_dir",
-    "resume",
-    "log_interval",
-    "cuda_graph",
-)
-"""May change without a word: no influence on the weights (another base is found by its identity)."""
+NotNegative = Annotated[float, Ge(0)]
+Percent = Annotated[float, Ge(0), Le(100)]
 
 
-class ResumeError(ValueError):
-    """A checkpoint that cannot be continued, and why."""
+@dataclass
+class TrainedEpoch:
+    """Record of an epoch in `Progress.history`."""
+
+    __pydantic_config__ = STRICT
+
+    epoch: Count
+    step: Count
+    lr: NotNegative
+    train_loss: float
+    images_per_second: NotNegative
+
+
+@dataclass
+class ScoredEpoch(TrainedEpoch):
+    """The same after an evaluation."""
+
+    __pydantic_config__ = STRICT
+
+    loss: float
+    top1: Percent
+    top5: Percent | None
 
 
 @dataclass
@@ -69,31 +80,60 @@ class Progress:
 
     `batch` counts the batches of `epoch` already used, `step` the optimizer steps of the whole run.
     `loss_sum` and `loss_images` belong to the epoch in progress; `metrics_bytes` is the length of
-    metrics.jsonl when the state was saved.
+    metrics.jsonl when the state was saved. `history` has one `TrainedEpoch` or `ScoredEpoch`, as a
+    mapping, for each epoch done.
     """
 
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
+    __pydantic_config__ = STRICT
+
+    epoch: Count = 0
+    batch: Count = 0
+    step: Count = 0
     loss_sum: float = 0.0
-    loss_images: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    train_seconds: float = 0.0
-    best_epoch: int = 0
-    best_top1: float = -1.0
-    stale_evaluations: int = 0
-    metrics_bytes: int = 0
+    loss_images: Count = 0
+    images: Count = 0
+    seconds: NotNegative = 0.0
+    train_seconds: NotNegative = 0.0
+    best_epoch: Count = 0
+    best_top1: Annotated[float, Ge(-1), Le(100)] = -1.0
+    stale_evaluations: Count = 0
+    metrics_bytes: Count = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def best_loss(self) -> float:
+        """Loss of the best epoch in its evaluation; infinite as long as there is none."""
+        return next((r["loss"] for r in self.history if r["epoch"] == self.best_epoch), float("inf"))
+
+    def is_better(self, top1: float, loss: float) -> bool:
+        """Whether an epoch with these scores becomes the best: more right, or as many at a lower loss."""
+        return (top1, -loss) > (self.best_top1, -self.best_loss)
+
+    def forget_best(self) -> None:
+        """Let the next evaluated epoch be the best."""
+        self.best_epoch, self.best_top1 = 0, -1.0
+
+
+@dataclass
+class ScalerState:
+    """State of torch's GradScaler, which amp = fp16 uses; torch writes a `_` before `growth_tracker`."""
+
+    __pydantic_config__ = STRICT
+
+    scale: Annotated[float, Gt(0)]
+    growth_factor: Annotated[float, Gt(1)]
+    backoff_factor: Annotated[float, Gt(0), Le(1)]
+    growth_interval: Annotated[int, Ge(1)]
+    growth_tracker: Count
 
 
 @dataclass
 class RunState:
     """Contents of a checkpoint; `optimizer` maps tensor name to AdamW's tensors for it."""
 
-    recipe: dict[str, Any]
-    facts: dict[str, Any]
+    recipe: Recipe
+    facts: Facts
     progress: Progress
     adapter: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
@@ -101,29 +141,31 @@ class RunState:
     scaler: dict[str, Any]
 
 
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that `--resume path` means: `path` itself, or the one in that run folder."""
-    path = Path(path)
-    file = RunFolder(path).checkpoint if path.is_dir() else path
-    if not file.is_file():
-        raise ResumeError(f"resume = {os.fspath(path)!r}: there is no checkpoint {file}")
-    return file
-
-
 def save_run_state(path: Path, state: RunState) -> None:
-    """Write `state` to `path` in one step: a crash or a full disk leaves the former file."""
-    tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.items()}
-    tensors |= {f"ema/{name}": tensor for name, tensor in state.ema.items()}
-    for name, slots in state.optimizer.items():
-        tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in slots.items()}
+    """Write `state` to `path` in one step: a crash or a full disk leaves the former file.
+
+    Raises:
+        NonFiniteError: the state is not sane; the former file stays.
+        OutputError: it cannot be written.
+    """
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _flat(state).items()}
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise NonFiniteError(
+                f"after step {state.progress.step}, {key} is not finite ({describe(tensor)}). This state is "
+                f"not kept; {path.name} is as it was saved before. Lower --lr or set --clip-grad"
+            )
     described = {
-        "recipe": state.recipe,
-        "facts": state.facts,
-        "progress": vars(state.progress),
+        "recipe": state.recipe.to_dict(),
+        "facts": dataclasses.asdict(state.facts),
+        "progress": dataclasses.asdict(state.progress),
         "scaler": state.scaler,
     }
+    check(Facts, described["facts"], "the facts of the run")
+    check(Progress, described["progress"], "the progress of the run")
+    _check_progress(state.progress, "the progress of the run")
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in described.items()}
-    data = save({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, metadata)
+    data = save(tensors, metadata)
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
@@ -132,43 +174,127 @@ def save_run_state(path: Path, state: RunState) -> None:
         atomic_write(path, write)
 
 
+def _flat(state: RunState) -> dict[str, Tensor]:
+    tensors = {f"adapter/{name}": tensor for name, tensor in state.adapter.items()}
+    tensors |= {f"ema/{name}": tensor for name, tensor in state.ema.items()}
+    for name, slots in state.optimizer.items():
+        tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in slots.items()}
+    return tensors
+
+
 def load_run_state(path: Path) -> RunState:
-    """Read a checkpoint.
+    """Read a checkpoint, and check all that can be checked without the run it belongs to.
 
     Raises:
-        ResumeError: truncated, not one of ours, or unreadable.
+        ResumeError: truncated, not one of ours, damaged, or unreadable.
     """
+    shown = printable(str(path))
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
     except SafetensorError as error:
-        raise ResumeError(f"{path} is truncated or not a checkpoint of vimtune ({error})") from error
+        reason = shorten(printable(str(error)))
+        raise ResumeError(f"{shown} is truncated or not a checkpoint of vimtune ({reason})") from error
     except OSError as error:
-        raise ResumeError(f"cannot read {path}: {error.strerror or error}") from error
+        raise ResumeError(f"cannot read {shown}: {error.strerror or error}") from error
     if metadata.get("format") != FORMAT:
-        found = metadata.get("format", "a safetensors file of another kind")
-        raise ResumeError(f"{path} is not a checkpoint to resume: expected {FORMAT!r}, found {found!r}")
-    adapter: dict[str, Tensor] = {}
-    ema: dict[str, Tensor] = {}
-    optimizer: dict[str, dict[str, Tensor]] = {}
+        found = quote(metadata["format"]) if "format" in metadata else "a safetensors file of another kind"
+        raise ResumeError(f"{shown} is not a checkpoint to resume: expected {FORMAT!r}, found {found}")
+
+    def read(schema: Any, key: str) -> Any:
+        return load_json(schema, metadata.get(key), f"{shown}: its {key}", ResumeError)
+
+    try:
+        recipe = Recipe.from_values(complete_stored(read(dict[str, Any], "recipe")))
+    except RecipeError as error:
+        raise ResumeError(f"{shown}: its recipe: {'; '.join(error.problems)}") from error
+    facts, progress, scaler = read(Facts, "facts"), read(Progress, "progress"), _read_scaler(metadata, shown)
+    state = RunState(recipe, facts, progress, adapter={}, optimizer={}, ema={}, scaler=scaler)
+    _check_progress(state.progress, shown, ResumeError)
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "optimizer":
             name, _, slot = name.rpartition("/")
-            optimizer.setdefault(name, {})[slot] = tensor
+            state.optimizer.setdefault(name, {})[slot] = tensor
+        elif kind in ("adapter", "ema"):
+            getattr(state, kind)[name] = tensor
         else:
-            {"adapter": adapter, "ema": ema}[kind][name] = tensor
-    described = {key: json.loads(metadata[key]) for key in ("recipe", "facts", "progress", "scaler")}
-    return RunState(
-        recipe=described["recipe"],
-        facts=described["facts"],
-        progress=Progress(**described["progress"]),
-        adapter=adapter,
-        optimizer=optimizer,
-        ema=ema,
-        scaler=described["scaler"],
-    )
+            raise ResumeError(f"{shown} holds an unexpected tensor {quote(key)}")
+    return state
+
+
+def _read_scaler(metadata: Mapping[str, str], shown: str) -> dict[str, Any]:
+    what = f"{shown}: its scaler"
+    values = parse_json(metadata.get("scaler"), what, ResumeError)
+    check(dict[str, Any], values, what, ResumeError)
+    if values:  # empty where no scaler was in use
+        check(ScalerState, {key.removeprefix("_"): value for key, value in values.items()}, what, ResumeError)
+    return values
+
+
+def _check_progress(progress: Progress, what: str, error: type[ValueError] = ValueError) -> None:
+    """Check what a schema of single values cannot say: that the parts of `progress` fit together."""
+    epochs = check(list[ScoredEpoch | TrainedEpoch], progress.history, f"{what}: its history", error)
+    if [record.epoch for record in epochs] != list(range(1, progress.epoch + 1)):
+        raise error(f"{what}: its history is not that of the {progress.epoch} epochs it has trained")
+    scores = {record.epoch: record.top1 for record in epochs if isinstance(record, ScoredEpoch)}
+    if scores.get(progress.best_epoch, -1.0) != progress.best_top1:
+        raise error(f"{what}: its history does not have epoch {progress.best_epoch} as the best one")
+
+
+def check_place(progress: Progress, batches: int) -> None:
+    """Raise ResumeError where `progress` stands beyond an epoch of so many `batches`."""
+    if progress.batch > batches:
+        raise ResumeError(
+            f"the checkpoint stands after {progress.batch} batches of an epoch, which now has {batches}"
+        )
+
+
+def check_tensors(
+    state: RunState, adapter: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Compare the tensors of `state` with those of the run that is about to continue it.
+
+    Nothing is converted to fit, and nothing that is missing starts afresh.
+
+    Args:
+        state: what was read.
+        adapter: all tensors of the run's adapter.
+        parameters: those of them that are trained.
+
+    Raises:
+        ResumeError: a tensor is missing, surplus, of another shape or type, or not finite.
+    """
+    expected = {f"adapter/{name}": tensor for name, tensor in adapter.items()}
+    if state.ema or state.recipe.ema > 0:
+        expected |= {f"ema/{name}": parameter for name, parameter in parameters.items()}
+    # Steps that fp16's scaler skips leave the optimizer without tensors.
+    if state.optimizer or (state.progress.step > 0 and not state.scaler):
+        for name, parameter in parameters.items():
+            moments = {f"optimizer/{name}/{slot}": parameter for slot in OPTIMIZER_SLOTS}
+            expected |= moments | {f"optimizer/{name}/step": torch.zeros(())}
+    found = _flat(state)
+    problems = [f"{quote(key)} is missing" for key in expected if key not in found]
+    problems += [f"{quote(key)} is not expected" for key in found if key not in expected]
+    for key in (key for key in expected if key in found):
+        tensor, shape, dtype = found[key], tuple(expected[key].shape), expected[key].dtype
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            problems.append(
+                f"{quote(key)} has shape {tuple(tensor.shape)} and type {tensor.dtype}, "
+                f"expected {shape} and {dtype}"
+            )
+        elif not is_finite(tensor):
+            problems.append(f"{quote(key)} is not finite ({describe(tensor)})")
+        elif (
+            key.endswith(("/step", "/exp_avg_sq"))
+            and key.startswith("optimizer/")
+            and bool((tensor < 0).any())
+        ):
+            problems.append(f"{quote(key)} is negative")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ResumeError("the checkpoint does not fit this run: " + "; ".join(problems[:3]) + more)
 
 
 def optimizer_tensors(
@@ -190,61 +316,28 @@ def restore_optimizer(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def settle_best_adapter(folder: RunFolder, best_epoch: int) -> bool:
+    """Finish or undo a change that a crash cut short, for a state whose best adapter is of `best_epoch`.
+
+    Returns:
+        Whether the folder holds that adapter, or none is wanted yet (`best_epoch` = 0).
+    """
+    with writing(folder.adapter):
+        if best_epoch > 0 and _epoch_of(folder.next_adapter) == best_epoch:
+            os.replace(folder.next_adapter, folder.adapter)
+        folder.next_adapter.unlink(missing_ok=True)
+    return best_epoch == 0 or _epoch_of(folder.adapter) == best_epoch
+
+
+def _epoch_of(adapter: Path) -> int | None:
+    """The epoch that an adapter file was saved in; None without a readable file."""
+    try:
+        return read_adapter_info(adapter).extra.get("epoch")
+    except AdapterFileError:
+        return None
+
+
 def ended(recipe: Recipe, progress: Progress) -> bool:
     """Whether a run that stands at `progress` has trained all it should."""
     exhausted = 0 < recipe.early_stop <= progress.stale_evaluations
     return progress.epoch >= recipe.epochs or exhausted
-
-
-def refuse_finished(recipe: Recipe, progress: Progress, folder: RunFolder) -> None:
-    """Raise ResumeError when nothing is left to do.
-
-    Without a report of this length the run was stopped between its last epoch and its end: let it end.
-    """
-    if ended(recipe, progress) and folder.reported_epochs() == progress.epoch:
-        more = "raise --epochs to train longer" if progress.epoch >= recipe.epochs else "it stopped early"
-        raise ResumeError(f"{folder.path} is finished after {progress.epoch} epochs: {more}")
-
-
-def check_resumable(state: RunState, recipe: Recipe, facts: Mapping[str, Any], same_base: bool) -> list[str]:
-    """Compare a checkpoint with the run about to continue it.
-
-    Returns:
-        One line per changed setting that makes the rest differ from an uninterrupted run.
-
-    Raises:
-        ResumeError: naming everything that makes the state unusable here.
-    """
-    saved = Recipe.from_values({**complete_stored(state.recipe), "resume": None})
-    problems = [
-        f"{name} was {getattr(saved, name)!r} and is now {getattr(recipe, name)!r}"
-        for name in IDENTITY
-        if getattr(saved, name) != getattr(recipe, name)
-    ]
-    problems += _changed_facts(state.facts, facts)
-    if not same_base:
-        problems.append("the base weights are others")
-    if problems:
-        raise ResumeError(
-            "this checkpoint belongs to another run: "
-            + "; ".join(problems)
-            + ". Resume with the run's own settings, or start a new run in another folder"
-        )
-    notes = []
-    for name, value in recipe.to_dict().items():
-        if name not in (*IDENTITY, *HARMLESS) and value != getattr(saved, name):
-            effect = "; the learning rate jumps to the new run's curve" if name == "epochs" else ""
-            notes.append(f"resumed with {name} = {value!r} (was {getattr(saved, name)!r}){effect}")
-    return notes
-
-
-def _changed_facts(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if len(saved["classes"]) != len(now["classes"]):
-        problems.append(f"it has {len(saved['classes'])} classes and the data now {len(now['classes'])}")
-    elif saved["classes"] != now["classes"]:
-        changed = next(a for a, b in zip(saved["classes"], now["classes"], strict=True) if a != b)
-        problems.append(f"the class names differ (such as {changed!r})")
-    if saved["train_images"] != now["train_images"]:
-        problems.append(f"training images were {saved['train_images']} and are now {now['train_images']}")
-    return problems

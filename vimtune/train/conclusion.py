@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vimtune.text import csv_cell, printable, shorten
 from vimtune.train import pictures
-from vimtune.train.checkpoint import HARMLESS
 from vimtune.train.folder import OutputError, RunFolder, writing
+from vimtune.train.identity import HARMLESS
 from vimtune.train.report import Report, print_report, write_report
 from vimtune.train.tracking import Tracker
 from vimtune.utils import atomic_write

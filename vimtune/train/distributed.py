@@ -5,20 +5,42 @@ the run is one process and every collective here is the identity. Gradients are 
 all-reduce per optimizer step rather than by DistributedDataParallel: what an adapter trains is
 small, micro-batches then communicate once, and a process whose share of a batch is empty still
 takes part.
+
+No process waits for ever. Before they join, all of them wait `JOIN_TIMEOUT` for each other and tell whether
+they can start. While the run is set up, a process that fails says why where the others exchange their next
+values. Later, a process that died ends the others at their next collective: at once with gloo, whose
+connection breaks; with NCCL when the launcher stops them (torchrun does so within 30 seconds); and after
+`TIMEOUT` where only its machine has fallen silent.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vimtune.text import printable, quote, shorten
+
+JOIN_TIMEOUT = timedelta(minutes=5)
+"""How long the processes wait for the last one to start."""
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others; longer than one of them works alone, as in a download."""
+
+
+class ProcessesError(ValueError):
+    """Another process failed, or the processes do not fit together; raised in every one of them."""
+
+
+class PeerLostError(ValueError):
+    """Another process has ended, or does not answer any more."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,7 @@ class Processes:
         if self.world_size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)  # NCCL moves tensors of the GPU only
-        dist.all_reduce(total)
+        _meet(dist.all_reduce, total)
         return total.to(tensor.device)
 
     def sum_gradients_(self, parameters: Sequence[Tensor]) -> None:
@@ -48,33 +70,88 @@ class Processes:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
+        _meet(dist.all_reduce, flat)
         pieces = flat.split([gradient.numel() for gradient in gradients])
         for parameter, gradient, piece in zip(parameters, gradients, pieces, strict=True):
             parameter.grad = gradient.copy_(piece.view_as(gradient))
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every process, by rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        """`value` of every process, by rank.
+
+        Raises:
+            ProcessesError: another process has failed in a block of `failing_together`.
+        """
+        return [value] if self.world_size == 1 else self._exchange(value, None)
 
     def from_main(self, value: Any) -> Any:
         """The main process's `value`, in every process."""
         return self.gather(value)[0]
+
+    def demand_same(self, values: Mapping[str, Any]) -> None:
+        """Compare `values` with those of the other processes.
+
+        Raises:
+            ProcessesError: they differ; the message names the first difference.
+        """
+        first, *others = self.gather(dict(values))
+        for rank, other in enumerate(others, 1):
+            for name in [*first, *(name for name in other if name not in first)]:
+                if first.get(name) != other.get(name):
+                    raise ProcessesError(
+                        f"the processes of a run must work on the same: {name} is {quote(first.get(name))} "
+                        f"in process 0 and {quote(other.get(name))} in process {rank}. Give all of them the "
+                        "same recipe, data and weights"
+                    )
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let an error in one process end all: its message reaches the others at their next `gather`.
+
+        For blocks whose only collectives are those of this class that exchange values, not tensors.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        try:
+            yield
+        except (ProcessesError, PeerLostError):  # the others know
+            raise
+        except (ValueError, OSError) as error:
+            self._exchange(None, str(error))
+        else:
+            self.gather(None)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Let the main process run the block before the others (for downloads and caches)."""
         if not self.is_main:
             self.gather(None)
-        try:
+        with self.failing_together():
             yield
-        finally:
-            if self.is_main:
-                self.gather(None)
+        if self.is_main:
+            self.gather(None)
+
+    def _exchange(self, value: Any, error: str | None) -> list[Any]:
+        answers: list[Any] = [None] * self.world_size
+        _meet(dist.all_gather_object, answers, (value, error))
+        _raise_first([error for _, error in answers])
+        return [value for value, _ in answers]
+
+
+def _raise_first(errors: Sequence[str | None]) -> None:
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise ProcessesError(f"process {rank}: {error}")
+
+
+def _meet(collective: Callable[..., Any], *arguments: Any) -> None:
+    """Run a collective; what it raises when a process is missing becomes a `PeerLostError`."""
+    try:
+        collective(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PeerLostError("another process of the run has ended or does not answer any more") from error
 
 
 def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -113,16 +190,31 @@ def _environment(name: str, default: int) -> int:
 
 
 @contextmanager
-def open_processes(device_name: str) -> Iterator[Processes]:
-    """Join the processes announced by the environment, if any, and choose this process's device."""
+def open_processes(device_name: str, prepare: Callable[[], None] = lambda: None) -> Iterator[Processes]:
+    """Join the processes announced by the environment, if any, and choose this process's device.
+
+    `prepare` runs before and may refuse the run; then no process of it starts.
+
+    Raises:
+        ValueError: from `prepare`, or no such device.
+        ProcessesError: another process cannot start, or did not within `JOIN_TIMEOUT`.
+    """
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    local_rank = _environment("LOCAL_RANK", 0)
-    device = resolve_device(device_name, local_rank, _environment("LOCAL_WORLD_SIZE", world_size))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     joins = world_size > 1 and not dist.is_initialized()
+    refusal: ValueError | None = None
+    device = torch.device("cpu")
+    try:
+        prepare()
+        local_rank = _environment("LOCAL_RANK", 0)
+        device = resolve_device(device_name, local_rank, _environment("LOCAL_WORLD_SIZE", world_size))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except ValueError as error:
+        if not joins:
+            raise
+        refusal = error
     if joins:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join(rank, world_size, "nccl" if device.type == "cuda" else "gloo", refusal)
     notes = logging.getLogger("vimtune")
     level = notes.level
     if rank > 0:  # one process tells what all of them do; warnings pass
@@ -133,3 +225,34 @@ def open_processes(device_name: str) -> Iterator[Processes]:
         notes.setLevel(level)
         if joins:
             dist.destroy_process_group()
+
+
+def _join(rank: int, world_size: int, backend: str, refusal: ValueError | None) -> None:
+    """Form the group of processes, unless one of them has a `refusal`: then raise it in all of them.
+
+    The roll call goes through the store that torch uses to bring the processes together: it needs neither
+    a device nor a group yet.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store.set(f"vimtune/refusal/{rank}", "" if refusal is None else str(refusal))
+        answers = [store.get(f"vimtune/refusal/{other}").decode() for other in range(world_size)]
+        store.set(f"vimtune/heard/{rank}", "")
+        if any(answers) and rank == 0:  # whose end closes the store
+            store.wait([f"vimtune/heard/{other}" for other in range(world_size)], JOIN_TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # not there in time, or no address to meet at
+        if refusal is not None:
+            raise refusal from error
+        reason = shorten(printable(str(error).partition("\n")[0]))
+        raise ProcessesError(
+            f"process {rank} of {world_size} did not meet the others within "
+            f"{JOIN_TIMEOUT.total_seconds() / 60:g} minutes ({reason})"
+        ) from error
+    _raise_first([answer or None for answer in answers])
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("vimtune/group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
+    )

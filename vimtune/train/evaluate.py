@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vimtune.train.distributed import Processes
 from vimtune.train.guard import NonFiniteError, find_nonfinite
+from vimtune.train.reading import InputError
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -93,26 +94,35 @@ def evaluate(
     Among classes of equal logits the one of lowest index comes first, on every device.
 
     Returns:
-        None, in every process, when `should_stop` became true in any of them.
+        None, in every process, when `should_stop` became true in any of them, or when the images of
+        another process cannot be read.
 
     Raises:
+        ValueError: there was no image to score.
+        InputError: the images of this process cannot be read.
         ValueError: there was no image to score.
     """
     processes = processes or Processes()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     hits, loss, stopped = 0, 0.0, False
-    for logits, labels in iterate_logits(model, batches, device, autocast):
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        predicted, ranks = rank_answers(logits, labels)
-        hits += int((ranks < TOP).sum())
-        pairs = (labels * num_classes + predicted).cpu()
-        confusion += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-        if should_stop():
-            stopped = True
-            break
+    failure: InputError | None = None
+    try:
+        for logits, labels in iterate_logits(model, batches, device, autocast):
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            predicted, ranks = rank_answers(logits, labels)
+            hits += int((ranks < TOP).sum())
+            pairs = (labels * num_classes + predicted).cpu()
+            confusion += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+            if should_stop():
+                stopped = True
+                break
+    except InputError as error:  # raised below, after the others have been told to stop
+        failure, stopped = error, True
     counts = processes.sum(torch.cat([confusion.flatten(), torch.tensor([hits, int(stopped)])]))
     loss = float(processes.sum(torch.tensor(loss, dtype=torch.float64)))
     *_, hits, stopped = counts.tolist()
+    if failure is not None:
+        raise failure
     if stopped:
         return None
     confusion = counts[:-2].view(num_classes, num_classes)

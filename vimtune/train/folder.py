@@ -1,20 +1,41 @@
-"""The run folder: what lies where, and one clear message when it cannot be written."""
+"""The run folder: what lies where, who may write there, and one clear message when it cannot be written.
+
+One run at a time works in a folder. It holds a lock of the operating system on a hidden file there, from
+its first write (a resumed run: before it reads its state) to its end. The system frees such a lock when the
+process ends, however it ends, so a crash leaves nothing behind that somebody must remove.
+"""
 
 from __future__ import annotations
 
 import errno
-import json
+import itertools
+import logging
 import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+from vimtune.text import printable, shorten
+
+logger = logging.getLogger(__name__)
+
+LOCK_PATIENCE = 6.0
+"""Seconds to wait for a lock: data workers of a killed run may keep it until they miss their parent."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class OutputError(ValueError):
     """A result could not be written (disk full, no permission, ...). Earlier files are intact."""
+
+
+class FolderInUseError(ValueError):
+    """Another run works in the folder."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +50,13 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The best adapter so far."""
+        """The best adapter of the state in `checkpoint`."""
         return self.path / "adapter.safetensors"
+
+    @property
+    def next_adapter(self) -> Path:
+        """A better adapter whose state is not yet written; see `vimtune.train.checkpoint`."""
+        return self.path / ".adapter.next.safetensors"
 
     @property
     def checkpoint(self) -> Path:
@@ -62,21 +88,65 @@ class RunFolder:
         """The counts that the picture of the confusion matrix shows."""
         return self.path / "confusion_matrix.csv"
 
-    def reported_epochs(self) -> int | None:
-        """Length of the run that report.json tells of; None without a readable report."""
+    @property
+    def lock(self) -> Path:
+        """Locked by the run that works in the folder; holds a line that says who that is."""
+        return self.path / ".lock"
+
+
+def create_unused(path: Path) -> Path:
+    """Make the first of path, path-2, path-3, ... that does not exist; two runs never get the same one."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            with suppress(FileExistsError):
+                candidate.mkdir()
+                break
+    return candidate
+
+
+@contextmanager
+def hold(folder: RunFolder) -> Iterator[None]:
+    """Keep other runs out of an existing folder for the length of a block.
+
+    Raises:
+        FolderInUseError: another run works in it; the message says who.
+        OutputError: nothing can be written there.
+    """
+    lock = FileLock(folder.lock)
+    with writing(folder.lock):
         try:
-            return json.loads(self.report.read_text(encoding="utf-8")).get("epochs")
-        except (OSError, ValueError):
-            return None
+            lock.acquire(timeout=LOCK_PATIENCE)
+        except Timeout:
+            raise FolderInUseError(
+                f"the run folder {printable(str(folder.path))} is in use by {_holder(folder)}: wait for that "
+                "run to end, or choose another output_dir"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "the file system of %s has no locks: make sure that no other run uses this folder",
+                printable(str(folder.path)),
+            )
+    try:
+        with suppress(
+            PermissionError
+        ):  # Windows lets nobody write to a locked file; then the name is missing
+            moment = time.strftime("%Y-%m-%d %H:%M:%S")
+            folder.lock.write_text(f"process {os.getpid()} on {socket.gethostname()} since {moment}\n")
+        yield
+    finally:
+        lock.release()
 
 
-def unused_path(path: Path) -> Path:
-    """The first of path, path-2, path-3, ... that does not exist."""
-    number, free = 2, path
-    while free.exists():
-        free = path.with_name(f"{path.name}-{number}")
-        number += 1
-    return free
+def _holder(folder: RunFolder) -> str:
+    try:
+        with open(folder.lock, encoding="utf-8", errors="replace") as file:
+            return printable(shorten(file.read(200).strip())) or "another process"
+    except OSError:
+        return "another process"
 
 
 @contextmanager

@@ -40,8 +40,25 @@ class Job:
     @property
     def sources(self) -> dict[str, str]:
         """For each split in use, which images it really holds."""
-        loaders = [self.train, self.selection, *([self.test] if self.test else [])]
-        return {loader.dataset.split: loader.dataset.source for loader in loaders}
+        return {dataset.split: dataset.source for dataset in self._datasets}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """For each split in use, a hash that changes when its images do."""
+        return {dataset.split: dataset.fingerprint() for dataset in self._datasets}
+
+    def close(self) -> None:
+        """End the processes that prepare images."""
+        for loader in self._loaders:
+            loader.close()
+
+    @property
+    def _loaders(self) -> list[ImageLoader]:
+        return list(dict.fromkeys([self.train, self.selection, *([self.test] if self.test else [])]))
+
+    @property
+    def _datasets(self) -> list[ImageDataset]:
+        return [loader.dataset for loader in self._loaders]
 
 
 def build_job(recipe: Recipe, processes: Processes) -> Job:

@@ -90,8 +90,8 @@ class EventLog(_GrowingFile):
     `Tracker` writes the curves `train/loss`, `train/lr`, `train/grad_norm` and `train/images_per_second` of
     the steps, `train/epoch_loss` of the epochs, and `<split>/loss`, `<split>/top1` and `<split>/top5` of the
     evaluations; all over optimizer steps.
-    A session that resumes after `first_step` hides the later events of the sessions before it: the
-    run is about to write them again.
+    A session that goes on after `first_step`, or starts over, hides the later events of the sessions
+    before it: the run is about to write them again.
     """
 
     def __init__(self, folder: RunFolder, first_step: int = 0) -> None:
@@ -99,8 +99,7 @@ class EventLog(_GrowingFile):
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         super().__init__(folder.tensorboard / name, folder.tensorboard)
         self._write(file_version="brain.Event:2")
-        if first_step:
-            self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write_scalars(self, scalars: Mapping[str, float | None], step: int) -> None:
         """Add a point to the curve of each tag; None is left out."""

@@ -21,7 +21,7 @@ from vimtune.adapters.base import build_methods
 from vimtune.console import neutral, print_line
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
-from vimtune.schema import finite_json, finite_or_none
+from vimtune.schema import STRICT, finite_json, finite_or_none, load_json
 from vimtune.text import shorten
 from vimtune.train.checkpoint import Progress
 from vimtune.train.distributed import Processes
@@ -57,6 +57,8 @@ class Report:
     `most_confused` lists pairs of classes, the most frequent first: of the `of` images of the class `true`,
     `images` were taken for the class `predicted`. `recipe` holds the settings of the run.
     """
+
+    __pydantic_config__ = STRICT
 
     format: str
     top1: float
@@ -234,6 +236,14 @@ def write_report(report: Report, folder: RunFolder) -> None:
 
     with writing(folder.report):
         atomic_write(folder.report, write)
+
+
+def read_report(folder: RunFolder) -> Report | None:
+    """The report in a run folder; None where there is none, or not one that this version writes."""
+    try:
+        return load_json(Report, folder.report.read_text(encoding="utf-8"), str(folder.report))
+    except (OSError, ValueError):
+        return None
 
 
 def print_report(report: Report, console: Console) -> None:

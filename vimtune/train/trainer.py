@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,29 +16,29 @@ from torch import Tensor, nn
 import vimtune
 from vimtune import adapters
 from vimtune.console import build_console
+from vimtune.data import ImageLoader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.train.batch import BatchMixer, summed_loss
 from vimtune.train.checkpoint import (
     Progress,
-    ResumeError,
     RunState,
-    check_resumable,
+    check_place,
+    check_tensors,
     ended,
-    find_checkpoint,
-    load_run_state,
     optimizer_tensors,
-    refuse_finished,
     restore_optimizer,
     save_run_state,
+    settle_best_adapter,
 )
 from vimtune.train.conclusion import conclude
-from vimtune.train.distributed import Processes, open_processes
+from vimtune.train.distributed import PeerLostError, Processes, open_processes
 from vimtune.train.evaluate import Evaluation, evaluate
-from vimtune.train.folder import RunFolder, unused_path, writing
+from vimtune.train.folder import writing
 from vimtune.train.gradients import GradientWatch, put_gradients, scale_and_clip
 from vimtune.train.graph import BatchGraph, CaptureError, CudaRecorder, refusals
 from vimtune.train.guard import NonFiniteError, find_nonfinite
+from vimtune.train.identity import Facts, compare, facts_of_all, lasting, settings_of_all
 from vimtune.train.interrupt import Interrupted, StopRequest
 from vimtune.train.job import build_job
 from vimtune.train.optim import (
@@ -52,14 +50,17 @@ from vimtune.train.optim import (
     skips_by_itself,
 )
 from vimtune.train.precision import build_autocast, build_scaler
+from vimtune.train.reading import InputError, reading
 from vimtune.train.report import (
     Report,
     build_report,
     describe_method,
     peak_memory,
+    print_report,
     versions,
 )
 from vimtune.train.settings import derive_seed, process_settings, seed_generators
+from vimtune.train.start import Start, find_start, prepare_folder
 from vimtune.train.tracking import Tracker
 from vimtune.train.transfer import Batch, Readback, WindowReader
 
@@ -68,6 +69,8 @@ TRAINED = "default"
 
 WATCHED_STEPS = 5
 """Optimizer steps after which a trained tensor that never had a gradient is reported."""
+_NOT_READ = -(2**40)
+"""What a process whose images cannot be read adds to the number of images of a step."""
 
 
 def train(recipe: Recipe) -> Report:
@@ -80,30 +83,25 @@ def train(recipe: Recipe) -> Report:
 
     Raises:
         ValueError: the recipe, the data, the weights or the run to resume do not allow the run,
-            the output cannot be written, or (`NonFiniteError`) training met inf or NaN.
+            another run uses the folder, the output cannot be written, (`NonFiniteError`) training met inf
+            or NaN, or (`InputError`, `PeerLostError`) images or another process got lost; then the state
+            was saved.
         Interrupted: Ctrl-C or SIGTERM; the state was saved and can be resumed.
     """
-    recipe.check_paths()
-    if recipe.checkpoint is not None:  # the recipe in the run folder is read from anywhere
-        recipe = dataclasses.replace(recipe, checkpoint=os.path.abspath(recipe.checkpoint))
-    with open_processes(recipe.device) as processes, process_settings(recipe, processes.device):
-        saved = None
-        if recipe.resume is not None:
-            path = find_checkpoint(recipe.resume)
-            saved = load_run_state(path)
-            refuse_finished(recipe, saved.progress, RunFolder(path.parent))
-            folder = RunFolder(path.parent)
-            if recipe.output_dir is not None and Path(recipe.output_dir).resolve() != folder.path.resolve():
-                raise ResumeError(f"a resumed run continues in its own folder {folder.path}: drop output_dir")
-        else:
-            folder = RunFolder(processes.from_main(_new_folder(recipe)))
-        with ExitStack() as stack:
-            return _Run(recipe, processes, folder, saved, stack).complete()
-
-
-def _new_folder(recipe: Recipe) -> Path:
-    # Names made from the time may meet; a name that was asked for is taken as it is.
-    return unused_path(recipe.run_dir()) if recipe.output_dir is None else recipe.run_dir()
+    with (
+        open_processes(recipe.device, recipe.check_paths) as processes,
+        process_settings(recipe, processes.device),
+        ExitStack() as stack,
+    ):
+        with processes.failing_together():
+            processes.demand_same(settings_of_all(recipe))
+            with processes.main_first():  # it locks the folder
+                start = find_start(recipe, stack if processes.is_main else None)
+            if start.report is not None:
+                print_report(start.report, build_console(quiet=not processes.is_main))
+                return start.report
+            run = _Run(recipe, processes, start, stack)
+        return run.complete()
 
 
 class _Run:
@@ -113,11 +111,10 @@ class _Run:
         self,
         recipe: Recipe,
         processes: Processes,
-        folder: RunFolder,
-        saved: RunState | None,
+        start: Start,
         stack: ExitStack,
     ) -> None:
-        self.recipe, self.processes, self.folder = recipe, processes, folder
+        self.recipe, self.processes = recipe, processes
         self.device = processes.device
         self.eager_because = refusals(recipe, self.device)
         if recipe.cuda_graph == "on" and self.eager_because:
@@ -125,6 +122,7 @@ class _Run:
         self.autocast = build_autocast(recipe.amp, self.device)
         self.scaler = build_scaler(recipe.amp, self.device)
         self.job = build_job(recipe, processes)
+        stack.callback(self.job.close)
         self.model = self.job.model
         self.forward = torch.compile(self.model) if recipe.compile else self.model
         self.mix = BatchMixer(recipe.mixup, recipe.cutmix, len(self.job.classes))
@@ -140,6 +138,7 @@ class _Run:
         # fp16 looks first: what its scaler skips is decided by other rules.
         self.device_guards = skips_by_itself(self.optimizer) and not self.scaler.is_enabled()
         self.ema = WeightAverage(self.parameters, recipe.ema) if recipe.ema > 0 else None
+        self.last_scores: Evaluation | None = None
         self.graph: BatchGraph | None = None
         if not self.eager_because:
             # The first step is over before: gradients still absent after it are those of dead tensors.
@@ -159,23 +158,26 @@ class _Run:
             min_lr=recipe.min_lr,
         )
         base = adapters.base_identity(self.model)
-        self.facts = {
-            "classes": self.job.classes,
-            "train_images": len(self.job.train.dataset),
-            "base_hash": base.bits,
-            "base_origin": base.origin,
-            "versions": versions(),
-        }
+        self.facts = Facts(
+            classes=self.job.classes,
+            train_images=len(self.job.train.dataset),
+            base_hash=base.bits,
+            base_origin=base.origin,
+            versions=versions(),
+            data=self.job.fingerprints,
+            processes=processes.world_size,
+        )
         self.progress = Progress()
-        if saved is not None:
-            self._restore(saved)
+        if start.saved is not None:
+            self._restore(start.saved)
+        processes.demand_same(facts_of_all(self.facts, self.progress.step))
         self.first_step = self.progress.step
         self.watch = GradientWatch(self.parameters, 0 if self.first_step > 0 else WATCHED_STEPS)
         self.seconds_before = self.progress.seconds
         self.started = time.monotonic()
-        self._prepare_folder()
+        self.folder = prepare_folder(recipe, start, self.progress, processes, stack)
         self.tracker = Tracker(
-            folder,
+            self.folder,
             build_console(quiet=not processes.is_main),
             is_main=processes.is_main,
             epochs=recipe.epochs,
@@ -196,19 +198,33 @@ class _Run:
                 self._train_epoch()
                 self._end_epoch()
             return self._finish()
-        except _Stopping:
+        except _Stopping as stopping:
+            # All processes are here; one of them may know more than the others.
+            failures = [text for text in self.processes.gather(stopping.failure) if text is not None]
             self._save()
-            message = (
-                f"stopped after step {self.progress.step} of {self.schedule.total_steps}; "
-                f"the state is saved, continue with:"
-            )
-            self.tracker.message(message, self._resume_command())
-            raise Interrupted(f"{message}\n  {self._resume_command()}") from None
+            if failures:
+                raise InputError(f"{failures[0].rstrip('.')}; {self._how_to_continue()}") from stopping
+            self.tracker.message(self._what_is_saved(), self._resume_command())
+            raise Interrupted(self._how_to_continue()) from None
+        except PeerLostError as error:
+            if not self.processes.is_main:
+                raise
+            self._save()
+            raise PeerLostError(f"{error}; {self._how_to_continue()}") from error
 
     def _train_epoch(self) -> None:
-        recipe, progress = self.recipe, self.progress
-        self.job.train.set_position(progress.epoch, progress.batch)
+        self.job.train.set_position(self.progress.epoch, self.progress.batch)
         self.model.train()
+        try:
+            self._follow_steps()
+        except InputError as error:
+            # Where the other processes count the images of the step, they learn of it.
+            self.processes.sum(torch.tensor(_NOT_READ))
+            raise _Stopping(str(error)) from error
+
+    def _follow_steps(self) -> None:
+        """Take the steps of the epoch, and note and show what came of each."""
+        recipe, progress = self.recipe, self.progress
         shown = progress.images
         clock = shown_at = time.monotonic()
         for step in self._steps():
@@ -247,7 +263,7 @@ class _Run:
         but gradients.
         """
         unread: _Step | None = None
-        for window in self.windows.read(self.job.train):
+        for window in self.windows.read(reading(self.job.train)):
             step = self._compute_gradients(window)
             if unread is not None:
                 yield self._checked(unread)
@@ -268,6 +284,8 @@ class _Run:
         own_images = sum(len(images) for images, _ in window)
         # Several processes wait for each other here, where the device has nothing to do anyway.
         num_images = int(self.processes.sum(torch.tensor(own_images)))
+        if num_images < 0:  # another process could not read its own
+            raise _Stopping
         if num_images == 0:  # every image of the window was corrupt and skipped
             return _Step(number, window, 0, lr, is_last, Readback(torch.zeros(3)))
 
@@ -384,15 +402,18 @@ class _Run:
             "train_loss": progress.loss_sum / max(1, progress.loss_images),
             "images_per_second": progress.images / max(1e-9, progress.train_seconds),
         }
+        if progress.loss_images == 0:
+            raise InputError(f"epoch {progress.epoch + 1}: none of the training images can be decoded")
         last = progress.epoch + 1 == recipe.epochs
         if last or (progress.epoch + 1) % recipe.eval_interval == 0:
             with self.ema.applied() if self.ema else nullcontext():
                 scores = self._evaluate(self.job.selection)
+                self.last_scores = scores
                 record |= {"loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
-                if scores.top1 > progress.best_top1:
+                if progress.is_better(scores.top1, scores.loss):
                     progress.best_top1, progress.best_epoch = scores.top1, progress.epoch + 1
                     progress.stale_evaluations = 0
-                    self._save_adapter()
+                    self._save_next_adapter()
                 else:
                     progress.stale_evaluations += 1
         progress.history.append(record)
@@ -401,20 +422,37 @@ class _Run:
         self.tracker.record_epoch(record, recipe.selection_split)
         self._save()
 
-    def _evaluate(self, loader: Any) -> Evaluation:
+    def _scores_if_known(self, loader: ImageLoader) -> Evaluation | None:
+        """The last evaluation, if it was of these images with the very weights of the best adapter."""
+        if loader is not self.job.selection or self.last_scores is None:
+            return None
+        scored = self.ema.tensors if self.ema else self.parameters
+        saved = adapters.adapter_state_dict(self.model, "best")
+        same = saved.keys() == scored.keys() and all(torch.equal(saved[key], scored[key]) for key in saved)
+        return self.last_scores if same else None
+
+    def _evaluate(self, loader: ImageLoader) -> Evaluation:
         loader.set_position(0)
         self.tracker.show_evaluation(loader.dataset.split)
-        scores = evaluate(
-            self.model,
-            loader,
-            len(self.job.classes),
-            device=self.device,
-            autocast=self.autocast,
-            processes=self.processes,
-            should_stop=lambda: self.stop.requested,
-        )
+        try:
+            scores = evaluate(
+                self.model,
+                reading(loader),
+                len(self.job.classes),
+                device=self.device,
+                autocast=self.autocast,
+                processes=self.processes,
+                should_stop=lambda: self.stop.requested,
+            )
+        except InputError as error:
+            raise _Stopping(str(error)) from error
         if scores is None:
             raise _Stopping
+        split = loader.dataset.split
+        if not math.isfinite(scores.loss):
+            raise NonFiniteError(
+                f"the loss on {split!r} is not finite: the weights have diverged, lower --lr"
+            )
         if self.recipe.on_corrupt == "error":
             assert scores.num_images == len(loader.dataset), "evaluation counts every image exactly once"
         return scores
@@ -423,9 +461,9 @@ class _Run:
         recipe, progress = self.recipe, self.progress
         memory = max(self.processes.gather(peak_memory(self.device)))
         # From the file, as a user would: what is scored is what the run leaves behind.
-        info = vimtune.load_adapter(self.model, self.folder.adapter, name="best")
+        info = vimtune.load_adapter(self.model, self.folder.adapter, name="best", force=recipe.force)
         loader = self.job.test or self.job.selection
-        scores = self._evaluate(loader)
+        scores = self._scores_if_known(loader) or self._evaluate(loader)
         for used in dict.fromkeys((self.job.train, self.job.selection, loader)):
             if skipped := len(set().union(*self.processes.gather(used.skipped_paths))):
                 self._warn(f"{used.dataset.split}: {skipped} corrupt images left out")
@@ -451,25 +489,14 @@ class _Run:
 
     # --- files --------------------------------------------------------------------------------
 
-    def _prepare_folder(self) -> None:
-        if not self.processes.is_main:
-            return
-        with writing(self.folder.path):
-            self.folder.path.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.path.glob(".*.tmp"):  # of a save that was killed
-                left.unlink()
-        with writing(self.folder.recipe):
-            settled = dataclasses.replace(self.recipe, resume=None, output_dir=str(self.folder.path))
-            settled.save(self.folder.recipe)
-
     def _save(self) -> None:
-        """Write the checkpoint; metrics first, so that its count of them is never too high."""
+        """Write the state, then put the adapter that belongs to it in its place."""
         self.progress.seconds = self._seconds()
-        self.progress.metrics_bytes = self.tracker.sync()
+        self.progress.metrics_bytes = self.tracker.sync()  # first, so that this count is never too high
         if not self.processes.is_main:
             return
         state = RunState(
-            recipe=dataclasses.replace(self.recipe, resume=None).to_dict(),
+            recipe=lasting(self.recipe),
             facts=self.facts,
             progress=self.progress,
             adapter=adapters.adapter_state_dict(self.model, TRAINED),
@@ -478,23 +505,26 @@ class _Run:
             scaler=self.scaler.state_dict(),
         )
         save_run_state(self.folder.checkpoint, state)
+        settle_best_adapter(self.folder, self.progress.best_epoch)
 
-    def _save_adapter(self) -> None:
+    def _save_next_adapter(self) -> None:
+        """Write the adapter that becomes the best one when the state is saved next."""
         if not self.processes.is_main:
             return
-        with writing(self.folder.adapter):
+        with writing(self.folder.next_adapter):
             vimtune.save_adapter(
                 self.model,
-                self.folder.adapter,
+                self.folder.next_adapter,
                 classes=self.job.classes,
                 preprocessing=self.job.preprocessing,
                 extra={"recipe": self.recipe.to_share(), "epoch": self.progress.epoch + 1},
             )
 
     def _restore(self, saved: RunState) -> None:
-        bits, origin = saved.facts["base_hash"], saved.facts.get("base_origin", "")
-        same_base = adapters.has_base(self.model, bits, origin)
-        notes = check_resumable(saved, self.recipe, self.facts, same_base)
+        same_base = adapters.has_base(self.model, saved.facts.base_hash, saved.facts.base_origin)
+        notes = compare(saved.recipe, saved.facts, self.recipe, self.facts, same_base)
+        check_place(saved.progress, len(self.job.train))
+        check_tensors(saved, adapters.adapter_state_dict(self.model, TRAINED), self.parameters)
         adapters.load_adapter_state_dict(self.model, saved.adapter, TRAINED)
         restore_optimizer(self.optimizer, self.parameters, saved.optimizer)
         if self.ema is not None:
@@ -536,6 +566,15 @@ class _Run:
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
+    def _how_to_continue(self) -> str:
+        return f"{self._what_is_saved()}\n  {self._resume_command()}"
+
+    def _what_is_saved(self) -> str:
+        return (
+            f"stopped after step {self.progress.step} of {self.schedule.total_steps}; "
+            "the state is saved, continue with:"
+        )
+
     def _resume_command(self) -> str:
         command = f"vimtune train --resume {shlex.quote(str(self.folder.path))}"
         count = self.processes.world_size
@@ -558,4 +597,10 @@ class _Step:
 
 
 class _Stopping(Exception):
-    """Unwinds to where the run is saved; raised in all processes together."""
+    """Unwinds to where the run is saved; raised in all processes together.
+
+    `failure` says why, where this process knows a reason other than a request to stop.
+    """
+
+    def __init__(self, failure: str | None = None) -> None:
+        self.failure = failure
