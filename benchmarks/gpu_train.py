@@ -67,6 +67,9 @@ class OneBatch:
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
         """Every position has the same batch."""
 
+    def close(self) -> None:
+        """There are no workers to end."""
+
     def __len__(self) -> int:
         return self.num_batches
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from vimtune.train.checkpoint import Progress, ResumeError, RunState, check_resumable
+from vimtune.train.checkpoint import Progress, RunState, load_run_state, save_run_state
 from vimtune.train.distributed import Processes
+from vimtune.train.identity import Facts, ResumeError, compare
 from vimtune.train.job import build_job
 
 
@@ -23,11 +28,17 @@ def test_the_run_seed_draws_another_order_of_the_same_images(tiny) -> None:
     assert labels[0] != labels[1] and labels[0] == labels[2]
 
 
-def test_a_state_of_before_data_seed_belongs_to_the_data_of_its_seed(tiny) -> None:
+def test_a_state_of_before_data_seed_belongs_to_the_data_of_its_seed(tiny, tmp_path) -> None:
     recipe = tiny(seed=5, data_seed=5)
-    facts = {"classes": ["a", "b"], "train_images": 2, "base_hash": ""}
-    state = RunState(recipe.to_dict(), facts, Progress(), {}, {}, {}, {})
-    del state.recipe["data_seed"]
-    assert check_resumable(state, recipe, facts) == []
+    facts = Facts(classes=["a", "b"], train_images=2, base_hash="")
+    path = tmp_path / "state.safetensors"
+    save_run_state(path, RunState(recipe, facts, Progress(), {"w": torch.ones(1)}, {}, {}, {}))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    before = {name: value for name, value in recipe.to_dict().items() if name != "data_seed"}
+    save_file({"adapter/w": torch.ones(1)}, path, metadata | {"recipe": json.dumps(before)})
+    saved = load_run_state(path)
+    assert saved.recipe.data_seed == 5
+    assert not any("data_seed" in note for note in compare(saved.recipe, facts, recipe, facts, True))
     with pytest.raises(ResumeError, match="data_seed was 5 and is now 0"):
-        check_resumable(state, replace(recipe, data_seed=0), facts)
+        compare(saved.recipe, facts, replace(recipe, data_seed=0), facts, True)

@@ -232,7 +232,7 @@ def test_resume_on_changed_images(on_files, split, capsys):
     folder = Path(on_files.data_dir, split)
     before = Path(on_files.output_dir, "checkpoint.safetensors").read_bytes()
     for change in CHANGES.values():
-        kept = folder.parent / "kept"
+        kept = folder.parent.parent / "kept"
         shutil.copytree(folder, kept)
         change(folder)
         with pytest.raises(

@@ -93,7 +93,7 @@ def test_a_run_killed_before_its_first_state_starts_over(tiny, dies_in):
     assert_same_weights(weights(recipe.output_dir), weights(straight.run_dir))
     assert metrics(recipe.output_dir) == metrics(straight.run_dir)
     events = EventAccumulator(str(Path(recipe.output_dir, "tensorboard"))).Reload()
-    assert [event.step for event in events.Scalars("step/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])
