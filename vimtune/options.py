@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vimtune import catalog, parsers
-from vimtune.model_options import check_model_options
 from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
@@ -47,7 +46,9 @@ def model_problems(given: Mapping[str, Any]) -> list[str]:
     """Problems of `model_kwargs` besides names that another key sets."""
     own = {name: value for name, value in given.items() if name not in RESERVED["model_kwargs"]}
     if not own:
-        return []  # without the schema and its library, which `--help` does not wait for
+        return []
+    from vimtune.model_options import check_model_options  # late: `--help` does not wait for the schema
+
     problems = []
     try:
         check_model_options(own, "model_kwargs")
