@@ -27,6 +27,7 @@ from torch import Tensor
 import vimtune
 from vimtune import parsers
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
+from vimtune.console import build_console, print_line
 from vimtune.data import (
     CorruptImageError,
     ImageReadError,
@@ -384,9 +385,10 @@ def run_predict(
     _write_all(outputs, predictions)
     for failure in failed:
         logger.warning("left out %s: %s", printable(failure.path), printable(failure.reason))
-    print_predictions(predictions)
+    console = build_console(is_result=not outputs)
+    print_predictions(predictions, console)
     for output in outputs:
-        print(f"{len(predictions)} predictions written to {printable(str(output))}")
+        print_line(console, f"{len(predictions)} predictions written to {output}")
     if failed:
         logger.warning("%d of %d images could not be read", len(failed), len(paths))
     passed_over = on_corrupt == "skip" and all(isinstance(failure, CorruptImageError) for failure in failed)
