@@ -401,6 +401,14 @@ def test_what_the_system_cannot_read_is_never_passed_over_in_silence(
     assert "1.png: Permission denied" in caplog.text and "2.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("choice", ["report", "skip"])
+def test_no_image_at_all_is_not_passed_over_in_silence(tmp_path, adapter, caplog, choice):
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"no photo")
+    assert cli.main(["predict", str(photo), "--adapter", str(adapter), "--on-corrupt", choice]) == 1
+    assert "1 of 1 images could not be read" in caplog.text
+
+
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.EIO, "bad disk"), 2)])
 def test_what_was_computed_before_a_stop_is_written(tmp_path, adapter, monkeypatch, caplog, stop, code):
     write_photos(tmp_path / "photos")

@@ -58,8 +58,8 @@ Unreadable = CorruptImageError | ImageReadError
 
 ON_CORRUPT = ("report", "skip", "error")
 """What `vimtune predict` does about corrupt images: it names them and classifies the others, and its exit
-code is 1 (report) or 0 (skip); or it stops at the first one and writes nothing (error). Images that the
-system cannot read, for want of a permission say, are never passed over with exit code 0."""
+code is 1 (report) or 0 (skip); or it stops at the first one and writes nothing (error). The exit code is
+never 0 when the system cannot read an image, for want of a permission say, or when no image is left."""
 
 
 @dataclass
@@ -391,7 +391,8 @@ def run_predict(
         print_line(console, f"{len(predictions)} predictions written to {output}")
     if failed:
         logger.warning("%d of %d images could not be read", len(failed), len(paths))
-    passed_over = on_corrupt == "skip" and all(isinstance(failure, CorruptImageError) for failure in failed)
+    corrupt = all(isinstance(failure, CorruptImageError) for failure in failed)
+    passed_over = on_corrupt == "skip" and corrupt and predictions
     return 1 if failed and not passed_over else 0
 
 

@@ -17,6 +17,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         SafetensorError: truncated, or a file of another kind.
         OSError: it is not there or cannot be read.
     """
+    with open(path, "rb"):  # for the system's own reason: safetensors takes every failure for a missing file
+        pass
     with safe_open(path, framework="np") as file:  # the framework "pt" refuses names that are not UTF-8
         return file.metadata() or {}
 

@@ -320,19 +320,28 @@ def settle_best_adapter(folder: RunFolder, best_epoch: int) -> bool:
 
     Returns:
         Whether the folder holds that adapter, or none is wanted yet (`best_epoch` = 0).
+
+    Raises:
+        OutputError: the system does not let it be found out; nothing has changed.
     """
     with writing(folder.adapter):
         if best_epoch > 0 and _epoch_of(folder.next_adapter) == best_epoch:
             os.replace(folder.next_adapter, folder.adapter)
         folder.next_adapter.unlink(missing_ok=True)
-    return best_epoch == 0 or _epoch_of(folder.adapter) == best_epoch
+        return best_epoch == 0 or _epoch_of(folder.adapter) == best_epoch
 
 
 def _epoch_of(adapter: Path) -> int | None:
-    """The epoch that an adapter file was saved in; None without a readable file."""
+    """The epoch that an adapter file was saved in; None for no file, and for one that is damaged.
+
+    Raises:
+        OSError: there is one, and the system cannot read it.
+    """
     try:
         return read_adapter_info(adapter).extra.get("epoch")
-    except AdapterFileError:
+    except AdapterFileError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
         return None
 
 

@@ -156,7 +156,7 @@ def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts) -> 
         notes.append(f"resumed with {name} = {now} (was {was}){effect}")
     if saved.processes not in (None, facts.processes):
         notes.append(
-            f"resumed with {facts.processes} processes (was {saved.processes}); random numbers such as "
+            f"resumed with processes = {facts.processes} (was {saved.processes}); random numbers such as "
             "those of dropout, and the order of sums, are others than without the change"
         )
     if not saved.data:
