@@ -38,11 +38,11 @@ class MergedInfo:
 
     model: Name
     options: dict[str, Any]
-    """Of the model's creation, the number of classes and the image size among them."""
+    """Arguments of the model's creation, the number of classes and the image size among them."""
     classes: list[Annotated[str, Len(0, 1000)]]
-    """Their names, one for each output of the head, or none."""
+    """Names of the classes, one for each output of the head, or none."""
     preprocessing: dict[str, Any]
-    """See `vimtune.data.read_transform`."""
+    """How images become inputs; see `vimtune.data.read_transform`."""
 
 
 def is_merged_file(path: Path) -> bool:

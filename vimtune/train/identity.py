@@ -53,8 +53,8 @@ class ResumeError(ValueError):
 class Facts:
     """What the weights of a run depend on besides its recipe. Written as JSON into its states.
 
-    `data` holds a fingerprint of the images of every split in use, `processes` their number; states of
-    earlier versions have neither.
+    `data` holds a fingerprint of the images of every split in use, and `processes` says how many processes
+    trained; states of earlier versions have neither.
     """
 
     __pydantic_config__ = STRICT
