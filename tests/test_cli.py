@@ -19,7 +19,7 @@ from vimtune.exits import EXIT_CODES
 from vimtune.recipe import Recipe
 from vimtune.text import printable
 
-HEAVY = ("torch", "timm", "albumentations", "matplotlib", "numpy")
+HEAVY = ("torch", "timm", "albumentations", "matplotlib", "numpy", "pydantic", "vimtune.schema")
 
 
 @pytest.fixture

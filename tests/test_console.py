@@ -80,6 +80,13 @@ def test_output_that_cannot_be_written_is_told_once(monkeypatch, caplog):
     assert "No space left on device" in record.getMessage()
 
 
+def test_a_result_that_cannot_be_printed_is_an_error(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OSError, match="No space left on device"):
+        print_line(build_console(is_result=True), "result")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("stream", [None, "closed"])
 def test_no_output_at_all(monkeypatch, stream):
     closed = io.StringIO()
@@ -91,19 +98,26 @@ def test_no_output_at_all(monkeypatch, stream):
 AFTER_THE_READER = """
 import sys
 from vimtune.console import build_console, print_line
-console = build_console()
+from vimtune.exits import run_guarded
+is_result = {is_result}
+console = build_console(is_result=is_result)
 sys.stdin.readline()  # until the reader has gone
-for _ in range(3):
-    print_line(console, "x" * 100_000)
+def work():
+    for _ in range(3):
+        print_line(console, "x" * 100_000)
+    print("done", file=sys.stderr)
+    return 0
+code = run_guarded(work, show_traceback=False)
 assert "torch" not in sys.modules
-print("done", file=sys.stderr)
+sys.exit(code)
 """
 
 
-def test_a_reader_that_has_gone_does_not_end_the_work():
+def after_the_reader(is_result: bool) -> tuple[int, str]:
+    """Exit code of a program that prints to nobody, and what it says on stderr."""
     read, write = os.pipe()
     with subprocess.Popen(
-        [sys.executable, "-c", AFTER_THE_READER],
+        [sys.executable, "-c", AFTER_THE_READER.format(is_result=is_result)],
         stdin=subprocess.PIPE,
         stdout=write,
         stderr=subprocess.PIPE,
@@ -112,5 +126,14 @@ def test_a_reader_that_has_gone_does_not_end_the_work():
         os.close(write)
         os.close(read)
         _, told = process.communicate("\n", timeout=60)
-    assert process.returncode == 0
+    return process.returncode, told
+
+
+def test_a_reader_that_has_gone_does_not_end_the_work():
+    code, told = after_the_reader(is_result=False)
+    assert code == 0
     assert told.splitlines()[-1] == "done" and told.count("Broken pipe") == 1 and "Traceback" not in told
+
+
+def test_a_reader_that_has_gone_ends_what_prints_its_result():
+    assert after_the_reader(is_result=True) == (141, "")

@@ -557,6 +557,7 @@ def test_a_name_that_is_not_utf8_survives_the_file(tmp_path):
         ({"dataset_kwargs": {"split": "val"}}, "split is set by the keys train_split and eval_split"),
         ({"dataset_kwargs": {"img_size": [8, 8]}}, "img_size is set by the key img_size"),
         ({"model_kwargs": {"pretrained": True}}, "pretrained is set by the key pretrained"),
+        ({"model_kwargs": {"rank": 2}}, "rank is an option of a method, not of the model: give it in"),
         ({"peft_kwargs": {"rank": "two"}}, "peft_kwargs: rank = 'two': expected a whole number"),
         ({"peft_kwargs": {"rank": True}}, "rank = True: expected a whole number"),
         ({"peft_kwargs": {"alpha": [1]}}, "alpha = [1]: expected a finite number"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vimtune.text import csv_cell, printable, quote, shorten
+from vimtune.text import csv_cell, printable, quote, shorten, unicode_text
 
 
 @pytest.mark.parametrize("text", ["rose", "Löwenzahn", "桜", "été d'or", "👩‍🌾", "$x_1$", "[red]"])
@@ -34,6 +34,10 @@ def test_quote_of_a_structure_that_contains_itself_ends():
     for _ in range(100_000):
         nested = [nested]
     assert "nested" in quote(nested)
+
+
+def test_text_that_is_not_unicode_is_written_out():
+    assert unicode_text("é\udce9\n😀") == "é\\udce9\n😀"
 
 
 def test_shorten_keeps_both_ends():

@@ -25,10 +25,22 @@ LOG_WIDTH = 110
 logger = logging.getLogger(__name__)
 
 
-def build_console(quiet: bool = False) -> Console:
-    """Console on stdout that takes text as it is: no markup, no emoji codes, no highlighting."""
-    console = Console(
-        file=_Output(sys.stdout) if sys.stdout is not None else None,  # type: ignore[arg-type]  # as a file
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the program, with the exit code 1; `vimtune.exits` has another for this
+
+
+def build_console(quiet: bool = False, *, is_result: bool = False) -> Console:
+    """Console on stdout that takes text as it is: no markup, no emoji codes, no highlighting.
+
+    Args:
+        quiet: print nothing.
+        is_result: what is printed is written nowhere else. Then it is an error where it cannot be printed,
+            and elsewhere a warning.
+    """
+    file = None if sys.stdout is None else _Output(sys.stdout, strict=is_result)
+    console = _Console(
+        file=file,  # type: ignore[arg-type]  # as a file
         quiet=quiet,
         highlight=False,
         markup=False,
@@ -82,10 +94,14 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 class _Output:
-    """A text stream that escapes what it cannot encode and says once that it cannot be written."""
+    """A text stream that escapes what it cannot encode.
 
-    def __init__(self, stream: TextIO) -> None:
+    If it cannot be written, a strict one raises OSError, and any other says so once and goes on.
+    """
+
+    def __init__(self, stream: TextIO, strict: bool = False) -> None:
         self._stream = stream
+        self._strict = strict
         self._lost = False
 
     def __getattr__(self, name: str) -> Any:  # encoding, isatty, fileno, ...
@@ -104,6 +120,8 @@ class _Output:
         try:
             action(*arguments)
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            if self._strict:
+                raise
             self._lost = True
             logger.warning("standard output cannot be written any more (%s); the work goes on", error)
             # Python writes what the stream still holds when it ends, which would fail again.

@@ -18,9 +18,11 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vimtune import __version__, ops
+from vimtune.console import build_console
 from vimtune.ops import reference
 from vimtune.ops.cpu import build
 from vimtune.text import printable, shorten
@@ -273,14 +275,14 @@ def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[
 
 def run_doctor(console: Console | None = None) -> int:
     """Print environment, backends with self-tests, and advice. Returns 1 when a self-test fails."""
-    console = console or Console(highlight=False)
+    console = console or build_console(is_result=True)
     logging.getLogger("vimtune.ops").setLevel(logging.WARNING)  # the table below says which backend is used
 
     def show(title: str, rows: Iterable[tuple[str, str]]) -> None:
         console.print(title, style="bold")
         table = Table(show_header=False, box=None, padding=(0, 2))
         for name, value in rows:
-            table.add_row(name, value)
+            table.add_row(name, Text.from_markup(value, emoji=False))
         console.print(table)
 
     show("Environment", ((name, escape(printable(value))) for name, value in environment()))

@@ -14,12 +14,13 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Len
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vimtune.models import VisionMamba, create_listed_model
 from vimtune.schema import STRICT, Name, check, parse_json
+from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import quote
 
 _PARTS = ("classes", "preprocessing")
@@ -37,11 +38,11 @@ class MergedInfo:
 
     model: Name
     options: dict[str, Any]
-    """Of the model's creation, the number of classes and the image size among them."""
+    """Arguments of the model's creation, the number of classes and the image size among them."""
     classes: list[Annotated[str, Len(0, 1000)]]
-    """Their names, one for each output of the head, or none."""
+    """Names of the classes, one for each output of the head, or none."""
     preprocessing: dict[str, Any]
-    """See `vimtune.data.read_transform`."""
+    """How images become inputs; see `vimtune.data.read_transform`."""
 
 
 def is_merged_file(path: Path) -> bool:
@@ -49,14 +50,9 @@ def is_merged_file(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return {"model", *_PARTS} <= _read_metadata(path).keys()
+        return {"model", *_PARTS} <= read_metadata(path).keys()
     except SafetensorError:  # whoever takes it for another kind of file says what is wrong with it
         return False
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
 
 
 def write_merged(path: Path, tensors: dict[str, Tensor], info: MergedInfo) -> None:
@@ -75,7 +71,7 @@ def read_merged_info(path: Path) -> MergedInfo:
     """
     shown = quote(str(path))
     try:
-        metadata = _read_metadata(path)
+        metadata = read_metadata(path)
     except SafetensorError as error:
         raise MergedFileError(f"{shown} is truncated or not a safetensors file ({error})") from error
     parts: dict[str, Any] = {
@@ -98,7 +94,7 @@ def read_merged(path: Path) -> tuple[VisionMamba, MergedInfo]:
         MergedFileError: as `read_merged_info`, or weights that are not those of its model.
     """
     info, shown = read_merged_info(path), quote(str(path))
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     for name, value in tensors.items():
         if not value.is_floating_point() or not torch.isfinite(value).all():
             raise MergedFileError(f"{shown}: {quote(name)} holds other values than finite numbers")

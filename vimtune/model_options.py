@@ -20,9 +20,9 @@ from vimtune.text import quote
 from vimtune.utils import suggest
 
 MAX_PARAMETERS = 2**32
-"""Of one model: 16 GiB in fp32, some forty times Vim-base."""
+"""Most parameters that a model may have: 16 GiB in fp32, some forty times Vim-base."""
 MAX_PATCHES = 2**18
-"""In one image."""
+"""Most patches that an image may have."""
 
 Pixels = Annotated[int, Ge(1), Le(2**14)]
 Width = Annotated[int, Ge(1), Le(2**14)]
@@ -103,7 +103,7 @@ OPTIONS = tuple(field.name for field in fields(ModelOptions))
 ARCHITECTURE = (
     "patch_size", "stride", "in_chans", "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank",
 )  # fmt: skip
-"""Those that decide which weights there are and how they are used; no other size of image, say, does."""
+"""Names of the options that decide which weights there are and how they are used; `img_size` does not."""
 
 
 def check_model_options(

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vimtune import catalog, parsers
-from vimtune.model_options import check_model_options
 from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
@@ -45,10 +44,21 @@ def reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:
 
 def model_problems(given: Mapping[str, Any]) -> list[str]:
     """Problems of `model_kwargs` besides names that another key sets."""
-    own = {name: value for name, value in given.items() if name not in RESERVED["model_kwargs"]}
+    of_methods = method_fields(catalog.METHODS)
+    problems = [
+        f"model_kwargs: {name} is an option of a method, not of the model: give it in peft_kwargs"
+        for name in given
+        if name in of_methods
+    ]
+    own = {
+        name: value
+        for name, value in given.items()
+        if name not in RESERVED["model_kwargs"] and name not in of_methods
+    }
     if not own:
-        return []  # without the schema and its library, which `--help` does not wait for
-    problems = []
+        return problems
+    from vimtune.model_options import check_model_options  # late: `--help` does not wait for the schema
+
     try:
         check_model_options(own, "model_kwargs")
     except ValueError as error:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import vimtune
 from vimtune import parsers
 from vimtune.adapters import read_adapter_info
+from vimtune.console import build_console, print_line
 from vimtune.merged import MergedInfo, is_merged_file, read_merged, read_merged_info, write_merged
 from vimtune.models import create_listed_model
 from vimtune.ops import use_backend
 from vimtune.output import check_output, write_output
 from vimtune.predict import adapter_path, find_base, load_predictor
-from vimtune.text import printable, quote
+from vimtune.text import quote
 from vimtune.train.folder import OutputError
 
 TOLERANCE = 1e-3
@@ -136,12 +137,14 @@ def run_merge(
     """`vimtune merge`: write the file, print the proof. Returns the exit code."""
     proof = merge_to_file(adapter, output, checkpoint=checkpoint, device=device, backend=backend, force=force)
     info, merged = read_adapter_info(adapter_path(adapter)), read_merged_info(output)
-    print(f"{merged.model} with {printable(info.method)} merged into {printable(str(output))}")
-    print(
+    console = build_console()
+    print_line(console, f"{merged.model} with {info.method} merged into {output}")
+    print_line(
+        console,
         f"maximum logit error {proof.max_error:.1e} on {proof.num_images} replayed images "
-        f"(largest logit {proof.max_logit:.1f}), file against base + adapter"
+        f"(largest logit {proof.max_logit:.1f}), file against base + adapter",
     )
-    print("load it with:")
+    print_line(console, "load it with:")
     for line in loading_code(output, merged).splitlines():
-        print(f"    {line}")
+        print_line(console, f"    {line}", wrap=False)
     return 0

@@ -27,6 +27,7 @@ from torch import Tensor
 import vimtune
 from vimtune import parsers
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
+from vimtune.console import build_console, print_line
 from vimtune.data import (
     CorruptImageError,
     ImageReadError,
@@ -57,8 +58,8 @@ Unreadable = CorruptImageError | ImageReadError
 
 ON_CORRUPT = ("report", "skip", "error")
 """What `vimtune predict` does about corrupt images: it names them and classifies the others, and its exit
-code is 1 (report) or 0 (skip); or it stops at the first one and writes nothing (error). Images that the
-system cannot read, for want of a permission say, are never passed over with exit code 0."""
+code is 1 (report) or 0 (skip); or it stops at the first one and writes nothing (error). The exit code is
+never 0 when the system cannot read an image, for want of a permission say, or when no image is left."""
 
 
 @dataclass
@@ -384,12 +385,14 @@ def run_predict(
     _write_all(outputs, predictions)
     for failure in failed:
         logger.warning("left out %s: %s", printable(failure.path), printable(failure.reason))
-    print_predictions(predictions)
+    console = build_console(is_result=not outputs)
+    print_predictions(predictions, console)
     for output in outputs:
-        print(f"{len(predictions)} predictions written to {printable(str(output))}")
+        print_line(console, f"{len(predictions)} predictions written to {output}")
     if failed:
         logger.warning("%d of %d images could not be read", len(failed), len(paths))
-    passed_over = on_corrupt == "skip" and all(isinstance(failure, CorruptImageError) for failure in failed)
+    corrupt = all(isinstance(failure, CorruptImageError) for failure in failed)
+    passed_over = on_corrupt == "skip" and corrupt and predictions
     return 1 if failed and not passed_over else 0
 
 

@@ -20,7 +20,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_SIDE = 8192
 """Largest height and width of a model's input, in pixels."""
 _LARGEST = 1e6
-"""Of means and standard deviations, and one over the smallest standard deviation."""
+"""Largest mean and standard deviation; the smallest standard deviation is one over this."""
 
 
 @dataclass(frozen=True, kw_only=True)

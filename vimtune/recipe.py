@@ -26,8 +26,6 @@ from vimtune.utils import atomic_write, suggest
 
 RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors", "checkpoint.safetensors")
 GROUPS = ("data", "model", "method", "optimisation", "run")
-
-
 _OWN_FOLDERS = ("data_dir", "output_dir", "resume")
 """Fields that name folders of the computer on which the run is."""
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vimtune.console import print_line
 from vimtune.output import write_output
 from vimtune.text import csv_cell, printable
 
@@ -117,12 +118,12 @@ def _plain(text: str) -> Text:
     return Text(printable(text))
 
 
-def print_predictions(predictions: Sequence[Prediction]) -> None:
+def print_predictions(predictions: Sequence[Prediction], console: Console) -> None:
     """Print the table, and how many images it leaves out."""
-    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, ROOM)
     if predictions:
         console.print(build_table(predictions))
     if len(predictions) > SHOWN_IMAGES:
-        console.print(f"... and {len(predictions) - SHOWN_IMAGES} more images; --output writes all of them")
+        more = len(predictions) - SHOWN_IMAGES
+        print_line(console, f"... and {more} more images; --output writes all of them")

@@ -37,6 +37,15 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
+def unicode_text(text: str) -> str:
+    """`text` as a file can hold it: what is no character is written out as the text \\udcXX.
+
+    Python holds a byte of a file name that is not UTF-8 as a surrogate, which no UTF-8 file can take.
+    `vimtune.schema` reads such a name from a file as this very text.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def shorten(text: str, limit: int = MAX_QUOTE) -> str:
     """`text` with its middle left out if it is longer than `limit` characters."""
     if len(text) <= limit:

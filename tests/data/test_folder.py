@@ -376,6 +376,13 @@ def test_names_of_folders_cannot_write_to_the_terminal(tmp_path) -> None:
     assert str(error.value).isprintable()
 
 
+def test_class_names_are_text_that_files_can_hold(tmp_path) -> None:
+    fill_classes(tmp_path, 4)
+    fill(tmp_path / "caf\udce9", 4)
+    dataset = create_dataset("folder", "train", tmp_path)
+    assert dataset.classes == ["a", "b", r"caf\udce9"] and set(dataset.targets) == {0, 1, 2}
+
+
 def test_deep_folders_are_read_without_recursion(tmp_path) -> None:
     fill_classes(tmp_path, 2)
     deep = f"{tmp_path}/a" + "/d" * 300

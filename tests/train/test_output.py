@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import TINY, metrics, weights
 
+from vimtune.adapters import read_adapter_info
 from vimtune.cli import main
 from vimtune.console import build_console
 from vimtune.recipe import Recipe, load_recipe
@@ -330,5 +331,21 @@ def test_a_run_over_folders_with_nasty_names_ends_well(tmp_path, capsys):
     del options["dataset_kwargs"], options["pretrained"]
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     assert main(["train", "--no-pretrained", *flags]) == 0
-    assert set(json.loads((folder / "report.json").read_text())["per_class"]) == set(names)
+    shown = ["a$b$_^{", "[red]", r"ros\udce9"]
+    assert set(json.loads((folder / "report.json").read_text())["per_class"]) == set(shown)
     assert (folder / "confusion_matrix.png").exists() and f"run folder: {folder}" in capsys.readouterr().out
+
+    # What was read from the folders is what comes out of the files: the run goes on, and its adapter answers.
+    assert main(["train", "--resume", str(folder), "--epochs", "2"]) == 0
+    assert json.loads((folder / "report.json").read_text())["epochs"] == 2
+    assert main(["predict", str(tmp_path / "data" / "test"), "--adapter", str(folder)]) == 0
+    assert r"ros\udce9" in capsys.readouterr().out
+
+
+def test_a_run_folder_whose_name_is_not_utf8(tmp_path, capsys):
+    folder = tmp_path / "caf\udce9"
+    report = train(Recipe(**{**TINY, "epochs": 1, "output_dir": str(folder)}))
+    assert report.epochs == 1 and read_adapter_info(folder / "adapter.safetensors").extra["epoch"] == 1
+    assert main(["train", "--resume", str(folder), "--epochs", "2"]) == 0
+    assert f"run folder: {tmp_path}/caf\\udce9" in capsys.readouterr().out
+    assert load_run_state(folder / "checkpoint.safetensors").progress.epoch == 2

@@ -117,7 +117,7 @@ def test_a_killed_process_ends_the_other_which_saves(tiny, no_pictures):
     assert f"--resume {recipe.output_dir}" in left
     assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step == 2
     report = train(load_recipe(None, {"resume": recipe.output_dir}))
-    assert report.warnings[0].startswith("resumed with 1 processes (was 2)")
+    assert report.warnings[0].startswith("resumed with processes = 1 (was 2)")
     assert largest_difference(weights(recipe.output_dir), weights(alone.run_dir)) < 1e-5
 
 

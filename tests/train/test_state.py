@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from tiny_runs import TINY, assert_same_weights, metrics, weights
 
 import vimtune
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.train import NonFiniteError, train, trainer
+from vimtune.train import NonFiniteError, OutputError, train, trainer
 from vimtune.train.checkpoint import Progress, check_tensors, load_run_state, save_run_state
 from vimtune.train.identity import ResumeError
 
@@ -105,6 +106,21 @@ def _with_top1(scores, percent: float):
     confusion = torch.zeros_like(scores.confusion)
     confusion[0, 0], confusion[0, 1] = right, scores.num_images - right
     return replace(scores, confusion=confusion)
+
+
+def test_a_better_adapter_that_cannot_be_read_for_a_moment_is_kept(tiny, monkeypatch):
+    recipe = tiny(epochs=1)
+
+    def no_descriptor_left(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vimtune.adapters.store.read_metadata", no_descriptor_left)
+        with pytest.raises(OutputError, match="Too many open files"):
+            train(recipe)
+    report = again(recipe)
+    assert report.best_epoch == 1
+    assert vimtune.read_adapter_info(Path(report.run_dir, "adapter.safetensors")).extra["epoch"] == 1
 
 
 @pytest.mark.parametrize("left", ["nothing", "that of another epoch"])

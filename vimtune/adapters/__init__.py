@@ -3,7 +3,7 @@
 Adding a method is one new file with a registered class (`lora.py` is the pattern) and one line here.
 """
 
-# In the order in which they are listed.
+# The modules are imported in the order in which `--list` shows their methods.
 from vimtune.adapters import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401, I001
 from vimtune.adapters.base import Method, get_method, list_methods, method_fields, register_method
 from vimtune.adapters.batched import shared_effective_weights

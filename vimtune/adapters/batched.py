@@ -176,7 +176,7 @@ def _compute(members: list[_Member]) -> dict[WeightRule, Ahead]:
     device = values.device.type
     if is_factor and values.dtype == torch.float32 and torch.is_autocast_enabled(device):
         rounded = values.to(torch.get_autocast_dtype(device)).unbind()
-    # Of unbind, the gradient is one stack; of indexing, a tensor of zeros for each slice.
+    # The gradient of unbind is one stack; indexing would give a tensor of zeros for each slice.
     return {
         member.rule: Ahead(member.weight, value, torch.is_grad_enabled(), low)
         for member, value, low in zip(members, values.unbind(), rounded, strict=True)

@@ -24,7 +24,7 @@ class BitFit(FineTuning):
 
 
 def _is_bias(path: str) -> bool:
-    """Also those that are parameters beside a weight of another name: `dt_bias`, `bias_ih_l0`."""
+    """Whether a parameter is a bias by its name, as are `dt_bias` and `bias_ih_l0` beside their weights."""
     name = path.rpartition(".")[2]
     return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
 

@@ -55,7 +55,7 @@ class _Seed:
     rule: int
     """Number of the rule by which weights are drawn."""
     digest: str = ""
-    """Of all that decides the draws, once somebody asked for it."""
+    """Digest of all that decides the draws; empty until somebody asks for it."""
     draws: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
     """(parameter, dtype) -> digest of the drawn value in that dtype, as far as somebody asked for it."""
 

@@ -48,9 +48,9 @@ class AdapterInfo:
     options: dict[Name, dict[Name, OptionValue]]
     """Every field of each method, defaults included: {method: {field: value}}."""
     targets: TargetList | dict[Name, TargetList] | None
-    """As given to `inject`."""
+    """The targets as they were given to `inject`."""
     layers: LayerList | dict[Name, LayerList] | None
-    """As given to `inject`."""
+    """The layers as they were given to `inject`."""
     num_classes: ClassCount
     base_hash: Name
     """`BaseIdentity.bits`; in a file without `base_origin` the hash of the first format."""

@@ -58,9 +58,9 @@ class AdapterRecord:
     options: dict[str, dict[str, Any]]
     """Every field of each method, defaults included."""
     targets: Targets
-    """As given."""
+    """The targets as they were given."""
     layers: Layers
-    """As given."""
+    """The layers as they were given."""
     sites: Sites
     """What targets and layers meant on this model."""
     num_classes: int
@@ -76,7 +76,7 @@ class _State:
     """Flags of the base parameters before the first injection."""
     num_classes: int
     loading: RemovableHandle
-    """Of the hook that lets plain checkpoints load."""
+    """Handle of the hook that lets plain checkpoints load."""
     active: str | None = None
     records: dict[str, AdapterRecord] = field(default_factory=dict)
 

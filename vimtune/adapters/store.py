@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from vimtune.adapters.rule import base_parameters
 from vimtune.adapters.sites import Sites, find_backbone, selected
 from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
+from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote
 from vimtune.utils import atomic_write, suggest
 
@@ -102,9 +103,7 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
         kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise AdapterFileError(f"{shown} {kind}; expected the adapter.safetensors of a run")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()} if with_tensors else {}  # noqa: SIM118
+        metadata, tensors = read_metadata(path), read_tensors(path) if with_tensors else {}
     except SafetensorError as error:
         raise AdapterFileError(f"{shown} is truncated or not a safetensors file ({error})") from error
     except OSError as error:

@@ -26,7 +26,7 @@ class AdaptedParameter:
     """One trained tensor of an adapter."""
 
     name: str
-    """Its name in `model.named_parameters()`; of a wrapped model in those of the model inside."""
+    """Its name in `model.named_parameters()`; under a wrapper, in that of the model inside."""
     key: str
     """Its name in `adapter_state_dict`, which does not depend on the adapter's name."""
     parameter: nn.Parameter

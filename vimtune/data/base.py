@@ -16,7 +16,7 @@ from PIL import Image
 from vimtune.data.errors import DatasetError, ImageReadError
 from vimtune.data.images import load_image
 from vimtune.schema import check
-from vimtune.text import quote
+from vimtune.text import quote, unicode_text
 from vimtune.utils import require_summary, suggest
 
 SPLITS = ("train", "val", "test", "train+val")
@@ -113,12 +113,16 @@ class FileDataset(ImageDataset):
         source: str,
         notes: Sequence[str] = (),
     ) -> None:
-        """Take the images at `paths`, all of them below the folder `root`; `source` ends with `notes`."""
+        """Take the images at `paths`, all of them below the folder `root`; `source` ends with `notes`.
+
+        `classes` may be names of folders: what is not Unicode in them is written out, once and here, so that
+        every file that names the classes gives the same names back.
+        """
         self.split = split
         self.root = root
         self.paths = list(paths)
         self.targets = [int(target) for target in targets]
-        self.classes = list(classes)
+        self.classes = [unicode_text(name) for name in classes]
         self.source = "; ".join(
             [f"{source}, {len(self.paths)} images of {len(self.classes)} classes", *notes]
         )

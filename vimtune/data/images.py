@@ -51,12 +51,12 @@ FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or _is_there(
 EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])
 """Endings of file names that mark an image, in lower case."""
 
-# Written by systems and tools beside the data; no data themselves. In lower case.
+# Systems and tools write these folders beside the data. The names are in lower case.
 _SYSTEM_FOLDERS = {
     *("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"),
     "__pycache__",
 }
-# Companions of images that nobody expects to be read as one. Other files that are left out are reported.
+# Nobody expects these companions of images to be read as images. Other files that are left out are reported.
 _COMPANIONS = {
     *(".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".mat", ".md5", ".sha256"),
     *(".md", ".html", ".htm", ".log", ".py", ".ipynb", ".sh", ".xmp", ".aae"),
@@ -79,7 +79,7 @@ _DECODE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-# Of an OSError of the system, what a decoder causes that follows a nonsensical offset in the file.
+# An OSError with one of these comes from a decoder that follows a nonsensical offset in the file.
 _DECODER_ERRNOS = (None, errno.EINVAL, errno.EOVERFLOW)
 
 _ORIENTATIONS = {  # value of the EXIF tag -> what brings the image upright

@@ -25,11 +25,11 @@ from vimtune.text import printable, shorten
 
 logger = logging.getLogger(__name__)
 
-_CACHE_SHARE = 0.5  # of the memory that is free when the cache is filled
+_CACHE_SHARE = 0.5  # share of the free memory that the cache may take
 _GRACE_SECONDS = 10
 _MAX_CORRUPT_SHARE = 0.5
 _ENOUGH_TO_JUDGE = 100  # images after which the share of corrupt ones counts before the epoch has ended
-# In messages of torch: a worker that died, or no means left to send a batch; not an error in a worker's code.
+# What torch says when a worker has died or a batch cannot be sent, as opposed to an error in a worker's code.
 _WORKER_TROUBLE = (
     r"DataLoader worker \(pid|Pin memory thread exited|shared memory|ancdata|Too many open files"
 )

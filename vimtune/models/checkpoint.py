@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
 from vimtune.model_options import MAX_PATCHES, ModelOptions, check_model_options
 from vimtune.schema import parse_json
+from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote
 
 if TYPE_CHECKING:
@@ -100,12 +101,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     shown = printable(str(path))
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            for kind, meaning in _OTHER_FILES.items():
-                if metadata.get("format", "").startswith(kind):
-                    raise CheckpointError(f"{shown} {meaning}")
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 - no dict
+        metadata = read_metadata(path)
+        for kind, meaning in _OTHER_FILES.items():
+            if metadata.get("format", "").startswith(kind):
+                raise CheckpointError(f"{shown} {meaning}")
+        return read_tensors(path), metadata
     except SafetensorError as error:
         raise CheckpointError(f"{shown} is truncated or not a safetensors file ({error})") from error
 

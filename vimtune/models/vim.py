@@ -347,7 +347,7 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        # Of an adapted model also the tensors that take the place of these, whose names contain theirs.
+        # In an adapted model the names of the tensors that take the place of these contain their names.
         return {name for name, _ in self.named_parameters() if not _UNDECAYED.isdisjoint(name.split("."))}
 
     @torch.jit.ignore

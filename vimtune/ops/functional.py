@@ -292,7 +292,7 @@ def _as_optional(gradients: list[Tensor], needs: list[bool]) -> list[Tensor | No
 
 
 def _zero_gradients(inputs, needs: list[bool], like: Tensor) -> list[Tensor]:
-    """Where there is no token."""
+    """The gradients where there is no token: zeros."""
     return [gradient.zero_() for gradient in _fake_gradients(inputs, needs, like)]
 
 

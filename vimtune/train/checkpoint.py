@@ -29,13 +29,14 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from vimtune.adapters.store import AdapterFileError, read_adapter_info
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.schema import STRICT, Count, check, load_json, parse_json
+from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote, shorten
 from vimtune.train.folder import RunFolder, writing
 from vimtune.train.guard import NonFiniteError, describe, is_finite
@@ -190,9 +191,7 @@ def load_run_state(path: Path) -> RunState:
     """
     shown = printable(str(path))
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+        metadata, tensors = read_metadata(path), read_tensors(path)
     except SafetensorError as error:
         reason = shorten(printable(str(error)))
         raise ResumeError(f"{shown} is truncated or not a checkpoint of vimtune ({reason})") from error
@@ -321,19 +320,28 @@ def settle_best_adapter(folder: RunFolder, best_epoch: int) -> bool:
 
     Returns:
         Whether the folder holds that adapter, or none is wanted yet (`best_epoch` = 0).
+
+    Raises:
+        OutputError: the system does not let it be found out; nothing has changed.
     """
     with writing(folder.adapter):
         if best_epoch > 0 and _epoch_of(folder.next_adapter) == best_epoch:
             os.replace(folder.next_adapter, folder.adapter)
         folder.next_adapter.unlink(missing_ok=True)
-    return best_epoch == 0 or _epoch_of(folder.adapter) == best_epoch
+        return best_epoch == 0 or _epoch_of(folder.adapter) == best_epoch
 
 
 def _epoch_of(adapter: Path) -> int | None:
-    """The epoch that an adapter file was saved in; None without a readable file."""
+    """The epoch that an adapter file was saved in; None for no file, and for one that is damaged.
+
+    Raises:
+        OSError: there is one, and the system cannot read it.
+    """
     try:
         return read_adapter_info(adapter).extra.get("epoch")
-    except AdapterFileError:
+    except AdapterFileError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
         return None
 
 

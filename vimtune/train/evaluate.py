@@ -98,7 +98,6 @@ def evaluate(
         another process cannot be read.
 
     Raises:
-        ValueError: there was no image to score.
         InputError: the images of this process cannot be read.
         ValueError: there was no image to score.
     """

@@ -131,9 +131,7 @@ def hold(folder: RunFolder) -> Iterator[None]:
                 printable(str(folder.path)),
             )
     try:
-        with suppress(
-            PermissionError
-        ):  # Windows lets nobody write to a locked file; then the name is missing
+        with suppress(PermissionError):  # on Windows, where nobody may write to a locked file
             moment = time.strftime("%Y-%m-%d %H:%M:%S")
             folder.lock.write_text(f"process {os.getpid()} on {socket.gethostname()} since {moment}\n")
         yield

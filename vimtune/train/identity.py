@@ -53,8 +53,8 @@ class ResumeError(ValueError):
 class Facts:
     """What the weights of a run depend on besides its recipe. Written as JSON into its states.
 
-    `data` holds a fingerprint of the images of every split in use, `processes` their number; states of
-    earlier versions have neither.
+    `data` holds a fingerprint of the images of every split in use, and `processes` says how many processes
+    trained; states of earlier versions have neither.
     """
 
     __pydantic_config__ = STRICT
@@ -156,7 +156,7 @@ def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts) -> 
         notes.append(f"resumed with {name} = {now} (was {was}){effect}")
     if saved.processes not in (None, facts.processes):
         notes.append(
-            f"resumed with {facts.processes} processes (was {saved.processes}); random numbers such as "
+            f"resumed with processes = {facts.processes} (was {saved.processes}); random numbers such as "
             "those of dropout, and the order of sums, are others than without the change"
         )
     if not saved.data:

@@ -329,7 +329,7 @@ class _Run:
 
     def _checked(self, step: _Step) -> _Step:
         """`step`, whose numbers have arrived and are finite."""
-        if self.device_guards:  # the host did so before the update elsewhere
+        if self.device_guards:  # without a guard the host has looked before the update
             self._require_finite(step)
         return step
 
@@ -588,10 +588,10 @@ class _Step:
     number: int
     window: list[Batch]
     num_images: int
-    """Of all processes."""
+    """Images in the step, over all processes."""
     lr: float
     is_last: bool
-    """Of the epoch."""
+    """Whether it is the last step of its epoch."""
     numbers: Readback
     """Loss summed over images, wishes to stop, and gradient norm before clipping; of all processes."""
 

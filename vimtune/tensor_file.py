@@ -1,0 +1,37 @@
+"""Reading of safetensors files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file says besides its tensors, which are not read.
+
+    Raises:
+        SafetensorError: truncated, or a file of another kind.
+        OSError: it is not there or cannot be read.
+    """
+    with open(path, "rb"):  # for the system's own reason: safetensors takes every failure for a missing file
+        pass
+    with safe_open(path, framework="np") as file:  # the framework "pt" refuses names that are not UTF-8
+        return file.metadata() or {}
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        SafetensorError: truncated, or a file of another kind.
+        OSError: it is not there or cannot be read.
+    """
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:  # a name that `load_file` refuses
+        return load(Path(path).read_bytes())
+    return load_file(path)
