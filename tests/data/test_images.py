@@ -98,8 +98,6 @@ def test_plain_modes_are_pillows_conversion(tmp_path) -> None:
         image = photo().convert(mode)
         path = saved(tmp_path, image, name)
         assert np.array_equal(np.asarray(load_image(path)), np.asarray(image.convert("RGB"))), name
-    path = saved(tmp_path, photo().convert("YCbCr"), "f.tif")
-    assert abs(np.asarray(load_image(path), int) - np.asarray(photo(), int)).max() < 4
     for mode in ("HSV", "RGBX", "YCbCr"):
         image = photo().convert(mode)
         assert np.array_equal(np.asarray(images.to_rgb(image)), np.asarray(image.convert("RGB")))

@@ -148,7 +148,8 @@ def test_odd_compilers_are_refused_with_the_reason(cache, monkeypatch, caplog, c
             out.sum().backward()
     finally:
         dispatch._choose_automatically.cache_clear()
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
     assert compiler() is None or chosen.startswith("/bin")  # the doctor has an answer, too
 
 

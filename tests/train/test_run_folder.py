@@ -99,7 +99,7 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
     with hold(RunFolder(tmp_path)):
-        assert f"process {os.getpid()} " in RunFolder(tmp_path).lock.read_text()
+        assert f"process {os.getpid()} " in RunFolder(tmp_path).holder.read_text()
 
 
 def test_a_lock_that_is_kept_a_moment_longer_is_waited_for(tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ def plain(tmp_path_factory) -> Report:
 def test_run_folder_is_complete(plain):
     folder = Path(plain.run_dir)
     assert {path.name for path in folder.iterdir()} == {
+        ".holder",
         ".lock",
         "recipe.yaml",
         "adapter.safetensors",

@@ -7,6 +7,7 @@ head always is one of them. At most one adapter is active. Who owns what is reco
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,6 +217,14 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
         attach(owner, leaf, name, rule)
     state.records[name] = record
     _activate(model, state, name)
+    _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Have torch.compile look anew at whatever it has compiled: the compiler of torch 2.11 does not notice
+    that a module has got rules or lost them, and would go on with the model as it was."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _keep_missing_adapters(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -344,6 +353,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             parameter.requires_grad_(state.requires_grad[path])
         state.loading.remove()
         del model.__dict__[RECORD]
+    _forget_compiled()
 
 
 @torch.no_grad()

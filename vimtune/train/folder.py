@@ -90,8 +90,14 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Locked by the run that works in the folder; holds a line that says who that is."""
+        """Locked by the run that works in the folder."""
         return self.path / ".lock"
+
+    @property
+    def holder(self) -> Path:
+        """Says in one line who locked the folder last. It is a file of its own, because a process that waits
+        for a lock may empty the locked file."""
+        return self.path / ".holder"
 
 
 def create_unused(path: Path) -> Path:
@@ -131,9 +137,9 @@ def hold(folder: RunFolder) -> Iterator[None]:
                 printable(str(folder.path)),
             )
     try:
-        with suppress(PermissionError):  # on Windows, where nobody may write to a locked file
+        with writing(folder.holder):
             moment = time.strftime("%Y-%m-%d %H:%M:%S")
-            folder.lock.write_text(f"process {os.getpid()} on {socket.gethostname()} since {moment}\n")
+            folder.holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {moment}\n")
         yield
     finally:
         lock.release()
@@ -141,7 +147,7 @@ def hold(folder: RunFolder) -> Iterator[None]:
 
 def _holder(folder: RunFolder) -> str:
     try:
-        with open(folder.lock, encoding="utf-8", errors="replace") as file:
+        with open(folder.holder, encoding="utf-8", errors="replace") as file:
             return printable(shorten(file.read(200).strip())) or "another process"
     except OSError:
         return "another process"
