@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import os
 import platform
@@ -74,8 +75,14 @@ def atomic_write(
     when anything fails, so `path` holds either the old content or the whole new one - also after
     a SIGKILL or a full disk. The file has the rights of `mode`; by default those of any other new file.
     What a killed process leaves is found by `remove_temporaries`.
+
+    Raises:
+        OSError: it cannot be written, or `path` is there and no regular file. A move would put a file in
+            the place of a device such as /dev/null, or of a pipe.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file, so it is not replaced", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
     os.close(handle)

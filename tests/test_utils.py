@@ -1,0 +1,44 @@
+"""Files are replaced as a whole or not at all, and what is no file is never replaced."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vimtune.utils import atomic_write
+
+
+def hello(path: Path) -> None:
+    path.write_text("hello")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    atomic_write(path, hello)
+    assert path.read_text() == "hello"
+
+    def fails(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write(path, fails)
+    assert path.read_text() == "hello" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "place"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to("pipe")
+    before = sorted(tmp_path.iterdir()), path.lstat().st_mode
+    with pytest.raises(OSError):
+        atomic_write(path, hello)
+    assert (sorted(tmp_path.iterdir()), path.lstat().st_mode) == before
