@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
 import os
 import platform
@@ -74,8 +75,13 @@ def atomic_write(
     when anything fails, so `path` holds either the old content or the whole new one - also after
     a SIGKILL or a full disk. The file has the rights of `mode`; by default those of any other new file.
     What a killed process leaves is found by `remove_temporaries`.
+
+    Raises:
+        OSError: `path` is a device or a pipe, which the move would replace, or the system refuses to write.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # the system itself refuses a folder
+        raise FileExistsError(errno.EEXIST, "it is a device or a pipe, no regular file", os.fspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
     os.close(handle)
