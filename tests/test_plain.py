@@ -207,14 +207,23 @@ def test_what_a_merged_file_says_is_checked(tmp_path, merged, capsys, part, valu
     assert [line for line in error if line.startswith("error: ")] == error[-1:] and words in error[-1]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(merged, value):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x + float("nan"), r"head\.bias holds values that are not finite"),
+        (lambda x: x + float("inf"), r"head\.bias holds values that are not finite"),
+        (lambda x: x.double() + 1e300, r"head\.bias holds values that are too large for the model's"),
+        (lambda x: x.to(torch.float8_e4m3fn), r"head\.bias holds torch\.float8_e4m3fn"),
+        (lambda x: x.long(), r"head\.bias holds torch\.int64"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_refused(merged, change, words):
     with safe_open(merged, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(merged)
-    tensors["head.bias"][1] = value
+    tensors["head.bias"] = change(tensors["head.bias"])
     save_file(tensors, merged, metadata)
-    with pytest.raises(MergedFileError, match=r"'head\.bias' holds other values than finite numbers"):
+    with pytest.raises(MergedFileError, match=words):
         load_predictor(merged)
 
 
@@ -282,6 +291,13 @@ def test_a_name_that_is_not_unicode_is_no_output(tmp_path, adapter, capsys):
     assert cli.main(["merge", str(adapter), "-o", str(output)]) == 2
     assert "its path is not UTF-8" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {adapter.name, "recipe.yaml"}
+
+
+def test_a_pipe_is_no_output(tmp_path, adapter, capsys):
+    output = tmp_path / "merged.safetensors"
+    os.mkfifo(output)
+    assert cli.main(["merge", str(adapter), "-o", str(output)]) == 2
+    assert "it is a device or a pipe" in capsys.readouterr().err and output.is_fifo()
 
 
 def test_a_folder_is_no_output(tmp_path, adapter, capsys):

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from annotated_types import Len
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vimtune.models import VisionMamba, create_listed_model
+from vimtune.models.checkpoint import unusable
 from vimtune.schema import STRICT, Name, check, parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import quote
@@ -95,10 +95,10 @@ def read_merged(path: Path) -> tuple[VisionMamba, MergedInfo]:
     """
     info, shown = read_merged_info(path), quote(str(path))
     tensors = read_tensors(path)
-    for name, value in tensors.items():
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            raise MergedFileError(f"{shown}: {quote(name)} holds other values than finite numbers")
     model = create_listed_model(info.model, info.options, what=shown, error=MergedFileError)
+    wanted = model.state_dict()
+    if problems := unusable({name: value for name, value in tensors.items() if name in wanted}, wanted):
+        raise MergedFileError(f"{shown}: {problems[0]}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

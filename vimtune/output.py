@@ -22,13 +22,16 @@ def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -
         sources: files that are read; none of them may be overwritten, whatever name it goes by.
 
     Raises:
-        OutputError: another ending, a folder, no writable folder around it, or one of `sources`.
+        OutputError: another ending, a folder, a device or a pipe, no writable folder around it, or one of
+            `sources`.
     """
     shown = quote(str(path))
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"cannot write {shown}: expected a name ending in {' or '.join(suffixes)}")
     if path.is_dir():
         raise OutputError(f"cannot write {shown}: it is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {shown}: it is a device or a pipe; give the name of a file")
     folder = path.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {shown}: {quote(str(folder))} is not a writable folder")

@@ -77,12 +77,11 @@ def atomic_write(
     What a killed process leaves is found by `remove_temporaries`.
 
     Raises:
-        OSError: it cannot be written, or `path` is there and no regular file. A move would put a file in
-            the place of a device such as /dev/null, or of a pipe.
+        OSError: `path` is a device or a pipe, which the move would replace, or the system refuses to write.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "not a regular file, so it is not replaced", str(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # the system itself refuses a folder
+        raise FileExistsError(errno.EEXIST, "it is a device or a pipe, no regular file", os.fspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
     os.close(handle)

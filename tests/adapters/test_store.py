@@ -242,6 +242,7 @@ BAD_INFO = [
     ({"version": 3}, "format version 3; this vimtune reads up to 2: update"),
     ({"version": "2"}, "version: Input should be a valid integer"),
     ({"version": True}, "version: Input should be a valid integer"),
+    ({"version": 0}, "version: Input should be greater than or equal to 2"),
     ({"options": {"lora": {"rank": "2"}}}, "option rank of method 'lora'"),
     ({"options": {"lora": {"rank": [{}]}}}, "options.lora.rank"),
     ({"options": {"lora": {"rnak": 2}}}, "no option 'rnak'. Did you mean 'rank'"),
@@ -367,6 +368,14 @@ def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(AdapterFileError, match="is no regular file"):
         vimtune.read_adapter_info(tmp_path / "pipe.safetensors")
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    model = vimtune.inject(plain(), "lora", rank=2)
+    with pytest.raises(OSError, match="a device or a pipe"):
+        vimtune.save_adapter(model, tmp_path / "pipe.safetensors")
+    assert (tmp_path / "pipe.safetensors").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_names_of_files_are_shown_harmlessly(tmp_path):

@@ -172,6 +172,7 @@ def test_a_dictionary_inside_itself_ends(tmp_path, model):
     [
         (lambda x: torch.full_like(x, float("nan")), "norm_f.weight holds values that are not finite"),
         (lambda x: x / 0, "norm_f.weight holds values that are not finite"),
+        (lambda x: x.double() + 1e300, "norm_f.weight holds values that are too large for the model's"),
         (lambda x: x.to(torch.int8), r"norm_f.weight holds torch.int8 .*, expected floating point"),
         (lambda x: x.to(torch.complex64), r"norm_f.weight holds torch.complex64"),
         (lambda x: x.bool(), r"norm_f.weight holds torch.bool"),

@@ -62,7 +62,7 @@ class AdapterInfo:
     extra: dict[str, Any] = field(default_factory=dict)
     sites: dict[Name, list[SitePath]] | None = None
     """Paths of the adapted parameters by method, without the head's; None in files of version 1."""
-    version: int = VERSION
+    version: Annotated[int, Ge(VERSION), Le(VERSION)] = VERSION
     base_origin: Annotated[str, Len(0, 200)] = ""
     """`BaseIdentity.origin`."""
 

@@ -197,8 +197,8 @@ def checkpoint_filter_fn(
     if pos_embed is None or pos_embed.dim() != 3 or pos_embed.shape[::2] != own.shape[::2]:
         return state
     if 1 < pos_embed.shape[1] <= MAX_PATCHES + 1:
-        if unusable := _unusable({"pos_embed": pos_embed}):
-            raise CheckpointError(unusable[0])
+        if problems := unusable({"pos_embed": pos_embed}, {"pos_embed": own}):
+            raise CheckpointError(problems[0])
         new_grid = model.patch_embed.grid_size
         old_grid = _source_grid(pos_embed.shape[1] - 1, model, grid)
         resized = resize_pos_embed(pos_embed, old_grid, new_grid)
@@ -278,7 +278,7 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         wanted = {name: parameter for name, parameter in wanted.items() if name not in own_head}
 
-    problems = _mismatches(state, wanted) or _unusable(state)
+    problems = _mismatches(state, wanted) or unusable(state, wanted)
     if problems:
         raise CheckpointError(f"{shown} does not fit the model: " + "; ".join(problems))
     note_loading(model, state)
@@ -302,14 +302,16 @@ def _stated_grid(metadata: Mapping[str, str]) -> tuple[int, int] | None:
     return ModelOptions(**options).grid
 
 
-def _unusable(state: Mapping[str, Tensor]) -> list[str]:
-    """What keeps tensors from being weights."""
+def unusable(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """What keeps tensors from being the weights `wanted`, whose names they have."""
     for name, value in state.items():
         if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type == "meta":
             kind = "no values" if value.device.type == "meta" else f"{value.dtype} ({value.layout})"
             return [f"{name} holds {kind}, expected floating point numbers; quantised weights cannot be used"]
         if not torch.isfinite(value).all():
             return [f"{name} holds values that are not finite (NaN or infinity): the file is damaged"]
+        if not torch.isfinite(value.to(wanted[name].dtype)).all():
+            return [f"{name} holds values that are too large for the model's {wanted[name].dtype}"]
     return []
 
 
