@@ -262,7 +262,7 @@ def _merge(prog: str, arguments: Sequence[str]) -> int:
     _add_common(parser)
     options = parser.parse_strictly(arguments)
 
-    from vimtune.plain import run_merge
+    from vimtune.merging import run_merge
 
     return run_merge(
         adapter=options.adapter,

@@ -14,7 +14,7 @@ from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe
 from vimtune.train import trainer
 from vimtune.train.optim import build_optimizer
-from vimtune.train.transfer import WindowReader
+from vimtune.train.prefetch import WindowReader
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vimtune.train.checkpoint import Progress, RunState, load_run_state, save_run_state
 from vimtune.train.distributed import Processes
 from vimtune.train.identity import Facts, ResumeError, compare
 from vimtune.train.job import build_job
+from vimtune.train.state import Progress, RunState, load_run_state, save_run_state
 
 
 def test_the_run_seed_draws_another_order_of_the_same_images(tiny) -> None:

@@ -17,9 +17,9 @@ from torch import nn
 from vimtune import adapters
 from vimtune.recipe import Recipe, RecipeError, load_recipe
 from vimtune.train import Interrupted, train, trainer
-from vimtune.train.checkpoint import load_run_state
 from vimtune.train.graph import BatchGraph, CaptureError, CudaRecorder, refusals
 from vimtune.train.guard import NonFiniteError
+from vimtune.train.state import load_run_state
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

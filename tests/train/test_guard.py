@@ -10,9 +10,9 @@ from tiny_runs import assert_same_weights, metrics
 from torch import nn
 
 from vimtune.train import NonFiniteError, train, trainer
-from vimtune.train.checkpoint import load_run_state
 from vimtune.train.guard import find_nonfinite
 from vimtune.train.settings import derive_seed
+from vimtune.train.state import load_run_state
 
 
 class TwoFactors(torch.autograd.Function):

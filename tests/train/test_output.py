@@ -25,10 +25,10 @@ from vimtune.cli import main
 from vimtune.console import build_console
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import OutputError, Report, train
-from vimtune.train.checkpoint import Progress, RunState, load_run_state, save_run_state
 from vimtune.train.folder import RunFolder
 from vimtune.train.identity import Facts
 from vimtune.train.records import EventLog, MetricsLog
+from vimtune.train.state import Progress, RunState, load_run_state, save_run_state
 from vimtune.train.tracking import Tracker, duration
 from vimtune.train.trainer import _Run
 

@@ -18,7 +18,7 @@ from two_ranks import run_two
 
 from vimtune.recipe import load_recipe
 from vimtune.train import train
-from vimtune.train.checkpoint import load_run_state
+from vimtune.train.state import load_run_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

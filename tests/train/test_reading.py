@@ -16,8 +16,8 @@ from vimtune.data import CorruptImageError, ImageReadError, TooManyCorruptError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import load_recipe
 from vimtune.train import InputError, train
-from vimtune.train.checkpoint import load_run_state
 from vimtune.train.reading import reading
+from vimtune.train.state import load_run_state
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -19,8 +19,8 @@ from tiny_runs import TINY, assert_same_weights, metrics, weights
 import vimtune
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import NonFiniteError, OutputError, train, trainer
-from vimtune.train.checkpoint import Progress, check_tensors, load_run_state, save_run_state
 from vimtune.train.identity import ResumeError
+from vimtune.train.state import Progress, check_tensors, load_run_state, save_run_state
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

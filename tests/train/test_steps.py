@@ -19,11 +19,11 @@ from vimtune.data import build_transform, create_dataset, create_loader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.train import InputError, Report, evaluate, train, trainer
-from vimtune.train.checkpoint import load_run_state
 from vimtune.train.distributed import Processes
 from vimtune.train.identity import ResumeError
 from vimtune.train.job import build_model
 from vimtune.train.precision import build_autocast
+from vimtune.train.state import load_run_state
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vimtune.recipe import Recipe
-from vimtune.train.checkpoint import Progress, load_run_state
 from vimtune.train.distributed import Processes
 from vimtune.train.evaluate import Evaluation
 from vimtune.train.report import Report, build_report
+from vimtune.train.state import Progress, load_run_state
 
 TINY: dict[str, Any] = {
     "dataset": "synthetic_flowers",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vimtune.adapters.base import check_matrix, option, register_method
 from vimtune.adapters.lora import LoRA, LoRARule
 from vimtune.adapters.rule import WeightRule
-from vimtune.ops.blocks import scaled_block_product
+from vimtune.ops.block_product import scaled_block_product
 from vimtune.text import quote
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Selective scan and causal convolution behind one dispatch; see `dispatch.py` for the backends."""
 
-from vimtune.ops.blocks import scaled_block_product
+from vimtune.ops.block_product import scaled_block_product
 from vimtune.ops.cpu import CpuBackend
 from vimtune.ops.cuda import CudaBackend
 from vimtune.ops.dispatch import (

@@ -55,7 +55,7 @@ class RunFolder:
 
     @property
     def next_adapter(self) -> Path:
-        """A better adapter whose state is not yet written; see `vimtune.train.checkpoint`."""
+        """A better adapter whose state is not yet written; see `vimtune.train.state`."""
         return self.path / ".adapter.next.safetensors"
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from vimtune.data import CorruptImageError, DatasetError, TooManyCorruptError
 from vimtune.text import printable, shorten
-from vimtune.train.transfer import Batch
+from vimtune.train.prefetch import Batch
 
 
 class InputError(ValueError):

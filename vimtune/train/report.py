@@ -23,10 +23,10 @@ from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.schema import STRICT, finite_json, finite_or_none, load_json
 from vimtune.text import shorten
-from vimtune.train.checkpoint import Progress
 from vimtune.train.distributed import Processes
 from vimtune.train.evaluate import Evaluation
 from vimtune.train.folder import RunFolder, writing
+from vimtune.train.state import Progress
 from vimtune.train.tracking import duration
 from vimtune.utils import atomic_write, processor_name
 

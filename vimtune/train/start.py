@@ -9,11 +9,11 @@ from pathlib import Path
 
 from vimtune.recipe import Recipe
 from vimtune.text import printable
-from vimtune.train.checkpoint import Progress, RunState, ended, load_run_state, settle_best_adapter
 from vimtune.train.distributed import Processes
 from vimtune.train.folder import RunFolder, create_unused, hold, writing
 from vimtune.train.identity import HARMLESS, ResumeError, changed, lasting
 from vimtune.train.report import Report, read_report
+from vimtune.train.state import Progress, RunState, ended, load_run_state, settle_best_adapter
 from vimtune.utils import remove_temporaries
 
 

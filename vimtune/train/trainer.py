@@ -20,17 +20,6 @@ from vimtune.data import ImageLoader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.train.batch import BatchMixer, summed_loss
-from vimtune.train.checkpoint import (
-    Progress,
-    RunState,
-    check_place,
-    check_tensors,
-    ended,
-    optimizer_tensors,
-    restore_optimizer,
-    save_run_state,
-    settle_best_adapter,
-)
 from vimtune.train.conclusion import conclude
 from vimtune.train.distributed import PeerLostError, Processes, open_processes
 from vimtune.train.evaluate import Evaluation, evaluate
@@ -50,6 +39,7 @@ from vimtune.train.optim import (
     skips_by_itself,
 )
 from vimtune.train.precision import build_autocast, build_scaler
+from vimtune.train.prefetch import Batch, Readback, WindowReader
 from vimtune.train.reading import InputError, reading
 from vimtune.train.report import (
     Report,
@@ -61,8 +51,18 @@ from vimtune.train.report import (
 )
 from vimtune.train.settings import derive_seed, process_settings, seed_generators
 from vimtune.train.start import Start, find_start, prepare_folder
+from vimtune.train.state import (
+    Progress,
+    RunState,
+    check_place,
+    check_tensors,
+    ended,
+    optimizer_tensors,
+    restore_optimizer,
+    save_run_state,
+    settle_best_adapter,
+)
 from vimtune.train.tracking import Tracker
-from vimtune.train.transfer import Batch, Readback, WindowReader
 
 TRAINED = "default"
 """Name of the adapter that is trained; at the end another one, read from the file, is scored beside it."""

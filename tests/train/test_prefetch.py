@@ -12,8 +12,8 @@ from tiny_runs import assert_same_weights, metrics, weights
 from vimtune.data import CorruptImageError
 from vimtune.recipe import load_recipe
 from vimtune.train import InputError, Interrupted, train, trainer
-from vimtune.train.checkpoint import load_run_state
-from vimtune.train.transfer import Readback, WindowReader
+from vimtune.train.prefetch import Readback, WindowReader
+from vimtune.train.state import load_run_state
 
 CPU = torch.device("cpu")
 

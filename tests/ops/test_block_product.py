@@ -13,9 +13,9 @@ import torch
 from kernel_checks import OPCHECKS, assert_close, assert_compiles
 
 from vimtune.ops import BackendUnavailable, use_backend
-from vimtune.ops import blocks as ops
-from vimtune.ops.blocks import MAX_BLOCK, scaled_block_product
-from vimtune.ops.nvrtc import blocks as kernels
+from vimtune.ops import block_product as ops
+from vimtune.ops.block_product import MAX_BLOCK, scaled_block_product
+from vimtune.ops.nvrtc import block_product as kernels
 from vimtune.ops.nvrtc import runtime
 
 SHAPES = [

@@ -77,7 +77,7 @@ def _has_kernels(asked: str, chosen: str, device: str) -> bool:
 
 @operation("scaled_block_product")
 def _product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
-    from vimtune.ops.nvrtc import blocks as kernels
+    from vimtune.ops.nvrtc import block_product as kernels
 
     if weight.numel() == 0:  # as under a vmap over nothing
         return torch.empty_like(weight)
@@ -93,7 +93,7 @@ def _(weight, row_scale, blocks):
 def _backward(
     grad: Tensor, weight: Tensor, row_scale: Tensor, blocks: Tensor, need_scale: bool, need_blocks: bool
 ) -> tuple[Tensor, Tensor]:
-    from vimtune.ops.nvrtc import blocks as kernels
+    from vimtune.ops.nvrtc import block_product as kernels
 
     if weight.numel() == 0:
         return (

@@ -26,7 +26,7 @@ from timm.data import create_transform, resolve_model_data_config
 import vimtune
 from vimtune import catalog, cli
 from vimtune.merged import MergedFileError, is_merged_file
-from vimtune.plain import MergeError, merge_to_file
+from vimtune.merging import MergeError, merge_to_file
 from vimtune.predict import load_predictor
 
 

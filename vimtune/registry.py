@@ -1,0 +1,85 @@
+"""A table of named things to which a user's own package can add: methods, models, data sets, tasks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from vimtune.plugins import load_installed
+from vimtune.text import quote
+from vimtune.utils import suggest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Things by name, in the order in which they were added.
+
+    What vimtune itself adds is there once the room that owns the registry has been imported. Whatever
+    installed packages add (`vimtune.plugins`) is loaded when the registry is first asked.
+    """
+
+    def __init__(self, kind: str, error: type[ValueError] = ValueError) -> None:
+        """An empty registry.
+
+        Args:
+            kind: what the things are, in the singular, for messages: "method".
+            error: class of the error for an unknown name.
+        """
+        self.kind = kind
+        self._error = error
+        self._things: dict[str, T] = {}
+
+    def add(self, name: str, thing: T) -> None:
+        """Make `thing` known under `name`. A new version of the same definition takes its place.
+
+        Raises:
+            ValueError: the name belongs to another thing, or has characters that mean something elsewhere.
+        """
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(
+                f"{self.kind} {quote(name)}: expected a name of letters, digits, '_', '-' and '.'"
+            )
+        known = self._things.get(name)
+        if known is not None and _origin(known) != _origin(thing):
+            raise ValueError(
+                f"there is a {self.kind} {quote(name)} already ({_origin(known)}); choose another name for "
+                f"{_origin(thing)}"
+            )
+        self._things[name] = thing
+
+    def get(self, name: str) -> T:
+        """The thing called `name`.
+
+        Raises:
+            ValueError: (or the registry's own subclass) unknown name; the message lists those that are known.
+        """
+        if name not in self:
+            failures = load_installed()
+            broken = "".join(f" Package {key} could not be loaded: {why}." for key, why in failures.items())
+            raise self._error(
+                f"unknown {self.kind} {quote(name)}.{suggest(str(name), self)} Known: {', '.join(self)}. "
+                f"What your own package adds is known once it is imported (flag --import).{broken}"
+            )
+        return self._things[name]
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """(name, thing) of all."""
+        load_installed()
+        yield from list(self._things.items())
+
+    def __contains__(self, name: object) -> bool:
+        load_installed()
+        return isinstance(name, str) and name in self._things
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.items())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _origin(thing: object) -> str:
+    """Where a class or function was defined."""
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
