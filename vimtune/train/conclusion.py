@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from vimtune.text import csv_cell, printable, shorten
+from vimtune.tasks.job import Outcome
+from vimtune.text import shorten
 from vimtune.train import pictures
-from vimtune.train.folder import OutputError, RunFolder, writing
+from vimtune.train.folder import OutputError, RunFolder
 from vimtune.train.identity import HARMLESS
 from vimtune.train.report import Report, print_report, write_report
 from vimtune.train.tracking import Tracker
-from vimtune.utils import atomic_write
+
+Files = Mapping[str, Callable[[Path], None]]
+"""Names of files in the run folder, and functions that write them."""
 
 MAX_REASON = 400
 """Characters of somebody's error message that a warning repeats."""
@@ -25,17 +25,18 @@ NOT_COMPARED = frozenset(HARMLESS) - {"checkpoint", "pretrained"}
 """Settings without influence on the scores, which TensorBoard's table of runs leaves out."""
 
 
-def conclude(
-    report: Report, confusion: Tensor, classes: Sequence[str], folder: RunFolder, tracker: Tracker
-) -> Report:
+def conclude(report: Report, outcome: Outcome, files: Files, folder: RunFolder, tracker: Tracker) -> Report:
     """Write, draw and print the result of a run, and close its tracker.
 
     report.json comes first, and with it the run is finished: when something after it fails, only that
     is missing, and a warning says why.
 
     Args:
-        confusion: counts of images by true class and answer, (C, C).
-        classes: C names.
+        report: the result.
+        outcome: what it was made from.
+        files: what the task adds to the run folder: names of files, and functions that write them.
+        folder: that of the run.
+        tracker: shows the report and records the final scores.
 
     Returns:
         The report with these warnings, as the file has it.
@@ -44,7 +45,7 @@ def conclude(
         OutputError: report.json cannot be written.
     """
     write_report(report, folder)
-    problems = list(_decorate(report, confusion, classes, folder, tracker))
+    problems = list(_decorate(report, outcome, files, folder, tracker))
     tracker.close()
     if problems:
         report = dataclasses.replace(report, warnings=[*report.warnings, *problems])
@@ -56,47 +57,29 @@ def conclude(
     return report
 
 
-def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Counts of images as CSV: a row for each true class, a column for each answer."""
-    names = [csv_cell(printable(name)) for name in classes]
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["number", "true class", *names])
-            for number, (name, counts) in enumerate(zip(names, confusion, strict=True)):
-                writer.writerow([number, name, *counts.tolist()])
-
-    with writing(path):
-        atomic_write(path, write)
-
-
-def final_scores(report: Report) -> dict[str, float | None]:
+def final_scores(report: Report, outcome: Outcome) -> dict[str, float | None]:
     """The scores by which TensorBoard's table compares runs."""
-    return {
-        f"final/{report.split}_top1": report.top1,
-        f"final/{report.split}_top5": report.top5,
-        f"final/{report.split}_loss": report.loss,
-        f"final/best_{report.selection_split}_top1": report.best_top1,
-    }
+    found, selected = outcome.evaluation, outcome.task.scores[:1]
+    final = {f"final/{report.split}_{name}": value for name, value in found.scores.items()}
+    best = {f"final/best_{report.selection_split}_{s.name}": outcome.best[s.name] for s in selected}
+    return {**final, f"final/{report.split}_loss": found.loss, **best}
 
 
 def _decorate(
-    report: Report, confusion: Tensor, classes: Sequence[str], folder: RunFolder, tracker: Tracker
+    report: Report, outcome: Outcome, files: Files, folder: RunFolder, tracker: Tracker
 ) -> Iterator[str]:
     """Do everything that is not the result itself; yield a line for each part that did not succeed."""
-    makers: dict[Path, Callable[[Path], None]] = {
-        folder.confusion_table: lambda path: write_confusion_table(confusion, classes, path),
-        folder.confusion_matrix: lambda path: pictures.save_picture(
-            pictures.draw_confusion_matrix(confusion, classes, report), path
-        ),
-        folder.learning_curve: lambda path: pictures.save_picture(pictures.draw_learning_curve(report), path),
-    }
-    for path, make in makers.items():
+
+    def draw_curve(path: Path) -> None:
+        score = outcome.task.scores[0] if outcome.task.scores else None
+        pictures.save_picture(pictures.draw_learning_curve(report, score), path)
+
+    for path, make in {folder.path / name: make for name, make in files.items()}.items():
         yield from _attempt(path.name, partial(_renew, path, make))
+    yield from _attempt(folder.learning_curve.name, partial(_renew, folder.learning_curve, draw_curve))
     settings = {name: value for name, value in report.recipe.items() if name not in NOT_COMPARED}
     yield from _attempt(
-        "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report))
+        "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report, outcome))
     )
 
 

@@ -46,6 +46,7 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
+        """The settings of the run."""
         return self.path / "recipe.yaml"
 
     @property
@@ -65,28 +66,23 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
+        """Records of steps and epochs, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
         return self.path / "tensorboard"
 
     @property
     def report(self) -> Path:
+        """The result; a run that has it is finished."""
         return self.path / "report.json"
 
     @property
     def learning_curve(self) -> Path:
+        """Losses and the most important score over the epochs."""
         return self.path / "learning_curve.png"
-
-    @property
-    def confusion_matrix(self) -> Path:
-        return self.path / "confusion_matrix.png"
-
-    @property
-    def confusion_table(self) -> Path:
-        """The counts that the picture of the confusion matrix shows."""
-        return self.path / "confusion_matrix.csv"
 
     @property
     def lock(self) -> Path:

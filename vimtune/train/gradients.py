@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Gradients(Protocol):
+    """Where the gradients of the batches of an optimizer step come together."""
+
+    def start(self, empty: bool) -> None:
+        """Begin a step; `empty` tells that this process has no batch in it."""
+
+    def add(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a scalar, to those of the step."""
+
+
+class FreshGradients:
+    """Gradients as `loss.backward()` makes them: new tensors in every step."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def start(self, empty: bool) -> None:
+        """Forget the gradients of the step before."""
+        del empty
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def add(self, loss: Tensor) -> None:
+        """Run the backward pass of `loss`."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+class StandingGradients:
+    """Gradients that stay where they once were put, because a recorded graph writes them there."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *, one_batch: bool) -> None:
+        """`one_batch` says that a step has one batch, whose gradients replace those of the step before."""
+        self._parameters, self._one_batch = parameters, one_batch
+
+    def start(self, empty: bool) -> None:
+        """Set the gradients to zero where nothing will be written over them."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients and (empty or not self._one_batch):
+            torch._foreach_zero_(gradients)
+
+    def add(self, loss: Tensor) -> None:
+        """Run the backward pass of `loss` and put its gradients in their places."""
+        put_gradients(loss, self._parameters, replace=self._one_batch)
 
 
 def put_gradients(loss: Tensor, parameters: Iterable[nn.Parameter], *, replace: bool) -> None:

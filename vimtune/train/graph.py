@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vimtune.recipe import Recipe
+from vimtune.tasks.job import Tensors
 
-BatchPass = Callable[[Tensor, Tensor], Tensor]
-"""(images, targets) -> loss; adds the gradients of the loss to those of the parameters."""
+BatchPass = Callable[[Tensors], Tensor]
+"""Runs a batch: returns its loss and adds the gradients of the loss to those of the parameters."""
 
 
 class CaptureError(RuntimeError):
@@ -101,7 +102,7 @@ class CudaRecorder:
 class BatchGraph:
     """Runs batches, from the moment it has recorded one as replays.
 
-    Recorded is the first shape of images that has come up `warmup` times before: the full batch, or
+    The first shape of a batch that has come up `warmup` times before is recorded: the full batch, or
     the only one of a small data set. Batches of other shapes, such as the last of an epoch or one
     with corrupt images left out, always run eagerly. Both kinds add to the same gradients and may
     meet in one optimizer step. The graph knows where the gradients lie: they have to be zeroed in
@@ -113,45 +114,54 @@ class BatchGraph:
         self.parameters = list(parameters)
         self.warmup = warmup
         self.num_replays = 0
-        self._seen: Counter[torch.Size] = Counter()
+        self._seen: Counter[_Shape] = Counter()
         self._recorded: _Recorded | None = None
 
-    def __call__(self, run: BatchPass, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of `run(images, targets)`, valid until the next call; `run` is always the same.
+    def __call__(self, run: BatchPass, tensors: Tensors) -> Tensor:
+        """The loss of `run(tensors)`, valid until the next call; `run` is always the same.
 
         Raises:
             CaptureError: recording failed; the batch was not run.
         """
+        shape = _shape(tensors)
         if self._recorded is None:
-            if self._seen[images.shape] < self.warmup:
-                self._seen[images.shape] += 1
-                return self.recorder.run(partial(run, images, targets))
-            self._recorded = self._record(run, images, targets)
+            if self._seen[shape] < self.warmup:
+                self._seen[shape] += 1
+                return self.recorder.run(partial(run, tensors))
+            self._recorded = self._record(run, tensors)
         recorded = self._recorded
-        if images.shape != recorded.images.shape:
-            return run(images, targets)
-        recorded.images.copy_(images)
-        recorded.targets.copy_(targets)
+        if shape != recorded.shape:
+            return run(tensors)
+        for name, tensor in tensors.items():
+            recorded.tensors[name].copy_(tensor)
         recorded.replay()
         self.num_replays += 1
         return recorded.loss
 
-    def _record(self, run: BatchPass, images: Tensor, targets: Tensor) -> _Recorded:
+    def _record(self, run: BatchPass, tensors: Tensors) -> _Recorded:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        images, targets = torch.empty_like(images), torch.empty_like(targets)
-        loss, replay = self.recorder.record(partial(run, images, targets))
-        return _Recorded(images, targets, loss, replay)
+        tensors = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        loss, replay = self.recorder.record(partial(run, tensors))
+        return _Recorded(_shape(tensors), tensors, loss, replay)
 
 
 class _Recorded(NamedTuple):
     """A graph, and the tensors that it reads and writes."""
 
-    images: Tensor
-    targets: Tensor
+    shape: _Shape
+    tensors: Tensors
     loss: Tensor
     replay: Callable[[], None]
+
+
+_Shape = tuple[tuple[str, torch.Size], ...]
+
+
+def _shape(tensors: Tensors) -> _Shape:
+    """Names and shapes of the tensors of a batch."""
+    return tuple((name, tensor.shape) for name, tensor in tensors.items())
 
 
 def _first_cause(error: BaseException) -> str:

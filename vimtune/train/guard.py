@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,29 +24,38 @@ def describe(tensor: Tensor) -> str:
 
 
 def find_nonfinite(
-    model: nn.Module, images: Tensor, forward: Callable[[Tensor], Tensor], *, backward: bool
+    model: nn.Module, inputs: Mapping[str, Any], run: Callable[[], Any], *, backward: bool
 ) -> str | None:
-    """Name the first place where a non-finite value arises in `forward(images)`, which runs `model`.
+    """Name the first place where a non-finite value arises in `run()`, which calls `model` with `inputs`.
 
-    Looked at in this order: images, weights, activations (the first module, in order of
-    completion, that returns a non-finite value) and, with `backward`, for which `forward` has to
-    return the loss: the loss, gradients of activations, gradients of weights.
+    It looks in this order: at the inputs, the weights, the activations (the first module to finish that
+        returns a non-finite value) and, with `backward`, at the loss, the gradients of activations and those
+        of weights.
 
-    Returns None when everything is finite. With `backward`, the model's gradients are overwritten.
+    Args:
+        model: the model, on whose modules hooks are put for the time of the call.
+        inputs: tensors by the names that the message gives them.
+        run: returns the model's outputs, or, with `backward`, the loss.
+        backward: whether to look at the loss and the gradients. The model's gradients are then overwritten.
+
+    Returns:
+        The place in words; None when everything is finite.
     """
-    if not is_finite(images):
-        return f"the input images ({describe(images)}): look at the data and their normalisation"
-    if bad := {name: p for name, p in model.named_parameters() if not is_finite(p)}:
-        name, tensor = next(iter(bad.items()))
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    for name, value in inputs.items():
+        if not is_finite(value):
+            bad = next(tensor for tensor in _tensors(value) if not is_finite(tensor))
+            return f"the input {name} ({describe(bad)}): look at the data and their normalisation"
+    if broken := {name: p for name, p in model.named_parameters() if not is_finite(p)}:
+        name, tensor = next(iter(broken.items()))
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         return f"the weight {name}{more} ({describe(tensor)}): it was so before this step"
     with torch.no_grad(), _watch_activations(model) as found:
-        result = forward(images)
+        result = run()
     if found:
         return found[0]
     if not is_finite(result):
         return "the loss; the outputs of all modules are finite: look at the labels"
-    return _find_in_backward(model, lambda: forward(images)) if backward else None
+    return _find_in_backward(model, run) if backward else None
 
 
 def is_finite(value: Any) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vimtune.recipe import Recipe
 from vimtune.schema import STRICT, Count
+from vimtune.tasks.base import task_of
 from vimtune.text import quote
 
 IDENTITY = (
@@ -53,14 +54,15 @@ class ResumeError(ValueError):
 class Facts:
     """What the weights of a run depend on besides its recipe. Written as JSON into its states.
 
-    `data` holds a fingerprint of the images of every split in use, and `processes` says how many processes
-    trained; states of earlier versions have neither.
+    `outputs` says what the outputs of the model mean, such as {"classes": [...]}, and `train_examples` how
+    many examples the training split holds. `data` has a fingerprint of every split in use, and `processes`
+    says how many processes trained; states of earlier versions have neither.
     """
 
     __pydantic_config__ = STRICT
 
-    classes: list[str]
-    train_images: Count
+    outputs: dict[str, list[str]]
+    train_examples: Count
     base_hash: str
     base_origin: str = ""
     """Empty in states of earlier versions, whose `base_hash` is of the first format."""
@@ -85,7 +87,7 @@ def facts_of_all(facts: Facts, step: int) -> dict[str, Any]:
     """The facts that must be the same in all processes of a run, which stands before `step`."""
     splits = {f"the {split!r} data": fingerprint for split, fingerprint in facts.data.items()}
     return {
-        "the classes": facts.classes,
+        **{f"the {name}": meanings for name, meanings in facts.outputs.items()},
         **splits,
         "the base weights": facts.base_origin,
         "the step of the state": step,
@@ -113,8 +115,9 @@ def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, sa
     problems = [
         f"{name} was {was} and is now {now}" for name, was, now in changed(saved_recipe, recipe, IDENTITY)
     ]
-    problems += _other_classes(saved.classes, facts.classes)
-    doubts = _other_data(saved, facts) + ([] if same_base else ["the base weights are others"])
+    examples = task_of(recipe).examples
+    problems += _other_outputs(saved.outputs, facts.outputs)
+    doubts = _other_data(saved, facts, examples) + ([] if same_base else ["the base weights are others"])
     if problems or (doubts and not recipe.force):
         advice = "Resume with the run's own settings and data, or start a new run in another folder"
         if not problems:
@@ -123,32 +126,39 @@ def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, sa
             "this checkpoint belongs to another run: " + "; ".join([*problems, *doubts]) + ". " + advice
         )
     return [f"resumed although {doubt} (--force)" for doubt in doubts] + _notes(
-        saved_recipe, saved, recipe, facts
+        saved_recipe, saved, recipe, facts, examples
     )
 
 
-def _other_classes(saved: list[str], now: list[str]) -> list[str]:
-    if len(saved) != len(now):
-        return [f"it has {len(saved)} classes and the data now {len(now)}"]
-    changed = [a for a, b in zip(saved, now, strict=True) if a != b]
-    return [f"the class names differ (such as {quote(changed[0])})"] if changed else []
+def _other_outputs(saved: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> list[str]:
+    """One line for each kind of outputs, such as "classes", that is not the same."""
+    problems = []
+    for kind in dict.fromkeys([*saved, *now]):
+        before, after = saved.get(kind, []), now.get(kind, [])
+        if len(before) != len(after):
+            problems.append(f"it has {len(before)} {kind} and the data now {len(after)}")
+        elif renamed := [a for a, b in zip(before, after, strict=True) if a != b]:
+            problems.append(f"the names of the {kind} differ (such as {quote(renamed[0])})")
+    return problems
 
 
-def _other_data(saved: Facts, now: Facts) -> list[str]:
+def _other_data(saved: Facts, now: Facts, examples: str) -> list[str]:
+    """One line for each difference of the data, which consist of `examples`, such as "images"."""
     doubts = []
-    if saved.train_images != now.train_images:
-        doubts.append(f"training images were {saved.train_images} and are now {now.train_images}")
+    if saved.train_examples != now.train_examples:
+        doubts.append(f"training {examples} were {saved.train_examples} and are now {now.train_examples}")
     doubts += [
-        f"the images of {quote(split)} are others (one was added, removed, renamed, moved or replaced)"
+        f"the {examples} of {quote(split)} are others (one was added, removed, renamed, moved or replaced)"
         for split, fingerprint in now.data.items()
         if saved.data.get(split, fingerprint) != fingerprint
     ]
     if "test" in saved.data and "test" not in now.data:
-        doubts.append("there are no test images any more")
+        doubts.append(f"there are no test {examples} any more")
     return doubts
 
 
-def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts) -> list[str]:
+def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, examples: str) -> list[str]:
+    """One line for each change that makes the rest of the run differ."""
     notes = []
     names = [name for name in recipe.to_dict() if name not in (*IDENTITY, *HARMLESS)]
     for name, was, now in changed(saved_recipe, recipe, names):
@@ -160,5 +170,7 @@ def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts) -> 
             "those of dropout, and the order of sums, are others than without the change"
         )
     if not saved.data:
-        notes.append("resumed from a state without fingerprints: whether its images changed cannot be told")
+        notes.append(
+            f"resumed from a state without fingerprints: whether its {examples} changed cannot be told"
+        )
     return notes

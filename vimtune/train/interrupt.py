@@ -12,6 +12,17 @@ class Interrupted(KeyboardInterrupt):
     """The run was stopped by a signal after its state was saved; the message is for the user."""
 
 
+class Stopping(Exception):
+    """Unwinds to where the run is saved; it is raised in all processes together.
+
+    `failure` says why, where this process knows a reason other than a request to stop.
+    """
+
+    def __init__(self, failure: str | None = None) -> None:
+        super().__init__(failure)
+        self.failure = failure
+
+
 class StopRequest:
     """Context manager that turns the first SIGINT or SIGTERM into `requested = True`.
 

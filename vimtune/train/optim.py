@@ -21,16 +21,17 @@ def build_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW with one group per (head or adapter, with or without weight decay).
+    """AdamW with one group for each kind of learning rate (head or adapter) and each weight decay.
 
-    Each group keeps its peak rate as `peak_lr`; `set_learning_rate` follows the curve from there.
+    Each group keeps its peak rate as `peak_lr`; `set_learning_rate` follows the curve from there. The weight
+    decay of a tensor is `weight_decay` times the tensor's own multiple.
 
     Raises:
         ValueError: nothing is trainable.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for entry in parameters:
-        groups.setdefault((entry.group, entry.weight_decay), []).append(entry.parameter)
+        groups.setdefault((entry.group, float(entry.weight_decay)), []).append(entry.parameter)
     on_gpu = all(parameter.is_cuda for members in groups.values() for parameter in members)
     if not groups:
         raise ValueError("the method trains no tensor of this model: check peft, targets and layers")
@@ -39,9 +40,9 @@ def build_optimizer(
             {
                 "params": members,
                 "peak_lr": head_lr if group == "head" and head_lr is not None else lr,
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay * multiple,
             }
-            for (group, decays), members in groups.items()
+            for (group, multiple), members in groups.items()
         ],
         lr=lr,
         betas=betas,
@@ -58,8 +59,11 @@ class CosineSchedule:
     """
 
     total_steps: int
+    """Number of optimizer steps after which the curve has reached its end."""
     warmup_steps: int
+    """Number of the steps in which the rate rises."""
     min_lr: float
+    """The rate at the end, for groups whose peak is not lower still."""
 
     def __call__(self, step: int, peak: float) -> float:
         """Learning rate of the optimizer step number `step` (from 0)."""
@@ -75,7 +79,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: CosineSchedule
     """Give every group its rate at `step`; return that of the first group."""
     for group in optimizer.param_groups:
         group["lr"] = schedule(step, group["peak_lr"])
-    return optimizer.param_groups[0]["lr"]
+    first: float = optimizer.param_groups[0]["lr"]
+    return first
 
 
 def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:

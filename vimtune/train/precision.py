@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 
-from vimtune.train.evaluate import Autocast
+from vimtune.tasks.job import Forward
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+"""Opens the block in which a model runs."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The type in which matrices are multiplied, by the names that a recipe's `amp` has for it."""
 
 
 def build_autocast(amp: str, device: torch.device) -> Autocast:
@@ -29,10 +35,20 @@ def build_autocast(amp: str, device: torch.device) -> Autocast:
     return partial(torch.autocast, device.type, DTYPES[amp], cache_enabled=False)
 
 
+def in_precision(model: Callable[..., Any], autocast: Autocast) -> Forward:
+    """`model` as a function whose calls run in the block of `autocast`."""
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        with autocast():
+            return model(*inputs, **named)
+
+    return forward
+
+
 def build_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
     """Loss scaling for fp16; disabled, and then the identity, for everything else."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def _no_autocast() -> AbstractContextManager:
+def _no_autocast() -> AbstractContextManager[Any]:
     return nullcontext()

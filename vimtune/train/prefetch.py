@@ -1,6 +1,6 @@
 """Between host and device while the device works: batches go there, a few numbers come back.
 
-On a GPU both are copies beside the computation: the images of the next optimizer step travel on a
+On a GPU both are copies beside the computation: the batches of the next optimizer step travel on a
 stream of their own during the current one, and the host takes the current step's numbers from
 page-locked memory as soon as they are there, whatever the device still has to do.
 """
@@ -14,20 +14,20 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor]
+from vimtune.tasks.job import Batch
 
 
 class WindowReader:
     """Puts the batches of a loader on the device, grouped by optimizer step.
 
     On a GPU `fetch_ahead` reads and sends the next window before it is asked for; without that call,
-    and on any other device, each window is read when its turn comes. What was fetched and is not
-    asked for any more is forgotten: the position of a run counts the windows that it was given.
+    and on any other device, each window is read when its turn comes. A fetched window that is never
+    requested is discarded: the position of a run counts the windows that it was given.
     Copies run beside the computation if the loader's batches are in page-locked memory.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
-        """`size` batches make a window."""
+        """`size` batches make a window, which is one optimizer step."""
         self.device, self.size = device, size
         self.ahead = device.type == "cuda"
         # One for the whole run: memory that is freed stays with the stream it was made for.
@@ -67,26 +67,23 @@ class WindowReader:
         except Exception as error:  # the current step has nothing to do with it
             return error
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            return [
-                (images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
-                for images, labels in window
-            ]
+            return [batch.to(self.device) for batch in window]
 
     def _receive(self, window: list[Batch]) -> None:
         if self._stream is None:
             return
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self._stream)
-        for tensor in (tensor for batch in window for tensor in batch):
+        for tensor in (tensor for batch in window for tensor in batch.tensors.values()):
             tensor.record_stream(current)  # not to be reused for a copy before the computation is through
 
 
 class Readback:
-    """Numbers on their way from the device; what is launched later does not delay them."""
+    """A few numbers on their way from the device; what is launched after them does not delay them."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
-        """Where they come from."""
+        """The numbers where they were computed, a tensor of one dimension."""
         self._copy = values.to("cpu", non_blocking=True)  # page-locked, if they come from a GPU
         self._arrived = torch.cuda.Event() if values.is_cuda else None
         if self._arrived is not None:

@@ -60,18 +60,19 @@ class _GrowingFile:
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 class MetricsLog(_GrowingFile):
     """metrics.jsonl: one JSON object per line.
 
-    Records of `kind` "step" tell of one optimizer step: `step`, `epoch`, `loss` (a mean over its
-    images), `lr`, `grad_norm`, `images_per_second`. Records of `kind` "epoch" tell of a whole epoch:
-    `epoch`, `step` (its last one), `lr`, `train_loss`, `images_per_second`, and where it was
-    evaluated `split` and that split's `loss`, `top1` and `top5` (percent; `top5` is null for five
-    classes or fewer). A number that is not finite is null, such as the gradient norm of a step that fp16
-    skips.
+    Records of `kind` "step" tell of one optimizer step: `step`, `epoch`, `loss` (a mean over what the step
+    counts), `lr`, `grad_norm` and the speed, called after the unit of the task: `images_per_second`. Records
+    of `kind` "epoch" tell of a whole epoch: `epoch`, `step` (its last one), `lr`, `train_loss`, the speed,
+    and where it was evaluated `split` and that split's `loss` and scores, such as `top1` and `top5` (percent;
+    `top5` is null for five classes or fewer). A number that is not finite is null, such as the gradient norm
+    of a step that fp16 skips.
 
     `keep_bytes` is the length at the checkpoint that the run continues from; what was written after
     it is dropped, because the run is about to write the same lines again.
@@ -81,16 +82,17 @@ class MetricsLog(_GrowingFile):
         super().__init__(folder.metrics, folder.metrics, keep_bytes)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line."""
         self.append((finite_json(record) + "\n").encode())
 
 
 class EventLog(_GrowingFile):
     """TensorBoard's event file of one session of a run.
 
-    `Tracker` writes the curves `train/loss`, `train/lr`, `train/grad_norm` and `train/images_per_second` of
-    the steps, `train/epoch_loss` of the epochs, and `<split>/loss`, `<split>/top1` and `<split>/top5` of the
-    evaluations; all over optimizer steps.
-    A session that goes on after `first_step`, or starts over, hides the later events of the sessions
+    `Tracker` writes the curves `train/loss`, `train/lr`, `train/grad_norm` and `train/images_per_second` (or
+    another unit) of the steps, `train/epoch_loss` of the epochs, and `<split>/loss`, `<split>/top1` and the
+    other scores of the evaluations; all over optimizer steps. A session that goes on after `first_step`, or
+    starts over, hides the later events of the sessions
     before it: the run is about to write them again.
     """
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vimtune.recipe import Recipe
+from vimtune.tasks.base import task_of
 from vimtune.text import printable
 from vimtune.train.distributed import Processes
 from vimtune.train.folder import RunFolder, create_unused, hold, writing
@@ -101,7 +102,7 @@ def prepare_folder(
         missing = f"the best adapter, of epoch {progress.best_epoch}, is not in {printable(str(folder.path))}"
         if ended(recipe, progress):
             raise ResumeError(f"{missing}: put it back, or raise --epochs to train on")
-        progress.forget_best()
+        progress.best_epoch = 0  # the next evaluated epoch is the best one
         progress.warnings.append(f"{missing}: the best of the epochs from here on takes its place")
     if processes.is_main:
         with writing(folder.recipe):
@@ -152,5 +153,5 @@ def _report_if_finished(recipe: Recipe, saved: RunState, folder: RunFolder) -> R
     """
     if not ended(recipe, saved.progress):
         return None
-    report = read_report(folder)
+    report = read_report(folder, task_of(recipe).report_type())
     return report if report is not None and report.epochs == saved.progress.epoch else None

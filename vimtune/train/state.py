@@ -1,8 +1,8 @@
 """The state of a run in one safetensors file, from which it continues exactly.
 
 Tensors: `adapter/<name>` (what is trained), `ema/<name>` (its moving average) and
-`optimizer/<name>/<key>`. Metadata, as JSON: the recipe, the facts the state depends on (classes,
-fingerprints of the images, identity of the base weights, versions) and the progress. The format holds
+`optimizer/<name>/<key>`. Metadata, as JSON: the recipe, the facts the state depends on (meaning of the
+outputs, fingerprints of the data, identity of the base weights, versions) and the progress. The format holds
 no code, and everything read is compared with a schema and with the run's own tensors, so a checkpoint
 from elsewhere can be read without trusting it.
 
@@ -36,53 +36,64 @@ from torch import Tensor, nn
 from vimtune.adapters.store import AdapterFileError, read_adapter_info
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.schema import STRICT, Count, check, load_json, parse_json
+from vimtune.tasks.base import task_of
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote, shorten
+from vimtune.train.earlier import FORMAT_1, convert
 from vimtune.train.folder import RunFolder, writing
 from vimtune.train.guard import NonFiniteError, describe, is_finite
 from vimtune.train.identity import Facts, ResumeError
 from vimtune.utils import atomic_write
 
-FORMAT = "vimtune run state 1"
+FORMAT = "vimtune run state 2"
 OPTIMIZER_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's tensors for each parameter."""
 
 NotNegative = Annotated[float, Ge(0)]
-Percent = Annotated[float, Ge(0), Le(100)]
+"""A number that is not negative."""
 
 
 @dataclass
-class TrainedEpoch:
-    """Record of an epoch in `Progress.history`."""
+class EpochRecord:
+    """What is known of an epoch that is over."""
 
     __pydantic_config__ = STRICT
 
     epoch: Count
+    """Its number, from 1 on."""
     step: Count
+    """Number of optimizer steps of the run at its end."""
     lr: NotNegative
+    """Learning rate of its last step."""
     train_loss: float
-    images_per_second: NotNegative
+    """Mean loss over the epoch, per unit of the task."""
+    rate: NotNegative
+    """Units per second in training, over all epochs so far."""
+    loss: float | None = None
+    """Loss on the selection split; None for an epoch that was not evaluated."""
+    scores: dict[str, float | None] | None = None
+    """The task's scores on the selection split; None for an epoch that was not evaluated."""
 
-
-@dataclass
-class ScoredEpoch(TrainedEpoch):
-    """The same after an evaluation."""
-
-    __pydantic_config__ = STRICT
-
-    loss: float
-    top1: Percent
-    top5: Percent | None
+    def flat(self, unit: str) -> dict[str, Any]:
+        """The record as it stands in metrics.jsonl and report.json; `unit` is what the task counts."""
+        values = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": self.lr,
+            "train_loss": self.train_loss,
+            f"{unit}_per_second": self.rate,
+        }
+        return values if self.scores is None else {**values, "loss": self.loss, **self.scores}
 
 
 @dataclass
 class Progress:
     """Where a run stands. Written as JSON, so plain values only.
 
-    `batch` counts the batches of `epoch` already used, `step` the optimizer steps of the whole run.
-    `loss_sum` and `loss_images` belong to the epoch in progress; `metrics_bytes` is the length of
-    metrics.jsonl when the state was saved. `history` has one `TrainedEpoch` or `ScoredEpoch`, as a
-    mapping, for each epoch done.
+    `batch` counts the batches of `epoch` already used, `step` the optimizer steps of the whole run. `count` is
+    what the run has trained on so far, in the task's unit. `loss_sum` and `loss_count` belong to the epoch in
+    progress; `metrics_bytes` is the length of metrics.jsonl when the state was saved. `best_epoch` is 0 as long
+    as there is none. `history` has one record for each epoch done.
     """
 
     __pydantic_config__ = STRICT
@@ -91,29 +102,25 @@ class Progress:
     batch: Count = 0
     step: Count = 0
     loss_sum: float = 0.0
-    loss_images: Count = 0
-    images: Count = 0
+    loss_count: Count = 0
+    count: Count = 0
     seconds: NotNegative = 0.0
     train_seconds: NotNegative = 0.0
     best_epoch: Count = 0
-    best_top1: Annotated[float, Ge(-1), Le(100)] = -1.0
     stale_evaluations: Count = 0
     metrics_bytes: Count = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[EpochRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def best_loss(self) -> float:
-        """Loss of the best epoch in its evaluation; infinite as long as there is none."""
-        return next((r["loss"] for r in self.history if r["epoch"] == self.best_epoch), float("inf"))
+    def evaluated(self) -> list[EpochRecord]:
+        """The records of the epochs that were evaluated."""
+        return [record for record in self.history if record.scores is not None]
 
-    def is_better(self, top1: float, loss: float) -> bool:
-        """Whether an epoch with these scores becomes the best: more right, or as many at a lower loss."""
-        return (top1, -loss) > (self.best_top1, -self.best_loss)
-
-    def forget_best(self) -> None:
-        """Let the next evaluated epoch be the best."""
-        self.best_epoch, self.best_top1 = 0, -1.0
+    @property
+    def best(self) -> EpochRecord | None:
+        """The record of the best epoch; None as long as there is none."""
+        return next((record for record in self.history if record.epoch == self.best_epoch), None)
 
 
 @dataclass
@@ -164,7 +171,7 @@ def save_run_state(path: Path, state: RunState) -> None:
     }
     check(Facts, described["facts"], "the facts of the run")
     check(Progress, described["progress"], "the progress of the run")
-    _check_progress(state.progress, "the progress of the run")
+    _check_progress(state, "the progress of the run")
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in described.items()}
     data = save(tensors, metadata)
 
@@ -197,9 +204,11 @@ def load_run_state(path: Path) -> RunState:
         raise ResumeError(f"{shown} is truncated or not a checkpoint of vimtune ({reason})") from error
     except OSError as error:
         raise ResumeError(f"cannot read {shown}: {error.strerror or error}") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, FORMAT_1):
         found = quote(metadata["format"]) if "format" in metadata else "a safetensors file of another kind"
         raise ResumeError(f"{shown} is not a checkpoint to resume: expected {FORMAT!r}, found {found}")
+    if metadata["format"] == FORMAT_1:
+        metadata = convert(metadata, shown)
 
     def read(schema: Any, key: str) -> Any:
         return load_json(schema, metadata.get(key), f"{shown}: its {key}", ResumeError)
@@ -210,7 +219,7 @@ def load_run_state(path: Path) -> RunState:
         raise ResumeError(f"{shown}: its recipe: {'; '.join(error.problems)}") from error
     facts, progress, scaler = read(Facts, "facts"), read(Progress, "progress"), _read_scaler(metadata, shown)
     state = RunState(recipe, facts, progress, adapter={}, optimizer={}, ema={}, scaler=scaler)
-    _check_progress(state.progress, shown, ResumeError)
+    _check_progress(state, shown, ResumeError)
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "optimizer":
@@ -232,14 +241,25 @@ def _read_scaler(metadata: Mapping[str, str], shown: str) -> dict[str, Any]:
     return values
 
 
-def _check_progress(progress: Progress, what: str, error: type[ValueError] = ValueError) -> None:
-    """Check what a schema of single values cannot say: that the parts of `progress` fit together."""
-    epochs = check(list[ScoredEpoch | TrainedEpoch], progress.history, f"{what}: its history", error)
-    if [record.epoch for record in epochs] != list(range(1, progress.epoch + 1)):
+def _check_progress(state: RunState, what: str, error: type[ValueError] = ValueError) -> None:
+    """Check what a schema of single values cannot say: that the parts of the progress fit together."""
+    progress, task = state.progress, task_of(state.recipe)
+    if [record.epoch for record in progress.history] != list(range(1, progress.epoch + 1)):
         raise error(f"{what}: its history is not that of the {progress.epoch} epochs it has trained")
-    scores = {record.epoch: record.top1 for record in epochs if isinstance(record, ScoredEpoch)}
-    if scores.get(progress.best_epoch, -1.0) != progress.best_top1:
-        raise error(f"{what}: its history does not have epoch {progress.best_epoch} as the best one")
+    names = [score.name for score in task.scores]
+    for record in progress.history:
+        whole = record.scores is None or sorted(record.scores) == sorted(names)
+        if not whole or (record.loss is None) != (record.scores is None):
+            raise error(
+                f"{what}: its history does not have the scores {', '.join(names)} in epoch {record.epoch}"
+            )
+        for score in task.scores if record.scores is not None else ():
+            value = (record.scores or {})[score.name]
+            if score.percent and value is not None and not 0 <= value <= 100:
+                raise error(f"{what}: its history has {score.name} = {value:g} in epoch {record.epoch}")
+    best = progress.best
+    if progress.best_epoch > 0 and (best is None or best.scores is None):
+        raise error(f"{what}: its history does not have epoch {progress.best_epoch} as an evaluated one")
 
 
 def check_place(progress: Progress, batches: int) -> None:

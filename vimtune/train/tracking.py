@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vimtune.console import fit, print_line
+from vimtune.tasks.base import Task
 from vimtune.train.folder import RunFolder
 from vimtune.train.records import EventLog, MetricsLog
+from vimtune.train.state import EpochRecord
 
 BAR_WIDTH = 12
 """Columns of the progress bar, which a terminal narrower than four of them goes without."""
@@ -35,17 +37,32 @@ class Tracker:
         self,
         folder: RunFolder,
         console: Console,
+        task: Task,
         *,
         is_main: bool,
         epochs: int,
         total_steps: int,
         first_step: int = 0,
         keep_bytes: int = 0,
+        warnings: list[str] | None = None,
     ) -> None:
-        self.console = console
+        """Open the files of the main process.
+
+        Args:
+            folder: that of the run.
+            console: where to print.
+            task: names the scores and the unit.
+            is_main: whether this is the main process.
+            epochs, total_steps: length of the run.
+            first_step: number of steps that were done before this session of the run.
+            keep_bytes: what stays of an existing metrics.jsonl.
+            warnings: those so far; `warn` adds to this list.
+        """
+        self.console, self.task = console, task
+        self.warnings = [] if warnings is None else warnings
         self.epochs, self.total_steps, self.first_step = epochs, total_steps, first_step
         self.started = time.monotonic()
-        self.top1 = "-"
+        self.score = "-"
         self.status: list[tuple[str, int]] = []
         self.steps_done = first_step
         self.metrics: MetricsLog | None = None
@@ -70,23 +87,37 @@ class Tracker:
         if command is not None:
             print_line(self.console, f"  {command}", wrap=False)
 
-    def show_step(self, epoch: int, step: int, loss: float, lr: float, images_per_second: float) -> None:
-        """Move the progress bar to `step` optimizer steps done."""
+    def warn(self, text: str) -> None:
+        """Print a warning and keep it for the report, unless it was said before the run was resumed."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self.message(f"warning: {text}")
+
+    def show_step(self, epoch: int, step: int, loss: float, lr: float, rate: float) -> None:
+        """Move the progress bar to `step` optimizer steps done.
+
+        Args:
+            epoch: number of the epoch, from 0 on.
+            step: number of steps done in the whole run.
+            loss: mean loss of the step.
+            lr: its learning rate.
+            rate: units per second in training so far.
+        """
         self._show(
             step,
             [
                 (f"epoch {epoch + 1}/{self.epochs}", 0),
                 (f"step {step}/{self.total_steps}", 2),
                 (f"loss {loss:.3f}", 3),
-                (f"top1 {self.top1}", 4),
+                *((f"{score.name} {self.score}", 4) for score in self.task.scores[:1]),
                 (f"lr {lr:.1e}", 6),
-                (f"{images_per_second:.0f} img/s", 5),
+                (f"{rate:.0f} {self.task.short_unit}/s", 5),
                 (f"eta {self._remaining(step)}", 1),
             ],
         )
 
     def show_evaluation(self, split: str) -> None:
-        """Say beside the progress bar that the images of `split` are being scored."""
+        """Say beside the progress bar that `split` is being scored."""
         self._show(self.steps_done, [(f"evaluating on {split}", 0)])
 
     def record_step(self, record: Mapping[str, Any]) -> None:
@@ -97,22 +128,29 @@ class Tracker:
         curves = {f"train/{name}": value for name, value in record.items() if name not in ("step", "epoch")}
         self.events.write_scalars(curves, record["step"])
 
-    def record_epoch(self, record: Mapping[str, Any], split: str) -> None:
-        """Write one `epoch` record, evaluated on `split` if it has scores, and print its line."""
-        evaluated = "top1" in record
+    def record_epoch(self, record: EpochRecord, split: str) -> None:
+        """Write the record of an epoch, evaluated on `split` if it has scores, and print its line."""
+        evaluated = record.scores is not None
+        scores = record.scores or {}
         if self.metrics is not None and self.events is not None:
-            self.metrics.write({"kind": "epoch", **record, **({"split": split} if evaluated else {})})
-            curves = {f"{split}/{name}": record.get(name) for name in ("loss", "top1", "top5")}
-            curves["train/epoch_loss"] = record["train_loss"]
-            self.events.write_scalars(curves, record["step"])
-        parts = [(f"epoch {record['epoch']}/{self.epochs}", 0), (f"loss {record['train_loss']:.4f}", 3)]
+            values = record.flat(self.task.unit)
+            self.metrics.write({"kind": "epoch", **values, **({"split": split} if evaluated else {})})
+            curves = {f"{split}/loss": record.loss} | {f"{split}/{name}": scores[name] for name in scores}
+            self.events.write_scalars({**curves, "train/epoch_loss": record.train_loss}, record.step)
+        parts = [(f"epoch {record.epoch}/{self.epochs}", 0), (f"loss {record.train_loss:.4f}", 3)]
         if evaluated:
-            self.top1 = f"{record['top1']:.1f} %"
-            parts += [(f"{split} loss {record['loss']:.4f}", 4), (f"{split} top1 {record['top1']:.2f} %", 1)]
-            if record["top5"] is not None:
-                parts += [(f"top5 {record['top5']:.2f} %", 5)]
-        parts += [(f"lr {record['lr']:.1e}", 7), (f"{record['images_per_second']:.0f} img/s", 6)]
-        parts += [(f"eta {self._remaining(record['step'])}", 2)]
+            parts += [(f"{split} loss {record.loss:.4f}", 4)]
+            for number, score in enumerate(self.task.scores):
+                value = scores[score.name]
+                if value is None:
+                    continue
+                if number == 0:
+                    self.score = score.show(value, digits=1)
+                    parts += [(f"{split} {score.name} {score.show(value)}", 1)]
+                else:
+                    parts += [(f"{score.name} {score.show(value)}", 5)]
+        parts += [(f"lr {record.lr:.1e}", 7), (f"{record.rate:.0f} {self.task.short_unit}/s", 6)]
+        parts += [(f"eta {self._remaining(record.step)}", 2)]
         self.message(fit(parts, self.console.width if self.console.is_terminal else sys.maxsize))
 
     def record_result(self, settings: Mapping[str, Any], scores: Mapping[str, float | None]) -> None:

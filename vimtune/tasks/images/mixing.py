@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch, and the loss. B batch, C classes."""
+"""Mixup and CutMix of a batch, and the loss of a classifier. B batch, C classes."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""From a recipe to the things a run works on: data, model with its adapter, loaders."""
+"""From a recipe to what an image classifier is trained with: data, model with its adapter, loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor
 
 import vimtune
 from vimtune.data import (
     ImageDataset,
-    ImageLoader,
     MissingSplitError,
     build_transform,
     create_dataset,
@@ -22,46 +22,61 @@ from vimtune.data import (
 )
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.recipe import Recipe
+from vimtune.tasks.images import pictures
+from vimtune.tasks.images.batches import ImageBatches
+from vimtune.tasks.images.mixing import BatchMixer, summed_loss
+from vimtune.tasks.images.report import ImageReport, build_image_report, write_confusion_table
+from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
+from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
 from vimtune.train.distributed import Processes
+from vimtune.train.pictures import save_picture
+from vimtune.train.report import Report
 from vimtune.train.settings import derive_seed
 
 
-@dataclass
-class Job:
-    """What a run works on. `test` is None where the data set has no test images of its own."""
+@dataclass(kw_only=True)
+class ImageJob(Job):
+    """An image classifier on its data."""
 
-    model: nn.Module
     classes: list[str]
-    train: ImageLoader
-    selection: ImageLoader
-    test: ImageLoader | None
-    preprocessing: dict[str, Any]
+    """Name of each class, by label."""
+    mix: BatchMixer
+    label_smoothing: float
+    counts_all: bool
+    """Whether no image may be left out."""
 
-    @property
-    def sources(self) -> dict[str, str]:
-        """For each split in use, which images it really holds."""
-        return {dataset.split: dataset.source for dataset in self._datasets}
+    def prepare(self, tensors: Tensors, seed: int) -> Tensors:
+        """Mix the images of a batch, and their labels into shares (B, C), where the recipe asks for it."""
+        images, labels = self.mix(tensors["images"], tensors["labels"], seed)
+        return {"images": images, "labels": labels}
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """For each split in use, a hash that changes when its images do."""
-        return {dataset.split: dataset.fingerprint() for dataset in self._datasets}
+    def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
+        """Cross entropy summed over the images."""
+        return summed_loss(forward(tensors["images"]), tensors["labels"], self.label_smoothing)
 
-    def close(self) -> None:
-        """End the processes that prepare images."""
-        for loader in self._loaders:
-            loader.close()
+    def start_tally(self, loader: Loader) -> ImageTally:
+        """An empty tally of right and wrong answers."""
+        return ImageTally(len(self.classes), loader.num_examples if self.counts_all else None)
 
-    @property
-    def _loaders(self) -> list[ImageLoader]:
-        return list(dict.fromkeys([self.train, self.selection, *([self.test] if self.test else [])]))
+    def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
+        """The report with accuracy per class and the most confused classes."""
+        return build_image_report(shared, outcome, self.classes)
 
-    @property
-    def _datasets(self) -> list[ImageDataset]:
-        return [loader.dataset for loader in self._loaders]
+    def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
+        """The confusion matrix as a table and as a picture."""
+        assert isinstance(evaluation, ImageEvaluation) and isinstance(report, ImageReport)
+        confusion = evaluation.confusion
+
+        def draw(path: Path) -> None:
+            save_picture(pictures.draw_confusion_matrix(confusion, self.classes, report), path)
+
+        return {
+            "confusion_matrix.csv": lambda path: write_confusion_table(confusion, self.classes, path),
+            "confusion_matrix.png": draw,
+        }
 
 
-def build_job(recipe: Recipe, processes: Processes) -> Job:
+def open_images(recipe: Recipe, processes: Processes) -> ImageJob:
     """Open the data, create the model, inject the adapter, build the loaders.
 
     Raises:
@@ -84,8 +99,8 @@ def build_job(recipe: Recipe, processes: Processes) -> Job:
     train_transform = build_transform(recipe.augmentation, train=True, **shared)
     eval_transform = build_transform("none", train=False, **shared)
 
-    def loader(dataset: ImageDataset, train: bool) -> ImageLoader:
-        return create_loader(
+    def batches(dataset: ImageDataset, train: bool) -> ImageBatches:
+        loader = create_loader(
             dataset,
             train_transform if train else eval_transform,
             batch_size=recipe.batch_size,
@@ -99,15 +114,22 @@ def build_job(recipe: Recipe, processes: Processes) -> Job:
             on_corrupt=recipe.on_corrupt,
             pin_memory=processes.device.type == "cuda",
         )
+        return ImageBatches(loader)
 
-    selection = loader(selection_set, train=False)
-    return Job(
+    classes = train_set.classes
+    selection = batches(selection_set, train=False)
+    return ImageJob(
         model=model.to(processes.device),
-        classes=train_set.classes,
-        train=loader(train_set, train=True),
+        train=batches(train_set, train=True),
         selection=selection,
-        test=selection if test_set is selection_set else loader(test_set, train=False) if test_set else None,
-        preprocessing=eval_transform.config,
+        final=selection if test_set is None or test_set is selection_set else batches(test_set, train=False),
+        usual_count=recipe.batch_size,
+        outputs={"classes": classes},
+        saved_with_adapter={"classes": classes, "preprocessing": eval_transform.config},
+        classes=classes,
+        mix=BatchMixer(recipe.mixup, recipe.cutmix, len(classes)),
+        label_smoothing=recipe.label_smoothing,
+        counts_all=recipe.on_corrupt == "error",
     )
 
 
@@ -131,6 +153,7 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
 
 
 def _image_size(recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the images: those of the recipe, or the model's own."""
     if isinstance(recipe.img_size, int):
         return recipe.img_size, recipe.img_size
     if isinstance(recipe.img_size, Sequence):
@@ -153,6 +176,7 @@ def _open(recipe: Recipe, split: str, img_size: tuple[int, int]) -> ImageDataset
 
 
 def _open_test(recipe: Recipe, selection: ImageDataset, img_size: tuple[int, int]) -> ImageDataset | None:
+    """The test split: `selection` itself if it is that one, None where the data set has none."""
     if selection.split == "test":
         return selection
     try:

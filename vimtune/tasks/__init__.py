@@ -1,0 +1,24 @@
+"""Tasks: what a model is trained for.
+
+A new task is one file beside these with a class under `@register_task("name")`, and its name in the import
+below. Importing this package does not import torch.
+"""
+
+from vimtune.tasks import classification  # noqa: F401  (registers itself)
+from vimtune.tasks.base import TASKS, Score, Task, register_task
+from vimtune.tasks.job import Batch, Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Evaluation",
+    "Forward",
+    "Job",
+    "Loader",
+    "Outcome",
+    "Score",
+    "Tally",
+    "Task",
+    "Tensors",
+    "register_task",
+]

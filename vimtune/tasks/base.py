@@ -1,0 +1,113 @@
+"""What a task is, and the registry that finds tasks by name.
+
+A task is what a model is trained for. It is a frozen dataclass whose fields are its options, it says by which
+scores runs are compared, and it opens the data and the model of a run as a `Job`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from vimtune.registry import Registry
+from vimtune.utils import require_summary
+
+if TYPE_CHECKING:
+    from vimtune.recipe import Recipe
+    from vimtune.tasks.job import Job
+    from vimtune.train.distributed import Processes
+    from vimtune.train.report import Report
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that an evaluation gives besides the loss, and how it is shown."""
+
+    name: str
+    """Key in records and reports, such as "top1"."""
+    title: str
+    """Name in tables and pictures, such as "top-1"."""
+    percent: bool = True
+    """Whether the value goes from 0 to 100 and is shown with "%"."""
+    higher_is_better: bool = True
+
+    def show(self, value: float, digits: int = 2) -> str:
+        """The value as text."""
+        return f"{value:.{digits}f}{' %' if self.percent else ''}"
+
+
+class Task(ABC):
+    """What a model is trained for.
+
+    Derived classes are frozen dataclasses and registered with `register_task`.
+    """
+
+    name: ClassVar[str] = ""
+    """Name in the registry."""
+    summary: ClassVar[str] = ""
+    """One line for tables."""
+    unit: ClassVar[str] = "examples"
+    """What is counted, in the plural, such as "images" or "tokens": losses are means over it, and the speed
+    of a run is so many of it per second."""
+    short_unit: ClassVar[str] = "ex"
+    """The unit in the progress bar, where there is little room."""
+    examples: ClassVar[str] = "examples"
+    """What the data consist of, in the plural, such as "images" or "texts"."""
+    scores: ClassVar[tuple[Score, ...]] = ()
+    """The scores of an evaluation besides the loss, the most important one first."""
+
+    @abstractmethod
+    def open(self, recipe: Recipe, processes: Processes) -> Job:
+        """Open the data, build the model with its adapter, and make the loaders.
+
+        Raises:
+            ValueError: data, weights or settings that do not fit together; the message says which.
+        """
+
+    def rank(self, loss: float, scores: Mapping[str, float | None]) -> tuple[float, ...]:
+        """What selects the best epoch: of two evaluations the one with the larger tuple is the better one.
+
+        By default the first of `scores` decides, and between equal ones the lower loss; without any score the
+        loss alone.
+        """
+        ranks = [-loss]
+        for score in self.scores[:1]:
+            value = scores[score.name]
+            if value is not None:
+                ranks.insert(0, value if score.higher_is_better else -value)
+        return tuple(ranks)
+
+    def report_type(self) -> type[Report]:
+        """The class of the reports that this task's jobs build."""
+        from vimtune.train.report import ScoreReport
+
+        return ScoreReport
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task of a recipe, with its options."""
+    return TASKS.get("classification")()
+
+
+AnyTask = TypeVar("AnyTask", bound=type[Task])
+
+TASKS: Registry[type[Task]] = Registry("task")
+"""All tasks by name."""
+
+
+def register_task(name: str) -> Callable[[AnyTask], AnyTask]:
+    """Class decorator that makes a task known under `name`.
+
+    Raises:
+        ValueError: the name is taken by another task.
+    """
+
+    def register(cls: AnyTask) -> AnyTask:
+        require_summary(cls, f"task {name!r}")
+        TASKS.add(name, cls)
+        cls.name = name
+        return cls
+
+    return register

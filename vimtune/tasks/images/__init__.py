@@ -1,0 +1,1 @@
+"""The work of image classification: data and model, mixing, scores, report and pictures."""

@@ -1,0 +1,53 @@
+"""Batches of an image data set in the form in which the trainer wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
+from vimtune.tasks.job import Batch, Loader
+from vimtune.train.inputs import InputError, one_line
+
+
+class ImageBatches(Loader):
+    """The batches of an `ImageLoader`, as tensors "images" (b, 3, H, W) and "labels" (b,)."""
+
+    def __init__(self, loader: ImageLoader) -> None:
+        self._loader = loader
+        self.dataset = loader.dataset
+        self.split, self.source = loader.dataset.split, loader.dataset.source
+        self.num_examples = len(loader.dataset)
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the images of the split do."""
+        return self.dataset.fingerprint()
+
+    def set_position(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch and the first batch of the next iteration."""
+        self._loader.set_position(epoch, start_batch)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this process's share of the batches.
+
+        Raises:
+            InputError: a file or the system refuses to be read, or a process that reads has died.
+            TooManyCorruptError: what was trained since the last state is not worth a new one.
+        """
+        try:
+            for images, labels in self._loader:
+                yield Batch({"images": images, "labels": labels}, len(images))
+        except TooManyCorruptError:
+            raise
+        except (CorruptImageError, DatasetError, OSError) as error:
+            raise InputError(one_line(error)) from error
+
+    def left_out(self) -> Collection[str]:
+        """Paths of the corrupt images that this process has met and left out."""
+        return self._loader.skipped_paths
+
+    def close(self) -> None:
+        """End the processes that prepare images."""
+        self._loader.close()

@@ -1,0 +1,86 @@
+"""The confusion matrix as a picture, readable for few and for many classes. C classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from torch import Tensor
+
+from vimtune.tasks.images.report import ImageReport
+from vimtune.text import printable, shorten
+from vimtune.train.pictures import font_families, picture_style, whole_numbers
+
+MAX_NAMED_CLASSES = 30
+"""More names than this cannot be read beside a confusion matrix."""
+MAX_COUNTED_CLASSES = 20
+"""Of more classes than this, the numbers in the cells of a confusion matrix cannot be read."""
+MAX_NAME = 28
+"""Characters of a class name that are shown."""
+
+
+def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: ImageReport) -> Figure:
+    """Share of each true class (row) that was given each answer (column).
+
+    Few classes have their counts of images in the cells. Where names cannot be read or drawn, numbers in
+    the order of the data set stand for them, as in confusion_matrix.csv.
+
+    Args:
+        confusion: counts of images, (C, C).
+        classes: C names.
+    """
+    with picture_style():
+        number = len(classes)
+        shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+        named, counted = number <= MAX_NAMED_CLASSES, number <= MAX_COUNTED_CLASSES
+        names = class_labels(classes) if named else []
+        numbered = not named or bool(undrawable(classes))
+        cells = number * (0.42 if counted else 0.26) if named else 7.0
+        side = max(3.0, cells) + 0.075 * max(map(len, names), default=0)
+        figure = Figure(figsize=(side + 1.6, side + 0.8), layout="constrained")
+        axes = figure.add_subplot()
+        picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        hint = " (numbers: see confusion_matrix.csv)" if numbered else ""
+        axes.set(xlabel=f"predicted class{hint}", ylabel=f"true class{hint}")
+        if named:
+            axes.set_xticks(range(number), names, rotation=90, fontsize=8)
+            axes.set_yticks(range(number), names, fontsize=8)
+        else:
+            axes.xaxis.set_major_locator(whole_numbers())
+            axes.yaxis.set_major_locator(whole_numbers())
+        if counted:
+            _write_counts(axes, confusion, shares)
+        axes.set_title(f"{report.split}: {report.top1:.1f} % of {report.num_images:,} images right")
+        figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
+        return figure
+
+
+def class_labels(classes: Sequence[str]) -> list[str]:
+    """Short names on one line; a class whose name no font can show is called by its number."""
+    unshown = set(undrawable(classes))
+    return [
+        f"class {index}" if index in unshown else shorten(printable(name), MAX_NAME)
+        for index, name in enumerate(classes)
+    ]
+
+
+def undrawable(classes: Sequence[str]) -> list[int]:
+    """Numbers of the classes whose names have a character that no font at hand has."""
+    shown = [printable(name) for name in classes]
+    if all(map(str.isascii, shown)):
+        return []
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in font_families()]
+    known = {character for font in fonts for character in font.get_charmap()}
+    return [index for index, name in enumerate(shown) if not known.issuperset(map(ord, name))]
+
+
+def _write_counts(axes: Axes, confusion: Tensor, shares: Tensor) -> None:
+    """The number of images in each cell that has any, light on dark and dark on light."""
+    for true, row in enumerate(confusion.tolist()):
+        for predicted, images in enumerate(row):
+            if images:
+                color = "white" if shares[true, predicted] > 0.5 else "black"
+                size = 8 if images < 1000 else 6
+                axes.text(predicted, true, str(images), ha="center", va="center", color=color, fontsize=size)

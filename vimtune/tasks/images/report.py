@@ -1,0 +1,115 @@
+"""The report of an image classifier: accuracies, accuracy per class, and which classes are confused."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vimtune.tasks.images.scoring import ImageEvaluation, most_confused
+from vimtune.tasks.job import Outcome
+from vimtune.text import csv_cell, printable, shorten
+from vimtune.train.folder import writing
+from vimtune.train.report import Report
+from vimtune.utils import atomic_write
+
+MOST_CONFUSED = 10
+"""Number of pairs of classes that the report lists."""
+SHOWN_CONFUSED = 3
+"""Number of them that the final table shows."""
+MAX_NAME = 40
+"""Characters of a class name in the final table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReport(Report):
+    """Result of the training of an image classifier. Accuracies are percent.
+
+    `top1`, `top5` and `per_class` are scores of the saved adapter on `split`; `top5` is None for five classes
+    or fewer. `best_top1` is the score on `selection_split` by which the epoch of the adapter was chosen,
+    `last_top1` that of the last epoch. `images_per_second` counts training alone, over all processes.
+    `most_confused` lists pairs of classes, the most frequent first: of the `of` images of the class `true`,
+    `images` were taken for the class `predicted`.
+    """
+
+    top1: float
+    top5: float | None
+    per_class: dict[str, float | None]
+    most_confused: list[dict[str, Any]]
+    num_images: int
+    num_classes: int
+    best_top1: float
+    last_top1: float
+    images_per_second: float
+
+    def score_rows(self) -> Iterator[tuple[str, str]]:
+        """Top-1 and top-5."""
+        yield f"top-1 ({self.split})", f"{self.top1:.2f} %"
+        none = f"not counted: there are only {self.num_classes} classes"
+        yield f"top-5 ({self.split})", none if self.top5 is None else f"{self.top5:.2f} %"
+
+    def selected_by(self) -> str:
+        """Top-1 in the best epoch."""
+        return f"{self.selection_split} top-1 {self.best_top1:.2f} %"
+
+    def speed(self) -> str:
+        """Images per second."""
+        return f"{self.images_per_second:.0f} img/s"
+
+    def detail_rows(self) -> Iterator[tuple[str, str]]:
+        """The most confused classes."""
+        title = "most confused"
+        for pair in self.most_confused[:SHOWN_CONFUSED]:
+            true, predicted = shorten(pair["true"], MAX_NAME), shorten(pair["predicted"], MAX_NAME)
+            yield title, f"{true} taken for {predicted}: {pair['images']} of {pair['of']}"
+            title = ""
+
+
+def build_image_report(shared: Mapping[str, Any], outcome: Outcome, classes: Sequence[str]) -> ImageReport:
+    """The report of a run.
+
+    Args:
+        shared: values of the fields of `Report`.
+        outcome: what the run has reached; its evaluation is an `ImageEvaluation`.
+        classes: C names.
+    """
+    found = outcome.evaluation
+    assert isinstance(found, ImageEvaluation), "the tally of images gives one"
+    return ImageReport(
+        **shared,
+        top1=_percent(found.scores),
+        top5=found.scores["top5"],
+        per_class=dict(zip(classes, found.per_class, strict=True)),
+        most_confused=most_confused(found.confusion, classes, MOST_CONFUSED),
+        num_images=found.count,
+        num_classes=len(classes),
+        best_top1=_percent(outcome.best),
+        last_top1=_percent(outcome.last),
+        images_per_second=outcome.rate,
+    )
+
+
+def _percent(scores: Mapping[str, float | None]) -> float:
+    """Top-1, which every evaluation has."""
+    top1 = scores["top1"]
+    assert top1 is not None
+    return top1
+
+
+def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Write counts of images as CSV: a row for each true class, a column for each answer."""
+    names = [csv_cell(printable(name)) for name in classes]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["number", "true class", *names])
+            for number, (name, counts) in enumerate(zip(names, confusion, strict=True)):
+                writer.writerow([number, name, *counts.tolist()])
+
+    with writing(path):
+        atomic_write(path, write)

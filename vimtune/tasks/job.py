@@ -1,0 +1,203 @@
+"""What a task gives the trainer once its data are open: batches, a model, a loss, scores and a report.
+
+The trainer knows nothing else about a task. It sums losses and divides them by what was counted, it adds up
+the totals of an evaluation over batches and processes, and it saves and shows scores by their names.
+
+Nothing here imports torch when it is imported, because `--help` and `--list` read the tasks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from vimtune.tasks.base import Task
+    from vimtune.train.report import Report
+
+Tensors = dict[str, "Tensor"]
+"""The tensors of a batch by name, such as "images" (B, 3, H, W) and "labels" (B,)."""
+
+Forward = Callable[..., Any]
+"""Calls the model of a job, in the precision of the run, with the arguments of its `forward`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of a loader: this process's share of it."""
+
+    tensors: Tensors
+    count: int
+    """How much the share holds of what the task counts (its `unit`). It is 0 where nothing is left of it."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; copies from page-locked memory run beside the computation."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return Batch(moved, self.count)
+
+
+class Loader(ABC):
+    """The batches of one split, in an order that depends only on the seed and the epoch.
+
+    Every process iterates over its own shares of the same number of batches.
+
+    Attributes:
+        split: name of the split, such as "val".
+        source: one line saying which data are really used.
+        num_examples: how many examples the split holds.
+    """
+
+    split: str
+    source: str
+    num_examples: int
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the examples of the split do."""
+
+    @abstractmethod
+    def set_position(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose what the next iteration yields: the batches of `epoch` from number `start_batch` on."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of batches in a whole epoch."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches.
+
+        Raises:
+            InputError: (`vimtune.train.InputError`) the data cannot be read. The run saves its state and
+                ends.
+        """
+
+    def left_out(self) -> Collection[str]:
+        """Names of the examples that this process has met and left out because they are corrupt."""
+        return ()
+
+    def close(self) -> None:
+        """Give back what the loader holds, such as processes that prepare batches."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation of a split has found. A task may derive a class with more details for its report."""
+
+    loss: float
+    """Loss per counted unit."""
+    scores: Mapping[str, float | None]
+    """A value for each of the task's `scores`, by name; None for a score that these data do not have."""
+    count: int
+    """How many examples were scored."""
+
+
+class Tally(ABC):
+    """Counts the answers of a model during an evaluation.
+
+    Attributes:
+        totals: what has been counted so far, as tensors in host memory that are changed in place. Sums over
+            the batches and over the processes must mean something, so these are counts and sums, not means.
+    """
+
+    totals: Tensors
+
+    @abstractmethod
+    def add(self, forward: Forward, tensors: Tensors) -> None:
+        """Count one batch. `forward` refuses outputs that are not finite."""
+
+    @abstractmethod
+    def evaluation(self) -> Evaluation:
+        """The scores. When this is called, `totals` are those of all processes together."""
+
+
+@dataclass
+class Job(ABC):
+    """A task on the data and the model of a run.
+
+    `train`, `selection` and `final` are the batches to train on, those whose scores select the best epoch,
+    and those whose scores are the result of the run. `final` is `selection` where the data have no test
+    split.
+    """
+
+    model: nn.Module
+    """The model with its adapter, on the device of this process."""
+    train: Loader
+    selection: Loader
+    final: Loader
+    usual_count: int
+    """What a whole batch counts, over all processes, at least roughly. Gradients are first divided by this
+    and at the end scaled to what there really was, so that they have their usual size all the time."""
+    outputs: dict[str, list[str]] = field(default_factory=dict)
+    """What the outputs of the model mean, such as {"classes": [...]}. A state of a run with others cannot be
+    continued."""
+    saved_with_adapter: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
+
+    def prepare(self, tensors: Tensors, seed: int) -> Tensors:
+        """Change a batch before it is trained on, as mixup does, by `seed` alone. The default leaves it as it
+        is.
+
+        A batch may be prepared more than once, so the given tensors must not be written to.
+        """
+        del seed
+        return tensors
+
+    @abstractmethod
+    def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
+        """Loss of a prepared batch in fp32, a scalar, summed over what the task counts (`Batch.count`).
+
+        On a GPU this may be recorded once and replayed, so it must not read values back from the device.
+        """
+
+    @abstractmethod
+    def start_tally(self, loader: Loader) -> Tally:
+        """An empty tally for an evaluation of `loader`."""
+
+    def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> Report:
+        """The report of a finished run.
+
+        Args:
+            shared: values of the fields that the reports of all tasks have.
+            outcome: what the run has reached.
+        """
+        from vimtune.train.report import ScoreReport
+
+        return ScoreReport(**shared, **ScoreReport.values(outcome))
+
+    def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
+        """Further files of the result: their names in the run folder, and functions that write them."""
+        del report, evaluation
+        return {}
+
+    @property
+    def loaders(self) -> list[Loader]:
+        """The different ones among `train`, `selection` and `final`."""
+        return list(dict.fromkeys([self.train, self.selection, self.final]))
+
+    def close(self) -> None:
+        """Give back what the loaders hold."""
+        for loader in self.loaders:
+            loader.close()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has reached: the values from which a task makes its report."""
+
+    task: Task
+    """What was trained for."""
+    evaluation: Evaluation
+    """Scores of the saved adapter on the split `final`."""
+    best: Mapping[str, float | None]
+    """Scores on the split `selection` in the best epoch."""
+    last: Mapping[str, float | None]
+    """Scores on the split `selection` in the last epoch that was evaluated."""
+    rate: float
+    """What was trained on per second, in the task's unit, over all processes."""
