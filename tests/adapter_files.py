@@ -17,7 +17,7 @@ import vimtune
 from vimtune.adapters import adapter_parameters
 from vimtune.data import build_transform, model_preprocessing
 from vimtune.recipe import Recipe
-from vimtune.train.job import build_model
+from vimtune.tasks.images.job import build_model
 
 SPECIES = 5
 

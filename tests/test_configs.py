@@ -16,7 +16,7 @@ from vimtune import catalog
 from vimtune.adapters import adapter_parameters, check_gradients
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.strict_yaml import read_yaml
-from vimtune.train.job import build_model
+from vimtune.tasks.images.job import build_model
 from vimtune.train.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent

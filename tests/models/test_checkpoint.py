@@ -205,7 +205,7 @@ def test_an_adapter_or_a_run_state_says_what_it_is(tmp_path, model):
     vimtune.save_adapter(model, tmp_path / "adapter.safetensors")
     with pytest.raises(CheckpointError, match=r"is an adapter.*vimtune.load_adapter"):
         vimtune.load_checkpoint(model, tmp_path / "adapter.safetensors")
-    state = RunState(Recipe(), Facts([], 0, ""), Progress(), {"x": torch.zeros(1)}, {}, {}, {})
+    state = RunState(Recipe(), Facts({}, 0, ""), Progress(), {"x": torch.zeros(1)}, {}, {}, {})
     save_run_state(tmp_path / "checkpoint.safetensors", state)
     with pytest.raises(CheckpointError, match=r"is the state of a run.*--resume"):
         vimtune.load_checkpoint(model, tmp_path / "checkpoint.safetensors")

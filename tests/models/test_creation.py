@@ -20,7 +20,7 @@ from vimtune import catalog, cli
 from vimtune.model_options import OPTIONS, ModelOptions, check_creation, check_model_options
 from vimtune.models import VisionMamba, create_listed_model
 from vimtune.recipe import Recipe, RecipeError
-from vimtune.train.job import build_model
+from vimtune.tasks.images.job import build_model
 
 PAYLOAD = "open('owned', 'w')\n"
 

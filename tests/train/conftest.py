@@ -12,7 +12,7 @@ from tiny_runs import TINY
 from vimtune.data import CorruptImageError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe
-from vimtune.train import trainer
+from vimtune.train import trained, trainer
 from vimtune.train.optim import build_optimizer
 from vimtune.train.prefetch import WindowReader
 
@@ -65,7 +65,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[torch.optim.Opti
             made.append(optimizer)
             return optimizer
 
-        monkeypatch.setattr(trainer, "build_optimizer", build)
+        monkeypatch.setattr(trained, "build_optimizer", build)
         return made
 
     return install

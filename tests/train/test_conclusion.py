@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from nasty import NASTY_NAMES
-from tiny_runs import report_of
+from tiny_runs import outcome_of, report_of
 
 from vimtune.console import build_console
+from vimtune.tasks.images import confusion
+from vimtune.tasks.images.confusion import confusion_files, write_confusion_table
+from vimtune.tasks.images.scoring import most_confused
 from vimtune.train import OutputError, conclusion, pictures
-from vimtune.train.conclusion import conclude, write_confusion_table
+from vimtune.train.conclusion import conclude
 from vimtune.train.folder import RunFolder
-from vimtune.train.report import Report, most_confused, print_report, write_report
+from vimtune.train.report import Report, print_report, write_report
 from vimtune.train.tracking import Tracker
 
 CONFUSION = torch.tensor([[3, 1, 0], [2, 0, 2], [0, 0, 4]])
@@ -28,10 +31,12 @@ def stored(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_bytes())
 
 
-def finish(folder: Path, confusion: torch.Tensor = CONFUSION, classes: list[str] = CLASSES) -> Report:
-    report = report_of(confusion, classes, folder)
-    tracker = Tracker(RunFolder(folder), build_console(), is_main=True, epochs=1, total_steps=4)
-    return conclude(report, confusion, classes, RunFolder(folder), tracker)
+def finish(folder: Path, counts: torch.Tensor = CONFUSION, classes: list[str] = CLASSES) -> Report:
+    report, outcome = report_of(counts, classes, folder), outcome_of(counts)
+    console, task = build_console(), outcome.task
+    tracker = Tracker(RunFolder(folder), console, task, is_main=True, epochs=1, total_steps=4)
+    files = confusion_files(counts, classes, report)
+    return conclude(report, outcome, files, RunFolder(folder), tracker)
 
 
 def raising(error: Exception):
@@ -57,9 +62,9 @@ def test_everything_is_written(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("place", "part"),
     [
-        ((pictures, "draw_confusion_matrix"), "confusion_matrix.png"),
+        ((confusion, "draw_confusion_matrix"), "confusion_matrix.png"),
         ((pictures, "draw_learning_curve"), "learning_curve.png"),
-        ((conclusion, "write_confusion_table"), "confusion_matrix.csv"),
+        ((confusion, "write_confusion_table"), "confusion_matrix.csv"),
         ((Tracker, "record_result"), "final scores in TensorBoard"),
     ],
 )
@@ -86,7 +91,7 @@ def test_the_result_is_on_disk_before_anything_is_drawn_or_printed(tmp_path, mon
         seen.append(stored(tmp_path)["top1"])
 
     for module, name in (
-        (conclusion, "write_confusion_table"),
+        (confusion, "write_confusion_table"),
         (pictures, "save_picture"),
         (conclusion, "print_report"),
     ):
@@ -112,8 +117,8 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
 def test_nasty_names_end_in_a_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("vimtune.train.pictures.FALLBACK_FONTS", ())
     classes = list(NASTY_NAMES)
-    confusion = torch.ones(len(classes), len(classes), dtype=torch.int64)
-    assert finish(tmp_path, confusion, classes).warnings == []
+    counts = torch.ones(len(classes), len(classes), dtype=torch.int64)
+    assert finish(tmp_path, counts, classes).warnings == []
     assert (tmp_path / "confusion_matrix.png").exists()
     assert list(stored(tmp_path)["per_class"]) == classes
     assert (tmp_path / "report.json").read_text(encoding="ascii")
@@ -150,19 +155,19 @@ def test_the_final_table_is_complete_on_every_terminal(monkeypatch, width, encod
 
 @pytest.mark.parametrize("number", [2, 5, 40])
 def test_most_confused_pairs_are_those_with_most_wrong_answers(number):
-    confusion = torch.randint(0, 5, (number, number), generator=torch.Generator().manual_seed(number))
+    counts = torch.randint(0, 5, (number, number), generator=torch.Generator().manual_seed(number))
     names = [f"class {index}" for index in range(number)]
-    found = most_confused(confusion, names)
-    wrong = [int(confusion[i, j]) for i in range(number) for j in range(number) if i != j]
+    found = most_confused(counts, names, 10)
+    wrong = [int(counts[i, j]) for i in range(number) for j in range(number) if i != j]
     assert [pair["images"] for pair in found] == [n for n in sorted(wrong, reverse=True)[:10] if n]
     for pair in found:
         true, predicted = names.index(pair["true"]), names.index(pair["predicted"])
-        assert true != predicted and pair["images"] == confusion[true, predicted]
-        assert pair["of"] == confusion[true].sum()
+        assert true != predicted and pair["images"] == counts[true, predicted]
+        assert pair["of"] == counts[true].sum()
 
 
 def test_no_confusion_is_listed_where_all_is_right():
-    assert most_confused(torch.eye(4, dtype=torch.int64), list("abcd")) == []
+    assert most_confused(torch.eye(4, dtype=torch.int64), list("abcd"), 10) == []
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

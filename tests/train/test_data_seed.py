@@ -10,27 +10,27 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vimtune.tasks.classification import Classification
 from vimtune.train.distributed import Processes
 from vimtune.train.identity import Facts, ResumeError, compare
-from vimtune.train.job import build_job
 from vimtune.train.state import Progress, RunState, load_run_state, save_run_state
 
 
 def test_the_run_seed_draws_another_order_of_the_same_images(tiny) -> None:
     one, other, data = (
-        build_job(tiny(**changes), Processes()) for changes in ({}, {"seed": 1}, {"data_seed": 1})
+        Classification().open(tiny(**changes), Processes()) for changes in ({}, {"seed": 1}, {"data_seed": 1})
     )
-    for loader in ("train", "selection", "test"):
-        prints = [getattr(job, loader).dataset.fingerprint() for job in (one, other, data)]
+    for loader in ("train", "selection", "final"):
+        prints = [getattr(job, loader).fingerprint() for job in (one, other, data)]
         assert prints[0] == prints[1] != prints[2]
     assert one.classes == other.classes != data.classes
-    labels = [[labels.tolist() for _, labels in job.train] for job in (one, other, data)]
+    labels = [[batch.tensors["labels"].tolist() for batch in job.train] for job in (one, other, data)]
     assert labels[0] != labels[1] and labels[0] == labels[2]
 
 
 def test_a_state_of_before_data_seed_belongs_to_the_data_of_its_seed(tiny, tmp_path) -> None:
     recipe = tiny(seed=5, data_seed=5)
-    facts = Facts(classes=["a", "b"], train_images=2, base_hash="")
+    facts = Facts(outputs={"classes": ["a", "b"]}, train_examples=2, base_hash="")
     path = tmp_path / "state.safetensors"
     save_run_state(path, RunState(recipe, facts, Progress(), {"w": torch.ones(1)}, {}, {}, {}))
     with safe_open(path, "pt") as file:

@@ -16,10 +16,13 @@ from torch import nn
 
 from vimtune import adapters
 from vimtune.recipe import Recipe, RecipeError, load_recipe
-from vimtune.train import Interrupted, train, trainer
+from vimtune.tasks.classification import Classification
+from vimtune.train import Interrupted, train, trained, trainer
+from vimtune.train.gradients import StandingGradients
 from vimtune.train.graph import BatchGraph, CaptureError, CudaRecorder, refusals
 from vimtune.train.guard import NonFiniteError
 from vimtune.train.state import load_run_state
+from vimtune.train.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -38,7 +41,7 @@ class RepeatingRecorder:
         return work()
 
     def record(self, work):
-        parameters = list(work.func.__self__.parameters.values())
+        parameters = work.func.__self__.gradients.parameters
         places = [p.grad.data_ptr() for p in parameters]
         loss = torch.full((), math.nan)
 
@@ -114,17 +117,21 @@ def test_yaml_reads_on_and_off_as_booleans(value, meant):
 # --- the graph of a batch -----------------------------------------------------------------------
 
 
+def ones(size):
+    return {"images": torch.ones(size, 2), "labels": torch.ones(size)}
+
+
 class Sum:
     """A pass with one parameter w: loss = w * sum(images * targets)."""
 
     def __init__(self) -> None:
         self.weight = nn.Parameter(torch.ones(()))
-        self.parameters = {"weight": self.weight}
+        self.gradients = StandingGradients([self.weight], one_batch=False)
         self.batches: list[int] = []
 
-    def forward_backward(self, images, targets):
-        self.batches.append(len(images))
-        loss = self.weight * (images * targets[:, None]).sum()
+    def forward_backward(self, tensors):
+        self.batches.append(len(tensors["images"]))
+        loss = self.weight * (tensors["images"] * tensors["labels"][:, None]).sum()
         loss.backward()
         return loss.detach()
 
@@ -135,7 +142,7 @@ def test_losses_and_gradients_of_replays_and_eager_batches_add_up():
     expected = 0.0
     for number, size in enumerate([4, 3, 4, 4, 3, 4, 1, 4]):
         images, targets = torch.full((size, 2), float(number + 1)), torch.arange(size).float()
-        loss = graph(work.forward_backward, images, targets)
+        loss = graph(work.forward_backward, {"images": images, "labels": targets})
         expected += 2 * (number + 1) * sum(range(size))
         assert float(loss) == 2 * (number + 1) * sum(range(size))
         images.fill_(math.nan)  # the caller's tensors are its own
@@ -149,14 +156,14 @@ def test_recorded_is_the_first_shape_that_keeps_coming():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
     graph = BatchGraph(recorder, [work.weight], warmup=1)
     for size in (1, 2, 3, 2, 3, 2):
-        graph(work.forward_backward, torch.ones(size, 2), torch.ones(size))
+        graph(work.forward_backward, ones(size))
     assert graph.num_replays == 2
 
 
 def test_gradients_exist_before_a_batch_is_recorded():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
     graph = BatchGraph(recorder, [work.weight], warmup=0)
-    graph(work.forward_backward, torch.ones(2, 2), torch.ones(2))
+    graph(work.forward_backward, ones(2))
     assert float(work.weight.grad) == 4.0
 
 
@@ -164,7 +171,7 @@ def test_a_failed_recording_has_not_run_the_batch():
     work = Sum()
     graph = BatchGraph(FailingRecorder(torch.device("cpu")), [work.weight], warmup=0)
     with pytest.raises(CaptureError):
-        graph(work.forward_backward, torch.ones(2, 2), torch.ones(2))
+        graph(work.forward_backward, ones(2))
     assert work.batches == [] and graph.num_replays == 0
 
 
@@ -197,7 +204,7 @@ def test_replays_under_loss_scaling(tiny, replaying, monkeypatch, scale):
     def build_scaler(amp, device):
         return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
 
-    monkeypatch.setattr(trainer, "build_scaler", build_scaler)
+    monkeypatch.setattr(trained, "build_scaler", build_scaler)
     eager = train(tiny("eager"))
     replaying()
     replayed = train(tiny("replayed"))
@@ -223,15 +230,15 @@ def test_interrupted_and_resumed(tiny, replaying, monkeypatch):
     whole = train(tiny("whole"))
     replaying()
     recipe, steps = tiny("parts"), []
-    compute = trainer._Run._compute_gradients
+    compute = Stepper._compute_gradients
 
     def interrupted(self, window):
         steps.append(1)
-        self.stop.requested = self.stop.requested or len(steps) == 6
+        self._stop.requested = self._stop.requested or len(steps) == 6
         return compute(self, window)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_compute_gradients", interrupted)
+        patch.setattr(Stepper, "_compute_gradients", interrupted)
         with pytest.raises(Interrupted):
             train(recipe)
     report = train(load_recipe(None, {"resume": recipe.output_dir, "cuda_graph": "off"}))
@@ -240,30 +247,30 @@ def test_interrupted_and_resumed(tiny, replaying, monkeypatch):
 
 
 def test_non_finite_replay_names_the_layer(tiny, replaying, monkeypatch):
-    (recorders, original) = replaying(), trainer.build_job
+    (recorders, original) = replaying(), Classification.open
 
-    def with_a_bad_layer(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_bad_layer(task, recipe, processes):
+        job = original(task, recipe, processes)
         mixer = job.model.layers[1].mixer
         forward = mixer.forward
         mixer.forward = lambda x: forward(x) * (math.inf if recorders[0].num_replays >= 2 else 1.0)
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_bad_layer)
+    monkeypatch.setattr(Classification, "open", with_a_bad_layer)
     with pytest.raises(NonFiniteError, match="epoch 2, step 6") as error:
         train(tiny())
     assert "the output of layers.1.mixer (BiMambaMixer)" in str(error.value)
 
 
 def test_dead_adapter_is_found_before_anything_is_recorded(tiny, replaying, monkeypatch):
-    (recorders, original) = replaying(), trainer.build_job
+    (recorders, original) = replaying(), Classification.open
 
-    def with_a_dead_tensor(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_dead_tensor(task, recipe, processes):
+        job = original(task, recipe, processes)
         next(e for e in adapters.adapter_parameters(job.model) if e.group == "adapter").parameter.detach_()
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_dead_tensor)
+    monkeypatch.setattr(Classification, "open", with_a_dead_tensor)
     with pytest.raises(adapters.DeadAdapterError):
         train(tiny(grad_accum=2))
     assert recorders[0].num_replays == 0
@@ -331,19 +338,19 @@ def test_on_a_gpu_each_replay_draws_afresh_from_its_seed():
     """Dropout in replays: the values of an eager pass with the same seed, and others with another."""
     weight = nn.Parameter(torch.ones((), device="cuda"))
 
-    def work(images, targets):
-        loss = (weight * nn.functional.dropout(images, 0.5)).sum(0)
+    def work(tensors):
+        loss = (weight * nn.functional.dropout(tensors["images"], 0.5)).sum(0)
         loss.sum().backward()
         return loss.detach()
 
     graph = BatchGraph(CudaRecorder(CUDA), [weight], warmup=1)
-    images, targets = torch.rand(64, 32, device="cuda"), torch.zeros(64, device="cuda")
+    batch = {"images": torch.rand(64, 32, device="cuda")}
     seen = []
     for seed in (3, 4, 5, 4, 3):
         torch.manual_seed(seed)
-        eager = work(images, targets)
+        eager = work(batch)
         torch.manual_seed(seed)
-        assert torch.equal(graph(work, images, targets), eager)
+        assert torch.equal(graph(work, batch), eager)
         seen.append(eager)
     assert graph.num_replays == 4
     assert torch.equal(seen[0], seen[4]) and not torch.equal(seen[0], seen[1])
@@ -351,15 +358,15 @@ def test_on_a_gpu_each_replay_draws_afresh_from_its_seed():
 
 @gpu
 def test_on_a_gpu_a_forward_that_waits_for_the_device_is_not_recorded(tiny, monkeypatch):
-    original = trainer.build_job
+    original = Classification.open
 
-    def with_a_wait(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_wait(task, recipe, processes):
+        job = original(task, recipe, processes)
         forward = job.model.forward
         job.model.forward = lambda x: forward(x) * (1.0 if x.sum().item() > -math.inf else 0.0)
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_wait)
+    monkeypatch.setattr(Classification, "open", with_a_wait)
     eager = run_once(tiny("eager", **ON_GPU, cuda_graph="off", drop_path=0.3))
     other = run_once(tiny("other", **ON_GPU, cuda_graph="auto", drop_path=0.3))
     (warning,) = other[0].warnings

@@ -9,7 +9,8 @@ import torch
 from tiny_runs import assert_same_weights, metrics
 from torch import nn
 
-from vimtune.train import NonFiniteError, train, trainer
+from vimtune.tasks.classification import Classification
+from vimtune.train import NonFiniteError, passes, stepper, train
 from vimtune.train.guard import find_nonfinite
 from vimtune.train.settings import derive_seed
 from vimtune.train.state import load_run_state
@@ -48,7 +49,8 @@ def build(**factors: float) -> nn.Module:
 
 def find(model: nn.Module, images=None, backward: bool = True, forward=None) -> str | None:
     images = torch.randn(3, 4) if images is None else images
-    return find_nonfinite(model, images, forward or (lambda x: model(x).square().sum()), backward=backward)
+    forward = forward or (lambda x: model(x).square().sum())
+    return find_nonfinite(model, {"images": images}, lambda: forward(images), backward=backward)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -90,14 +92,14 @@ def test_hooks_are_removed():
 @pytest.mark.parametrize("options", [{}, {"grad_checkpointing": True, "grad_accum": 2, "batch_size": 4}])
 def test_run_names_the_layer(tiny, fused, reading_ahead, monkeypatch, options, late):
     """A mixer that overflows from the third step on; with its loss read `late`, the fourth has begun."""
-    original, seed, seeds = trainer.build_job, trainer.seed_generators, []
-    monkeypatch.setattr(trainer, "seed_generators", lambda *a: (seeds.append(a[0]), seed(*a)))
+    original, seed, seeds = Classification.open, passes.seed_generators, []
+    monkeypatch.setattr(passes, "seed_generators", lambda *a: (seeds.append(a[0]), seed(*a)))
     if late:
         fused()
         reading_ahead()
 
-    def with_a_bad_layer(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_bad_layer(task, recipe, processes):
+        job = original(task, recipe, processes)
         mixer, block = job.model.layers[1].mixer, job.model.layers[1].mixer.forward
         calls = []
 
@@ -110,7 +112,7 @@ def test_run_names_the_layer(tiny, fused, reading_ahead, monkeypatch, options, l
         mixer.forward = overflows
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_bad_layer)
+    monkeypatch.setattr(Classification, "open", with_a_bad_layer)
     with pytest.raises(NonFiniteError) as error:
         train(tiny(**options))
     message = str(error.value)
@@ -127,7 +129,7 @@ def test_what_is_launched_before_the_loss_is_known_is_the_same(tiny, fused, read
     fused()
     settings = {"ema": 0.9, "grad_accum": 2, "batch_size": 4}
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "skips_by_itself", lambda optimizer: False)
+        patch.setattr(stepper, "skips_by_itself", lambda optimizer: False)
         reports = [train(tiny("nothing", **settings))]
     reports.append(train(tiny("update", **settings)))
     reading_ahead()
@@ -146,10 +148,10 @@ def test_no_update_is_made_with_it(tiny, fused, reading_ahead, monkeypatch, laun
     made = [] if launched == "nothing" else fused()
     if launched == "passes":
         reading_ahead()
-    original, kept = trainer.build_job, {}
+    original, kept = Classification.open, {}
 
-    def with_a_bad_gradient(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_bad_gradient(task, recipe, processes):
+        job = original(task, recipe, processes)
         forward, calls = job.model.forward, []
 
         def fails_in_step_3(images):
@@ -163,7 +165,7 @@ def test_no_update_is_made_with_it(tiny, fused, reading_ahead, monkeypatch, laun
         job.model.forward = fails_in_step_3
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_bad_gradient)
+    monkeypatch.setattr(Classification, "open", with_a_bad_gradient)
     with pytest.raises(NonFiniteError, match="non-finite gradient in epoch 1, step 3"):
         train(tiny())
     model = kept.pop("model")
@@ -174,15 +176,15 @@ def test_no_update_is_made_with_it(tiny, fused, reading_ahead, monkeypatch, laun
 
 @pytest.mark.usefixtures("no_pictures")
 def test_run_names_a_gradient(tiny, monkeypatch):
-    original = trainer.build_job
+    original = Classification.open
 
-    def with_a_bad_backward(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_bad_backward(task, recipe, processes):
+        job = original(task, recipe, processes)
         block, forward = job.model.layers[2], job.model.layers[2].forward
         block.forward = lambda x: forward(TwoFactors.apply(x, 1.0, float("nan")))
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_bad_backward)
+    monkeypatch.setattr(Classification, "open", with_a_bad_backward)
     with pytest.raises(NonFiniteError) as error:
         train(tiny())
     assert "non-finite gradient in epoch 1, step 1" in str(error.value)

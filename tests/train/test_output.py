@@ -9,9 +9,8 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,13 +23,14 @@ from vimtune.adapters import read_adapter_info
 from vimtune.cli import main
 from vimtune.console import build_console
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.tasks.classification import Classification
+from vimtune.tasks.images.report import ImageReport
 from vimtune.train import OutputError, Report, train
 from vimtune.train.folder import RunFolder
 from vimtune.train.identity import Facts
 from vimtune.train.records import EventLog, MetricsLog
-from vimtune.train.state import Progress, RunState, load_run_state, save_run_state
+from vimtune.train.state import EpochRecord, Progress, RunState, load_run_state, save_run_state
 from vimtune.train.tracking import Tracker, duration
-from vimtune.train.trainer import _Run
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def report(tmp_path_factory) -> Report:
 
 def test_report_file_is_the_report(report):
     stored = json.loads(Path(report.run_dir, "report.json").read_text())
-    assert stored == report.to_dict() == Report(**stored).to_dict()
+    assert stored == report.to_dict() == ImageReport(**stored).to_dict()
 
 
 def test_report_tells_how_the_result_came_about(report):
@@ -117,8 +117,8 @@ def test_durations():
     assert [duration(s) for s in (0, 59.6, 95, 3700)] == ["0:00", "1:00", "1:35", "1:01:40"]
 
 
-EPOCH = {"epoch": 1, "step": 4, "train_loss": 1.0, "lr": 1e-3, "images_per_second": 500.0}
-SCORES = {"loss": 1.5, "top1": 75.0, "top5": 90.0}
+EPOCH = EpochRecord(epoch=1, step=4, train_loss=1.0, lr=1e-3, rate=500.0)
+SCORED = replace(EPOCH, loss=1.5, scores={"top1": 75.0, "top5": 90.0})
 
 
 @pytest.fixture
@@ -130,7 +130,9 @@ def on_terminal(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", str(width))
         console = build_console()
         assert console.is_terminal and console.width == width
-        tracker = Tracker(RunFolder(tmp_path), console, is_main=True, epochs=2, total_steps=8)
+        tracker = Tracker(
+            RunFolder(tmp_path), console, Classification(), is_main=True, epochs=2, total_steps=8
+        )
         action(tracker)
         tracker.close()
         raw = capsys.readouterr().out
@@ -171,7 +173,7 @@ def test_progress_bar_on_a_terminal(on_terminal):
 def test_status_lines_fit_the_terminal(on_terminal, width):
     def act(tracker):
         tracker.show_step(0, 3, 1.25, 1e-3, 512.0)
-        tracker.record_epoch({**EPOCH, **SCORES}, "val")
+        tracker.record_epoch(SCORED, "val")
 
     raw, left = on_terminal(width, act)
     (line,) = left
@@ -191,7 +193,9 @@ def test_status_lines_fit_the_terminal(on_terminal, width):
 
 
 def test_other_processes_are_silent(tmp_path, capsys):
-    tracker = Tracker(RunFolder(tmp_path), build_console(True), is_main=False, epochs=2, total_steps=8)
+    tracker = Tracker(
+        RunFolder(tmp_path), build_console(True), Classification(), is_main=False, epochs=2, total_steps=8
+    )
     tracker.message("hello")
     tracker.record_step({"step": 1, "loss": 1.0})
     assert tracker.sync() == 0
@@ -211,7 +215,7 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 
 def state_of(value: float, size: int) -> RunState:
-    facts, tensors = Facts([], 0, ""), {"w": torch.full((size,), value)}
+    facts, tensors = Facts({}, 0, ""), {"w": torch.full((size,), value)}
     return RunState(Recipe(), facts, Progress(step=int(value)), tensors, {}, {}, {})
 
 
@@ -310,12 +314,15 @@ def test_folder_that_cannot_be_made(tiny, tmp_path, monkeypatch):
         train(tiny())
 
 
-def test_a_repeated_warning_is_shown_and_recorded_once():
-    run = SimpleNamespace(progress=Progress(warnings=["seen before the run was resumed"]), tracker=Mock())
+def test_a_repeated_warning_is_shown_and_recorded_once(tmp_path, capsys):
+    kept = ["seen before the run was resumed"]
+    settings = {"is_main": True, "epochs": 1, "total_steps": 1, "warnings": kept}
+    tracker = Tracker(RunFolder(tmp_path), build_console(), Classification(), **settings)
     for text in ("seen before the run was resumed", "new", "new"):
-        _Run._warn(run, text)  # type: ignore[arg-type]
-    assert run.progress.warnings == ["seen before the run was resumed", "new"]
-    run.tracker.message.assert_called_once_with("warning: new")
+        tracker.warn(text)
+    tracker.close()
+    assert kept == ["seen before the run was resumed", "new"]
+    assert capsys.readouterr().out == "warning: new\n"
 
 
 def test_a_run_over_folders_with_nasty_names_ends_well(tmp_path, capsys):

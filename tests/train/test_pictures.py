@@ -15,15 +15,12 @@ from nasty import NASTY_NAMES
 from PIL import Image
 from tiny_runs import report_of
 
-from vimtune.train.pictures import (
-    MAX_NAME,
-    class_labels,
-    draw_confusion_matrix,
-    draw_learning_curve,
-    save_picture,
-    undrawable,
-)
+from vimtune.tasks.base import Score
+from vimtune.tasks.images.confusion import MAX_NAME, class_labels, draw_confusion_matrix, undrawable
+from vimtune.train.pictures import draw_learning_curve, save_picture
 from vimtune.train.report import Report
+
+TOP1 = Score("top1", "top-1")
 
 
 def report(epochs: int = 2, every: int = 1, **changes: Any) -> Report:
@@ -51,7 +48,7 @@ def inside(figure: Figure, artist: Any) -> bool:
 
 def test_learning_curve_shows_the_history():
     shown = report(epochs=4, every=2)
-    losses, accuracy = draw_learning_curve(shown).axes
+    losses, accuracy = draw_learning_curve(shown, TOP1).axes
     train_loss, val_loss = losses.get_lines()
     assert train_loss.get_ydata().tolist() == [record["train_loss"] for record in shown.history]
     assert val_loss.get_xdata().tolist() == accuracy.get_lines()[0].get_xdata().tolist() == [2, 4]
@@ -60,7 +57,7 @@ def test_learning_curve_shows_the_history():
 
 @pytest.mark.parametrize("epochs", [1, 2, 50])
 def test_learning_curve_has_whole_epochs_and_hides_nothing(epochs):
-    figure = drawn(draw_learning_curve(report(epochs)))
+    figure = drawn(draw_learning_curve(report(epochs), TOP1))
     losses = figure.axes[0]
     low, high = losses.get_xlim()
     ticks = [tick for tick in losses.get_xticks() if low <= tick <= high]
@@ -80,7 +77,7 @@ def test_learning_curve_of_losses_of_zero():
     zero = report(3)
     for record in zero.history:
         record["train_loss"] = record["loss"] = 0.0
-    assert drawn(draw_learning_curve(zero)).axes[0].get_ylim() == (0, 1)
+    assert drawn(draw_learning_curve(zero, TOP1)).axes[0].get_ylim() == (0, 1)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 20, 30, 31, 102])
@@ -115,7 +112,9 @@ def test_names_are_taken_as_they_are(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_picture(draw_confusion_matrix(confusion, NASTY_NAMES, report()), tmp_path / "matrix.png")
-        save_picture(draw_learning_curve(report(model="vim$_{x", method="lora$^")), tmp_path / "curve.png")
+        save_picture(
+            draw_learning_curve(report(model="vim$_{x", method="lora$^"), TOP1), tmp_path / "curve.png"
+        )
     for name in ("matrix.png", "curve.png"):
         with Image.open(tmp_path / name) as image:
             image.load()
@@ -139,7 +138,7 @@ def test_settings_of_the_user_do_not_reach_the_pictures(tmp_path):
     import matplotlib
 
     with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 10, "figure.facecolor": "red"}):
-        save_picture(draw_learning_curve(report()), tmp_path / "curve.png")
+        save_picture(draw_learning_curve(report(), TOP1), tmp_path / "curve.png")
         assert matplotlib.rcParams["text.usetex"]
     with Image.open(tmp_path / "curve.png") as image:
         assert image.size == (840, 552) and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)

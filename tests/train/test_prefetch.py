@@ -11,11 +11,17 @@ from tiny_runs import assert_same_weights, metrics, weights
 
 from vimtune.data import CorruptImageError
 from vimtune.recipe import load_recipe
-from vimtune.train import InputError, Interrupted, train, trainer
+from vimtune.tasks.job import Batch
+from vimtune.train import InputError, Interrupted, train
 from vimtune.train.prefetch import Readback, WindowReader
 from vimtune.train.state import load_run_state
+from vimtune.train.stepper import Stepper
 
 CPU = torch.device("cpu")
+
+
+def batch_of(images, labels) -> Batch:
+    return Batch({"images": images, "labels": labels}, len(images))
 
 
 class Loader:
@@ -30,7 +36,7 @@ class Loader:
             if number == self.bad:
                 raise CorruptImageError("picture.png", "damaged")
             self.num_read += 1
-            yield torch.full((2, 3), float(number)), torch.tensor([number, number])
+            yield batch_of(torch.full((2, 3), float(number)), torch.tensor([number, number]))
 
 
 def reader(size: int, ahead: bool = True) -> WindowReader:
@@ -40,8 +46,11 @@ def reader(size: int, ahead: bool = True) -> WindowReader:
 
 
 def numbers(window) -> list[int]:
-    assert all(images.unique().tolist() == labels.unique().tolist() for images, labels in window)
-    return [int(labels[0]) for _, labels in window]
+    assert all(
+        len({value for t in batch.tensors.values() for value in t.flatten().tolist()}) == 1
+        for batch in window
+    )
+    return [int(batch.tensors["labels"][0]) for batch in window]
 
 
 @pytest.mark.parametrize("ahead", [True, False])
@@ -134,19 +143,19 @@ def test_reading_ahead_changes_nothing_nor_does_an_interruption(
 @pytest.mark.usefixtures("no_pictures")
 def test_numbers_are_read_when_the_next_passes_are_launched(tiny, late, monkeypatch):
     """Only within an epoch, and only where the optimizer looks for inf and NaN by itself."""
-    order, compute, checked = [], trainer._Run._compute_gradients, trainer._Run._checked
+    order, compute, checked = [], Stepper._compute_gradients, Stepper._require_finite
 
     def note_compute(self, window):
         step = compute(self, window)
         order.append(("passes", step.number))
         return step
 
-    def note_checked(self, step):
+    def note_checked(self, step, epoch):
         order.append(("read", step.number))
-        return checked(self, step)
+        return checked(self, step, epoch)
 
-    monkeypatch.setattr(trainer._Run, "_compute_gradients", note_compute)
-    monkeypatch.setattr(trainer._Run, "_checked", note_checked)
+    monkeypatch.setattr(Stepper, "_compute_gradients", note_compute)
+    monkeypatch.setattr(Stepper, "_require_finite", note_checked)
     train(tiny(epochs=2))
     expected = []
     for first in (0, 4):
@@ -203,7 +212,7 @@ def test_on_a_gpu_windows_arrive_whole_while_the_device_works():
     device = torch.device("cuda", 0)
     length, side = 24, 1024
     images = [torch.full((16, 3, 256, 256), float(n)).pin_memory() for n in range(length)]
-    batches = [(image, torch.tensor([n, n]).pin_memory()) for n, image in enumerate(images)]
+    batches = [batch_of(image, torch.tensor([n, n]).pin_memory()) for n, image in enumerate(images)]
     windows = WindowReader(device, 2)
     assert windows.ahead
     busy = torch.eye(side, device=device)
@@ -211,10 +220,11 @@ def test_on_a_gpu_windows_arrive_whole_while_the_device_works():
     for window in windows.read(batches):
         for _ in range(20):
             busy = busy @ busy
-        for images, labels in window:
+        for batch in window:
+            images, labels = batch.tensors["images"], batch.tensors["labels"]
             assert images.device == labels.device == device
             seen += [images.amin(), images.amax(), labels[0].float()]
-        del images, labels
+        del images, labels, batch
         readings.append(Readback(torch.stack(seen)))
         windows.fetch_ahead()
     expected = [float(n) for n in range(length) for _ in range(3)]

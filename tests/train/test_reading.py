@@ -15,8 +15,8 @@ from vimtune.cli import main
 from vimtune.data import CorruptImageError, ImageReadError, TooManyCorruptError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import load_recipe
+from vimtune.tasks.images.batches import ImageBatches
 from vimtune.train import InputError, train
-from vimtune.train.reading import reading
 from vimtune.train.state import load_run_state
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -126,6 +126,17 @@ def test_a_run_on_no_image_is_an_error(tiny, monkeypatch, split, expected):
     assert not Path(recipe.output_dir, "report.json").exists()
 
 
+class FakeLoader:
+    """In the place of an `ImageLoader`: yields `batches`."""
+
+    def __init__(self, batches):
+        self.dataset = type("Images", (), {"split": "train", "source": "", "__len__": lambda self: 1})()
+        self.batches = batches
+
+    def __iter__(self):
+        return self.batches
+
+
 def test_faults_of_the_program_are_not_taken_for_those_of_the_data():
     def batches(error):
         yield torch.zeros(1), torch.zeros(1)
@@ -138,7 +149,7 @@ def test_faults_of_the_program_are_not_taken_for_those_of_the_data():
         KeyError("x"),
     ):
         with pytest.raises(type(error)):
-            list(reading(batches(error)))
+            list(ImageBatches(FakeLoader(batches(error))))
     trace = "Caught OSError in DataLoader worker process 0.\nTraceback ...\nOSError: [Errno 5] bad disk\n"
     with pytest.raises(InputError, match=r"^OSError: \[Errno 5\] bad disk$"):
-        list(reading(batches(OSError(trace))))
+        list(ImageBatches(FakeLoader(batches(OSError(trace)))))

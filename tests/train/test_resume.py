@@ -19,9 +19,10 @@ from tiny_runs import TINY, assert_same_weights, metrics, weights
 
 from vimtune.cli import main
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.train import Interrupted, trainer
+from vimtune.train import Interrupted, run
 from vimtune.train import train as run_training
 from vimtune.train.identity import ResumeError
+from vimtune.train.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -38,7 +39,7 @@ EVERYTHING = {
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str, call: int, number: int) -> None:
     """Send this process signal `number` just before call `call` of a step or an evaluation."""
-    owner = trainer._Run if where == "_compute_gradients" else trainer
+    owner = Stepper if where == "_compute_gradients" else run
     original, calls = getattr(owner, where), []
 
     def wrapped(*args: object, **kwargs: object) -> object:
@@ -261,7 +262,7 @@ def test_resume_elsewhere_with_the_same_images(on_files, tmp_path):
 
 def base_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
     from vimtune.adapters import base_parameters
-    from vimtune.train.job import build_model
+    from vimtune.tasks.images.job import build_model
 
     return {name: value.detach().clone() for name, value in base_parameters(build_model(recipe, 5))}
 

@@ -15,7 +15,8 @@ import pytest
 from filelock import FileLock
 
 from vimtune.recipe import load_recipe
-from vimtune.train import OutputError, folder, train, trainer
+from vimtune.tasks.classification import Classification
+from vimtune.train import OutputError, folder, run, train
 from vimtune.train.folder import FolderInUseError, RunFolder, create_unused, hold
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -37,9 +38,9 @@ def test_a_new_folder_is_nobody_elses(tmp_path):
 def test_the_second_run_in_a_folder_is_told_who_is_there(tiny, monkeypatch):
     """The second starts while the first trains: with its output_dir, with --resume, with --resume auto."""
     recipe = tiny(epochs=1)
-    follow, refusals = trainer._Run._follow_steps, []
+    follow, refusals = run.Run._train_epoch, []
 
-    def while_it_trains(run):
+    def while_it_trains(this):
         if not refusals:
             for second in (
                 recipe,
@@ -49,9 +50,9 @@ def test_the_second_run_in_a_folder_is_told_who_is_there(tiny, monkeypatch):
                 with pytest.raises(ValueError) as error:
                     train(second)
                 refusals.append(error.value)
-        follow(run)
+        follow(this)
 
-    monkeypatch.setattr(trainer._Run, "_follow_steps", while_it_trains)
+    monkeypatch.setattr(run.Run, "_train_epoch", while_it_trains)
     train(recipe)
     assert "holds another run" in str(refusals[0])
     for refusal in refusals[1:]:
@@ -62,7 +63,7 @@ def test_the_second_run_in_a_folder_is_told_who_is_there(tiny, monkeypatch):
 def test_two_runs_that_both_found_the_folder_free(tiny, monkeypatch):
     """Both checked the folder before either of them wrote there; one of them trains."""
     recipe = tiny(epochs=1)
-    build, errors = trainer.build_job, []
+    build, errors = Classification.open, []
 
     def meanwhile(*arguments):
         if not errors:
@@ -70,7 +71,7 @@ def test_two_runs_that_both_found_the_folder_free(tiny, monkeypatch):
             train(recipe)
         return build(*arguments)
 
-    monkeypatch.setattr(trainer, "build_job", meanwhile)
+    monkeypatch.setattr(Classification, "open", meanwhile)
     with pytest.raises(ValueError, match="holds another run"):
         train(recipe)
     assert json.loads(Path(recipe.output_dir, "report.json").read_text())["epochs"] == 1

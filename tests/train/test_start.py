@@ -12,8 +12,10 @@ from tiny_runs import assert_same_weights, metrics, weights
 
 from vimtune.cli import main
 from vimtune.recipe import RecipeError, load_recipe
-from vimtune.train import Interrupted, train, trainer
+from vimtune.train import Interrupted, train
 from vimtune.train.identity import ResumeError
+from vimtune.train.run import Run
+from vimtune.train.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -24,10 +26,11 @@ class Killed(BaseException):
 
 @pytest.fixture
 def dies_in(monkeypatch):
-    """`dies_in("_update", 3)`: the next run ends before that call of a method of the run."""
+    """`dies_in("_update", 3)`: the next run ends before that call of a method of the run or its stepper."""
 
     def install(name: str, call: int):
-        original, calls = getattr(trainer._Run, name), []
+        owner = Run if hasattr(Run, name) else Stepper
+        original, calls = getattr(owner, name), []
 
         def wrapped(run, *arguments):
             calls.append(1)
@@ -35,7 +38,7 @@ def dies_in(monkeypatch):
                 raise Killed
             return original(run, *arguments)
 
-        monkeypatch.setattr(trainer._Run, name, wrapped)
+        monkeypatch.setattr(owner, name, wrapped)
 
     return install
 

@@ -18,9 +18,10 @@ from tiny_runs import TINY, assert_same_weights, metrics, weights
 
 import vimtune
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.train import NonFiniteError, OutputError, train, trainer
+from vimtune.train import NonFiniteError, OutputError, run, train
 from vimtune.train.identity import ResumeError
 from vimtune.train.state import Progress, check_tensors, load_run_state, save_run_state
+from vimtune.train.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -76,13 +77,13 @@ def test_the_adapter_is_that_of_the_best_epoch_though_the_rest_differs(tiny, mon
     """Killed between adapter and state, and resumed with settings that make the second epoch worse."""
     recipe = tiny(epochs=2)
     top1s = iter([60.0, 80.0, 40.0, 40.0])
-    score = trainer.evaluate
+    score = run.evaluate
 
     def scripted(*arguments, **options):
         scores = score(*arguments, **options)
         return _with_top1(scores, next(top1s))
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(run, "evaluate", scripted)
     with monkeypatch.context() as patch:
         saves = []
 
@@ -92,7 +93,7 @@ def test_the_adapter_is_that_of_the_best_epoch_though_the_rest_differs(tiny, mon
                 raise Killed
             save_run_state(path, state)
 
-        patch.setattr(trainer, "save_run_state", dies)
+        patch.setattr(run, "save_run_state", dies)
         with pytest.raises(Killed):
             train(recipe)
     report = again(recipe, lr=1e-4)
@@ -101,11 +102,8 @@ def test_the_adapter_is_that_of_the_best_epoch_though_the_rest_differs(tiny, mon
 
 
 def _with_top1(scores, percent: float):
-    """Scores of the same number of images of which `percent` are right."""
-    right = round(scores.num_images * percent / 100)
-    confusion = torch.zeros_like(scores.confusion)
-    confusion[0, 0], confusion[0, 1] = right, scores.num_images - right
-    return replace(scores, confusion=confusion)
+    """The same evaluation with `percent` of the images right."""
+    return replace(scores, scores={**scores.scores, "top1": percent})
 
 
 def test_a_better_adapter_that_cannot_be_read_for_a_moment_is_kept(tiny, monkeypatch):
@@ -152,20 +150,21 @@ def test_a_best_adapter_that_is_not_there(tiny, left):
 def test_diverged_weights_do_not_replace_the_last_good_state(tiny, monkeypatch, diverges):
     """They become infinite in the last step of an epoch that is not evaluated, so nothing else sees it."""
     recipe = tiny(ema=0.9, eval_interval=3)
-    update = trainer._Run._update
+    update = Stepper._update
 
-    def overflows(run, step):
-        update(run, step)
+    def overflows(stepper, step):
+        update(stepper, step)
+        trained = stepper.trained
         if step.number == 7:
-            name, parameter = next(iter(run.parameters.items()))
+            name, parameter = next(iter(trained.parameters.items()))
             tensor = {
                 "weight": parameter.data,
-                "ema": run.ema.tensors[name],
-                "exp_avg": run.optimizer.state[parameter]["exp_avg"],
+                "ema": trained.average.tensors[name],
+                "exp_avg": trained.optimizer.state[parameter]["exp_avg"],
             }[diverges]
             tensor.view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(trainer._Run, "_update", overflows)
+    monkeypatch.setattr(Stepper, "_update", overflows)
     with pytest.raises(
         NonFiniteError, match=r"after step 8, .* is not finite \(1 of .*as it was saved before"
     ):
@@ -175,8 +174,8 @@ def test_diverged_weights_do_not_replace_the_last_good_state(tiny, monkeypatch, 
 
 
 def test_a_loss_that_is_not_finite_is_not_saved(tiny, monkeypatch):
-    score = trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: replace(score(*a, **k), loss=float("inf")))
+    score = run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda *a, **k: replace(score(*a, **k), loss=float("inf")))
     recipe = tiny()
     with pytest.raises(NonFiniteError, match="the loss on 'val' is not finite"):
         train(recipe)
@@ -185,17 +184,17 @@ def test_a_loss_that_is_not_finite_is_not_saved(tiny, monkeypatch):
 
 def test_of_epochs_with_as_many_right_the_lower_loss_is_the_best(tiny, monkeypatch):
     losses = iter([0.9, 0.7, 0.8, 0.5])
-    score = trainer.evaluate
+    score = run.evaluate
 
     def scripted(*arguments, **options):
         return replace(_with_top1(score(*arguments, **options), 50.0), loss=next(losses))
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(run, "evaluate", scripted)
     report = train(tiny())
     state = load_run_state(Path(report.run_dir, "checkpoint.safetensors"))
     info = vimtune.read_adapter_info(Path(report.run_dir, "adapter.safetensors"))
     assert report.best_epoch == state.progress.best_epoch == info.extra["epoch"] == 2
-    assert state.progress.best_loss == 0.7 and state.progress.stale_evaluations == 1
+    assert state.progress.best.loss == 0.7 and state.progress.stale_evaluations == 1
 
 
 # --- believed only as far as it was checked -------------------------------------------------------
@@ -246,21 +245,21 @@ METADATA = {
     "a list": lambda values, tensors: values.update(progress=[]),
     "missing": lambda values, tensors: values.pop("facts"),
     "unknown key": in_progress(surplus=1),
-    "missing key": lambda values, tensors: values["facts"].pop("classes"),
+    "missing key": lambda values, tensors: values["facts"].pop("outputs"),
     "text for a number": in_progress(step="3"),
     "a boolean for a number": in_progress(epoch=True),
     "a negative number": in_progress(batch=-1),
     "a huge number": in_progress(step=10**30),
     "NaN": in_progress(loss_sum=float("nan")),
-    "over 100 %": in_progress(best_top1=101.0),
+    "over 100 %": in_record(scores={"top1": 101.0, "top5": None}),
+    "a score that is none": in_record(scores={"top1": 50.0}),
     "more epochs than records": in_progress(epoch=3),
     "best epoch without scores": in_progress(best_epoch=7),
-    "best score that no epoch has": in_progress(best_top1=0.123),
     "NaN in the history": in_record(train_loss=float("nan")),
-    "text in the history": in_record(top1="50"),
+    "text in the history": in_record(scores={"top1": "50", "top5": None}),
     "half of the scores": lambda values, tensors: values["progress"]["history"][0].pop("loss"),
     "no records": in_progress(history="none"),
-    "class names that are none": lambda values, tensors: values["facts"].update(classes=[1, 2]),
+    "class names that are none": lambda values, tensors: values["facts"].update(outputs={"classes": [1, 2]}),
     "recipe": lambda values, tensors: values["recipe"].update(epochs="many", lr=-1),
     "scaler": lambda values, tensors: values.update(scaler={"scale": 0.0}),
     "scaler list": lambda values, tensors: values.update(scaler=[1]),

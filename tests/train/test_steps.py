@@ -18,10 +18,13 @@ from vimtune import adapters
 from vimtune.data import build_transform, create_dataset, create_loader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.train import InputError, Report, evaluate, train, trainer
+from vimtune.tasks.classification import Classification
+from vimtune.tasks.images.batches import ImageBatches
+from vimtune.tasks.images.job import build_model
+from vimtune.tasks.images.scoring import ImageTally
+from vimtune.train import InputError, Report, evaluate, run, train, trained
 from vimtune.train.distributed import Processes
 from vimtune.train.identity import ResumeError
-from vimtune.train.job import build_model
 from vimtune.train.precision import build_autocast
 from vimtune.train.state import load_run_state
 
@@ -68,9 +71,10 @@ def test_saved_adapter_gives_the_reported_scores(plain):
         dataset, transform, batch_size=3, shuffle=False, drop_last=False, num_workers=0, seed=0
     )
     cpu = torch.device("cpu")
-    scores = evaluate(model, loader, 5, device=cpu, autocast=build_autocast("none", cpu))
+    batches = ImageBatches(loader)
+    scores = evaluate(model, batches, ImageTally(5, 10), device=cpu, autocast=build_autocast("none", cpu))
     assert info.classes == dataset.classes == list(plain.per_class)
-    assert (scores.top1, scores.top5, scores.num_images) == (plain.top1, plain.top5, plain.num_images)
+    assert scores.scores == {"top1": plain.top1, "top5": plain.top5} and scores.count == plain.num_images
     assert scores.loss == pytest.approx(plain.loss, rel=1e-5)
     assert info.extra["epoch"] == plain.best_epoch
 
@@ -158,14 +162,14 @@ def test_same_recipe_same_weights_and_deterministic_mode_leaves_no_trace(tiny, t
     random = torch.get_rng_state(), np.random.get_state()[1].copy()
     seen = []
 
-    original = trainer.evaluate
+    original = run.evaluate
 
     def spy(*args, **kwargs):
         seen.append(torch.are_deterministic_algorithms_enabled())
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "evaluate", spy)
+        patch.setattr(run, "evaluate", spy)
         one = train(tiny("one", deterministic=True, mixup=0.5))
     other = train(tiny("other", mixup=0.5))
     assert seen and all(seen)
@@ -193,17 +197,15 @@ def test_average_of_weights_is_evaluated_and_saved(tiny):
 
 
 def test_early_stop(tiny, monkeypatch):
-    original = trainer.evaluate
+    original = run.evaluate
     calls = []
 
     def never_better(*args, **kwargs):
         calls.append(1)
         scores = original(*args, **kwargs)
-        scores.confusion[:] = torch.eye(5, dtype=torch.int64) * 2 if len(calls) == 1 else torch.ones(5, 5)
-        return scores
+        return replace(scores, scores={"top1": 100.0 if len(calls) == 1 else 20.0, "top5": None})
 
-    monkeypatch.setattr(trainer, "evaluate", never_better)
-    monkeypatch.setattr(trainer.Evaluation, "num_images", property(lambda self: 10))
+    monkeypatch.setattr(run, "evaluate", never_better)
     report = train(tiny(epochs=9, early_stop=2))
     assert (report.epochs, report.best_epoch, report.stopped_early) == (3, 1, True)
 
@@ -226,7 +228,7 @@ def test_compiled_model_gives_the_same_run(tiny, plain, monkeypatch):
 def test_scaled_loss(tiny, plain, monkeypatch, scale, skipped):
     """fp16's loss scaling, here on the CPU in fp32."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
-    monkeypatch.setattr(trainer, "build_scaler", lambda amp, device: scaler)
+    monkeypatch.setattr(trained, "build_scaler", lambda amp, device: scaler)
     report = train(tiny())
     state = load_run_state(Path(report.run_dir, "checkpoint.safetensors"))
     if skipped:  # the first gradients overflow: no update, a smaller scale
@@ -245,10 +247,10 @@ def test_fp16_needs_a_gpu():
 
 
 def test_dead_adapter_stops_the_run(tiny, monkeypatch):
-    original = trainer.build_job
+    original = Classification.open
 
-    def with_a_dead_tensor(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_dead_tensor(task, recipe, processes):
+        job = original(task, recipe, processes)
         dead = next(e for e in adapters.adapter_parameters(job.model) if e.group == "adapter")
         forward = job.model.forward
 
@@ -261,22 +263,22 @@ def test_dead_adapter_stops_the_run(tiny, monkeypatch):
         job.model.forward = without
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_dead_tensor)
+    monkeypatch.setattr(Classification, "open", with_a_dead_tensor)
     with pytest.raises(adapters.DeadAdapterError, match=r"layers\.0\.mixer"):
         train(tiny())
 
 
 def test_warns_of_gradients_that_stay_zero(tiny, monkeypatch, capsys):
-    original = trainer.build_job
+    original = Classification.open
 
-    def with_a_useless_tensor(recipe, processes):
-        job = original(recipe, processes)
+    def with_a_useless_tensor(task, recipe, processes):
+        job = original(task, recipe, processes)
         for entry in adapters.adapter_parameters(job.model):
             if entry.key == "head.bias.weight" or entry.base_name == "head.bias":
                 entry.parameter.register_hook(torch.zeros_like)
         return job
 
-    monkeypatch.setattr(trainer, "build_job", with_a_useless_tensor)
+    monkeypatch.setattr(Classification, "open", with_a_useless_tensor)
     report = train(tiny())
     assert len(report.warnings) == 1  # LoRA's A starts with a zero gradient and is not named
     assert "head.bias" in report.warnings[0] and "lora" not in report.warnings[0]
@@ -315,19 +317,17 @@ def test_training_on_train_and_val_selects_on_test(tiny):
 @pytest.mark.parametrize(("best", "evaluations"), [("last", 2), ("first", 3)])
 def test_the_best_adapter_is_not_scored_twice_on_the_same_images(tiny, monkeypatch, best, evaluations):
     """Only if its weights are those that were scored last; the scores are of what lies in the file."""
-    score, calls = trainer.evaluate, []
+    score, calls = run.evaluate, []
 
     def scripted(model, *arguments, **options):
         calls.append(1)
         scores = score(model, *arguments, **options)
         if len(calls) > 2:
             return scores
-        hits = scores.num_images if (best == "first") == (len(calls) == 1) else 0
-        confusion = torch.zeros_like(scores.confusion)
-        confusion[0, 0], confusion[0, 1] = hits, scores.num_images - hits
-        return replace(scores, confusion=confusion)
+        top1 = 100.0 if (best == "first") == (len(calls) == 1) else 0.0
+        return replace(scores, scores={"top1": top1, "top5": None})
 
-    monkeypatch.setattr(trainer, "evaluate", scripted)
+    monkeypatch.setattr(run, "evaluate", scripted)
     report = train(tiny(train_split="train+val", epochs=2, ema=0.5))
     assert len(calls) == evaluations and report.best_epoch == (1 if best == "first" else 2)
     assert report.split == report.selection_split == "test"

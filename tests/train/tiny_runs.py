@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from vimtune.recipe import Recipe
+from vimtune.tasks.classification import Classification
+from vimtune.tasks.images.report import ImageReport, build_image_report
+from vimtune.tasks.images.scoring import evaluation_of
+from vimtune.tasks.job import Outcome
 from vimtune.train.distributed import Processes
-from vimtune.train.evaluate import Evaluation
-from vimtune.train.report import Report, build_report
-from vimtune.train.state import Progress, load_run_state
+from vimtune.train.report import shared_fields
+from vimtune.train.state import EpochRecord, Progress, load_run_state
 
 TINY: dict[str, Any] = {
     "dataset": "synthetic_flowers",
@@ -35,20 +38,28 @@ TINY: dict[str, Any] = {
 """25 training images: 4 steps an epoch, the last one on a single image."""
 
 
+def outcome_of(confusion: Tensor | None = None) -> Outcome:
+    """Scores of a run of one epoch that was never made, with `confusion` on its test split."""
+    confusion = torch.tensor([[3, 1], [0, 4]]) if confusion is None else confusion
+    count = int(confusion.sum())
+    found = evaluation_of(confusion, top5_hits=count, loss=float(count))
+    selected = {"top1": 50.0, "top5": None}
+    return Outcome(Classification(), found, selected, selected, 10.0)
+
+
 def report_of(
     confusion: Tensor | None = None, classes: list[str] | None = None, folder: str | Path = "run"
-) -> Report:
-    """Report of a run of one epoch that was never made, with `confusion` on its test split."""
-    confusion = torch.tensor([[3, 1], [0, 4]]) if confusion is None else confusion
-    record = {"epoch": 1, "step": 4, "lr": 1e-3, "train_loss": 1.2, "images_per_second": 10.0}
-    record |= {"loss": 1.1, "top1": 50.0, "top5": None}
-    return build_report(
+) -> ImageReport:
+    """Report of that run."""
+    outcome = outcome_of(confusion)
+    num_classes = len(outcome.evaluation.confusion)
+    record = EpochRecord(1, 4, 1e-3, train_loss=1.2, rate=10.0, loss=1.1, scores=dict(outcome.best))
+    shared = shared_fields(
         Recipe(**TINY),
-        Progress(epoch=1, step=4, best_epoch=1, best_top1=50.0, history=[record]),
-        Evaluation(confusion, int(confusion.sum()), 1.0),
-        classes=classes or [f"class {index}" for index in range(len(confusion))],
-        data={split: f"{split} images" for split in ("train", "val", "test")},
+        Progress(epoch=1, step=4, best_epoch=1, history=[record]),
+        loss=outcome.evaluation.loss,
         split="test",
+        data={split: f"{split} images" for split in ("train", "val", "test")},
         method_config={"lora": {"rank": 2}},
         trainable=100,
         total=1000,
@@ -56,7 +67,9 @@ def report_of(
         memory=(100.0, "process"),
         cuda_graph=False,
         run_dir=Path(folder),
+        history=[record.flat("images")],
     )
+    return build_image_report(shared, outcome, classes or [f"class {index}" for index in range(num_classes)])
 
 
 def weights(folder: str | Path) -> dict[str, Tensor]:

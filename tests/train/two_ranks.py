@@ -12,7 +12,8 @@ from typing import Any
 from vimtune.data import ImageReadError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe
-from vimtune.train import train, trainer
+from vimtune.train import train
+from vimtune.train.stepper import Stepper
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["vimtune.train"])  # torch is imported once for all tests
@@ -20,15 +21,15 @@ SECONDS = 60
 
 
 def die_in_step_3() -> None:
-    compute, calls = trainer._Run._compute_gradients, []
+    compute, calls = Stepper._compute_gradients, []
 
-    def counted(run: trainer._Run, window: Any) -> Any:
+    def counted(stepper: Stepper, window: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return compute(run, window)
+        return compute(stepper, window)
 
-    trainer._Run._compute_gradients = counted  # type: ignore[method-assign]
+    Stepper._compute_gradients = counted  # type: ignore[method-assign]
 
 
 def _unreadable(split: str, turn: int) -> None:

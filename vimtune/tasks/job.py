@@ -82,7 +82,7 @@ class Loader(ABC):
         """Names of the examples that this process has met and left out because they are corrupt."""
         return ()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most loaders hold nothing
         """Give back what the loader holds, such as processes that prepare batches."""
 
 
@@ -141,10 +141,10 @@ class Job(ABC):
     """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
-        """Change a batch before it is trained on, as mixup does, by `seed` alone. The default leaves it as it
-        is.
+        """Change a batch before it is trained on, as mixup does, by `seed` alone.
 
-        A batch may be prepared more than once, so the given tensors must not be written to.
+        The default leaves it as it is. A batch may be prepared more than once, so the given tensors must not
+        be written to.
         """
         del seed
         return tensors

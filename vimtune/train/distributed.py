@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from vimtune.text import printable, quote, shorten
 
@@ -71,7 +73,7 @@ class Processes:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         _meet(dist.all_reduce, flat)
-        pieces = flat.split([gradient.numel() for gradient in gradients])
+        pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
         for parameter, gradient, piece in zip(parameters, gradients, pieces, strict=True):
             parameter.grad = gradient.copy_(piece.view_as(gradient))
 
@@ -234,7 +236,7 @@ def _join(rank: int, world_size: int, backend: str, refusal: ValueError | None) 
     a device nor a group yet.
     """
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set(f"vimtune/refusal/{rank}", "" if refusal is None else str(refusal))
         answers = [store.get(f"vimtune/refusal/{other}").decode() for other in range(world_size)]
         store.set(f"vimtune/heard/{rank}", "")
@@ -251,7 +253,7 @@ def _join(rank: int, world_size: int, backend: str, refusal: ValueError | None) 
     _raise_first([answer or None for answer in answers])
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("vimtune/group", store),
+        store=PrefixStore("vimtune/group", store),
         rank=rank,
         world_size=world_size,
         timeout=TIMEOUT,

@@ -23,12 +23,12 @@ class FreshGradients:
     """Gradients as `loss.backward()` makes them: new tensors in every step."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
 
     def start(self, empty: bool) -> None:
         """Forget the gradients of the step before."""
         del empty
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def add(self, loss: Tensor) -> None:
@@ -41,17 +41,17 @@ class StandingGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, one_batch: bool) -> None:
         """`one_batch` says that a step has one batch, whose gradients replace those of the step before."""
-        self._parameters, self._one_batch = parameters, one_batch
+        self.parameters, self._one_batch = parameters, one_batch
 
     def start(self, empty: bool) -> None:
         """Set the gradients to zero where nothing will be written over them."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients and (empty or not self._one_batch):
             torch._foreach_zero_(gradients)
 
     def add(self, loss: Tensor) -> None:
         """Run the backward pass of `loss` and put its gradients in their places."""
-        put_gradients(loss, self._parameters, replace=self._one_batch)
+        put_gradients(loss, self.parameters, replace=self._one_batch)
 
 
 def put_gradients(loss: Tensor, parameters: Iterable[nn.Parameter], *, replace: bool) -> None:

@@ -118,7 +118,8 @@ class EventLog(_GrowingFile):
             name: value if isinstance(value, int | float | None) else printable(str(value))
             for name, value in settings.items()
         }
-        for summary in hparams(plain, {tag: score for tag, score in scores.items() if score is not None}):
+        known = {tag: score for tag, score in scores.items() if score is not None}
+        for summary in hparams(plain, known):  # type: ignore[no-untyped-call]
             self._write(summary=summary)
         self.write_scalars(scores, step)
 

@@ -189,7 +189,7 @@ def shared_fields(
     run_dir: Path,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The fields of `Report` of a run that stands at `progress`, whose saved adapter has `loss` on `split`."""
+    """The fields of `Report` for a run at `progress` whose saved adapter has `loss` on `split`."""
     return {
         "loss": loss,
         "split": split,

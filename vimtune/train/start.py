@@ -97,7 +97,7 @@ def prepare_folder(
             remove_temporaries(folder.path)
         best_is_there = settle_best_adapter(folder, progress.best_epoch)
     folder, best_is_there = processes.from_main((folder, best_is_there))
-    assert folder is not None, "the main process has one"
+    assert isinstance(folder, RunFolder), "the main process has one"
     if not best_is_there:
         missing = f"the best adapter, of epoch {progress.best_epoch}, is not in {printable(str(folder.path))}"
         if ended(recipe, progress):

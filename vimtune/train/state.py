@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vimtune.adapters.store import AdapterFileError, read_adapter_info
+from vimtune.adapters import AdapterFileError, read_adapter_info
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.schema import STRICT, Count, check, load_json, parse_json
 from vimtune.tasks.base import task_of
@@ -90,10 +90,10 @@ class EpochRecord:
 class Progress:
     """Where a run stands. Written as JSON, so plain values only.
 
-    `batch` counts the batches of `epoch` already used, `step` the optimizer steps of the whole run. `count` is
-    what the run has trained on so far, in the task's unit. `loss_sum` and `loss_count` belong to the epoch in
-    progress; `metrics_bytes` is the length of metrics.jsonl when the state was saved. `best_epoch` is 0 as long
-    as there is none. `history` has one record for each epoch done.
+    `batch` counts the batches of `epoch` already used, `step` the optimizer steps of the whole run. `count`
+    is what the run has trained on so far, in the task's unit. `loss_sum` and `loss_count` belong to the epoch
+    in progress; `metrics_bytes` is the length of metrics.jsonl when the state was saved. `best_epoch` is 0 as
+    long as there is none. `history` has one record for each epoch done.
     """
 
     __pydantic_config__ = STRICT
@@ -234,8 +234,7 @@ def load_run_state(path: Path) -> RunState:
 
 def _read_scaler(metadata: Mapping[str, str], shown: str) -> dict[str, Any]:
     what = f"{shown}: its scaler"
-    values = parse_json(metadata.get("scaler"), what, ResumeError)
-    check(dict[str, Any], values, what, ResumeError)
+    values = check(dict[str, Any], parse_json(metadata.get("scaler"), what, ResumeError), what, ResumeError)
     if values:  # empty where no scaler was in use
         check(ScalerState, {key.removeprefix("_"): value for key, value in values.items()}, what, ResumeError)
     return values
@@ -250,9 +249,8 @@ def _check_progress(state: RunState, what: str, error: type[ValueError] = ValueE
     for record in progress.history:
         whole = record.scores is None or sorted(record.scores) == sorted(names)
         if not whole or (record.loss is None) != (record.scores is None):
-            raise error(
-                f"{what}: its history does not have the scores {', '.join(names)} in epoch {record.epoch}"
-            )
+            expected = ", ".join(["loss", *names])
+            raise error(f"{what}: its history has not all of {expected} in epoch {record.epoch}")
         for score in task.scores if record.scores is not None else ():
             value = (record.scores or {})[score.name]
             if score.percent and value is not None and not 0 <= value <= 100:

@@ -1,11 +1,11 @@
 """The optimizer step, from the batches of a window to changed weights.
 
-`Stepper` holds the step itself, which reads top to bottom in `_compute_gradients` and `_update`. Its two kinds
-differ in when the host looks at the numbers of a step, and in nothing that changes the result:
+`Stepper` holds the step itself, which reads top to bottom in `_compute_gradients` and `_update`. Its two
+kinds differ in when the host looks at the numbers of a step, and in nothing that changes the result:
 
 - `PlainStepper` reads them before it changes the weights.
-- `OverlappedStepper` never lets the device wait for that: it launches the update, and where it can the passes of
-  the next step as well, before it reads.
+- `OverlappedStepper` never lets the device wait for that: it launches the update, and where it can the passes
+  of the next step as well, before it reads.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class Stepper(ABC):
         if number == self.first_step and own_count > 0:
             adapters.check_gradients(trained.model)
 
-        # Over all processes: gradients, loss, wish to stop. Then from a sum to a mean over what there really was.
+        # Over all processes: gradients, loss, wish to stop. Then from a sum to a mean over what there really
+        # was.
         processes.sum_gradients_(list(trained.parameters.values()))
         wish = torch.full_like(total, self._stop.requested)
         sums = processes.sum(torch.stack([total, wish]))
@@ -196,9 +197,10 @@ class PlainStepper(Stepper):
 class OverlappedStepper(Stepper):
     """Launches the update, and the passes of the next step, before it reads the numbers of a step.
 
-    Nothing is changed by numbers that are not finite: the optimizer's kernels skip such an update by themselves
-    (`skips_by_itself`), and whatever the numbers say, the passes of the next step change nothing but gradients.
-    With several processes the next passes are not launched early, because the processes meet on the host for them.
+    Nothing is changed by numbers that are not finite: the optimizer's kernels skip such an update by
+    themselves (`skips_by_itself`), and whatever the numbers say, the passes of the next step change nothing
+    but gradients. With several processes the next passes are not launched early, because the processes meet
+    on the host for them.
     """
 
     def _steps(self, windows: Iterator[list[Batch]], epoch: int) -> Iterator[Step]:

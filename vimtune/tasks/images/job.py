@@ -22,14 +22,13 @@ from vimtune.data import (
 )
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.recipe import Recipe
-from vimtune.tasks.images import pictures
 from vimtune.tasks.images.batches import ImageBatches
+from vimtune.tasks.images.confusion import confusion_files
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
-from vimtune.tasks.images.report import ImageReport, build_image_report, write_confusion_table
+from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
 from vimtune.train.distributed import Processes
-from vimtune.train.pictures import save_picture
 from vimtune.train.report import Report
 from vimtune.train.settings import derive_seed
 
@@ -65,15 +64,7 @@ class ImageJob(Job):
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture."""
         assert isinstance(evaluation, ImageEvaluation) and isinstance(report, ImageReport)
-        confusion = evaluation.confusion
-
-        def draw(path: Path) -> None:
-            save_picture(pictures.draw_confusion_matrix(confusion, self.classes, report), path)
-
-        return {
-            "confusion_matrix.csv": lambda path: write_confusion_table(confusion, self.classes, path),
-            "confusion_matrix.png": draw,
-        }
+        return confusion_files(evaluation.confusion, self.classes, report)
 
 
 def open_images(recipe: Recipe, processes: Processes) -> ImageJob:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data.mixup import Mixup
 from torch import Tensor
 
 from vimtune.train.settings import numpy_seed
@@ -21,7 +21,9 @@ class BatchMixer:
         self.num_classes = num_classes
         # Label smoothing belongs to the loss, which treats mixed and plain labels alike.
         self.mix = (
-            Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes)
+            Mixup(  # type: ignore[no-untyped-call]
+                mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes
+            )
             if mixup > 0 or cutmix > 0
             else None
         )

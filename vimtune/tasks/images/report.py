@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from vimtune.tasks.images.scoring import ImageEvaluation, most_confused
 from vimtune.tasks.job import Outcome
-from vimtune.text import csv_cell, printable, shorten
-from vimtune.train.folder import writing
+from vimtune.text import shorten
 from vimtune.train.report import Report
-from vimtune.utils import atomic_write
 
 MOST_CONFUSED = 10
 """Number of pairs of classes that the report lists."""
@@ -98,18 +92,3 @@ def _percent(scores: Mapping[str, float | None]) -> float:
     top1 = scores["top1"]
     assert top1 is not None
     return top1
-
-
-def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Write counts of images as CSV: a row for each true class, a column for each answer."""
-    names = [csv_cell(printable(name)) for name in classes]
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["number", "true class", *names])
-            for number, (name, counts) in enumerate(zip(names, confusion, strict=True)):
-                writer.writerow([number, name, *counts.tolist()])
-
-    with writing(path):
-        atomic_write(path, write)

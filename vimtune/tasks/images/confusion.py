@@ -1,8 +1,10 @@
-"""The confusion matrix as a picture, readable for few and for many classes. C classes."""
+"""The confusion matrix as a table and as a picture, readable for few and for many classes. C classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,8 +12,10 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
 from vimtune.tasks.images.report import ImageReport
-from vimtune.text import printable, shorten
-from vimtune.train.pictures import font_families, picture_style, whole_numbers
+from vimtune.text import csv_cell, printable, shorten
+from vimtune.train import pictures
+from vimtune.train.folder import writing
+from vimtune.utils import atomic_write
 
 MAX_NAMED_CLASSES = 30
 """More names than this cannot be read beside a confusion matrix."""
@@ -19,6 +23,39 @@ MAX_COUNTED_CLASSES = 20
 """Of more classes than this, the numbers in the cells of a confusion matrix cannot be read."""
 MAX_NAME = 28
 """Characters of a class name that are shown."""
+
+
+def confusion_files(
+    confusion: Tensor, classes: Sequence[str], report: ImageReport
+) -> dict[str, Callable[[Path], None]]:
+    """The confusion matrix of a result: names of files, and functions that write them.
+
+    Args:
+        confusion: counts of images by true class and answer, (C, C).
+        classes: C names.
+        report: the result.
+    """
+    return {
+        "confusion_matrix.csv": lambda path: write_confusion_table(confusion, classes, path),
+        "confusion_matrix.png": lambda path: pictures.save_picture(
+            draw_confusion_matrix(confusion, classes, report), path
+        ),
+    }
+
+
+def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Write counts of images as CSV: a row for each true class, a column for each answer."""
+    names = [csv_cell(printable(name)) for name in classes]
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["number", "true class", *names])
+            for number, (name, counts) in enumerate(zip(names, confusion, strict=True)):
+                writer.writerow([number, name, *counts.tolist()])
+
+    with writing(path):
+        atomic_write(path, write)
 
 
 def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: ImageReport) -> Figure:
@@ -31,7 +68,7 @@ def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: Ima
         confusion: counts of images, (C, C).
         classes: C names.
     """
-    with picture_style():
+    with pictures.picture_style():
         number = len(classes)
         shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
         named, counted = number <= MAX_NAMED_CLASSES, number <= MAX_COUNTED_CLASSES
@@ -48,8 +85,8 @@ def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: Ima
             axes.set_xticks(range(number), names, rotation=90, fontsize=8)
             axes.set_yticks(range(number), names, fontsize=8)
         else:
-            axes.xaxis.set_major_locator(whole_numbers())
-            axes.yaxis.set_major_locator(whole_numbers())
+            axes.xaxis.set_major_locator(pictures.whole_numbers())
+            axes.yaxis.set_major_locator(pictures.whole_numbers())
         if counted:
             _write_counts(axes, confusion, shares)
         axes.set_title(f"{report.split}: {report.top1:.1f} % of {report.num_images:,} images right")
@@ -71,7 +108,7 @@ def undrawable(classes: Sequence[str]) -> list[int]:
     shown = [printable(name) for name in classes]
     if all(map(str.isascii, shown)):
         return []
-    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in font_families()]
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in pictures.font_families()]
     known = {character for font in fonts for character in font.get_charmap()}
     return [index for index, name in enumerate(shown) if not known.issuperset(map(ord, name))]
 

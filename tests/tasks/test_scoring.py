@@ -1,0 +1,102 @@
+"""Scores of a classifier, and how an evaluation comes to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vimtune.tasks.images.scoring import ImageTally, evaluation_of, rank_answers
+from vimtune.tasks.job import Batch
+from vimtune.train import evaluate
+from vimtune.train.guard import NonFiniteError
+from vimtune.train.precision import build_autocast
+
+CPU = torch.device("cpu")
+
+
+class Answers(nn.Module):
+    """Returns its input as logits."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+def batches(logits, labels, size):
+    for start in range(0, len(logits), size):
+        part = logits[start : start + size].reshape(-1, logits.shape[1], 1, 1)
+        yield Batch({"images": part, "labels": labels[start : start + size]}, len(part))
+
+
+def score(batches, num_classes, model=None, **options):
+    autocast = build_autocast("none", CPU)
+    model = Answers() if model is None else model
+    return evaluate(model, batches, ImageTally(num_classes), device=CPU, autocast=autocast, **options)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 6, 9])
+def test_scores_equal_their_definitions(classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(23, classes, generator=generator)
+    labels = torch.randint(0, classes, (23,), generator=generator)
+    model = Answers().train()
+    found = score(batches(logits, labels, 4), classes, model)
+    assert model.training
+    right = logits.argmax(1) == labels
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert found.count == 23
+    assert found.scores["top1"] == pytest.approx(100 * right.float().mean().item())
+    # Among five classes or fewer every answer would be right.
+    top5 = 100 * (ranks < 5).float().mean().item()
+    assert found.scores["top5"] == (pytest.approx(top5) if classes > 5 else None)
+    assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    for label, share in enumerate(found.per_class):
+        mine = labels == label
+        if mine.any():
+            assert share == pytest.approx(100 * right[mine].float().mean().item())
+        else:
+            assert share is None
+    for true, given in zip(labels.tolist(), logits.argmax(1).tolist(), strict=True):
+        assert found.confusion[true, given] > 0
+
+
+def test_class_without_images_has_no_score():
+    assert evaluation_of(torch.tensor([[3, 1], [0, 0]]), 4, 0.0).per_class == [75.0, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_lowest_index_comes_first(dtype):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randint(0, 3, (200, 9), generator=generator).to(dtype).float()
+    labels = torch.randint(0, 9, (200,), generator=generator)
+    predicted, ranks = rank_answers(logits, labels)
+    # A stable sort keeps the order of equal ones.
+    order = logits.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(predicted, order[:, 0])
+    assert torch.equal(order.gather(1, ranks[:, None])[:, 0], labels)
+
+
+def test_equal_logits_are_no_success():
+    labels = torch.arange(8)
+    found = score(batches(torch.zeros(8, 8), labels, 3), 8)
+    assert found.scores == {"top1": 100 / 8, "top5": 100 * 5 / 8}
+    assert found.confusion[:, 0].tolist() == [1] * 8
+
+
+@pytest.mark.parametrize("num_batches", [0, 2])
+def test_a_split_without_images_has_no_score(num_batches):
+    nothing = Batch({"images": torch.zeros(0, 3, 1, 1), "labels": torch.zeros(0, dtype=torch.int64)}, 0)
+    with pytest.raises(ValueError, match="there is nothing to score"):
+        score([nothing] * num_batches, 3)
+
+
+def test_evaluation_stops_on_request():
+    logits, labels = torch.randn(8, 3), torch.zeros(8, dtype=torch.int64)
+    assert score(batches(logits, labels, 2), 3, should_stop=lambda: True) is None
+
+
+def test_non_finite_outputs_are_no_scores():
+    logits = torch.tensor([[0.0, float("nan")]])
+    with pytest.raises(NonFiniteError, match="in evaluation; first in the input images"):
+        score(batches(logits, torch.tensor([0]), 1), 2)
