@@ -35,12 +35,13 @@ import torch
 from torch import Tensor
 
 from vimtune.recipe import Recipe
-from vimtune.train import train, trainer
-from vimtune.train.batch import summed_loss
+from vimtune.tasks.classification import Classification
+from vimtune.tasks.images.job import ImageJob, open_images
+from vimtune.tasks.job import Batch, Loader
+from vimtune.train import run, train
 from vimtune.train.distributed import Processes, open_processes
 from vimtune.train.graph import CudaRecorder
-from vimtune.train.job import Job, build_job
-from vimtune.train.precision import build_autocast
+from vimtune.train.precision import build_autocast, in_precision
 from vimtune.train.settings import process_settings
 
 CASES = ("vim_tiny_patch16_224:128", "vim_tiny_patch8_64:1024")
@@ -52,36 +53,41 @@ WARMUP_STEPS = 3
 Row = dict[str, Any]
 
 
-class OneBatch:
+class OneBatch(Loader):
     """One random batch, `num_batches` times an epoch, in place of the loader of the training images."""
 
-    def __init__(self, job: Job, batch_size: int, num_batches: int, device: torch.device) -> None:
-        self.dataset, self.skipped_paths = job.train.dataset, job.train.skipped_paths
+    def __init__(self, job: ImageJob, batch_size: int, num_batches: int, device: torch.device) -> None:
+        self.split, self.source = job.train.split, job.train.source
+        self.num_examples = job.train.num_examples
         self.batch = random_batch(job, batch_size)
         if device.type != "cpu":
-            self.batch = self.batch[0].to(device), self.batch[1].to(device)
+            self.batch = self.batch.to(device)
         elif torch.cuda.is_available():
-            self.batch = self.batch[0].pin_memory(), self.batch[1].pin_memory()
+            pinned = {name: tensor.pin_memory() for name, tensor in self.batch.tensors.items()}
+            self.batch = Batch(pinned, batch_size)
         self.num_batches = num_batches
+
+    def fingerprint(self) -> str:
+        """The batch is the same in every run."""
+        return "one batch"
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
         """Every position has the same batch."""
 
-    def close(self) -> None:
-        """There are no workers to end."""
-
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter([self.batch] * self.num_batches)
 
 
-def random_batch(job: Job, batch_size: int) -> tuple[Tensor, Tensor]:
+def random_batch(job: ImageJob, batch_size: int) -> Batch:
     """Images and labels as `job` expects them, in host memory."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch_size, 3, *job.preprocessing["img_size"], generator=generator)
-    return images, torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
+    size = job.saved_with_adapter["preprocessing"]["img_size"]
+    images = torch.randn(batch_size, 3, *size, generator=generator)
+    labels = torch.randint(NUM_CLASSES, (batch_size,), generator=generator)
+    return Batch({"images": images, "labels": labels}, batch_size)
 
 
 def main() -> None:
@@ -185,17 +191,16 @@ def time_bare_step(options: argparse.Namespace, recipe: Recipe, what: str) -> Ro
     with open_processes(recipe.device) as processes, process_settings(recipe, processes.device):
         device = processes.device
         on_gpu = device.type == "cuda"
-        job = build_job(recipe, processes)
+        job = open_images(recipe, processes)
         model, autocast = job.model.train(), build_autocast(recipe.amp, device)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=recipe.lr, capturable=on_gpu, fused=on_gpu or None)
-        images, labels = (part.to(device) for part in random_batch(job, recipe.batch_size))
+        batch = random_batch(job, recipe.batch_size).to(device).tensors
+        forward = in_precision(model, autocast)
 
         def step() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            with autocast():
-                logits = model(images)
-            loss = summed_loss(logits, labels, recipe.label_smoothing) / recipe.batch_size
+            loss = job.loss(forward, batch) / recipe.batch_size
             loss.backward()
             optimizer.step()
             return loss.detach()
@@ -227,17 +232,17 @@ def time_bare_step(options: argparse.Namespace, recipe: Recipe, what: str) -> Ro
 def time_trainer(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
     """A run of `options.steps` optimizer steps."""
 
-    def with_one_batch(recipe: Recipe, processes: Processes) -> Job:
-        job = build_job(recipe, processes)
+    def with_one_batch(task: Classification, recipe: Recipe, processes: Processes) -> ImageJob:
+        job = open_images(recipe, processes)
         place = processes.device if what == "resident" else torch.device("cpu")
         job.train = OneBatch(job, recipe.batch_size, options.steps, place)
         return job
 
     with (
         redirect_stdout(io.StringIO()),
-        mock.patch.object(trainer, "build_job", with_one_batch),
+        mock.patch.object(Classification, "open", with_one_batch),
         # Drawing takes longer than the steps.
-        mock.patch.object(trainer, "conclude", lambda report, *_: report),
+        mock.patch.object(run, "conclude", lambda report, *_: report),
     ):
         report = train(recipe)
     assert recipe.output_dir is not None

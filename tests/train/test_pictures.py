@@ -112,9 +112,8 @@ def test_names_are_taken_as_they_are(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_picture(draw_confusion_matrix(confusion, NASTY_NAMES, report()), tmp_path / "matrix.png")
-        save_picture(
-            draw_learning_curve(report(model="vim$_{x", method="lora$^"), TOP1), tmp_path / "curve.png"
-        )
+        curve = draw_learning_curve(report(model="vim$_{x", method="lora$^"), TOP1)
+        save_picture(curve, tmp_path / "curve.png")
     for name in ("matrix.png", "curve.png"):
         with Image.open(tmp_path / name) as image:
             image.load()

@@ -51,7 +51,7 @@ def again(recipe, **changes):
 def test_the_same_command_at_any_time(tiny, dies_in, capsys):
     straight = train(tiny("straight"))
     recipe = tiny("again", resume="auto")
-    for name, call in [("__init__", 1), ("_introduce", 1), ("_update", 3), ("_save", 2), ("_finish", 1)]:
+    for name, call in [("complete", 1), ("_train_epoch", 1), ("_update", 3), ("_save", 2), ("_finish", 1)]:
         dies_in(name, call)
         with pytest.raises(Killed):
             again(recipe)
