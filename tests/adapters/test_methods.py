@@ -19,7 +19,7 @@ from vimtune.adapters import (
     list_methods,
     method_fields,
 )
-from vimtune.adapters.prodial import ProDiaL
+from vimtune.adapters.rules.prodial import ProDiaLRule
 
 
 @pytest.fixture(params=CASES, ids=label)
@@ -310,7 +310,7 @@ def test_default_diagonal_trains_from_the_very_first_step(plain, images):
 def test_paper_formula_to_the_letter():
     torch.manual_seed(0)
     weight = torch.randn(6, 8)
-    rule = ProDiaL(rank=2, alpha=8, block_size=4, variant="paper").build_rule("w", weight)
+    rule = ProDiaLRule(weight, rank=2, alpha=8, dropout=0.0, block_size=4, variant="paper")
     with torch.no_grad():
         for parameter in rule.parameters():
             parameter.normal_()

@@ -21,14 +21,14 @@ def build_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW with one group per (head or adapter, with or without weight decay).
+    """AdamW with one group per (head or adapter, strength of weight decay).
 
     Each group keeps its peak rate as `peak_lr`; `set_learning_rate` follows the curve from there.
 
     Raises:
         ValueError: nothing is trainable.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for entry in parameters:
         groups.setdefault((entry.group, entry.weight_decay), []).append(entry.parameter)
     on_gpu = all(parameter.is_cuda for members in groups.values() for parameter in members)
@@ -39,9 +39,9 @@ def build_optimizer(
             {
                 "params": members,
                 "peak_lr": head_lr if group == "head" and head_lr is not None else lr,
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": weight_decay * multiple,
             }
-            for (group, decays), members in groups.items()
+            for (group, multiple), members in groups.items()
         ],
         lr=lr,
         betas=betas,
