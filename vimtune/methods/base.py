@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
 
 from vimtune.registry import Registry
-from vimtune.schema import STRICT, check
 from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
 
@@ -209,6 +208,8 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
     Raises:
         ValueError: unknown method or option, or a value of another type than the field's annotation.
     """
+    from vimtune.schema import check  # takes longer to import than all that is here, and lists do without
+
     resolved = {}
     for name, given in split_options(spec, options).items():
         types = _option_types(get_method(name))
@@ -229,6 +230,8 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
 @cache
 def _option_types(method: type[Method]) -> Any:
     """Schema of the options of a method: the annotations of its fields."""
+    from vimtune.schema import STRICT
+
     hints = get_type_hints(method, include_extras=True)
     fields = {item.name: hints[item.name] for item in dataclasses.fields(method)}
     schema = TypedDict(f"{method.__name__}Options", fields, total=False)  # type: ignore[misc]
