@@ -22,12 +22,14 @@ from vimtune.adapters.manage import (
     active_adapter,
     delete_adapter,
     disabled,
+    has_call_rules,
     head_has_rules,
     inject,
     list_adapters,
     set_adapter,
 )
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
+from vimtune.adapters.settling import settle, settles
 from vimtune.adapters.sites import Site
 from vimtune.adapters.slots import base_parameters
 from vimtune.adapters.store import load_adapter, read_adapter_info, save_adapter
@@ -68,6 +70,7 @@ __all__ = [
     "each_tensor",
     "get_method",
     "has_base",
+    "has_call_rules",
     "head_has_rules",
     "inject",
     "list_adapters",
@@ -84,6 +87,8 @@ __all__ = [
     "register_method",
     "save_adapter",
     "set_adapter",
+    "settle",
+    "settles",
     "shared_effective_weights",
     "summary",
     "unmerge",

@@ -24,6 +24,7 @@ from vimtune.adapters.slots import (
     computed_ahead,
     find_ahead,
     is_factor,
+    is_recorded,
     iter_weight_slots,
     join,
 )
@@ -56,7 +57,7 @@ def shared_effective_weights(modules: nn.Module) -> AbstractContextManager[Any]:
     Nothing is kept on the modules: other threads, copies and state dicts see none of it. Under
     torch.compile, torch.export and torch.jit.trace the block does nothing.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_recorded():
         return nullcontext()
     return _sharing(modules)
 

@@ -33,6 +33,7 @@ from vimtune.adapters.sites import (
     select_sites,
 )
 from vimtune.adapters.slots import (
+    CALL,
     attach,
     base_parameters,
     base_value,
@@ -63,7 +64,7 @@ class AdapterRecord:
     layers: Layers
     """The layers as they were given."""
     sites: Sites
-    """What targets and layers meant on this model."""
+    """What targets and layers meant on this model: the points that have a rule, in the order of the rules."""
     num_classes: int
     head: list[str]
     """Paths of the head's parameters."""
@@ -76,6 +77,8 @@ class AdapterState:
     requires_grad: dict[str, bool]
     """Flags of the base parameters before the first injection."""
     num_classes: int
+    surrounds_calls: bool = False
+    """Whether the active adapter has rules for calls."""
     loading: RemovableHandle | None = None
     """Handle of the hook that lets plain checkpoints load."""
     active: str | None = None
@@ -162,7 +165,7 @@ def _check_num_classes(model: nn.Module, num_classes: int | None) -> int:
     if num_classes is None:
         return base_num_classes(model)
     try:
-        return parsers.integer(1)(num_classes)
+        return int(parsers.integer(1)(num_classes))
     except ValueError as error:
         raise ValueError(f"num_classes = {quote(num_classes)}: {error}") from None
 
@@ -210,8 +213,11 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
             slot.active = None
         _attach_head(model, record)
         for chosen in build_methods(record.method, record.options):
-            sites = record.sites[chosen.method.name]
-            attach_rules(model, name, chosen.method, chosen.by_target, sites, accept_idle)
+            method = chosen.method
+            sites = record.sites[method.name]
+            record.sites[method.name] = attach_rules(
+                model, name, method, chosen.by_target, sites, accept_idle
+            )
     except BaseException:  # whatever it is: it goes on, but the model is as it was
         _detach_all(model, name)
         for slot, before in active.items():
@@ -231,7 +237,9 @@ def take_up(model: nn.Module, state: AdapterState) -> None:
     """Let the model have the adapters of `state`, whose rules are attached: freeze its own parameters and put
     the active adapter in force."""
     if RECORD not in model.__dict__:
-        state.loading = model.register_load_state_dict_pre_hook(_keep_missing_adapters)
+        state.loading = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _keep_missing_adapters
+        )
         model.__dict__[RECORD] = state
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
@@ -331,6 +339,8 @@ def activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
         slot.active = name
         for adapter, rule in slot.items():
             rule.requires_grad_(adapter == name)
+    sites = {} if name is None else state.records[name].sites
+    state.surrounds_calls = any(path.endswith(CALL) for paths in sites.values() for path in paths)
     set_num_classes(model, state.num_classes if name is None else state.records[name].num_classes)
 
 
@@ -390,6 +400,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         _forget_compiled()
     else:
         lay_down(model, state)
+
+
+def has_call_rules(model: nn.Module) -> bool:
+    """Whether rules of the active adapter of a model (no wrapper) surround calls."""
+    state = adapter_state(model)
+    return state is not None and state.surrounds_calls
 
 
 def head_has_rules(model: nn.Module) -> bool:

@@ -44,6 +44,14 @@ class Rule(nn.Module):
         """
         return 0.0 if exempt or self.get_parameter(tensor).dim() <= 1 else 1.0
 
+    def idle_entries(self, tensor: str) -> Tensor | None:
+        """The entries of a parameter of this rule that never train, by intent.
+
+        Returns:
+            A mask of the parameter's shape; None if all of them train.
+        """
+        return None
+
 
 class WeightRule(Rule):
     """One formula for the effective value of a parameter or of some of its rows."""

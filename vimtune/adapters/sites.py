@@ -92,7 +92,7 @@ def parse_targets(value: Any) -> Targets:
     Raises:
         ValueError: neither text, nor a list of texts, nor a mapping from methods to these.
     """
-    return _parse("targets", value, parsers.per_method(parsers.targets))
+    return cast(Targets, _parse("targets", value, parsers.per_method(parsers.targets)))
 
 
 def parse_layers(value: Any) -> Layers:
@@ -103,7 +103,7 @@ def parse_layers(value: Any) -> Layers:
     """
     if isinstance(value, range):
         value = list(value)
-    return _parse("layers", value, parsers.per_method(parsers.layers))
+    return cast(Layers, _parse("layers", value, parsers.per_method(parsers.layers)))
 
 
 def _parse(what: str, value: Any, parse: parsers.Parser) -> Any:
@@ -229,7 +229,7 @@ def attach_rules(
     by_target: Mapping[str, Mapping[str, Any]],
     paths: Sequence[str],
     accept_idle: bool,
-) -> None:
+) -> list[str]:
     """Build the rules of one method and attach them, active, to those that the adapter has already.
 
     Args:
@@ -240,6 +240,9 @@ def attach_rules(
         paths: the sites of the method.
         accept_idle: let rules pass that are without effect in part.
 
+    Returns:
+        Paths of the sites that have got a rule, in the order in which these were attached.
+
     Raises:
         ValueError: a point that the model does not have, a rule that it cannot take, or one that would be
             without effect. Some of the rules may be attached then.
@@ -248,7 +251,10 @@ def attach_rules(
     options = options_by_site(method, by_target, paths)
     sites = [_build_site(points, model, path, options[path]) for path in paths]
     by_path = {site.path: site for site in sites}
-    for path, rule in method.build(sites).items():
+    rules = method.build(sites)
+    if paths and not rules:
+        raise ValueError(f"method {method.name!r} built no rule for any of its {len(paths)} sites")
+    for path, rule in rules.items():
         if path not in by_path:
             raise ValueError(
                 f"method {method.name!r} built a rule for {quote(path)}, which is not one of its sites"
@@ -259,6 +265,7 @@ def attach_rules(
                 f"method {method.name!r} built a {type(rule).__name__} for {path}, expected a {kind.__name__}"
             )
         _attach_rule(points, model, adapter, method, path, rule, accept_idle)
+    return list(rules)
 
 
 def _build_site(points: Points, model: nn.Module, path: str, options: Mapping[str, Any]) -> Site:

@@ -49,9 +49,15 @@ computed_ahead: ContextVar[dict[WeightRule, Ahead] | None] = ContextVar("compute
 state dicts have no part in them."""
 
 
+def is_recorded() -> bool:
+    """Whether the present computation is being compiled, exported or traced, and so has to stand for later
+    ones."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def find_ahead(rule: WeightRule, weight: Tensor) -> Ahead | None:
     """What has been computed for this weight under this rule, if that serves here."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_recorded():
         return None
     found = (computed_ahead.get() or {}).get(rule)
     if found is None or found.weight is not weight or found.grad_enabled != torch.is_grad_enabled():

@@ -48,6 +48,9 @@ class Method(ABC):
     """One line for `--list`."""
     default_targets: ClassVar[str | tuple[str, ...]] = "both"
     """Where it acts unless the user says otherwise; see `vimtune.adapters.targets`."""
+    changes_at_start: ClassVar[bool] = False
+    """Whether injecting it changes what the model computes before anything is trained, as random prompts
+    do."""
     trains_head_only: ClassVar[bool] = False
     """Whether it is meant to select nothing. Of any other method that is refused as a mistake."""
 

@@ -19,7 +19,8 @@ class DoRARule(LoRARule):
 
     def row_scale(self, updated: Tensor) -> Tensor:
         """m / ||V|| (out,) for V (out, in)."""
-        return self.magnitude / torch.linalg.vector_norm(updated.detach(), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(updated.detach(), dim=1)
+        return self.magnitude / norms
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         updated = weight.flatten(1) + self.branch.matrix()

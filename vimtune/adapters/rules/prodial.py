@@ -48,6 +48,12 @@ class ProDiaLRule(LoRARule):
     def decay(self, tensor: str, exempt: bool) -> float:
         return self.scale_decay if tensor == "row_scale_offset" else super().decay(tensor, exempt)
 
+    def idle_entries(self, tensor: str) -> Tensor | None:
+        if tensor != "blocks" or self.variant == "free":
+            return None
+        size = self.blocks.shape[-1]
+        return torch.eye(size, dtype=torch.bool, device=self.blocks.device).expand_as(self.blocks)
+
     def offset(self) -> Tensor:
         """D_b - I as its blocks, (n, b, b)."""
         if self.variant == "free":
