@@ -10,14 +10,14 @@ import pytest
 
 from vimtune import catalog
 from vimtune.adapters import Method, get_method, register_method
-from vimtune.adapters.base import option
 from vimtune.data.base import ImageDataset, register_dataset
+from vimtune.methods import option
 
 
 @pytest.fixture
 def sources(monkeypatch, tmp_path) -> Path:
     """A copy of the files that the catalogue reads; the registries stay those of the package."""
-    for name in ("adapters", "data", "models"):
+    for name in ("data", "models"):
         shutil.copytree(
             catalog._PACKAGE / name, tmp_path / name, ignore=lambda *_: ["weights", "__pycache__"]
         )
@@ -31,28 +31,6 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-LORA_SUMMARY = 'summary = "low-rank update of the projectors (Hu et al. 2021)"'
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("option(16,", "option(32 / 2,"),
-        ("option(16,", "option(DEFAULT_RANK,"),
-        ('option(16, "r, columns of B and rows of A")', 'option(default=16, help="r")'),
-        (LORA_SUMMARY, 'summary = "low-rank " + UPDATE'),
-        (LORA_SUMMARY, ""),
-        ('@register_method("lora")', "@register_method(NAME)"),
-        ("class LoRA(Method):", "class LoRA(LowRank):"),
-    ],
-)
-def test_methods_that_are_computed_are_taken_from_the_registry(sources, old, new):
-    replace(sources / "adapters" / "lora.py", old, new)
-    with pytest.raises(catalog._NotConstant):
-        catalog._methods_of_source()
-    assert catalog._methods() == (catalog.METHODS, catalog.METHOD_FIELDS)
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [("summary = ", "summary = PREFIX + "), ('register_dataset("flowers")', "register_dataset(NAME)")],
@@ -62,10 +40,6 @@ def test_data_sets_that_are_computed_are_taken_from_the_registry(sources, old, n
     assert catalog._datasets() == catalog.DATASETS
 
 
-def test_sources_as_they_are_need_no_registry(sources):
-    assert catalog._methods_of_source() == (catalog.METHODS, catalog.METHOD_FIELDS)
-
-
 def test_a_model_without_description_is_named_with_its_file(sources):
     path = sources / "models" / "vim.py"
     path.write_text(
@@ -73,13 +47,6 @@ def test_a_model_without_description_is_named_with_its_file(sources):
     )
     with pytest.raises(ValueError, match=r"model vim_new in .*vim\.py needs a docstring"):
         catalog._models()
-
-
-def test_a_file_with_a_syntax_error_is_named(sources):
-    replace(sources / "adapters" / "lora.py", "class LoRA(", "class LoRA[(")
-    with pytest.raises(SyntaxError) as error:
-        catalog._methods()
-    assert error.value.filename == str(sources / "adapters" / "lora.py")
 
 
 @pytest.mark.parametrize("summary", [None, "", " ", 3, "two\nlines"])
@@ -102,7 +69,7 @@ def test_a_field_without_help_is_refused():
         good: int = option(1, "help")
         bad: int = 3
 
-        def build_rule(self, path, weight):
+        def build_rule(self, site):
             raise NotImplementedError
 
     with pytest.raises(ValueError, match=r"method 'new': field bad needs option\(default, help\)"):

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vimtune.methods import METHODS as METHODS_OF_PACKAGE
+from vimtune.methods import method_fields
+
 Fields = dict[str, tuple[str, Any, str]]
 """Fields of a method: name -> (type as it is written, default, help)."""
 
@@ -59,40 +62,10 @@ def _summary(node: ast.ClassDef) -> str:
     raise _NotConstant
 
 
-def _fields(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Fields:
-    """Fields given as `option(default, help)`, inherited ones first."""
-    fields: Fields = {}
-    for base in (ast.unparse(base) for base in node.bases):
-        if base in classes:
-            fields |= _fields(classes[base], classes)
-        elif base != "Method":
-            raise _NotConstant
-    for line in node.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
-            arguments = [_constant(argument) for argument in line.value.args]
-            if len(arguments) != 2:
-                raise _NotConstant
-            fields[ast.unparse(line.target)] = (ast.unparse(line.annotation), *arguments)
-    return fields
-
-
-def _methods_of_source() -> tuple[dict[str, str], dict[str, Fields]]:
-    nodes = dict(_registered_classes(_registering_files("adapters"), "register_method"))
-    classes = {node.name: node for node in nodes.values()}
-    summaries = {name: _summary(node) for name, node in nodes.items()}
-    return summaries, {name: _fields(node, classes) for name, node in nodes.items()}
-
-
 def _methods() -> tuple[dict[str, str], dict[str, Fields]]:
     """Summaries and fields of all methods."""
-    try:
-        return _methods_of_source()
-    except _NotConstant:
-        from vimtune.adapters import get_method, list_methods, method_fields
-
-        names = list_methods()
-        summaries = {name: get_method(name).summary for name in names}
-        return summaries, {name: method_fields(name) for name in names}
+    summaries = {name: method.summary for name, method in METHODS_OF_PACKAGE.items()}
+    return summaries, {name: method_fields(name) for name in summaries}
 
 
 def _datasets() -> dict[str, str]:

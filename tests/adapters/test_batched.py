@@ -25,7 +25,9 @@ from vimtune.adapters import (
     check_gradients,
     shared_effective_weights,
 )
-from vimtune.adapters.rule import attach, computed_ahead, has_rules, iter_slots
+from vimtune.adapters.composition import Composition
+from vimtune.adapters.sites import Site
+from vimtune.adapters.slots import attach, computed_ahead, has_rules, iter_weight_slots
 
 BATCHED = ["lora", "prodial", "dora", "strong"]
 TOLERANCE = 1e-6  # of the norm: products of stacks may sum in another order
@@ -54,7 +56,7 @@ def ahead():
 
 def read(model):
     """Every effective value, by path."""
-    return {path: getattr(owner, name) for path, owner, name, _ in iter_slots(model)}
+    return {path: getattr(owner, name) for path, owner, name, _ in iter_weight_slots(model)}
 
 
 def gradients(model):
@@ -71,7 +73,7 @@ def use(model, shared, amp=False):
         shared_effective_weights(model) if shared else nullcontext(),
     ):
         values = read(model)
-        for path, owner, name, _ in iter_slots(model):
+        for path, owner, name, _ in iter_weight_slots(model):
             if isinstance(owner, nn.Linear) and name == "weight":
                 outputs[path] = owner(torch.randn(4, owner.in_features))
     loss = sum((x.float() * torch.randn(x.shape)).sum() for x in (*values.values(), *outputs.values()))
@@ -179,9 +181,9 @@ def test_parameters_that_are_the_value_are_left_alone(method):
     assert grouped(build(method)) == 0
 
 
-def test_dropout_acts_on_the_input_in_training_only():
+def test_dropout_changes_outputs_and_no_weight():
     model = build("lora", dropout=0.5)
-    assert grouped(model.train()) == 0
+    assert grouped(model.train()) == 6
     assert grouped(model.eval()) == 6
 
 
@@ -235,8 +237,8 @@ def test_ranks_that_differ_fall_apart_into_groups():
     high = vimtune.adapters.get_method("lora")(rank=3)
     vimtune.inject(model, "linear")
     for layer, method in enumerate([low, high, low, high, vimtune.adapters.get_method("lora")(rank=4)]):
-        weight = projector(model, layer).weight
-        attach(projector(model, layer), "weight", "default", method.build_rule("w", weight))
+        site = Site("w", projector(model, layer), projector(model, layer).weight)
+        attach(projector(model, layer), "weight", "default", method.build_rule(site))
     vimtune.set_adapter(model, "default")
     disturb(model)
     assert grouped(model) == 4
@@ -284,11 +286,12 @@ def test_random_rules_draw_for_each_layer():
 def test_rules_that_cannot_be_stacked_say_so():
     model = with_rules(Decides(), Decides())
     assert grouped(model) == 0
-    assert grouped(with_rules(*(vimtune.adapters.rule.Chain(Noise(), Decides()) for _ in range(2)))) == 0
+    assert grouped(with_rules(*(Composition([Noise(), Decides()], [None, None]) for _ in range(2)))) == 0
 
 
 def test_one_rule_for_two_weights_serves_neither_wrongly():
-    shared = vimtune.adapters.get_method("lora")(rank=2).build_rule("w", torch.zeros(64, 64))
+    site = Site("w", nn.Linear(64, 64), torch.zeros(64, 64))
+    shared = vimtune.adapters.get_method("lora")(rank=2).build_rule(site)
     model = with_rules(shared, shared)
     nn.init.ones_(model[1]._parameters["weight"])
     expected = [layer.weight for layer in model]

@@ -129,7 +129,7 @@ def test_features_only_with_an_adapter(images):
         ("lora", {"dropout": 1.0}, "dropout must be in"),
         ("lora", {"targets": "in_prj"}, r"unknown target 'in_prj'. Did you mean 'in_proj'\? Targets of this"),
         ("lora", {"targets": []}, r"targets = \[\]: expected both, in_proj"),
-        ("lora", {"targets": "conv1d"}, "lora needs a matrix; layers.0.mixer.conv1d.weight"),
+        ("lora", {"targets": "D"}, "lora needs a matrix; layers.0.mixer.D"),
         ("lora", {"layers": [2]}, r"layers \[2\]: the blocks with such targets are 0 to 1"),
         (
             "prodial",

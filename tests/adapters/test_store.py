@@ -25,8 +25,8 @@ from vimtune.adapters import (
     get_method,
     list_methods,
 )
-from vimtune.adapters.bitfit import BitFit
 from vimtune.adapters.identity import _first_format_hash
+from vimtune.methods.bitfit import BitFit
 from vimtune.train.report import describe_method
 
 PREPROCESSING = {
@@ -104,7 +104,7 @@ def test_a_file_keeps_every_field_and_where_the_rules_are(case, path):
     model = vimtune.inject(plain(), method, **options_for(method, extra))
     vimtune.save_adapter(model, path)
     info = vimtune.read_adapter_info(path)
-    assert info.version == 2 and list(info.options) == list(info.sites) == method.split("+")
+    assert info.version == 3 and list(info.options) == list(info.sites) == method.split("+")
     for name, own in info.options.items():
         assert own.keys() == {field.name for field in dataclasses.fields(get_method(name))}
     adapted = {item.base_name for item in adapter_parameters(model) if item.group == "adapter"}
@@ -239,7 +239,7 @@ BAD_INFO = [
     ({"method": "lora+nonsense"}, "unknown method, 'nonsense'.*Update vimtune"),
     ({"method": ["lora"]}, "method: Input should be a valid string"),
     ({"method": "bitfit"}, r"options of \['lora'\], but the method is 'bitfit'"),
-    ({"version": 3}, "format version 3; this vimtune reads up to 2: update"),
+    ({"version": 4}, "format version 4; this vimtune reads up to 3: update"),
     ({"version": "2"}, "version: Input should be a valid integer"),
     ({"version": True}, "version: Input should be a valid integer"),
     ({"version": 0}, "version: Input should be greater than or equal to 2"),
@@ -257,7 +257,7 @@ BAD_INFO = [
         "is no parameter to adapt. Did you mean 'layers",
     ),
     ({"sites": {"lora": ["head.weight"]}}, "'head.weight', which is no parameter to adapt"),
-    ({"sites": {"lora": ["layers.0.mixer.in_proj.weight"] * 2}}, "no parameter to adapt"),
+    ({"sites": {"lora": ["layers.0.mixer.in_proj.weight"] * 2}}, "twice by one method"),
     ({"sites": {"ft": []}}, r"sites of \['ft'\], but the method is 'lora'"),
     ({"num_classes": -1}, "num_classes: Input should be greater"),
     ({"num_classes": 10**9}, "num_classes: Input should be less"),

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from method_cases import CASES, disturb, label, options_for
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import vimtune
 from vimtune.adapters import (
+    CallRule,
     Method,
     WeightRule,
     adapter_parameters,
     adapter_state_dict,
-    base,
     load_adapter_state_dict,
     register_method,
 )
+from vimtune.methods import METHODS
 
 
 def plain():
@@ -47,42 +47,38 @@ class MaskedRule(WeightRule):
         return weight + self.mask * self.delta
 
 
-class GatedRule(WeightRule):
+class GatedRule(CallRule):
     """Scales the input of a layer, always: no weight of ours."""
 
-    def __init__(self, weight):
+    def __init__(self, site):
         super().__init__()
-        self.gate = nn.Parameter(torch.ones(weight.shape[1]))
+        self.gate = nn.Parameter(site.new_empty(site.owner.in_features).fill_(1))
 
-    def effective_weight(self, weight):
-        return weight
-
-    acts_on_input = True
-
-    def linear(self, x, weight, bias):
-        return F.linear(x * self.gate * x.sigmoid(), weight, bias)
+    def around(self, call, x):
+        return call(x * self.gate * x.sigmoid())
 
 
 @pytest.fixture
 def methods(monkeypatch):
     """Two more methods, for the length of a test."""
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
 
     @register_method("masked")
     @dataclass(frozen=True, kw_only=True)
     class Masked(Method):
         summary = "a mask"
 
-        def build_rule(self, path, weight):
-            return MaskedRule(weight)
+        def build_rule(self, site):
+            return MaskedRule(site.weight)
 
     @register_method("gated")
     @dataclass(frozen=True, kw_only=True)
     class Gated(Method):
         summary = "a gate"
+        default_targets = ("in_proj()", "out_proj()")
 
-        def build_rule(self, path, weight):
-            return GatedRule(weight)
+        def build_rule(self, site):
+            return GatedRule(site)
 
 
 # --- buffers
@@ -134,14 +130,15 @@ def test_merge_refuses_what_no_weight_expresses(methods):
     model = disturb(vimtune.inject(plain(), "gated")).train()
     expected, before = model(images()), copy.deepcopy(model.state_dict())
     with pytest.raises(
-        ValueError, match=r"'default' \(gated\) acts on the input of layers.0.mixer.in_proj.weight"
+        ValueError,
+        match=r"'default' \(gated\) has a GatedRule at layers.0.mixer.in_proj\(\), which",
     ):
         vimtune.merge(model)
     assert list(model.state_dict()) == list(before) and vimtune.list_adapters(model) == ["default"]
     assert torch.equal(model(images()), expected)
     assert all(module.training for module in model.modules())
-    with pytest.raises(ValueError, match=r"layers.0.mixer.x_proj.weight"):
-        vimtune.inject(plain(), "gated", targets="x_proj")
+    with pytest.raises(ValueError, match=r"unknown target 'x_proj\(\)'"):
+        vimtune.inject(plain(), "gated", targets="x_proj()")
 
 
 # --- weight decay
@@ -199,7 +196,7 @@ def test_marks_of_mamba_ssm_are_honoured():
 
 
 def test_a_rule_decides_what_decays(methods, monkeypatch):
-    monkeypatch.setattr(MaskedRule, "decays", lambda self, name: name != "delta")
+    monkeypatch.setattr(MaskedRule, "decay", lambda self, tensor, exempt: 0 if tensor == "delta" else 1)
     model = vimtune.inject(plain(), "lora+masked", rank=2)
     for item in adapter_parameters(model):
         assert item.weight_decay == ("delta" not in item.name and item.parameter.dim() > 1)

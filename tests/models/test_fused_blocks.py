@@ -16,7 +16,7 @@ from torch import nn
 
 import vimtune  # noqa: F401  (registers the models)
 from vimtune import ops
-from vimtune.adapters.rule import computed_ahead
+from vimtune.adapters.slots import computed_ahead
 from vimtune.models import vim
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

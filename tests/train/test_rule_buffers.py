@@ -9,7 +9,8 @@ import torch
 from test_resume import interrupt_at
 from tiny_runs import assert_same_weights, weights
 
-from vimtune.adapters.lora import LoRA, LoRARule
+from vimtune.adapters.rules.lora import LoRARule
+from vimtune.methods.lora import LoRA
 from vimtune.recipe import load_recipe
 from vimtune.train import Interrupted
 from vimtune.train import train as run_training
@@ -34,7 +35,9 @@ class CountingRule(LoRARule):
 
 def test_a_resumed_run_has_the_buffers_of_an_uninterrupted_one(tiny, monkeypatch):
     monkeypatch.setattr(
-        LoRA, "build_rule", lambda self, path, w: CountingRule(w, self.rank, self.alpha, self.dropout)
+        LoRA,
+        "build_rule",
+        lambda self, site: CountingRule(site.weight, self.rank, self.alpha, self.dropout),
     )
     straight, stopped = tiny("straight", epochs=1), tiny("stopped", epochs=1)
     run_training(straight)

@@ -1,12 +1,11 @@
-"""Parameter-efficient methods as rules for effective weights; see `rule.py` for the idea.
+"""Adapters on a model: the protocol of rules (`rule.py`), where they go (`sites.py`), and what is done with
+them.
 
-Adding a method is one new file with a registered class (`lora.py` is the pattern) and one line here.
+The methods, which choose sites and build rules, are in `vimtune.methods`.
 """
 
-# The modules are imported in the order in which `--list` shows their methods.
-from vimtune.adapters import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401, I001
-from vimtune.adapters.base import Method, get_method, list_methods, method_fields, register_method
 from vimtune.adapters.batched import shared_effective_weights
+from vimtune.adapters.folding import merge, unmerge
 from vimtune.adapters.identity import (
     BaseIdentity,
     base_hash,
@@ -23,13 +22,16 @@ from vimtune.adapters.manage import (
     active_adapter,
     delete_adapter,
     disabled,
+    has_call_rules,
     head_has_rules,
     inject,
     list_adapters,
-    merge,
     set_adapter,
 )
-from vimtune.adapters.rule import WeightRule, base_parameters
+from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
+from vimtune.adapters.settling import settle, settles
+from vimtune.adapters.sites import Site
+from vimtune.adapters.slots import base_parameters
 from vimtune.adapters.store import load_adapter, read_adapter_info, save_adapter
 from vimtune.adapters.tensors import (
     AdaptedParameter,
@@ -41,6 +43,7 @@ from vimtune.adapters.tensors import (
     load_adapter_state_dict,
     summary,
 )
+from vimtune.methods import Method, get_method, list_methods, method_fields, register_method
 
 __all__ = [
     "ADAPTER_FORMAT",
@@ -49,8 +52,11 @@ __all__ = [
     "AdapterInfo",
     "AdapterSummary",
     "BaseIdentity",
+    "CallRule",
     "DeadAdapterError",
     "Method",
+    "Rule",
+    "Site",
     "WeightRule",
     "active_adapter",
     "adapter_parameters",
@@ -61,8 +67,10 @@ __all__ = [
     "check_gradients",
     "delete_adapter",
     "disabled",
+    "each_tensor",
     "get_method",
     "has_base",
+    "has_call_rules",
     "head_has_rules",
     "inject",
     "list_adapters",
@@ -79,6 +87,9 @@ __all__ = [
     "register_method",
     "save_adapter",
     "set_adapter",
+    "settle",
+    "settles",
     "shared_effective_weights",
     "summary",
+    "unmerge",
 ]

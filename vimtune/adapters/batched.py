@@ -17,15 +17,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vimtune.adapters.rule import (
+from vimtune.adapters.rule import WeightRule, exact
+from vimtune.adapters.slots import (
     Ahead,
-    WeightRule,
     base_value,
     computed_ahead,
-    exact,
     find_ahead,
     is_factor,
-    iter_slots,
+    is_recorded,
+    iter_weight_slots,
     join,
 )
 
@@ -47,7 +47,7 @@ def shared_effective_weights(modules: nn.Module) -> AbstractContextManager[Any]:
     Taken together are rules for the same parameter of different layers (paths equal but for numbers)
     that agree in all but the values of their tensors: types, shapes, dtypes, devices, what is
     trained, every plain attribute. Any other rule computes for itself as ever, and so do those that
-    act on the input at present or are not `WeightRule.batchable`.
+    are not `WeightRule.batchable`.
 
     The results are those of the single rules up to the rounding of batched products, the gradients
     too, with one difference: a weight that nobody reads gives its rule's tensors a gradient of zero, not
@@ -57,7 +57,7 @@ def shared_effective_weights(modules: nn.Module) -> AbstractContextManager[Any]:
     Nothing is kept on the modules: other threads, copies and state dicts see none of it. Under
     torch.compile, torch.export and torch.jit.trace the block does nothing.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_recorded():
         return nullcontext()
     return _sharing(modules)
 
@@ -87,7 +87,7 @@ class _Member(NamedTuple):
 def _groups(modules: nn.Module) -> Iterable[list[_Member]]:
     """Parameters below `modules` that can be computed together, two or more in a group."""
     groups: dict[Hashable, list[_Member]] = {}
-    for path, owner, parameter, slot in iter_slots(modules):
+    for path, owner, parameter, slot in iter_weight_slots(modules):
         rule, weight = slot.rule, base_value(owner, parameter)
         if rule is None or find_ahead(rule, weight) is not None:
             continue
@@ -106,7 +106,7 @@ def _inspect(module: nn.Module, path: str, traits: list[Hashable], tensors: dict
 
     Returns whether the rule can be applied to stacks.
     """
-    if isinstance(module, WeightRule) and (module.acts_on_input or not module.batchable):
+    if isinstance(module, WeightRule) and not module.batchable:
         return False
     state = vars(module)
     if any([state[name] for name in _HOOKS]):

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from vimtune.adapters.manage import demand_adapter
-from vimtune.adapters.rule import Tuned, base_parameters, iter_slots
+from vimtune.adapters.rule import Tuned
+from vimtune.adapters.slots import base_parameters, iter_weight_slots
 from vimtune.adapters.wrappers import unwrap
 from vimtune.model_options import ARCHITECTURE
 from vimtune.text import quote
@@ -66,7 +67,9 @@ class _Seed:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(torch.frombuffer(bytearray(self.generator), dtype=torch.uint8))
             weights = {name: p.detach() for name, p in self.create().named_parameters()}
-        self.draws |= {(name, dtype): _digest(weights[name].to(dtype)) for name, dtype in wanted.items()}
+        self.draws |= {
+            (name, dtype): tensor_digest(weights[name].to(dtype)) for name, dtype in wanted.items()
+        }
         # Generators are promised to draw the same numbers within one version of torch.
         version = ".".join(torch.__version__.split(".")[:2])
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in weights.items()]
@@ -125,19 +128,19 @@ def note_loading(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -
         sources.drawn.discard(name)
         sources.originals.pop(name, None)
         if (hasattr(value, _ORIGINAL) or value.dtype != parameter.dtype) and _has_values(value):
-            sources.originals[name] = (_digest(value.to(parameter.dtype)), _digest_of_original(value))
+            sources.originals[name] = (tensor_digest(value.to(parameter.dtype)), _digest_of_original(value))
 
 
 def made_from(value: Tensor, original: Tensor) -> Tensor:
     """`value`, which remembers that it was computed from `original`, as by resizing."""
     if value is not original and _has_values(original):
-        setattr(value, _ORIGINAL, (_digest(value), _digest_of_original(original)))
+        setattr(value, _ORIGINAL, (tensor_digest(value), _digest_of_original(original)))
     return value
 
 
 def _digest_of_original(tensor: Tensor) -> str:
     """Digest of what `tensor` was made from, if it still is what was made, or of itself."""
-    own = _digest(tensor)
+    own = tensor_digest(tensor)
     made, original = getattr(tensor, _ORIGINAL, ("", ""))
     return original if made == own else own
 
@@ -154,7 +157,7 @@ def note_casts(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Callabl
         converted = convert(tensor)
         name = names.get(id(tensor))
         if name is not None and converted.dtype != tensor.dtype and _has_values(tensor):
-            sources.originals[name] = (_digest(converted), sources.origin(name, _digest(tensor)))
+            sources.originals[name] = (tensor_digest(converted), sources.origin(name, tensor_digest(tensor)))
         return converted
 
     return noting
@@ -179,7 +182,7 @@ def base_identity(model: nn.Module, name: str | None = None) -> BaseIdentity:
         seed.draw(drawn)
     bits, origins = hashlib.sha256(), hashlib.sha256()
     for path, parameter in parameters:
-        own = _digest(parameter)
+        own = tensor_digest(parameter)
         untouched = seed is not None and path in drawn and own == seed.draws[path, parameter.dtype]
         origin = seed.digest if seed is not None and untouched else sources.origin(path, own)
         bits.update(f"{path} {own}\n".encode())
@@ -227,7 +230,7 @@ def _foundation(model: nn.Module, name: str | None) -> list[tuple[str, nn.Parame
     _, record = demand_adapter(model, name)
     replaced = {
         path
-        for path, _, _, slot in iter_slots(model)
+        for path, _, _, slot in iter_weight_slots(model)
         if record.name in slot and isinstance(slot[record.name], Tuned)
     }
     return sorted((path, p) for path, p in base_parameters(model) if path not in replaced)
@@ -245,7 +248,7 @@ def _raw(tensor: Tensor) -> tuple[bytes, memoryview]:
     return head, values.flatten().view(torch.uint8).numpy().data
 
 
-def _digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
     head, values = _raw(tensor)
     digest = hashlib.sha256(head)
     digest.update(values)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
 
-from vimtune.adapters.base import list_methods, method_names, resolve_options, split_options
+from vimtune.methods import list_methods, method_names, resolve_options, split_options
 from vimtune.model_options import check_creation
 from vimtune.preprocessing import Preprocessing
 from vimtune.schema import STRICT, Name, check, dump_json, parse_json
@@ -20,7 +20,9 @@ from vimtune.text import quote
 from vimtune.utils import suggest
 
 FORMAT = "vimtune-adapter"
-VERSION = 2
+VERSION = 3
+"""Of the files that are written. Version 2 knew no rows, calls and options by target, and else is the
+same."""
 
 
 class AdapterFileError(ValueError):
@@ -45,8 +47,9 @@ class AdapterInfo:
     __pydantic_config__ = STRICT
 
     method: Name
-    options: dict[Name, dict[Name, OptionValue]]
-    """Every field of each method, defaults included: {method: {field: value}}."""
+    options: dict[Name, dict[Name, OptionValue | dict[SitePath, OptionValue]]]
+    """Every field of each method, defaults included: {method: {field: value}}; a field may have a value for
+    each of several targets instead."""
     targets: TargetList | dict[Name, TargetList] | None
     """The targets as they were given to `inject`."""
     layers: LayerList | dict[Name, LayerList] | None
@@ -61,8 +64,8 @@ class AdapterInfo:
     """Fields of `Preprocessing`; empty where nobody said how images become inputs."""
     extra: dict[str, Any] = field(default_factory=dict)
     sites: dict[Name, list[SitePath]] | None = None
-    """Paths of the adapted parameters by method, without the head's; None in files of version 1."""
-    version: Annotated[int, Ge(VERSION), Le(VERSION)] = VERSION
+    """Paths of the adapted points by method, without the head's; None in files of version 1."""
+    version: Annotated[int, Ge(2), Le(VERSION)] = VERSION
     base_origin: Annotated[str, Len(0, 200)] = ""
     """`BaseIdentity.origin`."""
 
@@ -115,6 +118,15 @@ VERSION_1_TARGETS: dict[str, TargetList] = {
 their own, which `load_adapter` compares with the tensors of the file."""
 
 
+NEUTRAL_OPTIONS: dict[str, dict[str, Any]] = {
+    "prodial": {"scale_decay": 0.0},
+    "ft": {"start_decay": 0.0},
+    "bitfit": {"start_decay": 0.0},
+    "full": {"start_decay": 0.0},
+}
+"""Values of options that came after files of their method had been written: with these it does as before."""
+
+
 def write_info(info: AdapterInfo, what: str) -> str:
     """The JSON text of `info`, in the newest version.
 
@@ -141,6 +153,7 @@ def read_info(text: str | None, what: str) -> AdapterInfo:
     info = check(AdapterInfo, values, what, AdapterFileError)
     info.model = check_creation(info.model, what, AdapterFileError)  # becomes arguments of a function
     _check_preprocessing(info, what, AdapterFileError)
+    info.options = {name: NEUTRAL_OPTIONS.get(name, {}) | own for name, own in info.options.items()}
     try:
         resolve_options(info.method, info.options)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Adapters on a model: inject, switch, delete, disable, merge.
+"""Adapters on a model: inject, switch, delete, disable. `folding.py` folds them into the weights.
 
-An adapter is a name and a set of rules (`rule.py`), one per adapted parameter; the classification
-head always is one of them. At most one adapter is active. Who owns what is recorded on injection.
+An adapter is a name and a set of rules (`rule.py`), one per adapted point; the classification
+head always is among these. At most one adapter is active. Who owns what is recorded on injection.
 """
 
 from __future__ import annotations
@@ -14,28 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vimtune import parsers
-from vimtune.adapters.base import Method, build_methods, resolve_options
-from vimtune.adapters.rule import (
-    Tuned,
-    WeightRule,
-    acts_on_input_when,
-    attach,
-    base_parameters,
-    base_value,
-    detach,
-    has_rules,
-    iter_slots,
-    rule_prefixes,
-)
+from vimtune.adapters.points import Points
+from vimtune.adapters.rule import Tuned
 from vimtune.adapters.sites import (
     Layers,
     Sites,
     Targets,
-    build_rules,
+    attach_rules,
     check_sites,
     find_backbone,
     find_owner,
@@ -43,7 +32,19 @@ from vimtune.adapters.sites import (
     parse_targets,
     select_sites,
 )
+from vimtune.adapters.slots import (
+    CALL,
+    attach,
+    base_parameters,
+    base_value,
+    detach,
+    has_rules,
+    iter_slots,
+    rule_prefixes,
+    slots_of,
+)
 from vimtune.adapters.wrappers import RECORD, unwrap
+from vimtune.methods import build_methods, resolve_options
 from vimtune.text import quote
 from vimtune.utils import suggest
 
@@ -57,42 +58,45 @@ class AdapterRecord:
     name: str
     method: str
     options: dict[str, dict[str, Any]]
-    """Every field of each method, defaults included."""
+    """Every field of each method, defaults included; a field may have values by target."""
     targets: Targets
     """The targets as they were given."""
     layers: Layers
     """The layers as they were given."""
     sites: Sites
-    """What targets and layers meant on this model."""
+    """What targets and layers meant on this model: the points that have a rule, in the order of the rules."""
     num_classes: int
     head: list[str]
     """Paths of the head's parameters."""
 
 
 @dataclass
-class _State:
+class AdapterState:
     """Bookkeeping of all adapters of one model, kept on the model itself."""
 
     requires_grad: dict[str, bool]
     """Flags of the base parameters before the first injection."""
     num_classes: int
-    loading: RemovableHandle
+    surrounds_calls: bool = False
+    """Whether the active adapter has rules for calls."""
+    loading: RemovableHandle | None = None
     """Handle of the hook that lets plain checkpoints load."""
     active: str | None = None
     records: dict[str, AdapterRecord] = field(default_factory=dict)
 
 
-def _state(model: nn.Module) -> _State | None:
+def adapter_state(model: nn.Module) -> AdapterState | None:
+    """The bookkeeping of a model (no wrapper); None if it has no adapter."""
     return model.__dict__.get(RECORD)
 
 
-def demand_adapter(model: nn.Module, name: str | None = None) -> tuple[_State, AdapterRecord]:
+def demand_adapter(model: nn.Module, name: str | None = None) -> tuple[AdapterState, AdapterRecord]:
     """Bookkeeping of the model (no wrapper) and record of the adapter `name` (the active one if None).
 
     Raises:
         ValueError: there is no such adapter.
     """
-    state = _state(model)
+    state = adapter_state(model)
     if state is None:
         raise ValueError("the model has no adapter; inject or load one first")
     name = state.active if name is None else name
@@ -121,11 +125,13 @@ def inject(
             features_only are seen through.
         method: a registered method ("prodial"), or several ("lora+bitfit").
         name: the adapter's name on this model.
-        targets: where: "both", "in_proj", ["x_proj", "A_log"]; the method's own choice if None. Several
-            methods may have targets of their own: {"lora": "both", "ft": "A_log,D"}.
+        targets: where: "both", "in_proj[x]", ["x_proj[dt|B]", "A_log", "!layers.0."]; the method's own choice
+            if None. `vimtune.adapters.targets` has all forms. Several methods may have targets of their own:
+            {"lora": "both", "ft": "A_log,D"}.
         layers: indices of the blocks to adapt, [0, 1] or "0-1"; all if None. By method as well.
         num_classes: outputs of this adapter's head; a copy of the model's head if None or equal.
-        options: fields of the method, e.g. rank=16 (`method_fields` lists them).
+        options: fields of the method, e.g. rank=16 (`method_fields` lists them). A field may have values by
+            target, rank={"in_proj": 8, "x_proj[B]": 4}; elsewhere its default holds.
 
     Returns:
         The model, as it was given.
@@ -136,8 +142,9 @@ def inject(
             model is then as it was.
     """
     backbone = find_backbone(model)
-    methods = build_methods(method, options)
+    methods = [chosen.method for chosen in build_methods(method, options)]
     targets, layers = parse_targets(targets), parse_layers(layers)
+    head = head_parameters(backbone)
     add_adapter(
         backbone,
         AdapterRecord(
@@ -146,9 +153,9 @@ def inject(
             options=resolve_options(method, options),
             targets=targets,
             layers=layers,
-            sites=select_sites(backbone, methods, targets, layers, head_parameters(backbone)),
+            sites=select_sites(Points(backbone), methods, targets, layers, head),
             num_classes=_check_num_classes(backbone, num_classes),
-            head=head_parameters(backbone),
+            head=head,
         ),
     )
     return model
@@ -158,14 +165,14 @@ def _check_num_classes(model: nn.Module, num_classes: int | None) -> int:
     if num_classes is None:
         return base_num_classes(model)
     try:
-        return parsers.integer(1)(num_classes)
+        return int(parsers.integer(1)(num_classes))
     except ValueError as error:
         raise ValueError(f"num_classes = {quote(num_classes)}: {error}") from None
 
 
 def base_num_classes(model: nn.Module) -> int:
     """Outputs of the model's own head, whatever adapter is active; 0 for a model that does not tell."""
-    state = _state(model)
+    state = adapter_state(model)
     return getattr(model, "num_classes", 0) if state is None else state.num_classes
 
 
@@ -193,31 +200,70 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
     Raises:
         ValueError: it does not fit the model, which is then as it was.
     """
-    name, state = check_name(model, record.name), _state(model)
-    check_sites(model, [*record.head, *(path for paths in record.sites.values() for path in paths)])
-    methods: list[Method] = build_methods(record.method, record.options)
-    rules = _build_head_rules(model, record) | build_rules(model, methods, record.sites, accept_idle)
-    if not rules:
+    name, state = check_name(model, record.name), adapter_state(model)
+    paths = [path for paths in record.sites.values() for path in paths]
+    check_sites(model, [*record.head, *paths])
+    if not record.head and not paths:
         raise ValueError(
             f"method {record.method!r} would train nothing: the model has no head and no target was chosen"
         )
-
-    # Nothing above has changed the model.
+    active = {slot: slot.active for _, _, _, slot in iter_slots(model)}
+    try:
+        for slot in active:  # methods see the plain model and what the methods before them have made of it
+            slot.active = None
+        _attach_head(model, record)
+        for chosen in build_methods(record.method, record.options):
+            method = chosen.method
+            sites = record.sites[method.name]
+            record.sites[method.name] = attach_rules(
+                model, name, method, chosen.by_target, sites, accept_idle
+            )
+    except BaseException:  # whatever it is: it goes on, but the model is as it was
+        _detach_all(model, name)
+        for slot, before in active.items():
+            slot.active = before
+        raise
     if state is None:
-        state = _State(
+        state = AdapterState(
             requires_grad={path: parameter.requires_grad for path, parameter in base_parameters(model)},
             num_classes=base_num_classes(model),
-            loading=model.register_load_state_dict_pre_hook(_keep_missing_adapters),
+        )
+    state.records[name] = record
+    state.active = name
+    take_up(model, state)
+
+
+def take_up(model: nn.Module, state: AdapterState) -> None:
+    """Let the model have the adapters of `state`, whose rules are attached: freeze its own parameters and put
+    the active adapter in force."""
+    if RECORD not in model.__dict__:
+        state.loading = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+            _keep_missing_adapters
         )
         model.__dict__[RECORD] = state
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)
-    for path, rule in rules.items():
-        owner, leaf = find_owner(model, path)
-        attach(owner, leaf, name, rule)
-    state.records[name] = record
-    _activate(model, state, name)
+    activate(model, state, state.active)
     _forget_compiled()
+
+
+def lay_down(model: nn.Module, state: AdapterState) -> None:
+    """The reverse of `take_up`, for a model that is about to be plain: its own parameters require a gradient
+    as they did before the first adapter."""
+    for path, parameter in base_parameters(model):
+        parameter.requires_grad_(state.requires_grad[path])
+    if state.loading is not None:
+        state.loading.remove()
+        state.loading = None
+    del model.__dict__[RECORD]
+    _forget_compiled()
+
+
+def _detach_all(model: nn.Module, name: str) -> None:
+    """Remove the rules of an adapter wherever it has any."""
+    owners = {id(owner): owner for _, owner, _, slot in iter_slots(model) if name in slot}
+    for owner in owners.values():
+        detach(owner, name)
 
 
 def _forget_compiled() -> None:
@@ -249,20 +295,20 @@ def head_parameters(model: nn.Module) -> list[str]:
     return [path for path, parameter in base_parameters(model) if id(parameter) in inside]
 
 
-def _build_head_rules(model: nn.Module, record: AdapterRecord) -> dict[str, WeightRule]:
-    """A copy of the model's head, or a fresh head if it has another number of outputs."""
-    rules: dict[str, WeightRule] = {}
+def _attach_head(model: nn.Module, record: AdapterRecord) -> None:
+    """Give the adapter a copy of the model's head, or a fresh head if it has another number of outputs."""
     for path in record.head:
-        value = base_value(*find_owner(model, path)).detach()
+        owner, leaf = find_owner(model, path)
+        value = base_value(owner, leaf).detach()
         if record.num_classes not in (base_num_classes(model), value.shape[0]):
             value = value.new_zeros(record.num_classes, *value.shape[1:])
             if value.dim() > 1:
                 nn.init.trunc_normal_(value, std=0.02)
-        rules[path] = Tuned(value)
-    return rules
+        attach(owner, leaf, record.name, Tuned(value))
 
 
-def _set_num_classes(model: nn.Module, num_classes: int) -> None:
+def set_num_classes(model: nn.Module, num_classes: int) -> None:
+    """Tell timm, and whoever asks, how many outputs the head in force has."""
     model.num_classes = num_classes  # type: ignore[assignment]  # timm's attribute, an int
 
 
@@ -281,18 +327,21 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     model = unwrap(model, retrains=True)
     if name is not None:
         demand_adapter(model, name)
-    state = _state(model)
+    state = adapter_state(model)
     if state is not None:
-        _activate(model, state, name)
+        activate(model, state, name)
 
 
-def _activate(model: nn.Module, state: _State, name: str | None) -> None:
+def activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
+    """Put the rules of one adapter in force, or none, and have its tensors alone require a gradient."""
     state.active = name
     for _, _, _, slot in iter_slots(model):
         slot.active = name
         for adapter, rule in slot.items():
             rule.requires_grad_(adapter == name)
-    _set_num_classes(model, state.num_classes if name is None else state.records[name].num_classes)
+    sites = {} if name is None else state.records[name].sites
+    state.surrounds_calls = any(path.endswith(CALL) for paths in sites.values() for path in paths)
+    set_num_classes(model, state.num_classes if name is None else state.records[name].num_classes)
 
 
 @contextmanager
@@ -304,32 +353,32 @@ def disabled(model: Model) -> Iterator[Model]:
     use the model see the base model.
     """
     backbone = unwrap(model)
-    state = _state(backbone)
+    state = adapter_state(backbone)
     if state is None:
         yield model
         return
     active = state.active
     slots = [slot for _, _, _, slot in iter_slots(backbone)]
     flags = [(parameter, parameter.requires_grad) for slot in slots for parameter in slot.parameters()]
-    _activate(backbone, state, None)
+    activate(backbone, state, None)
     try:
         yield model
     finally:
-        if _state(backbone) is state and (active is None or active in state.records):
-            _activate(backbone, state, active)
+        if adapter_state(backbone) is state and (active is None or active in state.records):
+            activate(backbone, state, active)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
 
 def list_adapters(model: nn.Module) -> list[str]:
     """Names of the adapters on the model, in order of injection."""
-    state = _state(unwrap(model))
+    state = adapter_state(unwrap(model))
     return [] if state is None else list(state.records)
 
 
 def active_adapter(model: nn.Module) -> AdapterRecord | None:
     """Record of the active adapter."""
-    state = _state(unwrap(model))
+    state = adapter_state(unwrap(model))
     return None if state is None or state.active is None else state.records[state.active]
 
 
@@ -344,62 +393,22 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     model = unwrap(model, retrains=True)
     state, _ = demand_adapter(model, name)
     if state.active == name:
-        _activate(model, state, None)
-    for module in {id(owner): owner for _, owner, _, slot in iter_slots(model) if name in slot}.values():
-        detach(module, name)
+        activate(model, state, None)
+    _detach_all(model, name)
     del state.records[name]
-    if not state.records:
-        for path, parameter in base_parameters(model):
-            parameter.requires_grad_(state.requires_grad[path])
-        state.loading.remove()
-        del model.__dict__[RECORD]
-    _forget_compiled()
+    if state.records:
+        _forget_compiled()
+    else:
+        lay_down(model, state)
 
 
-@torch.no_grad()
-def merge(model: Model) -> Model:
-    """Fold the active adapter into the weights and remove all adapters, in place.
-
-    The result is a plain model with plain keys and the same output in evaluation mode. A model without
-    adapters is returned as it is; wrappers by torch.compile, DataParallel and timm's features_only are
-    seen through and returned.
-
-    Raises:
-        ValueError: no adapter is active, a rule acts on the input in evaluation, a merged weight is not
-            finite, or the model is under DistributedDataParallel; the model is then as it was.
-    """
-    backbone = unwrap(model, retrains=True)
-    state = _state(backbone)
-    if state is None:
-        return model
-    _, record = demand_adapter(backbone)
-    merged: list[tuple[nn.Module, str, Tensor]] = []
-    for path, owner, parameter, slot in iter_slots(backbone):
-        rule, base = slot.rule, base_value(owner, parameter)
-        if rule is not None and acts_on_input_when(rule, training=False):
-            raise ValueError(
-                f"adapter {record.name!r} ({record.method}) acts on the input of {path} in evaluation, too, "
-                "which no weight can express; nothing was merged"
-            )
-        weight = slot.effective(base).to(base.dtype, copy=True)
-        if not weight.is_meta and not torch.isfinite(weight).all():
-            raise ValueError(f"adapter {record.name!r} makes {path} non-finite; nothing was merged")
-        merged.append((owner, parameter, weight))
-    for name in list(state.records):
-        delete_adapter(backbone, name)
-    for owner, parameter, weight in merged:
-        base = base_value(owner, parameter)
-        if base.shape == weight.shape:
-            base.copy_(weight)
-        else:
-            owner._parameters[parameter] = nn.Parameter(weight, requires_grad=base.requires_grad)
-    head = getattr(backbone, "get_classifier", lambda: None)()
-    if isinstance(head, nn.Linear):
-        head.out_features = record.num_classes
-    _set_num_classes(backbone, record.num_classes)
-    return model
+def has_call_rules(model: nn.Module) -> bool:
+    """Whether rules of the active adapter of a model (no wrapper) surround calls."""
+    state = adapter_state(model)
+    return state is not None and state.surrounds_calls
 
 
 def head_has_rules(model: nn.Module) -> bool:
     """Whether an adapter owns a parameter of the classification head of a model (no wrapper)."""
-    return any(has_rules(find_owner(model, path)[0]) for path in head_parameters(model))
+    owners = (find_owner(model, path) for path in head_parameters(model))
+    return any(has_rules(owner) and name in slots_of(owner) for owner, name in owners)

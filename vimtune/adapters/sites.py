@@ -1,30 +1,89 @@
-"""Where the rules of an adapter go, and what is refused there before anything of the model has changed.
+"""Where the rules of an adapter go: from targets to sites, and from sites to attached rules.
 
-A site is a parameter that gets a rule, named by its path. A rule that would be silently without effect,
-or act on another tensor than the model computes with, is refused with the reason.
+A rule that would be silently without effect, or act on another tensor than the model computes with, is
+refused with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from vimtune import parsers
-from vimtune.adapters.base import Method
-from vimtune.adapters.rule import Chain, WeightRule, base_value, can_act_on_input, ever_acts_on_input, join
+from vimtune.adapters.composition import Composition, Nesting, Rows, overlap, single_rules
+from vimtune.adapters.points import Point, Points
+from vimtune.adapters.rule import CallRule, Rule, WeightRule
+from vimtune.adapters.slots import (
+    CALL,
+    WeightSlot,
+    attach,
+    base_parameters,
+    base_value,
+    has_rules,
+    join,
+    slots_of,
+)
+from vimtune.adapters.targets import Target, short_name
 from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
+from vimtune.methods import Method
 from vimtune.text import quote
 
 Targets = str | list[str] | dict[str, str | list[str]] | None
 Layers = list[int] | dict[str, list[int]] | None
 Sites = dict[str, list[str]]
-"""Paths of the parameters that each method of an adapter acts on; the head's are not among them."""
+"""Paths of the points where each method of an adapter acts; those of the head are not among them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One point where a method acts, as the method sees it."""
+
+    path: str
+    """Of the point: "layers.3.mixer.x_proj.weight[B]", "layers.3.mixer.scan()"."""
+    owner: nn.Module
+    """The module that has the parameter or is called."""
+    value: Tensor | None
+    """The value so far, with the rules of the methods before this one, of these rows alone; detached. None
+    for a call."""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the method that were given for this target alone."""
+
+    @property
+    def weight(self) -> Tensor:
+        """`value` of a parameter.
+
+        Raises:
+            ValueError: the site is a call.
+        """
+        if self.value is None:
+            raise ValueError(
+                f"{self.path} is a call, and this method changes parameters: choose other targets"
+            )
+        return self.value
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the site is a call."""
+        return self.value is None
+
+    def new_empty(self, *shape: int) -> Tensor:
+        """An uninitialised tensor with the dtype and device of the value or, for a call, of its module."""
+        like = self.value
+        if like is None:
+            like = next((parameter for _, parameter in base_parameters(self.owner)), torch.empty(0))
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+# --- arguments of `inject`
 
 
 def parse_targets(value: Any) -> Targets:
@@ -33,7 +92,7 @@ def parse_targets(value: Any) -> Targets:
     Raises:
         ValueError: neither text, nor a list of texts, nor a mapping from methods to these.
     """
-    return _parse("targets", value, parsers.per_method(parsers.targets))
+    return cast(Targets, _parse("targets", value, parsers.per_method(parsers.targets)))
 
 
 def parse_layers(value: Any) -> Layers:
@@ -44,7 +103,7 @@ def parse_layers(value: Any) -> Layers:
     """
     if isinstance(value, range):
         value = list(value)
-    return _parse("layers", value, parsers.per_method(parsers.layers))
+    return cast(Layers, _parse("layers", value, parsers.per_method(parsers.layers)))
 
 
 def _parse(what: str, value: Any, parse: parsers.Parser) -> Any:
@@ -72,13 +131,17 @@ def find_backbone(model: nn.Module) -> nn.Module:
     return backbone
 
 
+# --- from targets to sites
+
+
 def select_sites(
-    model: nn.Module, methods: Sequence[Method], targets: Targets, layers: Layers, head: Sequence[str]
+    points: Points, methods: Sequence[Method], targets: Targets, layers: Layers, head: Sequence[str]
 ) -> Sites:
-    """Let each method choose its parameters; those of the head, which are trained anyway, are left out.
+    """Let each method choose its points; those of the head, which are trained anyway, are left out.
 
     Raises:
-        ValueError: a target or layer that the model does not have, or a method that nothing is left for.
+        ValueError: a target or layer that the model does not have, one that means the head alone, or a method
+            that nothing is left for.
     """
     names = [method.name for method in methods]
     for what, value in (("targets", targets), ("layers", layers)):
@@ -88,9 +151,11 @@ def select_sites(
                 raise ValueError(f"{what}: {quote(name)} is no method of this adapter ({expected})")
     sites = {}
     for method in methods:
-        sites[method.name] = [path for path in selected(method, model, targets, layers) if path not in head]
+        own = _of(method, targets)
+        for target in [own] if isinstance(own, str) else own or ():
+            _refuse_head(points, target, head)
+        sites[method.name] = [path for path in selected(method, points, targets, layers) if path not in head]
         if not sites[method.name] and not method.trains_head_only:
-            own = _of(method, targets)
             where = "its own choice of targets" if own is None else f"targets {quote(own)}"
             raise ValueError(
                 f"method {method.name!r} would train nothing with {where}: the head is trained in any case. "
@@ -99,9 +164,20 @@ def select_sites(
     return sites
 
 
-def selected(method: Method, model: nn.Module, targets: Targets, layers: Layers) -> list[str]:
+def _refuse_head(points: Points, targets: str, head: Sequence[str]) -> None:
+    for text in targets.split(","):
+        target = Target.parse(text.strip())
+        places = [path for path in points.parameters if target.selects(path)]
+        if not target.excludes and places and set(places) <= set(head):
+            raise ValueError(
+                f"target {quote(text.strip())} is the classification head, and the head is trained in any "
+                "case: leave it out; method 'linear' trains the head alone"
+            )
+
+
+def selected(method: Method, points: Points, targets: Targets, layers: Layers) -> list[str]:
     """What one of several methods chooses; paths of the head may be among it."""
-    return method.select(model, _of(method, targets), _of(method, layers))
+    return method.select(points, _of(method, targets), _of(method, layers))
 
 
 def _of(method: Method, value: Any) -> Any:
@@ -109,50 +185,182 @@ def _of(method: Method, value: Any) -> Any:
     return value.get(method.name) if isinstance(value, dict) else value
 
 
-def build_rules(
-    model: nn.Module, methods: Sequence[Method], sites: Sites, accept_idle: bool
-) -> dict[str, WeightRule]:
-    """The rules of an adapter by path; several methods at one site make a `Chain`.
+def options_by_site(
+    method: Method, by_target: Mapping[str, Mapping[str, Any]], paths: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """The options that a method has for single targets, by the path of each of its sites.
 
     Args:
-        model: the backbone.
-        methods: the methods, in the order in which they are applied.
-        sites: where they act.
-        accept_idle: let rules pass that are without effect in part.
+        method: the method, for messages.
+        by_target: field -> target -> value. Of several targets that stand for a site the last one holds.
+        paths: the sites of the method.
 
     Raises:
-        ValueError: a rule that the parameter cannot take, or that would be without effect.
+        ValueError: a target that stands for none of the sites.
     """
-    rules: dict[str, WeightRule] = {}
-    for method in methods:
-        for path in sites[method.name]:
-            owner, parameter = find_owner(model, path)
-            rule = method.build_rule(path, base_value(owner, parameter))
-            if not accept_idle and ever_acts_on_input(rule) and not can_act_on_input(owner, parameter):
+    options: dict[str, dict[str, Any]] = {path: {} for path in paths}
+    for field, values in by_target.items():
+        for text, value in values.items():
+            target = Target.parse(text)
+            meant = [path for path in paths if _stands_for(target, path)]
+            if not meant:
+                known = ", ".join(dict.fromkeys(map(short_name, paths)))
                 raise ValueError(
-                    f"method {method.name!r} with these options acts on the input of a layer (as dropout "
-                    f"does), but the model only reads {path} and calls no layer there: leave dropout at 0 "
-                    "or choose other targets"
+                    f"option {field} of method {method.name!r} is given for {quote(text)}, where the method "
+                    f"does not act; it acts on {known}"
                 )
-            if path not in rules:
-                rules[path] = rule
-                continue
-            if not accept_idle:
-                _refuse_idle_pair(path, rules[path], method.name, rule)
-            rules[path] = Chain(rules[path], rule)
-    return rules
+            for path in meant:
+                options[path][field] = value
+    return options
 
 
-def _refuse_idle_pair(path: str, first: WeightRule, method: str, second: WeightRule) -> None:
-    if second.replaces:
+def _stands_for(target: Target, path: str) -> bool:
+    place, _, rows = path.partition("[")
+    return target.selects(place) and (not target.rows or rows.removesuffix("]") in target.rows)
+
+
+# --- from sites to rules
+
+
+def attach_rules(
+    model: nn.Module,
+    adapter: str,
+    method: Method,
+    by_target: Mapping[str, Mapping[str, Any]],
+    paths: Sequence[str],
+    accept_idle: bool,
+) -> list[str]:
+    """Build the rules of one method and attach them, active, to those that the adapter has already.
+
+    Args:
+        model: the backbone, on which no other adapter is active.
+        adapter: the name under which the rules are attached.
+        method: the method with the options that hold where no target has its own.
+        by_target: options for single targets, as in `options_by_site`.
+        paths: the sites of the method.
+        accept_idle: let rules pass that are without effect in part.
+
+    Returns:
+        Paths of the sites that have got a rule, in the order in which these were attached.
+
+    Raises:
+        ValueError: a point that the model does not have, a rule that it cannot take, or one that would be
+            without effect. Some of the rules may be attached then.
+    """
+    points = Points(model)
+    options = options_by_site(method, by_target, paths)
+    sites = [_build_site(points, model, path, options[path]) for path in paths]
+    by_path = {site.path: site for site in sites}
+    rules = method.build(sites)
+    if paths and not rules:
+        raise ValueError(f"method {method.name!r} built no rule for any of its {len(paths)} sites")
+    for path, rule in rules.items():
+        if path not in by_path:
+            raise ValueError(
+                f"method {method.name!r} built a rule for {quote(path)}, which is not one of its sites"
+            )
+        kind: type[Rule] = CallRule if by_path[path].is_call else WeightRule
+        if not isinstance(rule, kind):
+            raise ValueError(
+                f"method {method.name!r} built a {type(rule).__name__} for {path}, expected a {kind.__name__}"
+            )
+        _attach_rule(points, model, adapter, method, path, rule, accept_idle)
+    return list(rules)
+
+
+def _build_site(points: Points, model: nn.Module, path: str, options: Mapping[str, Any]) -> Site:
+    point = Point.parse(path)
+    if point.is_call:
+        if path not in points.calls:
+            raise ValueError(
+                f"{quote(path)} is no call that rules may surround: it is neither declared by the model nor "
+                f"a linear layer that is called. Calls of this model: {', '.join(points.calls) or 'none'}"
+            )
+        return Site(path, points.calls[path][0], None, options)
+    owner, name = find_owner(model, point.place)
+    value: Tensor = base_value(owner, name)
+    if has_rules(owner) and name in slots_of(owner):
+        value = cast(WeightSlot, slots_of(owner)[name]).evaluated(value)
+    rows = rows_of(points, point)
+    return Site(path, owner, (value if rows is None else value[slice(*rows)]).detach(), options)
+
+
+def rows_of(points: Points, point: Point) -> Rows:
+    """First and last row of a point in the present value of its parameter; None for the whole parameter.
+
+    Raises:
+        ValueError: the model does not name such rows.
+    """
+    if point.rows is None:
+        return None
+    rows = points.rows.get(point.place, {})
+    if point.rows not in rows:
         raise ValueError(
-            f"method {method!r} replaces {path} as a whole, so the methods before it would have no effect: "
+            f"{point} does not exist: {point.place} has the rows {', '.join(rows) or 'of no name'}"
+        )
+    return rows[point.rows].start, rows[point.rows].stop
+
+
+def _attach_rule(
+    points: Points, model: nn.Module, adapter: str, method: Method, path: str, rule: Rule, accept_idle: bool
+) -> None:
+    """Attach a rule behind (or, for a call, around) those that the adapter has at this point."""
+    point = Point.parse(path)
+    if isinstance(rule, WeightRule):
+        owner, name = find_owner(model, point.place)
+        before = _weight_rules(owner, name, adapter)
+        if not accept_idle:
+            _refuse_idle(points, point, method.name, rule, before)
+        rules, rows = zip(*before, (rule, rows_of(points, point)), strict=True)
+        combined: Rule = rule if rows == (None,) else Composition(rules, rows)
+    else:
+        owner, method_name = points.calls[path]
+        name = method_name + CALL
+        inner = [] if (nested := _active_rule(owner, name, adapter)) is None else [*single_rules(nested)]
+        combined = Nesting([*inner, rule]) if inner else rule  # type: ignore[list-item]
+    attach(owner, name, adapter, combined)
+    slots_of(owner)[name].active = adapter
+
+
+def _active_rule(owner: nn.Module, name: str, adapter: str) -> Rule | None:
+    """What the adapter has at a point already."""
+    if not has_rules(owner) or name not in slots_of(owner) or adapter not in slots_of(owner)[name]:
+        return None
+    return cast(Rule, slots_of(owner)[name][adapter])
+
+
+def _weight_rules(owner: nn.Module, name: str, adapter: str) -> list[tuple[WeightRule, Rows]]:
+    """The rules that the adapter has for a parameter already, with their rows."""
+    rule = _active_rule(owner, name, adapter)
+    if isinstance(rule, Composition):
+        return [*rule.steps()]
+    return [] if rule is None else [(cast(WeightRule, rule), None)]
+
+
+def _refuse_idle(
+    points: Points,
+    point: Point,
+    method: str,
+    rule: WeightRule,
+    before: Sequence[tuple[WeightRule, Rows]],
+) -> None:
+    if rule.perturbs and not points.is_multiplied(point.place):
+        raise ValueError(
+            f"method {method!r} with these options acts on the input of a layer (as dropout "
+            f"does), but the model only reads {point} and calls no layer there: leave dropout at 0 "
+            "or choose other targets"
+        )
+    rows = rows_of(points, point)
+    met = [earlier for earlier, rows_before in before if overlap(rows, rows_before)]
+    if met and rule.replaces:
+        raise ValueError(
+            f"method {method!r} replaces {point} as a whole, so the methods before it would have no effect: "
             "name it first, or give the methods different targets"
         )
-    if ever_acts_on_input(first):
+    if any(earlier.perturbs for earlier in met):
         raise ValueError(
-            f"method {method!r} would follow one that acts on the input of {path} (as dropout does) and "
-            "leaves it no weight to build on: leave dropout at 0 for all but the last method there"
+            f"method {method!r} would follow one that acts on the input of {point.place} (as dropout does) "
+            "and leaves it no weight to build on: leave dropout at 0 for all but the last method there"
         )
 
 
@@ -164,7 +372,10 @@ def check_sites(model: nn.Module, paths: Sequence[str]) -> None:
     """
     places = _places(model)
     for path in paths:
-        parameter = base_value(*find_owner(model, path))
+        point = Point.parse(path)
+        if point.is_call:
+            continue
+        parameter = base_value(*find_owner(model, point.place))
         if len(places[id(parameter)]) > 1:
             raise ValueError(
                 f"{' and '.join(places[id(parameter)])} are one tensor: with a rule for one of them they "

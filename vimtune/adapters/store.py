@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vimtune.adapters.base import build_methods
 from vimtune.adapters.identity import architecture_differences, base_identity, has_base
 from vimtune.adapters.info import FORMAT, AdapterFileError, AdapterInfo, read_info, write_info
 from vimtune.adapters.manage import (
@@ -26,10 +25,11 @@ from vimtune.adapters.manage import (
     list_adapters,
     set_adapter,
 )
-from vimtune.adapters.rule import base_parameters
+from vimtune.adapters.points import Point, Points
 from vimtune.adapters.sites import Sites, find_backbone, selected
 from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
+from vimtune.methods import build_methods
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote
 from vimtune.utils import atomic_write, suggest
@@ -201,20 +201,32 @@ def _record(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], nam
 
 def _sites(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], head: list[str]) -> Sites:
     """The adapted parameters by method; those of version 1 are found again as they had been chosen."""
-    paths = [path for path, _ in base_parameters(model) if path not in head]
+    points = Points(model)
     if info.sites is None:
-        methods = build_methods(info.method, info.options)
+        paths = [path for path in points.parameters if path not in head]
         adapted = {path for path in paths if any(key.startswith(f"{path}.") for key in tensors)}
         return {
-            method.name: [
-                path for path in selected(method, model, info.targets, info.layers) if path in adapted
+            chosen.method.name: [
+                path for path in selected(chosen.method, points, info.targets, info.layers) if path in adapted
             ]
-            for method in methods
+            for chosen in build_methods(info.method, info.options)
         }
     for own in info.sites.values():
         for path in own:
-            if path not in paths or own.count(path) > 1:
-                raise ValueError(
-                    f"it adapts {quote(path)}, which is no parameter to adapt.{suggest(path, paths)}"
-                )
+            _check_point(points, path, head)
+            if own.count(path) > 1:
+                raise ValueError(f"it adapts {quote(path)} twice by one method")
     return info.sites
+
+
+def _check_point(points: Points, path: str, head: list[str]) -> None:
+    """Raise ValueError unless the model has such a point and it may be adapted."""
+    point = Point.parse(path)
+    known = [*points.calls] if point.is_call else [name for name in points.parameters if name not in head]
+    place = path if point.is_call else point.place
+    if place not in known:
+        kind = "call" if point.is_call else "parameter"
+        raise ValueError(f"it adapts {quote(path)}, which is no {kind} to adapt.{suggest(path, known)}")
+    if point.rows is not None and point.rows not in points.rows.get(place, ()):
+        rows = ", ".join(points.rows.get(place, ())) or "none"
+        raise ValueError(f"it adapts {quote(path)}, but the named rows of that parameter are: {rows}")

@@ -1,75 +1,243 @@
-"""From what the user calls a target to the parameters it stands for."""
+"""From what the user calls a target to the points it stands for.
+
+| target | stands for |
+|---|---|
+| `both` | in_proj and out_proj |
+| `in_proj`, `mixer.in_proj`, `layers.0.mixer.in_proj` | the weight of the modules whose path ends so |
+| `A_log`, `conv1d.bias`, `layers.0.mixer.A_log` | the parameters whose path ends so |
+| `x_proj[B]`, `x_proj[dt|B]` | named rows of such a weight, each row name a point of its own |
+| `scan()`, `out_proj()`, `encode()` | calls whose path ends so |
+| `layers.0.` | every parameter below the modules whose path ends so |
+| `re:mixer\\.(A_log|D)$` | parameters in whose path the expression is found; calls if it has `\\(\\)` |
+| `!layers.0.`, `!x_proj[B]`, `!re:_b` | not these, whatever the others stand for |
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from vimtune.adapters.rule import base_parameters
+from vimtune.text import quote
 from vimtune.utils import suggest
 
+if TYPE_CHECKING:
+    from vimtune.adapters.points import Points
+
 ALIASES = {"both": ("in_proj", "out_proj")}
+"""Names for several targets together."""
 
 _INDEX = re.compile(r"\.(\d+)\.")
+_TARGET = re.compile(r"(?P<name>[^\[\]()]+)(?:\[(?P<rows>[^\[\]()]*)\]|(?P<call>\(\)))?")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One target, taken apart."""
+
+    text: str
+    """As it was given."""
+    excludes: bool
+    """Whether it takes points away ("!")."""
+    selects: Callable[[str], bool]
+    """Whether it stands for the parameter or call at a path."""
+    rows: tuple[str, ...] = ()
+    """Names of the rows that it stands for; none for whole parameters and calls."""
+    names_calls: bool = False
+    """Whether it may stand for calls: "scan()", or a regular expression that speaks of "()"."""
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """The target that a text says.
+
+        Raises:
+            ValueError: no target, or no regular expression.
+        """
+        excludes = text.startswith("!")
+        name = text.removeprefix("!").strip()
+        if name.startswith("re:"):
+            pattern = name.removeprefix("re:")
+            return cls(text, excludes, _search(pattern, text), names_calls=r"\(\)" in pattern)
+        match = _TARGET.fullmatch(name)
+        if match is None or match["rows"] == "":
+            raise ValueError(
+                f"target {quote(text)}: expected a name such as in_proj, rows such as x_proj[dt|B], a call "
+                "such as scan(), 're:' and a regular expression, or one of these after '!'"
+            )
+        rows = tuple(row.strip() for row in match["rows"].split("|")) if match["rows"] else ()
+        full = match["name"] + (match["call"] or "")
+        return cls(text, excludes, lambda path: matches(path, full), rows, match["call"] is not None)
+
+
+def _search(pattern: str, text: str) -> Callable[[str], bool]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"target {quote(text)} is no regular expression: {error}") from None
+    return lambda path: expression.search(path) is not None
 
 
 def resolve_targets(
-    model: nn.Module, targets: str | Sequence[str], layers: Sequence[int] | None = None
+    points: Points, targets: str | Sequence[str], layers: Sequence[int] | None = None
 ) -> list[str]:
-    """Parameter paths for `targets`, in model order.
-
-    A target is the last part of a module's path ("in_proj": its weight), of a parameter's path
-    ("A_log", or "conv1d.bias"), a whole path, or an alias ("both"). Strings may list several,
-    separated by commas.
+    """Paths of the points that `targets` stand for: parameters and rows in the model's order, then calls.
 
     Args:
-        model: the backbone.
-        targets: one or several targets.
+        points: those of the model.
+        targets: one or several targets (see the table above); a string may list several, separated by commas.
+            Whole paths of points are targets as well.
         layers: keep only these blocks (negative counts from the end); all if None.
 
     Raises:
-        ValueError: a target or layer that the model does not have; the message lists those it has.
+        ValueError: a target that selects nothing or a layer that the model does not have (the message lists
+            what it has), or a target within another one.
     """
-    names = targets.split(",") if isinstance(targets, str) else list(targets)
-    names = [part for name in names for part in ALIASES.get(name.strip(), (name.strip(),))]
-    paths = [path for path, _ in base_parameters(model)]
-    unmatched = [name for name in names if not any(matches(path, name) for path in paths)]
-    if unmatched or not names:
-        known = available_targets(paths)
-        wrong = ", ".join(map(repr, unmatched)) or "an empty list"
-        hint = suggest(unmatched[0], known) if unmatched else ""
-        raise ValueError(f"unknown target {wrong}.{hint} Targets of this model: {', '.join(known)}")
-    chosen = [path for path in paths if any(matches(path, name) for name in names)]
-    return chosen if layers is None else _in_layers(chosen, layers)
+    given = split_targets(targets)
+    included = [target for target in given if not target.excludes]
+    excluded = [target for target in given if target.excludes]
+    if not included:
+        raise ValueError(f"targets {quote(targets)} name nothing to adapt. {_known(points)}")
+    chosen: dict[str, list[str]] = {}
+    for target in included:
+        chosen[target.text] = _select(points, target)
+    kept = {path for paths in chosen.values() for path in paths}
+    for target in excluded:
+        taken = {path for path in kept if _excludes(target, path)}
+        if not taken:
+            raise ValueError(f"target {quote(target.text)} takes nothing away from {_listed(included)}")
+        kept -= taken
+    if layers is not None:
+        kept = set(in_layers(sorted(kept), layers))
+    for text, paths in chosen.items():
+        if kept.isdisjoint(paths):
+            because = (
+                "is taken away by the exclusions"
+                if layers is None
+                else f"lies in none of the layers {list(layers)}"
+            )
+            raise ValueError(f"target {quote(text)} selects nothing: all of it {because}")
+    _refuse_overlaps(kept)
+    return [path for path in _in_order(points) if path in kept]
 
 
-def available_targets(paths: Sequence[str]) -> list[str]:
-    """Every short name that `resolve_targets` understands for these parameter paths."""
-    short = list(ALIASES)
-    for path in paths:
-        parts = path.split(".")
-        name = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else ".".join(parts[-2:])
-        if parts[-1] not in ("weight", "bias"):
-            name = parts[-1]
-        if name not in short:
-            short.append(name)
-    return short
+def split_targets(targets: str | Sequence[str]) -> list[Target]:
+    """Targets one by one, aliases replaced by what they stand for.
+
+    Raises:
+        ValueError: one of them is no target.
+    """
+    texts = targets.split(",") if isinstance(targets, str) else targets
+    parts: list[str] = []
+    for text in map(str.strip, texts):
+        sign, name = ("!", text[1:].strip()) if text.startswith("!") else ("", text)
+        parts += [sign + part for part in ALIASES.get(name, (name,))]
+    return [Target.parse(part) for part in parts]
+
+
+def _select(points: Points, target: Target) -> list[str]:
+    searched = [*points.parameters, *(points.calls if target.names_calls else ())]
+    places = [path for path in searched if target.selects(path)]
+    if not target.rows:
+        if not places:
+            raise ValueError(f"unknown target {quote(target.text)}.{_hint(points, target)} {_known(points)}")
+        return places
+    having = [path for path in places if path in points.rows]
+    if not having:
+        raise ValueError(f"target {quote(target.text)}: the model has no such named rows. {_known(points)}")
+    for path in having:
+        for row in target.rows:
+            if row not in points.rows[path]:
+                known = "|".join(points.rows[path])
+                raise ValueError(
+                    f"target {quote(target.text)}: {path} has no rows {quote(row)}, it has [{known}]"
+                )
+    return [f"{path}[{row}]" for path in having for row in points.rows[path] if row in target.rows]
+
+
+def _excludes(target: Target, path: str) -> bool:
+    place, _, rows = path.partition("[")
+    return target.selects(place) and (not target.rows or rows.removesuffix("]") in target.rows)
+
+
+def _in_order(points: Points) -> list[str]:
+    """The paths of all points: each parameter followed by its rows, then the calls."""
+    paths: list[str] = []
+    for path in points.parameters:
+        paths += [path, *(f"{path}[{row}]" for row in points.rows.get(path, ()))]
+    return [*paths, *points.calls]
+
+
+def _refuse_overlaps(paths: set[str]) -> None:
+    for path in sorted(paths):
+        whole = path.partition("[")[0]
+        if whole != path and whole in paths:
+            raise ValueError(
+                f"{path} is a part of {whole}, which the same method adapts as a whole: name one of the two"
+            )
+
+
+def _known(points: Points) -> str:
+    return f"Targets of this model: {', '.join(available_targets(points))}"
+
+
+def _listed(targets: Sequence[Target]) -> str:
+    return ", ".join(target.text for target in targets)
+
+
+def _hint(points: Points, target: Target) -> str:
+    return suggest(target.text.removeprefix("!"), available_targets(points))
+
+
+def available_targets(points: Points) -> list[str]:
+    """Every short name that a model understands as a target."""
+    short = dict.fromkeys(ALIASES)
+    for path in points.parameters:
+        short[_short_name(path)] = None
+        if path in points.rows:
+            short[f"{_short_name(path)}[{'|'.join(points.rows[path])}]"] = None
+    for path in points.calls:
+        short[path.rpartition(".")[2]] = None
+    return list(short)
+
+
+def _short_name(path: str) -> str:
+    """The last part of a path that says which parameter it is."""
+    parts = path.split(".")
+    if parts[-1] == "weight" and len(parts) > 1:
+        return parts[-2]
+    return ".".join(parts[-2:]) if parts[-1] in ("weight", "bias") else parts[-1]
+
+
+def short_name(path: str) -> str:
+    """The target that stands for a point in every layer: "in_proj", "x_proj[B]", "scan()"."""
+    place, bracket, rows = path.partition("[")
+    short = place.rpartition(".")[2] if place.endswith("()") else _short_name(place)
+    return short + bracket + rows
 
 
 def block_index(path: str) -> int | None:
-    """Index of the block a parameter belongs to: the first number in its path."""
+    """Index of the block that a point belongs to: the first number in its path."""
     match = _INDEX.search(path)
     return int(match.group(1)) if match else None
 
 
 def matches(path: str, name: str) -> bool:
-    """Whether the target `name` means the parameter at `path`."""
-    return any(path == full or path.endswith("." + full) for full in (name, f"{name}.weight"))
+    """Whether the name of a target means the parameter or call at `path`.
+
+    A name that ends with a dot means everything below the modules that it names.
+    """
+    if name.endswith("."):
+        return path.startswith(name) or f".{name}" in path
+    return any(path == full or path.endswith(f".{full}") for full in (name, f"{name}.weight"))
 
 
-def _in_layers(paths: list[str], layers: Sequence[int]) -> list[str]:
+def in_layers(paths: Sequence[str], layers: Sequence[int]) -> list[str]:
+    """Those of the points that belong to some blocks, by their indices (negative counts from the end).
+
+    Raises:
+        ValueError: there are no such blocks among them.
+    """
     indices = {index for path in paths if (index := block_index(path)) is not None}
     depth = max(indices) + 1 if indices else 0
     wrong = [layer for layer in layers if not -depth <= layer < depth]

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vimtune.adapters.manage import AdapterRecord, active_adapter, demand_adapter
-from vimtune.adapters.rule import SLOTS, WeightRule, base_parameters, base_value, iter_slots, join
+from vimtune.adapters.rule import Rule
+from vimtune.adapters.slots import (
+    CALL,
+    SLOTS,
+    base_parameters,
+    base_value,
+    iter_slots,
+    iter_weight_slots,
+    join,
+    point_path,
+)
+from vimtune.adapters.targets import short_name
 from vimtune.adapters.wrappers import unwrap
 from vimtune.text import quote
 
@@ -31,12 +43,12 @@ class AdaptedParameter:
     """Its name in `adapter_state_dict`, which does not depend on the adapter's name."""
     parameter: nn.Parameter
     base_name: str
-    """The base parameter that its rule acts on."""
+    """Path of the base parameter or call that its rule acts on."""
     group: str
     """"head" or "adapter"."""
-    weight_decay: bool
-    """Whether decay makes sense: not where its rule says no (`WeightRule.decays`), nor for any tensor of a
-    parameter that the model exempts (timm's `no_weight_decay`, or mamba-ssm's mark on the parameter)."""
+    weight_decay: float
+    """How strongly weight decay pulls it to zero, as a multiple of the run's; its rule decides
+    (`Rule.decay`)."""
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[AdaptedParameter]:
@@ -47,37 +59,46 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
     """
     model = unwrap(model)
     _, record = demand_adapter(model, name)
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()  # timm's way to say it
+    seen: set[nn.Parameter] = set()
     for path, base, prefix, rule in _rules(model, record):
-        exempted = path in exempt or getattr(base, "_no_weight_decay", False)
+        exempted = path in exempt or getattr(base, "_no_weight_decay", False)  # mamba-ssm's mark
         for own, parameter in rule.named_parameters():
-            yield AdaptedParameter(
-                name=f"{prefix}.{own}",
-                key=join(path, own),
-                parameter=parameter,
-                base_name=path,
-                group="head" if path in record.head else "adapter",
-                weight_decay=rule.decays(own) and not exempted,
-            )
+            if parameter not in seen:  # rules may share tensors
+                seen.add(parameter)
+                yield AdaptedParameter(
+                    name=f"{prefix}.{own}",
+                    key=join(path, own),
+                    parameter=parameter,
+                    base_name=path,
+                    group="head" if path in record.head else "adapter",
+                    weight_decay=float(rule.decay(own, exempted)),
+                )
 
 
-def _rules(model: nn.Module, record: AdapterRecord) -> Iterator[tuple[str, nn.Parameter, str, WeightRule]]:
-    """(path of the base parameter, that parameter, path of its rule, rule) of one adapter."""
-    for path, owner, leaf, slot in iter_slots(model):
+def _rules(model: nn.Module, record: AdapterRecord) -> Iterator[tuple[str, nn.Parameter | None, str, Rule]]:
+    """(path of the parameter or call, the parameter itself, path of the rule, rule) of one adapter."""
+    for place, owner, name, slot in iter_slots(model):
         if record.name in slot:
-            prefix = join(join(path.rpartition(".")[0], SLOTS), f"{leaf}.{record.name}")
-            yield path, base_value(owner, leaf), prefix, cast(WeightRule, slot[record.name])
+            prefix = join(join(place, SLOTS), f"{name}.{record.name}")
+            base = None if name.endswith(CALL) else base_value(owner, name)
+            yield point_path(place, name), base, prefix, cast(Rule, slot[record.name])
 
 
 def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of an adapter's rules, by their key in a file."""
+    """Parameters and persistent buffers of an adapter's rules, by their key in a file; one that several rules
+    share is there once."""
     model = unwrap(model)
     _, record = demand_adapter(model, name)
     found: dict[str, Tensor] = {}
+    seen: set[Tensor] = set()
     for path, _, _, rule in _rules(model, record):
         persistent = rule.state_dict()
-        found |= {join(path, own): parameter for own, parameter in rule.named_parameters()}
-        found |= {join(path, own): buffer for own, buffer in rule.named_buffers() if own in persistent}
+        tensors = [*rule.named_parameters(), *rule.named_buffers()]
+        for own, tensor in tensors:
+            if own in persistent and tensor not in seen:
+                seen.add(tensor)
+                found[join(path, own)] = tensor
     return found
 
 
@@ -143,13 +164,13 @@ def check_gradients(model: nn.Module) -> None:
         names = ", ".join(dead[:6]) + (f" and {len(dead) - 6} more" if len(dead) > 6 else "")
         raise DeadAdapterError(
             f"{len(dead)} trainable tensor(s) got no gradient and would never train: {names}. "
-            "The model does not read these parameters through their modules."
+            "The model does not read these parameters, or make these calls, through their modules."
         )
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """Sizes of a model under its active adapter."""
+    """Sizes of a model under its active adapter, and what the adapter changes."""
 
     method: str
     trainable: int
@@ -158,23 +179,52 @@ class AdapterSummary:
     """Trained numbers of the head."""
     total: int
     """Numbers of the plain model, as after `merge`."""
+    adapted: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By method: the targets on which it acts ("in_proj", "x_proj[B]", "scan()") and in how many places."""
+    untouched: list[str] = field(default_factory=list)
+    """Targets that stay as they are in every layer, the head aside."""
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
-        return (
+        lines = [
             f"{self.method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %): "
             f"{self.trainable - self.head:,} of the adapter, {self.head:,} of the head"
-        )
+        ]
+        for method, places in self.adapted.items():
+            listed = ", ".join(f"{target} ({count})" for target, count in places.items())
+            lines.append(f"  {method} acts on: {listed or 'nothing'}")
+        if self.untouched:
+            lines.append(f"  unchanged: {', '.join(self.untouched)}")
+        return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> AdapterSummary:
-    """Count trained and total parameters; without an adapter, everything that requires a gradient."""
+    """Count trained and total parameters, and list what is adapted and what is not.
+
+    Without an adapter everything that requires a gradient counts as trained.
+    """
     model = unwrap(model)
     record = active_adapter(model)
     if record is None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return AdapterSummary("no adapter", trainable, 0, sum(p.numel() for _, p in base_parameters(model)))
     sizes = [(item.group, item.parameter.numel()) for item in adapter_parameters(model)]
-    total = sum(p.numel() for path, p in base_parameters(model) if path not in record.head)
     head = sum(size for group, size in sizes if group == "head")
-    return AdapterSummary(record.method, sum(size for _, size in sizes), head, total + head)
+    grown = {  # a rule may let its parameter grow
+        path: slot.evaluated(base_value(owner, name)).numel()
+        for path, owner, name, slot in iter_weight_slots(model)
+        if path not in record.head
+    }
+    counts = {
+        path: grown.get(path, p.numel()) for path, p in base_parameters(model) if path not in record.head
+    }
+    touched = {path.partition("[")[0] for paths in record.sites.values() for path in paths}
+    changed = {short_name(path) for path in touched}
+    return AdapterSummary(
+        record.method,
+        sum(size for _, size in sizes),
+        head,
+        sum(counts.values()) + head,
+        {method: dict(Counter(map(short_name, paths))) for method, paths in record.sites.items()},
+        list(dict.fromkeys(name for name in map(short_name, counts) if name not in changed)),
+    )

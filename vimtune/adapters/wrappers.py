@@ -11,7 +11,7 @@ import sys
 
 from torch import nn
 
-from vimtune.adapters.rule import adapted_modules
+from vimtune.adapters.slots import adapted_modules
 
 RECORD = "_vimtune_adapters"
 """Attribute of an adapted model under which its adapters are recorded."""

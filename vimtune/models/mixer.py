@@ -9,7 +9,7 @@ Shape letters: B batch, L tokens, D width, E inner width, N states, R dt rank, K
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,9 @@ class BiMambaMixer(nn.Module):
     (`vimtune.adapters`) take effect wherever the weight is used. The number of states is that of
     `A_log`, whatever was asked for at construction.
     """
+
+    adapter_calls: ClassVar[tuple[str, ...]] = ("scan",)
+    """Methods that rules of adapters may surround."""
 
     def __init__(
         self,
@@ -121,8 +124,35 @@ class BiMambaMixer(nn.Module):
             dt.clamp_(min=DT_FLOOR)
             dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        xz = self.in_proj(hidden)
+    def named_rows(self) -> dict[str, dict[str, slice]]:
+        """The rows of the projections by name, by the path of the parameter: in_proj makes x and z, x_proj
+        makes dt, B and C. They follow the present number of states."""
+        inner, rank = self.in_proj.weight.shape[0] // 2, self.dt_rank
+        rows = {"in_proj.weight": {"x": slice(0, inner), "z": slice(inner, 2 * inner)}}
+        for name, num_states in (("x_proj", self.A_log.shape[1]), ("x_proj_b", self.A_b_log.shape[1])):
+            rows[f"{name}.weight"] = {
+                "dt": slice(0, rank),
+                "B": slice(rank, rank + num_states),
+                "C": slice(rank + num_states, rank + 2 * num_states),
+            }
+        return rows
+
+    def forward(self, hidden: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D); `flow` is what earlier layers hand on (see `VisionMamba.encode`)."""
+        return self.out_proj(self.scan(self.in_proj(hidden), flow))
+
+    def scan(self, xz: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
+        """All that lies between the projections, in both directions.
+
+        Rules of adapters may surround it (`adapter_calls`).
+
+        Args:
+            xz: the output of in_proj, (B, L, 2 E).
+            flow: what earlier layers hand on; the scan itself has no use for it.
+
+        Returns:
+            The input of out_proj, (B, L, E).
+        """
         forward = DirectionWeights(
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -143,10 +173,12 @@ class BiMambaMixer(nn.Module):
         )
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
             if self._has_fused_scan():
-                return self.out_proj(bidirectional_scan(xz, forward, reverse, self.backend))
+                return bidirectional_scan(xz, forward, reverse, self.backend)
         x, z = xz.chunk(2, dim=-1)
-        gated = self._scan(x, z, forward, reverse=False) + self._scan(x, z, reverse, reverse=True)
-        return self.out_proj(gated / 2)
+        gated = self._scan_one_way(x, z, forward, reverse=False) + self._scan_one_way(
+            x, z, reverse, reverse=True
+        )
+        return gated / 2
 
     def _has_fused_scan(self) -> bool:
         parameter = next(self.parameters(), None)
@@ -154,7 +186,7 @@ class BiMambaMixer(nn.Module):
             parameter = self.D
         return has_bidirectional_scan(self.backend, str(parameter.device))
 
-    def _scan(self, x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool) -> Tensor:
+    def _scan_one_way(self, x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool) -> Tensor:
         """One direction: (B, L, E) -> (B, L, E), gated."""
         num_states = weights.A_log.shape[1]
         u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, self.backend)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, lecun_normal_, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint, checkpoint_seq
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from vimtune.adapters import (
+    has_call_rules,
     head_has_rules,
     inject,
     list_methods,
@@ -168,12 +169,13 @@ class Block(nn.Module):
         self.norm = RMSNorm(dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(self.norm(x))
+    def forward(self, x: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D); `flow` is what earlier layers hand on."""
+        return x + self.branch(self.norm(x), flow)
 
-    def branch(self, normed: Tensor) -> Tensor:
+    def branch(self, normed: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
         """What the block adds to its input, from the norm of that input."""
-        return self.drop_path(self.mixer(normed))
+        return self.drop_path(self.mixer(normed, flow))
 
 
 class Blocks(nn.Sequential):
@@ -185,12 +187,13 @@ class Blocks(nn.Sequential):
     plain sequence. Hooks on mixers and all that is inside them run in both.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D); `flow` passes from layer to layer."""
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
             if self._can_fuse(x):
-                return self._forward_fused(x)
+                return self._forward_fused(x, flow)
         for block in self:
-            x = block(x)
+            x = block(x) if flow is None else block(x, flow)
         return x
 
     def _can_fuse(self, x: Tensor) -> bool:
@@ -206,13 +209,13 @@ class Blocks(nn.Sequential):
             for block in self
         )
 
-    def _forward_fused(self, x: Tensor) -> Tensor:
+    def _forward_fused(self, x: Tensor, flow: dict[str, Tensor] | None) -> Tensor:
         branch = None
         with shared_effective_weights(self):
             for block in cast(Iterable[Block], self):
                 norm = block.norm
                 normed, x = add_rms_norm(branch, x, norm.weight, norm.eps, block.mixer.backend)
-                branch = block.branch(normed)
+                branch = block.branch(normed, flow)
         return x if branch is None else x + branch
 
 
@@ -233,6 +236,9 @@ _UNDECAYED = {"pos_embed", "cls_token", "A_log", "A_b_log", "D", "D_b"}
 
 class VisionMamba(nn.Module):
     """Vision Mamba with timm's model interface and the official parameter keys."""
+
+    adapter_calls: ClassVar[tuple[str, ...]] = ("encode",)
+    """Methods that rules of adapters may surround."""
 
     def __init__(
         self,
@@ -407,12 +413,55 @@ class VisionMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to normalised tokens (B, M + 1, D), the class token at `cls_position`."""
-        x = self._embed(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq([with_chosen_backend(layer) for layer in self.layers], x)
-        else:
-            x = self.layers(x)
-        return self.norm_f(x)
+        return self.norm_f(self.encode(self._embed(x), self._new_flow())[-1])
+
+    @torch.jit.ignore
+    def _new_flow(self) -> dict[str, Tensor] | None:
+        """A place for what layers hand on.
+
+        A model without rules for calls has none and calls its blocks with the tokens alone, so that they may
+        be replaced by any module."""
+        return {} if has_call_rules(self) else None
+
+    def encode(
+        self,
+        tokens: Tensor,
+        flow: dict[str, Tensor] | None = None,
+        take: list[int] | None = None,
+        depth: int | None = None,
+    ) -> list[Tensor]:
+        """Tokens through the blocks, the one way for all that uses them; rules of adapters may surround it.
+
+        Args:
+            tokens: (B, L, D).
+            flow: what one layer hands on to later ones, the same mapping for all layers of a forward pass.
+                The plain model writes nothing there. Whoever does writes under a name of its own layer, so
+                that a layer that is recomputed (gradient checkpointing) finds what it found before.
+            take: indices of blocks whose outputs are wanted besides the last one; none if None.
+            depth: how many blocks to run; all if None.
+
+        Returns:
+            The outputs of the blocks in `take`, then that of the last block, each (B, L, D).
+        """
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
+            if self.grad_checkpointing or take is not None or depth is not None:
+                return self._encode_one_by_one(tokens, flow, take or [], depth)
+        return [self.layers(tokens, flow)]
+
+    @torch.jit.ignore
+    def _encode_one_by_one(
+        self, x: Tensor, flow: dict[str, Tensor] | None, take: list[int], depth: int | None
+    ) -> list[Tensor]:
+        taken: list[Tensor] = []
+        handed = () if flow is None else (flow,)
+        for index, block in enumerate(self.layers[:depth]):
+            if self.grad_checkpointing:
+                x = checkpoint(with_chosen_backend(block), x, *handed, use_reentrant=False)
+            else:
+                x = block(x, *handed)
+            if index in take:
+                taken.append(x)
+        return [*taken, x]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` to logits (B, num_classes), or pooled features (B, D)."""
@@ -456,12 +505,10 @@ class VisionMamba(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.layers), indices)
-        x = self._embed(x)
-        taken = []
-        for index, block in enumerate(self.layers[: max_index + 1] if stop_early else self.layers):
-            x = checkpoint(with_chosen_backend(block), x) if self.grad_checkpointing else block(x)
-            if index in take_indices:
-                taken.append(self.norm_f(x) if norm else x)
+        depth = max_index + 1 if stop_early else len(self.layers)
+        *taken, x = self.encode(self._embed(x), self._new_flow(), list(take_indices), depth)
+        if norm:
+            taken = [self.norm_f(tokens) for tokens in taken]
 
         position = self.cls_position
         intermediates: list[Any] = []

@@ -31,7 +31,7 @@ def build_optimizer(
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for entry in parameters:
-        groups.setdefault((entry.group, float(entry.weight_decay)), []).append(entry.parameter)
+        groups.setdefault((entry.group, entry.weight_decay), []).append(entry.parameter)
     on_gpu = all(parameter.is_cuda for members in groups.values() for parameter in members)
     if not groups:
         raise ValueError("the method trains no tensor of this model: check peft, targets and layers")

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from vimtune import __version__
 from vimtune.adapters import AdapterInfo
-from vimtune.adapters.base import build_methods
 from vimtune.console import neutral, print_line
+from vimtune.methods import resolve_options
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.schema import STRICT, finite_json, finite_or_none, load_json
@@ -227,8 +227,7 @@ def shared_fields(
 
 def describe_method(info: AdapterInfo) -> dict[str, Any]:
     """Where an adapter acts, and every field of its methods, defaults included."""
-    fields = {method.name: dataclasses.asdict(method) for method in build_methods(info.method, info.options)}
-    return {"targets": info.targets, "layers": info.layers, **fields}
+    return {"targets": info.targets, "layers": info.layers, **resolve_options(info.method, info.options)}
 
 
 def versions() -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vimtune.adapters.base import register_method
-from vimtune.adapters.lora import LoRA
+from vimtune.methods.base import register_method
+from vimtune.methods.lora import LoRA
 
 
 @register_method("strong")
 @dataclass(frozen=True, kw_only=True)
 class Strong(LoRA):
+    """Options of the Strong baseline, which are those of LoRA."""
+
     summary = "LoRA on in_proj, out_proj and both x_proj (Halloran et al. 2024)"
     default_targets = ("in_proj", "out_proj", "x_proj", "x_proj_b")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vimtune.adapters.base import register_method
-from vimtune.adapters.ft import FineTuning
+from vimtune.methods.base import Method, register_method
+
+if TYPE_CHECKING:
+    from vimtune.adapters.points import Points
 
 
 @register_method("linear")
 @dataclass(frozen=True, kw_only=True)
-class LinearProbe(FineTuning):
+class LinearProbe(Method):
+    """Linear probing, which has no options."""
+
     summary = "only the classification head"
     trains_head_only = True
 
-    def select(self, model, targets, layers):
+    def select(
+        self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[str]:
         if targets is not None or layers is not None:
             raise ValueError("method 'linear' trains the head alone and takes neither targets nor layers")
         return []

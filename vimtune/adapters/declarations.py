@@ -1,0 +1,100 @@
+"""What a module declares to adapters beside its parameters: named rows, calls, and weights that are only
+read.
+
+A module of this package declares it itself, with `named_rows`, `adapter_calls` and `weight_is_read`. For
+classes of other packages it stands in one table here, to which `declare` adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from torch import nn
+
+RowsByName = dict[str, slice]
+"""Rows of a parameter by name, such as {"x": slice(0, 384), "z": slice(384, 768)}."""
+
+
+def _no_rows(module: Any) -> dict[str, RowsByName]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What modules of one class offer to adapters."""
+
+    rows: Callable[[Any], Mapping[str, RowsByName]] = _no_rows
+    """Of a module: the named rows of its parameters, by their paths within the module ("in_proj.weight").
+    They follow the present sizes, also where a rule has let a parameter grow."""
+    calls: tuple[str, ...] = ()
+    """Names of methods that rules may surround. The model calls them as methods, with the value to change as
+    the first argument and, if it has one, the flow between layers as the second."""
+    reads: tuple[str, ...] = ()
+    """Linear layers within the module whose weights it reads, at least in some of its ways of computing."""
+
+
+_FOREIGN: dict[str, Declaration] = {}
+"""By the full name of the class, so that nobody has to import the packages that have them."""
+
+
+def declare(class_name: str, declaration: Declaration) -> None:
+    """State what the modules of a class offer to adapters; subclasses inherit it.
+
+    Args:
+        class_name: the module and the name of the class, "package.module.ClassName".
+        declaration: what its modules offer.
+    """
+    _FOREIGN[class_name] = declaration
+
+
+def declaration_of(module: nn.Module) -> Declaration:
+    """What a module offers; nothing if neither its class nor a base of it declares anything."""
+    calls = getattr(type(module), "adapter_calls", ())
+    named_rows = getattr(type(module), "named_rows", None)
+    if calls or named_rows is not None:
+        return Declaration(_no_rows if named_rows is None else named_rows, calls)
+    for kind in type(module).__mro__:
+        if (found := _FOREIGN.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            return found
+    return Declaration()
+
+
+def consecutive_rows(**sizes: int) -> RowsByName:
+    """Rows that follow each other from the first one on, by name and number."""
+    ends = accumulate(sizes.values())
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+def _rows_of_mamba(mixer: Any) -> dict[str, RowsByName]:
+    inner, rank, states = mixer.intermediate_size, mixer.time_step_rank, mixer.A_log.shape[1]
+    return {
+        "in_proj.weight": consecutive_rows(x=inner, z=inner),
+        "x_proj.weight": consecutive_rows(dt=rank, B=states, C=states),
+    }
+
+
+def _rows_of_mamba2(mixer: Any) -> dict[str, RowsByName]:
+    inner, states = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
+    convolved = consecutive_rows(x=inner, B=states, C=states)
+    projected = consecutive_rows(z=inner, x=inner, B=states, C=states, dt=mixer.num_heads)
+    return {"in_proj.weight": projected, "conv1d.weight": convolved, "conv1d.bias": convolved}
+
+
+def _rows_of_attention(attention: Any) -> dict[str, RowsByName]:
+    third = attention.qkv.out_features // 3
+    rows = consecutive_rows(q=third, k=third, v=third)
+    return {"qkv.weight": rows, "qkv.bias": rows}
+
+
+declare(
+    "transformers.models.mamba.modeling_mamba.MambaMixer",
+    Declaration(_rows_of_mamba, reads=("x_proj", "dt_proj", "out_proj")),
+)
+declare(
+    "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",
+    Declaration(_rows_of_mamba2, reads=("out_proj",)),
+)
+declare("timm.layers.attention.Attention", Declaration(_rows_of_attention))

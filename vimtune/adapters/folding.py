@@ -1,0 +1,201 @@
+"""Folding an adapter into the weights of its model, and taking it out again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from vimtune.adapters.composition import single_rules
+from vimtune.adapters.identity import tensor_digest
+from vimtune.adapters.manage import (
+    AdapterRecord,
+    AdapterState,
+    adapter_state,
+    demand_adapter,
+    lay_down,
+    set_num_classes,
+    take_up,
+)
+from vimtune.adapters.slots import (
+    adapted_modules,
+    base_value,
+    iter_slots,
+    iter_weight_slots,
+    point_path,
+    put_on,
+    take_off,
+)
+from vimtune.adapters.wrappers import unwrap
+from vimtune.methods import build_methods
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_KEPT = "_vimtune_merged"
+"""Attribute of a reversibly merged model under which its adapters wait."""
+
+
+@dataclass
+class _Weight:
+    """A parameter that merging changed."""
+
+    path: str
+    owner: nn.Module
+    name: str
+    base: nn.Parameter
+    """The frozen value before: a copy, or the parameter itself where merging put another one in its place."""
+    digest: str
+    """Of the merged value."""
+
+
+@dataclass
+class _Kept:
+    """What brings a reversibly merged model back."""
+
+    state: AdapterState
+    slots: list[tuple[nn.Module, nn.Module]]
+    """(module, its rules)."""
+    weights: list[_Weight]
+    num_classes: int
+    options: dict[str, Any] | None
+
+
+@torch.no_grad()
+def merge(model: Model, *, reversible: bool = False) -> Model:
+    """Fold the active adapter into the weights and remove all adapters, in place.
+
+    The result is a plain model with plain keys and the same output in evaluation mode. A model without
+    adapters is returned as it is; wrappers by torch.compile, DataParallel and timm's features_only are
+    seen through and returned.
+
+    Args:
+        model: the adapted model.
+        reversible: keep the adapters and the base weights beside the model, so that `unmerge` can bring them
+            back bit by bit. This takes the memory of the changed weights once more.
+
+    Raises:
+        ValueError: no adapter is active, a rule cannot be expressed by weights, a merged weight is not
+            finite, or the model is under DistributedDataParallel; the model is then as it was.
+    """
+    backbone = unwrap(model, retrains=True)
+    state = adapter_state(backbone)
+    if state is None:
+        return model
+    _, record = demand_adapter(backbone)
+    _refuse_unmergeable(backbone, record)
+    merged: list[tuple[str, nn.Module, str, Tensor]] = []
+    for path, owner, name, slot in iter_weight_slots(backbone):
+        base = base_value(owner, name)
+        weight = slot.evaluated(base).to(base.dtype, copy=True)
+        if not weight.is_meta and not torch.isfinite(weight).all():
+            raise ValueError(f"adapter {record.name!r} makes {path} non-finite; nothing was merged")
+        merged.append((path, owner, name, weight))
+    options = _merged_options(backbone, record)
+
+    # Nothing above has changed the model.
+    before = getattr(backbone, "options", None)
+    kept = _Kept(state, [], [], state.num_classes, None if before is None else dict(before))
+    lay_down(backbone, state)
+    for _, module in adapted_modules(backbone):
+        kept.slots.append((module, take_off(module)))
+    for path, owner, name, weight in merged:
+        base = _replace(owner, name, weight, keep=reversible)
+        if reversible:
+            kept.weights.append(_Weight(path, owner, name, base, tensor_digest(weight)))
+    set_num_classes(backbone, record.num_classes)
+    _set_options(backbone, options)
+    backbone.__dict__.pop(_KEPT, None)
+    if reversible:
+        backbone.__dict__[_KEPT] = kept
+    return model
+
+
+@torch.no_grad()
+def unmerge(model: Model) -> Model:
+    """Undo `merge(model, reversible=True)`, in place: the base weights are what they were, bit by bit, and
+    the adapters are back, the same one active.
+
+    Raises:
+        ValueError: the model was not merged so, it has other adapters now, or its merged weights have changed
+            since; the model is then as it was.
+    """
+    backbone = unwrap(model, retrains=True)
+    kept = cast("_Kept | None", backbone.__dict__.get(_KEPT))
+    if kept is None:
+        raise ValueError(
+            "the model was not merged with reversible=True, so nothing is kept to take out again"
+        )
+    if adapter_state(backbone) is not None:
+        raise ValueError(
+            "the model has been given other adapters since it was merged: delete or merge those first"
+        )
+    for weight in kept.weights:
+        if tensor_digest(base_value(weight.owner, weight.name)) != weight.digest:
+            raise ValueError(
+                f"{weight.path} has changed since the model was merged, and taking the adapter out would "
+                "lose that: load the base weights anew instead"
+            )
+    for weight in kept.weights:
+        present = base_value(weight.owner, weight.name)
+        if present.shape == weight.base.shape:
+            present.copy_(weight.base)
+        else:
+            weight.base.data = weight.base.data.to(present.device)
+            weight.owner._parameters[weight.name] = weight.base
+            _match_sizes(weight.owner)
+    for module, slots in kept.slots:
+        device = next((parameter.device for parameter in module.parameters()), None)
+        put_on(module, slots.to(device=device))
+    del backbone.__dict__[_KEPT]
+    _set_options(backbone, kept.options)
+    take_up(backbone, kept.state)
+    return model
+
+
+def _refuse_unmergeable(model: nn.Module, record: AdapterRecord) -> None:
+    for path, _, name, slot in iter_slots(model):
+        for rule in () if slot.rule is None else single_rules(slot.rule):
+            if not rule.mergeable:
+                where = point_path(path, name)
+                raise ValueError(
+                    f"adapter {record.name!r} ({record.method}) has a {type(rule).__name__} at {where}, "
+                    "which no weight can express; nothing was merged. Keep the adapter beside the model"
+                )
+
+
+def _replace(owner: nn.Module, name: str, weight: Tensor, keep: bool) -> nn.Parameter:
+    """Put a merged value in the place of a parameter; returns the one before, a copy if `keep`."""
+    base = base_value(owner, name)
+    if base.shape == weight.shape:
+        before = nn.Parameter(base.detach().clone(), requires_grad=base.requires_grad) if keep else base
+        base.copy_(weight)
+        return before
+    owner._parameters[name] = nn.Parameter(weight, requires_grad=base.requires_grad)
+    _match_sizes(owner)
+    return base
+
+
+def _match_sizes(module: nn.Module) -> None:
+    """Have a linear layer state the sizes that its weight has."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+
+
+def _merged_options(model: nn.Module, record: AdapterRecord) -> dict[str, Any] | None:
+    """The options with which the merged model would be created; None for models that have none."""
+    options = getattr(model, "options", None)
+    if options is None:
+        return None
+    for chosen in build_methods(record.method, record.options):
+        options = chosen.method.merged_options(options, record.sites[chosen.method.name])
+    return dict(options)
+
+
+def _set_options(model: nn.Module, options: dict[str, Any] | None) -> None:
+    """Change the options in place: `model.creation` refers to the same mapping."""
+    present = getattr(model, "options", None)
+    if options is not None and isinstance(present, dict):
+        present.clear()
+        present.update(options)

@@ -1,0 +1,103 @@
+"""The points of a model: where rules can act.
+
+A point is a parameter ("layers.0.mixer.A_log"), named rows of one ("layers.0.mixer.x_proj.weight[B]"), or a
+call ("layers.0.mixer.scan()", "layers.0.mixer.out_proj()", "encode()").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vimtune.adapters.declarations import RowsByName, declaration_of
+from vimtune.adapters.slots import CALL, base_parameters, join, plain_class, rule_prefixes
+from vimtune.adapters.targets import resolve_targets
+from vimtune.text import quote
+
+_PATH = re.compile(r"(?P<place>[^\[\]()]+)(?:\[(?P<rows>[^\[\]()|,]+)\]|(?P<call>\(\)))?")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a model, taken apart."""
+
+    place: str
+    """Path of the parameter, or of the module or method that is called."""
+    rows: str | None = None
+    """Name of the rows; None for the whole parameter and for calls."""
+    is_call: bool = False
+
+    @classmethod
+    def parse(cls, path: str) -> Point:
+        """The point that a path names.
+
+        Raises:
+            ValueError: not the form of such a path.
+        """
+        match = _PATH.fullmatch(path)
+        if match is None:
+            raise ValueError(f"{quote(path)} is no path of a parameter, of rows of one, or of a call")
+        return cls(match["place"], match["rows"], match["call"] is not None)
+
+    def __str__(self) -> str:
+        return self.place + (CALL if self.is_call else f"[{self.rows}]" if self.rows is not None else "")
+
+
+class Points:
+    """All points of one model, as targets choose from them.
+
+    Attributes:
+        parameters: paths of the base parameters, in the model's order.
+        rows: named rows by the path of their parameter.
+        calls: owner and method of each call, by its path with "()".
+        tensors: the base parameters themselves, by path.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors: dict[str, nn.Parameter] = dict(base_parameters(model))
+        self.parameters: list[str] = list(self.tensors)
+        self.rows: dict[str, RowsByName] = {}
+        self.calls: dict[str, tuple[nn.Module, str]] = {}
+        read: set[str] = set()
+        for path, module in _own_modules(model):
+            declared = declaration_of(module)
+            read.update(join(path, name) for name in declared.reads)
+            for name, rows in declared.rows(module).items():
+                self.rows[join(path, name)] = rows
+            for method in declared.calls:
+                self.calls[join(path, method) + CALL] = (module, method)
+            if path not in read and is_called_linear(module):
+                self.calls[path + CALL] = (module, "forward")
+
+    def is_multiplied(self, parameter: str) -> bool:
+        """Whether the parameter at this path is the weight of a linear layer that the model calls, so that a
+        rule for it may also add to the layer's output."""
+        layer, _, name = parameter.rpartition(".")
+        return name == "weight" and layer + CALL in self.calls
+
+    def resolve(self, targets: str | Sequence[str], layers: Sequence[int] | None = None) -> list[str]:
+        """Paths of the points that targets stand for; see `vimtune.adapters.targets`.
+
+        Raises:
+            ValueError: a target or layer that the model does not have.
+        """
+        return resolve_targets(self, targets, layers)
+
+
+def is_called_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that may be called: without a way of computing of its own, and not
+    declared to be read alone."""
+    base: Any = plain_class(module)
+    return base.forward is nn.Linear.forward and not getattr(base, "weight_is_read", False)
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the model's modules, without those that belong to rules."""
+    inside = tuple(prefix.removesuffix(".") for prefix in rule_prefixes(model))
+    for path, module in model.named_modules():
+        if not path.startswith(inside):
+            yield path, module

@@ -1,0 +1,1 @@
+"""The formulas of the methods whose options are in `vimtune.methods`."""

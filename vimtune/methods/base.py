@@ -1,0 +1,291 @@
+"""What a method is: a registered dataclass of options that says where its rules go and builds them.
+
+Nothing here, nor in the files beside it, imports torch before a model is adapted: options are checked and
+listed at once. The formulas are in `vimtune.adapters.rules`, or in the file of a user's own method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
+
+from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
+
+from vimtune.registry import Registry
+from vimtune.text import quote
+from vimtune.utils import require_summary, suggest
+
+if TYPE_CHECKING:
+    from vimtune.adapters.points import Points
+    from vimtune.adapters.rule import Rule
+    from vimtune.adapters.sites import Site
+
+METHODS: Registry[type[Method]] = Registry("method")
+"""All methods by name."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A documented field of a method."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Options of one method. Its fields are what `peft_kwargs` takes.
+
+    A subclass states what it acts on in `default_targets` (or by overriding `select`) and builds its rules:
+    one for each site in `build_rule`, or all together in `build`. The classification head is trained beside
+    it in any case. Everything that needs torch is imported within these functions, or in another file.
+    """
+
+    name: ClassVar[str]
+    """The name under which it is registered."""
+    summary: ClassVar[str]
+    """One line for `--list`."""
+    default_targets: ClassVar[str | tuple[str, ...]] = "both"
+    """Where it acts unless the user says otherwise; see `vimtune.adapters.targets`."""
+    changes_at_start: ClassVar[bool] = False
+    """Whether injecting it changes what the model computes before anything is trained, as random prompts
+    do."""
+    trains_head_only: ClassVar[bool] = False
+    """Whether it is meant to select nothing. Of any other method that is refused as a mistake."""
+
+    def select(
+        self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[str]:
+        """Paths of the points where it acts.
+
+        Args:
+            points: those of the model.
+            targets: as the user gave them; None if not.
+            layers: indices of blocks, as the user gave them; None if not.
+
+        Raises:
+            ValueError: targets or layers that the model does not have, or that the method does not take.
+        """
+        return points.resolve(self.default_targets if targets is None else targets, layers)
+
+    def build(self, sites: Sequence[Site]) -> Mapping[str, Rule]:
+        """The rules of the method by the path of their site: for each one what `build_rule` says.
+
+        Overridden by methods whose rules depend on each other. A site may be left without a rule.
+
+        Raises:
+            ValueError: the options do not fit a site.
+        """
+        return {site.path: self.at(site).build_rule(site) for site in sites}
+
+    def build_rule(self, site: Site) -> Rule:
+        """The rule for one site, a `WeightRule` for a parameter or a `CallRule` for a call.
+
+        Raises:
+            ValueError: the options do not fit the site.
+        """
+        raise NotImplementedError(f"method {self.name!r} overrides neither build nor build_rule")
+
+    def at(self, site: Site) -> Method:
+        """The method with the options that hold at a site."""
+        return dataclasses.replace(self, **site.options) if site.options else self
+
+    def settle(self, rules: Mapping[str, Rule], batches: Iterable[Callable[[], float]]) -> None:  # noqa: B027
+        """Choose or start from data, once, before the first step of a training run.
+
+        Overridden by methods that select what to train by gradients, or start from what the model computes;
+        the others draw no batch.
+
+        Args:
+            rules: the method's rules by the path of their site.
+            batches: functions, each of which runs the forward and backward pass of one training batch, adds
+                to the gradients of the adapter's tensors, and gives the loss. As many are drawn as the method
+                wants.
+        """
+
+    def merged_options(self, options: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
+        """The options with which the merged model would be created, where the method changes its shape.
+
+        Args:
+            options: those of the model without the adapter.
+            sites: paths of the points where the method acts.
+        """
+        return dict(options)
+
+
+MethodType = TypeVar("MethodType", bound=type[Method])
+
+
+def register_method(name: str) -> Callable[[MethodType], MethodType]:
+    """Class decorator: make a method known under `name`.
+
+    Raises:
+        ValueError: the name is taken, or the class has no summary of its own, or a field without help.
+    """
+
+    def register(cls: MethodType) -> MethodType:
+        require_summary(cls, f"method {name!r}")
+        for item in dataclasses.fields(cls):
+            if "help" not in item.metadata:
+                raise ValueError(f"method {name!r}: field {item.name} needs option(default, help)")
+        METHODS.add(name, cls)
+        cls.name = name
+        return cls
+
+    return register
+
+
+def list_methods() -> list[str]:
+    """Names of all methods."""
+    return list(METHODS)
+
+
+def get_method(name: str) -> type[Method]:
+    """Class of a method.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return METHODS.get(name)
+
+
+def method_fields(name: str) -> dict[str, tuple[str, Any, str]]:
+    """Fields of a method: name -> (type, default, help)."""
+    fields = dataclasses.fields(get_method(name))
+    return {item.name: (str(item.type), item.default, item.metadata["help"]) for item in fields}
+
+
+def method_names(spec: str) -> list[str]:
+    """Names of the methods of a spec such as "lora" or "lora+bitfit".
+
+    Raises:
+        ValueError: not such a text, unknown method, or one method twice.
+    """
+    if not isinstance(spec, str):
+        raise ValueError(f"method = {quote(spec)}: expected the name of a method: {', '.join(METHODS)}")
+    names = [name.strip() for name in spec.split("+")]
+    for name in names:
+        get_method(name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"method {spec!r} names one method twice")
+    return names
+
+
+def split_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The given options of each method of a spec: method -> field -> value.
+
+    With several methods an option goes to every one that has such a field; `{"lora": {...}}` sets
+    those of one method alone.
+
+    Raises:
+        ValueError: unknown method, or unknown option (with a suggestion).
+    """
+    names = method_names(spec)
+    known = {name: {item.name for item in dataclasses.fields(get_method(name))} for name in names}
+    shared = {key: value for key, value in options.items() if key not in names}
+    for key in shared:
+        if not any(key in fields for fields in known.values()):
+            anywhere = sorted(set().union(*known.values()))
+            expected = f"its options are {', '.join(anywhere)}" if anywhere else "it has none"
+            hint = suggest(str(key), anywhere)
+            raise ValueError(f"method {spec!r} has no option {quote(key)}.{hint} ({expected})")
+    split = {}
+    for name, fields in known.items():
+        own = options.get(name, {})
+        if not isinstance(own, Mapping):
+            raise ValueError(f"options of method {name!r} are {quote(own)}: expected a mapping of its fields")
+        for key in own:
+            if key not in fields:
+                raise ValueError(f"method {name!r} has no option {quote(key)}.{suggest(str(key), fields)}")
+        split[name] = {key: value for key, value in shared.items() if key in fields} | {**own}
+    return split
+
+
+def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every field of each method of a spec, defaults included: method -> field -> value.
+
+    A field may have a value for each of several targets, {"rank": {"in_proj": 8, "x_proj[B]": 4}}; elsewhere
+    its default holds.
+
+    Raises:
+        ValueError: unknown method or option, or a value of another type than the field's annotation.
+    """
+    from vimtune.schema import check  # takes longer to import than all that is here, and lists do without
+
+    resolved = {}
+    for name, given in split_options(spec, options).items():
+        types = _option_types(get_method(name))
+        own = {item.name: item.default for item in dataclasses.fields(get_method(name))}
+        for key, value in given.items():
+            what = f"option {key} of method {name!r}"
+            if isinstance(value, Mapping):
+                own[key] = {
+                    str(target): check(types, {key: item}, f"{what} for {quote(target)}")[key]
+                    for target, item in value.items()
+                }
+            else:
+                own |= check(types, {key: value}, what)
+        resolved[name] = own
+    return resolved
+
+
+@cache
+def _option_types(method: type[Method]) -> Any:
+    """Schema of the options of a method: the annotations of its fields."""
+    from vimtune.schema import STRICT
+
+    hints = get_type_hints(method, include_extras=True)
+    fields = {item.name: hints[item.name] for item in dataclasses.fields(method)}
+    schema = TypedDict(f"{method.__name__}Options", fields, total=False)  # type: ignore[misc]
+    schema.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
+    return schema
+
+
+@dataclass(frozen=True)
+class ChosenMethod:
+    """A method with its options."""
+
+    method: Method
+    """With the options that hold wherever a target has none of its own."""
+    by_target: Mapping[str, Mapping[str, Any]]
+    """Options for single targets: field -> target -> value."""
+
+
+def build_methods(spec: str, options: Mapping[str, Any]) -> list[ChosenMethod]:
+    """The methods of a spec such as "lora" or "lora+bitfit", with the options of `split_options`.
+
+    Raises:
+        ValueError: unknown method, unknown option (with a suggestion), or a value of another type or
+            out of range.
+    """
+    chosen = []
+    for name, own in resolve_options(spec, options).items():
+        cls = get_method(name)
+        by_target = {key: value for key, value in own.items() if isinstance(value, dict)}
+        everywhere = {key: value for key, value in own.items() if key not in by_target}
+        for field_name, values in by_target.items():  # each value alone is checked by the class as well
+            for value in values.values():
+                cls(**everywhere, **{field_name: value})
+        chosen.append(ChosenMethod(cls(**everywhere), by_target))
+    return chosen
+
+
+def check_matrix(method: str, site: Site, rank: int) -> tuple[int, int]:
+    """(out, in) of a weight that takes a rank-`rank` update; of a convolution `in` is all that one output
+    reads.
+
+    Raises:
+        ValueError: not a matrix, or a rank that is not between 1 and the smaller side.
+    """
+    weight = site.weight
+    if weight.dim() < 2:
+        raise ValueError(f"{method} needs a matrix; {site.path} has shape {tuple(weight.shape)}")
+    rows, columns = weight.flatten(1).shape
+    if not 1 <= rank <= min(rows, columns):
+        largest = min(rows, columns)
+        raise ValueError(
+            f"rank {quote(rank)} does not fit {site.path} of shape {rows} x {columns}: "
+            f"expected 1 to {largest}"
+        )
+    return rows, columns

@@ -1,0 +1,47 @@
+"""BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): every bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vimtune.methods.base import register_method
+from vimtune.methods.ft import FineTuning
+
+if TYPE_CHECKING:
+    from vimtune.adapters.points import Points
+
+
+@register_method("bitfit")
+@dataclass(frozen=True, kw_only=True)
+class BitFit(FineTuning):
+    """Options of BitFit, which are those of fine-tuning."""
+
+    summary = "every bias: convolutions, time steps, patch embedding (Ben Zaken et al. 2021)"
+
+    def select(
+        self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[str]:
+        from vimtune.adapters.targets import in_layers
+
+        biases = [path for path in points.parameters if _is_bias(path)]
+        if targets is None:
+            return biases if layers is None else in_layers(biases, layers)
+        given = targets.split(",") if isinstance(targets, str) else targets
+        return points.resolve([_bias_of(target.strip(), biases) for target in given], layers)
+
+
+def _is_bias(path: str) -> bool:
+    """Whether a parameter is a bias by its name, as are `dt_bias` and `bias_ih_l0` beside their weights."""
+    name = path.rpartition(".")[2]
+    return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
+
+
+def _bias_of(target: str, biases: Sequence[str]) -> str:
+    """The target itself if it names a bias or is an expression, else the bias of the module that it names."""
+    from vimtune.adapters.targets import matches
+
+    if target.startswith(("!", "re:")) or any(matches(path, target) for path in biases):
+        return target
+    return f"{target}.bias"

@@ -1,0 +1,27 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): low rank for the direction of each row, a free magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vimtune.methods.base import check_matrix, register_method
+from vimtune.methods.lora import LoRA
+
+if TYPE_CHECKING:
+    from vimtune.adapters.rule import WeightRule
+    from vimtune.adapters.sites import Site
+
+
+@register_method("dora")
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """Options of DoRA; `vimtune.adapters.rules.dora` has the formula."""
+
+    summary = "low-rank update of the directions, free magnitude of each row (Liu et al. 2024)"
+
+    def build_rule(self, site: Site) -> WeightRule:
+        from vimtune.adapters.rules.dora import DoRARule
+
+        check_matrix(self.name, site, self.rank)
+        return DoRARule(site.weight, self.rank, self.alpha, self.dropout)

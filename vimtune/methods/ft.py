@@ -1,0 +1,34 @@
+"""Fine-tuning of whole parameters, or rows of them: those of the projectors unless told otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vimtune.methods.base import Method, option, register_method
+
+if TYPE_CHECKING:
+    from vimtune.adapters.rule import WeightRule
+    from vimtune.adapters.sites import Site
+
+
+@register_method("ft")
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(Method):
+    """Options of fine-tuning, for all methods that train parameters as they are."""
+
+    summary = "full training of the targets (the projectors)"
+
+    start_decay: float = option(
+        0.0,
+        "weight decay towards the value at the start, as a multiple of the run's; 0: matrices decay to 0",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.start_decay >= 0:
+            raise ValueError(f"start_decay must not be negative, got {self.start_decay}")
+
+    def build_rule(self, site: Site) -> WeightRule:
+        from vimtune.adapters.rule import Shifted, Tuned
+
+        return Shifted(site.weight, self.start_decay) if self.start_decay > 0 else Tuned(site.weight)
