@@ -52,10 +52,18 @@ def cannot_read_in_evaluation() -> None:
     _unreadable("val", 2)
 
 
-def _run(rank: int, port: int, values: Mapping[str, Any], sabotage: Any, answers: Any) -> None:
+def choose_toy_task() -> None:
+    import toy_task
+
+    toy_task.choose(setattr)
+
+
+def _run(rank: int, port: int, values: Mapping[str, Any], sabotage: Any, prepare: Any, answers: Any) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if prepare is not None:
+        prepare()
     if sabotage is not None and rank == 1:
         sabotage()
     try:
@@ -66,11 +74,11 @@ def _run(rank: int, port: int, values: Mapping[str, Any], sabotage: Any, answers
 
 
 def run_two(
-    recipe: Recipe, changes: Mapping[str, Any] | None = None, sabotage: Any = None
+    recipe: Recipe, changes: Mapping[str, Any] | None = None, sabotage: Any = None, prepare: Any = None
 ) -> list[str | None]:
     """What came of processes 0 and 1: "" for success, an error's class and message, None for a killed one.
 
-    `changes` are those of process 1's recipe; `sabotage` is called in it before.
+    `changes` are those of process 1's recipe; `sabotage` is called in it before, `prepare` in both.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -79,7 +87,7 @@ def run_two(
     processes = []
     for rank in (0, 1):
         values = recipe.to_dict() | (changes or {} if rank == 1 else {})
-        processes.append(_CONTEXT.Process(target=_run, args=(rank, port, values, sabotage, answers)))
+        processes.append(_CONTEXT.Process(target=_run, args=(rank, port, values, sabotage, prepare, answers)))
         processes[-1].start()
     for process in processes:
         process.join(SECONDS)

@@ -88,8 +88,11 @@ class Task(ABC):
 
 def task_of(recipe: Recipe) -> Task:
     """The task of a recipe, with its options."""
-    return TASKS.get("classification")()
+    return TASKS.get(DEFAULT_TASK)()
 
+
+DEFAULT_TASK = "classification"
+"""Name of the task of a recipe that names none."""
 
 AnyTask = TypeVar("AnyTask", bound=type[Task])
 
