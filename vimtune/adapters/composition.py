@@ -60,8 +60,7 @@ def _apply_rule(rule: WeightRule, rows: Rows, weight: Tensor) -> Tensor:
     if rows is None:
         return rule.effective_weight(weight)
     first, end = rows
-    parts = [weight[:first], rule.effective_weight(weight[first:end]), weight[end:]]
-    return torch.cat([part for part in parts if part.shape[0] > 0])
+    return torch.cat([weight[:first], rule.effective_weight(weight[first:end]), weight[end:]])
 
 
 def overlap(some: Rows, others: Rows) -> bool:
