@@ -84,6 +84,10 @@ class Passes:
                 self._warn(f"the CUDA graph could not be recorded, batches run eagerly: {error}")
         return self._forward_backward(tensors)
 
+    def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
+        """The loss of the same pass, for the caller to differentiate; it is not scaled or replayed."""
+        return self._job.loss(self._forward, self._prepare(batch, step, micro))
+
     def find_nonfinite(self, batch: Batch, step: int, micro: int) -> str | None:
         """Repeat a pass and name the first place where inf or NaN arises in it; overwrites gradients."""
         forward = in_precision(self._job.model, self._autocast)

@@ -25,6 +25,7 @@ from vimtune.train.interrupt import Interrupted, Stopping, StopRequest
 from vimtune.train.optim import CosineSchedule
 from vimtune.train.precision import Autocast
 from vimtune.train.report import Report, describe_method, peak_memory, shared_fields
+from vimtune.train.settling import settle
 from vimtune.train.state import EpochRecord, Progress, RunState, ended, save_run_state, settle_best_adapter
 from vimtune.train.stepper import Step, Stepper
 from vimtune.train.tracking import Tracker
@@ -59,6 +60,8 @@ class Run:
     def complete(self) -> Report:
         """Train the epochs that are left, then score the best adapter and write the report."""
         try:
+            if self.progress.step == 0:
+                settle(self.trained, self.job.train, self.stepper.passes, self.processes)
             while not ended(self.recipe, self.progress):
                 self._train_epoch()
                 self._end_epoch()

@@ -31,7 +31,7 @@ from vimtune.train.trained import Trained
 
 WATCHED_STEPS = 5
 """Optimizer steps after which a trained tensor that never had a gradient is reported."""
-_NOT_READ = -(2**40)
+NOT_READ = -(2**40)
 """What a process whose data cannot be read adds to the count of a step."""
 
 
@@ -106,7 +106,7 @@ class Stepper(ABC):
             yield from self._steps(self.windows.read(batches), epoch)
         except InputError as error:
             # The other processes learn of it where they count the step.
-            self._processes.sum(torch.tensor(_NOT_READ))
+            self._processes.sum(torch.tensor(NOT_READ))
             raise Stopping(str(error)) from error
 
     @abstractmethod
