@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, lecun_normal_, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -34,6 +40,7 @@ from vimtune.adapters import (
     note_seed,
     shared_effective_weights,
 )
+from vimtune.adapters.slots import WeightSlot
 from vimtune.model_options import OPTIONS, ModelOptions
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
@@ -58,6 +65,7 @@ INITIALISATION = 1
 Adapters trained on random weights know those by the seed, which means other weights under another rule.
 """
 
+register_notrace_module(WeightSlot)  # one node of an FX graph: the value of a parameter under an adapter
 register_notrace_function(bidirectional_scan)  # one node of an FX graph: it looks at shapes and devices
 
 
