@@ -97,8 +97,8 @@ class WeightSlot(Slot):
         """The effective value of the parameter."""
         if is_fx_symbolic_tracing():
             raise NotImplementedError(
-                "this way of torch.fx tracing looks into the rules of adapters, which it would record wrongly: "
-                "trace with timm.models.create_feature_extractor, or merge the adapter first"
+                "this way of torch.fx tracing looks into the rules of adapters and would record them "
+                "wrongly: trace with timm.models.create_feature_extractor, or merge the adapter first"
             )
         return self.effective(base_value(*self.place))
 
