@@ -5,7 +5,6 @@ On the CPU a recorder that repeats the recorded call stands in for the graph.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -379,7 +378,7 @@ def test_on_a_gpu_the_graph_must_leave_room_for_other_batches(tiny, monkeypatch)
 @gpu
 def test_on_a_gpu_a_resumed_run_continues_as_if_it_had_not_stopped(tiny):
     recipe = tiny("parts", **{**ON_GPU, "epochs": 3, "warmup_epochs": 0, "min_lr": 3e-3})
-    whole = run_once(dataclasses.replace(recipe, epochs=6, output_dir=recipe.output_dir + "-whole"))
+    whole = run_once(recipe.replace(epochs=6, output_dir=recipe.output_dir + "-whole"))
     train(recipe)
     report = train(load_recipe(None, {"resume": recipe.output_dir, "epochs": "6"}))
     assert largest_difference(whole[1], weights(report.run_dir)) < 1e-6

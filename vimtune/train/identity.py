@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +70,7 @@ class Facts:
 
 def lasting(recipe: Recipe) -> Recipe:
     """`recipe` without what was asked of one session of the run alone."""
-    return dataclasses.replace(recipe, resume=None, force=False)
+    return recipe.replace(resume=None, force=False)
 
 
 def settings_of_all(recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,7 @@ def prepare_folder(
         progress.warnings.append(f"{missing}: the best of the epochs from here on takes its place")
     if processes.is_main:
         with writing(folder.recipe):
-            dataclasses.replace(lasting(recipe), output_dir=str(folder.path)).save(folder.recipe)
+            lasting(recipe).replace(output_dir=str(folder.path)).save(folder.recipe)
     return folder
 
 
