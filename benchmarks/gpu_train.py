@@ -188,19 +188,21 @@ def measure(options: argparse.Namespace, model: str, batch_size: int) -> Iterato
 
 def time_bare_step(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
     """The step alone; eagerly where there is no GPU."""
-    with open_processes(recipe.device) as processes, process_settings(recipe, processes.device):
+    with open_processes(recipe.run.device) as processes, process_settings(recipe.run, processes.device):
         device = processes.device
         on_gpu = device.type == "cuda"
-        job = open_images(recipe, processes)
-        model, autocast = job.model.train(), build_autocast(recipe.amp, device)
+        job = recipe.task.open(recipe, processes)
+        model, autocast = job.model.train(), build_autocast(recipe.optimisation.amp, device)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, capturable=on_gpu, fused=on_gpu or None)
-        batch = random_batch(job, recipe.batch_size).to(device).tensors
+        optimizer = torch.optim.AdamW(
+            trained, lr=recipe.optimisation.lr, capturable=on_gpu, fused=on_gpu or None
+        )
+        batch = random_batch(job, recipe.optimisation.batch_size).to(device).tensors
         forward = in_precision(model, autocast)
 
         def step() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            loss = job.loss(forward, batch) / recipe.batch_size
+            loss = job.loss(forward, batch) / recipe.optimisation.batch_size
             loss.backward()
             optimizer.step()
             return loss.detach()
@@ -233,9 +235,9 @@ def time_trainer(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
     """A run of `options.steps` optimizer steps."""
 
     def with_one_batch(task: Classification, recipe: Recipe, processes: Processes) -> ImageJob:
-        job = open_images(recipe, processes)
+        job = open_images(recipe, task, processes)
         place = processes.device if what == "resident" else torch.device("cpu")
-        job.train = OneBatch(job, recipe.batch_size, options.steps, place)
+        job.train = OneBatch(job, recipe.optimisation.batch_size, options.steps, place)
         return job
 
     with (
@@ -245,13 +247,13 @@ def time_trainer(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
         mock.patch.object(run, "conclude", lambda report, *_: report),
     ):
         report = train(recipe)
-    assert recipe.output_dir is not None
-    lines = Path(recipe.output_dir, "metrics.jsonl").read_text().splitlines()
+    assert recipe.run.output_dir is not None
+    lines = Path(recipe.run.output_dir, "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "grad_norm" in record]
     rate = statistics.median(record["images_per_second"] for record in records[1:])
     return {
         "cuda_graph": report.cuda_graph,
-        "step_ms": 1e3 * recipe.batch_size / rate,
+        "step_ms": 1e3 * recipe.optimisation.batch_size / rate,
         "peak_gib": report.peak_memory / 2**10,
         "last_loss": records[-1]["loss"],
         "warnings": report.warnings,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -146,4 +145,4 @@ def test_one_step_of_every_method_setting_moves_all_it_trains(recipe):
 
 def test_a_flag_overrides_a_config():
     path = CONFIGS[0]
-    assert load_recipe(path, {"epochs": "7"}) == dataclasses.replace(load_recipe(path), epochs=7)
+    assert load_recipe(path, {"epochs": "7"}) == load_recipe(path).replace(epochs=7)

@@ -7,7 +7,6 @@ How a command may end is said in `exits.py`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shutil
 import sys
 import textwrap
@@ -17,7 +16,9 @@ from typing import Any, NoReturn
 
 from vimtune import __version__, catalog, parsers
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
-from vimtune.recipe import GROUPS, Recipe, RecipeError, load_recipe
+from vimtune.fields import Option, options_of
+from vimtune.recipe import COMPONENTS, TASK, Recipe, RecipeError, load_recipe
+from vimtune.tasks import TASKS
 from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
@@ -90,9 +91,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _help_line(field: dataclasses.Field[Any]) -> str:
-    """The field's help and, in brackets, its default."""
-    default = getattr(Recipe(), field.name)
+def _help_line(item: Option) -> str:
+    """The option's help and, in brackets, its default."""
+    default = item.default
     if isinstance(default, bool):
         shown = "on" if default else "off"
     elif isinstance(default, list):
@@ -100,7 +101,14 @@ def _help_line(field: dataclasses.Field[Any]) -> str:
     else:
         shown = f"{default:g}" if isinstance(default, float) else str(default)
     bracket = "" if default is None or default == {} else f" [{shown}]"
-    return (field.metadata["help"] + bracket).replace("%", "%%")
+    return (item.help + bracket).replace("%", "%%")
+
+
+def recipe_groups() -> dict[str, dict[str, Option]]:
+    """The keys of recipes by the title under which `--help` shows them, with those of every task."""
+    groups = {title: options_of(component) for title, component in COMPONENTS.items()}
+    tasks = {f"task {name}": options_of(task) for name, task in TASKS.items()}
+    return {**groups, "task": {TASK.name: TASK}, **tasks}
 
 
 def build_train_parser(prog: str) -> _Parser:
@@ -118,12 +126,17 @@ def build_train_parser(prog: str) -> _Parser:
     general.add_argument("--config", metavar="FILE", help="recipe in YAML")
     general.add_argument("--list", action="store_true", help="list models, methods, data sets, and stop")
     _add_common(general)
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for field in dataclasses.fields(Recipe):
-        boolean = isinstance(field.default, bool)
-        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if boolean else {"metavar": "X"}
-        group = groups[field.metadata["group"]]
-        group.add_argument(_flag(field.name), dest=field.name, help=_help_line(field), **kind)
+    added: set[str] = set()
+    for title, options in recipe_groups().items():
+        group = parser.add_argument_group(title)
+        for item in options.values():
+            if item.name not in added:  # two tasks may have an option of the same name
+                boolean = isinstance(item.default, bool)
+                kind: dict[str, Any] = (
+                    {"action": argparse.BooleanOptionalAction} if boolean else {"metavar": "X"}
+                )
+                group.add_argument(_flag(item.name), dest=item.name, help=_help_line(item), **kind)
+                added.add(item.name)
     return parser
 
 

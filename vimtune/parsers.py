@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
@@ -148,11 +148,12 @@ def choice(*options: str) -> Parser:
     return parse
 
 
-def known(kind: str, table: Mapping[str, str]) -> Parser:
+def known(kind: str, table: Iterable[str]) -> Parser:
     def parse(value: Any) -> str:
-        if not isinstance(value, str) or value not in table:
-            hint = suggest(value, table) if isinstance(value, str) else ""
-            raise ValueError(f"expected a known {kind}: {', '.join(table)}.{hint}")
+        names = list(table)
+        if not isinstance(value, str) or value not in names:
+            hint = suggest(value, names) if isinstance(value, str) else ""
+            raise ValueError(f"expected a known {kind}: {', '.join(names)}.{hint}")
         return value
 
     return parse
@@ -195,6 +196,12 @@ def _plain_mapping(values: Mapping[Any, Any], depth: int) -> dict[str, Any]:
     return {key: _plain(value, f"{key} = {quote(value)}", depth) for key, value in values.items()}
 
 
+def plain(value: Any) -> Any:
+    """Any value that a recipe file can hold; text that begins with a bracket is read as YAML."""
+    value = _unbracket(value)
+    return _bounded(_plain(value, quote(value), 0))
+
+
 def _plain(value: Any, shown: str, depth: int) -> Any:
     """`value` built anew from the types that a recipe file can hold."""
     if depth == MAX_DEPTH:
@@ -216,21 +223,6 @@ def _plain(value: Any, shown: str, depth: int) -> Any:
     if isinstance(value, Mapping):
         return _plain_mapping(value, depth + 1)
     raise ValueError(f"{shown}: expected text, numbers, true, false, null, or lists and mappings of them")
-
-
-def typed(annotation: str) -> Parser:
-    """The parser of a field whose Python type is `annotation`, such as "int" or "float | None".
-
-    Of types beyond these nothing is checked here; the class that has the field does it.
-    """
-    kinds: dict[str, Parser] = {
-        "int": integer(),
-        "float": number(),
-        "bool": boolean,
-        "str": text,
-    }
-    parse = kinds.get(annotation.removesuffix(" | None"), lambda value: value)
-    return optional(parse) if annotation.endswith(" | None") else parse
 
 
 def image_size(value: Any) -> int | list[int]:

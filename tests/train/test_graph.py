@@ -5,7 +5,6 @@ On the CPU a recorder that repeats the recorded call stands in for the graph.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -77,8 +76,11 @@ def replaying(monkeypatch):
 
 
 def test_a_plain_run_on_a_gpu_is_replayed(tiny):
-    assert refusals(tiny(device="cuda"), CUDA) == []
-    assert refusals(tiny(device="cuda", cuda_graph="on", amp="fp16", grad_accum=3, **MIXED), CUDA) == []
+    assert refusals(tiny(device="cuda").optimisation, CUDA) == []
+    assert (
+        refusals(tiny(device="cuda", cuda_graph="on", amp="fp16", grad_accum=3, **MIXED).optimisation, CUDA)
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,13 @@ def test_a_plain_run_on_a_gpu_is_replayed(tiny):
     ],
 )
 def test_what_keeps_a_run_from_being_replayed(tiny, changes, device, reason):
-    (found,) = refusals(tiny(**changes), torch.device(device))
+    (found,) = refusals(tiny(**changes).optimisation, torch.device(device))
     assert reason in found
 
 
 def test_anomaly_detection_is_a_reason(tiny):
     with torch.autograd.set_detect_anomaly(True, check_nan=False):
-        (found,) = refusals(tiny(), CUDA)
+        (found,) = refusals(tiny().optimisation, CUDA)
     assert "anomaly" in found
 
 
@@ -386,7 +388,7 @@ def test_on_a_gpu_the_graph_must_leave_room_for_other_batches(tiny, monkeypatch)
 @gpu
 def test_on_a_gpu_a_resumed_run_continues_as_if_it_had_not_stopped(tiny):
     recipe = tiny("parts", **{**ON_GPU, "epochs": 3, "warmup_epochs": 0, "min_lr": 3e-3})
-    whole = run_once(dataclasses.replace(recipe, epochs=6, output_dir=recipe.output_dir + "-whole"))
+    whole = run_once(recipe.replace(epochs=6, output_dir=recipe.output_dir + "-whole"))
     train(recipe)
     report = train(load_recipe(None, {"resume": recipe.output_dir, "epochs": "6"}))
     assert largest_difference(whole[1], weights(report.run_dir)) < 1e-6

@@ -45,7 +45,7 @@ class Sequences(Loader):
     def __init__(self, split: str, number: int, recipe: Recipe, processes: Processes, train: bool) -> None:
         self.split, self.num_examples = split, number
         self.source = f"{number} generated sequences"
-        self.train, self.seed, self.batch_size = train, recipe.seed, recipe.batch_size
+        self.train, self.seed, self.batch_size = train, recipe.run.seed, recipe.optimisation.batch_size
         self.rank, self.world_size = processes.rank, processes.world_size
         self.epoch = self.start_batch = 0
         draw = torch.Generator().manual_seed(len(split))
@@ -174,16 +174,18 @@ class Continuation(Task):
         def loader(split: str, number: int, **options: Any) -> Sequences:
             return Sequences(split, number, recipe, processes, **options)
 
-        torch.manual_seed(derive_seed(recipe.seed, "model"))
-        model = Bigrams(recipe.drop_path)
-        vimtune.inject(model, recipe.peft, targets=recipe.targets, **recipe.method_kwargs)
+        torch.manual_seed(derive_seed(recipe.run.seed, "model"))
+        model = Bigrams(recipe.backbone.drop_path)
+        vimtune.inject(
+            model, recipe.method.peft, targets=recipe.method.targets, **recipe.method.method_kwargs
+        )
         selection = loader("val", 20, train=False)
         job = Continuations(
             model=model.to(processes.device),
             train=loader("train", 37, train=True),
             selection=selection,
             final=selection,
-            usual_count=recipe.batch_size * LENGTH // 2,
+            usual_count=recipe.optimisation.batch_size * LENGTH // 2,
         )
         job.noise = recipe.mixup
         return job

@@ -20,6 +20,7 @@ from typing import Any, SupportsIndex, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, exact
 
@@ -81,7 +82,25 @@ class Slot(nn.ModuleDict):
 
 
 class WeightSlot(Slot):
-    """The slot of a parameter; its rules are `WeightRule`s."""
+    """The slot of a parameter; its rules are `WeightRule`s.
+
+    Called without arguments it gives the effective value of its parameter. Tracing by torch.fx records this
+    call (`WeightSlot` is a leaf for timm's tracer): an access to the parameter would be recorded as one to
+    its name, under which the traced module finds the effective value, and the rules would be applied twice.
+    """
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self.place = (owner, name)
+
+    def forward(self) -> Tensor:
+        """The effective value of the parameter."""
+        if is_fx_symbolic_tracing():
+            raise NotImplementedError(
+                "this way of torch.fx tracing looks into the rules of adapters and would record them "
+                "wrongly: trace with timm.models.create_feature_extractor, or merge the adapter first"
+            )
+        return self.effective(base_value(*self.place))
 
     def effective(self, weight: Tensor) -> Tensor:
         """The value of `weight` for whoever reads it."""
@@ -148,7 +167,10 @@ def base_value(module: nn.Module, parameter: str) -> nn.Parameter:
 
 def _effective_property(name: str) -> property:
     def read(module: nn.Module) -> Tensor:
-        return cast(WeightSlot, slots_of(module)[name]).effective(base_value(module, name))
+        slot = cast(WeightSlot, slots_of(module)[name])
+        if is_fx_symbolic_tracing():
+            return cast(Tensor, slot())
+        return slot.effective(base_value(module, name))
 
     def write(module: nn.Module, value: Tensor) -> None:
         if not getattr(module, "_is_replica", False):
@@ -245,7 +267,7 @@ def attach(module: nn.Module, name: str, adapter: str, rule: Rule) -> None:
         module.add_module(SLOTS, nn.ModuleDict())
     slots = slots_of(module)
     if name not in slots:
-        slots[name] = CallSlot() if name.endswith(CALL) else WeightSlot()
+        slots[name] = CallSlot() if name.endswith(CALL) else WeightSlot(module, name)
     rule.to(device=device_of(module, name)).train(module.training)
     slots[name][adapter] = rule
     _update_class(module)

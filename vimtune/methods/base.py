@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
 
 from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
 
+from vimtune.fields import option as option  # for the files of methods
 from vimtune.registry import Registry
 from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
 
 METHODS: Registry[type[Method]] = Registry("method")
 """All methods by name."""
-
-
-def option(default: Any, help: str) -> Any:
-    """A documented field of a method."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)

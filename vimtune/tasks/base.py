@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from vimtune.fields import Options, options_of
 from vimtune.registry import Registry
 from vimtune.utils import require_summary
 
@@ -38,10 +39,12 @@ class Score:
         return f"{value:.{digits}f}{' %' if self.percent else ''}"
 
 
-class Task(ABC):
+@dataclass(frozen=True, kw_only=True)
+class Task(Options, ABC):
     """What a model is trained for.
 
-    Derived classes are frozen dataclasses and registered with `register_task`.
+    Derived classes are frozen dataclasses and registered with `register_task`. Their fields, stated with
+    `vimtune.fields.option`, are keys of the recipes of this task.
     """
 
     name: ClassVar[str] = ""
@@ -86,14 +89,6 @@ class Task(ABC):
         return ScoreReport
 
 
-def task_of(recipe: Recipe) -> Task:
-    """The task of a recipe, with its options."""
-    return TASKS.get(DEFAULT_TASK)()
-
-
-DEFAULT_TASK = "classification"
-"""Name of the task of a recipe that names none."""
-
 AnyTask = TypeVar("AnyTask", bound=type[Task])
 
 TASKS: Registry[type[Task]] = Registry("task")
@@ -104,11 +99,13 @@ def register_task(name: str) -> Callable[[AnyTask], AnyTask]:
     """Class decorator that makes a task known under `name`.
 
     Raises:
-        ValueError: the name is taken by another task.
+        ValueError: the name is taken by another task, or the class has no summary of its own or a field
+            without help.
     """
 
     def register(cls: AnyTask) -> AnyTask:
         require_summary(cls, f"task {name!r}")
+        options_of(cls)
         TASKS.add(name, cls)
         cls.name = name
         return cls

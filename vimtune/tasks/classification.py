@@ -6,8 +6,11 @@ This file holds what can be said without torch; `vimtune.tasks.images` does the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import Ge, Lt
+
+from vimtune.fields import option
 from vimtune.tasks.base import Score, Task, register_task
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @register_task("classification")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Classification(Task):
     """Say of each image to which of the data set's classes it belongs."""
 
@@ -28,11 +31,19 @@ class Classification(Task):
     examples = "images"
     scores = (Score("top1", "top-1"), Score("top5", "top-5"))
 
+    augmentation: Literal["none", "light", "strong"] = option("light", "augmentation: none, light, strong")
+    transforms: Literal["albumentations", "torchvision"] = option(
+        "albumentations", "library of the transforms: albumentations, torchvision"
+    )
+    mixup: Annotated[float, Ge(0)] = option(0.0, "mixup alpha, 0 = off")
+    cutmix: Annotated[float, Ge(0)] = option(0.0, "cutmix alpha, 0 = off")
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = option(0.0, "label smoothing of the loss")
+
     def open(self, recipe: Recipe, processes: Processes) -> ImageJob:
         """Open the image data set and the model of `recipe`; see `Task.open`."""
         from vimtune.tasks.images.job import open_images
 
-        return open_images(recipe, processes)
+        return open_images(recipe, self, processes)
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.models import create_feature_extractor
 from torch import Tensor, nn
 
 from vimtune import adapters
@@ -334,6 +335,14 @@ def check_checkpointing(case: MethodCase) -> None:
         close(recomputed, plain, 1e-4)
 
 
+def check_tracing(case: MethodCase) -> None:
+    """A model that timm traces with torch.fx computes the same, for a model with a head of that name."""
+    model = case.trained()
+    if isinstance(getattr(model, "head", None), nn.Module):
+        traced = create_feature_extractor(model, {"head": "output"})
+        close(traced(*case.build_inputs())["output"], case.run(model))
+
+
 def check_copies(case: MethodCase) -> None:
     """A deep copy and a pickled model compute the same, and are independent of the original."""
     model = case.trained()
@@ -399,6 +408,7 @@ METHOD_CHECKS: tuple[Callable[[MethodCase], None], ...] = (
     check_half_precision,
     check_compiling,
     check_checkpointing,
+    check_tracing,
     check_copies,
     check_several_adapters,
     check_summary,

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vimtune.recipe import Recipe
+from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Tensors
 
 BatchPass = Callable[[Tensors], Tensor]
@@ -27,16 +27,16 @@ class CaptureError(RuntimeError):
     """A batch that no graph can hold, and why."""
 
 
-def refusals(recipe: Recipe, device: torch.device) -> list[str]:
+def refusals(settings: OptimisationSettings, device: torch.device) -> list[str]:
     """Reasons why the batches of a run are not replayed; empty when they are."""
     reasons = []
-    if recipe.cuda_graph == "off":
+    if settings.cuda_graph == "off":
         reasons.append("cuda_graph is off")
     if device.type != "cuda":
         reasons.append(f"the device is {device.type}")
-    if recipe.compile:
+    if settings.compile:
         reasons.append("torch.compile makes kernels and graphs of its own")
-    if recipe.grad_checkpointing:
+    if settings.grad_checkpointing:
         reasons.append("grad_checkpointing rewinds the random generator, which a replay cannot")
     if torch.is_anomaly_enabled():
         reasons.append("anomaly detection looks at values in between")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vimtune.recipe import Recipe
 from vimtune.schema import STRICT, Count
-from vimtune.tasks.base import task_of
 from vimtune.text import quote
 
 IDENTITY = (
+    "task",
     "dataset",
     "dataset_kwargs",
     "data_seed",
@@ -73,14 +72,14 @@ class Facts:
 
 def lasting(recipe: Recipe) -> Recipe:
     """`recipe` without what was asked of one session of the run alone."""
-    return dataclasses.replace(recipe, resume=None, force=False)
+    return recipe.replace(resume=None, force=False)
 
 
 def settings_of_all(recipe: Recipe) -> dict[str, Any]:
     """The settings that must be the same in all processes of a run."""
     values = recipe.to_dict()
     shared = {name: value for name, value in values.items() if name not in HARMLESS}
-    return shared | {"whether a run is resumed": recipe.resume is not None}
+    return shared | {"whether a run is resumed": recipe.run.resume is not None}
 
 
 def facts_of_all(facts: Facts, step: int) -> dict[str, Any]:
@@ -96,8 +95,14 @@ def facts_of_all(facts: Facts, step: int) -> dict[str, Any]:
 
 def changed(saved: Recipe, recipe: Recipe, names: Iterable[str]) -> list[tuple[str, str, str]]:
     """The settings among `names` that differ: name, value that was saved, value now."""
-    values = [(name, getattr(saved, name), getattr(recipe, name)) for name in names]
+    before, after = _values(saved), _values(recipe)
+    values = [(name, before.get(name), after.get(name)) for name in names]
     return [(name, quote(was), quote(now)) for name, was, now in values if was != now]
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe, and under "method_kwargs" the options of its method, wherever they were given."""
+    return recipe.to_dict() | {"method_kwargs": recipe.method.method_kwargs}
 
 
 def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, same_base: bool) -> list[str]:
@@ -115,10 +120,10 @@ def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, sa
     problems = [
         f"{name} was {was} and is now {now}" for name, was, now in changed(saved_recipe, recipe, IDENTITY)
     ]
-    examples = task_of(recipe).examples
+    examples = recipe.task.examples
     problems += _other_outputs(saved.outputs, facts.outputs)
     doubts = _other_data(saved, facts, examples) + ([] if same_base else ["the base weights are others"])
-    if problems or (doubts and not recipe.force):
+    if problems or (doubts and not recipe.run.force):
         advice = "Resume with the run's own settings and data, or start a new run in another folder"
         if not problems:
             advice += "; --force continues nevertheless and says so in the report"

@@ -62,7 +62,7 @@ class Run:
         try:
             if self.progress.step == 0:
                 settle(self.trained, self.job.train, self.stepper.passes, self.processes)
-            while not ended(self.recipe, self.progress):
+            while not ended(self.recipe.optimisation, self.progress):
                 self._train_epoch()
                 self._end_epoch()
             return self._finish()
@@ -96,7 +96,7 @@ class Run:
             clock = now
             loss = loss_sum / max(1, step.count)
             self.tracker.show_step(progress.epoch, progress.step, loss, step.lr, self._rate())
-            if progress.step % self.recipe.log_interval == 0 or progress.batch == len(loader):
+            if progress.step % self.recipe.run.log_interval == 0 or progress.batch == len(loader):
                 rate = (progress.count - shown_count) / max(1e-9, now - shown_at)
                 shown_count, shown_at = progress.count, now
                 self.tracker.record_step(
@@ -135,11 +135,11 @@ class Run:
         record = EpochRecord(
             epoch=number,
             step=progress.step,
-            lr=self.schedule(max(0, progress.step - 1), self.recipe.lr),
+            lr=self.schedule(max(0, progress.step - 1), self.recipe.optimisation.lr),
             train_loss=progress.loss_sum / progress.loss_count,
             rate=self._rate(),
         )
-        if number == self.recipe.epochs or number % self.recipe.eval_interval == 0:
+        if number == self.recipe.optimisation.epochs or number % self.recipe.run.eval_interval == 0:
             with self.trained.averaged():
                 found = self.last_evaluation = self._evaluate(self.job.selection)
                 record.loss, record.scores = found.loss, dict(found.scores)
@@ -193,7 +193,7 @@ class Run:
         recipe, job, progress = self.recipe, self.job, self.progress
         memory = max(self.processes.gather(peak_memory(self.processes.device)))
         # From the file, as a user would: what is scored is what the run leaves behind.
-        info = vimtune.load_adapter(job.model, self.folder.adapter, name="best", force=recipe.force)
+        info = vimtune.load_adapter(job.model, self.folder.adapter, name="best", force=recipe.run.force)
         found = self._known_evaluation() or self._evaluate(job.final)
         for loader in job.loaders:
             if number := len(set().union(*self.processes.gather(set(loader.left_out())))):

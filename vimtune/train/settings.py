@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vimtune.ops import use_backend
-from vimtune.recipe import Recipe
+from vimtune.recipe.components import RunSettings
 
 
 def derive_seed(seed: int, *parts: str | int) -> int:
@@ -47,15 +47,15 @@ def numpy_seed(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def process_settings(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Threads, scan backend, determinism and random state of `recipe`, for the length of a block."""
+def process_settings(settings: RunSettings, device: torch.device) -> Iterator[None]:
+    """Threads, scan backend, determinism and random state of a run, for the length of a block."""
     with ExitStack() as stack:
-        stack.enter_context(use_backend(recipe.backend))
+        stack.enter_context(use_backend(settings.backend))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        if recipe.threads is not None:
+        if settings.threads is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(recipe.threads)
-        if recipe.deterministic:
+            torch.set_num_threads(settings.threads)
+        if settings.deterministic:
             stack.enter_context(_deterministic())
         yield
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from vimtune.recipe import Recipe
-from vimtune.tasks.base import task_of
 from vimtune.text import printable
 from vimtune.train.distributed import Processes
 from vimtune.train.folder import RunFolder, create_unused, hold, writing
@@ -33,7 +31,7 @@ class Start:
 
 
 def find_start(recipe: Recipe, stack: ExitStack | None) -> Start:
-    """What `recipe.resume` asks for.
+    """What `recipe.run.resume` asks for.
 
     With a folder or a state file: continue it; a folder whose run was stopped before its first state
     starts over. With "auto": continue what lies in `output_dir`, or start there; a run that is finished
@@ -47,20 +45,20 @@ def find_start(recipe: Recipe, stack: ExitStack | None) -> Start:
         ResumeError: there is nothing to continue, or nothing to do for these settings.
         FolderInUseError: another run works in the folder.
     """
-    if recipe.resume is None:
+    if recipe.run.resume is None:
         return Start()
-    automatic = recipe.resume == "auto"
+    automatic = recipe.run.resume == "auto"
     folder, file = _named_by(recipe)
     if automatic and not folder.path.exists():
         return Start()
-    if recipe.output_dir is not None and Path(recipe.output_dir).resolve() != folder.path.resolve():
+    if recipe.run.output_dir is not None and Path(recipe.run.output_dir).resolve() != folder.path.resolve():
         raise ResumeError(
             f"a resumed run continues in its own folder {printable(str(folder.path))}: drop output_dir"
         )
     if stack is not None and folder.path.is_dir():
         stack.enter_context(hold(folder))
     if not file.is_file():
-        _require_startable(recipe.resume, folder, file, automatic)
+        _require_startable(recipe.run.resume, folder, file, automatic)
         return Start(folder)
     saved = load_run_state(file)
     report = _report_if_finished(recipe, saved, folder)
@@ -68,7 +66,9 @@ def find_start(recipe: Recipe, stack: ExitStack | None) -> Start:
         done = saved.progress.epoch
         finished = f"{printable(str(folder.path))} is finished after {done} epochs"
         if not automatic:
-            more = "raise --epochs to train longer" if done >= recipe.epochs else "it stopped early"
+            more = (
+                "raise --epochs to train longer" if done >= recipe.optimisation.epochs else "it stopped early"
+            )
             raise ResumeError(f"{finished}: {more}")
         names = [name for name in recipe.to_dict() if name not in HARMLESS]
         if others := changed(saved.recipe, recipe, names):
@@ -100,36 +100,36 @@ def prepare_folder(
     assert isinstance(folder, RunFolder), "the main process has one"
     if not best_is_there:
         missing = f"the best adapter, of epoch {progress.best_epoch}, is not in {printable(str(folder.path))}"
-        if ended(recipe, progress):
+        if ended(recipe.optimisation, progress):
             raise ResumeError(f"{missing}: put it back, or raise --epochs to train on")
         progress.best_epoch = 0  # the next evaluated epoch is the best one
         progress.warnings.append(f"{missing}: the best of the epochs from here on takes its place")
     if processes.is_main:
         with writing(folder.recipe):
-            dataclasses.replace(lasting(recipe), output_dir=str(folder.path)).save(folder.recipe)
+            lasting(recipe).replace(output_dir=str(folder.path)).save(folder.recipe)
     return folder
 
 
 def _claim_new_folder(recipe: Recipe, stack: ExitStack) -> RunFolder:
     """Make and lock the folder of a run that starts."""
-    if recipe.output_dir is None:
+    if recipe.run.output_dir is None:
         folder = RunFolder(create_unused(recipe.run_dir()))
     else:
-        folder = RunFolder(Path(recipe.output_dir))
+        folder = RunFolder(Path(recipe.run.output_dir))
         with writing(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(hold(folder))
-    if recipe.output_dir is not None:
+    if recipe.run.output_dir is not None:
         recipe.check_paths()  # once more: another run may have come first
     return folder
 
 
 def _named_by(recipe: Recipe) -> tuple[RunFolder, Path]:
-    """The run folder and the state file that `recipe.resume` names."""
-    named = recipe.output_dir if recipe.resume == "auto" else recipe.resume
+    """The run folder and the state file that `recipe.run.resume` names."""
+    named = recipe.run.output_dir if recipe.run.resume == "auto" else recipe.run.resume
     assert named is not None, "a recipe that resumes has them"
     path = Path(named)
-    if recipe.resume == "auto" or path.is_dir():
+    if recipe.run.resume == "auto" or path.is_dir():
         return RunFolder(path), RunFolder(path).checkpoint
     return RunFolder(path.parent), path
 
@@ -151,7 +151,7 @@ def _report_if_finished(recipe: Recipe, saved: RunState, folder: RunFolder) -> R
 
     Without a report of this length the run was stopped between its last epoch and its end: let it end.
     """
-    if not ended(recipe, saved.progress):
+    if not ended(recipe.optimisation, saved.progress):
         return None
-    report = read_report(folder, task_of(recipe).report_type())
+    report = read_report(folder, recipe.task.report_type())
     return report if report is not None and report.epochs == saved.progress.epoch else None

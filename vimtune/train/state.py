@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from vimtune.adapters import AdapterFileError, read_adapter_info
 from vimtune.recipe import Recipe, RecipeError, complete_stored
+from vimtune.recipe.components import OptimisationSettings
 from vimtune.schema import STRICT, Count, check, load_json, parse_json
-from vimtune.tasks.base import task_of
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote, shorten
 from vimtune.train.earlier import FORMAT_1, convert
@@ -242,7 +242,7 @@ def _read_scaler(metadata: Mapping[str, str], shown: str) -> dict[str, Any]:
 
 def _check_progress(state: RunState, what: str, error: type[ValueError] = ValueError) -> None:
     """Check what a schema of single values cannot say: that the parts of the progress fit together."""
-    progress, task = state.progress, task_of(state.recipe)
+    progress, task = state.progress, state.recipe.task
     if [record.epoch for record in progress.history] != list(range(1, progress.epoch + 1)):
         raise error(f"{what}: its history is not that of the {progress.epoch} epochs it has trained")
     names = [score.name for score in task.scores]
@@ -284,7 +284,7 @@ def check_tensors(
         ResumeError: a tensor is missing, surplus, of another shape or type, or not finite.
     """
     expected = {f"adapter/{name}": tensor for name, tensor in adapter.items()}
-    if state.ema or state.recipe.ema > 0:
+    if state.ema or state.recipe.optimisation.ema > 0:
         expected |= {f"ema/{name}": parameter for name, parameter in parameters.items()}
     # Steps that fp16's scaler skips leave the optimizer without tensors.
     if state.optimizer or (state.progress.step > 0 and not state.scaler):
@@ -363,7 +363,7 @@ def _epoch_of(adapter: Path) -> int | None:
         return None
 
 
-def ended(recipe: Recipe, progress: Progress) -> bool:
+def ended(settings: OptimisationSettings, progress: Progress) -> bool:
     """Whether a run that stands at `progress` has trained all it should."""
-    exhausted = 0 < recipe.early_stop <= progress.stale_evaluations
-    return progress.epoch >= recipe.epochs or exhausted
+    exhausted = 0 < settings.early_stop <= progress.stale_evaluations
+    return progress.epoch >= settings.epochs or exhausted

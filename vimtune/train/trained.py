@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vimtune import adapters
-from vimtune.recipe import Recipe
+from vimtune.recipe.components import OptimisationSettings
 from vimtune.train.optim import WeightAverage, build_optimizer
 from vimtune.train.precision import build_scaler
 from vimtune.train.state import RunState, check_tensors, optimizer_tensors, restore_optimizer
@@ -68,8 +68,8 @@ class Trained:
             self.scaler.load_state_dict(saved.scaler)
 
 
-def build_trained(recipe: Recipe, model: nn.Module, device: torch.device) -> Trained:
-    """The optimizer, average and loss scale that `recipe` asks for, over what the adapter of `model` trains.
+def build_trained(settings: OptimisationSettings, model: nn.Module, device: torch.device) -> Trained:
+    """The optimizer, average and loss scale that `settings` ask for, over what the adapter of `model` trains.
 
     Raises:
         ValueError: the adapter trains nothing.
@@ -78,10 +78,10 @@ def build_trained(recipe: Recipe, model: nn.Module, device: torch.device) -> Tra
     parameters: dict[str, nn.Parameter] = {entry.key: entry.parameter for entry in entries}
     optimizer = build_optimizer(
         entries,
-        lr=recipe.lr,
-        head_lr=recipe.head_lr,
-        weight_decay=recipe.weight_decay,
-        betas=(recipe.betas[0], recipe.betas[1]),
+        lr=settings.lr,
+        head_lr=settings.head_lr,
+        weight_decay=settings.weight_decay,
+        betas=(settings.betas[0], settings.betas[1]),
     )
-    average = WeightAverage(parameters, recipe.ema) if recipe.ema > 0 else None
-    return Trained(model, parameters, optimizer, average, build_scaler(recipe.amp, device))
+    average = WeightAverage(parameters, settings.ema) if settings.ema > 0 else None
+    return Trained(model, parameters, optimizer, average, build_scaler(settings.amp, device))

@@ -10,7 +10,7 @@ from vimtune import adapters
 from vimtune.console import build_console
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
-from vimtune.tasks.base import task_of
+from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Job
 from vimtune.train.distributed import Processes, open_processes
 from vimtune.train.gradients import FreshGradients, Gradients, StandingGradients
@@ -50,8 +50,8 @@ def train(recipe: Recipe) -> Report:
         Interrupted: Ctrl-C or SIGTERM; the state was saved and can be resumed.
     """
     with (
-        open_processes(recipe.device, recipe.check_paths) as processes,
-        process_settings(recipe, processes.device),
+        open_processes(recipe.run.device, recipe.check_paths) as processes,
+        process_settings(recipe.run, processes.device),
         ExitStack() as stack,
     ):
         with processes.failing_together():
@@ -77,15 +77,15 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     Raises:
         ValueError: the run cannot start, for the reasons that `train` names.
     """
-    task = task_of(recipe)
-    eager_because = refusals(recipe, processes.device)
-    if recipe.cuda_graph == "on" and eager_because:
+    task, optimisation = recipe.task, recipe.optimisation
+    eager_because = refusals(optimisation, processes.device)
+    if optimisation.cuda_graph == "on" and eager_because:
         raise ValueError(f"cuda_graph = 'on' is not possible: {'; '.join(eager_because)}. Use auto")
-    autocast = build_autocast(recipe.amp, processes.device)
+    autocast = build_autocast(optimisation.amp, processes.device)
     job = task.open(recipe, processes)
     stack.callback(job.close)
-    trained = build_trained(recipe, job.model, processes.device)
-    schedule = _schedule(recipe, len(job.train))
+    trained = build_trained(optimisation, job.model, processes.device)
+    schedule = _schedule(optimisation, len(job.train))
     facts = _facts(job, processes)
     progress = Progress() if start.saved is None else _continue(recipe, start.saved, facts, job, trained)
     processes.demand_same(facts_of_all(facts, progress.step))
@@ -95,7 +95,7 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
         build_console(quiet=not processes.is_main),
         task,
         is_main=processes.is_main,
-        epochs=recipe.epochs,
+        epochs=optimisation.epochs,
         total_steps=schedule.total_steps,
         first_step=progress.step,
         keep_bytes=progress.metrics_bytes,
@@ -124,13 +124,13 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     return run
 
 
-def _schedule(recipe: Recipe, batches: int) -> CosineSchedule:
+def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:
     """The learning rate over the steps of a run whose epochs have so many batches."""
-    steps_per_epoch = math.ceil(batches / recipe.grad_accum)
+    steps_per_epoch = math.ceil(batches / settings.grad_accum)
     return CosineSchedule(
-        total_steps=steps_per_epoch * recipe.epochs,
-        warmup_steps=round(steps_per_epoch * recipe.warmup_epochs),
-        min_lr=recipe.min_lr,
+        total_steps=steps_per_epoch * settings.epochs,
+        warmup_steps=round(steps_per_epoch * settings.warmup_epochs),
+        min_lr=settings.min_lr,
     )
 
 
@@ -179,17 +179,19 @@ def _stepper(
     gradients: Gradients = FreshGradients(parameters)
     graph = None
     if replayed:
-        gradients = StandingGradients(parameters, one_batch=recipe.grad_accum == 1)
+        gradients = StandingGradients(parameters, one_batch=recipe.optimisation.grad_accum == 1)
         # The first step is over before: gradients still absent after it are those of dead tensors.
-        graph = BatchGraph(CudaRecorder(processes.device), parameters, warmup=recipe.grad_accum + 1)
-    usual_count = job.usual_count * recipe.grad_accum
+        graph = BatchGraph(
+            CudaRecorder(processes.device), parameters, warmup=recipe.optimisation.grad_accum + 1
+        )
+    usual_count = job.usual_count * recipe.optimisation.grad_accum
     passes = Passes(
         job,
         gradients,
         trained.scaler,
         autocast=autocast,
-        compiled=recipe.compile,
-        seed=recipe.seed,
+        compiled=recipe.optimisation.compile,
+        seed=recipe.run.seed,
         rank=processes.rank,
         device=processes.device,
         divisor=usual_count,
@@ -199,14 +201,14 @@ def _stepper(
     return stepper_class(trained)(
         passes,
         trained,
-        WindowReader(processes.device, recipe.grad_accum),
+        WindowReader(processes.device, recipe.optimisation.grad_accum),
         schedule,
         processes,
         stop,
         first_step=tracker.first_step,
         usual_count=usual_count,
-        clip_grad=recipe.clip_grad,
-        amp=recipe.amp,
+        clip_grad=recipe.optimisation.clip_grad,
+        amp=recipe.optimisation.amp,
         warn=tracker.warn,
     )
 
@@ -219,9 +221,9 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
     trainable, total = run.trained.count, vimtune.summary(run.job.model).total
     device, world_size = run.processes.device, run.processes.world_size
     tracker.message(
-        f"{recipe.model}, {recipe.peft}: {trainable:,} of {total:,} parameters trained "
-        f"({100 * trainable / total:.2f} %); {device}, backend {resolved_backend(device)}, amp {recipe.amp}"
-        + (f", {world_size} processes" if world_size > 1 else "")
+        f"{recipe.backbone.model}, {recipe.method.peft}: {trainable:,} of {total:,} parameters trained "
+        f"({100 * trainable / total:.2f} %); {device}, backend {resolved_backend(device)}, amp
+        {recipe.optimisation.amp}" + (f", {world_size} processes" if world_size > 1 else "")
     )
     if device.type == "cuda":
         reasons = "; ".join(eager_because)

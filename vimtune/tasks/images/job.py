@@ -22,6 +22,8 @@ from vimtune.data import (
 )
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.recipe import Recipe
+from vimtune.recipe.components import BackboneSettings, DataSettings
+from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.confusion import confusion_files
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
@@ -67,17 +69,17 @@ class ImageJob(Job):
         return confusion_files(evaluation.confusion, self.classes, report)
 
 
-def open_images(recipe: Recipe, processes: Processes) -> ImageJob:
+def open_images(recipe: Recipe, task: Classification, processes: Processes) -> ImageJob:
     """Open the data, create the model, inject the adapter, build the loaders.
 
     Raises:
         ValueError: data, weights or adapter settings that do not fit; the message says which.
     """
-    img_size = _image_size(recipe)
+    data, img_size = recipe.data, _image_size(recipe.backbone)
     with processes.main_first():
-        train_set = _open(recipe, recipe.train_split, img_size)
-        selection_set = _open(recipe, recipe.selection_split, img_size)
-        test_set = _open_test(recipe, selection_set, img_size)
+        train_set = _open(data, data.train_split, img_size)
+        selection_set = _open(data, data.selection_split, img_size)
+        test_set = _open_test(data, selection_set, img_size)
     for dataset in (selection_set, test_set):
         if dataset is not None and dataset.classes != train_set.classes:
             raise ValueError(
@@ -86,23 +88,23 @@ def open_images(recipe: Recipe, processes: Processes) -> ImageJob:
             )
     with processes.main_first():  # may download weights
         model = build_model(recipe, len(train_set.classes))
-    shared = {**model_preprocessing(model), "img_size": img_size, "library": recipe.transforms}
-    train_transform = build_transform(recipe.augmentation, train=True, **shared)
+    shared = {**model_preprocessing(model), "img_size": img_size, "library": task.transforms}
+    train_transform = build_transform(task.augmentation, train=True, **shared)
     eval_transform = build_transform("none", train=False, **shared)
 
     def batches(dataset: ImageDataset, train: bool) -> ImageBatches:
         loader = create_loader(
             dataset,
             train_transform if train else eval_transform,
-            batch_size=recipe.batch_size,
+            batch_size=recipe.optimisation.batch_size,
             shuffle=train,
             drop_last=False,
-            num_workers=recipe.num_workers,
-            seed=derive_seed(recipe.seed, "data"),
+            num_workers=data.num_workers,
+            seed=derive_seed(recipe.run.seed, "data"),
             rank=processes.rank,
             world_size=processes.world_size,
-            cache=recipe.cache,
-            on_corrupt=recipe.on_corrupt,
+            cache=data.cache,
+            on_corrupt=data.on_corrupt,
             pin_memory=processes.device.type == "cuda",
         )
         return ImageBatches(loader)
@@ -114,63 +116,67 @@ def open_images(recipe: Recipe, processes: Processes) -> ImageJob:
         train=batches(train_set, train=True),
         selection=selection,
         final=selection if test_set is None or test_set is selection_set else batches(test_set, train=False),
-        usual_count=recipe.batch_size,
+        usual_count=recipe.optimisation.batch_size,
         outputs={"classes": classes},
         saved_with_adapter={"classes": classes, "preprocessing": eval_transform.config},
         classes=classes,
-        mix=BatchMixer(recipe.mixup, recipe.cutmix, len(classes)),
-        label_smoothing=recipe.label_smoothing,
-        counts_all=recipe.on_corrupt == "error",
+        mix=BatchMixer(task.mixup, task.cutmix, len(classes)),
+        label_smoothing=task.label_smoothing,
+        counts_all=data.on_corrupt == "error",
     )
 
 
 def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
     """The backbone with its weights, and the adapter of the recipe in it."""
-    options = dict(recipe.model_kwargs)
-    if recipe.img_size is not None:
-        options["img_size"] = _image_size(recipe)
+    backbone, method = recipe.backbone, recipe.method
+    options = dict(backbone.model_kwargs)
+    if backbone.img_size is not None:
+        options["img_size"] = _image_size(backbone)
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
-    torch.manual_seed(derive_seed(recipe.seed, "model"))
-    options |= {"num_classes": num_classes, "drop_path_rate": recipe.drop_path}
+    torch.manual_seed(derive_seed(recipe.run.seed, "model"))
+    options |= {"num_classes": num_classes, "drop_path_rate": backbone.drop_path}
     model = create_listed_model(
-        recipe.model, options, pretrained=recipe.pretrained and recipe.checkpoint is None, what="model_kwargs"
+        backbone.model,
+        options,
+        pretrained=backbone.pretrained and backbone.checkpoint is None,
+        what="model_kwargs",
     )
-    if recipe.checkpoint is not None:
-        load_checkpoint(model, recipe.checkpoint)
-    torch.manual_seed(derive_seed(recipe.seed, "adapter"))
-    vimtune.inject(model, recipe.peft, targets=recipe.targets, layers=recipe.layers, **recipe.method_kwargs)
-    model.set_grad_checkpointing(recipe.grad_checkpointing)
+    if backbone.checkpoint is not None:
+        load_checkpoint(model, backbone.checkpoint)
+    torch.manual_seed(derive_seed(recipe.run.seed, "adapter"))
+    vimtune.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
+    model.set_grad_checkpointing(recipe.optimisation.grad_checkpointing)
     return model
 
 
-def _image_size(recipe: Recipe) -> tuple[int, int]:
+def _image_size(backbone: BackboneSettings) -> tuple[int, int]:
     """Height and width of the images: those of the recipe, or the model's own."""
-    if isinstance(recipe.img_size, int):
-        return recipe.img_size, recipe.img_size
-    if isinstance(recipe.img_size, Sequence):
-        return recipe.img_size[0], recipe.img_size[1]
-    config = timm.get_pretrained_cfg(recipe.model)
+    if isinstance(backbone.img_size, int):
+        return backbone.img_size, backbone.img_size
+    if isinstance(backbone.img_size, Sequence):
+        return backbone.img_size[0], backbone.img_size[1]
+    config = timm.get_pretrained_cfg(backbone.model)
     assert config is not None, "every model of the catalogue has a pretrained_cfg"
     return config.input_size[1], config.input_size[2]
 
 
-def _open(recipe: Recipe, split: str, img_size: tuple[int, int]) -> ImageDataset:
+def _open(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:
     return create_dataset(
-        recipe.dataset,
+        data.dataset,
         split,
-        recipe.data_dir,
-        seed=recipe.data_seed,
+        data.data_dir,
+        seed=data.data_seed,
         img_size=img_size,
-        download=recipe.download,
-        **recipe.dataset_kwargs,
+        download=data.download,
+        **data.dataset_kwargs,
     )
 
 
-def _open_test(recipe: Recipe, selection: ImageDataset, img_size: tuple[int, int]) -> ImageDataset | None:
+def _open_test(data: DataSettings, selection: ImageDataset, img_size: tuple[int, int]) -> ImageDataset | None:
     """The test split: `selection` itself if it is that one, None where the data set has none."""
     if selection.split == "test":
         return selection
     try:
-        return _open(recipe, "test", img_size)
+        return _open(data, "test", img_size)
     except MissingSplitError:
         return None

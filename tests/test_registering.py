@@ -1,0 +1,39 @@
+"""What is refused when something is registered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vimtune.adapters import Method, get_method, register_method
+from vimtune.data import ImageDataset, register_dataset
+from vimtune.methods import option
+
+
+@pytest.mark.parametrize("summary", [None, "", " ", 3, "two\nlines"])
+def test_a_class_without_summary_is_refused_with_class_and_file(summary):
+    body = {} if summary is None else {"summary": summary}
+    for register, base in ((register_method, Method), (register_dataset, ImageDataset)):
+        with pytest.raises(ValueError, match=rf"'new'.*class New in .*{Path(__file__).name} needs summary"):
+            register("new")(type("New", (base,), body | {"__module__": __name__}))
+
+
+def test_an_inherited_summary_is_none_of_ones_own():
+    with pytest.raises(ValueError, match="needs summary"):
+        register_method("new")(type("New", (get_method("lora"),), {"__module__": __name__}))
+
+
+def test_a_field_without_help_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class New(Method):
+        summary = "new"
+        good: int = option(1, "help")
+        bad: int = 3
+
+        def build_rule(self, site):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"method 'new': field bad needs option\(default, help\)"):
+        register_method("new")(New)

@@ -1,0 +1,34 @@
+"""The recipe: everything that defines a training run, as one validated table.
+
+Each option of its components is at once a YAML key, a command-line flag and a line of the help text.
+Whatever the source of a value, it is parsed and checked by the option's own parser; all problems of a recipe
+are reported together. Nothing here imports torch, so `--help` and a misspelt flag answer at once.
+"""
+
+from vimtune.recipe.components import (
+    BackboneSettings,
+    DataSettings,
+    MethodSettings,
+    OptimisationSettings,
+    RunSettings,
+)
+from vimtune.recipe.files import complete_stored, load_recipe
+from vimtune.recipe.paths import RUN_FILES, path_problems
+from vimtune.recipe.recipe import COMPONENTS, TASK, Recipe, RecipeError, keys_of
+
+__all__ = [
+    "COMPONENTS",
+    "RUN_FILES",
+    "TASK",
+    "BackboneSettings",
+    "DataSettings",
+    "MethodSettings",
+    "OptimisationSettings",
+    "Recipe",
+    "RecipeError",
+    "RunSettings",
+    "complete_stored",
+    "keys_of",
+    "load_recipe",
+    "path_problems",
+]

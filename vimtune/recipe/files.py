@@ -1,0 +1,84 @@
+"""Recipes in files: what a run begins with, and whether the paths that it names can be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vimtune import parsers
+from vimtune.recipe.paths import path_problems
+from vimtune.recipe.recipe import Recipe, RecipeError
+from vimtune.strict_yaml import read_yaml
+from vimtune.text import quote
+
+
+def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of an earlier run, with the keys it lacks set to what vimtune did when it was stored."""
+    return {"data_seed": values.get("seed", 0), **values}  # one seed drew everything
+
+
+def load_recipe(
+    config: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe of a run: defaults, then the YAML file `config`, then `overrides` (flags).
+
+    With `resume` among the values, the recipe of that run comes before `config`, and its folder is
+    the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. With
+    `resume` = "auto" that run is the one in `output_dir`, if there is one. A relative path is relative
+    to the working directory, in a file, too. Paths are checked as well.
+
+    Raises:
+        RecipeError: the file, the values or the paths; it has every problem that was found.
+    """
+    values = {} if config is None else _read("config", config)
+    values |= overrides or {}
+    problems: list[str] = []
+    try:
+        resumed = _resumed(values)
+    except RecipeError as error:
+        problems += error.problems
+    else:
+        values = resumed | values
+    problems += path_problems(values)
+    try:
+        recipe = Recipe.from_values(values)
+    except RecipeError as error:
+        raise RecipeError([*error.problems, *problems]) from error
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _read(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The YAML file that the value `name` points at."""
+    try:
+        path = parsers.path(path)
+    except ValueError as error:
+        raise RecipeError([f"{name} = {quote(path)}: {error}"]) from error
+    try:
+        return read_yaml(path)
+    except ValueError as error:
+        raise RecipeError([str(error)]) from error
+
+
+def _resumed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run states that `resume` asks to continue: its recipe, and its folder as `output_dir`."""
+    try:
+        resume = parsers.optional(parsers.path)(values.get("resume"))
+        path = parsers.optional(parsers.path)(values.get("output_dir")) if resume == "auto" else resume
+    except ValueError:
+        return {}  # no path at all: the field's own parser says it
+    if path is None:
+        return {}
+    try:
+        folder = Path(path) if resume == "auto" or os.path.isdir(path) else Path(path).parent
+        if not (folder / "recipe.yaml").is_file():
+            if resume == "auto":
+                return {}  # nothing has begun there: the run starts
+            what = "is no run folder: it has no recipe.yaml" if os.path.lexists(path) else "does not exist"
+            raise RecipeError([f"resume = {quote(path)} {what}"])
+    except OSError as error:
+        raise RecipeError([f"resume = {quote(path)}: {error.strerror}"]) from error
+    return complete_stored(_read("resume", folder / "recipe.yaml")) | {"output_dir": str(folder)}

@@ -1,0 +1,149 @@
+"""The free part of a recipe: options that it hands on to the data set, the model and the method.
+
+They are compared with what these take, so that a misspelt, reserved or ill-typed option is reported together
+with all other problems of a recipe, before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vimtune.fields import Option, not_an_option, options_of
+from vimtune.methods import METHODS
+from vimtune.models.registry import check_model_options
+from vimtune.recipe.components import OPTIONS_OF_METHODS
+from vimtune.text import quote
+
+RESERVED = {
+    "dataset_kwargs": {
+        "name": "the key dataset",
+        "split": "the keys train_split and eval_split",
+        "data_dir": "the key data_dir",
+        "seed": "the key data_seed",
+        "img_size": "the key img_size",
+        "download": "the key download",
+    },
+    "model_kwargs": {
+        "model_name": "the key model",
+        "num_classes": "the data set",
+        "img_size": "the key img_size",
+        "drop_path_rate": "the key drop_path",
+        "pretrained": "the key pretrained",
+        "peft": "the key peft",
+        "peft_targets": "the key targets",
+        "peft_layers": "the key layers",
+        "peft_kwargs": "the key peft_kwargs",
+    },
+}
+"""Options that the recipe sets from elsewhere, and where."""
+
+
+def parse_handed_on(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Parse the options that a recipe hands on.
+
+    Args:
+        values: the parsed values of the recipe's keys, except for those that are wrong.
+
+    Returns:
+        (new values of the keys that hold the options, problems).
+    """
+    parsed: dict[str, Any] = {}
+    problems: list[str] = []
+    if "dataset_kwargs" in values:
+        problems += _reserved_problems("dataset_kwargs", values["dataset_kwargs"])
+    if "model_kwargs" in values:
+        problems += _reserved_problems("model_kwargs", values["model_kwargs"])
+        if "model" in values:
+            problems += _model_problems(values["model"], values["model_kwargs"])
+    if "peft" in values:
+        problems += _method_key_problems(values)
+        if "peft_kwargs" in values:
+            parsed["peft_kwargs"], more = _parse_method_options(values["peft"], values["peft_kwargs"])
+            problems += more
+    return parsed, problems
+
+
+def _reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:
+    """One line for each of `options`, given as `key`, that another key of the recipe sets."""
+    return [f"{key}: {name} is set by {owner}" for name, owner in RESERVED[key].items() if name in options]
+
+
+def _model_problems(model: str, given: Mapping[str, Any]) -> list[str]:
+    """Problems of `model_kwargs` besides names that another key sets."""
+    of_methods = _fields_of(METHODS)
+    problems = [
+        f"model_kwargs: {name} is an option of a method, not of the model: give it in peft_kwargs"
+        for name in given
+        if name in of_methods
+    ]
+    own = {
+        name: value
+        for name, value in given.items()
+        if name not in RESERVED["model_kwargs"] and name not in of_methods
+    }
+    if not own:
+        return problems
+    try:
+        check_model_options(model, own, "model_kwargs")
+    except ValueError as error:
+        problems.append(str(error))
+    if own.get("in_chans", 3) != 3:
+        problems.append(
+            f"model_kwargs: in_chans = {quote(own['in_chans'])}: images are read as RGB, which has 3 "
+            "channels, grey ones, too. Leave it out"
+        )
+    return problems
+
+
+def _fields_of(methods: Iterable[str]) -> dict[str, Option]:
+    """Options of all `methods` together."""
+    return {name: item for method in methods for name, item in options_of(METHODS.get(method)).items()}
+
+
+def _method_key_problems(values: Mapping[str, Any]) -> list[str]:
+    """Problems of the options of methods that are keys of their own."""
+    peft = values["peft"]
+    given = {name: values[name] for name in OPTIONS_OF_METHODS if values.get(name) is not None}
+    fields = _fields_of(peft.split("+"))
+    problems = [
+        not_an_option(name, value, peft, fields) for name, value in given.items() if name not in fields
+    ]
+    return problems + [
+        f"{name} is given twice: as {name} and in peft_kwargs"
+        for name in given
+        if name in values.get("peft_kwargs", {})
+    ]
+
+
+def _parse_method_options(peft: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Parse `peft_kwargs` by the types of the options of `peft`, a method or several joined by "+".
+
+    `{"lora": {...}}` holds options of one of several methods.
+    """
+    methods = peft.split("+")
+    shared = {name: value for name, value in given.items() if name not in methods}
+    parsed, problems = _parse_fields(peft, shared, _fields_of(methods))
+    for method in (name for name in methods if name in given):
+        own = given[method]
+        if isinstance(own, Mapping):
+            parsed[method], more = _parse_fields(method, own, _fields_of([method]))
+            problems += more
+        else:
+            problems.append(f"peft_kwargs: {method} = {quote(own)}: expected a mapping of its fields")
+    return parsed, problems
+
+
+def _parse_fields(
+    owner: str, given: Mapping[str, Any], fields: Mapping[str, Option]
+) -> tuple[dict[str, Any], list[str]]:
+    parsed, problems = {}, []
+    for name, value in given.items():
+        if name not in fields:
+            problems.append("peft_kwargs: " + not_an_option(name, value, owner, fields))
+            continue
+        try:
+            parsed[name] = fields[name].parse(value)
+        except ValueError as error:
+            problems.append(f"peft_kwargs: {name} = {quote(value)}: {error}")
+    return parsed, problems

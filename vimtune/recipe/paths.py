@@ -1,0 +1,65 @@
+"""Whether the folders and files that a recipe names can be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vimtune import parsers
+from vimtune.text import quote
+
+RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors", "checkpoint.safetensors")
+"""Files by which a folder is known to hold a run."""
+
+
+def path_problems(values: Mapping[str, Any]) -> list[str]:
+    """Problems with the folders and files a recipe names, found before any heavy work.
+
+    `data_dir` and `checkpoint` must exist; `output_dir` must be writable and, unless the run is
+    resumed, must not hold the results of another run. With several processes, call it before the
+    first of them writes.
+    """
+    checks = {"data_dir": _data_dir_problem, "checkpoint": _checkpoint_problem, "output_dir": _output_problem}
+    problems = []
+    for name, check in checks.items():
+        try:
+            path = parsers.optional(parsers.path)(values.get(name))
+            problem = None if path is None else check(Path(path), values)
+        except ValueError:
+            continue  # no path at all: the field's own parser says it
+        except OSError as error:  # a name too long, a folder that may not be searched
+            problem = f": {error.strerror}"
+        if problem is not None:
+            problems.append(f"{name} = {quote(path)}{problem}")
+    return problems
+
+
+def _data_dir_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    may_come = values.get("download", True) and not path.exists()
+    return None if path.is_dir() or may_come else " is not a folder"
+
+
+def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    return None if path.is_file() else " is not a file"
+
+
+def _output_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    existing = next(folder for folder in (path, *path.absolute().parents) if _is_there(folder))
+    if not existing.is_dir():
+        return f": {quote(str(existing))} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f": {quote(str(existing))} is not writable"
+    if values.get("resume") is None and any((path / name).exists() for name in RUN_FILES):
+        return f" holds another run: choose another folder, or continue that run with --resume {path}"
+    return None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, also a link that leads nowhere. Other failures are raised."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -1,0 +1,204 @@
+"""The recipe: everything that defines a training run, as one validated table."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vimtune import parsers
+from vimtune.fields import Option, Options, options_of, parse_fields
+from vimtune.recipe.components import (
+    BackboneSettings,
+    DataSettings,
+    MethodSettings,
+    OptimisationSettings,
+    RunSettings,
+)
+from vimtune.recipe.handed_on import parse_handed_on
+from vimtune.recipe.paths import path_problems
+from vimtune.recipe.rules import contradictions
+from vimtune.tasks import TASKS, Task
+from vimtune.text import printable, quote
+from vimtune.utils import atomic_write, suggest
+
+COMPONENTS: dict[str, type[Options]] = {
+    "data": DataSettings,
+    "backbone": BackboneSettings,
+    "method": MethodSettings,
+    "optimisation": OptimisationSettings,
+    "run": RunSettings,
+}
+"""The components that every recipe has beside its task: attribute of the recipe -> class."""
+
+TASK = Option(
+    "task",
+    "str",
+    "classification",
+    "what the model is trained for (see --list)",
+    parsers.known("task", TASKS),
+)
+"""The key that chooses the task of a recipe."""
+
+_OWN_FOLDERS = ("data_dir", "output_dir", "resume")
+"""Keys that name folders of the computer on which the run is."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; `problems` lists every reason, one line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = [printable(problem) for problem in problems]
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            message = f"{len(self.problems)} problems in the recipe:\n" + "\n".join(
+                f"  - {problem}" for problem in self.problems
+            )
+        super().__init__(message)
+
+
+def keys_of(task: str) -> dict[str, Option]:
+    """The keys of the recipes of a task: those of the task after those that every recipe has.
+
+    Raises:
+        ValueError: unknown task, or an option of the task has the name of another key.
+    """
+    keys = {TASK.name: TASK}
+    for component in COMPONENTS.values():
+        keys |= options_of(component)
+    own = options_of(TASKS.get(task))
+    for name in own:
+        if name in keys:
+            raise ValueError(f"task {quote(task)}: its option {name} is a key of every recipe: rename it")
+    return keys | own
+
+
+@dataclass(frozen=True, init=False)
+class Recipe:
+    """Everything that defines a run, as a composition of components.
+
+    A recipe is built from the options of all components side by side, Recipe(dataset="flowers", peft="lora",
+    lr=1e-3); what is not given has its default. Building one checks it.
+    """
+
+    data: DataSettings
+    backbone: BackboneSettings
+    method: MethodSettings
+    task: Task
+    optimisation: OptimisationSettings
+    run: RunSettings
+
+    def __init__(self, **values: Any) -> None:
+        """Build a recipe from values of its keys, as Python, YAML or a flag gives them.
+
+        Raises:
+            RecipeError: all that is wrong with the values.
+        """
+        self._build(values)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of a mapping, whose keys a user may have written.
+
+        Raises:
+            RecipeError: all that is wrong with the keys and values.
+        """
+        recipe = cls.__new__(cls)
+        recipe._build(values)
+        return recipe
+
+    def _build(self, values: Mapping[Any, Any]) -> None:
+        problems: list[str] = []
+        chosen = TASK.default
+        try:
+            chosen = TASK.parse(values.get(TASK.name, TASK.default))
+        except ValueError as error:
+            problems.append(f"{TASK.name} = {quote(values[TASK.name])}: {error}")
+        task = TASKS.get(chosen)
+        known = keys_of(chosen)
+        problems += [_unknown_key(key, values[key], chosen, known) for key in values if key not in known]
+        parsed: dict[str, Any] = {}
+        for component in (*COMPONENTS.values(), task):
+            right, wrong = parse_fields(component, values)
+            parsed |= right
+            problems += wrong.values()
+        handed_on, more = parse_handed_on(parsed)
+        parsed |= handed_on
+        problems += [*contradictions(parsed), *more]
+        if problems:
+            raise RecipeError(problems)
+        for attribute, component in {**COMPONENTS, "task": task}.items():
+            own = {name: parsed[name] for name in options_of(component)}
+            object.__setattr__(self, attribute, component(**own))
+
+    def __getattr__(self, name: str) -> Any:
+        # For the time in which rooms move to components: recipe.lr is recipe.optimisation.lr.
+        if not name.startswith("_") and name not in (*COMPONENTS, "task"):
+            for component in self._components():
+                if hasattr(component, name):
+                    return getattr(component, name)
+        raise AttributeError(f"a recipe has no attribute {name!r}")
+
+    def _components(self) -> Iterator[Options]:
+        yield from (self.data, self.backbone, self.method, self.task, self.optimisation, self.run)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """This recipe with other values of some keys.
+
+        Raises:
+            RecipeError: all that is wrong with the new recipe.
+        """
+        return self.from_values({**self.to_dict(), **changes})
+
+    def run_dir(self) -> Path:
+        """`output_dir`, or a new name under runs/ made of data set, model, method and the time."""
+        if self.run.output_dir is not None:
+            return Path(self.run.output_dir)
+        moment = time.strftime("%Y%m%d-%H%M%S")
+        return Path("runs") / f"{self.data.dataset}-{self.backbone.model}-{self.method.peft}-{moment}"
+
+    def check_paths(self) -> None:
+        """Check that the paths of the recipe can be used (see `path_problems`).
+
+        Raises:
+            RecipeError: naming those that cannot.
+        """
+        if problems := path_problems(self.to_dict()):
+            raise RecipeError(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The value of every key, plain; `Recipe.from_values(recipe.to_dict()) == recipe`."""
+        values: dict[str, Any] = {TASK.name: self.task.name}
+        for component in self._components():
+            values |= {name: copy.deepcopy(getattr(component, name)) for name in options_of(type(component))}
+        return values
+
+    def to_share(self) -> dict[str, Any]:
+        """`to_dict` for a file that is passed on: no folders of this computer, of the checkpoint its name."""
+        values = {name: value for name, value in self.to_dict().items() if name not in _OWN_FOLDERS}
+        checkpoint = self.backbone.checkpoint
+        return values if checkpoint is None else {**values, "checkpoint": Path(checkpoint).name}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as YAML, atomically."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        atomic_write(path, write)
+
+
+def _unknown_key(key: Any, value: Any, task: str, known: Mapping[str, Option]) -> str:
+    """What to say about a key that recipes of `task` do not have."""
+    owners = [name for name, other in TASKS.items() if key in options_of(other)]
+    if owners:
+        return f"{key} = {quote(value)} is an option of task {' and '.join(owners)}, and task is {task}"
+    return f"unknown key {quote(key)}.{suggest(key, known) if isinstance(key, str) else ''}"

@@ -1,0 +1,87 @@
+"""What values of a recipe demand of each other.
+
+A rule is a function whose parameters are keys of the recipe. It is asked only when all of them are right by
+themselves, so that one mistake is reported once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from vimtune.text import quote
+from vimtune.utils import suggest
+
+Rule = Callable[..., Iterable[str]]
+"""Gives one line for each problem that it finds."""
+
+
+def contradictions(values: Mapping[str, Any]) -> list[str]:
+    """The problems of all rules whose keys are among `values`, which are parsed."""
+    problems: list[str] = []
+    for rule in RULES:
+        keys = inspect.signature(rule).parameters
+        if all(key in values for key in keys):
+            problems += rule(**{key: values[key] for key in keys})
+    return problems
+
+
+def _evaluated_split(train_split: str, eval_split: str | None) -> Iterable[str]:
+    if train_split != "train" and eval_split == "val":
+        yield "eval_split = 'val' is trained on (train_split = 'train+val'): use test"
+
+
+def _folder(dataset: str, data_dir: str | None) -> Iterable[str]:
+    if dataset == "folder" and data_dir is None:
+        yield "dataset = 'folder' needs data_dir: the folder with one subfolder per class"
+
+
+def _automatic_resume(resume: str | None, output_dir: str | None) -> Iterable[str]:
+    if resume == "auto" and output_dir is None:
+        yield "resume = 'auto' needs output_dir: the folder to continue or start in"
+
+
+def _learning_rates(lr: float, min_lr: float) -> Iterable[str]:
+    if min_lr > lr:
+        yield f"min_lr = {min_lr:g} is larger than lr = {lr:g}"
+
+
+def _warm_up(epochs: int, warmup_epochs: float) -> Iterable[str]:
+    if warmup_epochs > epochs:
+        yield f"warmup_epochs = {warmup_epochs:g} is longer than the run (epochs = {epochs})"
+
+
+def _half_precision(amp: str, device: str) -> Iterable[str]:
+    if amp == "fp16" and device == "cpu":
+        yield "amp = 'fp16' needs a GPU: use bf16 or none on the CPU"
+
+
+def _targets_of_methods(peft: str, targets: Any) -> Iterable[str]:
+    return _unknown_methods("targets", targets, peft)
+
+
+def _layers_of_methods(peft: str, layers: Any) -> Iterable[str]:
+    return _unknown_methods("layers", layers, peft)
+
+
+def _unknown_methods(key: str, by_method: Any, peft: str) -> list[str]:
+    methods = peft.split("+")
+    return [
+        f"{key}: {quote(name)} is not one of the methods of {peft}.{suggest(name, methods)}"
+        for name in (by_method if isinstance(by_method, dict) else ())
+        if name not in methods
+    ]
+
+
+RULES: tuple[Rule, ...] = (
+    _evaluated_split,
+    _folder,
+    _automatic_resume,
+    _learning_rates,
+    _warm_up,
+    _half_precision,
+    _targets_of_methods,
+    _layers_of_methods,
+)
+"""All rules."""
