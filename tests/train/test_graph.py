@@ -77,10 +77,8 @@ def replaying(monkeypatch):
 
 def test_a_plain_run_on_a_gpu_is_replayed(tiny):
     assert refusals(tiny(device="cuda").optimisation, CUDA) == []
-    assert (
-        refusals(tiny(device="cuda", cuda_graph="on", amp="fp16", grad_accum=3, **MIXED).optimisation, CUDA)
-        == []
-    )
+    recipe = tiny(device="cuda", cuda_graph="on", amp="fp16", grad_accum=3, **MIXED)
+    assert refusals(recipe.optimisation, CUDA) == []
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_task
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_graph import ON_GPU, RepeatingRecorder, difference, run_once
 from test_resume import interrupt_at
 from tiny_runs import assert_same_weights, largest_difference, metrics, weights
 from toy_task import CHOICES, Bigrams, Likelihoods, Sequences, log_likelihoods
-from two_ranks import choose_toy_task, run_two
+from two_ranks import register_toy_task, run_two
 
 from vimtune.recipe import load_recipe
 from vimtune.train import Interrupted, ScoreReport, evaluate, train, trainer
@@ -25,15 +24,21 @@ from vimtune.train.report import print_report
 from vimtune.train.state import load_run_state
 
 CPU = torch.device("cpu")
-MIXED = {"mixup": 0.2, "drop_path": 0.2, "ema": 0.9, "grad_accum": 2, "batch_size": 5}
+MIXED = {"noise": 0.2, "drop_path": 0.2, "ema": 0.9, "grad_accum": 2, "batch_size": 5}
 """Whatever has a state or draws random numbers."""
 
 
 @pytest.fixture
-def toy(tiny, monkeypatch):
+def toy(tiny):
     """`toy("name", **changes)`: recipe of a run of the task `continuation`."""
-    toy_task.choose(monkeypatch.setattr)
-    settings = {"peft": "lora", "targets": ["mix"], "epochs": 2, "lr": 3e-2, "batch_size": 8}
+    settings = {
+        "task": "continuation",
+        "peft": "lora",
+        "targets": ["mix"],
+        "epochs": 2,
+        "lr": 3e-2,
+        "batch_size": 8,
+    }
     return lambda name="run", **changes: tiny(name, **{**settings, **changes})
 
 
@@ -117,7 +122,7 @@ def test_two_processes_give_the_result_of_one(toy):
     """The last batch has one example: the first process's share of it is empty."""
     one, two = toy("one", batch_size=12, ema=0.9), toy("two", batch_size=12, ema=0.9)
     report = train(one)
-    assert run_two(two, prepare=choose_toy_task) == ["", ""]
+    assert run_two(two, prepare=register_toy_task) == ["", ""]
     assert largest_difference(weights(one.output_dir), weights(two.output_dir)) < 1e-5
     stored = json.loads(Path(two.output_dir, "report.json").read_text())
     assert stored["scores"] == pytest.approx(report.scores) and stored["processes"] == 2

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 import vimtune
+from vimtune.fields import option
 from vimtune.recipe import Recipe
 from vimtune.tasks import (
     Batch,
@@ -25,7 +27,6 @@ from vimtune.tasks import (
     Tally,
     Task,
     Tensors,
-    base,
     register_task,
 )
 from vimtune.train.distributed import Processes
@@ -156,7 +157,7 @@ class Continuations(Job):
 
 
 @register_task("continuation")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Continuation(Task):
     """Which continuation follows?"""
 
@@ -169,6 +170,8 @@ class Continuation(Task):
         Score("acc_norm", "accuracy per token"),
         Score("nats", "nats", percent=False, higher_is_better=False),
     )
+
+    noise: Annotated[float, Ge(0), Lt(1)] = option(0.0, "share of the tokens that are made illegible")
 
     def open(self, recipe: Recipe, processes: Processes) -> Job:
         def loader(split: str, number: int, **options: Any) -> Sequences:
@@ -187,10 +190,5 @@ class Continuation(Task):
             final=selection,
             usual_count=recipe.optimisation.batch_size * LENGTH // 2,
         )
-        job.noise = recipe.mixup
+        job.noise = self.noise
         return job
-
-
-def choose(set_attribute: Any) -> None:
-    """Make this the task of all recipes."""
-    set_attribute(base, "DEFAULT_TASK", "continuation")

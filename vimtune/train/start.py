@@ -66,9 +66,8 @@ def find_start(recipe: Recipe, stack: ExitStack | None) -> Start:
         done = saved.progress.epoch
         finished = f"{printable(str(folder.path))} is finished after {done} epochs"
         if not automatic:
-            more = (
-                "raise --epochs to train longer" if done >= recipe.optimisation.epochs else "it stopped early"
-            )
+            whole = done >= recipe.optimisation.epochs
+            more = "raise --epochs to train longer" if whole else "it stopped early"
             raise ResumeError(f"{finished}: {more}")
         names = [name for name in recipe.to_dict() if name not in HARMLESS]
         if others := changed(saved.recipe, recipe, names):

@@ -104,7 +104,9 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     stack.callback(tracker.close)
     stop = stack.enter_context(StopRequest())
     replayed = not eager_because
-    stepper = _stepper(recipe, job, trained, schedule, processes, stop, tracker, autocast, replayed)
+    stepper = _stepper(
+        optimisation, recipe.run.seed, job, trained, schedule, processes, stop, tracker, autocast, replayed
+    )
     run = Run(
         recipe=recipe,
         task=task,
@@ -164,7 +166,8 @@ def _continue(recipe: Recipe, saved: RunState, facts: Facts, job: Job, trained: 
 
 
 def _stepper(
-    recipe: Recipe,
+    settings: OptimisationSettings,
+    seed: int,
     job: Job,
     trained: Trained,
     schedule: CosineSchedule,
@@ -179,19 +182,17 @@ def _stepper(
     gradients: Gradients = FreshGradients(parameters)
     graph = None
     if replayed:
-        gradients = StandingGradients(parameters, one_batch=recipe.optimisation.grad_accum == 1)
+        gradients = StandingGradients(parameters, one_batch=settings.grad_accum == 1)
         # The first step is over before: gradients still absent after it are those of dead tensors.
-        graph = BatchGraph(
-            CudaRecorder(processes.device), parameters, warmup=recipe.optimisation.grad_accum + 1
-        )
-    usual_count = job.usual_count * recipe.optimisation.grad_accum
+        graph = BatchGraph(CudaRecorder(processes.device), parameters, warmup=settings.grad_accum + 1)
+    usual_count = job.usual_count * settings.grad_accum
     passes = Passes(
         job,
         gradients,
         trained.scaler,
         autocast=autocast,
-        compiled=recipe.optimisation.compile,
-        seed=recipe.run.seed,
+        compiled=settings.compile,
+        seed=seed,
         rank=processes.rank,
         device=processes.device,
         divisor=usual_count,
@@ -201,14 +202,14 @@ def _stepper(
     return stepper_class(trained)(
         passes,
         trained,
-        WindowReader(processes.device, recipe.optimisation.grad_accum),
+        WindowReader(processes.device, settings.grad_accum),
         schedule,
         processes,
         stop,
         first_step=tracker.first_step,
         usual_count=usual_count,
-        clip_grad=recipe.optimisation.clip_grad,
-        amp=recipe.optimisation.amp,
+        clip_grad=settings.clip_grad,
+        amp=settings.amp,
         warn=tracker.warn,
     )
 
@@ -222,8 +223,8 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
     device, world_size = run.processes.device, run.processes.world_size
     tracker.message(
         f"{recipe.backbone.model}, {recipe.method.peft}: {trainable:,} of {total:,} parameters trained "
-        f"({100 * trainable / total:.2f} %); {device}, backend {resolved_backend(device)}, amp
-        {recipe.optimisation.amp}" + (f", {world_size} processes" if world_size > 1 else "")
+        f"({100 * trainable / total:.2f} %); {device}, backend {resolved_backend(device)}, "
+        f"amp {recipe.optimisation.amp}" + (f", {world_size} processes" if world_size > 1 else "")
     )
     if device.type == "cuda":
         reasons = "; ".join(eager_because)
