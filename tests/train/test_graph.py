@@ -253,7 +253,7 @@ def test_non_finite_replay_names_the_layer(tiny, replaying, monkeypatch):
         job = original(task, recipe, processes)
         mixer = job.model.layers[1].mixer
         forward = mixer.forward
-        mixer.forward = lambda x: forward(x) * (math.inf if recorders[0].num_replays >= 2 else 1.0)
+        mixer.forward = lambda *x: forward(*x) * (math.inf if recorders[0].num_replays >= 2 else 1.0)
         return job
 
     monkeypatch.setattr(Classification, "open", with_a_bad_layer)
