@@ -135,7 +135,7 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
     torch.manual_seed(derive_seed(recipe.run.seed, "model"))
     options |= {"num_classes": num_classes, "drop_path_rate": backbone.drop_path}
-    model = create_listed_model(
+    model: VisionMamba = create_listed_model(
         backbone.model,
         options,
         pretrained=backbone.pretrained and backbone.checkpoint is None,
