@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_checks import build_weights
 
+from vimtune.ops import DirectionWeights
 from vimtune.ops.nvrtc import mixer, scan
 
 
@@ -17,7 +18,8 @@ def build(batch, tokens, inner, rank, dtype):
 
     around = build_weights(inner, rank, 4, True, seed=tokens)
     weights = [
-        [*(pair[d] for pair in around.values()), 0.5 * normal(inner, 16), normal(inner)] for d in (0, 1)
+        DirectionWeights(*(pair[d] for pair in around.values()), 0.5 * normal(inner, 16), normal(inner))
+        for d in (0, 1)
     ]
     return normal(batch, tokens, 2 * inner).to(dtype), normal(batch, tokens, inner).to(dtype), weights
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 
 SOURCE = "blocks.cu"
@@ -17,13 +18,34 @@ ENOUGH = 400
 """CUDA blocks that keep the largest GPUs busy. More would leave more partial gradients to add up."""
 
 
+MAX_BLOCK = 8
+"""Columns of the largest blocks that the kernels take; their threads have such blocks in registers."""
+MAX_ROWS = 2_000_000
+"""Rows of the largest matrix that the kernels take."""
+
+
+def refusals(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> list[str]:
+    """Reasons why there are no kernels for such tensors."""
+    rows, size = weight.shape[-2], blocks.shape[-1]
+    reasons = [
+        f"{name} is {tensor.dtype}, the kernels have float32"
+        for name, tensor in (("weight", weight), ("row_scale", row_scale), ("blocks", blocks))
+        if tensor.dtype != torch.float32
+    ]
+    if size > MAX_BLOCK:
+        reasons.append(f"blocks of {size} columns are above {MAX_BLOCK}")
+    if rows > MAX_ROWS:
+        reasons.append(f"{rows} rows are above {MAX_ROWS}")
+    return reasons
+
+
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
     """s (W + W D) of `weight` (M, O, C), `row_scale` (M, O) and `blocks` (M, n, b, b), fp32 and not empty."""
     weight, row_scale, blocks = map(_readable, (weight, row_scale, blocks))
     matrices, rows, num_blocks, size = _sizes(weight, blocks)
     out = torch.empty_like(weight)
     ahead = _rows_ahead(size)
-    with torch.cuda.device_of(weight):
+    with device_of(weight):
         kernel = _kernel("scaled_block_product", size, ahead, False, False, weight.device)
         grid = (matrices * -(-num_blocks // BLOCKS), -(-rows // (ROWS_AT_ONCE * ahead)), 1)
         kernel(grid, THREADS, [weight, row_scale, blocks, out, rows, num_blocks])
@@ -41,7 +63,7 @@ def scaled_block_product_backward(
     tile_rows, row_tiles = row_tiling(rows, ROWS_AT_ONCE * ahead, matrices * columns)
     partial_scale = weight.new_empty((columns, *row_scale.shape) if need_scale else 0)
     partial_blocks = weight.new_empty((row_tiles, *blocks.shape) if need_blocks else 0)
-    with torch.cuda.device_of(weight):
+    with device_of(weight):
         name = "scaled_block_product_backward"
         kernel = _kernel(name, size, ahead, need_scale, need_blocks, weight.device)
         kernel(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width
 
@@ -20,9 +21,11 @@ add up, but also fewer warps on a multiprocessor."""
 MAX_WARPS = 6  # of a block
 
 
-def covers(rank: int, device: torch.device) -> bool:
-    """Whether the kernels exist for this rank on this device, and else all that `prepare` covers."""
-    return _most_warps(ROWS_TRAINED, columns(rank), device) > 0
+def refusals(rank: int, device: torch.device) -> list[str]:
+    """Reasons why there are no kernels for this dt rank on this device, whatever `prepare` takes."""
+    if _most_warps(ROWS_TRAINED, columns(rank), device) > 0:
+        return []
+    return [f"dt rank {rank} needs more shared memory than the device has"]
 
 
 def prepare_backward(
@@ -68,7 +71,7 @@ def prepare_backward(
     )
     project = (*common, ("BLOCKS", partial_BC.shape[1]))
     convolve = (*common, ("FILTER", width), ("ROWS", rows), ("TRAINED", int(need_weights)))
-    with torch.cuda.device_of(grad_u):
+    with device_of(grad_u):
         kernel = runtime.load_kernel(PROJECT, "project_gradients", project, grad_u.device.index)
         kernel(
             (-(-batch * tokens // (16 * warps)), 2, 1),

@@ -8,13 +8,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vimtune.ops.operation import constant_for_compiler
 
 SOURCES = Path(__file__).parent
 PRELUDE = ("intrinsics.cuh", "common.cuh")
@@ -28,17 +30,19 @@ class CompileError(RuntimeError):
     """NVRTC is missing, or does not compile for this device; the message says why."""
 
 
+@constant_for_compiler
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have; where there is no GPU, those of an A100."""
     if device.type != "cuda":
         return 160 * 1024
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack this field
-    return properties.shared_memory_per_block_optin
+    return int(properties.shared_memory_per_block_optin)
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Number of multiprocessors of a CUDA device."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)
 
 
 class Kernel:
@@ -73,7 +77,7 @@ def packed(arguments: Sequence[Tensor | int]) -> list[ctypes.c_void_p | ctypes.c
     ]
 
 
-def pointers(values: Sequence[ctypes.c_void_p | ctypes.c_int]) -> ctypes.Array:
+def pointers(values: Sequence[ctypes.c_void_p | ctypes.c_int]) -> ctypes.Array[ctypes.c_void_p]:
     """The array of addresses that a launch wants."""
     return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
 
@@ -121,7 +125,8 @@ def compile_source(source: str, constants: Sequence[tuple[str, int]], architectu
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(get_size, get, program: ctypes.c_void_p) -> bytes:
+def _read(get_size: Callable[..., Any], get: Callable[..., Any], program: ctypes.c_void_p) -> bytes:
+    """What NVRTC has of a program: machine code or messages, by its two functions for size and content."""
     size = ctypes.c_size_t()
     get_size(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 
 FORWARD = "scan.cu"
@@ -78,9 +79,16 @@ class ScanGradients(NamedTuple):
     bias: Tensor
 
 
-def covers(dtype: torch.dtype, inner: int, num_states: int) -> bool:
-    """Whether the kernels exist for activations of this dtype and these sizes."""
-    return dtype in (torch.bfloat16, torch.float16) and inner % 8 == 0 and num_states == NUM_STATES
+def refusals(dtype: torch.dtype, inner: int, num_states: int) -> list[str]:
+    """Reasons why there are no kernels for activations of this dtype and these sizes."""
+    reasons = []
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"activations are {dtype}, the kernels have bf16 and fp16")
+    if inner % 8 != 0:
+        reasons.append(f"inner width {inner} is no multiple of 8")
+    if num_states != NUM_STATES:
+        reasons.append(f"states are {num_states}, the kernels have {NUM_STATES}")
+    return reasons
 
 
 def num_segments(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> int:
@@ -182,7 +190,7 @@ def _launch(name: str, inputs: ScanInputs, arguments: Sequence[Tensor], trained:
     ]
     if trained is not None:
         constants.append(("TRAINED", int(trained)))
-    with torch.cuda.device_of(u):
+    with device_of(u):
         kernel = runtime.load_kernel(source, name, tuple(constants), u.device.index)
         grid = (-(-inner // CHANNELS), batch, segments)
         kernel(grid, THREADS, [*arguments, batch, tokens, -(-tokens // segments)])
