@@ -1,7 +1,7 @@
 """Each operation of each backend answers to the naive definition, forward and gradients, whatever the sizes.
 
-The device is a GPU where there is one. What runs in Triton elsewhere needs TRITON_INTERPRET=1 set before Python
-starts.
+The device is a GPU where there is one. What runs in Triton elsewhere needs TRITON_INTERPRET=1 set before
+Python starts.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class NarrowNorm(NormKernels):
         grad = (grad - unit * (grad * unit).mean(-1, keepdim=True)) * scale
         grad = grad if grad_total is None else grad + grad_total
         own = (grad_normed * unit).flatten(0, -2).sum(0) if need_weight else None
-        return grad, None if branch_dtype is None else grad.to(branch_dtype), own
+        return grad, None if branch_dtype is None else grad.to(branch_dtype, copy=True), own
 
 
 class OneOperation(Backend):

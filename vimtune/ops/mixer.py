@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import Kernels
 from vimtune.ops.convolution import causal_conv1d
-from vimtune.ops.dispatch import candidates, chosen_backend, find_backend, find_kernels
+from vimtune.ops.dispatch import find_backend, find_kernels
 from vimtune.ops.operation import (
     as_list,
     as_optional,
@@ -118,7 +118,8 @@ def bidirectional_scan(
             "reference" has.
     """
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        name = _backend_with_kernels(xz, forward, reverse, backend)
+        _check(xz, forward, reverse)
+        name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, forward, reverse))
         if name:
             save = _is_trained(xz, *forward, *reverse)
             result: Tensor = torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, name)[0]
@@ -149,12 +150,10 @@ def _one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: boo
     return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
 
 
-def _backend_with_kernels(
-    xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights, backend: str
-) -> str:
-    """Name of the backend that has kernels for these tensors, or an empty string."""
-    if not candidates(MixerKernels.operation, chosen_backend(backend), xz.device, backend != "auto"):
-        return ""
+def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> None:
+    """Raise ValueError for tensors that do not fit together."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return  # sizes are tensors there, and whatever was asked of them is not asked again
     if xz.dim() != 3 or xz.shape[-1] % 2:
         raise ValueError(f"xz must be (B, L, 2 E), got {tuple(xz.shape)}")
     inner, width = xz.shape[-1] // 2, forward.conv_weight.shape[1]
@@ -172,7 +171,6 @@ def _backend_with_kernels(
             A_log=(weights.A_log, (inner, states)),
             D=(weights.D, (inner,)),
         )
-    return find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, forward, reverse))
 
 
 def _is_trained(*tensors: Tensor | None) -> bool:

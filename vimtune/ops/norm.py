@@ -29,7 +29,7 @@ class NormInputs(NamedTuple):
 
 
 class NormKernels(Kernels[NormInputs]):
-    """Kernels of the sum with its norm. Results are contiguous; inputs are never empty."""
+    """Kernels of the sum with its norm. Results are contiguous and new tensors; inputs are never empty."""
 
     operation = "add_rms_norm"
 
