@@ -51,7 +51,7 @@ def columns(rank: int) -> int:
 
 
 def refusals(inner: int, width: int) -> list[str]:
-    """Reasons why there are no kernels for this inner width and filters of `width`."""
+    """Reasons why there are no kernels for this inner width, a multiple of 8, and filters of `width`."""
     reasons = []
     if padded_width(inner) > MAX_WIDTH:
         reasons.append(f"inner width {inner} is above {MAX_WIDTH}")

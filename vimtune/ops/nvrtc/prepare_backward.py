@@ -18,7 +18,10 @@ CONVOLVE = "prepare_backward.cu"
 ROWS_FROZEN, ROWS_TRAINED = 32, 64
 """Rows of a block. More rows mean that fewer are computed twice and fewer gradients of filters are left to
 add up, but also fewer warps on a multiprocessor."""
-MAX_WARPS = 6  # of a block
+MAX_WARPS = 6
+"""Most warps of a block."""
+CHANNELS, PADDING = 64, 8
+"""Channels of a warp, and numbers between rows in shared memory."""
 
 
 def refusals(rank: int, device: torch.device) -> list[str]:
@@ -58,8 +61,8 @@ def prepare_backward(
     tiles = -(-tokens // (rows - width + 1))
     tokens_of_tile = -(-tokens // tiles)
     tiles = -(-tokens // tokens_of_tile)
-    blocks = -(-padded // (64 * _most_warps(rows, num_columns, grad_u.device)))
-    warps = -(-padded // (64 * blocks))
+    blocks = -(-padded // (CHANNELS * _most_warps(rows, num_columns, grad_u.device)))
+    warps = -(-padded // (CHANNELS * blocks))
     grad_projections = grad_u.new_empty((2, batch, tokens, num_columns))
     shape = batch * tiles if need_weights else 0, 2, width + 1, padded
     partial_filters = torch.empty(shape, dtype=torch.float32, device=grad_u.device)
@@ -95,11 +98,10 @@ def prepare_backward(
 
 def _most_warps(rows: int, num_columns: int, device: torch.device) -> int:
     """How many warps a block can have; 0 if shared memory does not suffice for one."""
-    limit = runtime.shared_memory(device)
-    fitting = (warps for warps in range(MAX_WARPS, 0, -1) if _shared_bytes(rows, warps, num_columns) <= limit)
-    return next(fitting, 0)
+    numbers = runtime.shared_memory(device) // (4 * rows)  # that fit beside one row; see `_shared_bytes`
+    return max(0, min(MAX_WARPS, (numbers - num_columns - PADDING) // CHANNELS))
 
 
 def _shared_bytes(rows: int, warps: int, num_columns: int) -> int:
-    """Of both directions: 64 channels for each warp, and B | C | dt_r with padding."""
-    return 2 * rows * (warps * 64 + num_columns + 8) * 2
+    """Shared memory for both directions: the channels of each warp, and B | C | dt_r with padding."""
+    return 2 * rows * (warps * CHANNELS + num_columns + PADDING) * 2

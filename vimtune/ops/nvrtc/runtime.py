@@ -33,8 +33,12 @@ class CompileError(RuntimeError):
 @constant_for_compiler
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have; where there is no GPU, those of an A100."""
-    if device.type != "cuda":
-        return 160 * 1024
+    return 160 * 1024 if device.type != "cuda" else _shared_memory_of_gpu(device)
+
+
+@cache
+def _shared_memory_of_gpu(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have, remembered because it is asked at every call."""
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack this field
     return int(properties.shared_memory_per_block_optin)
 
