@@ -13,6 +13,7 @@ from vimtune.ops.cuda import CudaBackend
 from vimtune.ops.dispatch import (
     backend_names,
     backend_report,
+    has_kernels,
     register_backend,
     resolved_backend,
     set_backend,
@@ -44,6 +45,7 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "has_add_rms_norm",
+    "has_kernels",
     "register_backend",
     "resolved_backend",
     "scaled_block_product",

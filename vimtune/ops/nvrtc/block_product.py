@@ -12,10 +12,13 @@ from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 
 SOURCE = "blocks.cu"
-THREADS, BLOCKS = 128, 16  # blocks of columns that a CUDA block has; both as in blocks.cu
+"""File with the kernels."""
+THREADS, BLOCKS = 128, 16
+"""Threads of a CUDA block, and blocks of columns that it handles; both as in blocks.cu."""
 ROWS_AT_ONCE = THREADS // BLOCKS
+"""Rows that a CUDA block handles at once."""
 ENOUGH = 400
-"""CUDA blocks that keep the largest GPUs busy. More would leave more partial gradients to add up."""
+"""Number of CUDA blocks that keep the largest GPUs busy. More leave more partial gradients to add up."""
 
 
 MAX_BLOCK = 8
@@ -82,20 +85,21 @@ def scaled_block_product_backward(
 
 
 def row_tiling(rows: int, step: int, others: int) -> tuple[int, int]:
-    """Rows of a tile, a multiple of `step`, and the number of tiles, where `others` things have as many."""
+    """Rows of a tile, a multiple of `step`, and the number of tiles, if `others` parts are cut alike."""
     tile_rows = -(-rows // max(1, ENOUGH // others))
     tile_rows = -(-tile_rows // step) * step
     return tile_rows, -(-rows // tile_rows)
 
 
 def _rows_ahead(size: int) -> int:
-    """Rows that are on their way to a thread, as registers allow."""
+    """Number of rows that a thread loads ahead, as many as its registers allow."""
     return 8 if size <= 4 else 4
 
 
 def _kernel(
     name: str, size: int, ahead: int, want_scale: bool, want_blocks: bool, device: torch.device
 ) -> runtime.Kernel:
+    """A kernel of blocks.cu for blocks of `size` columns, with the gradients that it shall find."""
     constants = (
         ("SIZE", size),
         ("AHEAD", ahead),
@@ -106,6 +110,7 @@ def _kernel(
 
 
 def _sizes(weight: Tensor, blocks: Tensor) -> tuple[int, int, int, int]:
+    """M, O, n and b."""
     num_blocks, size, _ = blocks.shape[-3:]
     return weight.shape[:-2].numel(), weight.shape[-2], num_blocks, size
 

@@ -107,7 +107,7 @@ def backward(
 
 
 def _x(xz: Tensor) -> Tensor:
-    """The half that is convolved."""
+    """The half of `xz` (B, L, 2 E) that is convolved."""
     return xz[..., : xz.shape[-1] // 2]
 
 
@@ -120,7 +120,7 @@ class _Kept(NamedTuple):
 
 
 class _Shapes(NamedTuple):
-    """Those of `_Kept`."""
+    """Shapes of the parts of `_Kept`."""
 
     packed: tuple[int, ...]
     ends: tuple[int, ...]
@@ -128,6 +128,7 @@ class _Shapes(NamedTuple):
 
 
 def _shapes(xz: Tensor, weights: DirectionWeights, save: bool) -> _Shapes:
+    """Shapes of what is kept; `save` says whether a backward pass follows."""
     batch, tokens, twice = xz.shape
     return _Shapes(
         (prepare.packed_size(*_weight_sizes(weights)),),
@@ -142,6 +143,7 @@ def _sizes(parts: _Shapes, dtype: torch.dtype) -> list[int]:
 
 
 def _kept_in(buffer: Tensor, parts: _Shapes, dtype: torch.dtype) -> _Kept:
+    """The parts of the buffer."""
     packed, ends, mean = torch.split(buffer, _sizes(parts, dtype))
     return _Kept(packed, ends.view(parts.ends), mean.view(dtype).view(parts.mean))
 
@@ -155,6 +157,7 @@ def _weight_sizes(weights: DirectionWeights) -> tuple[int, int, int]:
 def _scan_inputs(
     u: Tensor, delta: Tensor, projections: Tensor, weights: Weights, xz: Tensor, kept: _Kept
 ) -> scan.ScanInputs:
+    """What the scan reads."""
     return scan.ScanInputs(
         u,
         delta,

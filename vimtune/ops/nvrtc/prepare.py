@@ -17,10 +17,13 @@ from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.scan import NUM_STATES
 
 SOURCE = "prepare.cu"
+"""File with the kernels."""
 ROWS = 16
-"""Tokens of a warp."""
+"""Number of tokens of a warp."""
 MAX_WIDTH = 2048
+"""Largest padded inner width that the kernels take."""
 MAX_FILTER = 8
+"""Widest filter that the kernels take."""
 
 
 class PackedWeights(NamedTuple):
@@ -42,6 +45,7 @@ class PackedWeights(NamedTuple):
 
 
 def padded_width(inner: int) -> int:
+    """W, the inner width rounded up to what a block handles at a time."""
     return -(-inner // 64) * 64
 
 
@@ -79,6 +83,7 @@ def packed_in(buffer: Tensor, inner: int, rank: int, width: int, dtype: torch.dt
 
 
 def _part_sizes(inner: int, num_columns: int, width: int) -> list[int]:
+    """How many fp32 numbers each part of packed weights takes, in the order of the buffer."""
     padded = padded_width(inner)
     low_rank = num_columns - 2 * NUM_STATES  # two numbers of a matrix take the place of one in fp32
     return [2 * width * padded, *[2 * padded] * 2, *[num_columns * padded] * 2, *[low_rank * padded] * 2]
@@ -154,6 +159,7 @@ def _kernel(
     project: bool,
     device: torch.device,
 ) -> runtime.Kernel:
+    """A kernel of prepare.cu for these sizes; with `project` it computes B | C | dt_r, else it reads them."""
     constants = (
         ("WIDTH", inner),
         ("COLUMNS", num_columns),

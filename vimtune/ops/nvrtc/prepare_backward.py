@@ -14,10 +14,12 @@ from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width
 
 PROJECT = "project_gradients.cu"
+"""File with the kernel of gradients of B | C | dt_r."""
 CONVOLVE = "prepare_backward.cu"
+"""File with the kernel that goes on from those to x, filters and biases."""
 ROWS_FROZEN, ROWS_TRAINED = 32, 64
-"""Rows of a block. More rows mean that fewer are computed twice and fewer gradients of filters are left to
-add up, but also fewer warps on a multiprocessor."""
+"""Rows of a block without and with gradients of weights. More rows mean that fewer are computed twice and fewer
+gradients of filters are left to add up, but also fewer warps on a multiprocessor."""
 MAX_WARPS = 6
 """Most warps of a block."""
 CHANNELS, PADDING = 64, 8

@@ -20,10 +20,11 @@ from vimtune.ops.operation import constant_for_compiler
 
 SOURCES = Path(__file__).parent
 PRELUDE = ("intrinsics.cuh", "common.cuh")
-"""What stands in front of every source."""
+"""Files that stand in front of every source."""
 
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_USUAL_SHARED = 48 * 1024  # what a kernel gets without asking
+_USUAL_SHARED = 48 * 1024
+"""Bytes of shared memory that a kernel gets without asking."""
 
 
 class CompileError(RuntimeError):
@@ -53,6 +54,7 @@ class Kernel:
     """A compiled kernel on one device."""
 
     def __init__(self, module: ctypes.c_void_p, name: str) -> None:
+        """Find the kernel `name` in a loaded module."""
         self._function = ctypes.c_void_p()
         self._shared = _USUAL_SHARED
         _call("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
@@ -98,6 +100,7 @@ def load_kernel(source: str, name: str, constants: tuple[tuple[str, int], ...], 
 
 @cache
 def _load_module(source: str, constants: tuple[tuple[str, int], ...], device_index: int) -> ctypes.c_void_p:
+    """Compile a source for a device and load it there, as a module of the driver."""
     major, minor = torch.cuda.get_device_capability(device_index)
     image = compile_source(source, constants, f"sm_{major}{minor}")
     module = ctypes.c_void_p()
@@ -140,6 +143,11 @@ def _read(get_size: Callable[..., Any], get: Callable[..., Any], program: ctypes
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
+    """The library NVRTC.
+
+    Raises:
+        CompileError: it cannot be loaded.
+    """
     failures = []
     for candidate in _nvrtc_candidates():
         try:
@@ -166,6 +174,11 @@ def _nvrtc_candidates() -> Iterator[str]:
 
 @cache
 def _driver() -> ctypes.CDLL:
+    """The CUDA driver.
+
+    Raises:
+        CompileError: it cannot be loaded.
+    """
     try:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
@@ -175,7 +188,8 @@ def _driver() -> ctypes.CDLL:
 def _call(function: str, *arguments: Any) -> None:
     """Call the driver, in the context of torch's current device.
 
-    torch makes it that of a thread by its own first call of CUDA, which on autograd's threads may come later.
+    torch gives a thread this context when it first calls CUDA there, which on autograd's threads may be later
+    than our call.
     """
     driver, context = _driver(), ctypes.c_void_p()
     _check(driver.cuCtxGetCurrent(ctypes.byref(context)))
@@ -186,6 +200,7 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 def _check(status: int) -> None:
+    """Raise RuntimeError with the driver's message for a status that is not success."""
     if status != 0:
         message = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(message))

@@ -15,18 +15,25 @@ from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 
 FORWARD = "scan.cu"
+"""File with the kernels of the forward pass."""
 BACKWARD = "scan_backward.cu"
+"""File with the kernels of the backward pass."""
 NUM_STATES = 16
-CHANNELS = 64  # of a block
+"""Number of states, the only one that the kernels have."""
+CHANNELS = 64
+"""Number of channels of a block."""
 THREADS = 64
-ENTRY = NUM_STATES + 4  # of `ends`
+"""Number of threads of a block."""
+ENTRY = NUM_STATES + 4
+"""How many numbers `ends` has of a channel."""
+SHORTEST_SEGMENT = 128
+"""Fewest tokens of a segment."""
 
-SHORTEST_SEGMENT = 128  # tokens
-
-# Time of a token, in microseconds on an H200, with up to 2, 4 or 6 blocks on a multiprocessor, which is up to
-# 1, 2 or 3 warps for each of its schedulers: of whole sequences and of segments, without and with a backward.
 WHOLE = (0.23, 0.35, 0.51), (0.99, 1.48, 2.11)
+"""Time that whole sequences take for a token, in microseconds on an H200: without and with a backward pass,
+with up to 2, 4 or 6 blocks on a multiprocessor, which is up to 1, 2 or 3 warps for each of its schedulers."""
 SEGMENTED = (0.43, 0.78, 1.22), (1.44, 2.40, 3.67)
+"""The same time for sequences that are cut into segments."""
 
 
 class ScanInputs(NamedTuple):
@@ -53,6 +60,7 @@ class ScanInputs(NamedTuple):
     mean: Tensor
 
     def gate(self) -> Tensor:
+        """z, the second half of `xz`."""
         return self.xz[..., self.u.shape[-1] :]
 
     def decays(self) -> list[Tensor]:
@@ -64,6 +72,7 @@ class ScanInputs(NamedTuple):
         return [*map(_parameter, self.D)]
 
     def segments(self) -> int:
+        """Number of segments into which sequences are cut."""
         return self.ends.shape[2] if self.ends.numel() > 0 else 1
 
 
@@ -92,7 +101,7 @@ def refusals(dtype: torch.dtype, inner: int, num_states: int) -> list[str]:
 
 
 def num_segments(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> int:
-    """Into how many segments sequences are cut, if a `backward` follows or not.
+    """Number of segments into which sequences are cut; `backward` says whether a backward pass follows.
 
     A segmented scan does about 1.6 times the work, which pays where images times channels leave the card
     idle. Of the numbers that just fill it once, twice or three times the one with the shortest time is taken.
@@ -117,8 +126,10 @@ def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backwa
 
 
 def _needs_mean(dtype: torch.dtype) -> bool:
-    """Whether the backward does: in bf16 it is the result divided by the gate, for which fp16 has too few
-    small numbers."""
+    """Whether the backward pass needs the mean of both directions before the gate.
+
+    In bf16 it computes that as the result divided by the gate, for which fp16 has too few small numbers.
+    """
     return dtype == torch.float16
 
 
@@ -197,4 +208,5 @@ def _launch(name: str, inputs: ScanInputs, arguments: Sequence[Tensor], trained:
 
 
 def _parameter(weight: Tensor) -> Tensor:
+    """A weight as the kernels take it: fp32 and contiguous."""
     return weight.float().contiguous()
