@@ -18,8 +18,8 @@ PROJECT = "project_gradients.cu"
 CONVOLVE = "prepare_backward.cu"
 """File with the kernel that goes on from those to x, filters and biases."""
 ROWS_FROZEN, ROWS_TRAINED = 32, 64
-"""Rows of a block without and with gradients of weights. More rows mean that fewer are computed twice and fewer
-gradients of filters are left to add up, but also fewer warps on a multiprocessor."""
+"""Rows of a block without and with gradients of weights. More rows mean that fewer are computed twice and
+fewer gradients of filters are left to add up, but also fewer warps on a multiprocessor."""
 MAX_WARPS = 6
 """Most warps of a block."""
 CHANNELS, PADDING = 64, 8

@@ -14,7 +14,7 @@ def add_norm_kernel(
     branch, residual, weight, total, normed, inverse, num_rows, width, eps,
     ROWS: tl.constexpr, BD: tl.constexpr, HAS_BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """`total` = residual + branch, `normed` = total `inverse` weight, `inverse` = 1 / rms (M,) of ROWS rows."""
+    """`total` = residual + branch, `inverse` = 1 / rms (M,), `normed` = total inverse weight, of ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BD)
     mask = (row < num_rows)[:, None] & (d < width)[None, :]
@@ -35,7 +35,7 @@ def add_norm_backward_kernel(
     ROWS: tl.constexpr, BD: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_BRANCH: tl.constexpr,
     NEED_WEIGHT: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the sum's parts for TILES tiles of ROWS rows, and `partial` (programs, D) of the weight's."""
+    """Gradients for TILES tiles of ROWS rows; of the weight's gradient a part, `partial` (programs, D)."""
     d = tl.arange(0, BD)
     w = tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
     sum_weight = tl.zeros([BD], tl.float32)
