@@ -85,7 +85,7 @@ def test_missing_compiler_falls_back_with_a_reason(cache, tmp_path, monkeypatch,
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     backends(CpuBackend())
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="vimtune.ops"):
         assert dispatch.resolved_backend("cpu") == "torch"
         assert dispatch.resolved_backend("cpu") == "torch"
     with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler"):

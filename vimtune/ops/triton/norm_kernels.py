@@ -14,7 +14,7 @@ def add_norm_kernel(
     branch, residual, weight, total, normed, inverse, num_rows, width, eps,
     ROWS: tl.constexpr, BD: tl.constexpr, HAS_BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """`total` = residual + branch, `inverse` = 1 / rms (M,), `normed` = total inverse weight, of ROWS rows."""
+    """`total` = residual + branch, `inverse` = 1 / rms (M,), `normed` = total inverse weight; ROWS rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BD)
     mask = (row < num_rows)[:, None] & (d < width)[None, :]
