@@ -162,8 +162,8 @@ def _refuse_tied(points: Points, target: Target) -> None:
     for path, first in points.tied.items():
         if target.selects(path):
             raise ValueError(
-                f"target {quote(target.text)}: {first} and {path} are one tensor: with a rule for one of them "
-                "they would come apart. Untie them (give each a copy) or choose other targets"
+                f"target {quote(target.text)}: {first} and {path} are one tensor: with a rule for one of "
+                "them they would come apart. Untie them (give each a copy) or choose other targets"
             )
 
 
