@@ -90,6 +90,7 @@ class Task(Options, ABC):
 
 
 AnyTask = TypeVar("AnyTask", bound=type[Task])
+"""Any class of tasks."""
 
 TASKS: Registry[type[Task]] = Registry("task")
 """All tasks by name."""

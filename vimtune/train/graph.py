@@ -66,6 +66,7 @@ class CudaRecorder:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work now, on the stream of the recorder; see `Recorder.run`."""
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
@@ -74,6 +75,7 @@ class CudaRecorder:
         return result
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """Record the work as a CUDA graph; see `Recorder.record`."""
         torch.cuda.empty_cache()  # what is reserved from here on, the graph keeps
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()

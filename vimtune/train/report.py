@@ -30,6 +30,7 @@ from vimtune.train.tracking import duration
 from vimtune.utils import atomic_write, processor_name
 
 FORMAT = "vimtune report 1"
+"""What a report calls its format."""
 TABLE_WIDTH = 60
 """A narrower terminal shows the final table as a list."""
 

@@ -46,6 +46,7 @@ from vimtune.train.identity import Facts, ResumeError
 from vimtune.utils import atomic_write
 
 FORMAT = "vimtune run state 2"
+"""What the metadata of a state call its format."""
 OPTIMIZER_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's tensors for each parameter."""
 
