@@ -52,5 +52,5 @@ def test_a_lower_score_may_be_better_and_a_task_may_have_none():
 def test_a_task_needs_a_line_for_tables_and_a_name_of_its_own():
     with pytest.raises(ValueError, match="summary"):
         register_task("wordless")(type(scored()))
-    with pytest.raises(ValueError, match="unknown task 'clasification'.*Did you mean 'classification'"):
+    with pytest.raises(ValueError, match=r"unknown task 'clasification'.*Did you mean 'classification'"):
         TASKS.get("clasification")
