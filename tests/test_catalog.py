@@ -10,34 +10,18 @@ import pytest
 
 from vimtune import catalog
 from vimtune.adapters import Method, get_method, register_method
-from vimtune.data.base import ImageDataset, register_dataset
+from vimtune.data import ImageDataset, register_dataset
 from vimtune.methods import option
 
 
 @pytest.fixture
 def sources(monkeypatch, tmp_path) -> Path:
     """A copy of the files that the catalogue reads; the registries stay those of the package."""
-    for name in ("data", "models"):
-        shutil.copytree(
-            catalog._PACKAGE / name, tmp_path / name, ignore=lambda *_: ["weights", "__pycache__"]
-        )
+    shutil.copytree(
+        catalog._PACKAGE / "models", tmp_path / "models", ignore=lambda *_: ["weights", "__pycache__"]
+    )
     monkeypatch.setattr(catalog, "_PACKAGE", tmp_path)
     return tmp_path
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new), encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [("summary = ", "summary = PREFIX + "), ('register_dataset("flowers")', "register_dataset(NAME)")],
-)
-def test_data_sets_that_are_computed_are_taken_from_the_registry(sources, old, new):
-    replace(sources / "data" / "flowers.py", old, new)
-    assert catalog._datasets() == catalog.DATASETS
 
 
 def test_a_model_without_description_is_named_with_its_file(sources):

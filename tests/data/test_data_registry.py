@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -12,14 +14,17 @@ from PIL import Image
 
 from vimtune import catalog
 from vimtune.data import (
+    DATASETS,
     SPLITS,
     DatasetError,
     FileDataset,
     ImageDataset,
     MissingSplitError,
-    base,
+    build_transform,
     create_dataset,
+    create_loader,
     dataset_class,
+    dataset_option_problems,
     dataset_options,
     dataset_summary,
     list_datasets,
@@ -51,7 +56,7 @@ def test_its_options_have_defaults_that_fit_their_annotations(name: str) -> None
         assert parameters[option].kind is inspect.Parameter.KEYWORD_ONLY
         assert default is not inspect.Parameter.empty, f"{option} has no default"
         assert option in types, f"{option} has no annotation"
-    assert base._check_options(cls, dataset_options(name)) == dataset_options(name)
+    assert dataset_option_problems(name, dataset_options(name)) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,6 +141,36 @@ def test_unknown_names_get_a_suggestion() -> None:
         create_dataset("synthetic_flowers", "train", speces=3)
 
 
+def test_importing_and_listing_the_data_sets_needs_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys\nfrom vimtune.data import list_datasets, dataset_options\n"
+        "[dataset_options(name) for name in list_datasets()]\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_that_need_torch_are_found_when_asked_for() -> None:
+    import vimtune.data as room
+
+    assert set(room.__all__) <= set(dir(room))
+    assert all(getattr(room, name) is not None for name in room.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'create_loder'"):
+        room.create_loder  # noqa: B018
+
+
+def test_all_problems_with_options_are_told_together() -> None:
+    problems = dataset_option_problems(
+        "synthetic_flowers", {"speces": 3, "species": "x", "species_offset": 4}
+    )
+    assert [problem.count("\n") for problem in problems] == [0, 0]
+    assert "no option 'speces'" in problems[0] and "species='x'" in problems[1]
+    with pytest.raises(DatasetError, match=r"no option 'speces'.*; .*species='x'"):
+        create_dataset("synthetic_flowers", "train", speces=3, species="x")
+    with pytest.raises(DatasetError, match="unknown data set 'flower'"):
+        dataset_option_problems("flower", {})
+
+
 def test_options_are_those_of_the_class() -> None:
     assert dataset_options("synthetic_flowers")["species"] == 16
     assert dataset_options("flowers") == {}
@@ -172,9 +207,44 @@ class Dots(ImageDataset):
 
 @pytest.fixture
 def dots(monkeypatch) -> str:
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(DATASETS, "_things", dict(DATASETS._things))
     register_dataset("dots")(Dots)
     return "dots"
+
+
+def without_default(self, split, data_dir, *, seed, img_size, download, count: int): ...
+def without_type(self, split, data_dir, *, seed, img_size, download, count=3): ...
+def positional(self, split, data_dir, count: int = 3, *, seed, img_size, download): ...
+def collecting(self, split, data_dir, *, seed, img_size, download, **options: Any): ...
+
+
+@pytest.mark.parametrize("init", [without_default, without_type, positional, collecting])
+def test_options_that_cannot_be_checked_are_refused_at_registration(init: Any) -> None:
+    body = {"summary": "grey squares", "__init__": init, "__module__": __name__}
+    with pytest.raises(ValueError, match=r"'new': option (count|options) must be keyword-only"):
+        register_dataset("new")(type("New", (ImageDataset,), body))
+    assert "new" not in DATASETS
+
+
+def test_the_name_of_another_data_set_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"there is a data set 'flowers' already .*choose another name"):
+        register_dataset("flowers")(Dots)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_new_data_set_is_listed_and_loaded(dots: str, num_workers: int) -> None:
+    assert list_datasets()[dots] == dataset_summary(dots) == "grey squares"
+    loader = create_loader(
+        create_dataset(dots, "train"),
+        build_transform("none", (8, 8)),
+        batch_size=4,
+        shuffle=False,
+        drop_last=False,
+        num_workers=num_workers,
+        seed=0,
+    )
+    assert [labels.tolist() for _, labels in loader] == [[0, 1, 0, 1]]
+    loader.close()
 
 
 def test_a_new_data_set_has_its_options_checked(dots: str) -> None:
@@ -206,6 +276,6 @@ def test_labels_beyond_the_classes_are_refused(dots: str, monkeypatch) -> None:
             super().__init__(*args, **options)
             self.targets[-1] = 2
 
-    monkeypatch.setitem(base._REGISTRY, "dots", Wrong)
+    monkeypatch.setitem(DATASETS._things, "dots", Wrong)
     with pytest.raises(DatasetError, match="labels 0 to 2 do not fit 2 classes"):
         create_dataset(dots, "train")

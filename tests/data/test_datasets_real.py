@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 
 from vimtune.data import DatasetError, create_dataset
-from vimtune.data.caltech import SPLIT_SEED, draw_split, format_split, load_split, select_numbers
+from vimtune.data.caltech_split import SPLIT_SEED, draw_split, format_split, load_split, select_numbers
 
 FOLDERS = {"flowers": "flowers", "caltech": "caltech101", "cars": "stanford_cars"}
 SIZES = {

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from vimtune.data import DatasetError, ImageReadError, MissingSplitError, create_dataset
-from vimtune.data.base import stratified_split
 from vimtune.data.layout import split_of
+from vimtune.data.splitting import stratified_split
 
 
 def fill(folder: Path, count: int, suffix: str = ".png") -> None:

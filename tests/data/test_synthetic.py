@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vimtune.data import DatasetError, create_dataset
-from vimtune.data.flora import CENTRES, GENUS_SIZE, make_species, species_name
-from vimtune.data.synthetic import render_flower
+from vimtune.data.synthetic.scene import render_flower
+from vimtune.data.synthetic.species import CENTRES, GENUS_SIZE, make_species, species_name
 
 
 def pixels(*key, size=(32, 32)) -> np.ndarray:

@@ -1,16 +1,22 @@
 """Data sets, transforms and loaders.
 
 A new data set is one file beside these with a class under `@register_dataset("name")`, and its name in the
-import below.
+import below. Data sets do without torch, so that they can be listed and their options checked at once; the
+transforms and loaders, which need it, are imported on first use.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vimtune.data import caltech, cars, flowers, folder, synthetic  # noqa: F401  (each registers itself)
-from vimtune.data.base import (
-    SPLITS,
-    FileDataset,
-    ImageDataset,
+from vimtune.data.base import SPLITS, FileDataset, ImageDataset
+from vimtune.data.datasets import (
+    DATASETS,
     create_dataset,
     dataset_class,
+    dataset_option_problems,
     dataset_options,
     dataset_summary,
     list_datasets,
@@ -25,16 +31,14 @@ from vimtune.data.errors import (
     WorkerError,
 )
 from vimtune.data.images import FoundImages, find_images, load_image
-from vimtune.data.loader import ImageLoader, create_loader
-from vimtune.data.transforms import (
-    Transform,
-    build_transform,
-    model_preprocessing,
-    read_transform,
-)
 from vimtune.preprocessing import LIBRARIES, PRESETS
 
+if TYPE_CHECKING:
+    from vimtune.data.loader import ImageLoader, create_loader
+    from vimtune.data.transforms import Transform, build_transform, model_preprocessing, read_transform
+
 __all__ = [
+    "DATASETS",
     "LIBRARIES",
     "PRESETS",
     "SPLITS",
@@ -53,6 +57,7 @@ __all__ = [
     "create_dataset",
     "create_loader",
     "dataset_class",
+    "dataset_option_problems",
     "dataset_options",
     "dataset_summary",
     "find_images",
@@ -62,3 +67,25 @@ __all__ = [
     "read_transform",
     "register_dataset",
 ]
+
+_NEED_TORCH = {
+    "ImageLoader": "loader",
+    "create_loader": "loader",
+    "Transform": "transforms",
+    "build_transform": "transforms",
+    "model_preprocessing": "transforms",
+    "read_transform": "transforms",
+}
+"""Names that are imported on first use, and the modules that define them."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for."""
+    if name not in _NEED_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """All public names, imported yet or not."""
+    return sorted({*globals(), *__all__})

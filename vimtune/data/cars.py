@@ -5,19 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Gt, Lt
 
-from vimtune.data.base import (
-    EMBEDDED_ALTERNATIVE,
-    FileDataset,
-    locate_root,
-    register_dataset,
-    stratified_split,
-)
+from vimtune.data.base import FileDataset
 from vimtune.data.checks import check_files_exist, plain_name, whole_numbers
+from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.mat import read_mat
+from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
+from vimtune.data.splitting import stratified_split
 
 _TEST_LABELS = "cars_test_annos_withlabels.mat"
 _HELP = (
@@ -83,6 +78,8 @@ def _test_table(root: Path) -> Path:
 
 def _read_rows(table: Path, num_classes: int) -> list[tuple[str, int]]:
     """File name and label (0-based) of every image."""
+    import numpy as np  # imported late: data sets are listed without numpy
+
     rows = _load(table, "annotations")
     if not all(isinstance(row, dict) and {"fname", "class"} <= row.keys() for row in rows):
         raise DatasetError(f"{table} is damaged (its annotations lack fname or class). {_HELP}")
@@ -97,6 +94,8 @@ def _read_rows(table: Path, num_classes: int) -> list[tuple[str, int]]:
 
 
 def _load(path: Path, key: str) -> list[Any]:
+    from vimtune.data.mat import read_mat  # imported late: data sets are listed without numpy
+
     try:
         values = read_mat(path, [key])[key]
     except DatasetError as error:

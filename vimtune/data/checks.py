@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from vimtune.data.errors import DatasetError
 from vimtune.text import printable, quote
 
 
 def whole_numbers(values: Any, low: int, high: int, what: str) -> list[int]:
     """`values` of a file as ints; a `DatasetError` that names `what` where they are not `low` to `high`."""
+    import numpy as np  # imported late: data sets are listed without numpy
+
     numbers = np.atleast_1d(np.asarray(values))
     if numbers.dtype.kind not in "uif" or numbers.ndim != 1 or not numbers.size:
         raise DatasetError(f"{what} are no list of numbers.")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from vimtune.data.base import EMBEDDED_ALTERNATIVE, FileDataset, locate_root, register_dataset
+from vimtune.data.base import FileDataset
 from vimtune.data.checks import check_files_exist, whole_numbers
-from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.mat import read_mat
+from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
 
 _URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 _MD5 = {
@@ -60,6 +60,8 @@ class Flowers(FileDataset):
 
 def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
     """Image numbers of a split (1-based) and the labels (1-based) of all images."""
+    from vimtune.data.mat import read_mat  # imported late: data sets are listed without numpy
+
     try:
         labels = read_mat(root / "imagelabels.mat", ["labels"])["labels"]
         labels = whole_numbers(labels, 1, NUM_CLASSES, "the labels of imagelabels.mat")
@@ -75,6 +77,8 @@ def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
 
 
 def _download(root: Path) -> None:
+    from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+
     try:
         with download_lock(root):
             for name in ("imagelabels.mat", "setid.mat"):

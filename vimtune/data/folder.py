@@ -7,9 +7,12 @@ from typing import Annotated
 
 from annotated_types import Ge, Lt
 
-from vimtune.data.base import EMBEDDED_ALTERNATIVE, FileDataset, register_dataset, stratified_split
+from vimtune.data.base import FileDataset
+from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError, MissingSplitError
 from vimtune.data.layout import LAYOUT, Layout, name_some, read_layout
+from vimtune.data.placement import EMBEDDED_ALTERNATIVE
+from vimtune.data.splitting import stratified_split
 from vimtune.text import printable
 
 Share = Annotated[float, Ge(0), Lt(1)]

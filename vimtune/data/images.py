@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from PIL import ExifTags, Image, features
 
 from vimtune.data.errors import CorruptImageError, ImageReadError
-from vimtune.data.pixels import to_rgb
 from vimtune.text import printable
 
 MAX_PIXELS = 178_956_970
@@ -105,6 +104,8 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         CorruptImageError: damaged, of no format in `FORMATS`, too large, or no regular file.
         ImageReadError: missing, or the system cannot read it.
     """
+    from vimtune.data.pixels import to_rgb  # imported late: data sets are listed without numpy
+
     name = os.fspath(path)
     try:
         image, orientation = _decode(name)

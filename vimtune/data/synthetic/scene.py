@@ -1,24 +1,17 @@
-"""`synthetic_flowers`: an embedded, deterministic field guide of flowers that do not exist.
+"""One photograph of a generated flower: background, company, the flower itself, what is in front, and light.
 
-Every image is a pure function of (seed, species, split, index, size); nothing is stored or downloaded. A
-flower is seen in changing pose, size, light and place, before foliage, grass, bokeh or soil, next to other
-flowers, sometimes half hidden. See `flora` for what tells species apart and `painter` for how they are drawn.
+A flower is seen in changing pose, size, light and place, before foliage, grass, bokeh or soil, next to other
+flowers, and sometimes half hidden.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from annotated_types import Ge, Le
 from PIL import Image
 
-from vimtune.data.base import ImageDataset, register_dataset
-from vimtune.data.errors import DatasetError
-from vimtune.data.flora import GENUS_SIZE, Species, make_species, species_name
-from vimtune.data.painter import (
+from vimtune.data.synthetic.painting import (
     RGB,
     TAU,
     Canvas,
@@ -32,12 +25,11 @@ from vimtune.data.painter import (
     scale_color,
     smooth_noise,
 )
+from vimtune.data.synthetic.species import GENUS_SIZE, Species, make_species
 
 _SPLIT_CODES = {"train": 0, "val": 1, "test": 2}
-_STRANGER = 1_000_000_000  # species seen only far behind the subject
-_MAX_SPECIES = 100_000
-_MAX_IMAGES = 10_000_000
-PerSpecies = Annotated[int, Ge(1), Le(_MAX_IMAGES)]
+_FIRST_STRANGER = 1_000_000_000
+"""Number of the first of the species that are seen only far behind a subject and are in no data set."""
 _GREENS: tuple[RGB, ...] = (
     (0.20, 0.42, 0.16),
     (0.33, 0.52, 0.20),
@@ -53,77 +45,6 @@ _SCENES: dict[str, tuple[RGB, RGB]] = {  # colours at the top and the bottom
     "sky": ((0.56, 0.74, 0.92), (0.70, 0.80, 0.78)),
     "dusk": ((0.36, 0.30, 0.46), (0.16, 0.20, 0.22)),
 }
-
-
-@register_dataset("synthetic_flowers")
-class SyntheticFlowers(ImageDataset):
-    """Generated flowers. Options:
-
-    - species: number of classes, 2 to 100,000.
-    - train_per_species, val_per_species, test_per_species: images per class.
-    - species_offset: first species; disjoint ranges give disjoint sets, e.g. for pretraining.
-    """
-
-    summary = "embedded generator of fine-grained flowers (no files; any number of species)"
-
-    def __init__(
-        self,
-        split: str,
-        data_dir: Path | None,
-        *,
-        seed: int,
-        img_size: tuple[int, int],
-        download: bool,
-        species: Annotated[int, Ge(2), Le(_MAX_SPECIES)] = 16,
-        train_per_species: PerSpecies = 64,
-        val_per_species: PerSpecies = 16,
-        test_per_species: PerSpecies = 32,
-        species_offset: Annotated[int, Ge(0), Le(_STRANGER - _MAX_SPECIES)] = 0,
-    ) -> None:
-        del data_dir, download
-        sizes = {"train": train_per_species, "val": val_per_species, "test": test_per_species}
-        num_images = species * sum(sizes[part] for part in split.split("+"))
-        if num_images > _MAX_IMAGES:
-            raise DatasetError(
-                f"{num_images:,} images in the {split!r} split are more than {_MAX_IMAGES:,}: "
-                f"lower species or the images per species."
-            )
-        if len(img_size) != 2 or min(img_size) < 8:
-            raise DatasetError(
-                f"img_size={tuple(img_size)} must be (height, width) of at least 8 pixels each."
-            )
-        self.split = split
-        self._seed = seed
-        self._img_size = (int(img_size[0]), int(img_size[1]))
-        self._species, self._offset = species, species_offset
-        self._counts = {part: sizes[part] for part in split.split("+")}
-        self.targets = [
-            label for count in self._counts.values() for label in range(species) for _ in range(count)
-        ]
-        self.classes = [species_name(seed, n) for n in range(species_offset, species_offset + species)]
-        self.source = (
-            f"generated flowers, {split} split, seed {seed}, species {species_offset} to "
-            f"{species_offset + species - 1}, {len(self.targets)} images of {species} classes"
-        )
-
-    def _locate(self, index: int) -> tuple[int, str, int]:
-        """Species, split and number of image `index`."""
-        for part, count in self._counts.items():
-            if index < self._species * count:
-                return self._offset + index // count, part, index % count
-            index -= self._species * count
-        raise IndexError("beyond the last image")
-
-    def load(self, index: int) -> Image.Image:
-        number, part, i = self._locate(index)
-        return render_flower(self._seed, number, part, i, self._img_size)
-
-    def describe(self, index: int) -> str:
-        number, part, i = self._locate(index)
-        return f"synthetic {part} {number}/{i}"
-
-    def fingerprint(self) -> str:
-        return f"seed {self._seed}, {self._img_size[0]}x{self._img_size[1]}: {super().fingerprint()}"
 
 
 def render_flower(seed: int, number: int, split: str, index: int, img_size: tuple[int, int]) -> Image.Image:
@@ -214,7 +135,7 @@ def _paint_company(
     """Smaller flowers behind, out of focus: of the same genus, so that colours mislead, or strangers."""
     for _ in range(rng.integers(0, 4)):
         cousin = species.number - species.number % GENUS_SIZE + int(rng.integers(GENUS_SIZE))
-        stranger = _STRANGER + int(rng.integers(400))
+        stranger = _FIRST_STRANGER + int(rng.integers(400))
         other = make_species(seed, cousin if rng.random() < 0.5 else stranger)
         side = 1 if rng.random() < 0.5 else -1
         pose = Pose(

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from vimtune.data.flora import RGB, Outline, Species
+from vimtune.data.synthetic.species import RGB, Outline, Species
 
 TAU = 2 * math.pi
 _TABLE = 512  # entries of tables along a petal

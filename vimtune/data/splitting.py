@@ -1,0 +1,37 @@
+"""Splits that are drawn at random, with the same share of every class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:
+    """Draw disjoint parts with the same class proportions; the remainder is the last part.
+
+    Each class gives `round(fraction * count)` images to every part (at least one where the class has
+    enough images for all parts), and always keeps one for the remainder. Classes are drawn
+    independently, so adding images to one class does not move the others.
+
+    Args:
+        targets: class of every image.
+        fractions: share of each drawn part, in (0, 1), sum below 1.
+        seed: the split is a pure function of `targets`, `fractions` and `seed`.
+
+    Returns:
+        `len(fractions) + 1` sorted lists of indices.
+    """
+    import numpy as np  # imported late: data sets are listed without numpy
+
+    parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
+    labels = np.asarray(targets)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        left = len(order)
+        for part, fraction in zip(parts, fractions, strict=False):
+            minimum = 1 if len(order) > len(fractions) and fraction > 0 else 0
+            take = min(max(round(fraction * len(order)), minimum), left - 1)
+            part.extend(order[len(order) - left : len(order) - left + take].tolist())
+            left -= take
+        parts[-1].extend(order[len(order) - left :].tolist())
+    return [sorted(part) for part in parts]
