@@ -19,7 +19,7 @@ from vimtune.recipe import Recipe, keys_of
 from vimtune.text import printable
 
 KEYS = keys_of("classification")
-HEAVY = ("torch", "timm", "albumentations", "matplotlib", "numpy", "pydantic", "vimtune.schema")
+HEAVY = ("torch", "timm", "albumentations", "matplotlib", "numpy", "pydantic")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import yaml
 from annotated_types import Ge
 from bad_input import TEXTS, VALUES, at_once
 
-from vimtune import text
+from vimtune import parsers, text
 from vimtune.fields import option, options_of
 from vimtune.methods import METHODS
 from vimtune.recipe import RUN_FILES, Recipe, RecipeError, keys_of, load_recipe
@@ -262,6 +262,8 @@ def test_all_problems_are_reported_together():
         ({"peft": "linear", "rank": 4}, "rank = 4 is not a field of linear"),
         ({"rank": 4, "peft_kwargs": {"rank": 4}}, "given twice"),
         ({"peft_kwargs": {"rnk": 4}}, "Did you mean 'rank'?"),
+        ({"dataset_kwargs": {"specis": 4}}, "has no option 'specis'"),
+        ({"dataset_kwargs": {"species": "many"}}, "species='many'"),
     ],
 )
 def test_contradictions(values, words):
@@ -632,8 +634,8 @@ def test_options_of_methods_are_parsed_like_every_other_value():
 
 
 def test_options_whose_values_hold_commas_and_braces():
-    assert build(dataset_kwargs="a=[1, 2],b={c: d}").dataset_kwargs == {"a": [1, 2], "b": {"c": "d"}}
-    assert build(dataset_kwargs="{a: x=y}").dataset_kwargs == {"a": "x=y"}
+    assert parsers.mapping("a=[1, 2],b={c: d}") == {"a": [1, 2], "b": {"c": "d"}}
+    assert parsers.mapping("{a: x=y}") == {"a": "x=y"}
 
 
 @pytest.mark.parametrize(

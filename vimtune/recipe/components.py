@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import catalog, parsers
+from vimtune.data.datasets import DATASETS
 from vimtune.fields import Options, option
 from vimtune.methods import METHODS
 
@@ -30,22 +31,17 @@ Share = Annotated[float, Ge(0), Lt(1)]
 
 
 def _method_spec(value: Any) -> str:
-    parse = parsers.known("method, or several joined by '+'", METHODS)
-    parts = [part.strip() for part in parsers.text(value).split("+")]
-    for part in parts:
-        parse(part)
-    if len(set(parts)) < len(parts):
+    names = [METHODS.parse(part.strip()) for part in parsers.text(value).split("+")]
+    if len(set(names)) < len(names):
         raise ValueError("expected every method once")
-    return "+".join(parts)
+    return "+".join(names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Options):
     """Which data are used, and how they are read."""
 
-    dataset: str = option(
-        "synthetic_flowers", "data set (see --list)", parse=parsers.known("data set", catalog.DATASETS)
-    )
+    dataset: str = option("synthetic_flowers", "data set (see --list)", parse=DATASETS.parse)
     data_dir: str | None = option(
         None, "folder of the data set's files", parse=parsers.optional(parsers.absolute_path)
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vimtune.data.datasets import dataset_option_problems
 from vimtune.fields import Option, not_an_option, options_of
 from vimtune.methods import METHODS
 from vimtune.recipe.components import OPTIONS_OF_METHODS
@@ -51,6 +52,13 @@ def parse_handed_on(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     problems: list[str] = []
     if "dataset_kwargs" in values:
         problems += _reserved_problems("dataset_kwargs", values["dataset_kwargs"])
+        if "dataset" in values:
+            own = {
+                name: value
+                for name, value in values["dataset_kwargs"].items()
+                if name not in RESERVED["dataset_kwargs"]
+            }
+            problems += dataset_option_problems(values["dataset"], own)
     if "model_kwargs" in values:
         problems += _reserved_problems("model_kwargs", values["model_kwargs"])
         problems += _model_problems(values["model_kwargs"])
