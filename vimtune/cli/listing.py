@@ -11,7 +11,6 @@ from vimtune.fields import options_of
 from vimtune.methods import METHODS
 from vimtune.tasks import TASKS
 
-
 Entry = tuple[str, Mapping[str, object]]
 """Summary of a thing, and its options with their defaults."""
 
