@@ -5,21 +5,27 @@ from __future__ import annotations
 import base64
 import inspect
 import json
-from dataclasses import fields
+import sys
+import types
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import timm
 import torch
 import yaml
+from annotated_types import Ge
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vimtune
 from vimtune import catalog, cli
-from vimtune.model_options import OPTIONS, ModelOptions, check_creation, check_model_options
-from vimtune.models import VisionMamba, create_listed_model
+from vimtune.models import MODELS, VisionMamba, create_listed_model, list_models, register_model
+from vimtune.models.options import OPTIONS, ModelOptions
+from vimtune.models.registry import check_creation, check_model_options
 from vimtune.recipe import Recipe, RecipeError
+from vimtune.schema import STRICT
 from vimtune.train.job import build_model
 
 PAYLOAD = "open('owned', 'w')\n"
@@ -222,7 +228,7 @@ def test_nonsense_is_refused_in_one_line_by_constructor_and_file(options):
         VisionMamba(**options)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     with pytest.raises(ValueError):
-        check_model_options(options)
+        check_model_options("test_vim", options)
 
 
 def test_unknown_backend_is_refused_when_the_model_is_created():
@@ -247,3 +253,78 @@ def test_what_a_file_says_about_the_model_has_one_form(creation):
     with pytest.raises(ValueError, match=r"a\.safetensors"):
         check_creation(creation, "a.safetensors")
     assert check_creation({}, "a.safetensors") == {}
+
+
+# --- models of other packages
+
+
+@pytest.fixture
+def someones_model(monkeypatch):
+    """A plain convolutional model of a user's own package, known to timm and to vimtune."""
+    monkeypatch.setattr(MODELS, "_things", dict(MODELS._things))
+    name = "someones_net"
+
+    class Net(torch.nn.Module):
+        def __init__(self, num_classes=10, in_chans=3, width=8, img_size=32):
+            super().__init__()
+            self.num_classes = num_classes
+            self.stem = torch.nn.Conv2d(in_chans, width, 3, 2, 1)
+            self.mix = torch.nn.Linear(width, width)
+            self.fc = torch.nn.Linear(width, num_classes)
+
+        def get_classifier(self):
+            return self.fc
+
+        def forward(self, x):
+            return self.fc(torch.nn.functional.gelu(self.mix(self.stem(x).mean((2, 3)))))
+
+    module = types.ModuleType("someones_package")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    cfg = {"num_classes": 10, "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    module.default_cfgs = timm.models.generate_default_cfgs({name: {**cfg, "classifier": "fc"}})
+
+    def someones_net(pretrained=False, **options):
+        return timm.models.build_model_with_cfg(Net, name, pretrained, **options)
+
+    someones_net.__module__ = module.__name__
+    timm.models.register_model(someones_net)
+
+    @dataclass(frozen=True, kw_only=True)
+    class NetOptions:
+        __pydantic_config__ = STRICT
+        num_classes: int = 10
+        width: Annotated[int, Ge(1)] = 8
+        img_size: int = 32
+
+    register_model(name, summary="a small net", options=NetOptions)
+    return name
+
+
+def test_a_registered_model_of_ones_own_is_created_adapted_and_found_again(someones_model, tmp_path):
+    torch.manual_seed(0)
+    model = create_listed_model(someones_model, {"num_classes": 4, "width": 16})
+    assert model.creation == {"name": someones_model, "kwargs": {"num_classes": 4, "width": 16}}
+    with pytest.raises(ValueError, match=r"unknown model option 'widht'. Did you mean 'width'"):
+        create_listed_model(someones_model, {"widht": 4})
+    with pytest.raises(ValueError, match="width: Input should be greater than or equal to 1"):
+        create_listed_model(someones_model, {"width": 0})
+    vimtune.inject(model, "lora", targets="mix", rank=2)
+    vimtune.save_adapter(model, tmp_path / "a.safetensors")
+    info = vimtune.read_adapter_info(tmp_path / "a.safetensors")
+    torch.manual_seed(0)
+    other = create_listed_model(info.model["name"], info.model["kwargs"])
+    vimtune.load_adapter(other, tmp_path / "a.safetensors")
+    assert someones_model in list_models()
+
+
+@pytest.mark.parametrize(
+    ("summary", "options", "message"),
+    [
+        ("", object, "expected one line"),
+        ("x", object, "expected a dataclass"),
+        ("two\nlines", int, "one line"),
+    ],
+)
+def test_what_is_no_model_to_register(summary, options, message):
+    with pytest.raises(ValueError, match=message):
+        register_model("nobodys_net", summary=summary, options=options)

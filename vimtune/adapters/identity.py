@@ -30,7 +30,7 @@ from vimtune.adapters.manage import demand_adapter
 from vimtune.adapters.rule import Tuned
 from vimtune.adapters.slots import base_parameters, iter_weight_slots
 from vimtune.adapters.wrappers import unwrap
-from vimtune.model_options import ARCHITECTURE
+from vimtune.models.options import ARCHITECTURE
 from vimtune.text import quote
 
 _SOURCES = "_vimtune_sources"

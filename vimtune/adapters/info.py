@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le, Len
 
 from vimtune.methods import list_methods, method_names, resolve_options, split_options
-from vimtune.model_options import check_creation
+from vimtune.models.registry import check_creation
 from vimtune.preprocessing import Preprocessing
 from vimtune.schema import STRICT, Name, check, dump_json, parse_json
 from vimtune.text import quote

@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
-from vimtune.model_options import MAX_PATCHES, ModelOptions, check_model_options
+from vimtune.models.options import MAX_PATCHES, ModelOptions
+from vimtune.models.registry import VIM_MODELS, check_model_options
 from vimtune.schema import parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote
@@ -296,10 +297,11 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
 
 def _stated_grid(metadata: Mapping[str, str]) -> tuple[int, int] | None:
     """Patches in a column and in a row of the images, if a file of ours says which model it is for."""
-    if "options" not in metadata:
+    ours = [entry.name for entry in VIM_MODELS]
+    name = metadata.get("model", ours[0])
+    if "options" not in metadata or name not in ours:
         return None
-    options = check_model_options(parse_json(metadata["options"], "options"), "the set of model options")
-    return ModelOptions(**options).grid
+    return ModelOptions(**check_model_options(name, parse_json(metadata["options"], "options"))).grid
 
 
 def unusable(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import timm
 
-from vimtune.model_options import check_model_name, check_model_options
-from vimtune.models.vim import VisionMamba
+from vimtune.models.registry import check_model_name, check_model_options
 
 
 def create_listed_model(
@@ -17,15 +16,19 @@ def create_listed_model(
     pretrained: bool = False,
     what: str = "the model",
     error: type[ValueError] = ValueError,
-) -> VisionMamba:
-    """Create one of this package's models from values that nobody has checked.
+) -> Any:
+    """Create a model of the table from values that nobody has checked.
 
     Args:
-        name: one of `catalog.MODELS`; no address of a hub or a folder, no model of another package.
-        options: arguments of `VisionMamba` as `vimtune.model_options` lists them.
-        pretrained: load the weights published for this model, from the address that the package knows.
+        name: one of `vimtune.models.MODELS`; no address of a hub or a folder, nothing else that timm knows.
+        options: options of this model, as its schema lists them.
+        pretrained: load the weights published for this model, from the address that its package knows.
         what: the file that names the model, for messages.
         error: the class of the error for a wrong name or option.
+
+    Returns:
+        The model, an `nn.Module` with timm's interface (`register_model` says what is needed of it). Its
+        `creation` says by which name and options it can be created again.
 
     Raises:
         ValueError: another name, something that is no option, a value out of range, or sizes that do
@@ -33,5 +36,8 @@ def create_listed_model(
         CheckpointError: there are no published weights, or they cannot be had.
     """
     name = check_model_name(name, what, error)
-    checked = check_model_options(options, f"{what}: the set of model options", error)
-    return cast(VisionMamba, timm.create_model(name, pretrained=pretrained, **checked))
+    checked = check_model_options(name, options, f"{what}: the set of model options", error)
+    model: Any = timm.create_model(name, pretrained=pretrained, **checked)
+    if not hasattr(model, "creation"):  # models of this package state all their options, resolved
+        model.creation = {"name": name, "kwargs": checked}
+    return model

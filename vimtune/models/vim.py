@@ -41,9 +41,10 @@ from vimtune.adapters import (
     shared_effective_weights,
 )
 from vimtune.adapters.slots import WeightSlot
-from vimtune.model_options import OPTIONS, ModelOptions
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
+from vimtune.models.options import OPTIONS, ModelOptions
+from vimtune.models.registry import VIM_MODELS, ModelEntry
 from vimtune.ops import (
     add_rms_norm,
     backend_names,
@@ -292,7 +293,7 @@ class VisionMamba(nn.Module):
             dtype: of the parameters; torch's default if None.
 
         Raises:
-            ValueError: a value of another type or out of range (`vimtune.model_options` has the ranges),
+            ValueError: a value of another type or out of range (`vimtune.models.options` has the ranges),
                 sizes that do not fit together, or an unknown backend.
         """
         given = locals()
@@ -612,7 +613,8 @@ def _check_options(options: dict[str, Any]) -> None:
                 f"{name!r} is an option of a method, not of the model: give it as "
                 f"peft_kwargs={{{name!r}: {quote(options[name])}}}, beside peft"
             )
-        raise ValueError(f"unknown model option {name!r}.{suggest(name, known | _PEFT_OPTIONS)}")
+        offered = known | _PEFT_OPTIONS | {"pretrained", "checkpoint_path"}  # timm takes these itself
+        raise ValueError(f"unknown model option {name!r}.{suggest(name, offered)}")
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -666,58 +668,17 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-TINY = {"embed_dim": 192, "depth": 24}
-SMALL = {"embed_dim": 384, "depth": 24}
-BASE = {"embed_dim": 768, "depth": 24}
-PATCH8_64 = {"img_size": 64, "patch_size": 8}
+
+def _entry_point(variant: ModelEntry) -> Callable[..., nn.Module]:
+    """The function by which timm creates a model of the table."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_vim(variant.name, pretrained, **{**variant.sizes, **kwargs})
+
+    create.__name__ = create.__qualname__ = variant.name
+    create.__doc__ = f"{variant.summary}."
+    return create
 
 
-@register_model
-def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-Ti, 7 M parameters, 196 patches."""
-    return _create_vim("vim_tiny_patch16_224", pretrained, **{**TINY, **kwargs})
-
-
-@register_model
-def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-Ti+, overlapping patches of stride 8, 729 patches."""
-    return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **{**TINY, "stride": 8, **kwargs})
-
-
-@register_model
-def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-S, 26 M parameters, 196 patches."""
-    return _create_vim("vim_small_patch16_224", pretrained, **{**SMALL, **kwargs})
-
-
-@register_model
-def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-S+, overlapping patches of stride 8, 729 patches."""
-    return _create_vim("vim_small_patch16_stride8_224", pretrained, **{**SMALL, "stride": 8, **kwargs})
-
-
-@register_model
-def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-B, 98 M parameters, 196 patches."""
-    return _create_vim("vim_base_patch16_224", pretrained, **{**BASE, **kwargs})
-
-
-@register_model
-def vim_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-Ti for images of 64 pixels, 7 M parameters, 64 patches."""
-    return _create_vim("vim_tiny_patch8_64", pretrained, **{**TINY, **PATCH8_64, **kwargs})
-
-
-@register_model
-def vim_nano_patch8_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Vim-nano for images of 64 pixels, 1 M parameters: trains on a CPU."""
-    return _create_vim(
-        "vim_nano_patch8_64", pretrained, **{"embed_dim": 96, "depth": 12, **PATCH8_64, **kwargs}
-    )
-
-
-@register_model
-def test_vim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """For tests: 20 thousand parameters, images of 32 pixels."""
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3}
-    return _create_vim("test_vim", pretrained, **{**sizes, **kwargs})
+for _variant in VIM_MODELS:
+    globals()[_variant.name] = register_model(_entry_point(_variant))

@@ -12,6 +12,7 @@ from typing import Any
 from vimtune.data.datasets import dataset_option_problems
 from vimtune.fields import Option, not_an_option, options_of
 from vimtune.methods import METHODS
+from vimtune.models.registry import check_model_options
 from vimtune.recipe.components import OPTIONS_OF_METHODS
 from vimtune.text import quote
 
@@ -61,7 +62,8 @@ def parse_handed_on(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
             problems += dataset_option_problems(values["dataset"], own)
     if "model_kwargs" in values:
         problems += _reserved_problems("model_kwargs", values["model_kwargs"])
-        problems += _model_problems(values["model_kwargs"])
+        if "model" in values:
+            problems += _model_problems(values["model"], values["model_kwargs"])
     if "peft" in values:
         problems += _method_key_problems(values)
         if "peft_kwargs" in values:
@@ -75,7 +77,7 @@ def _reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {name} is set by {owner}" for name, owner in RESERVED[key].items() if name in options]
 
 
-def _model_problems(given: Mapping[str, Any]) -> list[str]:
+def _model_problems(model: str, given: Mapping[str, Any]) -> list[str]:
     """Problems of `model_kwargs` besides names that another key sets."""
     of_methods = _fields_of(METHODS)
     problems = [
@@ -90,10 +92,8 @@ def _model_problems(given: Mapping[str, Any]) -> list[str]:
     }
     if not own:
         return problems
-    from vimtune.model_options import check_model_options  # late: `--help` does not wait for the schema
-
     try:
-        check_model_options(own, "model_kwargs")
+        check_model_options(model, own, "model_kwargs")
     except ValueError as error:
         problems.append(str(error))
     if own.get("in_chans", 3) != 3:

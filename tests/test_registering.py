@@ -1,36 +1,15 @@
-"""The catalogue read off the source files, and what it does with sources that it cannot read."""
+"""What is refused when something is registered."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from vimtune import catalog
 from vimtune.adapters import Method, get_method, register_method
 from vimtune.data import ImageDataset, register_dataset
 from vimtune.methods import option
-
-
-@pytest.fixture
-def sources(monkeypatch, tmp_path) -> Path:
-    """A copy of the files that the catalogue reads; the registries stay those of the package."""
-    shutil.copytree(
-        catalog._PACKAGE / "models", tmp_path / "models", ignore=lambda *_: ["weights", "__pycache__"]
-    )
-    monkeypatch.setattr(catalog, "_PACKAGE", tmp_path)
-    return tmp_path
-
-
-def test_a_model_without_description_is_named_with_its_file(sources):
-    path = sources / "models" / "vim.py"
-    path.write_text(
-        path.read_text(encoding="utf-8") + "\n@register_model\ndef vim_new(pretrained):\n    ...\n"
-    )
-    with pytest.raises(ValueError, match=r"model vim_new in .*vim\.py needs a docstring"):
-        catalog._models()
 
 
 @pytest.mark.parametrize("summary", [None, "", " ", 3, "two\nlines"])

@@ -1,23 +1,18 @@
 """The options of a Vision Mamba model: one schema for its constructor, for recipes and for files.
 
-A file or a recipe may come from anybody, and what it says about a model becomes arguments of a
-function. So the options that it may give are listed here, each with its type and its range, and
-everything else is refused: options of timm's factory (`pretrained_cfg`, `cache_dir`, ...) say what to
-download and where to write it. Nothing here imports torch.
+Each option has its type and its range, and everything else is refused: options of timm's factory
+(`pretrained_cfg`, `cache_dir`, ...) say what to download and where to write it. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le, Lt
 
-from vimtune.schema import STRICT, check
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.schema import STRICT
 
 MAX_PARAMETERS = 2**32
 """Most parameters that a model may have: 16 GiB in fp32, some forty times Vim-base."""
@@ -104,57 +99,3 @@ ARCHITECTURE = (
     "patch_size", "stride", "in_chans", "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank",
 )  # fmt: skip
 """Names of the options that decide which weights there are and how they are used; `img_size` does not."""
-
-
-def check_model_options(
-    options: Any, what: str = "the set of model options", error: type[ValueError] = ValueError
-) -> dict[str, Any]:
-    """Options that a file or a recipe gives, each compared with the schema; none is added.
-
-    Raises:
-        ValueError: (or the subclass `error`) something that is no option, or a value out of range.
-    """
-    if not isinstance(options, Mapping):
-        raise error(f"{what}: expected a mapping of options, found {quote(options)}")
-    for name in options:
-        if name not in OPTIONS:
-            raise error(
-                f"{what}: unknown model option {quote(name)}.{suggest(str(name), OPTIONS)} "
-                f"Known: {', '.join(OPTIONS)}"
-            )
-    if not options:  # as in most recipes: the schema need not be built, which takes a while
-        return {}
-    checked = check(ModelOptions, dict(options), what, error)
-    return {name: getattr(checked, name) for name in options}
-
-
-def check_model_name(name: Any, what: str = "the model", error: type[ValueError] = ValueError) -> str:
-    """`name` if it is one of this package's models, and so no address to load something from.
-
-    Raises:
-        ValueError: (or the subclass `error`) it is not.
-    """
-    from vimtune import catalog  # reads the package's sources, which takes longer than all of this
-
-    if not isinstance(name, str) or name not in catalog.MODELS:
-        raise error(
-            f"{what}: expected a known model, found {quote(name)}.{suggest(str(name), catalog.MODELS)} "
-            f"Known: {', '.join(catalog.MODELS)}"
-        )
-    return name
-
-
-def check_creation(creation: Any, what: str, error: type[ValueError] = ValueError) -> dict[str, Any]:
-    """What a file says about the creation of a model: {"name": ..., "kwargs": ...}, or {} for nothing.
-
-    Raises:
-        ValueError: (or the subclass `error`) anything else, another package's model, or a wrong option.
-    """
-    if creation == {}:
-        return {}
-    if not isinstance(creation, Mapping) or set(creation) != {"name", "kwargs"}:
-        raise error(f"{what}: expected the name and the kwargs of a model, found {quote(creation)}")
-    return {
-        "name": check_model_name(creation["name"], what, error),
-        "kwargs": check_model_options(creation["kwargs"], f"{what}: the set of model options", error),
-    }
