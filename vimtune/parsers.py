@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
@@ -143,17 +143,6 @@ def choice(*options: str) -> Parser:
         if not isinstance(value, str) or value not in options:
             hint = suggest(value, options) if isinstance(value, str) else ""
             raise ValueError(f"expected one of {', '.join(options)}.{hint}")
-        return value
-
-    return parse
-
-
-def known(kind: str, table: Iterable[str]) -> Parser:
-    def parse(value: Any) -> str:
-        names = list(table)
-        if not isinstance(value, str) or value not in names:
-            hint = suggest(value, names) if isinstance(value, str) else ""
-            raise ValueError(f"expected a known {kind}: {', '.join(names)}.{hint}")
         return value
 
     return parse

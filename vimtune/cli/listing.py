@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from vimtune import catalog
 from vimtune.data.datasets import dataset_options, list_datasets
 from vimtune.fields import options_of
 from vimtune.methods import METHODS
+from vimtune.models.registry import list_models
 from vimtune.tasks import TASKS
 
 Entry = tuple[str, Mapping[str, object]]
@@ -18,7 +18,7 @@ Entry = tuple[str, Mapping[str, object]]
 def listing(width: int) -> str:
     """Models, methods, data sets and tasks with their options, as text of `width` columns."""
     tables: dict[str, Mapping[str, Entry]] = {
-        "Models (--model)": {name: (summary, {}) for name, summary in catalog.MODELS.items()},
+        "Models (--model)": {name: (summary, {}) for name, summary in list_models().items()},
         "Methods (--peft)": {name: (method.summary, _defaults(method)) for name, method in METHODS.items()},
         "Data sets (--dataset)": {
             name: (summary, dataset_options(name)) for name, summary in list_datasets().items()

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from vimtune import catalog, parsers
+from vimtune import parsers
 from vimtune.data.datasets import DATASETS
 from vimtune.fields import Options, option
 from vimtune.methods import METHODS
+from vimtune.models.registry import MODELS
 
 Whole = Annotated[int, Ge(0)]
 """A whole number from 0."""
@@ -66,9 +67,7 @@ class DataSettings(Options):
 class BackboneSettings(Options):
     """The model that is adapted, and the weights from which it starts."""
 
-    model: str = option(
-        "vim_nano_patch8_64", "model (see --list)", parse=parsers.known("model", catalog.MODELS)
-    )
+    model: str = option("vim_nano_patch8_64", "model (see --list)", parse=MODELS.parse)
     pretrained: bool = option(True, "start from the model's published weights")
     checkpoint: str | None = option(
         None, "start from this .pth/.safetensors file instead", parse=parsers.optional(parsers.absolute_path)
