@@ -96,10 +96,14 @@ class MethodSettings(Options):
         "tuned blocks, such as 0-11 or 0,5,10 (default: all)",
         parse=parsers.optional(parsers.per_method(parsers.layers)),
     )
-    rank: Positive | None = option(None, "rank of low-rank updates")
-    alpha: PositiveAmount | None = option(None, "scale of low-rank updates: alpha / rank")
-    dropout: Share | None = option(None, "dropout on the adapter's input")
-    block_size: Positive | None = option(None, "size of the diagonal blocks of prodial")
+    rank: Positive | dict[str, Positive] | None = option(
+        None, "rank of low-rank updates; by target: in_proj=8,x_proj[B]=4"
+    )
+    alpha: PositiveAmount | dict[str, PositiveAmount] | None = option(
+        None, "scale of low-rank updates: alpha / rank"
+    )
+    dropout: Share | dict[str, Share] | None = option(None, "dropout on the adapter's input")
+    block_size: Positive | dict[str, Positive] | None = option(None, "size of the diagonal blocks of prodial")
     peft_kwargs: dict[str, Any] = option({}, "further fields of the method, such as variant=paper")
 
     @property
