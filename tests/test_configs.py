@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 import vimtune
-from vimtune import catalog
 from vimtune.adapters import adapter_parameters, check_gradients
+from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.strict_yaml import read_yaml
 from vimtune.train.job import build_model
@@ -118,7 +118,7 @@ def distinct() -> dict[str, Recipe]:
             weight_decay=recipe.weight_decay,
             **method | fields,
         )
-    for method in catalog.METHODS.keys() - {recipe.peft for recipe in recipes.values()}:
+    for method in set(METHODS) - {recipe.peft for recipe in recipes.values()}:
         recipes[method] = Recipe(model="test_vim", pretrained=False, peft=method)
     return recipes
 

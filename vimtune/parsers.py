@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
@@ -148,17 +148,6 @@ def choice(*options: str) -> Parser:
     return parse
 
 
-def known(kind: str, table: Iterable[str]) -> Parser:
-    def parse(value: Any) -> str:
-        names = list(table)
-        if not isinstance(value, str) or value not in names:
-            hint = suggest(value, names) if isinstance(value, str) else ""
-            raise ValueError(f"expected a known {kind}: {', '.join(names)}.{hint}")
-        return value
-
-    return parse
-
-
 def mapping(value: Any) -> dict[str, Any]:
     """Options by name, whose values are plain: text, numbers, true, false, nothing, lists and mappings."""
     if isinstance(value, str) and re.match(r"\s*\{", value):
@@ -176,17 +165,20 @@ def _bounded(value: Any) -> Any:
     return value
 
 
-def _pairs(flag: str) -> dict[str, str]:
-    """The pairs of 'a=1,b=x'. A comma begins a new pair only where a name and '=' follow: 'a=1,2' is one."""
+def _pairs(flag: str, name: str = r"[^,=]*") -> dict[str, str]:
+    """The pairs of 'a=1,b=x'. A comma begins a new pair only where a name and '=' follow: 'a=1,2' is one.
+
+    `name` is the regular expression of what may be a name.
+    """
     pairs: dict[str, str] = {}
-    for part in re.split(r",(?=[^,=]*=)", flag):
-        name, equals, text = part.partition("=")
-        name = name.strip()
-        if not name or not equals:
+    for part in re.split(rf",(?={name}=)", flag):
+        key, equals, text = part.partition("=")
+        key = key.strip()
+        if not key or not equals:
             raise ValueError("expected name=value,name=value")
-        if name in pairs:
-            raise ValueError(f"{quote(name)} is given twice")
-        pairs[name] = text.strip()
+        if key in pairs:
+            raise ValueError(f"{quote(key)} is given twice")
+        pairs[key] = text.strip()
     return pairs
 
 
@@ -244,18 +236,47 @@ def image_size(value: Any) -> int | list[int]:
 def per_method(parse: Parser) -> Parser:
     """Takes what `parse` takes, or a mapping from methods of a composition to that.
 
-    As a flag, the mapping is `lora=both,ft=A_log,D`: a name and '=' begin the part of a method.
+    As a flag, the mapping is `lora=both,ft=A_log,D`: a name and '=' begin the part of a method. In
+    `re:(?=x)a`, '=' does not follow a name, so that this is no mapping.
     """
+    name = r"\s*[\w.-]+\s*"
 
     def parse_each(value: Any) -> Any:
         value = _unbracket(value)
-        if isinstance(value, str) and "=" in value:
-            value = _pairs(value)
+        if isinstance(value, str) and re.match(rf"{name}=", value):
+            value = _pairs(value, name)
         if not isinstance(value, Mapping):
             return _bounded(parse(value))
         if not value or not all(isinstance(method, str) and method for method in value):
             raise ValueError("expected a mapping from methods, such as {lora: both, ft: [A_log, D]}")
         return _bounded({method: parse(own) for method, own in value.items()})
+
+    return parse_each
+
+
+def per_target(parse: Parser) -> Parser:
+    """Takes what `parse` takes, or a mapping from targets to that.
+
+    As a flag, the mapping is `in_proj=8,x_proj[B]=4`. A target with ',' or '=' in it, as regular expressions
+    may have them, is put in quotes in a mapping of YAML: `{"re:a,b": 8}`.
+    """
+
+    def parse_each(value: Any) -> Any:
+        if isinstance(value, str) and re.match(r"\s*\{", value):
+            value = _unbracket(value.strip())
+        elif isinstance(value, str) and "=" in value:
+            value = _pairs(value)
+        if not isinstance(value, Mapping):
+            return parse(value)
+        if not value or not all(isinstance(target, str) and target for target in value):
+            raise ValueError("expected a mapping from targets, such as in_proj=8,x_proj[B]=4")
+        parsed = {}
+        for target, own in value.items():
+            try:
+                parsed[target] = parse(own)
+            except ValueError as error:
+                raise ValueError(f"{error} for target {quote(target)}, not {quote(own)}") from None
+        return _bounded(parsed)
 
     return parse_each
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -41,4 +40,4 @@ def test_a_state_of_before_data_seed_belongs_to_the_data_of_its_seed(tiny, tmp_p
     assert saved.recipe.data_seed == 5
     assert not any("data_seed" in note for note in compare(saved.recipe, facts, recipe, facts, True))
     with pytest.raises(ResumeError, match="data_seed was 5 and is now 0"):
-        compare(saved.recipe, facts, replace(recipe, data_seed=0), facts, True)
+        compare(saved.recipe, facts, recipe.replace(data_seed=0), facts, True)

@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def launch(tmp_path):
 def test_two_processes_give_the_result_of_one(tiny, launch):
     # The last batch of each epoch has one image: the first process's share of it is empty.
     one = tiny("one", epochs=2, grad_accum=2, ema=0.9)
-    two = replace(one, output_dir=str(Path(one.output_dir).parent / "two"))
+    two = one.replace(output_dir=str(Path(one.output_dir).parent / "two"))
     result = launch(two)
     assert result.returncode == 0, result.stderr
     report = train(one)
@@ -138,7 +137,7 @@ def test_images_that_one_process_cannot_read_end_both(tiny, sabotage, step):
 def test_two_gpus_with_replayed_batches_give_the_result_of_one(tiny, launch):
     settings = {"device": "cuda", "backend": "auto", "cuda_graph": "on", "transforms": "torchvision"}
     one = tiny("one", epochs=4, grad_accum=2, num_workers=2, **settings)
-    two = replace(one, output_dir=str(Path(one.output_dir).parent / "two"))
+    two = one.replace(output_dir=str(Path(one.output_dir).parent / "two"))
     result = launch(two)
     assert result.returncode == 0, result.stderr
     train(one)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -180,7 +179,7 @@ def half_done(tiny, monkeypatch) -> Recipe:
 def test_resume_refuses_another_run(half_done, changes, expected):
     before = Path(half_done.output_dir, "checkpoint.safetensors").read_bytes()
     with pytest.raises(ResumeError, match="belongs to another run") as error:
-        run_training(replace(half_done, **changes))
+        run_training(half_done.replace(**changes))
     assert expected in str(error.value)
     assert Path(half_done.output_dir, "checkpoint.safetensors").read_bytes() == before
 
@@ -189,13 +188,13 @@ def test_resume_refuses_other_base_weights(half_done, tmp_path):
     state = {name: value + 0.01 for name, value in base_weights(half_done).items()}
     save_file(state, tmp_path / "other.safetensors")
     with pytest.raises(ResumeError, match="the base weights are others"):
-        run_training(replace(half_done, checkpoint=str(tmp_path / "other.safetensors")))
+        run_training(half_done.replace(checkpoint=str(tmp_path / "other.safetensors")))
 
 
 def test_other_base_weights_by_force(half_done, tmp_path):
     state = {name: value + 0.01 for name, value in base_weights(half_done).items()}
     save_file(state, tmp_path / "other.safetensors")
-    report = run_training(replace(half_done, checkpoint=str(tmp_path / "other.safetensors"), force=True))
+    report = run_training(half_done.replace(checkpoint=str(tmp_path / "other.safetensors"), force=True))
     assert report.warnings == ["resumed although the base weights are others (--force)"]
 
 
@@ -267,14 +266,14 @@ def base_weights(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 
 def test_resume_says_what_differs(half_done, capsys):
-    report = run_training(replace(half_done, lr=1e-3, log_interval=2))
+    report = run_training(half_done.replace(lr=1e-3, log_interval=2))
     assert report.warnings == ["resumed with lr = 0.001 (was 0.003)"]
     assert "warning: resumed with lr = 0.001 (was 0.003)" in capsys.readouterr().out
 
 
 def test_resume_stays_in_its_folder(half_done, tmp_path):
     with pytest.raises(ResumeError, match="continues in its own folder"):
-        run_training(replace(half_done, output_dir=str(tmp_path / "elsewhere")))
+        run_training(half_done.replace(output_dir=str(tmp_path / "elsewhere")))
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -284,7 +283,7 @@ def test_finished_run_says_so_and_more_epochs_continue_it(tiny):
     again = load_recipe(None, {"resume": recipe.output_dir})
     with pytest.raises(ResumeError, match="finished after 1 epochs: raise --epochs"):
         run_training(again)
-    report = run_training(replace(again, epochs=2))
+    report = run_training(again.replace(epochs=2))
     assert report.epochs == 2
     assert report.warnings[0].startswith("resumed with epochs = 2 (was 1); the learning rate jumps")
     assert [record["epoch"] for record in report.history] == [1, 2]
