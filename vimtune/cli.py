@@ -107,7 +107,7 @@ def build_train_parser(prog: str) -> _Parser:
     """Parser whose flags are the recipe's fields, grouped as there; all values stay text."""
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} [--config FILE] [--KEY VALUE ...]",
+        usage=f"{prog} [--config FILE [--variant X]] [--KEY VALUE ...]",
         description=TRAIN_DESCRIPTION,
         epilog=TRAIN_EXAMPLES.format(prog=prog),
         argument_default=argparse.SUPPRESS,
@@ -116,6 +116,7 @@ def build_train_parser(prog: str) -> _Parser:
     general = parser.add_argument_group("general")
     general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--config", metavar="FILE", help="recipe in YAML")
+    general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     general.add_argument("--list", action="store_true", help="list models, methods, data sets, and stop")
     _add_common(general)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
@@ -134,10 +135,10 @@ def _read_recipe(parser: _Parser, arguments: Sequence[str]) -> Recipe | None:
     if given.pop("list", False):
         return None
     given.pop("traceback", None)
-    config = given.pop("config", None)
+    config, variant = given.pop("config", None), given.pop("variant", None)
     problems = parser.unknown_arguments(surplus)
     try:
-        recipe = load_recipe(config, given)
+        recipe = load_recipe(config, given, variant)
     except RecipeError as error:
         raise RecipeError([*problems, *error.problems]) from error
     if problems:

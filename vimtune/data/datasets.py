@@ -15,7 +15,6 @@ from typing import Any, TypeVar, get_type_hints
 from vimtune.data.base import SPLITS, ImageDataset
 from vimtune.data.errors import DatasetError
 from vimtune.registry import Registry
-from vimtune.schema import check
 from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
 
@@ -140,6 +139,8 @@ def _options(cls: type[ImageDataset]) -> list[inspect.Parameter]:
 
 def _check_options(cls: type[ImageDataset], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Compare options with the annotations of the class: (the right ones as it takes them, problems)."""
+    from vimtune.schema import check  # imported late: data sets are listed without it
+
     known = [option.name for option in _options(cls)]
     types = get_type_hints(cls.__init__, include_extras=True) if given else {}
     options, problems = {}, []
