@@ -57,7 +57,7 @@ def prepare_streams() -> None:
         logger.setLevel(logging.INFO)
 
 
-class _LogHandler(logging.StreamHandler):
+class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes no argument there
     """Writes to what sys.stderr is at that time, which while a progress bar runs is the lines above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -135,7 +135,9 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {shorten(str(error.filename))}" if error.filename else error.strerror
     message = str(error) or type(error).__name__
-    return message if isinstance(error, RecipeError) else " ".join(message.split("\n"))
+    if isinstance(error, RecipeError):
+        return message
+    return " ".join(line.strip() for line in message.split("\n"))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

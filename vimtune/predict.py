@@ -76,7 +76,8 @@ class Predictor:
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) preprocessed images -> (B, C) fp32 logits on the CPU."""
         with use_backend(self.backend):
-            return self.model(images.to(self.device)).float().cpu()
+            logits: Tensor = self.model(images.to(self.device))
+        return logits.float().cpu()
 
     def predict(
         self,

@@ -52,6 +52,11 @@ def test_splits_counts_and_labels() -> None:
     assert sets["val"].describe(3) == "synthetic val 1/1"
 
 
+def test_a_folder_is_refused_with_what_may_be_meant(tmp_path) -> None:
+    with pytest.raises(DatasetError, match=r"reads no files.* add --dataset folder"):
+        create_dataset("synthetic_flowers", "train", tmp_path)
+
+
 def test_offset_shifts_species() -> None:
     options = {"img_size": (16, 16), "train_per_species": 1}
     whole = create_dataset("synthetic_flowers", "train", species=6, **options)

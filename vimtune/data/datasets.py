@@ -105,7 +105,7 @@ def create_dataset(
     Args:
         name: see `list_datasets()`.
         split: "train", "val", "test" or "train+val".
-        data_dir: where the files are or go; default `./data`. Generators ignore it.
+        data_dir: where the files are or go; default `./data`. Data sets that are generated refuse it.
         seed: fixes splits that are drawn, and the images of generators.
         img_size: (height, width) of generated images; files keep their own size.
         download: fetch missing data where the owner offers a download.

@@ -10,6 +10,7 @@ from annotated_types import Ge, Le
 from vimtune.data.base import ImageDataset
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
+from vimtune.text import quote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,7 +53,12 @@ class SyntheticFlowers(ImageDataset):
             species_name,  # imported late: data sets are listed without numpy
         )
 
-        del data_dir, download
+        del download
+        if data_dir is not None:
+            raise DatasetError(
+                f"data_dir = {quote(str(data_dir))}: synthetic_flowers is generated and reads no files. For "
+                "images in that folder add --dataset folder, for generated ones drop --data-dir."
+            )
         sizes = {"train": train_per_species, "val": val_per_species, "test": test_per_species}
         num_images = species * sum(sizes[part] for part in split.split("+"))
         if num_images > _MAX_IMAGES:
