@@ -31,6 +31,7 @@ EXIT_CODES = {
     130: "interrupted (Ctrl-C)",
     141: "the reader of the output has gone",
 }
+"""What each exit code of a command means."""
 
 MAX_LINE = 2000
 """Characters of one line of a message; what is longer somebody else has worded."""

@@ -33,7 +33,13 @@ class MergeError(ValueError):
 
 @dataclass(frozen=True)
 class MergeProof:
-    """Logits before and after, on a batch of random images."""
+    """Logits before and after, on a batch of random images.
+
+    Attributes:
+        max_error: largest absolute difference of two logits.
+        max_logit: largest absolute logit before merging.
+        num_images: images in the batch.
+    """
 
     max_error: float
     max_logit: float
@@ -41,6 +47,7 @@ class MergeProof:
 
     @property
     def holds(self) -> bool:
+        """Whether the error is within what rounding explains."""
         return self.max_error <= TOLERANCE * max(self.max_logit, 1.0)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Schema = TypeVar("Schema")
+"""The type with which values are compared."""
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 """What a schema class sets as `__pydantic_config__`."""

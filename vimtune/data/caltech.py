@@ -28,6 +28,7 @@ class Caltech(FileDataset):
     def __init__(
         self, split: str, data_dir: Path | None, *, seed: int, img_size: tuple[int, int], download: bool
     ) -> None:
+        # Imported late, because data sets are listed without the schemas of files.
         from vimtune.data.caltech_split import SPLIT_SEED, load_split, select_numbers
 
         del seed, img_size  # shipped split, real files

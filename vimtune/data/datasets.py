@@ -25,6 +25,7 @@ _COMMON = ("self", "split", "data_dir", "seed", "img_size", "download")
 """Parameters that every data set has; the others are its options."""
 
 DatasetType = TypeVar("DatasetType", bound=type[ImageDataset])
+"""The class that is registered."""
 
 
 def register_dataset(name: str) -> Callable[[DatasetType], DatasetType]:
@@ -105,7 +106,7 @@ def create_dataset(
     Args:
         name: see `list_datasets()`.
         split: "train", "val", "test" or "train+val".
-        data_dir: where the files are or go; default `./data`. Data sets that are generated refuse it.
+        data_dir: where the files are or go; default `./data`. Those that are generated read no files.
         seed: fixes splits that are drawn, and the images of generators.
         img_size: (height, width) of generated images; files keep their own size.
         download: fetch missing data where the owner offers a download.

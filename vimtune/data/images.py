@@ -188,7 +188,9 @@ class FoundImages:
 
 
 CIRCLE = "link to a folder around it"
+"""Reason for leaving out a link that leads in a circle."""
 SECOND_WAY = "link to what was found already"
+"""Reason for leaving out a link to a folder or an image that was found elsewhere."""
 
 
 def is_ignored(name: str) -> bool:

@@ -43,6 +43,7 @@ class FailedSample(NamedTuple):
     """
 
     error: CorruptImageError | ImageReadError
+    """Why it could not be read; the error names the image."""
 
 
 class Batch(NamedTuple):

@@ -56,6 +56,7 @@ _JITTER_CHANCE = 0.8
 _ERASE_CHANCE = 0.25
 
 Augmentation = Callable[[Image.Image, int], np.ndarray]
+"""Makes uint8 pixels (H, W, 3) out of an image and a seed."""
 
 
 class Transform:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ from vimtune.text import quote
 if TYPE_CHECKING:
     from PIL import Image
 
+logger = logging.getLogger(__name__)
+
 _MAX_SPECIES = 100_000
 """Largest number of classes."""
 _MAX_IMAGES = 10_000_000
@@ -22,6 +25,7 @@ _MAX_IMAGES = 10_000_000
 _LAST_OFFSET = 1_000_000_000 - _MAX_SPECIES
 """Largest `species_offset`: the species from 1,000,000,000 on are seen only far behind a subject."""
 PerSpecies = Annotated[int, Ge(1), Le(_MAX_IMAGES)]
+"""Number of images of each species."""
 
 
 @register_dataset("synthetic_flowers")
@@ -55,9 +59,11 @@ class SyntheticFlowers(ImageDataset):
 
         del download
         if data_dir is not None:
-            raise DatasetError(
-                f"data_dir = {quote(str(data_dir))}: synthetic_flowers is generated and reads no files. For "
-                "images in that folder add --dataset folder, for generated ones drop --data-dir."
+            # A warning and no error, because recipes of earlier runs may name a folder.
+            logger.warning(
+                "data_dir = %s is not read: synthetic_flowers is generated. For images in that folder add "
+                "--dataset folder",
+                quote(str(data_dir)),
             )
         sizes = {"train": train_per_species, "val": val_per_species, "test": test_per_species}
         num_images = species * sum(sizes[part] for part in split.split("+"))
@@ -93,6 +99,7 @@ class SyntheticFlowers(ImageDataset):
         raise IndexError("beyond the last image")
 
     def load(self, index: int) -> Image.Image:
+        """Paint image `index`."""
         from vimtune.data.synthetic.scene import (
             render_flower,  # imported late: data sets are listed without numpy
         )
@@ -101,8 +108,10 @@ class SyntheticFlowers(ImageDataset):
         return render_flower(self._seed, number, part, i, self._img_size)
 
     def describe(self, index: int) -> str:
+        """Split, species and number of image `index`."""
         number, part, i = self._locate(index)
         return f"synthetic {part} {number}/{i}"
 
     def fingerprint(self) -> str:
+        """Hash of the images' descriptions and labels, with the seed and size from which they are painted."""
         return f"seed {self._seed}, {self._img_size[0]}x{self._img_size[1]}: {super().fingerprint()}"

@@ -17,7 +17,9 @@ import numpy as np
 from vimtune.data.synthetic.species import RGB, Outline, Species
 
 TAU = 2 * math.pi
-_TABLE = 512  # entries of tables along a petal
+"""A full turn in radians."""
+_TABLE = 512
+"""Entries of the tables along a petal."""
 
 
 class Canvas:
