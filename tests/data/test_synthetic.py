@@ -93,7 +93,8 @@ def test_colour_alone_does_not_tell_species() -> None:
     """A linear probe on colour histograms stays far below what shapes allow (chance: 6 %)."""
 
     def features(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        ds = create_dataset("synthetic_flowers", split, img_size=(32, 32), train_per_species=32)
+        sizes = {"train_per_species": 24, "test_per_species": 16}
+        ds = create_dataset("synthetic_flowers", split, img_size=(32, 32), **sizes)
         bins = [np.asarray(ds.load(i)).reshape(-1, 3) // 64 @ np.array([16, 4, 1]) for i in range(len(ds))]
         rows = torch.tensor(np.stack([np.bincount(b, minlength=64) for b in bins])).float()
         return rows, torch.tensor(ds.targets)
