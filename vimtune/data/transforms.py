@@ -56,6 +56,7 @@ _JITTER_CHANCE = 0.8
 _ERASE_CHANCE = 0.25
 
 Augmentation = Callable[[Image.Image, int], np.ndarray]
+"""Makes uint8 pixels (H, W, 3) out of an image and a seed."""
 
 
 class Transform:
@@ -148,9 +149,9 @@ def read_transform(config: Any, what: str, error: type[ValueError] = ValueError)
 
 def model_preprocessing(model: nn.Module) -> dict[str, Any]:
     """Arguments of `build_transform` for the preprocessing that a timm model's `pretrained_cfg` describes."""
-    from timm.data import resolve_model_data_config  # imported late: data sets do without timm
+    from timm.data.config import resolve_model_data_config  # imported late: images are transformed without it
 
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm has no types there
     return {
         "img_size": config["input_size"][1:],
         **{name: config[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
