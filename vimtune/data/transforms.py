@@ -151,7 +151,7 @@ def model_preprocessing(model: nn.Module) -> dict[str, Any]:
     """Arguments of `build_transform` for the preprocessing that a timm model's `pretrained_cfg` describes."""
     from timm.data.config import resolve_model_data_config  # imported late: images are transformed without it
 
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm has no types there
+    config = resolve_model_data_config(model)
     return {
         "img_size": config["input_size"][1:],
         **{name: config[name] for name in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
