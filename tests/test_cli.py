@@ -13,9 +13,14 @@ import types
 import pytest
 from bad_input import TEXTS, at_once
 
-from vimtune import __version__, catalog, cli
+from vimtune import __version__, cli
+from vimtune.data import DATASETS
 from vimtune.exits import EXIT_CODES
+from vimtune.fields import options_of
+from vimtune.methods import METHODS
+from vimtune.models import MODELS
 from vimtune.recipe import Recipe, keys_of
+from vimtune.tasks import TASKS
 from vimtune.text import printable
 
 KEYS = keys_of("classification")
@@ -83,10 +88,10 @@ def test_list_shows_everything_there_is(capsys):
     assert cli.train_main(["--list"]) == 0
     text = capsys.readouterr().out
     words = re.findall(r"[\w+]+", text)
-    for table in (catalog.MODELS, catalog.METHODS, catalog.DATASETS):
+    for table in (MODELS, METHODS, DATASETS, TASKS):
         assert set(table) <= set(words)
-    for fields in catalog.METHOD_FIELDS.values():
-        for name in fields:
+    for cls in (*(method for _, method in METHODS.items()), *(task for _, task in TASKS.items())):
+        for name in options_of(cls):
             assert f"{name}=" in text
 
 
@@ -182,6 +187,7 @@ def raise_error(error: BaseException):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
         (MemoryError(), 2, "--batch-size"),
         (ValueError("rose\x1b[2J\nerror: lie"), 2, "error: rose\\x1b[2J error: lie"),
+        (ValueError("saved:\n  vimtune train --resume x"), 2, "error: saved: vimtune train --resume x"),
     ],
 )
 def test_what_the_user_can_mend_is_no_traceback(capsys, trained, monkeypatch, error, code, words):

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 
 import vimtune
-from vimtune import catalog, cli
+from vimtune import cli
 from vimtune.merged import MergedFileError, is_merged_file
 from vimtune.merging import MergeError, merge_to_file
+from vimtune.models import MODELS
 from vimtune.predict import load_predictor
 
 
@@ -101,7 +102,7 @@ def printed_code(output: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "img_size"),
-    [*((name, None) for name in catalog.MODELS), ("test_vim", [80, 48]), ("vim_tiny_patch16_224", [96, 80])],
+    [*((name, None) for name in MODELS), ("test_vim", [80, 48]), ("vim_tiny_patch16_224", [96, 80])],
 )
 def test_plain_timm_answers_as_predict_does(tmp_path, name, img_size, capsys):
     """Every model, on photos that are not square: probabilities of adapter, merged file, and timm alone."""

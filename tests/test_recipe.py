@@ -15,7 +15,7 @@ import yaml
 from annotated_types import Ge
 from bad_input import TEXTS, VALUES, at_once
 
-from vimtune import text
+from vimtune import parsers, text
 from vimtune.fields import option, options_of
 from vimtune.methods import METHODS
 from vimtune.recipe import RUN_FILES, Recipe, RecipeError, keys_of, load_recipe
@@ -262,6 +262,8 @@ def test_all_problems_are_reported_together():
         ({"peft": "linear", "rank": 4}, "rank = 4 is not a field of linear"),
         ({"rank": 4, "peft_kwargs": {"rank": 4}}, "given twice"),
         ({"peft_kwargs": {"rnk": 4}}, "Did you mean 'rank'?"),
+        ({"dataset_kwargs": {"specis": 4}}, "has no option 'specis'"),
+        ({"dataset_kwargs": {"species": "many"}}, "species='many'"),
     ],
 )
 def test_contradictions(values, words):
@@ -610,7 +612,10 @@ def test_a_name_that_is_not_utf8_survives_the_file(tmp_path):
         ({"peft_kwargs": {"rank": True}}, "rank = True: expected a whole number"),
         ({"peft_kwargs": {"alpha": [1]}}, "alpha = [1]: expected a finite number"),
         ({"peft_kwargs": {"variant": 3}}, "variant = 3: expected text"),
-        ({"peft": "lora+ft", "peft_kwargs": {"lora": {"rank": {}}}}, "rank = {}: expected a whole number"),
+        (
+            {"peft": "lora+ft", "peft_kwargs": {"lora": {"rank": {}}}},
+            "rank = {}: expected a mapping from targets",
+        ),
         ({"peft_kwargs": "rank=2,rank=3"}, "'rank' is given twice"),
         ({"peft_kwargs": "=3"}, "expected name=value"),
         ({"dataset_kwargs": {"a": {"b": float("nan")}}}, "expected finite numbers"),
@@ -632,8 +637,8 @@ def test_options_of_methods_are_parsed_like_every_other_value():
 
 
 def test_options_whose_values_hold_commas_and_braces():
-    assert build(dataset_kwargs="a=[1, 2],b={c: d}").dataset_kwargs == {"a": [1, 2], "b": {"c": "d"}}
-    assert build(dataset_kwargs="{a: x=y}").dataset_kwargs == {"a": "x=y"}
+    assert parsers.mapping("a=[1, 2],b={c: d}") == {"a": [1, 2], "b": {"c": "d"}}
+    assert parsers.mapping("{a: x=y}") == {"a": "x=y"}
 
 
 @pytest.mark.parametrize(
@@ -641,6 +646,46 @@ def test_options_whose_values_hold_commas_and_braces():
 )
 def test_targets_of_each_method(value):
     assert build(peft="lora+ft", targets=value).targets == {"lora": "both", "ft": ["A_log", "D"]}
+
+
+@pytest.mark.parametrize(
+    "value", ["in_proj=8,x_proj[B]=4", '{in_proj: 8, "x_proj[B]": 4}', {"in_proj": 8, "x_proj[B]": "4"}]
+)
+def test_options_of_each_target(value):
+    expected = {"rank": {"in_proj": 8, "x_proj[B]": 4}}
+    recipe = build(peft="lora", rank=value)
+    assert recipe.method.method_kwargs == expected
+    assert Recipe.from_values(parse_yaml(yaml.safe_dump(recipe.to_dict()))) == recipe
+    assert build(peft="lora", peft_kwargs={"rank": value}).method.method_kwargs == expected
+    assert build(peft="lora+ft", peft_kwargs={"lora": {"rank": value}}).method.method_kwargs == {
+        "lora": expected
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"in_proj": 8, "x_proj[B]": 0}, "expected a whole number >= 1 for target 'x_proj[B]', not 0"),
+        ("in_proj=many", "expected a whole number >= 1 for target 'in_proj', not 'many'"),
+        ({1: 8}, "expected a mapping from targets, such as in_proj=8,x_proj[B]=4"),
+    ],
+)
+def test_wrong_options_of_a_target_are_named(value, words):
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        build(peft="lora", rank=value)
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("in_proj[x],x_proj[dt|B|C],!layers.0.", ["in_proj[x]", "x_proj[dt|B|C]", "!layers.0."]),
+        ("re:(?=x)in_proj", "re:(?=x)in_proj"),
+        ('["re:a{1,2}=", in_proj]', ["re:a{1,2}=", "in_proj"]),
+        ("lora=both,!x_proj[B], ft = A_log,D", {"lora": ["both", "!x_proj[B]"], "ft": ["A_log", "D"]}),
+    ],
+)
+def test_targets_as_a_flag(text, targets):
+    assert build(peft="lora+ft", targets=text).method.targets == targets
 
 
 @pytest.mark.parametrize("value", ["lora=0-2,ft=5,-1", {"lora": [0, 1, 2], "ft": "5,-1"}])

@@ -78,8 +78,9 @@ def _read_options(cls: type) -> dict[str, Option]:
 def parser_of(annotation: Any) -> Parser:
     """The parser of a field with this annotation.
 
-    It knows bool, int, float and str, bounds such as Annotated[int, Ge(1)], Literal, dict[str, ...], and
-    "| None" of these. Of any other type it checks that the value is one that a file can hold.
+    It knows bool, int, float and str, bounds such as Annotated[int, Ge(1)], Literal, dict[str, ...], "| None"
+    of these, and T | dict[str, T] for a value or one for each of several targets. Of any other type it checks
+    that the value is one that a file can hold.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -87,6 +88,9 @@ def parser_of(annotation: Any) -> Parser:
     if origin in (Union, types.UnionType) and type(None) in arguments:
         others = [other for other in arguments if other is not type(None)]
         return parsers.optional(parser_of(Union[tuple(others)]))  # noqa: UP007 - of a tuple
+    if origin in (Union, types.UnionType):
+        values = [other for other in arguments if dict[str, other] in arguments]  # type: ignore[valid-type]
+        return parsers.per_target(parser_of(values[0])) if values else parsers.plain
     if origin is Literal:
         return parsers.choice(*arguments)
     simple: dict[Any, Parser] = {

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
 from vimtune.text import quote
 from vimtune.utils import suggest
 
 Parser = Callable[[Any], Any]
+Value = TypeVar("Value")
 
 LARGEST = 2**31 - 1
 """Largest whole number of a recipe, unless the field says otherwise."""
@@ -59,14 +60,14 @@ def number(
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(f"expected {expected}")
         try:
-            value = float(value)
+            found = float(value)
         except (ValueError, OverflowError):
             raise ValueError(f"expected {expected}") from None
-        if not math.isfinite(value) or value < low or value > high:
+        if not math.isfinite(found) or found < low or found > high:
             raise ValueError(f"expected {expected}")
-        if (above and value == low) or (below and value == high):
+        if (above and found == low) or (below and found == high):
             raise ValueError(f"expected {expected}")
-        return value
+        return found
 
     return parse
 
@@ -148,17 +149,6 @@ def choice(*options: str) -> Parser:
     return parse
 
 
-def known(kind: str, table: Iterable[str]) -> Parser:
-    def parse(value: Any) -> str:
-        names = list(table)
-        if not isinstance(value, str) or value not in names:
-            hint = suggest(value, names) if isinstance(value, str) else ""
-            raise ValueError(f"expected a known {kind}: {', '.join(names)}.{hint}")
-        return value
-
-    return parse
-
-
 def mapping(value: Any) -> dict[str, Any]:
     """Options by name, whose values are plain: text, numbers, true, false, nothing, lists and mappings."""
     if isinstance(value, str) and re.match(r"\s*\{", value):
@@ -170,23 +160,26 @@ def mapping(value: Any) -> dict[str, Any]:
     return _bounded(_plain_mapping(value, 0))
 
 
-def _bounded(value: Any) -> Any:
+def _bounded(value: Value) -> Value:
     if len(str(value)) > MAX_OPTIONS:
         raise ValueError(f"expected at most {MAX_OPTIONS} characters")
     return value
 
 
-def _pairs(flag: str) -> dict[str, str]:
-    """The pairs of 'a=1,b=x'. A comma begins a new pair only where a name and '=' follow: 'a=1,2' is one."""
+def _pairs(flag: str, name: str = r"[^,=]*") -> dict[str, str]:
+    """The pairs of 'a=1,b=x'. A comma begins a new pair only where a name and '=' follow: 'a=1,2' is one.
+
+    `name` is the regular expression of what may be a name.
+    """
     pairs: dict[str, str] = {}
-    for part in re.split(r",(?=[^,=]*=)", flag):
-        name, equals, text = part.partition("=")
-        name = name.strip()
-        if not name or not equals:
+    for part in re.split(rf",(?={name}=)", flag):
+        key, equals, text = part.partition("=")
+        key = key.strip()
+        if not key or not equals:
             raise ValueError("expected name=value,name=value")
-        if name in pairs:
-            raise ValueError(f"{quote(name)} is given twice")
-        pairs[name] = text.strip()
+        if key in pairs:
+            raise ValueError(f"{quote(key)} is given twice")
+        pairs[key] = text.strip()
     return pairs
 
 
@@ -234,7 +227,7 @@ def image_size(value: Any) -> int | list[int]:
         if isinstance(value, list | tuple):
             height, width = map(side, value)
             return [height, width]
-        return side(value)
+        return int(side(value))
     except ValueError:
         raise ValueError(
             f"expected pixels such as 224, or height and width such as [64, 96], at most {MAX_IMAGE_SIDE}"
@@ -244,18 +237,47 @@ def image_size(value: Any) -> int | list[int]:
 def per_method(parse: Parser) -> Parser:
     """Takes what `parse` takes, or a mapping from methods of a composition to that.
 
-    As a flag, the mapping is `lora=both,ft=A_log,D`: a name and '=' begin the part of a method.
+    As a flag, the mapping is `lora=both,ft=A_log,D`: a name and '=' begin the part of a method. In
+    `re:(?=x)a`, '=' does not follow a name, so that this is no mapping.
     """
+    name = r"\s*[\w.-]+\s*"
 
     def parse_each(value: Any) -> Any:
         value = _unbracket(value)
-        if isinstance(value, str) and "=" in value:
-            value = _pairs(value)
+        if isinstance(value, str) and re.match(rf"{name}=", value):
+            value = _pairs(value, name)
         if not isinstance(value, Mapping):
             return _bounded(parse(value))
         if not value or not all(isinstance(method, str) and method for method in value):
             raise ValueError("expected a mapping from methods, such as {lora: both, ft: [A_log, D]}")
         return _bounded({method: parse(own) for method, own in value.items()})
+
+    return parse_each
+
+
+def per_target(parse: Parser) -> Parser:
+    """Takes what `parse` takes, or a mapping from targets to that.
+
+    As a flag, the mapping is `in_proj=8,x_proj[B]=4`. A target with ',' or '=' in it, as regular expressions
+    may have them, is put in quotes in a mapping of YAML: `{"re:a,b": 8}`.
+    """
+
+    def parse_each(value: Any) -> Any:
+        if isinstance(value, str) and re.match(r"\s*\{", value):
+            value = _unbracket(value.strip())
+        elif isinstance(value, str) and "=" in value:
+            value = _pairs(value)
+        if not isinstance(value, Mapping):
+            return parse(value)
+        if not value or not all(isinstance(target, str) and target for target in value):
+            raise ValueError("expected a mapping from targets, such as in_proj=8,x_proj[B]=4")
+        parsed = {}
+        for target, own in value.items():
+            try:
+                parsed[target] = parse(own)
+            except ValueError as error:
+                raise ValueError(f"{error} for target {quote(target)}, not {quote(own)}") from None
+        return _bounded(parsed)
 
     return parse_each
 

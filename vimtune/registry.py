@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from vimtune.plugins import load_installed
 from vimtune.text import quote
@@ -56,13 +56,25 @@ class Registry(Generic[T]):
             ValueError: (or the registry's own subclass) unknown name; the message lists those that are known.
         """
         if name not in self:
-            failures = load_installed()
-            broken = "".join(f" Package {key} could not be loaded: {why}." for key, why in failures.items())
-            raise self._error(
-                f"unknown {self.kind} {quote(name)}.{suggest(str(name), self)} Known: {', '.join(self)}. "
-                f"What your own package adds is known once it is imported (flag --import).{broken}"
-            )
+            hints = self._hints(name)
+            raise self._error(f"unknown {self.kind} {quote(name)}.{hints} Known: {', '.join(self)}")
         return self._things[name]
+
+    def parse(self, value: Any) -> str:
+        """A name as a recipe or a flag gives it.
+
+        Raises:
+            ValueError: it is not the name of any of the things.
+        """
+        if not isinstance(value, str) or value not in self:
+            raise ValueError(f"expected a known {self.kind}: {', '.join(self)}.{self._hints(value)}")
+        return value
+
+    def _hints(self, name: Any) -> str:
+        """What may help somebody who gave an unknown name."""
+        close = suggest(name, self) if isinstance(name, str) else ""
+        broken = "".join(f" Package {key} cannot be loaded: {why}." for key, why in load_installed().items())
+        return f"{close} What a package of your own adds is known once it is imported (--import).{broken}"
 
     def items(self) -> Iterator[tuple[str, T]]:
         """(name, thing) of all."""

@@ -145,7 +145,7 @@ def test_rows_change_and_nothing_beside_them(method):
     ("method", "options"),
     [
         ("lora", {"rank": 2, "targets": "in_proj[x],x_proj[B]"}),
-        ("ft+lora", {"rank": 2, "targets": {"lora": "both", "ft": "in_proj[z],A_log"}, "layers": {"lora": [1]}}),
+        ("ft+lora", {"rank": 2, "targets": {"lora": "both", "ft": "in_proj[z],D"}, "layers": {"lora": [1]}}),
     ],
 )  # fmt: skip
 def test_rows_pass_every_check(method, options, check):

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from vimtune import catalog
 from vimtune.data import LIBRARIES, PRESETS, build_transform, model_preprocessing, read_transform
+from vimtune.models import MODELS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -179,7 +179,7 @@ def pixels(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("img_size", SIZES, ids=str)
-@pytest.mark.parametrize("name", catalog.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_timm_gives_the_same_pixels_from_the_models_own_configuration(name: str, img_size) -> None:
     model = small(name, img_size)
     oracle = create_transform(**resolve_model_data_config(model))

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import vimtune
-from vimtune import catalog, cli
+from vimtune import cli
 from vimtune.models import MODELS, VisionMamba, create_listed_model, list_models, register_model
 from vimtune.models.options import OPTIONS, ModelOptions
 from vimtune.models.registry import check_creation, check_model_options
@@ -189,7 +189,7 @@ def test_the_schema_is_the_constructor():
     }
 
 
-@pytest.mark.parametrize("name", catalog.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options", [{}, {"img_size": (96, 80), "stride": 8, "in_chans": 1, "num_classes": 0, "depth": 2}]
 )
@@ -200,7 +200,7 @@ def test_number_of_parameters(name, options):
     assert ModelOptions(**model.options).grid == model.patch_embed.grid_size
 
 
-@pytest.mark.parametrize("name", catalog.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_states_its_options_and_is_created_again_from_them(name):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=7, img_size=(96, 112), depth=2)

@@ -406,7 +406,7 @@ class VisionMamba(nn.Module):
         self._init_head()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionMamba":
-        return super()._apply(note_casts(self, fn), recurse)
+        return super()._apply(note_casts(self, fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         note_loading(self, state_dict, prefix)

@@ -64,5 +64,5 @@ class Backend(ABC):
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the device of a tensor torch's current one; nothing happens for tensors on the CPU."""
-    context: AbstractContextManager[Any] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    context: AbstractContextManager[Any] = torch.cuda.device_of(tensor)
     return context

@@ -87,7 +87,7 @@ def causal_conv1d(
     With `reverse` the filter runs from the last token to the first. Returns (B, L, E). The formula is that of
     `vimtune.ops.reference.causal_conv1d`, errors are those of `selective_scan`.
     """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if not torch.jit.is_scripting():
         backend = chosen_backend(backend)
         if backend == REFERENCE:
             _check(x, weight, bias)

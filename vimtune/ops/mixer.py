@@ -117,7 +117,7 @@ def bidirectional_scan(
         NotImplementedError: derivatives other than those of autograd's backward pass, which only the backend
             "reference" has.
     """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if not torch.jit.is_scripting():
         _check(xz, forward, reverse)
         name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, forward, reverse))
         if name:
@@ -152,7 +152,7 @@ def _one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: boo
 
 def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> None:
     """Raise ValueError for tensors that do not fit together."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if torch.jit.is_tracing():
         return  # sizes are tensors there, and whatever was asked of them is not asked again
     if xz.dim() != 3 or xz.shape[-1] % 2:
         raise ValueError(f"xz must be (B, L, 2 E), got {tuple(xz.shape)}")

@@ -39,7 +39,7 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
         op.register_vmap(lambda info, in_dims, *inputs: one_by_one(op, info.batch_size, in_dims, inputs))
         if get_origin(get_type_hints(function)["return"]) is list:  # of all others torch makes a batch itself
             refusal = "no batches of gradients (is_grads_batched=True, vectorize=True); use torch.func.vmap"
-            op._lib.impl(name, lambda *inputs: _refuse(name, refusal), "Batched")  # type: ignore[no-untyped-call]
+            op._lib.impl(name, lambda *inputs: _refuse(name, refusal), "Batched")
         _check_transformations(op, name)
         return op
 
@@ -48,7 +48,7 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 
 def constant_for_compiler(function: F) -> F:
     """Decorator: torch.compile calls the function while it traces, and takes the result for a constant."""
-    return cast(F, torch.compiler.assume_constant_result(function))  # type: ignore[no-untyped-call]
+    return cast(F, torch.compiler.assume_constant_result(function))
 
 
 def check_inputs(
@@ -161,12 +161,12 @@ def _check_transformations(op: CustomOpDef, name: str) -> None:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
-        op._lib.impl(op._name, call, "Autograd", with_keyset=True, allow_override=True)  # type: ignore[no-untyped-call]
+        op._lib.impl(op._name, call, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _has_tangent(tensor: Tensor) -> bool:
     """Whether forward-mode AD differentiates with respect to a tensor."""
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:

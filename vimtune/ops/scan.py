@@ -126,7 +126,7 @@ def selective_scan(
         NotImplementedError: derivatives other than those of autograd's backward pass, which only
             `backend="reference"` has.
     """
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if not torch.jit.is_scripting():
         backend = chosen_backend(backend)
         if backend == REFERENCE:
             _check(u, delta, A, B, C, D, z, delta_bias)

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from vimtune import catalog, parsers
+from vimtune import parsers
+from vimtune.data.datasets import DATASETS
 from vimtune.fields import Options, option
 from vimtune.methods import METHODS
+from vimtune.models.registry import MODELS
 
 Whole = Annotated[int, Ge(0)]
 """A whole number from 0."""
@@ -30,22 +32,17 @@ Share = Annotated[float, Ge(0), Lt(1)]
 
 
 def _method_spec(value: Any) -> str:
-    parse = parsers.known("method, or several joined by '+'", METHODS)
-    parts = [part.strip() for part in parsers.text(value).split("+")]
-    for part in parts:
-        parse(part)
-    if len(set(parts)) < len(parts):
+    names = [METHODS.parse(part.strip()) for part in parsers.text(value).split("+")]
+    if len(set(names)) < len(names):
         raise ValueError("expected every method once")
-    return "+".join(parts)
+    return "+".join(names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Options):
     """Which data are used, and how they are read."""
 
-    dataset: str = option(
-        "synthetic_flowers", "data set (see --list)", parse=parsers.known("data set", catalog.DATASETS)
-    )
+    dataset: str = option("synthetic_flowers", "data set (see --list)", parse=DATASETS.parse)
     data_dir: str | None = option(
         None, "folder of the data set's files", parse=parsers.optional(parsers.absolute_path)
     )
@@ -70,9 +67,7 @@ class DataSettings(Options):
 class BackboneSettings(Options):
     """The model that is adapted, and the weights from which it starts."""
 
-    model: str = option(
-        "vim_nano_patch8_64", "model (see --list)", parse=parsers.known("model", catalog.MODELS)
-    )
+    model: str = option("vim_nano_patch8_64", "model (see --list)", parse=MODELS.parse)
     pretrained: bool = option(True, "start from the model's published weights")
     checkpoint: str | None = option(
         None, "start from this .pth/.safetensors file instead", parse=parsers.optional(parsers.absolute_path)
@@ -101,10 +96,14 @@ class MethodSettings(Options):
         "tuned blocks, such as 0-11 or 0,5,10 (default: all)",
         parse=parsers.optional(parsers.per_method(parsers.layers)),
     )
-    rank: Positive | None = option(None, "rank of low-rank updates")
-    alpha: PositiveAmount | None = option(None, "scale of low-rank updates: alpha / rank")
-    dropout: Share | None = option(None, "dropout on the adapter's input")
-    block_size: Positive | None = option(None, "size of the diagonal blocks of prodial")
+    rank: Positive | dict[str, Positive] | None = option(
+        None, "rank of low-rank updates; by target: in_proj=8,x_proj[B]=4"
+    )
+    alpha: PositiveAmount | dict[str, PositiveAmount] | None = option(
+        None, "scale of low-rank updates: alpha / rank"
+    )
+    dropout: Share | dict[str, Share] | None = option(None, "dropout on the adapter's input")
+    block_size: Positive | dict[str, Positive] | None = option(None, "size of the diagonal blocks of prodial")
     peft_kwargs: dict[str, Any] = option({}, "further fields of the method, such as variant=paper")
 
     @property

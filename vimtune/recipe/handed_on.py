@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vimtune import parsers
+from vimtune.data.datasets import dataset_option_problems
 from vimtune.fields import Option, not_an_option, options_of
 from vimtune.methods import METHODS
 from vimtune.models.registry import check_model_options
@@ -52,6 +54,13 @@ def parse_handed_on(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     problems: list[str] = []
     if "dataset_kwargs" in values:
         problems += _reserved_problems("dataset_kwargs", values["dataset_kwargs"])
+        if "dataset" in values:
+            own = {
+                name: value
+                for name, value in values["dataset_kwargs"].items()
+                if name not in RESERVED["dataset_kwargs"]
+            }
+            problems += dataset_option_problems(values["dataset"], own)
     if "model_kwargs" in values:
         problems += _reserved_problems("model_kwargs", values["model_kwargs"])
         if "model" in values:
@@ -143,7 +152,15 @@ def _parse_fields(
             problems.append("peft_kwargs: " + not_an_option(name, value, owner, fields))
             continue
         try:
-            parsed[name] = fields[name].parse(value)
+            parsed[name] = _parse_option(fields[name], value)
         except ValueError as error:
             problems.append(f"peft_kwargs: {name} = {quote(value)}: {error}")
     return parsed, problems
+
+
+def _parse_option(option: Option, value: Any) -> Any:
+    """An option of a method: one value, or a mapping from targets to values."""
+    try:
+        return option.parse(value)  # first, because the value itself may be a mapping or have "=" in it
+    except ValueError:
+        return parsers.per_target(option.parse)(value)

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from vimtune import parsers
 from vimtune.fields import Option, Options, options_of, parse_fields
 from vimtune.recipe.components import (
     BackboneSettings,
@@ -42,7 +41,7 @@ TASK = Option(
     "str",
     "classification",
     "what the model is trained for (see --list)",
-    parsers.known("task", TASKS),
+    TASKS.parse,
 )
 """The key that chooses the task of a recipe."""
 

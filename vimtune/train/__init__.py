@@ -1,7 +1,7 @@
 """The training run: `train(recipe)` does everything and returns a `Report`."""
 
+from vimtune.output import OutputError
 from vimtune.train.evaluate import evaluate
-from vimtune.train.folder import OutputError
 from vimtune.train.guard import NonFiniteError
 from vimtune.train.inputs import InputError
 from vimtune.train.interrupt import Interrupted

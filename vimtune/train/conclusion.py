@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from vimtune.output import OutputError
 from vimtune.tasks.job import Outcome
 from vimtune.text import shorten
 from vimtune.train import pictures
-from vimtune.train.folder import OutputError, RunFolder
+from vimtune.train.folder import RunFolder
 from vimtune.train.identity import HARMLESS
 from vimtune.train.report import Report, print_report, write_report
 from vimtune.train.tracking import Tracker

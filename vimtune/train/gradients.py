@@ -33,7 +33,7 @@ class FreshGradients:
 
     def add(self, loss: Tensor) -> None:
         """Run the backward pass of `loss`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
 
 class StandingGradients:

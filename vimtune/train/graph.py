@@ -63,7 +63,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device)
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the work now, on the stream of the recorder; see `Recorder.run`."""

@@ -120,7 +120,7 @@ def _find_in_backward(model: nn.Module, loss: Callable[[], Tensor]) -> str | Non
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             for tensor in _tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(watch(_title(name, module)))  # type: ignore[no-untyped-call]
+                    tensor.register_hook(watch(_title(name, module)))
 
         return hook
 
@@ -129,7 +129,7 @@ def _find_in_backward(model: nn.Module, loss: Callable[[], Tensor]) -> str | Non
     ]
     model.zero_grad(set_to_none=True)
     try:
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
     finally:
         _remove(handles)
     if found:

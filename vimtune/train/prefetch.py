@@ -31,7 +31,7 @@ class WindowReader:
         self.device, self.size = device, size
         self.ahead = device.type == "cuda"
         # One for the whole run: memory that is freed stays with the stream it was made for.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._batches: Iterator[Batch] = iter(())
         self._fetched: list[Batch] | Exception | None = None
 
@@ -85,7 +85,7 @@ class Readback:
         self.values = values
         """The numbers where they were computed, a tensor of one dimension."""
         self._copy = values.to("cpu", non_blocking=True)  # page-locked, if they come from a GPU
-        self._arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(values.device))
 

@@ -119,7 +119,7 @@ class EventLog(_GrowingFile):
             for name, value in settings.items()
         }
         known = {tag: score for tag, score in scores.items() if score is not None}
-        for summary in hparams(plain, known):  # type: ignore[no-untyped-call]
+        for summary in hparams(plain, known):
             self._write(summary=summary)
         self.write_scalars(scores, step)
 

@@ -79,7 +79,7 @@ def _run(
     loss = torch.zeros((), device=processes.device)
     if batch.count > 0:
         own = passes.loss(batch, number, micro=0)
-        (own / count).backward()  # type: ignore[no-untyped-call]
+        (own / count).backward()
         loss = own.detach()
     processes.sum_gradients_(parameters)
     for parameter, earlier in zip(parameters, before, strict=True):

@@ -21,9 +21,7 @@ class BatchMixer:
         self.num_classes = num_classes
         # Label smoothing belongs to the loss, which treats mixed and plain labels alike.
         self.mix = (
-            Mixup(  # type: ignore[no-untyped-call]
-                mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes
-            )
+            Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes)
             if mixup > 0 or cutmix > 0
             else None
         )

@@ -1,0 +1,187 @@
+"""A package of a user's own: what it registers works on the command line like what vimtune brings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = {
+    "__init__.py": "from mine import data, method\n",
+    "method.py": '''
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import nn
+
+from vimtune.adapters import Method, WeightRule, register_method
+from vimtune.fields import option
+
+
+@register_method("shift")
+@dataclass(frozen=True, kw_only=True)
+class Shift(Method):
+    """W' = W + times * d, a number for each row."""
+
+    summary = "one trained number for each row of a weight"
+    default_targets = "out_proj"
+    times: Annotated[int, Ge(1)] = option(1, "how often the number is added")
+
+    def build_rule(self, site):
+        return ShiftRule(site.weight, self.times)
+
+
+class ShiftRule(WeightRule):
+    def __init__(self, weight, times):
+        super().__init__()
+        self.times = times
+        self.shift = nn.Parameter(torch.zeros(len(weight), 1))
+
+    def effective_weight(self, weight):
+        return weight + self.times * self.shift
+''',
+    "data.py": '''
+from __future__ import annotations
+
+from typing import Annotated
+
+from annotated_types import Ge
+from PIL import Image
+
+from vimtune.data import ImageDataset, register_dataset
+
+
+@register_dataset("shades")
+class Shades(ImageDataset):
+    """Two classes: dark and light."""
+
+    summary = "dark or light"
+
+    def __init__(self, split, data_dir, *, seed, img_size, download, images: Annotated[int, Ge(1)] = 8):
+        self.split, self.img_size, self.classes = split, img_size, ["dark", "light"]
+        self.targets = [index % 2 for index in range(images)]
+        self.source = f"shades, {split} split"
+
+    def load(self, index):
+        return Image.new("RGB", self.img_size[::-1], (200 * self.targets[index] + index,) * 3)
+
+    def describe(self, index):
+        return f"shade {index}"
+''',
+}
+
+TINY = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu"
+COMMAND = "import sys; sys.path.remove(''); from vimtune.cli import main; sys.exit(main())"
+"""What the installed command `vimtune` does."""
+MINE = "--dataset shades --dataset-kwargs images=6 --peft shift --peft-kwargs times=2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with the package in it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "mine").mkdir()
+    for name, text in PACKAGE.items():
+        (folder / "mine" / name).write_text(text)
+    return folder
+
+
+def vimtune(folder: Path, arguments: str) -> subprocess.CompletedProcess:
+    """Run a command in `folder`, which is not on Python's path."""
+    root = str(Path(__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments.split()],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": root, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def run_folder(folder) -> Path:
+    """A run that was made with the package, by a process that reads images in two others."""
+    done = vimtune(folder, f"train --import mine {TINY} {MINE} --num-workers 2 --output-dir run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_a_list_shows_what_the_package_adds(folder):
+    for flags in ("--import mine --list", "--list --import=mine", "train --list --import mine"):
+        done = vimtune(folder, flags)
+        assert done.returncode == 0, done.stderr
+        for words in ("shift", "one trained number", "times=1", "shades", "dark or light", "images=8"):
+            assert words in done.stdout
+
+
+def test_a_run_of_the_package_is_like_any_other(folder, run_folder):
+    report = json.loads((run_folder / "report.json").read_text())
+    assert report["method"] == "shift" and report["recipe"]["peft_kwargs"] == {"times": 2}
+
+
+def test_a_run_of_the_package_is_continued(folder, run_folder):
+    done = vimtune(folder, "train --resume run --import mine --epochs 2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_folder / "report.json").read_text())["recipe"]["epochs"] == 2
+
+
+def test_files_of_the_package_are_used_by_the_other_commands(folder, run_folder):
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(folder / "dark.png")
+    done = vimtune(folder, "predict dark.png --adapter run --import mine")
+    assert done.returncode == 0, done.stderr
+    assert "dark" in done.stdout
+    done = vimtune(folder, "merge run -o merged.safetensors --import mine")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["train --resume run --epochs 3", "predict dark.png --adapter run"])
+def test_without_the_import_the_reason_is_given(folder, run_folder, command):
+    done = vimtune(folder, command)
+    assert done.returncode == 2
+    assert "'shift'" in done.stderr and "import" in done.stderr
+
+
+def test_values_of_the_package_are_checked_with_the_others(folder):
+    done = vimtune(
+        folder,
+        f"train --import mine {TINY} --dataset shades --dataset-kwargs images=0 --peft shift "
+        "--peft-kwargs times=0 --lr -1",
+    )
+    assert done.returncode == 2
+    for words in ("error: 3 problems", "images=0", "times = 0: expected a whole number >= 1", "lr = '-1'"):
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("train --import nothing_here", "package 'nothing_here' cannot be imported (ModuleNotFoundError"),
+        (
+            "predict x.png --adapter a --import mine,broken",
+            "package 'broken' cannot be imported (ZeroDivision",
+        ),
+        ("train --import", "--import: expected one argument"),
+    ],
+)
+def test_packages_that_cannot_be_imported(folder, arguments, words):
+    (folder / "broken.py").write_text("1 / 0\n")
+    done = vimtune(folder, arguments)
+    assert done.returncode == 2
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_does_not_import(folder):
+    (folder / "recipe.yaml").write_text("import: mine\npackages: mine\nepochs: 1\n")
+    done = vimtune(folder, "train --config recipe.yaml")
+    assert done.returncode == 2
+    assert "unknown key 'import'" in done.stderr and "unknown key 'packages'" in done.stderr

@@ -1,0 +1,62 @@
+"""The commands: `vimtune train | predict | merge | doctor`, and `train_vim.py`.
+
+Each command is a file beside this one. Only what it needs is imported, when it runs: `--help` and `--list`
+answer without torch. How a command may end is said in `vimtune.exits`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from vimtune import __version__
+from vimtune.cli import doctor, merge, predict, train
+from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
+from vimtune.text import quote
+from vimtune.utils import suggest
+
+COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
+    "train": ("fine-tune a model (--list shows models, methods and data sets)", train.run),
+    "predict": ("classify images with an adapter file", predict.run),
+    "merge": ("fold an adapter into a plain checkpoint, and prove it", merge.run),
+    "doctor": ("check this machine and every scan backend", doctor.run),
+}
+
+
+def _overview() -> str:
+    lines = ["usage: vimtune COMMAND [options]", "", "Transfer learning for Vision Mamba.", "", "commands:"]
+    lines += [f"  {name:<9} {summary}" for name, (summary, _) in COMMANDS.items()]
+    lines += ["", "vimtune COMMAND --help shows the options of a command.", "", "exit codes:"]
+    lines += [f"  {code:<9} {meaning}" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(lines)
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command == "--version":
+        print(f"vimtune {__version__}")
+    elif "--list" in arguments and command not in COMMANDS:
+        return train.run("vimtune train", arguments)
+    elif command in COMMANDS:
+        return COMMANDS[command][1](f"vimtune {command}", rest)
+    else:
+        raise ValueError(f"unknown command {quote(command)}.{suggest(command, COMMANDS)} See vimtune --help")
+    return 0
+
+
+def _run(action: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    prepare_streams()
+    return run_guarded(lambda: action(arguments), show_traceback="--traceback" in arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`vimtune COMMAND ...`; returns the exit code."""
+    return _run(_dispatch, arguments)
+
+
+def train_main(arguments: Sequence[str] | None = None) -> int:
+    """`python train_vim.py ...`; returns the exit code."""
+    return _run(lambda given: train.run("python train_vim.py", given), arguments)

@@ -1,0 +1,22 @@
+"""The command `doctor`: check this machine and every scan backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vimtune.cli.parser import CommandParser, add_common
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+
+    parser = CommandParser(
+        prog=prog,
+        description="Show what this machine offers, check every scan backend, and say what to install.",
+    )
+    add_common(parser)
+    parser.parse_strictly(arguments)
+
+    from vimtune.doctor import run_doctor
+
+    return run_doctor()

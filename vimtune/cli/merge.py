@@ -1,0 +1,35 @@
+"""The command `merge`: fold an adapter into its base weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vimtune.cli.parser import CommandParser, add_common, add_import, add_model_options, import_packages, path
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    parser = CommandParser(
+        prog=prog,
+        description="Fold an adapter into its base weights: one plain checkpoint without any adapter left.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", type=path, help="adapter file or run folder")
+    parser.add_argument(
+        "--output", "-o", metavar="FILE", type=path, required=True, help="the .safetensors file to write"
+    )
+    add_model_options(parser)
+    add_import(parser)
+    add_common(parser)
+    options = parser.parse_strictly(arguments)
+
+    from vimtune.merging import run_merge
+
+    return run_merge(
+        adapter=options.adapter,
+        output=options.output,
+        checkpoint=options.checkpoint,
+        device=options.device,
+        backend=options.backend,
+        force=options.force,
+    )

@@ -1,0 +1,123 @@
+"""The parser of command lines: strict, with one-line errors, and what several commands have in common."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vimtune import __version__, parsers
+from vimtune.plugins import import_package
+from vimtune.text import quote, shorten
+from vimtune.utils import suggest
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Full flag names only, one-line errors, and a suggestion for a misspelt flag or command."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line with `message`.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{shorten(message, 400)}. See {self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; unlike argparse's own, this one fails where it cannot write."""
+        print(self.format_help(), end="", file=file)
+
+    def unknown_arguments(self, arguments: Sequence[str]) -> list[str]:
+        """One line for each argument that no option of this parser takes."""
+        options = [option for action in self._actions for option in action.option_strings]
+        flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+        lines = [f"unknown flag {shorten(flag)}.{suggest(flag, options)}" for flag in flags]
+        # What follows an unknown flag is its value; alone it is a surplus argument.
+        return lines or [f"unexpected argument {quote(argument)}" for argument in arguments]
+
+    def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse a command line of which nothing may be left over.
+
+        Raises:
+            ValueError: the command line is not one of this parser.
+        """
+        namespace, unknown = self.parse_known_args(arguments)
+        if unknown:
+            raise ValueError("; ".join(self.unknown_arguments(unknown)) + f" See {self.prog} --help")
+        return namespace
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help in the width of the terminal, with "--[no-]flag" for flags that are on or off."""
+
+    def __init__(self, prog: str) -> None:
+        # argparse needs room for one word beside the flags, and nothing wraps well in less.
+        width = max(min(shutil.get_terminal_size().columns, 120) - 2, 48)
+        super().__init__(prog, max_help_position=28, width=width)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return "--[no-]" + action.option_strings[0].removeprefix("--")
+        return super()._format_action_invocation(action)
+
+
+def add_common(parser: argparse._ActionsContainer) -> None:
+    """Add the flags that every command has."""
+    parser.add_argument("--traceback", action="store_true", help="show where an error arose")
+    parser.add_argument(
+        "--version", action="version", version=f"vimtune {__version__}", help="show the version and stop"
+    )
+
+
+def add_import(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that names packages of the user's own."""
+    parser.add_argument(
+        "--import",
+        dest="packages",
+        metavar="PACKAGE",
+        action="append",
+        help="import this package, or several: a,b; what it registers can be used like the rest",
+    )
+
+
+def import_packages(prog: str, arguments: Sequence[str]) -> None:
+    """Import the packages that a command line names, before anything else of it is read.
+
+    Raises:
+        ValueError: one cannot be imported, or none is named after the flag.
+    """
+    parser = CommandParser(prog=prog, add_help=False)
+    add_import(parser)
+    given, _ = parser.parse_known_args(arguments)
+    for names in given.packages or ():
+        for name in names.split(","):
+            import_package(name.strip())
+
+
+def path(text: str) -> Path:
+    """A path that was given as an argument, with `~` replaced. Whether anything is there is not asked."""
+    try:
+        return Path(parsers.path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{quote(text)}: {error}") from error
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the commands that build a model from an adapter file."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        type=path,
+        help="base weights; default: those the adapter was trained on",
+    )
+    parser.add_argument("--device", metavar="X", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
+    parser.add_argument("--backend", metavar="X", default="auto", help="selective scan backend [auto]")
+    parser.add_argument(
+        "--force", action="store_true", help="use the adapter although the base weights are others"
+    )

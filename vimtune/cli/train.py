@@ -1,0 +1,119 @@
+"""The command `train`: every key of a recipe as a flag."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from vimtune.cli.listing import listing
+from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages
+from vimtune.fields import Option, options_of
+from vimtune.recipe import COMPONENTS, TASK, Recipe, RecipeError, load_recipe
+from vimtune.tasks import TASKS
+
+DESCRIPTION = """\
+Fine-tune a Vision Mamba. Without arguments: a few minutes on embedded data.
+Every flag below is also a key of the YAML file; a flag wins over the file."""
+
+EXAMPLES = """\
+examples:
+  {prog} --dataset flowers --peft prodial
+  {prog} --dataset folder --data-dir my/images --peft lora --rank 8
+  {prog} --config my-recipe.yaml --epochs 50
+  {prog} --resume runs/my-run
+
+The repository's folder configs/ has recipes for --config."""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _help_line(item: Option) -> str:
+    """The option's help and, in brackets, its default."""
+    default = item.default
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif isinstance(default, list):
+        shown = ",".join(f"{value:g}" for value in default)
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    bracket = "" if default is None or default == {} else f" [{shown}]"
+    return (item.help + bracket).replace("%", "%%")
+
+
+def recipe_groups() -> dict[str, dict[str, Option]]:
+    """The keys of recipes by the title under which `--help` shows them, with those of every task."""
+    groups = {title: options_of(component) for title, component in COMPONENTS.items()}
+    tasks = {f"task {name}": options_of(task) for name, task in TASKS.items()}
+    return {**groups, "task": {TASK.name: TASK}, **tasks}
+
+
+def _add_flag(group: argparse._ArgumentGroup, item: Option) -> None:
+    kind: dict[str, Any] = {"metavar": "X"}
+    if isinstance(item.default, bool):
+        kind = {"action": argparse.BooleanOptionalAction}
+    group.add_argument(_flag(item.name), dest=item.name, help=_help_line(item), **kind)
+
+
+def build_train_parser(prog: str) -> CommandParser:
+    """Parser whose flags are the recipe's fields, grouped as there; all values stay text."""
+    parser = CommandParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE [--variant X]] [--KEY VALUE ...]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES.format(prog=prog),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="help", help="show this help and stop")
+    general.add_argument("--config", metavar="FILE", help="recipe in YAML")
+    general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
+    general.add_argument(
+        "--list", action="store_true", help="list models, methods, data sets, tasks, and stop"
+    )
+    add_import(general)
+    add_common(general)
+    added: set[str] = set()
+    for title, options in recipe_groups().items():
+        group = parser.add_argument_group(title)
+        for item in options.values():
+            if item.name not in added:  # two tasks may have an option of the same name
+                _add_flag(group, item)
+                added.add(item.name)
+    return parser
+
+
+def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | None:
+    """The recipe that the command line asks for, or None when `--list` was given."""
+    namespace, surplus = parser.parse_known_args(arguments)
+    given = vars(namespace)
+    if given.pop("list", False):
+        return None
+    given.pop("traceback", None)
+    given.pop("packages", None)
+    config, variant = given.pop("config", None), given.pop("variant", None)
+    problems = parser.unknown_arguments(surplus)
+    try:
+        recipe = load_recipe(config, given, variant)
+    except RecipeError as error:
+        raise RecipeError([*problems, *error.problems]) from error
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    recipe = _read_recipe(build_train_parser(prog), arguments)
+    if recipe is None:
+        print(listing(shutil.get_terminal_size((100, 24)).columns))
+        return 0
+    from vimtune.train import train
+
+    train(recipe)
+    return 0
