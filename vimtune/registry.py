@@ -93,5 +93,7 @@ class Registry(Generic[T]):
 
 
 def _origin(thing: object) -> str:
-    """Where a class or function was defined."""
+    """Where a thing was defined. A class or function knows it; entries of one class state it as `origin`."""
+    if not isinstance(thing, type) and isinstance(stated := getattr(thing, "origin", None), str):
+        return stated
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import inspect
 import json
 import sys
@@ -21,7 +22,14 @@ from safetensors.torch import load_file, save_file
 
 import vimtune
 from vimtune import cli
-from vimtune.models import MODELS, VisionMamba, create_listed_model, list_models, register_model
+from vimtune.models import (
+    MODELS,
+    CheckpointError,
+    VisionMamba,
+    create_listed_model,
+    list_models,
+    register_model,
+)
 from vimtune.models.options import OPTIONS, ModelOptions
 from vimtune.models.registry import check_creation, check_model_options
 from vimtune.recipe import Recipe, RecipeError
@@ -328,3 +336,52 @@ def test_a_registered_model_of_ones_own_is_created_adapted_and_found_again(someo
 def test_what_is_no_model_to_register(summary, options, message):
     with pytest.raises(ValueError, match=message):
         register_model("nobodys_net", summary=summary, options=options)
+
+
+def test_no_model_takes_the_name_of_another(someones_model):
+    """A new version of one's own model does take the place of the old one, as in a notebook."""
+    options = MODELS.get(someones_model).load_options()
+    for name in ("vim_tiny_patch16_224", "test_vim"):
+        for schema in (options, ModelOptions):
+            with pytest.raises(ValueError, match=rf"there is a model '{name}' already .*another name"):
+                register_model(name, summary="mine", options=schema)
+    register_model(someones_model, summary="better", options=options)
+    assert list_models()[someones_model] == "better"
+    with pytest.raises(ValueError, match="there is a model"):
+        register_model(someones_model, summary="another's", options=ModelOptions)
+
+
+def test_what_a_model_of_ones_own_may_lack(someones_model):
+    model = copy.deepcopy(create_listed_model(someones_model, {}))
+    model.set_grad_checkpointing(False)
+    with pytest.raises(ValueError, match=rf"{someones_model} has no set_grad_checkpointing"):
+        model.set_grad_checkpointing(True)
+    with pytest.raises(CheckpointError, match=f"no pretrained weights are published for {someones_model}"):
+        create_listed_model(someones_model, {}, pretrained=True)
+    register_model("unknown_to_timm", summary="x", options=MODELS.get(someones_model).load_options())
+    with pytest.raises(ValueError, match="timm does not know the model unknown_to_timm"):
+        create_listed_model("unknown_to_timm", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: delattr(type(model), "get_classifier"), "has no get_classifier"),
+        (lambda model: delattr(model, "num_classes"), "has no num_classes"),
+        (lambda model: delattr(model, "pretrained_cfg"), "has no pretrained_cfg"),
+        (lambda model: setattr(model, "num_classes", 1000), "num_classes = 1000 where 4 was asked for"),
+        (lambda model: setattr(model, "pretrained_cfg", {"input_size": (3, 8, 8)}), "lacks mean, std"),
+    ],
+)
+def test_what_a_model_of_ones_own_must_have(someones_model, monkeypatch, change, message):
+    create = timm.create_model
+
+    def create_changed(*args, **kwargs):
+        model = create(*args, **kwargs)
+        change(model)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_changed)
+    with pytest.raises(ValueError, match=message) as caught:
+        create_listed_model(someones_model, {"num_classes": 4})
+    assert "\n" not in str(caught.value)

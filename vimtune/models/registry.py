@@ -35,6 +35,8 @@ class ModelEntry:
     """Options in which it differs from the defaults of its class."""
     load_options: Callable[[], type] = _options_of_vim
     """Gives the dataclass whose fields are the options that files and recipes may set."""
+    origin: str = "vimtune.models.vim"
+    """Where it is defined: another definition may not take its name, a new version of the same may."""
 
 
 MODELS: Registry[ModelEntry] = Registry("model")
@@ -85,11 +87,12 @@ for _entry in VIM_MODELS:
 def register_model(name: str, *, summary: str, options: type) -> None:
     """Make a model of your own known to recipes, commands, `--list`, `predict` and adapter files.
 
-    Register it with timm first, under the same name (`timm.models.register_model`). vimtune creates it by
+    Register it with timm under the same name (`timm.models.register_model`). vimtune creates it by
     `timm.create_model(name, pretrained=..., num_classes=..., **options)` and needs of it what timm's models
     have: `pretrained_cfg` with "input_size", "mean" and "std", `num_classes`, `get_classifier()`, and a
-    forward pass from images (B, C, H, W) to logits (B, num_classes). `set_grad_checkpointing` is called if a
-    recipe asks for it.
+    forward pass from images (B, C, H, W) to logits (B, num_classes). `create_listed_model` refuses a model
+    that lacks the attributes, and supplies two that may be missing: `creation`, the name and the options
+    given, and a `set_grad_checkpointing` that refuses to be switched on.
 
     Args:
         name: its name in timm's registry.
@@ -113,7 +116,8 @@ def register_model(name: str, *, summary: str, options: type) -> None:
         raise ValueError(
             f"model {quote(name)}: {options.__name__} needs a field num_classes, the outputs of the head"
         )
-    MODELS.add(name, ModelEntry(name, summary, load_options=lambda: options))
+    origin = f"{options.__module__}.{options.__qualname__}"
+    MODELS.add(name, ModelEntry(name, summary, load_options=lambda: options, origin=origin))
 
 
 def list_models() -> dict[str, str]:
