@@ -185,6 +185,7 @@ def test_a_saved_folder_at_another_image_size(tmp_path):
         ({"peft": "lora", "alpha": 4.0}, r"'alpha' is an option of a method"),
         ({"deivce": "cpu"}, "unknown model option 'deivce'. Did you mean 'device'"),
         ({"dypte": torch.half}, "unknown model option 'dypte'. Did you mean 'dtype'"),
+        ({"pretained": True}, "unknown model option 'pretained'. Did you mean 'pretrained'"),
     ],
 )
 def test_misplaced_and_misspelt_options(option, words):

@@ -135,6 +135,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D), in the dtype of the weight."""
         weight = self.weight
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), self.eps).to(weight.dtype)
 
@@ -158,6 +159,11 @@ class PatchEmbed(nn.Module):
         self.overlapping = options.step != options.patch_size
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to patch tokens (B, M, D).
+
+        Raises:
+            ValueError: no batch of images of the model's size and channels.
+        """
         check_images(x, self.proj.in_channels, self.img_size)
         if self.overlapping:
             return self.proj(x).flatten(2).transpose(1, 2)
@@ -362,11 +368,17 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Names of parameters that an optimiser should not decay (timm's hook)."""
         # In an adapted model the names of the tensors that take the place of these contain their names.
         return {name for name, _ in self.named_parameters() if not _UNDECAYED.isdisjoint(name.split("."))}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort the parameters into the stem and the blocks, for timm's layer decay.
+
+        Args:
+            coarse: part of timm's signature; the groups are the same either way.
+        """
         return {
             "stem": r"^cls_token|pos_embed|patch_embed",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
@@ -374,10 +386,12 @@ class VisionMamba(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether each block is computed again in the backward pass, which saves memory for time."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The head; `nn.Identity` if the model has none."""
         return self.head
 
     @torch.jit.ignore
