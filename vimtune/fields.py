@@ -78,8 +78,9 @@ def _read_options(cls: type) -> dict[str, Option]:
 def parser_of(annotation: Any) -> Parser:
     """The parser of a field with this annotation.
 
-    It knows bool, int, float and str, bounds such as Annotated[int, Ge(1)], Literal, dict[str, ...],
-    "| None" of these, and T | dict[str, T] for a value or one for each of several targets. Of any other type it checks that the value is one that a file can hold.
+    It knows bool, int, float and str, bounds such as Annotated[int, Ge(1)], Literal, dict[str, ...], "| None"
+    of these, and T | dict[str, T] for a value or one for each of several targets. Of any other type it checks
+    that the value is one that a file can hold.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
