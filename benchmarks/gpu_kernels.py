@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vimtune.ops import DirectionWeights, bidirectional_scan, reference
+from vimtune.ops import DirectionWeights, bidirectional_scan
 from vimtune.ops.nvrtc import mixer as nvrtc_mixer
 from vimtune.ops.triton import launch
 from vimtune.ops.triton import mixer as triton_mixer
@@ -108,7 +108,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def inputs(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
+def inputs(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[DirectionWeights]]:
     """Random xz, output gradient and the weights of both directions, in trained weights' ranges."""
     generator = torch.Generator().manual_seed(0)
     inner, states, rank = options.inner, options.states, options.rank
@@ -116,30 +116,16 @@ def inputs(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Ten
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).cuda()
 
-    def direction() -> list[Tensor]:
+    def direction() -> DirectionWeights:
         A_log = torch.arange(1, states + 1).float().log().repeat(inner, 1).cuda()
         projections = [normal(rank + 2 * states, inner) / inner**0.5, normal(inner, rank) / rank**0.5]
-        return [
+        return DirectionWeights(
             *(normal(inner, 4) / 2, normal(inner) / 2, *projections, normal(inner) - 2),
             *(A_log + 0.1 * normal(inner, states), normal(inner)),
-        ]
+        )
 
     xz = normal(options.batch_size, options.tokens, 2 * inner).to(dtype)
     return xz, normal(options.batch_size, options.tokens, inner).to(dtype), [direction(), direction()]
-
-
-def definition(xz: Tensor, *directions: DirectionWeights) -> Tensor:
-    x, z = xz.chunk(2, dim=-1)
-    total = torch.zeros_like(x)
-    for weights, reverse in zip(directions, (False, True), strict=True):
-        u = reference.causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse)
-        rank, states = weights.dt_proj.shape[1], weights.A_log.shape[1]
-        dt, B, C = (u @ weights.x_proj.t()).split([rank, states, states], dim=-1)
-        delta, A = dt @ weights.dt_proj.t(), -weights.A_log.exp()
-        total = total + reference.selective_scan(
-            u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse
-        )
-    return total / 2
 
 
 def check(options: argparse.Namespace) -> None:
@@ -147,7 +133,7 @@ def check(options: argparse.Namespace) -> None:
     small = argparse.Namespace(**{**vars(options), "batch_size": 2})
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         xz, grad, weights = inputs(small, dtype)
-        exact = evaluate(definition, torch.float64, xz, grad, weights)
+        exact = evaluate(partial(bidirectional_scan, backend="reference"), torch.float64, xz, grad, weights)
         for backend in options.backends:
             found = evaluate(partial(bidirectional_scan, backend=backend), dtype, xz, grad, weights)
             errors = [
@@ -161,11 +147,15 @@ def check(options: argparse.Namespace) -> None:
 
 
 def evaluate(
-    function: Callable[..., Tensor], kind: torch.dtype, xz: Tensor, grad: Tensor, weights: list[list[Tensor]]
+    function: Callable[..., Tensor],
+    kind: torch.dtype,
+    xz: Tensor,
+    grad: Tensor,
+    weights: list[DirectionWeights],
 ) -> list[Tensor]:
     """Output and all gradients of `function` with activations of dtype `kind`."""
     wide = torch.promote_types(kind, torch.float32)
-    leaves = [xz.to(kind), *(weight.to(wide) for own in weights for weight in own)]
+    leaves = [xz.to(kind), *(weight.to(wide) for own in weights for weight in own if weight is not None)]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     out = function(leaves[0], DirectionWeights(*leaves[1:8]), DirectionWeights(*leaves[8:]))
     return [out, *torch.autograd.grad(out, leaves, grad.to(kind))]

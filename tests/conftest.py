@@ -15,3 +15,15 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist (set VIMTUNE_SHARED to a folder that has it)")
     return folder
+
+
+@pytest.fixture
+def backends(monkeypatch):
+    """`register_backend` for the duration of a test; what the test changes in backends is asked for anew."""
+    from vimtune.ops import dispatch
+
+    monkeypatch.setattr(dispatch._BACKENDS, "_things", dict(dispatch._BACKENDS._things))
+    monkeypatch.setattr(dispatch, "_KERNELS", dict(dispatch._KERNELS))
+    dispatch._offers.cache_clear()
+    yield dispatch.register_backend
+    dispatch._offers.cache_clear()

@@ -187,6 +187,7 @@ def raise_error(error: BaseException):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "--batch-size"),
         (MemoryError(), 2, "--batch-size"),
         (ValueError("rose\x1b[2J\nerror: lie"), 2, "error: rose\\x1b[2J error: lie"),
+        (ValueError("saved:\n  vimtune train --resume x"), 2, "error: saved: vimtune train --resume x"),
     ],
 )
 def test_what_the_user_can_mend_is_no_traceback(capsys, trained, monkeypatch, error, code, words):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,101 +14,140 @@ import torch
 import torch.nn.functional as F
 
 import vimtune
+from vimtune import cli
 from vimtune.adapters import adapter_parameters, check_gradients
+from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.strict_yaml import read_yaml
 from vimtune.train.job import build_model
 from vimtune.train.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-NUM_CLASSES = {"cars": 196, "caltech": 102, "flowers": 102}
-PAPER = {  # parameters in M for Cars and for Caltech / Flowers, as in the paper's table
-    "full": (7.00, 7.00),
-    "linear": (0.04, 0.02),
-    "bitfit": (0.08, 0.06),
-    "strong": (0.96, 0.94),
-    "ft_both": (5.35, 5.33),
-    "ft_in": (3.58, 3.56),
-    "ft_out": (1.81, 1.77),
-    "lora_both": (0.63, 0.61),
-    "lora_in": (0.41, 0.39),
-    "lora_out": (0.26, 0.24),
-    "dora_both": (0.69, 0.65),
-    "dora_in": (0.43, 0.41),
-    "dora_out": (0.28, 0.26),
-    "prodial_both": (0.67, 0.65),
-    "prodial_in": (0.42, 0.41),
-    "prodial_out": (0.27, 0.25),
-}
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = [(path, variant) for path in FILES for variant in variants_of(path) or [None]]
+README = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 
 
-def name_of(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"
+def scores(name: str) -> dict[str, list[str]]:
+    """Rows of the table about `name`.yaml in the README: variant without the data set -> its other cells."""
+    (section,) = re.findall(rf"^## {name}\.yaml:.*?(?=^## |\Z)", README, re.M | re.S)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\|.*\|$", section, re.M)
+    ]
+    return {variant: cells for variant, *cells in rows[2:]}
 
 
-every_config = pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+SCORES = {name: scores(name) for name in ("paper", "nano")}
+PLACES = ("both", "in", "out")
+NUM_CLASSES = {"cars": 196, "caltech": 102, "flowers": 102, "synthetic_flowers": 16}
+
+every_recipe = pytest.mark.parametrize(
+    ("path", "variant"), RECIPES, ids=[f"{path.stem} {variant or ''}".strip() for path, variant in RECIPES]
+)
+
+
+@every_recipe
+def test_it_loads_and_its_place_tells_what_it_is(path, variant):
+    recipe = load_recipe(path, variant=variant)
+    assert recipe.model.startswith({"paper": "vim_tiny_", "nano": "vim_nano_"}[path.stem.split("_")[0]])
+    if variant is None:
+        return
+    *data, method = variant.split("/")
+    assert data in ([], [recipe.dataset])
+    place = {"both": "_both", "in_proj": "_in", "out_proj": "_out"}[recipe.targets] if recipe.targets else ""
+    assert method in (recipe.peft + place, recipe.peft)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_says_only_what_is_not_a_default(path):
+    # A key with the default's value is allowed where it names the variant.
+    naming = {"dataset", "model", "peft", "targets", "rank", "augmentation", "batch_size"}
+    values = [read_config(path, variant) for variant in variants_of(path) or [None]]
+    for key in set().union(*values) - naming:
+        if key in ("lr", "weight_decay"):  # set in each config, so that methods can be compared by reading
+            continue
+        assert any(getattr(Recipe.from_values(v), key) != getattr(Recipe(), key) for v in values), key
 
 
 def test_the_grid_of_the_paper_is_complete():
-    names = {name_of(path) for path in CONFIGS}
-    assert {f"{data}/vim_tiny_{cell}" for data in NUM_CLASSES for cell in PAPER} <= names
+    methods = ["full", "linear", "bitfit", "strong"]
+    methods += [f"{method}_{place}" for method in ("ft", "lora", "dora", "prodial") for place in PLACES]
+    grid = {f"{data}/{method}" for data in ("cars", "caltech", "flowers") for method in methods}
+    assert grid == set(variants_of(ROOT / "configs" / "paper.yaml"))
 
 
-@every_config
-def test_it_loads_and_its_place_tells_what_it_is(path):
-    recipe = load_recipe(path)
-    assert recipe.dataset == path.parent.name
-    assert recipe.model.split("_patch")[0] == "_".join(path.stem.split("_")[:2])
-    assert recipe.peft in path.stem
-
-
-@every_config
-def test_it_says_only_what_is_not_a_default(path):
-    # A key with the default's value is allowed where it names the cell.
-    values = read_yaml(path)
-    naming = {"dataset", "model", "peft", "targets", "rank", "augmentation", "batch_size"}
-    for key in values.keys() - naming:
-        if key in ("lr", "weight_decay"):  # set in each config, so that methods can be compared by reading
-            continue
-        assert getattr(load_recipe(path), key) != getattr(Recipe(), key), key
-
-
-@every_config
-def test_the_header_has_command_source_and_expected_score(path):
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_header_has_command_and_source_of_scores(path):
     header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     text = "\n".join(header)
-    assert f"python train_vim.py --config {path.relative_to(ROOT).as_posix()}" in text
-    for heading in ("# Command: ", "# Expected: ", "# Source: "):
-        assert text.count(heading) == 1
+    assert f"# Command: python train_vim.py --config {path.relative_to(ROOT).as_posix()}" in text
+    assert "# Scores: " in text and "configs/README.md" in text and f"## {path.name}: " in README
     assert max(map(len, header)) <= 110
 
 
-@pytest.mark.parametrize("data", ["cars", "flowers", "caltech"])
-@pytest.mark.parametrize("cell", PAPER)
-def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(cell, data):
-    path = ROOT / "configs" / data / f"vim_tiny_{cell}.yaml"
-    recipe = load_recipe(path)
+def test_every_command_in_the_folder_works(monkeypatch):
+    reached: list[Recipe] = []
+    monkeypatch.setattr("vimtune.train.train", reached.append)
+    monkeypatch.chdir(ROOT)
+    texts = [README, *(path.read_text(encoding="utf-8") for path in FILES)]
+    commands = [line for text in texts for line in re.findall(r"python train_vim\.py (.*)", text)]
+    for command in commands:
+        assert cli.train_main(command.split()) == 0
+    assert len(reached) == len(commands) == 7
+
+
+@pytest.mark.parametrize("name", ["paper", "nano"])
+def test_every_variant_has_its_scores(name):
+    methods = {variant.rpartition("/")[2] for variant in variants_of(ROOT / "configs" / f"{name}.yaml")}
+    assert set(SCORES[name]) == methods
+    assert all(re.fullmatch(r"[\d.,]+", cell) for cells in SCORES[name].values() for cell in cells)
+
+
+@cache
+def plain_model(name: str) -> torch.nn.Module:
     with torch.device("meta"):
-        model = timm.create_model(recipe.model, num_classes=NUM_CLASSES[data])
-        vimtune.inject(model, recipe.peft, targets=recipe.targets, **recipe.method_kwargs)
-    trained = vimtune.summary(model).trainable
-    stated = re.search(
-        r"with ([\d.]+) M trained parameters \(here ([\d,]+)\)", path.read_text(encoding="utf-8")
-    )
-    assert stated is not None and int(stated[2].replace(",", "")) == trained
-    published = PAPER[cell][data != "cars"]
-    # DoRA's counts in the table belong to ranks tuned per data set; rank 16 is below.
-    assert trained / 1e6 == pytest.approx(published, rel=0.005, abs=0.042 if "dora" in cell else 0.02)
+        return timm.create_model(name, num_classes=1)
+
+
+@cache
+def number_trained_with_one_class(model: str, method: str, targets: str | None, options: str) -> int:
+    with torch.device("meta"):
+        adapted = vimtune.inject(
+            copy.deepcopy(plain_model(model)), method, targets=targets, **json.loads(options)
+        )
+    return vimtune.summary(adapted).trainable
+
+
+def number_trained(recipe: Recipe) -> int:
+    """Parameters that are trained. Only those of the head depend on the data set."""
+    options = json.dumps(recipe.method_kwargs)
+    more = (plain_model(recipe.model).num_features + 1) * (NUM_CLASSES[recipe.dataset] - 1)
+    return more + number_trained_with_one_class(recipe.model, recipe.peft, recipe.targets, options)
+
+
+@every_recipe
+def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path, variant):
+    if variant is None:
+        pytest.skip("the weights that ship are trained in full and have no row of a table")
+    recipe = load_recipe(path, variant=variant)
+    trained = number_trained(recipe)
+    method = variant.rpartition("/")[2]
+    cells = SCORES[path.stem][method]
+    stated = {"cars": -2}.get(recipe.dataset, -1)
+    assert int(cells[stated].replace(",", "")) == trained
+    if path.stem == "paper" and variant != "flowers/prodial_in":  # see the README about this one
+        published = float(cells[3 + ["cars", "caltech", "flowers"].index(recipe.dataset)])
+        # DoRA's counts in the table belong to ranks tuned per data set; the rank here is 16.
+        assert trained / 1e6 == pytest.approx(published, rel=0.005, abs=0.042 if "dora" in method else 0.02)
 
 
 def distinct() -> dict[str, Recipe]:
     """One recipe for every method setting among the configs, and for each method that has no config, put
     on the tiny model."""
     recipes = {}
-    for path in CONFIGS:
-        recipe = load_recipe(path)
+    for path, variant in RECIPES:
+        recipe = load_recipe(path, variant=variant)
         method = {name: getattr(recipe, name) for name in ("peft", "targets", "layers", "peft_kwargs")}
         fields = (
             recipe.method_kwargs | {"rank": 4} if "rank" in recipe.method_kwargs else recipe.method_kwargs
@@ -144,5 +186,6 @@ def test_one_step_of_every_method_setting_moves_all_it_trains(recipe):
 
 
 def test_a_flag_overrides_a_config():
-    path = CONFIGS[0]
-    assert load_recipe(path, {"epochs": "7"}) == load_recipe(path).replace(epochs=7)
+    path = ROOT / "configs" / "paper.yaml"
+    recipe = load_recipe(path, variant="cars/full")
+    assert load_recipe(path, {"epochs": "7"}, "cars/full") == recipe.replace(epochs=7)

@@ -14,21 +14,19 @@ from rich.console import Console
 
 from vimtune import cli, doctor, ops
 from vimtune.ops import dispatch
+from vimtune.ops.eager import EagerConvolution, EagerScan
 
 CPU = torch.device("cpu")
 
 
-class Broken(type(dispatch._BACKENDS["torch"])):
-    """The PyTorch backend with one fault."""
-
-    name = "broken"
-    summary = "wrong on purpose"
+class BrokenScan(EagerScan):
+    """A scan in PyTorch with one fault."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
-    def scan_forward(self, *arguments):
-        out, states = super().scan_forward(*arguments)
+    def forward(self, *arguments):
+        out, states = super().forward(*arguments)
         if self.fault == "output":
             out = out * 1.001
         elif self.fault == "nan":
@@ -37,22 +35,41 @@ class Broken(type(dispatch._BACKENDS["torch"])):
             raise RuntimeError("illegal instruction")
         return out, states
 
-    def scan_backward(self, *arguments):
-        gradients = list(super().scan_backward(*arguments))
+    def backward(self, *arguments):
+        gradients = list(super().backward(*arguments))
         if self.fault == "gradient":
             gradients[7] = gradients[7] * 1.001
         return tuple(gradients)
 
-    def conv_forward(self, x, weight, bias, silu, reverse):
-        return super().conv_forward(x, weight, bias, silu, reverse and self.fault != "direction")
+
+class BrokenConvolution(EagerConvolution):
+    """A convolution that may run in one direction only."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def forward(self, inputs, options):
+        reverse = options.reverse and self.fault != "direction"
+        return super().forward(inputs, options._replace(reverse=reverse))
+
+
+class Broken(ops.Backend):
+    """The PyTorch backend with one fault."""
+
+    name = "broken"
+    summary = "wrong on purpose"
+
+    def __init__(self, fault: str, reasons: tuple[str, ...] = ()) -> None:
+        self.kernels = (BrokenScan(fault), BrokenConvolution(fault))
+        self.reasons = reasons
+
+    def refusals(self, device):
+        return [*self.reasons]
 
 
 @pytest.fixture
-def break_backend(monkeypatch):
-    def install(fault: str) -> None:
-        monkeypatch.setitem(dispatch._BACKENDS, "broken", Broken(fault))
-
-    return install
+def break_backend(backends):
+    return lambda fault, *reasons: backends(Broken(fault, reasons))
 
 
 @pytest.mark.parametrize("backend", [row.name for row in ops.backend_report("cpu") if row.available])
@@ -98,10 +115,8 @@ def test_a_failed_self_test_sets_the_exit_code(break_backend, capsys):
     assert "FAILED" in text and "broken on cpu: selective_scan" in text
 
 
-def test_reasons_of_a_backend_that_cannot_run_are_shown(monkeypatch):
-    backend = Broken("")
-    backend.refusals = lambda device: ["no [magic] found"]
-    monkeypatch.setitem(dispatch._BACKENDS, "broken", backend)
+def test_reasons_of_a_backend_that_cannot_run_are_shown(break_backend):
+    break_backend("", "no [magic] found")
     code, text = run(100)
     assert code == 0 and "cannot run: no [magic] found" in text
 

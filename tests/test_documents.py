@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from vimtune import cli
+from vimtune.cli.train import EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
@@ -33,7 +34,7 @@ BLOCKS = [
 ]
 COMMANDS = [
     *(line for _, language, body in BLOCKS if not language for line in body.splitlines() if line.strip()),
-    *re.findall(r"^  (vimtune .*)", cli.TRAIN_EXAMPLES.format(prog="vimtune train"), re.M),
+    *re.findall(r"^  (vimtune .*)", EXAMPLES.format(prog="vimtune train"), re.M),
 ]
 FLAGS = sorted({flags for text in DOCUMENTS.values() for flags in re.findall(r"`(--[a-z-]+ [^`]+)`", text)})
 DEVELOPERS_TOOLS = ("pip", "python -m venv", ".", "pre-commit", "pytest", "python tests/")

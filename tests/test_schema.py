@@ -97,6 +97,14 @@ def test_text_that_is_not_unicode_comes_out_escaped():
     assert found == {r"caf\udce9": [r"\udcff", "é😀", r"\ud800"]}
 
 
+def test_a_single_value_is_told_what_is_expected():
+    with pytest.raises(ValueError) as caught:
+        check(Annotated[int, Ge(2)], 1, "species=1")
+    assert str(caught.value) == "species=1: expected a value greater than or equal to 2 (found 1)"
+    with pytest.raises(ValueError, match=r"^rank='x': expected a valid integer"):
+        check(int, "x", "rank='x'")
+
+
 @dataclass
 class Range:
     __pydantic_config__: ClassVar[Any] = STRICT

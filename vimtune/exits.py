@@ -31,6 +31,7 @@ EXIT_CODES = {
     130: "interrupted (Ctrl-C)",
     141: "the reader of the output has gone",
 }
+"""What each exit code of a command means."""
 
 MAX_LINE = 2000
 """Characters of one line of a message; what is longer somebody else has worded."""
@@ -57,7 +58,7 @@ def prepare_streams() -> None:
         logger.setLevel(logging.INFO)
 
 
-class _LogHandler(logging.StreamHandler):
+class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes no argument there
     """Writes to what sys.stderr is at that time, which while a progress bar runs is the lines above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -135,7 +136,9 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {shorten(str(error.filename))}" if error.filename else error.strerror
     message = str(error) or type(error).__name__
-    return message if isinstance(error, RecipeError) else " ".join(message.split("\n"))
+    if isinstance(error, RecipeError):
+        return message
+    return " ".join(line.strip() for line in message.split("\n"))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -37,6 +37,7 @@ class MergedInfo:
     __pydantic_config__ = STRICT
 
     model: Name
+    """Name of the model in the registry."""
     options: dict[str, Any]
     """Arguments of the model's creation, the number of classes and the image size among them."""
     classes: list[Annotated[str, Len(0, 1000)]]

@@ -19,10 +19,9 @@ from vimtune.console import build_console, print_line
 from vimtune.merged import MergedInfo, is_merged_file, read_merged, read_merged_info, write_merged
 from vimtune.models import create_listed_model
 from vimtune.ops import use_backend
-from vimtune.output import check_output, write_output
+from vimtune.output import OutputError, check_output, write_output
 from vimtune.predict import adapter_path, find_base, load_predictor
 from vimtune.text import quote
-from vimtune.train.folder import OutputError
 
 TOLERANCE = 1e-3
 """Largest logit error that fp32 rounding explains, relative to the largest logit."""
@@ -34,7 +33,13 @@ class MergeError(ValueError):
 
 @dataclass(frozen=True)
 class MergeProof:
-    """Logits before and after, on a batch of random images."""
+    """Logits before and after, on a batch of random images.
+
+    Attributes:
+        max_error: largest absolute difference of two logits.
+        max_logit: largest absolute logit before merging.
+        num_images: images in the batch.
+    """
 
     max_error: float
     max_logit: float
@@ -42,6 +47,7 @@ class MergeProof:
 
     @property
     def holds(self) -> bool:
+        """Whether the error is within what rounding explains."""
         return self.max_error <= TOLERANCE * max(self.max_logit, 1.0)
 
 

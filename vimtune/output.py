@@ -9,8 +9,20 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from vimtune.text import quote
-from vimtune.train.folder import OutputError
 from vimtune.utils import atomic_write
+
+
+class OutputError(ValueError):
+    """A result could not be written (disk full, no permission, ...). Earlier files are intact."""
+
+
+WRITING_ERRORS = (OSError, SafetensorError)
+"""What is raised when the system refuses to write a file, by Python and by safetensors."""
+
+
+def refusal(error: BaseException) -> str:
+    """The system's own words for one of `WRITING_ERRORS`, if possible without the name of the file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -> None:
@@ -45,11 +57,14 @@ def _is_same(path: Path, source: Path) -> bool:
 
 
 def write_output(path: Path, write: Callable[[Path], None]) -> None:
-    """`atomic_write`, with the system's refusal (a full disk, say) as an `OutputError`."""
+    """Write a file with `atomic_write`.
+
+    Raises:
+        OutputError: the system refuses, because the disk is full for example. What was there is as it was.
+    """
     try:
         atomic_write(path, write)
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    except WRITING_ERRORS as error:
         raise OutputError(
-            f"cannot write {quote(str(path))}: {reason}; what was there is as it was"
+            f"cannot write {quote(str(path))}: {refusal(error)}; what was there is as it was"
         ) from error

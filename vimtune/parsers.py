@@ -10,13 +10,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
 from vimtune.text import quote
 from vimtune.utils import suggest
 
 Parser = Callable[[Any], Any]
+Value = TypeVar("Value")
 
 LARGEST = 2**31 - 1
 """Largest whole number of a recipe, unless the field says otherwise."""
@@ -59,14 +60,14 @@ def number(
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(f"expected {expected}")
         try:
-            value = float(value)
+            found = float(value)
         except (ValueError, OverflowError):
             raise ValueError(f"expected {expected}") from None
-        if not math.isfinite(value) or value < low or value > high:
+        if not math.isfinite(found) or found < low or found > high:
             raise ValueError(f"expected {expected}")
-        if (above and value == low) or (below and value == high):
+        if (above and found == low) or (below and found == high):
             raise ValueError(f"expected {expected}")
-        return value
+        return found
 
     return parse
 
@@ -159,7 +160,7 @@ def mapping(value: Any) -> dict[str, Any]:
     return _bounded(_plain_mapping(value, 0))
 
 
-def _bounded(value: Any) -> Any:
+def _bounded(value: Value) -> Value:
     if len(str(value)) > MAX_OPTIONS:
         raise ValueError(f"expected at most {MAX_OPTIONS} characters")
     return value
@@ -226,7 +227,7 @@ def image_size(value: Any) -> int | list[int]:
         if isinstance(value, list | tuple):
             height, width = map(side, value)
             return [height, width]
-        return side(value)
+        return int(side(value))
     except ValueError:
         raise ValueError(
             f"expected pixels such as 224, or height and width such as [64, 96], at most {MAX_IMAGE_SIDE}"

@@ -64,7 +64,15 @@ never 0 when the system cannot read an image, for want of a permission say, or w
 
 @dataclass
 class Predictor:
-    """A model with an adapter, ready for images."""
+    """A model with an adapter, ready for images.
+
+    Attributes:
+        model: the model, on `device` and in evaluation mode.
+        transform: how an image becomes its input.
+        classes: names of the classes, one for each output.
+        device: where it computes.
+        backend: scan backend, see `vimtune.ops`.
+    """
 
     model: VisionMamba
     transform: Transform
@@ -76,7 +84,8 @@ class Predictor:
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) preprocessed images -> (B, C) fp32 logits on the CPU."""
         with use_backend(self.backend):
-            return self.model(images.to(self.device)).float().cpu()
+            logits: Tensor = self.model(images.to(self.device))
+        return logits.float().cpu()
 
     def predict(
         self,
@@ -169,7 +178,9 @@ class Origin:
     checkpoint: Annotated[str, Len(1, 4096)] | None = None
     """Name of the file; in older adapter files the path as it was given."""
     pretrained: bool = True
+    """Whether the run began with the model's published weights, where it names no checkpoint."""
     seed: Count = 0
+    """Seed of random weights, where it began with neither."""
 
     @classmethod
     def of(cls, info: AdapterInfo) -> Origin:

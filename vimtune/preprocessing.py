@@ -14,9 +14,13 @@ from vimtune.text import quote
 from vimtune.utils import suggest
 
 PRESETS = ("none", "light", "strong")
+"""Strengths of augmentation."""
 LIBRARIES = ("albumentations", "torchvision")
+"""Libraries that can draw and apply the augmentation."""
 CROP_MODES = ("center", "squash", "center_rounded")
+"""Ways in which the size before the evaluation crop is computed."""
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+"""Filters with which images are resized."""
 MAX_SIDE = 8192
 """Largest height and width of a model's input, in pixels."""
 _LARGEST = 1e6

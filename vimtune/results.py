@@ -32,7 +32,14 @@ ROOM = 160
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image, best first."""
+    """The most probable classes of one image, best first.
+
+    Attributes:
+        path: the image file.
+        indices: numbers of the classes.
+        classes: their names.
+        probabilities: softmax of their logits, in [0, 1].
+    """
 
     path: str
     indices: list[int]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Schema = TypeVar("Schema")
+"""The type with which values are compared."""
 
 STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 """What a schema class sets as `__pydantic_config__`."""
@@ -70,6 +72,8 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
         return adapter.validate_json(_SURROGATE.sub(_escape, text), strict=True)
     except ValidationError as failure:
         problems = failure.errors(include_url=False, include_context=False)
+        if not problems[0]["loc"] and not is_dataclass(schema):  # one value, not the parts of a file
+            raise error(f"{what}: {_describe_value(problems[0])}") from None
         shown = "; ".join(map(_describe, problems[:3]))
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise error(f"{what} does not have the expected form: {shown}{more}") from None
@@ -92,6 +96,12 @@ def _describe(problem: Any) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         return f"{place}: {message}" if place else message
     return f"{place or 'value'}: {problem['msg']} (found {quote(problem['input'])})"
+
+
+def _describe_value(problem: Any) -> str:
+    """What was expected of a single value, and what was found."""
+    expected = re.sub("^Input should be (?=greater|less)", "expected a value ", problem["msg"])
+    return f"{expected.replace('Input should be', 'expected')} (found {quote(problem['input'])})"
 
 
 def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError) -> Any:

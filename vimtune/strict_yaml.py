@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # the parser has no types
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _error(event, "anchors (&) and aliases (*) are not allowed; write the value out")
         if event.tag is not None:

@@ -52,6 +52,14 @@ def test_splits_counts_and_labels() -> None:
     assert sets["val"].describe(3) == "synthetic val 1/1"
 
 
+def test_a_folder_that_is_not_read_is_named_with_what_may_be_meant(tmp_path, caplog) -> None:
+    create_dataset("synthetic_flowers", "train")
+    assert not caplog.messages
+    create_dataset("synthetic_flowers", "train", tmp_path)
+    (message,) = caplog.messages
+    assert str(tmp_path) in message and "add --dataset folder" in message
+
+
 def test_offset_shifts_species() -> None:
     options = {"img_size": (16, 16), "train_per_species": 1}
     whole = create_dataset("synthetic_flowers", "train", species=6, **options)
@@ -85,7 +93,8 @@ def test_colour_alone_does_not_tell_species() -> None:
     """A linear probe on colour histograms stays far below what shapes allow (chance: 6 %)."""
 
     def features(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        ds = create_dataset("synthetic_flowers", split, img_size=(32, 32), train_per_species=32)
+        sizes = {"train_per_species": 24, "test_per_species": 16}
+        ds = create_dataset("synthetic_flowers", split, img_size=(32, 32), **sizes)
         bins = [np.asarray(ds.load(i)).reshape(-1, 3) // 64 @ np.array([16, 4, 1]) for i in range(len(ds))]
         rows = torch.tensor(np.stack([np.bincount(b, minlength=64) for b in bins])).float()
         return rows, torch.tensor(ds.targets)

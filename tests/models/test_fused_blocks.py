@@ -40,7 +40,7 @@ def fuse(request, monkeypatch):
             calls.append((branch, residual))
             return ops.add_rms_norm(branch, residual, weight, eps, request.param)
 
-        monkeypatch.setattr(vim, "has_bidirectional_scan", lambda *_: on)
+        monkeypatch.setattr(vim, "has_add_rms_norm", lambda *_: on)
         monkeypatch.setattr(vim, "add_rms_norm", watched)
         return calls
 

@@ -66,7 +66,7 @@ def emulated_kernels(tmp_path_factory):
 
 
 @pytest.fixture
-def on_cpu(emulated_kernels, monkeypatch):
+def on_cpu(emulated_kernels, backends, monkeypatch):
     """Run the kernels of backend `nvrtc` on CPU tensors; the few of Triton need its interpreter."""
     monkeypatch.setattr(NvrtcBackend, "refusals", lambda self, device: [])
     monkeypatch.setattr(runtime, "load_kernel", emulated_kernels)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from vimtune.ops import reference
 from vimtune.ops.nvrtc import runtime
 
 # Of torch.library.opcheck: schema and fake implementation (strides included) agree with the operation.
@@ -45,26 +44,3 @@ def build_weights(inner, rank, width, bias, device="cpu", seed=0, num_states=16)
         "dt_proj": pair(inner, rank, scale=rank**-0.5),
         "dt_bias": [b - 3 for b in pair(inner, scale=2.0)],
     }
-
-
-def mixer_reference(xz, forward, reverse):
-    """The definition of `bidirectional_scan`."""
-    x, z = xz.chunk(2, dim=-1)
-    total = 0
-    for weights, backwards in ((forward, False), (reverse, True)):
-        u = reference.causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, backwards)
-        rank, states = weights.dt_proj.shape[1], weights.A_log.shape[1]
-        dt, B, C = (u @ weights.x_proj.t()).split([rank, states, states], dim=-1)
-        total = total + reference.selective_scan(
-            u,
-            dt @ weights.dt_proj.t(),
-            -weights.A_log.exp(),
-            B,
-            C,
-            weights.D,
-            z,
-            weights.dt_bias,
-            True,
-            backwards,
-        )
-    return total / 2

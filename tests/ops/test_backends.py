@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vimtune import ops
 from vimtune.ops import reference
-from vimtune.ops.dispatch import ScanOptions
-from vimtune.ops.eager import EagerBackend
+from vimtune.ops.convolution import ConvInputs, ConvOptions
+from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.ops.scan import ScanInputs, ScanOptions
 
 SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 # Kernels for GPUs, with what they may deviate beyond the others: mamba-ssm uses fast exponentials.
@@ -236,17 +237,18 @@ def test_results_are_contiguous_however_a_backend_lays_them_out(monkeypatch):
     def strided(x):
         return x if x is None or x.dim() < 2 else x.mT.contiguous().mT
 
-    def lay_out(name):
-        original = getattr(EagerBackend, name)
+    def lay_out(kernels, name):
+        original = getattr(kernels, name)
 
         def changed(*arguments):
             found = original(*arguments)
             return strided(found) if isinstance(found, torch.Tensor) else tuple(map(strided, found))
 
-        monkeypatch.setattr(EagerBackend, name, changed)
+        monkeypatch.setattr(kernels, name, changed)
 
-    for name in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
-        lay_out(name)
+    for kernels in (EagerScan, EagerConvolution):
+        lay_out(kernels, "forward")
+        lay_out(kernels, "backward")
     scan = [x.detach() for x in scan_inputs(tokens=5, inner=8, states=4).values()]
     out, states = torch.ops.vimtune.selective_scan(*scan, True, True, "torch", True)
     results = [
@@ -272,14 +274,14 @@ class WithoutHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_plain_pytorch_can_be_recorded_on_a_gpu(reverse):
-    inputs, kernels = scan_inputs(tokens=19), EagerBackend()
-    options = ScanOptions(delta_softplus=True, reverse=reverse)
+    inputs, scan, convolution = ScanInputs(**scan_inputs(tokens=19)), EagerScan(), EagerConvolution()
+    options, filtering = ScanOptions(delta_softplus=True, reverse=reverse), ConvOptions(True, reverse)
     weight, grad = torch.randn(24, 4), torch.randn(2, 19, 24)
     with WithoutHost():
-        out, states = kernels.scan_forward(*inputs.values(), options, True)
-        kernels.scan_backward(grad, states, *inputs.values(), options, [True] * 8)
-        kernels.conv_forward(out, weight, None, True, reverse)
-        kernels.conv_backward(grad, out, weight, None, True, reverse, [True, True, False])
+        out, states = scan.forward(inputs, options, True)
+        scan.backward(grad, states, inputs, options, [True] * 8)
+        convolution.forward(ConvInputs(out, weight), filtering)
+        convolution.backward(grad, ConvInputs(out, weight), filtering, [True, True, False])
 
 
 def test_wrong_shapes_are_named():

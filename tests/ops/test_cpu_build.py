@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from vimtune.doctor import compiler
-from vimtune.ops import causal_conv1d, dispatch
+from vimtune.ops import BackendUnavailable, causal_conv1d, dispatch
 from vimtune.ops.cpu import CpuBackend, build
 from vimtune.ops.cpu.build import BuildError, load_library
-from vimtune.ops.cpu.library import Kernels
+from vimtune.ops.cpu.library import Library
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def fake_compiler(tmp_path: Path, script: str) -> str:
 
 
 def test_second_use_does_not_compile(no_compiling):
-    assert Kernels(load_library()).chunk > 0
+    assert Library(load_library()).chunk > 0
 
 
 def test_import_and_choice_of_another_backend_do_not_compile(cache):
@@ -81,19 +81,15 @@ def test_import_and_choice_of_another_backend_do_not_compile(cache):
     assert not cache.exists()
 
 
-def test_missing_compiler_falls_back_with_a_reason(cache, tmp_path, monkeypatch, caplog):
+def test_missing_compiler_falls_back_with_a_reason(cache, tmp_path, monkeypatch, caplog, backends):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(dispatch, "_BACKENDS", {"cpu": CpuBackend(), "torch": dispatch._BACKENDS["torch"]})
-    dispatch._choose_automatically.cache_clear()
-    try:
-        with caplog.at_level(logging.INFO):
-            assert dispatch.resolved_backend("cpu") == "torch"
-            assert dispatch.resolved_backend("cpu") == "torch"
-        with pytest.raises(dispatch.BackendUnavailable, match=r"no C\+\+ compiler"):
-            dispatch.resolve_backend("cpu", CPU)
-    finally:
-        dispatch._choose_automatically.cache_clear()
+    backends(CpuBackend())
+    with caplog.at_level(logging.INFO, logger="vimtune.ops"):
+        assert dispatch.resolved_backend("cpu") == "torch"
+        assert dispatch.resolved_backend("cpu") == "torch"
+    with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler"):
+        dispatch.resolved_backend("cpu", "cpu")
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "install g++" in warnings[0]
     assert any("not cpu: no C++ compiler" in record.getMessage() for record in caplog.records)
@@ -133,21 +129,17 @@ ODD_COMPILERS = {
 
 
 @pytest.mark.parametrize("chosen", ODD_COMPILERS)
-def test_odd_compilers_are_refused_with_the_reason(cache, monkeypatch, caplog, chosen):
+def test_odd_compilers_are_refused_with_the_reason(cache, monkeypatch, caplog, backends, chosen):
     """And scans then take the path in plain PyTorch, as announced, at each call."""
     monkeypatch.setenv("CXX", chosen)
-    monkeypatch.setattr(dispatch, "_BACKENDS", {"cpu": CpuBackend(), "torch": dispatch._BACKENDS["torch"]})
-    dispatch._choose_automatically.cache_clear()
-    try:
-        (reason,) = dispatch.backend_report("cpu")[0].reasons
-        assert re.search(ODD_COMPILERS[chosen], reason), reason
-        for _ in range(2):
-            x, weight = torch.randn(1, 5, 3, requires_grad=True), torch.randn(3, 4)
-            out = causal_conv1d(x, weight)
-            assert torch.equal(out, causal_conv1d(x, weight, backend="torch"))
-            out.sum().backward()
-    finally:
-        dispatch._choose_automatically.cache_clear()
+    backends(CpuBackend())
+    (reason,) = dispatch.backend_report("cpu")[0].reasons
+    assert re.search(ODD_COMPILERS[chosen], reason), reason
+    for _ in range(2):
+        x, weight = torch.randn(1, 5, 3, requires_grad=True), torch.randn(3, 4)
+        out = causal_conv1d(x, weight)
+        assert torch.equal(out, causal_conv1d(x, weight, backend="torch"))
+        out.sum().backward()
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1
     assert compiler() is None or chosen.startswith("/bin")  # the doctor has an answer, too
@@ -198,7 +190,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_next_folder_serves(cache, tmp
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert Kernels(load_library()).chunk > 0
+    assert Library(load_library()).chunk > 0
     assert not list(cache.iterdir())
     assert len(list((tmp_path / "tmp").iterdir())) == 1
 
@@ -252,11 +244,11 @@ def test_unusable_cache_folder_falls_back_to_a_private_one(cache, tmp_path, monk
     file = tmp_path / "a-file"
     file.write_text("")
     monkeypatch.setenv("VIMTUNE_CACHE", str(file / "cache"))
-    assert Kernels(load_library()).chunk > 0
+    assert Library(load_library()).chunk > 0
     (private,) = (tmp_path / "tmp").iterdir()
     assert private.stat().st_mode & 0o077 == 0
     monkeypatch.setenv("VIMTUNE_NO_COMPILE", "1")
-    assert Kernels(load_library()).chunk > 0  # the next process finds it there
+    assert Library(load_library()).chunk > 0  # the next process finds it there
 
 
 def test_two_processes_build_at_once(cache):
@@ -275,7 +267,7 @@ def test_two_processes_build_at_once(cache):
 
 @pytest.mark.parametrize("function", ["scan_forward", "scan_backward", "conv_forward", "conv_backward"])
 def test_wrong_numbers_are_refused(no_compiling, monkeypatch, function):
-    original = getattr(Kernels, function)
+    original = getattr(Library, function)
 
     def wrong(self, *arguments):
         result = original(self, *arguments)
@@ -283,7 +275,7 @@ def test_wrong_numbers_are_refused(no_compiling, monkeypatch, function):
         damaged[..., -1] += 0.01 * damaged.abs().max()
         return result
 
-    monkeypatch.setattr(Kernels, function, wrong)
+    monkeypatch.setattr(Library, function, wrong)
     (reason,) = CpuBackend().refusals(CPU)
     assert "wrong numbers" in reason
 

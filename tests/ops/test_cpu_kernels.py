@@ -10,8 +10,9 @@ import torch
 
 from vimtune import ops
 from vimtune.ops import reference
+from vimtune.ops.convolution import ConvInputs, ConvOptions
 from vimtune.ops.cpu import CpuBackend, library
-from vimtune.ops.dispatch import ScanOptions
+from vimtune.ops.scan import ScanInputs, ScanOptions
 
 FORWARD = ScanOptions(delta_softplus=True, reverse=False)
 PLAIN = ScanOptions(delta_softplus=False, reverse=False)
@@ -59,11 +60,12 @@ def run_everything(backend: CpuBackend, inputs: list[torch.Tensor]) -> list[torc
     results = []
     for reverse in (False, True):
         options = ScanOptions(delta_softplus=True, reverse=reverse)
-        out, states = backend.scan_forward(*inputs, options, True)
-        results += [out, *backend.scan_backward(z, states, *inputs, options, [True] * 8)]
+        out, states = backend.scan.forward(ScanInputs(*inputs), options, True)
+        results += [out, *backend.scan.backward(z, states, ScanInputs(*inputs), options, [True] * 8)]
         weight, bias = inputs[2][:, :4].contiguous(), inputs[5]
-        results.append(backend.conv_forward(u, weight, bias, True, reverse))
-        results += backend.conv_backward(z, u, weight, bias, True, reverse, [True] * 3)
+        conv, filtering = ConvInputs(u, weight, bias), ConvOptions(silu=True, reverse=reverse)
+        results.append(backend.convolution.forward(conv, filtering))
+        results += backend.convolution.backward(z, conv, filtering, [True] * 3)
     return results
 
 
@@ -88,7 +90,7 @@ def test_results_do_not_depend_on_threads(backend, threads, monkeypatch, batch):
         threads(count)
         assert same(run_everything(backend, inputs), expected), f"{count} threads"
         with monkeypatch.context() as patch:
-            patch.setattr(backend._kernels(), "_launcher", None)
+            patch.setattr(backend.library(), "_launcher", None)
             assert same(run_everything(backend, inputs), expected), f"{count} threads of our own"
 
 
@@ -112,13 +114,13 @@ def test_nothing_is_left_unwritten_or_written_outside(backend, monkeypatch):
         u = inputs[0]
         for reverse in (False, True):
             options = ScanOptions(delta_softplus=True, reverse=reverse)
-            out, saved = backend.scan_forward(*inputs, options, True)
-            results = [out, saved, *backend.scan_backward(u, saved, *inputs, options, [True] * 8)]
+            out, saved = backend.scan.forward(ScanInputs(*inputs), options, True)
+            results = [out, saved, *backend.scan.backward(u, saved, ScanInputs(*inputs), options, [True] * 8)]
             for width in (1, 4, 40):
-                conv = (u, torch.rand(inner, width), None, True, reverse)
+                conv = ConvInputs(u, torch.rand(inner, width)), ConvOptions(True, reverse)
                 results += [
-                    backend.conv_forward(*conv),
-                    *backend.conv_backward(u, *conv, [True, True, False])[:2],
+                    backend.convolution.forward(*conv),
+                    *backend.convolution.backward(u, *conv, [True, True, False])[:2],
                 ]
             assert all(torch.isfinite(result).all() for result in results)
     for buffer in buffers:
@@ -155,9 +157,8 @@ def one_channel_row(values: torch.Tensor, tokens: int = 1) -> torch.Tensor:
 def test_softplus_is_accurate_everywhere(backend):
     x = torch.cat([torch.linspace(-87, 87, 4001), torch.tensor([-1e30, -200.0, -0.0, 1e-30, 200.0, 1e30])])
     ones, one = one_channel_row(torch.ones(len(x))), torch.ones(1, 1, 1)
-    out, _ = backend.scan_forward(
-        ones, one_channel_row(x), -torch.ones(len(x), 1), one, one, None, None, None, FORWARD, False
-    )
+    inputs = ScanInputs(ones, one_channel_row(x), -torch.ones(len(x), 1), one, one)
+    out, _ = backend.scan.forward(inputs, FORWARD, False)
     exact = torch.where(x > 30, x.double(), torch.log1p(x.double().clamp(max=40).exp()))
     close(out[0, 0], exact, 4e-7)
 
@@ -170,7 +171,7 @@ def test_decay_is_accurate_and_saturates(backend):
     u = torch.tensor([1.0, 0.0]).view(1, 2, 1).expand(1, 2, len(x)).contiguous()
     dt = torch.stack([torch.ones_like(x), x])[None]
     ones = torch.ones(1, 2, 1)
-    out, _ = backend.scan_forward(u, dt, torch.ones(len(x), 1), ones, ones, None, None, None, PLAIN, False)
+    out, _ = backend.scan.forward(ScanInputs(u, dt, torch.ones(len(x), 1), ones, ones), PLAIN, False)
     got, exact = out[0, 1], x.double().exp()
     in_range = x.abs() < 87
     # The argument is rounded once to fp32, as in any fp32 exp(dt * A).
@@ -182,9 +183,8 @@ def test_decay_is_accurate_and_saturates(backend):
 def test_gate_is_accurate_everywhere(backend):
     z = torch.cat([torch.linspace(-86, 90, 4001), torch.tensor([-1e30, -200.0, 1e-30, 1e30])])
     row, one = one_channel_row(torch.ones(len(z))), torch.ones(1, 1, 1)
-    out, _ = backend.scan_forward(
-        row, row, -torch.ones(len(z), 1), one, one, None, one_channel_row(z), None, PLAIN, False
-    )
+    inputs = ScanInputs(row, row, -torch.ones(len(z), 1), one, one, z=one_channel_row(z))
+    out, _ = backend.scan.forward(inputs, PLAIN, False)
     close(out[0, 0], z.double() * torch.sigmoid(z.double()), 4e-7)
 
 
@@ -192,7 +192,7 @@ def test_nan_is_not_hidden(backend):
     for index in (0, 1, 3, 6):  # u, delta, B, z
         inputs = scan_inputs(batch=1, tokens=5, inner=20)
         inputs[index][0, 2, 3] = float("nan")
-        out, _ = backend.scan_forward(*inputs, FORWARD, False)
+        out, _ = backend.scan.forward(ScanInputs(*inputs), FORWARD, False)
         assert torch.isnan(out[0, 2]).any(), index
         assert torch.isfinite(out[0, :2]).all(), index
 
@@ -236,8 +236,8 @@ def test_a_forked_process_computes_too(backend, threads):
     if child == 0:
         try:
             options = ScanOptions(delta_softplus=True, reverse=False)
-            out, states = backend.scan_forward(*inputs, options, True)
-            backend.scan_backward(inputs[6], states, *inputs, options, [True] * 8)
+            out, states = backend.scan.forward(ScanInputs(*inputs), options, True)
+            backend.scan.backward(inputs[6], states, ScanInputs(*inputs), options, [True] * 8)
             os.write(writer, b"same" if same([out], expected[:1]) else b"different")
         finally:
             os._exit(0)
@@ -277,5 +277,5 @@ def test_long_sequences_stay_accurate(backend):
     delta, A = delta - 6, A * 0.1
     inputs = (u, delta, A, B, C, D, z, bias)
     expected = reference.selective_scan(*(x.double() for x in inputs), delta_softplus=True)
-    out, _ = backend.scan_forward(*inputs, FORWARD, False)
+    out, _ = backend.scan.forward(ScanInputs(*inputs), FORWARD, False)
     assert ((out - expected).abs().max() / expected.abs().max()).item() < 2e-6

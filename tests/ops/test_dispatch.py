@@ -12,7 +12,8 @@ import torch
 import vimtune  # noqa: F401  (registers the models)
 from vimtune import ops
 from vimtune.ops import dispatch
-from vimtune.ops.eager import EagerBackend
+from vimtune.ops.backend import Backend
+from vimtune.ops.eager import EagerConvolution, EagerScan
 
 NAMES = ["torch", "reference", "auto"]
 
@@ -28,39 +29,56 @@ def nothing_chosen():
     ops.set_backend("auto")
 
 
-class Recorded(EagerBackend):
-    """Plain PyTorch under another name, with a layout of saved states that no other backend reads."""
+class RecordedScan(EagerScan):
+    """Plain PyTorch with a layout of saved states that no other backend reads."""
 
-    name = "recorded"
-
-    def __init__(self):
-        self.calls = []
+    def __init__(self, calls):
+        self.calls = calls
 
     def states_shape(self, *sizes):
         return (*super().states_shape(*sizes), 1)
 
-    def scan_forward(self, *inputs):
+    def forward(self, *inputs):
         self.calls.append("forward")
-        out, states = super().scan_forward(*inputs)
+        out, states = super().forward(*inputs)
         return out, states[..., None] if states.numel() else states
 
-    def scan_backward(self, grad, states, *inputs):
+    def backward(self, grad, states, *inputs):
         self.calls.append("backward")
-        return super().scan_backward(grad, states[..., 0], *inputs)
+        return super().backward(grad, states[..., 0], *inputs)
 
-    def conv_forward(self, *inputs):
+
+class RecordedConvolution(EagerConvolution):
+    def __init__(self, calls):
+        self.calls = calls
+
+    def forward(self, *inputs):
         self.calls.append("conv forward")
-        return super().conv_forward(*inputs)
+        return super().forward(*inputs)
 
-    def conv_backward(self, *inputs):
+    def backward(self, *inputs):
         self.calls.append("conv backward")
-        return super().conv_backward(*inputs)
+        return super().backward(*inputs)
+
+
+class Recorded(Backend):
+    """A backend that notes which of its kernels run."""
+
+    name = "recorded"
+    summary = "notes what runs"
+
+    def __init__(self):
+        self.calls = []
+        self.kernels = (RecordedScan(self.calls), RecordedConvolution(self.calls))
+
+    def refusals(self, device):
+        return []
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def recorded(backends):
     backend = Recorded()
-    monkeypatch.setattr(dispatch, "_BACKENDS", {**dispatch._BACKENDS, backend.name: backend})
+    backends(backend)
     return backend
 
 
@@ -302,7 +320,8 @@ def test_fused_kernels_of_compiled_code_follow_the_choice(on_cpu):
     torch._dynamo.reset()
 
     def function():
-        return torch.zeros(()) + ops.has_bidirectional_scan("auto", "cpu")
+        names = dispatch.candidates("bidirectional_scan", chosen(), torch.device("cpu"), False)
+        return torch.zeros(()) + (names == ("nvrtc",))
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     for wanted, has in (("nvrtc", True), ("torch", False), ("nvrtc", True), ("reference", False)):

@@ -40,8 +40,6 @@ def prepared(name, which, request):
 @pytest.mark.parametrize("batch, tokens", [(0, 3), (2, 0), (0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_gives_nothing_and_gradients_of_zero(name, which, batch, tokens, dtype, request):
-    if which == "definition" and name.startswith("bidirectional"):
-        pytest.skip("a composition of others")
     function, tensors = prepared(name, which, request)
     for place in SEQUENCES[name.split()[0]]:
         tensors[place] = tensors[place].new_zeros(batch, tokens, tensors[place].shape[2], dtype=dtype)
@@ -68,8 +66,6 @@ def test_nothing_gives_nothing_and_gradients_of_zero(name, which, batch, tokens,
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_only_numbers_with_a_point(name, dtype, which, request):
-    if name.startswith("bidirectional") and which == "definition":
-        pytest.skip("a composition of others")
     function, tensors = prepared(name, which, request)
     for place, tensor in enumerate(tensors):
         changed = [*tensors[:place], tensor.to(dtype), *tensors[place + 1 :]]
@@ -87,8 +83,6 @@ def assert_names_the_device(function, tensors, device):
 @pytest.mark.parametrize("name", CASES)
 def test_one_device(name, which, request):
     function, tensors = prepared(name, which, request)
-    if which == "definition" and name.startswith("bidirectional"):
-        pytest.skip("a composition of others")
     if which == "kernels" and name.startswith(("selective_scan", "causal_conv1d")):
         pytest.skip("torch.library itself gives meta tensors for a meta tensor")
     assert_names_the_device(function, tensors, "meta")

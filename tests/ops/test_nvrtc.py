@@ -182,10 +182,12 @@ def test_segments_where_they_were_measured_to_pay(batch, tokens, forward, both, 
 
 
 def test_what_is_covered():
-    assert scan.covers(torch.bfloat16, 384, 16)
-    assert not scan.covers(torch.float32, 384, 16)
-    assert not scan.covers(torch.bfloat16, 388, 16)
-    assert not scan.covers(torch.bfloat16, 384, 8)
+    assert not scan.refusals(torch.bfloat16, 384, 16)
+    assert scan.refusals(torch.float32, 388, 8) == [
+        "activations are torch.float32, the kernels have bf16 and fp16",
+        "inner width 388 is no multiple of 8",
+        "states are 8, the kernels have 16",
+    ]
 
 
 @pytest.mark.parametrize("fp16, trained", [(0, 0), (1, 1)])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from kernel_checks import build_weights
 
+from vimtune import ops
+from vimtune.ops import DirectionWeights, dispatch
 from vimtune.ops.nvrtc import mixer, scan
 
 
@@ -17,7 +19,8 @@ def build(batch, tokens, inner, rank, dtype):
 
     around = build_weights(inner, rank, 4, True, seed=tokens)
     weights = [
-        [*(pair[d] for pair in around.values()), 0.5 * normal(inner, 16), normal(inner)] for d in (0, 1)
+        DirectionWeights(*(pair[d] for pair in around.values()), 0.5 * normal(inner, 16), normal(inner))
+        for d in (0, 1)
     ]
     return normal(batch, tokens, 2 * inner).to(dtype), normal(batch, tokens, inner).to(dtype), weights
 
@@ -49,3 +52,21 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
     for one, other in zip(forwards, backwards, strict=True):
         assert torch.isfinite(one).all()
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_compiler_sees_what_the_kernels_take(dynamic, on_cpu, monkeypatch):
+    """Where they do not take it, and Triton is not there, the mixer is composed of other operations."""
+    key = ("nvrtc", "bidirectional_scan")
+    monkeypatch.setitem(dispatch._KERNELS, key, dispatch._KERNELS[key][:1])
+    launched, forward = [], mixer.forward
+    monkeypatch.setattr(mixer, "forward", lambda *inputs: launched.append(inputs) or forward(*inputs))
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.bidirectional_scan, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for tokens, inner, kernels in ((5, 8, True), (7, 8, True), (5, 9, False)):
+        xz, _, weights = build(1, tokens, inner, 3, torch.bfloat16)
+        exact = [DirectionWeights(*(weight.double() for weight in own)) for own in weights]
+        expected = ops.bidirectional_scan(xz.double(), *exact, backend="reference")
+        launched.clear()
+        torch.testing.assert_close(compiled(xz, *weights).double(), expected, rtol=3e-2, atol=3e-2)
+        assert bool(launched) == kernels

@@ -63,8 +63,7 @@ def test_prepare(device, batch, tokens, inner, rank, width, bias, dtype):
 
 
 def test_what_is_covered():
-    assert prepare.covers(384, 4)
-    assert prepare.covers(2048, 8)
-    assert not prepare.covers(388, 4)
-    assert not prepare.covers(2056, 4)
-    assert not prepare.covers(384, 9)
+    assert not prepare.refusals(384, 4)
+    assert not prepare.refusals(2048, 8)
+    assert prepare.refusals(2056, 4) == ["inner width 2056 is above 2048"]
+    assert prepare.refusals(384, 9) == ["filter width 9 is above 8"]

@@ -133,8 +133,8 @@ def test_little_shared_memory_means_fewer_warps_and_none_that_nothing_is_covered
         monkeypatch.setattr(runtime, "shared_memory", lambda device, limit=limit: limit * 1024)
         cpu = torch.device("cpu")
         found.append(prepare_backward._most_warps(prepare_backward.ROWS_TRAINED, 48, cpu))
-        assert prepare_backward.covers(12, cpu) == (limit != 24)
-        assert not prepare_backward.covers(1025, cpu)
+        assert bool(prepare_backward.refusals(12, cpu)) == (limit == 24)
+        assert prepare_backward.refusals(1025, cpu)
     assert found == [6, 3, 0]
 
 

@@ -10,14 +10,13 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_checks import mixer_reference
 from torch import func
 from torch.autograd import forward_ad, functional
 from torch.utils._pytree import tree_leaves
 
 from vimtune import ops
 from vimtune.models.mixer import BiMambaMixer
-from vimtune.ops.fused import NUM_WEIGHTS
+from vimtune.ops.mixer import NUM_WEIGHTS
 
 HINT = 'use_backend("reference")'
 HAS_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -79,7 +78,7 @@ CASES = {
     ),
     "bidirectional_scan triton": (
         partial(both_directions, partial(ops.bidirectional_scan, backend="triton")),
-        partial(both_directions, mixer_reference),
+        partial(both_directions, partial(ops.bidirectional_scan, backend="reference")),
         lambda: [normal(B, L, 2 * E), *weights_of_directions()],
     ),
     "scaled_block_product nvrtc": (
@@ -255,13 +254,14 @@ ARGUMENTS = {
         *(normal(B, L, E), normal(B, L, 2 * E), normal(B, L, E), normal(2, B, L, 4), normal(4)),
         *(weights_of_directions(), [True] * 15, "triton"),
     ],
-    "add_rms_norm": lambda: [normal(B, L, E), normal(B, L, E), normal(E), 1e-5, torch.float32],
+    "add_rms_norm": lambda: [normal(B, L, E), normal(B, L, E), normal(E), 1e-5, torch.float32, "triton"],
     "add_rms_norm_backward": lambda: [
-        *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), normal(B * L), torch.float32, True)
+        *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), normal(B * L), torch.float32, True),
+        "triton",
     ],
-    "scaled_block_product": lambda: [normal(3, 4), normal(3), normal(2, 2, 2)],
+    "scaled_block_product": lambda: [normal(3, 4), normal(3), normal(2, 2, 2), "nvrtc"],
     "scaled_block_product_backward": lambda: [
-        *(normal(3, 4), normal(3, 4), normal(3), normal(2, 2, 2), True, True)
+        *(normal(3, 4), normal(3, 4), normal(3), normal(2, 2, 2), True, True, "nvrtc")
     ],
 }
 

@@ -6,10 +6,11 @@ Without a GPU they run in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
-from kernel_checks import AUTOGRAD_OPCHECKS, OPCHECKS, ZERO_A, assert_close, mixer_reference
+from kernel_checks import AUTOGRAD_OPCHECKS, OPCHECKS, ZERO_A, assert_close
 
 from vimtune import ops
 from vimtune.models.mixer import BiMambaMixer
@@ -182,7 +183,9 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
 
     grad = normal(generator, 2, tokens, inner, dtype=dtype)
     exact = {name: None if x is None else x.double() for name, x in inputs.items()}
-    expected, expected_grads = gradients(apply(mixer_reference), exact, grad.double())
+    expected, expected_grads = gradients(
+        apply(partial(ops.bidirectional_scan, backend="reference")), exact, grad.double()
+    )
     with ops.use_backend(backend):
         out, grads = gradients(apply(ops.bidirectional_scan), inputs, grad)
         frozen = inputs["xz"].detach().requires_grad_()
@@ -284,6 +287,7 @@ def test_custom_ops_are_registered_correctly():
         normal(generator, 8),
         1e-5,
         torch.float32,
+        "triton",
     )
     torch.library.opcheck(torch.ops.vimtune.add_rms_norm, norm, test_utils=AUTOGRAD_OPCHECKS)
 

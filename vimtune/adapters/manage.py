@@ -237,9 +237,7 @@ def take_up(model: nn.Module, state: AdapterState) -> None:
     """Let the model have the adapters of `state`, whose rules are attached: freeze its own parameters and put
     the active adapter in force."""
     if RECORD not in model.__dict__:
-        state.loading = model.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            _keep_missing_adapters
-        )
+        state.loading = model.register_load_state_dict_pre_hook(_keep_missing_adapters)
         model.__dict__[RECORD] = state
         for _, parameter in base_parameters(model):
             parameter.requires_grad_(False)

@@ -54,12 +54,17 @@ class Points:
         parameters: paths of the base parameters, in the model's order.
         rows: named rows by the path of their parameter.
         calls: owner and method of each call, by its path with "()".
-        tensors: the base parameters themselves, by path.
+        tied: further paths of parameters that modules share, each with the path that is in `parameters`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.tensors: dict[str, nn.Parameter] = dict(base_parameters(model))
-        self.parameters: list[str] = list(self.tensors)
+        paths = {id(parameter): path for path, parameter in base_parameters(model)}
+        self.parameters: list[str] = list(paths.values())
+        self.tied = {
+            path: paths[id(parameter)]
+            for path, parameter in model.named_parameters(remove_duplicate=False)
+            if id(parameter) in paths and paths[id(parameter)] != path
+        }
         self.rows: dict[str, RowsByName] = {}
         self.calls: dict[str, tuple[nn.Module, str]] = {}
         read: set[str] = set()

@@ -53,7 +53,7 @@ state dicts have no part in them."""
 def is_recorded() -> bool:
     """Whether the present computation is being compiled, exported or traced, and so has to stand for later
     ones."""
-    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())
 
 
 def find_ahead(rule: WeightRule, weight: Tensor) -> Ahead | None:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ def resolve_targets(
     if not included:
         raise ValueError(f"targets {quote(targets)} name nothing to adapt. {_known(points)}")
     chosen: dict[str, list[str]] = {}
-    for target in included:
-        chosen[target.text] = _select(points, target)
+    for target in included:  # the parts of an alias have one text
+        chosen[target.text] = chosen.get(target.text, []) + _select(points, target)
     kept = {path for paths in chosen.values() for path in paths}
     for target in excluded:
         taken = {path for path in kept if _excludes(target, path)}
@@ -128,11 +129,12 @@ def split_targets(targets: str | Sequence[str]) -> list[Target]:
         ValueError: one of them is no target.
     """
     texts = targets.split(",") if isinstance(targets, str) else targets
-    parts: list[str] = []
+    parts: list[Target] = []
     for text in map(str.strip, texts):
         sign, name = ("!", text[1:].strip()) if text.startswith("!") else ("", text)
-        parts += [sign + part for part in ALIASES.get(name, (name,))]
-    return [Target.parse(part) for part in parts]
+        for part in ALIASES.get(name, (name,)):
+            parts.append(dataclasses.replace(Target.parse(sign + part), text=text))
+    return parts
 
 
 def _select(points: Points, target: Target) -> list[str]:
@@ -140,6 +142,7 @@ def _select(points: Points, target: Target) -> list[str]:
     places = [path for path in searched if target.selects(path)]
     if not target.rows:
         if not places:
+            _refuse_tied(points, target)
             raise ValueError(f"unknown target {quote(target.text)}.{_hint(points, target)} {_known(points)}")
         return places
     having = [path for path in places if path in points.rows]
@@ -153,6 +156,15 @@ def _select(points: Points, target: Target) -> list[str]:
                     f"target {quote(target.text)}: {path} has no rows {quote(row)}, it has [{known}]"
                 )
     return [f"{path}[{row}]" for path in having for row in points.rows[path] if row in target.rows]
+
+
+def _refuse_tied(points: Points, target: Target) -> None:
+    for path, first in points.tied.items():
+        if target.selects(path):
+            raise ValueError(
+                f"target {quote(target.text)}: {first} and {path} are one tensor: with a rule for one of "
+                "them they would come apart. Untie them (give each a copy) or choose other targets"
+            )
 
 
 def _excludes(target: Target, path: str) -> bool:

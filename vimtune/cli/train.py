@@ -62,7 +62,7 @@ def build_train_parser(prog: str) -> CommandParser:
     """Parser whose flags are the recipe's fields, grouped as there; all values stay text."""
     parser = CommandParser(
         prog=prog,
-        usage=f"{prog} [--config FILE] [--KEY VALUE ...]",
+        usage=f"{prog} [--config FILE [--variant X]] [--KEY VALUE ...]",
         description=DESCRIPTION,
         epilog=EXAMPLES.format(prog=prog),
         argument_default=argparse.SUPPRESS,
@@ -71,6 +71,7 @@ def build_train_parser(prog: str) -> CommandParser:
     general = parser.add_argument_group("general")
     general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--config", metavar="FILE", help="recipe in YAML")
+    general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     general.add_argument(
         "--list", action="store_true", help="list models, methods, data sets, tasks, and stop"
     )
@@ -94,10 +95,10 @@ def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | No
         return None
     given.pop("traceback", None)
     given.pop("packages", None)
-    config = given.pop("config", None)
+    config, variant = given.pop("config", None), given.pop("variant", None)
     problems = parser.unknown_arguments(surplus)
     try:
-        recipe = load_recipe(config, given)
+        recipe = load_recipe(config, given, variant)
     except RecipeError as error:
         raise RecipeError([*problems, *error.problems]) from error
     if problems:

@@ -1,8 +1,8 @@
 """Data sets, transforms and loaders.
 
 A new data set is one file beside these with a class under `@register_dataset("name")`, and its name in the
-import below. Data sets do without torch, so that they can be listed and their options checked at once; the
-transforms and loaders, which need it, are imported on first use.
+import below. Data sets are listed, and their options checked, without importing torch, numpy or
+Pillow, so that the command line answers at once; what needs these is imported on first use.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from vimtune.data.errors import (
     TooManyCorruptError,
     WorkerError,
 )
-from vimtune.data.images import FoundImages, find_images, load_image
-from vimtune.preprocessing import LIBRARIES, PRESETS
 
 if TYPE_CHECKING:
+    from vimtune.data.images import FoundImages, find_images, load_image
     from vimtune.data.loader import ImageLoader, create_loader
     from vimtune.data.transforms import Transform, build_transform, model_preprocessing, read_transform
+    from vimtune.preprocessing import LIBRARIES, PRESETS
 
 __all__ = [
     "DATASETS",
@@ -68,22 +68,22 @@ __all__ = [
     "register_dataset",
 ]
 
-_NEED_TORCH = {
-    "ImageLoader": "loader",
-    "create_loader": "loader",
-    "Transform": "transforms",
-    "build_transform": "transforms",
-    "model_preprocessing": "transforms",
-    "read_transform": "transforms",
+_LATE = {
+    **dict.fromkeys(("FoundImages", "find_images", "load_image"), "vimtune.data.images"),
+    **dict.fromkeys(("ImageLoader", "create_loader"), "vimtune.data.loader"),
+    **dict.fromkeys(
+        ("Transform", "build_transform", "model_preprocessing", "read_transform"), "vimtune.data.transforms"
+    ),
+    **dict.fromkeys(("LIBRARIES", "PRESETS"), "vimtune.preprocessing"),
 }
 """Names that are imported on first use, and the modules that define them."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first asked for."""
-    if name not in _NEED_TORCH:
+    """Import a name of `_LATE`."""
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    return getattr(importlib.import_module(_LATE[name]), name)
 
 
 def __dir__() -> list[str]:

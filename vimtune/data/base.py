@@ -93,7 +93,12 @@ def _hash_lines(lines: Iterable[str]) -> str:
 
 
 class FileDataset(ImageDataset):
-    """A data set whose images are files. Subclasses pass what they found to `_set_files`."""
+    """A data set whose images are files. Subclasses pass what they found to `_set_files`.
+
+    Attributes:
+        root: folder below which all images lie.
+        paths: the file of every image.
+    """
 
     root: Path
     paths: list[str]
@@ -123,11 +128,13 @@ class FileDataset(ImageDataset):
         )
 
     def load(self, index: int) -> Image.Image:
+        """Decode the file of image `index` to RGB."""
         from vimtune.data.images import load_image  # imported late: data sets are listed without Pillow
 
         return load_image(self.paths[index])
 
     def describe(self, index: int) -> str:
+        """The path of image `index`."""
         return self.paths[index]
 
     def fingerprint(self) -> str:

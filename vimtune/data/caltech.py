@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from vimtune.data.base import FileDataset
-from vimtune.data.caltech_split import SPLIT_SEED, load_split, select_numbers
 from vimtune.data.checks import check_files_exist
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
@@ -29,6 +28,9 @@ class Caltech(FileDataset):
     def __init__(
         self, split: str, data_dir: Path | None, *, seed: int, img_size: tuple[int, int], download: bool
     ) -> None:
+        # Imported late, because data sets are listed without the schemas of files.
+        from vimtune.data.caltech_split import SPLIT_SEED, load_split, select_numbers
+
         del seed, img_size  # shipped split, real files
         root, found = locate_root(data_dir, ["caltech101", "caltech-101"], _FOLDER)
         if not found and root.name == _FOLDER and root.is_dir():

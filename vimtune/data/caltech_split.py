@@ -35,8 +35,11 @@ class Category:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     count: Count
+    """Number of images; they are numbered from 1."""
     train: list[int]
+    """Numbers of the images in "train"."""
     val: list[int]
+    """Numbers of the images in "val"."""
 
 
 @dataclass
@@ -45,7 +48,9 @@ class Split:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     seed: Count
+    """Seed with which it was drawn."""
     categories: dict[str, Category]
+    """Categories by the names of their folders, in ASCII order."""
 
 
 def load_split() -> Split:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar, get_type_hints
 from vimtune.data.base import SPLITS, ImageDataset
 from vimtune.data.errors import DatasetError
 from vimtune.registry import Registry
-from vimtune.schema import check
 from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
 
@@ -26,6 +25,7 @@ _COMMON = ("self", "split", "data_dir", "seed", "img_size", "download")
 """Parameters that every data set has; the others are its options."""
 
 DatasetType = TypeVar("DatasetType", bound=type[ImageDataset])
+"""The class that is registered."""
 
 
 def register_dataset(name: str) -> Callable[[DatasetType], DatasetType]:
@@ -106,7 +106,7 @@ def create_dataset(
     Args:
         name: see `list_datasets()`.
         split: "train", "val", "test" or "train+val".
-        data_dir: where the files are or go; default `./data`. Generators ignore it.
+        data_dir: where the files are or go; default `./data`. Those that are generated read no files.
         seed: fixes splits that are drawn, and the images of generators.
         img_size: (height, width) of generated images; files keep their own size.
         download: fetch missing data where the owner offers a download.
@@ -140,6 +140,8 @@ def _options(cls: type[ImageDataset]) -> list[inspect.Parameter]:
 
 def _check_options(cls: type[ImageDataset], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Compare options with the annotations of the class: (the right ones as it takes them, problems)."""
+    from vimtune.schema import check  # imported late: data sets are listed without it
+
     known = [option.name for option in _options(cls)]
     types = get_type_hints(cls.__init__, include_extras=True) if given else {}
     options, problems = {}, []

@@ -14,12 +14,17 @@ class MissingSplitError(DatasetError):
 
 
 class CorruptImageError(ValueError):
-    """An image cannot be decoded. `path` names it, `reason` is the decoder's word."""
+    """An image cannot be decoded.
+
+    Attributes:
+        path: the image file.
+        reason: what the decoder says is wrong with it.
+    """
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(
             f"cannot decode image {printable(path)}: {reason}. Replace or remove the file, "
-            f"or leave such images out with on_corrupt='skip'."
+            f"or leave such images out with --on-corrupt skip."
         )
         self.path = path
         self.reason = reason
@@ -31,7 +36,7 @@ class CorruptImageError(ValueError):
 class ImageReadError(DatasetError):
     """The system cannot read a file or folder: it is gone, not permitted, on a failing disk, ...
 
-    Says nothing about the image, so `on_corrupt='skip'` does not pass over it.
+    Such an error says nothing about the image, so images are not left out for it, whatever `on_corrupt` is.
     """
 
     def __init__(self, path: str, reason: str) -> None:

@@ -18,6 +18,7 @@ _MD5 = {
     "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
 }
 NUM_CLASSES = 102
+"""Number of species."""
 _SPLIT_KEYS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "train+val": ("trnid", "valid")}
 _LAYOUT = (
     "Expected <data-dir>/flowers-102/ with jpg/image_00001.jpg ... image_08189.jpg, imagelabels.mat and "

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.text import printable
@@ -154,13 +154,14 @@ def open_regular(path: str, flags: int) -> int:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation
     except _DECODE_ERRORS:
         return 1  # damaged EXIF data say nothing, and the pixels are there
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"no image of a known format ({', '.join(FORMATS)})"
     return printable(str(error)) or type(error).__name__
 
@@ -187,7 +188,9 @@ class FoundImages:
 
 
 CIRCLE = "link to a folder around it"
+"""Reason for leaving out a link that leads in a circle."""
 SECOND_WAY = "link to what was found already"
+"""Reason for leaving out a link to a folder or an image that was found elsewhere."""
 
 
 def is_ignored(name: str) -> bool:

@@ -28,6 +28,7 @@ LAYOUT = (
     "Expected <data-dir>/<class>/*.jpg (split for you), or <data-dir>/train/<class>/*.jpg with val/ and "
     f"test/ of the same classes beside it. Image types: {' '.join(EXTENSIONS)}."
 )
+"""Sentences that tell the user which folders are understood."""
 
 _SPLIT_NAMES = {
     "train": "train|training|trn",

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import re
-import signal
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from vimtune.data.base import ImageDataset
+from vimtune.data.batch_sampler import BatchSampler
 from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError, WorkerError
+from vimtune.data.samples import Batch, Samples, collate
 from vimtune.data.transforms import Transform
+from vimtune.data.workers import death_noticed_later, prepare_worker, worker_context
 from vimtune.text import printable, shorten
 
 logger = logging.getLogger(__name__)
 
-_CACHE_SHARE = 0.5  # share of the free memory that the cache may take
-_GRACE_SECONDS = 10
 _MAX_CORRUPT_SHARE = 0.5
-_ENOUGH_TO_JUDGE = 100  # images after which the share of corrupt ones counts before the epoch has ended
-# What torch says when a worker has died or a batch cannot be sent, as opposed to an error in a worker's code.
+"""Share of the images of an epoch that may be left out as corrupt."""
+_ENOUGH_TO_JUDGE = 100
+"""Number of images after which that share counts before the epoch has ended."""
 _WORKER_TROUBLE = (
     r"DataLoader worker \(pid|Pin memory thread exited|shared memory|ancdata|Too many open files"
 )
+"""What torch says when a worker has died or a batch cannot be sent, as opposed to errors in its code."""
 
 
 class ImageLoader:
@@ -55,11 +50,16 @@ class ImageLoader:
     """
 
     def __init__(
-        self, items: _Items, batches: _Batches, loader: DataLoader, on_corrupt: str, img_size: tuple[int, int]
+        self,
+        samples: Samples,
+        batches: BatchSampler,
+        loader: DataLoader[Any],
+        on_corrupt: str,
+        img_size: tuple[int, int],
     ) -> None:
         self.num_skipped = 0
         self.skipped_paths: set[str] = set()
-        self._items = items
+        self._samples = samples
         self._batches = batches
         self._loader = loader
         self._on_corrupt = on_corrupt
@@ -68,7 +68,7 @@ class ImageLoader:
     @property
     def dataset(self) -> ImageDataset:
         """The data set that is read."""
-        return self._items.dataset
+        return self._samples.dataset
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
         """Choose what the next iterations yield: the batches of `epoch` from `start_batch` on."""
@@ -100,19 +100,19 @@ class ImageLoader:
             self._judge(left_out, seen, last)
 
     def close(self) -> None:
-        """End the workers. Those that live on until Python exits are waited for `_GRACE_SECONDS` there."""
+        """End the workers. Those that live on until Python exits are waited for `GRACE_SECONDS` there."""
         iterator = self._loader._iterator
         if iterator is not None:  # DataLoader has no method of its own for this
             iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._loader._iterator = None
 
-    def _read(self) -> Iterator[_Batch]:
+    def _read(self) -> Iterator[Batch]:
         """The batches as the workers make them; what happens to the workers becomes a `WorkerError`."""
         if self._loader.num_workers == 0:
             yield from self._loader
             return
         try:
-            with _death_noticed_later():
+            with death_noticed_later():
                 batches = iter(self._loader)
             yield from batches
         except (RuntimeError, OSError, EOFError) as error:
@@ -179,6 +179,41 @@ def create_loader(
     Raises:
         ValueError: a value out of range, or settings that give no batch at all.
     """
+    _check_settings(dataset, batch_size, drop_last, num_workers, rank, world_size, on_corrupt)
+    samples = Samples(dataset, transform, seed)
+    if cache:
+        samples.fill_cache()
+    batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
+    generator = torch.Generator()  # keeps DataLoader away from torch's global generator
+    generator.manual_seed(seed)
+    loader: DataLoader[Any] = DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=prepare_worker,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context=worker_context(num_workers),
+        generator=generator,
+    )
+    return ImageLoader(samples, batches, loader, on_corrupt, transform.img_size)
+
+
+def _check_settings(
+    dataset: ImageDataset,
+    batch_size: int,
+    drop_last: bool,
+    num_workers: int,
+    rank: int,
+    world_size: int,
+    on_corrupt: str,
+) -> None:
+    """Refuse values out of range, and settings that give no batch.
+
+    Raises:
+        ValueError: what is wrong, and what was expected.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if num_workers < 0:
@@ -199,182 +234,3 @@ def create_loader(
             f"batch_size={batch_size} cannot be shared evenly by {world_size} processes; "
             f"use a multiple of {world_size}."
         )
-    items = _Items(dataset, transform, seed)
-    if cache:
-        items.fill_cache()
-    batches = _Batches(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
-    generator = torch.Generator()  # keeps DataLoader away from torch's global generator
-    generator.manual_seed(seed)
-    loader: DataLoader = DataLoader(
-        items,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_prepare_worker,
-        persistent_workers=num_workers > 0,
-        multiprocessing_context=_context(num_workers),
-        generator=generator,
-    )
-    return ImageLoader(items, batches, loader, on_corrupt, transform.img_size)
-
-
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed of one image's augmentation in one epoch: 63 well-mixed bits."""
-    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class _Key(NamedTuple):
-    """What a worker needs to make one sample. Carrying the epoch lets workers outlive it."""
-
-    epoch: int
-    image: int
-
-
-class _Failed(NamedTuple):
-    """An image that could not be read; a value, as DataLoader cannot raise each error of a worker again."""
-
-    error: CorruptImageError | ImageReadError
-
-
-class _Batch(NamedTuple):
-    """What a worker sends. `images` is None where no image could be read."""
-
-    images: torch.Tensor | None
-    labels: torch.Tensor
-    failures: list[CorruptImageError | ImageReadError]
-
-
-class _Items(Dataset):
-    """Decodes and transforms single images, in whichever process asks."""
-
-    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
-        self.dataset = dataset
-        self._transform = transform
-        self._seed = seed
-        self._cached: dict[int, np.ndarray] = {}
-
-    def fill_cache(self) -> None:
-        budget = _free_memory() * _CACHE_SHARE
-        used = 0
-        for index in range(len(self.dataset)):
-            try:
-                pixels = np.asarray(self.dataset.load(index))
-            except CorruptImageError:
-                continue  # reported when its turn comes
-            used += pixels.nbytes
-            if used > budget:
-                break
-            self._cached[index] = pixels
-        logger.info(
-            "cached %d of %d decoded images (%.0f MB)",
-            len(self._cached),
-            len(self.dataset),
-            min(used, budget) / 1e6,
-        )
-
-    def __getitem__(self, key: _Key) -> tuple[torch.Tensor, int] | _Failed:
-        pixels = self._cached.get(key.image)
-        try:
-            image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
-        except (CorruptImageError, ImageReadError) as error:
-            return _Failed(error)
-        tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.image))
-        return tensor, self.dataset.label(key.image)
-
-
-class _Batches(Sampler[list[_Key]]):
-    """Yields this rank's share of each batch of the current position."""
-
-    def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._num_images = num_images
-        self._batch_size = batch_size
-        self._shuffle = shuffle
-        self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self.num_batches = num_images // batch_size if drop_last else -(-num_images // batch_size)
-        self.epoch = 0
-        self.start_batch = 0
-
-    def __len__(self) -> int:
-        return self.num_batches - self.start_batch
-
-    def __iter__(self) -> Iterator[list[_Key]]:
-        epoch = self.epoch
-        order = np.arange(self._num_images)
-        if self._shuffle:
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._num_images)
-        for batch in range(self.start_batch, self.num_batches):
-            whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-            first = self._rank * len(whole) // self._world_size
-            last = (self._rank + 1) * len(whole) // self._world_size
-            yield [_Key(epoch, int(index)) for index in whole[first:last]]
-
-
-def _collate(samples: list[tuple[torch.Tensor, int] | _Failed]) -> _Batch:
-    failures = [sample.error for sample in samples if isinstance(sample, _Failed)]
-    good = [sample for sample in samples if not isinstance(sample, _Failed)]
-    images = torch.stack([image for image, _ in good]) if good else None
-    return _Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), failures)
-
-
-@contextmanager
-def _death_noticed_later() -> Iterator[None]:
-    """Take back the signal handler that DataLoader installs inside.
-
-    It would raise the death of a worker wherever the main process is, such as amid the saving of a run.
-    Without it DataLoader notices when the next batch is asked for.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        yield
-        return
-    former = signal.getsignal(signal.SIGCHLD)
-    yield
-    if signal.getsignal(signal.SIGCHLD) is not former and former is not None:
-        signal.signal(signal.SIGCHLD, former)
-
-
-def _prepare_worker(worker: int) -> None:
-    del worker
-    # Ctrl-C is the main process's business: it stops the workers after saving.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _die_later)
-    if "cv2" in sys.modules:
-        import cv2
-
-        cv2.setNumThreads(0)  # one core per worker; OpenCV's thread pool does not survive a fork
-
-
-def _die_later(signum: int, frame: Any) -> None:
-    """Schedulers send SIGTERM to the whole process group: the main process needs its workers to
-    finish the step and save, so they live on for a moment."""
-    signal.alarm(_GRACE_SECONDS)
-
-
-def _context(num_workers: int) -> Any:
-    """Fork where the system can, whatever Python's default: workers then share the cache's pages."""
-    can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-    return multiprocessing.get_context("fork") if num_workers and can_fork else None
-
-
-def _free_memory() -> int:
-    """Bytes of memory available now; unlimited where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        names = getattr(os, "sysconf_names", {})
-        if "SC_PAGE_SIZE" in names and "SC_PHYS_PAGES" in names:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        return sys.maxsize

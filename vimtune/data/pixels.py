@@ -80,4 +80,5 @@ def _scale(values: np.ndarray, whites: tuple[float, ...]) -> np.ndarray:
     black, white = (0.0, fitting[0]) if low >= 0 and fitting else (low, high)
     shares = (values.astype(np.float64) - black) / max(white - black, np.finfo(np.float32).tiny)
     shares = np.clip(np.nan_to_num(shares, nan=0.0, posinf=1.0, neginf=0.0), 0.0, 1.0)
-    return np.rint(255 * shares).astype(np.uint8)
+    grey: np.ndarray = np.rint(255 * shares).astype(np.uint8)
+    return grey

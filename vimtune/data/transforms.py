@@ -56,6 +56,7 @@ _JITTER_CHANCE = 0.8
 _ERASE_CHANCE = 0.25
 
 Augmentation = Callable[[Image.Image, int], np.ndarray]
+"""Makes uint8 pixels (H, W, 3) out of an image and a seed."""
 
 
 class Transform:
@@ -148,7 +149,7 @@ def read_transform(config: Any, what: str, error: type[ValueError] = ValueError)
 
 def model_preprocessing(model: nn.Module) -> dict[str, Any]:
     """Arguments of `build_transform` for the preprocessing that a timm model's `pretrained_cfg` describes."""
-    from timm.data import resolve_model_data_config  # imported late: data sets do without timm
+    from timm.data.config import resolve_model_data_config  # imported late: images are transformed without it
 
     config = resolve_model_data_config(model)
     return {

@@ -216,6 +216,8 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
         for key, value in given.items():
             what = f"option {key} of method {name!r}"
             if isinstance(value, Mapping):
+                if not value:
+                    raise ValueError(f"{what} is an empty mapping: expected a value, or values by target")
                 own[key] = {
                     str(target): check(types, {key: item}, f"{what} for {quote(target)}")[key]
                     for target, item in value.items()

@@ -12,16 +12,9 @@ import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimtune.ops import (
-    DirectionWeights,
-    bidirectional_scan,
-    causal_conv1d,
-    has_bidirectional_scan,
-    selective_scan,
-)
+from vimtune.ops import DirectionWeights, bidirectional_scan
 
 # Time steps at the start of training are log-uniform in this range (Gu & Dao 2023, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
@@ -171,26 +164,4 @@ class BiMambaMixer(nn.Module):
             self.A_b_log,
             self.D_b,
         )
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
-            if self._has_fused_scan():
-                return bidirectional_scan(xz, forward, reverse, self.backend)
-        x, z = xz.chunk(2, dim=-1)
-        gated = self._scan_one_way(x, z, forward, reverse=False) + self._scan_one_way(
-            x, z, reverse, reverse=True
-        )
-        return gated / 2
-
-    def _has_fused_scan(self) -> bool:
-        parameter = next(self.parameters(), None)
-        if parameter is None:  # in a replica of DataParallel parameters are plain attributes
-            parameter = self.D
-        return has_bidirectional_scan(self.backend, str(parameter.device))
-
-    def _scan_one_way(self, x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool) -> Tensor:
-        """One direction: (B, L, E) -> (B, L, E), gated."""
-        num_states = weights.A_log.shape[1]
-        u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, self.backend)
-        dt, B, C = F.linear(u, weights.x_proj).split([self.dt_rank, num_states, num_states], dim=-1)
-        delta = F.linear(dt, weights.dt_proj)
-        A = -torch.exp(weights.A_log)
-        return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, self.backend)
+        return bidirectional_scan(xz, forward, reverse, self.backend)

@@ -49,7 +49,7 @@ from vimtune.ops import (
     add_rms_norm,
     backend_names,
     bidirectional_scan,
-    has_bidirectional_scan,
+    has_add_rms_norm,
     with_chosen_backend,
 )
 from vimtune.schema import check
@@ -212,7 +212,7 @@ class Blocks(nn.Sequential):
         return all(
             isinstance(block, Block)
             and isinstance(block.mixer, BiMambaMixer)
-            and has_bidirectional_scan(block.mixer.backend, str(x.device))
+            and has_add_rms_norm(block.mixer.backend, x.device)
             and _is_only(Block.forward, block)
             and _is_only(RMSNorm.forward, block.norm)
             for block in self
@@ -406,7 +406,7 @@ class VisionMamba(nn.Module):
         self._init_head()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionMamba":
-        return super()._apply(note_casts(self, fn), recurse)
+        return super()._apply(note_casts(self, fn), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         note_loading(self, state_dict, prefix)

@@ -1,13 +1,19 @@
-"""Selective scan and causal convolution behind one dispatch; see `dispatch.py` for the backends."""
+"""Operations of Vision Mamba behind one dispatch.
 
+Each operation has a file: `scan.py`, `convolution.py`, `mixer.py`, `norm.py`, `block_product.py`. Their naive
+definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it likes:
+`cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
+"""
+
+from vimtune.ops.backend import Backend, BackendUnavailable, Kernels
 from vimtune.ops.block_product import scaled_block_product
+from vimtune.ops.convolution import causal_conv1d
 from vimtune.ops.cpu import CpuBackend
 from vimtune.ops.cuda import CudaBackend
 from vimtune.ops.dispatch import (
-    Backend,
-    BackendUnavailable,
     backend_names,
     backend_report,
+    has_kernels,
     register_backend,
     resolved_backend,
     set_backend,
@@ -15,10 +21,10 @@ from vimtune.ops.dispatch import (
     with_chosen_backend,
 )
 from vimtune.ops.eager import EagerBackend
-from vimtune.ops.functional import causal_conv1d, selective_scan
-from vimtune.ops.fused import DirectionWeights, bidirectional_scan, has_bidirectional_scan
-from vimtune.ops.norm import add_rms_norm
+from vimtune.ops.mixer import DirectionWeights, bidirectional_scan
+from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.nvrtc.backend import NvrtcBackend
+from vimtune.ops.scan import selective_scan
 from vimtune.ops.triton.backend import TritonBackend
 
 # In the order in which `auto` asks them.
@@ -32,12 +38,14 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "DirectionWeights",
+    "Kernels",
     "add_rms_norm",
     "backend_names",
     "backend_report",
     "bidirectional_scan",
     "causal_conv1d",
-    "has_bidirectional_scan",
+    "has_add_rms_norm",
+    "has_kernels",
     "register_backend",
     "resolved_backend",
     "scaled_block_product",

@@ -1,28 +1,60 @@
-"""Scaled products with a block diagonal matrix, the change that ProDiaL makes to a weight.
+"""The operation `scaled_block_product`, by which ProDiaL changes a weight: blocks and a scale.
 
 Shape letters: O rows, C columns, n blocks of b columns, C = n b.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from vimtune.ops.dispatch import BackendUnavailable, chosen_backend
-from vimtune.ops.fused import fused_backend
-from vimtune.ops.operation import check_inputs, operation
+from vimtune.ops import reference
+from vimtune.ops.backend import Kernels
+from vimtune.ops.dispatch import find_backend, find_kernels
+from vimtune.ops.operation import as_optional, check_inputs, operation
 
-MAX_BLOCK = 8
-"""Columns of the largest blocks that the kernels take; their threads have such blocks in registers."""
-MAX_ROWS = 2_000_000
-"""Of a matrix that the kernels take."""
+
+class ProductInputs(NamedTuple):
+    """Tensors of a product, in the order of their gradients."""
+
+    weight: Tensor
+    """W (..., O, C)"""
+    row_scale: Tensor
+    """s (..., O)"""
+    blocks: Tensor
+    """D_1 to D_n (..., n, b, b)"""
+
+
+class ProductKernels(Kernels[ProductInputs]):
+    """Kernels of the product. Tensors may lie anywhere with any strides; they are never empty.
+
+    Results are contiguous, and have the dtype of the tensors.
+    """
+
+    operation = "scaled_block_product"
+
+    @abstractmethod
+    def forward(self, inputs: ProductInputs) -> Tensor:
+        """The product (..., O, C)."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, inputs: ProductInputs, need_scale: bool, need_blocks: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `row_scale` and `blocks` from `grad` (..., O, C); empty where they are not needed.
+
+        That of the weight is a product, too, and computed by `forward`.
+        """
 
 
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, backend: str = "auto") -> Tensor:
-    """s (W + W diag(D_1, ..., D_n)), where s scales rows.
+    """s (W + W diag(D_1, ..., D_n)), where s scales rows; `vimtune.ops.reference.scaled_block_product`.
 
-    With kernels for it, which want fp32, W is read and the result written once, where matrix products of such
-    small blocks are slow and want W in another order.
+    With kernels for it, W is read and the result written once, where matrix products of such small blocks are
+    slow and want W in another order.
 
     Args:
         weight: W (..., O, C).
@@ -34,6 +66,7 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
     Raises:
         ValueError: shapes or devices that do not fit together, or tensors that are not of floating point
             numbers.
+        BackendUnavailable: `backend` names one that cannot run here.
         NotImplementedError: where kernels have run, derivatives that the formula has beyond them (the backend
             "reference" is the formula): gradients of the gradients of s and D, forward-mode derivatives and
             gradients under `torch.func`.
@@ -51,89 +84,97 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
         row_scale=(row_scale, (*leading, rows)),
         blocks=(blocks, blocks.shape),
     )
-    tensors = (weight, row_scale, blocks)
-    covered = size <= MAX_BLOCK and rows <= MAX_ROWS
-    for tensor in tensors:
-        covered = covered and tensor.dtype == torch.float32
-    if covered and _has_kernels(backend, chosen_backend(backend), str(weight.device)):
-        return torch.ops.vimtune.scaled_block_product(*tensors)
-    if size == 1:
-        return row_scale.unsqueeze(-1) * (weight + weight * blocks.flatten(-3).unsqueeze(-2))
-    parts = weight.unflatten(-1, (columns // size, size))
-    # The product has the blocks first; added to W as it is, and only then flattened, it needs no copy.
-    changed = (parts + torch.einsum("...oni,...nij->...onj", parts, blocks)).flatten(-2)
-    return row_scale.unsqueeze(-1) * changed
+    name = find_backend(ProductKernels, backend, weight.device, ProductInputs(weight, row_scale, blocks))
+    if not name:
+        return reference.scaled_block_product(weight, row_scale, blocks)
+    result: Tensor = torch.ops.vimtune.scaled_block_product(weight, row_scale, blocks, name)
+    return result
 
 
-@torch.compiler.assume_constant_result
-def _has_kernels(asked: str, chosen: str, device: str) -> bool:
-    try:
-        return fused_backend(chosen, device) == "nvrtc"
-    except BackendUnavailable:
-        if asked != "auto":
-            raise
-        return False
+# Programs exported before there was an argument `backend` call without it, hence the default.
 
 
 @operation("scaled_block_product")
-def _product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
-    from vimtune.ops.nvrtc import block_product as kernels
-
+def _product(weight: Tensor, row_scale: Tensor, blocks: Tensor, backend: str = "auto") -> Tensor:
+    """The product."""
     if weight.numel() == 0:  # as under a vmap over nothing
         return torch.empty_like(weight)
-    return kernels.scaled_block_product(weight, row_scale, blocks)
+    inputs = ProductInputs(weight, row_scale, blocks)
+    return find_kernels(ProductKernels, backend, weight.device, inputs)[1].forward(inputs)
 
 
 @_product.register_fake
-def _(weight, row_scale, blocks):
+def _(weight: Tensor, row_scale: Tensor, blocks: Tensor, backend: str = "auto") -> Tensor:
     return weight.new_empty(weight.shape)
 
 
 @operation("scaled_block_product_backward")
 def _backward(
-    grad: Tensor, weight: Tensor, row_scale: Tensor, blocks: Tensor, need_scale: bool, need_blocks: bool
+    grad: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    blocks: Tensor,
+    need_scale: bool,
+    need_blocks: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    from vimtune.ops.nvrtc import block_product as kernels
-
+    """Gradients of `row_scale` and `blocks`, empty where they are not needed."""
     if weight.numel() == 0:
         return (
             row_scale.new_zeros(row_scale.shape if need_scale else 0),
             blocks.new_zeros(blocks.shape if need_blocks else 0),
         )
-    return kernels.scaled_block_product_backward(grad, weight, row_scale, blocks, need_scale, need_blocks)
+    inputs = ProductInputs(weight, row_scale, blocks)
+    _, kernels = find_kernels(ProductKernels, backend, weight.device, inputs)
+    return kernels.backward(grad, inputs, need_scale, need_blocks)
 
 
 @_backward.register_fake
-def _(grad, weight, row_scale, blocks, need_scale, need_blocks):
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    blocks: Tensor,
+    need_scale: bool,
+    need_blocks: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     return (
         row_scale.new_empty(row_scale.shape if need_scale else 0),
         blocks.new_empty(blocks.shape if need_blocks else 0),
     )
 
 
-def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save what the backward pass needs."""
+    weight, row_scale, blocks, *ctx.backend = inputs
+    ctx.save_for_backward(weight, row_scale, blocks)
 
 
-def _autograd(ctx, grad):
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments; None for those that are no tensors."""
     weight, row_scale, blocks = ctx.saved_tensors
-    need_weight, *needs = ctx.needs_input_grad
-    grad_weight, others = None, (None, None)
+    need_weight, need_scale, need_blocks, *others = ctx.needs_input_grad
+    grad_weight, found = None, [grad, grad]  # nobody takes these if none is needed
     if need_weight:
         # Of s (W + W D) it is s (g + g D^T).
-        grad_weight = torch.ops.vimtune.scaled_block_product(grad, row_scale, blocks.transpose(-1, -2))
-    if any(needs):
-        others = torch.ops.vimtune.scaled_block_product_backward(grad, weight, row_scale, blocks, *needs)
-    return grad_weight, *(value if needed else None for value, needed in zip(others, needs, strict=True))
+        transposed = blocks.transpose(-1, -2)
+        grad_weight = torch.ops.vimtune.scaled_block_product(grad, row_scale, transposed, *ctx.backend)
+    if need_scale or need_blocks:
+        found = torch.ops.vimtune.scaled_block_product_backward(
+            grad, weight, row_scale, blocks, need_scale, need_blocks, *ctx.backend
+        )
+    return grad_weight, *as_optional(found, (need_scale, need_blocks)), *(None for _ in others)
 
 
-def _vmap(info, in_dims, *tensors):
-    """One more leading dimension."""
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """One product with one more leading dimension."""
+    *tensors, backend = arguments if len(arguments) > 3 else (*arguments, "auto")
     stacked = [
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, in_dims, strict=True)
+        for tensor, dim in zip(tensors, in_dims[:3], strict=True)
     ]
-    return torch.ops.vimtune.scaled_block_product(*stacked), 0
+    return torch.ops.vimtune.scaled_block_product(*stacked, backend), 0
 
 
 _product.register_autograd(_autograd, setup_context=_setup)

@@ -1,9 +1,9 @@
 """Backend `cuda`: the compiled kernels of mamba-ssm and causal-conv1d, where installed and right.
 
-Those kernels want (B, E, L); the protocol is channel-last. The scan therefore transposes on the way in
+Those kernels want (B, E, L), and ours is channel-last. The scan therefore transposes on the way in
 and out (the convolution takes channel-last views as they are), and the reverse direction flips the
-tokens. Offered after a numeric self-test on the device, since the packages are often built for another
-torch or card. The scan's extension is probed itself: importing the package `mamba_ssm` pulls in
+tokens. The backend is offered after a numeric self-test on the device, since the packages are often built for
+another torch or card. The scan's extension is probed itself: importing the package `mamba_ssm` pulls in
 language-model code that may be missing.
 
 Shape letters: B batch, L tokens, E inner width, N states, K filter width.
@@ -12,6 +12,7 @@ Shape letters: B batch, L tokens, E inner width, N states, K filter width.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,38 +20,35 @@ import torch
 from torch import Tensor
 
 from vimtune.ops import reference
-from vimtune.ops.dispatch import Backend, ScanOptions
+from vimtune.ops.backend import Backend, Gradients
+from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
+from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
 
 MAX_STATES = 256
+"""Most states that the scan of mamba-ssm has."""
 TOLERANCE = 1e-3
-"""Relative to the largest value, fp32; the kernels use fast exponentials."""
+"""Largest error in the self-test relative to the largest value, fp32; the kernels use fast exponentials."""
 
 
-class CudaBackend(Backend):
-    name = "cuda"
-    summary = "mamba-ssm and causal-conv1d"
+class CudaScan(ScanKernels):
+    """The selective scan of mamba-ssm. It keeps no states: the backward pass runs the forward again."""
 
-    def refusals(self, device):
-        reasons = _import_errors()
-        if device.type != "cuda":
-            reasons.append(f"device is {device.type}, the kernels need cuda")
-        elif not reasons:
-            reasons.extend(_self_test(device.index or 0))
+    def refusals(self, inputs: ScanInputs) -> list[str]:
+        reasons = _dtype_refusals(inputs.u)
+        if inputs.A.shape[1] > MAX_STATES:
+            reasons.append(f"states are {inputs.A.shape[1]}, the kernels have up to {MAX_STATES}")
         return reasons
 
-    def states_shape(self, batch, tokens, inner, states):
+    def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
         return (0,)
 
-    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
-        out, _ = self._scan(u, delta, A, B, C, D, z, delta_bias, options)
-        return out, torch.empty(0, dtype=torch.float32, device=u.device)
+    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
+        out, _ = self._scan(inputs, options)
+        return out, torch.empty(0, dtype=torch.float32, device=out.device)
 
-    def _scan(self, u, delta, A, B, C, D, z, delta_bias, options):
+    def _scan(self, inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, tuple[Any, ...]]:
         """Result (B, L, E) and what the backward kernel wants to see again."""
-        if A.shape[1] > MAX_STATES:
-            raise ValueError(
-                f"backend 'cuda' takes up to {MAX_STATES} states, got {A.shape[1]}: use 'triton'"
-            )
+        u, delta, A, B, C, D, z, delta_bias = inputs
         columns: list[Any] = [None if x is None else _to_columns(x, options.reverse) for x in (u, delta, z)]
         low = u.dtype
         small = [_to_columns(x.to(low), options.reverse)[:, None] for x in (B, C)]
@@ -63,16 +61,17 @@ class CudaBackend(Backend):
         result = gated[0] if z is not None else out
         return _from_columns(result, options.reverse), (columns, small, vectors, states, out)
 
-    def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
-        _, (columns, small, vectors, chunk_states, out) = self._scan(
-            u, delta, A, B, C, D, z, delta_bias, options
-        )
+    def backward(
+        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        _, (columns, small, vectors, chunk_states, out) = self._scan(inputs, options)
         extension = importlib.import_module("selective_scan_cuda")
-        low = u.dtype
+        low = inputs.u.dtype
+        gated = inputs.z is not None
         grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias, *rest = extension.bwd(
             columns[0], columns[1].to(low), vectors[0], *small, vectors[1],
-            None if z is None else columns[2].to(low), vectors[2],
-            _to_columns(grad.to(low), options.reverse), chunk_states, None if z is None else out, None,
+            columns[2].to(low) if gated else None, vectors[2],
+            _to_columns(grad.to(low), options.reverse), chunk_states, out if gated else None, None,
             options.delta_softplus, False,
         )  # fmt: skip
         found = [
@@ -85,32 +84,66 @@ class CudaBackend(Backend):
             _from_columns(rest[0], options.reverse) if rest else None,
             grad_bias,
         ]
-        inputs = (u, delta, A, B, C, D, z, delta_bias)
-        return tuple(
-            value.to(tensor.dtype) if needed else None
-            for value, tensor, needed in zip(found, inputs, needs, strict=True)
-        )
+        return _wanted(found, inputs, needs)
 
-    def conv_forward(self, x, weight, bias, silu, reverse):
+
+class CudaConvolution(ConvKernels):
+    """The convolution of causal-conv1d."""
+
+    def refusals(self, inputs: ConvInputs) -> list[str]:
+        return _dtype_refusals(inputs.x)
+
+    def forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
+        x, weight, bias = inputs
         functions = importlib.import_module("causal_conv1d.cpp_functions")
         filters, bias = _half_like(x, weight), None if bias is None else _half_like(x, bias)
         out = functions.causal_conv1d_fwd_function(
-            _conv_columns(x, reverse), filters, bias, None, None, None, silu
+            _conv_columns(x, options.reverse), filters, bias, None, None, None, options.silu
         )
-        return _from_columns(out, reverse)
+        return _from_columns(out, options.reverse)
 
-    def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):
+    def backward(
+        self, grad: Tensor, inputs: ConvInputs, options: ConvOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        x, weight, bias = inputs
         functions = importlib.import_module("causal_conv1d.cpp_functions")
         filters, low_bias = _half_like(x, weight), None if bias is None else _half_like(x, bias)
         grad_x, grad_weight, grad_bias, _ = functions.causal_conv1d_bwd_function(
-            _conv_columns(x, reverse), filters, low_bias, _conv_columns(grad.to(x.dtype), reverse),
-            None, None, None, None, False, silu,
+            _conv_columns(x, options.reverse), filters, low_bias,
+            _conv_columns(grad.to(x.dtype), options.reverse), None, None, None, None, False, options.silu,
         )  # fmt: skip
-        found = (_from_columns(grad_x, reverse), grad_weight, grad_bias)
-        return tuple(
-            value.to(tensor.dtype) if needed else None
-            for value, tensor, needed in zip(found, (x, weight, bias), needs, strict=True)
-        )
+        return _wanted((_from_columns(grad_x, options.reverse), grad_weight, grad_bias), inputs, needs)
+
+
+class CudaBackend(Backend):
+    """Compiled kernels of other projects, where they are installed."""
+
+    name = "cuda"
+    summary = "mamba-ssm and causal-conv1d"
+    kernels = (CudaScan(), CudaConvolution())
+
+    def refusals(self, device: torch.device) -> list[str]:
+        reasons = _import_errors()
+        if device.type != "cuda":
+            reasons.append(f"device is {device.type}, the kernels need cuda")
+        elif not reasons:
+            reasons.extend(_self_test(device.index or 0))
+        return reasons
+
+
+def _dtype_refusals(activations: Tensor) -> list[str]:
+    """The kernels have fp32, bf16 and fp16."""
+    return ["fp64 is more than the kernels have"] if activations.dtype == torch.float64 else []
+
+
+def _wanted(
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> Gradients:
+    """Gradients in the dtypes of the tensors that they belong to, None where they are not needed."""
+    return tuple(
+        gradient.to(tensor.dtype) if needed and gradient is not None and tensor is not None else None
+        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
+    )
 
 
 def _half_like(x: Tensor, weight: Tensor) -> Tensor:
@@ -137,6 +170,7 @@ def _from_columns(x: Tensor, reverse: bool) -> Tensor:
 
 
 def _import_errors() -> list[str]:
+    """Why the packages cannot be used; empty if they can."""
     reasons = []
     for module, package in (("selective_scan_cuda", "mamba-ssm"), ("causal_conv1d", "causal-conv1d")):
         try:
@@ -156,7 +190,7 @@ def _self_test(index: int) -> list[str]:
         return torch.randn(*shape, generator=generator).to(device)
 
     batch, tokens, inner, states = 2, 21, 16, 16
-    scan_inputs: list[Any] = [
+    scan = ScanInputs(
         normal(batch, tokens, inner),
         normal(batch, tokens, inner),
         -torch.rand(inner, states, generator=generator).to(device) - 0.1,
@@ -165,32 +199,31 @@ def _self_test(index: int) -> list[str]:
         normal(inner),
         normal(batch, tokens, inner),
         normal(inner),
-    ]
-    conv_inputs: list[Any] = [normal(batch, tokens, inner), normal(inner, 4), normal(inner)]
+    )
+    conv = ConvInputs(normal(batch, tokens, inner), normal(inner, 4), normal(inner))
     grad = normal(batch, tokens, inner)
-    backend: Any = CudaBackend()
-    scan: Any = reference.selective_scan
-    convolve: Any = reference.causal_conv1d
-    options = ScanOptions(delta_softplus=True, reverse=True)
+    scanning, filtering = ScanOptions(delta_softplus=True, reverse=True), ConvOptions(silu=True, reverse=True)
+    scan_kernels, conv_kernels = CudaBackend.kernels
     try:
-        out, kept = backend.scan_forward(*scan_inputs, options, True)
-        found = [out, *backend.scan_backward(grad, kept, *scan_inputs, options, [True] * 8)]
-        expected = _expected(lambda *x: scan(*x, delta_softplus=True, reverse=True), scan_inputs, grad)
-        found.append(backend.conv_forward(*conv_inputs, True, True))
-        found.extend(backend.conv_backward(grad, *conv_inputs, True, True, [True] * 3))
-        expected += _expected(lambda *x: convolve(*x, silu=True, reverse=True), conv_inputs, grad)
+        out, kept = scan_kernels.forward(scan, scanning, True)
+        found = [out, *scan_kernels.backward(grad, kept, scan, scanning, [True] * len(scan))]
+        expected = _expected(reference.selective_scan, (*scan, *scanning), grad)
+        found.append(conv_kernels.forward(conv, filtering))
+        found.extend(conv_kernels.backward(grad, conv, filtering, [True] * len(conv)))
+        expected += _expected(reference.causal_conv1d, (*conv, *filtering), grad)
     except (RuntimeError, TypeError, AttributeError) as error:  # another version's signature, another card
         return [f"self-test failed: {str(error).splitlines()[0]}"]
-    worst = max(
-        ((a.float() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)
-    )
+    pairs: Iterable[tuple[Any, Tensor]] = zip(found, expected, strict=True)
+    worst = max(((a.float() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     return (
         [] if worst <= TOLERANCE else [f"self-test failed: relative error {worst:.1e} against the reference"]
     )
 
 
-def _expected(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+def _expected(function: Callable[..., Tensor], arguments: Sequence[Any], grad: Tensor) -> list[Tensor]:
+    """Result and gradients of a reference function of these tensors and options."""
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
         out = function(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+        wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return [out.detach(), *torch.autograd.grad(out, wanted, grad)]

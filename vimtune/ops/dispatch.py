@@ -1,148 +1,121 @@
-"""Which backend computes the scans: each says why it cannot run, `auto` takes the first that can.
+"""Which backend computes an operation: each says why it cannot, `auto` takes the first that can.
 
-A backend is one object with the four kernels (scan and convolution, forward and backward). The
-autograd and torch.compile side is written once, in `functional.py`.
+The choice is made in two steps. Which backends have kernels for an operation and can run on a device is found
+once and remembered. Whether their kernels take tensors of the given sizes and dtypes is asked at every call.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor
 
+from vimtune.ops.backend import Backend, BackendUnavailable, Inputs, Kernels
+from vimtune.ops.operation import constant_for_compiler
+from vimtune.registry import Registry
 from vimtune.utils import suggest
 
 logger = logging.getLogger(__name__)
 
-Gradients = tuple[Tensor | None, ...]
+P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class BackendUnavailable(ValueError):
-    """A backend was asked for by name and cannot run here; the message carries every reason."""
-
-
-@dataclass(frozen=True)
-class ScanOptions:
-    """The non-tensor arguments of a selective scan."""
-
-    delta_softplus: bool
-    reverse: bool
-
-
-class Backend(ABC):
-    """Kernels for one kind of machine.
-
-    Tensors are channel-last with unit stride in the last dimension and any stride elsewhere:
-    `u`, `delta`, `z`, `x` (B, L, E), `B`, `C` (B, L, N), `A` (E, N), `weight` (E, K), vectors (E,).
-    Activations may be fp32, bf16 or fp16; the state is always fp32. Results may have any strides, the
-    operations make them contiguous.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    has_fused_kernels: ClassVar[bool] = False
-    """Whether it also runs `bidirectional_scan` and `add_rms_norm`."""
-
-    @abstractmethod
-    def refusals(self, device: torch.device) -> list[str]:
-        """Reasons why this backend cannot run on `device`; empty when it can."""
-
-    @abstractmethod
-    def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
-        """Shape of the fp32 tensor that `scan_forward` saves for `scan_backward`."""
-
-    @abstractmethod
-    def scan_forward(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        options: ScanOptions,
-        save_states: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return `out` (B, L, E) in the dtype of `u`, and the saved states (empty if not wanted)."""
-
-    @abstractmethod
-    def scan_backward(
-        self,
-        grad: Tensor,
-        states: Tensor,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        options: ScanOptions,
-        needs: Sequence[bool],
-    ) -> Gradients:
-        """Gradients of (u, delta, A, B, C, D, z, delta_bias), None where `needs` is False."""
-
-    @abstractmethod
-    def conv_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, reverse: bool
-    ) -> Tensor:
-        """Depthwise causal convolution, (B, L, E) in the dtype of `x`."""
-
-    @abstractmethod
-    def conv_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        silu: bool,
-        reverse: bool,
-        needs: Sequence[bool],
-    ) -> Gradients:
-        """Gradients of (x, weight, bias), None where `needs` is False."""
-
-
-_BACKENDS: dict[str, Backend] = {}
-_default = "auto"
+K = TypeVar("K", bound=Kernels[Any])
 
 REFERENCE = "reference"
-"""Name of the naive definition. It has no kernels: autograd differentiates it, outside the custom ops."""
+"""Name of the naive definitions. They have no kernels: autograd differentiates them as any function."""
 
+SCAN = "selective_scan"
+"""The operation by whose backend reports and `vimtune doctor` go."""
 
-class _Chosen(threading.local):
-    """What the innermost `use_backend` of the present thread says.
+# ---------------------------------------------------------------------------------------------
+# The backends there are
 
-    Not a ContextVar, which torch.compile cannot read before torch 2.14. Attributes of the present thread's
-    own are read and guarded by all versions: what was compiled under one choice is not run under another.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-
-_chosen = _Chosen()
+_BACKENDS: Registry[Backend] = Registry("backend")
+_KERNELS: dict[tuple[str, str], tuple[Kernels[Any], ...]] = {}
+"""Kernels by the names of backend and operation, in the backend's order."""
 
 
 def register_backend(backend: Backend) -> None:
-    """Make `backend` known; `auto` prefers the one registered first."""
-    _BACKENDS[backend.name] = backend
+    """Make `backend` known under its name. `auto` prefers the one that was registered first.
+
+    Raises:
+        ValueError: the name is not one, or belongs to another backend.
+    """
+    if backend.name in ("auto", REFERENCE):
+        raise ValueError(f"backend {backend.name!r}: this name has a meaning of its own; choose another one")
+    _BACKENDS.add(backend.name, backend)
+    for key in [key for key in _KERNELS if key[0] == backend.name]:
+        del _KERNELS[key]
+    for kernels in backend.kernels:
+        key = backend.name, kernels.operation
+        _KERNELS[key] = (*_KERNELS.get(key, ()), kernels)
+    _offers.cache_clear()
 
 
 def backend_names() -> list[str]:
     """Names that `backend=` accepts, `auto` first."""
     return ["auto", *_BACKENDS, REFERENCE]
+
+
+def has_kernels(backend: str, operation: str) -> bool:
+    """Whether the backend of this name has kernels for an operation, on whatever device."""
+    return (backend, operation) in _KERNELS
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """A line of `vimtune doctor`: whether a backend can run on a device, and every reason why not."""
+
+    name: str
+    summary: str
+    available: bool
+    reasons: list[str]
+
+
+def backend_report(device: torch.device | str = "cpu") -> list[BackendStatus]:
+    """Every backend in order of preference, with the reasons of those that cannot run on `device`."""
+    rows = []
+    for name, backend in _BACKENDS.items():
+        reasons = backend.refusals(torch.device(device))
+        rows.append(BackendStatus(name, backend.summary, not reasons, reasons))
+    rows.append(BackendStatus(REFERENCE, "the naive definition, for checking; very slow", True, []))
+    return rows
+
+
+def _check_name(name: str) -> None:
+    """Raise ValueError for a name that no backend has."""
+    if name not in ("auto", REFERENCE) and name not in _BACKENDS:
+        raise ValueError(
+            f"unknown backend {name!r}.{suggest(name, backend_names())} Known: {backend_names()}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# What users choose
+
+_default = "auto"
+"""What `set_backend` has chosen."""
+
+
+class _Chosen(threading.local):
+    """What the innermost `use_backend` of the present thread says.
+
+    It is no ContextVar, which torch.compile cannot read before torch 2.14. Attributes of the present thread's
+    own are read and guarded by all versions: what was compiled under one choice is not run under another.
+    """
+
+    def __init__(self) -> None:
+        """Every thread begins without a choice of its own."""
+        self.name: str | None = None
+
+
+_chosen = _Chosen()
 
 
 def chosen_backend(name: str) -> str:
@@ -171,8 +144,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose what `backend="auto"` stands for in the present thread, for the duration of a block.
 
     Other threads do not see it: neither those that run already nor those that start within the block, as
-    the replicas of `torch.nn.DataParallel` do. For all of them there is `set_backend`. Of a forward pass
-    within the block the backward pass may run anywhere, it uses the kernels that the forward used. As with
+    the replicas of `torch.nn.DataParallel` do. For all of them there is `set_backend`. The backward pass of
+    a forward pass within the block may run anywhere: it uses the kernels that the forward used. As with
     `torch.no_grad`, coroutines that take turns within one thread share the choice.
 
     Raises:
@@ -187,90 +160,170 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
-def with_chosen_backend(function: Callable[..., T]) -> Callable[..., T]:
+def with_chosen_backend(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, to be called under the present choice in whatever thread.
 
-    For what the backward pass calls again (gradient checkpointing): on GPUs it runs in threads of its own.
-    Under the compiler it is `function` itself, for the compiler repeats what it has traced.
+    It is for what the backward pass calls again (gradient checkpointing), which on GPUs runs in threads of
+    its own. Under the compiler it is `function` itself, for the compiler repeats what it has traced.
     """
     if torch.compiler.is_compiling():
         return function
     name = chosen_backend("auto")
 
-    def call(*arguments: Any, **options: Any) -> T:
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
         with use_backend(name):
             return function(*arguments, **options)
 
     return call
 
 
-def resolve_backend(name: str, device: torch.device) -> Backend:
-    """Return the backend whose kernels run on `device`.
-
-    Raises:
-        ValueError: unknown name.
-        BackendUnavailable: the named backend refuses this device, or has no kernels at all.
-    """
-    _check_name(name)
-    name = chosen_backend(name)
-    return _choose_automatically(device.type, device.index) if name == "auto" else _demand(name, device)
-
-
-def resolved_backend(device: torch.device | str, name: str = "auto") -> str:
-    """Name of the backend that `name` means on `device`."""
-    if chosen_backend(name) == REFERENCE:
-        return REFERENCE
-    return resolve_backend(name, torch.device(device)).name
+# ---------------------------------------------------------------------------------------------
+# Which kernels run
 
 
 @dataclass(frozen=True)
-class BackendStatus:
-    name: str
-    summary: str
-    available: bool
-    reasons: list[str]
+class _Offers:
+    """Backends for one operation on one device, whatever the sizes.
+
+    Attributes:
+        names: backends that have kernels for it and can run, in order of preference.
+        refused: why each of the others is not among them.
+        impossible: whether a single backend was asked for, which cannot run on the device at all.
+    """
+
+    names: tuple[str, ...]
+    refused: tuple[str, ...]
+    impossible: bool = False
 
 
-def backend_report(device: torch.device | str = "cpu") -> list[BackendStatus]:
-    """Every backend in order of preference, with the reasons of those that cannot run on `device`."""
-    rows = []
-    for backend in _BACKENDS.values():
-        reasons = backend.refusals(torch.device(device))
-        rows.append(BackendStatus(backend.name, backend.summary, not reasons, reasons))
-    rows.append(BackendStatus(REFERENCE, "the naive definition, for checking; very slow", True, []))
-    return rows
+@cache
+def _offers(operation: str, name: str, device: torch.device) -> _Offers:
+    """Look for backends that `name` may stand for; "auto" stands for all that are not reluctant."""
+    _check_name(name)
+    if name != "auto":
+        reasons = [] if name == REFERENCE else _BACKENDS.get(name).refusals(device)
+        if reasons:
+            return _Offers((), tuple(reasons), impossible=True)
+        return _Offers((name,), ()) if has_kernels(name, operation) else _Offers((), (_lacks(operation),))
+    names: list[str] = []
+    refused: list[str] = []
+    for each, backend in _BACKENDS.items():
+        if not has_kernels(each, operation):
+            refused.append(f"{each}: {_lacks(operation)}")
+            continue
+        reasons = backend.refusals(device)
+        if not reasons and backend.reluctance(device):
+            reasons = [backend.reluctance(device)]
+        if reasons:
+            refused.append(f"{each}: {', '.join(reasons)}")
+            continue
+        if not names:
+            skipped = "".join(f"; not {reason}" for reason in refused)
+            logger.info("%s on %s: backend %s (%s)%s", operation, device, each, backend.summary, skipped)
+        names.append(each)
+    return _Offers(tuple(names), tuple(refused))
 
 
-def _check_name(name: str) -> None:
-    if name not in _BACKENDS and name not in ("auto", REFERENCE):
-        raise ValueError(
-            f"unknown backend {name!r}.{suggest(name, backend_names())} Known: {backend_names()}"
-        )
+def _lacks(operation: str) -> str:
+    """The reason of a backend without kernels for `operation`."""
+    return f"it has no kernels for {operation}"
 
 
-def _demand(name: str, device: torch.device) -> Backend:
-    if name == REFERENCE:
+def resolved_backend(device: torch.device | str, name: str = "auto", operation: str = SCAN) -> str:
+    """Name of the backend that `name` means for an operation on `device`, where sizes do not forbid it.
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailable: the named backend cannot run there, or no backend has kernels.
+    """
+    device = torch.device(device)
+    chosen = chosen_backend(name)
+    if chosen == REFERENCE:
+        return REFERENCE
+    offers = _offers(operation, chosen, device)
+    if not offers.names:
+        _refuse(operation, chosen, device, [])
+    return offers.names[0]
+
+
+@constant_for_compiler
+def candidates(operation: str, chosen: str, device: torch.device, is_order: bool) -> tuple[str, ...]:
+    """Names of the backends that may run an operation on `device`, in order; none where its formula has to.
+
+    To the compiler the answer is a constant. It sees what has been chosen, and compiles anew after another
+    choice.
+
+    Args:
+        operation: name of the operation.
+        chosen: what `chosen_backend` says.
+        device: where the tensors are.
+        is_order: whether the call itself names this backend, and not the choice of the thread or process:
+            one that was chosen for scans, and does not exist here, does not forbid the formula.
+
+    Raises:
+        BackendUnavailable: the call names a backend that cannot run on `device`.
+    """
+    if chosen == REFERENCE:
+        return ()
+    offers = _offers(operation, chosen, device)
+    if offers.impossible and is_order:
+        _refuse(operation, chosen, device, [])
+    return offers.names
+
+
+def find_backend(kind: type[Kernels[Inputs]], name: str, device: torch.device, inputs: Inputs) -> str:
+    """Name of the backend whose kernels compute an operation, or an empty string where its formula has to.
+
+    Args:
+        kind: class of the operation's kernels.
+        name: the argument `backend` of a call.
+        device: where the tensors are.
+        inputs: the tensors.
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailable: `name` is not "auto", and this backend cannot run on `device`.
+    """
+    operation = kind.operation
+    for each in candidates(operation, chosen_backend(name), device, name != "auto"):
+        for kernels in _KERNELS[each, operation]:
+            if not kernels.refusals(inputs):
+                return each
+    return ""
+
+
+def find_kernels(kind: type[K], name: str, device: torch.device, inputs: tuple[Any, ...]) -> tuple[str, K]:
+    """Name of the backend that computes an operation without a formula, and its kernels.
+
+    The arguments are those of `find_backend`.
+
+    Raises:
+        ValueError: unknown name.
+        BackendUnavailable: no backend that `name` stands for takes such tensors; the message has the reasons.
+    """
+    operation, chosen = kind.operation, chosen_backend(name)
+    reasons = []
+    for each in _offers(operation, chosen, device).names:
+        for kernels in _KERNELS[each, operation]:
+            refused = kernels.refusals(inputs)
+            if not refused:
+                return each, cast(K, kernels)
+            reasons += refused if chosen == each else [f"{each}: {', '.join(refused)}"]
+    _refuse(operation, chosen, device, reasons)
+
+
+def _refuse(operation: str, chosen: str, device: torch.device, because_of_sizes: list[str]) -> NoReturn:
+    """Raise BackendUnavailable with all reasons."""
+    if chosen == REFERENCE:
         raise BackendUnavailable(
             "backend 'reference' has no kernels, so a scripted, traced or exported graph that calls the "
             "operation itself cannot use it: call the Python function, or choose another backend."
         )
-    reasons = _BACKENDS[name].refusals(device)
-    if reasons:
-        raise BackendUnavailable(
-            f"backend {name!r} cannot run on {device}: {'; '.join(reasons)}. Use 'auto' or another one."
-        )
-    return _BACKENDS[name]
-
-
-@cache
-def _choose_automatically(device_type: str, device_index: int | None) -> Backend:
-    device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
-    refused: list[tuple[str, str]] = []
-    for backend in _BACKENDS.values():
-        reasons = backend.refusals(device)
-        if not reasons:
-            skipped = "".join(f"; not {name}: {why}" for name, why in refused)
-            logger.info("scan backend on %s: %s (%s)%s", device, backend.name, backend.summary, skipped)
-            return backend
-        refused.append((backend.name, ", ".join(reasons)))
-    raise AssertionError("the pure PyTorch backend runs everywhere")
+    offers = _offers(operation, chosen, device)
+    reasons = "; ".join([*offers.refused, *because_of_sizes])
+    if chosen == "auto":
+        raise BackendUnavailable(f"no backend can run {operation} on {device}: {reasons}")
+    what = "run" if offers.impossible else f"run this {operation}"
+    raise BackendUnavailable(
+        f"backend {chosen!r} cannot {what} on {device}: {reasons}. Use 'auto' or another one."
+    )

@@ -1,4 +1,4 @@
-"""Backend `torch`: plain PyTorch on any device, with a hand-written backward that is linear in L.
+"""Backend `torch`: plain PyTorch on any device, with hand-written backward passes of memory linear in L.
 
 Tokens are handled in chunks: decays and inputs of a chunk are computed at once, only the recurrence
 itself walks token by token. The forward keeps the state before each chunk; the backward recomputes
@@ -10,26 +10,28 @@ Shape letters: B batch, L tokens, T tokens of a chunk, E inner width, N states, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimtune.ops.dispatch import Backend, ScanOptions
+from vimtune.ops.backend import Backend, Gradients
+from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
+from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
 
 CHUNK = 16
+"""Tokens that are handled at once."""
 
 
-class EagerBackend(Backend):
-    name = "torch"
-    summary = "pure PyTorch, runs everywhere"
+class EagerScan(ScanKernels):
+    """The selective scan in operations of PyTorch."""
 
-    def refusals(self, device):
-        return []
-
-    def states_shape(self, batch, tokens, inner, states):
+    def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
         return (-(-tokens // CHUNK), batch, inner, states)
 
-    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
+    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
+        u, delta, A, B, C, D, z, delta_bias = inputs
         dtype = torch.promote_types(u.dtype, torch.float32)
         dt = _time_steps(delta.to(dtype), delta_bias, options)
         dt_u = dt * u.to(dtype)
@@ -48,7 +50,10 @@ class EagerBackend(Backend):
             y *= F.silu(z.to(dtype))
         return y.to(u.dtype), torch.stack(saved) if save_states else dt.new_empty(0)
 
-    def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
+    def backward(
+        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        u, delta, A, B, C, D, z, delta_bias = inputs
         dtype = torch.promote_types(u.dtype, torch.float32)
         need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
         raw = delta.to(dtype)
@@ -107,11 +112,11 @@ class EagerBackend(Backend):
             if options.delta_softplus:
                 shifted = raw if delta_bias is None else raw + delta_bias.to(dtype)
                 grad_raw *= torch.sigmoid(shifted)
-            if need_bias:
+            if need_bias and delta_bias is not None:
                 grad_bias = grad_raw.sum((0, 1)).to(delta_bias.dtype)
-        if need_D:
+        if need_D and D is not None:
             grad_D = (grad_y * uf).sum((0, 1)).to(D.dtype)
-        if y is not None and zf is not None:
+        if y is not None and z is not None and zf is not None:
             if D is not None:
                 y += D.to(dtype) * uf
             gate = torch.sigmoid(zf)
@@ -127,11 +132,21 @@ class EagerBackend(Backend):
             grad_bias,
         )
 
-    def conv_forward(self, x, weight, bias, silu, reverse):
+
+class EagerConvolution(ConvKernels):
+    """The depthwise causal convolution in operations of PyTorch."""
+
+    def forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
+        x, weight, bias = inputs
+        silu, reverse = options
         y = _filter(x.to(torch.promote_types(x.dtype, torch.float32)), weight, bias, reverse)
         return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
 
-    def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):
+    def backward(
+        self, grad: Tensor, inputs: ConvInputs, options: ConvOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        x, weight, bias = inputs
+        silu, reverse = options
         dtype = torch.promote_types(x.dtype, torch.float32)
         need_x, need_weight, need_bias = needs
         xf, grad = x.to(dtype), grad.to(dtype)
@@ -148,12 +163,24 @@ class EagerBackend(Backend):
             for source, target in _shifts(x.shape[1], weight.shape[1], reverse):
                 columns.append((grad[:, target] * xf[:, source]).sum((0, 1)))
             grad_weight = torch.stack(columns, dim=1).to(weight.dtype)
-        if need_bias:
+        if need_bias and bias is not None:
             grad_bias = grad.sum((0, 1)).to(bias.dtype)
         return grad_x, grad_weight, grad_bias
 
 
+class EagerBackend(Backend):
+    """Plain PyTorch, which runs wherever torch does."""
+
+    name = "torch"
+    summary = "pure PyTorch, runs everywhere"
+    kernels = (EagerScan(), EagerConvolution())
+
+    def refusals(self, device: torch.device) -> list[str]:
+        return []
+
+
 def _time_steps(delta: Tensor, delta_bias: Tensor | None, options: ScanOptions) -> Tensor:
+    """Time steps (B, L, E) in the dtype of `delta`."""
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)
     return F.softplus(delta) if options.delta_softplus else delta
@@ -166,6 +193,7 @@ def _chunks(num_tokens: int, reverse: bool) -> list[slice]:
 
 
 def _steps(num_tokens: int, reverse: bool) -> range:
+    """Tokens in the order in which the scan visits them."""
     return range(num_tokens - 1, -1, -1) if reverse else range(num_tokens)
 
 
@@ -192,6 +220,7 @@ def _shifts(num_tokens: int, width: int, reverse: bool) -> list[tuple[slice, sli
 
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+    """The causal convolution of `x` (B, L, E) without SiLU, in the dtype of `x`."""
     weight = weight.to(x.dtype)
     # A copy in any case: of one or no token, `contiguous` would return the bias itself.
     start = x.new_zeros(()) if bias is None else bias.to(x.dtype)

@@ -1,4 +1,4 @@
-"""What all custom operations have in common, beside their kernels: which tensors and which derivatives.
+"""What all custom operations share beside their kernels: the tensors they take, the derivatives they have.
 
 An operation of `torch.library` drops the tangents of forward-mode AD without a word, and says of other
 transformations only that it does not support them. Ours compute what can be computed, and say of everything
@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, cast, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
-from torch.library import CustomOpDef
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What tensors of an operation may consist of."""
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Decorator: `torch.library.custom_op` by the name of vimtune::`name`, and beyond that
+    """Decorator like `torch.library.custom_op` under the name vimtune::`name`, which does two things more.
 
-    - derivatives that it has not raise an error instead of being 0: tangents of forward-mode AD, gradients
-      under `torch.func`, and gradients of an operation without `register_autograd`,
-    - under `torch.func.vmap` it is called for one member after the other, where `register_vmap` does not
+    - Derivatives that the operation does not have raise an error instead of being 0: tangents of forward-mode
+      AD, gradients under `torch.func`, and gradients of an operation without `register_autograd`.
+    - Under `torch.func.vmap` it is called for one member after the other, where `register_vmap` does not
       say otherwise.
     """
 
     def define(function: Callable[..., Any]) -> CustomOpDef:
+        """Register `function`, which computes the operation."""
         op = torch.library.custom_op(f"vimtune::{name}", function, mutates_args=())
         op.register_autograd(lambda ctx, *grads: _refuse(name, "no gradients (create_graph=True)"))
         op.register_vmap(lambda info, in_dims, *inputs: one_by_one(op, info.batch_size, in_dims, inputs))
@@ -40,6 +44,11 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
         return op
 
     return define
+
+
+def constant_for_compiler(function: F) -> F:
+    """Decorator: torch.compile calls the function while it traces, and takes the result for a constant."""
+    return cast(F, torch.compiler.assume_constant_result(function))
 
 
 def check_inputs(
@@ -54,7 +63,7 @@ def check_inputs(
     """
     wrong = []
     for name, (tensor, shape) in inputs.items():
-        if tensor is None:
+        if tensor is None or (tensor.shape == shape and tensor.dtype in DTYPES and tensor.device == device):
             continue
         if tensor.shape != shape:
             wrong.append(f"{label}{name} is {tuple(tensor.shape)}, expected {tuple(shape)}")
@@ -67,7 +76,17 @@ def check_inputs(
 
 
 def one_by_one(op: CustomOpDef, size: int, in_dims: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, Any]:
-    """The rule for vmap that fits every operation: results of all members, stacked in front."""
+    """The rule for vmap that fits every operation: compute each member and stack the results in front.
+
+    Args:
+        op: the operation.
+        size: number of members.
+        in_dims: for every input the dimension of the batch, or None.
+        inputs: arguments of the operation.
+
+    Raises:
+        ValueError: there are no members, so that nothing says what a result looks like.
+    """
     if size == 0:
         raise ValueError(f"{op} cannot be mapped over a dimension of size 0")
     results = [
@@ -79,7 +98,41 @@ def one_by_one(op: CustomOpDef, size: int, in_dims: Sequence[Any], inputs: Seque
     return stacked, type(results[0])(0 for _ in stacked)
 
 
+def unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor with adjacent numbers in its last dimension; views of a wider row pass as they are."""
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+# A custom operation returns a list of tensors, never None: gradients that were not asked for travel as empty
+# tensors and become None again on the autograd side. All results are contiguous, whatever a backend makes of
+# them: torch.compile relies on the strides of the fake ones.
+
+
+def as_list(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Gradients as an operation returns them: contiguous, and for None an empty tensor like `like`."""
+    return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
+
+
+def as_optional(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients as autograd takes them: None where `needs` is False."""
+    return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+
+
+def fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """Tensors of the shapes and dtypes that `as_list` returns for gradients of `inputs`."""
+    return [
+        tensor.new_empty(tensor.shape) if needed and tensor is not None else like.new_empty(0)
+        for tensor, needed in zip(inputs, needs, strict=True)
+    ]
+
+
+def zero_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
+    """The gradients where a tensor is empty and there is nothing to compute: zeros."""
+    return [gradient.zero_() for gradient in fake_gradients(inputs, needs, like)]
+
+
 def _refuse(name: str, what: str) -> NoReturn:
+    """Raise NotImplementedError: the kernels lack this derivative, and the formula has it."""
     raise NotImplementedError(
         f"the kernels of vimtune::{name} have {what}; compute the forward pass within "
         f'`with vimtune.ops.use_backend("reference"):`, where torch differentiates the formula in every way'
@@ -95,9 +148,10 @@ def _check_transformations(op: CustomOpDef, name: str) -> None:
     differentiate = make_autograd_impl(op._opoverload, op)
 
     def call(keyset: Any, *inputs: Any, **options: Any) -> Any:
+        """Refuse what the kernels cannot differentiate, and else leave it to autograd."""
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             tensors = list(_tensors(inputs))
-            if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            if any(_has_tangent(tensor) for tensor in tensors):
                 _refuse(name, "no forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors)")
             # What torch.library makes of a formula cannot be called while such a transformation is active.
             differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -110,7 +164,13 @@ def _check_transformations(op: CustomOpDef, name: str) -> None:
         op._lib.impl(op._name, call, "Autograd", with_keyset=True, allow_override=True)
 
 
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode AD differentiates with respect to a tensor."""
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
+    """All tensors among arguments of an operation, also those in lists."""
     for value in inputs:
         if isinstance(value, Tensor):
             yield value
@@ -119,6 +179,7 @@ def _tensors(inputs: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _member(value: Any, dim: Any, index: int) -> Any:
+    """An argument of vmap for one member of the batch; `dim` says where the batch is, None if nowhere."""
     if isinstance(dim, (list, tuple)):
         return [_member(part, where, index) for part, where in zip(value, dim, strict=True)]
     return value if dim is None else value.select(dim, index)

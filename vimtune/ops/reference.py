@@ -1,8 +1,10 @@
 """The definition of every operation: fp32, one step after the other, differentiated by autograd.
 
-Slow on purpose. Each backend answers to these functions, forward and gradients.
+They are what `backend="reference"` computes. The scan is slow on purpose. Each backend answers to these
+functions, forward and gradients. The inside of a mixer is defined by two of them, see `mixer.composed`.
 
-Shape letters: B batch, L tokens, E inner width, N states, K filter width.
+Shape letters: B batch, L tokens, D width, E inner width, N states, K filter width; of matrices O rows,
+C columns, n blocks of b columns, C = n b.
 """
 
 from __future__ import annotations
@@ -80,3 +82,33 @@ def causal_conv1d(
         y = y.flip(-1)
     y = y.transpose(1, 2)
     return (F.silu(y) if silu else y).to(x.dtype)
+
+
+def add_rms_norm(
+    branch: Tensor | None, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(x / sqrt(mean(x^2) + eps) * weight, x) for x = residual + branch (Zhang & Sennrich 2019, eq. 4).
+
+    `branch`, `residual`: (..., D); `weight`: (D,). Without `branch` x is the residual itself. x has the dtype
+    that torch gives the sum, the norm is computed in fp32 (fp64 for fp64 input) and returned as `dtype`.
+    """
+    total = residual if branch is None else residual + branch
+    wide = torch.promote_types(total.dtype, torch.float32)
+    with torch.autocast(residual.device.type, enabled=False):
+        normed = F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps)
+    return normed.to(dtype), total
+
+
+def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
+    """s (W + W diag(D_1, ..., D_n)), where s scales rows.
+
+    `weight` W: (..., O, C); `row_scale` s: (..., O); `blocks` D_1 to D_n: (..., n, b, b).
+    Returns (..., O, C).
+    """
+    columns, size = weight.shape[-1], blocks.shape[-1]
+    if size == 1:
+        return row_scale.unsqueeze(-1) * (weight + weight * blocks.flatten(-3).unsqueeze(-2))
+    parts = weight.reshape(*weight.shape[:-1], columns // size, size)
+    # The product has the blocks first; added to W as it is, and only then flattened, it needs no copy.
+    changed = (parts + torch.einsum("...oni,...nij->...onj", parts, blocks)).flatten(-2)
+    return row_scale.unsqueeze(-1) * changed

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vimtune import parsers
+from vimtune.config_files import read_config
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.recipe import Recipe, RecipeError
 from vimtune.strict_yaml import read_yaml
@@ -20,19 +22,24 @@ def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_recipe(
-    config: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+    config: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    variant: str | None = None,
 ) -> Recipe:
     """The recipe of a run: defaults, then the YAML file `config`, then `overrides` (flags).
 
     With `resume` among the values, the recipe of that run comes before `config`, and its folder is
     the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. With
     `resume` = "auto" that run is the one in `output_dir`, if there is one. A relative path is relative
-    to the working directory, in a file, too. Paths are checked as well.
+    to the working directory, in a file, too. Paths are checked as well. `variant` names one recipe of a file
+    that is a grid of them (`vimtune.config_files`).
 
     Raises:
         RecipeError: the file, the values or the paths; it has every problem that was found.
     """
-    values = {} if config is None else _read("config", config)
+    if config is None and variant is not None:
+        raise RecipeError([f"variant = {quote(variant)} needs config: the file with the grid"])
+    values = {} if config is None else _read("config", config, partial(read_config, variant=variant))
     values |= overrides or {}
     problems: list[str] = []
     try:
@@ -51,14 +58,16 @@ def load_recipe(
     return recipe
 
 
-def _read(name: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The YAML file that the value `name` points at."""
+def _read(
+    name: str, path: str | os.PathLike[str], read: Callable[[str], dict[str, Any]] = read_yaml
+) -> dict[str, Any]:
+    """What `read` finds in the YAML file that the value `name` points at."""
     try:
         path = parsers.path(path)
     except ValueError as error:
         raise RecipeError([f"{name} = {quote(path)}: {error}"]) from error
     try:
-        return read_yaml(path)
+        return read(path)
     except ValueError as error:
         raise RecipeError([str(error)]) from error
 

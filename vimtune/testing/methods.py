@@ -27,9 +27,7 @@ def build_test_model() -> nn.Module:
     """The `test_vim` of two layers, always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return cast(
-            nn.Module, timm.create_model("test_vim", num_classes=NUM_CLASSES, depth=2, backend="torch")
-        )
+        return timm.create_model("test_vim", num_classes=NUM_CLASSES, depth=2, backend="torch")
 
 
 def build_test_inputs() -> tuple[Any, ...]:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
+from vimtune.output import WRITING_ERRORS, OutputError, refusal
 from vimtune.text import printable, shorten
 
 logger = logging.getLogger(__name__)
@@ -28,10 +28,6 @@ logger = logging.getLogger(__name__)
 LOCK_PATIENCE = 6.0
 """Seconds to wait for a lock: data workers of a killed run may keep it until they miss their parent."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-class OutputError(ValueError):
-    """A result could not be written (disk full, no permission, ...). Earlier files are intact."""
 
 
 class FolderInUseError(ValueError):
@@ -158,11 +154,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into an `OutputError`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    except WRITING_ERRORS as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free some space" if full else "check the folder and its permissions"
         raise OutputError(
-            f"cannot write {os.fspath(path)}: {reason}. Files written before are intact; {advice}, "
+            f"cannot write {os.fspath(path)}: {refusal(error)}. Files written before are intact; {advice}, "
             f"then continue with --resume {Path(path).parent} if it holds a checkpoint"
         ) from error

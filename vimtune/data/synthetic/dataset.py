@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +11,12 @@ from annotated_types import Ge, Le
 from vimtune.data.base import ImageDataset
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
+from vimtune.text import quote
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 _MAX_SPECIES = 100_000
 """Largest number of classes."""
@@ -21,6 +25,7 @@ _MAX_IMAGES = 10_000_000
 _LAST_OFFSET = 1_000_000_000 - _MAX_SPECIES
 """Largest `species_offset`: the species from 1,000,000,000 on are seen only far behind a subject."""
 PerSpecies = Annotated[int, Ge(1), Le(_MAX_IMAGES)]
+"""Number of images of each species."""
 
 
 @register_dataset("synthetic_flowers")
@@ -52,7 +57,14 @@ class SyntheticFlowers(ImageDataset):
             species_name,  # imported late: data sets are listed without numpy
         )
 
-        del data_dir, download
+        del download
+        if data_dir is not None:
+            # A warning and no error, because recipes of earlier runs may name a folder.
+            logger.warning(
+                "data_dir = %s is not read: synthetic_flowers is generated. For images in that folder add "
+                "--dataset folder",
+                quote(str(data_dir)),
+            )
         sizes = {"train": train_per_species, "val": val_per_species, "test": test_per_species}
         num_images = species * sum(sizes[part] for part in split.split("+"))
         if num_images > _MAX_IMAGES:
@@ -87,6 +99,7 @@ class SyntheticFlowers(ImageDataset):
         raise IndexError("beyond the last image")
 
     def load(self, index: int) -> Image.Image:
+        """Paint image `index`."""
         from vimtune.data.synthetic.scene import (
             render_flower,  # imported late: data sets are listed without numpy
         )
@@ -95,8 +108,10 @@ class SyntheticFlowers(ImageDataset):
         return render_flower(self._seed, number, part, i, self._img_size)
 
     def describe(self, index: int) -> str:
+        """Split, species and number of image `index`."""
         number, part, i = self._locate(index)
         return f"synthetic {part} {number}/{i}"
 
     def fingerprint(self) -> str:
+        """Hash of the images' descriptions and labels, with the seed and size from which they are painted."""
         return f"seed {self._seed}, {self._img_size[0]}x{self._img_size[1]}: {super().fingerprint()}"

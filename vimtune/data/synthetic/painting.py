@@ -17,7 +17,9 @@ import numpy as np
 from vimtune.data.synthetic.species import RGB, Outline, Species
 
 TAU = 2 * math.pi
-_TABLE = 512  # entries of tables along a petal
+"""A full turn in radians."""
+_TABLE = 512
+"""Entries of the tables along a petal."""
 
 
 class Canvas:
@@ -70,7 +72,8 @@ def _stretch(size: int, knots: int) -> np.ndarray:
 def smooth_noise(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """Stretch a small grid (..., a, b) smoothly to (..., height, width)."""
     values = values.astype(np.float32)
-    return _stretch(height, values.shape[-2]) @ values @ _stretch(width, values.shape[-1]).T
+    stretched: np.ndarray = _stretch(height, values.shape[-2]) @ values @ _stretch(width, values.shape[-1]).T
+    return stretched
 
 
 def mix(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, t: float) -> RGB:
@@ -87,7 +90,8 @@ def scale_color(color: Sequence[float], factor: float) -> RGB:
 def unit(values: np.ndarray) -> np.ndarray:
     """Clip an array of our own to [0, 1], in place (`np.clip` costs more than the arithmetic around it)."""
     np.maximum(values, 0, out=values)
-    return np.minimum(values, 1, out=values)
+    np.minimum(values, 1, out=values)
+    return values
 
 
 # --------------------------------------------------------------------------- simple things
@@ -198,19 +202,21 @@ def _petal_colors(species: Species, tint: np.ndarray, contrast: np.ndarray) -> n
         colors = colors + (contrast - colors) * unit((0.50 - u) / 0.12 + 0.5)
     elif species.pattern == "tipped":
         colors = colors + (contrast - colors) * unit((u - 0.72) / 0.16 + 0.5)
-    return np.minimum(colors, 1).astype(np.float32)
+    clipped: np.ndarray = np.minimum(colors, 1).astype(np.float32)
+    return clipped
 
 
 def _pattern_mask(pattern: str, u: np.ndarray, s: np.ndarray, sharp: float) -> np.ndarray | None:
     """Where the contrast colour lies, for patterns that depend on s, the position across (-1 to 1), too."""
+    mask: np.ndarray | None = None
     if pattern == "edged":
-        return unit((np.maximum(np.abs(s), (u - 0.28) / 0.66) - 0.74) / 0.12 + 0.5)
-    if pattern == "striped":
-        return np.exp(-((s / 0.24) ** 2)) * unit((0.92 - u) * 6)
-    if pattern == "spotted":
+        mask = unit((np.maximum(np.abs(s), (u - 0.28) / 0.66) - 0.74) / 0.12 + 0.5)
+    elif pattern == "striped":
+        mask = np.exp(-((s / 0.24) ** 2)) * unit((0.92 - u) * 6)
+    elif pattern == "spotted":
         dots = np.cos(u * (TAU * 4.2)) * np.cos(s * (TAU * 1.05))
-        return unit((dots - 0.35) * 5 * sharp) * unit((0.85 - u) * 6)
-    return None
+        mask = unit((dots - 0.35) * 5 * sharp) * unit((0.85 - u) * 6)
+    return mask
 
 
 class Pose:

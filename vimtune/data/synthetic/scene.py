@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from vimtune.data.synthetic.painting import (
-    RGB,
     TAU,
     Canvas,
     Pose,
@@ -25,7 +24,7 @@ from vimtune.data.synthetic.painting import (
     scale_color,
     smooth_noise,
 )
-from vimtune.data.synthetic.species import GENUS_SIZE, Species, make_species
+from vimtune.data.synthetic.species import GENUS_SIZE, RGB, Species, make_species
 
 _SPLIT_CODES = {"train": 0, "val": 1, "test": 2}
 _FIRST_STRANGER = 1_000_000_000

@@ -15,7 +15,9 @@ from functools import lru_cache
 import numpy as np
 
 GENUS_SIZE = 4
+"""Number of species in a genus."""
 RGB = tuple[float, float, float]
+"""Red, green and blue in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ OUTLINES = {
     "frilled": Outline(1.15, 0.70, 0.40, ruffle=0.16),
     "strap": Outline(0.70, 0.35, 0.25),
 }
+"""Outlines of petals by name."""
 _OUTLINE_PAIRS = (
     ("round", "pointed"),
     ("heart", "lance"),
@@ -59,6 +62,7 @@ _COUNT_PAIRS = ((4, 6), (5, 8), (3, 5), (6, 10), (5, 7), (8, 13), (4, 7), (6, 9)
 _PATTERNS = ("plain", "eye", "edged", "striped", "tipped", "spotted")
 _PATTERN_PAIRS = tuple((a, b) for i, a in enumerate(_PATTERNS) for b in _PATTERNS[i + 1 :])
 CENTRES = ("disc", "stamens", "corona", "cone", "star")
+"""Kinds of the middle of a flower."""
 
 _CENTRE_COLORS = ((0.14, 0.85, 0.95), (0.10, 0.90, 0.80), (0.20, 0.60, 0.75), (0.04, 0.75, 0.40))
 # Colour families in HSV: petals, contrast colours to choose from, one adjective per member of a genus.
@@ -96,7 +100,24 @@ _PLACES = _words(
 
 @dataclass(frozen=True)
 class Species:
-    """All that is the same in every image of a species. Colours are RGB in [0, 1]."""
+    """All that is the same in every image of a species. Colours are RGB in [0, 1].
+
+    Attributes:
+        number: number of the species in its world, from 0.
+        name: what it is called, such as "crimson starbell".
+        petals: petals in a circle.
+        whorls: circles of petals, one inside the other.
+        outline: shape of a petal.
+        pattern: where on a petal the contrast colour lies.
+        color: colour of the petals.
+        contrast: second colour of the petals.
+        veins: strength of the veins on petals, as a share of brightness.
+        centre: kind of the middle, one of `CENTRES`.
+        centre_size: radius of the middle in petal lengths.
+        centre_color: its colour.
+        centre_dark: its colour in shade.
+        sepals: whether green tips show between the petals.
+    """
 
     number: int
     name: str

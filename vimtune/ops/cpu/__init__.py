@@ -1,96 +1,118 @@
 """Backend `cpu`: compiled, vectorised, multi-threaded fp32 kernels for any CPU with a C++ compiler.
 
 The library is built at first use (`build.py`) and called through ctypes, which releases the GIL.
-Half-precision activations are converted to fp32 and back. fp64 takes the pure PyTorch path: it
-serves gradient checks, where speed does not matter.
-
-Shape letters: B batch, L tokens, E inner width, N states, K filter width.
+Half-precision activations are converted to fp32 and back. For fp64, which serves gradient checks, where speed
+does not matter, the kernels of plain PyTorch are offered after the compiled ones.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import Backend, Gradients
+from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cpu.build import BuildError, load_library
-from vimtune.ops.cpu.library import ConvInputs, Kernels, ScanInputs, empty
-from vimtune.ops.cpu.selftest import check_kernels
-from vimtune.ops.dispatch import Backend, Gradients
-from vimtune.ops.eager import EagerBackend
+from vimtune.ops.cpu.library import Library, empty
+from vimtune.ops.cpu.selftest import check_library
+from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
 
 logger = logging.getLogger(__name__)
 
 
+class CpuScan(ScanKernels):
+    """The selective scan of scan.cpp."""
+
+    def __init__(self, library: Callable[[], Library]) -> None:
+        """Kernels of what `library` returns, which is called when they run."""
+        self._library = library
+
+    def refusals(self, inputs: ScanInputs) -> list[str]:
+        return _dtype_refusals(inputs.u)
+
+    def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
+        return (-(-tokens // self._library().chunk), batch, states, inner)
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
+        batch, tokens, inner = inputs.u.shape
+        saved = empty(self.states_shape(batch, tokens, inner, inputs.A.shape[1]) if save_states else (0,))
+        single = ScanInputs(*map(_single, inputs))  # type: ignore[arg-type]
+        out = self._library().scan_forward(single, options, saved if save_states else None)
+        return out.to(inputs.u.dtype), saved
+
+    def backward(
+        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        single = ScanInputs(*map(_single, inputs))  # type: ignore[arg-type]
+        found = self._library().scan_backward(grad.float(), states, single, options, needs)
+        return _back(found, inputs)
+
+
+class CpuConvolution(ConvKernels):
+    """The convolution of conv.cpp."""
+
+    def __init__(self, library: Callable[[], Library]) -> None:
+        """Kernels of what `library` returns, which is called when they run."""
+        self._library = library
+
+    def refusals(self, inputs: ConvInputs) -> list[str]:
+        return _dtype_refusals(inputs.x)
+
+    def forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
+        single = ConvInputs(*map(_single, inputs))  # type: ignore[arg-type]
+        return self._library().conv_forward(single, options).to(inputs.x.dtype)
+
+    def backward(
+        self, grad: Tensor, inputs: ConvInputs, options: ConvOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        single = ConvInputs(*map(_single, inputs))  # type: ignore[arg-type]
+        return _back(self._library().conv_backward(grad.float(), single, options, needs), inputs)
+
+
 class CpuBackend(Backend):
+    """Kernels compiled for this CPU."""
+
     name = "cpu"
     summary = "compiled for this CPU, multi-threaded"
 
     def __init__(self) -> None:
-        self._eager = EagerBackend()
+        """A backend that has not built its library yet."""
         self._lock = threading.Lock()
-        self._loaded: Kernels | str | None = None
+        self._loaded: Library | str | None = None
+        self.scan = CpuScan(self.library)
+        self.convolution = CpuConvolution(self.library)
+        self.kernels = (self.scan, self.convolution, EagerScan(), EagerConvolution())
 
-    def refusals(self, device):
+    def refusals(self, device: torch.device) -> list[str]:
         if device.type != "cpu":
             return [f"it runs on the CPU, not on {device.type}"]
         loaded = self._load()
         return [loaded] if isinstance(loaded, str) else []
 
-    def states_shape(self, batch, tokens, inner, states):
-        return (-(-tokens // self._kernels().chunk), batch, states, inner)
+    def library(self) -> Library:
+        """The compiled kernels.
 
-    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
-        batch, tokens, inner = u.shape
-        shape = self.states_shape(batch, tokens, inner, A.shape[1]) if save_states else (0,)
-        if u.dtype == torch.float64:
-            out, _ = self._eager.scan_forward(u, delta, A, B, C, D, z, delta_bias, options, False)
-            return out, u.new_zeros(shape)
-        saved = empty(shape)
-        inputs = ScanInputs(*map(_single, (u, delta, A, B, C, D, z, delta_bias)))
-        out = self._kernels().scan_forward(inputs, options, saved if save_states else None)
-        return out.to(u.dtype), saved
-
-    def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
-        given = (u, delta, A, B, C, D, z, delta_bias)
-        if u.dtype == torch.float64:
-            # The two backends save states of different layout; fp64 computes its own again.
-            _, states = self._eager.scan_forward(*given, options, True)
-            return self._eager.scan_backward(grad, states, *given, options, needs)
-        inputs = ScanInputs(*map(_single, given))
-        return _back(self._kernels().scan_backward(grad.float(), states, inputs, options, needs), given)
-
-    def conv_forward(self, x, weight, bias, silu, reverse):
-        if x.dtype == torch.float64:
-            return self._eager.conv_forward(x, weight, bias, silu, reverse)
-        inputs = ConvInputs(*map(_single, (x, weight, bias)))
-        return self._kernels().conv_forward(inputs, silu, reverse).to(x.dtype)
-
-    def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):
-        if x.dtype == torch.float64:
-            return self._eager.conv_backward(grad, x, weight, bias, silu, reverse, needs)
-        given = (x, weight, bias)
-        inputs = ConvInputs(*map(_single, given))
-        return _back(self._kernels().conv_backward(grad.float(), inputs, silu, reverse, needs), given)
-
-    def _kernels(self) -> Kernels:
+        Raises:
+            BuildError: there are none.
+        """
         loaded = self._load()
         if isinstance(loaded, str):
             raise BuildError(loaded)
         return loaded
 
-    def _load(self) -> Kernels | str:
+    def _load(self) -> Library | str:
         """The kernels, or why there are none; tried once per process."""
         with self._lock:
             if self._loaded is None:
                 try:
-                    kernels = Kernels(load_library())
-                    check_kernels(kernels)
-                    self._loaded = kernels
+                    library = Library(load_library())
+                    check_library(library)
+                    self._loaded = library
                 except BuildError as error:
                     self._loaded = str(error)
                     logger.warning(
@@ -102,12 +124,18 @@ class CpuBackend(Backend):
             return self._loaded
 
 
-def _single(tensor: Any) -> Any:
+def _dtype_refusals(activations: Tensor) -> list[str]:
+    """The compiled kernels compute in fp32."""
+    return ["fp64 is more than the compiled kernels have"] if activations.dtype == torch.float64 else []
+
+
+def _single(tensor: Tensor | None) -> Tensor | None:
     """A tensor in fp32; None stays None."""
     return None if tensor is None else tensor.float()
 
 
 def _back(gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Gradients:
+    """Gradients in the dtypes of the tensors that they belong to."""
     return tuple(
         None if gradient is None or tensor is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(gradients, inputs, strict=True)

@@ -14,7 +14,7 @@ constexpr int BLOCK = 32;
 
 extern "C" {
 
-// Mirrored by `ConvArguments` in __init__.py. Strides in floats; channels are adjacent everywhere.
+// Mirrored by `ConvArguments` in library.py. Strides in floats; channels are adjacent everywhere.
 struct ConvArguments {
     const float *x, *weight, *bias, *grad;  // weight (width, inner), contiguous
     float* out;                             // contiguous, as are the gradients; null: not wanted

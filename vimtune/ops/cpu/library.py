@@ -9,22 +9,24 @@ import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vimtune.ops.convolution import ConvInputs, ConvOptions
 from vimtune.ops.cpu.build import BuildError
-from vimtune.ops.dispatch import ScanOptions
+from vimtune.ops.scan import ScanInputs, ScanOptions
 
 
 def _structure(name: str, pointers: str, integers: str) -> type[ctypes.Structure]:
+    """A C structure of pointers followed by int64 numbers; both are given by the names of the fields."""
     fields: list[tuple[str, Any]] = [(field, ctypes.c_void_p) for field in pointers.split()]
     fields += [(field, ctypes.c_int64) for field in integers.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-# Mirror the structs of scan.cpp and conv.cpp.
+# These mirror the structs of scan.cpp and conv.cpp.
 ScanArguments = _structure(
     "ScanArguments",
     "u delta A B C D z bias grad out saved "
@@ -39,31 +41,15 @@ ConvArguments = _structure(
 )
 
 
-class ScanInputs(NamedTuple):
-    """fp32 tensors with unit stride in the last dimension, as in `Backend`."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    delta_bias: Tensor | None
-
-
-class ConvInputs(NamedTuple):
-    """fp32 tensors with unit stride in the last dimension, as in `Backend`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-class Kernels:
-    """Calls into one loaded library; `grad` is like the inputs."""
+class Library:
+    """Calls into one loaded library. All tensors are fp32 with unit stride in the last dimension."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        """Find the functions of a compiled library.
+
+        Raises:
+            BuildError: it lacks one.
+        """
         try:
             self._functions = {
                 "scan_forward": library.vimtune_scan_forward,
@@ -71,7 +57,7 @@ class Kernels:
                 "conv_forward": library.vimtune_conv_forward,
                 "conv_backward": library.vimtune_conv_backward,
             }
-            self.chunk = int(library.vimtune_scan_chunk())
+            self.chunk = int(library.vimtune_scan_chunk())  # tokens between saved states
         except AttributeError as error:
             raise BuildError(f"the compiled library lacks a function: {error}") from error
         self._launcher = _team_launcher()
@@ -97,19 +83,19 @@ class Kernels:
             gradients[2] = gradients[2].t().contiguous()
         return gradients
 
-    def conv_forward(self, inputs: ConvInputs, silu: bool, reverse: bool) -> Tensor:
+    def conv_forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
         """Return the filtered `x`, (B, L, E)."""
         out = empty(inputs.x.shape)
         inputs = _columns_first(inputs)
-        self._call("conv_forward", _conv_arguments(inputs, silu, reverse), out=out)
+        self._call("conv_forward", _conv_arguments(inputs, options), out=out)
         return out
 
     def conv_backward(
-        self, grad: Tensor, inputs: ConvInputs, silu: bool, reverse: bool, needs: Sequence[bool]
+        self, grad: Tensor, inputs: ConvInputs, options: ConvOptions, needs: Sequence[bool]
     ) -> list[Tensor | None]:
         """Gradients in the order of `inputs`, None where `needs` is False."""
         inputs = _columns_first(inputs)
-        arguments = _conv_arguments(inputs, silu, reverse)
+        arguments = _conv_arguments(inputs, options)
         arguments.grad_batch, arguments.grad_token = grad.stride()[:2]
         gradients = _empty_where_needed(inputs, needs)
         outputs = dict(zip(("grad_x", "grad_weight", "grad_bias"), gradients, strict=True))
@@ -135,10 +121,12 @@ def empty(shape: Sequence[int]) -> Tensor:
 
 
 def _address(tensor: Tensor | None) -> int | None:
+    """What the library knows a tensor by."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def _empty_where_needed(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Room for the gradients that are wanted."""
     return [
         empty(tensor.shape) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, needs, strict=True)
@@ -151,6 +139,7 @@ def _columns_first(inputs: ConvInputs) -> ConvInputs:
 
 
 def _scan_arguments(inputs: ScanInputs, options: ScanOptions) -> Any:
+    """The structure of scan.cpp without gradients and results."""
     arguments: Any = ScanArguments()
     arguments.batch, arguments.tokens, arguments.inner = inputs.u.shape
     arguments.states = inputs.A.shape[1]
@@ -166,14 +155,15 @@ def _scan_arguments(inputs: ScanInputs, options: ScanOptions) -> Any:
     return arguments
 
 
-def _conv_arguments(inputs: ConvInputs, silu: bool, reverse: bool) -> Any:
+def _conv_arguments(inputs: ConvInputs, options: ConvOptions) -> Any:
+    """The structure of conv.cpp without gradients and results; the filter of `inputs` is (K, E)."""
     arguments: Any = ConvArguments()
     x = inputs.x
     arguments.batch, arguments.tokens, arguments.inner = x.shape
     arguments.width = inputs.weight.shape[0]
     arguments.x, arguments.x_batch, arguments.x_token = x.data_ptr(), x.stride(0), x.stride(1)
     arguments.weight, arguments.bias = inputs.weight.data_ptr(), _address(inputs.bias)
-    arguments.silu, arguments.reverse = silu, reverse
+    arguments.silu, arguments.reverse = options
     return arguments
 
 

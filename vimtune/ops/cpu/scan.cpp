@@ -25,7 +25,7 @@ constexpr int Q = 4;                // states handled together
 
 extern "C" {
 
-// Mirrored by `ScanArguments` in __init__.py. Strides in floats; channels are adjacent everywhere.
+// Mirrored by `ScanArguments` in library.py. Strides in floats; channels are adjacent everywhere.
 struct ScanArguments {
     // u, delta, z, grad (batch, tokens, inner); A (inner, states); B, C (batch, tokens, states)
     const float *u, *delta, *A, *B, *C, *D, *z, *bias, *grad;

@@ -10,32 +10,35 @@ import torch
 from torch import Tensor
 
 from vimtune.ops import reference
+from vimtune.ops.convolution import ConvInputs, ConvOptions
 from vimtune.ops.cpu.build import BuildError
-from vimtune.ops.cpu.library import ConvInputs, Kernels, ScanInputs, empty
-from vimtune.ops.dispatch import ScanOptions
+from vimtune.ops.cpu.library import Library, empty
+from vimtune.ops.scan import ScanInputs, ScanOptions
 
 TOLERANCE = 1e-4
+"""Largest error that is taken for rounding, relative to the largest value."""
 
 
-def check_kernels(kernels: Kernels) -> None:
+def check_library(library: Library) -> None:
     """Compare every kernel with the fp64 reference on inputs of odd sizes.
 
     Raises:
         BuildError: some output or gradient differs.
     """
-    # Kernels may be loaded in the middle of a torch.compile trace, under inference mode or a default
+    # Library may be loaded in the middle of a torch.compile trace, under inference mode or a default
     # device; all of these belong to a thread, and a new one is free of them.
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(_check, kernels).result()
+        pool.submit(_check, library).result()
 
 
-def _check(kernels: Kernels) -> None:
+def _check(library: Library) -> None:
+    """Compare scan and convolution, in both directions."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
-    tokens, inner, states, width = kernels.chunk + 3, 21, 5, 4
+    tokens, inner, states, width = library.chunk + 3, 21, 5, 4
     grad = normal(1, tokens, inner)
     scan = ScanInputs(
         normal(1, tokens, inner),
@@ -51,13 +54,14 @@ def _check(kernels: Kernels) -> None:
     for reverse in (False, True):
         options = ScanOptions(delta_softplus=True, reverse=reverse)
         saved = empty((2, 1, states, inner))
-        out = kernels.scan_forward(scan, options, saved)
-        gradients = kernels.scan_backward(grad, saved, scan, options, [True] * len(scan))
+        out = library.scan_forward(scan, options, saved)
+        gradients = library.scan_backward(grad, saved, scan, options, [True] * len(scan))
         expected = _expected(reference.selective_scan, scan, grad, delta_softplus=True, reverse=reverse)
         _compare("scan", [out, *gradients], expected)
 
-        out = kernels.conv_forward(conv, True, reverse)
-        gradients = kernels.conv_backward(grad, conv, True, reverse, [True] * len(conv))
+        filtering = ConvOptions(silu=True, reverse=reverse)
+        out = library.conv_forward(conv, filtering)
+        gradients = library.conv_backward(grad, conv, filtering, [True] * len(conv))
         expected = _expected(reference.causal_conv1d, conv, grad, silu=True, reverse=reverse)
         _compare("convolution", [out, *gradients], expected)
 
@@ -65,12 +69,14 @@ def _check(kernels: Kernels) -> None:
 def _expected(
     function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, **options: bool
 ) -> list[Tensor]:
+    """Result and gradients of a reference function in fp64."""
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     out = function(*leaves, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
 
 
 def _compare(what: str, results: Sequence[Any], expected: list[Tensor]) -> None:
+    """Raise BuildError for a result, or one of the gradients after it, that is not as expected."""
     for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         error = ((result - wanted).abs().max() / wanted.abs().max()).item()
         if not error <= TOLERANCE:

@@ -1,32 +1,82 @@
-"""Backend `nvrtc`: the inside of the mixer and ProDiaL's weights in CUDA C++, compiled at run time; the rest
-is Triton's.
+"""Backend `nvrtc`: the inside of the mixer and ProDiaL's weights in CUDA C++, compiled at run time.
 
-Sizes and dtypes that the CUDA kernels do not have (`scan.covers`) run in Triton as well.
+Everything else, and tensors of sizes and dtypes that the CUDA kernels do not have, runs in the kernels of
+Triton: this backend offers those, too, after its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
-from vimtune.ops.nvrtc import runtime, scan
+from vimtune.ops.backend import Backend
+from vimtune.ops.block_product import ProductInputs, ProductKernels
+from vimtune.ops.mixer import MixerInputs, MixerKernels
+from vimtune.ops.nvrtc import block_product, mixer, runtime, scan
 from vimtune.ops.triton.backend import TritonBackend
 
 
-class NvrtcBackend(TritonBackend):
+class NvrtcMixer(MixerKernels):
+    """The kernels of `nvrtc/mixer.py`, for bf16 and fp16 activations and 16 states."""
+
+    def refusals(self, inputs: MixerInputs) -> list[str]:
+        return mixer.refusals(inputs.xz, inputs.forward)
+
+    def shapes(self, inputs: MixerInputs, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return mixer.shapes(inputs.xz, inputs.forward, save)
+
+    def forward(self, inputs: MixerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        return mixer.forward(inputs.xz, inputs[1:], save)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: MixerInputs,
+        results: tuple[Tensor, Tensor, Tensor],
+        need_xz: bool,
+        needs: Sequence[Sequence[bool]],
+    ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+        return mixer.backward(grad, inputs.xz, results, inputs[1:], need_xz, needs)
+
+
+class NvrtcProduct(ProductKernels):
+    """The kernels of `nvrtc/block_product.py`, for fp32."""
+
+    def refusals(self, inputs: ProductInputs) -> list[str]:
+        return block_product.refusals(*inputs)
+
+    def forward(self, inputs: ProductInputs) -> Tensor:
+        return block_product.scaled_block_product(*inputs)
+
+    def backward(
+        self, grad: Tensor, inputs: ProductInputs, need_scale: bool, need_blocks: bool
+    ) -> tuple[Tensor, Tensor]:
+        return block_product.scaled_block_product_backward(grad, *inputs, need_scale, need_blocks)
+
+
+class NvrtcBackend(Backend):
+    """CUDA C++ for NVIDIA GPUs, and Triton's kernels for what it does not have."""
+
     name = "nvrtc"
     summary = "CUDA kernels compiled at run time by torch's NVRTC, with Triton's around them"
 
-    def refusals(self, device):
-        reasons = super().refusals(device)
+    def __init__(self) -> None:
+        """A backend with the kernels of both; nothing is compiled yet."""
+        self._triton = TritonBackend()
+        self.kernels = (NvrtcMixer(), NvrtcProduct(), *self._triton.kernels)
+
+    def refusals(self, device: torch.device) -> list[str]:
         if device.type != "cuda":
             return [f"device is {device.type}, the kernels need cuda"]
-        return reasons or _compile_errors(*torch.cuda.get_device_capability(device))
+        return self._triton.refusals(device) or _compile_errors(*torch.cuda.get_device_capability(device))
 
 
 @cache
 def _compile_errors(major: int, minor: int) -> list[str]:
+    """Why NVRTC does not compile for this compute capability; empty if it does."""
     constants = (("WIDTH", 384), ("COLUMNS", 48), ("FP16", 0), ("SEGMENTED", 0))
     try:
         runtime.compile_source(scan.FORWARD, constants, f"sm_{major}{minor}")

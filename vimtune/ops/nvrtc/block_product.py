@@ -8,13 +8,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 
 SOURCE = "blocks.cu"
-THREADS, BLOCKS = 128, 16  # blocks of columns that a CUDA block has; both as in blocks.cu
+"""File with the kernels."""
+THREADS, BLOCKS = 128, 16
+"""Threads of a CUDA block, and blocks of columns that it handles; both as in blocks.cu."""
 ROWS_AT_ONCE = THREADS // BLOCKS
+"""Rows that a CUDA block handles at once."""
 ENOUGH = 400
-"""CUDA blocks that keep the largest GPUs busy. More would leave more partial gradients to add up."""
+"""Number of CUDA blocks that keep the largest GPUs busy. More leave more partial gradients to add up."""
+
+
+MAX_BLOCK = 8
+"""Columns of the largest blocks that the kernels take; their threads have such blocks in registers."""
+MAX_ROWS = 2_000_000
+"""Rows of the largest matrix that the kernels take."""
+
+
+def refusals(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> list[str]:
+    """Reasons why there are no kernels for such tensors."""
+    rows, size = weight.shape[-2], blocks.shape[-1]
+    reasons = [
+        f"{name} is {tensor.dtype}, the kernels have float32"
+        for name, tensor in (("weight", weight), ("row_scale", row_scale), ("blocks", blocks))
+        if tensor.dtype != torch.float32
+    ]
+    if size > MAX_BLOCK:
+        reasons.append(f"blocks of {size} columns are above {MAX_BLOCK}")
+    if rows > MAX_ROWS:
+        reasons.append(f"{rows} rows are above {MAX_ROWS}")
+    return reasons
 
 
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
@@ -23,7 +48,7 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> T
     matrices, rows, num_blocks, size = _sizes(weight, blocks)
     out = torch.empty_like(weight)
     ahead = _rows_ahead(size)
-    with torch.cuda.device_of(weight):
+    with device_of(weight):
         kernel = _kernel("scaled_block_product", size, ahead, False, False, weight.device)
         grid = (matrices * -(-num_blocks // BLOCKS), -(-rows // (ROWS_AT_ONCE * ahead)), 1)
         kernel(grid, THREADS, [weight, row_scale, blocks, out, rows, num_blocks])
@@ -41,7 +66,7 @@ def scaled_block_product_backward(
     tile_rows, row_tiles = row_tiling(rows, ROWS_AT_ONCE * ahead, matrices * columns)
     partial_scale = weight.new_empty((columns, *row_scale.shape) if need_scale else 0)
     partial_blocks = weight.new_empty((row_tiles, *blocks.shape) if need_blocks else 0)
-    with torch.cuda.device_of(weight):
+    with device_of(weight):
         name = "scaled_block_product_backward"
         kernel = _kernel(name, size, ahead, need_scale, need_blocks, weight.device)
         kernel(
@@ -60,20 +85,21 @@ def scaled_block_product_backward(
 
 
 def row_tiling(rows: int, step: int, others: int) -> tuple[int, int]:
-    """Rows of a tile, a multiple of `step`, and the number of tiles, where `others` things have as many."""
+    """Rows of a tile, a multiple of `step`, and the number of tiles, if `others` parts are cut alike."""
     tile_rows = -(-rows // max(1, ENOUGH // others))
     tile_rows = -(-tile_rows // step) * step
     return tile_rows, -(-rows // tile_rows)
 
 
 def _rows_ahead(size: int) -> int:
-    """Rows that are on their way to a thread, as registers allow."""
+    """Number of rows that a thread loads ahead, as many as its registers allow."""
     return 8 if size <= 4 else 4
 
 
 def _kernel(
     name: str, size: int, ahead: int, want_scale: bool, want_blocks: bool, device: torch.device
 ) -> runtime.Kernel:
+    """A kernel of blocks.cu for blocks of `size` columns, with the gradients that it shall find."""
     constants = (
         ("SIZE", size),
         ("AHEAD", ahead),
@@ -84,6 +110,7 @@ def _kernel(
 
 
 def _sizes(weight: Tensor, blocks: Tensor) -> tuple[int, int, int, int]:
+    """M, O, n and b."""
     num_blocks, size, _ = blocks.shape[-3:]
     return weight.shape[:-2].numel(), weight.shape[-2], num_blocks, size
 

@@ -12,11 +12,11 @@
 // blocks (M, n, b, b), partial_scale (tiles of columns, M, O), partial_blocks (tiles of rows, M, n, b, b).
 
 constexpr int THREADS = 128;
-constexpr int BLOCKS = 16;                  // of a tile: half a warp
-constexpr int AT_ONCE = THREADS / BLOCKS;   // rows, one a thread
+constexpr int BLOCKS = 16;                  // blocks of columns that a tile has: half a warp
+constexpr int AT_ONCE = THREADS / BLOCKS;   // rows that are handled at once, one by each thread
 constexpr int ENTRIES = SIZE * SIZE;
 
-// One row of a block of columns, or of D.
+// One row of a block of columns, or one row of D.
 struct alignas(SIZE % 4 == 0 ? 16 : SIZE % 2 == 0 ? 8 : 4) Row { float at[SIZE]; };
 
 struct Tile {
@@ -36,7 +36,7 @@ struct Tile {
     }
 };
 
-// What does not exist is zero.
+// A row of a tensor, or zeros where the block or the row does not exist.
 __device__ inline Row load(const Row* rows, long index, bool exists) { return exists ? rows[index] : Row{}; }
 
 __device__ inline void load_block(Row (&d)[SIZE], const Row* blocks, const Tile& tile, int num_blocks) {

@@ -1,21 +1,20 @@
 """Both directions of the Vim mixer, between its two large projections, in CUDA C++: forward and backward.
 
-The same interface as `vimtune.ops.triton.mixer`. For the backward the result, which out_proj mostly keeps
-anyway, B | C | dt_r and the small weights as the kernels read them are kept; where sequences are cut the
-ends of their segments, too, and in fp16 the mean of both directions before the gate.
+For the backward pass the result, which out_proj mostly keeps anyway, B | C | dt_r and the small weights as
+the kernels read them are kept; where sequences are cut the ends of their segments, too, and in fp16 the mean
+of both directions before the gate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vimtune.ops.nvrtc import prepare, prepare_backward, scan
-from vimtune.ops.triton.mixer import (
+from vimtune.ops.mixer import DirectionWeights
+from vimtune.ops.mixer_gradients import (
     A_LOG,
     CONV_BIAS,
     CONV_WEIGHT,
@@ -23,27 +22,29 @@ from vimtune.ops.triton.mixer import (
     DT_PROJ,
     X_PROJ,
     D,
+    Needs,
     ParameterGradients,
     Weights,
-    both,
+    any_needs,
     parameter_gradients,
 )
+from vimtune.ops.nvrtc import prepare, prepare_backward, scan
 
 
-def covers(xz: Tensor, weights: Sequence[Any]) -> bool:
-    """Whether the kernels exist for these activations (B, L, 2 E) and one direction's weights."""
-    inner, num_states = weights[A_LOG].shape
-    return (
-        scan.covers(xz.dtype, inner, num_states)
-        and prepare.covers(inner, weights[CONV_WEIGHT].shape[1])
-        and prepare_backward.covers(weights[DT_PROJ].shape[1], xz.device)
-    )
+def refusals(xz: Tensor, weights: DirectionWeights) -> list[str]:
+    """Reasons why there are no kernels for these activations (B, L, 2 E) and one direction's weights."""
+    inner, num_states = weights.A_log.shape
+    return [
+        *scan.refusals(xz.dtype, inner, num_states),
+        *prepare.refusals(inner, weights.conv_weight.shape[1]),
+        *prepare_backward.refusals(weights.dt_proj.shape[1], xz.device),
+    ]
 
 
-def shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes(xz: Tensor, weights: DirectionWeights, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of what is kept for the backward beside the result: B | C | dt_r in the dtype of `xz`, and an
     fp32 buffer (see `_Kept`). `weights` are those of one direction."""
-    projections = 2, *xz.shape[:2], prepare.columns(weights[DT_PROJ].shape[1])
+    projections = 2, *xz.shape[:2], prepare.columns(weights.dt_proj.shape[1])
     return projections, (sum(_sizes(_shapes(xz, weights, save), xz.dtype)) if save else 0,)
 
 
@@ -53,11 +54,11 @@ def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, T
     buffer = torch.empty(sum(_sizes(parts, xz.dtype)), dtype=torch.float32, device=xz.device)
     kept = _kept_in(buffer, parts, xz.dtype)
     packed = prepare.pack_weights(
-        both(weights, CONV_WEIGHT),
-        both(weights, CONV_BIAS),
-        both(weights, X_PROJ),
-        both(weights, DT_PROJ),
-        both(weights, DT_BIAS),
+        [own.conv_weight for own in weights],
+        [own.conv_bias for own in weights],
+        [own.x_proj for own in weights],
+        [own.dt_proj for own in weights],
+        [own.dt_bias for own in weights],
         xz.dtype,
         kept.packed,
     )
@@ -72,26 +73,24 @@ def backward(
     results: tuple[Tensor, Tensor, Tensor],
     weights: Weights,
     need_xz: bool,
-    needs: Sequence[Sequence[bool]],
+    needs: Needs,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
     """Gradient of `xz` and, per direction, of the weights; None where `needs` is False.
 
     `results` are those of the forward, `grad` is the gradient of the first.
     """
-
-    def anywhere(*names: int) -> bool:
-        return any(direction[name] for direction in needs for name in names)
-
     out, projections, buffer = results
     kept = _kept_in(buffer, _shapes(xz, weights[0], save=True), xz.dtype)
     packed = prepare.packed_in(kept.packed, *_weight_sizes(weights[0]), xz.dtype)
     u, delta, _ = prepare.prepare(_x(xz), packed, projections)
     inputs = _scan_inputs(u, delta, projections, weights, xz, kept)
     grad_xz = torch.empty_like(xz)
-    found = scan.scan_backward(grad, out, inputs, grad_xz, need_parameters=anywhere(A_LOG, D, DT_BIAS))
+    found = scan.scan_backward(
+        grad, out, inputs, grad_xz, need_parameters=any_needs(needs, A_LOG, D, DT_BIAS)
+    )
     grad_projections, grad_filters = prepare_backward.prepare_backward(
         found.u, found.delta, found.BC, _x(xz), packed, _x(grad_xz),
-        need_weights=anywhere(CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
+        need_weights=any_needs(needs, CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ),
     )  # fmt: skip
     parts = ParameterGradients(
         found.A,
@@ -102,11 +101,13 @@ def backward(
         grad_filters[..., -1, :],
         grad_projections.flatten(1, -2),
     )
-    return grad_xz if need_xz else None, parameter_gradients(parts, needs, weights, u, projections)
+    return grad_xz if need_xz else None, parameter_gradients(
+        parts, needs, weights, u, projections, scan.NUM_STATES
+    )
 
 
 def _x(xz: Tensor) -> Tensor:
-    """The half that is convolved."""
+    """The half of `xz` (B, L, 2 E) that is convolved."""
     return xz[..., : xz.shape[-1] // 2]
 
 
@@ -119,14 +120,15 @@ class _Kept(NamedTuple):
 
 
 class _Shapes(NamedTuple):
-    """Those of `_Kept`."""
+    """Shapes of the parts of `_Kept`."""
 
     packed: tuple[int, ...]
     ends: tuple[int, ...]
     mean: tuple[int, ...]
 
 
-def _shapes(xz: Tensor, weights: Sequence[Any], save: bool) -> _Shapes:
+def _shapes(xz: Tensor, weights: DirectionWeights, save: bool) -> _Shapes:
+    """Shapes of what is kept; `save` says whether a backward pass follows."""
     batch, tokens, twice = xz.shape
     return _Shapes(
         (prepare.packed_size(*_weight_sizes(weights)),),
@@ -141,18 +143,28 @@ def _sizes(parts: _Shapes, dtype: torch.dtype) -> list[int]:
 
 
 def _kept_in(buffer: Tensor, parts: _Shapes, dtype: torch.dtype) -> _Kept:
-    packed, ends, mean = buffer.split(_sizes(parts, dtype))
+    """The parts of the buffer."""
+    packed, ends, mean = torch.split(buffer, _sizes(parts, dtype))
     return _Kept(packed, ends.view(parts.ends), mean.view(dtype).view(parts.mean))
 
 
-def _weight_sizes(weights: Sequence[Any]) -> tuple[int, int, int]:
+def _weight_sizes(weights: DirectionWeights) -> tuple[int, int, int]:
     """E, R and K of one direction's weights."""
-    return *weights[DT_PROJ].shape, weights[CONV_WEIGHT].shape[1]
+    inner, rank = weights.dt_proj.shape
+    return inner, rank, weights.conv_weight.shape[1]
 
 
 def _scan_inputs(
     u: Tensor, delta: Tensor, projections: Tensor, weights: Weights, xz: Tensor, kept: _Kept
 ) -> scan.ScanInputs:
+    """What the scan reads."""
     return scan.ScanInputs(
-        u, delta, projections, both(weights, A_LOG), both(weights, D), xz, kept.ends, kept.mean
+        u,
+        delta,
+        projections,
+        [own.A_log for own in weights],
+        [own.D for own in weights],
+        xz,
+        kept.ends,
+        kept.mean,
     )

@@ -12,14 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.scan import NUM_STATES
 
 SOURCE = "prepare.cu"
+"""File with the kernels."""
 ROWS = 16
-"""Tokens of a warp."""
+"""Number of tokens of a warp."""
 MAX_WIDTH = 2048
+"""Largest padded inner width that the kernels take."""
 MAX_FILTER = 8
+"""Widest filter that the kernels take."""
 
 
 class PackedWeights(NamedTuple):
@@ -41,6 +45,7 @@ class PackedWeights(NamedTuple):
 
 
 def padded_width(inner: int) -> int:
+    """W, the inner width rounded up to what a block handles at a time."""
     return -(-inner // 64) * 64
 
 
@@ -49,9 +54,14 @@ def columns(rank: int) -> int:
     return 2 * NUM_STATES + max(16, 1 << (rank - 1).bit_length())
 
 
-def covers(inner: int, width: int) -> bool:
-    """Whether the kernels exist for E and filters of `width`."""
-    return inner % 8 == 0 and padded_width(inner) <= MAX_WIDTH and width <= MAX_FILTER
+def refusals(inner: int, width: int) -> list[str]:
+    """Reasons why there are no kernels for this inner width, a multiple of 8, and filters of `width`."""
+    reasons = []
+    if padded_width(inner) > MAX_WIDTH:
+        reasons.append(f"inner width {inner} is above {MAX_WIDTH}")
+    if width > MAX_FILTER:
+        reasons.append(f"filter width {width} is above {MAX_FILTER}")
+    return reasons
 
 
 def packed_size(inner: int, rank: int, width: int) -> int:
@@ -63,7 +73,7 @@ def packed_in(buffer: Tensor, inner: int, rank: int, width: int, dtype: torch.dt
     """Packed weights that lie in `buffer`, of `packed_size` fp32 numbers."""
     num_columns, padded = columns(rank), padded_width(inner)
     low_rank = num_columns - 2 * NUM_STATES
-    filters, *vectors, proj, proj_t, dt, dt_t = buffer.split(_part_sizes(inner, num_columns, width))
+    filters, *vectors, proj, proj_t, dt, dt_t = torch.split(buffer, _part_sizes(inner, num_columns, width))
     return PackedWeights(
         filters.view(2, width, padded),
         *(vector.view(2, padded) for vector in vectors),
@@ -73,6 +83,7 @@ def packed_in(buffer: Tensor, inner: int, rank: int, width: int, dtype: torch.dt
 
 
 def _part_sizes(inner: int, num_columns: int, width: int) -> list[int]:
+    """How many fp32 numbers each part of packed weights takes, in the order of the buffer."""
     padded = padded_width(inner)
     low_rank = num_columns - 2 * NUM_STATES  # two numbers of a matrix take the place of one in fp32
     return [2 * width * padded, *[2 * padded] * 2, *[num_columns * padded] * 2, *[low_rank * padded] * 2]
@@ -102,7 +113,7 @@ def pack_weights(
         *(packed.filters, packed.conv_bias, packed.proj, packed.proj_t),
         *(packed.dt, packed.dt_t, packed.dt_bias),
     ]
-    with torch.cuda.device_of(inputs[0]):
+    with device_of(inputs[0]):
         kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, device)
         grid = (padded_width(inner) // 64, 2 * num_columns, 1)
         kernel(grid, 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)])
@@ -126,7 +137,7 @@ def prepare(
     delta = torch.empty_like(u, dtype=torch.float16)
     if projections is None:
         projections = torch.empty((2, batch, tokens, num_columns), dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, x.device)
         kernel(
             (2, -(-tokens // ROWS), batch),
@@ -148,6 +159,7 @@ def _kernel(
     project: bool,
     device: torch.device,
 ) -> runtime.Kernel:
+    """A kernel of prepare.cu for these sizes; with `project` it computes B | C | dt_r, else it reads them."""
     constants = (
         ("WIDTH", inner),
         ("COLUMNS", num_columns),

@@ -9,20 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 from vimtune.ops.nvrtc.prepare import PackedWeights, columns, padded_width
 
 PROJECT = "project_gradients.cu"
+"""File with the kernel of gradients of B | C | dt_r."""
 CONVOLVE = "prepare_backward.cu"
+"""File with the kernel that goes on from those to x, filters and biases."""
 ROWS_FROZEN, ROWS_TRAINED = 32, 64
-"""Rows of a block. More rows mean that fewer are computed twice and fewer gradients of filters are left to
-add up, but also fewer warps on a multiprocessor."""
-MAX_WARPS = 6  # of a block
+"""Rows of a block without and with gradients of weights. More rows mean that fewer are computed twice and
+fewer gradients of filters are left to add up, but also fewer warps on a multiprocessor."""
+MAX_WARPS = 6
+"""Most warps of a block."""
+CHANNELS, PADDING = 64, 8
+"""Channels of a warp, and numbers between rows in shared memory."""
 
 
-def covers(rank: int, device: torch.device) -> bool:
-    """Whether the kernels exist for this rank on this device, and else all that `prepare` covers."""
-    return _most_warps(ROWS_TRAINED, columns(rank), device) > 0
+def refusals(rank: int, device: torch.device) -> list[str]:
+    """Reasons why there are no kernels for this dt rank on this device, whatever `prepare` takes."""
+    if _most_warps(ROWS_TRAINED, columns(rank), device) > 0:
+        return []
+    return [f"dt rank {rank} needs more shared memory than the device has"]
 
 
 def prepare_backward(
@@ -55,8 +63,8 @@ def prepare_backward(
     tiles = -(-tokens // (rows - width + 1))
     tokens_of_tile = -(-tokens // tiles)
     tiles = -(-tokens // tokens_of_tile)
-    blocks = -(-padded // (64 * _most_warps(rows, num_columns, grad_u.device)))
-    warps = -(-padded // (64 * blocks))
+    blocks = -(-padded // (CHANNELS * _most_warps(rows, num_columns, grad_u.device)))
+    warps = -(-padded // (CHANNELS * blocks))
     grad_projections = grad_u.new_empty((2, batch, tokens, num_columns))
     shape = batch * tiles if need_weights else 0, 2, width + 1, padded
     partial_filters = torch.empty(shape, dtype=torch.float32, device=grad_u.device)
@@ -68,7 +76,7 @@ def prepare_backward(
     )
     project = (*common, ("BLOCKS", partial_BC.shape[1]))
     convolve = (*common, ("FILTER", width), ("ROWS", rows), ("TRAINED", int(need_weights)))
-    with torch.cuda.device_of(grad_u):
+    with device_of(grad_u):
         kernel = runtime.load_kernel(PROJECT, "project_gradients", project, grad_u.device.index)
         kernel(
             (-(-batch * tokens // (16 * warps)), 2, 1),
@@ -92,11 +100,10 @@ def prepare_backward(
 
 def _most_warps(rows: int, num_columns: int, device: torch.device) -> int:
     """How many warps a block can have; 0 if shared memory does not suffice for one."""
-    limit = runtime.shared_memory(device)
-    fitting = (warps for warps in range(MAX_WARPS, 0, -1) if _shared_bytes(rows, warps, num_columns) <= limit)
-    return next(fitting, 0)
+    numbers = runtime.shared_memory(device) // (4 * rows)  # that fit beside one row; see `_shared_bytes`
+    return max(0, min(MAX_WARPS, (numbers - num_columns - PADDING) // CHANNELS))
 
 
 def _shared_bytes(rows: int, warps: int, num_columns: int) -> int:
-    """Of both directions: 64 channels for each warp, and B | C | dt_r with padding."""
-    return 2 * rows * (warps * 64 + num_columns + 8) * 2
+    """Shared memory for both directions: the channels of each warp, and B | C | dt_r with padding."""
+    return 2 * rows * (warps * CHANNELS + num_columns + PADDING) * 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,35 +16,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vimtune.ops.operation import constant_for_compiler
+
 SOURCES = Path(__file__).parent
 PRELUDE = ("intrinsics.cuh", "common.cuh")
-"""What stands in front of every source."""
+"""Files that stand in front of every source."""
 
 _MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_USUAL_SHARED = 48 * 1024  # what a kernel gets without asking
+_USUAL_SHARED = 48 * 1024
+"""Bytes of shared memory that a kernel gets without asking."""
 
 
 class CompileError(RuntimeError):
     """NVRTC is missing, or does not compile for this device; the message says why."""
 
 
+@constant_for_compiler
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have; where there is no GPU, those of an A100."""
-    if device.type != "cuda":
-        return 160 * 1024
+    return 160 * 1024 if device.type != "cuda" else _shared_memory_of_gpu(device)
+
+
+@cache
+def _shared_memory_of_gpu(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have, remembered because it is asked at every call."""
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack this field
-    return properties.shared_memory_per_block_optin
+    return int(properties.shared_memory_per_block_optin)
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Number of multiprocessors of a CUDA device."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.multi_processor_count)
 
 
 class Kernel:
     """A compiled kernel on one device."""
 
     def __init__(self, module: ctypes.c_void_p, name: str) -> None:
+        """Find the kernel `name` in a loaded module."""
         self._function = ctypes.c_void_p()
         self._shared = _USUAL_SHARED
         _call("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
@@ -73,7 +83,7 @@ def packed(arguments: Sequence[Tensor | int]) -> list[ctypes.c_void_p | ctypes.c
     ]
 
 
-def pointers(values: Sequence[ctypes.c_void_p | ctypes.c_int]) -> ctypes.Array:
+def pointers(values: Sequence[ctypes.c_void_p | ctypes.c_int]) -> ctypes.Array[ctypes.c_void_p]:
     """The array of addresses that a launch wants."""
     return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
 
@@ -90,6 +100,7 @@ def load_kernel(source: str, name: str, constants: tuple[tuple[str, int], ...], 
 
 @cache
 def _load_module(source: str, constants: tuple[tuple[str, int], ...], device_index: int) -> ctypes.c_void_p:
+    """Compile a source for a device and load it there, as a module of the driver."""
     major, minor = torch.cuda.get_device_capability(device_index)
     image = compile_source(source, constants, f"sm_{major}{minor}")
     module = ctypes.c_void_p()
@@ -121,7 +132,8 @@ def compile_source(source: str, constants: Sequence[tuple[str, int]], architectu
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(get_size, get, program: ctypes.c_void_p) -> bytes:
+def _read(get_size: Callable[..., Any], get: Callable[..., Any], program: ctypes.c_void_p) -> bytes:
+    """What NVRTC has of a program: machine code or messages, by its two functions for size and content."""
     size = ctypes.c_size_t()
     get_size(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
@@ -131,6 +143,11 @@ def _read(get_size, get, program: ctypes.c_void_p) -> bytes:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
+    """The library NVRTC.
+
+    Raises:
+        CompileError: it cannot be loaded.
+    """
     failures = []
     for candidate in _nvrtc_candidates():
         try:
@@ -157,6 +174,11 @@ def _nvrtc_candidates() -> Iterator[str]:
 
 @cache
 def _driver() -> ctypes.CDLL:
+    """The CUDA driver.
+
+    Raises:
+        CompileError: it cannot be loaded.
+    """
     try:
         return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError as error:
@@ -166,7 +188,8 @@ def _driver() -> ctypes.CDLL:
 def _call(function: str, *arguments: Any) -> None:
     """Call the driver, in the context of torch's current device.
 
-    torch makes it that of a thread by its own first call of CUDA, which on autograd's threads may come later.
+    torch gives a thread this context when it first calls CUDA there, which on autograd's threads may be later
+    than our call.
     """
     driver, context = _driver(), ctypes.c_void_p()
     _check(driver.cuCtxGetCurrent(ctypes.byref(context)))
@@ -177,6 +200,7 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 def _check(status: int) -> None:
+    """Raise RuntimeError with the driver's message for a status that is not success."""
     if status != 0:
         message = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(message))

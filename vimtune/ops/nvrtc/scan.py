@@ -11,21 +11,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
 
 FORWARD = "scan.cu"
+"""File with the kernels of the forward pass."""
 BACKWARD = "scan_backward.cu"
+"""File with the kernels of the backward pass."""
 NUM_STATES = 16
-CHANNELS = 64  # of a block
+"""Number of states, the only one that the kernels have."""
+CHANNELS = 64
+"""Number of channels of a block."""
 THREADS = 64
-ENTRY = NUM_STATES + 4  # of `ends`
+"""Number of threads of a block."""
+ENTRY = NUM_STATES + 4
+"""How many numbers `ends` has of a channel."""
+SHORTEST_SEGMENT = 128
+"""Fewest tokens of a segment."""
 
-SHORTEST_SEGMENT = 128  # tokens
-
-# Time of a token, in microseconds on an H200, with up to 2, 4 or 6 blocks on a multiprocessor, which is up to
-# 1, 2 or 3 warps for each of its schedulers: of whole sequences and of segments, without and with a backward.
 WHOLE = (0.23, 0.35, 0.51), (0.99, 1.48, 2.11)
+"""Time that whole sequences take for a token, in microseconds on an H200: without and with a backward pass,
+with up to 2, 4 or 6 blocks on a multiprocessor, which is up to 1, 2 or 3 warps for each of its schedulers."""
 SEGMENTED = (0.43, 0.78, 1.22), (1.44, 2.40, 3.67)
+"""The same time for sequences that are cut into segments."""
 
 
 class ScanInputs(NamedTuple):
@@ -52,6 +60,7 @@ class ScanInputs(NamedTuple):
     mean: Tensor
 
     def gate(self) -> Tensor:
+        """z, the second half of `xz`."""
         return self.xz[..., self.u.shape[-1] :]
 
     def decays(self) -> list[Tensor]:
@@ -63,6 +72,7 @@ class ScanInputs(NamedTuple):
         return [*map(_parameter, self.D)]
 
     def segments(self) -> int:
+        """Number of segments into which sequences are cut."""
         return self.ends.shape[2] if self.ends.numel() > 0 else 1
 
 
@@ -78,13 +88,20 @@ class ScanGradients(NamedTuple):
     bias: Tensor
 
 
-def covers(dtype: torch.dtype, inner: int, num_states: int) -> bool:
-    """Whether the kernels exist for activations of this dtype and these sizes."""
-    return dtype in (torch.bfloat16, torch.float16) and inner % 8 == 0 and num_states == NUM_STATES
+def refusals(dtype: torch.dtype, inner: int, num_states: int) -> list[str]:
+    """Reasons why there are no kernels for activations of this dtype and these sizes."""
+    reasons = []
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"activations are {dtype}, the kernels have bf16 and fp16")
+    if inner % 8 != 0:
+        reasons.append(f"inner width {inner} is no multiple of 8")
+    if num_states != NUM_STATES:
+        reasons.append(f"states are {num_states}, the kernels have {NUM_STATES}")
+    return reasons
 
 
 def num_segments(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> int:
-    """Into how many segments sequences are cut, if a `backward` follows or not.
+    """Number of segments into which sequences are cut; `backward` says whether a backward pass follows.
 
     A segmented scan does about 1.6 times the work, which pays where images times channels leave the card
     idle. Of the numbers that just fill it once, twice or three times the one with the shortest time is taken.
@@ -109,8 +126,10 @@ def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backwa
 
 
 def _needs_mean(dtype: torch.dtype) -> bool:
-    """Whether the backward does: in bf16 it is the result divided by the gate, for which fp16 has too few
-    small numbers."""
+    """Whether the backward pass needs the mean of both directions before the gate.
+
+    In bf16 it computes that as the result divided by the gate, for which fp16 has too few small numbers.
+    """
     return dtype == torch.float16
 
 
@@ -182,11 +201,12 @@ def _launch(name: str, inputs: ScanInputs, arguments: Sequence[Tensor], trained:
     ]
     if trained is not None:
         constants.append(("TRAINED", int(trained)))
-    with torch.cuda.device_of(u):
+    with device_of(u):
         kernel = runtime.load_kernel(source, name, tuple(constants), u.device.index)
         grid = (-(-inner // CHANNELS), batch, segments)
         kernel(grid, THREADS, [*arguments, batch, tokens, -(-tokens // segments)])
 
 
 def _parameter(weight: Tensor) -> Tensor:
+    """A weight as the kernels take it: fp32 and contiguous."""
     return weight.float().contiguous()

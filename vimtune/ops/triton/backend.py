@@ -1,31 +1,178 @@
-"""Backend `triton`: the four kernels of the backend protocol on NVIDIA GPUs (or Triton's interpreter).
+"""Backend `triton`: kernels on NVIDIA GPUs, or in Triton's interpreter, for all operations of a mixer.
 
-Importable without Triton: the kernels are imported when first used.
+It can be imported without Triton: the modules with the kernels are imported when they are first used.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 
-from vimtune.ops.dispatch import Backend
+from vimtune.ops.backend import Backend, Gradients
+from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
+from vimtune.ops.mixer import MixerInputs, MixerKernels
+from vimtune.ops.norm import NormInputs, NormKernels
+from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
+
+if TYPE_CHECKING:
+    from vimtune.ops.triton import launch
 
 CHUNK = 64
 """Steps between the states that the forward keeps."""
 
 
+class TritonScan(ScanKernels):
+    """The kernels of `triton/scan_kernels.py`, for one direction."""
+
+    def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
+        chunks = cast(int, torch.sym_max(-(-tokens // CHUNK) - 1, 0))  # tokens may be a symbol
+        return (1, batch, chunks, states, inner)
+
+    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
+        from vimtune.ops.triton import launch
+
+        u = inputs.u
+        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+        states = launch.scan_forward(_one_direction(inputs, options), inputs.z, out, 1.0, save_states)
+        return out, states
+
+    def backward(
+        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        from vimtune.ops.triton import launch
+
+        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
+        z, D, delta_bias = inputs.z, inputs.D, inputs.delta_bias
+        gradients = launch.scan_backward(
+            _one_direction(inputs, options),
+            grad if z is None else launch.gate_gradient(grad, z, 1.0),
+            states,
+            launch.ScanNeeds(need_u, need_delta, need_A, need_B or need_C, need_D, need_z, need_bias),
+        )
+        grad_B = grad_C = grad_z = None
+        if need_B or need_C:
+            num_states = inputs.A.shape[1]
+            blocks = gradients.BC[0]
+            padded = blocks.shape[-1] // 2
+            grad_B = blocks[..., :num_states].sum(0).to(inputs.B.dtype) if need_B else None
+            grad_C = blocks[..., padded : padded + num_states].sum(0).to(inputs.C.dtype) if need_C else None
+        if need_z and z is not None:
+            grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+            launch.gate_finish(grad, z, gradients.y, grad_z, 1.0)
+        return (
+            gradients.u[0] if need_u else None,
+            gradients.delta[0] if need_delta else None,
+            gradients.A[0].to(inputs.A.dtype) if need_A else None,
+            grad_B,
+            grad_C,
+            gradients.D[0].to(D.dtype) if need_D and D is not None else None,
+            grad_z,
+            gradients.bias[0].to(delta_bias.dtype) if need_bias and delta_bias is not None else None,
+        )
+
+
+def _one_direction(inputs: ScanInputs, options: ScanOptions) -> launch.ScanInputs:
+    """The inputs of a selective scan as the launches take them, which can run two directions at once."""
+    from vimtune.ops.triton.launch import Direction, ScanInputs
+
+    return ScanInputs(
+        inputs.u,
+        inputs.delta,
+        inputs.B,
+        inputs.C,
+        [Direction(inputs.A.contiguous(), inputs.D, inputs.delta_bias)],
+        first=int(options.reverse),
+        softplus=options.delta_softplus,
+        raw=True,
+        from_log=False,
+    )
+
+
+class TritonConvolution(ConvKernels):
+    """The kernels of `triton/conv_kernels.py`."""
+
+    def forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
+        from vimtune.ops.triton import convolution
+
+        x, weight, bias = inputs
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        convolution.convolve(x, convolution.transposed(weight), bias, out, *options)
+        return out
+
+    def backward(
+        self, grad: Tensor, inputs: ConvInputs, options: ConvOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        from vimtune.ops.triton import convolution
+
+        return convolution.conv_backward(grad, *inputs, *options, needs)
+
+
+class TritonMixer(MixerKernels):
+    """The kernels of a mixer as a whole, launched by `triton/mixer.py`."""
+
+    def shapes(self, inputs: MixerInputs, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        from vimtune.ops.triton import mixer
+
+        return mixer.shapes(inputs.xz, inputs.forward, save)
+
+    def forward(self, inputs: MixerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        from vimtune.ops.triton import mixer
+
+        return mixer.forward(inputs.xz, inputs[1:], save)
+
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: MixerInputs,
+        results: tuple[Tensor, Tensor, Tensor],
+        need_xz: bool,
+        needs: Sequence[Sequence[bool]],
+    ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+        from vimtune.ops.triton import mixer
+
+        return mixer.backward(grad, inputs.xz, results, inputs[1:], need_xz, needs)
+
+
+class TritonNorm(NormKernels):
+    """The kernels of `triton/norm.py`."""
+
+    def forward(self, inputs: NormInputs, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        from vimtune.ops.triton import norm
+
+        return norm.forward(*inputs, eps, dtype)
+
+    def backward(
+        self,
+        grad_normed: Tensor,
+        grad_total: Tensor | None,
+        total: Tensor,
+        weight: Tensor,
+        inverse: Tensor,
+        branch_dtype: torch.dtype | None,
+        need_weight: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        from vimtune.ops.triton import norm
+
+        return norm.backward(grad_normed, grad_total, total, weight, inverse, branch_dtype, need_weight)
+
+
 class TritonBackend(Backend):
+    """Triton kernels for every size and dtype below fp64."""
+
     name = "triton"
     summary = "Triton kernels for NVIDIA GPUs"
-    has_fused_kernels = True
+    kernels = (TritonScan(), TritonConvolution(), TritonMixer(), TritonNorm())
 
-    def refusals(self, device):
+    def refusals(self, device: torch.device) -> list[str]:
         reasons = []
         if importlib.util.find_spec("triton") is None:
             reasons.append("the package 'triton' is not installed")
-        if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        if _is_interpreted():
             return reasons
         if device.type != "cuda":
             reasons.append(f"device is {device.type}, the kernels need cuda (or TRITON_INTERPRET=1)")
@@ -35,69 +182,12 @@ class TritonBackend(Backend):
             reasons.append(f"compute capability {torch.cuda.get_device_capability(device)} is below (8, 0)")
         return reasons
 
-    def states_shape(self, batch, tokens, inner, states):
-        return (1, batch, torch.sym_max(-(-tokens // CHUNK) - 1, 0), states, inner)
-
-    def scan_forward(self, u, delta, A, B, C, D, z, delta_bias, options, save_states):
-        from vimtune.ops.triton import launch
-
-        out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        inputs = _inputs(u, delta, A, B, C, D, delta_bias, options)
-        return out, launch.scan_forward(inputs, z, out, 1.0, save_states)
-
-    def scan_backward(self, grad, states, u, delta, A, B, C, D, z, delta_bias, options, needs):
-        from vimtune.ops.triton import launch
-
-        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
-        inputs = _inputs(u, delta, A, B, C, D, delta_bias, options)
-        wanted = launch.ScanNeeds(need_u, need_delta, need_A, need_B or need_C, need_D, need_z, need_bias)
-        before_gate = grad if z is None else launch.gate_gradient(grad, z, 1.0)
-        gradients = launch.scan_backward(inputs, before_gate, states, wanted)
-        grad_B = grad_C = grad_z = None
-        if need_B or need_C:
-            num_states = A.shape[1]
-            blocks = gradients.BC[0]
-            padded = blocks.shape[-1] // 2
-            grad_B = blocks[..., :num_states].sum(0).to(B.dtype) if need_B else None
-            grad_C = blocks[..., padded : padded + num_states].sum(0).to(C.dtype) if need_C else None
-        if need_z:
-            grad_z = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-            launch.gate_finish(grad, z, gradients.y, grad_z, 1.0)
-        return (
-            gradients.u[0] if need_u else None,
-            gradients.delta[0] if need_delta else None,
-            gradients.A[0].to(A.dtype) if need_A else None,
-            grad_B,
-            grad_C,
-            gradients.D[0].to(D.dtype) if need_D else None,
-            grad_z,
-            gradients.bias[0].to(delta_bias.dtype) if need_bias else None,
-        )
-
-    def conv_forward(self, x, weight, bias, silu, reverse):
-        from vimtune.ops.triton import convolution
-
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        convolution.convolve(x, convolution.transposed(weight), bias, out, silu, reverse)
-        return out
-
-    def conv_backward(self, grad, x, weight, bias, silu, reverse, needs):
-        from vimtune.ops.triton import convolution
-
-        return convolution.conv_backward(grad, x, weight, bias, silu, reverse, needs)
+    def reluctance(self, device: torch.device) -> str:
+        if device.type != "cuda" and _is_interpreted():
+            return "Triton's interpreter is for checking the kernels, and very slow"
+        return ""
 
 
-def _inputs(u, delta, A, B, C, D, delta_bias, options):
-    from vimtune.ops.triton.launch import Direction, ScanInputs
-
-    return ScanInputs(
-        u,
-        delta,
-        B,
-        C,
-        [Direction(A.contiguous(), D, delta_bias)],
-        first=int(options.reverse),
-        softplus=options.delta_softplus,
-        raw=True,
-        from_log=False,
-    )
+def _is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device. Triton reads this when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -11,24 +11,29 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton reads the variable when a kernel is defined; so do we, to know what `refusals` may promise."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
+"""log2(e): e^x is exp2(x LOG2E), and exp2 is what GPUs have."""
 
 
 def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
     return 1 << max(value - 1, 0).bit_length()
 
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + e^-x)."""
     return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
 def silu(x):
+    """x sigmoid(x)."""
     return x * sigmoid(x)
 
 
 @triton.jit
 def silu_slope(x):
+    """Derivative of `silu` at x."""
     gate = sigmoid(x)
     return gate * (1.0 + x * (1.0 - gate))
 
@@ -94,6 +99,7 @@ def group_rows(base, e, start, num_tokens, STRIDE: tl.constexpr, REVERSE: tl.con
 
 @triton.jit
 def step_row(group, k: tl.constexpr, STRIDE: tl.constexpr, REVERSE: tl.constexpr):
+    """Addresses of the row `k` steps after that of `group_rows`."""
     return group - k * STRIDE if REVERSE else group + k * STRIDE
 
 

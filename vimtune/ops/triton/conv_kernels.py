@@ -44,6 +44,7 @@ def filtered(
 
 @triton.jit
 def tile_rows(num_rows, num_tokens, BM: tl.constexpr, AXIS: tl.constexpr):
+    """Rows of this program's tile, the image and token of each, and whether it exists."""
     row = tl.program_id(AXIS).to(tl.int64) * BM + tl.arange(0, BM)
     return row, row // num_tokens, row % num_tokens, row < num_rows
 
@@ -54,6 +55,7 @@ def conv_kernel(
     num_rows, num_tokens, num_inner, sign,
     BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
+    """The convolution of one tile of BM rows and BE channels, through SiLU if asked for."""
     _row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     live = e < num_inner

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.triton.conv_kernels import (
     conv_adjoint_kernel,
     conv_kernel,
@@ -18,10 +19,13 @@ from vimtune.ops.triton.conv_kernels import (
 )
 
 ROWS, CHANNELS = 32, 64
+"""Tokens and channels of a tile."""
 TILES = 8
+"""Tiles of which a program adds up the gradients of filters."""
 
 
 def conv_grid(num_rows: int, inner: int) -> tuple[int, int]:
+    """Programs for tiles of ROWS tokens (of all samples) and CHANNELS channels."""
     return -(-num_rows // ROWS), -(-inner // CHANNELS)
 
 
@@ -35,10 +39,10 @@ def transposed(weight: Tensor) -> Tensor:
     return weight.t().contiguous()
 
 
-def convolve(x, filters, bias, out, silu: bool, reverse: bool) -> None:
+def convolve(x: Tensor, filters: Tensor, bias: Tensor | None, out: Tensor, silu: bool, reverse: bool) -> None:
     """`out` = causal convolution of `x` (B, L, E), through SiLU if asked for."""
     batch, tokens, inner = x.shape
-    with torch.cuda.device_of(x):
+    with device_of(x):
         conv_kernel[conv_grid(batch * tokens, inner)](
             x, filters, filters if bias is None else bias, out,
             x.stride(0), x.stride(1), out.stride(0), out.stride(1),
@@ -47,23 +51,26 @@ def convolve(x, filters, bias, out, silu: bool, reverse: bool) -> None:
         )  # fmt: skip
 
 
-def adjoint(grad0, grad1, filters0, filters1, out, use: tuple[bool, bool]) -> None:
+def adjoint(
+    grads: tuple[Tensor, Tensor], filters: tuple[Tensor, Tensor], out: Tensor, use: tuple[bool, bool]
+) -> None:
     """`out` = gradient of the filter input, from the gradients behind either direction's filter."""
     batch, tokens, inner = out.shape
-    with torch.cuda.device_of(out):
+    with device_of(out):
         conv_adjoint_kernel[conv_grid(batch * tokens, inner)](
-            grad0, grad1, filters0, filters1, out,
-            grad0.stride(0), grad0.stride(1), out.stride(0), out.stride(1), batch * tokens, tokens, inner,
-            BM=ROWS, BE=CHANNELS, K=filters0.shape[0], USE0=use[0], USE1=use[1],
+            *grads, *filters, out,
+            grads[0].stride(0), grads[0].stride(1), out.stride(0), out.stride(1),
+            batch * tokens, tokens, inner,
+            BM=ROWS, BE=CHANNELS, K=filters[0].shape[0], USE0=use[0], USE1=use[1],
         )  # fmt: skip
 
 
-def weight_gradients(grad, x, width: int, reverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_gradients(grad: Tensor, x: Tensor, width: int, reverse: bool) -> tuple[Tensor, Tensor]:
     """Gradients of the filter (E, K) and its bias (E,), fp32, from `grad` (B, L, E) behind the filter."""
     batch, tokens, inner = x.shape
     programs = -(-batch * tokens // (ROWS * TILES))
     partial = torch.empty((programs, width + 1, inner), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         conv_weight_kernel[(programs, -(-inner // CHANNELS))](
             grad, x, partial, grad.stride(0), grad.stride(1), x.stride(0), x.stride(1),
             batch * tokens, tokens, inner, sign(reverse),
@@ -88,7 +95,7 @@ def conv_backward(
     width = filters.shape[0]
     if silu:
         slope = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        with torch.cuda.device_of(x):
+        with device_of(x):
             conv_slope_kernel[conv_grid(batch * tokens, inner)](
                 grad, x, filters, filters if bias is None else bias, slope,
                 grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), batch * tokens, tokens, inner,
@@ -98,7 +105,7 @@ def conv_backward(
     grad_x = None
     if need_x:
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        adjoint(grad, grad, filters, filters, grad_x, use=(not reverse, reverse))
+        adjoint((grad, grad), (filters, filters), grad_x, use=(not reverse, reverse))
     if not (need_weight or need_bias):
         return grad_x, None, None
     grad_weight, grad_bias = weight_gradients(grad, x, width, reverse)

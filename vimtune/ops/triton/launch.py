@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.triton.backend import CHUNK
 from vimtune.ops.triton.common import INTERPRETED, next_power_of_2
 from vimtune.ops.triton.convolution import CHANNELS, ROWS, conv_grid
@@ -67,6 +68,8 @@ class ScanInputs:
 
 @dataclass(frozen=True)
 class ScanNeeds:
+    """Which results of `scan_backward` are wanted; BC are B and C, y is the ungated result."""
+
     u: bool
     delta: bool
     A: bool
@@ -96,6 +99,7 @@ def padded_states(num_states: int, low: bool) -> int:
 
 
 def num_chunks(num_tokens: int) -> int:
+    """Number of chunks between whose states the backward pass computes the others again."""
     return -(-num_tokens // TILING.chunk)
 
 
@@ -123,7 +127,7 @@ def scan_forward(
     shape = (len(inputs.directions), batch, chunks - 1, num_states, inner) if save_states else (0,)
     states = torch.empty(shape, dtype=torch.float32, device=u.device)
     channels = TILING.forward_channels
-    with torch.cuda.device_of(u):
+    with device_of(u):
         scan_forward_kernel[(-(-inner // channels), batch)](
             u, u if z is None else z, out, states, delta, B, C, *_pairs(inputs),
             u.stride(0), 0 if z is None else z.stride(0), out.stride(0), delta.stride(0),
@@ -164,7 +168,7 @@ def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanN
     partial_A = buffer(needs.A, torch.float32, count, batch, num_states, inner)
     partial_D = buffer(needs.D, torch.float32, count, batch, inner)
     partial_bias = buffer(needs.bias, torch.float32, count, batch, inner)
-    with torch.cuda.device_of(u):
+    with device_of(u):
         scan_backward_kernel[(blocks, batch, count)](
             grad, u, states, scratch, delta, B, C, *_pairs(inputs),
             grad_u, grad_delta, y, partial_BC, partial_A, partial_D, partial_bias,
@@ -201,7 +205,7 @@ def gate_gradient(grad: Tensor, z: Tensor, scale: float) -> Tensor:
     """grad * scale * SiLU(z), (B, L, E) contiguous."""
     batch, tokens, inner = grad.shape
     out = torch.empty((batch, tokens, inner), dtype=grad.dtype, device=grad.device)
-    with torch.cuda.device_of(grad):
+    with device_of(grad):
         gate_grad_kernel[conv_grid(batch * tokens, inner)](
             grad, z, out, grad.stride(0), grad.stride(1), z.stride(0), z.stride(1),
             batch * tokens, tokens, inner, scale, BM=ROWS, BE=CHANNELS,
@@ -212,7 +216,7 @@ def gate_gradient(grad: Tensor, z: Tensor, scale: float) -> Tensor:
 def gate_finish(grad: Tensor, z: Tensor, y: Tensor, out: Tensor, scale: float) -> None:
     """`out` = gradient of `z` (B, L, E), given what the gate multiplied: `y` (directions, B, L, E)."""
     batch, tokens, inner = grad.shape
-    with torch.cuda.device_of(grad):
+    with device_of(grad):
         gate_finish_kernel[conv_grid(batch * tokens, inner)](
             grad, z, y, out, grad.stride(0), grad.stride(1), z.stride(0), z.stride(1),
             out.stride(0), out.stride(1),

@@ -1,4 +1,4 @@
-"""Residual add and RMSNorm in one pass, forward and backward. A program handles ROWS rows at a time.
+"""Launches of the kernels of norm_kernels.py.
 
 Shape letters: M rows (B * L), D width.
 """
@@ -6,62 +6,14 @@ Shape letters: M rows (B * L), D width.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from vimtune.ops.backend import device_of
 from vimtune.ops.triton.common import next_power_of_2
+from vimtune.ops.triton.norm_kernels import add_norm_backward_kernel, add_norm_kernel
 
 PARTIAL_PROGRAMS = 264
 """Programs over which the weight gradient is spread: two for each multiprocessor of the largest cards."""
-
-
-@triton.jit
-def _add_norm_kernel(
-    branch, residual, weight, total, normed, inverse, num_rows, width, eps,
-    ROWS: tl.constexpr, BD: tl.constexpr, HAS_BRANCH: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BD)
-    mask = (row < num_rows)[:, None] & (d < width)[None, :]
-    place = row[:, None] * width + d[None, :]
-    value = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
-        value += tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(total + place, value.to(total.dtype.element_ty), mask=mask)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
-    w = tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
-    tl.store(normed + place, (value * scale[:, None] * w[None, :]).to(normed.dtype.element_ty), mask=mask)
-    tl.store(inverse + row, scale, mask=row < num_rows)
-
-
-@triton.jit
-def _add_norm_backward_kernel(
-    grad_normed, grad_total, total, weight, inverse, grad_residual, grad_branch, partial, num_rows, width,
-    ROWS: tl.constexpr, BD: tl.constexpr, HAS_TOTAL: tl.constexpr, HAS_BRANCH: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    d = tl.arange(0, BD)
-    w = tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32)
-    sum_weight = tl.zeros([BD], tl.float32)
-    for tile in range(TILES):
-        row = (tl.program_id(0).to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
-        mask = (row < num_rows)[:, None] & (d < width)[None, :]
-        place = row[:, None] * width + d[None, :]
-        scale = tl.load(inverse + row, mask=row < num_rows, other=0.0)
-        unit = tl.load(total + place, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
-        grad = tl.load(grad_normed + place, mask=mask, other=0.0).to(tl.float32)
-        if NEED_WEIGHT:
-            sum_weight += tl.sum(grad * unit, axis=0)
-        grad *= w[None, :]
-        grad = (grad - unit * (tl.sum(grad * unit, axis=1) / width)[:, None]) * scale[:, None]
-        if HAS_TOTAL:
-            grad += tl.load(grad_total + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_residual + place, grad.to(grad_residual.dtype.element_ty), mask=mask)
-        if HAS_BRANCH:
-            tl.store(grad_branch + place, grad.to(grad_branch.dtype.element_ty), mask=mask)
-    if NEED_WEIGHT:
-        tl.store(partial + tl.program_id(0) * width + d, sum_weight, mask=d < width)
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -83,8 +35,8 @@ def forward(
     normed = torch.empty(residual.shape, dtype=dtype, device=residual.device)
     total = torch.empty_like(residual) if branch is not None else residual.new_empty(0)
     inverse = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
-    with torch.cuda.device_of(residual):
-        _add_norm_kernel[(-(-num_rows // rows),)](
+    with device_of(residual):
+        add_norm_kernel[(-(-num_rows // rows),)](
             residual if branch is None else branch, residual, weight, total, normed, inverse,
             num_rows, width, eps,
             ROWS=rows, BD=padded, HAS_BRANCH=branch is not None, num_warps=warps,
@@ -112,8 +64,8 @@ def backward(
     partial = torch.empty(
         (programs, width) if need_weight else (0,), dtype=torch.float32, device=total.device
     )
-    with torch.cuda.device_of(total):
-        _add_norm_backward_kernel[(programs,)](
+    with device_of(total):
+        add_norm_backward_kernel[(programs,)](
             grad_normed, total if grad_total is None else grad_total, total, weight, inverse, grad_residual,
             grad_residual if grad_branch is None else grad_branch, partial, num_rows, width,
             ROWS=rows, BD=padded, HAS_TOTAL=grad_total is not None, HAS_BRANCH=grad_branch is not None,

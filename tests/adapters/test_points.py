@@ -1,0 +1,413 @@
+"""What targets stand for, options by target, and the points of models that are not ours."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from method_cases import disturb
+from torch import nn
+
+import vimtune
+from vimtune.adapters import active_adapter, adapter_parameters, check_gradients
+from vimtune.adapters.points import Point, Points
+from vimtune.adapters.targets import available_targets, matches
+from vimtune.testing import METHOD_CHECKS, MethodCase
+from vimtune.testing.methods import build_test_model, close
+
+
+@pytest.fixture(scope="module")
+def points():
+    return Points(build_test_model())
+
+
+def short(paths):
+    """Paths of the two layers as one, without "layers.N."."""
+    return list(dict.fromkeys(path.removeprefix("layers.0.").removeprefix("layers.1.") for path in paths))
+
+
+# --- the grammar of targets
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("both", ["mixer.in_proj.weight", "mixer.out_proj.weight"]),
+        ("mixer.in_proj", ["mixer.in_proj.weight"]),
+        ("A_log, D", ["mixer.A_log", "mixer.D"]),
+        ("conv1d.bias", ["mixer.conv1d.bias"]),
+        ("in_proj[x]", ["mixer.in_proj.weight[x]"]),
+        ("x_proj[C|dt]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
+        ("x_proj_b[B]", ["mixer.x_proj_b.weight[B]"]),
+        (["in_proj[x]", "in_proj[z]"], ["mixer.in_proj.weight[x]", "mixer.in_proj.weight[z]"]),
+        ("scan()", ["mixer.scan()"]),
+        ("mixer.out_proj()", ["mixer.out_proj()"]),
+        ("encode()", ["encode()"]),
+        (r"re:mixer\.(A_log|D)$", ["mixer.A_log", "mixer.D"]),
+        (r"re:out_proj\(\)$", ["mixer.out_proj()"]),
+        ("both,!in_proj", ["mixer.out_proj.weight"]),
+        ("norm.,!layers.0.", ["norm.weight"]),
+        ("x_proj[dt|B|C],!x_proj[B]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
+        (["re:A_.*log", "!re:b_log$"], ["mixer.A_log"]),
+    ],
+)
+def test_what_a_target_stands_for(points, targets, expected):
+    assert short(points.resolve(targets)) == expected
+
+
+def test_exclusion_takes_single_layers_away(points):
+    assert points.resolve("both,!layers.0.") == points.resolve("both", [1]) == points.resolve("both", [-1])
+
+
+def test_every_target_that_is_offered_is_one(points):
+    for target in available_targets(points):
+        assert points.resolve(target)
+    for path in [*points.parameters, *points.calls]:
+        assert points.resolve([path]) == [path]
+    for path, rows in points.rows.items():
+        assert points.resolve([f"{path}[{row}]" for row in rows]) == [f"{path}[{row}]" for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("in_porj", r"unknown target 'in_porj'. Did you mean 'in_proj'\?.*in_proj\[x\|z\]"),
+        ("in_proj,D,nothing", "unknown target 'nothing'"),
+        ("x_proj[A]", r"x_proj.weight has no rows 'A', it has \[dt\|B\|C\]"),
+        ("A_log[x]", "'A_log\\[x\\]': the model has no such named rows"),
+        ("in_proj[]", "expected a name such as in_proj, rows such as"),
+        ("in_proj[x", "expected a name such as in_proj, rows such as"),
+        ("conv1d()", r"unknown target 'conv1d\(\)'"),
+        ("x_proj()", r"unknown target 'x_proj\(\)'"),
+        ("re:(", r"target 're:\(' is no regular expression"),
+        ("re:nowhere", "unknown target 're:nowhere'"),
+        ("!in_proj", "name nothing to adapt"),
+        ("in_proj,!out_proj", "'!out_proj' takes nothing away from in_proj"),
+        ("in_proj,D,!mixer.D", "'D' selects nothing: all of it is taken away by the exclusions"),
+        ("in_proj,in_proj[x]", r"in_proj.weight\[x\] is a part of layers.0.mixer.in_proj.weight"),
+        ("", "unknown target ''|expected a name"),
+    ],
+)
+def test_targets_that_mean_nothing(points, targets, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        points.resolve(targets)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_outside_of_the_chosen_layers(points):
+    with pytest.raises(ValueError, match="'pos_embed' selects nothing: all of it lies in none of the layers"):
+        points.resolve("in_proj,pos_embed", [0])
+    assert points.resolve("in_proj,D", [0]) == ["layers.0.mixer.D", "layers.0.mixer.in_proj.weight"]
+
+
+@pytest.mark.parametrize("path", ["a.b", "a.b.weight[x]", "a.scan()", "encode()"])
+def test_paths_of_points_and_back(path):
+    assert str(Point.parse(path)) == path
+
+
+@pytest.mark.parametrize("path", ["", "a[x]()", "a()[x]", "a[x][y]", "a[x|y]", "a(b)", "[x]"])
+def test_what_is_no_path(path):
+    with pytest.raises(ValueError, match="is no path of a parameter"):
+        Point.parse(path)
+
+
+def test_names_match_whole_parts_of_paths():
+    assert matches("layers.10.mixer.D", "layers.10.") and not matches("layers.10.mixer.D", "layers.1.")
+    assert matches("layers.0.mixer.D", "D") and not matches("layers.0.mixer.D_b", "D")
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "prodial", "ft"])
+def test_rows_change_and_nothing_beside_them(method):
+    options = {"block_size": 4} if method == "prodial" else {}
+    rank = {} if method == "ft" else {"rank": 2}
+    model = build_test_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    targets = "in_proj[z],x_proj[C]" if method != "lora" else "in_proj[z],x_proj[C],x_proj_b[B]"
+    disturb(vimtune.inject(model, method, targets=targets, **rank, **options))
+    changed = {path: model.get_submodule(path.rpartition(".")[0]).weight != before[path] for path in before
+               if path.endswith("_proj.weight") or path.endswith("x_proj_b.weight")}  # fmt: skip
+    rows = Points(model).rows
+    for path, differs in changed.items():
+        meant = [p for p in active_adapter(model).sites[method] if p.startswith(path + "[")]
+        expected = torch.zeros(len(differs), dtype=torch.bool)
+        for site in meant:
+            expected[rows[path][Point.parse(site).rows]] = True
+        assert torch.equal(differs.any(1), expected), path
+
+
+@pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"rank": 2, "targets": "in_proj[x],x_proj[B]"}),
+        ("ft+lora", {"rank": 2, "targets": {"lora": "both", "ft": "in_proj[z],D"}, "layers": {"lora": [1]}}),
+    ],
+)  # fmt: skip
+def test_rows_pass_every_check(method, options, check):
+    check(MethodCase(method, options))
+
+
+def test_rows_with_dropout_perturb_their_own_outputs_alone():
+    model = disturb(
+        vimtune.inject(build_test_model(), "lora", targets="in_proj[x]", rank=2, dropout=0.5)
+    ).train()
+    layer = model.layers[0].mixer.in_proj
+    x = torch.randn(50, 16)
+    first, second = layer(x), layer(x)
+    half = layer.out_features // 2
+    assert (first[:, :half] != second[:, :half]).any(0).all()
+    assert torch.equal(first[:, half:], second[:, half:])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (
+            "lora+ft",
+            {"targets": {"lora": "in_proj[x]", "ft": "in_proj"}},
+            "replaces .*in_proj.weight as a whole",
+        ),
+        ("lora+ft", {"targets": {"lora": "in_proj", "ft": "in_proj[x]"}}, r"replaces .*\[x\] as a whole"),
+        ("lora+dora", {"targets": "in_proj[x]", "lora": {"dropout": 0.5}}, "would follow one that acts on"),
+    ],
+)
+def test_compositions_that_make_no_sense(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(build_test_model(), method, rank=2, **options)
+
+
+def test_compositions_of_rows_that_do():
+    model = vimtune.inject(
+        build_test_model(),
+        "lora+ft+dora",
+        rank=2,
+        targets={"lora": "in_proj[x]", "ft": "in_proj[z]", "dora": "in_proj"},
+    )
+    close(model.eval()(images()), build_test_model().eval()(images()))
+    disturb(model)(images()).square().sum().backward()
+    check_gradients(model)
+
+
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+# --- options by target
+
+
+def test_options_by_target(tmp_path):
+    model = vimtune.inject(
+        build_test_model(),
+        "lora+ft",
+        targets={"lora": "both,x_proj[B]", "ft": "A_log"},
+        lora={"rank": {"in_proj": 8, "x_proj[B]": 2, "layers.1.mixer.out_proj": 3}, "alpha": 4.0},
+    )
+    ranks = {
+        item.base_name: item.parameter.shape[0] for item in adapter_parameters(model) if "lora_A" in item.key
+    }
+    assert ranks == {
+        "layers.0.mixer.in_proj.weight": 8,
+        "layers.1.mixer.in_proj.weight": 8,
+        "layers.0.mixer.x_proj.weight": 2,
+        "layers.1.mixer.x_proj.weight": 2,
+        "layers.0.mixer.out_proj.weight": 16,
+        "layers.1.mixer.out_proj.weight": 3,
+    }
+    assert active_adapter(model).options["lora"]["rank"]["in_proj"] == 8
+    disturb(model)
+    vimtune.save_adapter(model, tmp_path / "a.safetensors")
+    other = build_test_model()
+    info = vimtune.load_adapter(other, tmp_path / "a.safetensors")
+    assert info.options == active_adapter(model).options and info.version == 3
+    assert torch.equal(other.eval()(images()), model.eval()(images()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"rank": {"x_proj": 2}},
+            "option rank of method 'lora' is given for 'x_proj', where the method does not act",
+        ),
+        ({"rank": {"in_proj": "2"}}, "option rank of method 'lora' for 'in_proj'"),
+        ({"rank": {"in_proj": 0}}, "rank 0 does not fit"),
+        ({"alpha": {"in_proj": -1.0}}, "alpha must be positive"),
+        ({"rank": {}}, "option rank of method 'lora'"),
+    ],
+)
+def test_options_by_target_that_are_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(build_test_model(), "lora", **options)
+
+
+# --- the summary
+
+
+def test_the_summary_says_what_is_adapted_and_what_is_not():
+    model = vimtune.inject(build_test_model(), "lora", targets="in_proj[x],out_proj", rank=2)
+    report = vimtune.summary(model)
+    assert report.adapted == {"lora": {"in_proj[x]": 2, "out_proj": 2}}
+    assert {"A_log", "x_proj", "conv1d.bias", "pos_embed", "norm_f"} <= set(report.untouched)
+    assert not {"in_proj", "out_proj", "head", "head.bias"} & set(report.untouched)
+    assert "lora acts on: in_proj[x] (2), out_proj (2)" in str(report)
+
+
+# --- decay
+
+
+def test_decay_to_the_start_where_asked():
+    model = vimtune.inject(build_test_model(), "ft", targets="A_log,D,in_proj", start_decay=0.5)
+    for item in adapter_parameters(model):
+        if item.group == "adapter":
+            assert item.weight_decay == 0.5 and not item.parameter.any(), item.name
+    model = vimtune.inject(build_test_model(), "prodial", rank=2, scale_decay=2.0)
+    decay = {item.name.rpartition(".")[2]: item.weight_decay for item in adapter_parameters(model)}
+    assert decay["row_scale_offset"] == 2.0 and decay["blocks"] == decay["lora_A"] == 1.0
+
+
+@pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize(
+    ("method", "options"), [("ft", {"start_decay": 1.0}), ("prodial", {"rank": 2, "scale_decay": 1.0})]
+)
+def test_decay_to_the_start_passes_every_check(method, options, check):
+    check(MethodCase(method, options))
+
+
+# --- models that are not ours
+
+
+def vit():
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=5)
+
+
+def resnet():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=5)
+
+
+def hf_mamba(version: int):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 30, "state_size": 4, "expand": 2}
+    if version == 1:
+        return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, time_step_rank=2)).eval()
+    heads = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **heads)).eval()
+
+
+def run(model):
+    if hasattr(model, "pretrained_cfg"):
+        size = model.pretrained_cfg["input_size"]
+        return model(torch.randn(2, *size, generator=torch.Generator().manual_seed(0)))
+    return model(torch.arange(20).view(2, 10)).logits
+
+
+FOREIGN = [
+    (vit, "lora", "qkv[q|v]"),
+    (vit, "lora", "attn.proj,fc1"),
+    (vit, "dora", "qkv"),
+    (resnet, "lora", "conv1,conv2"),
+    (resnet, "bitfit", None),
+    (lambda: hf_mamba(1), "lora", "in_proj[x],x_proj[B|C],out_proj"),
+    (lambda: hf_mamba(1), "ft", "A_log,D"),
+    (lambda: hf_mamba(2), "lora", "in_proj[z|x|B],out_proj"),
+    (lambda: hf_mamba(2), "ft", "in_proj[dt],conv1d[B],A_log,dt_bias"),
+]
+
+
+@pytest.mark.parametrize(("build", "method", "targets"), FOREIGN)
+def test_rules_on_models_of_others(build, method, targets):
+    model = build()
+    expected = run(copy.deepcopy(model).eval())
+    options = {"rank": 2} if method in ("lora", "dora") else {}
+    vimtune.inject(model, method, targets=targets, **options)
+    model.eval()
+    close(run(model), expected)
+    disturb(model)
+    adapted = run(model)
+    assert not torch.allclose(adapted, expected, atol=1e-4)
+    adapted.square().sum().backward()
+    check_gradients(model)
+    with vimtune.disabled(model):
+        close(run(model), expected)
+    vimtune.merge(model)
+    close(run(model), adapted, 1e-4)
+
+
+def test_calls_of_models_of_others():
+    model = vit()
+    assert "blocks.0.attn.qkv()" in Points(model).calls
+    with pytest.raises(ValueError, match=r"unknown target 'attn\(\)'"):
+        Points(model).resolve("attn()")
+    mamba = Points(hf_mamba(1))
+    assert any(path.endswith("in_proj()") for path in mamba.calls)
+    assert not any(path.endswith(("x_proj()", "out_proj()")) for path in mamba.calls)  # kernels read them
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "embeddings"])
+def test_tied_weights_of_a_language_model(targets):
+    model = hf_mamba(1)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    with pytest.raises(ValueError, match=r"embeddings.weight and lm_head.weight are one tensor"):
+        vimtune.inject(model, "lora", targets=targets, rank=2)
+
+
+def test_dropout_is_refused_where_foreign_kernels_read():
+    with pytest.raises(ValueError, match="only reads"):
+        vimtune.inject(hf_mamba(1), "lora", targets="out_proj", rank=2, dropout=0.1)
+    vimtune.inject(hf_mamba(1), "lora", targets="in_proj", rank=2, dropout=0.1)
+
+
+# --- merging that is taken back
+
+
+def test_unmerge_refuses_what_it_would_lose():
+    model = vimtune.inject(build_test_model(), "lora", rank=2)
+    with pytest.raises(ValueError, match="was not merged with reversible=True"):
+        vimtune.adapters.unmerge(model)
+    vimtune.merge(disturb(model), reversible=True)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.layers[0].mixer.in_proj.weight.add_(1)
+    with pytest.raises(ValueError, match=r"layers.0.mixer.in_proj.weight has changed since"):
+        vimtune.adapters.unmerge(changed)
+    vimtune.inject(model, "linear")
+    with pytest.raises(ValueError, match="has been given other adapters"):
+        vimtune.adapters.unmerge(model)
+    vimtune.delete_adapter(model, "default")
+    assert vimtune.list_adapters(vimtune.adapters.unmerge(model)) == ["default"]
+
+
+def test_several_adapters_and_a_head_of_another_size_come_back():
+    model = vimtune.inject(build_test_model(), "lora", rank=2)
+    disturb(vimtune.inject(model, "prodial", name="other", num_classes=7, rank=2)).eval()
+    expected = model(images())
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    vimtune.merge(model, reversible=True)
+    assert model.num_classes == 7 and model.head.out_features == 7
+    model = copy.deepcopy(model)
+    vimtune.adapters.unmerge(model)
+    assert vimtune.list_adapters(model) == ["default", "other"] and model.head.out_features == 5
+    assert torch.equal(model(images()), expected)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    vimtune.set_adapter(model, "default")
+    assert model(images()).shape == (2, 5)
+
+
+# --- calls under wrappers
+
+
+def test_calls_are_seen_through_wrappers():
+    model = build_test_model()
+    wrapped = nn.DataParallel(model)
+    targets = ["in_proj", "scan()"]
+    with pytest.raises(ValueError, match="is a call, and this method changes parameters"):
+        vimtune.inject(wrapped, "lora", targets=targets, rank=2)
+    assert vimtune.list_adapters(model) == [] and type(model.layers[0].mixer).__name__ == "BiMambaMixer"
+    assert not any("adapters" in name for name, _ in model.named_modules())

@@ -1,0 +1,112 @@
+"""The splits of a folder of images: those that it has, and those that are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vimtune.data.errors import DatasetError, MissingSplitError
+from vimtune.data.layout import LAYOUT, Layout, name_some, read_layout
+from vimtune.data.placement import EMBEDDED_ALTERNATIVE
+from vimtune.data.splitting import stratified_split
+from vimtune.text import printable
+
+
+@dataclass(frozen=True)
+class FoundSplit:
+    """One split of a folder."""
+
+    root: Path
+    """The folder."""
+    images: list[tuple[str, int]]
+    """Path and label of every image."""
+    classes: list[str]
+    """Names of the class folders; label `i` means `classes[i]`."""
+    source: str
+    """Which images these are, in words."""
+    notes: list[str]
+    """What else is to be said about them, such as files that were left out."""
+
+
+def find_split(
+    data_dir: Path | None, split: str, *, val_fraction: float, test_fraction: float, seed: int
+) -> FoundSplit:
+    """Read the folder `data_dir` and take or draw one split of it.
+
+    Args:
+        data_dir: the folder; None is refused, because there is no usual place.
+        split: "train", "val", "test" or "train+val".
+        val_fraction: share of the images that "val" gets where it is drawn.
+        test_fraction: share of the images that "test" gets where it is drawn.
+        seed: fixes what is drawn.
+
+    Raises:
+        DatasetError: no folder, fractions that leave nothing, or a layout that is not understood.
+        MissingSplitError: the folder has no such split, or it is empty.
+    """
+    if data_dir is None:
+        raise DatasetError(f"the data set 'folder' needs data_dir. {LAYOUT} {EMBEDDED_ALTERNATIVE}")
+    shown = printable(str(data_dir))
+    if not data_dir.is_dir():
+        problem = "is no folder" if data_dir.exists() else "does not exist"
+        raise DatasetError(f"data_dir {shown!r} {problem}. {LAYOUT} {EMBEDDED_ALTERNATIVE}")
+    if val_fraction + test_fraction >= 1:
+        raise DatasetError(
+            f"val_fraction={val_fraction} + test_fraction={test_fraction} leave no train images."
+        )
+    layout = read_layout(data_dir)
+    if layout.folders:
+        images, how, notes = _own_split(layout, split, val_fraction, seed, shown)
+    else:
+        fractions = {"val": val_fraction, "test": test_fraction}
+        images = _draw(layout.parts["all"], split, fractions, seed)
+        how = f"drawn with seed {seed}, val {val_fraction:g}, test {test_fraction:g}"
+        notes = layout.notes["all"]
+    if not images:
+        raise MissingSplitError(
+            f"the {split!r} split of {shown} is empty ({how}). Add images or raise {split}_fraction."
+        )
+    source = f"folder {shown}, {split} split ({how})"
+    return FoundSplit(data_dir, images, layout.classes, source, [*notes, *_lacking(layout, images)])
+
+
+def _own_split(
+    layout: Layout, split: str, val_fraction: float, seed: int, shown: str
+) -> tuple[list[tuple[str, int]], str, list[str]]:
+    """Take or draw a split of a folder that has folders for splits.
+
+    Returns:
+        (images, where they come from, notes).
+    """
+    if split == "test" and "test" not in layout.folders:
+        unused = "".join(f"; {note}" for note in layout.notes["train"])
+        raise MissingSplitError(f"{shown} has no test folder{unused}. {LAYOUT}")
+    names = {part: f"{printable(folder)}/" for part, folder in layout.folders.items()}
+    if split == "test" or (split != "train+val" and "val" in layout.folders):
+        return layout.parts[split], f"as in {names[split]}", layout.notes[split]
+    if split == "train+val":
+        parts = [part for part in ("train", "val") if part in layout.folders]
+        images = [image for part in parts for image in layout.parts[part]]
+        return (
+            images,
+            " and ".join(names[part] for part in parts),
+            [n for p in parts for n in layout.notes[p]],
+        )
+    how = f"val {val_fraction:g} drawn from {names['train']} with seed {seed}"
+    return _draw(layout.parts["train"], split, {"val": val_fraction}, seed), how, layout.notes["train"]
+
+
+def _draw(
+    images: list[tuple[str, int]], split: str, fractions: dict[str, float], seed: int
+) -> list[tuple[str, int]]:
+    """The images that a stratified draw gives to `split`; those that no fraction takes are "train"."""
+    drawn = stratified_split([label for _, label in images], list(fractions.values()), seed)
+    parts = dict(zip([*fractions, "train"], drawn, strict=True))
+    return [images[i] for part in split.split("+") for i in parts[part]]
+
+
+def _lacking(layout: Layout, images: list[tuple[str, int]]) -> list[str]:
+    """A note about the classes of which `images` has none, if there are such."""
+    used = {label for _, label in images}
+    names = [name for label, name in enumerate(layout.classes) if label not in used]
+    return [f"no images of {name_some(names)}"] if names else []

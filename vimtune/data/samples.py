@@ -1,0 +1,118 @@
+"""Single samples of a data set: decoded, transformed, and put together to batches in the workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from vimtune.data.base import ImageDataset
+from vimtune.data.errors import CorruptImageError, ImageReadError
+from vimtune.data.transforms import Transform
+
+logger = logging.getLogger(__name__)
+
+_CACHE_SHARE = 0.5
+"""Share of the free memory that the cache may take."""
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """Seed of the augmentation of image `index` in one epoch: a number of 63 well-mixed bits."""
+    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Key(NamedTuple):
+    """Which sample a worker is to make. It says the epoch, so that workers can live longer than one."""
+
+    epoch: int
+    """Number of the epoch, from 0."""
+    image: int
+    """Index of the image in the data set."""
+
+
+class FailedSample(NamedTuple):
+    """An image that could not be read.
+
+    It is passed on as a value, because DataLoader cannot raise every error of a worker again.
+    """
+
+    error: CorruptImageError | ImageReadError
+    """Why it could not be read; the error names the image."""
+
+
+class Batch(NamedTuple):
+    """What a worker sends to the main process."""
+
+    images: torch.Tensor | None
+    """Float32 (b, 3, H, W); None where no image could be read."""
+    labels: torch.Tensor
+    """Int64 (b,)."""
+    failures: list[CorruptImageError | ImageReadError]
+    """Errors of the images that could not be read and are not among `images`."""
+
+
+class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
+    """Decodes and transforms single images, in the process that asks for them."""
+
+    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
+        self.dataset = dataset
+        self._transform = transform
+        self._seed = seed
+        self._cached: dict[int, np.ndarray[Any, Any]] = {}
+
+    def fill_cache(self) -> None:
+        """Decode the images and keep them, in their order, until half of the free memory is used."""
+        budget = _free_memory() * _CACHE_SHARE
+        used = 0
+        for index in range(len(self.dataset)):
+            try:
+                pixels = np.asarray(self.dataset.load(index))
+            except CorruptImageError:
+                continue  # reported when its turn comes
+            used += pixels.nbytes
+            if used > budget:
+                break
+            self._cached[index] = pixels
+        logger.info(
+            "cached %d of %d decoded images (%.0f MB)",
+            len(self._cached),
+            len(self.dataset),
+            min(used, budget) / 1e6,
+        )
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int] | FailedSample:
+        """The image (3, H, W) and its label, or the error with which it could not be read."""
+        pixels = self._cached.get(key.image)
+        try:
+            image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
+        except (CorruptImageError, ImageReadError) as error:
+            return FailedSample(error)
+        tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.image))
+        return tensor, self.dataset.label(key.image)
+
+
+def collate(samples: list[tuple[torch.Tensor, int] | FailedSample]) -> Batch:
+    """Stack the samples of a batch and put the failed ones aside."""
+    failures = [sample.error for sample in samples if isinstance(sample, FailedSample)]
+    good = [sample for sample in samples if not isinstance(sample, FailedSample)]
+    images = torch.stack([image for image, _ in good]) if good else None
+    return Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), failures)
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are available now; `sys.maxsize` where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        names = getattr(os, "sysconf_names", {})
+        if "SC_PAGE_SIZE" in names and "SC_PHYS_PAGES" in names:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return sys.maxsize

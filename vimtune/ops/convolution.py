@@ -1,0 +1,179 @@
+"""The operation `causal_conv1d`: its kernels' interface, and its registration with torch (as in `scan.py`).
+
+Shape letters: B batch, L tokens, E inner width, K filter width.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from vimtune.ops import reference
+from vimtune.ops.backend import Gradients, Kernels
+from vimtune.ops.dispatch import REFERENCE, chosen_backend, find_kernels
+from vimtune.ops.operation import (
+    as_list,
+    as_optional,
+    check_inputs,
+    fake_gradients,
+    operation,
+    unit_stride,
+    zero_gradients,
+)
+
+NUM_INPUTS = 3
+"""Number of tensors that a convolution has gradients of."""
+
+
+class ConvInputs(NamedTuple):
+    """Tensors of a convolution, in the order of their gradients.
+
+    In kernels they have unit stride in the last dimension and any stride elsewhere.
+    """
+
+    x: Tensor
+    """(B, L, E)"""
+    weight: Tensor
+    """(E, K)"""
+    bias: Tensor | None = None
+    """(E,)"""
+
+
+class ConvOptions(NamedTuple):
+    """The other arguments of a convolution, see `causal_conv1d`."""
+
+    silu: bool
+    """Whether the result goes through SiLU."""
+    reverse: bool
+    """Whether the filter runs from the last token to the first."""
+
+
+class ConvKernels(Kernels[ConvInputs]):
+    """Kernels of the depthwise causal convolution.
+
+    Results may have any strides: the operation makes them contiguous. Inputs are never empty.
+    """
+
+    operation = "causal_conv1d"
+
+    @abstractmethod
+    def forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
+        """Return the result (B, L, E) in the dtype of `x`."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, inputs: ConvInputs, options: ConvOptions, needs: Sequence[bool]
+    ) -> Gradients:
+        """Gradients of the inputs, None where `needs` is False, from `grad` (B, L, E) of unit stride."""
+
+
+# About the spelling of annotations and of conditions see `scan.py`.
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,  # noqa: UP045
+    silu: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Depthwise causal convolution of `x` (B, L, E) with `weight` (E, K), optionally through SiLU.
+
+    With `reverse` the filter runs from the last token to the first. Returns (B, L, E). The formula is that of
+    `vimtune.ops.reference.causal_conv1d`, errors are those of `selective_scan`.
+    """
+    if not torch.jit.is_scripting():
+        backend = chosen_backend(backend)
+        if backend == REFERENCE:
+            _check(x, weight, bias)
+            return reference.causal_conv1d(x, weight, bias, silu, reverse)
+    result: Tensor = torch.ops.vimtune.causal_conv1d(x, weight, bias, silu, reverse, backend)
+    return result
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError for tensors that do not fit together."""
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] < 1:
+        raise ValueError(
+            f"x must be (B, L, E) and weight (E, K); got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    inner = x.shape[2]
+    check_inputs(
+        x.device, x=(x, tuple(x.shape)), weight=(weight, (inner, weight.shape[1])), bias=(bias, (inner,))
+    )
+
+
+def _adjacent(x: Tensor, weight: Tensor, bias: Tensor | None) -> ConvInputs:
+    """The tensors with unit stride in the last dimension."""
+    return ConvInputs(unit_stride(x), unit_stride(weight), None if bias is None else unit_stride(bias))
+
+
+@operation("causal_conv1d")
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    silu: bool,
+    reverse: bool,
+    backend: str,
+) -> Tensor:
+    """The result."""
+    _check(x, weight, bias)
+    inputs = _adjacent(x, weight, bias)
+    _, kernels = find_kernels(ConvKernels, backend, x.device, inputs)
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
+    return kernels.forward(inputs, ConvOptions(silu, reverse)).contiguous()
+
+
+@_conv.register_fake
+def _(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operation("causal_conv1d_backward")
+def _conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    silu: bool,
+    reverse: bool,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the tensors from `x` on."""
+    inputs = _adjacent(x, weight, bias)
+    _, kernels = find_kernels(ConvKernels, backend, x.device, inputs)
+    if x.numel() == 0:
+        return zero_gradients(inputs, needs, grad)
+    return as_list(kernels.backward(unit_stride(grad), inputs, ConvOptions(silu, reverse), needs), grad)
+
+
+@_conv_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> list[Tensor]:
+    *_options, needs = rest
+    return fake_gradients([x, weight, bias], needs, grad)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save what the backward pass needs, and the backend by its own name (as in `scan.py`)."""
+    x, weight, bias, silu, reverse, backend = inputs
+    ctx.save_for_backward(x, weight, bias)
+    name, _ = find_kernels(ConvKernels, backend, x.device, ConvInputs(x, weight, bias))
+    ctx.options = (silu, reverse, name)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments; None for those that are no tensors."""
+    needs = list(ctx.needs_input_grad[:NUM_INPUTS])
+    gradients = torch.ops.vimtune.causal_conv1d_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    return *as_optional(gradients, needs), None, None, None
+
+
+_conv.register_autograd(_autograd, setup_context=_setup)

@@ -1,0 +1,309 @@
+"""The operation `bidirectional_scan`, the whole inside of the Vim mixer as one differentiable operation.
+
+Between `in_proj` and `out_proj` a mixer runs, in both directions, a convolution, two small projections and
+the scan, and averages the gated results. As one operation this reads and writes a fraction of the memory;
+gradients of weights nobody trains are never computed, and with all of them frozen only d(xz) remains. Where
+no backend has kernels for it, it is composed of the convolution and the scan.
+
+Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
+"""
+
+# There is no `from __future__ import annotations`: TorchScript has to read those of DirectionWeights.
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimtune.ops.backend import Kernels
+from vimtune.ops.convolution import causal_conv1d
+from vimtune.ops.dispatch import find_backend, find_kernels
+from vimtune.ops.operation import (
+    as_list,
+    as_optional,
+    check_inputs,
+    fake_gradients,
+    one_by_one,
+    operation,
+    zero_gradients,
+)
+from vimtune.ops.scan import selective_scan
+
+NUM_WEIGHTS = 7
+"""Number of weights of one direction."""
+
+
+class DirectionWeights(NamedTuple):
+    """Weights of one direction: conv_weight (E, K), conv_bias (E,) or None, x_proj (R + 2 N, E) with rows
+    dt | B | C, dt_proj (E, R), dt_bias (E,), A_log (E, N), D (E,)."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+
+
+class MixerInputs(NamedTuple):
+    """Tensors of a mixer: the output of `in_proj`, and the weights of both directions. All are contiguous."""
+
+    xz: Tensor
+    """(B, L, 2 E)"""
+    forward: DirectionWeights
+    reverse: DirectionWeights
+
+
+class MixerKernels(Kernels[MixerInputs]):
+    """Kernels of the inside of a mixer. Activations have the dtype of `xz`; inputs are never empty.
+
+    Results are contiguous.
+    """
+
+    operation = "bidirectional_scan"
+
+    @abstractmethod
+    def shapes(self, inputs: MixerInputs, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the two tensors that `forward` returns beside the result.
+
+        Batch and tokens may be 0, or symbols of the compiler.
+        """
+
+    @abstractmethod
+    def forward(self, inputs: MixerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Run both directions.
+
+        Returns:
+            The gated average of both directions (B, L, E), and two tensors for the backward pass: one in the
+            dtype of `xz`, and one in fp32 that is kept only if `save`.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        inputs: MixerInputs,
+        results: tuple[Tensor, Tensor, Tensor],
+        need_xz: bool,
+        needs: Sequence[Sequence[bool]],
+    ) -> tuple[Tensor | None, Sequence[Sequence[Tensor | None]]]:
+        """Gradients of `xz` and of the weights of each direction, None where they are not needed.
+
+        Args:
+            grad: gradient of the first result, contiguous and in the dtype of `xz`.
+            inputs: those of `forward`.
+            results: what `forward` has returned with `save`.
+            need_xz: whether the gradient of `xz` is wanted.
+            needs: for each direction, for each weight, whether its gradient is wanted.
+        """
+
+
+def bidirectional_scan(
+    xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights, backend: str = "auto"
+) -> Tensor:
+    """Average of both directions' gated scans: `xz` (B, L, 2 E), the output of in_proj, to (B, L, E).
+
+    Computes, for u = SiLU(conv(x)) and (dt, B, C) = x_proj(u),
+    (scan(u, softplus(dt_proj(dt))) + the same from the last token to the first) / 2 * SiLU(z).
+    The output has the dtype of `xz`. In kernels state, time steps, B and C are fp32. B and L may be 0.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together, tensors that are not of floating point
+            numbers, or an unknown backend.
+        BackendUnavailable: `backend` names one that cannot run here.
+        NotImplementedError: derivatives other than those of autograd's backward pass, which only the backend
+            "reference" has.
+    """
+    if not torch.jit.is_scripting():
+        _check(xz, forward, reverse)
+        name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, forward, reverse))
+        if name:
+            save = _is_trained(xz, *forward, *reverse)
+            result: Tensor = torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, name)[0]
+            return result
+    return composed(xz, forward, reverse, backend)
+
+
+def composed(
+    xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights, backend: str = "auto"
+) -> Tensor:
+    """What `bidirectional_scan` computes, by the operations that it consists of; its definition.
+
+    With the backend "reference" it has no kernels at all. The arguments are those of `bidirectional_scan`.
+    """
+    x, z = xz.chunk(2, dim=-1)
+    gated = _one_direction(x, z, forward, False, backend) + _one_direction(x, z, reverse, True, backend)
+    return gated / 2
+
+
+def _one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool, backend: str) -> Tensor:
+    """The gated scan of one direction: `x`, `z` (B, L, E) to (B, L, E)."""
+    num_states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
+    u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, backend)
+    projected = F.linear(u, weights.x_proj.to(u.dtype))
+    dt, B, C = torch.split(projected, [rank, num_states, num_states], dim=-1)
+    delta = F.linear(dt, weights.dt_proj.to(dt.dtype))
+    A = -torch.exp(weights.A_log)
+    return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
+
+
+def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> None:
+    """Raise ValueError for tensors that do not fit together."""
+    if torch.jit.is_tracing():
+        return  # sizes are tensors there, and whatever was asked of them is not asked again
+    if xz.dim() != 3 or xz.shape[-1] % 2:
+        raise ValueError(f"xz must be (B, L, 2 E), got {tuple(xz.shape)}")
+    inner, width = xz.shape[-1] // 2, forward.conv_weight.shape[1]
+    states, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
+    check_inputs(xz.device, xz=(xz, xz.shape))
+    for label, weights in (("forward ", forward), ("reverse ", reverse)):
+        check_inputs(
+            xz.device,
+            label,
+            conv_weight=(weights.conv_weight, (inner, width)),
+            conv_bias=(weights.conv_bias, (inner,)),
+            x_proj=(weights.x_proj, (rank + 2 * states, inner)),
+            dt_proj=(weights.dt_proj, (inner, rank)),
+            dt_bias=(weights.dt_bias, (inner,)),
+            A_log=(weights.A_log, (inner, states)),
+            D=(weights.D, (inner,)),
+        )
+
+
+def _is_trained(*tensors: Tensor | None) -> bool:
+    """Whether there will be a backward pass: a linear probe's backbone keeps nothing for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# torch.library reads the annotations at run time, hence Optional.
+
+
+@operation("bidirectional_scan")
+def _scan(
+    xz: Tensor,
+    conv_weight0: Tensor,
+    conv_bias0: Optional[Tensor],  # noqa: UP045
+    x_proj0: Tensor,
+    dt_proj0: Tensor,
+    dt_bias0: Tensor,
+    A_log0: Tensor,
+    D0: Tensor,
+    conv_weight1: Tensor,
+    conv_bias1: Optional[Tensor],  # noqa: UP045
+    x_proj1: Tensor,
+    dt_proj1: Tensor,
+    dt_bias1: Tensor,
+    A_log1: Tensor,
+    D1: Tensor,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and what the backward pass needs."""
+    inputs = _contiguous(
+        xz,
+        [
+            *(conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0),
+            *(conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1),
+        ],
+    )
+    _, kernels = find_kernels(MixerKernels, backend, xz.device, inputs)
+    if xz.numel() == 0:
+        return _empty_results(kernels, inputs, save)
+    return kernels.forward(inputs, save)
+
+
+@_scan.register_fake
+def _(xz: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *weights, save, backend = arguments
+    inputs = MixerInputs(xz, *_by_direction(weights))
+    return _empty_results(find_kernels(MixerKernels, backend, xz.device, inputs)[1], inputs, save)
+
+
+def _empty_results(kernels: MixerKernels, inputs: MixerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors like those that the kernels return."""
+    projections, states = kernels.shapes(inputs, save)
+    xz = inputs.xz
+    batch, tokens, twice = xz.shape
+    return (
+        xz.new_empty((batch, tokens, twice // 2)),
+        xz.new_empty(projections),
+        xz.new_empty(states, dtype=torch.float32),
+    )
+
+
+@operation("bidirectional_scan_backward")
+def _scan_backward(
+    grad: Tensor,
+    xz: Tensor,
+    out: Tensor,
+    projections: Tensor,
+    states: Tensor,
+    weights: list[Optional[Tensor]],  # noqa: UP045
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of `xz` and all weights, from that of the result."""
+    if xz.numel() == 0:
+        return zero_gradients([xz, *weights], needs, xz)
+    need_xz, *wanted = needs
+    inputs = _contiguous(xz, weights)
+    _, kernels = find_kernels(MixerKernels, backend, xz.device, inputs)
+    grad_xz, (forward, reverse) = kernels.backward(
+        grad.to(xz.dtype).contiguous(),
+        inputs,
+        (out, projections, states),
+        need_xz,
+        [wanted[:NUM_WEIGHTS], wanted[NUM_WEIGHTS:]],
+    )
+    return as_list([grad_xz, *forward, *reverse], xz)
+
+
+@_scan_backward.register_fake
+def _(grad: Tensor, xz: Tensor, *arguments: Any) -> list[Tensor]:
+    *_results, weights, needs, _backend = arguments
+    return fake_gradients([xz, *weights], needs, xz)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Save what the backward pass needs."""
+    *tensors, save, ctx.backend = inputs
+    if not save:
+        raise RuntimeError("bidirectional_scan was called without saved states but needs a gradient")
+    ctx.save_for_backward(*output, *tensors)  # the first is out_proj's input, which is mostly kept anyway
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # or else these two get gradients of zeros
+
+
+def _autograd(
+    ctx: Any, grad: Tensor, _grad_projections: None, _grad_states: None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments; None for those that are no tensors."""
+    out, projections, states, xz, *weights = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[: 1 + 2 * NUM_WEIGHTS])
+    gradients = torch.ops.vimtune.bidirectional_scan_backward(
+        grad, xz, out, projections, states, weights, needs, ctx.backend
+    )
+    return *as_optional(gradients, needs), None, None
+
+
+_scan.register_autograd(_autograd, setup_context=_setup)
+
+
+@_scan.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+    *tensors, _save, backend = inputs  # above, vmap has hidden whether gradients are wanted
+    return one_by_one(_scan, info.batch_size, in_dims, (*tensors, _is_trained(*tensors), backend))
+
+
+def _by_direction(weights: Sequence[Any]) -> tuple[DirectionWeights, DirectionWeights]:
+    """The weights of both directions out of one list."""
+    return DirectionWeights(*weights[:NUM_WEIGHTS]), DirectionWeights(*weights[NUM_WEIGHTS:])
+
+
+def _contiguous(xz: Tensor, weights: Sequence[Tensor | None]) -> MixerInputs:
+    """All tensors as kernels take them."""
+    flat = [None if weight is None else weight.contiguous() for weight in weights]
+    return MixerInputs(xz.contiguous(), *_by_direction(flat))
