@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = {
-    "__init__.py": "from mine import data, method\n",
+    "__init__.py": "from mine import data, method, model\n",
     "method.py": '''
 from __future__ import annotations
 
@@ -78,7 +78,58 @@ class Shades(ImageDataset):
 ''',
 }
 
-TINY = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu"
+PACKAGE["model.py"] = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+from vimtune.models import register_model
+from vimtune.schema import STRICT
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10, in_chans=3, width=8, img_size=32, drop_path_rate=0.0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = nn.Conv2d(in_chans, width, 3, 2, 1)
+        self.out_proj = nn.Linear(width, width)
+        self.fc = nn.Linear(width, num_classes)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(torch.nn.functional.gelu(self.out_proj(self.stem(x).mean((2, 3)))))
+
+
+default_cfgs = timm.models.generate_default_cfgs(
+    {"small_net": {"num_classes": 10, "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3,
+                   "classifier": "fc"}}
+)
+
+
+@timm.models.register_model
+def small_net(pretrained=False, **options):
+    return timm.models.build_model_with_cfg(Net, "small_net", pretrained, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetOptions:
+    __pydantic_config__ = STRICT
+    num_classes: int = 10
+    width: int = 8
+    img_size: int = 32
+    drop_path_rate: float = 0.0
+
+
+register_model("small_net", summary="a small net", options=NetOptions)
+"""
+
+TINY = "--model small_net --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu"
 COMMAND = "import sys; sys.path.remove(''); from vimtune.cli import main; sys.exit(main())"
 """What the installed command `vimtune` does."""
 MINE = "--dataset shades --dataset-kwargs images=6 --peft shift --peft-kwargs times=2"
@@ -118,7 +169,7 @@ def test_a_list_shows_what_the_package_adds(folder):
     for flags in ("--import mine --list", "--list --import=mine", "train --list --import mine"):
         done = vimtune(folder, flags)
         assert done.returncode == 0, done.stderr
-        for words in ("shift", "one trained number", "times=1", "shades", "dark or light", "images=8"):
+        for words in ("shift", "one trained number", "times=1", "shades", "images=8", "small_net"):
             assert words in done.stdout
 
 

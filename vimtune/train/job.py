@@ -126,7 +126,8 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
         load_checkpoint(model, recipe.checkpoint)
     torch.manual_seed(derive_seed(recipe.seed, "adapter"))
     vimtune.inject(model, recipe.peft, targets=recipe.targets, layers=recipe.layers, **recipe.method_kwargs)
-    model.set_grad_checkpointing(recipe.grad_checkpointing)
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing(True)
     return model
 
 
