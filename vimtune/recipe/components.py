@@ -45,7 +45,9 @@ BACKENDS = ("auto", "torch", "cpu", "nvrtc", "triton", "cuda", "reference")
 
 def _backend(value: Any) -> str:
     ops = sys.modules.get("vimtune.ops")  # a package that registers a backend of its own has imported it
-    return parsers.choice(*dict.fromkeys([*BACKENDS, *(ops.backend_names() if ops else ())]))(value)
+    names = dict.fromkeys([*BACKENDS, *(ops.backend_names() if ops else ())])
+    chosen: str = parsers.choice(*names)(value)
+    return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
