@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,11 +146,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def vimtune(folder: Path, arguments: str) -> subprocess.CompletedProcess:
+def vimtune(folder: Path, arguments: str, code: str = COMMAND) -> subprocess.CompletedProcess:
     """Run a command in `folder`, which is not on Python's path."""
     root = str(Path(__file__).parent.parent)
     return subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments.split()],
+        [sys.executable, "-c", code, *arguments.split()],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": root, "COLUMNS": "100"},
         capture_output=True,
@@ -229,6 +230,24 @@ def test_packages_that_cannot_be_imported(folder, arguments, words):
     done = vimtune(folder, arguments)
     assert done.returncode == 2
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_installed_package_needs_no_flag(folder):
+    """An entry point in the group of plugins is imported; one that fails is named and stops nobody else."""
+    metadata = folder / "mine-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+    points = "[vimtune.plugins]\nmine = mine\nbad = nothing_here\n"
+    (metadata / "entry_points.txt").write_text(points)
+    code = "import sys; sys.path.insert(0, '.'); from vimtune.cli import main; sys.exit(main())"
+    done = vimtune(folder, "--list", code)
+    assert done.returncode == 0, done.stderr
+    assert "shift" in done.stdout and "shades" in done.stdout and "small_net" in done.stdout
+    assert "nothing_here cannot be loaded" in done.stderr
+    done = vimtune(folder, "train --peft shfit", code)
+    assert done.returncode == 2
+    assert "Did you mean 'shift'" in done.stderr and "Package bad cannot be loaded" in done.stderr
+    shutil.rmtree(metadata)
 
 
 def test_a_file_does_not_import(folder):
