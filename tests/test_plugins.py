@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = {
-    "__init__.py": "from mine import data, method\n",
+    "__init__.py": "from mine import data, method, model\n",
     "method.py": '''
 from __future__ import annotations
 
@@ -78,7 +79,58 @@ class Shades(ImageDataset):
 ''',
 }
 
-TINY = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu"
+PACKAGE["model.py"] = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import nn
+
+from vimtune.models import register_model
+from vimtune.schema import STRICT
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes=10, in_chans=3, width=8, img_size=32, drop_path_rate=0.0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = nn.Conv2d(in_chans, width, 3, 2, 1)
+        self.out_proj = nn.Linear(width, width)
+        self.fc = nn.Linear(width, num_classes)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(torch.nn.functional.gelu(self.out_proj(self.stem(x).mean((2, 3)))))
+
+
+default_cfgs = timm.models.generate_default_cfgs(
+    {"small_net": {"num_classes": 10, "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3,
+                   "classifier": "fc"}}
+)
+
+
+@timm.models.register_model
+def small_net(pretrained=False, **options):
+    return timm.models.build_model_with_cfg(Net, "small_net", pretrained, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetOptions:
+    __pydantic_config__ = STRICT
+    num_classes: int = 10
+    width: int = 8
+    img_size: int = 32
+    drop_path_rate: float = 0.0
+
+
+register_model("small_net", summary="a small net", options=NetOptions)
+"""
+
+TINY = "--model small_net --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu"
 COMMAND = "import sys; sys.path.remove(''); from vimtune.cli import main; sys.exit(main())"
 """What the installed command `vimtune` does."""
 MINE = "--dataset shades --dataset-kwargs images=6 --peft shift --peft-kwargs times=2"
@@ -94,11 +146,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def vimtune(folder: Path, arguments: str) -> subprocess.CompletedProcess:
+def vimtune(folder: Path, arguments: str, code: str = COMMAND) -> subprocess.CompletedProcess:
     """Run a command in `folder`, which is not on Python's path."""
     root = str(Path(__file__).parent.parent)
     return subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments.split()],
+        [sys.executable, "-c", code, *arguments.split()],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": root, "COLUMNS": "100"},
         capture_output=True,
@@ -118,7 +170,7 @@ def test_a_list_shows_what_the_package_adds(folder):
     for flags in ("--import mine --list", "--list --import=mine", "train --list --import mine"):
         done = vimtune(folder, flags)
         assert done.returncode == 0, done.stderr
-        for words in ("shift", "one trained number", "times=1", "shades", "dark or light", "images=8"):
+        for words in ("shift", "one trained number", "times=1", "shades", "images=8", "small_net"):
             assert words in done.stdout
 
 
@@ -178,6 +230,24 @@ def test_packages_that_cannot_be_imported(folder, arguments, words):
     done = vimtune(folder, arguments)
     assert done.returncode == 2
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_installed_package_needs_no_flag(folder):
+    """An entry point in the group of plugins is imported; one that fails is named and stops nobody else."""
+    metadata = folder / "mine-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+    points = "[vimtune.plugins]\nmine = mine\nbad = nothing_here\n"
+    (metadata / "entry_points.txt").write_text(points)
+    code = "import sys; sys.path.insert(0, '.'); from vimtune.cli import main; sys.exit(main())"
+    done = vimtune(folder, "--list", code)
+    assert done.returncode == 0, done.stderr
+    assert "shift" in done.stdout and "shades" in done.stdout and "small_net" in done.stdout
+    assert "nothing_here cannot be loaded" in done.stderr
+    done = vimtune(folder, "train --peft shfit", code)
+    assert done.returncode == 2
+    assert "Did you mean 'shift'" in done.stderr and "Package bad cannot be loaded" in done.stderr
+    shutil.rmtree(metadata)
 
 
 def test_a_file_does_not_import(folder):

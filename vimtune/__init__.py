@@ -1,8 +1,15 @@
 """vimtune: transfer learning for Vision Mamba.
 
+    import timm, vimtune
+    model = timm.create_model("vim_tiny_patch16_224", num_classes=102)
+    vimtune.inject(model, "lora", targets=["in_proj[x]", "out_proj"], rank=16)
+    vimtune.save_adapter(model, "flowers.safetensors")
+
+    recipe = vimtune.Recipe(dataset="flowers", peft="prodial", lr=1e-3)
+
 Importing the package makes `timm.create_model("vim_tiny_patch16_224", ...)` work. It imports neither
 torch nor timm by itself: the models are registered with timm as soon as timm is imported, before or
-after, and the functions below are loaded on first use, so that the command line answers at once.
+after, and the names below are loaded on first use, so that the command line answers at once.
 """
 
 from __future__ import annotations
@@ -14,6 +21,13 @@ from vimtune._registration import register_with_timm
 
 if TYPE_CHECKING:
     from vimtune.adapters import (
+        AdapterFileError,
+        AdapterInfo,
+        AdapterSummary,
+        CallRule,
+        Rule,
+        Site,
+        WeightRule,
         delete_adapter,
         disabled,
         inject,
@@ -24,35 +38,86 @@ if TYPE_CHECKING:
         save_adapter,
         set_adapter,
         summary,
+        unmerge,
     )
-    from vimtune.models import load_checkpoint
+    from vimtune.data import ImageDataset, create_dataset, list_datasets, register_dataset
+    from vimtune.fields import option
+    from vimtune.methods import Method, list_methods, register_method
+    from vimtune.models import list_models, load_checkpoint, register_model
+    from vimtune.predict import Predictor, load_predictor
+    from vimtune.recipe import Recipe, RecipeError, load_recipe
+    from vimtune.tasks import Task, register_task
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "vimtune.adapters": (
+        "AdapterFileError", "AdapterInfo", "AdapterSummary", "CallRule", "Rule", "Site", "WeightRule",
+        "delete_adapter", "disabled", "inject", "list_adapters", "load_adapter", "merge", "read_adapter_info",
+        "save_adapter", "set_adapter", "summary", "unmerge",
+    ),
+    "vimtune.data": ("ImageDataset", "create_dataset", "list_datasets", "register_dataset"),
+    "vimtune.fields": ("option",),
+    "vimtune.methods": ("Method", "list_methods", "register_method"),
+    "vimtune.models": ("list_models", "load_checkpoint", "register_model"),
+    "vimtune.predict": ("Predictor", "load_predictor"),
+    "vimtune.recipe": ("Recipe", "RecipeError", "load_recipe"),
+    "vimtune.tasks": ("Task", "register_task"),
+}  # fmt: skip
+"""Modules that define the names of this package."""
+
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
 __all__ = [
+    "AdapterFileError",
+    "AdapterInfo",
+    "AdapterSummary",
+    "CallRule",
+    "ImageDataset",
+    "Method",
+    "Predictor",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "Site",
+    "Task",
+    "WeightRule",
+    "create_dataset",
     "delete_adapter",
     "disabled",
     "inject",
     "list_adapters",
+    "list_datasets",
+    "list_methods",
+    "list_models",
     "load_adapter",
     "load_checkpoint",
+    "load_predictor",
+    "load_recipe",
     "merge",
+    "option",
     "read_adapter_info",
+    "register_dataset",
+    "register_method",
+    "register_model",
+    "register_task",
     "save_adapter",
     "set_adapter",
     "summary",
+    "unmerge",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    """Import the module that defines a public name when the name is first asked for."""
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'vimtune' has no attribute {name!r}")
-    home = "vimtune.models" if name == "load_checkpoint" else "vimtune.adapters"
-    return getattr(importlib.import_module(home), name)
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    """All public names, imported yet or not."""
+    return sorted({*globals(), *__all__})
 
 
 register_with_timm()

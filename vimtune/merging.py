@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +84,14 @@ def merge_to_file(
         )
     predictor = load_predictor(path, checkpoint=base, device=device, backend=backend, force=force)
     generator = torch.Generator().manual_seed(0)
-    shape = (num_images, predictor.model.in_chans, *predictor.transform.img_size)
+    config: Any = predictor.model.pretrained_cfg
+    shape = (num_images, config["input_size"][0], *predictor.transform.img_size)
     images = torch.randn(shape, generator=generator)
     expected = predictor.logits(images)
-    merged = vimtune.merge(predictor.model)
+    merged: Any = vimtune.merge(predictor.model)
     written = MergedInfo(
         model=info.model["name"],
-        options={**merged.options, "num_classes": merged.num_classes},
+        options={**merged.creation["kwargs"], "num_classes": merged.num_classes},
         classes=info.classes,
         preprocessing=predictor.transform.config,
     )
@@ -130,8 +132,10 @@ def _prove(model: nn.Module, images: Tensor, expected: Tensor, backend: str) -> 
 def loading_code(path: Path, info: MergedInfo) -> str:
     """Python that loads a merged file as a plain model, with timm's own loader."""
     with torch.device("meta"):  # only the options are of interest
-        usual = create_listed_model(info.model, {}).options
-    options = {name: value for name, value in info.options.items() if value != usual[name]}
+        usual = create_listed_model(info.model, {}).creation["kwargs"]
+    options = {
+        name: value for name, value in info.options.items() if name not in usual or value != usual[name]
+    }
     arguments = {"checkpoint_path": str(path), **options}
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f"import timm, vimtune\nmodel = timm.create_model({info.model!r}, {shown})"

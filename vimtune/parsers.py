@@ -73,6 +73,7 @@ def number(
 
 
 def integer(low: int = -LARGEST, high: int = LARGEST) -> Parser:
+    """Whole number in [low, high]; text and floats without a fraction are converted."""
     expected = "expected a whole number" + (f" >= {low}" if low > -LARGEST else "")
 
     def parse(value: Any) -> int:
@@ -91,6 +92,7 @@ def integer(low: int = -LARGEST, high: int = LARGEST) -> Parser:
 
 
 def boolean(value: Any) -> bool:
+    """True or false, also as the words that YAML has for them."""
     if isinstance(value, str) and value.lower() in {"true", "yes", "on", "false", "no", "off"}:
         return value.lower() in {"true", "yes", "on"}
     if not isinstance(value, bool):
@@ -106,6 +108,7 @@ def text(value: Any) -> str:
 
 
 def device(value: Any) -> str:
+    """Name of a device. Whether the machine has it is not asked."""
     if not isinstance(value, str) or not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d{1,3})?", value):
         raise ValueError("expected auto, cpu, cuda, cuda:<index> or mps")
     return value
@@ -137,6 +140,8 @@ def absolute_path(value: Any) -> str:
 
 
 def choice(*options: str) -> Parser:
+    """One of several words."""
+
     def parse(value: Any) -> str:
         if isinstance(value, bool):  # YAML 1.1 reads `on` and `yes` as true, `off` and `no` as false
             meant = ("on",) if value else ("off", "none")
@@ -219,6 +224,7 @@ def _plain(value: Any, shown: str, depth: int) -> Any:
 
 
 def image_size(value: Any) -> int | list[int]:
+    """Side of a square image in pixels, or [height, width]."""
     value = _unbracket(value)
     side = integer(1, MAX_IMAGE_SIDE)
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*[x, ]\s*(\d+)\s*", value)):
@@ -283,6 +289,7 @@ def per_target(parse: Parser) -> Parser:
 
 
 def targets(value: Any) -> str | list[str]:
+    """Targets as `vimtune.adapters.targets` reads them: one, or a list; text is split at its commas."""
     value = _unbracket(value)
     if isinstance(value, str) and "," in value:
         value = [part.strip() for part in value.split(",")]
@@ -297,6 +304,7 @@ def targets(value: Any) -> str | list[str]:
 
 
 def layers(value: Any) -> list[int]:
+    """Indices of blocks; text may have ranges such as 0-11."""
     expected = "expected block indices such as [0, 1, 2], or 0,1,2, or 0-11 (-1 is the last block)"
     value = _unbracket(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -319,6 +327,7 @@ def layers(value: Any) -> list[int]:
 
 
 def betas(value: Any) -> list[float]:
+    """The two decay rates of AdamW."""
     value = _unbracket(value)
     parts = value.split(",") if isinstance(value, str) else value
     parse = number(0, 1, below=True)
@@ -328,6 +337,8 @@ def betas(value: Any) -> list[float]:
 
 
 def optional(parse: Parser) -> Parser:
+    """Takes what `parse` takes, or nothing: None, "none", "null"."""
+
     def parse_optional(value: Any) -> Any:
         if value is None or (isinstance(value, str) and value.lower() in {"none", "null"}):
             return None

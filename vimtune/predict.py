@@ -296,9 +296,10 @@ def load_predictor(
 
 def _transform_for(model: VisionMamba, config: dict[str, Any], path: Path) -> Transform:
     """The preprocessing that the file `path` states; the model's own if it states none."""
-    size = model.patch_embed.img_size
+    own = model_preprocessing(model)
+    size = tuple(own["img_size"])
     if not config:
-        return build_transform(**model_preprocessing(model))
+        return build_transform(**own)
     transform = read_transform(config, f"preprocessing of {quote(str(path))}", AdapterFileError)
     if transform.img_size != size:
         raise AdapterFileError(

@@ -6,6 +6,7 @@ stands in two components, so files and flags give all of them side by side.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,17 @@ def _method_spec(value: Any) -> str:
     if len(set(names)) < len(names):
         raise ValueError("expected every method once")
     return "+".join(names)
+
+
+BACKENDS = ("auto", "torch", "cpu", "nvrtc", "triton", "cuda", "reference")
+"""The backends that vimtune brings; `vimtune.ops`, which registers them, needs torch."""
+
+
+def _backend(value: Any) -> str:
+    ops = sys.modules.get("vimtune.ops")  # a package that registers a backend of its own has imported it
+    names = dict.fromkeys([*BACKENDS, *(ops.backend_names() if ops else ())])
+    chosen: str = parsers.choice(*names)(value)
+    return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +160,7 @@ class RunSettings(Options):
     seed: Seed = option(0, "seed of weights, order and augmentation")
     deterministic: bool = option(False, "use deterministic algorithms only")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", parse=parsers.device)
-    backend: Literal["auto", "torch", "cpu", "nvrtc", "triton", "cuda", "reference"] = option(
-        "auto", "selective scan: auto, torch, cpu, nvrtc, triton, cuda, reference"
-    )
+    backend: str = option("auto", f"selective scan: {', '.join(BACKENDS)}", parse=_backend)
     threads: Annotated[int, Ge(1), Le(4096)] | None = option(None, "CPU threads (default: torch's own)")
     output_dir: str | None = option(
         None,

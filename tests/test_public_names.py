@@ -1,0 +1,44 @@
+"""The names of the package `vimtune`: all there, documented, and loaded on first use."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import vimtune
+
+
+@pytest.mark.parametrize("name", vimtune.__all__)
+def test_every_public_name_resolves_and_is_documented(name):
+    thing = getattr(vimtune, name)
+    assert name in dir(vimtune)
+    assert thing.__name__ == name and len(inspect.getdoc(thing)) > 20
+    assert thing.__doc__, "the docstring of a base class says nothing about this one"
+    members = vars(thing).items() if inspect.isclass(thing) else ()
+    for member, function in members:
+        if inspect.isfunction(function) and not member.startswith("_"):
+            assert inspect.getdoc(getattr(thing, member)), f"{name}.{member}"
+
+
+def test_every_name_has_one_home():
+    homes = [name for names in vimtune._HOMES.values() for name in names]
+    assert sorted(homes) == sorted(vimtune.__all__)
+
+
+def test_names_without_torch():
+    """What defines recipes, methods, data sets and tasks is imported without torch."""
+    names = ["Recipe", "load_recipe", "Method", "register_method", "list_methods", "register_dataset", "Task"]
+    names += ["register_model", "list_models", "list_datasets", "option", "register_task"]
+    code = (
+        f"import sys, vimtune\nfor name in {names}: getattr(vimtune, name)\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_names():
+    with pytest.raises(AttributeError, match="module 'vimtune' has no attribute 'injekt'"):
+        getattr(vimtune, "injekt")  # noqa: B009 - an attribute by itself looks useless to the linter
