@@ -8,7 +8,8 @@ Rows of a case, all with the same recipe and one random batch:
 
     bare       forward, backward and AdamW as one CUDA graph on resident data: no clipping, no norm, nobody
                looks at the loss; the mean of steps without a pause
-    resident   a whole run of `vimtune.train`, whose loader is replaced by one that yields the batch from the
+    resident   a whole run of `vimtune.training`, whose loader is replaced by one that yields the batch from
+    the
                device: what the trainer adds
     copied     the same from page-locked host memory: copies count too, decoding and augmentation do not
 
@@ -38,11 +39,11 @@ from vimtune.recipe import Recipe
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.job import ImageJob, open_images
 from vimtune.tasks.job import Batch, Loader
-from vimtune.train import run, train
-from vimtune.train.distributed import Processes, open_processes
-from vimtune.train.graph import CudaRecorder
-from vimtune.train.precision import build_autocast, in_precision
-from vimtune.train.settings import process_settings
+from vimtune.training import run, train
+from vimtune.training.distributed import Processes, open_processes
+from vimtune.training.graph import CudaRecorder
+from vimtune.training.precision import build_autocast, in_precision
+from vimtune.training.settings import process_settings
 
 CASES = ("vim_tiny_patch16_224:128", "vim_tiny_patch8_64:1024")
 NUM_CLASSES = 4

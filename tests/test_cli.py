@@ -31,9 +31,9 @@ HEAVY = ("torch", "timm", "albumentations", "matplotlib", "numpy", "pydantic")
 def trained(monkeypatch):
     """Recipes that reached the trainer, which is replaced: the command line alone is tested here."""
     recipes: list[Recipe] = []
-    trainer = types.ModuleType("vimtune.train")
+    trainer = types.ModuleType("vimtune.training")
     trainer.train = recipes.append
-    monkeypatch.setitem(sys.modules, "vimtune.train", trainer)
+    monkeypatch.setitem(sys.modules, "vimtune.training", trainer)
     return recipes
 
 
@@ -191,14 +191,14 @@ def raise_error(error: BaseException):
     ],
 )
 def test_what_the_user_can_mend_is_no_traceback(capsys, trained, monkeypatch, error, code, words):
-    monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(error))
+    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(error))
     assert cli.main(["train"]) == code
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err and err.count("\n") == 1
 
 
 def test_a_traceback_on_request(capsys, trained, monkeypatch):
-    monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(ValueError("no such thing")))
+    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(ValueError("no such thing")))
     assert cli.main(["train", "--traceback"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("\nerror: no such thing\n")
@@ -217,7 +217,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
 def test_a_fault_of_ours_is_one_line_with_a_file_to_report(capsys, trained, monkeypatch, tmp_path, error):
-    monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(error))
+    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(error))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cli.main(["train"]) == cli.main(["train"]) == 70
     err = capsys.readouterr().err
@@ -235,7 +235,7 @@ def test_a_fault_of_ours_is_one_line_with_a_file_to_report(capsys, trained, monk
 
 
 def test_a_fault_with_no_room_for_a_file_is_shown(capsys, trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["vimtune.train"], "train", raise_error(RuntimeError("bug")))
+    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(RuntimeError("bug")))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
     assert cli.main(["train"]) == 70
     assert "Traceback" in capsys.readouterr().err
@@ -322,7 +322,7 @@ def test_streams_that_cannot_show_every_character(encoding, tmp_path):
 def test_what_is_printed_in_a_run_may_have_any_character(trained, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(sys.modules["vimtune.train"], "train", lambda recipe: print("rose \u2192 \udce9"))
+    monkeypatch.setattr(sys.modules["vimtune.training"], "train", lambda recipe: print("rose \u2192 \udce9"))
     assert cli.main(["train"]) == 0
     assert stream.buffer.getvalue() == b"rose \\u2192 \\udce9\n"
 

@@ -20,7 +20,7 @@ from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.images.job import build_model
-from vimtune.train.optim import build_optimizer
+from vimtune.training.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -88,7 +88,7 @@ def test_the_header_has_command_and_source_of_scores(path):
 
 def test_every_command_in_the_folder_works(monkeypatch):
     reached: list[Recipe] = []
-    monkeypatch.setattr("vimtune.train.train", reached.append)
+    monkeypatch.setattr("vimtune.training.train", reached.append)
     monkeypatch.chdir(ROOT)
     texts = [README, *(path.read_text(encoding="utf-8") for path in FILES)]
     commands = [line for text in texts for line in re.findall(r"python train_vim\.py (.*)", text)]

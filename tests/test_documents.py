@@ -75,7 +75,7 @@ def here(workplace, monkeypatch, tmp_path) -> Path:
 def recipes(monkeypatch) -> list:
     """The recipes that reached the trainer, which is replaced."""
     reached: list = []
-    monkeypatch.setattr("vimtune.train.train", reached.append)
+    monkeypatch.setattr("vimtune.training.train", reached.append)
     return reached
 
 

@@ -5,7 +5,7 @@
     vimtune.inject(model, "lora", targets=["in_proj[x]", "out_proj"], rank=16)
     vimtune.save_adapter(model, "flowers.safetensors")
 
-    recipe = vimtune.Recipe(dataset="flowers", peft="prodial", lr=1e-3)
+    report = vimtune.train(vimtune.Recipe(dataset="flowers", peft="prodial", lr=1e-3))
 
 Importing the package makes `timm.create_model("vim_tiny_patch16_224", ...)` work. It imports neither
 torch nor timm by itself: the models are registered with timm as soon as timm is imported, before or
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from vimtune.predict import Predictor, load_predictor
     from vimtune.recipe import Recipe, RecipeError, load_recipe
     from vimtune.tasks import Task, register_task
+    from vimtune.training import Report, train
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ _HOMES = {
     "vimtune.predict": ("Predictor", "load_predictor"),
     "vimtune.recipe": ("Recipe", "RecipeError", "load_recipe"),
     "vimtune.tasks": ("Task", "register_task"),
+    "vimtune.training": ("Report", "train"),
 }  # fmt: skip
 """Modules that define the names of this package."""
 
@@ -78,6 +80,7 @@ __all__ = [
     "Predictor",
     "Recipe",
     "RecipeError",
+    "Report",
     "Rule",
     "Site",
     "Task",
@@ -104,6 +107,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "summary",
+    "train",
     "unmerge",
 ]
 

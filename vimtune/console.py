@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
+        """Let the error of a pipe without reader pass on to the caller."""
         raise  # rich would end the program, with the exit code 1; `vimtune.exits` has another for this
 
 
@@ -108,10 +109,12 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write `text`, with escapes for what the stream cannot encode. Returns its length."""
         self._try(self._stream.write, _encodable(text, getattr(self._stream, "encoding", None) or "utf-8"))
         return len(text)
 
     def flush(self) -> None:
+        """Hand on what the stream still holds."""
         self._try(self._stream.flush)
 
     def _try(self, action: Any, *arguments: str) -> None:

@@ -62,6 +62,7 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.
     """Writes to what sys.stderr is at that time, which while a progress bar runs is the lines above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record to the present sys.stderr."""
         self.stream = sys.stderr
         super().emit(record)
 
@@ -70,6 +71,7 @@ class _OneLine(logging.Formatter):
     """Notes of the package (backend chosen, weights loaded), one harmless line each."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record's text on one line."""
         return printable(super().format(record))
 
 

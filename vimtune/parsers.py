@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
-from vimtune.text import quote
+from vimtune.text import quote, split_outside
 from vimtune.utils import suggest
 
 Parser = Callable[[Any], Any]
@@ -171,20 +171,27 @@ def _bounded(value: Value) -> Value:
     return value
 
 
-def _pairs(flag: str, name: str = r"[^,=]*") -> dict[str, str]:
+def _pairs(flag: str, name: str = ".*") -> dict[str, str]:
     """The pairs of 'a=1,b=x'. A comma begins a new pair only where a name and '=' follow: 'a=1,2' is one.
+    What stands in brackets belongs together.
 
     `name` is the regular expression of what may be a name.
     """
     pairs: dict[str, str] = {}
-    for part in re.split(rf",(?={name}=)", flag):
-        key, equals, text = part.partition("=")
-        key = key.strip()
-        if not key or not equals:
+    last = ""
+    for part in split_outside(flag, ","):
+        key, *after = split_outside(part, "=")
+        if after and re.fullmatch(name, key):
+            last = key.strip()
+            if not last:
+                raise ValueError("expected name=value,name=value")
+            if last in pairs:
+                raise ValueError(f"{quote(last)} is given twice")
+            pairs[last] = "=".join(after).strip()
+        elif last:
+            pairs[last] += f",{part}"
+        else:
             raise ValueError("expected name=value,name=value")
-        if key in pairs:
-            raise ValueError(f"{quote(key)} is given twice")
-        pairs[key] = text.strip()
     return pairs
 
 
@@ -264,8 +271,9 @@ def per_method(parse: Parser) -> Parser:
 def per_target(parse: Parser) -> Parser:
     """Takes what `parse` takes, or a mapping from targets to that.
 
-    As a flag, the mapping is `in_proj=8,x_proj[B]=4`. A target with ',' or '=' in it, as regular expressions
-    may have them, is put in quotes in a mapping of YAML: `{"re:a,b": 8}`.
+    As a flag, the mapping is `in_proj=8,x_proj[B]=4`. A target with ',' or '=' outside of brackets, as
+    regular
+    expressions may have them, is put in quotes in a mapping of YAML: `{"re:a,b": 8}`.
     """
 
     def parse_each(value: Any) -> Any:
@@ -289,10 +297,12 @@ def per_target(parse: Parser) -> Parser:
 
 
 def targets(value: Any) -> str | list[str]:
-    """Targets as `vimtune.adapters.targets` reads them: one, or a list; text is split at its commas."""
+    """Targets as `vimtune.adapters.targets` reads them: one, or a list; text is split at commas outside
+    of brackets."""
     value = _unbracket(value)
     if isinstance(value, str) and "," in value:
-        value = [part.strip() for part in value.split(",")]
+        value = [part.strip() for part in split_outside(value, ",")]
+        value = value[0] if len(value) == 1 else value
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(x, str) and x for x in value):

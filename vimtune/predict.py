@@ -46,9 +46,9 @@ from vimtune.results import FORMATS, Prediction, print_predictions, write_predic
 from vimtune.schema import STRICT, Count, check
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import printable, quote
-from vimtune.train.distributed import resolve_device
-from vimtune.train.folder import RunFolder
-from vimtune.train.settings import derive_seed
+from vimtune.training.distributed import resolve_device
+from vimtune.training.folder import RunFolder
+from vimtune.training.settings import derive_seed
 from vimtune.utils import suggest
 
 logger = logging.getLogger(__name__)

@@ -51,6 +51,7 @@ class _Loader(yaml.SafeLoader):
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose the next node; refuse anchors, aliases, tags and deep nesting."""
         event = self.peek_event()  # type: ignore[no-untyped-call]  # the parser has no types
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _error(event, "anchors (&) and aliases (*) are not allowed; write the value out")
@@ -64,6 +65,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Make a dict; refuse keys that are no scalars or stand there twice."""
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -75,6 +77,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make the value of a node; refuse numbers that Python cannot read."""
         try:
             return super().construct_object(node, deep=deep)
         except ValueError as error:  # what looks like a number and is none, or has thousands of digits

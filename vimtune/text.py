@@ -7,6 +7,7 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Any
 
@@ -76,3 +77,19 @@ def csv_cell(text: str) -> str:
     A cell that starts like a formula gets an apostrophe in front, as spreadsheets write it themselves.
     """
     return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """The parts of a text between the separators that stand in no bracket.
+
+    So a regular expression such as `re:(A_log|D){1,2}` stays whole. A bracket after a backslash is a
+    character like others, and so is one that is never closed.
+    """
+    parts, depth = [""], 0
+    for token in re.findall(r"\\.|.", text, re.DOTALL):
+        depth = max(0, depth + (token in "([{") - (token in ")]}"))
+        if token == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts if depth == 0 else text.split(separator)

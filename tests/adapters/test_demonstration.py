@@ -35,7 +35,7 @@ from vimtune.adapters import (
 from vimtune.methods import METHODS, option
 from vimtune.testing import METHOD_CHECKS, MethodCase
 from vimtune.testing.methods import build_test_model, close, disturb
-from vimtune.train.optim import build_optimizer
+from vimtune.training.optim import build_optimizer
 
 
 class AffixRule(CallRule):

@@ -13,7 +13,8 @@ from torch import nn
 import vimtune
 from vimtune.adapters import active_adapter, adapter_parameters, check_gradients
 from vimtune.adapters.points import Point, Points
-from vimtune.adapters.targets import available_targets, matches
+from vimtune.adapters.sites import parse_targets
+from vimtune.adapters.targets import available_targets, matches, split_targets
 from vimtune.testing import METHOD_CHECKS, MethodCase
 from vimtune.testing.methods import build_test_model, close
 
@@ -411,3 +412,23 @@ def test_calls_are_seen_through_wrappers():
         vimtune.inject(wrapped, "lora", targets=targets, rank=2)
     assert vimtune.list_adapters(model) == [] and type(model.layers[0].mixer).__name__ == "BiMambaMixer"
     assert not any("adapters" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("re:mixer.(A_log|D){1,2}$", "re:mixer.(A_log|D){1,2}$"),
+        (r"re:A_\(x,D", [r"re:A_\(x", "D"]),
+        ("lora=re:(?=x){1,2},ft=D", {"lora": "re:(?=x){1,2}", "ft": "D"}),
+        ("in_proj[x],x_proj[dt|B]", ["in_proj[x]", "x_proj[dt|B]"]),
+    ],
+)
+def test_commas_in_brackets_belong_to_the_target(text, expected):
+    assert parse_targets(text) == expected
+    if isinstance(expected, list):
+        assert [target.text for target in split_targets(text)] == expected
+
+
+def test_ranks_by_regular_expression():
+    recipe = vimtune.Recipe(peft="lora", rank=r"re:mixer.(in|out){1,2}_proj=8,re:(?=x)x_proj=4")
+    assert recipe.method.rank == {"re:mixer.(in|out){1,2}_proj": 8, "re:(?=x)x_proj": 4}

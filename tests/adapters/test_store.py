@@ -27,7 +27,7 @@ from vimtune.adapters import (
 )
 from vimtune.adapters.identity import _first_format_hash
 from vimtune.methods.bitfit import BitFit
-from vimtune.train.report import describe_method
+from vimtune.training.report import describe_method
 
 PREPROCESSING = {
     "preset": "none",

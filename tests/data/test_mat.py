@@ -120,6 +120,10 @@ HOSTILE = {
         2, (2**31 - 1, 2**31 - 1), element(5, b"\4\0\0\0"), element(1, b"")
     ),
     "fields of no length": matrix(2, (1, 1), element(5, bytes(4)), element(1, b"abc")),
+    "fields of infinite length": matrix(
+        2, (1, 1), element(9, struct.pack("<d", float("inf"))), element(1, b"abc")
+    ),
+    "fields without a length": matrix(2, (1, 1), element(5, b""), element(1, b"abc")),
     "numbers that are not there": matrix(6, (1000, 1000), element(9, bytes(8))),
     "negative shape": matrix(6, (-1, 4), element(9, bytes(8))),
     "object": matrix(3, (1, 1), element(9, bytes(8))),

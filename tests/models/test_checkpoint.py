@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 import vimtune
 from vimtune.models import CheckpointError, resize_pos_embed
 from vimtune.recipe import Recipe
-from vimtune.train.identity import Facts
-from vimtune.train.state import Progress, RunState, save_run_state
+from vimtune.training.identity import Facts
+from vimtune.training.state import Progress, RunState, save_run_state
 
 
 def save(content: dict, path: Path) -> Path:

@@ -9,9 +9,9 @@ from torch import nn
 
 from vimtune.tasks.images.scoring import ImageTally, evaluation_of, rank_answers
 from vimtune.tasks.job import Batch
-from vimtune.train import evaluate
-from vimtune.train.guard import NonFiniteError
-from vimtune.train.precision import build_autocast
+from vimtune.training import evaluate
+from vimtune.training.guard import NonFiniteError
+from vimtune.training.precision import build_autocast
 
 CPU = torch.device("cpu")
 

@@ -35,7 +35,7 @@ from vimtune.adapters.slots import (
 from vimtune.adapters.targets import Target, short_name
 from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
 from vimtune.methods import Method
-from vimtune.text import quote
+from vimtune.text import quote, split_outside
 
 Targets = str | list[str] | dict[str, str | list[str]] | None
 Layers = list[int] | dict[str, list[int]] | None
@@ -165,7 +165,7 @@ def select_sites(
 
 
 def _refuse_head(points: Points, targets: str, head: Sequence[str]) -> None:
-    for text in targets.split(","):
+    for text in split_outside(targets, ","):
         target = Target.parse(text.strip())
         places = [path for path in points.parameters if target.selects(path)]
         if not target.excludes and places and set(places) <= set(head):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vimtune.text import quote
+from vimtune.text import quote, split_outside
 from vimtune.utils import suggest
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def resolve_targets(
 
     Args:
         points: those of the model.
-        targets: one or several targets (see the table above); a string may list several, separated by commas.
+        targets: one or several targets (see the table above); a string may list several, separated by commas
+            outside of brackets.
             Whole paths of points are targets as well.
         layers: keep only these blocks (negative counts from the end); all if None.
 
@@ -128,7 +129,7 @@ def split_targets(targets: str | Sequence[str]) -> list[Target]:
     Raises:
         ValueError: one of them is no target.
     """
-    texts = targets.split(",") if isinstance(targets, str) else targets
+    texts = split_outside(targets, ",") if isinstance(targets, str) else targets
     parts: list[Target] = []
     for text in map(str.strip, texts):
         sign, name = ("!", text[1:].strip()) if text.startswith("!") else ("", text)

@@ -113,7 +113,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     if recipe is None:
         print(listing(shutil.get_terminal_size((100, 24)).columns))
         return 0
-    from vimtune.train import train
+    from vimtune.training import train
 
     train(recipe)
     return 0

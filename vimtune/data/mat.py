@@ -106,15 +106,24 @@ class _Matrix:
         self.name = name.decode("latin-1")
 
     def value(self, depth: int) -> Any:
+        """The array's content, as `read_mat` describes it.
+
+        Args:
+            depth: how many levels of arrays within arrays may follow.
+
+        Raises:
+            ValueError: the file is damaged, or of a kind that is not read here.
+        """
         if depth == 0:
             raise ValueError("arrays are nested too deeply")
         if self._class == _CELL:
             return list(self._parts(self._count, depth))
         if self._class == _STRUCT:
-            length = int(self._numbers()[0])
+            lengths = self._numbers().tolist()
             text = self._next()[1]
-            if length < 1 or not text:
+            if not lengths or not isinstance(lengths[0], int) or lengths[0] < 1 or not text:
                 raise ValueError("a structure has no fields")
+            length = lengths[0]
             fields = [
                 text[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(text), length)
             ]

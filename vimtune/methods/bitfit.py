@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vimtune.methods.base import register_method
 from vimtune.methods.ft import FineTuning
+from vimtune.text import split_outside
 
 if TYPE_CHECKING:
     from vimtune.adapters.points import Points
@@ -28,7 +29,7 @@ class BitFit(FineTuning):
         biases = [path for path in points.parameters if _is_bias(path)]
         if targets is None:
             return biases if layers is None else in_layers(biases, layers)
-        given = targets.split(",") if isinstance(targets, str) else targets
+        given = split_outside(targets, ",") if isinstance(targets, str) else targets
         return points.resolve([_bias_of(target.strip(), biases) for target in given], layers)
 
 

@@ -18,8 +18,8 @@ from vimtune.utils import require_summary
 if TYPE_CHECKING:
     from vimtune.recipe import Recipe
     from vimtune.tasks.job import Job
-    from vimtune.train.distributed import Processes
-    from vimtune.train.report import Report
+    from vimtune.training.distributed import Processes
+    from vimtune.training.report import Report
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Task(Options, ABC):
 
     def report_type(self) -> type[Report]:
         """The class of the reports that this task's jobs build."""
-        from vimtune.train.report import ScoreReport
+        from vimtune.training.report import ScoreReport
 
         return ScoreReport
 

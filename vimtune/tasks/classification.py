@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vimtune.recipe import Recipe
     from vimtune.tasks.images.job import ImageJob
     from vimtune.tasks.images.report import ImageReport
-    from vimtune.train.distributed import Processes
+    from vimtune.training.distributed import Processes
 
 
 @register_task("classification")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vimtune.tasks.base import Task
-    from vimtune.train.report import Report
+    from vimtune.training.report import Report
 
 Tensors = dict[str, "Tensor"]
 """The tensors of a batch by name, such as "images" (B, 3, H, W) and "labels" (B,)."""
@@ -74,7 +74,7 @@ class Loader(ABC):
         """Yield the batches.
 
         Raises:
-            InputError: (`vimtune.train.InputError`) the data cannot be read. The run saves its state and
+            InputError: (`vimtune.training.InputError`) the data cannot be read. The run saves its state and
                 ends.
         """
 
@@ -167,7 +167,7 @@ class Job(ABC):
             shared: values of the fields that the reports of all tasks have.
             outcome: what the run has reached.
         """
-        from vimtune.train.report import ScoreReport
+        from vimtune.training.report import ScoreReport
 
         return ScoreReport(**shared, **ScoreReport.values(outcome))
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
 from vimtune.tasks.job import Batch, Loader
-from vimtune.train.inputs import InputError, one_line
+from vimtune.training.inputs import InputError, one_line
 
 
 class ImageBatches(Loader):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vimtune.tasks.images.report import ImageReport
 from vimtune.text import csv_cell, printable, shorten
-from vimtune.train import pictures
-from vimtune.train.folder import writing
+from vimtune.training import pictures
+from vimtune.training.folder import writing
 from vimtune.utils import atomic_write
 
 MAX_NAMED_CLASSES = 30

@@ -30,9 +30,10 @@ from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
-from vimtune.train.distributed import Processes
-from vimtune.train.report import Report
-from vimtune.train.settings import derive_seed
+from vimtune.text import quote
+from vimtune.training.distributed import Processes
+from vimtune.training.report import Report
+from vimtune.training.settings import derive_seed
 
 
 @dataclass(kw_only=True)
@@ -134,7 +135,9 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
         options["img_size"] = _image_size(backbone)
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
     torch.manual_seed(derive_seed(recipe.run.seed, "model"))
-    options |= {"num_classes": num_classes, "drop_path_rate": backbone.drop_path}
+    options["num_classes"] = num_classes
+    if backbone.drop_path > 0:  # a model of another package need not have this option
+        options["drop_path_rate"] = backbone.drop_path
     model: VisionMamba = create_listed_model(
         backbone.model,
         options,
@@ -145,7 +148,8 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
         load_checkpoint(model, backbone.checkpoint)
     torch.manual_seed(derive_seed(recipe.run.seed, "adapter"))
     vimtune.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
-    model.set_grad_checkpointing(recipe.optimisation.grad_checkpointing)
+    if recipe.optimisation.grad_checkpointing:
+        model.set_grad_checkpointing(True)
     return model
 
 
@@ -156,7 +160,11 @@ def _image_size(backbone: BackboneSettings) -> tuple[int, int]:
     if isinstance(backbone.img_size, Sequence):
         return backbone.img_size[0], backbone.img_size[1]
     config = timm.get_pretrained_cfg(backbone.model)
-    assert config is not None, "every model of the catalogue has a pretrained_cfg"
+    if config is None:
+        raise ValueError(
+            f"model {quote(backbone.model)} does not state a size of images (timm knows no "
+            "pretrained_cfg of it): give img_size"
+        )
     return config.input_size[1], config.input_size[2]
 
 

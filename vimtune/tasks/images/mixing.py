@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from vimtune.train.settings import numpy_seed
+from vimtune.training.settings import numpy_seed
 
 
 class BatchMixer:

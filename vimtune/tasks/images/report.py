@@ -9,7 +9,7 @@ from typing import Any
 from vimtune.tasks.images.scoring import ImageEvaluation, most_confused
 from vimtune.tasks.job import Outcome
 from vimtune.text import shorten
-from vimtune.train.report import Report
+from vimtune.training.report import Report
 
 MOST_CONFUSED = 10
 """Number of pairs of classes that the report lists."""

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import TINY
+
+from vimtune.data import CorruptImageError
+from vimtune.data.synthetic import SyntheticFlowers
+from vimtune.recipe import Recipe
+from vimtune.training import trained, trainer
+from vimtune.training.optim import build_optimizer
+from vimtune.training.prefetch import WindowReader
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Recipe]:
+    """`tiny("name", **changes)`: recipe of a run into the folder `name`."""
+
+    def build(name: str = "run", **changes: Any) -> Recipe:
+        return Recipe(**{**TINY, "output_dir": str(tmp_path / name), **changes})
+
+    return build
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the drawing out, a third of the time of a tiny run."""
+    monkeypatch.setattr("vimtune.training.pictures.save_picture", lambda figure, path: path.touch())
+
+
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int, int], bool]], None]:
+    """`damaged(which)`: training images of which `which(index, turn)` is true cannot be read; `turn` counts
+    from 1 the training images that have been read since the call."""
+    load = SyntheticFlowers.load
+
+    def install(which: Callable[[int, int], bool]) -> None:
+        turns = itertools.count(1)
+
+        def read(self: SyntheticFlowers, index: int) -> Any:
+            if self.split == "train" and which(index, next(turns)):
+                raise CorruptImageError(self.describe(index), "damaged")
+            return load(self, index)
+
+        monkeypatch.setattr(SyntheticFlowers, "load", read)
+
+    return install
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[torch.optim.Optimizer]]:
+    """Runs have the optimizer of a GPU, which skips updates by itself; gives those that were made."""
+    made: list[torch.optim.Optimizer] = []
+
+    def install() -> list[torch.optim.Optimizer]:
+        def build(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            optimizer = build_optimizer(*args, **kwargs)
+            for settings in (optimizer.defaults, *optimizer.param_groups):
+                settings["fused"] = True
+            made.append(optimizer)
+            return optimizer
+
+        monkeypatch.setattr(trained, "build_optimizer", build)
+        return made
+
+    return install
+
+
+@pytest.fixture
+def reading_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Runs read ahead, as on a GPU, and with the optimizer of a GPU read a step's numbers late."""
+
+    class Ahead(WindowReader):
+        def __init__(self, device: torch.device, size: int) -> None:
+            super().__init__(device, size)
+            self.ahead = True
+
+    return lambda: monkeypatch.setattr(trainer, "WindowReader", Ahead)

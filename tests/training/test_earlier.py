@@ -1,0 +1,66 @@
+"""States of format 1, written before there were tasks, are read and continue.
+
+tests/fixtures/run_of_format_1 is the folder of a run of that version, stopped after 6 of 12 steps.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_runs import assert_close_metrics, largest_difference, weights
+
+from vimtune.recipe import load_recipe
+from vimtune.training import train
+from vimtune.training.identity import ResumeError
+from vimtune.training.state import load_run_state
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_of_format_1"
+
+
+def test_it_is_read_as_a_state_of_today():
+    state = load_run_state(FIXTURE / "checkpoint.safetensors")
+    progress = state.progress
+    assert (progress.step, progress.batch, progress.count, progress.loss_count) == (6, 2, 41, 16)
+    assert list(state.facts.outputs) == ["classes"] and state.facts.train_examples == 25
+    assert progress.best is progress.history[0] and progress.best.scores == {"top1": 20.0, "top5": None}
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_its_run_continues_to_the_result_of_a_run_of_today(tiny, tmp_path):
+    straight = train(tiny("straight", ema=0.9))
+    shutil.copytree(FIXTURE, tmp_path / "run")
+    report = train(load_recipe(None, {"resume": str(tmp_path / "run")}))
+    assert report.warnings == [] and report.history[0].keys() == straight.history[0].keys()
+    assert largest_difference(weights(report.run_dir), weights(straight.run_dir)) < 1e-5
+    assert_close_metrics(report.run_dir, straight.run_dir, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("progress", lambda progress: progress.update(images="many")),
+        ("progress", lambda progress: progress.pop("history")),
+        ("progress", lambda progress: progress.update(count=3, surplus=1)),
+        ("progress", lambda progress: progress.update(history="none")),
+        ("progress", lambda progress: progress["history"][0].pop("loss")),
+        ("progress", lambda progress: progress["history"][0].update(top1=101.0)),
+        ("progress", lambda progress: progress.update(best_epoch=2)),
+        ("facts", lambda facts: facts.update(classes=[1])),
+        ("facts", lambda facts: facts.pop("train_images")),
+    ],
+)
+def test_it_is_checked_like_one_of_today(tmp_path, part, change):
+    source, path = FIXTURE / "checkpoint.safetensors", tmp_path / "checkpoint.safetensors"
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    values = json.loads(metadata[part])
+    change(values)
+    save_file(load_file(source), path, {**metadata, part: json.dumps(values)})
+    with pytest.raises(ResumeError) as error:
+        load_run_state(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)

@@ -1,0 +1,145 @@
+"""Two processes give the result of one, and neither waits for one that fails."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+from PIL import Image
+from tiny_runs import assert_close_metrics, largest_difference, weights
+from two_ranks import run_two
+
+from vimtune.recipe import load_recipe
+from vimtune.training import train
+from vimtune.training.state import load_run_state
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+LAUNCHED = """
+import sys
+from vimtune.recipe import Recipe
+from vimtune.training import train
+
+train(Recipe(**eval(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a recipe with torchrun on two processes of this machine."""
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+
+    def run(recipe) -> subprocess.CompletedProcess[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command += [str(script), repr(recipe.to_dict())]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200)
+
+    return run
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_two_processes_give_the_result_of_one(tiny, launch):
+    # The last batch of each epoch has one image: the first process's share of it is empty.
+    one = tiny("one", epochs=2, grad_accum=2, ema=0.9)
+    two = one.replace(output_dir=str(Path(one.output_dir).parent / "two"))
+    result = launch(two)
+    assert result.returncode == 0, result.stderr
+    report = train(one)
+    assert largest_difference(weights(one.output_dir), weights(two.output_dir)) < 1e-5
+    stored = json.loads(Path(two.output_dir, "report.json").read_text())
+    assert stored["processes"] == 2 and report.processes == 1
+    for name in ("top1", "top5", "num_images", "per_class", "best_epoch", "steps"):
+        assert stored[name] == getattr(report, name)
+    assert stored["loss"] == pytest.approx(report.loss, abs=1e-5)
+    # One process writes and prints.
+    assert_close_metrics(one.output_dir, two.output_dir, abs=1e-4)
+    assert result.stdout.count("epoch 1/2") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lr": 0.5}, "lr is 0.003 in process 0 and 0.5 in process 1"),
+        ({"epochs": 9}, "epochs is 3 in process 0 and 9 in process 1"),
+        ({"resume": "auto"}, "whether a run is resumed is False in process 0 and True in process 1"),
+    ],
+)
+def test_processes_with_different_recipes_are_refused(tiny, changes, expected):
+    recipe = tiny()
+    for answer in run_two(recipe, changes):
+        assert (
+            answer.startswith("ProcessesError: the processes of a run must work on the same")
+            and expected in answer
+        )
+    assert not Path(recipe.output_dir).exists()
+
+
+def images(folder: Path, size: int = 8) -> str:
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (size, size)).save(folder / label / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "other"])
+def test_data_that_one_process_lacks_end_both(tiny, tmp_path, kind):
+    recipe = tiny(dataset="folder", data_dir=images(tmp_path / "images"), dataset_kwargs={}, download=False)
+    folder = tmp_path / "of process 1"
+    if kind == "empty":  # found when the data are opened; what is missing, before the processes have met
+        folder.mkdir()
+    elif kind == "other":
+        images(folder, size=64)
+    for answer in run_two(recipe, {"data_dir": str(folder)}):
+        assert answer.startswith("ProcessesError: ")
+        assert ("the 'train' data" if kind == "other" else "process 1: ") in answer and "\n" not in answer
+    assert not Path(recipe.output_dir).exists()
+
+
+def test_a_killed_process_ends_the_other_which_saves(tiny, no_pictures):
+    recipe = tiny(epochs=1)
+    alone = train(tiny("alone", epochs=1))
+    left, killed = run_two(recipe, sabotage=two_ranks.die_in_step_3)
+    assert killed is None
+    assert left.startswith("PeerLostError: another process of the run has ended")
+    assert f"--resume {recipe.output_dir}" in left
+    assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step == 2
+    report = train(load_recipe(None, {"resume": recipe.output_dir}))
+    assert report.warnings[0].startswith("resumed with processes = 1 (was 2)")
+    assert largest_difference(weights(recipe.output_dir), weights(alone.run_dir)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "step"), [(two_ranks.cannot_read_in_step_3, 2), (two_ranks.cannot_read_in_evaluation, 4)]
+)
+def test_images_that_one_process_cannot_read_end_both(tiny, sabotage, step):
+    recipe = tiny(epochs=1)
+    for answer in run_two(recipe, sabotage=sabotage):
+        assert answer.startswith("InputError: cannot read disk/picture.png: Input/output error")
+        assert f"stopped after step {step} of 4; the state is saved" in answer
+    assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step == step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.usefixtures("no_pictures")
+def test_two_gpus_with_replayed_batches_give_the_result_of_one(tiny, launch):
+    settings = {"device": "cuda", "backend": "auto", "cuda_graph": "on", "transforms": "torchvision"}
+    one = tiny("one", epochs=4, grad_accum=2, num_workers=2, **settings)
+    two = one.replace(output_dir=str(Path(one.output_dir).parent / "two"))
+    result = launch(two)
+    assert result.returncode == 0, result.stderr
+    train(one)
+    assert json.loads(Path(two.output_dir, "report.json").read_text())["cuda_graph"]
+    assert largest_difference(weights(one.output_dir), weights(two.output_dir)) < 1e-4

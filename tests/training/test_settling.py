@@ -1,0 +1,110 @@
+"""Methods that choose from data see training batches once, before the first step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import interrupt_at
+from tiny_runs import assert_same_weights, metrics, weights
+from two_ranks import run_two
+
+from vimtune.methods.lora import LoRA
+from vimtune.recipe import load_recipe
+from vimtune.training import InputError, Interrupted, train
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """LoRA looks at three batches before training; gives their losses, and gradients so far after each."""
+    losses, gradients = [], []
+
+    def look(self, rules, batches):
+        rule = next(iter(rules.values()))
+        for _ in range(3):
+            losses.append(next(batches)())
+            gradients.append(rule.branch.lora_B.grad.clone())
+
+    monkeypatch.setattr(LoRA, "settle", look)
+    return losses, gradients
+
+
+def test_a_look_changes_nothing_and_sees_the_batches_of_training(tiny, seen, monkeypatch):
+    settings = {"epochs": 1, "mixup": 0.4, "ema": 0.9, "lr": 1e-9, "batch_size": 10}
+    settled = train(tiny("settled", **settings))
+    with monkeypatch.context() as patch:
+        patch.delattr(LoRA, "settle")
+        plain = train(tiny("plain", **settings))
+    assert_same_weights(weights(settled.run_dir), weights(plain.run_dir))
+    assert metrics(settled.run_dir) == metrics(plain.run_dir)
+    losses, gradients = seen
+    # Weights hardly move at this learning rate, so the first steps have the losses that were seen.
+    assert losses == pytest.approx([record["loss"] for record in metrics(plain.run_dir)[:3]], rel=1e-6)
+    added = [later - earlier for earlier, later in itertools.pairwise(gradients)]
+    assert all(float(gradient.abs().max()) > 0 for gradient in [gradients[0], *added])
+
+
+def test_what_is_chosen_is_trained_and_averaged(tiny, monkeypatch):
+    def start(self, rules, batches):
+        with torch.no_grad():
+            for rule in rules.values():
+                rule.branch.lora_B.fill_(0.25)
+
+    monkeypatch.setattr(LoRA, "settle", start)
+    report = train(tiny(epochs=1, lr=1e-9, ema=0.9))
+    for name, tensor in weights(report.run_dir).items():
+        if name.endswith("lora_B"):
+            torch.testing.assert_close(tensor, torch.full_like(tensor, 0.25))
+    saved = load_file(Path(report.run_dir, "adapter.safetensors"))
+    assert all(tensor.allclose(torch.tensor(0.25)) for name, tensor in saved.items() if "lora_B" in name)
+
+
+def test_only_once_also_when_more_batches_are_wanted_than_an_epoch_has(tiny, monkeypatch):
+    calls = []
+
+    def look(self, rules, batches):
+        calls.append([next(batches)() for _ in range(6)])
+
+    monkeypatch.setattr(LoRA, "settle", look)
+    recipe = tiny(epochs=1)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    train(load_recipe(None, {"resume": recipe.output_dir}))
+    assert len(calls) == 1 and len(set(calls[0])) == 6
+
+
+def test_an_image_that_cannot_be_read_ends_the_run(tiny, seen, damaged):
+    damaged(lambda index, turn: turn == 9)
+    recipe = tiny(epochs=1)
+    with pytest.raises(InputError, match=r"cannot decode image.*stopped after step 0 of 4"):
+        train(recipe)
+    damaged(lambda index, turn: False)
+    assert train(load_recipe(None, {"resume": recipe.output_dir})).steps == 4
+
+
+def note_losses(folder: str) -> None:
+    def look(self, rules, batches):
+        rule = next(iter(rules.values()))
+        losses = [next(batches)() for _ in range(4)]  # the last one is a single image
+        text = json.dumps([*losses, float(rule.branch.lora_B.grad.norm())])
+        Path(folder, f"{os.environ['RANK']}.json").write_text(text)
+
+    LoRA.settle = look  # type: ignore[method-assign]
+
+
+def test_two_processes_see_what_one_sees(tiny, seen, tmp_path):
+    assert run_two(tiny(epochs=1), prepare=partial(note_losses, str(tmp_path))) == ["", ""]
+    of_both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    train(tiny("one", epochs=1))
+    assert of_both[0] == of_both[1] and of_both[0][:3] == pytest.approx(seen[0], rel=1e-5)

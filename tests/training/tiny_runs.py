@@ -1,0 +1,105 @@
+"""A run small enough for a test, and a look at what it left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vimtune.recipe import Recipe
+from vimtune.tasks.classification import Classification
+from vimtune.tasks.images.report import ImageReport, build_image_report
+from vimtune.tasks.images.scoring import evaluation_of
+from vimtune.tasks.job import Outcome
+from vimtune.training.distributed import Processes
+from vimtune.training.report import shared_fields
+from vimtune.training.state import EpochRecord, Progress, load_run_state
+
+TINY: dict[str, Any] = {
+    "dataset": "synthetic_flowers",
+    "dataset_kwargs": {"species": 5, "train_per_species": 5, "val_per_species": 2, "test_per_species": 2},
+    "num_workers": 0,
+    "model": "test_vim",
+    "pretrained": False,
+    "peft": "lora",
+    "rank": 2,
+    "epochs": 3,
+    "batch_size": 8,
+    "lr": 3e-3,
+    "device": "cpu",
+    "backend": "torch",
+    "threads": 1,
+    "log_interval": 1,
+}
+"""25 training images: 4 steps an epoch, the last one on a single image."""
+
+
+def outcome_of(confusion: Tensor | None = None) -> Outcome:
+    """Scores of a run of one epoch that was never made, with `confusion` on its test split."""
+    confusion = torch.tensor([[3, 1], [0, 4]]) if confusion is None else confusion
+    count = int(confusion.sum())
+    found = evaluation_of(confusion, top5_hits=count, loss=float(count))
+    selected = {"top1": 50.0, "top5": None}
+    return Outcome(Classification(), found, selected, selected, 10.0)
+
+
+def report_of(
+    confusion: Tensor | None = None, classes: list[str] | None = None, folder: str | Path = "run"
+) -> ImageReport:
+    """Report of that run."""
+    outcome = outcome_of(confusion)
+    num_classes = len(outcome.evaluation.confusion)
+    record = EpochRecord(1, 4, 1e-3, train_loss=1.2, rate=10.0, loss=1.1, scores=dict(outcome.best))
+    shared = shared_fields(
+        Recipe(**TINY),
+        Progress(epoch=1, step=4, best_epoch=1, history=[record]),
+        loss=outcome.evaluation.loss,
+        split="test",
+        data={split: f"{split} images" for split in ("train", "val", "test")},
+        method_config={"lora": {"rank": 2}},
+        trainable=100,
+        total=1000,
+        processes=Processes(),
+        memory=(100.0, "process"),
+        cuda_graph=False,
+        run_dir=Path(folder),
+        history=[record.flat("images")],
+    )
+    return build_image_report(shared, outcome, classes or [f"class {index}" for index in range(num_classes)])
+
+
+def weights(folder: str | Path) -> dict[str, Tensor]:
+    """Trained tensors of a run's checkpoint."""
+    return load_run_state(Path(folder) / "checkpoint.safetensors").adapter
+
+
+def metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Records of a run without what depends on the clock."""
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in r.items() if not key.endswith("_per_second")} for r in records]
+
+
+def assert_close_metrics(one: str | Path, other: str | Path, **tolerance: float) -> None:
+    """Records of two runs agree: floats within `tolerance`, everything else exactly."""
+    for ours, theirs in zip(metrics(one), metrics(other), strict=True):
+        for name in ours.keys() | theirs.keys():
+            expected = theirs[name]
+            if isinstance(expected, float):
+                expected = pytest.approx(expected, **tolerance)
+            assert ours[name] == expected, name
+
+
+def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)

@@ -1,0 +1,97 @@
+"""Two processes of one run without a launcher, which would end one of them when the other fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from vimtune.data import ImageReadError
+from vimtune.data.synthetic import SyntheticFlowers
+from vimtune.recipe import Recipe
+from vimtune.training import train
+from vimtune.training.stepper import Stepper
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["vimtune.training"])  # torch is imported once for all tests
+SECONDS = 60
+
+
+def die_in_step_3() -> None:
+    compute, calls = Stepper._compute_gradients, []
+
+    def counted(stepper: Stepper, window: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(stepper, window)
+
+    Stepper._compute_gradients = counted  # type: ignore[method-assign]
+
+
+def _unreadable(split: str, turn: int) -> None:
+    load, calls = SyntheticFlowers.load, []
+
+    def counted(dataset: SyntheticFlowers, index: int) -> Any:
+        calls.extend([1] * (dataset.split == split))
+        if dataset.split == split and len(calls) == turn:
+            raise ImageReadError("disk/picture.png", "Input/output error")
+        return load(dataset, index)
+
+    SyntheticFlowers.load = counted  # type: ignore[method-assign]
+
+
+def cannot_read_in_step_3() -> None:
+    _unreadable("train", 10)
+
+
+def cannot_read_in_evaluation() -> None:
+    _unreadable("val", 2)
+
+
+def register_toy_task() -> None:
+    import toy_task  # noqa: F401  (registers itself)
+
+
+def _run(rank: int, port: int, values: Mapping[str, Any], sabotage: Any, prepare: Any, answers: Any) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {key: str(value) for key, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if prepare is not None:
+        prepare()
+    if sabotage is not None and rank == 1:
+        sabotage()
+    try:
+        train(Recipe(**values))
+        answers.put((rank, ""))
+    except ValueError as error:
+        answers.put((rank, f"{type(error).__name__}: {error}"))
+
+
+def run_two(
+    recipe: Recipe, changes: Mapping[str, Any] | None = None, sabotage: Any = None, prepare: Any = None
+) -> list[str | None]:
+    """What came of processes 0 and 1: "" for success, an error's class and message, None for a killed one.
+
+    `changes` are those of process 1's recipe; `sabotage` is called in it before, `prepare` in both.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    answers = _CONTEXT.Queue()
+    processes = []
+    for rank in (0, 1):
+        values = recipe.to_dict() | (changes or {} if rank == 1 else {})
+        processes.append(_CONTEXT.Process(target=_run, args=(rank, port, values, sabotage, prepare, answers)))
+        processes[-1].start()
+    for process in processes:
+        process.join(SECONDS)
+        assert process.exitcode is not None, "a process waits for ever"
+    found = {}
+    while len(found) < sum(process.exitcode == 0 for process in processes):
+        rank, answer = answers.get(timeout=SECONDS)
+        found[rank] = answer
+    return [found.get(0), found.get(1)]

@@ -1,0 +1,100 @@
+"""The end of a run: the result first, then what decorates it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from vimtune.output import OutputError
+from vimtune.tasks.job import Outcome
+from vimtune.text import shorten
+from vimtune.training import pictures
+from vimtune.training.folder import RunFolder
+from vimtune.training.identity import HARMLESS
+from vimtune.training.report import Report, print_report, write_report
+from vimtune.training.tracking import Tracker
+
+Files = Mapping[str, Callable[[Path], None]]
+"""Names of files in the run folder, and functions that write them."""
+
+MAX_REASON = 400
+"""Characters of somebody's error message that a warning repeats."""
+
+NOT_COMPARED = frozenset(HARMLESS) - {"checkpoint", "pretrained"}
+"""Settings without influence on the scores, which TensorBoard's table of runs leaves out."""
+
+
+def conclude(report: Report, outcome: Outcome, files: Files, folder: RunFolder, tracker: Tracker) -> Report:
+    """Write, draw and print the result of a run, and close its tracker.
+
+    report.json comes first, and with it the run is finished: when something after it fails, only that
+    is missing, and a warning says why.
+
+    Args:
+        report: the result.
+        outcome: what it was made from.
+        files: what the task adds to the run folder: names of files, and functions that write them.
+        folder: that of the run.
+        tracker: shows the report and records the final scores.
+
+    Returns:
+        The report with these warnings, as the file has it.
+
+    Raises:
+        OutputError: report.json cannot be written.
+    """
+    write_report(report, folder)
+    problems = list(_decorate(report, outcome, files, folder, tracker))
+    tracker.close()
+    if problems:
+        report = dataclasses.replace(report, warnings=[*report.warnings, *problems])
+        problems += _attempt("warnings about it in report.json", lambda: write_report(report, folder))
+    for problem in problems:
+        tracker.message(f"warning: {problem}")
+    for problem in _attempt("final table", lambda: print_report(report, tracker.console)):
+        tracker.message(f"warning: {problem}")
+    return report
+
+
+def final_scores(report: Report, outcome: Outcome) -> dict[str, float | None]:
+    """The scores by which TensorBoard's table compares runs."""
+    found, selected = outcome.evaluation, outcome.task.scores[:1]
+    final = {f"final/{report.split}_{name}": value for name, value in found.scores.items()}
+    best = {f"final/best_{report.selection_split}_{s.name}": outcome.best[s.name] for s in selected}
+    return {**final, f"final/{report.split}_loss": found.loss, **best}
+
+
+def _decorate(
+    report: Report, outcome: Outcome, files: Files, folder: RunFolder, tracker: Tracker
+) -> Iterator[str]:
+    """Do everything that is not the result itself; yield a line for each part that did not succeed."""
+
+    def draw_curve(path: Path) -> None:
+        score = outcome.task.scores[0] if outcome.task.scores else None
+        pictures.save_picture(pictures.draw_learning_curve(report, score), path)
+
+    for path, make in {folder.path / name: make for name, make in files.items()}.items():
+        yield from _attempt(path.name, partial(_renew, path, make))
+    yield from _attempt(folder.learning_curve.name, partial(_renew, folder.learning_curve, draw_curve))
+    settings = {name: value for name, value in report.recipe.items() if name not in NOT_COMPARED}
+    yield from _attempt(
+        "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report, outcome))
+    )
+
+
+def _renew(path: Path, make: Callable[[Path], None]) -> None:
+    """Make the file `path`; one of an earlier session does not stay beside the new result."""
+    path.unlink(missing_ok=True)
+    make(path)
+
+
+def _attempt(what: str, action: Callable[[], None]) -> Iterator[str]:
+    """Call `action`; yield one line if it fails."""
+    try:
+        action()
+    except Exception as error:  # whatever a drawing library raises, the result has been written
+        reason = shorten(" ".join(str(error).split()), MAX_REASON)
+        kind = "" if isinstance(error, OutputError) else f"{type(error).__name__}: "
+        yield f"no {what}: {kind}{reason}"

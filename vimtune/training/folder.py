@@ -1,0 +1,159 @@
+"""The run folder: what lies where, who may write there, and one clear message when it cannot be written.
+
+One run at a time works in a folder. It holds a lock of the operating system on a hidden file there, from
+its first write (a resumed run: before it reads its state) to its end. The system frees such a lock when the
+process ends, however it ends, so a crash leaves nothing behind that somebody must remove.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vimtune.output import WRITING_ERRORS, OutputError, refusal
+from vimtune.text import printable, shorten
+
+logger = logging.getLogger(__name__)
+
+LOCK_PATIENCE = 6.0
+"""Seconds to wait for a lock: data workers of a killed run may keep it until they miss their parent."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class FolderInUseError(ValueError):
+    """Another run works in the folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run's files."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The settings of the run."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        """The best adapter of the state in `checkpoint`."""
+        return self.path / "adapter.safetensors"
+
+    @property
+    def next_adapter(self) -> Path:
+        """A better adapter whose state is not yet written; see `vimtune.training.state`."""
+        return self.path / ".adapter.next.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last state of the run, to continue from."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """Records of steps and epochs, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        """The result; a run that has it is finished."""
+        return self.path / "report.json"
+
+    @property
+    def learning_curve(self) -> Path:
+        """Losses and the most important score over the epochs."""
+        return self.path / "learning_curve.png"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the run that works in the folder."""
+        return self.path / ".lock"
+
+    @property
+    def holder(self) -> Path:
+        """Says in one line who locked the folder last. It is a file of its own, because a process that waits
+        for a lock may empty the locked file."""
+        return self.path / ".holder"
+
+
+def create_unused(path: Path) -> Path:
+    """Make the first of path, path-2, path-3, ... that does not exist; two runs never get the same one."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            with suppress(FileExistsError):
+                candidate.mkdir()
+                break
+    return candidate
+
+
+@contextmanager
+def hold(folder: RunFolder) -> Iterator[None]:
+    """Keep other runs out of an existing folder for the length of a block.
+
+    Raises:
+        FolderInUseError: another run works in it; the message says who.
+        OutputError: nothing can be written there.
+    """
+    lock = FileLock(folder.lock)
+    with writing(folder.lock):
+        try:
+            lock.acquire(timeout=LOCK_PATIENCE)
+        except Timeout:
+            raise FolderInUseError(
+                f"the run folder {printable(str(folder.path))} is in use by {_holder(folder)}: wait for that "
+                "run to end, or choose another output_dir"
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            logger.warning(
+                "the file system of %s has no locks: make sure that no other run uses this folder",
+                printable(str(folder.path)),
+            )
+    try:
+        with writing(folder.holder):
+            moment = time.strftime("%Y-%m-%d %H:%M:%S")
+            folder.holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {moment}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _holder(folder: RunFolder) -> str:
+    try:
+        with open(folder.holder, encoding="utf-8", errors="replace") as file:
+            return printable(shorten(file.read(200).strip())) or "another process"
+    except OSError:
+        return "another process"
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into an `OutputError`."""
+    try:
+        yield
+    except WRITING_ERRORS as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space" if full else "check the folder and its permissions"
+        raise OutputError(
+            f"cannot write {os.fspath(path)}: {refusal(error)}. Files written before are intact; {advice}, "
+            f"then continue with --resume {Path(path).parent} if it holds a checkpoint"
+        ) from error

@@ -1,0 +1,108 @@
+"""Forward and backward of the training batches: seeded by step, replayed as a CUDA graph where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vimtune.tasks.job import Batch, Job, Tensors
+from vimtune.training.gradients import Gradients
+from vimtune.training.graph import BatchGraph, CaptureError
+from vimtune.training.guard import find_nonfinite
+from vimtune.training.precision import Autocast, in_precision
+from vimtune.training.settings import derive_seed, seed_generators
+
+
+class Passes:
+    """Runs the batches of a job forward and backward.
+
+    What a pass draws at random depends on the seed of the run, the number of the step, the number of the
+    batch in its step, and the rank of the process, and on nothing that happened before. Therefore a pass can
+    be repeated, and a resumed run draws what an uninterrupted one would.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        gradients: Gradients,
+        scaler: torch.amp.GradScaler,
+        *,
+        autocast: Autocast,
+        compiled: bool,
+        seed: int,
+        rank: int,
+        device: torch.device,
+        divisor: int,
+        graph: BatchGraph | None,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Prepare the passes of a run.
+
+        Args:
+            job: model, loss and the preparation of batches.
+            gradients: where the gradients of a step come together.
+            scaler: scales losses for fp16, or leaves them as they are.
+            autocast: opens the block in which the model runs.
+            compiled: whether `torch.compile` compiles the model.
+            seed: that of the run.
+            rank: number of this process.
+            device: where the model is.
+            divisor: losses are divided by it before the backward pass.
+            graph: replays the passes; None runs them one operation after the other.
+            warn: told when the graph could not be recorded.
+        """
+        self.gradients, self.graph = gradients, graph
+        self._job, self._scaler, self._autocast = job, scaler, autocast
+        self._seed, self._rank, self._device = seed, rank, device
+        self._divisor, self._warn = divisor, warn
+        self._forward = in_precision(torch.compile(job.model) if compiled else job.model, autocast)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether any batch was replayed."""
+        return self.graph is not None and self.graph.num_replays > 0
+
+    def run(self, batch: Batch, step: int, micro: int) -> Tensor:
+        """Add the gradients of a batch to those of the step.
+
+        Args:
+            batch: this process's share of the batch; not empty.
+            step: number of the optimizer step in the run.
+            micro: number of the batch in the step.
+
+        Returns:
+            The loss, summed over what the task counts: a scalar, valid until the next call.
+        """
+        tensors = self._prepare(batch, step, micro)
+        if self.graph is not None:
+            try:
+                return self.graph(self._forward_backward, tensors)
+            except CaptureError as error:
+                self.graph = None
+                self._warn(f"the CUDA graph could not be recorded, batches run eagerly: {error}")
+        return self._forward_backward(tensors)
+
+    def loss(self, batch: Batch, step: int, micro: int) -> Tensor:
+        """The loss of the same pass, for the caller to differentiate; it is not scaled or replayed."""
+        return self._job.loss(self._forward, self._prepare(batch, step, micro))
+
+    def find_nonfinite(self, batch: Batch, step: int, micro: int) -> str | None:
+        """Repeat a pass and name the first place where inf or NaN arises in it; overwrites gradients."""
+        forward = in_precision(self._job.model, self._autocast)
+
+        def repeat() -> Tensor:
+            return self._job.loss(forward, self._prepare(batch, step, micro))
+
+        return find_nonfinite(self._job.model, batch.tensors, repeat, backward=True)
+
+    def _prepare(self, batch: Batch, step: int, micro: int) -> Tensors:
+        """Seed the generators for a pass and prepare its batch; the same at every call."""
+        seed_generators(derive_seed(self._seed, "step", step, micro, self._rank), self._device)
+        return self._job.prepare(batch.tensors, derive_seed(self._seed, "mix", step, micro))
+
+    def _forward_backward(self, tensors: Tensors) -> Tensor:
+        loss = self._job.loss(self._forward, tensors)
+        self.gradients.add(self._scaler.scale(loss / self._divisor))
+        return loss.detach()

@@ -1,0 +1,278 @@
+"""A training run: its epochs, the selection of the best one, what is saved, and the report at the end."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+import vimtune
+from vimtune import adapters
+from vimtune.recipe import Recipe
+from vimtune.tasks.base import Task
+from vimtune.tasks.job import Evaluation, Job, Loader, Outcome
+from vimtune.training.conclusion import conclude
+from vimtune.training.distributed import PeerLostError, Processes
+from vimtune.training.evaluate import evaluate
+from vimtune.training.folder import RunFolder, writing
+from vimtune.training.guard import NonFiniteError
+from vimtune.training.identity import Facts, lasting
+from vimtune.training.inputs import InputError
+from vimtune.training.interrupt import Interrupted, Stopping, StopRequest
+from vimtune.training.optim import CosineSchedule
+from vimtune.training.precision import Autocast
+from vimtune.training.report import Report, describe_method, peak_memory, shared_fields
+from vimtune.training.settling import settle
+from vimtune.training.state import EpochRecord, Progress, RunState, ended, save_run_state, settle_best_adapter
+from vimtune.training.stepper import Step, Stepper
+from vimtune.training.tracking import Tracker
+from vimtune.training.trained import Trained
+
+
+@dataclass
+class Run:
+    """One training run in this process, ready to begin or to go on."""
+
+    recipe: Recipe
+    task: Task
+    job: Job
+    processes: Processes
+    trained: Trained
+    stepper: Stepper
+    schedule: CosineSchedule
+    autocast: Autocast
+    facts: Facts
+    progress: Progress
+    folder: RunFolder
+    tracker: Tracker
+    stop: StopRequest
+    last_evaluation: Evaluation | None = None
+    """That of the epoch before, of the weights that the model had then."""
+    started: float = field(default_factory=time.monotonic)
+    """When this session of the run began."""
+
+    def __post_init__(self) -> None:
+        self.seconds_before = self.progress.seconds
+
+    def complete(self) -> Report:
+        """Train the epochs that are left, then score the best adapter and write the report."""
+        try:
+            if self.progress.step == 0:
+                settle(self.trained, self.job.train, self.stepper.passes, self.processes)
+            while not ended(self.recipe.optimisation, self.progress):
+                self._train_epoch()
+                self._end_epoch()
+            return self._finish()
+        except Stopping as stopping:
+            # All processes are here; one of them may know more than the others.
+            failures = [text for text in self.processes.gather(stopping.failure) if text is not None]
+            self._save()
+            if failures:
+                raise InputError(f"{failures[0].rstrip('.')}; {self._how_to_continue()}") from stopping
+            self.tracker.message(self._what_is_saved(), self._resume_command())
+            raise Interrupted(self._how_to_continue()) from None
+        except PeerLostError as error:
+            if not self.processes.is_main:
+                raise
+            self._save()
+            raise PeerLostError(f"{error}; {self._how_to_continue()}") from error
+
+    # --- an epoch -----------------------------------------------------------------------------
+
+    def _train_epoch(self) -> None:
+        """Take the steps of the epoch that are left, and note and show what came of each."""
+        loader, progress = self.job.train, self.progress
+        loader.set_position(progress.epoch, progress.batch)
+        self.job.model.train()
+        shown_count = progress.count
+        clock = shown_at = time.monotonic()
+        for step in self.stepper.steps(loader, progress.epoch):
+            loss_sum, wishes, norm = step.numbers.read()
+            now = time.monotonic()
+            self._advance(step, loss_sum, now - clock)
+            clock = now
+            loss = loss_sum / max(1, step.count)
+            self.tracker.show_step(progress.epoch, progress.step, loss, step.lr, self._rate())
+            if progress.step % self.recipe.run.log_interval == 0 or progress.batch == len(loader):
+                rate = (progress.count - shown_count) / max(1e-9, now - shown_at)
+                shown_count, shown_at = progress.count, now
+                self.tracker.record_step(
+                    {
+                        "step": progress.step,
+                        "epoch": progress.epoch + 1,
+                        "loss": loss,
+                        "lr": step.lr,
+                        "grad_norm": norm,
+                        f"{self.task.unit}_per_second": rate,
+                    }
+                )
+            if wishes > 0:
+                raise Stopping
+            del step  # and with it its batches: others are about to be fetched
+
+    def _advance(self, step: Step, loss_sum: float, seconds: float) -> None:
+        """Count a step that is done and took `seconds`."""
+        progress = self.progress
+        progress.step += 1
+        progress.batch += len(step.window)
+        progress.loss_sum += loss_sum
+        progress.loss_count += step.count
+        progress.count += step.count
+        progress.train_seconds += seconds
+
+    def _rate(self) -> float:
+        """Units per second in training so far."""
+        return self.progress.count / max(1e-9, self.progress.train_seconds)
+
+    def _end_epoch(self) -> None:
+        """Evaluate if it is time, keep the adapter if it is the best so far, and save the state."""
+        progress, number = self.progress, self.progress.epoch + 1
+        if progress.loss_count == 0:
+            raise InputError(f"epoch {number}: none of the training {self.task.examples} can be decoded")
+        record = EpochRecord(
+            epoch=number,
+            step=progress.step,
+            lr=self.schedule(max(0, progress.step - 1), self.recipe.optimisation.lr),
+            train_loss=progress.loss_sum / progress.loss_count,
+            rate=self._rate(),
+        )
+        if number == self.recipe.optimisation.epochs or number % self.recipe.run.eval_interval == 0:
+            with self.trained.averaged():
+                found = self.last_evaluation = self._evaluate(self.job.selection)
+                record.loss, record.scores = found.loss, dict(found.scores)
+                self._select(record)
+        progress.history.append(record)
+        progress.epoch, progress.batch = number, 0
+        progress.loss_sum, progress.loss_count = 0.0, 0
+        self.tracker.record_epoch(record, self.job.selection.split)
+        self._save()
+
+    def _select(self, record: EpochRecord) -> None:
+        """Make an epoch that was just evaluated the best one, if it is."""
+        best = self.progress.best
+        if best is None or self._rank(record) > self._rank(best):
+            self.progress.best_epoch, self.progress.stale_evaluations = record.epoch, 0
+            self._save_next_adapter()
+        else:
+            self.progress.stale_evaluations += 1
+
+    def _rank(self, record: EpochRecord) -> tuple[float, ...]:
+        assert record.loss is not None and record.scores is not None, "the epoch was evaluated"
+        return self.task.rank(record.loss, record.scores)
+
+    def _evaluate(self, loader: Loader) -> Evaluation:
+        loader.set_position(0)
+        self.tracker.show_evaluation(loader.split)
+        try:
+            found = evaluate(
+                self.job.model,
+                loader,
+                self.job.start_tally(loader),
+                device=self.processes.device,
+                autocast=self.autocast,
+                processes=self.processes,
+                should_stop=lambda: self.stop.requested,
+            )
+        except InputError as error:
+            raise Stopping(str(error)) from error
+        if found is None:
+            raise Stopping
+        if not math.isfinite(found.loss):
+            raise NonFiniteError(
+                f"the loss on {loader.split!r} is not finite: the weights have diverged, lower --lr"
+            )
+        return found
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def _finish(self) -> Report:
+        """Score the best adapter as it lies in its file, and write the report."""
+        recipe, job, progress = self.recipe, self.job, self.progress
+        memory = max(self.processes.gather(peak_memory(self.processes.device)))
+        # From the file, as a user would: what is scored is what the run leaves behind.
+        info = vimtune.load_adapter(job.model, self.folder.adapter, name="best", force=recipe.run.force)
+        found = self._known_evaluation() or self._evaluate(job.final)
+        for loader in job.loaders:
+            if number := len(set().union(*self.processes.gather(set(loader.left_out())))):
+                self.tracker.warn(f"{loader.split}: {number} corrupt {self.task.examples} left out")
+        progress.seconds = self._seconds()
+        best, last = progress.best, progress.evaluated[-1]
+        assert best is not None, "the last epoch of a run is evaluated"
+        outcome = Outcome(self.task, found, best.scores or {}, last.scores or {}, self._rate())
+        shared = shared_fields(
+            recipe,
+            progress,
+            loss=found.loss,
+            split=job.final.split,
+            data={loader.split: loader.source for loader in job.loaders},
+            method_config=describe_method(info),
+            trainable=self.trained.count,
+            total=vimtune.summary(job.model).total,
+            processes=self.processes,
+            memory=memory,
+            cuda_graph=self.stepper.passes.replayed,
+            run_dir=self.folder.path,
+            history=[record.flat(self.task.unit) for record in progress.history],
+        )
+        report = job.build_report(shared, outcome)
+        if self.processes.is_main:
+            files = job.result_files(report, found)
+            report = conclude(report, outcome, files, self.folder, self.tracker)
+        return report
+
+    def _known_evaluation(self) -> Evaluation | None:
+        """The last evaluation, if it was of the final split with the very weights of the best adapter."""
+        if self.job.final is not self.job.selection or self.last_evaluation is None:
+            return None
+        scored = self.trained.scored
+        saved = adapters.adapter_state_dict(self.job.model, "best")
+        same = saved.keys() == scored.keys() and all(torch.equal(saved[key], scored[key]) for key in saved)
+        return self.last_evaluation if same else None
+
+    # --- files --------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write the state, then put the adapter that belongs to it in its place."""
+        self.progress.seconds = self._seconds()
+        self.progress.metrics_bytes = self.tracker.sync()  # first, so that this count is never too high
+        if not self.processes.is_main:
+            return
+        state = RunState(
+            recipe=lasting(self.recipe), facts=self.facts, progress=self.progress, **self.trained.tensors()
+        )
+        save_run_state(self.folder.checkpoint, state)
+        settle_best_adapter(self.folder, self.progress.best_epoch)
+
+    def _save_next_adapter(self) -> None:
+        """Write the adapter that becomes the best one when the state is saved next."""
+        if not self.processes.is_main:
+            return
+        with writing(self.folder.next_adapter):
+            vimtune.save_adapter(
+                self.job.model,
+                self.folder.next_adapter,
+                **self.job.saved_with_adapter,
+                extra={"recipe": self.recipe.to_share(), "epoch": self.progress.epoch + 1},
+            )
+
+    # --- words --------------------------------------------------------------------------------
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _how_to_continue(self) -> str:
+        return f"{self._what_is_saved()}\n  {self._resume_command()}"
+
+    def _what_is_saved(self) -> str:
+        return (
+            f"stopped after step {self.progress.step} of {self.schedule.total_steps}; "
+            "the state is saved, continue with:"
+        )
+
+    def _resume_command(self) -> str:
+        command = f"vimtune train --resume {shlex.quote(str(self.folder.path))}"
+        count = self.processes.world_size
+        return command if count == 1 else f"torchrun --nproc-per-node {count} --no-python {command}"

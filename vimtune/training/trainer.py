@@ -1,0 +1,236 @@
+"""From a recipe to a run: `train` opens the parts of a run and lets it complete."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+
+import vimtune
+from vimtune import adapters
+from vimtune.console import build_console
+from vimtune.ops import resolved_backend
+from vimtune.recipe import Recipe
+from vimtune.recipe.components import OptimisationSettings
+from vimtune.tasks.job import Job
+from vimtune.training.distributed import Processes, open_processes
+from vimtune.training.gradients import FreshGradients, Gradients, StandingGradients
+from vimtune.training.graph import BatchGraph, CudaRecorder, refusals
+from vimtune.training.identity import Facts, compare, facts_of_all, settings_of_all
+from vimtune.training.interrupt import StopRequest
+from vimtune.training.optim import CosineSchedule
+from vimtune.training.passes import Passes
+from vimtune.training.precision import Autocast, build_autocast
+from vimtune.training.prefetch import WindowReader
+from vimtune.training.report import Report, print_report, versions
+from vimtune.training.run import Run
+from vimtune.training.settings import process_settings
+from vimtune.training.start import Start, find_start, prepare_folder
+from vimtune.training.state import Progress, RunState, check_place
+from vimtune.training.stepper import Stepper, stepper_class
+from vimtune.training.tracking import Tracker
+from vimtune.training.trained import Trained, build_trained
+
+
+def train(recipe: Recipe) -> Report:
+    """Fine-tune as `recipe` says and leave a run folder behind.
+
+    The folder holds recipe.yaml, adapter.safetensors (the best), checkpoint.safetensors (the last
+    state, for `resume`), metrics.jsonl, tensorboard/, report.json, learning_curve.png, and what the task
+    adds: confusion_matrix.png and confusion_matrix.csv. Under torchrun all processes call this with the
+    same recipe; only the first one writes and prints.
+
+    Returns:
+        The report, of the class that the task has for it.
+
+    Raises:
+        ValueError: the recipe, the data, the weights or the run to resume do not allow the run,
+            another run uses the folder, the output cannot be written, (`NonFiniteError`) training met inf
+            or NaN, or (`InputError`, `PeerLostError`) data or another process got lost; then the state
+            was saved.
+        Interrupted: Ctrl-C or SIGTERM; the state was saved and can be resumed.
+    """
+    with (
+        open_processes(recipe.run.device, recipe.check_paths) as processes,
+        process_settings(recipe.run, processes.device),
+        ExitStack() as stack,
+    ):
+        with processes.failing_together():
+            processes.demand_same(settings_of_all(recipe))
+            with processes.main_first():  # it locks the folder
+                start = find_start(recipe, stack if processes.is_main else None)
+            if start.report is not None:
+                print_report(start.report, build_console(quiet=not processes.is_main))
+                return start.report
+            run = open_run(recipe, processes, start, stack)
+        return run.complete()
+
+
+def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStack) -> Run:
+    """Open all that a run works with; the folder comes last, so that a run that cannot start leaves none.
+
+    Args:
+        recipe: the settings.
+        processes: those of the run.
+        start: whether it begins or goes on.
+        stack: closes what was opened.
+
+    Raises:
+        ValueError: the run cannot start, for the reasons that `train` names.
+    """
+    task, optimisation = recipe.task, recipe.optimisation
+    eager_because = refusals(optimisation, processes.device)
+    if optimisation.cuda_graph == "on" and eager_because:
+        raise ValueError(f"cuda_graph = 'on' is not possible: {'; '.join(eager_because)}. Use auto")
+    autocast = build_autocast(optimisation.amp, processes.device)
+    job = task.open(recipe, processes)
+    stack.callback(job.close)
+    trained = build_trained(optimisation, job.model, processes.device)
+    schedule = _schedule(optimisation, len(job.train))
+    facts = _facts(job, processes)
+    progress = Progress() if start.saved is None else _continue(recipe, start.saved, facts, job, trained)
+    processes.demand_same(facts_of_all(facts, progress.step))
+    folder = prepare_folder(recipe, start, progress, processes, stack)
+    tracker = Tracker(
+        folder,
+        build_console(quiet=not processes.is_main),
+        task,
+        is_main=processes.is_main,
+        epochs=optimisation.epochs,
+        total_steps=schedule.total_steps,
+        first_step=progress.step,
+        keep_bytes=progress.metrics_bytes,
+        warnings=progress.warnings,
+    )
+    stack.callback(tracker.close)
+    stop = stack.enter_context(StopRequest())
+    replayed = not eager_because
+    stepper = _stepper(
+        optimisation, recipe.run.seed, job, trained, schedule, processes, stop, tracker, autocast, replayed
+    )
+    run = Run(
+        recipe=recipe,
+        task=task,
+        job=job,
+        processes=processes,
+        trained=trained,
+        stepper=stepper,
+        schedule=schedule,
+        autocast=autocast,
+        facts=facts,
+        progress=progress,
+        folder=folder,
+        tracker=tracker,
+        stop=stop,
+    )
+    _introduce(run, eager_because)
+    return run
+
+
+def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:
+    """The learning rate over the steps of a run whose epochs have so many batches."""
+    steps_per_epoch = math.ceil(batches / settings.grad_accum)
+    return CosineSchedule(
+        total_steps=steps_per_epoch * settings.epochs,
+        warmup_steps=round(steps_per_epoch * settings.warmup_epochs),
+        min_lr=settings.min_lr,
+    )
+
+
+def _facts(job: Job, processes: Processes) -> Facts:
+    """What the weights will depend on besides the recipe."""
+    base = adapters.base_identity(job.model)
+    return Facts(
+        outputs=job.outputs,
+        train_examples=job.train.num_examples,
+        base_hash=base.bits,
+        base_origin=base.origin,
+        versions=versions(),
+        data={loader.split: loader.fingerprint() for loader in job.loaders},
+        processes=processes.world_size,
+    )
+
+
+def _continue(recipe: Recipe, saved: RunState, facts: Facts, job: Job, trained: Trained) -> Progress:
+    """Take over the state of a run, and return where it stands.
+
+    Raises:
+        ResumeError: it is a state of another run.
+    """
+    same_base = adapters.has_base(job.model, saved.facts.base_hash, saved.facts.base_origin)
+    notes = compare(saved.recipe, saved.facts, recipe, facts, same_base)
+    check_place(saved.progress, len(job.train))
+    trained.restore(saved)
+    progress = saved.progress
+    progress.warnings += [note for note in notes if note not in progress.warnings]
+    return progress
+
+
+def _stepper(
+    settings: OptimisationSettings,
+    seed: int,
+    job: Job,
+    trained: Trained,
+    schedule: CosineSchedule,
+    processes: Processes,
+    stop: StopRequest,
+    tracker: Tracker,
+    autocast: Autocast,
+    replayed: bool,
+) -> Stepper:
+    """The steps of a run, from where `tracker` stands, with batches `replayed` as a CUDA graph or not."""
+    parameters = list(trained.parameters.values())
+    gradients: Gradients = FreshGradients(parameters)
+    graph = None
+    if replayed:
+        gradients = StandingGradients(parameters, one_batch=settings.grad_accum == 1)
+        # The first step is over before: gradients still absent after it are those of dead tensors.
+        graph = BatchGraph(CudaRecorder(processes.device), parameters, warmup=settings.grad_accum + 1)
+    usual_count = job.usual_count * settings.grad_accum
+    passes = Passes(
+        job,
+        gradients,
+        trained.scaler,
+        autocast=autocast,
+        compiled=settings.compile,
+        seed=seed,
+        rank=processes.rank,
+        device=processes.device,
+        divisor=usual_count,
+        graph=graph,
+        warn=tracker.warn,
+    )
+    return stepper_class(trained)(
+        passes,
+        trained,
+        WindowReader(processes.device, settings.grad_accum),
+        schedule,
+        processes,
+        stop,
+        first_step=tracker.first_step,
+        usual_count=usual_count,
+        clip_grad=settings.clip_grad,
+        amp=settings.amp,
+        warn=tracker.warn,
+    )
+
+
+def _introduce(run: Run, eager_because: list[str]) -> None:
+    """Say what the run works on, and with what."""
+    recipe, tracker, progress = run.recipe, run.tracker, run.progress
+    for loader in run.job.loaders:
+        tracker.message(f"{loader.split}: {loader.source}")
+    trainable, total = run.trained.count, vimtune.summary(run.job.model).total
+    device, world_size = run.processes.device, run.processes.world_size
+    tracker.message(
+        f"{recipe.backbone.model}, {recipe.method.peft}: {trainable:,} of {total:,} parameters trained "
+        f"({100 * trainable / total:.2f} %); {device}, backend {resolved_backend(device)}, "
+        f"amp {recipe.optimisation.amp}" + (f", {world_size} processes" if world_size > 1 else "")
+    )
+    if device.type == "cuda":
+        reasons = "; ".join(eager_because)
+        tracker.message(f"CUDA graph: no, {reasons}" if reasons else "CUDA graph: yes, after a warm-up")
+    tracker.message(f"run folder: {run.folder.path}")
+    if progress.step:
+        tracker.message(f"resumed in epoch {progress.epoch + 1} after step {progress.step}")
+    for warning in progress.warnings:
+        tracker.message(f"warning: {warning}")
