@@ -36,7 +36,7 @@ def test_one_choice_of_every_group_makes_a_recipe(grid):
         "dataset_kwargs": {"species": 4},
         "peft": "full",
     }
-    assert load_recipe(grid, {"epochs": "7"}, "generated/lora_in").lr == 0.5
+    assert load_recipe(grid, {"epochs": "7"}, "generated/lora_in").optimisation.lr == 0.5
     assert variants_of(grid) == ["generated/lora_in", "generated/full", "mine/lora_in", "mine/full"]
 
 

@@ -50,13 +50,19 @@ every_recipe = pytest.mark.parametrize(
 @every_recipe
 def test_it_loads_and_its_place_tells_what_it_is(path, variant):
     recipe = load_recipe(path, variant=variant)
-    assert recipe.model.startswith({"paper": "vim_tiny_", "nano": "vim_nano_"}[path.stem.split("_")[0]])
+    assert recipe.backbone.model.startswith(
+        {"paper": "vim_tiny_", "nano": "vim_nano_"}[path.stem.split("_")[0]]
+    )
     if variant is None:
         return
     *data, method = variant.split("/")
-    assert data in ([], [recipe.dataset])
-    place = {"both": "_both", "in_proj": "_in", "out_proj": "_out"}[recipe.targets] if recipe.targets else ""
-    assert method in (recipe.peft + place, recipe.peft)
+    assert data in ([], [recipe.data.dataset])
+    place = (
+        {"both": "_both", "in_proj": "_in", "out_proj": "_out"}[recipe.method.targets]
+        if recipe.method.targets
+        else ""
+    )
+    assert method in (recipe.method.peft + place, recipe.method.peft)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -121,9 +127,11 @@ def number_trained_with_one_class(model: str, method: str, targets: str | None, 
 
 def number_trained(recipe: Recipe) -> int:
     """Parameters that are trained. Only those of the head depend on the data set."""
-    options = json.dumps(recipe.method_kwargs)
-    more = (plain_model(recipe.model).num_features + 1) * (NUM_CLASSES[recipe.dataset] - 1)
-    return more + number_trained_with_one_class(recipe.model, recipe.peft, recipe.targets, options)
+    options = json.dumps(recipe.method.method_kwargs)
+    more = (plain_model(recipe.backbone.model).num_features + 1) * (NUM_CLASSES[recipe.data.dataset] - 1)
+    return more + number_trained_with_one_class(
+        recipe.backbone.model, recipe.method.peft, recipe.method.targets, options
+    )
 
 
 @every_recipe
@@ -134,10 +142,10 @@ def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path,
     trained = number_trained(recipe)
     method = variant.rpartition("/")[2]
     cells = SCORES[path.stem][method]
-    stated = {"cars": -2}.get(recipe.dataset, -1)
+    stated = {"cars": -2}.get(recipe.data.dataset, -1)
     assert int(cells[stated].replace(",", "")) == trained
     if path.stem == "paper" and variant != "flowers/prodial_in":  # see the README about this one
-        published = float(cells[3 + ["cars", "caltech", "flowers"].index(recipe.dataset)])
+        published = float(cells[3 + ["cars", "caltech", "flowers"].index(recipe.data.dataset)])
         # DoRA's counts in the table belong to ranks tuned per data set; the rank here is 16.
         assert trained / 1e6 == pytest.approx(published, rel=0.005, abs=0.042 if "dora" in method else 0.02)
 
@@ -150,17 +158,19 @@ def distinct() -> dict[str, Recipe]:
         recipe = load_recipe(path, variant=variant)
         method = {name: getattr(recipe, name) for name in ("peft", "targets", "layers", "peft_kwargs")}
         fields = (
-            recipe.method_kwargs | {"rank": 4} if "rank" in recipe.method_kwargs else recipe.method_kwargs
+            recipe.method.method_kwargs | {"rank": 4}
+            if "rank" in recipe.method.method_kwargs
+            else recipe.method.method_kwargs
         )
         key = " ".join(str(value) for value in (*method.values(), fields) if value)
         recipes[key] = Recipe(
             model="test_vim",
             pretrained=False,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
+            lr=recipe.optimisation.lr,
+            weight_decay=recipe.optimisation.weight_decay,
             **method | fields,
         )
-    for method in set(METHODS) - {recipe.peft for recipe in recipes.values()}:
+    for method in set(METHODS) - {recipe.method.peft for recipe in recipes.values()}:
         recipes[method] = Recipe(model="test_vim", pretrained=False, peft=method)
     return recipes
 
@@ -173,7 +183,11 @@ def test_one_step_of_every_method_setting_moves_all_it_trains(recipe):
         torch.nn.init.normal_(entry.parameter, std=0.05)
     entries = list(adapter_parameters(model))
     optimizer = build_optimizer(
-        entries, lr=recipe.lr, head_lr=recipe.head_lr, weight_decay=recipe.weight_decay, betas=(0.9, 0.999)
+        entries,
+        lr=recipe.optimisation.lr,
+        head_lr=recipe.optimisation.head_lr,
+        weight_decay=recipe.optimisation.weight_decay,
+        betas=(0.9, 0.999),
     )
     # Read off an owner, an adapted weight is the effective one; named_parameters has the raw tensors.
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -284,8 +284,8 @@ def test_method_flags_are_accepted_exactly_where_the_method_has_the_field(method
 
 def test_a_composition_has_the_fields_of_all_its_methods():
     recipe = build(peft="bitfit + lora", rank=4, peft_kwargs={"alpha": 2.0})
-    assert recipe.peft == "bitfit+lora"
-    assert recipe.method_kwargs == {"rank": 4, "alpha": 2.0}
+    assert recipe.method.peft == "bitfit+lora"
+    assert recipe.method.method_kwargs == {"rank": 4, "alpha": 2.0}
 
 
 def test_fields_of_one_method_of_a_composition():
@@ -310,8 +310,8 @@ def test_recipes_are_checked_however_they_are_made():
 
 
 def test_mutable_defaults_are_not_shared():
-    Recipe().peft_kwargs["rank"] = 3
-    assert Recipe().peft_kwargs == {}
+    Recipe().method.peft_kwargs["rank"] = 3
+    assert Recipe().method.peft_kwargs == {}
 
 
 def test_the_evaluated_split_follows_the_training_split():
@@ -331,7 +331,11 @@ def write(path, text):
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     config = write(tmp_path / "a.yaml", "lr: 1e-2\nepochs: 3\n")
     recipe = load_recipe(config, {"epochs": "5"})
-    assert (recipe.lr, recipe.epochs, recipe.batch_size) == (0.01, 5, Recipe().batch_size)
+    assert (recipe.optimisation.lr, recipe.optimisation.epochs, recipe.optimisation.batch_size) == (
+        0.01,
+        5,
+        Recipe().optimisation.batch_size,
+    )
 
 
 @pytest.mark.parametrize(
@@ -394,8 +398,8 @@ def test_resuming_needs_only_the_folder(tmp_path):
     run = tmp_path / "run"
     build(lr=0.02, epochs=4, output_dir="elsewhere").save(run / "recipe.yaml")
     recipe = load_recipe(None, {"resume": str(run), "epochs": "6"})
-    assert (recipe.lr, recipe.epochs) == (0.02, 6)
-    assert recipe.resume == recipe.output_dir == str(run)
+    assert (recipe.optimisation.lr, recipe.optimisation.epochs) == (0.02, 6)
+    assert recipe.run.resume == recipe.run.output_dir == str(run)
 
     checkpoint = write(run / "checkpoint.safetensors", "")
     assert load_recipe(None, {"resume": str(checkpoint)}).output_dir == str(run)
@@ -633,7 +637,7 @@ def test_wrong_options_are_reported_with_everything_else(values, words):
 
 def test_options_of_methods_are_parsed_like_every_other_value():
     recipe = build(peft="lora+prodial", peft_kwargs={"alpha": "1e-3", "prodial": {"rank": "4"}})
-    assert recipe.method_kwargs == {"alpha": 0.001, "prodial": {"rank": 4}}
+    assert recipe.method.method_kwargs == {"alpha": 0.001, "prodial": {"rank": 4}}
 
 
 def test_options_whose_values_hold_commas_and_braces():

@@ -37,7 +37,7 @@ def test_a_state_of_before_data_seed_belongs_to_the_data_of_its_seed(tiny, tmp_p
     before = {name: value for name, value in recipe.to_dict().items() if name != "data_seed"}
     save_file({"adapter/w": torch.ones(1)}, path, metadata | {"recipe": json.dumps(before)})
     saved = load_run_state(path)
-    assert saved.recipe.data_seed == 5
+    assert saved.recipe.data.data_seed == 5
     assert not any("data_seed" in note for note in compare(saved.recipe, facts, recipe, facts, True))
     with pytest.raises(ResumeError, match="data_seed was 5 and is now 0"):
         compare(saved.recipe, facts, recipe.replace(data_seed=0), facts, True)

@@ -241,7 +241,7 @@ def test_interrupted_and_resumed(tiny, replaying, monkeypatch):
         patch.setattr(Stepper, "_compute_gradients", interrupted)
         with pytest.raises(Interrupted):
             train(recipe)
-    report = train(load_recipe(None, {"resume": recipe.output_dir, "cuda_graph": "off"}))
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir, "cuda_graph": "off"}))
     assert report.warnings == []  # whether batches are replayed is no change of the run
     assert_same_weights(weights(whole.run_dir), weights(report.run_dir))
 
@@ -386,7 +386,7 @@ def test_on_a_gpu_the_graph_must_leave_room_for_other_batches(tiny, monkeypatch)
 @gpu
 def test_on_a_gpu_a_resumed_run_continues_as_if_it_had_not_stopped(tiny):
     recipe = tiny("parts", **{**ON_GPU, "epochs": 3, "warmup_epochs": 0, "min_lr": 3e-3})
-    whole = run_once(recipe.replace(epochs=6, output_dir=recipe.output_dir + "-whole"))
+    whole = run_once(recipe.replace(epochs=6, output_dir=recipe.run.output_dir + "-whole"))
     train(recipe)
-    report = train(load_recipe(None, {"resume": recipe.output_dir, "epochs": "6"}))
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir, "epochs": "6"}))
     assert largest_difference(whole[1], weights(report.run_dir)) < 1e-6

@@ -294,9 +294,9 @@ def test_run_on_a_full_disk_can_be_resumed(tiny, monkeypatch):
         patch.setattr(Path, "write_bytes", full)
         with pytest.raises(OutputError, match=r"checkpoint\.safetensors: No space left on device.*--resume"):
             train(recipe)
-    assert not list(Path(recipe.output_dir).glob(".*.vimtune-tmp"))
-    assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.epoch == 1
-    resumed = train(load_recipe(None, {"resume": recipe.output_dir}))
+    assert not list(Path(recipe.run.output_dir).glob(".*.vimtune-tmp"))
+    assert load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors")).progress.epoch == 1
+    resumed = train(load_recipe(None, {"resume": recipe.run.output_dir}))
     assert (resumed.top1, resumed.loss) == (straight.top1, straight.loss)
     assert metrics(resumed.run_dir) == metrics(straight.run_dir)
 

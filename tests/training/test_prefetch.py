@@ -133,8 +133,8 @@ def test_reading_ahead_changes_nothing_nor_does_an_interruption(
         patch.setattr(WindowReader, "fetch_ahead", fetch_and_stop)
         with pytest.raises(Interrupted):
             train(recipe)
-    assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step == 6
-    report = train(load_recipe(None, {"resume": recipe.output_dir}))
+    assert load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors")).progress.step == 6
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir}))
     assert_same_weights(weights(whole.run_dir), weights(report.run_dir))
     assert metrics(whole.run_dir) == metrics(report.run_dir)
 
@@ -171,7 +171,7 @@ def test_numbers_are_read_when_the_next_passes_are_launched(tiny, late, monkeypa
 def test_records_come_at_intervals_and_with_the_end_of_an_epoch(tiny):
     recipe = tiny(epochs=2, log_interval=3)
     train(recipe)
-    steps = [record["step"] for record in metrics(recipe.output_dir) if record["kind"] == "step"]
+    steps = [record["step"] for record in metrics(recipe.run.output_dir) if record["kind"] == "step"]
     assert steps == [3, 4, 6, 8]
 
 
@@ -180,9 +180,9 @@ def test_a_step_without_any_image_updates_nothing(tiny, damaged):
     damaged(lambda index, turn: 9 <= turn <= 16)  # the second batch of 8
     recipe = tiny(epochs=1, on_corrupt="skip", weight_decay=0.1)
     assert train(recipe).warnings == ["train: 8 corrupt images left out"]
-    records = [record for record in metrics(recipe.output_dir) if record["kind"] == "step"]
+    records = [record for record in metrics(recipe.run.output_dir) if record["kind"] == "step"]
     assert [record["loss"] > 0 for record in records] == [True, False, True, True]
-    state = load_run_state(Path(recipe.output_dir, "checkpoint.safetensors"))
+    state = load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors"))
     assert state.progress.step == 4
     assert {float(tensors["step"]) for tensors in state.optimizer.values()} == {3.0}
 
@@ -196,7 +196,7 @@ def test_a_corrupt_image_stops_the_run_at_its_step(tiny, damaged):
     recipe = tiny()
     with pytest.raises(InputError, match="cannot decode image"):
         train(recipe)
-    assert [record["step"] for record in metrics(recipe.output_dir)] == [1, 2]
+    assert [record["step"] for record in metrics(recipe.run.output_dir)] == [1, 2]
     damaged(in_the_third_batch)  # which counts from the start again
     report = train(tiny("skipped", on_corrupt="skip", epochs=1))
     assert report.warnings == ["train: 1 corrupt images left out"]

@@ -82,7 +82,7 @@ def test_processes_with_different_recipes_are_refused(tiny, changes, expected):
             answer.startswith("ProcessesError: the processes of a run must work on the same")
             and expected in answer
         )
-    assert not Path(recipe.output_dir).exists()
+    assert not Path(recipe.run.output_dir).exists()
 
 
 def images(folder: Path, size: int = 8) -> str:
@@ -104,7 +104,7 @@ def test_data_that_one_process_lacks_end_both(tiny, tmp_path, kind):
     for answer in run_two(recipe, {"data_dir": str(folder)}):
         assert answer.startswith("ProcessesError: ")
         assert ("the 'train' data" if kind == "other" else "process 1: ") in answer and "\n" not in answer
-    assert not Path(recipe.output_dir).exists()
+    assert not Path(recipe.run.output_dir).exists()
 
 
 def test_a_killed_process_ends_the_other_which_saves(tiny, no_pictures):
@@ -113,11 +113,11 @@ def test_a_killed_process_ends_the_other_which_saves(tiny, no_pictures):
     left, killed = run_two(recipe, sabotage=two_ranks.die_in_step_3)
     assert killed is None
     assert left.startswith("PeerLostError: another process of the run has ended")
-    assert f"--resume {recipe.output_dir}" in left
-    assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step == 2
-    report = train(load_recipe(None, {"resume": recipe.output_dir}))
+    assert f"--resume {recipe.run.output_dir}" in left
+    assert load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors")).progress.step == 2
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir}))
     assert report.warnings[0].startswith("resumed with processes = 1 (was 2)")
-    assert largest_difference(weights(recipe.output_dir), weights(alone.run_dir)) < 1e-5
+    assert largest_difference(weights(recipe.run.output_dir), weights(alone.run_dir)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_images_that_one_process_cannot_read_end_both(tiny, sabotage, step):
     for answer in run_two(recipe, sabotage=sabotage):
         assert answer.startswith("InputError: cannot read disk/picture.png: Input/output error")
         assert f"stopped after step {step} of 4; the state is saved" in answer
-    assert load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step == step
+    assert load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors")).progress.step == step
 
 
 @pytest.mark.gpu

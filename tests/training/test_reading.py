@@ -82,16 +82,16 @@ def test_a_fault_of_the_system_ends_the_run_with_its_state_saved(tiny, straight,
             train(recipe)
     text, _, command = str(error.value).partition("\n")
     assert "the state is saved, continue with:" in text
-    assert command.strip() == f"vimtune train --resume {recipe.output_dir}"
-    done = load_run_state(Path(recipe.output_dir, "checkpoint.safetensors")).progress.step
+    assert command.strip() == f"vimtune train --resume {recipe.run.output_dir}"
+    done = load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors")).progress.step
     if fault == "dead worker":  # it takes with it what it had prepared already
         assert done <= 2
     else:
         assert done == {"train": 2, "val": 4, "test": 8}[split]
     assert not multiprocessing.active_children()  # or the end of Python would wait for them
-    report = train(load_recipe(None, {"resume": recipe.output_dir}))
-    assert_same_weights(weights(recipe.output_dir), weights(straight.run_dir))
-    assert metrics(recipe.output_dir) == metrics(straight.run_dir)
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir}))
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight.run_dir))
+    assert metrics(recipe.run.output_dir) == metrics(straight.run_dir)
     assert (report.top1, report.warnings) == (straight.top1, [])
 
 
@@ -123,7 +123,7 @@ def test_a_run_on_no_image_is_an_error(tiny, monkeypatch, split, expected):
     recipe = tiny(epochs=1, on_corrupt="skip")
     with pytest.raises(TooManyCorruptError, match=expected):
         train(recipe)
-    assert not Path(recipe.output_dir, "report.json").exists()
+    assert not Path(recipe.run.output_dir, "report.json").exists()
 
 
 class FakeLoader:

@@ -78,15 +78,15 @@ def test_resume_is_exact(kind, where, call, number, tiny, straight, monkeypatch,
         with pytest.raises(Interrupted):
             run_training(recipe)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert f"vimtune train --resume {recipe.output_dir}" in capsys.readouterr().out
-    assert not Path(recipe.output_dir, "report.json").exists()
+    assert f"vimtune train --resume {recipe.run.output_dir}" in capsys.readouterr().out
+    assert not Path(recipe.run.output_dir, "report.json").exists()
 
-    report = run_training(load_recipe(None, {"resume": recipe.output_dir}))
-    assert_same_weights(weights(recipe.output_dir), weights(straight[kind]))
-    assert metrics(recipe.output_dir) == metrics(straight[kind])
-    assert Path(recipe.output_dir, "recipe.yaml").read_text() == Path(
+    report = run_training(load_recipe(None, {"resume": recipe.run.output_dir}))
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight[kind]))
+    assert metrics(recipe.run.output_dir) == metrics(straight[kind])
+    assert Path(recipe.run.output_dir, "recipe.yaml").read_text() == Path(
         straight[kind], "recipe.yaml"
-    ).read_text().replace(str(straight[kind]), recipe.output_dir)
+    ).read_text().replace(str(straight[kind]), recipe.run.output_dir)
     assert report.epochs == 3
     assert report.seconds > report.train_seconds > 0
 
@@ -98,11 +98,11 @@ def test_command_line(tiny, straight, tmp_path, monkeypatch, capsys):
         interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
         assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 130
     command = capsys.readouterr().out.splitlines()[-1].split()
-    assert command == ["vimtune", "train", "--resume", recipe.output_dir]
+    assert command == ["vimtune", "train", "--resume", recipe.run.output_dir]
     assert main(command[1:]) == 0
-    assert_same_weights(weights(recipe.output_dir), weights(straight["plain"]))
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight["plain"]))
     assert main(command[1:]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {recipe.output_dir} is finished")
+    assert capsys.readouterr().err.startswith(f"error: {recipe.run.output_dir} is finished")
 
 
 def test_metrics_have_every_step_once(straight):
@@ -138,16 +138,16 @@ def test_sigkill_in_the_middle_of_a_save(tiny, straight):
     command = [sys.executable, "-c", KILLED_IN_SAVE, repr(recipe.to_dict())]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
-    left = [path.name for path in Path(recipe.output_dir).glob(".*.vimtune-tmp")]
+    left = [path.name for path in Path(recipe.run.output_dir).glob(".*.vimtune-tmp")]
     assert len(left) == 1  # the process died between writing and moving
     # Epoch 2 is in the metrics and its adapter may be saved, but its checkpoint is not.
-    assert metrics(recipe.output_dir)[-1]["epoch"] == 2
+    assert metrics(recipe.run.output_dir)[-1]["epoch"] == 2
 
-    run_training(load_recipe(None, {"resume": recipe.output_dir}))
-    assert_same_weights(weights(recipe.output_dir), weights(straight["plain"]))
-    assert metrics(recipe.output_dir) == metrics(straight["plain"])
-    assert not list(Path(recipe.output_dir).glob(".*.vimtune-tmp"))
-    events = EventAccumulator(str(Path(recipe.output_dir, "tensorboard"))).Reload()
+    run_training(load_recipe(None, {"resume": recipe.run.output_dir}))
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight["plain"]))
+    assert metrics(recipe.run.output_dir) == metrics(straight["plain"])
+    assert not list(Path(recipe.run.output_dir).glob(".*.vimtune-tmp"))
+    events = EventAccumulator(str(Path(recipe.run.output_dir, "tensorboard"))).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
 
@@ -159,7 +159,7 @@ def half_done(tiny, monkeypatch) -> Recipe:
         interrupt_at(patch, "_compute_gradients", 6, signal.SIGINT)
         with pytest.raises(Interrupted):
             run_training(recipe)
-    return load_recipe(None, {"resume": recipe.output_dir})
+    return load_recipe(None, {"resume": recipe.run.output_dir})
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def on_files(tiny, tmp_path, monkeypatch) -> Recipe:
         interrupt_at(patch, "_compute_gradients", 3, signal.SIGINT)
         with pytest.raises(Interrupted):
             run_training(recipe)
-    return load_recipe(None, {"resume": recipe.output_dir})
+    return load_recipe(None, {"resume": recipe.run.output_dir})
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -281,23 +281,28 @@ def test_resume_stays_in_its_folder(half_done, tmp_path):
 def test_finished_run_says_so_and_more_epochs_continue_it(tiny):
     recipe = tiny(epochs=1)
     run_training(recipe)
-    again = load_recipe(None, {"resume": recipe.output_dir})
+    again = load_recipe(None, {"resume": recipe.run.output_dir})
     with pytest.raises(ResumeError, match="finished after 1 epochs: raise --epochs"):
         run_training(again)
     report = run_training(again.replace(epochs=2))
     assert report.epochs == 2
     assert report.warnings[0].startswith("resumed with epochs = 2 (was 1); the learning rate jumps")
     assert [record["epoch"] for record in report.history] == [1, 2]
-    assert load_recipe(Path(recipe.output_dir, "recipe.yaml"), {"resume": recipe.output_dir}).epochs == 2
+    assert (
+        load_recipe(
+            Path(recipe.run.output_dir, "recipe.yaml"), {"resume": recipe.run.output_dir}
+        ).optimisation.epochs
+        == 2
+    )
 
 
 def test_run_killed_before_its_report_gets_one(tiny):
     recipe = tiny(epochs=1)
     first = run_training(recipe)
-    Path(recipe.output_dir, "report.json").unlink()
-    second = run_training(load_recipe(None, {"resume": recipe.output_dir}))
+    Path(recipe.run.output_dir, "report.json").unlink()
+    second = run_training(load_recipe(None, {"resume": recipe.run.output_dir}))
     assert (second.top1, second.loss, second.history) == (first.top1, first.loss, first.history)
-    assert Path(recipe.output_dir, "report.json").exists()
+    assert Path(recipe.run.output_dir, "report.json").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle", "empty", "missing"])

@@ -45,7 +45,7 @@ def test_a_resumed_run_has_the_buffers_of_an_uninterrupted_one(tiny, monkeypatch
         interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
         with pytest.raises(Interrupted):
             run_training(stopped)
-    run_training(load_recipe(None, {"resume": stopped.output_dir}))
-    state = weights(stopped.output_dir)
-    assert_same_weights(state, weights(straight.output_dir))
+    run_training(load_recipe(None, {"resume": stopped.run.output_dir}))
+    state = weights(stopped.run.output_dir)
+    assert_same_weights(state, weights(straight.run.output_dir))
     assert state["layers.0.mixer.in_proj.weight.passes"] == 4

@@ -44,7 +44,7 @@ def test_the_second_run_in_a_folder_is_told_who_is_there(tiny, monkeypatch):
         if not refusals:
             for second in (
                 recipe,
-                load_recipe(None, {"resume": recipe.output_dir}),
+                load_recipe(None, {"resume": recipe.run.output_dir}),
                 load_recipe(None, {**recipe.to_dict(), "resume": "auto"}),
             ):
                 with pytest.raises(ValueError) as error:
@@ -74,7 +74,7 @@ def test_two_runs_that_both_found_the_folder_free(tiny, monkeypatch):
     monkeypatch.setattr(Classification, "open", meanwhile)
     with pytest.raises(ValueError, match="holds another run"):
         train(recipe)
-    assert json.loads(Path(recipe.output_dir, "report.json").read_text())["epochs"] == 1
+    assert json.loads(Path(recipe.run.output_dir, "report.json").read_text())["epochs"] == 1
 
 
 HOLDER = """
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkey
 
 def test_hidden_files_of_the_user_stay(tiny):
     recipe = tiny(epochs=1)
-    path = Path(recipe.output_dir)
+    path = Path(recipe.run.output_dir)
     path.mkdir()
     own = [".notes.tmp", ".checkpoint.safetensors.backup.tmp", "x.tmp"]
     for name in own:

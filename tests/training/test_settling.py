@@ -80,7 +80,7 @@ def test_only_once_also_when_more_batches_are_wanted_than_an_epoch_has(tiny, mon
         interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
         with pytest.raises(Interrupted):
             train(recipe)
-    train(load_recipe(None, {"resume": recipe.output_dir}))
+    train(load_recipe(None, {"resume": recipe.run.output_dir}))
     assert len(calls) == 1 and len(set(calls[0])) == 6
 
 
@@ -90,7 +90,7 @@ def test_an_image_that_cannot_be_read_ends_the_run(tiny, seen, damaged):
     with pytest.raises(InputError, match=r"cannot decode image.*stopped after step 0 of 4"):
         train(recipe)
     damaged(lambda index, turn: False)
-    assert train(load_recipe(None, {"resume": recipe.output_dir})).steps == 4
+    assert train(load_recipe(None, {"resume": recipe.run.output_dir})).steps == 4
 
 
 def note_losses(folder: str) -> None:

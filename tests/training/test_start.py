@@ -55,16 +55,16 @@ def test_the_same_command_at_any_time(tiny, dies_in, capsys):
         dies_in(name, call)
         with pytest.raises(Killed):
             again(recipe)
-        assert not Path(recipe.output_dir, "report.json").exists()
+        assert not Path(recipe.run.output_dir, "report.json").exists()
     report = again(recipe)
     assert (report.top1, report.loss, report.epochs) == (straight.top1, straight.loss, 3)
-    assert_same_weights(weights(recipe.output_dir), weights(straight.run_dir))
-    assert metrics(recipe.output_dir) == metrics(straight.run_dir)
-    before = Path(recipe.output_dir, "checkpoint.safetensors").stat()
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight.run_dir))
+    assert metrics(recipe.run.output_dir) == metrics(straight.run_dir)
+    before = Path(recipe.run.output_dir, "checkpoint.safetensors").stat()
     capsys.readouterr()
     assert again(recipe) == report  # nothing is left to do: the report again, and nothing else
     assert f"top-1 ({report.split})" in capsys.readouterr().out
-    assert Path(recipe.output_dir, "checkpoint.safetensors").stat() == before
+    assert Path(recipe.run.output_dir, "checkpoint.safetensors").stat() == before
     with pytest.raises(
         ResumeError, match=r"finished after 3 epochs with other settings \(lr was 0.003 and is"
     ):
@@ -91,11 +91,11 @@ def test_a_run_killed_before_its_first_state_starts_over(tiny, dies_in):
         train(recipe)
     with pytest.raises(RecipeError, match=r"holds another run.*--resume"):
         load_recipe(None, recipe.to_dict())
-    report = train(load_recipe(None, {"resume": recipe.output_dir}))
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir}))
     assert report.warnings == [] and report.top1 == straight.top1
-    assert_same_weights(weights(recipe.output_dir), weights(straight.run_dir))
-    assert metrics(recipe.output_dir) == metrics(straight.run_dir)
-    events = EventAccumulator(str(Path(recipe.output_dir, "tensorboard"))).Reload()
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight.run_dir))
+    assert metrics(recipe.run.output_dir) == metrics(straight.run_dir)
+    events = EventAccumulator(str(Path(recipe.run.output_dir, "tensorboard"))).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
@@ -103,7 +103,7 @@ def test_a_run_killed_before_its_first_state_starts_over(tiny, dies_in):
 @pytest.mark.parametrize("left", ["adapter.safetensors", "report.json"])
 def test_results_without_a_state_are_not_overwritten(tiny, resume, left):
     recipe = tiny(epochs=1)
-    path = Path(recipe.output_dir)
+    path = Path(recipe.run.output_dir)
     path.mkdir()
     recipe.save(path / "recipe.yaml")
     (path / left).write_bytes(b"precious")
@@ -117,7 +117,7 @@ def test_auto_makes_no_folder_for_a_run_that_cannot_start(tiny):
     recipe = tiny(rank=1000, resume="auto")
     with pytest.raises(ValueError, match="rank"):
         train(recipe)
-    assert not Path(recipe.output_dir).exists()
+    assert not Path(recipe.run.output_dir).exists()
 
 
 def test_an_interrupted_run_goes_on(tiny, monkeypatch):

@@ -65,7 +65,7 @@ def test_killed_at_every_write(tiny, monkeypatch):
             train(recipe)
         last = 10**6
         report = again(recipe)
-        folder = Path(recipe.output_dir)
+        folder = Path(recipe.run.output_dir)
         assert (report.top1, report.loss) == (straight.top1, straight.loss)
         assert_same_weights(weights(folder), weights(straight.run_dir))
         assert vimtune.read_adapter_info(folder / "adapter.safetensors").extra["epoch"] == report.best_epoch
@@ -126,7 +126,7 @@ def test_a_best_adapter_that_is_not_there(tiny, left):
     """Also in folders of earlier versions, killed between their two writes."""
     recipe = tiny(epochs=1)
     report = train(recipe)
-    adapter = Path(recipe.output_dir, "adapter.safetensors")
+    adapter = Path(recipe.run.output_dir, "adapter.safetensors")
     if left == "nothing":
         adapter.unlink()
     else:
@@ -136,7 +136,7 @@ def test_a_best_adapter_that_is_not_there(tiny, left):
                 key: value.replace('"epoch": 1', '"epoch": 9') for key, value in file.metadata().items()
             }
         save_file(tensors, adapter, metadata)
-    Path(recipe.output_dir, "report.json").unlink()
+    Path(recipe.run.output_dir, "report.json").unlink()
     with pytest.raises(ResumeError, match=r"the best adapter, of epoch 1, is not in .*raise --epochs"):
         again(recipe)
     report = again(recipe, epochs=2)
@@ -169,7 +169,7 @@ def test_diverged_weights_do_not_replace_the_last_good_state(tiny, monkeypatch, 
         NonFiniteError, match=r"after step 8, .* is not finite \(1 of .*as it was saved before"
     ):
         train(recipe)
-    state = load_run_state(Path(recipe.output_dir, "checkpoint.safetensors"))
+    state = load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors"))
     assert state.progress.epoch == 1 and bool(torch.isfinite(next(iter(state.adapter.values()))).all())
 
 
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tiny, monkeypatch):
     recipe = tiny()
     with pytest.raises(NonFiniteError, match="the loss on 'val' is not finite"):
         train(recipe)
-    assert not list(Path(recipe.output_dir).glob("*.safetensors"))
+    assert not list(Path(recipe.run.output_dir).glob("*.safetensors"))
 
 
 def test_of_epochs_with_as_many_right_the_lower_loss_is_the_best(tiny, monkeypatch):

@@ -65,7 +65,7 @@ def test_saved_adapter_gives_the_reported_scores(plain):
     info = vimtune.read_adapter_info(Path(plain.run_dir, "adapter.safetensors"))
     model = build_model(recipe, 5)
     vimtune.load_adapter(model, Path(plain.run_dir, "adapter.safetensors"), name="loaded")
-    dataset = create_dataset(recipe.dataset, "test", img_size=(32, 32), **recipe.dataset_kwargs)
+    dataset = create_dataset(recipe.data.dataset, "test", img_size=(32, 32), **recipe.data.dataset_kwargs)
     transform = build_transform(**info.preprocessing)
     loader = create_loader(
         dataset, transform, batch_size=3, shuffle=False, drop_last=False, num_workers=0, seed=0

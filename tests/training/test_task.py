@@ -50,7 +50,7 @@ def test_it_learns_and_reports(toy, capsys):
     assert losses[-1] < 0.7 * losses[0] and report.scores["acc"] > 80
     assert report.scores == report.best_scores and report.scores["nats"] == pytest.approx(report.loss)
     assert (report.num_examples, report.split, report.selection_split) == (20, "val", "val")
-    folder = Path(recipe.output_dir)
+    folder = Path(recipe.run.output_dir)
     stored = json.loads((folder / "report.json").read_text())
     assert stored == report.to_dict() == ScoreReport(**stored).to_dict()
     assert (folder / "learning_curve.png").exists() and not list(folder.glob("confusion*"))
@@ -110,11 +110,11 @@ def test_resume_is_exact(toy, monkeypatch, call):
         interrupt_at(patch, "_compute_gradients", call, signal.SIGINT)
         with pytest.raises(Interrupted):
             train(recipe)
-    state = load_run_state(Path(recipe.output_dir, "checkpoint.safetensors"))
+    state = load_run_state(Path(recipe.run.output_dir, "checkpoint.safetensors"))
     assert state.progress.step == call and state.facts.outputs == {}
-    report = train(load_recipe(None, {"resume": recipe.output_dir}))
-    assert_same_weights(weights(recipe.output_dir), weights(straight.run_dir))
-    assert metrics(recipe.output_dir) == metrics(straight.run_dir)
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir}))
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight.run_dir))
+    assert metrics(recipe.run.output_dir) == metrics(straight.run_dir)
     assert (report.scores, report.warnings) == (straight.scores, [])
 
 

@@ -137,14 +137,6 @@ class Recipe:
             own = {name: parsed[name] for name in options_of(component)}
             object.__setattr__(self, attribute, component(**own))
 
-    def __getattr__(self, name: str) -> Any:
-        # For the time in which rooms move to components: recipe.lr is recipe.optimisation.lr.
-        if not name.startswith("_") and name not in (*COMPONENTS, "task"):
-            for component in self._components():
-                if hasattr(component, name):
-                    return getattr(component, name)
-        raise AttributeError(f"a recipe has no attribute {name!r}")
-
     def _components(self) -> Iterator[Options]:
         yield from (self.data, self.backbone, self.method, self.task, self.optimisation, self.run)
 
