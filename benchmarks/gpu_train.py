@@ -8,9 +8,8 @@ Rows of a case, all with the same recipe and one random batch:
 
     bare       forward, backward and AdamW as one CUDA graph on resident data: no clipping, no norm, nobody
                looks at the loss; the mean of steps without a pause
-    resident   a whole run of `vimtune.training`, whose loader is replaced by one that yields the batch from
-    the
-               device: what the trainer adds
+    resident   a whole run of `vimtune.training`, whose loader is replaced by one that yields the batch
+               from the device: what the trainer adds
     copied     the same from page-locked host memory: copies count too, decoding and augmentation do not
 
 Times of the trainer are the median of its own log records after the first. Equal losses show that `resident`,

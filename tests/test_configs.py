@@ -156,7 +156,7 @@ def distinct() -> dict[str, Recipe]:
     recipes = {}
     for path, variant in RECIPES:
         recipe = load_recipe(path, variant=variant)
-        method = {name: getattr(recipe, name) for name in ("peft", "targets", "layers", "peft_kwargs")}
+        method = {name: getattr(recipe.method, name) for name in ("peft", "targets", "layers", "peft_kwargs")}
         fields = (
             recipe.method.method_kwargs | {"rank": 4}
             if "rank" in recipe.method.method_kwargs
