@@ -292,7 +292,9 @@ def test_a_composition_has_the_fields_of_all_its_methods():
 
 
 def test_fields_of_one_method_of_a_composition():
-    assert build(peft="lora+strong", peft_kwargs={"lora": {"rank": 4}}).method.method_kwargs == {"lora": {"rank": 4}}
+    assert build(peft="lora+strong", peft_kwargs={"lora": {"rank": 4}}).method.method_kwargs == {
+        "lora": {"rank": 4}
+    }
     with pytest.raises(RecipeError, match="blocks = 3 is not a field of lora"):
         build(peft="lora+strong", peft_kwargs={"lora": {"blocks": 3}})
     with pytest.raises(RecipeError, match="expected a mapping"):

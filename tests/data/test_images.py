@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from vimtune.data import CorruptImageError, ImageReadError, find_images, images, load_image
+from vimtune.data import pixels as pixels_of
 
 EXIF_ORIENTATION = 0x0112
 
@@ -100,7 +101,7 @@ def test_plain_modes_are_pillows_conversion(tmp_path) -> None:
         assert np.array_equal(np.asarray(load_image(path)), np.asarray(image.convert("RGB"))), name
     for mode in ("HSV", "RGBX", "YCbCr"):
         image = photo().convert(mode)
-        assert np.array_equal(np.asarray(images.to_rgb(image)), np.asarray(image.convert("RGB")))
+        assert np.array_equal(np.asarray(pixels_of.to_rgb(image)), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
@@ -113,7 +114,7 @@ def test_alpha_is_laid_over_white(mode: str) -> None:
         image.putalpha(alpha)
     elif mode == "La":
         image = image.convert("LA")
-    pixels = np.asarray(images.to_rgb(image.convert(mode)))
+    pixels = np.asarray(pixels_of.to_rgb(image.convert(mode)))
     assert (pixels[:, :2] == 255).all() and (pixels[:, 3] == 0).all()
     assert (abs(pixels[0, 2].astype(int) - 127) <= 1).all()
 
@@ -142,7 +143,7 @@ def test_a_palette_with_alpha_is_laid_over_white() -> None:
     image = Image.new("P", (2, 1), 0)
     image.putpalette([0, 0, 0, 0, 0, 0, 0, 255], "RGBA")
     image.putpixel((1, 0), 1)
-    assert list(np.asarray(images.to_rgb(image))[0, :, 0]) == [255, 0]
+    assert list(np.asarray(pixels_of.to_rgb(image))[0, :, 0]) == [255, 0]
 
 
 @pytest.mark.parametrize("byteorder", ["<", ">"])
@@ -364,7 +365,7 @@ def test_lack_of_memory_is_not_damage(tmp_path, monkeypatch) -> None:
     def fail(image: Image.Image) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(images, "to_rgb", fail)
+    monkeypatch.setattr(pixels_of, "to_rgb", fail)
     with pytest.raises(ImageReadError, match="memory"):
         load_image(path)
 

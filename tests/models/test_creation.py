@@ -183,7 +183,10 @@ def test_a_recipe_names_the_wrong_option():
         Recipe(model_kwargs={"depth": True})
     with pytest.raises(RecipeError, match="in_chans = 1: images are read as RGB"):
         Recipe(model_kwargs={"in_chans": 1})
-    assert Recipe(model_kwargs={"depth": 2, "in_chans": 3, "global_pool": "avg"}).model_kwargs["depth"] == 2
+    assert (
+        Recipe(model_kwargs={"depth": 2, "in_chans": 3, "global_pool": "avg"}).backbone.model_kwargs["depth"]
+        == 2
+    )
 
 
 # --- the schema

@@ -109,7 +109,7 @@ def test_demanded_where_it_is_impossible(tiny, tmp_path):
 
 @pytest.mark.parametrize(("value", "meant"), [(True, "on"), (False, "off"), ("auto", "auto")])
 def test_yaml_reads_on_and_off_as_booleans(value, meant):
-    assert Recipe(cuda_graph=value).cuda_graph == meant
+    assert Recipe(cuda_graph=value).optimisation.cuda_graph == meant
     with pytest.raises(RecipeError, match="amp = True: expected"):
         Recipe(amp=True)
 

@@ -52,18 +52,18 @@ def launch(tmp_path):
 def test_two_processes_give_the_result_of_one(tiny, launch):
     # The last batch of each epoch has one image: the first process's share of it is empty.
     one = tiny("one", epochs=2, grad_accum=2, ema=0.9)
-    two = one.replace(output_dir=str(Path(one.output_dir).parent / "two"))
+    two = one.replace(output_dir=str(Path(one.run.output_dir).parent / "two"))
     result = launch(two)
     assert result.returncode == 0, result.stderr
     report = train(one)
-    assert largest_difference(weights(one.output_dir), weights(two.output_dir)) < 1e-5
-    stored = json.loads(Path(two.output_dir, "report.json").read_text())
+    assert largest_difference(weights(one.run.output_dir), weights(two.run.output_dir)) < 1e-5
+    stored = json.loads(Path(two.run.output_dir, "report.json").read_text())
     assert stored["processes"] == 2 and report.processes == 1
     for name in ("top1", "top5", "num_images", "per_class", "best_epoch", "steps"):
         assert stored[name] == getattr(report, name)
     assert stored["loss"] == pytest.approx(report.loss, abs=1e-5)
     # One process writes and prints.
-    assert_close_metrics(one.output_dir, two.output_dir, abs=1e-4)
+    assert_close_metrics(one.run.output_dir, two.run.output_dir, abs=1e-4)
     assert result.stdout.count("epoch 1/2") == 1
 
 
@@ -137,9 +137,9 @@ def test_images_that_one_process_cannot_read_end_both(tiny, sabotage, step):
 def test_two_gpus_with_replayed_batches_give_the_result_of_one(tiny, launch):
     settings = {"device": "cuda", "backend": "auto", "cuda_graph": "on", "transforms": "torchvision"}
     one = tiny("one", epochs=4, grad_accum=2, num_workers=2, **settings)
-    two = one.replace(output_dir=str(Path(one.output_dir).parent / "two"))
+    two = one.replace(output_dir=str(Path(one.run.output_dir).parent / "two"))
     result = launch(two)
     assert result.returncode == 0, result.stderr
     train(one)
-    assert json.loads(Path(two.output_dir, "report.json").read_text())["cuda_graph"]
-    assert largest_difference(weights(one.output_dir), weights(two.output_dir)) < 1e-4
+    assert json.loads(Path(two.run.output_dir, "report.json").read_text())["cuda_graph"]
+    assert largest_difference(weights(one.run.output_dir), weights(two.run.output_dir)) < 1e-4

@@ -178,11 +178,11 @@ def half_done(tiny, monkeypatch) -> Recipe:
     ],
 )
 def test_resume_refuses_another_run(half_done, changes, expected):
-    before = Path(half_done.output_dir, "checkpoint.safetensors").read_bytes()
+    before = Path(half_done.run.output_dir, "checkpoint.safetensors").read_bytes()
     with pytest.raises(ResumeError, match="belongs to another run") as error:
         run_training(half_done.replace(**changes))
     assert expected in str(error.value)
-    assert Path(half_done.output_dir, "checkpoint.safetensors").read_bytes() == before
+    assert Path(half_done.run.output_dir, "checkpoint.safetensors").read_bytes() == before
 
 
 def test_resume_refuses_other_base_weights(half_done, tmp_path):
@@ -229,8 +229,8 @@ def on_files(tiny, tmp_path, monkeypatch) -> Recipe:
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_resume_on_changed_images(on_files, split, capsys):
     """The number of images and the class names stay as they were."""
-    folder = Path(on_files.data_dir, split)
-    before = Path(on_files.output_dir, "checkpoint.safetensors").read_bytes()
+    folder = Path(on_files.data.data_dir, split)
+    before = Path(on_files.run.output_dir, "checkpoint.safetensors").read_bytes()
     for change in CHANGES.values():
         kept = folder.parent.parent / "kept"
         shutil.copytree(folder, kept)
@@ -242,19 +242,19 @@ def test_resume_on_changed_images(on_files, split, capsys):
         assert "\n" not in str(error.value)
         shutil.rmtree(folder)
         kept.rename(folder)
-    assert Path(on_files.output_dir, "checkpoint.safetensors").read_bytes() == before
+    assert Path(on_files.run.output_dir, "checkpoint.safetensors").read_bytes() == before
     CHANGES["moved"](folder)
-    assert main(["train", "--resume", on_files.output_dir, "--force", "--backend", "torch"]) == 0
-    report = json.loads(Path(on_files.output_dir, "report.json").read_text())
+    assert main(["train", "--resume", on_files.run.output_dir, "--force", "--backend", "torch"]) == 0
+    report = json.loads(Path(on_files.run.output_dir, "report.json").read_text())
     assert any(f"although the images of '{split}' are others" in text for text in report["warnings"])
     assert "warning: resumed although the images" in capsys.readouterr().out
-    assert not load_recipe(None, {"resume": on_files.output_dir}).force  # asked for once, not for good
+    assert not load_recipe(None, {"resume": on_files.run.output_dir}).run.force  # asked for once
 
 
 def test_resume_elsewhere_with_the_same_images(on_files, tmp_path):
     """The folder of the images has moved, and so has that of the run."""
-    shutil.move(on_files.data_dir, tmp_path / "moved")
-    shutil.move(on_files.output_dir, tmp_path / "moved run")
+    shutil.move(on_files.data.data_dir, tmp_path / "moved")
+    shutil.move(on_files.run.output_dir, tmp_path / "moved run")
     values = {"resume": str(tmp_path / "moved run"), "data_dir": str(tmp_path / "moved")}
     assert run_training(load_recipe(None, values)).warnings == []
 
@@ -307,7 +307,7 @@ def test_run_killed_before_its_report_gets_one(tiny):
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "pickle", "empty", "missing"])
 def test_unusable_checkpoint(half_done, damage, tmp_path):
-    path = Path(half_done.output_dir, "checkpoint.safetensors")
+    path = Path(half_done.run.output_dir, "checkpoint.safetensors")
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "foreign":

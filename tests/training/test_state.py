@@ -214,7 +214,7 @@ def altered(finished, tmp_path) -> Callable[..., Path]:
     """`altered(change)`: a checkpoint whose metadata (parsed) and tensors `change` has had in its hands."""
 
     def build(change: Callable[[dict[str, Any], dict[str, torch.Tensor]], object]) -> Path:
-        with safe_open(Path(finished.output_dir, "checkpoint.safetensors"), "pt") as file:
+        with safe_open(Path(finished.run.output_dir, "checkpoint.safetensors"), "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
             texts = dict(file.metadata())
         values = {key: json.loads(text) for key, text in texts.items() if key != "format"}
@@ -291,7 +291,7 @@ def test_a_state_of_the_version_before_continues(finished, altered):
 
     path = altered(as_before)
     for name in ("recipe.yaml", "adapter.safetensors", "metrics.jsonl"):
-        (path.parent / name).write_bytes(Path(finished.output_dir, name).read_bytes())
+        (path.parent / name).write_bytes(Path(finished.run.output_dir, name).read_bytes())
     values = {"resume": str(path.parent), "output_dir": str(path.parent), "epochs": 3}
     report = train(load_recipe(None, values))
     assert report.epochs == 3 and "without fingerprints" in " ".join(report.warnings)
@@ -336,14 +336,14 @@ def test_nothing_that_is_missing_starts_afresh(finished, altered, what):
             del tensors[key]
 
     path = altered(remove)
-    (path.parent / "recipe.yaml").write_bytes(Path(finished.output_dir, "recipe.yaml").read_bytes())
+    (path.parent / "recipe.yaml").write_bytes(Path(finished.run.output_dir, "recipe.yaml").read_bytes())
     with pytest.raises(ResumeError, match=f"{what}.* is missing"):
         train(load_recipe(None, {"resume": str(path), "output_dir": str(path.parent), "epochs": 3}))
 
 
 def test_a_place_beyond_the_data_is_refused(finished, altered):
     path = altered(in_progress(batch=1000))
-    (path.parent / "recipe.yaml").write_bytes(Path(finished.output_dir, "recipe.yaml").read_bytes())
+    (path.parent / "recipe.yaml").write_bytes(Path(finished.run.output_dir, "recipe.yaml").read_bytes())
     with pytest.raises(ResumeError, match="1000 batches of an epoch, which now has 4"):
         train(load_recipe(None, {"resume": str(path), "output_dir": str(path.parent), "epochs": 3}))
 
@@ -353,7 +353,7 @@ def test_a_damaged_report_is_written_again(finished, tmp_path, text):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("recipe.yaml", "adapter.safetensors", "metrics.jsonl", "checkpoint.safetensors"):
-        (folder / name).write_bytes(Path(finished.output_dir, name).read_bytes())
+        (folder / name).write_bytes(Path(finished.run.output_dir, name).read_bytes())
     (folder / "report.json").write_text(text)
     report = train(load_recipe(None, {"resume": str(folder), "output_dir": str(folder)}))
     assert json.loads((folder / "report.json").read_text())["top1"] == report.top1

@@ -57,7 +57,7 @@ def test_run_folder_is_complete(plain):
         "confusion_matrix.png",
         "confusion_matrix.csv",
     }
-    assert load_recipe(folder / "recipe.yaml", {"resume": str(folder)}).output_dir == str(folder)
+    assert load_recipe(folder / "recipe.yaml", {"resume": str(folder)}).run.output_dir == str(folder)
 
 
 def test_saved_adapter_gives_the_reported_scores(plain):
