@@ -150,7 +150,8 @@ def test_all_mistakes_of_a_command_line_at_once(capsys, tmp_path, trained):
         (["predict", "x.jpg", "--adapter", "a", "--topk", "3"], "Did you mean '--top-k'?"),
         (["predict", "x.jpg", "--adapter", "a", "--top-k", "many"], "many"),
         (["merge", "a.safetensors"], "--output"),
-        (["doctor", "--all"], "unknown flag --all"),
+        (["doctor", "--all"], "unknown flag --all. See"),  # flags share their dashes, which is no likeness
+        (["predict", "x.jpg", "--adapter", "a", "--csv", "b.csv"], "unknown flag --csv. See"),
     ],
 )
 def test_wrong_commands(capsys, arguments, words):

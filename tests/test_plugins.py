@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = {
-    "__init__.py": "from mine import data, method, model\n",
+    "__init__.py": "from mine import data, method, model, task\n",
     "method.py": '''
 from __future__ import annotations
 
@@ -130,10 +130,33 @@ class NetOptions:
 register_model("small_net", summary="a small net", options=NetOptions)
 """
 
+PACKAGE["task.py"] = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from vimtune.fields import option
+from vimtune.tasks import register_task
+from vimtune.tasks.classification import Classification
+
+
+@register_task("calm")
+@dataclass(frozen=True, kw_only=True)
+class Calm(Classification):
+    summary = "classification whose best epoch is that of the lowest loss"
+    steepness: Annotated[float, Ge(0)] = option(1.0, "how much the loss counts")
+
+    def rank(self, loss, scores):
+        return (-self.steepness * loss,)
+"""
+
 TINY = "--model small_net --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu"
 COMMAND = "import sys; sys.path.remove(''); from vimtune.cli import main; sys.exit(main())"
 """What the installed command `vimtune` does."""
-MINE = "--dataset shades --dataset-kwargs images=6 --peft shift --peft-kwargs times=2"
+MINE = "--dataset shades --dataset-kwargs images=6 --peft shift --peft-kwargs times=2 --task calm --steepness 3"
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +193,14 @@ def test_a_list_shows_what_the_package_adds(folder):
     for flags in ("--import mine --list", "--list --import=mine", "train --list --import mine"):
         done = vimtune(folder, flags)
         assert done.returncode == 0, done.stderr
-        for words in ("shift", "one trained number", "times=1", "shades", "images=8", "small_net"):
+        for words in ("shift", "one trained number", "times=1", "shades", "images=8", "small_net", "calm"):
             assert words in done.stdout
 
 
 def test_a_run_of_the_package_is_like_any_other(folder, run_folder):
     report = json.loads((run_folder / "report.json").read_text())
     assert report["method"] == "shift" and report["recipe"]["peft_kwargs"] == {"times": 2}
+    assert report["recipe"]["task"] == "calm" and report["recipe"]["steepness"] == 3.0
 
 
 def test_a_run_of_the_package_is_continued(folder, run_folder):

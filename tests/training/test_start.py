@@ -63,7 +63,9 @@ def test_the_same_command_at_any_time(tiny, dies_in, capsys):
     before = Path(recipe.run.output_dir, "checkpoint.safetensors").stat()
     capsys.readouterr()
     assert again(recipe) == report  # nothing is left to do: the report again, and nothing else
-    assert f"top-1 ({report.split})" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"{recipe.run.output_dir} is finished already; this is its report:\n")
+    assert f"top-1 ({report.split})" in said
     assert Path(recipe.run.output_dir, "checkpoint.safetensors").stat() == before
     with pytest.raises(
         ResumeError, match=r"finished after 3 epochs with other settings \(lr was 0.003 and is"

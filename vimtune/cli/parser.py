@@ -37,7 +37,9 @@ class CommandParser(argparse.ArgumentParser):
         """One line for each argument that no option of this parser takes."""
         options = [option for action in self._actions for option in action.option_strings]
         flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
-        lines = [f"unknown flag {shorten(flag)}.{suggest(flag, options)}" for flag in flags]
+        # The dashes, which all flags share, are no likeness.
+        names = [option.lstrip("-") for option in options]
+        lines = [f"unknown flag {shorten(flag)}.{suggest(flag.lstrip('-'), names, '--')}" for flag in flags]
         # What follows an unknown flag is its value; alone it is a surplus argument.
         return lines or [f"unexpected argument {quote(argument)}" for argument in arguments]
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import vimtune
 from vimtune import adapters
-from vimtune.console import build_console
+from vimtune.console import build_console, print_line
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.recipe.components import OptimisationSettings
@@ -59,7 +59,9 @@ def train(recipe: Recipe) -> Report:
             with processes.main_first():  # it locks the folder
                 start = find_start(recipe, stack if processes.is_main else None)
             if start.report is not None:
-                print_report(start.report, build_console(quiet=not processes.is_main))
+                console = build_console(quiet=not processes.is_main)
+                print_line(console, f"{recipe.run.output_dir} is finished already; this is its report:")
+                print_report(start.report, console)
                 return start.report
             run = open_run(recipe, processes, start, stack)
         return run.complete()
