@@ -26,6 +26,7 @@ from vimtune.adapters import (
     list_methods,
 )
 from vimtune.adapters.identity import _first_format_hash
+from vimtune.adapters.info import NEUTRAL_OPTIONS
 from vimtune.methods.bitfit import BitFit
 from vimtune.training.report import describe_method
 
@@ -132,6 +133,48 @@ def test_targets_and_layers_by_method(path):
     other = plain()
     vimtune.load_adapter(other, path)
     assert torch.equal(other(images()), model(images()))
+
+
+# --- files of version 2: the options that came later are not in them
+
+
+def test_version_2_means_what_it_meant(case, path):
+    method, extra = case
+    model = disturb(vimtune.inject(plain(), method, **options_for(method, extra)))
+    info = vimtune.save_adapter(model, path)
+    options = {
+        name: {key: value for key, value in own.items() if key not in NEUTRAL_OPTIONS.get(name, {})}
+        for name, own in info.options.items()
+    }
+    rewrite(path, version=2, options=options)
+    read = vimtune.read_adapter_info(path)
+    assert read.version == 2 and read.options == info.options
+    other = plain()
+    vimtune.load_adapter(other, path)
+    assert torch.equal(other(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sites": {"lora": ["layers.0.mixer.x_proj.weight[Q]"]}},
+            "named rows of that parameter are: dt, B, C",
+        ),
+        ({"sites": {"lora": ["layers.0.mixer.D[x]"]}}, "the named rows of that parameter are: none"),
+        ({"sites": {"lora": ["layers.0.mixer.norm()"]}}, "is no call to adapt"),
+        ({"sites": {"lora": ["layers.0.mixer.scan()"]}}, "is a call, and this method changes parameters"),
+        ({"sites": {"lora": ["a[b](c)"]}}, "is no path of a parameter"),
+        (
+            {"options": {"lora": {"rank": {"nowhere": 2}}}},
+            "given for 'nowhere', where the method does",
+        ),
+        ({"options": {"lora": {"rank": {}}}}, "is an empty mapping"),
+    ],
+)
+def test_points_that_lie(saved, changes, message):
+    rewrite(saved, **changes)
+    check_refused(saved, message)
 
 
 # --- files of version 1

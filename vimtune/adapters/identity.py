@@ -249,6 +249,7 @@ def _raw(tensor: Tensor) -> tuple[bytes, memoryview]:
 
 
 def tensor_digest(tensor: Tensor) -> str:
+    """Hash of the shape, dtype and values of a tensor."""
     head, values = _raw(tensor)
     digest = hashlib.sha256(head)
     digest.update(values)
