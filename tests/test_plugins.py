@@ -157,9 +157,6 @@ TINY = "--model small_net --no-pretrained --epochs 1 --warmup-epochs 0 --batch-s
 COMMAND = "import sys; sys.path.remove(''); from vimtune.cli import main; sys.exit(main())"
 """What the installed command `vimtune` does."""
 MINE = (
-    "--dataset shades --dataset-kwargs images=6 --peft shift --peft-kwargs times=2 "
-    "--task calm --steepness 3"
-)
     "--dataset shades --dataset-kwargs images=6 --peft shift --peft-kwargs times=2 --task calm --steepness 3"
 )
 
