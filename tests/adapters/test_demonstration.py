@@ -352,3 +352,35 @@ def test_each_rule_has_its_own_decay():
     for item in adapter_parameters(model):
         expected = 1.0 if item.name.endswith("offset") else 0.1 if item.parameter.dim() > 1 else 0.0
         assert decay[id(item.parameter)] == pytest.approx(expected), item.name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR])
+@pytest.mark.parametrize("backend", ["nvrtc", "triton"])
+def test_on_a_gpu_the_kernels_stay_and_steps_replay(method, backend):
+    """Every backend gives what the definition gives, and a step is replayed as a CUDA graph."""
+    model = disturb(vimtune.inject(build_test_model(), method, **OPTIONS.get(method, {}))).cuda().train()
+    inputs = images().cuda()
+    tensors = [item.parameter for item in adapter_parameters(model)]
+
+    def step(backend: str) -> list[Tensor]:
+        for block in model.layers:
+            block.mixer.backend = backend
+        with torch.autocast("cuda", torch.bfloat16):
+            output = model(inputs)
+        return [output.float(), *torch.autograd.grad(output.float().square().sum(), tensors)]
+
+    expected = step("reference")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            eager = step(backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        recorded = step(backend)
+    graph.replay()
+    torch.cuda.synchronize()
+    for own, replayed, definition in zip(eager, recorded, expected, strict=True):
+        torch.testing.assert_close(replayed, own, atol=1e-5, rtol=1e-4)
+        assert (own - definition).norm() <= 0.05 * definition.norm() + 1e-4
