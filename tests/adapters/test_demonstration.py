@@ -368,7 +368,8 @@ def test_on_a_gpu_the_kernels_stay_and_steps_replay(method, backend):
             block.mixer.backend = backend
         with torch.autocast("cuda", torch.bfloat16):
             output = model(inputs)
-        return [output.float(), *torch.autograd.grad(output.float().square().sum(), tensors)]
+        gradients = torch.autograd.grad(output.float().square().sum(), tensors)
+        return [output.detach().float(), *gradients]  # no graph outlives the step: a capture would meet it
 
     expected = step("reference")
     stream = torch.cuda.Stream()
