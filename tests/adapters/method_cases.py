@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from vimtune.adapters import list_methods, method_fields
+from vimtune.testing.methods import disturb
 
-from vimtune.adapters import adapter_parameters, list_methods, method_fields
+__all__ = ["CASES", "SMALL", "disturb", "label", "options_for"]
 
 # Options small enough for test_vim, whose narrowest target is 16 wide.
 SMALL = {"rank": 3, "block_size": 4}
@@ -31,12 +31,3 @@ def options_for(method: str, extra: dict) -> dict:
     """`extra`, and of SMALL what the method knows."""
     known = {field for part in method.split("+") for field in method_fields(part)}
     return {**{key: value for key, value in SMALL.items() if key in known}, **extra}
-
-
-def disturb(model: nn.Module, seed: int = 0, size: float = 0.05) -> nn.Module:
-    """Move every trained tensor away from its start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for item in adapter_parameters(model):
-            item.parameter.add_(size * torch.randn(item.parameter.shape, generator=generator))
-    return model

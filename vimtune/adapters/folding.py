@@ -58,7 +58,6 @@ class _Kept:
     slots: list[tuple[nn.Module, nn.Module]]
     """(module, its rules)."""
     weights: list[_Weight]
-    num_classes: int
     options: dict[str, Any] | None
 
 
@@ -96,7 +95,7 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
 
     # Nothing above has changed the model.
     before = getattr(backbone, "options", None)
-    kept = _Kept(state, [], [], state.num_classes, None if before is None else dict(before))
+    kept = _Kept(state, [], [], None if before is None else dict(before))
     lay_down(backbone, state)
     for _, module in adapted_modules(backbone):
         kept.slots.append((module, take_off(module)))

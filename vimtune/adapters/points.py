@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from vimtune.adapters.declarations import RowsByName, declaration_of
-from vimtune.adapters.slots import CALL, base_parameters, join, plain_class, rule_prefixes
+from vimtune.adapters.slots import CALL, base_parameters, is_factor, join, rule_prefixes
 from vimtune.adapters.targets import resolve_targets
 from vimtune.text import quote
 
@@ -96,8 +95,7 @@ class Points:
 def is_called_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer that may be called: without a way of computing of its own, and not
     declared to be read alone."""
-    base: Any = plain_class(module)
-    return base.forward is nn.Linear.forward and not getattr(base, "weight_is_read", False)
+    return is_factor(module, "weight") and not getattr(type(module), "weight_is_read", False)
 
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -32,10 +32,10 @@ from vimtune.adapters.slots import (
     join,
     slots_of,
 )
-from vimtune.adapters.targets import Target, short_name
+from vimtune.adapters.targets import Target, short_name, split_targets
 from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
 from vimtune.methods import Method
-from vimtune.text import quote, split_outside
+from vimtune.text import quote
 
 Targets = str | list[str] | dict[str, str | list[str]] | None
 Layers = list[int] | dict[str, list[int]] | None
@@ -152,7 +152,7 @@ def select_sites(
     sites = {}
     for method in methods:
         own = _of(method, targets)
-        for target in [own] if isinstance(own, str) else own or ():
+        for target in () if own is None else split_targets(own):
             _refuse_head(points, target, head)
         sites[method.name] = [path for path in selected(method, points, targets, layers) if path not in head]
         if not sites[method.name] and not method.trains_head_only:
@@ -164,15 +164,13 @@ def select_sites(
     return sites
 
 
-def _refuse_head(points: Points, targets: str, head: Sequence[str]) -> None:
-    for text in split_outside(targets, ","):
-        target = Target.parse(text.strip())
-        places = [path for path in points.parameters if target.selects(path)]
-        if not target.excludes and places and set(places) <= set(head):
-            raise ValueError(
-                f"target {quote(text.strip())} is the classification head, and the head is trained in any "
-                "case: leave it out; method 'linear' trains the head alone"
-            )
+def _refuse_head(points: Points, target: Target, head: Sequence[str]) -> None:
+    places = [path for path in points.parameters if target.selects(path)]
+    if not target.excludes and places and set(places) <= set(head):
+        raise ValueError(
+            f"target {quote(target.text)} is the classification head, and the head is trained in any case: "
+            "leave it out; method 'linear' trains the head alone"
+        )
 
 
 def selected(method: Method, points: Points, targets: Targets, layers: Layers) -> list[str]:
@@ -202,7 +200,7 @@ def options_by_site(
     for field, values in by_target.items():
         for text, value in values.items():
             target = Target.parse(text)
-            meant = [path for path in paths if _stands_for(target, path)]
+            meant = [path for path in paths if target.stands_for(path)]
             if not meant:
                 known = ", ".join(dict.fromkeys(map(short_name, paths)))
                 raise ValueError(
@@ -212,11 +210,6 @@ def options_by_site(
             for path in meant:
                 options[path][field] = value
     return options
-
-
-def _stands_for(target: Target, path: str) -> bool:
-    place, _, rows = path.partition("[")
-    return target.selects(place) and (not target.rows or rows.removesuffix("]") in target.rows)
 
 
 # --- from sites to rules

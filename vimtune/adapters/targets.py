@@ -48,6 +48,11 @@ class Target:
     names_calls: bool = False
     """Whether it may stand for calls: "scan()", or a regular expression that speaks of "()"."""
 
+    def stands_for(self, path: str) -> bool:
+        """Whether the point at `path`, which may be rows of a parameter, is one of those that are meant."""
+        place, _, rows = path.partition("[")
+        return self.selects(place) and (not self.rows or rows.removesuffix("]") in self.rows)
+
     @classmethod
     def parse(cls, text: str) -> Target:
         """The target that a text says.
@@ -105,7 +110,7 @@ def resolve_targets(
         chosen[target.text] = chosen.get(target.text, []) + _select(points, target)
     kept = {path for paths in chosen.values() for path in paths}
     for target in excluded:
-        taken = {path for path in kept if _excludes(target, path)}
+        taken = {path for path in kept if target.stands_for(path)}
         if not taken:
             raise ValueError(f"target {quote(target.text)} takes nothing away from {_listed(included)}")
         kept -= taken
@@ -166,11 +171,6 @@ def _refuse_tied(points: Points, target: Target) -> None:
                 f"target {quote(target.text)}: {first} and {path} are one tensor: with a rule for one of "
                 "them they would come apart. Untie them (give each a copy) or choose other targets"
             )
-
-
-def _excludes(target: Target, path: str) -> bool:
-    place, _, rows = path.partition("[")
-    return target.selects(place) and (not target.rows or rows.removesuffix("]") in target.rows)
 
 
 def _in_order(points: Points) -> list[str]:
