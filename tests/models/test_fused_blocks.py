@@ -17,7 +17,7 @@ from torch import nn
 import vimtune  # noqa: F401  (registers the models)
 from vimtune import ops
 from vimtune.adapters.slots import computed_ahead
-from vimtune.models import vim
+from vimtune.models import layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None and (
@@ -40,8 +40,8 @@ def fuse(request, monkeypatch):
             calls.append((branch, residual))
             return ops.add_rms_norm(branch, residual, weight, eps, request.param)
 
-        monkeypatch.setattr(vim, "has_add_rms_norm", lambda *_: on)
-        monkeypatch.setattr(vim, "add_rms_norm", watched)
+        monkeypatch.setattr(layers, "has_add_rms_norm", lambda *_: on)
+        monkeypatch.setattr(layers, "add_rms_norm", watched)
         return calls
 
     turn.exact = request.param == "reference" and DEVICE == "cpu"  # cuDNN's gradients vary by rounding
@@ -130,7 +130,7 @@ def hook(model, place):
     return model.get_submodule(place).register_forward_hook(lambda *_: None)
 
 
-class Doubled(vim.Block):
+class Doubled(layers.Block):
     def forward(self, x):
         return 2 * super().forward(x)
 
@@ -270,8 +270,10 @@ class TestBackend:
             for block in model.layers:
                 block.mixer.backend = "auto"
             seen = []
-            add_rms_norm = vim.add_rms_norm
-            monkeypatch.setattr(vim, "add_rms_norm", lambda *args: seen.append(args) or add_rms_norm(*args))
+            add_rms_norm = layers.add_rms_norm
+            monkeypatch.setattr(
+                layers, "add_rms_norm", lambda *args: seen.append(args) or add_rms_norm(*args)
+            )
             actual = step(model, images())
         assert len(seen) == 2
         assert_same(expected, actual, 1e-5)
