@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _MODELS = "vimtune.models.vim"
+"""The module whose import registers the models with timm."""
 
 
 def register_with_timm() -> None:

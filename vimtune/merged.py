@@ -24,6 +24,7 @@ from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import quote
 
 _PARTS = ("classes", "preprocessing")
+"""What every merged file states in its metadata besides its model; this tells it from other files."""
 
 
 class MergedFileError(ValueError):

@@ -17,7 +17,9 @@ from vimtune.text import quote, split_outside
 from vimtune.utils import suggest
 
 Parser = Callable[[Any], Any]
+"""Turns a value of a file or of the command line into that of a field, or raises ValueError."""
 Value = TypeVar("Value")
+"""What a parser makes."""
 
 LARGEST = 2**31 - 1
 """Largest whole number of a recipe, unless the field says otherwise."""

@@ -41,6 +41,7 @@ Name = Annotated[str, Len(1, 200)]
 """A short name, such as a model's or a method's."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+"""Code points that JSON can write and UTF-8 cannot."""
 
 
 @cache

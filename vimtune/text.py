@@ -18,6 +18,7 @@ MAX_QUOTE = 160
 # and the separators that start a new line.
 _HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""How a cell begins that spreadsheets would take for a formula and compute."""
 
 
 def printable(text: str) -> str:

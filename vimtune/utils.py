@@ -64,6 +64,7 @@ def processor_name() -> str:
 
 
 _TEMPORARY = ".vimtune-tmp"
+"""Ending of the files that are being written, by which those that a crash has left are found."""
 
 
 def atomic_write(

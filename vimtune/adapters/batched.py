@@ -30,12 +30,16 @@ from vimtune.adapters.slots import (
 )
 
 Module = TypeVar("Module", bound=nn.Module)
+"""A module of any class, for functions that give back a module of the class they got."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
+"""Types of attributes that are compared by value; all others agree only if they are the same object."""
 _MODULE_STATE = frozenset(vars(nn.Module()))
 """What every module has in its `__dict__`."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where a module keeps its hooks. A rule with hooks computes for itself, so that they run."""
 _INDEX = re.compile(r"\d+")
+"""The numbers in a path: paths that are equal but for these name the same parameter of different layers."""
 
 # Slices of so many elements start where kernels expect a tensor to start: at a multiple of 16 bytes.
 _ALIGNED_ELEMENTS = 8

@@ -32,6 +32,7 @@ from vimtune.adapters.wrappers import unwrap
 from vimtune.methods import build_methods
 
 Model = TypeVar("Model", bound=nn.Module)
+"""A model of any class, for functions that give back the model they got."""
 
 _KEPT = "_vimtune_merged"
 """Attribute of a reversibly merged model under which its adapters wait."""

@@ -34,7 +34,9 @@ from vimtune.models.options import ARCHITECTURE
 from vimtune.text import quote
 
 _SOURCES = "_vimtune_sources"
+"""Attribute of a model under which it is remembered where its values come from."""
 _ORIGINAL = "_vimtune_original"
+"""Attribute of a tensor that was made from another one; it holds the digests of both."""
 
 
 @dataclass(frozen=True)

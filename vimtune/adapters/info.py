@@ -20,6 +20,7 @@ from vimtune.text import quote
 from vimtune.utils import suggest
 
 FORMAT = "vimtune-adapter"
+"""The format that an adapter file states in its metadata, by which it is recognised."""
 VERSION = 3
 """Of the files that are written. Version 2 knew no rows, calls and options by target, and else is the
 same."""
@@ -32,12 +33,19 @@ class AdapterFileError(ValueError):
 SitePath = Annotated[str, Len(1, 1000)]
 """Dotted path of a parameter, or a target."""
 ClassCount = Annotated[int, Ge(0), Le(10**7)]
+"""Number of outputs of a head."""
 ClassName = Annotated[str, Len(0, 1000)]
+"""Name of a class, which may be empty."""
 Text = Annotated[str, Len(0, 1000)]
+"""A text of moderate length, for a file is not trusted to hold a sensible one."""
 Scalar = bool | int | float | Text | None
+"""A single value of an option."""
 OptionValue = Scalar | Annotated[list[Scalar], Len(0, 64)]
+"""What an option may be in a file: a value or a short list of values."""
 TargetList = SitePath | list[SitePath]
+"""Targets of one method: one alone or a list."""
 LayerList = list[Annotated[int, Ge(-(10**6)), Le(10**6)]]
+"""Indices of blocks, negative ones counted from the end."""
 
 
 @dataclass
@@ -98,6 +106,7 @@ class _Version1:
 
 
 _LOW_RANK = {"rank": 16, "alpha": 8.0, "dropout": 0.0}
+"""The defaults that the methods with low-rank factors shared at the time of version 1."""
 
 VERSION_1_OPTIONS: dict[str, dict[str, Any]] = {
     "prodial": {**_LOW_RANK, "block_size": 4, "variant": "free"},

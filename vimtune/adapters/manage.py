@@ -49,6 +49,7 @@ from vimtune.text import quote
 from vimtune.utils import suggest
 
 Model = TypeVar("Model", bound=nn.Module)
+"""A model of any class, for functions that give back the model they got."""
 
 
 @dataclass

@@ -18,6 +18,7 @@ from vimtune.adapters.targets import resolve_targets
 from vimtune.text import quote
 
 _PATH = re.compile(r"(?P<place>[^\[\]()]+)(?:\[(?P<rows>[^\[\]()|,]+)\]|(?P<call>\(\)))?")
+"""The text of a point: a dotted path, then `[rows]` for named rows or `()` for a call."""
 
 
 @dataclass(frozen=True)

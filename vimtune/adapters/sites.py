@@ -38,7 +38,9 @@ from vimtune.methods import Method
 from vimtune.text import quote
 
 Targets = str | list[str] | dict[str, str | list[str]] | None
+"""Targets as `inject` takes them: those of the method, or of each method by its name; None is its default."""
 Layers = list[int] | dict[str, list[int]] | None
+"""Indices of the blocks to adapt, for all methods or for each by its name; None stands for all blocks."""
 Sites = dict[str, list[str]]
 """Paths of the points where each method of an adapter acts; those of the head are not among them."""
 

@@ -30,7 +30,9 @@ ALIASES = {"both": ("in_proj", "out_proj")}
 """Names for several targets together."""
 
 _INDEX = re.compile(r"\.(\d+)\.")
+"""The first number in a path, which is the index of the block that a point belongs to."""
 _TARGET = re.compile(r"(?P<name>[^\[\]()]+)(?:\[(?P<rows>[^\[\]()]*)\]|(?P<call>\(\)))?")
+"""The text of a target: a name, then `[rows]`, which may be several, or `()` for a call."""
 
 
 @dataclass(frozen=True)

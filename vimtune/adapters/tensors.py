@@ -27,6 +27,7 @@ from vimtune.adapters.wrappers import unwrap
 from vimtune.text import quote
 
 _CONVERTIBLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+"""Dtypes among which a loaded tensor may change; from any other one it is refused."""
 
 
 class DeadAdapterError(ValueError):

@@ -16,19 +16,24 @@ from vimtune.adapters.slots import adapted_modules
 RECORD = "_vimtune_adapters"
 """Attribute of an adapted model under which its adapters are recorded."""
 
-# (module, class) -> name of the child that is the model. The classes are looked up where they are needed,
-# as some of these modules take seconds to import: a model of a class whose module is not loaded cannot exist.
 _WRAPPERS = {
     ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
     ("torch.nn.parallel", "DataParallel"): "module",
     ("torch.nn.parallel", "DistributedDataParallel"): "module",
     ("timm.models._features", "FeatureGetterNet"): "model",
 }
+"""Name of the child that is the model, by the module and the class of the wrapper.
+
+The classes are looked up where they are needed, as some of these modules take seconds to import: a model of a
+class whose module is not loaded cannot exist.
+"""
 _DISTRIBUTED = ("torch.nn.parallel", "DistributedDataParallel")
+"""The wrapper that collects its list of parameters once, when it is made."""
 _OPAQUE = {
     ("torch.distributed.fsdp", "FullyShardedDataParallel"): "it flattens and shards the weights",
     ("torch.jit", "ScriptModule"): "TorchScript has compiled its weights in; use the model it was made from",
 }
+"""Module and class of the wrappers that cannot be seen through, each with the reason that is shown."""
 
 
 def unwrap(model: nn.Module, *, retrains: bool = False) -> nn.Module:

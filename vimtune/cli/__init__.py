@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
     "merge": ("fold an adapter into a plain checkpoint, and prove it", merge.run),
     "doctor": ("check this machine and every scan backend", doctor.run),
 }
+"""The commands by name: the line that `--help` shows and the function that runs it."""
 
 
 def _overview() -> str:

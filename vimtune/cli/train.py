@@ -16,6 +16,7 @@ from vimtune.tasks import TASKS
 DESCRIPTION = """\
 Fine-tune a Vision Mamba. Without arguments: a few minutes on embedded data.
 Every flag below is also a key of the YAML file; a flag wins over the file."""
+"""What `--help` says above the options."""
 
 EXAMPLES = """\
 examples:
@@ -25,6 +26,7 @@ examples:
   {prog} --resume runs/my-run
 
 The repository's folder configs/ has recipes for --config."""
+"""What `--help` says below the options."""
 
 
 def _flag(name: str) -> str:

@@ -11,12 +11,16 @@ from vimtune.data.errors import DatasetError
 from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
 
 _FOLDER = "101_ObjectCategories"
+"""The folder of the archive that holds the categories."""
 _URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip"
+"""Where the data set is downloaded from."""
 _MD5 = "3138e1922a9193bfa496528edbbc45d0"
+"""Checksum of the downloaded file, which may not be another one than its authors published."""
 _LAYOUT = (
     f"Expected <data-dir>/caltech101/{_FOLDER}/<category>/image_0001.jpg ... for 102 categories "
     f"({_FOLDER}.tar.gz inside {_URL})."
 )
+"""The sentence that tells a user where the files are expected."""
 
 
 @register_dataset("caltech")

@@ -15,12 +15,14 @@ from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
 from vimtune.data.splitting import stratified_split
 
 _TEST_LABELS = "cars_test_annos_withlabels.mat"
+"""The file with the labels of the test images, which the devkit itself lacks."""
 _HELP = (
     "The owner's download no longer exists; take a mirror (e.g. on Kaggle or the Hugging Face hub) and place "
     "it by hand as <data-dir>/stanford_cars/ with cars_train/00001.jpg ... (8144 images), "
     "cars_test/00001.jpg ... (8041 images), devkit/cars_meta.mat, devkit/cars_train_annos.mat and "
     f"{_TEST_LABELS} (there or in devkit/)."
 )
+"""The sentences that tell a user how to get the files and where they are expected."""
 
 
 @register_dataset("cars")

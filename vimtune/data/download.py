@@ -26,7 +26,9 @@ from vimtune.text import quote
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 18
+"""Bytes that are read from the network at a time."""
 _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+"""What `urllib` raises when a connection fails or breaks off, after which another try may succeed."""
 
 
 class DownloadError(DatasetError):
@@ -42,6 +44,7 @@ _ARCHIVE_ERRORS = (
     *(zipfile.BadZipFile, RuntimeError),  # an encrypted .zip or one of an unknown method is a RuntimeError
     _UnsafeEntryError,
 )
+"""What the readers of archives raise for those that are damaged, or that we refuse."""
 
 
 def md5_of(path: Path) -> str:

@@ -12,18 +12,22 @@ from vimtune.data.errors import DatasetError
 from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
 
 _URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
+"""The folder that the files are downloaded from."""
 _MD5 = {
     "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
     "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
     "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
 }
+"""Checksum of each downloaded file, by its name."""
 NUM_CLASSES = 102
 """Number of species."""
 _SPLIT_KEYS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "train+val": ("trnid", "valid")}
+"""The variables of setid.mat that make up each split."""
 _LAYOUT = (
     "Expected <data-dir>/flowers-102/ with jpg/image_00001.jpg ... image_08189.jpg, imagelabels.mat and "
     f"setid.mat (102flowers.tgz and the .mat files of {_URL})."
 )
+"""The sentence that tells a user where the files are expected."""
 
 
 @register_dataset("flowers")

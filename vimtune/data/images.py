@@ -26,7 +26,7 @@ MAX_PIXELS = 178_956_970
 MAX_SIDE = 1_000_000
 """Longest side of an image that is decoded, in pixels: resizing takes memory for it, too."""
 
-_FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's name of the format -> its usual extensions
+_FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
@@ -37,7 +37,9 @@ _FORMATS: dict[str, tuple[str, ...]] = {  # Pillow's name of the format -> its u
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     "AVIF": (".avif",),
 }
-_OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts that a build of Pillow may lack
+"""The usual extensions of each format, by Pillow's name of it."""
+_OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
+"""Pillow's names of the parts that these formats need and that a build of Pillow may lack."""
 
 
 def _is_there(part: str) -> bool:
@@ -62,6 +64,7 @@ _COMPANIONS = {
     *(".ini", ".db", ".url", ".lnk"),
 }
 _COMPANION_NAMES = {"readme", "license", "licence", "copying", "makefile", "md5sums", "sha256sums"}
+"""Names of further companions, in lower case and without an extension."""
 
 # Pillow's decoders raise all of these on damaged files.
 _DECODE_ERRORS = (
@@ -81,7 +84,7 @@ _DECODE_ERRORS = (
 # An OSError with one of these comes from a decoder that follows a nonsensical offset in the file.
 _DECODER_ERRNOS = (None, errno.EINVAL, errno.EOVERFLOW)
 
-_ORIENTATIONS = {  # value of the EXIF tag -> what brings the image upright
+_ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -90,6 +93,7 @@ _ORIENTATIONS = {  # value of the EXIF tag -> what brings the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+"""What brings an image upright, by the value of its EXIF tag; 1 says that it is upright."""
 
 
 # --------------------------------------------------------------------------- one image

@@ -35,7 +35,9 @@ _SPLIT_NAMES = {
     "val": "val|valid|validation|dev|develop|development|eval|evaluation",
     "test": "test|tests|testing|tst|holdout",
 }
+"""Regular expressions of the names that people give to the folder of a split, in lower case."""
 _FILLER = "(?:set|dataset|data|split|images?|imgs?|folder|samples|seg)*"
+"""Words that may stand around such a name without a meaning of their own, as in `train_images`."""
 _LOOK_INTO = 3
 """Levels of folders that are searched for the data when they do not begin at the folder given."""
 

@@ -20,13 +20,22 @@ from vimtune.data.images import open_regular
 from vimtune.text import printable
 
 _MAX_FILE = 4 * 2**20
+"""Most bytes that a file may have; those of the data sets have far fewer."""
 _MAX_UNPACKED = 32 * 2**20
+"""Most bytes that the compressed parts of a file may have together, so that a small one cannot fill
+memory."""
 _MAX_DEPTH = 8
+"""How deep cells and structures may be nested, so that a file cannot exhaust the stack."""
 _HEADER = 128
+"""Bytes of the header of a file of level 5, whose last two tell the byte order."""
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+"""NumPy's name of each type of numbers in an element."""
 _TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
-_MATRIX, _COMPRESSED = 14, 15  # types of elements
-_CELL, _STRUCT, _CHAR, _NUMERIC = 1, 2, 4, range(6, 16)  # classes of matrices
+"""Encoding of each type of text in an element."""
+_MATRIX, _COMPRESSED = 14, 15
+"""The types of those elements that hold a matrix or another element that is compressed."""
+_CELL, _STRUCT, _CHAR, _NUMERIC = 1, 2, 4, range(6, 16)
+"""The classes of matrices that are read; all of _NUMERIC hold numbers."""
 
 
 def read_mat(path: Path, names: list[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 _COUNT_TO_65535 = ("PNG", "PPM")
+"""Formats whose pixels of mode I always count to 65535, however dark the image is."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

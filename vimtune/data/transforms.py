@@ -50,10 +50,15 @@ _PILLOW_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+"""Pillow's filters by the names of interpolations."""
 _CROP_SCALE = {"light": (0.6, 1.0), "strong": (0.08, 1.0)}
+"""Smallest and largest part of an image's area that a random crop takes, by preset."""
 _JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
+"""How far colours may vary at random, in torchvision's and albumentations' terms."""
 _JITTER_CHANCE = 0.8
+"""Probability that the colours of an image vary."""
 _ERASE_CHANCE = 0.25
+"""Probability that a rectangle of an image is erased."""
 
 Augmentation = Callable[[Image.Image, int], np.ndarray]
 """Makes uint8 pixels (H, W, 3) out of an image and a seed."""

@@ -45,6 +45,7 @@ _PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
 """What `torch.compile`, DataParallel and modules around the model put before the names of weights."""
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that weights of a checkpoint may have; others belong to quantised weights."""
 
 # What `torch.load` raises for damaged files, depending on the place of the damage.
 _DAMAGE = (

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from vimtune.ops import DirectionWeights, bidirectional_scan
 
-# Time steps at the start of training are log-uniform in this range (Gu & Dao 2023, section 3.6).
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+"""The range in which time steps are log-uniform at the start of training (Gu & Dao 2023, section 3.6).
+
+No time step is below the floor, so that the inverse of softplus stays finite.
+"""
 
 
 class ReadLinear(nn.Linear):

@@ -20,8 +20,11 @@ MAX_PATCHES = 2**18
 """Most patches that an image may have."""
 
 Pixels = Annotated[int, Ge(1), Le(2**14)]
+"""A number of pixels along one side."""
 Width = Annotated[int, Ge(1), Le(2**14)]
+"""A number of channels, or a rank."""
 Rate = Annotated[float, Ge(0), Lt(1)]
+"""A probability of dropping something; at 1 nothing would be left."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,10 +43,15 @@ MODELS: Registry[ModelEntry] = Registry("model")
 """All models by name."""
 
 TINY = {"embed_dim": 192, "depth": 24}
+"""Sizes of Vim-Ti (Zhu et al. 2024, arXiv 2401.09417)."""
 SMALL = {"embed_dim": 384, "depth": 24}
+"""Sizes of Vim-S."""
 BASE = {"embed_dim": 768, "depth": 24}
+"""Sizes of Vim-B."""
 NANO = {"embed_dim": 96, "depth": 12}
+"""Sizes of a model of our own that can be trained on a CPU."""
 PATCH8_64 = {"img_size": 64, "patch_size": 8}
+"""Sizes for images of 64 pixels, which patches of 8 pixels cut into 64."""
 
 VIM_MODELS = (
     ModelEntry("vim_tiny_patch16_224", "Vim-Ti, 7 M parameters, 196 patches", TINY),

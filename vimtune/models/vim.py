@@ -530,6 +530,7 @@ default_cfgs = generate_default_cfgs(
         "test_vim": _small_image_cfg(input_size=(3, 32, 32), num_classes=10),
     }
 )
+"""timm's configuration of each model by its name and tag: where its weights are, and what images it takes."""
 
 
 def _entry_point(variant: ModelEntry) -> Callable[..., nn.Module]:

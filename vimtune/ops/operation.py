@@ -18,6 +18,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
+"""A function of any signature, for decorators that give back what they got."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What tensors of an operation may consist of."""

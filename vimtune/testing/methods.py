@@ -21,6 +21,7 @@ from vimtune.adapters.composition import single_rules
 from vimtune.adapters.slots import iter_slots, iter_weight_slots, slots_of
 
 NUM_CLASSES = 5
+"""Number of outputs of the models that the checks adapt."""
 
 
 def build_test_model() -> nn.Module:

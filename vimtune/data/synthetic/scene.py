@@ -27,6 +27,7 @@ from vimtune.data.synthetic.painting import (
 from vimtune.data.synthetic.species import GENUS_SIZE, RGB, Species, make_species
 
 _SPLIT_CODES = {"train": 0, "val": 1, "test": 2}
+"""The number by which a split enters the seed of its images; a change would repaint all of them."""
 _FIRST_STRANGER = 1_000_000_000
 """Number of the first of the species that are seen only far behind a subject and are in no data set."""
 _GREENS: tuple[RGB, ...] = (
@@ -36,7 +37,8 @@ _GREENS: tuple[RGB, ...] = (
     (0.42, 0.55, 0.30),
     (0.24, 0.40, 0.30),
 )
-_SCENES: dict[str, tuple[RGB, RGB]] = {  # colours at the top and the bottom
+"""Colours of leaves and stems in RGB, each varied in brightness."""
+_SCENES: dict[str, tuple[RGB, RGB]] = {
     "meadow": ((0.55, 0.66, 0.42), (0.22, 0.40, 0.14)),
     "foliage": ((0.16, 0.32, 0.14), (0.08, 0.20, 0.08)),
     "bokeh": ((0.36, 0.50, 0.34), (0.14, 0.26, 0.18)),
@@ -44,6 +46,7 @@ _SCENES: dict[str, tuple[RGB, RGB]] = {  # colours at the top and the bottom
     "sky": ((0.56, 0.74, 0.92), (0.70, 0.80, 0.78)),
     "dusk": ((0.36, 0.30, 0.46), (0.16, 0.20, 0.22)),
 }
+"""The colours of each background in RGB, at the top and at the bottom."""
 
 
 def render_flower(seed: int, number: int, split: str, index: int, img_size: tuple[int, int]) -> Image.Image:

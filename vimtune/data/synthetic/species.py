@@ -58,13 +58,18 @@ _OUTLINE_PAIRS = (
     ("spoon", "strap"),
     ("round", "lance"),
 )
+"""Pairs of outlines that one genus chooses from; the two are easy to tell apart."""
 _COUNT_PAIRS = ((4, 6), (5, 8), (3, 5), (6, 10), (5, 7), (8, 13), (4, 7), (6, 9))
+"""Pairs of numbers of petals that one genus chooses from."""
 _PATTERNS = ("plain", "eye", "edged", "striped", "tipped", "spotted")
+"""Kinds of colouring of a petal."""
 _PATTERN_PAIRS = tuple((a, b) for i, a in enumerate(_PATTERNS) for b in _PATTERNS[i + 1 :])
+"""Pairs of patterns that one genus chooses from."""
 CENTRES = ("disc", "stamens", "corona", "cone", "star")
 """Kinds of the middle of a flower."""
 
 _CENTRE_COLORS = ((0.14, 0.85, 0.95), (0.10, 0.90, 0.80), (0.20, 0.60, 0.75), (0.04, 0.75, 0.40))
+"""Colours of the middle of a flower in HSV."""
 # Colour families in HSV: petals, contrast colours to choose from, one adjective per member of a genus.
 _FAMILIES: tuple[tuple[tuple[float, float, float], tuple[tuple[float, float, float], ...], str], ...] = (
     ((0.985, 0.86, 0.84), ((0.13, 0.75, 1.0), (0.95, 0.9, 0.32)), "crimson scarlet ruby cherry"),
@@ -89,13 +94,16 @@ _FIRST = _words(
     "rain cloud cedar marsh stone heath forest mirror lantern whisper summer winter shadow bright "
     "iron reef dragon swan wren lark sparrow fox hare elder"
 )
+"""First parts of the nouns in the names of species."""
 _SECOND = _words(
     "bell cup crown wheel lace poppy daisy rose wort slipper lily spear bloom fan cap trumpet tassel "
     "veil crest button goblet ray aster mallow spur"
 )
+"""Second parts of these nouns."""
 _PLACES = _words(
     "mountain coastal desert island alpine northern southern eastern western lowland highland arctic"
 )
+"""What stands in front of a noun when all of them have been given to a genus."""
 
 
 @dataclass(frozen=True)

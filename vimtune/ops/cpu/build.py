@@ -27,15 +27,19 @@ from vimtune.utils import atomic_write
 logger = logging.getLogger(__name__)
 
 SOURCES = ("scan.cpp", "conv.cpp")
+"""Files that the compiler translates."""
 HEADERS = ("simd.h", "threads.h")
+"""Files that the sources include; a change in one makes the library another one, too."""
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
     # No -ffast-math: linking with it switches denormals off for the whole process.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
+"""Options of the compiler on every machine."""
 # How compilers spell "this very processor"; the last resort is their default target.
 MACHINE_FLAGS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
 COMPILERS = ("g++", "clang++", "c++")
+"""Compilers that are looked for, in this order, unless the environment names one."""
 VERSION_SECONDS, COMPILE_SECONDS = 30, 300
 """How long a compiler may take to say its version, and to compile."""
 

@@ -20,6 +20,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _HAS_OWNERS = hasattr(os, "geteuid")
+"""Whether files belong to users, as they do on POSIX systems; Windows has no such check."""
 
 
 class Untrusted(Exception):

@@ -19,10 +19,12 @@ from torch import Tensor
 from vimtune.ops.operation import constant_for_compiler
 
 SOURCES = Path(__file__).parent
+"""The folder of the CUDA sources."""
 PRELUDE = ("intrinsics.cuh", "common.cuh")
 """Files that stand in front of every source."""
 
-_MAX_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAX_SHARED = 8
+"""CUDA's number of the attribute CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
 _USUAL_SHARED = 48 * 1024
 """Bytes of shared memory that a kernel gets without asking."""
 

@@ -34,6 +34,7 @@ class Tiling:
 
 
 TILING = Tiling()
+"""The tiling that is in use; measurements put others in its place."""
 
 
 @dataclass(frozen=True)
