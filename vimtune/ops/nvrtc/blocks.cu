@@ -1,5 +1,5 @@
-// out = s (W + W D) for block diagonal D = diag(D_1, ..., D_n) and a factor s of each row, and the gradients of s and D
-// from that of `out`, g:
+// Computes out = s (W + W D) for block diagonal D = diag(D_1, ..., D_n) and a factor s of each row, and the gradients
+// of s and D from that of `out`, g:
 //
 //     grad_s_o = sum_c g_oc (W + W D)_oc        grad_D_nij = sum_o W_oni s_o g_onj
 //
@@ -12,18 +12,24 @@
 // blocks (M, n, b, b), partial_scale (tiles of columns, M, O), partial_blocks (tiles of rows, M, n, b, b).
 
 constexpr int THREADS = 128;
-constexpr int BLOCKS = 16;                  // blocks of columns that a tile has: half a warp
-constexpr int AT_ONCE = THREADS / BLOCKS;   // rows that are handled at once, one by each thread
+// A tile has this many blocks of columns, one for each lane of half a warp.
+constexpr int BLOCKS = 16;
+// This many rows are handled at once, one by each thread of a block of columns.
+constexpr int AT_ONCE = THREADS / BLOCKS;
 constexpr int ENTRIES = SIZE * SIZE;
 
-// One row of a block of columns, or one row of D.
+// A Row is one row of a block of columns, or one row of D.
 struct alignas(SIZE % 4 == 0 ? 16 : SIZE % 2 == 0 ? 8 : 4) Row { float at[SIZE]; };
 
 struct Tile {
-    int matrix, column;   // `column` counts tiles
-    int block, row;       // the thread's block of columns and the first of its rows
-    int begin;            // first row of the tile
-    bool exists;          // the block
+    // `column` counts tiles.
+    int matrix, column;
+    // The thread has this block of columns, and this is the first of its rows.
+    int block, row;
+    // The tile begins with this row.
+    int begin;
+    // Whether the thread's block lies within the matrix.
+    bool exists;
 
     __device__ Tile(int num_blocks, int tile_rows) {
         const int columns = (num_blocks + BLOCKS - 1) / BLOCKS;
@@ -36,7 +42,7 @@ struct Tile {
     }
 };
 
-// A row of a tensor, or zeros where the block or the row does not exist.
+// Gives a row of a tensor, or zeros where the block or the row does not exist.
 __device__ inline Row load(const Row* rows, long index, bool exists) { return exists ? rows[index] : Row{}; }
 
 __device__ inline void load_block(Row (&d)[SIZE], const Row* blocks, const Tile& tile, int num_blocks) {
@@ -45,7 +51,7 @@ __device__ inline void load_block(Row (&d)[SIZE], const Row* blocks, const Tile&
     for (int i = 0; i < SIZE; i++) d[i] = load(blocks, first + i, tile.exists);
 }
 
-// w + w D
+// Computes w + w D for one row.
 __device__ inline Row changed(Row w, const Row (&d)[SIZE]) {
     Row total = w;
 #pragma unroll
@@ -53,7 +59,7 @@ __device__ inline Row changed(Row w, const Row (&d)[SIZE]) {
     return total;
 }
 
-// Grid: tiles of columns of all matrices, tiles of AT_ONCE AHEAD rows.
+// The grid has tiles of columns of all matrices, and tiles of AT_ONCE AHEAD rows.
 extern "C" __global__ void __launch_bounds__(THREADS) scaled_block_product(
     const Row* weight, const float* row_scale, const Row* blocks, Row* out, int rows, int num_blocks
 ) {
@@ -78,15 +84,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) scaled_block_product(
     }
 }
 
-// The sum over the lanes that have the same row.
+// Gives the sum over the lanes that have the same row.
 __device__ inline float over_columns(float value) {
 #pragma unroll
     for (int bit = BLOCKS / 2; bit > 0; bit /= 2) value += exchanged(value, bit);
     return value;
 }
 
-// Store the sums over the threads that have the same block. Shared memory: WARPS ENTRIES PITCH fp32, where the padding
-// keeps lanes, which go along either dimension, in different banks.
+// Stores the sums over the threads that have the same block. It takes WARPS ENTRIES PITCH fp32 numbers of shared
+// memory, where the padding keeps lanes, which go along either dimension, in different banks.
 __device__ inline void store_over_rows(
     const float (&sums)[ENTRIES], float* partial, const Tile& tile, int matrices, int num_blocks
 ) {
@@ -110,7 +116,7 @@ __device__ inline void store_over_rows(
     }
 }
 
-// Grid: tiles of columns of all matrices, tiles of `tile_rows` rows.
+// The grid has tiles of columns of all matrices, and tiles of `tile_rows` rows.
 extern "C" __global__ void __launch_bounds__(THREADS) scaled_block_product_backward(
     const Row* grad, const Row* weight, const float* row_scale, const Row* blocks, float* partial_scale,
     float* partial_blocks, int matrices, int rows, int num_blocks, int tile_rows
@@ -123,7 +129,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scaled_block_product_backw
     float sums[ENTRIES] = {};
     if (WANT_SCALE) load_block(d, blocks, tile, num_blocks);
 #pragma unroll 1
-    for (int step = 0; tile.begin + step < end; step += AHEAD * AT_ONCE) {   // all lanes, for they exchange
+    // All lanes take every step, because they exchange values in it.
+    for (int step = 0; tile.begin + step < end; step += AHEAD * AT_ONCE) {
         const int row = tile.row + step;
         Row w[AHEAD], g[AHEAD];
         float scale[AHEAD];

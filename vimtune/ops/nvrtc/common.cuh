@@ -3,7 +3,8 @@
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-struct alignas(8) HalfWords { word x, y; };   // half of Words
+// Half of Words: four activations.
+struct alignas(8) HalfWords { word x, y; };
 
 __device__ inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
 __device__ inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
@@ -15,7 +16,7 @@ __device__ inline Pair exp2_fast(Pair x) { return {exp2_fast(x.a), exp2_fast(x.b
 __device__ inline float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
 __device__ inline Pair sigmoid(Pair x) { return {sigmoid(x.a), sigmoid(x.b)}; }
 
-// What 16 bytes of activations are as numbers.
+// Eight neighbouring activations, which are 16 bytes in memory, as fp32 numbers.
 struct Eight {
     Pair pairs[4];
 
@@ -27,8 +28,8 @@ __device__ inline Eight activations(Words v) {
     return {{activation(v.x), activation(v.y), activation(v.z), activation(v.w)}};
 }
 
-// sums (16 x 32) += values (16 x 16) weights (16 x 32). Weights packed by `spread_index` (prepare.cu) give a lane eight
-// neighbouring columns of two rows, two of them in each of its sums.
+// Computes sums (16 x 32) += values (16 x 16) weights (16 x 32). Weights packed by `spread_index` (prepare.cu) give a
+// lane eight neighbouring columns of two rows, two of them in each of its sums.
 __device__ inline void multiply_add(Quad (&sums)[4], Words values, Words low, Words high) {
     multiply_add(sums[0], values, low.x, low.y);
     multiply_add(sums[1], values, low.z, low.w);
@@ -36,5 +37,5 @@ __device__ inline void multiply_add(Quad (&sums)[4], Words values, Words low, Wo
     multiply_add(sums[3], values, high.z, high.w);
 }
 
-// One of the two numbers of a word.
+// Rounds one number; a word has room for two of them.
 __device__ inline half_word rounded(float value) { return (half_word)rounded(Pair{value, 0.0f}); }

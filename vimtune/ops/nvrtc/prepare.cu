@@ -1,5 +1,5 @@
-// What comes before the scan: u = SiLU(conv(x)) in both directions, B | C | dt_r = x_proj(u) and the time steps
-// softplus(dt_proj(dt_r)).
+// This computes what comes before the scan: u = SiLU(conv(x)) in both directions, B | C | dt_r = x_proj(u) and the time
+// steps softplus(dt_proj(dt_r)).
 //
 // A block is one warp, so that some load or store while others calculate. It has ROWS tokens of one image in one
 // direction. Of 64 channels at a time, x is copied to shared memory asynchronously; a lane convolves two channels and
@@ -15,11 +15,12 @@
 
 #include "sizes.cuh"
 
-constexpr int ROWS = 16;    // as many as a product of the matrix units has
+// As many rows as a product of the matrix units has.
+constexpr int ROWS = 16;
 constexpr int HALO = FILTER - 1;
 
-// log(1 + e^x) with a relative error below 6e-5, also where it is small, which is where trained time steps live:
-// max(x, 0) + log(1 + p), p = e^-|x|, where log(1 + p) / p is a polynomial fitted to 0 <= p <= 1.
+// Computes log(1 + e^x) with a relative error below 6e-5, also where it is small, which is where trained time steps
+// live. It is max(x, 0) + log(1 + p) with p = e^-|x|, where log(1 + p) / p is a polynomial fitted to 0 <= p <= 1.
 __device__ inline float softplus(float x) {
     const float p = exp2_fast(-fabsf(LOG2E * x));
     const float ratio = 0.99994326f + p * (-0.49697781f + p * (0.30630094f + p * (-0.15742722f + p * 0.041347306f)));
@@ -28,20 +29,22 @@ __device__ inline float softplus(float x) {
 
 // Matrices are packed such that what the 32 lanes of a warp load at once, 16 bytes each, lies side by side.
 //
-// Factors of a sum over channels: of 32 channels a lane has eight, and of 16 rows one in each of two products.
+// This is the order of the factors of a sum over channels: of 32 channels a lane has eight, and of 16 rows one in each
+// of two products.
 __device__ inline int summed_index(int direction, int channel, int row, int rows, int part, int element) {
     const int product = row / 16 * 2 + row % 4 / 2, lane = (row % 16 / 4 * 2 + row % 2) * 4 + part;
     return (((direction * (PADDED / 32) + channel / 32) * (rows / 8) + product) * 32 + lane) * 8 + element;
 }
-// Factors of results with channels: of 32 channels a lane has one in each of four products, and of 16 columns four
-// neighbours.
+// This is the order of the factors of results with channels: of 32 channels a lane has one in each of four products,
+// and of 16 columns four neighbours.
 __device__ inline int spread_index(int direction, int channel, int column, int columns) {
     const int product = channel % 8 / 2, lane = (channel % 32 / 8 * 2 + channel % 2) * 4 + column % 16 / 4;
     const int load = ((direction * (PADDED / 32) + channel / 32) * (columns / 16) + column / 16) * 2 + product / 2;
     return (load * 32 + lane) * 8 + product % 2 * 4 + column % 4;
 }
 
-// One value of each packed weight a thread: channel blockIdx.x * 64 + threadIdx, row blockIdx.y of the widest matrix.
+// A thread packs one value of each weight: that of channel blockIdx.x * 64 + threadIdx and row blockIdx.y of the widest
+// matrix.
 extern "C" __global__ void __launch_bounds__(64) pack_weights(
     const float* conv0, const float* conv1, const float* conv_bias0, const float* conv_bias1, const float* x_proj0,
     const float* x_proj1, const float* dt_proj0, const float* dt_proj1, const float* dt_bias0, const float* dt_bias1,
@@ -78,13 +81,15 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
     }
 }
 
-// Whether a channel is not only padding.
+// Says whether a channel exists, or is padding.
 __device__ inline bool exists(int channel) { return WIDTH == PADDED || channel < WIDTH; }
 
-// The warp's tokens.
+// Rows are the warp's tokens.
 struct Rows {
-    int direction, token, count;   // the first token and their number
-    long index;                    // of the first token among all images and directions
+    // `token` is the first one and `count` their number.
+    int direction, token, count;
+    // The first token has this index among those of all images and directions.
+    long index;
 
     __device__ Rows(int batch, int tokens) : direction(blockIdx.x), token(blockIdx.y * ROWS) {
         count = min(ROWS, tokens - token);
@@ -92,23 +97,25 @@ struct Rows {
     }
 };
 
-// 64 channels of these rows and their neighbours in shared memory, with room in between: then the same 16 bytes of eight
-// rows are in different banks.
+// A Tile has 64 channels of these rows and their neighbours in shared memory, with room in between: then the same 16
+// bytes of eight rows are in different banks.
 struct Tile {
     static constexpr int COPIED = (ROWS + HALO + 3) / 4 * 4, PITCH = 144;
     struct Memory { alignas(16) char bytes[COPIED * PITCH]; };
     char* memory;
 
     __device__ Tile(Memory& shared) : memory(shared.bytes) {}
-    // The word, or the 16 bytes, that begin with this channel.
+    // Gives the place of the word, or of the 16 bytes, that begin with this channel.
     __device__ void* at(int row, int channel) const { return memory + row * PITCH + channel * 2; }
 };
 
-// Where a tile is copied, a lane has 16 bytes of each fourth row: those from this channel, and this one of four rows.
+// Where a tile is copied, a lane has 16 bytes of each fourth row. They begin with channel `piece`, and `piece_row` is
+// the first of the rows.
 __device__ inline int piece() { return lane() % 8 * 8; }
 __device__ inline int piece_row() { return lane() / 8; }
 
-// Start to copy rows of x, the lane's first one being `source`, of token `token`: zeros where the image has none.
+// Starts to copy rows of x, the lane's first one being `source`, of token `token`. Rows become zeros where the image
+// has no token.
 __device__ inline void copy_rows(Tile tile, const half_word* source, int token, int tokens) {
 #pragma unroll
     for (int k = 0; k < Tile::COPIED; k += 4) {
@@ -118,7 +125,7 @@ __device__ inline void copy_rows(Tile tile, const half_word* source, int token, 
     }
 }
 
-// Two channels. Taps are in the order of tokens.
+// A Filter has the taps of two channels, in the order of tokens.
 struct Filter {
     Pair taps[FILTER], bias;
 
@@ -129,18 +136,18 @@ struct Filter {
         }
         bias = *(const Pair*)(conv_bias + direction * PADDED + channel);
     }
-    // SiLU of the convolution of FILTER rows.
+    // Computes SiLU of the convolution of FILTER rows.
     __device__ word operator()(const Pair* x) const {
         Pair sum = bias;
 #pragma unroll
         for (int k = 0; k < FILTER; k++) sum = sum + taps[k] * x[k];
         return rounded({silu(sum.a), silu(sum.b)});
     }
-    // Of scaled / -log2(e).
+    // Computes SiLU of scaled / -log2(e).
     static __device__ float silu(float scaled) { return scaled * reciprocal(-LOG2E - LOG2E * exp2_fast(scaled)); }
 };
 
-// u in the place of x: that of row r where x of row r was, which no later row needs.
+// Puts u in the place of x. u of row r comes where x of row r was, which no later row needs.
 __device__ inline void convolve(int count, Tile tile, const Filter& filter) {
     const int own = lane() * 2;
     Pair window[ROWS + HALO];
@@ -154,8 +161,8 @@ __device__ inline void convolve(int count, Tile tile, const Filter& filter) {
     }
 }
 
-// sums += u (16 x 64) x_proj (64 x P). Which column of a product is which of P is chosen such that a lane gets four of
-// each 16 in a row.
+// Computes sums += u (16 x 64) x_proj (64 x P). Which column of a product is which of P is chosen such that a lane gets
+// four of each 16 in a row.
 __device__ inline void project(Quad (&sums)[COLUMNS / 8], const Words (&u)[4], const Words* weight) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
@@ -168,7 +175,7 @@ __device__ inline void project(Quad (&sums)[COLUMNS / 8], const Words (&u)[4], c
     }
 }
 
-// A lane's part of two rows of projections: of each 16 columns four.
+// Columns are a lane's part of two rows of projections: of each 16 columns it has four.
 struct Columns {
     half_word *upper, *lower;
     bool upper_exists, lower_exists;
@@ -180,7 +187,7 @@ struct Columns {
         upper_exists = row < rows.count;
         lower_exists = row + 8 < rows.count;
     }
-    // dt_r as values of products.
+    // Loads dt_r in the order in which products take values.
     __device__ void fetch(Words (&low_rank)[RANK / 16]) const {
         const HalfWords zero = {0, 0};
 #pragma unroll
@@ -203,12 +210,13 @@ struct Columns {
     }
 };
 
-// What time steps of 32 channels are made with: of the products a lane's factors, and the bias of eight channels.
+// StepWeights are what time steps of 32 channels are made with: a lane's factors of the products, and the bias of eight
+// channels.
 struct StepWeights {
     Words factors[RANK / 16][2];
     Quad bias[2];
 
-    // `channel`: the first one.
+    // `channel` is the first of the 32.
     __device__ StepWeights(int direction, int channel, const Words* dt, const float* dt_bias) {
         const int first = direction * PADDED + channel;
         const Words* own = dt + first / 32 * (RANK / 16) * 64 + lane();
@@ -221,8 +229,8 @@ struct StepWeights {
     }
 };
 
-// Time steps of the rows, 32 channels after 32, of which a lane has eight neighbours. The weights of the next ones are
-// on their way.
+// TimeSteps computes the time steps of the rows, 32 channels after 32, of which a lane has eight neighbours. The
+// weights of the next ones are on their way meanwhile.
 struct TimeSteps {
     const Rows& rows;
     const Words* dt;
@@ -264,10 +272,11 @@ struct TimeSteps {
 };
 
 constexpr int REGISTERS = PROJECT ? 44 + COLUMNS / 2 + RANK / 4 : 60 + RANK * 3 / 4;
-constexpr int FIT = 16384 / (32 * REGISTERS);                   // on each quarter of a multiprocessor
+// So many blocks, each of one warp, fit on each quarter of a multiprocessor.
+constexpr int FIT = 16384 / (32 * REGISTERS);
 constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 8 ? 32 : 4 * FIT;
 
-// Grid: directions, tiles of ROWS tokens, images.
+// The grid has directions, tiles of ROWS tokens, and images.
 extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
     const half_word* x, const float* filters, const float* conv_bias, const Words* proj, const Words* dt,
     const float* dt_bias, half_word* u, half_word* projections, half_word* delta, int batch, int tokens
@@ -275,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
     const Rows rows(batch, tokens);
     __shared__ Tile::Memory shared;
     const Tile tile(shared);
-    // Direction 0 looks back, 1 ahead.
+    // Direction 0 looks back and direction 1 looks ahead.
     const int token = rows.token - (rows.direction ? 0 : HALO) + piece_row();
     const half_word* source = x + ((long)blockIdx.z * tokens + token) * 2 * WIDTH + piece();
     copy_rows(tile, source, token, exists(piece()) ? tokens : 0);
@@ -310,7 +319,8 @@ extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
         sync_warp();
         source += 64;
         if (base + 64 < PADDED) copy_rows(tile, source, token, exists(base + 64 + piece()) ? tokens : 0);
-        sync_warp();   // or else the compiler begins with the products
+        // Without this the compiler would begin with the products, and the copies would start later.
+        sync_warp();
 #if PROJECT
         project(sums, values, weight);
         weight += 2 * (COLUMNS / 8) * 32;

@@ -1,5 +1,5 @@
-// What the gradients of the scan's inputs mean for x: back through x_proj, SiLU and the convolutions of both directions,
-// which are added. Those of B | C | dt_r, gp, are found by project_gradients.cu.
+// This takes the gradients of the scan's inputs back to x, through x_proj, SiLU and the convolutions of both
+// directions, whose results are added. Those of B | C | dt_r, gp, are found by project_gradients.cu.
 //
 //     gc_t = (grad_u_t + gp_t proj) silu'(conv(x)_t + bias)                         gradient of the convolution
 //     grad_x_t = sum_j f0[K-1-j] gc0_{t+j} + f1[K-1-j] gc1_{t-j}                    direction 0 looks back, 1 ahead
@@ -12,30 +12,35 @@
 // and begins with token t - K + 1 of direction 1.
 //
 // Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K), ROWS (a multiple of 16),
-// WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the gradients of the filters). Shapes,
-// all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and the direction
-// as first index: grad_u (2, B, L, E), gp (2, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters (2, K, W)
-// fp32, whose row K - 1 belongs to the token itself, conv_bias (2, W) fp32, proj_t, all as packed by prepare.cu,
-// partial_filters (B tiles, 2, K + 1, W) fp32: gradients of the filters and, last, of the bias, from the tokens of
-// each tile.
+// WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the gradients of the filters).
+// Shapes, all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and the
+// direction as first index: grad_u (2, B, L, E), gp (2, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters
+// (2, K, W) fp32, whose row K - 1 belongs to the token itself, conv_bias (2, W) fp32, proj_t, all as packed by
+// prepare.cu, partial_filters (B tiles, 2, K + 1, W) fp32: gradients of the filters and, last, of the bias, from the
+// tokens of each tile.
 
 #include "sizes.cuh"
 
 constexpr int HALO = FILTER - 1;
-constexpr int GROUP = 4;   // rows of x that are on their way to a thread
+// So many rows of x are on their way to a thread.
+constexpr int GROUP = 4;
 
-// The slope of SiLU at `scaled` / -log2(e), divided by -log2(e), which cancels the factor in the filters' taps.
+// Computes the slope of SiLU at `scaled` / -log2(e), divided by -log2(e), which cancels the factor in the filters'
+// taps.
 __device__ inline float silu_slope(float scaled) {
     const float gate = reciprocal(1.0f + exp2_fast(scaled));
     return gate * (LN2 * LN2 * (scaled - scaled * gate) - LN2);
 }
 
-// The tokens of one direction whose gradients a block computes. Row 0 is the block's first token in direction 0, and
-// in direction 1 row HALO is.
+// Rows are the tokens of one direction whose gradients a block computes. Row 0 is the block's first token in direction
+// 0, and in direction 1 row HALO is.
 struct Rows {
-    int token, begin, end, count;   // of row 0; rows from `begin` to `end` are in the image; tokens of the block
-    int first;                      // row of the block's first token
-    long index;                     // of row 0 among all images and directions
+    // Row 0 has token `token`, rows from `begin` to `end` are in the image, and the block has `count` tokens.
+    int token, begin, end, count;
+    // The block's first token has this row.
+    int first;
+    // Row 0 has this index among those of all images and directions.
+    long index;
 
     __device__ Rows(int direction, int batch, int tokens, int most) : first(direction * HALO) {
         token = blockIdx.y * most - first;
@@ -45,11 +50,12 @@ struct Rows {
         index = ((long)direction * batch + blockIdx.z) * tokens + token;
     }
     __device__ bool exist(int row) const { return (unsigned)(row - begin) < (unsigned)(end - begin); }
-    // Whether the token is this block's and not its neighbour's.
+    // Says whether the token is this block's and not its neighbour's.
     __device__ bool own(int row) const { return (unsigned)(row - first) < (unsigned)count; }
 };
 
-// gp of one direction in shared memory, its rows padded such that those of eight lanes begin in different banks.
+// Projections have gp of one direction in shared memory. Its rows are padded such that those of eight lanes begin in
+// different banks.
 struct Projections {
     static constexpr int PITCH = COLUMNS + 8;
     static constexpr int BYTES = ROWS * PITCH * 2;
@@ -57,21 +63,21 @@ struct Projections {
 
     __device__ Projections(int direction) : memory(launched_shared() + direction * BYTES) {}
     __device__ char* at(int row, int column) const { return memory + (row * PITCH + column) * 2; }
-    // Operand of a product: 16 rows and 16 columns.
+    // Loads an operand of a product, 16 rows and 16 columns.
     __device__ Words values(int row, int column) const {
         return load_values(at(row + lane() % 16, column + lane() / 16 * 8));
     }
 };
 
-// A warp's 64 channels of one direction's rows in shared memory. In odd rows the halves change places: then eight lanes
-// that access four pieces of 16 bytes in each of two rows find them in different banks.
+// A Tile has a warp's 64 channels of one direction's rows in shared memory. In odd rows the halves change places: then
+// eight lanes that access four pieces of 16 bytes in each of two rows find them in different banks.
 struct Tile {
     static constexpr int BYTES = ROWS * 64 * 2;
     char* memory;
 
     __device__ Tile(int direction)
         : memory(launched_shared() + 2 * Projections::BYTES + (warp() * 2 + direction) * BYTES) {}
-    // The word, or the 16 bytes, that begin with this channel.
+    // Gives the place of the word, or of the 16 bytes, that begin with this channel.
     __device__ void* at(int row, int channel) const { return memory + row * 128 + (channel * 2 ^ row % 2 * 64); }
 };
 
@@ -80,9 +86,10 @@ constexpr int REGISTERS = 56 + 10 * FILTER + TRAINED * (16 + 4 * FILTER);
 constexpr int FIT_SHARED = 227 * 1024 / (SHARED + 1024);
 constexpr int FIT_REGISTERS = 65536 / (WARPS * 32 * REGISTERS);
 constexpr int FIT = FIT_SHARED < FIT_REGISTERS ? FIT_SHARED : FIT_REGISTERS;
-constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 16 ? 16 : FIT;   // on a multiprocessor
+// So many blocks shall be on a multiprocessor at once.
+constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 16 ? 16 : FIT;
 
-// Start to copy the warp's channels of grad_u, and its share of gp. Rows that are not in the image become zeros.
+// Starts to copy the warp's channels of grad_u, and its share of gp. Rows that are not in the image become zeros.
 __device__ inline void copy_rows(const Rows& rows, int channel, Tile tile, const half_word* grad_u) {
     const int own = lane() % 8 * 8;
     const half_word* source = grad_u + (rows.index + lane() / 8) * WIDTH + channel + own;
@@ -100,8 +107,8 @@ __device__ inline void copy_rows(const Rows& rows, Projections to, const half_wo
     }
 }
 
-// tile += gp (ROWS x P) proj (P x 64). Which channel is which column of a product is chosen such that a lane gets eight
-// channels in a row.
+// Computes tile += gp (ROWS x P) proj (P x 64). Which channel is which column of a product is chosen such that a lane
+// gets eight channels in a row.
 __device__ inline void spread(Tile tile, Projections gp, const Words* weight) {
     const int row = lane() / 4, part = lane() % 4;
 #pragma unroll 1
@@ -139,7 +146,7 @@ __device__ inline void spread(Tile tile, Projections gp, const Words* weight) {
     }
 }
 
-// The last rows that a walk has seen.
+// A Window has the last rows that a walk has seen.
 struct Window {
     Pair rows[FILTER];
 
@@ -162,7 +169,7 @@ struct Filter {
         }
         bias = *(const Pair*)(conv_bias + direction * PADDED + channel);
     }
-    // The last tap times the last row, or the first one.
+    // These multiply the last tap with the last row, or the first tap with it.
     __device__ Pair straight(const Window& window, Pair total) const {
 #pragma unroll
         for (int k = 0; k < FILTER; k++) total = total + taps[k] * window.rows[k];
@@ -175,7 +182,7 @@ struct Filter {
     }
 };
 
-// Gradients of taps and bias, `grad` being that of the filter's result divided by -log2(e).
+// FilterGradients are those of taps and bias, `grad` being that of the filter's result divided by -log2(e).
 struct FilterGradients {
     Pair taps[FILTER], bias;
 
@@ -198,7 +205,7 @@ struct FilterGradients {
     }
 };
 
-// Two channels of x, in the order of tokens, GROUP after GROUP, the next one on its way.
+// Inputs are two channels of x in the order of tokens, GROUP after GROUP, with the next one on its way.
 struct Inputs {
     const half_word* place;
     int left;
@@ -218,7 +225,7 @@ struct Inputs {
     }
 };
 
-// Grid: blocks of 64 WARPS channels, tiles of `most` tokens, images.
+// The grid has blocks of 64 WARPS channels, tiles of `most` tokens, and images.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_backward(
     const half_word* grad_u, const half_word* gp, const half_word* x, const float* filters, const float* conv_bias,
     const Words* proj_t, half_word* grad_x, float* partial_filters, int batch, int tokens, int most
@@ -249,7 +256,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
 
     const Filter filter0(0, channel, filters, conv_bias), filter1(1, channel, filters, conv_bias);
     half_word* out = grad_x + (rows0.index - HALO) * 2 * WIDTH + channel;
-    int left = live ? rows0.count + HALO : 0;   // rows of which some are stored
+    // So many rows are left that give a result; the first HALO of them only fill the windows.
+    int left = live ? rows0.count + HALO : 0;
 #if TRAINED
     FilterGradients trained0, trained1;
 #endif

@@ -1,4 +1,4 @@
-// Gradients of B | C | dt_r: gp_t = (sum over channel blocks of partial_BC_t | grad_delta_t dt).
+// This computes the gradients of B | C | dt_r: gp_t = (sum over channel blocks of partial_BC_t | grad_delta_t dt).
 //
 // A warp finds 16 rows of one direction, of whatever images, alone.
 //
@@ -8,16 +8,22 @@
 
 #include "sizes.cuh"
 
-constexpr int VECTORS = 2 * N;                // columns of B | C
-constexpr int PART = RANK < 64 ? RANK : 64;   // columns of dt_r that are found at once
-constexpr int STEPS = PADDED / 32;            // of the product with dt
-constexpr int AHEAD = RANK == 16 && STEPS % 4 == 0 ? 4 : 2;   // steps whose gradients are on their way
-constexpr int RESIDENT = RANK > 32 ? 20 : 24;   // warps of a multiprocessor, as registers allow
+// B | C have this many columns.
+constexpr int VECTORS = 2 * N;
+// So many columns of dt_r are found at once.
+constexpr int PART = RANK < 64 ? RANK : 64;
+// The product with dt takes this many steps of 32 channels.
+constexpr int STEPS = PADDED / 32;
+// The gradients of so many steps are on their way.
+constexpr int AHEAD = RANK == 16 && STEPS % 4 == 0 ? 4 : 2;
+// Registers allow so many warps on a multiprocessor.
+constexpr int RESIDENT = RANK > 32 ? 20 : 24;
 
-// Of each 32 channels of two rows the lane's eight, AHEAD steps of them on their way.
+// Gradients are the lane's eight of each 32 channels of two rows, with AHEAD steps of them on their way.
 struct Gradients {
     const half_word *upper, *lower;
-    int left;   // channels
+    // So many channels are left to be loaded.
+    int left;
     Words ahead[AHEAD][2];
 
     __device__ Gradients(const half_word* upper, const half_word* lower) : upper(upper), lower(lower) {
@@ -36,7 +42,7 @@ struct Gradients {
     }
 };
 
-// sums += gradients (16 x E) dt (E x PART). Columns are permuted such that a lane gets four neighbours of 16.
+// Computes sums += gradients (16 x E) dt (E x PART). Columns are permuted such that a lane gets four neighbours of 16.
 __device__ inline void project_steps(Quad (&sums)[PART / 8], Gradients& gradients, const Words* weight) {
 #pragma unroll 1
     for (int step = 0; step < STEPS; step += AHEAD) {
@@ -56,12 +62,13 @@ __device__ inline void project_steps(Quad (&sums)[PART / 8], Gradients& gradient
     }
 }
 
-// Grid: blocks of 16 WARPS rows, directions. `rows` are B L.
+// The grid has blocks of 16 WARPS rows, and directions. `rows` is B L.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) project_gradients(
     const half_word* grad_delta, const half_word* partial_BC, const Words* dt_t, half_word* gp, int rows
 ) {
     const int direction = blockIdx.y, first = (blockIdx.x * WARPS + warp()) * 16;
-    const int last = min(15, rows - 1 - first);   // what would come after it is read as if it were this row
+    // What would come after this row is read as if it were this row.
+    const int last = min(15, rows - 1 - first);
     if (last < 0) return;
     const long index = (long)direction * rows + first;
     const int part = lane() % 4, upper = lane() / 4, lower = upper + 8;
@@ -70,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) proje
     Gradients gradients(row0, row1);
 
     const half_word* source = partial_BC + ((long)direction * (BLOCKS - 1) * rows + index) * VECTORS + part * 8;
-    Eight totals[2] = {};   // of two rows
+    // These are the sums for two rows.
+    Eight totals[2] = {};
 #pragma unroll 6
     for (int block = 0; block < BLOCKS; block++) {
 #pragma unroll

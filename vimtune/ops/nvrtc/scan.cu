@@ -1,8 +1,10 @@
-// The scan's forward: y of both directions, added, halved and gated. See scan.cuh for the method and the shapes.
+// The scan's forward computes y of both directions, adds, halves and gates them. See scan.cuh for the method and the
+// shapes.
 
 #include "scan.cuh"
 
-constexpr int MAX_BLOCKS = 6;   // on a multiprocessor: 168 registers for a thread
+// As many blocks as shall fit on a multiprocessor, which leaves 168 registers for a thread.
+constexpr int MAX_BLOCKS = 6;
 
 #if SEGMENTED
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
@@ -13,7 +15,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
     const Place at(total, span);
     Shared<2, 0>& mine = shared[at.direction];
     const bool reverse = at.direction;
-    if (blockIdx.z == (reverse ? 0 : gridDim.z - 1)) return;   // no segment follows
+    // No segment follows the last one, so nobody asks for its state.
+    if (blockIdx.z == (reverse ? 0 : gridDim.z - 1)) return;
     const long own = at.row(batch);
     Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
     load_decay(decay, reverse ? A_log1 : A_log0, at);
@@ -39,16 +42,18 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
 }
 #endif
 
-typedef Shared<4, 0> Memory;   // of a warp
+// A warp has this in shared memory.
+typedef Shared<4, 0> Memory;
 
-// What the kernel reads and writes for each token.
+// These are the tensors that the kernel reads and writes for each token.
 struct Tensors {
     const half_word *u, *delta, *vectors, *gate;
     half_word *out, *mean;
     int batch;
 };
 
-// The first half of the steps, whose y is left to the other direction, or the second, which adds what that has left.
+// Visits the first half of the steps, whose y is left to the other direction, or the second half, to which it adds what
+// that direction has left.
 template <bool SECOND>
 __device__ inline void sweep_half(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Pair (&state)[N]
@@ -89,7 +94,7 @@ __device__ inline void sweep_half(
     }
 }
 
-// `mean`: of both directions before the gate, for a backward in fp16 (`gate_slope`), or null.
+// `mean` is that of both directions before the gate, for a backward in fp16 (`gate_slope`), or null.
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
     const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
     const float* D0, const float* D1, const half_word* gate, half_word* out, half_word* mean, const float* ends,

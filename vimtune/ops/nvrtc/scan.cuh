@@ -23,14 +23,17 @@
 
 constexpr int CHANNELS = 64;
 constexpr int STAGE = 8;
-constexpr int STREAM = 2 * STAGE * 32;   // words of shared memory: the stage in use and the next one
-constexpr int ENTRY = N + 4;             // of `ends`: a state, the sum of dt, padding
+// Words of shared memory that a stream takes, for the stage in use and the next one.
+constexpr int STREAM = 2 * STAGE * 32;
+// Numbers in an entry of `ends`: a state, the sum of dt, and padding.
+constexpr int ENTRY = N + 4;
 constexpr bool RAGGED = WIDTH % CHANNELS != 0;
 
-// Where a thread works: which tokens of an image are its block's. Lanes past the last channel read zeros and write
-// nothing.
+// A Place says where a thread works, and which tokens of an image are its block's. Lanes past the last channel read
+// zeros and write nothing.
 struct Place {
-    int image, direction, total, begin, tokens, first, channel;   // first channel of the block, and of the thread
+    // `first` is the first channel of the block and `channel` that of the thread.
+    int image, direction, total, begin, tokens, first, channel;
     bool live;
 
     __device__ Place(int total, int span)
@@ -39,42 +42,44 @@ struct Place {
         channel = first + 2 * lane();
         live = !RAGGED || channel < WIDTH;
     }
-    // The number of steps after which the other direction has left y for all tokens to come.
+    // Gives the number of steps after which the other direction has left y for all tokens to come.
     __device__ int middle() const { return direction ? tokens / 2 : (tokens + 1) / 2; }
-    // Of the block's first token, among the rows of an image or of both directions.
+    // These give the row of the block's first token among those of all images, or of all images and both directions.
     __device__ long image_row() const { return (long)image * total + begin; }
     __device__ long row(int batch) const { return ((long)direction * batch + image) * total + begin; }
-    // Where this thread's channels are in a segment, in tensors (2, B, S, E).
+    // Says where this thread's channels are in a segment, in tensors (2, B, S, E).
     __device__ long in_segment(int batch, int segment) const {
         return (((long)direction * batch + image) * gridDim.z + segment) * WIDTH + channel;
     }
 };
 
-// The order in which a warp visits its tokens. Steps come in stages of STAGE neighbouring tokens, of which the last may
-// reach beyond the sequence.
+// An Order is that in which a warp visits its tokens. Steps come in stages of STAGE neighbouring tokens, of which the
+// last may reach beyond the sequence.
 struct Order {
     int tokens;
     bool reverse;
 
-    // The lowest token of the stage that begins with this step.
+    // Gives the lowest token of the stage that begins with this step.
     __device__ int stage(int step) const { return reverse ? tokens - STAGE - step : step; }
-    // Which step of its stage visits the k-th lowest token, and the other way round.
+    // Says which step of its stage visits the k-th lowest token, and the other way round.
     __device__ int within_stage(int k) const { return reverse ? STAGE - 1 - k : k; }
-    // How far a pointer moves in so many steps.
+    // Says how far a pointer moves in so many steps.
     __device__ int along(int distance) const { return reverse ? -distance : distance; }
 };
 
-// Neighbouring tokens.
+// A Range is a number of neighbouring tokens.
 struct Range {
     int first, count;
 
     __device__ bool has(int token) const { return (unsigned)(token - first) < (unsigned)count; }
 };
 
-// Where shared memory has a step.
+// A Step says where shared memory has the inputs of a step.
 struct Step {
-    const word* words;   // of all streams
-    int index;           // of the lane's Word among those of a stream
+    // The words of all streams begin here.
+    const word* words;
+    // The lane's Word has this index among those of a stream.
+    int index;
     const Quad* vectors;
 
     __device__ const Quad* B() const { return vectors; }
@@ -85,24 +90,25 @@ struct Step {
     }
 };
 
-// Rows of one tensor on their way through shared memory. A row holds a Word for each lane; lanes bring it in pieces of
-// 16 bytes. The stream takes the warp's memory from the FIRST word of a lane on.
+// A Stream brings the rows of one tensor through shared memory. A row holds a Word for each lane; lanes bring it in
+// pieces of 16 bytes. The stream takes the warp's memory from the FIRST word of a lane on.
 template <typename Word, int FIRST>
 struct Stream {
     static constexpr int LANES = 32 * sizeof(Word) / 16;
     static constexpr int ROWS = 32 / LANES;
     const int row_bytes;
-    const char* next;   // the lane's piece of the next stage
+    // The lane's piece of the next stage begins here.
+    const char* next;
     Range range;
 
-    // `first`: the block's first channel in the row of token 0; rows are `width` Words / 2 apart. From step `begin` on;
-    // only tokens of `range` are copied, the others are zeros.
+    // `first` points to the block's first channel in the row of token 0, and rows are `width` Words / 2 apart. The
+    // stream begins with step `begin`. Only tokens of `range` are copied, the others are zeros.
     __device__ Stream(const void* first, int width, const Order& order, int begin, Range range)
         : row_bytes(width * (int)sizeof(Word) / 2), range(range) {
         next = (const char*)first + (long)(order.stage(begin) + row()) * row_bytes + piece() * 16;
         if (RAGGED && blockIdx.x * CHANNELS + piece() * (CHANNELS / LANES) >= WIDTH) this->range.count = 0;
     }
-    // Start to copy the stage whose lowest token this is into half `slot` of the memory.
+    // Starts to copy the stage whose lowest token this is into half `slot` of the memory.
     __device__ void fetch(word* words, int slot, const Order& order, int token) {
         Word* memory = (Word*)(words + FIRST * STREAM) + slot * STAGE * 32 + piece() * (16 / (int)sizeof(Word));
         Word* place = memory + order.within_stage(row()) * 32;
@@ -119,13 +125,14 @@ private:
     static __device__ int row() { return lane() / LANES; }
 };
 
-// This thread's words of the rows that it writes, one a step.
+// Results are this thread's words of the rows that it writes, one a step.
 template <typename Word>
 struct Results {
     const int stride;
     Word* next;
 
-    // `first`: the word in the row of token 0; rows lie `width` Words / 2 apart. From step `begin` on.
+    // `first` points to the word in the row of token 0, and rows lie `width` Words / 2 apart. Step `begin` is the
+    // first.
     __device__ Results(void* first, int width, const Order& order, int begin)
         : stride(order.along(width * (int)sizeof(Word) / 2)) {
         const long rows = order.reverse ? begin + 1 - order.tokens : begin;
@@ -137,7 +144,7 @@ struct Results {
     }
 };
 
-// B_t and C_t as fp32 in shared memory. A lane brings eight values of one token.
+// Vectors puts B_t and C_t into shared memory as fp32. A lane brings eight values of one token.
 struct Vectors {
     static constexpr int SIZE = STAGE * 2 * N;
     const half_word* source;
@@ -146,9 +153,10 @@ struct Vectors {
 
     __device__ Vectors(const half_word* rows, const Order& order)
         : source(rows + lane() % 4 * 8), tokens(order.tokens) {}
-    // Begin with the stage whose lowest token this is.
+    // Starts to load the stage whose lowest token this is.
     __device__ void load(int token) {
-        token = max(0, min(token + lane() / 4, tokens - 1));   // beyond the sequence some other one: nobody looks
+        // Beyond the sequence any token will do, because nobody looks at it.
+        token = max(0, min(token + lane() / 4, tokens - 1));
         ahead = *(const Words*)(source + (long)token * COLUMNS);
     }
     __device__ void unpack(float* tile, const Order& order) const {
@@ -159,7 +167,7 @@ struct Vectors {
     }
 };
 
-// What a warp keeps in shared memory.
+// This is what a warp keeps in shared memory.
 template <int STREAMS, int SUMS>
 struct Shared {
     alignas(16) word words[STREAMS * STREAM];
@@ -167,8 +175,8 @@ struct Shared {
     Quad sums[SUMS > 0 ? SUMS : 1];
 };
 
-// Visit steps `begin` to `end`: `visit(step, base, k)` once shared memory has the step, which is one of the stage that
-// begins with step `base` and the k-th of a group of GROUP steps; `finish()` behind each group.
+// Visits the steps from `begin` to `end`. It calls `visit(step, base, k)` once shared memory has the step, which is one
+// of the stage that begins with step `base` and the k-th of a group of GROUP steps, and `finish()` behind each group.
 template <int GROUP, typename Memory, typename Visit, typename Finish, typename... Streams>
 __device__ inline void sweep(
     Memory& mine, const Order& order, int begin, int end, Vectors& vectors, Visit visit, Finish finish,
@@ -199,10 +207,11 @@ __device__ inline void sweep(
         for (int k = 0; k < left; k++, step.advance()) visit(step, base, k);
         finish();
     }
-    wait_for_copies();   // zeros behind the last stage, which shall not overwrite what the next sweep copies
+    // Zeros behind the last stage are still on their way, and shall not overwrite what the next sweep copies.
+    wait_for_copies();
 }
 
-// `use(n, B_t[n .. n + 3], C_t[n .. n + 3])` for all states.
+// Calls `use(n, B_t[n .. n + 3], C_t[n .. n + 3])` for all states, four at a time.
 template <typename Use>
 __device__ inline void each_four(const Step& step, Use use) {
     const Quad *B = step.B(), *C = step.C();
@@ -220,8 +229,8 @@ __device__ inline void clear(Pair (&state)[N]) {
     for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
 }
 
-// The backward divides the forward's result by the gate (`gate_slope`), which therefore must not be zero: a number that
-// changes no gate above 1e-10 in fp32, and that is not minus any bf16 number.
+// The backward divides the forward's result by the gate (`gate_slope`), which therefore must not be zero. So it adds a
+// number that changes no gate above 1e-10 in fp32, and that is not minus any bf16 number.
 __device__ inline Pair nonzero(Pair gate) {
     constexpr float TINY = 1.2345679e-18f;
     return {gate.a + TINY, gate.b + TINY};
@@ -231,7 +240,7 @@ __device__ inline Pair load_skip(const float* D, const Place& at) {
     return at.live ? Pair{D[at.channel], D[at.channel + 1]} : Pair{0.0f, 0.0f};
 }
 
-// A log2(e), so that exp2(dt * decay) is the decay of a step.
+// Loads A log2(e), so that exp2(dt * decay) is the decay of a step.
 __device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Place& at) {
     const float* row = A_log + (at.live ? at.channel : 0) * N;
     for (int n = 0; n < N; n++) {
@@ -239,7 +248,8 @@ __device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Pl
     }
 }
 
-// Zero states, which pass through the segments before this block's, or from the last one on through those behind it.
+// Starts with zero states and passes them through the segments before this block's, or from the last segment on through
+// those behind it.
 __device__ inline void enter(
     Pair (&state)[N], const Pair (&decay)[N], const float* ends, const Place& at, int batch, bool from_last
 ) {

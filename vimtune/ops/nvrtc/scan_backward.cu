@@ -21,7 +21,8 @@
 
 #include "scan.cuh"
 
-constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;   // on a multiprocessor: 255 or 168 registers for a thread
+// As many blocks as shall fit on a multiprocessor, which leaves 255 or 168 registers for a thread.
+constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;
 
 __device__ inline float half_sigmoid(float x) { return reciprocal(2.0f + 2.0f * exp2_fast(-LOG2E * x)); }
 __device__ inline Pair half_sigmoid(Pair x) { return {half_sigmoid(x.a), half_sigmoid(x.b)}; }
@@ -38,39 +39,42 @@ __device__ inline Pair gate_slope(Pair z, Pair half_open) {
     return {gate_slope(z.a, half_open.a), gate_slope(z.b, half_open.b)};
 }
 
-// Sums over the channels of a warp of N values a step, for two steps at once. In shared memory each four states of a
-// step have a plane of all lanes, of which a lane adds up eight. (Matrix units would take half the instructions, but an
-// H200 lowers its clock by 8 % while they are in use.)
+// ChannelSums adds up N values a step over the channels of a warp, for two steps at once. In shared memory each four
+// states of a step have a plane of all lanes, of which a lane adds up eight. (Matrix units would take half the
+// instructions, but an H200 lowers its clock by 8 % while they are in use.)
 struct ChannelSums {
     static constexpr int STEPS = 2, PLANES = STEPS * N / 4;
-    static constexpr int PLANE = 32 + 1;   // Quads; 1 more, so that eight planes begin in different banks
+    // A plane has 32 Quads and room for one more, so that eight planes begin in different banks.
+    static constexpr int PLANE = 32 + 1;
     static constexpr int SIZE = PLANES * PLANE;
     static_assert(PLANES == 8, "a lane for each plane and group of eight lanes");
     Quad* shared;
     half_word* out;
     const Range all;
     const int stride;
-    int token;   // the lane's
+    // The lane stores a sum of this token.
+    int token;
 
-    // `rows`: N values of each token.
+    // `rows` has N values of each token.
     __device__ ChannelSums(Quad* shared, half_word* rows, const Order& order)
         : shared(shared), all({0, order.tokens}), stride(order.along(STEPS)) {
         const int plane = lane() % PLANES;
         token = order.stage(0) + order.within_stage(plane / (N / 4));
         out = rows + (long)token * 2 * N + plane % (N / 4) * 4 + lane() / 8 % 2 * 2 + lane() / 16;
     }
-    // States n to n + 3 of this lane's channels.
+    // Takes the values of states n to n + 3 of this lane's channels.
     __device__ void add(int step, int n, const float (&part)[4]) const {
         shared[(step * (N / 4) + n / 4) * PLANE + lane()] = {part[0], part[1], part[2], part[3]};
     }
-    // Store the sums of these steps.
+    // Stores the sums of these steps.
     __device__ void store() {
         sync_warp();
         const Quad* first = shared + lane() % PLANES * PLANE + lane() / 8 * 8;
         Quad sum = first[0];
         for (int k = 1; k < 8; k++) sum = sum + first[k];
         sync_warp();
-        // The four groups of lanes: a lane keeps two of its sums, then one, and gets the others' parts of it.
+        // The sums over the four groups of lanes remain: a lane keeps two of its sums, then one, and gets the others'
+        // parts of it.
         const bool second = lane() & 8, odd = lane() & 16;
         const Pair low = {sum.x, sum.y}, high = {sum.z, sum.w}, given = second ? low : high;
         const Pair half = (second ? high : low) + Pair{exchanged(given.a, 8), exchanged(given.b, 8)};
@@ -82,7 +86,7 @@ struct ChannelSums {
 };
 
 #if SEGMENTED
-// `ends`: the gradients of the states before each segment, if those behind it have none.
+// Finds `ends`, the gradients of the states before each segment if those behind it have none.
 extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
     const half_word* grad, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
     const half_word* gate, float* ends, int batch, int total, int span
@@ -91,7 +95,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
     const Place at(total, span);
     Shared<3, 0>& mine = shared[at.direction];
     const bool reverse = at.direction;
-    if (blockIdx.z == (reverse ? gridDim.z - 1 : 0)) return;   // no segment precedes
+    // No segment precedes the first one, so nobody asks for its gradient.
+    if (blockIdx.z == (reverse ? gridDim.z - 1 : 0)) return;
     const long own = at.row(batch), image = at.image_row();
     Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
     load_decay(decay, reverse ? A_log1 : A_log0, at);
@@ -120,33 +125,37 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
 #endif
 
 constexpr int COLUMN_BLOCKS = (WIDTH + CHANNELS - 1) / CHANNELS;
-typedef Shared<6, ChannelSums::SIZE> Memory;   // of a warp; the scalars take four words
+// A warp has this in shared memory; the stream of scalars takes four words a lane.
+typedef Shared<6, ChannelSums::SIZE> Memory;
 
-// What the kernel reads and writes for each token. `scalars` (2, B, L, E / 2, 4) fp32 is scratch: <A, dy_t C_t s_t> and
-// dy_t of two channels.
+// These are the tensors that the kernel reads and writes for each token. `scalars` (2, B, L, E / 2, 4) fp32 is scratch:
+// <A, dy_t C_t s_t> and dy_t of two channels.
 struct Tensors {
     const half_word *grad, *u, *delta, *vectors, *gate, *result;
     half_word *grad_u, *grad_delta, *grad_gate, *partial_BC;
     float* scalars;
     int batch;
 
-    // B | C of this warp's channels.
+    // Says where the sums for B | C over this warp's channels go.
     __device__ half_word* sums(const Place& at) const {
         const int block = at.direction * COLUMN_BLOCKS + at.first / CHANNELS;
         return partial_BC + ((long)block * batch * at.total + at.image_row()) * 2 * N;
     }
 };
 
-// What a warp knows after a sweep, or during one.
+// This is what a thread knows during a sweep and hands on to the next one.
 struct Known {
-    Pair state[N];     // or its gradient
-    Pair mixed = {};   // <A, w_t> log2(e)
+    // The states in one sweep, and their gradients in the other.
+    Pair state[N];
+    // <A, w_t> log2(e), the term in which states and their gradients meet.
+    Pair mixed = {};
 #if TRAINED
-    Pair elapsed = {}, grad_A[N] = {}, grad_D = {}, grad_bias = {};   // elapsed: T_t
+    // `elapsed` is T_t.
+    Pair elapsed = {}, grad_A[N] = {}, grad_D = {}, grad_bias = {};
 #endif
 };
 
-// The states, from the first step to the last: the gradients of C and of the gate, and the scalars.
+// Follows the states from the first step to the last, and finds the gradients of C and of the gate, and the scalars.
 __device__ inline void sweep_states(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Known& now
 ) {
@@ -201,7 +210,7 @@ __device__ inline void sweep_states(
     sweep<ChannelSums::STEPS>(mine, order, 0, tokens, vectors, visit, finish, us, dts, gates, grads, results);
 }
 
-// Their gradients, from the last step to the first.
+// Follows the gradients of the states from the last step to the first, and finds all that remains.
 __device__ inline void sweep_gradients(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Known& now
 ) {
@@ -242,7 +251,8 @@ __device__ inline void sweep_gradients(
         });
         now.mixed = now.mixed + Pair{past.x, past.y} - input * term;
         const Pair grad_dt = ut * through + LN2 * now.mixed;
-        const Pair power = exp2_fast(-LOG2E * dt);   // 1 - e^-dt is the slope of softplus
+        // The slope of softplus is 1 - e^-dt, where dt is its result.
+        const Pair power = exp2_fast(-LOG2E * dt);
         const Pair grad_raw = grad_dt - power * grad_dt;
 #if TRAINED
         now.grad_bias = now.grad_bias + grad_raw;
@@ -279,7 +289,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
     Pair behind[N];
     enter(behind, decay, grad_ends, at, batch, !reverse);
     for (int n = 0; n < N; n++) {
-#if SEGMENTED   // behind the segment w is the product of what both sweeps hold there
+#if SEGMENTED
+        // Behind the segment w is the product of what both sweeps hold there.
         const Pair w = behind[n] * now.state[n];
         now.mixed = now.mixed + decay[n] * w;
 #if TRAINED
@@ -293,7 +304,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
 #if TRAINED
     if (at.live) {
         const long channel = at.in_segment(batch, blockIdx.z);
-        for (int n = 0; n < N; n++) {   // d(A_log) = A dA
+        // The gradient of A_log is A times that of A.
+        for (int n = 0; n < N; n++) {
             const Pair value = LN2 * decay[n] * now.grad_A[n];
             partial_A[channel * N + n] = value.a;
             partial_A[(channel + 1) * N + n] = value.b;
