@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Let the error of a pipe without reader pass on to the caller."""
-        raise  # rich would end the program, with the exit code 1; `vimtune.exits` has another for this
+        raise  # Rich would end the program with the exit code 1; `vimtune.exits` has another one for this.
 
 
 def build_console(quiet: bool = False, *, is_result: bool = False) -> Console:
@@ -105,7 +105,7 @@ class _Output:
         self._strict = strict
         self._lost = False
 
-    def __getattr__(self, name: str) -> Any:  # encoding, isatty, fileno, ...
+    def __getattr__(self, name: str) -> Any:  # This hands on `encoding`, `isatty`, `fileno` and the like.
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -122,7 +122,7 @@ class _Output:
             return
         try:
             action(*arguments)
-        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+        except (OSError, ValueError) as error:  # A closed stream raises ValueError.
             if self._strict:
                 raise
             self._lost = True

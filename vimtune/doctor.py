@@ -51,7 +51,7 @@ def finding(examine: Callable[[], str]) -> str:
     """What `examine` finds out, or why it could not: a broken machine is what the doctor is for."""
     try:
         return examine()
-    except Exception as error:  # whatever is broken in it is the finding
+    except Exception as error:  # Whatever is broken in it is the finding.
         return f"cannot be examined ({type(error).__name__}: {printable(shorten(str(error)))})"
 
 
@@ -195,7 +195,7 @@ def self_test(backend: str, device: torch.device) -> SelfTest:
                         f"{operation} ({direction}, {SHORT[dtype]}): the {kind} is off by {error:.1e}, "
                         f"at most {TOLERANCE[dtype]:.0e} is allowed"
                     )
-    except Exception as error:  # whatever a broken kernel raises is the finding of this test
+    except Exception as error:  # Whatever a broken kernel raises is the finding of this test.
         result.failure = f"{type(error).__name__}: {error}"
     return result
 
@@ -262,7 +262,7 @@ def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[
     """(name, text in rich markup) per backend; adds what went wrong to `failures`."""
     try:
         chosen, report = ops.resolved_backend(device), ops.backend_report(device)
-    except Exception as error:  # no backend can even be asked, and that is what the doctor has to say
+    except Exception as error:  # No backend can even be asked, and that is what the doctor has to say.
         failures.append(f"{device.type}: {type(error).__name__}: {error}")
         return
     for row in report:
@@ -288,7 +288,7 @@ def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[
 def run_doctor(console: Console | None = None) -> int:
     """Print environment, backends with self-tests, and advice. Returns 1 when a self-test fails."""
     console = console or build_console(is_result=True)
-    logging.getLogger("vimtune.ops").setLevel(logging.WARNING)  # the table below says which backend is used
+    logging.getLogger("vimtune.ops").setLevel(logging.WARNING)  # The table below says which backend is used.
 
     def show(title: str, rows: Iterable[tuple[str, str]]) -> None:
         console.print(title, style="bold")

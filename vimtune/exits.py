@@ -80,16 +80,17 @@ def run_guarded(action: Callable[[], int], *, show_traceback: bool) -> int:
     try:
         try:
             code = action()
-        except SystemExit as exit:  # argparse, after --help and --version
+        except SystemExit as exit:  # argparse exits like this after --help and --version.
             code = exit.code if isinstance(exit.code, int) else 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as interruption:
-        if not interruption.args:  # the trainer has said how to continue
+        if not interruption.args:  # The trainer has said how to continue.
             _print_lines("interrupted")
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # and not the end of a worker's pipe
+        # The pipe of a worker may break as well, which is another matter.
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return 141
         if show_traceback:
             _print_lines("".join(traceback.format_exception(error)))
@@ -110,7 +111,7 @@ def run_guarded(action: Callable[[], int], *, show_traceback: bool) -> int:
 
 def _print_lines(text: str) -> None:
     """Print to stderr, every line harmless for a terminal."""
-    with contextlib.suppress(OSError):  # when stderr cannot be written either, the exit code has to do
+    with contextlib.suppress(OSError):  # When stderr cannot be written either, the exit code has to do.
         print("\n".join(printable(shorten(line, MAX_LINE)) for line in text.split("\n")), file=sys.stderr)
 
 
@@ -120,7 +121,7 @@ def _reader_has_gone() -> bool:
         pipe = select.poll()
         pipe.register(sys.stdout, 0)
         return any(event & select.POLLERR for _, event in pipe.poll(0))
-    except (AttributeError, OSError):  # a system without poll, a stream without a descriptor
+    except (AttributeError, OSError):  # The system has no poll, or the stream no descriptor.
         return False
 
 
@@ -170,7 +171,7 @@ def _report(error: Exception, traceback_was_shown: bool) -> str:
             print(f"vimtune {__version__}, Python {platform.python_version()}", file=file)
             print(f"{platform.platform()}\n", file=file)
             traceback.print_exception(error, file=file)
-    except OSError:  # no room for a file, so it has to be shown here
+    except OSError:  # There is no room for a file, so it has to be shown here.
         _print_lines("".join(traceback.format_exception(error)))
         return f"{what}. {sorry} the traceback above"
     return f"{what}. {sorry} the file {path} (--traceback shows it here)"

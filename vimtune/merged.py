@@ -53,7 +53,7 @@ def is_merged_file(path: Path) -> bool:
         return False
     try:
         return {"model", *_PARTS} <= read_metadata(path).keys()
-    except SafetensorError:  # whoever takes it for another kind of file says what is wrong with it
+    except SafetensorError:  # Whoever takes it for another kind of file says what is wrong with it.
         return False
 
 
@@ -80,7 +80,7 @@ def read_merged_info(path: Path) -> MergedInfo:
         name: parse_json(metadata.get(name), f"{name} of {shown}", MergedFileError)
         for name in (*_PARTS, *(["options"] if "options" in metadata else []))
     }
-    if "options" not in parts:  # an older file: the rest shows the usual ones
+    if "options" not in parts:  # An older file has none, and its other parts show the usual ones.
         sizes = {"num_classes": len(parts["classes"])} if isinstance(parts["classes"], list) else {}
         known = parts["preprocessing"] if isinstance(parts["preprocessing"], dict) else {}
         parts["options"] = sizes | {name: known[name] for name in ("img_size",) if name in known}

@@ -131,7 +131,7 @@ def _prove(model: nn.Module, images: Tensor, expected: Tensor, backend: str) -> 
 
 def loading_code(path: Path, info: MergedInfo) -> str:
     """Python that loads a merged file as a plain model, with timm's own loader."""
-    with torch.device("meta"):  # only the options are of interest
+    with torch.device("meta"):  # Only the options are of interest.
         usual = create_listed_model(info.model, {}).creation["kwargs"]
     options = {
         name: value for name, value in info.options.items() if name not in usual or value != usual[name]

@@ -39,7 +39,7 @@ def _yaml_value(text: str) -> Any:
     except YAMLTextError as error:
         raise ValueError(f"not readable as YAML ({error.problem})") from None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)  # YAML 1.1 reads 1e-3 as text
+        return float(value)  # YAML 1.1 reads 1e-3 as text.
     return value
 
 
@@ -145,7 +145,7 @@ def choice(*options: str) -> Parser:
     """One of several words."""
 
     def parse(value: Any) -> str:
-        if isinstance(value, bool):  # YAML 1.1 reads `on` and `yes` as true, `off` and `no` as false
+        if isinstance(value, bool):  # YAML 1.1 reads `on` and `yes` as true, `off` and `no` as false.
             meant = ("on",) if value else ("off", "none")
             value = next((option for option in meant if option in options), value)
         if not isinstance(value, str) or value not in options:
@@ -160,7 +160,7 @@ def mapping(value: Any) -> dict[str, Any]:
     """Options by name, whose values are plain: text, numbers, true, false, nothing, lists and mappings."""
     if isinstance(value, str) and re.match(r"\s*\{", value):
         value = _yaml_value(value)
-    elif isinstance(value, str) and "=" in value:  # --peft-kwargs variant=paper,rank=8
+    elif isinstance(value, str) and "=" in value:  # This is how --peft-kwargs variant=paper,rank=8 comes.
         value = {key: _yaml_value(text) for key, text in _pairs(value).items()}
     if not isinstance(value, Mapping):
         raise ValueError("expected a mapping such as '{name: value}' or name=value,name=value")

@@ -32,10 +32,11 @@ def import_package(name: str) -> None:
     """
     folder = os.getcwd()
     if folder not in sys.path and "" not in sys.path:
-        sys.path.append(folder)  # last, so that no file there takes the place of an installed module
+        # It comes last, so that no file there takes the place of an installed module.
+        sys.path.append(folder)
     try:
         importlib.import_module(name)
-    except Exception as error:  # whatever the module raises, the user named it and has to know
+    except Exception as error:  # Whatever the module raises, the user named it and has to know.
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"package {quote(name)} cannot be imported ({reason}); expected the dotted name of an installed "
@@ -54,7 +55,8 @@ def load_installed() -> dict[str, str]:
     """
     global _failures
     if _failures is None:
-        _failures = {}  # first, because a package may look something up while it is being imported
+        # This comes first, because a package may look something up while it is being imported.
+        _failures = {}
         for entry in entry_points(group=ENTRY_POINTS):
             try:
                 entry.load()

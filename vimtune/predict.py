@@ -389,7 +389,7 @@ def run_predict(
             on_corrupt=None if on_corrupt == "error" else failed.append,
         ):
             predictions.append(prediction)
-    except BaseException as error:  # Ctrl-C as well
+    except BaseException as error:  # Ctrl-C is among these, too.
         if predictions and outputs and not isinstance(error, Unreadable):
             _write_all(outputs, predictions)
             logger.warning("stopped after %d of %d images; those are written", len(predictions), len(paths))

@@ -46,7 +46,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @cache
 def _adapter(schema: Any) -> TypeAdapter[Any]:
-    from pydantic import TypeAdapter  # imported late: `--help` reads no files
+    from pydantic import TypeAdapter  # This comes late, because `--help` reads no files.
 
     return TypeAdapter(schema)
 
@@ -73,14 +73,15 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
         return adapter.validate_json(_SURROGATE.sub(_escape, text), strict=True)
     except ValidationError as failure:
         problems = failure.errors(include_url=False, include_context=False)
-        if not problems[0]["loc"] and not is_dataclass(schema):  # one value, not the parts of a file
+        # The schema is one value and not the parts of a file.
+        if not problems[0]["loc"] and not is_dataclass(schema):
             raise error(f"{what}: {_describe_value(problems[0])}") from None
         shown = "; ".join(map(_describe, problems[:3]))
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise error(f"{what} does not have the expected form: {shown}{more}") from None
     except RecursionError:
         raise error(f"{what} is nested too deeply") from None
-    except TypeError as failure:  # on writing: a value that JSON does not have
+    except TypeError as failure:  # This happens on writing a value that JSON does not have.
         raise error(f"{what} holds what a file cannot: {failure}") from None
     except ValueError as failure:
         raise error(f"{what} holds a number that is not finite: {failure}") from None
@@ -93,7 +94,7 @@ def _escape(surrogate: re.Match[str]) -> str:
 def _describe(problem: Any) -> str:
     """One difference from a schema: where it is, what is wrong, what was found."""
     place = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "value_error":  # raised by the schema class itself, which words it fully
+    if problem["type"] == "value_error":  # The schema class itself raised it, and words it fully.
         message = problem["msg"].removeprefix("Value error, ")
         return f"{place}: {message}" if place else message
     return f"{place or 'value'}: {problem['msg']} (found {quote(problem['input'])})"

@@ -80,7 +80,7 @@ class _Loader(yaml.SafeLoader):
         """Make the value of a node; refuse numbers that Python cannot read."""
         try:
             return super().construct_object(node, deep=deep)
-        except ValueError as error:  # what looks like a number and is none, or has thousands of digits
+        except ValueError as error:  # It looks like a number and is none, or has thousands of digits.
             raise _error(node, f"cannot read the number {quote(node.value)}") from error
 
 

@@ -17,9 +17,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         SafetensorError: truncated, or a file of another kind.
         OSError: it is not there or cannot be read.
     """
-    with open(path, "rb"):  # for the system's own reason: safetensors takes every failure for a missing file
+    # This raises the system's own error; safetensors takes every failure for a missing file.
+    with open(path, "rb"):
         pass
-    with safe_open(path, framework="np") as file:  # the framework "pt" refuses names that are not UTF-8
+    with safe_open(path, framework="np") as file:  # The framework "pt" refuses names that are not UTF-8.
         return file.metadata() or {}
 
 
@@ -32,6 +33,6 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     try:
         os.fspath(path).encode("utf-8")
-    except UnicodeEncodeError:  # a name that `load_file` refuses
+    except UnicodeEncodeError:  # `load_file` refuses this name.
         return load(Path(path).read_bytes())
     return load_file(path)

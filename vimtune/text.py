@@ -59,7 +59,8 @@ def shorten(text: str, limit: int = MAX_QUOTE) -> str:
 def quote(value: Any, limit: int = MAX_QUOTE) -> str:
     """`repr(value)` for a message: on one line, visible, and shortened; also for very large values."""
     if isinstance(value, str | bytes) and len(value) > 2 * limit:
-        value = value[: 2 * limit]  # repr of the whole would take long, and its middle is left out anyway
+        # The repr of the whole would take long, and its middle is left out anyway.
+        value = value[: 2 * limit]
     elif isinstance(value, list | tuple | dict | set | frozenset) and len(value) > limit:
         return f"a {type(value).__name__} of {len(value)} items"
     elif isinstance(value, int) and value.bit_length() > 4 * limit:
@@ -68,7 +69,7 @@ def quote(value: Any, limit: int = MAX_QUOTE) -> str:
         return printable(shorten(repr(value), limit))
     except RecursionError:
         return f"a deeply nested {type(value).__name__}"
-    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits.
         return f"a {type(value).__name__} with a very large number in it"
 
 

@@ -81,7 +81,7 @@ def atomic_write(
         OSError: `path` is a device or a pipe, which the move would replace, or the system refuses to write.
     """
     path = Path(path)
-    if path.exists() and not (path.is_file() or path.is_dir()):  # the system itself refuses a folder
+    if path.exists() and not (path.is_file() or path.is_dir()):  # The system itself refuses a folder.
         raise FileExistsError(errno.EEXIST, "it is a device or a pipe, no regular file", os.fspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
@@ -91,7 +91,7 @@ def atomic_write(
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        if mode is None:  # mkstemp makes private files
+        if mode is None:  # mkstemp makes private files.
             umask = os.umask(0)
             os.umask(umask)
             mode = 0o666 & ~umask

@@ -160,7 +160,8 @@ def read_info(text: str | None, what: str) -> AdapterInfo:
         if values.get("version") == 1:
             values = _upgrade(check(_Version1, values, what, AdapterFileError), what)
     info = check(AdapterInfo, values, what, AdapterFileError)
-    info.model = check_creation(info.model, what, AdapterFileError)  # becomes arguments of a function
+    # Its content becomes arguments of a function.
+    info.model = check_creation(info.model, what, AdapterFileError)
     _check_preprocessing(info, what, AdapterFileError)
     info.options = {name: NEUTRAL_OPTIONS.get(name, {}) | own for name, own in info.options.items()}
     try:

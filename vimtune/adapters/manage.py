@@ -210,7 +210,7 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
         )
     active = {slot: slot.active for _, _, _, slot in iter_slots(model)}
     try:
-        for slot in active:  # methods see the plain model and what the methods before them have made of it
+        for slot in active:  # Methods see the plain model, and what the methods before them have made of it.
             slot.active = None
         _attach_head(model, record)
         for chosen in build_methods(record.method, record.options):
@@ -219,7 +219,7 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
             record.sites[method.name] = attach_rules(
                 model, name, method, chosen.by_target, sites, accept_idle
             )
-    except BaseException:  # whatever it is: it goes on, but the model is as it was
+    except BaseException:  # Whatever it is, it goes on, but the model is as it was.
         _detach_all(model, name)
         for slot, before in active.items():
             slot.active = before

@@ -159,6 +159,7 @@ class Shifted(WeightRule):
 def exact(weight: Tensor) -> AbstractContextManager[Any]:
     """No autocast: a weight computed in half precision and rounded again differs from the merged one."""
     device = weight.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # which torch raises for on the meta device
+    # Asking this for the meta device raises an error.
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

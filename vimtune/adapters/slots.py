@@ -157,7 +157,7 @@ def slots_of(module: nn.Module) -> dict[str, Slot]:
 def base_value(module: nn.Module, parameter: str) -> nn.Parameter:
     """The frozen parameter itself, whatever rules it has."""
     parameters = module._parameters
-    if parameter not in parameters:  # a replica of DataParallel has tensors as plain attributes instead
+    if parameter not in parameters:  # A replica of DataParallel has tensors as plain attributes instead.
         return cast(nn.Parameter, module.__dict__[parameter])
     return cast(nn.Parameter, parameters[parameter])
 

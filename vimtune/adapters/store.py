@@ -99,7 +99,7 @@ def read_adapter_info(path: str | Path) -> AdapterInfo:
 def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, Tensor]]:
     path = Path(path)
     shown = f"adapter file {printable(str(path))}"
-    if not path.is_file():  # in particular nothing that would have to be waited for, such as a pipe
+    if not path.is_file():  # This keeps us from waiting for a pipe, among others.
         kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise AdapterFileError(f"{shown} {kind}; expected the adapter.safetensors of a run")
     try:
@@ -154,7 +154,7 @@ def load_adapter(
             )
         with _refusing(path):
             load_adapter_state_dict(model, tensors, name)
-    except BaseException:  # whatever it is: it goes on, but the model is as it was
+    except BaseException:  # Whatever it is, it goes on, but the model is as it was.
         delete_adapter(model, name)
         set_adapter(model, None if before is None else before.name)
         raise
@@ -183,7 +183,8 @@ def _record(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], nam
     """
     head = head_parameters(model)
     num_classes = info.num_classes or base_num_classes(model)
-    for path in head if num_classes != base_num_classes(model) else ():  # before a head of that size is made
+    # This is checked before a head of that size is made.
+    for path in head if num_classes != base_num_classes(model) else ():
         tensor = tensors.get(f"{path}.value")
         if tensor is None or tensor.shape[:1] != (num_classes,):
             raise ValueError(f"it says {num_classes} classes, but has no such tensor for {path}")

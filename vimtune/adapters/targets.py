@@ -108,7 +108,7 @@ def resolve_targets(
     if not included:
         raise ValueError(f"targets {quote(targets)} name nothing to adapt. {_known(points)}")
     chosen: dict[str, list[str]] = {}
-    for target in included:  # the parts of an alias have one text
+    for target in included:  # The parts of an alias have one text.
         chosen[target.text] = chosen.get(target.text, []) + _select(points, target)
     kept = {path for paths in chosen.values() for path in paths}
     for target in excluded:

@@ -60,12 +60,13 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
     """
     model = unwrap(model)
     _, record = demand_adapter(model, name)
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()  # timm's way to say it
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()  # This is how models of timm say it.
     seen: set[nn.Parameter] = set()
     for path, base, prefix, rule in _rules(model, record):
-        exempted = path in exempt or getattr(base, "_no_weight_decay", False)  # mamba-ssm's mark
+        # This is how mamba-ssm marks a parameter.
+        exempted = path in exempt or getattr(base, "_no_weight_decay", False)
         for own, parameter in rule.named_parameters():
-            if parameter not in seen:  # rules may share tensors
+            if parameter not in seen:  # Rules may share tensors.
                 seen.add(parameter)
                 yield AdaptedParameter(
                     name=f"{prefix}.{own}",
@@ -211,7 +212,7 @@ def summary(model: nn.Module) -> AdapterSummary:
         return AdapterSummary("no adapter", trainable, 0, sum(p.numel() for _, p in base_parameters(model)))
     sizes = [(item.group, item.parameter.numel()) for item in adapter_parameters(model)]
     head = sum(size for group, size in sizes if group == "head")
-    grown = {  # a rule may let its parameter grow
+    grown = {  # A rule may let its parameter grow.
         path: slot.evaluated(base_value(owner, name)).numel()
         for path, owner, name, slot in iter_weight_slots(model)
         if path not in record.head

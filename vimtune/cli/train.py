@@ -83,7 +83,7 @@ def build_train_parser(prog: str) -> CommandParser:
     for title, options in recipe_groups().items():
         group = parser.add_argument_group(title)
         for item in options.values():
-            if item.name not in added:  # two tasks may have an option of the same name
+            if item.name not in added:  # Two tasks may have an option of the same name.
                 _add_flag(group, item)
                 added.add(item.name)
     return parser

@@ -129,7 +129,9 @@ class FileDataset(ImageDataset):
 
     def load(self, index: int) -> Image.Image:
         """Decode the file of image `index` to RGB."""
-        from vimtune.data.images import load_image  # imported late: data sets are listed without Pillow
+        from vimtune.data.images import (
+            load_image,
+        )  # This comes late, because data sets are listed without Pillow.
 
         return load_image(self.paths[index])
 

@@ -35,7 +35,7 @@ class Caltech(FileDataset):
         # Imported late, because data sets are listed without the schemas of files.
         from vimtune.data.caltech_split import SPLIT_SEED, load_split, select_numbers
 
-        del seed, img_size  # shipped split, real files
+        del seed, img_size  # The split is fixed, and the images have sizes of their own.
         root, found = locate_root(data_dir, ["caltech101", "caltech-101"], _FOLDER)
         if not found and root.name == _FOLDER and root.is_dir():
             root = root.parent

@@ -83,7 +83,7 @@ def draw_split(counts: Mapping[str, int], seed: int) -> Split:
         counts: images per category; they are numbered 1..count.
         seed: category number i (in ASCII order) draws with numpy's PCG64 seeded by [seed, i].
     """
-    import numpy as np  # imported late: data sets are listed without numpy
+    import numpy as np  # This comes late, because data sets are listed without numpy.
 
     categories = {}
     for i, category in enumerate(sorted(counts)):

@@ -80,7 +80,7 @@ def _test_table(root: Path) -> Path:
 
 def _read_rows(table: Path, num_classes: int) -> list[tuple[str, int]]:
     """File name and label (0-based) of every image."""
-    import numpy as np  # imported late: data sets are listed without numpy
+    import numpy as np  # This comes late, because data sets are listed without numpy.
 
     rows = _load(table, "annotations")
     if not all(isinstance(row, dict) and {"fname", "class"} <= row.keys() for row in rows):
@@ -96,7 +96,7 @@ def _read_rows(table: Path, num_classes: int) -> list[tuple[str, int]]:
 
 
 def _load(path: Path, key: str) -> list[Any]:
-    from vimtune.data.mat import read_mat  # imported late: data sets are listed without numpy
+    from vimtune.data.mat import read_mat  # This comes late, because data sets are listed without numpy.
 
     try:
         values = read_mat(path, [key])[key]

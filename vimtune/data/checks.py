@@ -12,7 +12,7 @@ from vimtune.text import printable, quote
 
 def whole_numbers(values: Any, low: int, high: int, what: str) -> list[int]:
     """`values` of a file as ints; a `DatasetError` that names `what` where they are not `low` to `high`."""
-    import numpy as np  # imported late: data sets are listed without numpy
+    import numpy as np  # This comes late, because data sets are listed without numpy.
 
     numbers = np.atleast_1d(np.asarray(values))
     if numbers.dtype.kind not in "uif" or numbers.ndim != 1 or not numbers.size:

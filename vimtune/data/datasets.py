@@ -140,7 +140,7 @@ def _options(cls: type[ImageDataset]) -> list[inspect.Parameter]:
 
 def _check_options(cls: type[ImageDataset], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Compare options with the annotations of the class: (the right ones as it takes them, problems)."""
-    from vimtune.schema import check  # imported late: data sets are listed without it
+    from vimtune.schema import check  # This comes late, because data sets are listed without it.
 
     known = [option.name for option in _options(cls)]
     types = get_type_hints(cls.__init__, include_extras=True) if given else {}

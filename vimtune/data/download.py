@@ -41,7 +41,8 @@ class _UnsafeEntryError(Exception):
 
 _ARCHIVE_ERRORS = (
     *(tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError),
-    *(zipfile.BadZipFile, RuntimeError),  # an encrypted .zip or one of an unknown method is a RuntimeError
+    # An encrypted .zip, or one of an unknown method, raises RuntimeError.
+    *(zipfile.BadZipFile, RuntimeError),
     _UnsafeEntryError,
 )
 """What the readers of archives raise for those that are damaged, or that we refuse."""
@@ -108,7 +109,7 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and offset:  # nothing left to send: the checksum decides
+        if error.code == 416 and offset:  # The server has nothing left to send, and the checksum decides.
             return
         raise
     with response:

@@ -39,7 +39,7 @@ class Flowers(FileDataset):
     def __init__(
         self, split: str, data_dir: Path | None, *, seed: int, img_size: tuple[int, int], download: bool
     ) -> None:
-        del seed, img_size  # official split, real files
+        del seed, img_size  # The split is fixed, and the images have sizes of their own.
         root, found = locate_root(data_dir, ["flowers-102", "flowers/flowers-102"], "setid.mat")
         if not (found and (root / "imagelabels.mat").exists() and (root / "jpg").is_dir()):
             if not download:
@@ -65,7 +65,7 @@ class Flowers(FileDataset):
 
 def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
     """Image numbers of a split (1-based) and the labels (1-based) of all images."""
-    from vimtune.data.mat import read_mat  # imported late: data sets are listed without numpy
+    from vimtune.data.mat import read_mat  # This comes late, because data sets are listed without numpy.
 
     try:
         labels = read_mat(root / "imagelabels.mat", ["labels"])["labels"]

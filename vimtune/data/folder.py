@@ -42,7 +42,7 @@ class Folder(FileDataset):
         del img_size, download
         from vimtune.data.folder_splits import (
             find_split,
-        )  # imported late: data sets are listed without Pillow
+        )  # This comes late, because data sets are listed without Pillow.
 
         found = find_split(data_dir, split, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
         paths, targets = [path for path, _ in found.images], [label for _, label in found.images]

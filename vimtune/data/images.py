@@ -108,7 +108,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         CorruptImageError: damaged, of no format in `FORMATS`, too large, or no regular file.
         ImageReadError: missing, or the system cannot read it.
     """
-    from vimtune.data.pixels import to_rgb  # imported late: data sets are listed without numpy
+    from vimtune.data.pixels import to_rgb  # This comes late, because data sets are listed without numpy.
 
     name = os.fspath(path)
     try:
@@ -147,7 +147,7 @@ def open_regular(path: str, flags: int) -> int:
     try:
         descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+        if error.errno == errno.ENXIO:  # This is a socket, or a device that is not there.
             raise ValueError("not a regular file") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -161,7 +161,7 @@ def _orientation(image: Image.Image) -> int:
         orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation
     except _DECODE_ERRORS:
-        return 1  # damaged EXIF data say nothing, and the pixels are there
+        return 1  # Damaged EXIF data say nothing, and the pixels are there.
 
 
 def _reason(error: BaseException) -> str:
@@ -232,11 +232,12 @@ class _Walk:
 
     def __init__(self, root: str) -> None:
         self._root = os.path.realpath(root)
-        self.images: dict[str, str] = {}  # real path -> path as found
+        self.images: dict[str, str] = {}  # This has the path as it was found, by the real path.
         self.folders: dict[str, str] = {}
         self.links: dict[str, str] = {}
         self.left_out: defaultdict[str, list[str]] = defaultdict(list)
-        self._to_follow: list[tuple[str, str]] = []  # link, and the real path of the folder that holds it
+        # A link waits here with the real path of the folder that holds it.
+        self._to_follow: list[tuple[str, str]] = []
 
     def read(self, folder: str, real: str) -> None:
         """Read a folder that was not read yet, and what really lies below it."""

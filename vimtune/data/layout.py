@@ -124,7 +124,7 @@ class _Folder:
 
 def _build_tree(root: Path, found: FoundImages) -> _Folder:
     folders = {os.fspath(root): _Folder()}
-    for path in found.folders:  # sorted: parents come first
+    for path in found.folders:  # In sorted order parents come first.
         parent, name = os.path.split(path)
         folders[path] = folders[parent].folders[name] = _Folder(folders[parent])
     for path in found.paths:
@@ -190,7 +190,7 @@ def _read_divided(root: Path, tree: _Folder, folders: dict[str, str]) -> Layout:
     layout = Layout(_classes(train, tree.folders[folders["train"]]))
     for split, name in folders.items():
         folder = tree.folders[name]
-        if not folder.filled():  # as in competitions, whose test images have no labels
+        if not folder.filled():  # Competitions publish such test images without labels.
             layout.notes["train"].append(
                 f"not used: {len(folder.below)} images in {printable(name)}/, which has no class folders"
             )
@@ -265,7 +265,7 @@ def _is_understood(path: Path, tree: _Folder) -> bool:
 
 def _refuse_shared(root: Path, layout: Layout, found: FoundImages) -> None:
     """Refuse links by which images would belong to two classes or splits."""
-    depth = 2 if layout.folders else 1  # how many folders say what an image is
+    depth = 2 if layout.folders else 1  # So many folders around an image say what it is.
     folders = set(found.folders)
     for link, first in found.links.items():
         one, two = (Path(os.path.relpath(path, root)).parts for path in (link, first))

@@ -102,7 +102,7 @@ class ImageLoader:
     def close(self) -> None:
         """End the workers. Those that live on until Python exits are waited for `GRACE_SECONDS` there."""
         iterator = self._loader._iterator
-        if iterator is not None:  # DataLoader has no method of its own for this
+        if iterator is not None:  # DataLoader has no method of its own for this.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
             self._loader._iterator = None
 
@@ -128,7 +128,8 @@ class ImageLoader:
 
     def _leave_out(self, error: CorruptImageError | ImageReadError) -> None:
         if self._on_corrupt == "error" or isinstance(error, ImageReadError):
-            raise type(error)(error.path, error.reason)  # anew: `error` would keep its own frames alive
+            # It is made anew, because `error` would keep its own frames alive.
+            raise type(error)(error.path, error.reason)
         self.num_skipped += 1
         if error.path not in self.skipped_paths:
             self.skipped_paths.add(error.path)
@@ -184,7 +185,7 @@ def create_loader(
     if cache:
         samples.fill_cache()
     batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
-    generator = torch.Generator()  # keeps DataLoader away from torch's global generator
+    generator = torch.Generator()  # This keeps DataLoader away from torch's global generator.
     generator.manual_seed(seed)
     loader: DataLoader[Any] = DataLoader(
         samples,

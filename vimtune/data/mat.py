@@ -88,7 +88,7 @@ def _read(data: bytes, names: list[str]) -> dict[str, Any]:
 def _element(data: bytes, at: int, order: str, packed: bool = False) -> tuple[int, bytes, int]:
     """Type, content and end of the element at `at`. Elements are padded to 8 bytes, `packed` ones are not."""
     kind, size = struct.unpack_from(f"{order}II", data, at)
-    if kind >> 16:  # up to 4 bytes of content in place of the size
+    if kind >> 16:  # A short element has up to 4 bytes of content in place of the size.
         kind, size = kind & 0xFFFF, kind >> 16
         start, end = at + 4, at + 8
         if size > 4:

@@ -40,7 +40,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow has no direct way from here to RGBA
+    if image.mode == "La":  # Pillow has no direct way from here to RGBA.
         image = image.convert("LA")
     canvas = Image.new("RGBA", image.size, "white")
     canvas.alpha_composite(image.convert("RGBA"))

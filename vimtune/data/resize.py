@@ -41,7 +41,7 @@ def resize_region(
     part = image.crop((first_x, first_y, last_x, last_y))
     columns = max(0.0, left * scale_x - first_x), min(float(part.width), right * scale_x - first_x)
     rows = max(0.0, top * scale_y - first_y), min(float(part.height), bottom * scale_y - first_y)
-    if part.width * height < width * part.height:  # columns before rows leaves less in between
+    if part.width * height < width * part.height:  # Columns come before rows, which leaves less in between.
         part = part.resize((part.width, height), resample, (0, rows[0], part.width, rows[1]))
         rows = 0, height
     return part.resize((width, height), resample, (columns[0], rows[0], columns[1], rows[1]))

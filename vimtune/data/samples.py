@@ -74,7 +74,7 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
             try:
                 pixels = np.asarray(self.dataset.load(index))
             except CorruptImageError:
-                continue  # reported when its turn comes
+                continue  # It is reported when its turn comes.
             used += pixels.nbytes
             if used > budget:
                 break

@@ -20,7 +20,7 @@ def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: i
     Returns:
         `len(fractions) + 1` sorted lists of indices.
     """
-    import numpy as np  # imported late: data sets are listed without numpy
+    import numpy as np  # This comes late, because data sets are listed without numpy.
 
     parts: list[list[int]] = [[] for _ in range(len(fractions) + 1)]
     labels = np.asarray(targets)

@@ -154,7 +154,7 @@ def read_transform(config: Any, what: str, error: type[ValueError] = ValueError)
 
 def model_preprocessing(model: nn.Module) -> dict[str, Any]:
     """Arguments of `build_transform` for the preprocessing that a timm model's `pretrained_cfg` describes."""
-    from timm.data.config import resolve_model_data_config  # imported late: images are transformed without it
+    from timm.data.config import resolve_model_data_config  # Transforming images does without it.
 
     config = resolve_model_data_config(model)
     return {
@@ -189,7 +189,7 @@ def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # This makes a writable copy.
 
 
 def _crop_ratio(img_size: tuple[int, int]) -> tuple[float, float]:
@@ -255,7 +255,8 @@ def _build_albumentations(
             scale=_CROP_SCALE[preset],
             ratio=_crop_ratio(img_size),
             interpolation=flag,
-            area_for_downscale="image",  # OpenCV does not anti-alias otherwise, the evaluation pipeline does
+            # Otherwise OpenCV would not anti-alias, which the evaluation pipeline does.
+            area_for_downscale="image",
         ),
         A.HorizontalFlip(p=0.5),
     ]

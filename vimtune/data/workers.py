@@ -44,7 +44,7 @@ def prepare_worker(worker: int) -> None:
     if "cv2" in sys.modules:
         import cv2
 
-        cv2.setNumThreads(0)  # each worker has one core, and OpenCV's thread pool does not survive a fork
+        cv2.setNumThreads(0)  # Each worker has one core, and OpenCV's thread pool does not survive a fork.
 
 
 def _die_later(signum: int, frame: Any) -> None:

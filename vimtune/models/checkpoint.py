@@ -219,7 +219,8 @@ def _source_grid(num_patches: int, model: VisionMamba, stated: tuple[int, int] |
             )
         return stated
     published = getattr(model, "pretrained_cfg", {}).get("input_size")
-    if published is not None:  # of the weights that timm is loading; later on of the model's own images
+    # This is the size of the weights while timm loads them, and later on that of the model's images.
+    if published is not None:
         at_home = ModelOptions(**{**model.options, "img_size": tuple(published[1:])}).grid
         if math.prod(at_home) == num_patches:
             return at_home

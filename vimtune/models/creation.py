@@ -48,7 +48,7 @@ def create_listed_model(
     with pretrained_loading(name, pretrained):
         model: Any = timm.create_model(name, pretrained=pretrained, **checked)
     _check_interface(model, name, checked)
-    if not hasattr(model, "creation"):  # models of this package state all their options, resolved
+    if not hasattr(model, "creation"):  # Models of this package state all their options, resolved.
         model.creation = {"name": name, "kwargs": checked}
     if not hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing = partial(_refuse_grad_checkpointing, name)

@@ -118,7 +118,7 @@ class BiMambaMixer(nn.Module):
             dt = torch.empty_like(dt_proj.bias, dtype=precise)
             dt.uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_()
             dt.clamp_(min=DT_FLOOR)
-            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # This is the inverse of softplus.
 
     def named_rows(self) -> dict[str, dict[str, slice]]:
         """The rows of the projections by name, by the path of the parameter: in_proj makes x and z, x_proj

@@ -18,7 +18,7 @@ from vimtune.utils import suggest
 
 
 def _options_of_vim() -> type:
-    from vimtune.models.options import ModelOptions  # late: lists of models do without the schema
+    from vimtune.models.options import ModelOptions  # This comes late: `--list` does without the schema.
 
     return ModelOptions
 
@@ -166,7 +166,8 @@ def check_model_options(
     """
     if not isinstance(options, Mapping):
         raise error(f"{what}: expected a mapping of options, found {quote(options)}")
-    if not options:  # as in most recipes: the schema need not be built, which takes a while
+    # Most recipes give none, and then the schema, which takes a while to build, is not needed.
+    if not options:
         return {}
     known = option_names(name)
     for key in options:

@@ -59,8 +59,9 @@ INITIALISATION = 1
 Adapters trained on random weights know those by the seed, which means other weights under another rule.
 """
 
-register_notrace_module(WeightSlot)  # one node of an FX graph: the value of a parameter under an adapter
-register_notrace_function(bidirectional_scan)  # one node of an FX graph: it looks at shapes and devices
+register_notrace_module(WeightSlot)  # The value of a parameter under an adapter is one node of an FX graph.
+# It looks at shapes and devices, so it is one node of an FX graph.
+register_notrace_function(bidirectional_scan)
 
 
 def _resolve_options(values: Mapping[str, Any]) -> ModelOptions:
@@ -427,7 +428,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     _mention_unseen_pixels(backbone.patch_embed)
     backbone.creation = {"name": variant, "kwargs": backbone.options}
     owners: tuple[Any, ...] = (model, backbone)
-    for owner in owners:  # each has a dictionary of its own, from which timm reads what images to prepare
+    for owner in owners:  # Each has a dictionary of its own, from which timm reads what images to prepare.
         owner.pretrained_cfg["input_size"] = (backbone.in_chans, *backbone.patch_embed.img_size)
     if peft is not None:
         inject(
@@ -476,7 +477,7 @@ def _check_options(options: dict[str, Any]) -> None:
                 f"{name!r} is an option of a method, not of the model: give it as "
                 f"peft_kwargs={{{name!r}: {quote(options[name])}}}, beside peft"
             )
-        offered = known | _PEFT_OPTIONS | {"pretrained", "checkpoint_path"}  # timm takes these itself
+        offered = known | _PEFT_OPTIONS | {"pretrained", "checkpoint_path"}  # timm takes these itself.
         raise ValueError(f"unknown model option {name!r}.{suggest(name, offered)}")
 
 

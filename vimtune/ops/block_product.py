@@ -97,7 +97,7 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
 @operation("scaled_block_product")
 def _product(weight: Tensor, row_scale: Tensor, blocks: Tensor, backend: str = "auto") -> Tensor:
     """The product."""
-    if weight.numel() == 0:  # as under a vmap over nothing
+    if weight.numel() == 0:  # This happens under a vmap over nothing.
         return torch.empty_like(weight)
     inputs = ProductInputs(weight, row_scale, blocks)
     return find_kernels(ProductKernels, backend, weight.device, inputs)[1].forward(inputs)
@@ -155,7 +155,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments; None for those that are no tensors."""
     weight, row_scale, blocks = ctx.saved_tensors
     need_weight, need_scale, need_blocks, *others = ctx.needs_input_grad
-    grad_weight, found = None, [grad, grad]  # nobody takes these if none is needed
+    grad_weight, found = None, [grad, grad]  # Nobody takes these if none is needed.
     if need_weight:
         # Of s (W + W D) it is s (g + g D^T).
         transposed = blocks.transpose(-1, -2)

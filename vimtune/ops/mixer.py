@@ -153,7 +153,7 @@ def _one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: boo
 def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> None:
     """Raise ValueError for tensors that do not fit together."""
     if torch.jit.is_tracing():
-        return  # sizes are tensors there, and whatever was asked of them is not asked again
+        return  # Sizes are tensors there, and whatever was asked of them is not asked again.
     if xz.dim() != 3 or xz.shape[-1] % 2:
         raise ValueError(f"xz must be (B, L, 2 E), got {tuple(xz.shape)}")
     inner, width = xz.shape[-1] // 2, forward.conv_weight.shape[1]
@@ -272,9 +272,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     *tensors, save, ctx.backend = inputs
     if not save:
         raise RuntimeError("bidirectional_scan was called without saved states but needs a gradient")
-    ctx.save_for_backward(*output, *tensors)  # the first is out_proj's input, which is mostly kept anyway
+    ctx.save_for_backward(*output, *tensors)  # The first is out_proj's input, which is mostly kept anyway.
     ctx.mark_non_differentiable(output[1], output[2])
-    ctx.set_materialize_grads(False)  # or else these two get gradients of zeros
+    ctx.set_materialize_grads(False)  # Otherwise these two would get gradients of zeros.
 
 
 def _autograd(
@@ -294,7 +294,7 @@ _scan.register_autograd(_autograd, setup_context=_setup)
 
 @_scan.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-    *tensors, _save, backend = inputs  # above, vmap has hidden whether gradients are wanted
+    *tensors, _save, backend = inputs  # Above, vmap has hidden whether gradients are wanted.
     return one_by_one(_scan, info.batch_size, in_dims, (*tensors, _is_trained(*tensors), backend))
 
 

@@ -38,7 +38,8 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
         op = torch.library.custom_op(f"vimtune::{name}", function, mutates_args=())
         op.register_autograd(lambda ctx, *grads: _refuse(name, "no gradients (create_graph=True)"))
         op.register_vmap(lambda info, in_dims, *inputs: one_by_one(op, info.batch_size, in_dims, inputs))
-        if get_origin(get_type_hints(function)["return"]) is list:  # of all others torch makes a batch itself
+        # Of all other results torch makes a batch itself.
+        if get_origin(get_type_hints(function)["return"]) is list:
             refusal = "no batches of gradients (is_grads_batched=True, vectorize=True); use torch.func.vmap"
             op._lib.impl(name, lambda *inputs: _refuse(name, refusal), "Batched")
         _check_transformations(op, name)

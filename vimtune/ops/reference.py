@@ -50,7 +50,8 @@ def selective_scan(
         step_input = dt * B[:, t, None, :].to(dtype) * u[:, t, :, None].to(dtype)
         state = torch.exp(dt * A.to(dtype)) * state + step_input
         outputs[t] = (state * C[:, t, None, :].to(dtype)).sum(-1)
-    if num_tokens == 0:  # the loop has not run: empty, but a function of all inputs for autograd
+    # The loop has not run. The result is empty, but for autograd it is a function of all inputs.
+    if num_tokens == 0:
         y = torch.einsum("ble,bln,bln,en->ble", delta * u.to(dtype), B.to(dtype), C.to(dtype), A.to(dtype))
     else:
         y = torch.stack(outputs, dim=1)
@@ -74,7 +75,7 @@ def causal_conv1d(
     sequence = x.to(dtype).transpose(1, 2)
     if reverse:
         sequence = sequence.flip(-1)
-    padded = F.pad(sequence, (width, 0))  # one more than needed, so that no sequence is too short
+    padded = F.pad(sequence, (width, 0))  # This is one more than needed, so that no sequence is too short.
     y = F.conv1d(
         padded, weight.to(dtype)[:, None], None if bias is None else bias.to(dtype), groups=x.shape[2]
     )[..., 1:]

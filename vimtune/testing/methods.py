@@ -188,7 +188,7 @@ def check_gradients(case: MethodCase) -> None:
 def check_every_entry(case: MethodCase) -> None:
     """After one step from the start no entry of any tensor has a gradient of exactly zero, apart from those
     that a rule says never train (`Rule.idle_entries`)."""
-    model = case.adapted()  # in evaluation: dropout zeroes gradients legitimately
+    model = case.adapted()  # The model is in evaluation, because dropout rightly makes some gradients zero.
     optimizer = torch.optim.SGD([item.parameter for item in adapters.adapter_parameters(model)], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()

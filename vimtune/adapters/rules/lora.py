@@ -38,7 +38,7 @@ class LowRank(nn.Module):
             eps (dropout(x) - x), scaled, (..., out).
         """
         up = self.scale * self.lora_B
-        if row_scale is not None:  # the small factor rather than the large result
+        if row_scale is not None:  # Scaling the small factor costs less than scaling the large result.
             up = row_scale[:, None] * up
         return F.linear(F.linear(self.dropout(x) - x, self.lora_A), up)
 

@@ -54,7 +54,7 @@ class SyntheticFlowers(ImageDataset):
         species_offset: Annotated[int, Ge(0), Le(_LAST_OFFSET)] = 0,
     ) -> None:
         from vimtune.data.synthetic.species import (
-            species_name,  # imported late: data sets are listed without numpy
+            species_name,  # This comes late, because data sets are listed without numpy.
         )
 
         del download
@@ -101,7 +101,7 @@ class SyntheticFlowers(ImageDataset):
     def load(self, index: int) -> Image.Image:
         """Paint image `index`."""
         from vimtune.data.synthetic.scene import (
-            render_flower,  # imported late: data sets are listed without numpy
+            render_flower,  # This comes late, because data sets are listed without numpy.
         )
 
         number, part, i = self._locate(index)

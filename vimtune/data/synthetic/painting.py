@@ -389,7 +389,7 @@ def _paint_centre(
     """The flower's middle; `radius` is 1 at its rim."""
     color = np.array(species.centre_color, np.float32).reshape(3, 1)
     dark = np.array(species.centre_dark, np.float32).reshape(3, 1)
-    part *= 1 - 0.35 * unit((1.35 - radius) / 0.5)  # a soft shade around it
+    part *= 1 - 0.35 * unit((1.35 - radius) / 0.5)  # This paints a soft shade around it.
 
     def within(limit: float | np.ndarray, distance: np.ndarray, soft: float = edge) -> np.ndarray:
         return unit((limit - distance) / soft + 0.5)
@@ -416,6 +416,6 @@ def _paint_centre(
         _lay(part, dark * (0.6 + 0.5 * unit(1 - radius)), within(1, radius))
         _lay(part, color, within(0.13, np.hypot(ring, radius - 0.86)))
         _lay(part, color, within(0.22, radius, max(edge, 0.2)) * 0.6)
-    else:  # star
+    else:  # The last kind is the star.
         _lay(part, color, within(0.72 + 0.40 * np.cos(theta * 5), radius))
         _lay(part, dark, within(0.30, radius))

@@ -196,7 +196,7 @@ def species_name(seed: int, number: int) -> str:
     first, second = divmod(noun, len(_SECOND))
     words = [adjective, _FIRST[first] + _SECOND[second]]
     lap = genus // num_nouns
-    while lap:  # thousands of species: the nouns start over with a place in front
+    while lap:  # With thousands of species the nouns start over, with a place in front.
         lap, place = divmod(lap - 1, len(_PLACES))
         words.insert(1, _PLACES[place])
     return " ".join(words)

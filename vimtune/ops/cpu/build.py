@@ -82,11 +82,11 @@ def _load(compiler: list[str]) -> ctypes.CDLL:
         for folder in folders:
             path = folder / f"cpu-{key}-{_digest(content)}.so"
             try:
-                atomic_write(path, write, mode=0o600)  # whatever the umask says
+                atomic_write(path, write, mode=0o600)  # The file is private, whatever the umask says.
                 return _open(path)
             except (OSError, BuildError):
-                continue  # read-only, full, or mounted without execution: the next folder may do
-        return _open(built)  # a loaded library outlives its file
+                continue  # It is read-only, full, or mounted without execution, and the next folder may do.
+        return _open(built)  # A loaded library outlives its file.
 
 
 def find_compiler() -> list[str]:
@@ -148,7 +148,7 @@ def _open_if_intact(path: Path) -> ctypes.CDLL | None:
     except cache.Untrusted as error:
         logger.warning("A compiled library is not loaded but removed: %s.", error)
     except (OSError, BuildError):
-        return None  # vanished, or lying where nothing may be executed: build anew
+        return None  # It vanished, or lies where nothing may be executed, so it is built anew.
     with contextlib.suppress(OSError):
         path.unlink()
     return None

@@ -101,13 +101,13 @@ def _candidates() -> Iterator[Path]:
         # Its standard has programs ignore what is not absolute.
         chosen = os.path.join(caches if os.path.isabs(caches) else os.path.join("~", ".cache"), "vimtune")
     folder = os.path.expanduser(chosen)
-    if not folder.startswith("~"):  # no home folder is known
+    if not folder.startswith("~"):  # No home folder is known.
         yield Path(folder)
     if _HAS_OWNERS:
         try:
             yield Path(tempfile.gettempdir()) / f"vimtune-{os.geteuid()}"
         except OSError:
-            return  # there is no folder for temporary files
+            return  # There is no folder for temporary files.
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:

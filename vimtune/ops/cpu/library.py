@@ -57,7 +57,7 @@ class Library:
                 "conv_forward": library.vimtune_conv_forward,
                 "conv_backward": library.vimtune_conv_backward,
             }
-            self.chunk = int(library.vimtune_scan_chunk())  # tokens between saved states
+            self.chunk = int(library.vimtune_scan_chunk())  # So many tokens lie between saved states.
         except AttributeError as error:
             raise BuildError(f"the compiled library lacks a function: {error}") from error
         self._launcher = _team_launcher()

@@ -62,7 +62,7 @@ def scaled_block_product_backward(
     grad, weight, row_scale, blocks = map(_readable, (grad, weight, row_scale, blocks))
     matrices, rows, num_blocks, size = _sizes(weight, blocks)
     columns = -(-num_blocks // BLOCKS)
-    ahead = _rows_ahead(size) // 2  # in each of two tensors
+    ahead = _rows_ahead(size) // 2  # The rows are on their way in each of two tensors.
     tile_rows, row_tiles = row_tiling(rows, ROWS_AT_ONCE * ahead, matrices * columns)
     partial_scale = weight.new_empty((columns, *row_scale.shape) if need_scale else 0)
     partial_blocks = weight.new_empty((row_tiles, *blocks.shape) if need_blocks else 0)

@@ -85,7 +85,7 @@ def packed_in(buffer: Tensor, inner: int, rank: int, width: int, dtype: torch.dt
 def _part_sizes(inner: int, num_columns: int, width: int) -> list[int]:
     """How many fp32 numbers each part of packed weights takes, in the order of the buffer."""
     padded = padded_width(inner)
-    low_rank = num_columns - 2 * NUM_STATES  # two numbers of a matrix take the place of one in fp32
+    low_rank = num_columns - 2 * NUM_STATES  # Two numbers of a matrix take the place of one in fp32.
     return [2 * width * padded, *[2 * padded] * 2, *[num_columns * padded] * 2, *[low_rank * padded] * 2]
 
 

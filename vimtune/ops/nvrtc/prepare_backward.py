@@ -100,7 +100,7 @@ def prepare_backward(
 
 def _most_warps(rows: int, num_columns: int, device: torch.device) -> int:
     """How many warps a block can have; 0 if shared memory does not suffice for one."""
-    numbers = runtime.shared_memory(device) // (4 * rows)  # that fit beside one row; see `_shared_bytes`
+    numbers = runtime.shared_memory(device) // (4 * rows)  # So many fit beside one row; see `_shared_bytes`.
     return max(0, min(MAX_WARPS, (numbers - num_columns - PADDING) // CHANNELS))
 
 

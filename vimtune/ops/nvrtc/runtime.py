@@ -42,7 +42,7 @@ def shared_memory(device: torch.device) -> int:
 @cache
 def _shared_memory_of_gpu(device: torch.device) -> int:
     """Bytes of shared memory that a block may have, remembered because it is asked at every call."""
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack this field
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack this field.
     return int(properties.shared_memory_per_block_optin)
 
 

@@ -116,7 +116,7 @@ def num_segments(batch: int, tokens: int, inner: int, device: torch.device, back
         if segments > 1:
             times.setdefault(segments, -(-tokens // segments) * time)
     best = min(times, key=lambda segments: times[segments])
-    return -(-tokens // -(-tokens // best))  # none is empty
+    return -(-tokens // -(-tokens // best))  # Rounded this way, no segment is empty.
 
 
 def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ class TritonScan(ScanKernels):
     """The kernels of `triton/scan_kernels.py`, for one direction."""
 
     def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
-        chunks = cast(int, torch.sym_max(-(-tokens // CHUNK) - 1, 0))  # tokens may be a symbol
+        # `tokens` may be a symbol of the compiler.
+        chunks = cast(int, torch.sym_max(-(-tokens // CHUNK) - 1, 0))
         return (1, batch, chunks, states, inner)
 
     def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:

@@ -189,7 +189,7 @@ def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanN
     grad_A = partial_A
     if needs.A:
         grad_A = partial_A.sum(1).transpose(1, 2)
-        if inputs.from_log:  # A = -exp(A_log)
+        if inputs.from_log:  # A is -exp(A_log), and so is its derivative.
             grad_A = grad_A * torch.stack([-torch.exp(d.A.float()) for d in inputs.directions])
     return ScanGradients(
         grad_u,

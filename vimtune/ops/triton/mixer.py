@@ -78,7 +78,8 @@ def shapes(xz: Tensor, weights: DirectionWeights, save: bool) -> tuple[tuple[int
     """
     num_states = weights.A_log.shape[1]
     sizes = _sizes(xz, num_states, weights.dt_proj.shape[1])
-    chunks = cast(int, torch.sym_max(launch.num_chunks(sizes.tokens) - 1, 0))  # tokens may be a symbol
+    # `tokens` may be a symbol of the compiler.
+    chunks = cast(int, torch.sym_max(launch.num_chunks(sizes.tokens) - 1, 0))
     states = (2, sizes.batch, chunks, num_states, sizes.inner)
     return (2, sizes.batch, sizes.tokens, sizes.columns), states if save else (0,)
 

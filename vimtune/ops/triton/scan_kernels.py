@@ -122,7 +122,7 @@ def scan_forward_kernel(
     image = tl.program_id(1).to(tl.int64)
     for d in tl.static_range(FIRST, LAST + 1):
         if d > FIRST:
-            tl.debug_barrier()  # the second direction reads what the first one wrote
+            tl.debug_barrier()  # The second direction reads what the first one wrote.
         _forward_direction(
             u + (d - FIRST) * stride_u_direction + image * stride_u_image,
             z + image * stride_z_image,
@@ -237,7 +237,7 @@ def _backward_direction(
                         sum_A += exponent * dt[None, :]
                     if NEED_DELTA or NEED_BIAS:
                         grad_dt = tl.sum(exponent * decay, axis=0) * (1.0 / LOG2E) + through * us[k]
-                        if SLOPE:  # of softplus, which is its result's 1 - e^-dt
+                        if SLOPE:  # The slope of softplus is 1 - e^-dt, where dt is its result.
                             grad_dt *= 1.0 - tl.exp2(dt * -LOG2E)
                         if NEED_BIAS:
                             sum_bias += tl.where(inside, grad_dt, 0.0)
@@ -284,7 +284,7 @@ def scan_backward_kernel(
     `y_out`: (directions, B, L, E) contiguous; `partial_BC`: (directions, channel blocks, B, L, 2 NP);
     `partial_A` (directions, B, N, E), `partial_D`, `partial_bias` (directions, B, E)."""
     block = tl.program_id(0)
-    e_local = tl.arange(0, BE) + zero  # see scan_forward_kernel
+    e_local = tl.arange(0, BE) + zero  # `scan_forward_kernel` says why zero is added.
     e = block * BE + e_local
     live = below(e, num_inner, EVEN)
     image = tl.program_id(1).to(tl.int64)
