@@ -14,10 +14,12 @@ constexpr int BLOCK = 32;
 
 extern "C" {
 
-// Mirrored by `ConvArguments` in library.py. Strides in floats; channels are adjacent everywhere.
+// `ConvArguments` in library.py mirrors this. Strides count floats, and channels are adjacent everywhere.
 struct ConvArguments {
-    const float *x, *weight, *bias, *grad;  // weight (width, inner), contiguous
-    float* out;                             // contiguous, as are the gradients; null: not wanted
+    // weight has shape (width, inner) and is contiguous.
+    const float *x, *weight, *bias, *grad;
+    // The result and the gradients are contiguous. Those that nobody wants are null.
+    float* out;
     float *grad_x, *grad_weight, *grad_bias;
     TeamLauncher launch;
     int64_t batch, tokens, inner, width;
@@ -31,7 +33,8 @@ namespace {
 
 struct Item {
     const ConvArguments& a;
-    int64_t sample, start, end;  // positions
+    // The item has the positions from `start` to `end` of this sample.
+    int64_t sample, start, end;
 
     Item(const ConvArguments& a, int64_t item) : a(a) {
         const int64_t blocks = ceil_div(a.tokens, BLOCK);
@@ -46,7 +49,7 @@ struct Item {
     }
     int64_t row(int64_t position) const { return (sample * a.tokens + token(position)) * a.inner; }
 
-    // The filter's sum at `position` before SiLU; positions before the first one read as zero.
+    // Computes the filter's sum at `position` before SiLU. Positions before the first one read as zero.
     vf filtered(int64_t position, int64_t e, int lanes) const {
         vf y = a.bias ? load(a.bias + e, lanes) : vf{};
         for (int64_t lag = std::min(a.width - 1, position); lag >= 0; --lag)
@@ -55,7 +58,7 @@ struct Item {
     }
 };
 
-// `body(e, lanes)` for each vector of channels.
+// Calls `body(e, lanes)` for each vector of channels.
 template <class Body>
 void for_channels(int64_t inner, const Body& body) {
     int64_t e = 0;
@@ -77,7 +80,7 @@ void backward_item(const ConvArguments& a, int64_t index, float* before, float* 
     const int64_t width = a.width;
     const int64_t halo_end = std::min(a.tokens, item.end + width - 1);
 
-    // Gradient before SiLU, for the block's positions and those later ones that read from them.
+    // This finds the gradient before SiLU, for the block's positions and those later ones that read from them.
     for (int64_t position = item.start; position < halo_end; ++position)
         for_channels(a.inner, [&](int64_t e, int lanes) {
             vf grad = load(item.grad(position) + e, lanes);
@@ -124,7 +127,7 @@ void add_items(const float* partial, int64_t items, int64_t size, float* target)
 
 extern "C" {
 
-// Both return 0, or 1 when memory ran out.
+// These two return 0, or 1 when memory ran out.
 __attribute__((visibility("default"))) int vimtune_conv_forward(const ConvArguments* a) {
     return !parallel_for(a->batch * ceil_div(a->tokens, BLOCK), static_cast<int>(a->num_threads), a->launch, 0,
                          [a](int64_t item, float*) { forward_item(*a, item); });
@@ -140,7 +143,7 @@ __attribute__((visibility("default"))) int vimtune_conv_backward(const ConvArgum
             backward_item(*a, item, memory, weight.get(), bias.get());
         }))
         return 1;
-    // grad_weight arrives as (width, inner); the caller transposes it.
+    // The caller gets grad_weight as (width, inner) and transposes it.
     if (a->grad_weight) add_items(weight.get(), items, a->width * a->inner, a->grad_weight);
     if (a->grad_bias) add_items(bias.get(), items, a->inner, a->grad_bias);
     return 0;

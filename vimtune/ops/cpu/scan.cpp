@@ -19,17 +19,19 @@ namespace {
 constexpr int CHUNK = 32;
 constexpr int MAX_BLOCK = 128;
 constexpr int VECTORS = MAX_BLOCK / W;
-constexpr int Q = 4;                // states handled together
+// So many states are handled together.
+constexpr int Q = 4;
 
 }  // namespace
 
 extern "C" {
 
-// Mirrored by `ScanArguments` in library.py. Strides in floats; channels are adjacent everywhere.
+// `ScanArguments` in library.py mirrors this. Strides count floats, and channels are adjacent everywhere.
 struct ScanArguments {
-    // u, delta, z, grad (batch, tokens, inner); A (inner, states); B, C (batch, tokens, states)
+    // The shapes are u, delta, z, grad (batch, tokens, inner), A (inner, states), and B, C (batch, tokens, states).
     const float *u, *delta, *A, *B, *C, *D, *z, *bias, *grad;
-    // out as u; saved states (chunks, batch, states, inner); all contiguous. Null: not wanted.
+    // out has the shape of u, and saved states have (chunks, batch, states, inner). All results are contiguous; those
+    // that nobody wants are null.
     float *out, *saved;
     float *grad_u, *grad_delta, *grad_A, *grad_B, *grad_C, *grad_D, *grad_z, *grad_bias;
     TeamLauncher launch;
@@ -44,15 +46,15 @@ struct ScanArguments {
 namespace {
 
 
-// Wide blocks read memory best; few samples need narrow ones to keep several cores busy. Depends on the
-// shapes alone, never on the number of threads, as does the order of every sum.
+// Wide blocks read memory best, but few samples need narrow ones to keep several cores busy. The width depends on
+// the shapes alone, never on the number of threads, and so does the order of every sum.
 int64_t block_width(const ScanArguments& a) {
     return a.batch * ceil_div(a.inner, MAX_BLOCK) >= 16 ? MAX_BLOCK : MAX_BLOCK / 2;
 }
 int64_t num_blocks(const ScanArguments& a) { return ceil_div(a.inner, block_width(a)); }
 int64_t padded_states(const ScanArguments& a) { return ceil_div(a.states, Q) * Q; }
 
-// One work item: which sample, which channels, and where position i of the scan lies in memory.
+// An Item is one piece of work. It says which sample, which channels, and where position i of the scan lies in memory.
 struct Item {
     const ScanArguments& a;
     int64_t sample, block, first_channel;
@@ -66,7 +68,8 @@ struct Item {
     int64_t channel(int v) const { return first_channel + v * W; }
     int lanes(int v) const { return static_cast<int>(std::min<int64_t>(W, channels - v * W)); }
     int64_t token(int64_t position) const { return a.reverse ? a.tokens - 1 - position : position; }
-    int64_t row(int64_t token) const { return (sample * a.tokens + token) * a.inner; }  // of contiguous tensors
+    // Where the row of a token begins in contiguous tensors.
+    int64_t row(int64_t token) const { return (sample * a.tokens + token) * a.inner; }
     vf input(const float* tensor, int64_t sample_stride, int64_t token_stride, int64_t t, int v) const {
         return load(tensor + sample * sample_stride + t * token_stride + channel(v), lanes(v));
     }
@@ -76,10 +79,11 @@ struct Item {
     }
 };
 
-// Hands out pieces of one thread's scratch memory; without memory it only counts.
+// Scratch hands out pieces of one thread's memory. Without memory it only counts what is needed.
 struct Scratch {
     float* memory;
-    size_t used = 0;  // floats
+    // The number of floats that were handed out.
+    size_t used = 0;
     template <class T>
     T* take(int64_t count) {
         T* piece = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
@@ -88,15 +92,16 @@ struct Scratch {
     }
 };
 
-// Rows lie too far apart for the hardware to foresee: ask for the inputs of the next chunk while this one
-// is worked on. `step` of `num_steps` equal shares, so that the requests spread over the work.
+// Asks for the inputs of the next chunk while this one is worked on, because rows lie too far apart for the hardware to
+// foresee. It asks for share `step` of `num_steps` equal ones, so that the requests spread over the work.
 void prefetch_inputs(const Item& item, int64_t start, int step, int num_steps) {
     const ScanArguments& a = item.a;
     const int64_t first = start + CHUNK * step / num_steps;
     const int64_t last = std::min(a.tokens, start + CHUNK * (step + 1) / num_steps);
     auto ask = [&item](const float* tensor, int64_t sample_stride, int64_t token_stride, int64_t t) {
         const float* row = tensor + item.sample * sample_stride + t * token_stride + item.first_channel;
-        for (int e = 0; e < item.channels; e += 16)  // one cache line
+        // A cache line has 16 floats.
+        for (int e = 0; e < item.channels; e += 16)
             __builtin_prefetch(row + e, 0, 2);
     };
     for (int64_t position = std::max<int64_t>(first, 0); position < last; ++position) {
@@ -108,7 +113,7 @@ void prefetch_inputs(const Item& item, int64_t start, int step, int num_steps) {
     }
 }
 
-// Rows of B or C in scan order, padded with zeros.
+// Copies rows of B or C in the order of the scan, padded with zeros.
 void pack_rows(const Item& item, const float* source, int64_t sample_stride, int64_t token_stride, int64_t start,
                int length, int64_t padded, float* target) {
     for (int i = 0; i < length; ++i) {
@@ -119,7 +124,7 @@ void pack_rows(const Item& item, const float* source, int64_t sample_stride, int
     }
 }
 
-// Columns of A for one vector of channels, times log2(e) as the decays are powers of two.
+// Copies columns of A for one vector of channels, times log2(e) as the decays are powers of two.
 void pack_A(const Item& item, int v, int64_t padded, vf* target) {
     std::fill(target, target + padded, vf{});
     for (int lane = 0; lane < item.lanes(v); ++lane) {
@@ -134,10 +139,12 @@ struct ForwardPoint {
     vf dt, dt_u, y;
 };
 
+// ForwardWork is the scratch memory of one item.
 struct ForwardWork {
-    float *B, *C;          // (CHUNK, padded)
-    vf *A, *state;         // (VECTORS, padded)
-    ForwardPoint* points;  // (VECTORS, CHUNK)
+    // Rows have shape (CHUNK, padded), columns and states (VECTORS, padded), and points (VECTORS, CHUNK).
+    float *B, *C;
+    vf *A, *state;
+    ForwardPoint* points;
     size_t size;
 
     ForwardWork(float* memory, int64_t padded) {
@@ -215,19 +222,26 @@ void forward_item(const ScanArguments& a, int64_t index, float* memory) {
 
 // ---------------------------------------------------------------- backward
 
-// One position of one vector of channels. `slope` is d dt / d delta, `z_factor` is d out / d z without
-// the factor y; `to_*` collect gradients.
+// A BackwardPoint is one position of one vector of channels. `slope` is d dt / d delta, `z_factor` is d out / d z
+// without the factor y, and `to_*` collect gradients.
 struct BackwardPoint {
     vf dt, dt_u, u, slope, grad_y, z_factor, y, to_dt_u, to_dt;
 };
 
+// BackwardWork is the scratch memory of one item.
 struct BackwardWork {
-    float *B, *C;             // (CHUNK, padded)
-    vf *A, *adjoint, *to_A;   // (VECTORS, padded); adjoint: what later positions send back
-    vf *to_bias, *to_D;       // (VECTORS,)
-    BackwardPoint* points;    // (VECTORS, CHUNK)
-    vf *states, *decays;      // (CHUNK + 1, Q), (CHUNK, Q) of the vector and states at hand
-    vf *to_B, *to_C;          // (CHUNK, Q), sums over the vectors of the block
+    // These have shape (CHUNK, padded).
+    float *B, *C;
+    // These have shape (VECTORS, padded). `adjoint` is what later positions send back.
+    vf *A, *adjoint, *to_A;
+    // These have shape (VECTORS,).
+    vf *to_bias, *to_D;
+    // The points have shape (VECTORS, CHUNK).
+    BackwardPoint* points;
+    // These have shapes (CHUNK + 1, Q) and (CHUNK, Q), and belong to the vector and the states at hand.
+    vf *states, *decays;
+    // These have shape (CHUNK, Q), and are sums over the vectors of the block.
+    vf *to_B, *to_C;
     size_t size;
 
     BackwardWork(float* memory, int64_t padded) {
@@ -248,13 +262,15 @@ struct BackwardWork {
     }
 };
 
-// Partial sums of the whole call, added up at the end.
+// Partials are sums of single items for the whole call. They are added up at the end, in a fixed order.
 struct Partials {
-    Buffer B, C;        // (blocks, batch, tokens, padded)
-    Buffer A, D, bias;  // (batch, states, inner), (batch, inner), (batch, inner)
+    // These have shape (blocks, batch, tokens, padded).
+    Buffer B, C;
+    // These have shapes (batch, states, inner), (batch, inner) and (batch, inner).
+    Buffer A, D, bias;
 };
 
-// The recomputation: states and decays of one chunk; on the way y (for dz) and the sum for dC.
+// Computes states and decays of one chunk again, and on the way y, which dz needs, and the sum for dC.
 template <bool FIRST>
 void backward_recompute(int length, int64_t padded, bool want_y, bool want_C, const vf* A, const float* B,
                         const float* C, BackwardPoint* points, const BackwardWork& w) {
@@ -287,7 +303,7 @@ void backward_recompute(int length, int64_t padded, bool want_y, bool want_C, co
     }
 }
 
-// The walk back: adjoints of the states, and from them everything else.
+// Walks back through a chunk and finds the adjoints of the states, and from them everything else.
 template <bool FIRST, bool WANT_A>
 void backward_walk(int length, int64_t padded, const vf* A, const float* B, const float* C, BackwardPoint* points, vf* adjoint,
                    vf* to_A, const BackwardWork& w) {
@@ -413,7 +429,7 @@ void backward_item(const ScanArguments& a, int64_t index, float* memory, const P
     }
 }
 
-// target (rows, states) = sum over blocks of partial (blocks, rows, padded)
+// Adds up partial (blocks, rows, padded) over blocks into target (rows, states).
 void add_blocks(const float* partial, int64_t blocks, int64_t rows, int64_t states, int64_t padded, float* target) {
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = 0; n < states; ++n) {
@@ -435,7 +451,7 @@ extern "C" {
 
 __attribute__((visibility("default"))) int64_t vimtune_scan_chunk() { return CHUNK; }
 
-// Both return 0, or 1 when memory ran out.
+// These two return 0, or 1 when memory ran out.
 __attribute__((visibility("default"))) int vimtune_scan_forward(const ScanArguments* a) {
     const int64_t items = a->batch * num_blocks(*a);
     return !parallel_for(items, static_cast<int>(a->num_threads), a->launch, ForwardWork(nullptr, padded_states(*a)).size,
@@ -460,7 +476,7 @@ __attribute__((visibility("default"))) int vimtune_scan_backward(const ScanArgum
         return 1;
     if (a->grad_B) add_blocks(partials.B.get(), blocks, rows, a->states, padded, a->grad_B);
     if (a->grad_C) add_blocks(partials.C.get(), blocks, rows, a->states, padded, a->grad_C);
-    // grad_A arrives as (states, inner); the caller transposes it.
+    // The caller gets grad_A as (states, inner) and transposes it.
     if (a->grad_A) add_samples(partials.A.get(), a->batch, a->inner * a->states, a->grad_A);
     if (a->grad_D) add_samples(partials.D.get(), a->batch, a->inner, a->grad_D);
     if (a->grad_bias) add_samples(partials.bias.get(), a->batch, a->inner, a->grad_bias);

@@ -8,12 +8,13 @@
 #include <immintrin.h>
 #endif
 
+// W is the number of lanes. SSE, NEON and anything else that goes through plain registers has four.
 #if defined(__AVX512F__)
-constexpr int W = 16;  // lanes
+constexpr int W = 16;
 #elif defined(__AVX2__)
 constexpr int W = 8;
 #else
-constexpr int W = 4;  // SSE, NEON, and anything else through plain registers
+constexpr int W = 4;
 #endif
 
 typedef float vf __attribute__((vector_size(W * 4)));
@@ -45,7 +46,7 @@ static inline void store(float* p, vf v, int lanes) {
         std::memcpy(p, &v, lanes * sizeof(float));
 }
 
-// Both keep a NaN of `x`. (Compilers turn the general form into a comparison and a blend.)
+// These two keep a NaN of `x`. (Compilers turn the general form into a comparison and a blend.)
 static inline vf at_least(vf x, float low) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(splat(low), x);
@@ -70,16 +71,17 @@ static inline vf at_most(vf x, float high) {
 #endif
 }
 
-// 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits of the sum.
+// This is 1.5 * 2^23. Adding it rounds to an integer, which then sits in the low bits of the sum.
 constexpr float ROUND = 12582912.0f;
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.69314718055994531f;
 
-// 2^x; relative error below 2e-7; 0 for very negative x, infinity from 128 up. The polynomial is the
-// minimax one on [-1/2, 1/2] among those with value 1 at 0: decays close to 1 keep full accuracy.
+// Computes 2^x with a relative error below 2e-7. It is 0 for very negative x, and infinity from 128 up. The polynomial is
+// the minimax one on [-1/2, 1/2] among those with value 1 at 0, so that decays close to 1 keep full accuracy.
 static inline vf exp2_fast(vf x) {
 #if defined(__AVX512DQ__)
-    vf f = _mm512_reduce_ps(x, 0);  // x minus the nearest integer
+    // This is x minus the nearest integer.
+    vf f = _mm512_reduce_ps(x, 0);
     vf n = x - f;
 #else
     x = at_most(at_least(x, -127.0f), 128.0f);
@@ -98,7 +100,7 @@ static inline vf exp2_fast(vf x) {
 #endif
 }
 
-// e^x for any x, about 1 ulp: ln 2 in two parts keeps the reduced argument exact.
+// Computes e^x for any x, to about 1 ulp. Taking ln 2 in two parts keeps the reduced argument exact.
 static inline vf exp_accurate(vf x) {
     vf t = x * LOG2E + ROUND;
     vf n = t - ROUND;
@@ -117,7 +119,7 @@ static inline vf exp_accurate(vf x) {
 
 static inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp_accurate(-x)); }
 
-// log(1 + w) for w in [0, 1], as 2 artanh(w / (2 + w)): the argument is at most 1/3.
+// Computes log(1 + w) for w in [0, 1] as 2 artanh(w / (2 + w)), whose argument is at most 1/3.
 static inline vf log1p_unit(vf w) {
     vf s = w / (2.0f + w);
     vf s2 = s * s;
@@ -135,7 +137,7 @@ struct Softplus {
     vf value, slope;
 };
 
-// log(1 + e^x) and its derivative from one exponential of -|x|, which cannot overflow.
+// Computes log(1 + e^x) and its derivative from one exponential of -|x|, which cannot overflow.
 static inline Softplus softplus(vf x) {
     vf magnitude = x < vf{} ? -x : x;
     vf w = exp_accurate(-magnitude);
@@ -143,7 +145,7 @@ static inline Softplus softplus(vf x) {
     return {positive + log1p_unit(w), (x < vf{} ? w : splat(1.0f)) / (1.0f + w)};
 }
 
-// Sums over the lanes of four adjacent vectors.
+// Adds up the lanes of each of four adjacent vectors.
 static inline vf4 lane_sums(const vf* four) {
     vf4 part[4];
     for (int j = 0; j < 4; ++j) {

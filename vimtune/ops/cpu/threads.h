@@ -1,4 +1,4 @@
-// Work items over threads. Every item owns what it writes, so results depend neither on the number
+// This spreads work items over threads. Every item owns what it writes, so results depend neither on the number
 // of threads nor on which thread takes which item.
 #pragma once
 
@@ -14,7 +14,7 @@
 #include <xmmintrin.h>
 #endif
 
-// The entry point of the OpenMP runtime that torch itself has loaded (GOMP_parallel), or null.
+// A TeamLauncher is the entry point of the OpenMP runtime that torch itself has loaded (GOMP_parallel), or null.
 // Borrowing its threads matters: after each of its own regions they spin for milliseconds, and
 // threads of ours would have to share the cores with them.
 typedef void (*TeamLauncher)(void (*work)(void*), void* data, unsigned num_threads, unsigned flags);
@@ -56,7 +56,7 @@ static inline Buffer allocate(size_t floats) {
     return Buffer(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) / 64 + 1) * 64)));
 }
 
-// Run `body(item, scratch)` for every item below `num_items`. False when memory ran out.
+// Runs `body(item, scratch)` for every item below `num_items`. It returns false when memory ran out.
 template <class Body>
 bool parallel_for(int64_t num_items, int num_threads, TeamLauncher launch, size_t scratch_floats, const Body& body) {
     struct Team {
