@@ -1,3 +1,5 @@
+"""Adapters are injected, switched, summed up and deleted."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""Downloads and archives: what is fetched, checked, resumed and refused."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,3 +1,5 @@
+"""The data set `folder`: which folders it understands and how it splits them."""
+
 from __future__ import annotations
 
 import inspect

@@ -1,3 +1,5 @@
+"""Image files: which are found below a folder, and how each is opened."""
+
 from __future__ import annotations
 
 import errno

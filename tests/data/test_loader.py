@@ -1,3 +1,5 @@
+"""The loader gives the same batches for any number of workers, and says what damaged images cost."""
+
 from __future__ import annotations
 
 import logging

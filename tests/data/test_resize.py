@@ -1,3 +1,5 @@
+"""Resizing gives what Pillow gives, within bounded memory."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,3 +1,5 @@
+"""Generated flowers are the same everywhere, and named and split as promised."""
+
 from __future__ import annotations
 
 import hashlib

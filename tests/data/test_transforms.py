@@ -1,3 +1,5 @@
+"""Transforms are pure functions of a seed, and both libraries evaluate alike."""
+
 from __future__ import annotations
 
 import json

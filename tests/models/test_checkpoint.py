@@ -1,3 +1,5 @@
+"""Checkpoints of others are read without running their code, and fitted to the model."""
+
 from __future__ import annotations
 
 import argparse

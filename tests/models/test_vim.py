@@ -1,3 +1,5 @@
+"""The models compute what the official ones compute, and have the interface of timm."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Fixtures that the tests of training share."""
+
 from __future__ import annotations
 
 import itertools

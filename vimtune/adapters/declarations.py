@@ -27,7 +27,7 @@ class Declaration:
     """What modules of one class offer to adapters."""
 
     rows: Callable[[Any], Mapping[str, RowsByName]] = _no_rows
-    """Of a module: the named rows of its parameters, by their paths within the module ("in_proj.weight").
+    """The named rows of the parameters of a module, by their paths within the module ("in_proj.weight").
     They follow the present sizes, also where a rule has let a parameter grow."""
     calls: tuple[str, ...] = ()
     """Names of methods that rules may surround. The model calls them as methods, with the value to change as
@@ -37,7 +37,7 @@ class Declaration:
 
 
 _FOREIGN: dict[str, Declaration] = {}
-"""By the full name of the class, so that nobody has to import the packages that have them."""
+"""Declarations by the full name of the class, so that nobody has to import the packages that have them."""
 
 
 def declare(class_name: str, declaration: Declaration) -> None:

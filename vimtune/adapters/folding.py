@@ -48,7 +48,7 @@ class _Weight:
     base: nn.Parameter
     """The frozen value before: a copy, or the parameter itself where merging put another one in its place."""
     digest: str
-    """Of the merged value."""
+    """Digest of the merged value."""
 
 
 @dataclass

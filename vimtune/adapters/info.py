@@ -22,8 +22,10 @@ from vimtune.utils import suggest
 FORMAT = "vimtune-adapter"
 """The format that an adapter file states in its metadata, by which it is recognised."""
 VERSION = 3
-"""Of the files that are written. Version 2 knew no rows, calls and options by target, and else is the
-same."""
+"""Version of the files that are written.
+
+Version 2 knew no rows, calls and options by target, and is the same otherwise.
+"""
 
 
 class AdapterFileError(ValueError):

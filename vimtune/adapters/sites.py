@@ -50,7 +50,7 @@ class Site:
     """One point where a method acts, as the method sees it."""
 
     path: str
-    """Of the point: "layers.3.mixer.x_proj.weight[B]", "layers.3.mixer.scan()"."""
+    """Path of the point: "layers.3.mixer.x_proj.weight[B]", "layers.3.mixer.scan()"."""
     owner: nn.Module
     """The module that has the parameter or is called."""
     value: Tensor | None

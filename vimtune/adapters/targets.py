@@ -40,7 +40,7 @@ class Target:
     """One target, taken apart."""
 
     text: str
-    """As it was given."""
+    """The text of the target as the user gave it."""
     excludes: bool
     """Whether it takes points away ("!")."""
     selects: Callable[[str], bool]

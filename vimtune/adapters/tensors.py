@@ -182,7 +182,7 @@ class AdapterSummary:
     total: int
     """Numbers of the plain model, as after `merge`."""
     adapted: dict[str, dict[str, int]] = field(default_factory=dict)
-    """By method: the targets on which it acts ("in_proj", "x_proj[B]", "scan()") and in how many places."""
+    """The targets on which each method acts ("in_proj", "x_proj[B]", "scan()") and in how many places."""
     untouched: list[str] = field(default_factory=list)
     """Targets that stay as they are in every layer, the head aside."""
 

@@ -157,7 +157,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_weight, need_scale, need_blocks, *others = ctx.needs_input_grad
     grad_weight, found = None, [grad, grad]  # Nobody takes these if none is needed.
     if need_weight:
-        # Of s (W + W D) it is s (g + g D^T).
+        # The gradient of s (W + W D) by W is s (g + g D^T).
         transposed = blocks.transpose(-1, -2)
         grad_weight = torch.ops.vimtune.scaled_block_product(grad, row_scale, transposed, *ctx.backend)
     if need_scale or need_blocks:

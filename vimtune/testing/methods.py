@@ -41,7 +41,7 @@ class MethodCase:
     """A method with its options, and the model on which it is checked."""
 
     method: str
-    """As `inject` takes it: "lora", "lora+bitfit"."""
+    """The method as `inject` takes it: "lora", "lora+bitfit"."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `inject`: options of the method, `targets`, `layers`."""
     build_model: Callable[[], nn.Module] = build_test_model

@@ -76,8 +76,8 @@ constexpr float ROUND = 12582912.0f;
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float LN2 = 0.69314718055994531f;
 
-// Computes 2^x with a relative error below 2e-7. It is 0 for very negative x, and infinity from 128 up. The polynomial is
-// the minimax one on [-1/2, 1/2] among those with value 1 at 0, so that decays close to 1 keep full accuracy.
+// Computes 2^x with a relative error below 2e-7. It is 0 for very negative x, and infinity from 128 up. The polynomial
+// is the minimax one on [-1/2, 1/2] among those with value 1 at 0, so that decays close to 1 keep full accuracy.
 static inline vf exp2_fast(vf x) {
 #if defined(__AVX512DQ__)
     // This is x minus the nearest integer.

@@ -21,13 +21,13 @@ def next_power_of_2(value: int) -> int:
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x)."""
+    """The logistic function, 1 / (1 + e^-x)."""
     return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
 
 
 @triton.jit
 def silu(x):
-    """x sigmoid(x)."""
+    """SiLU, x sigmoid(x)."""
     return x * sigmoid(x)
 
 
@@ -40,7 +40,7 @@ def silu_slope(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), accurate to fp32 also where e^x is small, which is where trained time steps live."""
+    """Softplus, log(1 + e^x), accurate in fp32 also where e^x is small, where trained time steps live."""
     power = tl.exp2(x * LOG2E)
     series = power * (1.0 - power * (0.5 - power * (0.33333334 - power * 0.25)))
     return tl.where(x > 20.0, x, tl.where(power < 0.015, series, tl.log(1.0 + power)))
@@ -77,7 +77,7 @@ def load_decay(A, n, e, live, N: tl.constexpr, FROM_LOG: tl.constexpr):
 
 @triton.jit
 def below(index, limit, ALWAYS: tl.constexpr):
-    """index < limit; with ALWAYS a constant, which lets the compiler drop the masks."""
+    """Whether index < limit; with ALWAYS a constant, which lets the compiler drop the masks."""
     if ALWAYS:
         return tl.full([index.shape[0]], 1, tl.int1)
     else:
