@@ -33,14 +33,14 @@ from vimtune.adapters import (
     has_call_rules,
     head_has_rules,
     inject,
-    list_methods,
-    method_fields,
     note_casts,
     note_loading,
     note_seed,
     shared_effective_weights,
 )
 from vimtune.adapters.slots import WeightSlot
+from vimtune.fields import options_of
+from vimtune.methods import METHODS
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.mixer import BiMambaMixer
 from vimtune.models.options import OPTIONS, ModelOptions
@@ -622,7 +622,7 @@ def _check_options(options: dict[str, Any]) -> None:
     """Raise ValueError on a misspelt option, with the closest real one."""
     known = {*OPTIONS, "device", "dtype"} | _FACTORY_OPTIONS
     for name in sorted(options.keys() - known):
-        if any(name in method_fields(method) for method in list_methods()):
+        if any(name in options_of(method) for _, method in METHODS.items()):
             raise ValueError(
                 f"{name!r} is an option of a method, not of the model: give it as "
                 f"peft_kwargs={{{name!r}: {quote(options[name])}}}, beside peft"

@@ -14,8 +14,10 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import parsers
 from vimtune.data.datasets import DATASETS
-from vimtune.fields import Options, option
+from vimtune.fields import Options, option, option_of_method
 from vimtune.methods import METHODS
+from vimtune.methods.lora import LoRA
+from vimtune.methods.prodial import ProDiaL
 from vimtune.models.registry import MODELS
 
 Whole = Annotated[int, Ge(0)]
@@ -108,15 +110,11 @@ class MethodSettings(Options):
         "tuned blocks, such as 0-11 or 0,5,10 (default: all)",
         parse=parsers.optional(parsers.per_method(parsers.layers)),
     )
-    rank: Positive | dict[str, Positive] | None = option(
-        None, "rank of low-rank updates; by target: in_proj=8,x_proj[B]=4"
-    )
-    alpha: PositiveAmount | dict[str, PositiveAmount] | None = option(
-        None, "scale of low-rank updates: alpha / rank"
-    )
-    dropout: Share | dict[str, Share] | None = option(None, "dropout on the adapter's input")
-    block_size: Positive | dict[str, Positive] | None = option(None, "size of the diagonal blocks of prodial")
-    peft_kwargs: dict[str, Any] = option({}, "further fields of the method, such as variant=paper")
+    rank: Any = option_of_method(LoRA, "rank")
+    alpha: Any = option_of_method(LoRA, "alpha")
+    dropout: Any = option_of_method(LoRA, "dropout")
+    block_size: Any = option_of_method(ProDiaL, "block_size")
+    peft_kwargs: dict[str, Any] = option({}, "further options of the method, such as variant=paper")
 
     @property
     def method_kwargs(self) -> dict[str, Any]:
@@ -126,7 +124,12 @@ class MethodSettings(Options):
 
 
 OPTIONS_OF_METHODS = ("rank", "alpha", "dropout", "block_size")
-"""Options of methods that are keys of their own; each one is taken by the methods that have it."""
+"""Options of methods that are keys of their own. Each goes to every chosen method that has it.
+
+The others are given in `peft_kwargs`. Not every option of every registered method is a key: a file has to be
+readable without the packages that were imported when it was written, and some names, such as `variant`, are
+flags with another meaning.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
