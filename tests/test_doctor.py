@@ -103,7 +103,7 @@ def run(width: int) -> tuple[int, str]:
 def test_the_report(width):
     code, text = run(width)
     assert code == 0
-    for name in (*dispatch._BACKENDS, "reference", "python", "torch", "timm", "GPU", "CPU"):
+    for name in (*dispatch.BACKENDS, "reference", "python", "torch", "timm", "GPU", "CPU"):
         assert re.search(rf"^ +{name} ", text, re.M)
     assert "used by auto" in text and "FAILED" not in text and "What to install" in text
 

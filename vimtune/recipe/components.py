@@ -6,13 +6,13 @@ stands in two components, so files and flags give all of them side by side.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import parsers
+from vimtune.backends import AUTO, OWN, REFERENCE, backend_names
 from vimtune.data.datasets import DATASETS
 from vimtune.fields import Options, option, option_of_method
 from vimtune.methods import METHODS
@@ -41,14 +41,8 @@ def _method_spec(value: Any) -> str:
     return "+".join(names)
 
 
-BACKENDS = ("auto", "torch", "cpu", "nvrtc", "triton", "cuda", "reference")
-"""The backends that vimtune brings; `vimtune.ops`, which registers them, needs torch."""
-
-
 def _backend(value: Any) -> str:
-    ops = sys.modules.get("vimtune.ops")  # a package that registers a backend of its own has imported it
-    names = dict.fromkeys([*BACKENDS, *(ops.backend_names() if ops else ())])
-    chosen: str = parsers.choice(*names)(value)
+    chosen: str = parsers.choice(*backend_names())(value)
     return chosen
 
 
@@ -163,7 +157,7 @@ class RunSettings(Options):
     seed: Seed = option(0, "seed of weights, order and augmentation")
     deterministic: bool = option(False, "use deterministic algorithms only")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", parse=parsers.device)
-    backend: str = option("auto", f"selective scan: {', '.join(BACKENDS)}", parse=_backend)
+    backend: str = option(AUTO, f"selective scan: {', '.join((AUTO, *OWN, REFERENCE))}", parse=_backend)
     threads: Annotated[int, Ge(1), Le(4096)] | None = option(None, "CPU threads (default: torch's own)")
     output_dir: str | None = option(
         None,
