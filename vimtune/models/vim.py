@@ -25,7 +25,7 @@ from timm.models import (
     register_notrace_function,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
@@ -568,6 +568,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         given = ", ".join(name for name, value in peft_options.items() if value is not None)
         raise ValueError(f'{given} without peft: name the method too, such as peft="prodial"')
     _check_options(kwargs)
+    _check_feature_class(kwargs)
     out_indices = kwargs.pop("out_indices", 3)
     with pretrained_loading(variant, pretrained):
         model = build_model_with_cfg(
@@ -593,6 +594,21 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             **(peft_options["peft_kwargs"] or {}),
         )
     return model
+
+
+def _check_feature_class(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a way to get features that this model does not have."""
+    if "feature_cls" not in options:
+        return
+    given = options["feature_cls"]
+    if not options.get("features_only"):
+        raise ValueError(f"feature_cls = {quote(given)} without features_only=True: expected both or neither")
+    if (given.lower() if isinstance(given, str) else given) not in ("getter", FeatureGetterNet):
+        raise ValueError(
+            f"feature_cls = {quote(given)}: expected 'getter', which is the default, so leave it out. The "
+            "others take the model apart: 'hook', 'list' and 'dict' run its modules in a row, without class "
+            "token and position embedding, and 'fx' makes a graph that is no model of ours"
+        )
 
 
 def _mention_unseen_pixels(patches: PatchEmbed) -> None:
