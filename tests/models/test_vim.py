@@ -125,7 +125,7 @@ def test_features_come_from_the_getter_alone():
         model = timm.create_model("test_vim", features_only=True, feature_cls=getter)
         assert [x.shape for x in model(images)] == [(1, 16, 4, 4)] * 3
     for other in ("fx", "hook", "Hook", "dict", "list", "nonsense", FeatureHookNet, 3):
-        with pytest.raises(ValueError, match="feature_cls = .*: expected 'getter'"):
+        with pytest.raises(ValueError, match=r"feature_cls = .*: expected 'getter'"):
             timm.create_model("test_vim", features_only=True, feature_cls=other)
     with pytest.raises(ValueError, match="feature_cls = 'getter' without features_only=True"):
         timm.create_model("test_vim", feature_cls="getter")

@@ -605,9 +605,10 @@ def _check_feature_class(options: Mapping[str, Any]) -> None:
         raise ValueError(f"feature_cls = {quote(given)} without features_only=True: expected both or neither")
     if (given.lower() if isinstance(given, str) else given) not in ("getter", FeatureGetterNet):
         raise ValueError(
-            f"feature_cls = {quote(given)}: expected 'getter', which is the default, so leave it out. The "
-            "others take the model apart: 'hook', 'list' and 'dict' run its modules in a row, without class "
-            "token and position embedding, and 'fx' makes a graph that is no model of ours"
+            f"feature_cls = {quote(given)}: expected 'getter', which is the default, so leave it out. 'hook' "
+            "and 'fx' give tokens, the class token among them, in the place of maps, and 'list' and 'dict' run "
+            "the modules of a model in a row, which a Vim is not. For tokens call forward_intermediates with "
+            "output_fmt='NLC'"
         )
 
 
