@@ -606,8 +606,8 @@ def _check_feature_class(options: Mapping[str, Any]) -> None:
     if (given.lower() if isinstance(given, str) else given) not in ("getter", FeatureGetterNet):
         raise ValueError(
             f"feature_cls = {quote(given)}: expected 'getter', which is the default, so leave it out. 'hook' "
-            "and 'fx' give tokens, the class token among them, in the place of maps; 'list' and 'dict' run the "
-            "modules of a model in a row, which a Vim is not. For tokens call forward_intermediates with "
+            "and 'fx' give tokens, the class token among them, in the place of maps; 'list' and 'dict' run "
+            "the modules of a model in a row, which a Vim is not. For tokens call forward_intermediates with "
             "output_fmt='NLC'"
         )
 

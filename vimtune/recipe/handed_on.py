@@ -157,8 +157,9 @@ def _misfits(methods: Iterable[str], values: Mapping[str, Any]) -> list[str]:
             try:
                 _parse_option(own[name], values[name])
             except ValueError as error:
+                reason = str(error).rstrip(".")
                 problems.append(
-                    f"{name} = {quote(values[name])} does not fit method {method}: {error}. Give each method "
+                    f"{name} = {quote(values[name])} does not fit method {method}: {reason}. Give each method "
                     f"its own value in peft_kwargs: {{{method}: {{{name}: ...}}}}"
                 )
     return problems
