@@ -159,8 +159,8 @@ def _misfits(methods: Iterable[str], values: Mapping[str, Any]) -> list[str]:
             except ValueError as error:
                 reason = str(error).rstrip(".")
                 problems.append(
-                    f"{name} = {quote(values[name])} does not fit method {method}: {reason}. Give each method "
-                    f"its own value in peft_kwargs: {{{method}: {{{name}: ...}}}}"
+                    f"{name} = {quote(values[name])} does not fit method {method}: {reason}. Give each "
+                    f"method its own value in peft_kwargs: {{{method}: {{{name}: ...}}}}"
                 )
     return problems
 
