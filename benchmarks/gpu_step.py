@@ -28,7 +28,7 @@ from step_cases import METHODS, PAIRS, VIT, Case, StepRunner
 from step_tables import growth_table, ratio_table, roofline_table, size_table
 from workers import Worker, WorkerFailed
 
-from vimtune.ops.dispatch import REFERENCE, backend_names
+from vimtune.backends import REFERENCE, backend_names
 
 GPU_SIZES = ("224:128", "64:1024", "448:32", "896:8")
 CPU_SIZES = ("224:4", "64:16", "448:1")

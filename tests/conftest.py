@@ -24,7 +24,7 @@ def backends(monkeypatch):
     """`register_backend` for the duration of a test; what the test changes in backends is asked for anew."""
     from vimtune.ops import dispatch
 
-    monkeypatch.setattr(dispatch._BACKENDS, "_things", dict(dispatch._BACKENDS._things))
+    monkeypatch.setattr(dispatch.BACKENDS, "_things", dict(dispatch.BACKENDS._things))
     monkeypatch.setattr(dispatch, "_KERNELS", dict(dispatch._KERNELS))
     dispatch._offers.cache_clear()
     yield dispatch.register_backend

@@ -9,18 +9,21 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
+from annotated_types import Ge
 from bad_input import TEXTS, at_once
 
 from vimtune import __version__, cli
 from vimtune.data import DATASETS
 from vimtune.exits import EXIT_CODES
-from vimtune.fields import options_of
+from vimtune.fields import option, options_of
 from vimtune.methods import METHODS
 from vimtune.models import MODELS
 from vimtune.recipe import Recipe, keys_of
-from vimtune.tasks import TASKS
+from vimtune.tasks import TASKS, Task
 from vimtune.text import printable
 
 KEYS = keys_of("classification")
@@ -240,6 +243,69 @@ def test_a_fault_with_no_room_for_a_file_is_shown(capsys, trained, monkeypatch, 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
     assert cli.main(["train"]) == 70
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_tasks(monkeypatch):
+    """Tasks that declare one name in different ways: a switch, a number, a word."""
+
+    class Base(Task):
+        def open(self, recipe, processes):
+            raise NotImplementedError
+
+    @dataclass(frozen=True, kw_only=True)
+    class Switch(Base):
+        summary = "a switch"
+        sharp: bool = option(False, "sharp at once")
+        label_smoothing: Annotated[float, Ge(0)] = option(0.25, "smoothing of the tokens")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Number(Base):
+        summary = "a number"
+        sharp: Annotated[int, Ge(1)] = option(3, "how sharp")
+
+    Switch.name, Number.name = "switch", "number"
+    monkeypatch.setattr(TASKS, "_things", {**TASKS._things, "switch": Switch, "number": Number})
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        ("--task switch --sharp", "sharp", True),
+        ("--task switch --no-sharp", "sharp", False),
+        ("--task switch", "sharp", False),
+        ("--task switch --label-smoothing 2", "label_smoothing", 2.0),
+        ("--task number --sharp 5", "sharp", 5),
+        ("--task number --sharp=5", "sharp", 5),
+        ("--task number", "sharp", 3),
+    ],
+)
+def test_tasks_that_declare_a_name_in_different_ways(two_tasks, trained, flags, name, value):
+    assert cli.main(["train", *flags.split()]) == 0
+    assert getattr(trained[0].task, name) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--task number --sharp", "sharp = 'true': expected a whole number >= 1"),
+        ("--task switch --sharp 5", "sharp = '5': expected true or false"),
+        ("--sharp 5", "sharp = '5' is an option of task switch and number, and task is classification"),
+        ("--label-smoothing 2", "label_smoothing = '2': expected a number >= 0 and < 1"),
+    ],
+)
+def test_values_that_another_task_takes(two_tasks, capsys, trained, flags, words):
+    assert words in failure(capsys, "train", *flags.split())
+
+
+def test_help_of_a_name_that_tasks_declare_in_different_ways(two_tasks, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "task switch: sharp at once [off]; task number: how sharp [3]" in text
+    assert (
+        "task classification: label smoothing of the loss [0]; task switch: smoothing of the tokens" in text
+    )
 
 
 # --- nasty input

@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vimtune
 from vimtune import ops
-from vimtune.adapters import adapter_parameters, list_methods, method_fields
+from vimtune.adapters import adapter_parameters, list_methods
 from vimtune.data import build_transform, create_dataset
+from vimtune.fields import options_of
+from vimtune.methods import get_method
 
 NUM_CLASSES = 8
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -69,7 +71,7 @@ def build(method: str, device: str, **kwargs) -> nn.Module:
                 parameter.fill_(-1.0)  # a step of softplus(-1) = 0.31
             elif name.endswith((".D", ".D_b")):
                 parameter.fill_(0.1)
-    options = {"rank": 4} if "rank" in method_fields(method) else {}
+    options = {"rank": 4} if "rank" in options_of(get_method(method)) else {}
     return vimtune.inject(model, method, **options).to(device)
 
 

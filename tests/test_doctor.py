@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from rich.console import Console
 
 from vimtune import cli, doctor, ops
 from vimtune.ops import dispatch
+from vimtune.ops.backend import Backend
 from vimtune.ops.eager import EagerConvolution, EagerScan
 
 CPU = torch.device("cpu")
@@ -103,7 +106,7 @@ def run(width: int) -> tuple[int, str]:
 def test_the_report(width):
     code, text = run(width)
     assert code == 0
-    for name in (*dispatch._BACKENDS, "reference", "python", "torch", "timm", "GPU", "CPU"):
+    for name in (*dispatch.BACKENDS, "reference", "python", "torch", "timm", "GPU", "CPU"):
         assert re.search(rf"^ +{name} ", text, re.M)
     assert "used by auto" in text and "FAILED" not in text and "What to install" in text
 
@@ -126,7 +129,7 @@ def test_reasons_of_a_backend_that_cannot_run_are_shown(break_backend):
 @pytest.mark.parametrize("build", [None, "13.0"])
 def test_advice_on_a_machine_without_usable_gpu(monkeypatch, compiler, driver, build):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(doctor, "compiler", lambda: compiler if compiler == "c++" else None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == compiler == "c++" else None)
     if compiler == "missing":
         monkeypatch.setenv("CXX", "missing")
     monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: driver)
@@ -143,17 +146,40 @@ def test_advice_on_a_machine_without_usable_gpu(monkeypatch, compiler, driver, b
 @pytest.mark.parametrize("packages", [(), ("triton",), ("triton", "mamba-ssm", "causal-conv1d")])
 def test_advice_on_a_machine_with_a_gpu(monkeypatch, packages, nvcc):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(doctor, "installed", lambda name: "1.0" if name in packages else None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: nvcc if name == "nvcc" else None)
+
+    def version(name):
+        if name not in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(shutil, "which", lambda name: nvcc if name == "nvcc" else None)
     advice = "\n".join(doctor.install_advice())
     assert ("pip install triton" in advice) == ("triton" not in packages)
     assert ("vimtune[cuda]" in advice) == ("mamba-ssm" not in packages)
     assert ("needs nvcc" in advice) == ("mamba-ssm" not in packages and nvcc is None)
 
 
+def test_a_backend_of_a_users_own_says_what_it_needs():
+    class Mine(Backend):
+        name = "mine"
+        summary = "mine"
+        packages = ("my-kernels",)
+
+        def refusals(self, device):
+            return ["my-kernels are not there"]
+
+        def advice(self):
+            return ["mine needs my-kernels:\n    pip install my-kernels"]
+
+    ops.register_backend(Mine())
+    assert ("my-kernels", "not installed (optional)") in doctor.environment()
+    assert doctor.install_advice()[-1] == "mine needs my-kernels:\n    pip install my-kernels"
+
+
 EXAMINED = [
     (doctor.build, "find_compiler"),
-    (doctor.importlib.metadata, "version"),
+    (importlib.metadata, "version"),
     (doctor.platform, "platform"),
     (doctor, "processor_name"),
     (torch.cuda, "is_available"),

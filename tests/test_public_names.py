@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import vimtune
+from vimtune import data, models
 
 
 @pytest.mark.parametrize("name", vimtune.__all__)
@@ -39,6 +40,19 @@ def test_names_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_unknown_names():
-    with pytest.raises(AttributeError, match="module 'vimtune' has no attribute 'injekt'"):
-        getattr(vimtune, "injekt")  # noqa: B009 - an attribute by itself looks useless to the linter
+PACKAGES = [vimtune, data, models]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_names_that_are_imported_on_first_use(package):
+    assert set(package.__all__) <= set(dir(package))
+    for home, names in package._HOMES.items():
+        for name in names:
+            assert name in package.__all__
+            assert getattr(package, name) is getattr(sys.modules[home], name)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_unknown_names(package):
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'injekt'"):
+        getattr(package, "injekt")  # noqa: B009 - an attribute by itself looks useless to the linter

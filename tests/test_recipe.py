@@ -7,8 +7,9 @@ import itertools
 import os
 import re
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 import yaml
@@ -17,8 +18,9 @@ from bad_input import TEXTS, VALUES, at_once
 
 from vimtune import parsers, text
 from vimtune.fields import option, options_of
-from vimtune.methods import METHODS
+from vimtune.methods import METHODS, Method, resolve_options
 from vimtune.recipe import RUN_FILES, Recipe, RecipeError, keys_of, load_recipe
+from vimtune.recipe.components import OPTIONS_OF_METHODS
 from vimtune.strict_yaml import parse_yaml, read_yaml
 from vimtune.tasks import TASKS, Task, register_task
 from vimtune.tasks.classification import Classification
@@ -619,8 +621,8 @@ def test_a_name_that_is_not_utf8_survives_the_file(tmp_path):
         ({"model_kwargs": {"rank": 2}}, "rank is an option of a method, not of the model: give it in"),
         ({"peft_kwargs": {"rank": "two"}}, "peft_kwargs: rank = 'two': expected a whole number"),
         ({"peft_kwargs": {"rank": True}}, "rank = True: expected a whole number"),
-        ({"peft_kwargs": {"alpha": [1]}}, "alpha = [1]: expected a finite number"),
-        ({"peft_kwargs": {"variant": 3}}, "variant = 3: expected text"),
+        ({"peft_kwargs": {"alpha": [1]}}, "alpha = [1]: expected a number > 0"),
+        ({"peft_kwargs": {"variant": 3}}, "variant = 3: expected one of free, paper"),
         (
             {"peft": "lora+ft", "peft_kwargs": {"lora": {"rank": {}}}},
             "rank = {}: expected a mapping from targets",
@@ -702,3 +704,45 @@ def test_layers_of_each_method(value):
     assert build(peft="lora+ft", layers=value).method.layers == {"lora": [0, 1, 2], "ft": [5, -1]}
     with pytest.raises(RecipeError, match="layers: 'ft' is not one of the methods of lora"):
         build(peft="lora", layers=value)
+
+
+# --- options of methods, which the methods alone declare
+
+
+def test_keys_of_methods_are_what_the_methods_declare():
+    for name in OPTIONS_OF_METHODS:
+        declared = [options_of(method)[name] for _, method in METHODS.items() if name in options_of(method)]
+        assert declared[0].help == FIELDS[name].help
+        for item in declared:
+            assert FIELDS[name].parse(str(item.default)) == item.default
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"peft": "mine", "rank": 8}, "rank = 8 does not fit method mine: expected one of auto, full"),
+        ({"peft": "lora+mine", "rank": 8}, "peft_kwargs: {mine: {rank: ...}}"),
+        ({"peft": "mine+lora", "peft_kwargs": {"rank": 8}}, "rank = 8 does not fit method mine"),
+        ({"peft": "lora+mine", "peft_kwargs": {"rank": "auto"}}, "rank = 'auto' does not fit method lora"),
+    ],
+)
+def test_methods_that_declare_a_name_in_different_ways(values, words, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Method):
+        summary = "mine"
+        rank: Literal["auto", "full"] = option("auto", "its own kind of rank")
+
+    monkeypatch.setitem(METHODS._things, "mine", Mine)
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        Recipe(**values)
+    each = {"lora": {"rank": 8}, "mine": {"rank": "full"}}
+    assert Recipe(peft="lora+mine", peft_kwargs=each).method.method_kwargs == each
+
+
+def test_ranges_of_methods_hold_in_recipes_and_in_calls():
+    """The same annotation is behind both."""
+    for name, wrong in (("alpha", 0), ("dropout", 1), ("block_size", 0), ("scale_decay", -1)):
+        with pytest.raises(RecipeError, match=f"{name} = {wrong}: expected a"):
+            Recipe(peft="prodial", peft_kwargs={name: wrong})
+        with pytest.raises(ValueError, match=f"option {name} of method 'prodial': expected a value "):
+            resolve_options("prodial", {name: wrong})

@@ -35,5 +35,5 @@ def test_a_field_without_help_is_refused():
         def build_rule(self, site):
             raise NotImplementedError
 
-    with pytest.raises(ValueError, match=r"method 'new': field bad needs option\(default, help\)"):
+    with pytest.raises(ValueError, match=r"class New: field bad needs option\(default, help\)"):
         register_method("new")(New)

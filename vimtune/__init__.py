@@ -14,10 +14,10 @@ after, and the names below are loaded on first use, so that the command line ans
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vimtune._registration import register_with_timm
+from vimtune.late_names import late_names
 
 if TYPE_CHECKING:
     from vimtune.adapters import (
@@ -68,8 +68,6 @@ _HOMES = {
 }  # fmt: skip
 """Modules that define the names of this package."""
 
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
 __all__ = [
     "AdapterFileError",
     "AdapterInfo",
@@ -111,17 +109,6 @@ __all__ = [
     "unmerge",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the module that defines a public name when the name is first asked for."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'vimtune' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
-
-
-def __dir__() -> list[str]:
-    """All public names, imported yet or not."""
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = late_names(__name__, _HOMES)
 
 register_with_timm()

@@ -4,7 +4,6 @@ and the exact line that installs what is missing.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -22,29 +21,20 @@ from rich.text import Text
 from torch import Tensor
 
 from vimtune import __version__, ops
+from vimtune.backends import BACKENDS, REFERENCE
 from vimtune.console import build_console
 from vimtune.ops import reference
 from vimtune.ops.cpu import build
 from vimtune.text import printable, shorten
-from vimtune.utils import processor_name
+from vimtune.utils import installed_version, processor_name
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest error that rounding explains, relative to the largest element of the reference result."""
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 """Short names of the types."""
 
-PACKAGES = ("torch", "torchvision", "timm", "albumentations", "safetensors", "triton")
-"""Distributions whose versions are shown."""
-OPTIONAL = ("mamba-ssm", "causal-conv1d")
-"""Distributions without which everything works; their kernels are one more backend."""
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed distribution, None when it is not there. Imports nothing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "safetensors")
+"""Distributions whose versions are shown, before those that backends need."""
 
 
 def finding(examine: Callable[[], str]) -> str:
@@ -87,11 +77,12 @@ def _accelerators() -> str:
 
 def environment() -> list[tuple[str, str]]:
     """(name, value) rows that describe this installation."""
+    optional = [package for _, backend in BACKENDS.items() for package in backend.packages]
     examinations: dict[str, Callable[[], str]] = {
         "vimtune": lambda: __version__,
         "python": lambda: f"{platform.python_version()} ({sys.executable})",
         **{name: partial(_version, name, "not installed") for name in PACKAGES},
-        **{name: partial(_version, name, "not installed (optional)") for name in OPTIONAL},
+        **{name: partial(_version, name, "not installed (optional)") for name in optional},
         "system": platform.platform,
         "CPU": _processor,
         "GPU": _accelerators,
@@ -101,7 +92,7 @@ def environment() -> list[tuple[str, str]]:
 
 
 def _version(package: str, otherwise: str) -> str:
-    return installed(package) or otherwise
+    return installed_version(package) or otherwise
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,31 +215,9 @@ def install_advice() -> list[str]:
                 f"torch (CUDA {torch.version.cuda}) cannot use the NVIDIA driver: "
                 "update the driver, or check with\n    nvidia-smi"
             )
-    if torch.cuda.is_available() and installed("triton") is None:
-        advice.append("the Triton kernels need the triton package:\n    pip install triton")
-    if not torch.cuda.is_available() and compiler() is None:
-        missing = f"CXX={os.environ['CXX']} is not there" if os.environ.get("CXX") else "none was found"
-        advice.append(f"the fast CPU kernels need a C++ compiler, {missing}:\n    {_compiler_line()}")
-    if torch.cuda.is_available() and any(installed(name) is None for name in OPTIONAL):
-        needs = "" if shutil.which("nvcc") else " (compiles for minutes and needs nvcc, which is not there)"
-        advice.append(
-            f"optional, the kernels of mamba-ssm as one more backend{needs}:\n"
-            '    pip install --no-build-isolation "vimtune[cuda]"'
-        )
+    for _, backend in BACKENDS.items():
+        advice += backend.advice()
     return advice
-
-
-def _compiler_line() -> str:
-    if os.environ.get("CXX"):
-        return "unset CXX"
-    if sys.platform == "win32":
-        return "wsl --install    (they are built under Linux and macOS)"
-    if sys.platform == "darwin":
-        return "xcode-select --install"
-    for tool, line in {"apt-get": "apt-get install g++", "dnf": "dnf install gcc-c++"}.items():
-        if shutil.which(tool):
-            return f"sudo {line}"
-    return "conda install -c conda-forge gxx"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -270,7 +239,7 @@ def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[
             yield row.name, f"cannot run: {escape('; '.join(row.reasons))}"
             continue
         about = f"{escape(row.summary)}{' (used by auto)' if row.name == chosen else ''}"
-        if row.name == "reference":
+        if row.name == REFERENCE:
             yield row.name, about
             continue
         result = self_test(row.name, device)

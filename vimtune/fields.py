@@ -41,8 +41,8 @@ class Option:
     """What is known about one field that was stated with `option`."""
 
     name: str
-    type: str
-    """The annotation as it is written."""
+    annotation: Any
+    """Its type with its range, such as Annotated[int, Ge(1)]."""
     default: Any
     help: str
     parse: Parser
@@ -71,16 +71,26 @@ def _read_options(cls: type) -> dict[str, Option]:
             raise ValueError(f"class {cls.__name__}: field {item.name} needs option(default, help)")
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         parse = item.metadata.get("parse") or parser_of(hints[item.name])
-        found[item.name] = Option(item.name, str(item.type), default, item.metadata["help"], parse)
+        found[item.name] = Option(item.name, hints[item.name], default, item.metadata["help"], parse)
     return found
+
+
+def option_of_method(method: type, name: str) -> Any:
+    """A field that stands for an option of methods outside of them; None where it is not given.
+
+    Type, range and help are those that `method` declares, and like any option of a method it may have a value
+    for each of several targets. Other methods may declare the same name in another way; whether a value fits
+    the methods that are chosen is their own declarations' business.
+    """
+    declared = options_of(method)[name]
+    return option(None, declared.help, parse=parsers.optional(parsers.per_target(declared.parse)))
 
 
 def parser_of(annotation: Any) -> Parser:
     """The parser of a field with this annotation.
 
-    It knows bool, int, float and str, bounds such as Annotated[int, Ge(1)], Literal, dict[str, ...], "| None"
-    of these, and T | dict[str, T] for a value or one for each of several targets. Of any other type it checks
-    that the value is one that a file can hold.
+    It knows bool, int, float and str, bounds such as Annotated[int, Ge(1)], Literal, dict[str, ...], and
+    "| None" of these. Of any other type it checks that the value is one that a file can hold.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -88,9 +98,6 @@ def parser_of(annotation: Any) -> Parser:
     if origin in (Union, types.UnionType) and type(None) in arguments:
         others = [other for other in arguments if other is not type(None)]
         return parsers.optional(parser_of(Union[tuple(others)]))  # noqa: UP007 - of a tuple
-    if origin in (Union, types.UnionType):
-        values = [other for other in arguments if dict[str, other] in arguments]  # type: ignore[valid-type]
-        return parsers.per_target(parser_of(values[0])) if values else parsers.plain
     if origin is Literal:
         return parsers.choice(*arguments)
     simple: dict[Any, Parser] = {

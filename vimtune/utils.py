@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.metadata
 import inspect
 import os
 import platform
@@ -51,6 +52,14 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
     if len(content) > limit:
         raise ValueError(f"{quote(os.fspath(path))} is longer than {limit:,} bytes, more than is read")
     return content
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, None when it is not there. Imports nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def processor_name() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vimtune.adapters import list_methods, method_fields
+from vimtune.fields import options_of
+from vimtune.methods import get_method, list_methods
 from vimtune.testing.methods import disturb
 
 __all__ = ["CASES", "SMALL", "disturb", "label", "options_for"]
@@ -29,5 +30,5 @@ def label(case: tuple[str, dict]) -> str:
 
 def options_for(method: str, extra: dict) -> dict:
     """`extra`, and of SMALL what the method knows."""
-    known = {field for part in method.split("+") for field in method_fields(part)}
+    known = {field for part in method.split("+") for field in options_of(get_method(part))}
     return {**{key: value for key, value in SMALL.items() if key in known}, **extra}

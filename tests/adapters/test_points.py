@@ -236,8 +236,8 @@ def test_options_by_target(tmp_path):
             "option rank of method 'lora' is given for 'x_proj', where the method does not act",
         ),
         ({"rank": {"in_proj": "2"}}, "option rank of method 'lora' for 'in_proj'"),
-        ({"rank": {"in_proj": 0}}, "rank 0 does not fit"),
-        ({"alpha": {"in_proj": -1.0}}, "alpha must be positive"),
+        ({"rank": {"in_proj": 0}}, "rank .* for 'in_proj': expected a value .* 1 .found 0"),
+        ({"alpha": {"in_proj": -1.0}}, "alpha .* for 'in_proj': expected a value greater than 0 .found -1.0"),
         ({"rank": {}}, "option rank of method 'lora'"),
     ],
 )

@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import vimtune
-from vimtune.adapters import active_adapter, adapter_parameters, check_gradients, list_methods, method_fields
+from vimtune.adapters import active_adapter, adapter_parameters, check_gradients
+from vimtune.fields import options_of
+from vimtune.methods import METHODS
 
 
 @pytest.fixture
@@ -38,18 +40,17 @@ def refused(model, message, method="lora", **options):
 
 # --- options and targets as they come from Python
 
-FIELDS = [(method, field) for method in list_methods() for field in method_fields(method)]
+FIELDS = [(name, field) for name, method in METHODS.items() for field in options_of(method)]
 VALUES = {
-    "int": ("2", 2.5, True, None, [2]),
-    "float": ("x", True, None, float("nan"), float("inf"), 1j, 10**400),
-    "str": (3, True, None, ["free"]),
+    int: ("2", 2.5, True, None, [2], 0, -1),
+    float: ("x", True, None, float("nan"), float("inf"), 1j, 10**400, -1),
+    str: (3, True, None, ["free"], "fre"),
 }
 
 
 @pytest.mark.parametrize(("method", "field"), FIELDS)
 def test_every_option_of_every_method_is_checked_by_type(method, field, model):
-    kind = method_fields(method)[field][0]
-    for value in VALUES[kind]:
+    for value in VALUES[type(options_of(METHODS.get(method))[field].default)]:
         refused(model, f"option {field} of method '{method}'", method, **{field: value})
 
 

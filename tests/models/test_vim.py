@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.models._features import FeatureGetterNet, FeatureHookNet
 
 import vimtune  # noqa: F401  (registers the models)
 from vimtune import ops
@@ -118,6 +119,18 @@ def test_features_only():
     maps = model(torch.randn(1, 3, 32, 32))
     assert [m.shape for m in maps] == [(1, 16, 4, 4)] * 2
     assert model.feature_info.channels() == [16, 16] and model.feature_info.reduction() == [8, 8]
+
+
+def test_features_come_from_the_getter_alone():
+    images = torch.randn(1, 3, 32, 32)
+    for getter in ("getter", "GETTER", FeatureGetterNet):
+        model = timm.create_model("test_vim", features_only=True, feature_cls=getter)
+        assert [x.shape for x in model(images)] == [(1, 16, 4, 4)] * 3
+    for other in ("fx", "hook", "Hook", "dict", "list", "nonsense", FeatureHookNet, 3):
+        with pytest.raises(ValueError, match=r"feature_cls = .*: expected 'getter'"):
+            timm.create_model("test_vim", features_only=True, feature_cls=other)
+    with pytest.raises(ValueError, match="feature_cls = 'getter' without features_only=True"):
+        timm.create_model("test_vim", feature_cls="getter")
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -10,10 +10,11 @@ import timm
 import torch
 
 import vimtune  # noqa: F401  (registers the models)
-from vimtune import ops
+from vimtune import backends, ops
 from vimtune.ops import dispatch
 from vimtune.ops.backend import Backend
 from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.recipe import Recipe, RecipeError
 
 NAMES = ["torch", "reference", "auto"]
 
@@ -327,3 +328,25 @@ def test_fused_kernels_of_compiled_code_follow_the_choice(on_cpu):
     for wanted, has in (("nvrtc", True), ("torch", False), ("nvrtc", True), ("reference", False)):
         with ops.use_backend(wanted):
             assert bool(compiled()) == has, wanted
+
+
+def test_names_are_known_before_the_backends_are_loaded():
+    assert list(backends.OWN) == [name for name in dispatch.BACKENDS if name in backends.OWN]
+    for name, path in backends.OWN.items():
+        cls = type(dispatch.BACKENDS.get(name))
+        assert path == f"{cls.__module__}.{cls.__qualname__}"
+    assert ops.backend_names() == ["auto", *dispatch.BACKENDS, "reference"]
+
+
+def test_a_backend_of_a_users_own_is_a_value_of_recipes():
+    class Mine(Backend):
+        name = "mine"
+        summary = "mine"
+
+        def refusals(self, device):
+            return []
+
+    with pytest.raises(RecipeError, match="backend = 'mine': expected one of auto, cpu"):
+        Recipe(backend="mine")
+    ops.register_backend(Mine())
+    assert Recipe(backend="mine").run.backend == "mine"

@@ -100,7 +100,7 @@ SIZES = [(1, 8, 16), (5, 24, 16), (9, 7, 3), (11, 20, 5)]
 
 PAIRS = [
     (backend, operation)
-    for backend in dispatch._BACKENDS
+    for backend in dispatch.BACKENDS
     for operation in OPERATIONS
     if dispatch.has_kernels(backend, operation)
 ]

@@ -43,7 +43,7 @@ from vimtune.adapters.tensors import (
     load_adapter_state_dict,
     summary,
 )
-from vimtune.methods import Method, get_method, list_methods, method_fields, register_method
+from vimtune.methods import Method, get_method, list_methods, register_method
 
 __all__ = [
     "ADAPTER_FORMAT",
@@ -79,7 +79,6 @@ __all__ = [
     "load_adapter_state_dict",
     "made_from",
     "merge",
-    "method_fields",
     "note_casts",
     "note_loading",
     "note_seed",

@@ -131,8 +131,8 @@ def inject(
             {"lora": "both", "ft": "A_log,D"}.
         layers: indices of the blocks to adapt, [0, 1] or "0-1"; all if None. By method as well.
         num_classes: outputs of this adapter's head; a copy of the model's head if None or equal.
-        options: fields of the method, e.g. rank=16 (`method_fields` lists them). A field may have values by
-            target, rank={"in_proj": 8, "x_proj[B]": 4}; elsewhere its default holds.
+        options: fields of the method, e.g. rank=16 (`vimtune train --list` shows them). A field may have
+            values by target, rank={"in_proj": 8, "x_proj[B]": 4}; elsewhere its default holds.
 
     Returns:
         The model, as it was given.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from vimtune.cli.listing import listing
 from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages
@@ -53,11 +52,31 @@ def recipe_groups() -> dict[str, dict[str, Option]]:
     return {**groups, "task": {TASK.name: TASK}, **tasks}
 
 
-def _add_flag(group: argparse._ArgumentGroup, item: Option) -> None:
-    kind: dict[str, Any] = {"metavar": "X"}
-    if isinstance(item.default, bool):
-        kind = {"action": argparse.BooleanOptionalAction}
-    group.add_argument(_flag(item.name), dest=item.name, help=_help_line(item), **kind)
+def _add_flag(group: argparse._ArgumentGroup, name: str, declared: Mapping[str, Option]) -> None:
+    """Add the flag of a key.
+
+    Args:
+        group: where `--help` shows it.
+        name: the key.
+        declared: the key by the title of each group that has it. Tasks may declare the same name in different
+            ways: the flag then takes what any of them takes, says so, and the chosen task reads the value.
+    """
+    flag = _flag(name)
+    lines = {title: _help_line(item) for title, item in declared.items()}
+    if len(set(lines.values())) == 1:
+        help = next(iter(lines.values()))
+    else:
+        help = "; ".join(f"{title}: {line}" for title, line in lines.items())
+    switches = [isinstance(item.default, bool) for item in declared.values()]
+    if all(switches):
+        group.add_argument(flag, dest=name, help=help, action=argparse.BooleanOptionalAction)
+    elif any(switches):  # to some tasks the flag alone says all, to others it needs a value
+        group.add_argument(flag, dest=name, help=help, metavar="X", nargs="?", const="true")
+        group.add_argument(
+            _flag(f"no_{name}"), dest=name, help=f"{flag} false", action="store_const", const="false"
+        )
+    else:
+        group.add_argument(flag, dest=name, help=help, metavar="X")
 
 
 def build_train_parser(prog: str) -> CommandParser:
@@ -79,13 +98,15 @@ def build_train_parser(prog: str) -> CommandParser:
     )
     add_import(general)
     add_common(general)
+    groups = recipe_groups()
     added: set[str] = set()
-    for title, options in recipe_groups().items():
+    for title, options in groups.items():
         group = parser.add_argument_group(title)
-        for item in options.values():
-            if item.name not in added:  # Two tasks may have an option of the same name.
-                _add_flag(group, item)
-                added.add(item.name)
+        for name in options:
+            if name not in added:
+                declared = {owner: items[name] for owner, items in groups.items() if name in items}
+                _add_flag(group, name, declared)
+                added.add(name)
     return parser
 
 

@@ -7,8 +7,7 @@ Pillow, so that the command line answers at once; what needs these is imported o
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vimtune.data import caltech, cars, flowers, folder, synthetic  # noqa: F401  (each registers itself)
 from vimtune.data.base import SPLITS, FileDataset, ImageDataset
@@ -30,6 +29,7 @@ from vimtune.data.errors import (
     TooManyCorruptError,
     WorkerError,
 )
+from vimtune.late_names import late_names
 
 if TYPE_CHECKING:
     from vimtune.data.images import FoundImages, find_images, load_image
@@ -68,24 +68,12 @@ __all__ = [
     "register_dataset",
 ]
 
-_LATE = {
-    **dict.fromkeys(("FoundImages", "find_images", "load_image"), "vimtune.data.images"),
-    **dict.fromkeys(("ImageLoader", "create_loader"), "vimtune.data.loader"),
-    **dict.fromkeys(
-        ("Transform", "build_transform", "model_preprocessing", "read_transform"), "vimtune.data.transforms"
-    ),
-    **dict.fromkeys(("LIBRARIES", "PRESETS"), "vimtune.preprocessing"),
+_HOMES = {
+    "vimtune.data.images": ("FoundImages", "find_images", "load_image"),
+    "vimtune.data.loader": ("ImageLoader", "create_loader"),
+    "vimtune.data.transforms": ("Transform", "build_transform", "model_preprocessing", "read_transform"),
+    "vimtune.preprocessing": ("LIBRARIES", "PRESETS"),
 }
-"""Names that are imported on first use, and the modules that define them."""
+"""Modules that define the names which are imported on first use."""
 
-
-def __getattr__(name: str) -> Any:
-    """Import a name of `_LATE`."""
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATE[name]), name)
-
-
-def __dir__() -> list[str]:
-    """All public names, imported yet or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = late_names(__name__, _HOMES)

@@ -6,16 +6,15 @@ listed at once. The formulas are in `vimtune.adapters.rules`, or in the file of 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_type_hints
-
-from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vimtune.fields import option as option  # for the files of methods
+from vimtune.fields import options_of
 from vimtune.registry import Registry
 from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
@@ -31,7 +30,10 @@ METHODS: Registry[type[Method]] = Registry("method")
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Options of one method. Its fields are what `peft_kwargs` takes.
+    """Options of one method. Its fields, stated with `option`, are what `peft_kwargs` takes.
+
+    Their annotations are the only statement of types and ranges. Recipes and flags parse values by them
+    (`vimtune.fields.parser_of`); `resolve_options` compares with them what comes from Python and from files.
 
     A subclass states what it acts on in `default_targets` (or by overriding `select`) and builds its rules:
     one for each site in `build_rule`, or all together in `build`. The classification head is trained beside
@@ -117,14 +119,13 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
     """Class decorator: make a method known under `name`.
 
     Raises:
-        ValueError: the name is taken, or the class has no summary of its own, or a field without help.
+        ValueError: the name is taken, or the class has no summary of its own, or a field without help or with
+            an annotation that cannot be read.
     """
 
     def register(cls: MethodType) -> MethodType:
         require_summary(cls, f"method {name!r}")
-        for item in dataclasses.fields(cls):
-            if "help" not in item.metadata:
-                raise ValueError(f"method {name!r}: field {item.name} needs option(default, help)")
+        options_of(cls)
         METHODS.add(name, cls)
         cls.name = name
         return cls
@@ -144,12 +145,6 @@ def get_method(name: str) -> type[Method]:
         ValueError: unknown name.
     """
     return METHODS.get(name)
-
-
-def method_fields(name: str) -> dict[str, tuple[str, Any, str]]:
-    """Fields of a method: name -> (type, default, help)."""
-    fields = dataclasses.fields(get_method(name))
-    return {item.name: (str(item.type), item.default, item.metadata["help"]) for item in fields}
 
 
 def method_names(spec: str) -> list[str]:
@@ -178,7 +173,7 @@ def split_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str, 
         ValueError: unknown method, or unknown option (with a suggestion).
     """
     names = method_names(spec)
-    known = {name: {item.name for item in dataclasses.fields(get_method(name))} for name in names}
+    known = {name: options_of(get_method(name)) for name in names}
     shared = {key: value for key, value in options.items() if key not in names}
     for key in shared:
         if not any(key in fields for fields in known.values()):
@@ -204,40 +199,34 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
     A field may have a value for each of several targets, {"rank": {"in_proj": 8, "x_proj[B]": 4}}; elsewhere
     its default holds.
 
+    A value is compared as it is, by the schema of the option's annotation, because it comes from Python or
+    from a file, which both have types: the text "8" is no rank there. The parsers of recipes and flags, whose
+    values may be text, follow from the same annotation, but they convert; that would let a file say in many
+    ways what it has to say in one.
+
     Raises:
-        ValueError: unknown method or option, or a value of another type than the field's annotation.
+        ValueError: unknown method or option, or a value of another type than the option's annotation or out
+            of its range.
     """
     from vimtune.schema import check  # takes longer to import than all that is here, and lists do without
 
     resolved = {}
     for name, given in split_options(spec, options).items():
-        types = _option_types(get_method(name))
-        own = {item.name: item.default for item in dataclasses.fields(get_method(name))}
+        options = options_of(get_method(name))
+        own = {key: copy.deepcopy(item.default) for key, item in options.items()}
         for key, value in given.items():
-            what = f"option {key} of method {name!r}"
+            what, annotation = f"option {key} of method {name!r}", options[key].annotation
             if isinstance(value, Mapping):
                 if not value:
                     raise ValueError(f"{what} is an empty mapping: expected a value, or values by target")
                 own[key] = {
-                    str(target): check(types, {key: item}, f"{what} for {quote(target)}")[key]
+                    str(target): check(annotation, item, f"{what} for {quote(target)}")
                     for target, item in value.items()
                 }
             else:
-                own |= check(types, {key: value}, what)
+                own[key] = check(annotation, value, what)
         resolved[name] = own
     return resolved
-
-
-@cache
-def _option_types(method: type[Method]) -> Any:
-    """Schema of the options of a method: the annotations of its fields."""
-    from vimtune.schema import STRICT
-
-    hints = get_type_hints(method, include_extras=True)
-    fields = {item.name: hints[item.name] for item in dataclasses.fields(method)}
-    schema = TypedDict(f"{method.__name__}Options", fields, total=False)  # type: ignore[misc]
-    schema.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
-    return schema
 
 
 @dataclass(frozen=True)

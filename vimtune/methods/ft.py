@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
 
 from vimtune.methods.base import Method, option, register_method
 
@@ -19,14 +21,10 @@ class FineTuning(Method):
 
     summary = "full training of the targets (the projectors)"
 
-    start_decay: float = option(
+    start_decay: Annotated[float, Ge(0)] = option(
         0.0,
         "weight decay towards the value at the start, as a multiple of the run's; 0: matrices decay to 0",
     )
-
-    def __post_init__(self) -> None:
-        if not self.start_decay >= 0:
-            raise ValueError(f"start_decay must not be negative, got {self.start_decay}")
 
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rule import Shifted, Tuned

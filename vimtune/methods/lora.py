@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Gt, Lt
 
 from vimtune.methods.base import Method, check_matrix, option, register_method
 
@@ -19,15 +21,11 @@ class LoRA(Method):
 
     summary = "low-rank update of the projectors (Hu et al. 2021)"
 
-    rank: int = option(16, "r, columns of B and rows of A")
-    alpha: float = option(8.0, "the update is scaled by alpha / rank")
-    dropout: float = option(0.0, "dropout on the input of A, where the layer is called rather than read")
-
-    def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+    rank: Annotated[int, Ge(1)] = option(16, "rank r of the update B A; by target: in_proj=8,x_proj[B]=4")
+    alpha: Annotated[float, Gt(0)] = option(8.0, "the update is scaled by alpha / rank")
+    dropout: Annotated[float, Ge(0), Lt(1)] = option(
+        0.0, "dropout on the input of A, where the layer is called rather than read"
+    )
 
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rules.lora import LoRARule

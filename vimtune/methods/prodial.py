@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge
 
 from vimtune.methods.base import check_matrix, option, register_method
 from vimtune.methods.lora import LoRA
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VARIANTS = ("free", "paper")
-
 
 @register_method("prodial")
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +27,17 @@ class ProDiaL(LoRA):
 
     summary = "diagonal-centric transformation of the projectors plus low rank (Ham et al. 2025)"
 
-    block_size: int = option(4, "b, side of the blocks of D_a; must divide the input width")
-    variant: str = option(
+    block_size: Annotated[int, Ge(1)] = option(
+        4, "b, side of the diagonal blocks of prodial; must divide the input width"
+    )
+    variant: Literal["free", "paper"] = option(
         "free", '"free": D_b = I + D_a; "paper": the published formula, whose diagonal never trains'
     )
-    scale_decay: float = option(
+    scale_decay: Annotated[float, Ge(0)] = option(
         0.0, "weight decay of s towards 1, as a multiple of the run's; 0 leaves s alone"
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        if not self.scale_decay >= 0:
-            raise ValueError(f"scale_decay must not be negative, got {self.scale_decay}")
         if self.variant == "paper" and self.block_size == 1:
             logger.warning(
                 'ProDiaL: in variant "paper" with block_size 1 nothing of D_a ever trains, its diagonal has '
@@ -51,7 +48,7 @@ class ProDiaL(LoRA):
         from vimtune.adapters.rules.prodial import ProDiaLRule
 
         _, columns = check_matrix(self.name, site, self.rank)
-        if self.block_size < 1 or columns % self.block_size:
+        if columns % self.block_size:
             divisors = [str(size) for size in range(1, min(columns, 64) + 1) if columns % size == 0]
             raise ValueError(
                 f"block_size {quote(self.block_size)} does not divide the input width {columns} of "

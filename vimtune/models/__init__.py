@@ -6,9 +6,9 @@ first use.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vimtune.late_names import late_names
 from vimtune.models.registry import MODELS, ModelEntry, list_models, register_model
 
 if TYPE_CHECKING:
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
     from vimtune.models.vim import VisionMamba
 
 _HOMES = {
-    "CheckpointError": "checkpoint",
-    "checkpoint_filter_fn": "checkpoint",
-    "load_checkpoint": "checkpoint",
-    "read_checkpoint": "checkpoint",
-    "resize_pos_embed": "checkpoint",
-    "create_listed_model": "creation",
-    "BiMambaMixer": "mixer",
-    "VisionMamba": "vim",
+    "vimtune.models.checkpoint": (
+        "CheckpointError",
+        "checkpoint_filter_fn",
+        "load_checkpoint",
+        "read_checkpoint",
+        "resize_pos_embed",
+    ),
+    "vimtune.models.creation": ("create_listed_model",),
+    "vimtune.models.mixer": ("BiMambaMixer",),
+    "vimtune.models.vim": ("VisionMamba",),
 }
-"""In which module the names are that need torch."""
+"""Modules that define the names which need torch."""
 
 __all__ = [
     "MODELS",
@@ -50,12 +52,4 @@ __all__ = [
     "resize_pos_embed",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'vimtune.models' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"vimtune.models.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = late_names(__name__, _HOMES)

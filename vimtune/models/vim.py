@@ -24,7 +24,7 @@ from timm.models import (
     register_notrace_function,
     register_notrace_module,
 )
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
@@ -32,13 +32,13 @@ from vimtune.adapters import (
     has_call_rules,
     head_has_rules,
     inject,
-    list_methods,
-    method_fields,
     note_casts,
     note_loading,
     note_seed,
 )
 from vimtune.adapters.slots import WeightSlot
+from vimtune.fields import options_of
+from vimtune.methods import METHODS
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
 from vimtune.models.layers import Block, Blocks, PatchEmbed, RMSNorm, at_least_fp32
 from vimtune.models.mixer import BiMambaMixer
@@ -414,6 +414,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         given = ", ".join(name for name, value in peft_options.items() if value is not None)
         raise ValueError(f'{given} without peft: name the method too, such as peft="prodial"')
     _check_options(kwargs)
+    _check_feature_class(kwargs)
     out_indices = kwargs.pop("out_indices", 3)
     with pretrained_loading(variant, pretrained):
         model = build_model_with_cfg(
@@ -439,6 +440,22 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             **(peft_options["peft_kwargs"] or {}),
         )
     return model
+
+
+def _check_feature_class(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a way to get features that this model does not have."""
+    if "feature_cls" not in options:
+        return
+    given = options["feature_cls"]
+    if not options.get("features_only"):
+        raise ValueError(f"feature_cls = {quote(given)} without features_only=True: expected both or neither")
+    if (given.lower() if isinstance(given, str) else given) not in ("getter", FeatureGetterNet):
+        raise ValueError(
+            f"feature_cls = {quote(given)}: expected 'getter', which is the default, so leave it out. 'hook' "
+            "and 'fx' give tokens, the class token among them, in the place of maps; 'list' and 'dict' run "
+            "the modules of a model in a row, which a Vim is not. For tokens call forward_intermediates with "
+            "output_fmt='NLC'"
+        )
 
 
 def _mention_unseen_pixels(patches: PatchEmbed) -> None:
@@ -472,7 +489,7 @@ def _check_options(options: dict[str, Any]) -> None:
     """Raise ValueError on a misspelt option, with the closest real one."""
     known = {*OPTIONS, "device", "dtype"} | _FACTORY_OPTIONS
     for name in sorted(options.keys() - known):
-        if any(name in method_fields(method) for method in list_methods()):
+        if any(name in options_of(method) for _, method in METHODS.items()):
             raise ValueError(
                 f"{name!r} is an option of a method, not of the model: give it as "
                 f"peft_kwargs={{{name!r}: {quote(options[name])}}}, beside peft"

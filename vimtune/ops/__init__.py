@@ -5,13 +5,13 @@ definitions are in `reference.py`. A backend (`backend.py`) has kernels for as m
 `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
 
+from importlib import import_module
+
+from vimtune.backends import OWN, backend_names
 from vimtune.ops.backend import Backend, BackendUnavailable, Kernels
 from vimtune.ops.block_product import scaled_block_product
 from vimtune.ops.convolution import causal_conv1d
-from vimtune.ops.cpu import CpuBackend
-from vimtune.ops.cuda import CudaBackend
 from vimtune.ops.dispatch import (
-    backend_names,
     backend_report,
     has_kernels,
     register_backend,
@@ -20,19 +20,13 @@ from vimtune.ops.dispatch import (
     use_backend,
     with_chosen_backend,
 )
-from vimtune.ops.eager import EagerBackend
 from vimtune.ops.mixer import DirectionWeights, bidirectional_scan
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
-from vimtune.ops.nvrtc.backend import NvrtcBackend
 from vimtune.ops.scan import selective_scan
-from vimtune.ops.triton.backend import TritonBackend
 
-# In the order in which `auto` asks them.
-register_backend(CpuBackend())
-register_backend(NvrtcBackend())
-register_backend(TritonBackend())
-register_backend(CudaBackend())
-register_backend(EagerBackend())
+for _path in OWN.values():
+    _module, _, _class = _path.rpartition(".")
+    register_backend(getattr(import_module(_module), _class)())
 
 __all__ = [
     "Backend",

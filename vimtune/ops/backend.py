@@ -50,6 +50,8 @@ class Backend(ABC):
     """What users call it: `backend="triton"`."""
     summary: ClassVar[str]
     """One line about it, for logs and `vimtune doctor`."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Distributions that it needs beside torch, whose versions `vimtune doctor` shows."""
     kernels: Sequence[Kernels[Any]] = ()
     """What it offers. Of several kernels for one operation the first that take a call's tensors run."""
 
@@ -60,6 +62,13 @@ class Backend(ABC):
     def reluctance(self, device: torch.device) -> str:
         """Why `auto` passes over this backend on `device` although it could run; empty if it does not."""
         return ""
+
+    def advice(self) -> list[str]:
+        """What to install so that this backend runs on this machine: a reason and a command per entry.
+
+        Empty where it runs already, or where the machine is not of its kind.
+        """
+        return []
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from vimtune.backends import REFERENCE
 from vimtune.ops import reference
 from vimtune.ops.backend import Gradients, Kernels
-from vimtune.ops.dispatch import REFERENCE, chosen_backend, find_kernels
+from vimtune.ops.dispatch import chosen_backend, find_kernels
 from vimtune.ops.operation import (
     as_list,
     as_optional,

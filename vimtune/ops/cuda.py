@@ -12,6 +12,7 @@ Shape letters: B batch, L tokens, E inner width, N states, K filter width.
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -23,6 +24,7 @@ from vimtune.ops import reference
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
+from vimtune.utils import installed_version
 
 MAX_STATES = 256
 """Most states that the scan of mamba-ssm has."""
@@ -120,6 +122,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     summary = "mamba-ssm and causal-conv1d"
+    packages = ("mamba-ssm", "causal-conv1d")
     kernels = (CudaScan(), CudaConvolution())
 
     def refusals(self, device: torch.device) -> list[str]:
@@ -129,6 +132,15 @@ class CudaBackend(Backend):
         elif not reasons:
             reasons.extend(_self_test(device.index or 0))
         return reasons
+
+    def advice(self) -> list[str]:
+        if not torch.cuda.is_available() or all(map(installed_version, self.packages)):
+            return []
+        needs = "" if shutil.which("nvcc") else " (compiles for minutes and needs nvcc, which is not there)"
+        return [
+            f"optional, the kernels of mamba-ssm as one more backend{needs}:\n"
+            '    pip install --no-build-isolation "vimtune[cuda]"'
+        ]
 
 
 def _dtype_refusals(activations: Tensor) -> list[str]:

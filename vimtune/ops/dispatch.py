@@ -16,9 +16,9 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 
+from vimtune.backends import AUTO, BACKENDS, REFERENCE, backend_names
 from vimtune.ops.backend import Backend, BackendUnavailable, Inputs, Kernels
 from vimtune.ops.operation import constant_for_compiler
-from vimtune.registry import Registry
 from vimtune.utils import suggest
 
 logger = logging.getLogger(__name__)
@@ -27,16 +27,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 K = TypeVar("K", bound=Kernels[Any])
 
-REFERENCE = "reference"
-"""Name of the naive definitions. They have no kernels: autograd differentiates them as any function."""
-
 SCAN = "selective_scan"
 """The operation by whose backend reports and `vimtune doctor` go."""
 
 # ---------------------------------------------------------------------------------------------
 # The backends there are
 
-_BACKENDS: Registry[Backend] = Registry("backend")
 _KERNELS: dict[tuple[str, str], tuple[Kernels[Any], ...]] = {}
 """Kernels by the names of backend and operation, in the backend's order."""
 
@@ -47,20 +43,15 @@ def register_backend(backend: Backend) -> None:
     Raises:
         ValueError: the name is not one, or belongs to another backend.
     """
-    if backend.name in ("auto", REFERENCE):
+    if backend.name in (AUTO, REFERENCE):
         raise ValueError(f"backend {backend.name!r}: this name has a meaning of its own; choose another one")
-    _BACKENDS.add(backend.name, backend)
+    BACKENDS.add(backend.name, backend)
     for key in [key for key in _KERNELS if key[0] == backend.name]:
         del _KERNELS[key]
     for kernels in backend.kernels:
         key = backend.name, kernels.operation
         _KERNELS[key] = (*_KERNELS.get(key, ()), kernels)
     _offers.cache_clear()
-
-
-def backend_names() -> list[str]:
-    """Names that `backend=` accepts, `auto` first."""
-    return ["auto", *_BACKENDS, REFERENCE]
 
 
 def has_kernels(backend: str, operation: str) -> bool:
@@ -81,7 +72,7 @@ class BackendStatus:
 def backend_report(device: torch.device | str = "cpu") -> list[BackendStatus]:
     """Every backend in order of preference, with the reasons of those that cannot run on `device`."""
     rows = []
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         reasons = backend.refusals(torch.device(device))
         rows.append(BackendStatus(name, backend.summary, not reasons, reasons))
     rows.append(BackendStatus(REFERENCE, "the naive definition, for checking; very slow", True, []))
@@ -90,7 +81,7 @@ def backend_report(device: torch.device | str = "cpu") -> list[BackendStatus]:
 
 def _check_name(name: str) -> None:
     """Raise ValueError for a name that no backend has."""
-    if name not in ("auto", REFERENCE) and name not in _BACKENDS:
+    if name not in (AUTO, REFERENCE) and name not in BACKENDS:
         raise ValueError(
             f"unknown backend {name!r}.{suggest(name, backend_names())} Known: {backend_names()}"
         )
@@ -99,7 +90,7 @@ def _check_name(name: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # What users choose
 
-_default = "auto"
+_default = AUTO
 """What `set_backend` has chosen."""
 
 
@@ -120,7 +111,7 @@ _chosen = _Chosen()
 
 def chosen_backend(name: str) -> str:
     """What `name` stands for in the present thread; still "auto" where nobody has chosen."""
-    if name != "auto":
+    if name != AUTO:
         return name
     chosen = _chosen.name
     return _default if chosen is None else chosen
@@ -168,7 +159,7 @@ def with_chosen_backend(function: Callable[P, T]) -> Callable[P, T]:
     """
     if torch.compiler.is_compiling():
         return function
-    name = chosen_backend("auto")
+    name = chosen_backend(AUTO)
 
     def call(*arguments: P.args, **options: P.kwargs) -> T:
         with use_backend(name):
@@ -200,14 +191,14 @@ class _Offers:
 def _offers(operation: str, name: str, device: torch.device) -> _Offers:
     """Look for backends that `name` may stand for; "auto" stands for all that are not reluctant."""
     _check_name(name)
-    if name != "auto":
-        reasons = [] if name == REFERENCE else _BACKENDS.get(name).refusals(device)
+    if name != AUTO:
+        reasons = [] if name == REFERENCE else BACKENDS.get(name).refusals(device)
         if reasons:
             return _Offers((), tuple(reasons), impossible=True)
         return _Offers((name,), ()) if has_kernels(name, operation) else _Offers((), (_lacks(operation),))
     names: list[str] = []
     refused: list[str] = []
-    for each, backend in _BACKENDS.items():
+    for each, backend in BACKENDS.items():
         if not has_kernels(each, operation):
             refused.append(f"{each}: {_lacks(operation)}")
             continue
@@ -229,7 +220,7 @@ def _lacks(operation: str) -> str:
     return f"it has no kernels for {operation}"
 
 
-def resolved_backend(device: torch.device | str, name: str = "auto", operation: str = SCAN) -> str:
+def resolved_backend(device: torch.device | str, name: str = AUTO, operation: str = SCAN) -> str:
     """Name of the backend that `name` means for an operation on `device`, where sizes do not forbid it.
 
     Raises:
@@ -285,7 +276,7 @@ def find_backend(kind: type[Kernels[Inputs]], name: str, device: torch.device, i
         BackendUnavailable: `name` is not "auto", and this backend cannot run on `device`.
     """
     operation = kind.operation
-    for each in candidates(operation, chosen_backend(name), device, name != "auto"):
+    for each in candidates(operation, chosen_backend(name), device, name != AUTO):
         for kernels in _KERNELS[each, operation]:
             if not kernels.refusals(inputs):
                 return each
@@ -321,7 +312,7 @@ def _refuse(operation: str, chosen: str, device: torch.device, because_of_sizes:
         )
     offers = _offers(operation, chosen, device)
     reasons = "; ".join([*offers.refused, *because_of_sizes])
-    if chosen == "auto":
+    if chosen == AUTO:
         raise BackendUnavailable(f"no backend can run {operation} on {device}: {reasons}")
     what = "run" if offers.impossible else f"run this {operation}"
     raise BackendUnavailable(

@@ -6,16 +6,18 @@ stands in two components, so files and flags give all of them side by side.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import parsers
+from vimtune.backends import AUTO, OWN, REFERENCE, backend_names
 from vimtune.data.datasets import DATASETS
-from vimtune.fields import Options, option
+from vimtune.fields import Options, option, option_of_method
 from vimtune.methods import METHODS
+from vimtune.methods.lora import LoRA
+from vimtune.methods.prodial import ProDiaL
 from vimtune.models.registry import MODELS
 
 Whole = Annotated[int, Ge(0)]
@@ -39,14 +41,8 @@ def _method_spec(value: Any) -> str:
     return "+".join(names)
 
 
-BACKENDS = ("auto", "torch", "cpu", "nvrtc", "triton", "cuda", "reference")
-"""The backends that vimtune brings; `vimtune.ops`, which registers them, needs torch."""
-
-
 def _backend(value: Any) -> str:
-    ops = sys.modules.get("vimtune.ops")  # a package that registers a backend of its own has imported it
-    names = dict.fromkeys([*BACKENDS, *(ops.backend_names() if ops else ())])
-    chosen: str = parsers.choice(*names)(value)
+    chosen: str = parsers.choice(*backend_names())(value)
     return chosen
 
 
@@ -108,15 +104,11 @@ class MethodSettings(Options):
         "tuned blocks, such as 0-11 or 0,5,10 (default: all)",
         parse=parsers.optional(parsers.per_method(parsers.layers)),
     )
-    rank: Positive | dict[str, Positive] | None = option(
-        None, "rank of low-rank updates; by target: in_proj=8,x_proj[B]=4"
-    )
-    alpha: PositiveAmount | dict[str, PositiveAmount] | None = option(
-        None, "scale of low-rank updates: alpha / rank"
-    )
-    dropout: Share | dict[str, Share] | None = option(None, "dropout on the adapter's input")
-    block_size: Positive | dict[str, Positive] | None = option(None, "size of the diagonal blocks of prodial")
-    peft_kwargs: dict[str, Any] = option({}, "further fields of the method, such as variant=paper")
+    rank: Any = option_of_method(LoRA, "rank")
+    alpha: Any = option_of_method(LoRA, "alpha")
+    dropout: Any = option_of_method(LoRA, "dropout")
+    block_size: Any = option_of_method(ProDiaL, "block_size")
+    peft_kwargs: dict[str, Any] = option({}, "further options of the method, such as variant=paper")
 
     @property
     def method_kwargs(self) -> dict[str, Any]:
@@ -126,7 +118,12 @@ class MethodSettings(Options):
 
 
 OPTIONS_OF_METHODS = ("rank", "alpha", "dropout", "block_size")
-"""Options of methods that are keys of their own; each one is taken by the methods that have it."""
+"""Options of methods that are keys of their own. Each goes to every chosen method that has it.
+
+The others are given in `peft_kwargs`. Not every option of every registered method is a key: a file has to be
+readable without the packages that were imported when it was written, and some names, such as `variant`, are
+flags with another meaning.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +157,7 @@ class RunSettings(Options):
     seed: Seed = option(0, "seed of weights, order and augmentation")
     deterministic: bool = option(False, "use deterministic algorithms only")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", parse=parsers.device)
-    backend: str = option("auto", f"selective scan: {', '.join(BACKENDS)}", parse=_backend)
+    backend: str = option(AUTO, f"selective scan: {', '.join((AUTO, *OWN, REFERENCE))}", parse=_backend)
     threads: Annotated[int, Ge(1), Le(4096)] | None = option(None, "CPU threads (default: torch's own)")
     output_dir: str | None = option(
         None,

@@ -118,6 +118,7 @@ def _method_key_problems(values: Mapping[str, Any]) -> list[str]:
     problems = [
         not_an_option(name, value, peft, fields) for name, value in given.items() if name not in fields
     ]
+    problems += _misfits(peft.split("+"), given)
     return problems + [
         f"{name} is given twice: as {name} and in peft_kwargs"
         for name in given
@@ -133,6 +134,7 @@ def _parse_method_options(peft: str, given: Mapping[str, Any]) -> tuple[dict[str
     methods = peft.split("+")
     shared = {name: value for name, value in given.items() if name not in methods}
     parsed, problems = _parse_fields(peft, shared, _fields_of(methods))
+    problems += _misfits(methods, parsed)
     for method in (name for name in methods if name in given):
         own = given[method]
         if isinstance(own, Mapping):
@@ -141,6 +143,26 @@ def _parse_method_options(peft: str, given: Mapping[str, Any]) -> tuple[dict[str
         else:
             problems.append(f"peft_kwargs: {method} = {quote(own)}: expected a mapping of its fields")
     return parsed, problems
+
+
+def _misfits(methods: Iterable[str], values: Mapping[str, Any]) -> list[str]:
+    """One line for each of `values` that a method with an option of this name does not take.
+
+    Methods of different packages may declare the same name with different types or ranges.
+    """
+    problems = []
+    for method in methods:
+        own = options_of(METHODS.get(method))
+        for name in (name for name in values if name in own):
+            try:
+                _parse_option(own[name], values[name])
+            except ValueError as error:
+                reason = str(error).rstrip(".")
+                problems.append(
+                    f"{name} = {quote(values[name])} does not fit method {method}: {reason}. Give each "
+                    f"method its own value in peft_kwargs: {{{method}: {{{name}: ...}}}}"
+                )
+    return problems
 
 
 def _parse_fields(

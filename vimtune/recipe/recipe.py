@@ -38,7 +38,7 @@ COMPONENTS: dict[str, type[Options]] = {
 
 TASK = Option(
     "task",
-    "str",
+    str,
     "classification",
     "what the model is trained for (see --list)",
     TASKS.parse,

@@ -8,6 +8,9 @@ does not matter, the kernels of plain PyTorch are offered after the compiled one
 from __future__ import annotations
 
 import logging
+import os
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
-from vimtune.ops.cpu.build import BuildError, load_library
+from vimtune.ops.cpu.build import BuildError, find_compiler, load_library
 from vimtune.ops.cpu.library import Library, empty
 from vimtune.ops.cpu.selftest import check_library
 from vimtune.ops.eager import EagerConvolution, EagerScan
@@ -94,6 +97,16 @@ class CpuBackend(Backend):
         loaded = self._load()
         return [loaded] if isinstance(loaded, str) else []
 
+    def advice(self) -> list[str]:
+        if torch.cuda.is_available():
+            return []
+        try:
+            find_compiler()
+        except BuildError:
+            missing = f"CXX={os.environ['CXX']} is not there" if os.environ.get("CXX") else "none was found"
+            return [f"the fast CPU kernels need a C++ compiler, {missing}:\n    {_command_for_compiler()}"]
+        return []
+
     def library(self) -> Library:
         """The compiled kernels.
 
@@ -122,6 +135,20 @@ class CpuBackend(Backend):
                         error,
                     )
             return self._loaded
+
+
+def _command_for_compiler() -> str:
+    """The command that makes a C++ compiler available on a system like this one."""
+    if os.environ.get("CXX"):
+        return "unset CXX"
+    if sys.platform == "win32":
+        return "wsl --install    (they are built under Linux and macOS)"
+    if sys.platform == "darwin":
+        return "xcode-select --install"
+    for tool, line in {"apt-get": "apt-get install g++", "dnf": "dnf install gcc-c++"}.items():
+        if shutil.which(tool):
+            return f"sudo {line}"
+    return "conda install -c conda-forge gxx"
 
 
 def _dtype_refusals(activations: Tensor) -> list[str]:

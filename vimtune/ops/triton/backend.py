@@ -18,6 +18,7 @@ from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.mixer import MixerInputs, MixerKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
+from vimtune.utils import installed_version
 
 if TYPE_CHECKING:
     from vimtune.ops.triton import launch
@@ -167,6 +168,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     summary = "Triton kernels for NVIDIA GPUs"
+    packages = ("triton",)
     kernels = (TritonScan(), TritonConvolution(), TritonMixer(), TritonNorm())
 
     def refusals(self, device: torch.device) -> list[str]:
@@ -182,6 +184,11 @@ class TritonBackend(Backend):
         elif torch.cuda.get_device_capability(device) < (8, 0):
             reasons.append(f"compute capability {torch.cuda.get_device_capability(device)} is below (8, 0)")
         return reasons
+
+    def advice(self) -> list[str]:
+        if not torch.cuda.is_available() or installed_version("triton"):
+            return []
+        return ["the Triton kernels need the triton package:\n    pip install triton"]
 
     def reluctance(self, device: torch.device) -> str:
         if device.type != "cuda" and _is_interpreted():
