@@ -147,6 +147,7 @@ def direction_weights(generator, inner, states, rank, width, bias):
     }
 
 
+@pytest.mark.parametrize("labels", [("forward", "reverse"), ("forward",)], ids=["both", "causal"])
 @pytest.mark.parametrize(
     "backend, tokens, inner, states, rank, width, bias, dtype",
     [
@@ -161,13 +162,14 @@ def direction_weights(generator, inner, states, rank, width, bias):
         ("nvrtc", 3, 9, 7, 2, 4, True, torch.bfloat16),  # sizes that only Triton has
     ],
 )
-def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, dtype, request):
+def test_mixer(backend, tokens, inner, states, rank, width, bias, dtype, labels, request):
     """Output and every gradient, compared with the composition of the definitions in fp64."""
+    mixer = ops.bidirectional_scan if "reverse" in labels else ops.causal_mixer
     if backend == "nvrtc" and DEVICE == "cpu":
         request.getfixturevalue("on_cpu")
     generator = torch.Generator().manual_seed(2)
     inputs = {"xz": normal(generator, 2, tokens, 2 * inner, dtype=dtype)}
-    for label in ("forward", "reverse"):
+    for label in labels:
         own = direction_weights(generator, inner, states, rank, width, bias)
         inputs |= {f"{label}.{name}": x for name, x in own.items()}
 
@@ -175,7 +177,7 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
         def call(**flat):
             directions = [
                 ops.DirectionWeights(*(flat[f"{label}.{name}"] for name in ops.DirectionWeights._fields))
-                for label in ("forward", "reverse")
+                for label in labels
             ]
             return function(flat["xz"], *directions)
 
@@ -184,12 +186,12 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
     grad = normal(generator, 2, tokens, inner, dtype=dtype)
     exact = {name: None if x is None else x.double() for name, x in inputs.items()}
     expected, expected_grads = gradients(
-        apply(partial(ops.bidirectional_scan, backend="reference")), exact, grad.double()
+        apply(partial(mixer, backend="reference")), exact, grad.double()
     )
     with ops.use_backend(backend):
-        out, grads = gradients(apply(ops.bidirectional_scan), inputs, grad)
+        out, grads = gradients(apply(mixer), inputs, grad)
         frozen = inputs["xz"].detach().requires_grad_()
-        apply(ops.bidirectional_scan)(**{**inputs, "xz": frozen}).backward(grad)
+        apply(mixer)(**{**inputs, "xz": frozen}).backward(grad)
     assert_close(out, expected, TOLERANCES[dtype], "out")
     for name, value in grads.items():
         floor = ZERO_A if backend == "nvrtc" and name.endswith("A_log") else 0.0

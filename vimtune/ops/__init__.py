@@ -21,7 +21,7 @@ from vimtune.ops.dispatch import (
     with_chosen_backend,
 )
 from vimtune.ops.eager import EagerBackend
-from vimtune.ops.mixer import DirectionWeights, bidirectional_scan
+from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.nvrtc.backend import NvrtcBackend
 from vimtune.ops.scan import selective_scan
@@ -44,6 +44,7 @@ __all__ = [
     "backend_report",
     "bidirectional_scan",
     "causal_conv1d",
+    "causal_mixer",
     "has_add_rms_norm",
     "has_kernels",
     "register_backend",
