@@ -44,6 +44,10 @@ def both_directions(function, xz, *weights):
     return function(xz, *directions)
 
 
+def one_direction(function, xz, *weights):
+    return function(xz, ops.DirectionWeights(*weights))
+
+
 def norm(*tensors, backend):
     normed, total = ops.add_rms_norm(*tensors, backend=backend)
     return torch.cat([normed, total])
@@ -80,6 +84,11 @@ CASES = {
         partial(both_directions, partial(ops.bidirectional_scan, backend="triton")),
         partial(both_directions, partial(ops.bidirectional_scan, backend="reference")),
         lambda: [normal(B, L, 2 * E), *weights_of_directions()],
+    ),
+    "causal_mixer triton": (
+        partial(one_direction, partial(ops.causal_mixer, backend="triton")),
+        partial(one_direction, partial(ops.causal_mixer, backend="reference")),
+        lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS]],
     ),
     "scaled_block_product nvrtc": (
         partial(ops.scaled_block_product, backend="nvrtc"),
@@ -250,7 +259,8 @@ ARGUMENTS = {
         *(normal(B, L, E), normal(B, L, E), normal(E, K), normal(E), True, False, "torch", [True] * 3)
     ],
     "bidirectional_scan": lambda: [normal(B, L, 2 * E), *weights_of_directions(), True, "triton"],
-    "bidirectional_scan_backward": lambda: [
+    "causal_mixer": lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS], True, "triton"],
+    "mixer_backward": lambda: [
         *(normal(B, L, E), normal(B, L, 2 * E), normal(B, L, E), normal(2, B, L, 4), normal(4)),
         *(weights_of_directions(), [True] * 15, "triton"),
     ],

@@ -147,6 +147,7 @@ def direction_weights(generator, inner, states, rank, width, bias):
     }
 
 
+@pytest.mark.parametrize("labels", [("forward", "reverse"), ("forward",)], ids=["both", "causal"])
 @pytest.mark.parametrize(
     "backend, tokens, inner, states, rank, width, bias, dtype",
     [
@@ -161,13 +162,14 @@ def direction_weights(generator, inner, states, rank, width, bias):
         ("nvrtc", 3, 9, 7, 2, 4, True, torch.bfloat16),  # sizes that only Triton has
     ],
 )
-def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, dtype, request):
+def test_mixer(backend, tokens, inner, states, rank, width, bias, dtype, labels, request):
     """Output and every gradient, compared with the composition of the definitions in fp64."""
+    mixer = ops.bidirectional_scan if "reverse" in labels else ops.causal_mixer
     if backend == "nvrtc" and DEVICE == "cpu":
         request.getfixturevalue("on_cpu")
     generator = torch.Generator().manual_seed(2)
     inputs = {"xz": normal(generator, 2, tokens, 2 * inner, dtype=dtype)}
-    for label in ("forward", "reverse"):
+    for label in labels:
         own = direction_weights(generator, inner, states, rank, width, bias)
         inputs |= {f"{label}.{name}": x for name, x in own.items()}
 
@@ -175,7 +177,7 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
         def call(**flat):
             directions = [
                 ops.DirectionWeights(*(flat[f"{label}.{name}"] for name in ops.DirectionWeights._fields))
-                for label in ("forward", "reverse")
+                for label in labels
             ]
             return function(flat["xz"], *directions)
 
@@ -183,13 +185,11 @@ def test_bidirectional_scan(backend, tokens, inner, states, rank, width, bias, d
 
     grad = normal(generator, 2, tokens, inner, dtype=dtype)
     exact = {name: None if x is None else x.double() for name, x in inputs.items()}
-    expected, expected_grads = gradients(
-        apply(partial(ops.bidirectional_scan, backend="reference")), exact, grad.double()
-    )
+    expected, expected_grads = gradients(apply(partial(mixer, backend="reference")), exact, grad.double())
     with ops.use_backend(backend):
-        out, grads = gradients(apply(ops.bidirectional_scan), inputs, grad)
+        out, grads = gradients(apply(mixer), inputs, grad)
         frozen = inputs["xz"].detach().requires_grad_()
-        apply(ops.bidirectional_scan)(**{**inputs, "xz": frozen}).backward(grad)
+        apply(mixer)(**{**inputs, "xz": frozen}).backward(grad)
     assert_close(out, expected, TOLERANCES[dtype], "out")
     for name, value in grads.items():
         floor = ZERO_A if backend == "nvrtc" and name.endswith("A_log") else 0.0
@@ -244,8 +244,9 @@ def test_what_nobody_trains_is_not_saved(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 2, 63, 65, 197, 500, 730])
 @pytest.mark.parametrize("backend", ["triton", "nvrtc"])
-def test_bidirectional_scan_at_odd_lengths(backend, tokens, dtype):
-    test_bidirectional_scan(backend, tokens, 200, 16, 7, 4, True, dtype, None)
+@pytest.mark.parametrize("labels", [("forward", "reverse"), ("forward",)], ids=["both", "causal"])
+def test_mixer_at_odd_lengths(labels, backend, tokens, dtype):
+    test_mixer(backend, tokens, 200, 16, 7, 4, True, dtype, labels, None)
 
 
 @pytest.mark.parametrize("has_branch", [True, False])
@@ -277,7 +278,7 @@ def test_custom_ops_are_registered_correctly():
         kept = torch.ops.vimtune.bidirectional_scan(xz, *weights, True, "triton")
     for needs in ([True] * 15, [True] + 7 * [False, True]):
         torch.library.opcheck(
-            torch.ops.vimtune.bidirectional_scan_backward,
+            torch.ops.vimtune.mixer_backward,
             (kept[0], xz.detach(), *kept, weights, needs, "triton"),
             test_utils=OPCHECKS,
         )

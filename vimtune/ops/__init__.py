@@ -20,7 +20,7 @@ from vimtune.ops.dispatch import (
     use_backend,
     with_chosen_backend,
 )
-from vimtune.ops.mixer import DirectionWeights, bidirectional_scan
+from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.scan import selective_scan
 
@@ -38,6 +38,7 @@ __all__ = [
     "backend_report",
     "bidirectional_scan",
     "causal_conv1d",
+    "causal_mixer",
     "has_add_rms_norm",
     "has_kernels",
     "register_backend",

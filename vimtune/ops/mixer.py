@@ -1,9 +1,10 @@
-"""The operation `bidirectional_scan`, the whole inside of the Vim mixer as one differentiable operation.
+"""The inside of a mixer as one operation: `bidirectional_scan` is that of Vim, `causal_mixer` of Mamba.
 
-Between `in_proj` and `out_proj` a mixer runs, in both directions, a convolution, two small projections and
-the scan, and averages the gated results. As one operation this reads and writes a fraction of the memory;
-gradients of weights nobody trains are never computed, and with all of them frozen only d(xz) remains. Where
-no backend has kernels for it, it is composed of the convolution and the scan.
+Between `in_proj` and `out_proj` a mixer runs a convolution, two small projections and the gated scan. That of
+Vim does so in both directions and averages the results, that of Mamba only from the first token to the last.
+As one differentiable operation this reads and writes a fraction of the memory; gradients of weights nobody
+trains are never computed, and with all of them frozen only d(xz) remains. Where no backend has kernels for
+it, it is composed of the convolution and the scan.
 
 Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
 """
@@ -11,11 +12,14 @@ Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter w
 # There is no `from __future__ import annotations`: TorchScript has to read those of DirectionWeights.
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from vimtune.ops.backend import Kernels
 from vimtune.ops.convolution import causal_conv1d
@@ -49,18 +53,18 @@ class DirectionWeights(NamedTuple):
 
 
 class MixerInputs(NamedTuple):
-    """Tensors of a mixer: the output of `in_proj`, and the weights of both directions. All are contiguous."""
+    """Tensors of a mixer: the output of `in_proj`, and the weights of its directions. All are contiguous."""
 
     xz: Tensor
     """(B, L, 2 E)"""
-    forward: DirectionWeights
-    reverse: DirectionWeights
+    directions: tuple[DirectionWeights, ...]
+    """Weights of the forward direction, and of the reverse one if the mixer has both."""
 
 
 class MixerKernels(Kernels[MixerInputs]):
-    """Kernels of the inside of a mixer. Activations have the dtype of `xz`; inputs are never empty.
+    """Kernels of the inside of a mixer with one direction or both. Activations have the dtype of `xz`.
 
-    Results are contiguous.
+    Inputs are never empty, results are contiguous.
     """
 
     operation = "bidirectional_scan"
@@ -74,10 +78,10 @@ class MixerKernels(Kernels[MixerInputs]):
 
     @abstractmethod
     def forward(self, inputs: MixerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Run both directions.
+        """Run the directions.
 
         Returns:
-            The gated average of both directions (B, L, E), and two tensors for the backward pass: one in the
+            The gated average of the directions (B, L, E), and two tensors for the backward pass: one in the
             dtype of `xz`, and one in fp32 that is kept only if `save`.
         """
 
@@ -119,12 +123,30 @@ def bidirectional_scan(
     """
     if not torch.jit.is_scripting():
         _check(xz, forward, reverse)
-        name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, forward, reverse))
+        name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (forward, reverse)))
         if name:
             save = _is_trained(xz, *forward, *reverse)
             result: Tensor = torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, name)[0]
             return result
     return composed(xz, forward, reverse, backend)
+
+
+def causal_mixer(xz: Tensor, weights: DirectionWeights, backend: str = "auto") -> Tensor:
+    """The gated scan from the first token to the last: `xz` (B, L, 2 E), the output of in_proj, to (B, L, E).
+
+    Computes scan(u, softplus(dt_proj(dt))) * SiLU(z) for u = SiLU(conv(x)) and (dt, B, C) = x_proj(u), which
+    is the inside of Mamba's mixer (Gu & Dao 2023, arXiv 2312.00752, section 3.4). Dtypes, empty inputs and
+    errors are those of `bidirectional_scan`.
+    """
+    if not torch.jit.is_scripting():
+        _check(xz, weights)
+        name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (weights,)))
+        if name:
+            save = _is_trained(xz, *weights)
+            result: Tensor = torch.ops.vimtune.causal_mixer(xz, *weights, save, name)[0]
+            return result
+    x, z = xz.chunk(2, dim=-1)
+    return _one_direction(x, z, weights, False, backend)
 
 
 def composed(
@@ -150,7 +172,7 @@ def _one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: boo
     return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
 
 
-def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> None:
+def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights | None = None) -> None:
     """Raise ValueError for tensors that do not fit together."""
     if torch.jit.is_tracing():
         return  # Sizes are tensors there, and whatever was asked of them is not asked again.
@@ -159,7 +181,8 @@ def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights) -> 
     inner, width = xz.shape[-1] // 2, forward.conv_weight.shape[1]
     states, rank = forward.A_log.shape[1], forward.dt_proj.shape[1]
     check_inputs(xz.device, xz=(xz, xz.shape))
-    for label, weights in (("forward ", forward), ("reverse ", reverse)):
+    labelled = [("", forward)] if reverse is None else [("forward ", forward), ("reverse ", reverse)]
+    for label, weights in labelled:
         check_inputs(
             xz.device,
             label,
@@ -182,7 +205,7 @@ def _is_trained(*tensors: Tensor | None) -> bool:
 
 
 @operation("bidirectional_scan")
-def _scan(
+def _bidirectional_scan(
     xz: Tensor,
     conv_weight0: Tensor,
     conv_bias0: Optional[Tensor],  # noqa: UP045
@@ -202,23 +225,43 @@ def _scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and what the backward pass needs."""
-    inputs = _contiguous(
-        xz,
-        [
-            *(conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0),
-            *(conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1),
-        ],
-    )
+    forward = conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0
+    reverse = conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1
+    return _run(xz, [*forward, *reverse], save, backend)
+
+
+@operation("causal_mixer")
+def _causal_mixer(
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Optional[Tensor],  # noqa: UP045
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and what the backward pass needs."""
+    return _run(xz, [conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D], save, backend)
+
+
+def _run(
+    xz: Tensor, weights: Sequence[Tensor | None], save: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What either operation computes."""
+    inputs = _contiguous(xz, weights)
     _, kernels = find_kernels(MixerKernels, backend, xz.device, inputs)
     if xz.numel() == 0:
         return _empty_results(kernels, inputs, save)
     return kernels.forward(inputs, save)
 
 
-@_scan.register_fake
-def _(xz: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(xz: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors without contents in the place of the results."""
     *weights, save, backend = arguments
-    inputs = MixerInputs(xz, *_by_direction(weights))
+    inputs = MixerInputs(xz, _by_direction(weights))
     return _empty_results(find_kernels(MixerKernels, backend, xz.device, inputs)[1], inputs, save)
 
 
@@ -234,8 +277,8 @@ def _empty_results(kernels: MixerKernels, inputs: MixerInputs, save: bool) -> tu
     )
 
 
-@operation("bidirectional_scan_backward")
-def _scan_backward(
+@operation("mixer_backward")
+def _backward(
     grad: Tensor,
     xz: Tensor,
     out: Tensor,
@@ -245,23 +288,19 @@ def _scan_backward(
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    """Gradients of `xz` and all weights, from that of the result."""
+    """Gradients of `xz` and all weights of one direction or both, from that of the result."""
     if xz.numel() == 0:
         return zero_gradients([xz, *weights], needs, xz)
     need_xz, *wanted = needs
     inputs = _contiguous(xz, weights)
     _, kernels = find_kernels(MixerKernels, backend, xz.device, inputs)
-    grad_xz, (forward, reverse) = kernels.backward(
-        grad.to(xz.dtype).contiguous(),
-        inputs,
-        (out, projections, states),
-        need_xz,
-        [wanted[:NUM_WEIGHTS], wanted[NUM_WEIGHTS:]],
+    grad_xz, by_direction = kernels.backward(
+        grad.to(xz.dtype).contiguous(), inputs, (out, projections, states), need_xz, _by_sevens(wanted)
     )
-    return as_list([grad_xz, *forward, *reverse], xz)
+    return as_list([grad_xz, *chain.from_iterable(by_direction)], xz)
 
 
-@_scan_backward.register_fake
+@_backward.register_fake
 def _(grad: Tensor, xz: Tensor, *arguments: Any) -> list[Tensor]:
     *_results, weights, needs, _backend = arguments
     return fake_gradients([xz, *weights], needs, xz)
@@ -271,7 +310,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     """Save what the backward pass needs."""
     *tensors, save, ctx.backend = inputs
     if not save:
-        raise RuntimeError("bidirectional_scan was called without saved states but needs a gradient")
+        raise RuntimeError("a mixer was called without saved states but needs a gradient")
     ctx.save_for_backward(*output, *tensors)  # The first is out_proj's input, which is mostly kept anyway.
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)  # Otherwise these two would get gradients of zeros.
@@ -282,28 +321,36 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments; None for those that are no tensors."""
     out, projections, states, xz, *weights = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[: 1 + 2 * NUM_WEIGHTS])
-    gradients = torch.ops.vimtune.bidirectional_scan_backward(
+    needs = list(ctx.needs_input_grad[: 1 + len(weights)])
+    gradients = torch.ops.vimtune.mixer_backward(
         grad, xz, out, projections, states, weights, needs, ctx.backend
     )
     return *as_optional(gradients, needs), None, None
 
 
-_scan.register_autograd(_autograd, setup_context=_setup)
-
-
-@_scan.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+def _one_by_one(op: CustomOpDef, info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+    """The rule for vmap of either operation."""
     *tensors, _save, backend = inputs  # Above, vmap has hidden whether gradients are wanted.
-    return one_by_one(_scan, info.batch_size, in_dims, (*tensors, _is_trained(*tensors), backend))
+    return one_by_one(op, info.batch_size, in_dims, (*tensors, _is_trained(*tensors), backend))
 
 
-def _by_direction(weights: Sequence[Any]) -> tuple[DirectionWeights, DirectionWeights]:
-    """The weights of both directions out of one list."""
-    return DirectionWeights(*weights[:NUM_WEIGHTS]), DirectionWeights(*weights[NUM_WEIGHTS:])
+for _operation in (_bidirectional_scan, _causal_mixer):
+    _operation.register_fake(_fake)
+    _operation.register_autograd(_autograd, setup_context=_setup)
+    _operation.register_vmap(partial(_one_by_one, _operation))
+
+
+def _by_sevens(values: Sequence[Any]) -> list[Sequence[Any]]:
+    """What belongs to the weights of each direction, out of one list for all of them."""
+    return [values[first : first + NUM_WEIGHTS] for first in range(0, len(values), NUM_WEIGHTS)]
+
+
+def _by_direction(weights: Sequence[Any]) -> tuple[DirectionWeights, ...]:
+    """The weights of each direction out of one list."""
+    return tuple(DirectionWeights(*own) for own in _by_sevens(weights))
 
 
 def _contiguous(xz: Tensor, weights: Sequence[Tensor | None]) -> MixerInputs:
     """All tensors as kernels take them."""
     flat = [None if weight is None else weight.contiguous() for weight in weights]
-    return MixerInputs(xz.contiguous(), *_by_direction(flat))
+    return MixerInputs(xz.contiguous(), _by_direction(flat))

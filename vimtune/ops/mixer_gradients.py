@@ -1,9 +1,10 @@
 """Gradients of a mixer's weights, made of what backward kernels find by products and another order of rows.
 
-This is shared by the backends that have kernels for `bidirectional_scan`. They keep B | C | dt_r of every
+This is shared by the backends that have kernels for the inside of a mixer. They keep B | C | dt_r of every
 token as columns of one matrix, each part padded: P = 2 NP + RP columns.
 
-Shape letters: B batch, L tokens, E inner width, N states (padded NP), R dt rank (padded RP), K filter width.
+Shape letters: d directions, B batch, L tokens, E inner width, N states (padded NP), R dt rank (padded RP),
+K filter width.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from vimtune.ops.mixer import DirectionWeights
 
 Weights = Sequence[DirectionWeights]
-"""The weights of the forward and of the reverse direction."""
+"""The weights of the forward direction, and of the reverse one if there is one."""
 Needs = Sequence[Sequence[bool]]
 """For each direction, for each weight in the order of `DirectionWeights`, whether its gradient is wanted."""
 
@@ -29,19 +30,19 @@ class ParameterGradients:
     """What the gradients of the weights are made of; None or empty where nobody needs it."""
 
     A_log: Tensor
-    """(2, E, N)"""
+    """(d, E, N)"""
     D: Tensor
-    """(2, E)"""
+    """(d, E)"""
     dt_bias: Tensor
-    """(2, E)"""
+    """(d, E)"""
     delta: Tensor
-    """Gradients of the time steps before softplus (2, B, L, E)."""
+    """Gradients of the time steps before softplus (d, B, L, E)."""
     conv_weight: Tensor | None
-    """(2, E, K)"""
+    """(d, E, K)"""
     conv_bias: Tensor | None
-    """(2, E)"""
+    """(d, E)"""
     projections: Tensor | None
-    """Gradients of B | C | dt_r (2, B L, P)."""
+    """Gradients of B | C | dt_r (d, B L, P)."""
 
 
 def any_needs(needs: Needs, *places: int) -> bool:
@@ -63,13 +64,12 @@ def parameter_gradients(
         gradients: what the kernels have found.
         needs: which are wanted.
         weights: what they are the gradients of.
-        u: convolved inputs (2, B, L, E).
-        projections: B | C | dt_r (2, B, L, P).
+        u: convolved inputs (d, B, L, E).
+        projections: B | C | dt_r (d, B, L, P).
         padded_states: NP.
     """
     result = []
-    for index in (0, 1):
-        own_weights = weights[index]
+    for index, own_weights in enumerate(weights):
         found = _of_one_direction(index, needs[index], gradients, own_weights, u, projections, padded_states)
         result.append(
             [

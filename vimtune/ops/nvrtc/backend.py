@@ -23,13 +23,13 @@ class NvrtcMixer(MixerKernels):
     """The kernels of `nvrtc/mixer.py`, for bf16 and fp16 activations and 16 states."""
 
     def refusals(self, inputs: MixerInputs) -> list[str]:
-        return mixer.refusals(inputs.xz, inputs.forward)
+        return mixer.refusals(inputs.xz, inputs.directions)
 
     def shapes(self, inputs: MixerInputs, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return mixer.shapes(inputs.xz, inputs.forward, save)
+        return mixer.shapes(inputs.xz, inputs.directions, save)
 
     def forward(self, inputs: MixerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-        return mixer.forward(inputs.xz, inputs[1:], save)
+        return mixer.forward(inputs.xz, inputs.directions, save)
 
     def backward(
         self,
@@ -39,7 +39,7 @@ class NvrtcMixer(MixerKernels):
         need_xz: bool,
         needs: Sequence[Sequence[bool]],
     ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-        return mixer.backward(grad, inputs.xz, results, inputs[1:], need_xz, needs)
+        return mixer.backward(grad, inputs.xz, results, inputs.directions, need_xz, needs)
 
 
 class NvrtcProduct(ProductKernels):

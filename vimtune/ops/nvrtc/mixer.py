@@ -31,21 +31,22 @@ from vimtune.ops.mixer_gradients import (
 from vimtune.ops.nvrtc import prepare, prepare_backward, scan
 
 
-def refusals(xz: Tensor, weights: DirectionWeights) -> list[str]:
-    """Reasons why there are no kernels for these activations (B, L, 2 E) and one direction's weights."""
-    inner, num_states = weights.A_log.shape
+def refusals(xz: Tensor, weights: Weights) -> list[str]:
+    """Reasons why there are no kernels for these activations (B, L, 2 E) and weights."""
+    inner, num_states = weights[0].A_log.shape
     return [
         *scan.refusals(xz.dtype, inner, num_states),
-        *prepare.refusals(inner, weights.conv_weight.shape[1]),
-        *prepare_backward.refusals(weights.dt_proj.shape[1], xz.device),
+        *prepare.refusals(inner, weights[0].conv_weight.shape[1]),
+        *prepare_backward.refusals(weights[0].dt_proj.shape[1], xz.device),
+        *([] if len(weights) == 2 else ["it has no kernels for one direction"]),
     ]
 
 
-def shapes(xz: Tensor, weights: DirectionWeights, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def shapes(xz: Tensor, weights: Weights, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of what is kept for the backward beside the result: B | C | dt_r in the dtype of `xz`, and an
-    fp32 buffer (see `_Kept`). `weights` are those of one direction."""
-    projections = 2, *xz.shape[:2], prepare.columns(weights.dt_proj.shape[1])
-    return projections, (sum(_sizes(_shapes(xz, weights, save), xz.dtype)) if save else 0,)
+    fp32 buffer (see `_Kept`)."""
+    projections = len(weights), *xz.shape[:2], prepare.columns(weights[0].dt_proj.shape[1])
+    return projections, (sum(_sizes(_shapes(xz, weights[0], save), xz.dtype)) if save else 0,)
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,12 +120,12 @@ class TritonMixer(MixerKernels):
     def shapes(self, inputs: MixerInputs, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         from vimtune.ops.triton import mixer
 
-        return mixer.shapes(inputs.xz, inputs.forward, save)
+        return mixer.shapes(inputs.xz, inputs.directions, save)
 
     def forward(self, inputs: MixerInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         from vimtune.ops.triton import mixer
 
-        return mixer.forward(inputs.xz, inputs[1:], save)
+        return mixer.forward(inputs.xz, inputs.directions, save)
 
     def backward(
         self,
@@ -137,7 +137,7 @@ class TritonMixer(MixerKernels):
     ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
         from vimtune.ops.triton import mixer
 
-        return mixer.backward(grad, inputs.xz, results, inputs[1:], need_xz, needs)
+        return mixer.backward(grad, inputs.xz, results, inputs.directions, need_xz, needs)
 
 
 class TritonNorm(NormKernels):

@@ -1,9 +1,9 @@
-"""Both directions of the Vim mixer, between its two large projections, forward and backward.
+"""A mixer with one direction or both, between its two large projections, forward and backward.
 
-For the backward only B | C | dt_r (2, B, L, 2 NP + RP) and at most a few states are kept. The convolved
+For the backward only B | C | dt_r (d, B, L, 2 NP + RP) and at most a few states are kept. The convolved
 input and the time step exist for the duration of one call: they are computed again for the backward.
 
-Shape letters: B batch, L tokens, E inner width, N states, R dt rank, K filter width.
+Shape letters: d directions, B batch, L tokens, E inner width, N states, R dt rank, K filter width.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ PREPARE_CHANNELS = 64
 class _Sizes:
     """Sizes of a call, and what some of them are padded to."""
 
+    directions: int
     batch: int
     tokens: int
     inner: int
@@ -63,35 +64,39 @@ class _Sizes:
         """P = 2 NP + RP, columns of B | C | dt_r."""
         return 2 * self.padded_states + self.padded_rank
 
+    @property
+    def scale(self) -> float:
+        """What turns the sum of the directions into their average."""
+        return 1 / self.directions
 
-def _sizes(xz: Tensor, num_states: int, rank: int) -> _Sizes:
-    """The sizes of activations `xz` (B, L, 2 E)."""
+
+def _sizes(xz: Tensor, weights: Weights) -> _Sizes:
+    """The sizes of activations `xz` (B, L, 2 E) and of the weights of each direction."""
     batch, tokens, twice = xz.shape
+    num_states, rank = weights[0].A_log.shape[1], weights[0].dt_proj.shape[1]
     padded = launch.padded_states(num_states, launch.is_low(xz))
-    return _Sizes(batch, tokens, twice // 2, num_states, rank, padded, max(next_power_of_2(rank), 16))
+    padded_rank = max(next_power_of_2(rank), 16)
+    return _Sizes(len(weights), batch, tokens, twice // 2, num_states, rank, padded, padded_rank)
 
 
-def shapes(xz: Tensor, weights: DirectionWeights, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and fp32 states.
-
-    `weights` are those of one direction.
-    """
-    num_states = weights.A_log.shape[1]
-    sizes = _sizes(xz, num_states, weights.dt_proj.shape[1])
-    # `tokens` may be a symbol of the compiler.
-    chunks = cast(int, torch.sym_max(launch.num_chunks(sizes.tokens) - 1, 0))
-    states = (2, sizes.batch, chunks, num_states, sizes.inner)
-    return (2, sizes.batch, sizes.tokens, sizes.columns), states if save else (0,)
+def shapes(xz: Tensor, weights: Weights, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what is kept for the backward: B | C | dt_r in the dtype of `xz`, and fp32 states."""
+    sizes = _sizes(xz, weights)
+    chunks = cast(int, torch.sym_max(launch.num_chunks(sizes.tokens) - 1, 0))  # Tokens may be a symbol.
+    states = (sizes.directions, sizes.batch, chunks, sizes.states, sizes.inner)
+    return (sizes.directions, sizes.batch, sizes.tokens, sizes.columns), states if save else (0,)
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
-    sizes = _sizes(xz, weights[0].A_log.shape[1], weights[0].dt_proj.shape[1])
-    projections = torch.empty((2, sizes.batch, sizes.tokens, sizes.columns), dtype=xz.dtype, device=xz.device)
+    """Gated average (B, L, E) of the directions, and the two tensors of `shapes`."""
+    sizes = _sizes(xz, weights)
+    projections = torch.empty(
+        (sizes.directions, sizes.batch, sizes.tokens, sizes.columns), dtype=xz.dtype, device=xz.device
+    )
     u, delta = _prepare(xz[..., : sizes.inner], weights, projections, sizes, project=True)
     out = torch.empty((sizes.batch, sizes.tokens, sizes.inner), dtype=xz.dtype, device=xz.device)
     inputs = _scan_inputs(u, delta, projections, weights, sizes)
-    return out, projections, launch.scan_forward(inputs, xz[..., sizes.inner :], out, 0.5, save)
+    return out, projections, launch.scan_forward(inputs, xz[..., sizes.inner :], out, sizes.scale, save)
 
 
 def backward(
@@ -107,7 +112,7 @@ def backward(
     `results` are those of the forward, `grad` is the gradient of the first.
     """
     _, projections, states = results
-    sizes = _sizes(xz, weights[0].A_log.shape[1], weights[0].dt_proj.shape[1])
+    sizes = _sizes(xz, weights)
     x = xz[..., : sizes.inner]
 
     need_conv = need_xz or any_needs(needs, CONV_WEIGHT, CONV_BIAS)
@@ -117,7 +122,7 @@ def backward(
     z = xz[..., sizes.inner :]
     gradients = launch.scan_backward(
         _scan_inputs(u, delta, projections, weights, sizes),
-        launch.gate_gradient(grad, z, 0.5),
+        launch.gate_gradient(grad, z, sizes.scale),
         states,
         launch.ScanNeeds(
             u=need_conv,
@@ -130,20 +135,23 @@ def backward(
         ),
     )
     if need_xz:
-        launch.gate_finish(grad, z, gradients.y, grad_xz[..., sizes.inner :], 0.5)
+        launch.gate_finish(grad, z, gradients.y, grad_xz[..., sizes.inner :], sizes.scale)
     grad_projections = None
     if need_projection:
         grad_projections = _prepare_backward(x, weights, gradients, sizes, spread=need_conv)
     if need_xz:
-        first, last = (transposed(own.conv_weight) for own in weights)
-        grads = gradients.u[0], gradients.u[1]
-        adjoint(grads, (first, last), grad_xz[..., : sizes.inner], use=(True, True))
+        adjoint(
+            (gradients.u[0], gradients.u[-1]),
+            (transposed(weights[0].conv_weight), transposed(weights[-1].conv_weight)),
+            grad_xz[..., : sizes.inner],
+            use=(True, sizes.directions == 2),
+        )
 
     filters = biases = None
     if any_needs(needs, CONV_WEIGHT, CONV_BIAS):
         width = weights[0].conv_weight.shape[1]
-        found = [weight_gradients(gradients.u[index], x, width, bool(index)) for index in (0, 1)]
-        filters, biases = (torch.stack(pair) for pair in zip(*found, strict=True))
+        found = [weight_gradients(own, x, width, bool(index)) for index, own in enumerate(gradients.u)]
+        filters, biases = (torch.stack(parts) for parts in zip(*found, strict=True))
     parts = ParameterGradients(
         gradients.A, gradients.D, gradients.bias, gradients.delta, filters, biases, grad_projections
     )
@@ -155,16 +163,17 @@ def backward(
 def _prepare(
     x: Tensor, weights: Weights, projections: Tensor, sizes: _Sizes, project: bool
 ) -> tuple[Tensor, Tensor]:
-    """Convolved inputs and time steps, both (2, B, L, E); fills `projections` or reads them.
+    """Convolved inputs and time steps, both (d, B, L, E); fills `projections` or reads them.
 
     Time steps keep eleven bits where activations have fewer: they multiply exponents.
     """
-    u = torch.empty((2, sizes.batch, sizes.tokens, sizes.inner), dtype=x.dtype, device=x.device)
+    shape = sizes.directions, sizes.batch, sizes.tokens, sizes.inner
+    u = torch.empty(shape, dtype=x.dtype, device=x.device)
     delta = torch.empty_like(u, dtype=torch.float16 if launch.is_low(u) else torch.float32)
     with device_of(x):
-        prepare_kernel[(-(-sizes.rows // PREPARE_ROWS), 2)](
-            x, *_convolution(x, weights), *(own.x_proj for own in weights),
-            *(own.dt_proj for own in weights), *(own.dt_bias for own in weights),
+        prepare_kernel[(-(-sizes.rows // PREPARE_ROWS), sizes.directions)](
+            x, *_convolution(x, weights), *(own.x_proj for own in _pair(weights)),
+            *(own.dt_proj for own in _pair(weights)), *(own.dt_bias for own in _pair(weights)),
             u, projections, delta, x.stride(0), x.stride(1),
             sizes.rows, sizes.tokens, sizes.inner, **_tile(x, weights, sizes), PROJECT=project,
         )  # fmt: skip
@@ -174,22 +183,27 @@ def _prepare(
 def _prepare_backward(
     x: Tensor, weights: Weights, gradients: launch.ScanGradients, sizes: _Sizes, spread: bool
 ) -> Tensor:
-    """Gradient of B | C | dt_r, (2, B L, P); with `spread`, `gradients.u` becomes that of conv(x)."""
-    out = torch.empty((2, sizes.rows, sizes.columns), dtype=x.dtype, device=x.device)
+    """Gradient of B | C | dt_r, (d, B L, P); with `spread`, `gradients.u` becomes that of conv(x)."""
+    out = torch.empty((sizes.directions, sizes.rows, sizes.columns), dtype=x.dtype, device=x.device)
     with device_of(x):
-        prepare_backward_kernel[(-(-sizes.rows // PREPARE_ROWS), 2)](
-            gradients.BC, gradients.delta, x, *_convolution(x, weights), *(own.x_proj for own in weights),
-            *(own.dt_proj for own in weights), out, gradients.u, x.stride(0), x.stride(1),
-            sizes.rows, sizes.tokens, sizes.inner, gradients.BC.shape[1],
+        prepare_backward_kernel[(-(-sizes.rows // PREPARE_ROWS), sizes.directions)](
+            gradients.BC, gradients.delta, x, *_convolution(x, weights),
+            *(own.x_proj for own in _pair(weights)), *(own.dt_proj for own in _pair(weights)),
+            out, gradients.u, x.stride(0), x.stride(1), sizes.rows, sizes.tokens, sizes.inner, gradients.BC.shape[1],
             **_tile(x, weights, sizes), SPREAD=spread,
         )  # fmt: skip
     return out
 
 
 def _convolution(x: Tensor, weights: Weights) -> list[Tensor]:
-    """Filters (K, E) and biases of both directions; any tensor for a bias that is not there."""
-    filters = [transposed(own.conv_weight) for own in weights]
-    return filters + [x if own.conv_bias is None else own.conv_bias for own in weights]
+    """Filters (K, E) and biases of a pair of directions; any tensor for a bias that is not there."""
+    filters = [transposed(own.conv_weight) for own in _pair(weights)]
+    return filters + [x if own.conv_bias is None else own.conv_bias for own in _pair(weights)]
+
+
+def _pair(weights: Weights) -> tuple[DirectionWeights, DirectionWeights]:
+    """The forward and the reverse direction, as kernels take them: with one direction it stands for both."""
+    return weights[0], weights[-1]
 
 
 def _tile(x: Tensor, weights: Weights, sizes: _Sizes) -> dict[str, Any]:
@@ -210,7 +224,7 @@ def _tile(x: Tensor, weights: Weights, sizes: _Sizes) -> dict[str, Any]:
 def _scan_inputs(
     u: Tensor, delta: Tensor, projections: Tensor, weights: Weights, sizes: _Sizes
 ) -> launch.ScanInputs:
-    """The inputs of a scan in both directions."""
+    """The inputs of the scan."""
     padded = sizes.padded_states
     return launch.ScanInputs(
         u[0],
