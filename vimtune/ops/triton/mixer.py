@@ -189,7 +189,8 @@ def _prepare_backward(
         prepare_backward_kernel[(-(-sizes.rows // PREPARE_ROWS), sizes.directions)](
             gradients.BC, gradients.delta, x, *_convolution(x, weights),
             *(own.x_proj for own in _pair(weights)), *(own.dt_proj for own in _pair(weights)),
-            out, gradients.u, x.stride(0), x.stride(1), sizes.rows, sizes.tokens, sizes.inner, gradients.BC.shape[1],
+            out, gradients.u, x.stride(0), x.stride(1),
+            sizes.rows, sizes.tokens, sizes.inner, gradients.BC.shape[1],
             **_tile(x, weights, sizes), SPREAD=spread,
         )  # fmt: skip
     return out
