@@ -57,7 +57,7 @@ def emulated_kernels(tmp_path_factory):
         unit.write_text("".join(f'#include "{path}"\n' for path in included) + exports)
         defines = [f"-D{name}={value}" for name, value in constants]
         target = unit.with_suffix(".so")
-        command = [*compiler, "-O1", "-std=c++17", "-shared", "-fPIC", *defines, str(unit), "-o", str(target)]
+        command = [*compiler, "-O0", "-std=c++17", "-shared", "-fPIC", *defines, str(unit), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(target))
