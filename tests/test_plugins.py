@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from vimtune import cli, plugins
+from vimtune.data.datasets import DATASETS
+from vimtune.methods import METHODS
+from vimtune.models.registry import MODELS
+from vimtune.tasks import TASKS
 
 PACKAGE = {
     "__init__.py": "from mine import data, method, model, task\n",
@@ -161,6 +170,10 @@ MINE = (
 )
 
 
+# timm, too, keeps what it has registered; its registry warns when the package is imported again.
+pytestmark = pytest.mark.filterwarnings("ignore:Overwriting small_net in registry")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A working directory with the package in it."""
@@ -171,71 +184,107 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def vimtune(folder: Path, arguments: str, code: str = COMMAND) -> subprocess.CompletedProcess:
-    """Run a command in `folder`, which is not on Python's path."""
-    root = str(Path(__file__).parent.parent)
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments.split()],
+@pytest.fixture(scope="module")
+def run_folder(folder) -> Path:
+    """A run that was made with the package, by a process that reads images in two others.
+
+    `folder` is on the path of none of them. The other tests do in this process what such a command does.
+    """
+    arguments = f"train --import mine {TINY} {MINE} --num-workers 2 --output-dir run"
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments.split()],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": root, "COLUMNS": "100"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,
     )
-
-
-@pytest.fixture(scope="module")
-def run_folder(folder) -> Path:
-    """A run that was made with the package, by a process that reads images in two others."""
-    done = vimtune(folder, f"train --import mine {TINY} {MINE} --num-workers 2 --output-dir run")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
-def test_a_list_shows_what_the_package_adds(folder):
-    for flags in ("--import mine --list", "--list --import=mine", "train --list --import mine"):
-        done = vimtune(folder, flags)
-        assert done.returncode == 0, done.stderr
-        for words in ("shift", "one trained number", "times=1", "shades", "images=8", "small_net", "calm"):
-            assert words in done.stdout
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
 
 
-def test_a_run_of_the_package_is_like_any_other(folder, run_folder):
+@pytest.fixture
+def vimtune(folder, monkeypatch, capsys) -> Iterator[Callable[[str], Ended]]:
+    """Runs commands in `folder`. Each begins without the package: what was imported before is forgotten."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "100")
+    path, registries = [entry for entry in sys.path if entry], (METHODS, MODELS, DATASETS, TASKS)
+    before = [dict(registry._things) for registry in registries]
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("mine", "broken")]:
+            del sys.modules[name]
+        for registry, things in zip(registries, before, strict=True):
+            monkeypatch.setattr(registry, "_things", dict(things))
+        monkeypatch.setattr(sys, "path", list(path))
+        monkeypatch.setattr(plugins, "_failures", None)
+        importlib.invalidate_caches()
+
+    def run(arguments: str, installed: bool = False) -> Ended:
+        forget()
+        if installed:
+            sys.path.insert(0, str(folder))
+        code = cli.main(arguments.split())
+        return Ended(code, *capsys.readouterr())
+
+    yield run
+    forget()
+
+
+@pytest.mark.parametrize(
+    "flags", ["--import mine --list", "--list --import=mine", "train --list --import mine"]
+)
+def test_a_list_shows_what_the_package_adds(vimtune, flags):
+    done = vimtune(flags)
+    assert done.code == 0, done.stderr
+    for words in ("shift", "one trained number", "times=1", "shades", "images=8", "small_net", "calm"):
+        assert words in done.stdout
+
+
+def test_a_run_of_the_package_is_like_any_other(run_folder):
     report = json.loads((run_folder / "report.json").read_text())
     assert report["method"] == "shift" and report["recipe"]["peft_kwargs"] == {"times": 2}
     assert report["recipe"]["task"] == "calm" and report["recipe"]["steepness"] == 3.0
 
 
-def test_a_run_of_the_package_is_continued(folder, run_folder):
-    done = vimtune(folder, "train --resume run --import mine --epochs 2")
-    assert done.returncode == 0, done.stderr
+def test_a_run_of_the_package_is_continued(vimtune, run_folder):
+    done = vimtune("train --resume run --import mine --epochs 2 --num-workers 0")
+    assert done.code == 0, done.stderr
     assert json.loads((run_folder / "report.json").read_text())["recipe"]["epochs"] == 2
 
 
-def test_files_of_the_package_are_used_by_the_other_commands(folder, run_folder):
+def test_files_of_the_package_are_used_by_the_other_commands(vimtune, folder, run_folder):
     from PIL import Image
 
     Image.new("RGB", (32, 32)).save(folder / "dark.png")
-    done = vimtune(folder, "predict dark.png --adapter run --import mine")
-    assert done.returncode == 0, done.stderr
+    done = vimtune("predict dark.png --adapter run --import mine")
+    assert done.code == 0, done.stderr
     assert "dark" in done.stdout
-    done = vimtune(folder, "merge run -o merged.safetensors --import mine")
-    assert done.returncode == 0, done.stderr
+    done = vimtune("merge run -o merged.safetensors --import mine")
+    assert done.code == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", ["train --resume run --epochs 3", "predict dark.png --adapter run"])
-def test_without_the_import_the_reason_is_given(folder, run_folder, command):
-    done = vimtune(folder, command)
-    assert done.returncode == 2
+def test_without_the_import_the_reason_is_given(vimtune, run_folder, command):
+    done = vimtune(command)
+    assert done.code == 2
     assert "'shift'" in done.stderr and "import" in done.stderr
 
 
-def test_values_of_the_package_are_checked_with_the_others(folder):
+def test_values_of_the_package_are_checked_with_the_others(vimtune):
     done = vimtune(
-        folder,
         f"train --import mine {TINY} --dataset shades --dataset-kwargs images=0 --peft shift "
         "--peft-kwargs times=0 --lr -1",
     )
-    assert done.returncode == 2
+    assert done.code == 2
     for words in ("error: 3 problems", "images=0", "times = 0: expected a whole number >= 1", "lr = '-1'"):
         assert words in done.stderr
 
@@ -251,33 +300,32 @@ def test_values_of_the_package_are_checked_with_the_others(folder):
         ("train --import", "--import: expected one argument"),
     ],
 )
-def test_packages_that_cannot_be_imported(folder, arguments, words):
+def test_packages_that_cannot_be_imported(vimtune, folder, arguments, words):
     (folder / "broken.py").write_text("1 / 0\n")
-    done = vimtune(folder, arguments)
-    assert done.returncode == 2
+    done = vimtune(arguments)
+    assert done.code == 2
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_an_installed_package_needs_no_flag(folder):
+def test_an_installed_package_needs_no_flag(vimtune, folder):
     """An entry point in the group of plugins is imported; one that fails is named and stops nobody else."""
     metadata = folder / "mine-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
     points = "[vimtune.plugins]\nmine = mine\nbad = nothing_here\n"
     (metadata / "entry_points.txt").write_text(points)
-    code = "import sys; sys.path.insert(0, '.'); from vimtune.cli import main; sys.exit(main())"
-    done = vimtune(folder, "--list", code)
-    assert done.returncode == 0, done.stderr
+    done = vimtune("--list", installed=True)
+    assert done.code == 0, done.stderr
     assert "shift" in done.stdout and "shades" in done.stdout and "small_net" in done.stdout
     assert "nothing_here cannot be loaded" in done.stderr
-    done = vimtune(folder, "train --peft shfit", code)
-    assert done.returncode == 2
+    done = vimtune("train --peft shfit", installed=True)
+    assert done.code == 2
     assert "Did you mean 'shift'" in done.stderr and "Package bad cannot be loaded" in done.stderr
     shutil.rmtree(metadata)
 
 
-def test_a_file_does_not_import(folder):
+def test_a_file_does_not_import(vimtune, folder):
     (folder / "recipe.yaml").write_text("import: mine\npackages: mine\nepochs: 1\n")
-    done = vimtune(folder, "train --config recipe.yaml")
-    assert done.returncode == 2
+    done = vimtune("train --config recipe.yaml")
+    assert done.code == 2
     assert "unknown key 'import'" in done.stderr and "unknown key 'packages'" in done.stderr
