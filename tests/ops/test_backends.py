@@ -278,8 +278,8 @@ def test_plain_pytorch_can_be_recorded_on_a_gpu(reverse):
     options, filtering = ScanOptions(delta_softplus=True, reverse=reverse), ConvOptions(True, reverse)
     weight, grad = torch.randn(24, 4), torch.randn(2, 19, 24)
     with WithoutHost():
-        out, states = scan.forward(inputs, options, True)
-        scan.backward(grad, states, inputs, options, [True] * 8)
+        out, states, _ = scan.forward(inputs, options, True)
+        scan.backward(grad, None, states, inputs, options, [True] * 9)
         convolution.forward(ConvInputs(out, weight), filtering)
         convolution.backward(grad, ConvInputs(out, weight), filtering, [True, True, False])
 

@@ -54,14 +54,24 @@ def scan_inputs(batch=3, tokens=70, inner=150, states=6, seed=0) -> list[torch.T
     ]
 
 
+def with_state(inputs: list[torch.Tensor]) -> ScanInputs:
+    """The inputs of a scan that begins with a state."""
+    batch, _, inner = inputs[0].shape
+    return ScanInputs(
+        *inputs, torch.linspace(-1, 1, batch * inner * inputs[2].shape[1]).view(batch, inner, -1)
+    )
+
+
 def run_everything(backend: CpuBackend, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Outputs and gradients of the scan and the convolution, both directions."""
     u, z = inputs[0], inputs[6]
     results = []
     for reverse in (False, True):
         options = ScanOptions(delta_softplus=True, reverse=reverse)
-        out, states = backend.scan.forward(ScanInputs(*inputs), options, True)
-        results += [out, *backend.scan.backward(z, states, ScanInputs(*inputs), options, [True] * 8)]
+        scan = with_state(inputs) if u.numel() else ScanInputs(*inputs)
+        out, states, last = backend.scan.forward(scan, options, True)
+        found = [out, last, *backend.scan.backward(z, last, states, scan, options, [True] * 9)]
+        results += [tensor for tensor in found if tensor is not None]
         weight, bias = inputs[2][:, :4].contiguous(), inputs[5]
         conv, filtering = ConvInputs(u, weight, bias), ConvOptions(silu=True, reverse=reverse)
         results.append(backend.convolution.forward(conv, filtering))
@@ -114,8 +124,10 @@ def test_nothing_is_left_unwritten_or_written_outside(backend, monkeypatch):
         u = inputs[0]
         for reverse in (False, True):
             options = ScanOptions(delta_softplus=True, reverse=reverse)
-            out, saved = backend.scan.forward(ScanInputs(*inputs), options, True)
-            results = [out, saved, *backend.scan.backward(u, saved, ScanInputs(*inputs), options, [True] * 8)]
+            scan = with_state(inputs)
+            out, saved, last = backend.scan.forward(scan, options, True)
+            results = [out, saved, last]
+            results += backend.scan.backward(u, last, saved, scan, options, [True] * 9)
             for width in (1, 4, 40):
                 conv = ConvInputs(u, torch.rand(inner, width)), ConvOptions(True, reverse)
                 results += [
@@ -158,7 +170,7 @@ def test_softplus_is_accurate_everywhere(backend):
     x = torch.cat([torch.linspace(-87, 87, 4001), torch.tensor([-1e30, -200.0, -0.0, 1e-30, 200.0, 1e30])])
     ones, one = one_channel_row(torch.ones(len(x))), torch.ones(1, 1, 1)
     inputs = ScanInputs(ones, one_channel_row(x), -torch.ones(len(x), 1), one, one)
-    out, _ = backend.scan.forward(inputs, FORWARD, False)
+    out, *_ = backend.scan.forward(inputs, FORWARD, False)
     exact = torch.where(x > 30, x.double(), torch.log1p(x.double().clamp(max=40).exp()))
     close(out[0, 0], exact, 4e-7)
 
@@ -171,7 +183,7 @@ def test_decay_is_accurate_and_saturates(backend):
     u = torch.tensor([1.0, 0.0]).view(1, 2, 1).expand(1, 2, len(x)).contiguous()
     dt = torch.stack([torch.ones_like(x), x])[None]
     ones = torch.ones(1, 2, 1)
-    out, _ = backend.scan.forward(ScanInputs(u, dt, torch.ones(len(x), 1), ones, ones), PLAIN, False)
+    out, *_ = backend.scan.forward(ScanInputs(u, dt, torch.ones(len(x), 1), ones, ones), PLAIN, False)
     got, exact = out[0, 1], x.double().exp()
     in_range = x.abs() < 87
     # The argument is rounded once to fp32, as in any fp32 exp(dt * A).
@@ -184,7 +196,7 @@ def test_gate_is_accurate_everywhere(backend):
     z = torch.cat([torch.linspace(-86, 90, 4001), torch.tensor([-1e30, -200.0, 1e-30, 1e30])])
     row, one = one_channel_row(torch.ones(len(z))), torch.ones(1, 1, 1)
     inputs = ScanInputs(row, row, -torch.ones(len(z), 1), one, one, z=one_channel_row(z))
-    out, _ = backend.scan.forward(inputs, PLAIN, False)
+    out, *_ = backend.scan.forward(inputs, PLAIN, False)
     close(out[0, 0], z.double() * torch.sigmoid(z.double()), 4e-7)
 
 
@@ -192,7 +204,7 @@ def test_nan_is_not_hidden(backend):
     for index in (0, 1, 3, 6):  # u, delta, B, z
         inputs = scan_inputs(batch=1, tokens=5, inner=20)
         inputs[index][0, 2, 3] = float("nan")
-        out, _ = backend.scan.forward(ScanInputs(*inputs), FORWARD, False)
+        out, *_ = backend.scan.forward(ScanInputs(*inputs), FORWARD, False)
         assert torch.isnan(out[0, 2]).any(), index
         assert torch.isfinite(out[0, :2]).all(), index
 
@@ -236,8 +248,9 @@ def test_a_forked_process_computes_too(backend, threads):
     if child == 0:
         try:
             options = ScanOptions(delta_softplus=True, reverse=False)
-            out, states = backend.scan.forward(ScanInputs(*inputs), options, True)
-            backend.scan.backward(inputs[6], states, ScanInputs(*inputs), options, [True] * 8)
+            scan = with_state(inputs)
+            out, states, last = backend.scan.forward(scan, options, True)
+            backend.scan.backward(inputs[6], last, states, scan, options, [True] * 9)
             os.write(writer, b"same" if same([out], expected[:1]) else b"different")
         finally:
             os._exit(0)
@@ -277,5 +290,5 @@ def test_long_sequences_stay_accurate(backend):
     delta, A = delta - 6, A * 0.1
     inputs = (u, delta, A, B, C, D, z, bias)
     expected = reference.selective_scan(*(x.double() for x in inputs), delta_softplus=True)
-    out, _ = backend.scan.forward(ScanInputs(*inputs), FORWARD, False)
+    out, *_ = backend.scan.forward(ScanInputs(*inputs), FORWARD, False)
     assert ((out - expected).abs().max() / expected.abs().max()).item() < 2e-6

@@ -41,12 +41,12 @@ class RecordedScan(EagerScan):
 
     def forward(self, *inputs):
         self.calls.append("forward")
-        out, states = super().forward(*inputs)
-        return out, states[..., None] if states.numel() else states
+        out, states, last = super().forward(*inputs)
+        return out, states[..., None] if states.numel() else states, last
 
-    def backward(self, grad, states, *inputs):
+    def backward(self, grad, grad_last, states, *inputs):
         self.calls.append("backward")
-        return super().backward(grad, states[..., 0], *inputs)
+        return super().backward(grad, grad_last, states[..., 0], *inputs)
 
 
 class RecordedConvolution(EagerConvolution):

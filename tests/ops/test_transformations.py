@@ -254,6 +254,11 @@ ARGUMENTS = {
     "selective_scan_backward": lambda: [
         *(normal(B, L, E), normal(1, B, E, N), *scan_tensors(), True, False, "torch", [True] * 8)
     ],
+    "stateful_scan": lambda: [*scan_tensors(), normal(B, E, N), True, "torch", True],
+    "stateful_scan_backward": lambda: [
+        *(normal(B, L, E), normal(B, E, N), normal(1, B, E, N), *scan_tensors(), normal(B, E, N)),
+        *(True, "torch", [True] * 9),
+    ],
     "causal_conv1d": lambda: [normal(B, L, E), normal(E, K), normal(E), True, False, "torch"],
     "causal_conv1d_backward": lambda: [
         *(normal(B, L, E), normal(B, L, E), normal(E, K), normal(E), True, False, "torch", [True] * 3)

@@ -22,7 +22,7 @@ from vimtune.ops.dispatch import (
 )
 from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
-from vimtune.ops.scan import selective_scan
+from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
 
 for _path in OWN.values():
     _module, _, _class = _path.rpartition(".")
@@ -44,8 +44,10 @@ __all__ = [
     "register_backend",
     "resolved_backend",
     "scaled_block_product",
+    "scan_step",
     "selective_scan",
     "set_backend",
+    "stateful_scan",
     "use_backend",
     "with_chosen_backend",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor
 from vimtune.ops import reference
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
-from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
+from vimtune.ops.scan import NUM_INPUTS, ScanInputs, ScanKernels, ScanOptions
 from vimtune.utils import installed_version
 
 MAX_STATES = 256
@@ -39,18 +39,22 @@ class CudaScan(ScanKernels):
         reasons = _dtype_refusals(inputs.u)
         if inputs.A.shape[1] > MAX_STATES:
             reasons.append(f"states are {inputs.A.shape[1]}, the kernels have up to {MAX_STATES}")
+        if inputs.state is not None:
+            reasons.append("the kernels do not begin with a state")
         return reasons
 
     def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
         return (0,)
 
-    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: ScanInputs, options: ScanOptions, save_states: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         out, _ = self._scan(inputs, options)
-        return out, torch.empty(0, dtype=torch.float32, device=out.device)
+        return out, torch.empty(0, dtype=torch.float32, device=out.device), None
 
     def _scan(self, inputs: ScanInputs, options: ScanOptions) -> tuple[Tensor, tuple[Any, ...]]:
         """Result (B, L, E) and what the backward kernel wants to see again."""
-        u, delta, A, B, C, D, z, delta_bias = inputs
+        u, delta, A, B, C, D, z, delta_bias, _ = inputs
         columns: list[Any] = [None if x is None else _to_columns(x, options.reverse) for x in (u, delta, z)]
         low = u.dtype
         small = [_to_columns(x.to(low), options.reverse)[:, None] for x in (B, C)]
@@ -64,7 +68,13 @@ class CudaScan(ScanKernels):
         return _from_columns(result, options.reverse), (columns, small, vectors, states, out)
 
     def backward(
-        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        states: Tensor,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        needs: Sequence[bool],
     ) -> Gradients:
         _, (columns, small, vectors, chunk_states, out) = self._scan(inputs, options)
         extension = importlib.import_module("selective_scan_cuda")
@@ -85,6 +95,7 @@ class CudaScan(ScanKernels):
             grad_D,
             _from_columns(rest[0], options.reverse) if rest else None,
             grad_bias,
+            None,
         ]
         return _wanted(found, inputs, needs)
 
@@ -217,9 +228,10 @@ def _self_test(index: int) -> list[str]:
     scanning, filtering = ScanOptions(delta_softplus=True, reverse=True), ConvOptions(silu=True, reverse=True)
     scan_kernels, conv_kernels = CudaBackend.kernels
     try:
-        out, kept = scan_kernels.forward(scan, scanning, True)
-        found = [out, *scan_kernels.backward(grad, kept, scan, scanning, [True] * len(scan))]
-        expected = _expected(reference.selective_scan, (*scan, *scanning), grad)
+        out, kept, _ = scan_kernels.forward(scan, scanning, True)
+        *gradients, _ = scan_kernels.backward(grad, None, kept, scan, scanning, [True] * len(scan))
+        found = [out, *gradients]
+        expected = _expected(reference.selective_scan, (*scan[:NUM_INPUTS], *scanning), grad)
         found.append(conv_kernels.forward(conv, filtering))
         found.extend(conv_kernels.backward(grad, conv, filtering, [True] * len(conv)))
         expected += _expected(reference.causal_conv1d, (*conv, *filtering), grad)

@@ -30,14 +30,16 @@ class EagerScan(ScanKernels):
     def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
         return (-(-tokens // CHUNK), batch, inner, states)
 
-    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
-        u, delta, A, B, C, D, z, delta_bias = inputs
+    def forward(
+        self, inputs: ScanInputs, options: ScanOptions, save_states: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        u, delta, A, B, C, D, z, delta_bias, first = inputs
         dtype = torch.promote_types(u.dtype, torch.float32)
         dt = _time_steps(delta.to(dtype), delta_bias, options)
         dt_u = dt * u.to(dtype)
         A, B, C = A.to(dtype), B.to(dtype), C.to(dtype)
         y = torch.empty_like(dt_u)
-        state = dt.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+        state = dt.new_zeros(u.shape[0], u.shape[2], A.shape[1]) if first is None else first
         saved = []
         for chunk in _chunks(u.shape[1], options.reverse):
             saved.append(state)
@@ -48,14 +50,21 @@ class EagerScan(ScanKernels):
             y += D.to(dtype) * u.to(dtype)
         if z is not None:
             y *= F.silu(z.to(dtype))
-        return y.to(u.dtype), torch.stack(saved) if save_states else dt.new_empty(0)
+        kept = torch.stack(saved) if save_states else dt.new_empty(0)
+        return y.to(u.dtype), kept, None if first is None else state
 
     def backward(
-        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        states: Tensor,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        needs: Sequence[bool],
     ) -> Gradients:
-        u, delta, A, B, C, D, z, delta_bias = inputs
+        u, delta, A, B, C, D, z, delta_bias, _ = inputs
         dtype = torch.promote_types(u.dtype, torch.float32)
-        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
+        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias, need_state = needs
         raw = delta.to(dtype)
         dt = _time_steps(raw, delta_bias, options)
         uf, Af, Bf, Cf = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
@@ -73,7 +82,7 @@ class EagerScan(ScanKernels):
         grad_C = torch.empty_like(Cf) if need_C else None
 
         # `carry` is decay_{t+1} * adjoint_{t+1}: what the later tokens (in scan order) send back.
-        carry = torch.zeros_like(states[0])
+        carry = torch.zeros_like(states[0]) if grad_last is None else grad_last
         for index, chunk in reversed(list(enumerate(_chunks(u.shape[1], options.reverse)))):
             before = states[index]
             inside, decay = _chunk_states(
@@ -130,6 +139,7 @@ class EagerScan(ScanKernels):
             grad_D,
             grad_z,
             grad_bias,
+            carry if need_state else None,
         )
 
 

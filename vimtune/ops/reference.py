@@ -36,22 +36,63 @@ def selective_scan(
     `reverse` runs from the last token to the first; the output stays in token order.
     Returns (B, L, E) in the dtype of `u`; all arithmetic is fp32 (fp64 for fp64 input).
     """
+    order = range(u.shape[1])
+    return _scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order[::-1] if reverse else order
+    )[0]
+
+
+def stateful_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A selective scan with s_{-1} = `state` (B, E, N), zeros if None.
+
+    The other tensors are those of `selective_scan`. Returns its result, and s_{L-1} (B, E, N) in the dtype of
+    the arithmetic.
+    """
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, range(u.shape[1]))
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    state: Tensor | None,
+    order: range,
+) -> tuple[Tensor, Tensor]:
+    """The result and the last state of a scan that visits the tokens in this order."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     delta = delta.to(dtype)
     if delta_bias is not None:
         delta = delta + delta_bias.to(dtype)
     if delta_softplus:
         delta = F.softplus(delta)
-    num_tokens = u.shape[1]
-    state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=dtype, device=u.device)
-    outputs: list[Tensor] = [state] * num_tokens
-    for t in reversed(range(num_tokens)) if reverse else range(num_tokens):
+    if state is None:
+        state = torch.zeros(u.shape[0], u.shape[2], A.shape[1], dtype=dtype, device=u.device)
+    state = state.to(dtype)
+    outputs: list[Tensor] = [state] * u.shape[1]
+    for t in order:
         dt = delta[:, t, :, None]
         step_input = dt * B[:, t, None, :].to(dtype) * u[:, t, :, None].to(dtype)
         state = torch.exp(dt * A.to(dtype)) * state + step_input
         outputs[t] = (state * C[:, t, None, :].to(dtype)).sum(-1)
     # The loop has not run. The result is empty, but for autograd it is a function of all inputs.
-    if num_tokens == 0:
+    if not outputs:
         y = torch.einsum("ble,bln,bln,en->ble", delta * u.to(dtype), B.to(dtype), C.to(dtype), A.to(dtype))
     else:
         y = torch.stack(outputs, dim=1)
@@ -59,7 +100,7 @@ def selective_scan(
         y = y + D.to(dtype) * u.to(dtype)
     if z is not None:
         y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype)
+    return y.to(u.dtype), state
 
 
 def causal_conv1d(

@@ -1,7 +1,9 @@
-"""The operation `selective_scan`: its kernels' interface, and its registration with torch.
+"""The operations `selective_scan` and `stateful_scan`: their kernels, and how torch knows them.
 
-Being a custom operation with a fake implementation it is opaque to torch.compile, torch.export, torch.fx and
-TorchScript, and differentiable everywhere. Gradients nobody asks for are not computed.
+The second one begins with a given state and also returns the last one, which a language model hands on from
+one part of a text to the next. The same kernels compute both. Being custom operations with fake
+implementations they are opaque to torch.compile, torch.export, torch.fx and TorchScript, and differentiable
+everywhere. Gradients nobody asks for are not computed.
 
 Shape letters: B batch, L tokens, E inner width, N states.
 """
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vimtune.backends import REFERENCE
@@ -30,7 +33,7 @@ from vimtune.ops.operation import (
 )
 
 NUM_INPUTS = 8
-"""Number of tensors that a scan has gradients of."""
+"""Number of tensors that `selective_scan` has gradients of; `stateful_scan` has that of the state, too."""
 
 
 class ScanInputs(NamedTuple):
@@ -56,6 +59,9 @@ class ScanInputs(NamedTuple):
     """(B, L, E)"""
     delta_bias: Tensor | None = None
     """(E,)"""
+    state: Tensor | None = None
+    """(B, E, N), fp32 (fp64 for fp64 activations): the state before the first token. None stands for zeros,
+    and says that nobody asks for the last state either."""
 
 
 class ScanOptions(NamedTuple):
@@ -80,17 +86,31 @@ class ScanKernels(Kernels[ScanInputs]):
         """Shape of the tensor, in the dtype of the state, that `forward` saves for `backward`."""
 
     @abstractmethod
-    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
-        """Return the result (B, L, E) in the dtype of `u`, and the saved states (empty if not wanted)."""
+    def forward(
+        self, inputs: ScanInputs, options: ScanOptions, save_states: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Run the scan.
+
+        Returns:
+            The result (B, L, E) in the dtype of `u`, the saved states (empty if not wanted), and the state
+            after the last token (B, E, N), in the dtype of the state, if `inputs` have one before the first.
+        """
 
     @abstractmethod
     def backward(
-        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        states: Tensor,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        needs: Sequence[bool],
     ) -> Gradients:
         """Gradients of the inputs, None where `needs` is False.
 
         Args:
             grad: gradient of the result (B, L, E), with unit stride in the last dimension.
+            grad_last: gradient of the last state (B, E, N), contiguous; None if `inputs` have no state.
             states: what `forward` has saved.
             inputs: those of `forward`.
             options: those of `forward`.
@@ -138,6 +158,108 @@ def selective_scan(
     return result
 
 
+def stateful_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    state: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """A selective scan that begins with a state and returns the last one, from the first token to the last.
+
+    The formula is that of `vimtune.ops.reference.stateful_scan`. Of a sequence in two parts, the second one
+    begun with the last state of the first, the results are those of the whole.
+
+    Args:
+        u: (B, L, E), as all other tensors but the state those of `selective_scan`.
+        delta: (B, L, E).
+        A: (E, N).
+        B: (B, L, N).
+        C: (B, L, N).
+        D: (E,).
+        z: (B, L, E).
+        delta_bias: (E,).
+        delta_softplus: whether time steps are softplus of `delta`, or `delta` itself.
+        state: the state before the first token, (B, E, N); zeros if None.
+        backend: see `vimtune.ops`.
+
+    Returns:
+        The result (B, L, E) in the dtype of `u`, and the state after the last token (B, E, N), fp32 (fp64 for
+        fp64 activations).
+
+    Raises:
+        ValueError, BackendUnavailable, NotImplementedError: as `selective_scan`.
+    """
+    backend = chosen_backend(backend)
+    if backend == REFERENCE:
+        _check(u, delta, A, B, C, D, z, delta_bias, state)
+        return reference.stateful_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
+    if state is None:
+        state = torch.zeros(u.shape[0], u.shape[-1], A.shape[-1], dtype=_state_dtype(u), device=u.device)
+    out, last, _ = torch.ops.vimtune.stateful_scan(
+        u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, backend, torch.is_grad_enabled()
+    )
+    return out, last
+
+
+def scan_step(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token of `stateful_scan`, as decoding needs it: in a few operations of PyTorch on any device.
+
+    Args:
+        u: (B, E), as `delta` and `z`.
+        delta: (B, E).
+        A: (E, N).
+        B: (B, N).
+        C: (B, N).
+        D: (E,).
+        z: (B, E).
+        delta_bias: (E,).
+        delta_softplus: whether the time step is softplus of `delta`, or `delta` itself.
+        state: the state before the token, (B, E, N).
+
+    Returns:
+        The result (B, E) in the dtype of `u`, and the state after the token (B, E, N).
+    """
+    dtype = state.dtype
+    dt = delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)
+    if delta_softplus:
+        dt = F.softplus(dt)
+    x = u.to(dtype)
+    state = torch.exp(dt.unsqueeze(-1) * A.to(dtype)) * state + (dt * x).unsqueeze(-1) * B.to(
+        dtype
+    ).unsqueeze(1)
+    y = torch.bmm(state, C.to(dtype).unsqueeze(-1)).squeeze(-1)
+    if D is not None:
+        y = y + D.to(dtype) * x
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype), state
+
+
+def _state_dtype(u: Tensor) -> torch.dtype:
+    """The dtype of states for these activations."""
+    return torch.promote_types(u.dtype, torch.float32)
+
+
 def _check(
     u: Tensor,
     delta: Tensor,
@@ -147,6 +269,7 @@ def _check(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    state: Tensor | None = None,
 ) -> None:
     """Raise ValueError for tensors that do not fit together."""
     if u.dim() != 3 or A.dim() != 2 or A.shape[1] < 1:
@@ -163,6 +286,7 @@ def _check(
         D=(D, (inner,)),
         z=(z, (batch, tokens, inner)),
         delta_bias=(delta_bias, (inner,)),
+        state=(state, (batch, inner, states)),
     )
 
 
@@ -192,7 +316,7 @@ def _scan(
     _, kernels = find_kernels(ScanKernels, backend, u.device, inputs)
     if u.numel() == 0:
         return _empty_results(kernels, inputs, save_states)
-    out, kept = kernels.forward(inputs, ScanOptions(delta_softplus, reverse), save_states)
+    out, kept, _ = kernels.forward(inputs, ScanOptions(delta_softplus, reverse), save_states)
     return out.contiguous(), kept.contiguous()
 
 
@@ -208,7 +332,7 @@ def _empty_results(kernels: ScanKernels, inputs: ScanInputs, save_states: bool) 
     u = inputs.u
     batch, tokens, inner = u.shape
     shape = kernels.states_shape(batch, tokens, inner, inputs.A.shape[1]) if save_states else (0,)
-    return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.promote_types(u.dtype, torch.float32))
+    return u.new_empty(u.shape), u.new_empty(shape, dtype=_state_dtype(u))
 
 
 @operation("selective_scan_backward")
@@ -234,7 +358,8 @@ def _scan_backward(
     if u.numel() == 0:
         return zero_gradients(inputs, needs, grad)
     options = ScanOptions(delta_softplus, reverse)
-    return as_list(kernels.backward(unit_stride(grad), states, inputs, options, needs), grad)
+    found = kernels.backward(unit_stride(grad), None, states, inputs, options, [*needs, False])
+    return as_list(found[:NUM_INPUTS], grad)
 
 
 @_scan_backward.register_fake
@@ -265,3 +390,110 @@ def _autograd(ctx: Any, grad: Tensor, _grad_states: Tensor) -> tuple[Tensor | No
 
 
 _scan.register_autograd(_autograd, setup_context=_setup)
+
+
+@operation("stateful_scan")
+def _stateful_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    z: Optional[Tensor],  # noqa: UP045
+    delta_bias: Optional[Tensor],  # noqa: UP045
+    state: Tensor,
+    delta_softplus: bool,
+    backend: str,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, the last state, and the saved states."""
+    _check(u, delta, A, B, C, D, z, delta_bias, state)
+    inputs = _with_state(u, delta, A, B, C, D, z, delta_bias, state)
+    _, kernels = find_kernels(ScanKernels, backend, u.device, inputs)
+    if u.numel() == 0:
+        out, kept = _empty_results(kernels, inputs, save_states)
+        return out, state.to(_state_dtype(u), copy=True), kept
+    out, kept, last = kernels.forward(inputs, ScanOptions(delta_softplus, reverse=False), save_states)
+    assert last is not None, "kernels return the last state to those who give the first one"
+    return out.contiguous(), last.contiguous(), kept.contiguous()
+
+
+def _with_state(*tensors: Tensor | None) -> ScanInputs:
+    """The tensors as kernels take them, the last one being the state."""
+    inputs = _adjacent(*tensors)
+    assert inputs.state is not None
+    return inputs._replace(state=inputs.state.to(_state_dtype(inputs.u)).contiguous())
+
+
+@_stateful_scan.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _delta_softplus, backend, save_states = arguments
+    inputs = ScanInputs(*tensors)
+    kernels = find_kernels(ScanKernels, backend, inputs.u.device, inputs)[1]
+    out, kept = _empty_results(kernels, inputs, save_states)
+    return out, inputs.A.new_empty(tensors[-1].shape, dtype=_state_dtype(inputs.u)), kept
+
+
+@operation("stateful_scan_backward")
+def _stateful_scan_backward(
+    grad: Tensor,
+    grad_last: Tensor,
+    states: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    z: Optional[Tensor],  # noqa: UP045
+    delta_bias: Optional[Tensor],  # noqa: UP045
+    state: Tensor,
+    delta_softplus: bool,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the tensors from `u` on."""
+    inputs = _with_state(u, delta, A, B, C, D, z, delta_bias, state)
+    _, kernels = find_kernels(ScanKernels, backend, u.device, inputs)
+    if u.numel() == 0:
+        *others, _ = zero_gradients(inputs, needs, grad)
+        return [*others, grad_last.to(state.dtype, copy=True) if needs[-1] else grad.new_empty(0)]
+    options = ScanOptions(delta_softplus, reverse=False)
+    last = grad_last.to(_state_dtype(u)).contiguous()
+    found = list(kernels.backward(unit_stride(grad), last, states, inputs, options, needs))
+    if found[-1] is not None:
+        found[-1] = found[-1].to(state.dtype)
+    return as_list(found, grad)
+
+
+@_stateful_scan_backward.register_fake
+def _(grad: Tensor, grad_last: Tensor, states: Tensor, *arguments: Any) -> list[Tensor]:
+    *tensors, _delta_softplus, _backend, needs = arguments
+    return fake_gradients(tensors, needs, grad)
+
+
+def _setup_stateful(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Save what the backward pass needs, and the backend by its own name (as in `_setup`)."""
+    *tensors, delta_softplus, backend, save_states = inputs
+    if not save_states:
+        raise RuntimeError("stateful_scan was called without saved states but needs a gradient")
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.mark_non_differentiable(output[2])
+    name, _ = find_kernels(ScanKernels, backend, tensors[0].device, ScanInputs(*tensors))
+    ctx.options = (delta_softplus, name)
+
+
+def _autograd_stateful(
+    ctx: Any, grad: Tensor, grad_last: Tensor, _grad_states: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments; None for those that are no tensors."""
+    states, *tensors = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[: NUM_INPUTS + 1])
+    gradients = torch.ops.vimtune.stateful_scan_backward(
+        grad, grad_last, states, *tensors, *ctx.options, needs
+    )
+    return *as_optional(gradients, needs), None, None, None
+
+
+_stateful_scan.register_autograd(_autograd_stateful, setup_context=_setup_stateful)

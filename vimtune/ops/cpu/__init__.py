@@ -41,18 +41,26 @@ class CpuScan(ScanKernels):
     def states_shape(self, batch: int, tokens: int, inner: int, states: int) -> tuple[int, ...]:
         return (-(-tokens // self._library().chunk), batch, states, inner)
 
-    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: ScanInputs, options: ScanOptions, save_states: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         batch, tokens, inner = inputs.u.shape
         saved = empty(self.states_shape(batch, tokens, inner, inputs.A.shape[1]) if save_states else (0,))
         single = ScanInputs(*map(_single, inputs))  # type: ignore[arg-type]
-        out = self._library().scan_forward(single, options, saved if save_states else None)
-        return out.to(inputs.u.dtype), saved
+        out, last = self._library().scan_forward(single, options, saved if save_states else None)
+        return out.to(inputs.u.dtype), saved, last
 
     def backward(
-        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        states: Tensor,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        needs: Sequence[bool],
     ) -> Gradients:
         single = ScanInputs(*map(_single, inputs))  # type: ignore[arg-type]
-        found = self._library().scan_backward(grad.float(), states, single, options, needs)
+        found = self._library().scan_backward(grad.float(), grad_last, states, single, options, needs)
         return _back(found, inputs)
 
 

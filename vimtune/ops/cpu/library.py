@@ -29,7 +29,7 @@ def _structure(name: str, pointers: str, integers: str) -> type[ctypes.Structure
 # These mirror the structs of scan.cpp and conv.cpp.
 ScanArguments = _structure(
     "ScanArguments",
-    "u delta A B C D z bias grad out saved "
+    "u delta A B C D z bias grad first grad_last out saved last grad_first "
     "grad_u grad_delta grad_A grad_B grad_C grad_D grad_z grad_bias launch",
     "batch tokens inner states u_batch u_token delta_batch delta_token A_row B_batch B_token "
     "C_batch C_token z_batch z_token grad_batch grad_token num_threads softplus reverse",
@@ -39,6 +39,13 @@ ConvArguments = _structure(
     "x weight bias grad out grad_x grad_weight grad_bias launch",
     "batch tokens inner width x_batch x_token grad_batch grad_token num_threads silu reverse",
 )
+
+
+SCAN_GRADIENTS = (
+    *("grad_u", "grad_delta", "grad_A", "grad_B", "grad_C", "grad_D", "grad_z", "grad_bias"),
+    "grad_first",
+)
+"""Names of the gradients in the structure of a scan, in the order of `ScanInputs`."""
 
 
 class Library:
@@ -63,24 +70,37 @@ class Library:
         self._launcher = _team_launcher()
         self._process = os.getpid()
 
-    def scan_forward(self, inputs: ScanInputs, options: ScanOptions, saved: Tensor | None) -> Tensor:
-        """Return `out`, (B, L, E); fill `saved`, (chunks, B, N, E), when given."""
-        out = empty(inputs.u.shape)
-        self._call("scan_forward", _scan_arguments(inputs, options), out=out, saved=saved)
-        return out
+    def scan_forward(
+        self, inputs: ScanInputs, options: ScanOptions, saved: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `out`, (B, L, E), and the last state if there is a first one; fill `saved`,
+        (chunks, B, N, E), when given."""
+        out, first = empty(inputs.u.shape), _states_first(inputs.state)
+        last = None if first is None else torch.empty_like(first)
+        arguments = _scan_arguments(inputs, options)
+        self._call("scan_forward", arguments, out=out, saved=saved, first=first, last=last)
+        return out, _states_last(last)
 
     def scan_backward(
-        self, grad: Tensor, saved: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        saved: Tensor,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        needs: Sequence[bool],
     ) -> list[Tensor | None]:
         """Gradients in the order of `inputs`, None where `needs` is False."""
         arguments = _scan_arguments(inputs, options)
         arguments.grad_batch, arguments.grad_token = grad.stride()[:2]
-        gradients = _empty_where_needed(inputs._replace(A=inputs.A.t()), needs)
-        names = ("grad_u", "grad_delta", "grad_A", "grad_B", "grad_C", "grad_D", "grad_z", "grad_bias")
-        outputs = dict(zip(names, gradients, strict=True))
-        self._call("scan_backward", arguments, grad=grad, saved=saved, **outputs)
+        by_columns = inputs._replace(A=inputs.A.t(), state=_states_first(inputs.state))
+        gradients = _empty_where_needed(by_columns, needs)
+        outputs = dict(zip(SCAN_GRADIENTS, gradients, strict=True))
+        before = {"grad": grad, "grad_last": _states_first(grad_last), "saved": saved}
+        self._call("scan_backward", arguments, **before, **outputs)
         if gradients[2] is not None:
             gradients[2] = gradients[2].t().contiguous()
+        gradients[-1] = _states_last(gradients[-1])
         return gradients
 
     def conv_forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
@@ -131,6 +151,16 @@ def _empty_where_needed(inputs: Sequence[Tensor | None], needs: Sequence[bool]) 
         empty(tensor.shape) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, needs, strict=True)
     ]
+
+
+def _states_first(state: Tensor | None) -> Tensor | None:
+    """A state (B, E, N) as the kernels have it: (B, N, E)."""
+    return None if state is None else state.transpose(1, 2).contiguous()
+
+
+def _states_last(state: Tensor | None) -> Tensor | None:
+    """A state (B, N, E) of the kernels as (B, E, N)."""
+    return None if state is None else state.transpose(1, 2).contiguous()
 
 
 def _columns_first(inputs: ConvInputs) -> ConvInputs:

@@ -30,9 +30,13 @@ extern "C" {
 struct ScanArguments {
     // The shapes are u, delta, z, grad (batch, tokens, inner), A (inner, states), and B, C (batch, tokens, states).
     const float *u, *delta, *A, *B, *C, *D, *z, *bias, *grad;
+    // The state before the first position and the gradient of that after the last one have the shape (batch, states,
+    // inner), as `last` and `grad_first` do. Null stands for zeros.
+    const float *first, *grad_last;
     // out has the shape of u, and saved states have (chunks, batch, states, inner). All results are contiguous; those
     // that nobody wants are null.
     float *out, *saved;
+    float *last, *grad_first;
     float *grad_u, *grad_delta, *grad_A, *grad_B, *grad_C, *grad_D, *grad_z, *grad_bias;
     TeamLauncher launch;
     int64_t batch, tokens, inner, states;
@@ -76,6 +80,20 @@ struct Item {
     vf parameter(const float* vector, int v) const { return vector ? load(vector + channel(v), lanes(v)) : vf{}; }
     float* saved(int64_t chunk, int64_t n, int v) const {
         return a.saved + ((chunk * a.batch + sample) * a.states + n) * a.inner + channel(v);
+    }
+    // Where this vector of channels is in a tensor of states (batch, states, inner).
+    int64_t in_states(int64_t n, int v) const { return (sample * a.states + n) * a.inner + channel(v); }
+    // Reads states into rows of `padded` vectors, one row for each vector of channels, with zeros behind them.
+    void load_states(const float* tensor, int64_t padded, vf* states) const {
+        std::fill(states, states + VECTORS * padded, vf{});
+        if (!tensor) return;
+        for (int v = 0; v < vectors; ++v)
+            for (int64_t n = 0; n < a.states; ++n) states[v * padded + n] = load(tensor + in_states(n, v), lanes(v));
+    }
+    void store_states(float* tensor, int64_t padded, const vf* states) const {
+        if (!tensor) return;
+        for (int v = 0; v < vectors; ++v)
+            for (int64_t n = 0; n < a.states; ++n) store(tensor + in_states(n, v), states[v * padded + n], lanes(v));
     }
 };
 
@@ -182,7 +200,7 @@ void forward_item(const ScanArguments& a, int64_t index, float* memory) {
     const int num_steps = item.vectors * static_cast<int>(padded / Q);
     prefetch_inputs(item, 0, 0, 1);
     for (int v = 0; v < item.vectors; ++v) pack_A(item, v, padded, w.A + v * padded);
-    std::fill(w.state, w.state + VECTORS * padded, vf{});
+    item.load_states(a.first, padded, w.state);
 
     for (int64_t start = 0, chunk = 0; start < a.tokens; start += CHUNK, ++chunk) {
         const int length = static_cast<int>(std::min<int64_t>(CHUNK, a.tokens - start));
@@ -218,6 +236,7 @@ void forward_item(const ScanArguments& a, int64_t index, float* memory) {
             }
         }
     }
+    item.store_states(a.last, padded, w.state);
 }
 
 // ---------------------------------------------------------------- backward
@@ -369,12 +388,12 @@ void backward_item(const ScanArguments& a, int64_t index, float* memory, const P
     const int64_t padded = padded_states(a);
     const BackwardWork w(memory, padded);
     const bool want_y = a.grad_z, want_C = a.grad_C;
-    const bool want_walk = a.grad_u || a.grad_delta || a.grad_bias || a.grad_A || a.grad_B;
+    const bool want_walk = a.grad_u || a.grad_delta || a.grad_bias || a.grad_A || a.grad_B || a.grad_first;
     const bool want_states = want_y || want_C || want_walk;
     const int num_steps = item.vectors * static_cast<int>(padded / Q);
     prefetch_inputs(item, (ceil_div(a.tokens, CHUNK) - 1) * CHUNK, 0, 1);
     for (int v = 0; v < item.vectors; ++v) pack_A(item, v, padded, w.A + v * padded);
-    std::fill(w.adjoint, w.adjoint + VECTORS * padded, vf{});
+    item.load_states(a.grad_last, padded, w.adjoint);
     std::fill(w.to_A, w.to_A + VECTORS * padded, vf{});
     std::fill(w.to_bias, w.to_bias + VECTORS, vf{});
     std::fill(w.to_D, w.to_D + VECTORS, vf{});
@@ -418,6 +437,7 @@ void backward_item(const ScanArguments& a, int64_t index, float* memory, const P
         for (int i = length - 1; i >= 0; --i)
             for (int v = 0; v < item.vectors; ++v) finish_point(item, item.token(start + i), v, w.points[v * CHUNK + i], w);
     }
+    item.store_states(a.grad_first, padded, w.adjoint);
     for (int v = 0; v < item.vectors; ++v) {
         const int lanes = item.lanes(v);
         const int64_t at = item.sample * a.inner + item.channel(v);

@@ -13,7 +13,7 @@ from vimtune.ops import reference
 from vimtune.ops.convolution import ConvInputs, ConvOptions
 from vimtune.ops.cpu.build import BuildError
 from vimtune.ops.cpu.library import Library, empty
-from vimtune.ops.scan import ScanInputs, ScanOptions
+from vimtune.ops.scan import NUM_INPUTS, ScanInputs, ScanOptions
 
 TOLERANCE = 1e-4
 """Largest error that is taken for rounding, relative to the largest value."""
@@ -54,29 +54,46 @@ def _check(library: Library) -> None:
     for reverse in (False, True):
         options = ScanOptions(delta_softplus=True, reverse=reverse)
         saved = empty((2, 1, states, inner))
-        out = library.scan_forward(scan, options, saved)
-        gradients = library.scan_backward(grad, saved, scan, options, [True] * len(scan))
-        expected = _expected(reference.selective_scan, scan, grad, delta_softplus=True, reverse=reverse)
+        out, _ = library.scan_forward(scan, options, saved)
+        *gradients, _ = library.scan_backward(grad, None, saved, scan, options, [True] * len(scan))
+        expected = _expected(
+            reference.selective_scan, scan[:NUM_INPUTS], [grad], delta_softplus=True, reverse=reverse
+        )
         _compare("scan", [out, *gradients], expected)
 
         filtering = ConvOptions(silu=True, reverse=reverse)
         out = library.conv_forward(conv, filtering)
         gradients = library.conv_backward(grad, conv, filtering, [True] * len(conv))
-        expected = _expected(reference.causal_conv1d, conv, grad, silu=True, reverse=reverse)
+        expected = _expected(reference.causal_conv1d, conv, [grad], silu=True, reverse=reverse)
         _compare("convolution", [out, *gradients], expected)
+
+    begun, grad_last = scan._replace(state=normal(1, inner, states)), normal(1, inner, states)
+    options = ScanOptions(delta_softplus=True, reverse=False)
+    saved = empty((2, 1, states, inner))
+    results = library.scan_forward(begun, options, saved)
+    gradients = library.scan_backward(grad, grad_last, saved, begun, options, [True] * len(begun))
+
+    def with_state(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        named = ScanInputs(*tensors)
+        return reference.stateful_scan(**named._asdict(), delta_softplus=True)
+
+    expected = _expected(with_state, begun, [grad, grad_last])
+    _compare("scan with states", [*results, *gradients], expected)
 
 
 def _expected(
-    function: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, **options: bool
+    function: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor], **options: bool
 ) -> list[Tensor]:
-    """Result and gradients of a reference function in fp64."""
+    """Results and gradients of a reference function in fp64; `grads` has one for each result."""
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
-    out = function(*leaves, **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.double())]
+    results = function(*leaves, **options)
+    results = [results] if isinstance(results, Tensor) else [*results]
+    gradients = torch.autograd.grad(results, leaves, [grad.double() for grad in grads])
+    return [*(result.detach() for result in results), *gradients]
 
 
 def _compare(what: str, results: Sequence[Any], expected: list[Tensor]) -> None:
-    """Raise BuildError for a result, or one of the gradients after it, that is not as expected."""
+    """Raise BuildError for one of the results and gradients that is not as expected."""
     for index, (result, wanted) in enumerate(zip(results, expected, strict=True)):
         error = ((result - wanted).abs().max() / wanted.abs().max()).item()
         if not error <= TOLERANCE:

@@ -35,26 +35,35 @@ class TritonScan(ScanKernels):
         chunks = cast(int, torch.sym_max(-(-tokens // CHUNK) - 1, 0))
         return (1, batch, chunks, states, inner)
 
-    def forward(self, inputs: ScanInputs, options: ScanOptions, save_states: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: ScanInputs, options: ScanOptions, save_states: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         from vimtune.ops.triton import launch
 
         u = inputs.u
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-        states = launch.scan_forward(_one_direction(inputs, options), inputs.z, out, 1.0, save_states)
-        return out, states
+        states, last = launch.scan_forward(_one_direction(inputs, options), inputs.z, out, 1.0, save_states)
+        return out, states, None if inputs.state is None else last.transpose(1, 2)
 
     def backward(
-        self, grad: Tensor, states: Tensor, inputs: ScanInputs, options: ScanOptions, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        states: Tensor,
+        inputs: ScanInputs,
+        options: ScanOptions,
+        needs: Sequence[bool],
     ) -> Gradients:
         from vimtune.ops.triton import launch
 
-        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias = needs
+        need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias, need_state = needs
         z, D, delta_bias = inputs.z, inputs.D, inputs.delta_bias
         gradients = launch.scan_backward(
             _one_direction(inputs, options),
             grad if z is None else launch.gate_gradient(grad, z, 1.0),
             states,
             launch.ScanNeeds(need_u, need_delta, need_A, need_B or need_C, need_D, need_z, need_bias),
+            None if grad_last is None else grad_last.transpose(1, 2).contiguous(),
         )
         grad_B = grad_C = grad_z = None
         if need_B or need_C:
@@ -75,6 +84,7 @@ class TritonScan(ScanKernels):
             gradients.D[0].to(D.dtype) if need_D and D is not None else None,
             grad_z,
             gradients.bias[0].to(delta_bias.dtype) if need_bias and delta_bias is not None else None,
+            gradients.state.transpose(1, 2) if need_state else None,
         )
 
 
@@ -92,6 +102,7 @@ def _one_direction(inputs: ScanInputs, options: ScanOptions) -> launch.ScanInput
         softplus=options.delta_softplus,
         raw=True,
         from_log=False,
+        state=None if inputs.state is None else inputs.state.transpose(1, 2).contiguous(),
     )
 
 

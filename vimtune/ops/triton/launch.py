@@ -65,6 +65,8 @@ class ScanInputs:
     u_stride: int = 0
     delta_stride: int = 0
     BC_stride: int = 0
+    state: Tensor | None = None
+    """The state before the first token of the only direction (B, N, E), fp32; None for zeros."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class ScanNeeds:
 @dataclass(frozen=True)
 class ScanGradients:
     """u, delta before softplus, y recomputed (directions, B, L, E); BC (directions, blocks, B, L, 2 NP);
-    A (of A_log if that was given; directions, E, N); D, bias (directions, E). Empty where not asked for."""
+    A (of A_log if that was given; directions, E, N); D, bias (directions, E); state (B, N, E). Empty where
+    not asked for."""
 
     u: Tensor
     delta: Tensor
@@ -92,6 +95,7 @@ class ScanGradients:
     A: Tensor
     D: Tensor
     bias: Tensor
+    state: Tensor
 
 
 def padded_states(num_states: int, low: bool) -> int:
@@ -118,8 +122,12 @@ def dot_type(tensor: Tensor) -> tl.dtype:
 
 def scan_forward(
     inputs: ScanInputs, z: Tensor | None, out: Tensor, scale: float, save_states: bool
-) -> Tensor:
-    """Sum of the directions, times `scale` and SiLU(z), into `out` (B, L, E). Returns the saved states."""
+) -> tuple[Tensor, Tensor]:
+    """Sum of the directions, times `scale` and SiLU(z), into `out` (B, L, E).
+
+    Returns:
+        The saved states, and the last one (B, N, E), which means something only if `inputs` have the first.
+    """
     u, delta, B, C = inputs.u, inputs.delta, inputs.B, inputs.C
     batch, tokens, inner = u.shape
     head = inputs.directions[0]
@@ -128,9 +136,11 @@ def scan_forward(
     shape = (len(inputs.directions), batch, chunks - 1, num_states, inner) if save_states else (0,)
     states = torch.empty(shape, dtype=torch.float32, device=u.device)
     channels = TILING.forward_channels
+    first = states if inputs.state is None else inputs.state
+    last = torch.empty_like(first) if inputs.state is not None else states
     with device_of(u):
         scan_forward_kernel[(-(-inner // channels), batch)](
-            u, u if z is None else z, out, states, delta, B, C, *_pairs(inputs),
+            u, u if z is None else z, out, states, first, last, delta, B, C, *_pairs(inputs),
             u.stride(0), 0 if z is None else z.stride(0), out.stride(0), delta.stride(0),
             B.stride(0), C.stride(0), inputs.u_stride, inputs.delta_stride, inputs.BC_stride,
             batch, tokens, inner, chunks, 0, scale,
@@ -141,13 +151,18 @@ def scan_forward(
             FIRST=inputs.first, LAST=inputs.first + len(inputs.directions) - 1,
             SOFTPLUS=inputs.softplus and inputs.raw, FROM_LOG=inputs.from_log, HAS_D=head.D is not None,
             HAS_Z=z is not None, HAS_DT_BIAS=inputs.raw and head.dt_bias is not None, SAVE=save_states,
-            num_warps=TILING.forward_warps,
+            HAS_STATE=inputs.state is not None, num_warps=TILING.forward_warps,
         )  # fmt: skip
-    return states
+    return states, last
 
 
-def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanNeeds) -> ScanGradients:
-    """Gradients of the scan from `grad` (B, L, E), that of the ungated and unscaled sum of the directions."""
+def scan_backward(
+    inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanNeeds, grad_last: Tensor | None = None
+) -> ScanGradients:
+    """Gradients of the scan from `grad` (B, L, E), that of the ungated and unscaled sum of the directions.
+
+    With a state in `inputs`, `grad_last` (B, N, E) is the gradient of the last one.
+    """
     u, delta, B, C = inputs.u, inputs.delta, inputs.B, inputs.C
     batch, tokens, inner = u.shape
     head = inputs.directions[0]
@@ -169,9 +184,12 @@ def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanN
     partial_A = buffer(needs.A, torch.float32, count, batch, num_states, inner)
     partial_D = buffer(needs.D, torch.float32, count, batch, inner)
     partial_bias = buffer(needs.bias, torch.float32, count, batch, inner)
+    grad_state = buffer(grad_last is not None, torch.float32, batch, num_states, inner)
+    first = states if inputs.state is None else inputs.state
     with device_of(u):
         scan_backward_kernel[(blocks, batch, count)](
-            grad, u, states, scratch, delta, B, C, *_pairs(inputs),
+            grad, u, states, first, first if grad_last is None else grad_last, grad_state,
+            scratch, delta, B, C, *_pairs(inputs),
             grad_u, grad_delta, y, partial_BC, partial_A, partial_D, partial_bias,
             grad.stride(0), u.stride(0), delta.stride(0), B.stride(0), C.stride(0),
             inputs.u_stride, inputs.delta_stride, inputs.BC_stride,
@@ -184,6 +202,7 @@ def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanN
             HAS_D=head.D is not None, HAS_DT_BIAS=inputs.raw and head.dt_bias is not None,
             NEED_U=needs.u, NEED_DELTA=needs.delta, NEED_A=needs.A, NEED_BC=needs.BC, NEED_D=needs.D,
             NEED_Y=needs.y, NEED_BIAS=needs.bias, DOT=is_low(u), DOT_TYPE=dot_type(u),
+            HAS_STATE=grad_last is not None,
             num_warps=TILING.backward_warps, num_stages=1,
         )  # fmt: skip
     grad_A = partial_A
@@ -199,6 +218,7 @@ def scan_backward(inputs: ScanInputs, grad: Tensor, states: Tensor, needs: ScanN
         grad_A,
         partial_D.sum(1) if needs.D else partial_D,
         partial_bias.sum(1) if needs.bias else partial_bias,
+        grad_state,
     )
 
 

@@ -96,7 +96,8 @@ def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, T
     u, delta = _prepare(xz[..., : sizes.inner], weights, projections, sizes, project=True)
     out = torch.empty((sizes.batch, sizes.tokens, sizes.inner), dtype=xz.dtype, device=xz.device)
     inputs = _scan_inputs(u, delta, projections, weights, sizes)
-    return out, projections, launch.scan_forward(inputs, xz[..., sizes.inner :], out, sizes.scale, save)
+    states, _ = launch.scan_forward(inputs, xz[..., sizes.inner :], out, sizes.scale, save)
+    return out, projections, states
 
 
 def backward(

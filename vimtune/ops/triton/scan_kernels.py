@@ -57,26 +57,28 @@ def _optional(base, e, live, PRESENT: tl.constexpr):
 
 @triton.jit
 def _forward_direction(
-    u, z, out, states, delta, B, C, A, D, dt_bias, num_tokens, num_inner, e, live, scale,
+    u, z, out, states, first, last, delta, B, C, A, D, dt_bias, num_tokens, num_inner, e, live, scale,
     STRIDE_U: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr, STRIDE_DELTA: tl.constexpr,
     STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
-    ADD: tl.constexpr, FINISH: tl.constexpr,
+    HAS_STATE: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, NP)
     used = below(n, N, N == NP)
     decay = load_decay(A, n, e, live, N, FROM_LOG)
     skip = _optional(D, e, live, HAS_D)
     bias = _optional(dt_bias, e, live, HAS_DT_BIAS)
+    in_state = used[:, None] & live[None, :]
     state = tl.zeros([NP, e.shape[0]], tl.float32)
+    if HAS_STATE:
+        state = tl.load((first + e)[None, :] + n[:, None] * STRIDE_INNER, mask=in_state, other=0.0)
     for start in range(0, num_tokens, STEPS):
         if SAVE:  # noqa: SIM102  (the outer condition is known to the compiler)
             if (start % CHUNK == 0) & (start > 0):
                 place = group_rows(states, e, (start // CHUNK - 1) * N, 0, STRIDE_INNER, False)
-                mask = used[:, None] & live[None, :]
-                tl.store(place[None, :] + n[:, None] * STRIDE_INNER, state, mask=mask)
+                tl.store(place[None, :] + n[:, None] * STRIDE_INNER, state, mask=in_state)
         us = load_rows(u, e, live, start, num_tokens, STRIDE_U, 0, STEPS, REVERSE)
         raws = load_rows(delta, e, live, start, num_tokens, STRIDE_DELTA, 0, STEPS, REVERSE)
         Bs = load_vectors(B, n, used, start, num_tokens, STRIDE_B, STEPS, REVERSE)
@@ -99,11 +101,13 @@ def _forward_direction(
                     y *= silu(gates[k])
             row = step_row(out_group, k, STRIDE_OUT, REVERSE)
             tl.store(row, y.to(out.dtype.element_ty), mask=live & inside)
+    if HAS_STATE:
+        tl.store((last + e)[None, :] + n[:, None] * STRIDE_INNER, state, mask=in_state)
 
 
 @triton.jit(do_not_specialize=["zero"])
 def scan_forward_kernel(
-    u, z, out, states, delta, B, C, A0, A1, D0, D1, dt_bias0, dt_bias1,
+    u, z, out, states, first, last, delta, B, C, A0, A1, D0, D1, dt_bias0, dt_bias1,
     stride_u_image, stride_z_image, stride_out_image, stride_delta_image, stride_B_image, stride_C_image,
     stride_u_direction, stride_delta_direction, stride_BC_direction,
     batch, num_tokens, num_inner, num_chunks, zero, scale,
@@ -113,8 +117,12 @@ def scan_forward_kernel(
     CHUNK: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
 ):  # fmt: skip
-    """Directions FIRST..LAST (0 forward, 1 reverse) of one image and BE channels, one after the other."""
+    """Directions FIRST..LAST (0 forward, 1 reverse) of one image and BE channels, one after the other.
+
+    If HAS_STATE, there is one direction, which begins with the state `first` (B, N, E) and leaves `last`.
+    """
     # `zero` hides from the compiler that rows are aligned: loading vectors of channels would give a
     # thread the states of all of them, and the layouts of rows and states would differ.
     e = tl.program_id(0) * BE + tl.arange(0, BE) + zero
@@ -128,6 +136,8 @@ def scan_forward_kernel(
             z + image * stride_z_image,
             out + image * stride_out_image,
             states + ((d - FIRST) * batch + image) * (num_chunks - 1) * N * num_inner,
+            first + image * N * num_inner,
+            last + image * N * num_inner,
             delta + (d - FIRST) * stride_delta_direction + image * stride_delta_image,
             B + (d - FIRST) * stride_BC_direction + image * stride_B_image,
             C + (d - FIRST) * stride_BC_direction + image * stride_C_image,
@@ -135,13 +145,13 @@ def scan_forward_kernel(
             num_tokens, num_inner, e, live, scale,
             STRIDE_U, STRIDE_Z, STRIDE_OUT, STRIDE_DELTA, STRIDE_B, STRIDE_C, STRIDE_INNER,
             N, NP, STEPS, CHUNK,
-            d == 1, SOFTPLUS, FROM_LOG, HAS_D, HAS_Z, HAS_DT_BIAS, SAVE, d > FIRST, d == LAST,
+            d == 1, SOFTPLUS, FROM_LOG, HAS_D, HAS_Z, HAS_DT_BIAS, SAVE, HAS_STATE, d > FIRST, d == LAST,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_direction(
-    grad, u, states, scratch, delta, B, C, A, D, dt_bias,
+    grad, u, states, first, grad_last, grad_first, scratch, delta, B, C, A, D, dt_bias,
     grad_u, grad_delta, y_out, partial_BC, partial_A, partial_D, partial_bias,
     num_tokens, num_inner, num_chunks, e, e_local, live,
     STRIDE_GRAD: tl.constexpr, STRIDE_U: tl.constexpr, STRIDE_DELTA: tl.constexpr, STRIDE_B: tl.constexpr,
@@ -151,6 +161,7 @@ def _backward_direction(
     NEED_U: tl.constexpr,
     NEED_DELTA: tl.constexpr, NEED_A: tl.constexpr, NEED_BC: tl.constexpr, NEED_D: tl.constexpr,
     NEED_Y: tl.constexpr, NEED_BIAS: tl.constexpr, DOT: tl.constexpr, DOT_TYPE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, NP)
     used = below(n, N, N == NP)
@@ -163,6 +174,8 @@ def _backward_direction(
     skip = _optional(D, e, live, HAS_D)
     bias = _optional(dt_bias, e, live, HAS_DT_BIAS)
     carry = tl.zeros([NP, BE], tl.float32)
+    if HAS_STATE:
+        carry = tl.load((grad_last + e)[None, :] + n[:, None] * STRIDE_INNER, mask=in_state, other=0.0)
     if NEED_A:
         sum_A = tl.zeros([NP, BE], tl.float32)
     sum_D = tl.zeros([BE], tl.float32)
@@ -174,6 +187,9 @@ def _backward_direction(
         place = group_rows(states, e, (chunk - 1) * N, 0, STRIDE_INNER, False)
         saved = in_state & exists(chunk - 1, num_chunks, live)[None, :]
         state = tl.load(place[None, :] + n[:, None] * STRIDE_INNER, mask=saved, other=0.0)
+        if HAS_STATE:  # noqa: SIM102
+            if chunk == 0:
+                state = tl.load((first + e)[None, :] + n[:, None] * STRIDE_INNER, mask=in_state, other=0.0)
         if NUM_SUBS > 1:
             for sub in range(NUM_SUBS - 1):
                 start = chunk * CHUNK + sub * SUB
@@ -256,6 +272,8 @@ def _backward_direction(
                 t = token(step, num_tokens, REVERSE)
                 row = partial_BC + t[:, None] * 2 * NP + (index // SUB)[:, None] * NP + n[None, :]
                 tl.store(row, sums, mask=((index < 2 * SUB) & (step < num_tokens))[:, None])
+    if HAS_STATE:
+        tl.store((grad_first + e)[None, :] + n[:, None] * STRIDE_INNER, carry, mask=in_state)
     if NEED_A:
         tl.store((partial_A + e)[None, :] + n[:, None] * STRIDE_INNER, sum_A, mask=in_state)
     if NEED_D:
@@ -266,7 +284,7 @@ def _backward_direction(
 
 @triton.jit(do_not_specialize=["zero"])
 def scan_backward_kernel(
-    grad, u, states, scratch, delta, B, C, A0, A1, D0, D1, dt_bias0, dt_bias1,
+    grad, u, states, first, grad_last, grad_first, scratch, delta, B, C, A0, A1, D0, D1, dt_bias0, dt_bias1,
     grad_u, grad_delta, y_out, partial_BC, partial_A, partial_D, partial_bias,
     stride_grad_image, stride_u_image, stride_delta_image, stride_B_image, stride_C_image,
     stride_u_direction, stride_delta_direction, stride_BC_direction,
@@ -278,11 +296,12 @@ def scan_backward_kernel(
     FROM_LOG: tl.constexpr, HAS_D: tl.constexpr, HAS_DT_BIAS: tl.constexpr, NEED_U: tl.constexpr,
     NEED_DELTA: tl.constexpr,
     NEED_A: tl.constexpr, NEED_BC: tl.constexpr, NEED_D: tl.constexpr, NEED_Y: tl.constexpr,
-    NEED_BIAS: tl.constexpr, DOT: tl.constexpr, DOT_TYPE: tl.constexpr,
+    NEED_BIAS: tl.constexpr, DOT: tl.constexpr, DOT_TYPE: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
     """One image, BE channels and one direction. `grad` is that of y, before the gate. `grad_u`, `grad_delta`,
     `y_out`: (directions, B, L, E) contiguous; `partial_BC`: (directions, channel blocks, B, L, 2 NP);
-    `partial_A` (directions, B, N, E), `partial_D`, `partial_bias` (directions, B, E)."""
+    `partial_A` (directions, B, N, E), `partial_D`, `partial_bias` (directions, B, E). If HAS_STATE, there is
+    one direction, which begins with `first`; `grad_last`, `grad_first` are gradients of states (B, N, E)."""
     block = tl.program_id(0)
     e_local = tl.arange(0, BE) + zero  # `scan_forward_kernel` says why zero is added.
     e = block * BE + e_local
@@ -309,11 +328,12 @@ def scan_backward_kernel(
     for direction in tl.static_range(FIRST, LAST + 1):
         if d + FIRST == direction:
             _backward_direction(
-                grad, u, states, scratch, delta, B, C,
+                grad, u, states, first + image * N * num_inner, grad_last + image * N * num_inner,
+                grad_first + image * N * num_inner, scratch, delta, B, C,
                 A1 if direction else A0, D1 if direction else D0, dt_bias1 if direction else dt_bias0,
                 grad_u, grad_delta, y_out, partial_BC, partial_A, partial_D, partial_bias,
                 num_tokens, num_inner, num_chunks, e, e_local, live,
                 STRIDE_GRAD, STRIDE_U, STRIDE_DELTA, STRIDE_B, STRIDE_C, STRIDE_INNER, N, NP, BE, SUB, CHUNK,
                 direction == 1, SOFTPLUS, SLOPE, FROM_LOG, HAS_D, HAS_DT_BIAS, NEED_U, NEED_DELTA, NEED_A,
-                NEED_BC, NEED_D, NEED_Y, NEED_BIAS, DOT, DOT_TYPE,
+                NEED_BC, NEED_D, NEED_Y, NEED_BIAS, DOT, DOT_TYPE, HAS_STATE,
             )  # fmt: skip
