@@ -29,14 +29,14 @@ class BrokenScan(EagerScan):
         self.fault = fault
 
     def forward(self, *arguments):
-        out, states = super().forward(*arguments)
+        out, states, last = super().forward(*arguments)
         if self.fault == "output":
             out = out * 1.001
         elif self.fault == "nan":
             out[0, 0, 0] = torch.nan
         elif self.fault == "raises":
             raise RuntimeError("illegal instruction")
-        return out, states
+        return out, states, last
 
     def backward(self, *arguments):
         gradients = list(super().backward(*arguments))
@@ -160,7 +160,7 @@ def test_advice_on_a_machine_with_a_gpu(monkeypatch, packages, nvcc):
     assert ("needs nvcc" in advice) == ("mamba-ssm" not in packages and nvcc is None)
 
 
-def test_a_backend_of_a_users_own_says_what_it_needs():
+def test_a_backend_of_a_users_own_says_what_it_needs(backends):
     class Mine(Backend):
         name = "mine"
         summary = "mine"
@@ -172,7 +172,7 @@ def test_a_backend_of_a_users_own_says_what_it_needs():
         def advice(self):
             return ["mine needs my-kernels:\n    pip install my-kernels"]
 
-    ops.register_backend(Mine())
+    backends(Mine())
     assert ("my-kernels", "not installed (optional)") in doctor.environment()
     assert doctor.install_advice()[-1] == "mine needs my-kernels:\n    pip install my-kernels"
 
