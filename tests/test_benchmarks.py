@@ -26,6 +26,14 @@ from step_cases import METHODS, VIT, Case, StepRunner, build_model  # noqa: E402
 from step_tables import growth_table, ratio_table, roofline_table, size_table  # noqa: E402
 from workers import Worker, WorkerFailed  # noqa: E402
 
+
+@pytest.fixture(autouse=True)
+def own_choice_of_a_backend():
+    """The benchmark chooses one for its process, which here is that of all tests."""
+    yield
+    ops.set_backend("auto")
+
+
 # --- counts -------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Operations of Vision Mamba behind one dispatch.
 
-Each operation has a file: `scan.py`, `convolution.py`, `mixer.py`, `norm.py`, `block_product.py`. Their naive
-definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it likes:
+Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `norm.py`, `block_product.py`.
+Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it likes:
 `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
 
@@ -23,6 +23,7 @@ from vimtune.ops.dispatch import (
 from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
+from vimtune.ops.ssd import ssd, ssd_step
 
 for _path in OWN.values():
     _module, _, _class = _path.rpartition(".")
@@ -47,6 +48,8 @@ __all__ = [
     "scan_step",
     "selective_scan",
     "set_backend",
+    "ssd",
+    "ssd_step",
     "stateful_scan",
     "use_backend",
     "with_chosen_backend",

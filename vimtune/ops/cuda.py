@@ -24,10 +24,15 @@ from vimtune.ops import reference
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.scan import NUM_INPUTS, ScanInputs, ScanKernels, ScanOptions
+from vimtune.ops.ssd import SsdInputs, SsdKernels, SsdOptions
 from vimtune.utils import installed_version
 
 MAX_STATES = 256
 """Most states that the scan of mamba-ssm has."""
+SSD_MODULE = "mamba_ssm.ops.triton.ssd_combined"
+"""Module of mamba-ssm with the scan of Mamba-2."""
+SSD_CHUNK = 256
+"""Tokens of a chunk of that scan, as in the published models."""
 TOLERANCE = 1e-3
 """Largest error in the self-test relative to the largest value, fp32; the kernels use fast exponentials."""
 
@@ -128,13 +133,31 @@ class CudaConvolution(ConvKernels):
         return _wanted((_from_columns(grad_x, options.reverse), grad_weight, grad_bias), inputs, needs)
 
 
+class CudaSsd(SsdKernels):
+    """The scan of Mamba-2 of mamba-ssm, which is written in Triton and differentiable by itself."""
+
+    def refusals(self, inputs: SsdInputs) -> list[str]:
+        return _dtype_refusals(inputs.x) or _ssd_errors()
+
+    def run(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
+        x, dt, A, B, C, D, dt_bias, state = inputs
+        combined = importlib.import_module(SSD_MODULE)
+        out, last = combined.mamba_chunk_scan_combined(
+            x, dt, A.float(), B.to(x.dtype), C.to(x.dtype), SSD_CHUNK,
+            D=None if D is None else D.float(), dt_bias=None if dt_bias is None else dt_bias.float(),
+            initial_states=None if state is None else state.to(x.dtype),
+            dt_softplus=options.dt_softplus, dt_limit=options.dt_limit, return_final_states=True,
+        )  # fmt: skip
+        return out, last.float()
+
+
 class CudaBackend(Backend):
     """Compiled kernels of other projects, where they are installed."""
 
     name = "cuda"
     summary = "mamba-ssm and causal-conv1d"
     packages = ("mamba-ssm", "causal-conv1d")
-    kernels = (CudaScan(), CudaConvolution())
+    kernels = (CudaScan(), CudaConvolution(), CudaSsd())
 
     def refusals(self, device: torch.device) -> list[str]:
         reasons = _import_errors()
@@ -204,6 +227,16 @@ def _import_errors() -> list[str]:
 
 
 @cache
+def _ssd_errors() -> list[str]:
+    """Why mamba-ssm's scan of Mamba-2 cannot be used; empty if it can."""
+    try:
+        importlib.import_module(SSD_MODULE)
+    except (ImportError, OSError, RuntimeError) as error:
+        return [f"mamba-ssm's scan of Mamba-2 is not usable: {type(error).__name__}: {error}"]
+    return []
+
+
+@cache
 def _self_test(index: int) -> list[str]:
     """Compare both kernels with the reference, forward and backward; reasons against them if they differ."""
     device = torch.device("cuda", index)
@@ -226,7 +259,7 @@ def _self_test(index: int) -> list[str]:
     conv = ConvInputs(normal(batch, tokens, inner), normal(inner, 4), normal(inner))
     grad = normal(batch, tokens, inner)
     scanning, filtering = ScanOptions(delta_softplus=True, reverse=True), ConvOptions(silu=True, reverse=True)
-    scan_kernels, conv_kernels = CudaBackend.kernels
+    scan_kernels, conv_kernels = CudaScan(), CudaConvolution()
     try:
         out, kept, _ = scan_kernels.forward(scan, scanning, True)
         *gradients, _ = scan_kernels.backward(grad, None, kept, scan, scanning, [True] * len(scan))

@@ -4,7 +4,7 @@ They are what `backend="reference"` computes. The scan is slow on purpose. Each 
 functions, forward and gradients. The inside of a mixer is defined by two of them, see `mixer.composed`.
 
 Shape letters: B batch, L tokens, D width, E inner width, N states, K filter width; of matrices O rows,
-C columns, n blocks of b columns, C = n b.
+C columns, n blocks of b columns, C = n b; of Mamba-2 H heads of width P in G groups.
 """
 
 from __future__ import annotations
@@ -101,6 +101,55 @@ def _scan(
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype), state
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scan of Mamba-2 (Dao & Gu 2024, arXiv 2405.21060, section 3), head by head.
+
+        d_t = min(max(softplus(dt_t + dt_bias), low), high)        for dt_limit = (low, high)
+        s_t = exp(d_t A) s_{t-1} + d_t x_t B_t^T,                  s_{-1} = `state`, zeros if None
+        y_t = s_t C_t + D x_t
+
+    `x`: (B, L, H, P); `dt`: (B, L, H); `A` (negative), `D`, `dt_bias`: (H,); `B`, `C`: (B, L, G, N), for
+    groups of H / G neighbouring heads; `state`: (B, H, P, N). Returns y (B, L, H, P) in the dtype of `x`, and
+    the last state; all arithmetic is fp32 (fp64 for fp64 input).
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    heads, width, states = x.shape[2], x.shape[3], B.shape[3]
+    steps = dt.to(dtype)
+    if dt_bias is not None:
+        steps = steps + dt_bias.to(dtype)
+    if dt_softplus:
+        steps = F.softplus(steps)
+    steps = steps.clamp(*dt_limit)
+    into, out = (tensor.to(dtype).repeat_interleave(heads // B.shape[2], dim=2) for tensor in (B, C))
+    values = x.to(dtype)
+    if state is None:
+        state = torch.zeros(x.shape[0], heads, width, states, dtype=dtype, device=x.device)
+    state = state.to(dtype)
+    outputs = []
+    for t in range(x.shape[1]):
+        d = steps[:, t, :, None, None]
+        state = (
+            torch.exp(d * A.to(dtype)[:, None, None]) * state
+            + d * values[:, t, ..., None] * into[:, t, :, None]
+        )
+        outputs.append((state * out[:, t, :, None]).sum(-1))
+    y = torch.stack(outputs, dim=1) if outputs else values
+    if D is not None:
+        y = y + D.to(dtype)[:, None] * values
+    return y.to(x.dtype), state
 
 
 def causal_conv1d(

@@ -1,0 +1,155 @@
+"""The scan of Mamba-2 in chunks against its definition, which goes token by token."""
+
+import pytest
+import torch
+
+from vimtune import ops
+from vimtune.ops import reference
+from vimtune.ops.ssd import CHUNK
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH, HEADS, WIDTH, STATES = 2, 4, 6, 5
+
+
+def tensors(tokens, groups, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(tokens + groups)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    return {
+        "x": normal(BATCH, tokens, HEADS, WIDTH),
+        "dt": normal(BATCH, tokens, HEADS),
+        "A": -normal(HEADS).exp(),
+        "B": normal(BATCH, tokens, groups, STATES),
+        "C": normal(BATCH, tokens, groups, STATES),
+        "D": normal(HEADS),
+        "dt_bias": normal(HEADS),
+        "state": normal(BATCH, HEADS, WIDTH, STATES),
+    }
+
+
+def results_and_gradients(function, values, **options):
+    leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+    out, last = function(**leaves, **options)
+    torch.manual_seed(0)
+    grads = [torch.randn(tensor.shape, dtype=torch.float64).to(tensor) for tensor in (out, last)]
+    gradients = torch.autograd.grad([out, last], [*leaves.values()], grads, allow_unused=True)
+    return [out, last, *(torch.zeros(1) if gradient is None else gradient for gradient in gradients)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
+def test_results_and_gradients_are_those_of_the_definition(tokens, groups):
+    values = tensors(tokens, groups)
+    expected = results_and_gradients(reference.ssd, values)
+    for found, value in zip(results_and_gradients(ops.ssd, values), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("missing", [(), ("D",), ("dt_bias", "state"), ("D", "dt_bias", "state")])
+@pytest.mark.parametrize("options", [{}, {"dt_softplus": False}, {"dt_limit": (0.1, 0.6)}])
+def test_optional_tensors_and_options(missing, options):
+    values = {name: value for name, value in tensors(9, 2).items() if name not in missing}
+    if options.get("dt_softplus") is False:
+        values["dt"] = values["dt"].abs()
+    expected = results_and_gradients(reference.ssd, values, **options)
+    for found, value in zip(results_and_gradients(ops.ssd, values, **options), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_other_dtypes(dtype, tolerance):
+    values = tensors(CHUNK + 9, 1, dtype)
+    exact = results_and_gradients(reference.ssd, {name: value.double() for name, value in values.items()})
+    found = results_and_gradients(ops.ssd, values)
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    for value, other in zip(found, exact, strict=True):
+        scale = other.abs().max().item()
+        assert (value.double() - other).abs().max().item() <= tolerance * scale
+
+
+def test_parts_are_the_whole_and_so_are_single_tokens():
+    values = tensors(CHUNK + 11, 2)
+    whole, last = ops.ssd(**values)
+    state, outputs = values["state"], []
+    for part in (slice(0, 3), slice(3, CHUNK + 5)):
+        own = {name: values[name][:, part] for name in ("x", "dt", "B", "C")}
+        out, state = ops.ssd(**{**values, **own, "state": state})
+        outputs.append(out)
+    for t in range(CHUNK + 5, CHUNK + 11):
+        own = {name: values[name][:, t] for name in ("x", "dt", "B", "C")}
+        out, state = ops.ssd_step(
+            **{**values, **own, "state": state}, dt_softplus=True, dt_limit=(0.0, float("inf"))
+        )
+        outputs.append(out[:, None])
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state, last, rtol=1e-9, atol=1e-9)
+
+
+def test_time_steps_of_zero_leave_the_state_alone():
+    values = {name: value for name, value in tensors(12, 1).items() if name != "dt_bias"}
+    values["dt"] = values["dt"].abs()
+    values["dt"][:, 7:] = 0
+    _, last = ops.ssd(**values, dt_softplus=False)
+    own = {name: values[name][:, :7] for name in ("x", "dt", "B", "C")}
+    torch.testing.assert_close(last, ops.ssd(**{**values, **own}, dt_softplus=False)[1])
+
+
+def test_no_tokens_at_all():
+    values = tensors(0, 1)
+    for backend in ("auto", "reference"):
+        out, last = ops.ssd(**values, backend=backend)
+        assert out.shape == (BATCH, 0, HEADS, WIDTH)
+        torch.testing.assert_close(last, values["state"])
+
+
+def test_it_is_one_graph_for_the_compiler():
+    values = tensors(9, 2, torch.float32)
+    compiled = torch.compile(ops.ssd, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**values), ops.ssd(**values))
+
+
+def test_long_fading_does_not_overflow():
+    """Decays within a chunk are differences of sums, of which the masked ones are large and positive."""
+    values = tensors(CHUNK, 1, torch.float32)
+    values["A"] = torch.full_like(values["A"], -50.0)
+    for tensor in results_and_gradients(ops.ssd, values):
+        assert torch.isfinite(tensor).all()
+
+
+def test_tensors_that_do_not_fit_are_named():
+    values = tensors(4, 1)
+    with pytest.raises(ValueError, match=r"A is \(3,\), expected \(4,\)"):
+        ops.ssd(**{**values, "A": values["A"][:3]})
+    with pytest.raises(ValueError, match="where G divides H"):
+        ops.ssd(**{**values, "B": torch.zeros(BATCH, 4, 3, STATES)})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_of_mamba_ssm(dtype):
+    pytest.importorskip("mamba_ssm")
+    if "cuda" not in {row.name for row in ops.backend_report("cuda") if row.available}:
+        pytest.skip("the backend cuda is not available here")
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    values = {
+        "x": normal(2, 300, 8, 64),
+        "dt": normal(2, 300, 8),
+        "A": -normal(8).float().exp(),
+        "B": normal(2, 300, 1, 128) / 8,
+        "C": normal(2, 300, 1, 128) / 8,
+        "D": normal(8).float(),
+        "dt_bias": normal(8).float() - 2,
+        "state": normal(2, 8, 64, 128).float(),
+    }
+    exact = results_and_gradients(reference.ssd, {name: value.double() for name, value in values.items()})
+    for backend in ("cuda", "torch"):
+        found = results_and_gradients(ops.ssd, values, backend=backend)
+        for value, other in zip(found, exact, strict=True):
+            scale = other.abs().max().item()
+            assert (value.double() - other).abs().max().item() <= 5e-2 * scale, backend
