@@ -1,8 +1,8 @@
 """Operations of Vision Mamba behind one dispatch.
 
 Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `norm.py`, `block_product.py`.
-Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it likes:
-`cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
+Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
+likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
 
 from importlib import import_module
