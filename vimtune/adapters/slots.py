@@ -252,6 +252,12 @@ def _update_class(module: nn.Module) -> None:
     module.__class__ = base
 
 
+def change_class(module: nn.Module, base: type[nn.Module]) -> None:
+    """Give a module another class without rules; the rules that it has act on the new class."""
+    module.__class__ = base
+    _update_class(module)
+
+
 def is_factor(module: nn.Module, parameter: str) -> bool:
     """Whether `module`, called, multiplies by the effective value of this parameter and no more."""
     return parameter == "weight" and plain_class(module).forward is nn.Linear.forward
