@@ -279,6 +279,15 @@ def attach(module: nn.Module, name: str, adapter: str, rule: Rule) -> None:
     _update_class(module)
 
 
+def share(module: nn.Module, name: str, slot: Slot) -> None:
+    """Give `module`, one parameter of which is that of another module, the slot of the parameter there: the
+    rules of tied weights are one."""
+    if not has_rules(module):
+        module.add_module(SLOTS, nn.ModuleDict())
+    slots_of(module)[name] = slot
+    _update_class(module)
+
+
 def device_of(module: nn.Module, name: str) -> torch.device | None:
     """Where a parameter lies, or the first parameter of a module for its calls; None for a module without
     any."""
@@ -334,10 +343,16 @@ def _adapted_below(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterat
 
 
 def iter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]]:
-    """(path of the owner, owner, name of the parameter or call, slot) of every point with rules."""
+    """(path of the owner, owner, name of the parameter or call, slot) of every point with rules.
+
+    A parameter that modules share is one point, at its first place.
+    """
+    seen: set[Slot] = set()
     for path, module in adapted_modules(model):
         for name, slot in slots_of(module).items():
-            yield path, module, name, slot
+            if slot not in seen:
+                seen.add(slot)
+                yield path, module, name, slot
 
 
 def iter_weight_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightSlot]]:

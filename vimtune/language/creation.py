@@ -130,7 +130,7 @@ def read_config(place: Path, changes: Mapping[str, Any]) -> Config:
     shown = printable(str(path))
     try:
         text = read_regular_file(path, schema.MAX_TEXT_BYTES).decode("utf-8")
-        values = json.loads(text)  # unlike our own files, some of them have Infinity among their values
+        values = json.loads(text, object_hook=_special_float)
     except OSError as error:
         raise ValueError(
             f"{shown} cannot be read ({error.strerror}): the weights of a language model need it beside them"
@@ -138,6 +138,11 @@ def read_config(place: Path, changes: Mapping[str, Any]) -> Config:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{shown} is not valid JSON: {error}") from error
     return config_of_file(values, changes, shown)
+
+
+def _special_float(values: dict[str, Any]) -> Any:
+    """A number that is not finite in the form in which transformers writes it, {"__float__": "Infinity"}."""
+    return float(str(values["__float__"])) if values.keys() == {"__float__"} else values
 
 
 def _build(config: Config, device: torch.device | str | None, place: Path | None) -> LanguageModel:
