@@ -6,13 +6,13 @@ fields of `mamba_ssm.models.config_mamba.MambaConfig` instead. Both may come fro
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le
 from transformers import Mamba2Config, MambaConfig
+from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
 
 from vimtune import schema
 from vimtune.language.registry import BYTE_VOCABULARY, Family, LanguageModelEntry, mamba2_heads
@@ -32,11 +32,8 @@ Layers = Annotated[int, Ge(1), Le(4096)]
 Vocabulary = Annotated[int, Ge(1), Le(2**24)]
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(TypedDict, total=False):
     """Ranges of what determines how large a model is; within them no file can ask for endless work."""
-
-    __pydantic_config__: ClassVar[Any] = schema.STRICT
 
     hidden_size: Width
     num_hidden_layers: Layers
@@ -44,11 +41,14 @@ class Sizes:
     state_size: Width
     expand: Annotated[int, Ge(1), Le(64)]
     conv_kernel: Annotated[int, Ge(1), Le(64)]
-    time_step_rank: Width
-    num_heads: Width = 1
-    head_dim: Width = 1
-    n_groups: Width = 1
-    chunk_size: Width = 1
+    time_step_rank: Width | Literal["auto"]
+    num_heads: Width
+    head_dim: Width
+    n_groups: Width
+    chunk_size: Width
+
+
+Sizes.__pydantic_config__ = schema.STRICT  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,11 @@ def config_of_file(values: Any, changes: Mapping[str, Any], what: str) -> Config
 
 
 def make_config(values: Any, changes: Mapping[str, Any], what: str) -> Config:
-    """transformers' configuration of checked values."""
+    """transformers' configuration of values that nobody has checked, with changes.
+
+    Raises:
+        ValueError: another architecture, a value out of range, or a change of a field that there is not.
+    """
     family = values.get("model_type") if isinstance(values, dict) else None
     if family not in CONFIGS:
         found = "has no model_type" if family is None else f"is for a model of type {quote(family)}"
@@ -141,14 +145,13 @@ def make_config(values: Any, changes: Mapping[str, Any], what: str) -> Config:
     for key in changes:
         if key not in known:
             raise ValueError(f"{what}: {family} has no option {quote(key)}.{suggest(key, known)}")
+    values = {**values, **changes}
+    schema.check(Sizes, {name: values[name] for name in Sizes.__annotations__ if name in values}, what)
     try:
-        config = CONFIGS[family].from_dict({**values, **changes})
+        config: Config = CONFIGS[family].from_dict(values)
     except Exception as error:  # whatever transformers' validation raises: classes of several packages
         reason = " ".join(str(error).split())
         raise ValueError(f"{what} is no configuration of {family}: {quote(reason)}") from error
-    names = [item.name for item in dataclasses.fields(Sizes)]
-    sizes = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    schema.check(Sizes, sizes, what)
     return config
 
 

@@ -50,7 +50,7 @@ _MAMBA = (
 # The same of Mamba-2 (Dao & Gu 2024, appendix D), published in the original layout.
 _MAMBA2 = (
     ("mamba2-130m", "129 M", 768, 24, "state-spaces/mamba2-130m"),
-    ("mamba2-370m", "369 M", 1024, 48, "state-spaces/mamba2-370m"),
+    ("mamba2-370m", "368 M", 1024, 48, "state-spaces/mamba2-370m"),
     ("mamba2-780m", "780 M", 1536, 48, "state-spaces/mamba2-780m"),
     ("mamba2-1.3b", "1.3 B", 2048, 48, "state-spaces/mamba2-1.3b"),
     ("mamba2-2.7b", "2.7 B", 2560, 64, "state-spaces/mamba2-2.7b"),
