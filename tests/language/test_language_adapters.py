@@ -61,7 +61,7 @@ def adapt(model, method, targets):
 
 
 def ways(model):
-    """Logits of the same tokens in every way: training, evaluation, and prefill with single tokens behind it."""
+    """Logits of the same tokens in training, in evaluation, and in prefill with single tokens behind it."""
     ids = tokens(2, 9)
     found = {"training": model.train()(ids, use_cache=False).logits}
     with torch.no_grad():

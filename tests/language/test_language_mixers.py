@@ -87,7 +87,8 @@ def test_gradients_pass_through_the_cache(family):
 
 @family_wise
 @pytest.mark.parametrize(
-    "how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"num_beams": 2, "num_return_sequences": 2}]
+    "how",
+    [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"num_beams": 2, "num_return_sequences": 2}],
 )
 def test_generate(family, how):
     slow, fast = both_models(family)
@@ -120,7 +121,7 @@ def test_padding_never_enters_a_state(family):
 @family_wise
 @torch.no_grad()
 def test_padding_between_chunks(family):
-    """Prompts of different lengths in several chunks, each padded on the right, with the mask of all of it."""
+    """Prompts of different lengths in chunks that are padded on the right, with the mask of all of them."""
     _, model = both_models(family)
     first, second = tokens(2, 6), tokens(2, 5) % 9 + 1
     mask = torch.ones(2, 11, dtype=torch.long)
@@ -151,7 +152,7 @@ def test_bfloat16(family):
     fast = copy.deepcopy(fast).to(torch.bfloat16)
     with torch.no_grad():
         close(fast(tokens()).logits.log_softmax(-1), expected, rtol=0.05, atol=0.15)
-        logits, cache = cached(fast, tokens()[:, :-1])
+        _, cache = cached(fast, tokens()[:, :-1])
         close(cached(fast, tokens()[:, -1:], cache)[0], fast(tokens()).logits[:, -1:], rtol=0.05, atol=0.1)
     assert all(gradient.isfinite().all() for gradient in gradients(fast).values())
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from annotated_types import Ge, Le
-from transformers import Mamba2Config, MambaConfig
+from transformers import Mamba2Config, MambaConfig, PreTrainedConfig
 from typing_extensions import TypedDict  # typing's own is not enough for pydantic before Python 3.12
 
 from vimtune import schema
@@ -19,9 +19,7 @@ from vimtune.language.registry import BYTE_VOCABULARY, Family, LanguageModelEntr
 from vimtune.text import quote
 from vimtune.utils import suggest
 
-Config = MambaConfig | Mamba2Config
-
-CONFIGS: dict[str, type[Config]] = {"mamba": MambaConfig, "mamba2": Mamba2Config}
+CONFIGS: dict[str, Any] = {"mamba": MambaConfig, "mamba2": Mamba2Config}
 """transformers' classes by family."""
 
 END_OF_TEXT = 0
@@ -102,7 +100,7 @@ class OriginalConfig:
     tie_embeddings: bool = True
 
 
-def config_of_entry(entry: LanguageModelEntry, changes: Mapping[str, Any]) -> Config:
+def config_of_entry(entry: LanguageModelEntry, changes: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration of a model of the table, with changes.
 
     Raises:
@@ -114,7 +112,7 @@ def config_of_entry(entry: LanguageModelEntry, changes: Mapping[str, Any]) -> Co
     )
 
 
-def config_of_file(values: Any, changes: Mapping[str, Any], what: str) -> Config:
+def config_of_file(values: Any, changes: Mapping[str, Any], what: str) -> PreTrainedConfig:
     """The configuration that a `config.json` states, with changes.
 
     Args:
@@ -131,7 +129,7 @@ def config_of_file(values: Any, changes: Mapping[str, Any], what: str) -> Config
     return make_config(values, changes, what)
 
 
-def make_config(values: Any, changes: Mapping[str, Any], what: str) -> Config:
+def make_config(values: Any, changes: Mapping[str, Any], what: str) -> PreTrainedConfig:
     """transformers' configuration of values that nobody has checked, with changes.
 
     Raises:
@@ -148,7 +146,7 @@ def make_config(values: Any, changes: Mapping[str, Any], what: str) -> Config:
     values = {**values, **changes}
     schema.check(Sizes, {name: values[name] for name in Sizes.__annotations__ if name in values}, what)
     try:
-        config: Config = CONFIGS[family].from_dict(values)
+        config: PreTrainedConfig = CONFIGS[family].from_dict(values)
     except Exception as error:  # whatever transformers' validation raises: classes of several packages
         reason = " ".join(str(error).split())
         raise ValueError(f"{what} is no configuration of {family}: {quote(reason)}") from error

@@ -10,11 +10,17 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor, nn
-from transformers import GenerationConfig, Mamba2ForCausalLM, MambaForCausalLM
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    Mamba2ForCausalLM,
+    MambaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from vimtune import schema
-from vimtune.language.configuration import Config, config_of_entry, config_of_file
+from vimtune.language.configuration import config_of_entry, config_of_file
 from vimtune.language.mixers import accelerate
 from vimtune.language.registry import LANGUAGE_MODELS
 from vimtune.models.checkpoint import (
@@ -27,9 +33,7 @@ from vimtune.models.checkpoint import (
 from vimtune.text import printable, quote
 from vimtune.utils import read_regular_file, suggest
 
-LanguageModel = MambaForCausalLM | Mamba2ForCausalLM
-
-MODELS: dict[str, type[LanguageModel]] = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
+MODELS: dict[str, Any] = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
 """transformers' classes by family."""
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pt")
@@ -45,7 +49,7 @@ def create_language_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **config_changes: Any,
-) -> LanguageModel:
+) -> PreTrainedModel:
     """Create a Mamba or Mamba-2 language model of transformers, its mixers running on `vimtune.ops`.
 
     Args:
@@ -120,7 +124,7 @@ def download(hub_id: str, weights: bool = True) -> Path:
     raise ValueError(f"repository {quote(hub_id)} has no weights ({' or '.join(WEIGHT_FILES)})")
 
 
-def read_config(place: Path, changes: Mapping[str, Any]) -> Config:
+def read_config(place: Path, changes: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration of a folder, or of a file of weights by the config.json beside it.
 
     Raises:
@@ -145,7 +149,9 @@ def _special_float(values: dict[str, Any]) -> Any:
     return float(str(values["__float__"])) if values.keys() == {"__float__"} else values
 
 
-def _build(config: Config, device: torch.device | str | None, place: Path | None) -> LanguageModel:
+def _build(
+    config: PreTrainedConfig, device: torch.device | str | None, place: Path | None
+) -> PreTrainedModel:
     """The model with the weights of `place`, or with random ones."""
     kind = MODELS[config.model_type]
     if place is None:
@@ -158,7 +164,7 @@ def _build(config: Config, device: torch.device | str | None, place: Path | None
     return model.to(device=torch.get_default_device() if device is None else device)
 
 
-def load_weights(model: LanguageModel, place: Path) -> None:
+def load_weights(model: PreTrainedModel, place: Path) -> None:
     """Give a model, which may be on the meta device, the weights of a folder or file, on the CPU.
 
     Raises:
@@ -192,7 +198,7 @@ def _in_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _torn(model: LanguageModel, state: dict[str, Tensor]) -> str | None:
+def _torn(model: PreTrainedModel, state: dict[str, Tensor]) -> str | None:
     """Why a head that the file has cannot be the embedding, as the configuration says; None if it can. The
     head is taken from `state` then, for it is no parameter of its own."""
     embedding = state.get("backbone.embeddings.weight")
@@ -223,13 +229,14 @@ def _files_of_index(index: Path) -> list[Path]:
     text = read_regular_file(index, schema.MAX_TEXT_BYTES).decode("utf-8", "replace")
     values = schema.parse_json(text, what, CheckpointError)
     places = values.get("weight_map") if isinstance(values, dict) else None
-    names = sorted(set(schema.check(dict[str, str], places, f"weight_map of {what}", CheckpointError).values()))
+    files = schema.check(dict[str, str], places, f"weight_map of {what}", CheckpointError)
+    names = sorted(set(files.values()))
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{what} names the file {quote(name)}, which is not beside it")
     return [index.parent / name for name in names]
 
 
-def _read_generation_config(model: nn.Module, place: Path) -> None:
+def _read_generation_config(model: PreTrainedModel, place: Path) -> None:
     if (place / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)

@@ -56,9 +56,7 @@ def sequence_losses(
 
 
 @torch.no_grad()
-def greedy_hits(
-    model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
-) -> Tensor:
+def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
     """Whether each labelled token of a sequence is the likeliest one at its place, (B,).
 
     The arguments are those of `sequence_losses`. True for a sequence without labels.

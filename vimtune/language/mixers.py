@@ -68,7 +68,7 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
 
 
 class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyped
-    """Mixer of a Mamba layer, (B, L, D) to (B, L, D):
+    """Mixer of a Mamba layer, (B, L, D) to (B, L, D).
 
         x, z = in_proj(h)
         u    = SiLU(conv(x));  dt, B, C = x_proj(u)
@@ -143,12 +143,14 @@ class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyp
 
 
 class FastMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]  # transformers is untyped
-    """Mixer of a Mamba-2 layer, (B, L, D) to (B, L, D):
+    """Mixer of a Mamba-2 layer, (B, L, D) to (B, L, D).
 
         z, xBC, dt = in_proj(h)
         x, B, C    = SiLU(conv(xBC))
         y          = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
         out        = out_proj(norm(y * SiLU(z)))
+
+    The norm is gated: it is of the product with SiLU(z), for each group of channels.
     """
 
     backend = "auto"

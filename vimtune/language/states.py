@@ -132,8 +132,8 @@ def chunked_ssd(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-2's scan in matrix products (Dao & Gu 2024, arXiv 2405.21060, section 6, listing 1).
 
-    `x`: (B, L, H, P); `dt`: (B, L, H), positive or 0; `A`, `D`: (H,); `B`, `C`: (B, L, G, N); `state`: the one
-    before the first token (B, H, P, N). Returns (B, L, H, P) in the dtype of `x` and the state after the last
+    `x`: (B, L, H, P); `dt`: (B, L, H), positive or 0; `A`, `D`: (H,); `B`, `C`: (B, L, G, N); `state`: before
+    the first token, (B, H, P, N). Returns (B, L, H, P) in the dtype of `x` and the state after the last
     token in fp32.
     """
     tokens, size = x.shape[1], min(chunk_size, x.shape[1])

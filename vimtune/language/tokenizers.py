@@ -38,8 +38,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             local = path.parent if path.is_file() else path
             if local.is_dir() and not any(local.glob("tokenizer*")):
                 raise ValueError(
-                    f"{printable(str(local))} has no tokenizer.json; the tokenizer of the state-spaces models "
-                    f"is {NEOX_TOKENIZER}"
+                    f"{printable(str(local))} has no tokenizer.json; the tokenizer of the state-spaces "
+                    f"models is {NEOX_TOKENIZER}"
                 )
             tokenizer = AutoTokenizer.from_pretrained(str(local), trust_remote_code=False)
     except ValueError as error:

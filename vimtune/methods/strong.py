@@ -1,5 +1,5 @@
-"""The "Strong" baseline (Halloran et al. 2024, arXiv 2406.00209): LoRA on in_proj, out_proj and x_proj, and on
-the embedding of a language model."""
+"""The "Strong" baseline (Halloran et al. 2024, arXiv 2406.00209): LoRA on in_proj, out_proj and x_proj, and
+on the embedding of a language model."""
 
 from __future__ import annotations
 
