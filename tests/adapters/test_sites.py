@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -12,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import vimtune
-from vimtune.adapters import active_adapter, adapter_parameters, check_gradients
+from vimtune.adapters import active_adapter, adapter_parameters, adapter_state_dict, check_gradients
 from vimtune.fields import options_of
 from vimtune.methods import METHODS
 
@@ -255,9 +257,34 @@ def tied_linears():
 
 def test_tied_weights():
     refused(tied_embedding(), "embed.weight and head.weight are one tensor", "lora", targets="in_proj")
-    refused(tied_linears(), "0.weight and 1.weight are one tensor", "ft", targets="0.weight")
-    refused(tied_linears(), "0.weight and 1.weight are one tensor", "full")
     vimtune.inject(tied_linears(), "ft", targets="2")  # frozen ones may be tied
+
+
+@pytest.mark.parametrize("target", ["0.weight", "1.weight"])
+@pytest.mark.parametrize("reversible", [True, False])
+def test_tied_weights_are_one_site(target, reversible):
+    model, x = tied_linears(), torch.randn(5, 4)
+    plain = model(x)
+    vimtune.inject(model, "lora", targets=target, rank=2)
+    assert vimtune.summary(model).trainable == 16 and len(adapter_state_dict(model)) == 2
+    disturb(model)
+    assert model[0].weight is not model[0]._parameters["weight"]
+    assert torch.equal(model[0].weight, model[1].weight)
+    adapted = copy.deepcopy(model)(x)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    with vimtune.disabled(model):
+        assert torch.equal(model(x), plain)
+    vimtune.inject(model, "ft", targets=target, name="second")
+    vimtune.delete_adapter(model, "second")
+    vimtune.set_adapter(model, "default")
+    vimtune.merge(model, reversible=reversible)
+    assert model[0].weight is model[1].weight and "adapters" not in dict(model[1].named_children())
+    torch.testing.assert_close(model(x), adapted)
+    if reversible:
+        vimtune.adapters.unmerge(model)
+        torch.testing.assert_close(model(x), adapted)
+    vimtune.delete_adapter(model, "default") if reversible else None
+    assert type(model[1]) is nn.Linear
 
 
 def test_one_module_in_two_places_is_one_site():

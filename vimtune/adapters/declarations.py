@@ -97,4 +97,10 @@ declare(
     "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",
     Declaration(_rows_of_mamba2, reads=("out_proj",)),
 )
+# Ours call out_proj, and offer what lies between the projections as a call.
+declare(
+    "vimtune.language.mixers.FastMambaMixer",
+    Declaration(_rows_of_mamba, calls=("scan",), reads=("x_proj", "dt_proj")),
+)
+declare("vimtune.language.mixers.FastMamba2Mixer", Declaration(_rows_of_mamba2, calls=("scan",)))
 declare("timm.layers.attention.Attention", Declaration(_rows_of_attention))

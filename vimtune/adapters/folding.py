@@ -101,7 +101,7 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
     for _, module in adapted_modules(backbone):
         kept.slots.append((module, take_off(module)))
     for path, owner, name, weight in merged:
-        base = _replace(owner, name, weight, keep=reversible)
+        base = _replace(backbone, base_value(owner, name), weight, keep=reversible)
         if reversible:
             kept.weights.append(_Weight(path, owner, name, base, tensor_digest(weight)))
     set_num_classes(backbone, record.num_classes)
@@ -143,8 +143,7 @@ def unmerge(model: Model) -> Model:
             present.copy_(weight.base)
         else:
             weight.base.data = weight.base.data.to(present.device)
-            weight.owner._parameters[weight.name] = weight.base
-            _match_sizes(weight.owner)
+            _exchange(backbone, present, weight.base)
     for module, slots in kept.slots:
         device = next((parameter.device for parameter in module.parameters()), None)
         put_on(module, slots.to(device=device))
@@ -165,22 +164,25 @@ def _refuse_unmergeable(model: nn.Module, record: AdapterRecord) -> None:
                 )
 
 
-def _replace(owner: nn.Module, name: str, weight: Tensor, keep: bool) -> nn.Parameter:
+def _replace(model: nn.Module, base: nn.Parameter, weight: Tensor, keep: bool) -> nn.Parameter:
     """Put a merged value in the place of a parameter; returns the one before, a copy if `keep`."""
-    base = base_value(owner, name)
     if base.shape == weight.shape:
         before = nn.Parameter(base.detach().clone(), requires_grad=base.requires_grad) if keep else base
         base.copy_(weight)
         return before
-    owner._parameters[name] = nn.Parameter(weight, requires_grad=base.requires_grad)
-    _match_sizes(owner)
+    _exchange(model, base, nn.Parameter(weight, requires_grad=base.requires_grad))
     return base
 
 
-def _match_sizes(module: nn.Module) -> None:
-    """Have a linear layer state the sizes that its weight has."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put another parameter in the place of one, wherever modules share it, and have linear layers state the
+    sizes that their weight has."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[name] = new
+                if isinstance(module, nn.Linear):
+                    module.out_features, module.in_features = module.weight.shape
 
 
 def _merged_options(model: nn.Module, record: AdapterRecord) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from vimtune.adapters.sites import (
 )
 from vimtune.adapters.slots import (
     CALL,
+    adapted_modules,
     attach,
     base_parameters,
     base_value,
@@ -203,7 +204,7 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
     """
     name, state = check_name(model, record.name), adapter_state(model)
     paths = [path for paths in record.sites.values() for path in paths]
-    check_sites(model, [*record.head, *paths])
+    check_sites(model, paths, record.head)
     if not record.head and not paths:
         raise ValueError(
             f"method {record.method!r} would train nothing: the model has no head and no target was chosen"
@@ -260,8 +261,10 @@ def lay_down(model: nn.Module, state: AdapterState) -> None:
 
 def _detach_all(model: nn.Module, name: str) -> None:
     """Remove the rules of an adapter wherever it has any."""
-    owners = {id(owner): owner for _, owner, _, slot in iter_slots(model) if name in slot}
-    for owner in owners.values():
+    owners = [
+        owner for _, owner in adapted_modules(model) if any(name in slot for slot in slots_of(owner).values())
+    ]
+    for owner in owners:
         detach(owner, name)
 
 

@@ -54,7 +54,8 @@ class Points:
         parameters: paths of the base parameters, in the model's order.
         rows: named rows by the path of their parameter.
         calls: owner and method of each call, by its path with "()".
-        tied: further paths of parameters that modules share, each with the path that is in `parameters`.
+        tied: further paths of parameters that modules share, each with the path that is in `parameters`; both
+            are names of one point.
     """
 
     def __init__(self, model: nn.Module) -> None:

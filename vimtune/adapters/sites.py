@@ -30,6 +30,7 @@ from vimtune.adapters.slots import (
     base_value,
     has_rules,
     join,
+    share,
     slots_of,
 )
 from vimtune.adapters.targets import Target, short_name, split_targets
@@ -315,6 +316,9 @@ def _attach_rule(
         combined = Nesting([*inner, rule]) if inner else rule  # type: ignore[list-item]
     attach(owner, name, adapter, combined)
     slots_of(owner)[name].active = adapter
+    for path, first in points.tied.items():
+        if first == point.place:
+            share(*find_owner(model, path), slots_of(owner)[name])
 
 
 def _active_rule(owner: nn.Module, name: str, adapter: str) -> Rule | None:
@@ -359,22 +363,28 @@ def _refuse_idle(
         )
 
 
-def check_sites(model: nn.Module, paths: Sequence[str]) -> None:
+def check_sites(model: nn.Module, paths: Sequence[str], head: Sequence[str]) -> None:
     """Refuse parameters that no rule can be attached to.
+
+    Args:
+        model: the backbone.
+        paths: of points.
+        head: paths of the head's parameters, which get values of their own and so cannot be those of another
+            module, too.
 
     Raises:
         ValueError: naming the parameter and the reason.
     """
     places = _places(model)
-    for path in paths:
+    for path in [*head, *paths]:
         point = Point.parse(path)
         if point.is_call:
             continue
         parameter = base_value(*find_owner(model, point.place))
-        if len(places[id(parameter)]) > 1:
+        if path in head and len(places[id(parameter)]) > 1:
             raise ValueError(
-                f"{' and '.join(places[id(parameter)])} are one tensor: with a rule for one of them they "
-                "would come apart. Untie them (give each a copy) or choose other targets"
+                f"{' and '.join(places[id(parameter)])} are one tensor: with a head for each adapter they "
+                "would come apart. Untie them (give each a copy)"
             )
         if reason := _unfit(parameter):
             raise ValueError(f"{path} cannot take a rule: {reason}")

@@ -252,6 +252,12 @@ def _update_class(module: nn.Module) -> None:
     module.__class__ = base
 
 
+def change_class(module: nn.Module, base: type[nn.Module]) -> None:
+    """Give a module another class without rules; the rules that it has act on the new class."""
+    module.__class__ = base
+    _update_class(module)
+
+
 def is_factor(module: nn.Module, parameter: str) -> bool:
     """Whether `module`, called, multiplies by the effective value of this parameter and no more."""
     return parameter == "weight" and plain_class(module).forward is nn.Linear.forward
@@ -270,6 +276,15 @@ def attach(module: nn.Module, name: str, adapter: str, rule: Rule) -> None:
         slots[name] = CallSlot() if name.endswith(CALL) else WeightSlot(module, name)
     rule.to(device=device_of(module, name)).train(module.training)
     slots[name][adapter] = rule
+    _update_class(module)
+
+
+def share(module: nn.Module, name: str, slot: Slot) -> None:
+    """Give `module`, one parameter of which is that of another module, the slot of the parameter there: the
+    rules of tied weights are one."""
+    if not has_rules(module):
+        module.add_module(SLOTS, nn.ModuleDict())
+    slots_of(module)[name] = slot
     _update_class(module)
 
 
@@ -328,10 +343,16 @@ def _adapted_below(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterat
 
 
 def iter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]]:
-    """(path of the owner, owner, name of the parameter or call, slot) of every point with rules."""
+    """(path of the owner, owner, name of the parameter or call, slot) of every point with rules.
+
+    A parameter that modules share is one point, at its first place.
+    """
+    seen: set[Slot] = set()
     for path, module in adapted_modules(model):
         for name, slot in slots_of(module).items():
-            yield path, module, name, slot
+            if slot not in seen:
+                seen.add(slot)
+                yield path, module, name, slot
 
 
 def iter_weight_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, WeightSlot]]:

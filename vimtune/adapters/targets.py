@@ -147,10 +147,10 @@ def split_targets(targets: str | Sequence[str]) -> list[Target]:
 
 def _select(points: Points, target: Target) -> list[str]:
     searched = [*points.parameters, *(points.calls if target.names_calls else ())]
-    places = [path for path in searched if target.selects(path)]
+    tied = {first for path, first in points.tied.items() if target.selects(path)}
+    places = [path for path in searched if target.selects(path) or path in tied]
     if not target.rows:
         if not places:
-            _refuse_tied(points, target)
             raise ValueError(f"unknown target {quote(target.text)}.{_hint(points, target)} {_known(points)}")
         return places
     having = [path for path in places if path in points.rows]
@@ -164,15 +164,6 @@ def _select(points: Points, target: Target) -> list[str]:
                     f"target {quote(target.text)}: {path} has no rows {quote(row)}, it has [{known}]"
                 )
     return [f"{path}[{row}]" for path in having for row in points.rows[path] if row in target.rows]
-
-
-def _refuse_tied(points: Points, target: Target) -> None:
-    for path, first in points.tied.items():
-        if target.selects(path):
-            raise ValueError(
-                f"target {quote(target.text)}: {first} and {path} are one tensor: with a rule for one of "
-                "them they would come apart. Untie them (give each a copy) or choose other targets"
-            )
 
 
 def _in_order(points: Points) -> list[str]:

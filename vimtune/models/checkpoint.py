@@ -281,7 +281,7 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         wanted = {name: parameter for name, parameter in wanted.items() if name not in own_head}
 
-    problems = _mismatches(state, wanted) or unusable(state, wanted)
+    problems = mismatches(state, wanted) or unusable(state, wanted)
     if problems:
         raise CheckpointError(f"{shown} does not fit the model: " + "; ".join(problems))
     note_loading(model, state)
@@ -319,7 +319,9 @@ def unusable(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[
     return []
 
 
-def _mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> list[str]:
+def mismatches(state: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> list[str]:
+    """In what the names and shapes of tensors differ from those of the weights `wanted`."""
+
     def listing(names: list[str]) -> str:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 

@@ -1,0 +1,55 @@
+"""Trainable parameters of the language models in the ProDiaL paper, from configurations alone."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_language import transformers
+
+import vimtune
+from vimtune.adapters import adapter_parameters
+from vimtune.language import create_language_model
+
+assert transformers
+
+# What the table of the paper (arXiv 2411.15224, tables of the language models) says in millions, or None, and
+# the exact number. With ProDiaL the paper leaves out the factors s of the rows in some of its counts.
+COUNTS = [
+    ("mamba-130m", "lora", "both", {"rank": 16}, 2_359_296, "2.36"),
+    ("mamba-130m", "lora", "in_proj", {"rank": 16}, 1_474_560, None),
+    ("mamba-130m", "lora", "out_proj", {"rank": 16}, 884_736, None),
+    ("mamba-130m", "dora", "both", {"rank": 16}, 2_451_456, "2.45"),
+    ("mamba-130m", "strong", None, {"rank": 16}, 3_796_608, "3.80"),
+    ("mamba-130m", "bitfit", None, {}, 73_728, None),
+    ("mamba-130m", "ft", "both", {}, 84_934_656, None),
+    ("mamba-130m", "full", None, {}, 129_135_360, None),
+    ("mamba-130m", "prodial", "both", {"rank": 16, "block_size": 1}, 2_506_752, None),
+    ("mamba-130m", "prodial", "out_proj", {"rank": 16, "block_size": 1}, 940_032, None),
+    ("mamba2-130m", "lora", "both", {"rank": 16}, 2_466_816, "2.47"),
+    ("mamba2-130m", "prodial", "in_proj", {"rank": 8, "block_size": 12}, 1_092_672, None),
+    ("mamba-370m", "lora", "both", {"rank": 16}, 6_291_456, None),
+    ("mamba-1.4b", "lora", "both", {"rank": 16}, 12_582_912, None),
+]
+
+
+def adapted(name, method, targets, options):
+    model = create_language_model(name, pretrained=False, device="meta")
+    return vimtune.inject(model, method, targets=targets, **options)
+
+
+@pytest.mark.parametrize(("name", "method", "targets", "options", "count", "stated"), COUNTS)
+def test_trainable_parameters(name, method, targets, options, count, stated):
+    model = adapted(name, method, targets, options)
+    assert vimtune.summary(model).trainable == count
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+    if stated is not None:
+        assert f"{count / 1e6:.2f}" == stated
+
+
+def test_prodial_as_the_paper_counts_it():
+    """.92 M for out_proj of Mamba-130M has no s; 2.44 M for Mamba-2 130M (both, 64 blocks, rank 8) has it."""
+    model = adapted("mamba-130m", "prodial", "out_proj", {"rank": 16, "block_size": 1})
+    factors = sum(item.parameter.numel() for item in adapter_parameters(model) if "row_scale" in item.name)
+    assert factors == 24 * 768 and f"{(vimtune.summary(model).trainable - factors) / 1e6:.2f}" == "0.92"
+    sizes = {"in_proj": 768 // 64, "out_proj": 1536 // 64}
+    model = adapted("mamba2-130m", "prodial", "both", {"rank": 8, "block_size": sizes})
+    assert vimtune.summary(model).trainable == 2_438_208

@@ -1,0 +1,99 @@
+"""Log-likelihoods of labelled tokens, without holding the logits of all of them at once.
+
+A vocabulary of 50,280 makes 200 KB of fp32 logits for a token, twice that in the backward pass. So the head
+runs on chunks of tokens, of labelled ones alone, and the backward pass computes the logits of a chunk anew.
+
+Shape letters: B batch, L tokens, D width, T labelled tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+"""The label of a token that is not counted, as in torch's cross-entropy."""
+
+CHUNK_TOKENS = 1024
+"""Tokens whose logits are held at once; 200 MB of them in fp32 at a vocabulary of 50,280."""
+
+
+def sequence_losses(
+    model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+) -> Tensor:
+    """Minus the log-likelihood of the labelled tokens of each sequence, summed.
+
+    A token is predicted from those before it, so the first one is never counted. Padding stands on the right,
+    where nothing that counts can see it, and has no labels.
+
+    Args:
+        model: a language model of transformers: a `backbone` that gives hidden states, and an `lm_head`.
+        input_ids: (B, L).
+        labels: (B, L), the tokens to be predicted at their own places, -100 where none is counted.
+        chunk_tokens: tokens whose logits are held at once.
+
+    Returns:
+        (B,) in fp32, differentiable.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    rows, hidden, wanted = _labelled(model, input_ids, labels)
+    parts = []
+    for part in _chunks(len(wanted), chunk_tokens):
+        chunk = (model.lm_head, hidden[part], wanted[part])
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_token_losses, *chunk, use_reentrant=False))
+        else:
+            parts.append(_token_losses(*chunk))
+    sums = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
+    return sums.index_add(0, rows, torch.cat(parts)) if parts else sums
+
+
+@torch.no_grad()
+def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+    """Whether each labelled token of a sequence is the likeliest one at its place, (B,).
+
+    The arguments are those of `sequence_losses`. True for a sequence without labels.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    rows, hidden, wanted = _labelled(model, input_ids, labels)
+    misses = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+    for part in _chunks(len(wanted), chunk_tokens):
+        best = _logits(model.lm_head, hidden[part]).argmax(-1)
+        misses.index_add_(0, rows[part], (best != wanted[part]).long())
+    return misses == 0
+
+
+def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row (T,), hidden state that predicts it (T, D) and label (T,) of all labelled tokens."""
+    if input_ids.dim() != 2 or input_ids.shape != labels.shape:
+        raise ValueError(
+            f"input_ids and labels must both be (B, L); got {tuple(input_ids.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    hidden = model.backbone(input_ids, use_cache=False)[0]
+    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return rows, hidden[rows, places], labels[rows, places + 1]
+
+
+def _chunks(tokens: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+def _logits(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits (T, V) in fp32 of hidden states (T, D). The head is called, so that whatever surrounds it
+    acts."""
+    logits: Tensor = head(hidden.to(head.weight.dtype))  # type: ignore[arg-type]  # a linear layer
+    return logits.float()
+
+
+def _token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(_logits(head, hidden), labels, reduction="none")

@@ -1,0 +1,290 @@
+"""The mixers of transformers' Mamba and Mamba-2 models, computed by our operations.
+
+Each is a subclass of transformers' own mixer with another `forward`; `accelerate` exchanges the classes of
+a model's mixers and nothing else. Parameters, keys, configuration, cache and everything around the mixers
+stay transformers'. The cache of a layer holds the last K inputs of its convolution (B, channels, K) and the
+state of its scan, for Mamba (B, E, N), for Mamba-2 (B, H, P, N).
+
+Every weight is read through its module at each call, so that rules of adapters (`vimtune.adapters`) act in
+training, evaluation, prefill and cached decoding alike. Padding never enters a state: at masked tokens the
+input of the scan and its time step are 0, and the cache keeps the last real inputs of the convolution.
+
+Shape letters: B batch, L tokens, D width, E inner width, N states, R dt rank, K filter width; of Mamba-2
+H heads, P channels of a head (E = H P), G groups.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.models.mamba.modeling_mamba import MambaMixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from vimtune.adapters.slots import change_class, plain_class
+from vimtune.ops import (
+    DirectionWeights,
+    causal_conv1d,
+    causal_mixer,
+    scan_step,
+    selective_scan,
+    ssd,
+    ssd_step,
+    stateful_scan,
+)
+from vimtune.ops.ssd import NO_LIMIT
+
+Model = TypeVar("Model", bound=nn.Module)
+
+NO_TIME = -1e4
+"""What the time step of a masked token is before softplus, which makes exactly 0 of it in any dtype."""
+
+
+def accelerate(model: Model, backend: str = "auto") -> Model:
+    """Let the Mamba and Mamba-2 mixers of a model of transformers run on our operations, in place.
+
+    Works before and after adapters are injected. The model's own class, keys and files stay as they are.
+
+    Args:
+        model: a model with mixers of transformers, or several models in one module.
+        backend: scan backend, see `vimtune.ops`.
+
+    Returns:
+        The model, as it was given.
+
+    Raises:
+        ValueError: the model has no such mixer, or one with another activation than SiLU.
+    """
+    found = [module for module in model.modules() if isinstance(module, MambaMixer | Mamba2Mixer)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no mixer of transformers' Mamba or Mamba-2 to be accelerated"
+        )
+    for mixer in found:
+        if mixer.activation not in ("silu", "swish"):
+            raise ValueError(f"hidden_act = {mixer.activation!r}: only mixers with 'silu' can be accelerated")
+    for mixer in found:
+        if not isinstance(mixer, FastMambaMixer | FastMamba2Mixer):
+            kind = plain_class(mixer)
+            if kind not in _FAST:
+                raise ValueError(f"{kind.__name__} changes transformers' mixer and cannot be accelerated")
+            change_class(mixer, _FAST[kind])
+        mixer.backend = backend
+    return model
+
+
+class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyped
+    """Mixer of a Mamba layer, (B, L, D) to (B, L, D).
+
+        x, z = in_proj(h)
+        u    = SiLU(conv(x));  dt, B, C = x_proj(u)
+        y    = scan(u, softplus(dt_proj(dt)), -exp(A_log), B, C, D) * SiLU(z)
+        out  = out_proj(y)
+
+    The number of states is that of `A_log`.
+    """
+
+    backend = "auto"
+    """Scan backend, see `vimtune.ops`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        cache_params: Cache | None = None,
+    ) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D).
+
+        Args:
+            hidden_states: (B, L, D).
+            cache: states after the tokens before; brought up to date. None to start and to keep nothing.
+            attention_mask: (B, at least L), 0 at padding; its last L columns are for these tokens.
+            cache_params: the name of `cache` in transformers before 5.24.
+        """
+        cache = cache_params if cache is None else cache
+        mask = token_mask(attention_mask, hidden_states)
+        return self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
+
+    def scan(
+        self,
+        xz: Tensor,
+        flow: dict[str, Tensor] | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """All that lies between the projections.
+
+        Rules of adapters may surround it.
+
+        Args:
+            xz: the output of in_proj, (B, L, 2 E).
+            flow: what earlier layers hand on; transformers' layers hand on nothing.
+            cache: as in `forward`.
+            mask: (B, L, 1), False at padding.
+
+        Returns:
+            The input of out_proj, (B, L, E), in the dtype of `xz`.
+        """
+        if cache is None and mask is None:
+            return causal_mixer(xz, self.weights(), self.backend)
+        x, z = xz.chunk(2, dim=-1)
+        u = convolve(self, x, cache, mask)
+        num_states, rank = self.A_log.shape[1], self.dt_proj.weight.shape[1]
+        projected = F.linear(u, self.x_proj.weight.to(u.dtype))
+        dt, B, C = torch.split(projected, [rank, num_states, num_states], dim=-1)
+        delta = F.linear(dt, self.dt_proj.weight.to(dt.dtype))
+        if mask is not None:
+            delta = delta.masked_fill(~mask, NO_TIME)
+        A, bias = -torch.exp(self.A_log.float()), self.dt_proj.bias
+        if cache is None:
+            return selective_scan(u, delta, A, B, C, self.D, z, bias, True, backend=self.backend)
+        state = state_before(self, cache)
+        if state is not None and u.shape[1] == 1:
+            now = (u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], bias, True, state)
+            y, state = scan_step(*now)
+            y = y[:, None]
+        else:
+            y, state = stateful_scan(u, delta, A, B, C, self.D, z, bias, True, state, self.backend)
+        cache.update_recurrent_state(state, self.layer_idx)
+        return y
+
+    def weights(self) -> DirectionWeights:
+        """The weights between the projections, as adapters have them."""
+        return DirectionWeights(
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+        )
+
+
+class FastMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]  # transformers is untyped
+    """Mixer of a Mamba-2 layer, (B, L, D) to (B, L, D).
+
+        z, xBC, dt = in_proj(h)
+        x, B, C    = SiLU(conv(xBC))
+        y          = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
+        out        = out_proj(norm(y * SiLU(z)))
+
+    The norm is gated: it is of the product with SiLU(z), for each group of channels.
+    """
+
+    backend = "auto"
+    """Backend of convolution and scan, see `vimtune.ops`."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        cache_params: Cache | None = None,
+    ) -> Tensor:
+        """Tokens (B, L, D) to (B, L, D); the arguments are those of `FastMambaMixer.forward`."""
+        cache = cache_params if cache is None else cache
+        mask = token_mask(attention_mask, hidden_states)
+        return self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
+
+    def scan(
+        self,
+        projected: Tensor,
+        flow: dict[str, Tensor] | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """All that lies between the projections; the arguments but one are those of `FastMambaMixer.scan`.
+
+        Args:
+            projected: the output of in_proj with its rows z | x | B | C | dt, (B, L, 2 E + 2 G N + H).
+
+        Returns:
+            The input of out_proj, (B, L, E), in the dtype of `projected`.
+        """
+        inner, groups = self.intermediate_size, self.n_groups * self.ssm_state_size
+        z, xBC, raw = projected.split([inner, inner + 2 * groups, self.num_heads], dim=-1)
+        x, B, C = convolve(self, xBC, cache, mask).split([inner, groups, groups], dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
+        dt = F.softplus(raw.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
+        if mask is not None:
+            dt = dt * mask  # The limit may forbid a time step of 0, which padding has all the same.
+        A = -torch.exp(self.A_log.float())
+        state = None if cache is None else state_before(self, cache)
+        if state is not None and x.shape[1] == 1:
+            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, None, False, NO_LIMIT, state)
+            y = y[:, None]
+        else:
+            y, state = ssd(x, dt, A, B, C, self.D, dt_softplus=False, state=state, backend=self.backend)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        return self.norm(y.flatten(2), z).to(projected.dtype)
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {MambaMixer: FastMambaMixer, Mamba2Mixer: FastMamba2Mixer}
+"""Which class takes the place of which."""
+
+
+def token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """The mask of the present tokens (B, L, 1), False at padding; None if there is none."""
+    return None if attention_mask is None else attention_mask[:, -hidden.shape[1] :, None].bool()
+
+
+def state_before(mixer: FastMambaMixer | FastMamba2Mixer, cache: Cache) -> Tensor | None:
+    """The state of the scan before these tokens; None at the start. The cache is changed in place, so that
+    autograd gets a copy."""
+    state: Tensor | None = cache.get_recurrent_state(mixer.layer_idx)
+    return state.clone() if state is not None and torch.is_grad_enabled() else state
+
+
+def convolve(
+    mixer: FastMambaMixer | FastMamba2Mixer, x: Tensor, cache: Cache | None, mask: Tensor | None
+) -> Tensor:
+    """SiLU(conv(x)) behind the tokens that the cache remembers: `x` (B, L, channels) to the same shape.
+
+    At masked tokens it is 0, and they are 0 for the convolution of other tokens.
+    """
+    weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+    if mask is not None:
+        x = x * mask
+    before = None if cache is None else cache.get_conv_state(mixer.layer_idx)
+    if before is None:
+        y, seen = causal_conv1d(x, weight, bias, silu=True, backend=mixer.backend), x
+    else:
+        width = weight.shape[1]
+        seen = torch.cat([before[..., -width:].transpose(1, 2).to(x.dtype), x], dim=1)
+        if x.shape[1] == 1:
+            y = torch.einsum("bke,ek->be", seen[:, 1:], weight.to(x.dtype))[:, None]
+            y = F.silu(y if bias is None else y + bias)
+        else:
+            y = causal_conv1d(seen, weight, bias, silu=True, backend=mixer.backend)[:, width:]
+    if cache is not None:
+        window = conv_window(seen, weight.shape[1], mask)
+        cache.update_conv_state(window.transpose(1, 2), mixer.layer_idx)
+    return y if mask is None else y * mask
+
+
+def conv_window(seen: Tensor, width: int, mask: Tensor | None) -> Tensor:
+    """The last real tokens that a convolution has seen, zeros before the first one.
+
+    Args:
+        seen: inputs of the convolution (B, T, channels), which end with the present tokens.
+        width: K.
+        mask: (B, L, 1), False at padding among the present tokens, L <= T.
+
+    Returns:
+        (B, K, channels).
+    """
+    padded = F.pad(seen, (0, 0, width, 0))
+    if mask is None:
+        return padded[:, -width:]
+    order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    last = (order * mask[..., 0]).amax(1)  # how many of the present tokens there are up to the last real one
+    start = seen.shape[1] - mask.shape[1] + last
+    places = start[:, None] + torch.arange(width, device=mask.device)
+    return padded.gather(1, places[..., None].expand(-1, -1, seen.shape[2]))

@@ -1,0 +1,83 @@
+"""Tokenizers of language models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from vimtune.language.registry import LANGUAGE_MODELS, NEOX_TOKENIZER
+from vimtune.text import printable, quote
+
+END_OF_TEXT = "<|endoftext|>"
+"""The token that begins, ends and pads a text."""
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model; it has a token for padding.
+
+    Args:
+        name: as for `create_language_model`, where a file of weights stands for its folder; also a
+            tokenizer.json, and any folder or repository with a tokenizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    source = name
+    if name in LANGUAGE_MODELS:
+        known = LANGUAGE_MODELS.get(name).tokenizer
+        if known is None:
+            return byte_tokenizer()
+        source = known
+    path = Path(source)
+    try:
+        if path.is_file() and path.suffix == ".json":
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END_OF_TEXT)
+        else:
+            local = path.parent if path.is_file() else path
+            if local.is_dir() and not any(local.glob("tokenizer*")):
+                raise ValueError(
+                    f"{printable(str(local))} has no tokenizer.json; the tokenizer of the state-spaces "
+                    f"models is {NEOX_TOKENIZER}"
+                )
+            tokenizer = AutoTokenizer.from_pretrained(str(local), trust_remote_code=False)
+    except ValueError as error:
+        raise ValueError(f"tokenizer {quote(source)}: {_first_line(error)}") from error
+    except Exception as error:  # tokenizers raises plain Exception for files that it cannot read
+        raise ValueError(f"tokenizer {quote(source)} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer without training: the 256 bytes of UTF-8, token 256 ends a text.
+
+    Any text comes back from its tokens as it was.
+    """
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*letters, END_OF_TEXT])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **ends)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Make sure that a model has a row for every token of a tokenizer.
+
+    Raises:
+        ValueError: it has not.
+    """
+    tokens, rows = len(tokenizer), model.config.vocab_size
+    if tokens > rows:
+        raise ValueError(
+            f"the tokenizer has {tokens:,} tokens and the model's vocabulary {rows:,}: they do not belong "
+            "together; give the tokenizer with which the model was trained"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().split("\n", 1)[0])
