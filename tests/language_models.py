@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 tokenizers = pytest.importorskip("tokenizers", reason="the language side needs tokenizers")
 transformers = pytest.importorskip("transformers", reason="the language side needs transformers")
@@ -29,26 +29,25 @@ def train_tokenizer(texts: Iterable[str], size: int = 320) -> transformers.PreTr
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-class TinyMamba(transformers.MambaForCausalLM):
-    """A Mamba of transformers with the one thing that our language models add: the loss of each sequence."""
+class PlainScorer(nn.Module):
+    """The obvious way to the loss of each sequence: all logits at once."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, per_sequence: bool = False, **more):
-        outputs = super().forward(input_ids, **more)
-        if not per_sequence:
-            return outputs
-        losses = F.cross_entropy(
-            outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none"
-        )
-        return losses.view(len(labels), -1).sum(1)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model(input_ids).logits[:, :-1].flatten(0, 1).float()
+        return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1).sum(1)
 
 
-def tiny_mamba(vocabulary: int, seed: int = 0) -> TinyMamba:
+def tiny_mamba(vocabulary: int, seed: int = 0) -> transformers.MambaForCausalLM:
     """A Mamba of two layers with random weights, drawn wide enough that its answers differ."""
     torch.manual_seed(seed)
     config = transformers.MambaConfig(
         vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, state_size=4
     )
-    model = TinyMamba(config).eval()
+    model = transformers.MambaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import END, tiny_mamba, train_tokenizer
+from language_models import END, PlainScorer, tiny_mamba, train_tokenizer
 from text_files import ARC, BOOL, GOAL, SCENE, SENTENCE, write_lines
 
 from vimtune.data import DatasetError
@@ -135,7 +135,7 @@ def test_everything_is_that_of_the_harness(name, model, tokenizer, harness, offl
     batches = TextBatches("test", "", "", len(examples), items, head.batch, batch_size=5, shuffle=False)
     tally = head.tally(examples, items, form.per_character)
     cpu = torch.device("cpu")
-    found = evaluate(model, batches, tally, device=cpu, autocast=build_autocast("none", cpu))
+    found = evaluate(PlainScorer(model), batches, tally, device=cpu, autocast=build_autocast("none", cpu))
     rows = iter(items)
     totals = {"acc": 0.0, "acc_norm": 0.0}
     for number, task, doc, requests in theirs(name, path, harness):
@@ -178,5 +178,5 @@ def test_texts_without_a_context_are_those_of_the_harness(text, model, tokenizer
     request = Instance("loglikelihood", {}, ("", text), 0)
     ((expected, _),) = harness.loglikelihood([request], disable_tqdm=True)
     with torch.no_grad():
-        (loss,) = sequence_losses(model, batch.tensors).tolist()
+        (loss,) = sequence_losses(PlainScorer(model), batch.tensors).tolist()
     assert -loss == pytest.approx(expected, abs=1e-4)

@@ -17,7 +17,6 @@ from vimtune.data.text import Example
 from vimtune.tasks.job import Batch, Forward, Tensors
 from vimtune.tasks.text.batches import collate
 from vimtune.tasks.text.scoring import (
-    IGNORED,
     ChoiceTally,
     HeadTally,
     LikelihoodTally,
@@ -46,6 +45,10 @@ class Head(ABC):
         """The batch of some items."""
 
     @abstractmethod
+    def count(self, item: Item) -> int:
+        """How much an item adds to the count of its batch."""
+
+    @abstractmethod
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
         """Loss of a training batch, a scalar, summed over what `batch` counts."""
 
@@ -69,7 +72,11 @@ class LikelihoodHead(Head):
         """Tensors "input_ids", "labels" (B, L) and "slots" (B,); labelled tokens are counted."""
         tensors = collate([row for item in items for row in item.rows])
         del tensors["attention_mask"]  # what is padded on the right is seen by no token
-        return Batch(tensors, int((tensors["labels"] != IGNORED).sum()))
+        return Batch(tensors, sum(map(self.count, items)))
+
+    def count(self, item: Item) -> int:
+        """Labelled tokens."""
+        return sum(row.scored for row in item.rows)
 
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
         """Minus the log-likelihood of the labelled tokens."""
@@ -88,7 +95,11 @@ class ClassifierHead(Head):
         tensors = collate([row for item in items for row in item.rows])
         del tensors["labels"]
         tensors["answers"] = torch.tensor([item.answer for item in items], dtype=torch.int64)
-        return Batch(tensors, len(items))
+        return Batch(tensors, sum(map(self.count, items)))
+
+    def count(self, item: Item) -> int:
+        """One example."""
+        return 1
 
 
 class ClassHead(ClassifierHead):

@@ -26,11 +26,11 @@ def sequence_losses(forward: Forward, tensors: Tensors) -> Tensor:
     be many times as large as everything else.
 
     Args:
-        forward: calls a language model of `vimtune.language`.
+        forward: calls a `SequenceScorer`.
         tensors: "input_ids" (B, L) and "labels" (B, L), which are `IGNORED` where nothing is predicted; the
             token at t is predicted from those before it.
     """
-    losses: Tensor = forward(tensors["input_ids"], labels=tensors["labels"], per_sequence=True)
+    losses: Tensor = forward(tensors["input_ids"], labels=tensors["labels"])
     return losses
 
 
