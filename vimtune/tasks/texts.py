@@ -6,16 +6,20 @@ This file holds what can be said without torch; `vimtune.tasks.text` does the wo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vimtune.data import text
 from vimtune.data.text import TextFormat
 from vimtune.fields import option
 from vimtune.tasks.base import Score, Task, register_task
+from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
 
 if TYPE_CHECKING:
     from vimtune.recipe import Recipe
     from vimtune.tasks.text.job import TextJob
+    from vimtune.tasks.text.trial import TextTrial
     from vimtune.training.distributed import Processes
 
 
@@ -30,6 +34,8 @@ class TextTask(Task):
     short_unit = "tok"
     examples = "texts"
     scores = (Score("acc", "accuracy"), Score("acc_norm", "accuracy per character"))
+    data_options: ClassVar[type[DataOptions]] = TextDataSettings
+    backbone_options: ClassVar[type[BackboneOptions]] = LanguageModelSettings
     form: ClassVar[TextFormat]
     """The data set."""
 
@@ -51,6 +57,14 @@ class TextTask(Task):
         from vimtune.tasks.text.job import open_texts
 
         return open_texts(recipe, self, processes)
+
+    def open_trial(
+        self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool
+    ) -> TextTrial:
+        """Open the texts to score and the language model; see `Task.open_trial`."""
+        from vimtune.tasks.text.trial import open_trial
+
+        return open_trial(recipe, self, processes, split, adapter, force)
 
 
 @register_task("arc_easy")

@@ -104,8 +104,8 @@ def open_splits(task: TextTask, data: TextDataSettings) -> tuple[TextSplit, Text
     return train, val, test
 
 
-def open_test(task: TextTask, data: TextDataSettings, classes: Sequence[str]) -> TextSplit:
-    """The texts that are scored in the end.
+def open_test(task: TextTask, data: TextDataSettings, classes: Sequence[str] | None) -> TextSplit:
+    """The texts that are scored in the end; with classes of their own where `classes` is None.
 
     Raises:
         DatasetError: a file that is missing or wrong.
