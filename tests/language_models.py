@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 tokenizers = pytest.importorskip("tokenizers", reason="the language side needs tokenizers")
-transformers = pytest.importorskip("transformers", reason="the language side needs transformers")
+transformers = pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
 
 END = "<|endoftext|>"
 

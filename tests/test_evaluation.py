@@ -14,7 +14,7 @@ from vimtune.tasks import Task
 from vimtune.training import train
 from vimtune.training.distributed import Processes
 
-pytest.importorskip("transformers", reason="the language side needs transformers")
+pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
 
 from text_runs import SETTINGS, write_data
 
