@@ -135,7 +135,7 @@ def _from_hub(form: TextFormat, split: str, download: bool) -> tuple[list[Line],
     if importlib.util.find_spec("datasets") is None:
         raise DatasetError(
             f"{form.name}: to take {quote(form.hub.path)} from the hub, install datasets (pip install "
-            f'"vimtune[text]"); or {files}'
+            f"datasets); or {files}"
         )
     from datasets import load_dataset
 
