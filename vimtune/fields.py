@@ -21,6 +21,19 @@ from vimtune.parsers import Parser
 from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
+Whole = Annotated[int, Ge(0)]
+"""A whole number from 0."""
+Positive = Annotated[int, Ge(1)]
+"""A whole number from 1."""
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+"""A seed of random numbers."""
+Amount = Annotated[float, Ge(0)]
+"""A number that is not negative."""
+PositiveAmount = Annotated[float, Gt(0)]
+"""A number above 0."""
+Share = Annotated[float, Ge(0), Lt(1)]
+"""A number from 0 to below 1."""
+
 
 def option(default: Any, help: str, *, parse: Parser | None = None) -> Any:
     """A documented field of a dataclass of options.
@@ -148,6 +161,15 @@ def parse_fields(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 class Options:
     """Base of frozen dataclasses whose fields are options. Building one checks its values."""
+
+    @classmethod
+    def handed_on_problems(cls, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with options that are handed on to something else, a line each.
+
+        Args:
+            values: the parsed values of a recipe's keys, except for those that are wrong.
+        """
+        return []
 
     def __post_init__(self) -> None:
         """Parse every field.

@@ -215,7 +215,7 @@ def find_base(path: Path, info: AdapterInfo) -> Path | None:
         if isinstance(place, str) and Path(place).name == places[0].name:
             places.insert(0, Path(place))
     for place in places:
-        if place.is_file():
+        if place.exists():
             return place
     raise AdapterFileError(
         f"the adapter was trained on the weights in {quote(places[0].name)}, and they are not at their "

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from vimtune.data.datasets import dataset_options, list_datasets
 from vimtune.fields import options_of
 from vimtune.methods import METHODS
-from vimtune.models.registry import list_models
 from vimtune.tasks import TASKS
 
 Entry = tuple[str, Mapping[str, object]]
@@ -17,8 +16,12 @@ Entry = tuple[str, Mapping[str, object]]
 
 def listing(width: int) -> str:
     """Models, methods, data sets and tasks with their options, as text of `width` columns."""
+    models = {task.backbone_options.models_title: task.backbone_options for _, task in TASKS.items()}
     tables: dict[str, Mapping[str, Entry]] = {
-        "Models (--model)": {name: (summary, {}) for name, summary in list_models().items()},
+        **{
+            f"{title} (--model)": {name: (summary, {}) for name, summary in backbone.known_models().items()}
+            for title, backbone in models.items()
+        },
         "Methods (--peft)": {name: (method.summary, _defaults(method)) for name, method in METHODS.items()},
         "Data sets (--dataset)": {
             name: (summary, dataset_options(name)) for name, summary in list_datasets().items()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from vimtune.cli.listing import listing
 from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages
 from vimtune.fields import Option, options_of
-from vimtune.recipe import COMPONENTS, TASK, Recipe, RecipeError, load_recipe
+from vimtune.recipe import TASK, Recipe, RecipeError, components_of, load_recipe
 from vimtune.tasks import TASKS
 
 DESCRIPTION = """\
@@ -47,8 +47,13 @@ def _help_line(item: Option) -> str:
 
 def recipe_groups() -> dict[str, dict[str, Option]]:
     """The keys of recipes by the title under which `--help` shows them, with those of every task."""
-    groups = {title: options_of(component) for title, component in COMPONENTS.items()}
-    tasks = {f"task {name}": options_of(task) for name, task in TASKS.items()}
+    groups: dict[str, dict[str, Option]] = {}
+    owners: dict[str, list[str]] = {}  # names of tasks by their options, which several have in common
+    for name, task in TASKS.items():
+        for attribute, component in components_of(task).items():
+            groups.setdefault(getattr(component, "title", attribute), options_of(component))
+        owners.setdefault(repr(options_of(task)), []).append(name)
+    tasks = {f"task {', '.join(names)}": options_of(TASKS.get(names[0])) for names in owners.values()}
     return {**groups, "task": {TASK.name: TASK}, **tasks}
 
 
@@ -98,7 +103,12 @@ def build_train_parser(prog: str) -> CommandParser:
     )
     add_import(general)
     add_common(general)
-    groups = recipe_groups()
+    add_recipe_flags(parser, recipe_groups())
+    return parser
+
+
+def add_recipe_flags(parser: CommandParser, groups: Mapping[str, Mapping[str, Option]]) -> None:
+    """Add a flag for every key of `groups`, which are keys of recipes by the title of their group."""
     added: set[str] = set()
     for title, options in groups.items():
         group = parser.add_argument_group(title)
@@ -107,7 +117,6 @@ def build_train_parser(prog: str) -> CommandParser:
                 declared = {owner: items[name] for owner, items in groups.items() if name in items}
                 _add_flag(group, name, declared)
                 added.add(name)
-    return parser
 
 
 def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | None:

@@ -5,19 +5,13 @@ Whatever the source of a value, it is parsed and checked by the option's own par
 are reported together. Nothing here imports torch, so `--help` and a misspelt flag answer at once.
 """
 
-from vimtune.recipe.components import (
-    BackboneSettings,
-    DataSettings,
-    MethodSettings,
-    OptimisationSettings,
-    RunSettings,
-)
+from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.files import complete_stored, load_recipe
 from vimtune.recipe.paths import RUN_FILES, path_problems
-from vimtune.recipe.recipe import COMPONENTS, TASK, Recipe, RecipeError, keys_of
+from vimtune.recipe.recipe import TASK, Recipe, RecipeError, components_of, keys_of
+from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 
 __all__ = [
-    "COMPONENTS",
     "RUN_FILES",
     "TASK",
     "BackboneSettings",
@@ -28,6 +22,7 @@ __all__ = [
     "RecipeError",
     "RunSettings",
     "complete_stored",
+    "components_of",
     "keys_of",
     "load_recipe",
     "path_problems",

@@ -1,4 +1,6 @@
-"""The components of a recipe: each a dataclass of options that concern one part of a run.
+"""The components that the recipes of all tasks have: dataclasses of options that concern one part of a run.
+
+Which data are used and which model is adapted belongs to the task (`Task.components`).
 
 The name of a field is a YAML key, a command-line flag (`_` becomes `-`) and a line of the help text. No name
 stands in two components, so files and flags give all of them side by side.
@@ -9,29 +11,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le
 
 from vimtune import parsers
 from vimtune.backends import AUTO, OWN, REFERENCE, backend_names
-from vimtune.data.datasets import DATASETS
-from vimtune.fields import Options, option, option_of_method
+from vimtune.fields import (
+    Amount,
+    Options,
+    Positive,
+    PositiveAmount,
+    Seed,
+    Share,
+    Whole,
+    option,
+    option_of_method,
+)
 from vimtune.methods import METHODS
 from vimtune.methods.lora import LoRA
 from vimtune.methods.prodial import ProDiaL
-from vimtune.models.registry import MODELS
-
-Whole = Annotated[int, Ge(0)]
-"""A whole number from 0."""
-Positive = Annotated[int, Ge(1)]
-"""A whole number from 1."""
-Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
-"""A seed of random numbers."""
-Amount = Annotated[float, Ge(0)]
-"""A number that is not negative."""
-PositiveAmount = Annotated[float, Gt(0)]
-"""A number above 0."""
-Share = Annotated[float, Ge(0), Lt(1)]
-"""A number from 0 to below 1."""
 
 
 def _method_spec(value: Any) -> str:
@@ -44,49 +41,6 @@ def _method_spec(value: Any) -> str:
 def _backend(value: Any) -> str:
     chosen: str = parsers.choice(*backend_names())(value)
     return chosen
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings(Options):
-    """Which data are used, and how they are read."""
-
-    dataset: str = option("synthetic_flowers", "data set (see --list)", parse=DATASETS.parse)
-    data_dir: str | None = option(
-        None, "folder of the data set's files", parse=parsers.optional(parsers.absolute_path)
-    )
-    train_split: Literal["train", "train+val"] = option("train", "images to train on: train, train+val")
-    eval_split: Literal["val", "test"] | None = option(
-        None, "evaluated while training: val, test (default: val if not trained on)"
-    )
-    dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
-    data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
-    download: bool = option(True, "download a data set that is not there yet")
-    num_workers: Annotated[int, Ge(0), Le(1024)] = option(2, "processes that prepare images")
-    cache: bool = option(False, "keep decoded images in memory")
-    on_corrupt: Literal["error", "skip"] = option("error", "an unreadable image: error (stop), skip (report)")
-
-    @property
-    def selection_split(self) -> str:
-        """The split evaluated during training: `eval_split`, or its default."""
-        return self.eval_split or ("test" if self.train_split == "train+val" else "val")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSettings(Options):
-    """The model that is adapted, and the weights from which it starts."""
-
-    model: str = option("vim_nano_patch8_64", "model (see --list)", parse=MODELS.parse)
-    pretrained: bool = option(True, "start from the model's published weights")
-    checkpoint: str | None = option(
-        None, "start from this .pth/.safetensors file instead", parse=parsers.optional(parsers.absolute_path)
-    )
-    img_size: int | list[int] | None = option(
-        None,
-        "image size, N or HxW (default: the model's own)",
-        parse=parsers.optional(parsers.image_size),
-    )
-    drop_path: Share = option(0.0, "stochastic depth rate")
-    model_kwargs: dict[str, Any] = option({}, "further options of the model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +84,8 @@ flags with another meaning.
 class OptimisationSettings(Options):
     """How the weights are trained."""
 
-    epochs: Positive = option(10, "passes over the training images")
-    batch_size: Positive = option(64, "images per step, over all processes together")
+    epochs: Positive = option(10, "passes over the training data")
+    batch_size: Positive = option(64, "images or texts per step, over all processes together")
     lr: PositiveAmount = option(1e-3, "peak learning rate")
     min_lr: Amount = option(0.0, "learning rate at the end of the cosine")
     head_lr: PositiveAmount | None = option(None, "peak learning rate of the head (default: that of --lr)")

@@ -1,7 +1,8 @@
-"""The free part of a recipe: options that it hands on to the data set, the model and the method.
+"""The free part of a recipe: options that it hands on to the method.
 
-They are compared with what these take, so that a misspelt, reserved or ill-typed option is reported together
-with all other problems of a recipe, before anything heavy is imported.
+They are compared with what it takes, so that a misspelt or ill-typed option is reported together with all
+other problems of a recipe, before anything heavy is imported. What is handed on to the data set and the model
+is compared by the components that name these (`Options.handed_on_problems`).
 """
 
 from __future__ import annotations
@@ -10,39 +11,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vimtune import parsers
-from vimtune.data.datasets import dataset_option_problems
 from vimtune.fields import Option, not_an_option, options_of
 from vimtune.methods import METHODS
-from vimtune.models.registry import check_model_options
 from vimtune.recipe.components import OPTIONS_OF_METHODS
 from vimtune.text import quote
 
-RESERVED = {
-    "dataset_kwargs": {
-        "name": "the key dataset",
-        "split": "the keys train_split and eval_split",
-        "data_dir": "the key data_dir",
-        "seed": "the key data_seed",
-        "img_size": "the key img_size",
-        "download": "the key download",
-    },
-    "model_kwargs": {
-        "model_name": "the key model",
-        "num_classes": "the data set",
-        "img_size": "the key img_size",
-        "drop_path_rate": "the key drop_path",
-        "pretrained": "the key pretrained",
-        "peft": "the key peft",
-        "peft_targets": "the key targets",
-        "peft_layers": "the key layers",
-        "peft_kwargs": "the key peft_kwargs",
-    },
-}
-"""Options that the recipe sets from elsewhere, and where."""
-
 
 def parse_handed_on(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Parse the options that a recipe hands on.
+    """Parse the options that a recipe hands on to its method.
 
     Args:
         values: the parsed values of the recipe's keys, except for those that are wrong.
@@ -52,57 +28,12 @@ def parse_handed_on(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     """
     parsed: dict[str, Any] = {}
     problems: list[str] = []
-    if "dataset_kwargs" in values:
-        problems += _reserved_problems("dataset_kwargs", values["dataset_kwargs"])
-        if "dataset" in values:
-            own = {
-                name: value
-                for name, value in values["dataset_kwargs"].items()
-                if name not in RESERVED["dataset_kwargs"]
-            }
-            problems += dataset_option_problems(values["dataset"], own)
-    if "model_kwargs" in values:
-        problems += _reserved_problems("model_kwargs", values["model_kwargs"])
-        if "model" in values:
-            problems += _model_problems(values["model"], values["model_kwargs"])
     if "peft" in values:
         problems += _method_key_problems(values)
         if "peft_kwargs" in values:
             parsed["peft_kwargs"], more = _parse_method_options(values["peft"], values["peft_kwargs"])
             problems += more
     return parsed, problems
-
-
-def _reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:
-    """One line for each of `options`, given as `key`, that another key of the recipe sets."""
-    return [f"{key}: {name} is set by {owner}" for name, owner in RESERVED[key].items() if name in options]
-
-
-def _model_problems(model: str, given: Mapping[str, Any]) -> list[str]:
-    """Problems of `model_kwargs` besides names that another key sets."""
-    of_methods = _fields_of(METHODS)
-    problems = [
-        f"model_kwargs: {name} is an option of a method, not of the model: give it in peft_kwargs"
-        for name in given
-        if name in of_methods
-    ]
-    own = {
-        name: value
-        for name, value in given.items()
-        if name not in RESERVED["model_kwargs"] and name not in of_methods
-    }
-    if not own:
-        return problems
-    try:
-        check_model_options(model, own, "model_kwargs")
-    except ValueError as error:
-        problems.append(str(error))
-    if own.get("in_chans", 3) != 3:
-        problems.append(
-            f"model_kwargs: in_chans = {quote(own['in_chans'])}: images are read as RGB, which has 3 "
-            "channels, grey ones, too. Leave it out"
-        )
-    return problems
 
 
 def _fields_of(methods: Iterable[str]) -> dict[str, Option]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vimtune import parsers
+from vimtune.tasks import TASKS
 from vimtune.text import quote
 
 RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors", "checkpoint.safetensors")
@@ -17,11 +18,16 @@ RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors
 def path_problems(values: Mapping[str, Any]) -> list[str]:
     """Problems with the folders and files a recipe names, found before any heavy work.
 
-    `data_dir` and `checkpoint` must exist; `output_dir` must be writable and, unless the run is
-    resumed, must not hold the results of another run. With several processes, call it before the
-    first of them writes.
+    What is read must exist; `output_dir` must be writable and, unless the run is resumed, must not hold the
+    results of another run. With several processes, call it before the first of them writes.
     """
-    checks = {"data_dir": _data_dir_problem, "checkpoint": _checkpoint_problem, "output_dir": _output_problem}
+    checks = {
+        "data_dir": _data_dir_problem,
+        "train_file": _file_problem,
+        "test_file": _file_problem,
+        "checkpoint": _checkpoint_problem,
+        "output_dir": _output_problem,
+    }
     problems = []
     for name, check in checks.items():
         try:
@@ -41,8 +47,20 @@ def _data_dir_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     return None if path.is_dir() or may_come else " is not a folder"
 
 
-def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+def _file_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     return None if path.is_file() else " is not a file"
+
+
+def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    task = values.get("task")
+    if (
+        isinstance(task, str)
+        and task in TASKS
+        and TASKS.get(task).backbone_options.weights_in_folders
+        and path.is_dir()
+    ):
+        return None
+    return _file_problem(path, values)
 
 
 def _output_problem(path: Path, values: Mapping[str, Any]) -> str | None:

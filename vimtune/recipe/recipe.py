@@ -13,28 +13,20 @@ from typing import Any
 import yaml
 
 from vimtune.fields import Option, Options, options_of, parse_fields
-from vimtune.recipe.components import (
-    BackboneSettings,
-    DataSettings,
-    MethodSettings,
-    OptimisationSettings,
-    RunSettings,
-)
+from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.handed_on import parse_handed_on
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.rules import contradictions
-from vimtune.tasks import TASKS, Task
+from vimtune.tasks import TASKS, BackboneOptions, DataOptions, Task
 from vimtune.text import printable, quote
 from vimtune.utils import atomic_write, suggest
 
 COMPONENTS: dict[str, type[Options]] = {
-    "data": DataSettings,
-    "backbone": BackboneSettings,
     "method": MethodSettings,
     "optimisation": OptimisationSettings,
     "run": RunSettings,
 }
-"""The components that every recipe has beside its task: attribute of the recipe -> class."""
+"""The components that are the same in the recipes of all tasks: attribute of the recipe -> class."""
 
 TASK = Option(
     "task",
@@ -45,8 +37,8 @@ TASK = Option(
 )
 """The key that chooses the task of a recipe."""
 
-_OWN_FOLDERS = ("data_dir", "output_dir", "resume")
-"""Keys that name folders of the computer on which the run is."""
+_OWN_PATHS = ("data_dir", "train_file", "test_file", "output_dir", "resume")
+"""Keys that name folders and files of the computer on which the run is."""
 
 
 class RecipeError(ValueError):
@@ -63,19 +55,24 @@ class RecipeError(ValueError):
         super().__init__(message)
 
 
+def components_of(task: type[Task]) -> dict[str, type[Options]]:
+    """The components of the recipes of a task beside the task itself: attribute of the recipe -> class."""
+    return {"data": task.data_options, "backbone": task.backbone_options, **COMPONENTS}
+
+
 def keys_of(task: str) -> dict[str, Option]:
-    """The keys of the recipes of a task: those of the task after those that every recipe has.
+    """The keys of the recipes of a task: its own after those of the components.
 
     Raises:
         ValueError: unknown task, or an option of the task has the name of another key.
     """
     keys = {TASK.name: TASK}
-    for component in COMPONENTS.values():
+    for component in components_of(TASKS.get(task)).values():
         keys |= options_of(component)
     own = options_of(TASKS.get(task))
     for name in own:
         if name in keys:
-            raise ValueError(f"task {quote(task)}: its option {name} is a key of every recipe: rename it")
+            raise ValueError(f"task {quote(task)}: its option {name} is a key of all its recipes: rename it")
     return keys | own
 
 
@@ -87,8 +84,8 @@ class Recipe:
     lr=1e-3); what is not given has its default. Building one checks it.
     """
 
-    data: DataSettings
-    backbone: BackboneSettings
+    data: DataOptions
+    backbone: BackboneOptions
     method: MethodSettings
     task: Task
     optimisation: OptimisationSettings
@@ -124,16 +121,19 @@ class Recipe:
         known = keys_of(chosen)
         problems += [_unknown_key(key, values[key], chosen, known) for key in values if key not in known]
         parsed: dict[str, Any] = {}
-        for component in (*COMPONENTS.values(), task):
+        components = components_of(task)
+        for component in (*components.values(), task):
             right, wrong = parse_fields(component, values)
             parsed |= right
             problems += wrong.values()
+        for component in components.values():
+            problems += component.handed_on_problems(parsed)
         handed_on, more = parse_handed_on(parsed)
         parsed |= handed_on
         problems += [*contradictions(parsed), *more]
         if problems:
             raise RecipeError(problems)
-        for attribute, component in {**COMPONENTS, "task": task}.items():
+        for attribute, component in {**components, "task": task}.items():
             own = {name: parsed[name] for name in options_of(component)}
             object.__setattr__(self, attribute, component(**own))
 
@@ -153,7 +153,8 @@ class Recipe:
         if self.run.output_dir is not None:
             return Path(self.run.output_dir)
         moment = time.strftime("%Y%m%d-%H%M%S")
-        return Path("runs") / f"{self.data.dataset}-{self.backbone.model}-{self.method.peft}-{moment}"
+        data, model = self.data.dataset_name or self.task.name, Path(self.backbone.model).name
+        return Path("runs") / f"{data}-{model}-{self.method.peft}-{moment}"
 
     def check_paths(self) -> None:
         """Check that the paths of the recipe can be used (see `path_problems`).
@@ -173,7 +174,7 @@ class Recipe:
 
     def to_share(self) -> dict[str, Any]:
         """`to_dict` for a file that is passed on: no folders of this computer, of the checkpoint its name."""
-        values = {name: value for name, value in self.to_dict().items() if name not in _OWN_FOLDERS}
+        values = {name: value for name, value in self.to_dict().items() if name not in _OWN_PATHS}
         checkpoint = self.backbone.checkpoint
         return values if checkpoint is None else {**values, "checkpoint": Path(checkpoint).name}
 
@@ -189,7 +190,7 @@ class Recipe:
 
 def _unknown_key(key: Any, value: Any, task: str, known: Mapping[str, Option]) -> str:
     """What to say about a key that recipes of `task` do not have."""
-    owners = [name for name, other in TASKS.items() if key in options_of(other)]
+    owners = [name for name in TASKS if key in keys_of(name)]
     if owners:
         return f"{key} = {quote(value)} is an option of task {' and '.join(owners)}, and task is {task}"
     return f"unknown key {quote(key)}.{suggest(key, known) if isinstance(key, str) else ''}"

@@ -4,13 +4,16 @@ A new task is one file beside these with a class under `@register_task("name")`,
 below. Importing this package does not import torch.
 """
 
-from vimtune.tasks import classification  # noqa: F401  (registers itself)
+from vimtune.tasks import classification, texts  # noqa: F401  (they register themselves)
 from vimtune.tasks.base import TASKS, Score, Task, register_task
-from vimtune.tasks.job import Batch, Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors
+from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.job import Batch, Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors, Trial
 
 __all__ = [
     "TASKS",
+    "BackboneOptions",
     "Batch",
+    "DataOptions",
     "Evaluation",
     "Forward",
     "Job",
@@ -20,5 +23,6 @@ __all__ = [
     "Tally",
     "Task",
     "Tensors",
+    "Trial",
     "register_task",
 ]

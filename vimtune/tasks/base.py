@@ -9,15 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from vimtune.fields import Options, options_of
 from vimtune.registry import Registry
+from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.utils import require_summary
 
 if TYPE_CHECKING:
     from vimtune.recipe import Recipe
-    from vimtune.tasks.job import Job
+    from vimtune.tasks.job import Job, Trial
     from vimtune.training.distributed import Processes
     from vimtune.training.report import Report
 
@@ -60,6 +63,10 @@ class Task(Options, ABC):
     """What the data consist of, in the plural, such as "images" or "texts"."""
     scores: ClassVar[tuple[Score, ...]] = ()
     """The scores of an evaluation besides the loss, the most important one first."""
+    data_options: ClassVar[type[DataOptions]] = DataSettings
+    """The component of its recipes that says which data are used."""
+    backbone_options: ClassVar[type[BackboneOptions]] = BackboneSettings
+    """The component of its recipes that says which model is adapted."""
 
     @abstractmethod
     def open(self, recipe: Recipe, processes: Processes) -> Job:
@@ -68,6 +75,23 @@ class Task(Options, ABC):
         Raises:
             ValueError: data, weights or settings that do not fit together; the message says which.
         """
+
+    def open_trial(
+        self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool
+    ) -> Trial:
+        """Open a split and a model to score it, for `vimtune evaluate`.
+
+        Args:
+            recipe: which data and which model.
+            processes: those of the command.
+            split: "val" or "test".
+            adapter: an adapter file for the model; None for the model itself.
+            force: use the adapter although the base weights are others.
+
+        Raises:
+            ValueError: what `open` raises, an adapter that does not fit, or a task that has no such thing.
+        """
+        raise ValueError(f"task {self.name!r} has no evaluation apart from training")
 
     def rank(self, loss: float, scores: Mapping[str, float | None]) -> tuple[float, ...]:
         """What selects the best epoch: of two evaluations the one with the larger tuple is the better one.

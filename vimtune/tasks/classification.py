@@ -6,6 +6,7 @@ This file holds what can be said without torch; `vimtune.tasks.images` does the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Lt
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from vimtune.recipe import Recipe
     from vimtune.tasks.images.job import ImageJob
     from vimtune.tasks.images.report import ImageReport
+    from vimtune.tasks.job import Trial
     from vimtune.training.distributed import Processes
 
 
@@ -44,6 +46,14 @@ class Classification(Task):
         from vimtune.tasks.images.job import open_images
 
         return open_images(recipe, self, processes)
+
+    def open_trial(
+        self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool
+    ) -> Trial:
+        """Open the images to score and the model; see `Task.open_trial`."""
+        from vimtune.tasks.images.trial import open_trial
+
+        return open_trial(recipe, processes, split, adapter, force)
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""

@@ -187,6 +187,22 @@ class Job(ABC):
             loader.close()
 
 
+@dataclass
+class Trial:
+    """A task's model on a split whose scores are asked for, without any training."""
+
+    model: nn.Module
+    """The model, with an adapter or without, on the device of this process."""
+    loader: Loader
+    tally: Tally
+    """An empty one."""
+
+    def examples(self, evaluation: Evaluation) -> list[dict[str, Any]]:
+        """What was found for every single example, as plain values; nothing by default."""
+        del evaluation
+        return []
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run has reached: the values from which a task makes its report."""

@@ -12,12 +12,17 @@ from vimtune.text import quote
 
 IDENTITY = (
     "task",
+    "head",
+    "pooling",
     "dataset",
     "dataset_kwargs",
     "data_seed",
     "train_split",
+    "val_share",
+    "max_length",
     "model",
     "model_kwargs",
+    "tokenizer",
     "img_size",
     "peft",
     "targets",
@@ -31,6 +36,8 @@ IDENTITY = (
 
 HARMLESS = (
     "data_dir",
+    "train_file",
+    "test_file",
     "download",
     "num_workers",
     "cache",

@@ -141,6 +141,8 @@ class ScoreReport(Report):
     best_scores: dict[str, float | None]
     last_scores: dict[str, float | None]
     rate: float
+    rate_unit: str = ""
+    """Of what `rate` speaks, in short; empty in reports of earlier versions."""
 
     @staticmethod
     def values(outcome: Outcome) -> dict[str, Any]:
@@ -152,6 +154,7 @@ class ScoreReport(Report):
             "best_scores": dict(outcome.best),
             "last_scores": dict(outcome.last),
             "rate": outcome.rate,
+            "rate_unit": outcome.task.short_unit,
         }
 
     def score_rows(self) -> Iterator[tuple[str, str]]:
@@ -171,7 +174,7 @@ class ScoreReport(Report):
 
     def speed(self) -> str:
         """Units per second."""
-        return f"{self.rate:.0f} {TASKS.get(self.task).short_unit}/s"
+        return f"{self.rate:.0f} {self.rate_unit or TASKS.get(self.task).short_unit}/s"
 
 
 def shared_fields(

@@ -22,13 +22,13 @@ from vimtune.data import (
 )
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.recipe import Recipe
-from vimtune.recipe.components import BackboneSettings, DataSettings
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.confusion import confusion_files
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
+from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
 from vimtune.text import quote
 from vimtune.training.distributed import Processes
@@ -76,10 +76,12 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     Raises:
         ValueError: data, weights or adapter settings that do not fit; the message says which.
     """
-    data, img_size = recipe.data, _image_size(recipe.backbone)
+    data, backbone = recipe.data, recipe.backbone
+    assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
+    img_size = image_size(backbone)
     with processes.main_first():
-        train_set = _open(data, data.train_split, img_size)
-        selection_set = _open(data, data.selection_split, img_size)
+        train_set = open_dataset(data, data.train_split, img_size)
+        selection_set = open_dataset(data, data.selection_split, img_size)
         test_set = _open_test(data, selection_set, img_size)
     for dataset in (selection_set, test_set):
         if dataset is not None and dataset.classes != train_set.classes:
@@ -129,10 +131,22 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
 
 def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
     """The backbone with its weights, and the adapter of the recipe in it."""
-    backbone, method = recipe.backbone, recipe.method
+    method = recipe.method
+    model = create_backbone(recipe, num_classes)
+    torch.manual_seed(derive_seed(recipe.run.seed, "adapter"))
+    vimtune.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
+    if recipe.optimisation.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def create_backbone(recipe: Recipe, num_classes: int) -> VisionMamba:
+    """The backbone with its weights, without an adapter."""
+    backbone = recipe.backbone
+    assert isinstance(backbone, BackboneSettings)
     options = dict(backbone.model_kwargs)
     if backbone.img_size is not None:
-        options["img_size"] = _image_size(backbone)
+        options["img_size"] = image_size(backbone)
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
     torch.manual_seed(derive_seed(recipe.run.seed, "model"))
     options["num_classes"] = num_classes
@@ -146,14 +160,10 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
     )
     if backbone.checkpoint is not None:
         load_checkpoint(model, backbone.checkpoint)
-    torch.manual_seed(derive_seed(recipe.run.seed, "adapter"))
-    vimtune.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
-    if recipe.optimisation.grad_checkpointing:
-        model.set_grad_checkpointing(True)
     return model
 
 
-def _image_size(backbone: BackboneSettings) -> tuple[int, int]:
+def image_size(backbone: BackboneSettings) -> tuple[int, int]:
     """Height and width of the images: those of the recipe, or the model's own."""
     if isinstance(backbone.img_size, int):
         return backbone.img_size, backbone.img_size
@@ -168,7 +178,8 @@ def _image_size(backbone: BackboneSettings) -> tuple[int, int]:
     return config.input_size[1], config.input_size[2]
 
 
-def _open(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:
+def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:
+    """A split of the data set that a recipe names; raises what `create_dataset` raises."""
     return create_dataset(
         data.dataset,
         split,
@@ -185,6 +196,6 @@ def _open_test(data: DataSettings, selection: ImageDataset, img_size: tuple[int,
     if selection.split == "test":
         return selection
     try:
-        return _open(data, "test", img_size)
+        return open_dataset(data, "test", img_size)
     except MissingSplitError:
         return None

@@ -1,0 +1,184 @@
+"""Batches of texts: whole, in an order by seed and epoch, divided over processes, with little padding."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, WINOGRANDE, Example, open_text
+from vimtune.tasks.text.batches import MOST_PADDING, TextBatches, collate
+from vimtune.tasks.text.heads import ClassHead, LikelihoodHead, RatingHead
+from vimtune.tasks.text.scoring import IGNORED
+from vimtune.tasks.text.tokens import Item, Row
+
+
+def items_of(lengths, scored=1):
+    return [Item((Row(tuple(range(1, 1 + n)), scored, slot),), slot % 2) for slot, n in enumerate(lengths)]
+
+
+def made_up_lengths(number, seed=0):
+    """Lengths as those of real questions: many short ones, few long ones."""
+    draw = random.Random(seed)
+    return [2 + int(draw.lognormvariate(3.3, 0.5)) for _ in range(number)]
+
+
+def batches(items, head=None, **options):
+    options = {"batch_size": 8, "shuffle": True, **options}
+    return TextBatches(
+        "train", "made up", "hash", len(items), items, (head or LikelihoodHead()).batch, **options
+    )
+
+
+def slots(loader):
+    return [batch.tensors["slots"].tolist() for batch in loader]
+
+
+def padding(items, head=None, **options):
+    cells = sum(batch.tensors["input_ids"].numel() for batch in batches(items, head, **options))
+    return 1 - sum(len(row.tokens) for item in items for row in item.rows) / cells
+
+
+def test_rows_are_padded_on_the_right_and_padding_is_no_label():
+    tensors = collate([Row((5, 6, 7), 2, 4), Row((8, 9), 1, 0)])
+    assert tensors["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert tensors["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert tensors["labels"].tolist() == [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]
+    assert tensors["slots"].tolist() == [4, 0]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("number", [1, 8, 53])
+def test_an_epoch_has_every_item_once(number, shuffle):
+    loader = batches(items_of(made_up_lengths(number)), shuffle=shuffle)
+    found = slots(loader)
+    assert len(found) == len(loader) == -(-number // 8)
+    assert sorted(slot for batch in found for slot in batch) == list(range(number))
+    assert sorted(map(len, found))[1:] == [8] * (len(found) - 1)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    items = items_of(made_up_lengths(300))
+    loader, again = batches(items, seed=5), batches(items, seed=5)
+    first = slots(loader)
+    loader.set_position(3)
+    third = slots(loader)
+    again.set_position(3)
+    assert slots(again) == third != first != slots(batches(items, seed=6))
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in third}
+
+
+def test_an_epoch_goes_on_at_any_batch():
+    loader = batches(items_of(made_up_lengths(60)))
+    loader.set_position(2)
+    whole = slots(loader)
+    for start in (0, 3, len(loader)):
+        loader.set_position(2, start)
+        assert slots(loader) == whole[start:]
+    for epoch, start in ((-1, 0), (0, -1), (0, len(loader) + 1)):
+        with pytest.raises(ValueError, match="outside this loader"):
+            loader.set_position(epoch, start)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])
+def test_processes_share_every_batch(world_size):
+    items = items_of(made_up_lengths(21))
+    shares = [slots(batches(items, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    together = [[slot for part in parts for slot in part] for parts in zip(*shares, strict=True)]
+    assert together == slots(batches(items))
+
+
+def test_in_an_evaluation_the_longest_come_first():
+    lengths = [
+        batch.tensors["input_ids"].shape[1] for batch in batches(items_of([3, 9, 5] * 20), shuffle=False)
+    ]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize("batch_size", [4, 16, 64])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_little_is_padding(batch_size, shuffle):
+    items = items_of(made_up_lengths(2000))
+    assert padding(items, batch_size=batch_size, shuffle=shuffle) <= MOST_PADDING
+    shuffled = torch.tensor(made_up_lengths(2000)).view(-1, batch_size) if 2000 % batch_size == 0 else None
+    if shuffled is not None:  # without buckets it would be much more
+        assert 1 - shuffled.sum() / (shuffled.amax(1).sum() * batch_size) > 2 * MOST_PADDING
+
+
+@pytest.mark.parametrize("form", [ARC_EASY, ARC_CHALLENGE, WINOGRANDE], ids=lambda form: form.name)
+def test_little_of_real_texts_is_padding(form, shared_dir):
+    folder = shared_dir / "data" / "text" / form.name.partition("-")[0].lower()
+    if not folder.is_dir():
+        pytest.skip(f"no real texts: {folder} does not exist")
+    for split, shuffle in (("train", True), ("test", False)):
+        # A token has some four and a half characters.
+        examples = open_text(form, split, folder=folder).examples
+        texts = (
+            [e.prompt + e.completion for e in examples]
+            if shuffle
+            else [c + t for e in examples for c, t in zip(e.contexts, e.continuations, strict=True)]
+        )
+        items = items_of([2 + int(len(text) / 4.5) for text in texts])
+        for batch_size in (4, 64):
+            assert padding(items, batch_size=batch_size, shuffle=shuffle) <= MOST_PADDING
+
+
+def test_what_each_head_counts():
+    rows = [Row((1, 2, 3), 2, 0), Row((1, 2), 1, 1), Row((4,), 0, 2)]
+    likelihood = LikelihoodHead().batch([Item((row,)) for row in rows])
+    assert likelihood.count == 3 and set(likelihood.tensors) == {"input_ids", "labels", "slots"}
+    classes = ClassHead(3).batch([Item((row,), 2) for row in rows])
+    assert classes.count == 3 and classes.tensors["answers"].tolist() == [2, 2, 2]
+    rated = RatingHead().batch([Item(tuple(rows[:2]), 1), Item(tuple(rows[2:]), 0)])
+    assert rated.count == 2 and rated.tensors["choices"].tolist() == [[0, 1], [2, -1]]
+    assert LikelihoodHead().batch([]).count == RatingHead().batch([]).count == 0
+
+
+class Lengths:
+    """A model whose outputs (B, C) are the lengths of its rows, and those times 10, and so on."""
+
+    def __init__(self, outputs):
+        self.outputs = outputs
+
+    def __call__(self, input_ids, attention_mask):
+        return attention_mask.sum(1, keepdim=True).float() ** torch.arange(1, self.outputs + 1)
+
+
+def test_ratings_are_compared_among_the_choices_of_an_example():
+    items = [
+        Item((Row((1, 2), 0), Row((1,), 0), Row((1, 2, 3), 0)), 2),
+        Item((Row((1,), 0), Row((1, 2), 0)), 0),
+    ]
+    loss = RatingHead().loss(Lengths(1), RatingHead().batch(items).tensors)
+    expected = [torch.tensor([2.0, 1, 3]).log_softmax(0)[2], torch.tensor([1.0, 2]).log_softmax(0)[0]]
+    assert torch.allclose(loss, -sum(expected))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_evaluations_of_heads_come_from_any_batches_and_processes(world_size):
+    examples = [Example.question("x", "ab", answer) for answer in (0, 1, 1)]
+    for head in (ClassHead(2), RatingHead()):
+        rows = [Row((1,) * n, 0, slot) for slot, n in enumerate([2, 3, 1, 2, 3, 1])]
+        if isinstance(head, ClassHead):
+            items = [Item((rows[slot],)) for slot in (0, 2, 4)]
+        else:
+            items = [Item((row,)) for row in rows]
+        tally = head.tally(examples, items, True)
+        for rank in range(world_size):
+            part = head.tally(examples, items, True)
+            for batch in batches(items, head, batch_size=2, rank=rank, world_size=world_size):
+                if batch.count:
+                    part.add(Lengths(head.outputs), batch.tensors)
+            for name, total in tally.totals.items():
+                total += part.totals[name]
+        found = tally.evaluation()
+        by_class, rated = [(2, 4), (1, 1), (3, 9)], [(2, 3), (1, 2), (3, 1)]
+        values = by_class if isinstance(head, ClassHead) else rated
+        assert [judged.log_likelihoods for judged in found.judged] == values
+        hits = [max(range(2), key=lambda i: v[i]) == e.answer for v, e in zip(values, examples, strict=True)]
+        assert found.scores == {"acc": pytest.approx(100 * sum(hits) / 3), "acc_norm": None}
+        losses = [
+            -torch.tensor(v).double().log_softmax(0)[e.answer] for v, e in zip(values, examples, strict=True)
+        ]
+        assert found.loss == pytest.approx(float(sum(losses)) / 3) and found.count == 3

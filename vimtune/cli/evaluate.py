@@ -1,0 +1,68 @@
+"""The command `evaluate`: scores of a model on the data of a task, with an adapter or without."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages, path
+from vimtune.cli.train import add_recipe_flags, recipe_groups
+from vimtune.fields import Option
+
+SHARED = ("batch_size", "amp", "seed", "device", "backend", "threads", "force")
+"""Keys beside those of the data, the model and the task that concern an evaluation."""
+
+EXAMPLES = """\
+examples:
+  {prog} --task arc_easy --model state-spaces/mamba-130m-hf
+  {prog} --adapter runs/my-run
+  {prog} --adapter runs/my-run --split val -o scores.json"""
+
+
+def _groups() -> dict[str, dict[str, Option]]:
+    """The keys of recipes that concern an evaluation, by the title of their group."""
+    unused = ("method", "optimisation", "run")
+    groups = recipe_groups()
+    shared = {name: item for title in unused for name, item in groups[title].items() if name in SHARED}
+    return {**{title: items for title, items in groups.items() if title not in unused}, "run": shared}
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    parser = CommandParser(
+        prog=prog,
+        usage=f"{prog} [--adapter FILE] [--config FILE [--variant X]] [--KEY VALUE ...]",
+        description="Score a model on the data of a task. What an adapter was trained on is taken from its "
+        "file;\nflags change single values of it.",
+        epilog=EXAMPLES.format(prog=prog),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="help", help="show this help and stop")
+    general.add_argument("--adapter", metavar="FILE", type=path, help="adapter file or run folder")
+    general.add_argument("--split", metavar="X", help="what is scored: test, val [test]")
+    general.add_argument(
+        "--output", "-o", metavar="FILE", type=path, action="append", help="also write .csv or .json"
+    )
+    general.add_argument("--config", metavar="FILE", help="recipe in YAML")
+    general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
+    add_import(general)
+    add_common(general)
+    add_recipe_flags(parser, _groups())
+    given = vars(parser.parse_strictly(arguments))
+    for name in ("traceback", "packages"):
+        given.pop(name, None)
+    own = {name: given.pop(name, None) for name in ("adapter", "split", "output", "config", "variant")}
+
+    from vimtune.evaluation import run_evaluate
+
+    return run_evaluate(
+        values=given,
+        config=own["config"],
+        variant=own["variant"],
+        adapter=own["adapter"],
+        split=own["split"] or "test",
+        outputs=own["output"] or [],
+    )

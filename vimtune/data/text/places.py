@@ -1,0 +1,149 @@
+"""Where the splits of a text data set come from: files of a folder, a named file, or the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vimtune.data.errors import DatasetError, MissingSplitError
+from vimtune.data.text.examples import Example, TextSplit
+from vimtune.data.text.lines import Line, read_lines
+from vimtune.text import printable, quote
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """A data set on the Hugging Face hub."""
+
+    path: str
+    config: str | None
+    splits: Mapping[str, str]
+    """Names of its splits: ours -> the hub's."""
+
+
+def _nothing_to_note(lines: list[Line]) -> str:
+    return ""
+
+
+def _complete_already(path: Path, lines: list[Line]) -> list[Line]:
+    return lines
+
+
+def _no_classes(lines: Sequence[Line]) -> tuple[str, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """How the files of one data set look."""
+
+    name: str
+    read: Callable[[Line], Example]
+    """The example of a line; raises a `DatasetError` that names line and field."""
+    files: Mapping[str, tuple[str, ...]]
+    """Names that the file of a split may have in the data folder, those to prefer first."""
+    hub: HubPlace | None = None
+    per_character: bool = True
+    """Whether likelihoods per character (acc_norm) are compared as well."""
+    classes: tuple[str, ...] = ()
+    """The choices of every example, where they are always the same."""
+    find_classes: Callable[[Sequence[Line]], tuple[str, ...]] = _no_classes
+    """The same where the training file says which they are."""
+    read_labelled: Callable[[Line, Sequence[str]], Example] | None = None
+    """The example of a line of a data set that has such classes."""
+    complete: Callable[[Path, list[Line]], list[Line]] = _complete_already
+    """Adds to the lines of a file what stands in another file beside it."""
+    note: Callable[[list[Line]], str] = _nothing_to_note
+    """What a user has to know about these lines; empty if nothing."""
+
+    def split(
+        self, name: str, lines: list[Line], source: str, classes: Sequence[str] | None = None
+    ) -> TextSplit:
+        """The examples of `lines`.
+
+        Args:
+            name: of the split.
+            lines: its entries.
+            source: where they come from.
+            classes: those of the training split; None if this is the training split.
+
+        Raises:
+            DatasetError: a line that is wrong.
+        """
+        known = tuple(self.find_classes(lines) if classes is None else classes)
+        by_class = self.read_labelled
+        if known and by_class is not None:
+            examples = tuple(by_class(line, known) for line in lines)
+        else:
+            examples = tuple(map(self.read, lines))
+        shown = [f"{self.name}, {source}, {len(examples):,} examples", self.note(lines)]
+        return TextSplit(name, examples, "; ".join(filter(None, shown)), known or self.classes)
+
+
+def open_text(
+    form: TextFormat,
+    split: str,
+    *,
+    folder: str | Path | None = None,
+    file: str | Path | None = None,
+    download: bool = True,
+    classes: Sequence[str] | None = None,
+) -> TextSplit:
+    """Open the split "train" or "test" of a data set.
+
+    Args:
+        form: which data set.
+        split: which split; "test" is the one whose scores are published.
+        folder: has the files under their official names.
+        file: has the split itself, whatever its name is.
+        download: without folder and file, take the hub's copy.
+        classes: those of the training split, for another split.
+
+    Raises:
+        MissingSplitError: there is no file of this split.
+        DatasetError: a file that cannot be read, or a line that is wrong.
+    """
+    if file is not None:
+        found = Path(file)
+    elif folder is not None:
+        found = _find(form, split, Path(folder))
+    else:
+        return form.split(split, *_from_hub(form, split, download), classes=classes)
+    lines = form.complete(found, read_lines(found))
+    return form.split(split, lines, printable(str(found)), classes)
+
+
+def _find(form: TextFormat, split: str, folder: Path) -> Path:
+    """The file of a split in a folder."""
+    for name in form.files[split]:
+        if (folder / name).is_file():
+            return folder / name
+    raise MissingSplitError(
+        f"{form.name}: {printable(str(folder))} has no file of the split {split!r}: expected "
+        f"{' or '.join(form.files[split])}, or the file itself as {split}_file"
+    )
+
+
+def _from_hub(form: TextFormat, split: str, download: bool) -> tuple[list[Line], str]:
+    """The lines of a split on the hub, and what to call their source."""
+    files = f"give a folder with {' or '.join(form.files[split])} as data_dir, or a file as {split}_file"
+    if form.hub is None or not download:
+        why = "it is on no hub" if form.hub is None else "nothing is to be downloaded"
+        raise MissingSplitError(f"{form.name}: no file of the split {split!r}, and {why}: {files}")
+    if importlib.util.find_spec("datasets") is None:
+        raise DatasetError(
+            f"{form.name}: to take {quote(form.hub.path)} from the hub, install datasets (pip install "
+            f"datasets); or {files}"
+        )
+    from datasets import load_dataset
+
+    place = f"{form.hub.path} {form.hub.config or ''}".strip()
+    try:
+        rows = load_dataset(form.hub.path, form.hub.config, split=form.hub.splits[split])
+    except Exception as error:  # the hub's client has many of its own, and of the libraries below it
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+        raise DatasetError(f"{form.name}: cannot take {place} from the hub ({reason}); {files}") from error
+    name = f"{place}, {form.hub.splits[split]}"
+    return [Line(f"{name}, row {index}", dict(row)) for index, row in enumerate(rows)], f"{name} of the hub"

@@ -1,0 +1,153 @@
+"""The components of the recipes of image tasks: which images, and which backbone. Without torch.
+
+Both hand options on, to the data set and to the model. They are compared with what these take, so that a
+misspelt, reserved or ill-typed option is reported together with all other problems of a recipe, before
+anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+
+from vimtune import parsers
+from vimtune.data.datasets import DATASETS, dataset_option_problems
+from vimtune.fields import Seed, Share, option, options_of
+from vimtune.methods import METHODS
+from vimtune.models.registry import MODELS, check_model_options, list_models
+from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.text import quote
+
+RESERVED = {
+    "dataset_kwargs": {
+        "name": "the key dataset",
+        "split": "the keys train_split and eval_split",
+        "data_dir": "the key data_dir",
+        "seed": "the key data_seed",
+        "img_size": "the key img_size",
+        "download": "the key download",
+    },
+    "model_kwargs": {
+        "model_name": "the key model",
+        "num_classes": "the data set",
+        "img_size": "the key img_size",
+        "drop_path_rate": "the key drop_path",
+        "pretrained": "the key pretrained",
+        "peft": "the key peft",
+        "peft_targets": "the key targets",
+        "peft_layers": "the key layers",
+        "peft_kwargs": "the key peft_kwargs",
+    },
+}
+"""Options that the recipe sets from elsewhere, and where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(DataOptions):
+    """Which data are used, and how they are read."""
+
+    dataset: str = option("synthetic_flowers", "data set (see --list)", parse=DATASETS.parse)
+    data_dir: str | None = option(
+        None, "folder of the data set's files", parse=parsers.optional(parsers.absolute_path)
+    )
+    train_split: Literal["train", "train+val"] = option("train", "images to train on: train, train+val")
+    eval_split: Literal["val", "test"] | None = option(
+        None, "evaluated while training: val, test (default: val if not trained on)"
+    )
+    dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
+    data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
+    download: bool = option(True, "download a data set that is not there yet")
+    num_workers: Annotated[int, Ge(0), Le(1024)] = option(2, "processes that prepare images")
+    cache: bool = option(False, "keep decoded images in memory")
+    on_corrupt: Literal["error", "skip"] = option("error", "an unreadable image: error (stop), skip (report)")
+
+    @property
+    def selection_split(self) -> str:
+        """The split evaluated during training: `eval_split`, or its default."""
+        return self.eval_split or ("test" if self.train_split == "train+val" else "val")
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the data set."""
+        return self.dataset
+
+    @classmethod
+    def handed_on_problems(cls, values: Mapping[str, Any]) -> list[str]:
+        """Problems of `dataset_kwargs`."""
+        given = values.get("dataset_kwargs")
+        if given is None:
+            return []
+        problems = _reserved_problems("dataset_kwargs", given)
+        if "dataset" in values:
+            own = {name: value for name, value in given.items() if name not in RESERVED["dataset_kwargs"]}
+            problems += dataset_option_problems(values["dataset"], own)
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSettings(BackboneOptions):
+    """The model that is adapted, and the weights from which it starts."""
+
+    model: str = option("vim_nano_patch8_64", "model (see --list)", parse=MODELS.parse)
+    pretrained: bool = option(True, "start from the model's published weights")
+    checkpoint: str | None = option(
+        None, "start from this .pth/.safetensors file instead", parse=parsers.optional(parsers.absolute_path)
+    )
+    img_size: int | list[int] | None = option(
+        None,
+        "image size, N or HxW (default: the model's own)",
+        parse=parsers.optional(parsers.image_size),
+    )
+    drop_path: Share = option(0.0, "stochastic depth rate")
+    model_kwargs: dict[str, Any] = option({}, "further options of the model")
+
+    @classmethod
+    def known_models(cls) -> Mapping[str, str]:
+        """All registered models."""
+        return list_models()
+
+    @classmethod
+    def handed_on_problems(cls, values: Mapping[str, Any]) -> list[str]:
+        """Problems of `model_kwargs`."""
+        given = values.get("model_kwargs")
+        if given is None:
+            return []
+        problems = _reserved_problems("model_kwargs", given)
+        if "model" in values:
+            problems += _model_problems(values["model"], given)
+        return problems
+
+
+def _reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:
+    """One line for each of `options`, given as `key`, that another key of the recipe sets."""
+    return [f"{key}: {name} is set by {owner}" for name, owner in RESERVED[key].items() if name in options]
+
+
+def _model_problems(model: str, given: Mapping[str, Any]) -> list[str]:
+    """Problems of `model_kwargs` besides names that another key sets."""
+    of_methods = {name for _, method in METHODS.items() for name in options_of(method)}
+    problems = [
+        f"model_kwargs: {name} is an option of a method, not of the model: give it in peft_kwargs"
+        for name in given
+        if name in of_methods
+    ]
+    own = {
+        name: value
+        for name, value in given.items()
+        if name not in RESERVED["model_kwargs"] and name not in of_methods
+    }
+    if not own:
+        return problems
+    try:
+        check_model_options(model, own, "model_kwargs")
+    except ValueError as error:
+        problems.append(str(error))
+    if own.get("in_chans", 3) != 3:
+        problems.append(
+            f"model_kwargs: in_chans = {quote(own['in_chans'])}: images are read as RGB, which has 3 "
+            "channels, grey ones, too. Leave it out"
+        )
+    return problems

@@ -1,0 +1,55 @@
+"""An image classifier, with an adapter or without, on images to be scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import vimtune
+from vimtune.adapters import read_adapter_info
+from vimtune.data import build_transform, create_loader, model_preprocessing
+from vimtune.predict import build_base
+from vimtune.recipe import Recipe
+from vimtune.tasks.images.batches import ImageBatches
+from vimtune.tasks.images.job import create_backbone, image_size, open_dataset
+from vimtune.tasks.images.scoring import ImageTally
+from vimtune.tasks.images.settings import BackboneSettings, DataSettings
+from vimtune.tasks.job import Trial
+from vimtune.training.distributed import Processes
+
+
+def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool) -> Trial:
+    """Open the images of a split and the model; the arguments are those of `Task.open_trial`.
+
+    Raises:
+        ValueError: data, weights or an adapter that do not fit; the message says which.
+    """
+    data, backbone = recipe.data, recipe.backbone
+    assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
+    dataset = open_dataset(data, split, image_size(backbone))
+    if adapter is None:
+        model = create_backbone(recipe, len(dataset.classes))
+    else:
+        info = read_adapter_info(adapter)
+        if info.classes and info.classes != dataset.classes:
+            raise ValueError(
+                f"the classes of the adapter ({len(info.classes)}) are not those of the images "
+                f"({len(dataset.classes)}): {dataset.source}"
+            )
+        model = build_base(info, backbone.checkpoint)
+        vimtune.load_adapter(model, adapter, force=force)
+    transform = build_transform("none", train=False, **model_preprocessing(model))
+    loader = create_loader(
+        dataset,
+        transform,
+        batch_size=recipe.optimisation.batch_size,
+        shuffle=False,
+        drop_last=False,
+        num_workers=data.num_workers,
+        seed=0,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        on_corrupt=data.on_corrupt,
+    )
+    expected = len(dataset) if data.on_corrupt == "error" else None
+    tally = ImageTally(len(dataset.classes), expected)
+    return Trial(model.to(processes.device), ImageBatches(loader), tally)

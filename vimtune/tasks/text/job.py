@@ -1,0 +1,191 @@
+"""From a recipe to what a language model is trained with: texts, model with its adapter, loaders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vimtune.data import MissingSplitError
+from vimtune.data.text import TextSplit, open_text, split_off
+from vimtune.language import load_tokenizer
+from vimtune.recipe import Recipe
+from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
+from vimtune.tasks.text.batches import TextBatches
+from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
+from vimtune.tasks.text.models import build_model, vocabulary_of
+from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
+from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer, check_vocabulary
+from vimtune.training.distributed import Processes
+from vimtune.training.settings import derive_seed
+
+if TYPE_CHECKING:
+    from vimtune.tasks.texts import TextTask
+
+
+@dataclass(kw_only=True)
+class TextJob(Job):
+    """A language model on its texts."""
+
+    head: Head
+    tallies: dict[str, Callable[[], Tally]]
+    """Makes an empty tally for the evaluation of a split, by its name."""
+
+    def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
+        """What the head learns from, summed over tokens or examples."""
+        return self.head.loss(forward, tensors)
+
+    def start_tally(self, loader: Loader) -> Tally:
+        """An empty tally of what the model says of each choice."""
+        return self.tallies[loader.split]()
+
+
+def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
+    """Open the texts, create the model, inject the adapter, build the loaders.
+
+    Raises:
+        ValueError: texts, tokenizer, weights or adapter settings that do not fit; the message says which.
+    """
+    data, backbone = settings_of(recipe)
+    with processes.main_first():  # may download texts
+        train, val, test = open_splits(task, data)
+    head = head_of(task, train)
+    with processes.main_first():  # may download weights
+        tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
+        model = build_model(recipe, backbone, head.outputs, task.pooling)
+    check_vocabulary(tokenizer, vocabulary_of(model), backbone.model)
+    loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
+    training, usual_count = loaders.training(train)
+    selection = loaders.scoring(val)
+    classes = {} if head.outputs is None else {"classes": names_of_outputs(head, train)}
+    return TextJob(
+        model=model.to(processes.device),
+        train=training,
+        selection=selection,
+        final=selection if test is None else loaders.scoring(test),
+        usual_count=usual_count,
+        outputs=classes,
+        saved_with_adapter=dict(classes),
+        head=head,
+        tallies=loaders.tallies,
+    )
+
+
+def settings_of(recipe: Recipe) -> tuple[TextDataSettings, LanguageModelSettings]:
+    """The components of a recipe that are those of language tasks."""
+    data, backbone = recipe.data, recipe.backbone
+    assert isinstance(data, TextDataSettings) and isinstance(backbone, LanguageModelSettings)
+    return data, backbone
+
+
+def open_splits(task: TextTask, data: TextDataSettings) -> tuple[TextSplit, TextSplit, TextSplit | None]:
+    """The texts to train on, those that select the best epoch, and those that are scored in the end.
+
+    The second ones are a part of the training file, never of the test file. There is no third part where a
+    user's own data have none.
+
+    Raises:
+        DatasetError: a file that is missing or wrong.
+    """
+    train, val = split_off(
+        open_text(task.form, "train", folder=data.data_dir, file=data.train_file, download=data.download),
+        data.val_share,
+        data.data_seed,
+    )
+    try:
+        test = open_test(task, data, train.classes)
+    except MissingSplitError:
+        if task.form.hub is not None or data.test_file is not None:
+            raise
+        test = None
+    return train, val, test
+
+
+def open_test(task: TextTask, data: TextDataSettings, classes: Sequence[str] | None) -> TextSplit:
+    """The texts that are scored in the end; with classes of their own where `classes` is None.
+
+    Raises:
+        DatasetError: a file that is missing or wrong.
+    """
+    return open_text(
+        task.form,
+        "test",
+        folder=data.data_dir,
+        file=data.test_file,
+        download=data.download,
+        classes=classes,
+    )
+
+
+def head_of(task: TextTask, train: TextSplit) -> Head:
+    """What the recipe asks of the model.
+
+    Raises:
+        ValueError: a classification head for texts without choices.
+    """
+    if task.head == "likelihood":
+        return LikelihoodHead()
+    if train.classes:
+        return ClassHead(len(train.classes))
+    if any(len(example.choices) < 2 for example in train.examples):
+        raise ValueError(
+            f"head = 'classifier' needs texts with a label, and {train.source} has none: use likelihood"
+        )
+    return RatingHead()
+
+
+def names_of_outputs(head: Head, train: TextSplit) -> list[str]:
+    """What each output of a classification head means."""
+    return list(train.classes) if isinstance(head, ClassHead) else ["rating"]
+
+
+@dataclass
+class Loaders:
+    """Makes the loaders of a run."""
+
+    recipe: Recipe
+    task: TextTask
+    head: Head
+    tokenizer: Tokenizer
+    max_length: int
+    processes: Processes
+    tallies: dict[str, Callable[[], Tally]] = field(default_factory=dict)
+    """Makes an empty tally for the evaluation of a split, by its name; of all splits that are scored."""
+
+    def training(self, split: TextSplit) -> tuple[TextBatches, int]:
+        """The loader of the training texts, and what a whole batch of it counts on average."""
+        encoder = Encoder(self.tokenizer, self.max_length)
+        items = self.head.training_items(encoder, split.examples)
+        counted = sum(self.head.count(item) for item in items) / len(items)
+        usual = math.ceil(counted * self.recipe.optimisation.batch_size)
+        return self._loader(split, items, encoder, shuffle=True), usual
+
+    def scoring(self, split: TextSplit) -> TextBatches:
+        """The loader of texts to be scored."""
+        encoder = Encoder(self.tokenizer, self.max_length)
+        items = self.head.scoring_items(encoder, split.examples)
+        characters = self.task.form.per_character
+        self.tallies[split.name] = lambda: self.head.tally(split.examples, items, characters)
+        return self._loader(split, items, encoder, shuffle=False)
+
+    def _loader(
+        self, split: TextSplit, items: Sequence[Item], encoder: Encoder, shuffle: bool
+    ) -> TextBatches:
+        cut = f"; {encoder.cut:,} sequences longer than {self.max_length:,} tokens have lost their beginning"
+        return TextBatches(
+            split.name,
+            split.source + (cut if encoder.cut else ""),
+            split.fingerprint(),
+            len(split.examples),
+            items,
+            self.head.batch,
+            batch_size=self.recipe.optimisation.batch_size,
+            shuffle=shuffle,
+            seed=derive_seed(self.recipe.run.seed, "data"),
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+            pin_memory=self.processes.device.type == "cuda",
+        )

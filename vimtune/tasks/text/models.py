@@ -1,0 +1,88 @@
+"""The model of a language task: a language model or a classifier on one, with the adapter of the recipe.
+
+Shape letters: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import vimtune
+from vimtune.language import create_language_model, pooled_classifier, sequence_losses
+from vimtune.recipe import Recipe
+from vimtune.tasks.text.settings import LanguageModelSettings
+from vimtune.training.settings import derive_seed
+
+Pooling = Literal["last", "mean"]
+"""Which features a classification head sees: those of the last token, or the mean of all."""
+
+
+class SequenceScorer(nn.Module):
+    """A language model that gives the loss of each sequence: all of a training step in one forward pass.
+
+    Its parameters have the names that they have in the language model, so an adapter of the one fits the
+    other.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """The scorer of a language model of transformers, with which it shares all parameters."""
+        super().__init__()
+        self.backbone, self.lm_head = model.backbone, model.lm_head
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Minus the log-likelihood of the labelled tokens of each row, (B,) in fp32.
+
+        Args:
+            input_ids: (B, L), padded on the right.
+            labels: (B, L), the tokens that are predicted at their own places; -100 where none is.
+        """
+        losses: Tensor = sequence_losses(self, input_ids, labels)
+        return losses
+
+
+def build_model(
+    recipe: Recipe, settings: LanguageModelSettings, outputs: int | None, pooling: Pooling
+) -> nn.Module:
+    """The language model with its weights, its head where it has one, and the adapter of the recipe.
+
+    Args:
+        recipe: the settings of the run.
+        settings: those of the language model.
+        outputs: outputs of the classification head; None for a model that predicts tokens.
+        pooling: which features the head sees.
+
+    Raises:
+        ValueError: no such model, weights that do not fit, or an adapter that does not fit.
+    """
+    method = recipe.method
+    model = build_base(recipe, settings, outputs, pooling)
+    torch.manual_seed(derive_seed(recipe.run.seed, "adapter"))
+    vimtune.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
+    return model
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many tokens a model of this module knows."""
+    size: int = model.backbone.config.vocab_size  # type: ignore[union-attr,assignment]
+    return size
+
+
+def build_base(
+    recipe: Recipe, settings: LanguageModelSettings, outputs: int | None, pooling: Pooling
+) -> nn.Module:
+    """The same without an adapter."""
+    # Seeded apart, so that the adapter starts alike whatever the model drew.
+    torch.manual_seed(derive_seed(recipe.run.seed, "model"))
+    own = settings.pretrained and settings.checkpoint is None
+    model = create_language_model(settings.model, pretrained=own, **settings.model_kwargs)
+    if settings.checkpoint is not None:
+        from vimtune.language.creation import load_weights
+
+        load_weights(model, Path(settings.checkpoint))
+    if recipe.optimisation.grad_checkpointing:
+        model.gradient_checkpointing_enable()
+    return SequenceScorer(model) if outputs is None else pooled_classifier(model, outputs, pooling)

@@ -1,0 +1,130 @@
+"""Language tasks: choose the continuation of a text, or say of which class it is.
+
+This file holds what can be said without torch; `vimtune.tasks.text` does the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vimtune.data import text
+from vimtune.data.text import TextFormat
+from vimtune.fields import option
+from vimtune.tasks.base import Score, Task, register_task
+from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
+
+if TYPE_CHECKING:
+    from vimtune.recipe import Recipe
+    from vimtune.tasks.text.job import TextJob
+    from vimtune.tasks.text.trial import TextTrial
+    from vimtune.training.distributed import Processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """What all language tasks have in common.
+
+    Their loss is a mean over tokens, or over examples where a classification head is trained.
+    """
+
+    unit = "tokens"
+    short_unit = "tok"
+    examples = "texts"
+    scores = (Score("acc", "accuracy"), Score("acc_norm", "accuracy per character"))
+    data_options: ClassVar[type[DataOptions]] = TextDataSettings
+    backbone_options: ClassVar[type[BackboneOptions]] = LanguageModelSettings
+    form: ClassVar[TextFormat]
+    """The data set."""
+
+    head: Literal["likelihood", "classifier"] = option(
+        "likelihood", "what answers: likelihood (of the choices), classifier (on pooled features)"
+    )
+    pooling: Literal["last", "mean"] = option(
+        "last", "features of the classifier: last token, or mean of all"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head == "classifier":
+            object.__setattr__(self, "unit", "examples")
+            object.__setattr__(self, "short_unit", "ex")
+
+    def open(self, recipe: Recipe, processes: Processes) -> TextJob:
+        """Open the texts and the language model of `recipe`; see `Task.open`."""
+        from vimtune.tasks.text.job import open_texts
+
+        return open_texts(recipe, self, processes)
+
+    def open_trial(
+        self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool
+    ) -> TextTrial:
+        """Open the texts to score and the language model; see `Task.open_trial`."""
+        from vimtune.tasks.text.trial import open_trial
+
+        return open_trial(recipe, self, processes, split, adapter, force)
+
+
+@register_task("arc_easy")
+@dataclass(frozen=True, kw_only=True)
+class ArcEasy(TextTask):
+    """Answer the easy questions of the AI2 Reasoning Challenge."""
+
+    summary = "ARC-Easy: questions of school tests; scores as lm-evaluation-harness: acc, acc_norm"
+    form = text.ARC_EASY
+
+
+@register_task("arc_challenge")
+@dataclass(frozen=True, kw_only=True)
+class ArcChallenge(TextTask):
+    """Answer the hard questions of the AI2 Reasoning Challenge."""
+
+    summary = "ARC-Challenge: harder questions of school tests; acc, acc_norm"
+    form = text.ARC_CHALLENGE
+
+
+@register_task("hellaswag")
+@dataclass(frozen=True, kw_only=True)
+class HellaSwag(TextTask):
+    """Say how a scene goes on."""
+
+    summary = "HellaSwag: how a described scene goes on; acc, acc_norm"
+    form = text.HELLASWAG
+
+
+@register_task("winogrande")
+@dataclass(frozen=True, kw_only=True)
+class Winogrande(TextTask):
+    """Fill the gap of a sentence with one of two names."""
+
+    summary = "Winogrande: which of two names a sentence means; acc"
+    form = text.WINOGRANDE
+
+
+@register_task("piqa")
+@dataclass(frozen=True, kw_only=True)
+class Piqa(TextTask):
+    """Choose the way that leads to a goal."""
+
+    summary = "PIQA: which of two ways leads to a goal; acc, acc_norm"
+    form = text.PIQA
+
+
+@register_task("boolq")
+@dataclass(frozen=True, kw_only=True)
+class BoolQ(TextTask):
+    """Answer a question about a passage with yes or no."""
+
+    summary = "BoolQ: does a passage say yes or no to a question; acc"
+    form = text.BOOLQ
+
+
+@register_task("text")
+@dataclass(frozen=True, kw_only=True)
+class OwnTexts(TextTask):
+    """Learn a user's own texts: prompts with completions, texts with labels, or texts alone."""
+
+    summary = "your own .jsonl or .csv: prompt and completion, text and label, or text alone"
+    form = text.OWN
