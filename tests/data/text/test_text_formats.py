@@ -231,7 +231,7 @@ def test_without_files_the_hub_is_asked_or_the_files_are_named(monkeypatch):
     with pytest.raises(MissingSplitError, match=r"it is on no hub: give a folder with train\.jsonl"):
         open_text(OWN, "train")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DatasetError, match=r'install datasets \(pip install datasets\)'):
+    with pytest.raises(DatasetError, match=r"install datasets \(pip install datasets\)"):
         open_text(ARC_EASY, "train")
 
 

@@ -84,5 +84,5 @@ def build_base(
 
         load_weights(model, Path(settings.checkpoint))
     if recipe.optimisation.grad_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+        model.gradient_checkpointing_enable()
     return SequenceScorer(model) if outputs is None else pooled_classifier(model, outputs, pooling)
