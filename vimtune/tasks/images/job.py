@@ -15,6 +15,7 @@ import vimtune
 from vimtune.data import (
     ImageDataset,
     MissingSplitError,
+    Transform,
     build_transform,
     create_dataset,
     create_loader,
@@ -96,21 +97,8 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     eval_transform = build_transform("none", train=False, **shared)
 
     def batches(dataset: ImageDataset, train: bool) -> ImageBatches:
-        loader = create_loader(
-            dataset,
-            train_transform if train else eval_transform,
-            batch_size=recipe.optimisation.batch_size,
-            shuffle=train,
-            drop_last=False,
-            num_workers=data.num_workers,
-            seed=derive_seed(recipe.run.seed, "data"),
-            rank=processes.rank,
-            world_size=processes.world_size,
-            cache=data.cache,
-            on_corrupt=data.on_corrupt,
-            pin_memory=processes.device.type == "cuda",
-        )
-        return ImageBatches(loader)
+        transform = train_transform if train else eval_transform
+        return open_batches(recipe, dataset, transform, processes, shuffle=train)
 
     classes = train_set.classes
     selection = batches(selection_set, train=False)
@@ -127,6 +115,29 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         label_smoothing=task.label_smoothing,
         counts_all=data.on_corrupt == "error",
     )
+
+
+def open_batches(
+    recipe: Recipe, dataset: ImageDataset, transform: Transform, processes: Processes, shuffle: bool
+) -> ImageBatches:
+    """The batches of a split as a recipe wants them; raises what `create_loader` raises."""
+    data = recipe.data
+    assert isinstance(data, DataSettings)
+    loader = create_loader(
+        dataset,
+        transform,
+        batch_size=recipe.optimisation.batch_size,
+        shuffle=shuffle,
+        drop_last=False,
+        num_workers=data.num_workers,
+        seed=derive_seed(recipe.run.seed, "data"),
+        rank=processes.rank,
+        world_size=processes.world_size,
+        cache=data.cache,
+        on_corrupt=data.on_corrupt,
+        pin_memory=processes.device.type == "cuda",
+    )
+    return ImageBatches(loader)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import vimtune
 from vimtune.adapters import read_adapter_info
-from vimtune.data import build_transform, create_loader, model_preprocessing
+from vimtune.data import build_transform, model_preprocessing
 from vimtune.predict import build_base
 from vimtune.recipe import Recipe
-from vimtune.tasks.images.batches import ImageBatches
-from vimtune.tasks.images.job import create_backbone, image_size, open_dataset
+from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
 from vimtune.tasks.images.scoring import ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.tasks.job import Trial
@@ -38,18 +37,7 @@ def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path |
         model = build_base(info, backbone.checkpoint)
         vimtune.load_adapter(model, adapter, force=force)
     transform = build_transform("none", train=False, **model_preprocessing(model))
-    loader = create_loader(
-        dataset,
-        transform,
-        batch_size=recipe.optimisation.batch_size,
-        shuffle=False,
-        drop_last=False,
-        num_workers=data.num_workers,
-        seed=0,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        on_corrupt=data.on_corrupt,
-    )
+    loader = open_batches(recipe, dataset, transform, processes, shuffle=False)
     expected = len(dataset) if data.on_corrupt == "error" else None
     tally = ImageTally(len(dataset.classes), expected)
-    return Trial(model.to(processes.device), ImageBatches(loader), tally)
+    return Trial(model.to(processes.device), loader, tally)
