@@ -218,6 +218,13 @@ def test_accelerating_before_and_after_an_adapter(family):
         assert type(model.backbone.layers[0].mixer) in (FastMambaMixer, FastMamba2Mixer)
 
 
+def test_packed_sequences_are_refused():
+    _, model = both_models("mamba2")
+    assert model.backbone(tokens(), num_items_in_batch=3)[0].shape[:2] == tokens().shape
+    with pytest.raises(ValueError, match=r"packed sequences \(seq_idx\) are not supported"):
+        model.backbone(tokens(), seq_idx=torch.zeros_like(tokens()))
+
+
 def test_what_cannot_be_accelerated():
     with pytest.raises(ValueError, match="Linear has no mixer of transformers' Mamba"):
         accelerate(torch.nn.Linear(2, 2))

@@ -43,7 +43,7 @@ def sequence_losses(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    rows, hidden, wanted = _labelled(model, input_ids, labels)
+    places, hidden, wanted = _labelled(model, input_ids, labels)
     parts = []
     for part in _chunks(len(wanted), chunk_tokens):
         chunk = (model.lm_head, hidden[part], wanted[part])
@@ -51,8 +51,9 @@ def sequence_losses(
             parts.append(checkpoint(_token_losses, *chunk, use_reentrant=False))
         else:
             parts.append(_token_losses(*chunk))
-    sums = torch.zeros(len(labels), dtype=torch.float32, device=labels.device)
-    return sums.index_add(0, rows, torch.cat(parts)) if parts else sums
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    # Each place once, so that sums come out the same every time.
+    return (losses.index_put(places, torch.cat(parts)) if parts else losses).sum(1)
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    rows, hidden, wanted = _labelled(model, input_ids, labels)
+    (rows, _), hidden, wanted = _labelled(model, input_ids, labels)
     misses = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
     for part in _chunks(len(wanted), chunk_tokens):
         best = _logits(model.lm_head, hidden[part]).argmax(-1)
@@ -72,16 +73,17 @@ def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: 
     return misses == 0
 
 
-def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row (T,), hidden state that predicts it (T, D) and label (T,) of all labelled tokens."""
+def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Of all labelled tokens: row and column (T,), hidden state that predicts it (T, D), and label (T,)."""
     if input_ids.dim() != 2 or input_ids.shape != labels.shape:
         raise ValueError(
             f"input_ids and labels must both be (B, L); got {tuple(input_ids.shape)} and "
             f"{tuple(labels.shape)}"
         )
     hidden = model.backbone(input_ids, use_cache=False)[0]
-    rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return rows, hidden[rows, places], labels[rows, places + 1]
+    rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    places = rows, before + 1
+    return places, hidden[rows, before], labels[places]
 
 
 def _chunks(tokens: int, size: int) -> Iterator[slice]:

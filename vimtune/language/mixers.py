@@ -15,7 +15,8 @@ H heads, P channels of a head (E = H P), G groups.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,7 @@ class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyp
         cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         cache_params: Cache | None = None,
+        **others: Any,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D).
 
@@ -104,7 +106,12 @@ class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyp
             cache: states after the tokens before; brought up to date. None to start and to keep nothing.
             attention_mask: (B, at least L), 0 at padding; its last L columns are for these tokens.
             cache_params: the name of `cache` in transformers before 5.24.
+            others: what models hand on to whatever has a use for it.
+
+        Raises:
+            ValueError: several sequences are packed into one, which only transformers' kernels know.
         """
+        refuse_packing(others)
         cache = cache_params if cache is None else cache
         mask = token_mask(attention_mask, hidden_states)
         return self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
@@ -185,8 +192,10 @@ class FastMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]  # transformers is unt
         cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         cache_params: Cache | None = None,
+        **others: Any,
     ) -> Tensor:
         """Tokens (B, L, D) to (B, L, D); the arguments are those of `FastMambaMixer.forward`."""
+        refuse_packing(others)
         cache = cache_params if cache is None else cache
         mask = token_mask(attention_mask, hidden_states)
         return self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
@@ -228,6 +237,17 @@ class FastMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]  # transformers is unt
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {MambaMixer: FastMambaMixer, Mamba2Mixer: FastMamba2Mixer}
 """Which class takes the place of which."""
+
+
+def refuse_packing(arguments: Mapping[str, Any]) -> None:
+    """Refuse sequences that lie behind each other in one row: the state of one would enter the next.
+
+    Raises:
+        ValueError: `arguments` tell of such.
+    """
+    for name in ("seq_idx", "cu_seq_lens_q", "cu_seqlens"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"packed sequences ({name}) are not supported: give each a row of its own")
 
 
 def token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
