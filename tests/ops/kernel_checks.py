@@ -10,8 +10,9 @@ from vimtune.ops.nvrtc import runtime
 OPCHECKS = ("test_schema", "test_faketensor")
 AUTOGRAD_OPCHECKS = (*OPCHECKS, "test_autograd_registration")
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-# With one token the gradient of A is 0, and what backend `nvrtc` finds a difference of equal numbers.
-ZERO_A = 1e-4
+# With one token the gradient of A is 0, and what backend `nvrtc` finds a difference of equal numbers, which are
+# divided by the number of directions.
+ZERO_A = 2e-4
 
 
 def assert_close(actual, expected, tolerance, label, floor=0.0):

@@ -56,6 +56,13 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_what_is_covered(directions):
+    for inner, rank in ((384, 12), (1536, 48), (2048, 64), (4096, 128)):
+        xz, _, weights = build(1, 1, inner, rank, torch.bfloat16, directions)
+        assert not mixer.refusals(xz, weights)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_the_compiler_sees_what_the_kernels_take(dynamic, on_cpu, monkeypatch):
     """Where they do not take it, and Triton is not there, the mixer is composed of other operations."""

@@ -192,7 +192,7 @@ def test_mixer(backend, tokens, inner, states, rank, width, bias, dtype, labels,
         apply(mixer)(**{**inputs, "xz": frozen}).backward(grad)
     assert_close(out, expected, TOLERANCES[dtype], "out")
     for name, value in grads.items():
-        floor = ZERO_A if backend == "nvrtc" and name.endswith("A_log") else 0.0
+        floor = ZERO_A / len(labels) if backend == "nvrtc" and name.endswith("A_log") else 0.0
         assert_close(value, expected_grads[name], 2 * TOLERANCES[dtype], name, floor)
     # What is wanted decides what Triton compiles: in half precision such kernels may round differently.
     may_differ = DEVICE == "cuda" and backend == "triton" and dtype != torch.float32
