@@ -10,7 +10,7 @@ from vimtune.ops.nvrtc import runtime
 OPCHECKS = ("test_schema", "test_faketensor")
 AUTOGRAD_OPCHECKS = (*OPCHECKS, "test_autograd_registration")
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-# With one token the gradient of A is 0, and what backend `nvrtc` finds a difference of equal numbers, which are
+# With one token the gradient of A is 0, and what backend `nvrtc` finds a difference of equal numbers, each
 # divided by the number of directions.
 ZERO_A = 2e-4
 
