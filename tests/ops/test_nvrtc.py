@@ -14,20 +14,20 @@ from vimtune.ops.nvrtc import runtime, scan
 NUM_STATES = scan.NUM_STATES
 
 
-def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, rank=3) -> dict:
+def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, directions=2) -> dict:
     generator = torch.Generator().manual_seed(tokens + inner)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    delta = torch.nn.functional.softplus(normal(2, batch, tokens, inner) - 2) * delta_scale
+    delta = torch.nn.functional.softplus(normal(directions, batch, tokens, inner) - 2) * delta_scale
     columns = 2 * NUM_STATES + 16
     inputs = {
-        "u": normal(2, batch, tokens, inner).to(dtype),
+        "u": normal(directions, batch, tokens, inner).to(dtype),
         "delta": delta.clamp(max=6e4).half(),
-        "projections": normal(2, batch, tokens, columns).to(dtype),
-        "A_log": [torch.rand(inner, NUM_STATES, generator=generator) * 3 for _ in range(2)],
-        "D": [normal(inner) for _ in range(2)],
+        "projections": normal(directions, batch, tokens, columns).to(dtype),
+        "A_log": [torch.rand(inner, NUM_STATES, generator=generator) * 3 for _ in range(directions)],
+        "D": [normal(inner) for _ in range(directions)],
         "xz": normal(batch, tokens, 2 * inner).to(dtype),
     }
     return {
@@ -38,9 +38,9 @@ def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, rank=3) -
 
 def with_room(inputs: dict) -> scan.ScanInputs:
     """With room for what the forward keeps."""
-    batch, tokens, inner = inputs["u"].shape[1:]
+    directions, batch, tokens, inner = inputs["u"].shape
     dtype, device = inputs["u"].dtype, inputs["u"].device
-    ends = torch.empty(scan.ends_shape(batch, tokens, inner, device, True), device=device)
+    ends = torch.empty(scan.ends_shape(directions, batch, tokens, inner, device, True), device=device)
     mean = torch.empty(scan.mean_shape(batch, tokens, inner, dtype, True), dtype=dtype, device=device)
     return scan.ScanInputs(**inputs, ends=ends, mean=mean)
 
@@ -49,12 +49,12 @@ def definition(u, delta, projections, A_log, D, xz):
     """What the kernels compute, by the reference in fp64. `delta` is before softplus here."""
     z = xz[..., xz.shape[-1] // 2 :]
     total = 0
-    for d in (0, 1):
+    for d in range(len(u)):
         B, C = projections[d, ..., :NUM_STATES], projections[d, ..., NUM_STATES : 2 * NUM_STATES]
         total = total + reference.selective_scan(
             u[d], delta[d], -A_log[d].exp(), B, C, D[d], z, None, True, bool(d)
         )
-    return total / 2
+    return total / len(u)
 
 
 def exact(inputs: dict) -> dict:
@@ -73,29 +73,35 @@ def exact(inputs: dict) -> dict:
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("segments", [1, 2, 5])
 @pytest.mark.parametrize(
-    "batch, tokens, inner, dtype, delta_scale",
+    "directions, batch, tokens, inner, dtype, delta_scale",
     [
-        (1, 1, 64, torch.bfloat16, 1.0),
-        (1, 2, 8, torch.float16, 1.0),
-        (2, 7, 40, torch.bfloat16, 1.0),
-        (1, 18, 72, torch.float16, 1.0),
-        (1, 65, 64, torch.bfloat16, 1.0),
-        (1, 33, 64, torch.bfloat16, 100.0),
-        (1, 33, 64, torch.bfloat16, 1e-3),
-        (1, 63, 8, torch.float16, 1.0),
-        (1, 197, 40, torch.bfloat16, 1.0),
-        (1, 500, 8, torch.bfloat16, 1.0),
-        (1, 730, 8, torch.float16, 0.1),
+        (2, 1, 1, 64, torch.bfloat16, 1.0),
+        (2, 1, 2, 8, torch.float16, 1.0),
+        (2, 2, 7, 40, torch.bfloat16, 1.0),
+        (2, 1, 18, 72, torch.float16, 1.0),
+        (2, 1, 65, 64, torch.bfloat16, 1.0),
+        (2, 1, 33, 64, torch.bfloat16, 100.0),
+        (2, 1, 33, 64, torch.bfloat16, 1e-3),
+        (2, 1, 63, 8, torch.float16, 1.0),
+        (2, 1, 197, 40, torch.bfloat16, 1.0),
+        (2, 1, 500, 8, torch.bfloat16, 1.0),
+        (2, 1, 730, 8, torch.float16, 0.1),
+        (1, 1, 1, 40, torch.bfloat16, 1.0),
+        (1, 2, 7, 40, torch.bfloat16, 1.0),
+        (1, 1, 18, 72, torch.float16, 1.0),
+        (1, 1, 33, 40, torch.bfloat16, 100.0),
+        (1, 3, 65, 72, torch.float16, 1e-3),
+        (1, 1, 197, 40, torch.bfloat16, 1.0),
     ],
 )
 def test_scan_and_its_gradients(
-    device, batch, tokens, inner, dtype, delta_scale, segments, trained, monkeypatch
+    device, directions, batch, tokens, inner, dtype, delta_scale, segments, trained, monkeypatch
 ):
     if tokens < segments:
         pytest.skip("fewer tokens than segments")
     span = -(-tokens // segments)
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: -(-tokens // span))
-    inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale)
+    inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale, directions)
     leaves = exact(inputs)
     expected = definition(**leaves)
     grad = torch.randn(batch, tokens, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -120,18 +126,21 @@ def test_scan_and_its_gradients(
     assert_close(BC[..., :NUM_STATES], grad_projections[..., :NUM_STATES], tolerance, "B")
     assert_close(BC[..., NUM_STATES:], grad_projections[..., NUM_STATES : 2 * NUM_STATES], tolerance, "C")
     if trained:
-        assert_close(found.A, torch.stack(vectors[:2]), tolerance, "A_log", floor=ZERO_A)
-        assert_close(found.D, torch.stack(vectors[2:]), tolerance, "D")
+        assert_close(
+            found.A, torch.stack(vectors[:directions]), tolerance, "A_log", floor=ZERO_A / directions
+        )
+        assert_close(found.D, torch.stack(vectors[directions:]), tolerance, "D")
         assert_close(found.bias, grad_delta.sum((1, 2)), tolerance, "bias")
     else:
         assert found.A.numel() == found.D.numel() == found.bias.numel() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_gradient_of_gates_at_and_around_zero_and_far_from_it(device, dtype):
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_gradient_of_gates_at_and_around_zero_and_far_from_it(device, directions, dtype):
     """In bf16 it is found from the result, which there is almost zero: small ones must be right as well."""
     batch, tokens, inner = 2, 21, 64
-    inputs = build_inputs(batch, tokens, inner, dtype, device)
+    inputs = build_inputs(batch, tokens, inner, dtype, device, directions=directions)
     values = [0.0, 1e-38, 1e-30, 1e-18, 1e-10, 1e-4, 1.0, 20.0, 90.0, 300.0]
     gates = torch.tensor([sign * value for value in values for sign in (1, -1)])
     gates = gates.repeat(batch * tokens * inner // len(gates) + 1)[: batch * tokens * inner]
@@ -166,8 +175,9 @@ def card(monkeypatch):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("batch", [1, 3, 8, 21, 44, 128, 1024])
 @pytest.mark.parametrize("tokens", [1, 197, 256, 257, 785, 3137])
-def test_no_segment_is_empty_or_short(batch, tokens, backward, card):
-    segments = scan.num_segments(batch, tokens, 384, card, backward)
+@pytest.mark.parametrize("directions", [1, 2])
+def test_no_segment_is_empty_or_short(directions, batch, tokens, backward, card):
+    segments = scan.num_segments(directions, batch, tokens, 384, card, backward)
     span = -(-tokens // segments)
     assert (segments - 1) * span < tokens <= segments * span
     assert segments == 1 or span >= scan.SHORTEST_SEGMENT
@@ -177,8 +187,15 @@ def test_no_segment_is_empty_or_short(batch, tokens, backward, card):
     "batch, tokens, forward, both", [(128, 197, 1, 1), (64, 785, 1, 1), (32, 785, 1, 4), (8, 3137, 11, 11)]
 )
 def test_segments_where_they_were_measured_to_pay(batch, tokens, forward, both, card):
-    assert scan.num_segments(batch, tokens, 384, card, backward=False) == forward
-    assert scan.num_segments(batch, tokens, 384, card, backward=True) == both
+    assert scan.num_segments(2, batch, tokens, 384, card, backward=False) == forward
+    assert scan.num_segments(2, batch, tokens, 384, card, backward=True) == both
+
+
+def test_half_the_directions_leave_room_for_twice_the_images(card):
+    for batch, tokens in ((8, 512), (8, 3137), (32, 785), (64, 785)):
+        for backward in (False, True):
+            one = scan.num_segments(1, 2 * batch, tokens, 384, card, backward)
+            assert one == scan.num_segments(2, batch, tokens, 384, card, backward)
 
 
 def test_what_is_covered():
@@ -190,9 +207,10 @@ def test_what_is_covered():
     ]
 
 
-@pytest.mark.parametrize("fp16, trained", [(0, 0), (1, 1)])
-def test_source_compiles_without_a_gpu(fp16, trained, nvrtc):
-    constants = (("WIDTH", 40), ("COLUMNS", 48), ("FP16", fp16), ("SEGMENTED", trained))
+@pytest.mark.parametrize("directions, fp16, trained", [(2, 0, 0), (2, 1, 1), (1, 0, 1)])
+def test_source_compiles_without_a_gpu(directions, fp16, trained, nvrtc):
+    sizes = ("DIRECTIONS", directions), ("WIDTH", 40), ("COLUMNS", 48)
+    constants = (*sizes, ("FP16", fp16), ("SEGMENTED", trained))
     assert_compiles(scan.FORWARD, constants)
     assert_compiles(scan.BACKWARD, (*constants, ("TRAINED", trained)))
 

@@ -11,47 +11,56 @@ from vimtune.ops import DirectionWeights, dispatch
 from vimtune.ops.nvrtc import mixer, scan
 
 
-def build(batch, tokens, inner, rank, dtype):
+def build(batch, tokens, inner, rank, dtype, directions=2):
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    around = build_weights(inner, rank, 4, True, seed=tokens)
+    around = build_weights(inner, rank, 4, True, seed=tokens, directions=directions)
     weights = [
-        DirectionWeights(*(pair[d] for pair in around.values()), 0.5 * normal(inner, 16), normal(inner))
-        for d in (0, 1)
+        DirectionWeights(*(each[d] for each in around.values()), 0.5 * normal(inner, 16), normal(inner))
+        for d in range(directions)
     ]
     return normal(batch, tokens, 2 * inner).to(dtype), normal(batch, tokens, inner).to(dtype), weights
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
-    "batch, tokens, inner, segments, dtype",
+    "directions, batch, tokens, inner, segments, dtype",
     [
-        (2, 37, 72, 1, torch.bfloat16),
-        (1, 37, 72, 3, torch.float16),
-        (1, 70, 136, 2, torch.bfloat16),
-        (3, 2, 64, 1, torch.float16),
+        (2, 2, 37, 72, 1, torch.bfloat16),
+        (2, 1, 37, 72, 3, torch.float16),
+        (2, 1, 70, 136, 2, torch.bfloat16),
+        (2, 3, 2, 64, 1, torch.float16),
+        (1, 2, 37, 72, 1, torch.bfloat16),
+        (1, 1, 70, 72, 3, torch.float16),
     ],
 )
 def test_the_order_of_threads_and_blocks_changes_no_bit(
-    batch, tokens, inner, segments, dtype, trained, in_both_orders, monkeypatch
+    directions, batch, tokens, inner, segments, dtype, trained, in_both_orders, monkeypatch
 ):
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
-    xz, grad, weights = build(batch, tokens, inner, 5, dtype)
+    xz, grad, weights = build(batch, tokens, inner, 5, dtype, directions)
 
     def run():
         results = mixer.forward(xz, weights, True)
-        grad_xz, grads = mixer.backward(grad, xz, results, weights, True, [[trained] * 7] * 2)
+        grad_xz, grads = mixer.backward(grad, xz, results, weights, True, [[trained] * 7] * directions)
         out, projections, _ = results
         return [out, projections, grad_xz, *(g for own in grads for g in own if g is not None)]
 
     forwards, backwards = in_both_orders(run)
-    assert len(forwards) == (17 if trained else 3)
+    assert len(forwards) == 3 + (7 * directions if trained else 0)
     for one, other in zip(forwards, backwards, strict=True):
         assert torch.isfinite(one).all()
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_what_is_covered(directions):
+    for inner, rank in ((384, 12), (1536, 48), (2048, 64), (4096, 128)):
+        xz, _, weights = build(1, 1, inner, rank, torch.bfloat16, directions)
+        assert not mixer.refusals(xz, weights)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

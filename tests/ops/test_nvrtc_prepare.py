@@ -16,7 +16,7 @@ NUM_STATES = 16
 def definition(x, weights, dtype):
     """u, time steps and B | C | dt_r in fp64, rounded where the kernels round."""
     us, deltas, projections = [], [], []
-    for d in (0, 1):
+    for d in range(len(weights["x_proj"])):
         own = {name: None if value[d] is None else value[d].double() for name, value in weights.items()}
         u = reference.causal_conv1d(x.double(), own["conv_weight"], own["conv_bias"], True, bool(d))
         rank = own["dt_proj"].shape[1]
@@ -30,18 +30,21 @@ def definition(x, weights, dtype):
 
 
 @pytest.mark.parametrize(
-    "batch, tokens, inner, rank, width, bias, dtype",
+    "directions, batch, tokens, inner, rank, width, bias, dtype",
     [
-        (1, 1, 8, 1, 4, True, torch.bfloat16),
-        (2, 5, 40, 3, 2, False, torch.float16),
-        (1, 33, 72, 17, 4, True, torch.bfloat16),
-        (1, 40, 648, 40, 4, True, torch.bfloat16),
-        (2, 19, 72, 70, 8, True, torch.bfloat16),
-        (1, 197, 384, 12, 4, True, torch.float16),
+        (2, 1, 1, 8, 1, 4, True, torch.bfloat16),
+        (2, 2, 5, 40, 3, 2, False, torch.float16),
+        (2, 1, 33, 72, 17, 4, True, torch.bfloat16),
+        (2, 1, 40, 648, 40, 4, True, torch.bfloat16),
+        (2, 2, 19, 72, 70, 8, True, torch.bfloat16),
+        (2, 1, 197, 384, 12, 4, True, torch.float16),
+        (1, 3, 5, 40, 3, 2, False, torch.float16),
+        (1, 2, 33, 72, 17, 4, True, torch.bfloat16),
+        (1, 1, 3, prepare.MAX_WIDTH, 128, 4, True, torch.bfloat16),
     ],
 )
-def test_prepare(device, batch, tokens, inner, rank, width, bias, dtype):
-    weights = build_weights(inner, rank, width, bias, device)
+def test_prepare(device, directions, batch, tokens, inner, rank, width, bias, dtype):
+    weights = build_weights(inner, rank, width, bias, device, directions=directions)
     xz = torch.randn(batch, tokens, 2 * inner, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     x = xz[..., :inner]
     expected = definition(x, weights, dtype)
@@ -64,6 +67,6 @@ def test_prepare(device, batch, tokens, inner, rank, width, bias, dtype):
 
 def test_what_is_covered():
     assert not prepare.refusals(384, 4)
-    assert not prepare.refusals(2048, 8)
-    assert prepare.refusals(2056, 4) == ["inner width 2056 is above 2048"]
+    assert not prepare.refusals(4096, 8)
+    assert prepare.refusals(4104, 4) == ["inner width 4104 is above 4096"]
     assert prepare.refusals(384, 9) == ["filter width 9 is above 8"]

@@ -14,19 +14,21 @@ from vimtune.ops.nvrtc import prepare, prepare_backward, runtime
 NUM_STATES = 16
 
 
-def build_weights(inner, rank, width, bias, dtype) -> dict:
+def build_weights(inner, rank, width, bias, dtype, directions=2) -> dict:
     """The projections already as activations of this dtype can be."""
-    weights = kernel_checks.build_weights(inner, rank, width, bias, seed=inner + rank)
+    weights = kernel_checks.build_weights(inner, rank, width, bias, seed=inner + rank, directions=directions)
     for name in ("x_proj", "dt_proj"):
         weights[name] = [w.to(dtype).float() for w in weights[name]]
     return weights
 
 
-def build_gradients(batch, tokens, inner, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def build_gradients(
+    batch, tokens, inner, dtype, directions=2
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad_u, grad_delta and partial_BC."""
     generator = torch.Generator().manual_seed(tokens)
-    both = torch.randn(2, 2, batch, tokens, inner, generator=generator).to(dtype)
-    partial = torch.randn(2, -(-inner // 64), batch, tokens, 2 * NUM_STATES, generator=generator)
+    both = torch.randn(2, directions, batch, tokens, inner, generator=generator).to(dtype)
+    partial = torch.randn(directions, -(-inner // 64), batch, tokens, 2 * NUM_STATES, generator=generator)
     return both[0], both[1], partial.to(dtype)
 
 
@@ -34,7 +36,7 @@ def definition(x, weights, grad_u, grad_delta, partial_BC) -> tuple[torch.Tensor
     """Gradients of x, of B | C | dt_r and of filters and bias, by autograd in fp64."""
     x = x.double().requires_grad_()
     loss, projections, filters = 0, [], []
-    for d in (0, 1):
+    for d in range(len(grad_u)):
         own = {name: None if value[d] is None else value[d].double() for name, value in weights.items()}
         own["conv_weight"].requires_grad_()
         bias = torch.zeros(x.shape[-1], dtype=torch.float64) if own["conv_bias"] is None else own["conv_bias"]
@@ -48,13 +50,14 @@ def definition(x, weights, grad_u, grad_delta, partial_BC) -> tuple[torch.Tensor
         projections += [BC, dt]
         filters += [own["conv_weight"], bias]
     grad_x, *rest = torch.autograd.grad(loss, [x, *projections, *filters])
-    gp = torch.stack([torch.cat(rest[0:2], dim=-1), torch.cat(rest[2:4], dim=-1)])
-    return grad_x, gp, torch.stack([torch.cat([w.t(), b[None]]) for w, b in (rest[4:6], rest[6:8])])
+    pairs = [rest[first : first + 2] for first in range(0, len(rest), 2)]
+    gp = torch.stack([torch.cat(pair, dim=-1) for pair in pairs[: len(grad_u)]])
+    return grad_x, gp, torch.stack([torch.cat([w.t(), b[None]]) for w, b in pairs[len(grad_u) :]])
 
 
-def check(device, batch, tokens, inner, rank, width, bias, dtype, trained):
-    weights = build_weights(inner, rank, width, bias, dtype)
-    gradients = build_gradients(batch, tokens, inner, dtype)
+def check(device, batch, tokens, inner, rank, width, bias, dtype, trained, directions=2):
+    weights = build_weights(inner, rank, width, bias, dtype, directions)
+    gradients = build_gradients(batch, tokens, inner, dtype, directions)
     xz = torch.randn(batch, tokens, 2 * inner, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = definition(xz[..., :inner], weights, *(g.double() for g in gradients))
 
@@ -96,6 +99,20 @@ def test_gradients(device, batch, tokens, inner, rank, width, bias, dtype, train
     check(device, batch, tokens, inner, rank, width, bias, dtype, trained)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    "batch, tokens, inner, rank, width, bias, dtype",
+    [
+        (2, 2, 40, 12, 2, False, torch.float16),
+        (3, 31, 72, 3, 4, True, torch.float16),
+        (1, 65, 72, 33, 4, False, torch.bfloat16),
+        (1, 5, 4096, 128, 4, True, torch.bfloat16),
+    ],
+)
+def test_gradients_of_one_direction(device, batch, tokens, inner, rank, width, bias, dtype, trained):
+    check(device, batch, tokens, inner, rank, width, bias, dtype, trained, directions=1)
+
+
 @pytest.mark.parametrize(
     "tokens, inner, rank, trained",
     [(197, 384, 12, False), (30, 384, 12, True), (9, 424, 14, True), (14, 1224, 48, True)],
@@ -129,25 +146,31 @@ def test_images_are_apart(device, inner):
 
 def test_little_shared_memory_means_fewer_warps_and_none_that_nothing_is_covered(monkeypatch):
     found = []
-    for limit in (160, 64, 24):
+    for directions, limit in ((2, 160), (2, 64), (2, 24), (1, 64), (1, 12)):
         monkeypatch.setattr(runtime, "shared_memory", lambda device, limit=limit: limit * 1024)
         cpu = torch.device("cpu")
-        found.append(prepare_backward._most_warps(prepare_backward.ROWS_TRAINED, 48, cpu))
-        assert bool(prepare_backward.refusals(12, cpu)) == (limit == 24)
-        assert prepare_backward.refusals(1025, cpu)
-    assert found == [6, 3, 0]
+        found.append(prepare_backward._most_warps(directions, prepare_backward.ROWS_TRAINED, 48, cpu))
+        assert bool(prepare_backward.refusals(directions, 12, cpu)) == (limit in (24, 12))
+        assert prepare_backward.refusals(directions, 1025, cpu)
+    assert found == [6, 3, 0, 6, 0]
 
 
-@pytest.mark.parametrize("limit", [160, 64, 40])
-def test_gradients_with_little_shared_memory(limit, on_cpu, monkeypatch):
+@pytest.mark.parametrize("directions, limit", [(2, 160), (2, 64), (2, 40), (1, 40)])
+def test_gradients_with_little_shared_memory(directions, limit, on_cpu, monkeypatch):
     monkeypatch.setattr(runtime, "shared_memory", lambda device: limit * 1024)
-    check("cpu", 1, 30, 424, 12, 4, True, torch.bfloat16, True)
+    check("cpu", 1, 30, 424, 12, 4, True, torch.bfloat16, True, directions)
 
 
-@pytest.mark.parametrize("fp16, trained", [(0, 0), (1, 1)])
-def test_sources_compile_without_a_gpu(fp16, trained, nvrtc):
+@pytest.mark.parametrize("directions, fp16, trained", [(2, 0, 0), (2, 1, 1), (1, 0, 1)])
+def test_sources_compile_without_a_gpu(directions, fp16, trained, nvrtc):
     rows = prepare_backward.ROWS_TRAINED if trained else prepare_backward.ROWS_FROZEN
     common = (("WIDTH", 40), ("COLUMNS", 48), ("WARPS", 1), ("FP16", fp16))
     assert_compiles(prepare_backward.PROJECT, (*common, ("BLOCKS", 1)))
-    convolve = (*common, ("FILTER", 4), ("ROWS", rows), ("TRAINED", trained))
+    convolve = (
+        *common,
+        ("DIRECTIONS", directions),
+        ("FILTER", 4),
+        ("ROWS", rows),
+        ("TRAINED", trained),
+    )
     assert_compiles(prepare_backward.CONVOLVE, convolve)

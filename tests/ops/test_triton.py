@@ -192,7 +192,7 @@ def test_mixer(backend, tokens, inner, states, rank, width, bias, dtype, labels,
         apply(mixer)(**{**inputs, "xz": frozen}).backward(grad)
     assert_close(out, expected, TOLERANCES[dtype], "out")
     for name, value in grads.items():
-        floor = ZERO_A if backend == "nvrtc" and name.endswith("A_log") else 0.0
+        floor = ZERO_A / len(labels) if backend == "nvrtc" and name.endswith("A_log") else 0.0
         assert_close(value, expected_grads[name], 2 * TOLERANCES[dtype], name, floor)
     # What is wanted decides what Triton compiles: in half precision such kernels may round differently.
     may_differ = DEVICE == "cuda" and backend == "triton" and dtype != torch.float32
@@ -200,20 +200,23 @@ def test_mixer(backend, tokens, inner, states, rank, width, bias, dtype, labels,
     assert_close(frozen.grad, grads["xz"], rounding, "xz with frozen weights")
 
 
-def test_segments_of_a_sequence_reach_the_backward(request, monkeypatch):
+@pytest.mark.parametrize("directions, name", [(2, "bidirectional_scan"), (1, "causal_mixer")])
+def test_segments_of_a_sequence_reach_the_backward(directions, name, request, monkeypatch):
     """The operation with sequences cut into pieces: same results, shapes as its fake implementation says."""
+    operation = getattr(torch.ops.vimtune, name)
     if DEVICE == "cpu":
         request.getfixturevalue("on_cpu")
     generator = torch.Generator().manual_seed(8)
     xz = normal(generator, 1, 11, 16, dtype=torch.bfloat16).requires_grad_()
-    weights = [x for _ in range(2) for x in direction_weights(generator, 8, 16, 2, 4, True).values()]
+    own = [direction_weights(generator, 8, 16, 2, 4, True) for _ in range(directions)]
+    weights = [x for direction in own for x in direction.values()]
     grad = normal(generator, 1, 11, 8, dtype=torch.bfloat16)
     results = []
     for segments in (1, 3):
         monkeypatch.setattr(scan, "num_segments", lambda *sizes, found=segments: found)
         arguments = (xz, *weights, True, "nvrtc")
-        torch.library.opcheck(torch.ops.vimtune.bidirectional_scan, arguments, test_utils=AUTOGRAD_OPCHECKS)
-        out = torch.ops.vimtune.bidirectional_scan(*arguments)[0]
+        torch.library.opcheck(operation, arguments, test_utils=AUTOGRAD_OPCHECKS)
+        out = operation(*arguments)[0]
         results.append([out, *torch.autograd.grad(out, xz, grad)])
     for label, whole, pieces in zip(("out", "xz"), *results, strict=True):
         assert_close(pieces, whole, 8e-3, label)

@@ -77,7 +77,7 @@ class NvrtcBackend(Backend):
 @cache
 def _compile_errors(major: int, minor: int) -> list[str]:
     """Why NVRTC does not compile for this compute capability; empty if it does."""
-    constants = (("WIDTH", 384), ("COLUMNS", 48), ("FP16", 0), ("SEGMENTED", 0))
+    constants = (("DIRECTIONS", 2), ("WIDTH", 384), ("COLUMNS", 48), ("FP16", 0), ("SEGMENTED", 0))
     try:
         runtime.compile_source(scan.FORWARD, constants, f"sm_{major}{minor}")
     except runtime.CompileError as error:

@@ -1,8 +1,8 @@
-"""Both directions of the Vim mixer, between its two large projections, in CUDA C++: forward and backward.
+"""A mixer with one direction or both, between its two large projections, in CUDA C++: forward and backward.
 
 For the backward pass the result, which out_proj mostly keeps anyway, B | C | dt_r and the small weights as
 the kernels read them are kept; where sequences are cut the ends of their segments, too, and in fp16 the mean
-of both directions before the gate.
+of the directions before the gate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vimtune.ops.mixer import DirectionWeights
 from vimtune.ops.mixer_gradients import (
     A_LOG,
     CONV_BIAS,
@@ -37,8 +36,7 @@ def refusals(xz: Tensor, weights: Weights) -> list[str]:
     return [
         *scan.refusals(xz.dtype, inner, num_states),
         *prepare.refusals(inner, weights[0].conv_weight.shape[1]),
-        *prepare_backward.refusals(weights[0].dt_proj.shape[1], xz.device),
-        *([] if len(weights) == 2 else ["it has no kernels for one direction"]),
+        *prepare_backward.refusals(len(weights), weights[0].dt_proj.shape[1], xz.device),
     ]
 
 
@@ -46,12 +44,12 @@ def shapes(xz: Tensor, weights: Weights, save: bool) -> tuple[tuple[int, ...], t
     """Shapes of what is kept for the backward beside the result: B | C | dt_r in the dtype of `xz`, and an
     fp32 buffer (see `_Kept`)."""
     projections = len(weights), *xz.shape[:2], prepare.columns(weights[0].dt_proj.shape[1])
-    return projections, (sum(_sizes(_shapes(xz, weights[0], save), xz.dtype)) if save else 0,)
+    return projections, (sum(_sizes(_shapes(xz, weights, save), xz.dtype)) if save else 0,)
 
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gated average (B, L, E) of both directions, and the two tensors of `shapes`."""
-    parts = _shapes(xz, weights[0], save)
+    """Gated average (B, L, E) of the directions, and the two tensors of `shapes`."""
+    parts = _shapes(xz, weights, save)
     buffer = torch.empty(sum(_sizes(parts, xz.dtype)), dtype=torch.float32, device=xz.device)
     kept = _kept_in(buffer, parts, xz.dtype)
     packed = prepare.pack_weights(
@@ -81,8 +79,8 @@ def backward(
     `results` are those of the forward, `grad` is the gradient of the first.
     """
     out, projections, buffer = results
-    kept = _kept_in(buffer, _shapes(xz, weights[0], save=True), xz.dtype)
-    packed = prepare.packed_in(kept.packed, *_weight_sizes(weights[0]), xz.dtype)
+    kept = _kept_in(buffer, _shapes(xz, weights, save=True), xz.dtype)
+    packed = prepare.packed_in(kept.packed, _weight_sizes(weights), xz.dtype)
     u, delta, _ = prepare.prepare(_x(xz), packed, projections)
     inputs = _scan_inputs(u, delta, projections, weights, xz, kept)
     grad_xz = torch.empty_like(xz)
@@ -128,12 +126,12 @@ class _Shapes(NamedTuple):
     mean: tuple[int, ...]
 
 
-def _shapes(xz: Tensor, weights: DirectionWeights, save: bool) -> _Shapes:
+def _shapes(xz: Tensor, weights: Weights, save: bool) -> _Shapes:
     """Shapes of what is kept; `save` says whether a backward pass follows."""
     batch, tokens, twice = xz.shape
     return _Shapes(
-        (prepare.packed_size(*_weight_sizes(weights)),),
-        scan.ends_shape(batch, tokens, twice // 2, xz.device, backward=save),
+        (prepare.packed_size(_weight_sizes(weights)),),
+        scan.ends_shape(len(weights), batch, tokens, twice // 2, xz.device, backward=save),
         scan.mean_shape(batch, tokens, twice // 2, xz.dtype, backward=save),
     )
 
@@ -149,10 +147,10 @@ def _kept_in(buffer: Tensor, parts: _Shapes, dtype: torch.dtype) -> _Kept:
     return _Kept(packed, ends.view(parts.ends), mean.view(dtype).view(parts.mean))
 
 
-def _weight_sizes(weights: DirectionWeights) -> tuple[int, int, int]:
-    """E, R and K of one direction's weights."""
-    inner, rank = weights.dt_proj.shape
-    return inner, rank, weights.conv_weight.shape[1]
+def _weight_sizes(weights: Weights) -> prepare.WeightSizes:
+    """Sizes of the weights that are packed."""
+    inner, rank = weights[0].dt_proj.shape
+    return prepare.WeightSizes(len(weights), inner, rank, weights[0].conv_weight.shape[1])
 
 
 def _scan_inputs(

@@ -1,12 +1,13 @@
-"""Launches of the kernels of prepare.cu: convolution, x_proj and time steps of both directions.
+"""Launches of the kernels of prepare.cu: convolution, x_proj and time steps of one direction or both.
 
-Shape letters: B batch, L tokens, E inner width (W rounded up to 64), R dt rank (padded), K filter width,
-P = 2 N + R columns of `projections`.
+Shape letters: d directions, B batch, L tokens, E inner width (W rounded up to 64), R dt rank (padded),
+K filter width, P = 2 N + R columns of `projections`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,24 +15,24 @@ from torch import Tensor
 
 from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
-from vimtune.ops.nvrtc.scan import NUM_STATES
+from vimtune.ops.nvrtc.scan import NUM_STATES, for_kernels
 
 SOURCE = "prepare.cu"
 """File with the kernels."""
 ROWS = 16
 """Number of tokens of a warp."""
-MAX_WIDTH = 2048
-"""Largest padded inner width that the kernels take."""
+MAX_WIDTH = 4096
+"""Largest padded inner width that the kernels take: the largest one that tests run."""
 MAX_FILTER = 8
 """Widest filter that the kernels take."""
 
 
 class PackedWeights(NamedTuple):
-    """The mixer's small weights of both directions (first index) as the kernels read them, padded with zeros.
+    """The mixer's small weights of its directions (first index) as the kernels read them, padded with zeros.
 
-    fp32: filters (2, K, W) and conv_bias (2, W), both times -log2(e), and dt_bias (2, W). In the dtype of the
-    activations and the order in which the matrix units take them, of x_proj (2, P, W) for products with u and
-    with gradients of its result, and of dt_proj (2, R, W) for products with dt_r and with gradients of time
+    fp32: filters (d, K, W) and conv_bias (d, W), both times -log2(e), and dt_bias (d, W). In the dtype of the
+    activations and the order in which the matrix units take them, of x_proj (d, P, W) for products with u and
+    with gradients of its result, and of dt_proj (d, R, W) for products with dt_r and with gradients of time
     steps.
     """
 
@@ -64,29 +65,37 @@ def refusals(inner: int, width: int) -> list[str]:
     return reasons
 
 
-def packed_size(inner: int, rank: int, width: int) -> int:
+class WeightSizes(NamedTuple):
+    """Sizes of the weights that are packed: number of directions, E, R as it is, K."""
+
+    directions: int
+    inner: int
+    rank: int
+    width: int
+
+
+def packed_size(sizes: WeightSizes) -> int:
     """How many fp32 numbers packed weights take."""
-    return sum(_part_sizes(inner, columns(rank), width))
+    return sum(_part_sizes(sizes))
 
 
-def packed_in(buffer: Tensor, inner: int, rank: int, width: int, dtype: torch.dtype) -> PackedWeights:
+def packed_in(buffer: Tensor, sizes: WeightSizes, dtype: torch.dtype) -> PackedWeights:
     """Packed weights that lie in `buffer`, of `packed_size` fp32 numbers."""
-    num_columns, padded = columns(rank), padded_width(inner)
-    low_rank = num_columns - 2 * NUM_STATES
-    filters, *vectors, proj, proj_t, dt, dt_t = torch.split(buffer, _part_sizes(inner, num_columns, width))
+    filters, *vectors, proj, proj_t, dt, dt_t = torch.split(buffer, _part_sizes(sizes))
+    directions, padded = sizes.directions, padded_width(sizes.inner)
     return PackedWeights(
-        filters.view(2, width, padded),
-        *(vector.view(2, padded) for vector in vectors),
-        *(matrix.view(dtype).view(2, num_columns, padded) for matrix in (proj, proj_t)),
-        *(matrix.view(dtype).view(2, low_rank, padded) for matrix in (dt, dt_t)),
+        filters.view(directions, sizes.width, padded),
+        *(vector.view(directions, padded) for vector in vectors),
+        *(matrix.view(dtype).view(directions, -1, padded) for matrix in (proj, proj_t, dt, dt_t)),
     )
 
 
-def _part_sizes(inner: int, num_columns: int, width: int) -> list[int]:
+def _part_sizes(sizes: WeightSizes) -> list[int]:
     """How many fp32 numbers each part of packed weights takes, in the order of the buffer."""
-    padded = padded_width(inner)
-    low_rank = num_columns - 2 * NUM_STATES  # Two numbers of a matrix take the place of one in fp32.
-    return [2 * width * padded, *[2 * padded] * 2, *[num_columns * padded] * 2, *[low_rank * padded] * 2]
+    vector, num_columns = sizes.directions * padded_width(sizes.inner), columns(sizes.rank)
+    # Two numbers of a matrix take the place of one in fp32.
+    matrices = [rows * vector // 2 for rows in (num_columns, num_columns - 2 * NUM_STATES)]
+    return [sizes.width * vector, *[vector] * 2, *[matrices[0]] * 2, *[matrices[1]] * 2]
 
 
 def pack_weights(
@@ -98,24 +107,25 @@ def pack_weights(
     dtype: torch.dtype,
     buffer: Tensor | None = None,
 ) -> PackedWeights:
-    """Pack filters (E, K), biases (E,), x_proj (R + 2 N, E) and dt_proj (E, R) of both directions.
+    """Pack filters (E, K), biases (E,), x_proj (R + 2 N, E) and dt_proj (E, R) of each direction.
 
     They lie in `buffer`, see `packed_in`, or in a new one.
     """
     inner, width = conv_weight[0].shape
     rank, device = dt_proj[0].shape[1], x_proj[0].device
+    sizes, num_columns = WeightSizes(len(conv_weight), inner, rank, width), columns(rank)
     if buffer is None:
-        buffer = torch.empty(packed_size(inner, rank, width), dtype=torch.float32, device=device)
-    packed, num_columns = packed_in(buffer, inner, rank, width, dtype), columns(rank)
+        buffer = torch.empty(packed_size(sizes), dtype=torch.float32, device=device)
+    packed = packed_in(buffer, sizes, dtype)
     biases = [conv_weight[0] if bias is None else bias for bias in conv_bias]
-    inputs = [w.float().contiguous() for w in (*conv_weight, *biases, *x_proj, *dt_proj, *dt_bias)]
+    inputs = [*chain.from_iterable(map(for_kernels, (conv_weight, biases, x_proj, dt_proj, dt_bias)))]
     outputs = [
         *(packed.filters, packed.conv_bias, packed.proj, packed.proj_t),
         *(packed.dt, packed.dt_t, packed.dt_bias),
     ]
     with device_of(inputs[0]):
         kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, device)
-        grid = (padded_width(inner) // 64, 2 * num_columns, 1)
+        grid = (padded_width(inner) // 64, sizes.directions * num_columns, 1)
         kernel(grid, 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)])
     return packed
 
@@ -123,7 +133,7 @@ def pack_weights(
 def prepare(
     x: Tensor, weights: PackedWeights, projections: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Convolved inputs (2, B, L, E), time steps (2, B, L, E) in fp16 and projections (2, B, L, P).
+    """Convolved inputs (d, B, L, E), time steps (d, B, L, E) in fp16 and projections (d, B, L, P).
 
     Args:
         x: first half of a contiguous (B, L, 2 E).
@@ -131,16 +141,16 @@ def prepare(
         projections: what an earlier call found, to be used instead of computed.
     """
     batch, tokens, inner = x.shape
-    num_columns, width = weights.proj.shape[1], weights.filters.shape[1]
-    project = projections is None
-    u = torch.empty((2, batch, tokens, inner), dtype=x.dtype, device=x.device)
+    directions, width, _ = weights.filters.shape
+    num_columns, project = weights.proj.shape[1], projections is None
+    u = torch.empty((directions, batch, tokens, inner), dtype=x.dtype, device=x.device)
     delta = torch.empty_like(u, dtype=torch.float16)
     if projections is None:
-        projections = torch.empty((2, batch, tokens, num_columns), dtype=x.dtype, device=x.device)
+        projections = torch.empty((directions, batch, tokens, num_columns), dtype=x.dtype, device=x.device)
     with device_of(x):
         kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, x.device)
         kernel(
-            (2, -(-tokens // ROWS), batch),
+            (directions, -(-tokens // ROWS), batch),
             32,
             [
                 *(x, weights.filters, weights.conv_bias, weights.proj, weights.dt, weights.dt_bias),

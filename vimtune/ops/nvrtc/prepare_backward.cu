@@ -1,27 +1,32 @@
-// This takes the gradients of the scan's inputs back to x, through x_proj, SiLU and the convolutions of both
-// directions, whose results are added. Those of B | C | dt_r, gp, are found by project_gradients.cu.
+// This takes the gradients of the scan's inputs back to x, through x_proj, SiLU and the convolutions of one direction,
+// or of both, whose results are added. Those of B | C | dt_r, gp, are found by project_gradients.cu.
 //
 //     gc_t = (grad_u_t + gp_t proj) silu'(conv(x)_t + bias)                         gradient of the convolution
 //     grad_x_t = sum_j f0[K-1-j] gc0_{t+j} + f1[K-1-j] gc1_{t-j}                    direction 0 looks back, 1 ahead
 //
-// A block has some tokens of one image, a warp 64 of their channels in both directions. The gradients gc that these
+// A block has some tokens of one image, a warp 64 of their channels in all directions. The gradients gc that these
 // tokens need are those of ROWS tokens, K - 1 of them belonging to the next block (direction 0) or to the one before
 // (direction 1), which computes them too. grad_u of these rows and gp are copied to shared memory asynchronously. Then
 // each warp goes on alone: adds gp proj to its channels on the matrix units, and walks the rows in the order of tokens,
 // a lane with two channels. One window of K rows of x serves both directions: at x_t it ends in token t of direction 0
 // and begins with token t - K + 1 of direction 1.
 //
-// Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K), ROWS (a multiple of 16),
-// WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the gradients of the filters).
+// Compile-time constants: DIRECTIONS (d, 1 or 2), WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K),
+// ROWS (a multiple of 16), WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the gradients
+// of the filters).
 // Shapes, all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and the
-// direction as first index: grad_u (2, B, L, E), gp (2, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters
-// (2, K, W) fp32, whose row K - 1 belongs to the token itself, conv_bias (2, W) fp32, proj_t, all as packed by
-// prepare.cu, partial_filters (B tiles, 2, K + 1, W) fp32: gradients of the filters and, last, of the bias, from the
+// direction as first index: grad_u (d, B, L, E), gp (d, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters
+// (d, K, W) fp32, whose row K - 1 belongs to the token itself, conv_bias (d, W) fp32, proj_t, all as packed by
+// prepare.cu, partial_filters (B tiles, d, K + 1, W) fp32: gradients of the filters and, last, of the bias, from the
 // tokens of each tile.
 
 #include "sizes.cuh"
 
 constexpr int HALO = FILTER - 1;
+constexpr bool BOTH = DIRECTIONS == 2;
+// What belongs to direction 1 has this index. It is 0 where there is no such direction: then nobody uses what is read
+// there, and the compiler leaves it out.
+constexpr int SECOND = DIRECTIONS - 1;
 // So many rows of x are on their way to a thread.
 constexpr int GROUP = 4;
 
@@ -76,13 +81,13 @@ struct Tile {
     char* memory;
 
     __device__ Tile(int direction)
-        : memory(launched_shared() + 2 * Projections::BYTES + (warp() * 2 + direction) * BYTES) {}
+        : memory(launched_shared() + DIRECTIONS * Projections::BYTES + (warp() * DIRECTIONS + direction) * BYTES) {}
     // Gives the place of the word, or of the 16 bytes, that begin with this channel.
     __device__ void* at(int row, int channel) const { return memory + row * 128 + (channel * 2 ^ row % 2 * 64); }
 };
 
-constexpr int SHARED = 2 * (Projections::BYTES + WARPS * Tile::BYTES);
-constexpr int REGISTERS = 56 + 10 * FILTER + TRAINED * (16 + 4 * FILTER);
+constexpr int SHARED = DIRECTIONS * (Projections::BYTES + WARPS * Tile::BYTES);
+constexpr int REGISTERS = 56 + 2 * FILTER + DIRECTIONS * (4 * FILTER + TRAINED * (8 + 2 * FILTER));
 constexpr int FIT_SHARED = 227 * 1024 / (SHARED + 1024);
 constexpr int FIT_REGISTERS = 65536 / (WARPS * 32 * REGISTERS);
 constexpr int FIT = FIT_SHARED < FIT_REGISTERS ? FIT_SHARED : FIT_REGISTERS;
@@ -231,12 +236,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     const Words* proj_t, half_word* grad_x, float* partial_filters, int batch, int tokens, int most
 ) {
     const int base = (blockIdx.x * WARPS + warp()) * 64, own = lane() * 2, channel = base + own;
-    const Rows rows0(0, batch, tokens, most), rows1(1, batch, tokens, most);
-    const Tile tile0(0), tile1(1);
+    const Rows rows0(0, batch, tokens, most), rows1(SECOND, batch, tokens, most);
+    const Tile tile0(0), tile1(SECOND);
     copy_rows(rows0, Projections(0), gp);
-    copy_rows(rows1, Projections(1), gp);
+    if (BOTH) copy_rows(rows1, Projections(SECOND), gp);
     copy_rows(rows0, base, tile0, grad_u);
-    copy_rows(rows1, base, tile1, grad_u);
+    if (BOTH) copy_rows(rows1, base, tile1, grad_u);
     const half_word* row_x = x + rows0.index * 2 * WIDTH + channel;
     const bool live = channel < WIDTH;
     Inputs inputs(row_x, live ? rows0.end : 0);
@@ -248,13 +253,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
     sync_block();
     if (base >= PADDED) return;
 #pragma unroll 1
-    for (int direction = 0; direction < 2; direction++) {
+    for (int direction = 0; direction < DIRECTIONS; direction++) {
         const Words* weight = proj_t + (direction * PADDED + base) / 32 * (COLUMNS / 16) * 64 + lane();
         spread(Tile(direction), Projections(direction), weight);
     }
     sync_warp();
 
-    const Filter filter0(0, channel, filters, conv_bias), filter1(1, channel, filters, conv_bias);
+    const Filter filter0(0, channel, filters, conv_bias), filter1(SECOND, channel, filters, conv_bias);
     half_word* out = grad_x + (rows0.index - HALO) * 2 * WIDTH + channel;
     // So many rows are left that give a result; the first HALO of them only fill the windows.
     int left = live ? rows0.count + HALO : 0;
@@ -273,19 +278,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MAX_BLOCKS) prepare_bac
             const Pair slope0 = {silu_slope(y0.a), silu_slope(y0.b)}, slope1 = {silu_slope(y1.a), silu_slope(y1.b)};
             grads0.push(activation(*(const word*)tile0.at(row, own)) * slope0);
             grads1.push(activation(*(const word*)tile1.at(row, own)) * slope1);
-            const Pair total = filter1.straight(grads1, filter0.reversed(grads0, {0.0f, 0.0f}));
+            Pair total = filter0.reversed(grads0, {0.0f, 0.0f});
+            if (BOTH) total = filter1.straight(grads1, total);
             store_if((k >= HALO || row >= HALO) && k < left, out + k * 2 * WIDTH, rounded(total));
 #if TRAINED
             if (rows0.own(row)) trained0.straight(seen, grads0.rows[HALO]);
-            if (rows1.own(row)) trained1.reversed(seen, grads1.rows[HALO]);
+            if (BOTH && rows1.own(row)) trained1.reversed(seen, grads1.rows[HALO]);
 #endif
         }
         out += GROUP * 2 * WIDTH;
         left -= GROUP;
     }
 #if TRAINED
-    float* place = partial_filters + ((long)blockIdx.z * gridDim.y + blockIdx.y) * 2 * (FILTER + 1) * PADDED + channel;
+    const long part = (long)blockIdx.z * gridDim.y + blockIdx.y;
+    float* place = partial_filters + part * DIRECTIONS * (FILTER + 1) * PADDED + channel;
     trained0.store(place);
-    trained1.store(place + (FILTER + 1) * PADDED);
+    if (BOTH) trained1.store(place + (FILTER + 1) * PADDED);
 #endif
 }

@@ -4,7 +4,7 @@
 //
 // Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), BLOCKS (of partial_BC), WARPS (of a
 // block), FP16 (activations are fp16, otherwise bf16). Shapes, contiguous, the direction as first index: grad_delta
-// (2, B, L, E), partial_BC (2, BLOCKS, B, L, 32), gp (2, B, L, P), dt_t as packed by prepare.cu.
+// (d, B, L, E), partial_BC (d, BLOCKS, B, L, 32), gp (d, B, L, P), dt_t as packed by prepare.cu.
 
 #include "sizes.cuh"
 

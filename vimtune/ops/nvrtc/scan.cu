@@ -1,17 +1,16 @@
-// The scan's forward computes y of both directions, adds, halves and gates them. See scan.cuh for the method and the
-// shapes.
+// The scan's forward computes y of its directions and gates their mean. See scan.cuh for the method and the shapes.
 
 #include "scan.cuh"
 
-// As many blocks as shall fit on a multiprocessor, which leaves 168 registers for a thread.
-constexpr int MAX_BLOCKS = 6;
+// As many blocks as shall fit on a multiprocessor: twelve warps, which leaves 168 registers for a thread.
+constexpr int MAX_BLOCKS = 12 / DIRECTIONS;
 
 #if SEGMENTED
-extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
+extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_ends(
     const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
     float* ends, int batch, int total, int span
 ) {
-    __shared__ Shared<2, 0> shared[2];
+    __shared__ Shared<2, 0> shared[DIRECTIONS];
     const Place at(total, span);
     Shared<2, 0>& mine = shared[at.direction];
     const bool reverse = at.direction;
@@ -42,8 +41,8 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends(
 }
 #endif
 
-// A warp has this in shared memory.
-typedef Shared<4, 0> Memory;
+// A warp has this in shared memory: a stream for what another direction has left, and three more.
+typedef Shared<2 + DIRECTIONS, 0> Memory;
 
 // These are the tensors that the kernel reads and writes for each token.
 struct Tensors {
@@ -53,7 +52,7 @@ struct Tensors {
 };
 
 // Visits the first half of the steps, whose y is left to the other direction, or the second half, to which it adds what
-// that direction has left.
+// that direction has left. With one direction the second half is all.
 template <bool SECOND>
 __device__ inline void sweep_half(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Pair (&state)[N]
@@ -81,26 +80,28 @@ __device__ inline void sweep_half(
         });
         if (SECOND) {
             const Pair z = nonzero(activation(gates.at(step)));
-            y = 0.5f * (y + activation(others.at(step)));
+            if (DIRECTIONS == 2) y = 0.5f * (y + activation(others.at(step)));
             if (FP16 && tensors.mean) means.put(rounded(y), at.live);
             y = y * (z * sigmoid(z));
         }
         results.put(rounded(y), at.live);
     };
-    if constexpr (SECOND) {
+    if constexpr (SECOND && DIRECTIONS == 2) {
         sweep<2>(mine, order, begin, end, vectors, visit, nothing, us, dts, gates, others);
+    } else if constexpr (SECOND) {
+        sweep<2>(mine, order, begin, end, vectors, visit, nothing, us, dts, gates);
     } else {
         sweep<2>(mine, order, begin, end, vectors, visit, nothing, us, dts);
     }
 }
 
-// `mean` is that of both directions before the gate, for a backward in fp16 (`gate_slope`), or null.
-extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
+// `mean` is that of the directions before the gate, for a backward in fp16 (`gate_slope`), or null.
+extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_forward(
     const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
     const float* D0, const float* D1, const half_word* gate, half_word* out, half_word* mean, const float* ends,
     int batch, int total, int span
 ) {
-    __shared__ Memory shared[2];
+    __shared__ Memory shared[DIRECTIONS];
     const Tensors tensors = {u, delta, vectors, gate, out, mean, batch};
     const Place at(total, span);
     Memory& mine = shared[at.direction];
@@ -109,7 +110,9 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_forward(
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     enter(state, decay, ends, at, batch, reverse);
     const Pair skip = load_skip(reverse ? D1 : D0, at);
-    sweep_half<false>(tensors, at, mine, decay, skip, state);
-    sync_block();
+    if (DIRECTIONS == 2) {
+        sweep_half<false>(tensors, at, mine, decay, skip, state);
+        sync_block();
+    }
     sweep_half<true>(tensors, at, mine, decay, skip, state);
 }

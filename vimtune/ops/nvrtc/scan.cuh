@@ -1,27 +1,30 @@
-// Selective scan in both directions, N = 16 states: what forward (scan.cu) and backward (scan_backward.cu) share.
+// Selective scan in one direction or both, N = 16 states: what forward (scan.cu) and backward (scan_backward.cu) share.
 //
 // A block owns one image and 64 channels: its first warp scans from the first token to the last, its second
-// warp the other way. A thread owns two neighbouring channels with all their states in registers, so sums over
-// states need no communication. Everything a step reads comes through shared memory, STAGE steps at a time, and is
-// copied there while the STAGE steps before are computed.
+// warp, which only a scan in both directions has, the other way. A thread owns two neighbouring channels with all their
+// states in registers, so sums over states need no communication. Everything a step reads comes through shared memory,
+// STAGE steps at a time, and is copied there while the STAGE steps before are computed.
 //
 // In the forward the two warps meet in the middle of the sequence: until then each leaves its y_t for the other, from
-// then on it adds what the other left, so that the sum of the directions needs neither a second pass nor atomics.
+// then on it adds what the other left, so that the sum of the directions needs neither a second pass nor atomics. The
+// only warp of a scan in one direction gates its y_t at once.
 //
 // Where images times channels are too few to fill the card, sequences are cut into segments, one a block (SEGMENTED).
 // Since the recurrence is linear, scan_ends first finds the state behind each segment for a zero state before it, and
 // the segment's sum of dt: a block then gets the state before its segment from those of the segments before, the
 // decay over a segment being exp(A sum dt). scan_ends_backward does the same for the gradients of the states.
 //
-// Compile-time constants: WIDTH (E), COLUMNS (of a row of `vectors`: B_t, C_t, then anything), FP16 (activations
-// are fp16, otherwise bf16), SEGMENTED.
-// Shapes, all contiguous unless said otherwise: u, delta (2, B, L, E), vectors (2, B, L, COLUMNS), A_log (E, N), D (E),
-// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (2, B, S, E, ENTRY) fp32
-// for S segments of `span` tokens. First index: direction.
+// Compile-time constants: DIRECTIONS (d, 1 or 2), WIDTH (E), COLUMNS (of a row of `vectors`: B_t, C_t, then anything),
+// FP16 (activations are fp16, otherwise bf16), SEGMENTED.
+// Shapes, all contiguous unless said otherwise: u, delta (d, B, L, E), vectors (d, B, L, COLUMNS), A_log (E, N), D (E),
+// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (d, B, S, E, ENTRY) fp32
+// for S segments of `span` tokens. First index: direction. Of A_log and D a kernel takes two, those of direction 0 and
+// of direction 1, of which a scan in one direction reads the first.
 
 #include "sizes.cuh"
 
 constexpr int CHANNELS = 64;
+constexpr int THREADS = 32 * DIRECTIONS;
 constexpr int STAGE = 8;
 // Words of shared memory that a stream takes, for the stage in use and the next one.
 constexpr int STREAM = 2 * STAGE * 32;
@@ -37,17 +40,17 @@ struct Place {
     bool live;
 
     __device__ Place(int total, int span)
-        : image(blockIdx.y), direction(warp()), total(total), begin(SEGMENTED ? blockIdx.z * span : 0),
+        : image(blockIdx.y), direction(DIRECTIONS == 2 ? warp() : 0), total(total), begin(SEGMENTED ? blockIdx.z * span : 0),
           tokens(SEGMENTED ? min(span, total - begin) : total), first(blockIdx.x * CHANNELS) {
         channel = first + 2 * lane();
         live = !RAGGED || channel < WIDTH;
     }
-    // Gives the number of steps after which the other direction has left y for all tokens to come.
-    __device__ int middle() const { return direction ? tokens / 2 : (tokens + 1) / 2; }
-    // These give the row of the block's first token among those of all images, or of all images and both directions.
+    // Gives the number of steps after which the other direction, if there is one, has left y for all tokens to come.
+    __device__ int middle() const { return DIRECTIONS == 1 ? 0 : direction ? tokens / 2 : (tokens + 1) / 2; }
+    // These give the row of the block's first token among those of all images, or of all images and directions.
     __device__ long image_row() const { return (long)image * total + begin; }
     __device__ long row(int batch) const { return ((long)direction * batch + image) * total + begin; }
-    // Says where this thread's channels are in a segment, in tensors (2, B, S, E).
+    // Says where this thread's channels are in a segment, in tensors (d, B, S, E).
     __device__ long in_segment(int batch, int segment) const {
         return (((long)direction * batch + image) * gridDim.z + segment) * WIDTH + channel;
     }

@@ -1,6 +1,6 @@
 """Launches of the kernels of scan.cu and scan_backward.cu; scan.cuh has the method and the shapes.
 
-Shape letters: B batch, L tokens, E inner width, N states, P columns of `projections`.
+Shape letters: d directions, B batch, L tokens, E inner width, N states, P columns of `projections`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ NUM_STATES = 16
 """Number of states, the only one that the kernels have."""
 CHANNELS = 64
 """Number of channels of a block."""
-THREADS = 64
-"""Number of threads of a block."""
+WARP = 32
+"""Number of threads of a warp; a block has a warp for each direction."""
+SCHEDULERS = 4
+"""Number of schedulers of a multiprocessor, each with warps of its own."""
 ENTRY = NUM_STATES + 4
 """How many numbers `ends` has of a channel."""
 SHORTEST_SEGMENT = 128
@@ -31,7 +33,7 @@ SHORTEST_SEGMENT = 128
 
 WHOLE = (0.23, 0.35, 0.51), (0.99, 1.48, 2.11)
 """Time that whole sequences take for a token, in microseconds on an H200: without and with a backward pass,
-with up to 2, 4 or 6 blocks on a multiprocessor, which is up to 1, 2 or 3 warps for each of its schedulers."""
+with up to 1, 2 or 3 warps for each scheduler."""
 SEGMENTED = (0.43, 0.78, 1.22), (1.44, 2.40, 3.67)
 """The same time for sequences that are cut into segments."""
 
@@ -39,14 +41,14 @@ SEGMENTED = (0.43, 0.78, 1.22), (1.44, 2.40, 3.67)
 class ScanInputs(NamedTuple):
     """What the scan and its backward read.
 
-    u: convolved inputs (2, B, L, E).
-    delta: time steps after softplus (2, B, L, E), fp16.
-    projections: B | C | anything (2, B, L, P), in the dtype of `u`.
-    A_log: (E, N) of either direction.
-    D: (E,) of either direction.
+    u: convolved inputs (d, B, L, E).
+    delta: time steps after softplus (d, B, L, E), fp16.
+    projections: B | C | anything (d, B, L, P), in the dtype of `u`.
+    A_log: (E, N) of each direction.
+    D: (E,) of each direction.
     xz: output of in_proj (B, L, 2 E), whose second half is the gate.
     ends: of segments (`ends_shape`, fp32), which says how many they are; the forward writes it.
-    mean: of both directions before the gate (B, L, E), which the forward writes for the backward; empty
+    mean: of the directions before the gate (B, L, E), which the forward writes for the backward; empty
         where no backward follows or the result will do (`mean_shape`).
     """
 
@@ -65,11 +67,11 @@ class ScanInputs(NamedTuple):
 
     def decays(self) -> list[Tensor]:
         """A_log as the kernels take it."""
-        return [*map(_parameter, self.A_log)]
+        return for_kernels(self.A_log)
 
     def skips(self) -> list[Tensor]:
         """D as the kernels take it."""
-        return [*map(_parameter, self.D)]
+        return for_kernels(self.D)
 
     def segments(self) -> int:
         """Number of segments into which sequences are cut."""
@@ -77,8 +79,8 @@ class ScanInputs(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of u and of the time step before softplus (2, B, L, E), of B | C in parts to be added
-    up (2, blocks, B, L, 2 N), and if asked for of A_log (2, E, N), D and the time step's bias (2, E)."""
+    """Gradients of u and of the time step before softplus (d, B, L, E), of B | C in parts to be added
+    up (d, blocks, B, L, 2 N), and if asked for of A_log (d, E, N), D and the time step's bias (d, E)."""
 
     u: Tensor
     delta: Tensor
@@ -100,7 +102,18 @@ def refusals(dtype: torch.dtype, inner: int, num_states: int) -> list[str]:
     return reasons
 
 
-def num_segments(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> int:
+def for_kernels(weights: Sequence[Tensor]) -> list[Tensor]:
+    """A weight of one direction or both as kernels take it: fp32, contiguous, and two of them.
+
+    One direction stands for the other, too, of which its kernels read nothing.
+    """
+    taken = [weight.float().contiguous() for weight in weights]
+    return [taken[0], taken[-1]]
+
+
+def num_segments(
+    directions: int, batch: int, tokens: int, inner: int, device: torch.device, backward: bool
+) -> int:
     """Number of segments into which sequences are cut; `backward` says whether a backward pass follows.
 
     A segmented scan does about 1.6 times the work, which pays where images times channels leave the card
@@ -108,25 +121,27 @@ def num_segments(batch: int, tokens: int, inner: int, device: torch.device, back
     """
     if device.type != "cuda" or batch * tokens * inner == 0:
         return 1
-    multiprocessors = runtime.num_multiprocessors(device)
-    blocks = batch * -(-inner // CHANNELS)
-    times = {1: tokens * WHOLE[backward][min(-(-blocks // (2 * multiprocessors)), 3) - 1]}
-    for warps, time in enumerate(SEGMENTED[backward], start=1):
-        segments = min(2 * warps * multiprocessors // blocks, tokens // SHORTEST_SEGMENT)
+    schedulers = SCHEDULERS * runtime.num_multiprocessors(device)
+    warps = directions * batch * -(-inner // CHANNELS)
+    times = {1: tokens * WHOLE[backward][min(-(-warps // schedulers), 3) - 1]}
+    for each, time in enumerate(SEGMENTED[backward], start=1):
+        segments = min(each * schedulers // warps, tokens // SHORTEST_SEGMENT)
         if segments > 1:
             times.setdefault(segments, -(-tokens // segments) * time)
     best = min(times, key=lambda segments: times[segments])
     return -(-tokens // -(-tokens // best))  # Rounded this way, no segment is empty.
 
 
-def ends_shape(batch: int, tokens: int, inner: int, device: torch.device, backward: bool) -> tuple[int, ...]:
+def ends_shape(
+    directions: int, batch: int, tokens: int, inner: int, device: torch.device, backward: bool
+) -> tuple[int, ...]:
     """Shape of what a scan in segments finds out about their ends; (0,) where there is only one."""
-    segments = num_segments(batch, tokens, inner, device, backward)
-    return (2, batch, segments, inner, ENTRY) if segments > 1 else (0,)
+    segments = num_segments(directions, batch, tokens, inner, device, backward)
+    return (directions, batch, segments, inner, ENTRY) if segments > 1 else (0,)
 
 
 def _needs_mean(dtype: torch.dtype) -> bool:
-    """Whether the backward pass needs the mean of both directions before the gate.
+    """Whether the backward pass needs the mean of the directions before the gate.
 
     In bf16 it computes that as the result divided by the gate, for which fp16 has too few small numbers.
     """
@@ -134,12 +149,12 @@ def _needs_mean(dtype: torch.dtype) -> bool:
 
 
 def mean_shape(batch: int, tokens: int, inner: int, dtype: torch.dtype, backward: bool) -> tuple[int, ...]:
-    """Shape of the mean of both directions, if a `backward` needs it; (0,) where it does not."""
+    """Shape of the mean of the directions, if a `backward` needs it; (0,) where it does not."""
     return (batch, tokens, inner) if backward and _needs_mean(dtype) else (0,)
 
 
 def scan_forward(inputs: ScanInputs) -> Tensor:
-    """Gated average of both directions (B, L, E)."""
+    """Gated average of the directions (B, L, E)."""
     u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
     out = torch.empty(u.shape[1:], dtype=u.dtype, device=u.device)
     shared = [u, delta, projections, *inputs.decays()]
@@ -157,7 +172,7 @@ def scan_backward(
     `inputs` and `out` are those of the forward, with the ends and the mean that it wrote.
     """
     u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
-    _, batch, tokens, inner = u.shape
+    directions, batch, tokens, inner = u.shape
     blocks, segments = -(-inner // CHANNELS), inputs.segments()
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
@@ -166,10 +181,10 @@ def scan_backward(
     found = ScanGradients(
         scratch(*u.shape, dtype=u.dtype),
         scratch(*u.shape, dtype=u.dtype),
-        scratch(2, blocks, batch, tokens, 2 * NUM_STATES, dtype=u.dtype),
-        scratch(2, batch, segments, inner, NUM_STATES, wanted=need_parameters),
-        scratch(2, batch, segments, inner, wanted=need_parameters),
-        scratch(2, batch, segments, inner, wanted=need_parameters),
+        scratch(directions, blocks, batch, tokens, 2 * NUM_STATES, dtype=u.dtype),
+        scratch(directions, batch, segments, inner, NUM_STATES, wanted=need_parameters),
+        scratch(directions, batch, segments, inner, wanted=need_parameters),
+        scratch(directions, batch, segments, inner, wanted=need_parameters),
     )
     terms, grad_ends = scratch(*u.shape, 2), torch.empty_like(ends)
     decays, gate = inputs.decays(), inputs.gate()
@@ -191,9 +206,10 @@ def scan_backward(
 def _launch(name: str, inputs: ScanInputs, arguments: Sequence[Tensor], trained: bool | None = None) -> None:
     """Launch a kernel of the backward, which knows whether weights are `trained`, or else of the forward."""
     u, segments = inputs.u, inputs.segments()
-    _, batch, tokens, inner = u.shape
+    directions, batch, tokens, inner = u.shape
     source = FORWARD if trained is None else BACKWARD
     constants = [
+        ("DIRECTIONS", directions),
         ("WIDTH", inner),
         ("COLUMNS", inputs.projections.shape[-1]),
         ("FP16", int(u.dtype == torch.float16)),
@@ -204,9 +220,4 @@ def _launch(name: str, inputs: ScanInputs, arguments: Sequence[Tensor], trained:
     with device_of(u):
         kernel = runtime.load_kernel(source, name, tuple(constants), u.device.index)
         grid = (-(-inner // CHANNELS), batch, segments)
-        kernel(grid, THREADS, [*arguments, batch, tokens, -(-tokens // segments)])
-
-
-def _parameter(weight: Tensor) -> Tensor:
-    """A weight as the kernels take it: fp32 and contiguous."""
-    return weight.float().contiguous()
+        kernel(grid, WARP * directions, [*arguments, batch, tokens, -(-tokens // segments)])

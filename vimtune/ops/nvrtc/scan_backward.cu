@@ -21,22 +21,25 @@
 
 #include "scan.cuh"
 
-// As many blocks as shall fit on a multiprocessor, which leaves 255 or 168 registers for a thread.
-constexpr int MAX_BLOCKS = TRAINED ? 4 : 6;
+// As many blocks as shall fit on a multiprocessor: eight or twelve warps, which leaves 255 or 168 registers for a thread.
+constexpr int MAX_BLOCKS = (TRAINED ? 8 : 12) / DIRECTIONS;
 
-__device__ inline float half_sigmoid(float x) { return reciprocal(2.0f + 2.0f * exp2_fast(-LOG2E * x)); }
-__device__ inline Pair half_sigmoid(Pair x) { return {half_sigmoid(x.a), half_sigmoid(x.b)}; }
+// Computes sigmoid(x) / d, of which z times is what the result has of each direction's y.
+constexpr float COUNT = DIRECTIONS;
+__device__ inline float shared_sigmoid(float x) { return reciprocal(COUNT + COUNT * exp2_fast(-LOG2E * x)); }
+__device__ inline Pair shared_sigmoid(Pair x) { return {shared_sigmoid(x.a), shared_sigmoid(x.b)}; }
 
-// The forward returns out = m SiLU(z), where m is the mean of both directions and z the gate. The gradient of z is that
+// The forward returns out = m SiLU(z), where m is the mean of the directions and z the gate. The gradient of z is that
 // of out times m SiLU'(z) = out (1 / z + 1 - sigmoid(z)), so that y need not be computed again. This is the factor of
 // out, or in fp16, whose numbers are not small enough for out to say what m was, of m, which the forward then keeps.
-__device__ inline float gate_slope(float z, float half_open) {
-    const float shut = 1.0f - 2.0f * half_open;
-    return FP16 ? 2.0f * half_open * (1.0f + z * shut) : reciprocal(z) + shut;
+// `open` is `shared_sigmoid` of z.
+__device__ inline float gate_slope(float z, float open) {
+    const float shut = 1.0f - COUNT * open;
+    return FP16 ? COUNT * open * (1.0f + z * shut) : reciprocal(z) + shut;
 }
-__device__ inline Pair gate_slope(Pair z, Pair half_open) {
+__device__ inline Pair gate_slope(Pair z, Pair open) {
     z = nonzero(z);
-    return {gate_slope(z.a, half_open.a), gate_slope(z.b, half_open.b)};
+    return {gate_slope(z.a, open.a), gate_slope(z.b, open.b)};
 }
 
 // ChannelSums adds up N values a step over the channels of a warp, for two steps at once. In shared memory each four
@@ -87,11 +90,11 @@ struct ChannelSums {
 
 #if SEGMENTED
 // Finds `ends`, the gradients of the states before each segment if those behind it have none.
-extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_ends_backward(
     const half_word* grad, const half_word* delta, const half_word* vectors, const float* A_log0, const float* A_log1,
     const half_word* gate, float* ends, int batch, int total, int span
 ) {
-    __shared__ Shared<3, 0> shared[2];
+    __shared__ Shared<3, 0> shared[DIRECTIONS];
     const Place at(total, span);
     Shared<3, 0>& mine = shared[at.direction];
     const bool reverse = at.direction;
@@ -110,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_ends_backward(
     Stream<word, 2> grads(grad + image * WIDTH + at.first, WIDTH, order, 0, all);
     const auto visit = [&](const Step& step, int, int) {
         const Pair dt = from_fp16(dts.at(step)), z = activation(gates.at(step));
-        const Pair dy = activation(grads.at(step)) * (z * half_sigmoid(z));
+        const Pair dy = activation(grads.at(step)) * (z * shared_sigmoid(z));
         elapsed = elapsed + dt;
         each_four(step, [&](int n, const float (&)[4], const float (&c)[4]) {
 #pragma unroll
@@ -128,7 +131,7 @@ constexpr int COLUMN_BLOCKS = (WIDTH + CHANNELS - 1) / CHANNELS;
 // A warp has this in shared memory; the stream of scalars takes four words a lane.
 typedef Shared<6, ChannelSums::SIZE> Memory;
 
-// These are the tensors that the kernel reads and writes for each token. `scalars` (2, B, L, E / 2, 4) fp32 is scratch:
+// These are the tensors that the kernel reads and writes for each token. `scalars` (d, B, L, E / 2, 4) fp32 is scratch:
 // <A, dy_t C_t s_t> and dy_t of two channels.
 struct Tensors {
     const half_word *grad, *u, *delta, *vectors, *gate, *result;
@@ -160,12 +163,12 @@ __device__ inline void sweep_states(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Known& now
 ) {
     const int tokens = at.tokens;
-    // Each direction finds the gradient of the gate for this many of the tokens that it visits first: whole stages, so
-    // that those in the middle may be found twice, with the same result.
-    const int half = min(((tokens + 1) / 2 + STAGE - 1) / STAGE * STAGE, tokens);
+    // Each direction finds the gradient of the gate for this many of the tokens that it visits first: its share in whole
+    // stages, so that those in the middle may be found twice, with the same result.
+    const int share = min(((tokens + DIRECTIONS - 1) / DIRECTIONS + STAGE - 1) / STAGE * STAGE, tokens);
     const long own = at.row(tensors.batch), image = at.image_row();
     const Order order = {tokens, (bool)at.direction};
-    const Range all = {0, tokens}, gated = {at.direction ? tokens - half : 0, half};
+    const Range all = {0, tokens}, gated = {at.direction ? tokens - share : 0, share};
     Vectors vectors(tensors.vectors + own * COLUMNS, order);
     Stream<word, 0> us(tensors.u + own * WIDTH + at.first, WIDTH, order, 0, all);
     Stream<word, 1> dts(tensors.delta + own * WIDTH + at.first, WIDTH, order, 0, all);
@@ -178,9 +181,9 @@ __device__ inline void sweep_states(
     const auto visit = [&](const Step& step, int base, int k) {
         const Pair ut = activation(us.at(step)), dt = from_fp16(dts.at(step));
         const Pair z = activation(gates.at(step)), g = activation(grads.at(step));
-        const Pair half_open = half_sigmoid(z), dy = g * (z * half_open), input = dt * ut;
-        if (base < half) {
-            grad_gates.put(rounded(g * (gate_slope(z, half_open) * activation(results.at(step)))), at.live);
+        const Pair open = shared_sigmoid(z), dy = g * (z * open), input = dt * ut;
+        if (DIRECTIONS == 1 || base < share) {
+            grad_gates.put(rounded(g * (gate_slope(z, open) * activation(results.at(step)))), at.live);
         }
         Pair term = {0.0f, 0.0f};
 #if TRAINED
@@ -264,16 +267,16 @@ __device__ inline void sweep_gradients(
     sweep<ChannelSums::STEPS>(mine, order, 0, at.tokens, vectors, visit, finish, us, dts, past_terms);
 }
 
-// `partial_BC` (2, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (2, B, S, E, N), `partial_D` and `partial_bias`
-// (2, B, S, E) are to be added up over blocks, or batch and segments.
-extern "C" __global__ void __launch_bounds__(64, MAX_BLOCKS) scan_backward(
+// `partial_BC` (d, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (d, B, S, E, N), `partial_D` and `partial_bias`
+// (d, B, S, E) are to be added up over blocks, or batch and segments.
+extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, const half_word* result,
     half_word* grad_u, half_word* grad_delta, half_word* grad_gate, half_word* partial_BC, float* scalars,
     float* partial_A, float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch,
     int total, int span
 ) {
-    __shared__ Memory shared[2];
+    __shared__ Memory shared[DIRECTIONS];
     const Tensors tensors = {
         grad, u, delta, vectors, gate, result, grad_u, grad_delta, grad_gate, partial_BC, scalars, batch
     };
