@@ -45,10 +45,12 @@ def sequence_losses(
     """
     places, hidden, wanted = _labelled(model, input_ids, labels)
     parts = []
+    # Only an adapter of the head draws random numbers there. To rewind the generator forbids CUDA graphs.
+    draws = any(parameter.requires_grad for parameter in model.lm_head.parameters())
     for part in _chunks(len(wanted), chunk_tokens):
         chunk = (model.lm_head, hidden[part], wanted[part])
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_token_losses, *chunk, use_reentrant=False))
+            parts.append(checkpoint(_token_losses, *chunk, use_reentrant=False, preserve_rng_state=draws))
         else:
             parts.append(_token_losses(*chunk))
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
@@ -74,14 +76,21 @@ def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: 
 
 
 def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Of all labelled tokens: row and column (T,), hidden state that predicts it (T, D), and label (T,)."""
+    """Of all labelled tokens: row and column (T,), hidden state that predicts it (T, D), and label (T,).
+
+    Where a CUDA graph is recorded, sizes cannot depend on values: then all tokens are taken, labelled or not.
+    """
     if input_ids.dim() != 2 or input_ids.shape != labels.shape:
         raise ValueError(
             f"input_ids and labels must both be (B, L); got {tuple(input_ids.shape)} and "
             f"{tuple(labels.shape)}"
         )
     hidden = model.backbone(input_ids, use_cache=False)[0]
-    rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        index = torch.arange(labels[:, 1:].numel(), device=labels.device)
+        rows, before = index // (labels.shape[1] - 1), index % (labels.shape[1] - 1)
+    else:
+        rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     places = rows, before + 1
     return places, hidden[rows, before], labels[places]
 
@@ -98,4 +107,4 @@ def _logits(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_logits(head, hidden), labels, reduction="none")
+    return F.cross_entropy(_logits(head, hidden), labels, reduction="none", ignore_index=IGNORED)
