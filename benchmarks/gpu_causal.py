@@ -8,8 +8,8 @@ N is 16, R is E / 32, K is 4; activations are bf16 and weights fp32. What is tim
 backends' own kernels (nvrtc, triton) and composed of the convolution and the scan (composed-triton, and
 composed-cuda with the kernels of mamba-ssm and causal-conv1d), and `bidirectional_scan` in nvrtc, which does
 the same twice. mamba_inner_fn of mamba-ssm has out_proj in it: against it stands nvrtc-out_proj, which is
-nvrtc with this product behind it. Modes: the forward alone; forward and backward with frozen weights, which is
-the gradient of xz; forward and backward with all weights trained.
+nvrtc with this product behind it. Modes: the forward alone; forward and backward with frozen weights, which
+is the gradient of xz; forward and backward with all weights trained.
 
 Times are replays of CUDA graphs: median, fastest and slowest round. All cases of a size are recorded first
 and then replayed in turns, so that a change of the clock meets all of them. `--output` gets gpu_causal.json,
