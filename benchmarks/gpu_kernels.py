@@ -176,6 +176,13 @@ def graph_time(function: Callable[[], object]) -> str:
 
 def replays(function: Callable[[], object], repeats: int, rounds: int = 7) -> list[float]:
     """Microseconds of one call, from graphs of `repeats` calls."""
+    replay = recorded(function, repeats)
+    replay()
+    return [replay() for _ in range(rounds)]
+
+
+def recorded(function: Callable[[], object], repeats: int) -> Callable[[], float]:
+    """A function that replays a graph of `repeats` calls and returns the microseconds of one call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -186,16 +193,16 @@ def replays(function: Callable[[], object], repeats: int, rounds: int = 7) -> li
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             function()
-    graph.replay()
-    times = []
-    for _ in range(rounds):
+
+    def replay() -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / repeats * 1e3)
-    return times
+        return begin.elapsed_time(end) / repeats * 1e3
+
+    return replay
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def causal_mixer(xz: Tensor, weights: DirectionWeights, backend: str = "auto") -
             result: Tensor = torch.ops.vimtune.causal_mixer(xz, *weights, save, name)[0]
             return result
     x, z = xz.chunk(2, dim=-1)
-    return _one_direction(x, z, weights, False, backend)
+    return one_direction(x, z, weights, False, backend)
 
 
 def composed(
@@ -157,11 +157,11 @@ def composed(
     With the backend "reference" it has no kernels at all. The arguments are those of `bidirectional_scan`.
     """
     x, z = xz.chunk(2, dim=-1)
-    gated = _one_direction(x, z, forward, False, backend) + _one_direction(x, z, reverse, True, backend)
+    gated = one_direction(x, z, forward, False, backend) + one_direction(x, z, reverse, True, backend)
     return gated / 2
 
 
-def _one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool, backend: str) -> Tensor:
+def one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool, backend: str) -> Tensor:
     """The gated scan of one direction: `x`, `z` (B, L, E) to (B, L, E)."""
     num_states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
     u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, backend)
