@@ -88,6 +88,17 @@ def test_without_an_adapter_the_model_itself_is_scored(texts, tmp_path):
     assert found["adapter"] is None and found["count"] == 2 and found["loss"] != pytest.approx(report.loss)
 
 
+@pytest.mark.parametrize("task", ["piqa", "boolq", "text"])
+def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
+    data = write_data(task, tmp_path / "data")
+    values = {**SETTINGS, "task": task, "data_dir": str(data), "head": "classifier"}
+    report = train(Recipe(**values, output_dir=str(tmp_path / "run")))
+    output = tmp_path / "scores.json"
+    assert run("--adapter", tmp_path / "run", "-o", output) == 0
+    found = json.loads(output.read_text())
+    assert found["acc"] == report.scores["acc"] and found["loss"] == pytest.approx(report.loss)
+
+
 def test_images_are_scored_with_and_without_an_adapter(tmp_path):
     report = train(Recipe(**IMAGES, output_dir=str(tmp_path / "run")))
     output = tmp_path / "scores.json"
@@ -111,6 +122,7 @@ def test_images_are_scored_with_and_without_an_adapter(tmp_path):
         (["--adapter", "{run}", "-o", "{run}/adapter.json/x.json"], "is not a writable folder"),
         (["--task", "arc_easy", "--head", "classifier"], "give its file with --adapter"),
         (["--adapter", "{run}", "--model", "mamba2_tiny"], "adapter"),
+        (["--adapter", "{run}", "--seed", "5"], "other base weights than this model has"),
         (["--adapter", "{run}", "--lr", "1"], "unknown flag --lr"),
         (["--taks", "arc_easy"], "Did you mean '--task'"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vimtune.adapters import read_adapter_info
+from vimtune.adapters import AdapterFileError, read_adapter_info
 from vimtune.console import build_console, neutral, print_line
 from vimtune.output import check_output, write_output
 from vimtune.predict import adapter_path, find_base
@@ -93,7 +93,10 @@ def run_evaluate(
         open_processes(recipe.run.device) as processes,
         process_settings(recipe.run, processes.device),
     ):
-        trial = recipe.task.open_trial(recipe, processes, split, file, recipe.run.force)
+        try:
+            trial = recipe.task.open_trial(recipe, processes, split, file, recipe.run.force)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
         try:
             found = evaluate(
                 trial.model,

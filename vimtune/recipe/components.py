@@ -1,6 +1,7 @@
 """The components that the recipes of all tasks have: dataclasses of options that concern one part of a run.
 
-Which data are used and which model is adapted belongs to the task (`Task.components`).
+Which data are used and which model is adapted belongs to the task (`Task.data_options` and
+`Task.backbone_options`).
 
 The name of a field is a YAML key, a command-line flag (`_` becomes `-`) and a line of the help text. No name
 stands in two components, so files and flags give all of them side by side.

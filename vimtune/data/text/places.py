@@ -67,14 +67,17 @@ class TextFormat:
             name: of the split.
             lines: its entries.
             source: where they come from.
-            classes: those of the training split; None if this is the training split.
+            classes: those of the training split, which only data sets with `read_labelled` have; None if this
+                is the training split.
 
         Raises:
             DatasetError: a line that is wrong.
         """
-        known = tuple(self.find_classes(lines) if classes is None else classes)
         by_class = self.read_labelled
-        if known and by_class is not None:
+        known: tuple[str, ...] = ()
+        if by_class is not None:
+            known = tuple(self.find_classes(lines) if classes is None else classes)
+        if by_class is not None and known:
             examples = tuple(by_class(line, known) for line in lines)
         else:
             examples = tuple(map(self.read, lines))
