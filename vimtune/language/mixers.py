@@ -57,7 +57,8 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
         The model, as it was given.
 
     Raises:
-        ValueError: the model has no such mixer, or one with another activation than SiLU.
+        ValueError: the model has no such mixer, or one with another activation than SiLU or of a class of
+            somebody else; the model is then as it was.
     """
     found = [module for module in model.modules() if isinstance(module, MambaMixer | Mamba2Mixer)]
     if not found:
@@ -67,12 +68,11 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
     for mixer in found:
         if mixer.activation not in ("silu", "swish"):
             raise ValueError(f"hidden_act = {mixer.activation!r}: only mixers with 'silu' can be accelerated")
+        if plain_class(mixer) not in (*_FAST, *_FAST.values()):
+            raise ValueError(f"{type(mixer).__name__} changes transformers' mixer and cannot be accelerated")
     for mixer in found:
-        if not isinstance(mixer, FastMambaMixer | FastMamba2Mixer):
-            kind = plain_class(mixer)
-            if kind not in _FAST:
-                raise ValueError(f"{kind.__name__} changes transformers' mixer and cannot be accelerated")
-            change_class(mixer, _FAST[kind])
+        kind = plain_class(mixer)
+        change_class(mixer, _FAST.get(kind, kind))
         mixer.backend = backend
     return model
 
