@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -164,7 +165,10 @@ class CudaBackend(Backend):
         if device.type != "cuda":
             reasons.append(f"device is {device.type}, the kernels need cuda")
         elif not reasons:
-            reasons.extend(_self_test(device.index or 0))
+            # A thread of its own knows nothing of the operation within which somebody may ask: there, autograd
+            # is off.
+            with ThreadPoolExecutor(1) as pool:
+                reasons.extend(pool.submit(_self_test, device.index or 0).result())
         return reasons
 
     def advice(self) -> list[str]:
