@@ -8,9 +8,10 @@
 // with dt_proj.
 //
 // Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), FP16, PROJECT
-// (compute `projections`, otherwise read them). Shapes for d directions, contiguous unless said otherwise, W = E rounded
-// up to 64: x (B, L, E) with rows 2 E apart, u, delta (d, B, L, E), projections (d, B, L, P), and of `pack_weights`
-// filters (d, K, W), conv_bias, dt_bias (d, W) fp32, and matrices in the order in which the matrix units take them.
+// (compute `projections`, otherwise read them). Shapes for d directions, contiguous unless said otherwise, W = E
+// rounded up to 64: x (B, L, E) with rows 2 E apart, u, delta (d, B, L, E), projections (d, B, L, P), and of
+// `pack_weights` filters (d, K, W), conv_bias, dt_bias (d, W) fp32, and matrices in the order in which the matrix units
+// take them.
 // Filters and their biases are packed times -log2(e), which spares the exponential in SiLU a product.
 
 #include "sizes.cuh"
