@@ -106,7 +106,6 @@ def test_gradients(device, batch, tokens, inner, rank, width, bias, dtype, train
         (2, 2, 40, 12, 2, False, torch.float16),
         (3, 31, 72, 3, 4, True, torch.float16),
         (1, 65, 72, 33, 4, False, torch.bfloat16),
-        (1, 5, 4096, 128, 4, True, torch.bfloat16),
     ],
 )
 def test_gradients_of_one_direction(device, batch, tokens, inner, rank, width, bias, dtype, trained):
@@ -114,11 +113,17 @@ def test_gradients_of_one_direction(device, batch, tokens, inner, rank, width, b
 
 
 @pytest.mark.parametrize(
-    "tokens, inner, rank, trained",
-    [(197, 384, 12, False), (30, 384, 12, True), (9, 424, 14, True), (14, 1224, 48, True)],
+    "directions, tokens, inner, rank, trained",
+    [
+        (2, 197, 384, 12, False),
+        (2, 30, 384, 12, True),
+        (2, 9, 424, 14, True),
+        (2, 14, 1224, 48, True),
+        (1, 5, prepare.MAX_WIDTH, 128, True),
+    ],
 )
-def test_gradients_of_usual_widths(device, tokens, inner, rank, trained):
-    check(device, 1, tokens, inner, rank, 4, True, torch.bfloat16, trained)
+def test_gradients_of_usual_widths(device, directions, tokens, inner, rank, trained):
+    check(device, 1, tokens, inner, rank, 4, True, torch.bfloat16, trained, directions)
 
 
 @pytest.mark.parametrize("inner", [8, 96])

@@ -162,7 +162,15 @@ def composed(
 
 
 def one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool, backend: str) -> Tensor:
-    """The gated scan of one direction: `x`, `z` (B, L, E) to (B, L, E)."""
+    """The gated scan of one direction, `x`, `z` (B, L, E) to (B, L, E); the definition of `causal_mixer`.
+
+    Args:
+        x: first half of `xz`.
+        z: second half of `xz`.
+        weights: those of the direction.
+        reverse: whether it goes from the last token to the first.
+        backend: that of the operations of which it is composed.
+    """
     num_states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
     u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, backend)
     projected = F.linear(u, weights.x_proj.to(u.dtype))

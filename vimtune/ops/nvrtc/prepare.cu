@@ -1,5 +1,5 @@
-// This computes what comes before the scan: u = SiLU(conv(x)) in one direction or both, B | C | dt_r = x_proj(u) and the
-// time steps softplus(dt_proj(dt_r)).
+// This computes what comes before the scan: u = SiLU(conv(x)) in one direction or both, B | C | dt_r = x_proj(u) and
+// the time steps softplus(dt_proj(dt_r)).
 //
 // A block is one warp, so that some load or store while others calculate. It has ROWS tokens of one image in one
 // direction. Of 64 channels at a time, x is copied to shared memory asynchronously; a lane convolves two channels and
@@ -8,9 +8,10 @@
 // with dt_proj.
 //
 // Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), FP16, PROJECT
-// (compute `projections`, otherwise read them). Shapes, contiguous unless said otherwise, for d directions, W = E rounded
-// up to 64: x (B, L, E) with rows 2 E apart, u, delta (d, B, L, E), projections (d, B, L, P), and of `pack_weights`
-// filters (d, K, W), conv_bias, dt_bias (d, W) fp32, and matrices in the order in which the matrix units take them.
+// (compute `projections`, otherwise read them). Shapes for d directions, contiguous unless said otherwise, W = E
+// rounded up to 64: x (B, L, E) with rows 2 E apart, u, delta (d, B, L, E), projections (d, B, L, P), and of
+// `pack_weights` filters (d, K, W), conv_bias, dt_bias (d, W) fp32, and matrices in the order in which the matrix units
+// take them.
 // Filters and their biases are packed times -log2(e), which spares the exponential in SiLU a product.
 
 #include "sizes.cuh"

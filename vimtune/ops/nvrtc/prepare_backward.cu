@@ -12,8 +12,8 @@
 // and begins with token t - K + 1 of direction 1.
 //
 // Compile-time constants: DIRECTIONS (d, 1 or 2), WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K),
-// ROWS (a multiple of 16), WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the gradients
-// of the filters).
+// ROWS (a multiple of 16), WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the
+// gradients of the filters).
 // Shapes, all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and the
 // direction as first index: grad_u (d, B, L, E), gp (d, B, L, P), x and grad_x (B, L, E) with rows 2 E apart, filters
 // (d, K, W) fp32, whose row K - 1 belongs to the token itself, conv_bias (d, W) fp32, proj_t, all as packed by

@@ -40,8 +40,9 @@ struct Place {
     bool live;
 
     __device__ Place(int total, int span)
-        : image(blockIdx.y), direction(DIRECTIONS == 2 ? warp() : 0), total(total), begin(SEGMENTED ? blockIdx.z * span : 0),
-          tokens(SEGMENTED ? min(span, total - begin) : total), first(blockIdx.x * CHANNELS) {
+        : image(blockIdx.y), direction(DIRECTIONS == 2 ? warp() : 0), total(total),
+          begin(SEGMENTED ? blockIdx.z * span : 0), tokens(SEGMENTED ? min(span, total - begin) : total),
+          first(blockIdx.x * CHANNELS) {
         channel = first + 2 * lane();
         live = !RAGGED || channel < WIDTH;
     }

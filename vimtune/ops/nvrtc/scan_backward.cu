@@ -21,7 +21,8 @@
 
 #include "scan.cuh"
 
-// As many blocks as shall fit on a multiprocessor: eight or twelve warps, which leaves 255 or 168 registers for a thread.
+// As many blocks as shall fit on a multiprocessor: eight or twelve warps, which leaves 255 or 168 registers for a
+// thread.
 constexpr int MAX_BLOCKS = (TRAINED ? 8 : 12) / DIRECTIONS;
 
 // Computes sigmoid(x) / d, of which z times is what the result has of each direction's y.
@@ -163,8 +164,8 @@ __device__ inline void sweep_states(
     const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Known& now
 ) {
     const int tokens = at.tokens;
-    // Each direction finds the gradient of the gate for this many of the tokens that it visits first: its share in whole
-    // stages, so that those in the middle may be found twice, with the same result.
+    // Each direction finds the gradient of the gate for this many of the tokens that it visits first: its share in
+    // whole stages, so that those in the middle may be found twice, with the same result.
     const int share = min(((tokens + DIRECTIONS - 1) / DIRECTIONS + STAGE - 1) / STAGE * STAGE, tokens);
     const long own = at.row(tensors.batch), image = at.image_row();
     const Order order = {tokens, (bool)at.direction};
