@@ -11,7 +11,7 @@ from method_cases import disturb
 from torch import nn
 
 import vimtune
-from vimtune.adapters import active_adapter, adapter_parameters, check_gradients
+from vimtune.adapters import active_adapter, adapter_parameters, check_gradients, declarations
 from vimtune.adapters.points import Point, Points
 from vimtune.adapters.sites import parse_targets
 from vimtune.adapters.targets import available_targets, matches, split_targets
@@ -349,6 +349,21 @@ def test_calls_of_models_of_others():
     mamba = Points(hf_mamba(1))
     assert any(path.endswith("in_proj()") for path in mamba.calls)
     assert not any(path.endswith(("x_proj()", "out_proj()")) for path in mamba.calls)  # kernels read them
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("method", ["full", "ft"])
+def test_parameters_of_foreign_scans_never_decay(version, method, monkeypatch):
+    """Classes that inherit from those of the table, and have a line of their own there, are no exception."""
+    model = hf_mamba(version).backbone
+    kind = type(model.layers[0].mixer)
+    model.layers[0].mixer.__class__ = type("OwnMixer", (kind,), {"__module__": "somewhere"})
+    monkeypatch.setattr(declarations, "_FOREIGN", dict(declarations._FOREIGN))
+    declarations.declare("somewhere.OwnMixer", declarations.Declaration())
+    vimtune.inject(model, method, targets="A_log,D,in_proj" if method == "ft" else None)
+    for item in adapter_parameters(model):
+        name = item.base_name.rpartition("mixer.")[2]
+        assert item.weight_decay == (item.parameter.dim() > 1 and name != "A_log"), item.name
 
 
 @pytest.mark.parametrize("targets", ["lm_head", "embeddings"])

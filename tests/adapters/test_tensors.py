@@ -183,6 +183,13 @@ def test_optimizers_of_timm_do_not_decay_them_either(adapted):
     assert not any(part in (*SSM, "pos_embed", "cls_token") for name in found for part in name.split("."))
 
 
+def test_a_mixer_alone_says_what_does_not_decay():
+    model = nn.Sequential(plain().layers[0].mixer)
+    vimtune.inject(model, "ft", targets="A_log,in_proj")
+    decays = {item.base_name: item.weight_decay for item in adapter_parameters(model)}
+    assert decays == {"0.A_log": 0, "0.in_proj.weight": 1}
+
+
 def test_marks_of_mamba_ssm_are_honoured():
     model = nn.Module()
     model.A_log = nn.Parameter(torch.zeros(4, 4))

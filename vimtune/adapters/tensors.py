@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vimtune.adapters.declarations import is_undecayed
 from vimtune.adapters.manage import AdapterRecord, active_adapter, demand_adapter
 from vimtune.adapters.rule import Rule
 from vimtune.adapters.slots import (
@@ -62,9 +63,8 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
     _, record = demand_adapter(model, name)
     exempt: set[str] = getattr(model, "no_weight_decay", set)()  # This is how models of timm say it.
     seen: set[nn.Parameter] = set()
-    for path, base, prefix, rule in _rules(model, record):
-        # This is how mamba-ssm marks a parameter.
-        exempted = path in exempt or getattr(base, "_no_weight_decay", False)
+    for path, declared, prefix, rule in _rules(model, record):
+        exempted = declared or path in exempt
         for own, parameter in rule.named_parameters():
             if parameter not in seen:  # Rules may share tensors.
                 seen.add(parameter)
@@ -78,13 +78,21 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
                 )
 
 
-def _rules(model: nn.Module, record: AdapterRecord) -> Iterator[tuple[str, nn.Parameter | None, str, Rule]]:
-    """(path of the parameter or call, the parameter itself, path of the rule, rule) of one adapter."""
+def _rules(model: nn.Module, record: AdapterRecord) -> Iterator[tuple[str, bool, str, Rule]]:
+    """(path of the parameter or call, whether its module exempts it from decay, path of the rule, rule) of
+    one adapter."""
     for place, owner, name, slot in iter_slots(model):
         if record.name in slot:
             prefix = join(join(place, SLOTS), f"{name}.{record.name}")
-            base = None if name.endswith(CALL) else base_value(owner, name)
-            yield point_path(place, name), base, prefix, cast(Rule, slot[record.name])
+            yield point_path(place, name), _is_exempt(owner, name), prefix, cast(Rule, slot[record.name])
+
+
+def _is_exempt(owner: nn.Module, name: str) -> bool:
+    """Whether the class of the owner declares that a parameter does not decay, or the parameter is marked as
+    mamba-ssm marks them."""
+    if name.endswith(CALL):
+        return False
+    return is_undecayed(owner, name) or bool(getattr(base_value(owner, name), "_no_weight_decay", False))
 
 
 def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
