@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from vimtune import parsers
 from vimtune.adapters.composition import Composition, Nesting, Rows, overlap, single_rules
+from vimtune.adapters.memory import Memory
 from vimtune.adapters.points import Point, Points
 from vimtune.adapters.rule import CallRule, Rule, WeightRule
 from vimtune.adapters.slots import (
@@ -365,7 +366,7 @@ def check_sites(model: nn.Module, paths: Sequence[str]) -> None:
     Raises:
         ValueError: naming the parameter and the reason.
     """
-    places = _places(model)
+    places, memory = _places(model), Memory(model)
     for path in paths:
         point = Point.parse(path)
         if point.is_call:
@@ -378,6 +379,12 @@ def check_sites(model: nn.Module, paths: Sequence[str]) -> None:
             )
         if reason := _unfit(parameter):
             raise ValueError(f"{path} cannot take a rule: {reason}")
+        if (other := memory.other_in(parameter)) is not None:
+            raise ValueError(
+                f"{point.place} and {other} are two parameters in the same memory: what changes one changes "
+                "the other. Give each a copy of its own (parameter.data = parameter.data.clone()), or make "
+                "them one parameter"
+            )
 
 
 def _recomputed(module: nn.Module) -> Iterator[tuple[str, str]]:
