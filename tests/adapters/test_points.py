@@ -229,8 +229,45 @@ def test_options_by_target(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ({"both": 3}, (3, 3, 16)),
+        ({"both": 3, "out_proj": 5}, (3, 5, 16)),
+        ({"in_proj, x_proj[B]": 4}, (4, 16, 4)),
+        ({"both,x_proj[B]": 2}, (2, 2, 2)),
+        ({r"re:(in|out){1,2}_proj": 2, "x_proj[B]": 1}, (2, 2, 1)),
+        ({r"re:^never,|in_proj": 2, "x_proj[B]": 1}, (2, 16, 1)),
+    ],
+)
+def test_options_take_the_targets_that_methods_take(ranks, expected):
+    model = vimtune.inject(
+        build_test_model(), "lora", targets="both,x_proj[B]", rank={"x_proj[B]": 16} | ranks
+    )
+    found = {
+        item.base_name: item.parameter.shape[0] for item in adapter_parameters(model) if "lora_A" in item.key
+    }
+    names = ("in_proj", "out_proj", "x_proj")
+    assert tuple(found[f"layers.1.mixer.{name}.weight"] for name in names) == expected
+    assert vimtune.Recipe(peft="lora", rank=ranks).method.rank == ranks
+
+
+@pytest.mark.parametrize("key", ["!in_proj", "both,!in_proj", "! re:in_proj"])
+def test_options_for_all_but_some_targets_are_refused(key):
+    with pytest.raises(
+        ValueError, match=r"option rank of method 'lora' .*: expected targets for which the value"
+    ):
+        vimtune.inject(build_test_model(), "lora", rank={key: 3})
+    for rank in ({key: 3}, f"{{'{key}': 3}}", f"x_proj=3,{key.rpartition(',')[2]}=4"):
+        with pytest.raises(
+            ValueError, match=r"rank = .*: expected targets for which the value holds, not excl"
+        ):
+            vimtune.Recipe(peft="lora", rank=rank)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rank": {"in_proj,D": 2}}, "is given for 'D', where the method does not act"),
         (
             {"rank": {"x_proj": 2}},
             "option rank of method 'lora' is given for 'x_proj', where the method does not act",

@@ -33,7 +33,7 @@ from vimtune.adapters.slots import (
     join,
     slots_of,
 )
-from vimtune.adapters.targets import Target, short_name, split_targets
+from vimtune.adapters.targets import Target, short_name, split_option_targets, split_targets
 from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
 from vimtune.methods import Method
 from vimtune.text import quote
@@ -193,7 +193,7 @@ def options_by_site(
 
     Args:
         method: the method, for messages.
-        by_target: field -> target -> value. Of several targets that stand for a site the last one holds.
+        by_target: field -> targets -> value. Of several keys that stand for a site the last one holds.
         paths: the sites of the method.
 
     Raises:
@@ -202,16 +202,19 @@ def options_by_site(
     options: dict[str, dict[str, Any]] = {path: {} for path in paths}
     for field, values in by_target.items():
         for text, value in values.items():
-            target = Target.parse(text)
-            meant = [path for path in paths if target.stands_for(path)]
-            if not meant:
-                known = ", ".join(dict.fromkeys(map(short_name, paths)))
-                raise ValueError(
-                    f"option {field} of method {method.name!r} is given for {quote(text)}, where the method "
-                    f"does not act; it acts on {known}"
-                )
-            for path in meant:
-                options[path][field] = value
+            meant: dict[str, list[str]] = {}
+            for target in split_option_targets(text):  # The parts of an alias have one text.
+                chosen = [path for path in paths if target.stands_for(path)]
+                meant[target.text] = meant.get(target.text, []) + chosen
+            for part, chosen in meant.items():
+                if not chosen:
+                    known = ", ".join(dict.fromkeys(map(short_name, paths)))
+                    raise ValueError(
+                        f"option {field} of method {method.name!r} is given for {quote(part)}, where the "
+                        f"method does not act; it acts on {known}"
+                    )
+                for path in chosen:
+                    options[path][field] = value
     return options
 
 

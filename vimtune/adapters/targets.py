@@ -145,6 +145,16 @@ def split_targets(targets: str | Sequence[str]) -> list[Target]:
     return parts
 
 
+def split_option_targets(key: str) -> list[Target]:
+    """The targets in a key of an option's values by target. A regular expression is a key by itself, with its
+    commas.
+
+    Raises:
+        ValueError: one of them is no target.
+    """
+    return split_targets([key] if key.startswith("re:") else key)
+
+
 def _select(points: Points, target: Target) -> list[str]:
     searched = [*points.parameters, *(points.calls if target.names_calls else ())]
     places = [path for path in searched if target.selects(path)]
