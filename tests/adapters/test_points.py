@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -11,10 +12,19 @@ from method_cases import disturb
 from torch import nn
 
 import vimtune
-from vimtune.adapters import active_adapter, adapter_parameters, check_gradients, declarations
+from vimtune.adapters import (
+    Method,
+    WeightRule,
+    active_adapter,
+    adapter_parameters,
+    check_gradients,
+    declarations,
+    register_method,
+)
 from vimtune.adapters.points import Point, Points
 from vimtune.adapters.sites import parse_targets
 from vimtune.adapters.targets import available_targets, matches, split_targets
+from vimtune.methods import METHODS
 from vimtune.testing import METHOD_CHECKS, MethodCase
 from vimtune.testing.methods import build_test_model, close
 
@@ -386,6 +396,54 @@ def test_calls_of_models_of_others():
     mamba = Points(hf_mamba(1))
     assert any(path.endswith("in_proj()") for path in mamba.calls)
     assert not any(path.endswith(("x_proj()", "out_proj()")) for path in mamba.calls)  # kernels read them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grow(Method):
+    summary = "two rows more"
+
+    def build_rule(self, site):
+        return MoreRows(site.weight)
+
+
+class MoreRows(WeightRule):
+    """Two further rows."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.rows = nn.Parameter(weight[-2:].clone())
+
+    def effective_weight(self, weight):
+        return torch.cat([weight, self.rows])
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "message"),
+    [
+        (
+            build_test_model,
+            "x_proj[B]",
+            r"layers.0.mixer.x_proj.weight would have 35 rows, but \[dt\|B\|C\] are 33",
+        ),
+        (build_test_model, "in_proj", r"in_proj.weight would have 66 rows, but \[x\|z\] are 64"),
+        (build_test_model, "A_log", r"in_proj.weight would have 64 rows, but \[x\|z\] are 68"),
+        (vit, "qkv", r"qkv.weight would grow from shape \(192, 64\) to \(194, 64\).* of Attention are fixed"),
+        (
+            lambda: hf_mamba(1),
+            "x_proj[B]",
+            "x_proj.weight would grow .* of MambaMixer are fixed by its config",
+        ),
+        (lambda: hf_mamba(1), "A_log,x_proj", "A_log would grow .* of MambaMixer are fixed"),
+        (lambda: hf_mamba(2), "in_proj[dt]", "in_proj.weight would grow .* of Mamba2Mixer are fixed"),
+    ],
+)
+def test_growth_that_does_not_fit(build, targets, message, monkeypatch):
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
+    register_method("grow")(Grow)
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(model, "grow", targets=targets)
+    assert vimtune.list_adapters(model) == [] and not any("adapters" in x for x, _ in model.named_modules())
 
 
 @pytest.mark.parametrize("version", [1, 2])

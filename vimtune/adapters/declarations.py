@@ -34,6 +34,8 @@ class Declaration:
     the first argument and, if it has one, the flow between layers as the second."""
     reads: tuple[str, ...] = ()
     """Linear layers within the module whose weights it reads, at least in some of its ways of computing."""
+    has_fixed_sizes: bool = False
+    """Whether the module computes with sizes of its configuration, so that no parameter in it may grow."""
     undecayed: tuple[str, ...] = ()
     """The module's own parameters that weight decay leaves alone: those for which 0 means nothing special."""
 
@@ -106,10 +108,17 @@ def _rows_of_attention(attention: Any) -> dict[str, RowsByName]:
 
 declare(
     "transformers.models.mamba.modeling_mamba.MambaMixer",
-    Declaration(_rows_of_mamba, reads=("x_proj", "dt_proj", "out_proj"), undecayed=("A_log", "D")),
+    Declaration(
+        _rows_of_mamba,
+        reads=("x_proj", "dt_proj", "out_proj"),
+        has_fixed_sizes=True,
+        undecayed=("A_log", "D"),
+    ),
 )
 declare(
     "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",
-    Declaration(_rows_of_mamba2, reads=("out_proj",), undecayed=("A_log", "D", "dt_bias")),
+    Declaration(
+        _rows_of_mamba2, reads=("out_proj",), has_fixed_sizes=True, undecayed=("A_log", "D", "dt_bias")
+    ),
 )
-declare("timm.layers.attention.Attention", Declaration(_rows_of_attention))
+declare("timm.layers.attention.Attention", Declaration(_rows_of_attention, has_fixed_sizes=True))

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vimtune import parsers
+from vimtune.adapters.growth import check_growth
 from vimtune.adapters.points import Points
 from vimtune.adapters.rule import Tuned
 from vimtune.adapters.sites import (
@@ -219,6 +220,7 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
             record.sites[method.name] = attach_rules(
                 model, name, method, chosen.by_target, sites, accept_idle
             )
+        check_growth(model)
     except BaseException:  # Whatever it is, it goes on, but the model is as it was.
         _detach_all(model, name)
         for slot, before in active.items():

@@ -68,7 +68,7 @@ class Points:
         self.rows: dict[str, RowsByName] = {}
         self.calls: dict[str, tuple[nn.Module, str]] = {}
         read: set[str] = set()
-        for path, module in _own_modules(model):
+        for path, module in own_modules(model):
             declared = declaration_of(module)
             read.update(join(path, name) for name in declared.reads)
             for name, rows in declared.rows(module).items():
@@ -99,7 +99,7 @@ def is_called_linear(module: nn.Module) -> bool:
     return is_factor(module, "weight") and not getattr(type(module), "weight_is_read", False)
 
 
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model's modules, without those that belong to rules."""
     inside = tuple(prefix.removesuffix(".") for prefix in rule_prefixes(model))
     for path, module in model.named_modules():
