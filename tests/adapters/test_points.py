@@ -90,8 +90,12 @@ def test_every_target_that_is_offered_is_one(points):
         ("A_log[x]", "'A_log\\[x\\]': the model has no such named rows"),
         ("in_proj[]", "expected a name such as in_proj, rows such as"),
         ("in_proj[x", "expected a name such as in_proj, rows such as"),
-        ("conv1d()", r"unknown target 'conv1d\(\)'"),
-        ("x_proj()", r"unknown target 'x_proj\(\)'"),
+        ("conv1d()", "conv1d is no linear layer, and the model declares no such call. Targets of this model"),
+        (
+            "x_proj()",
+            r"'x_proj\(\)': the model only reads the weight of layers.0.mixer.x_proj, so .* 'x_proj'\.",
+        ),
+        ("nowhere()", r"unknown target 'nowhere\(\)'"),
         ("re:(", r"target 're:\(' is no regular expression"),
         ("re:nowhere", "unknown target 're:nowhere'"),
         ("!in_proj", "name nothing to adapt"),
@@ -391,11 +395,15 @@ def test_rules_on_models_of_others(build, method, targets):
 def test_calls_of_models_of_others():
     model = vit()
     assert "blocks.0.attn.qkv()" in Points(model).calls
+    with pytest.raises(ValueError, match=r"target 'norm1\(\)': blocks.0.norm1 is no linear layer"):
+        Points(model).resolve("norm1()")
     with pytest.raises(ValueError, match=r"unknown target 'attn\(\)'"):
         Points(model).resolve("attn()")
     mamba = Points(hf_mamba(1))
     assert any(path.endswith("in_proj()") for path in mamba.calls)
     assert not any(path.endswith(("x_proj()", "out_proj()")) for path in mamba.calls)  # kernels read them
+    with pytest.raises(ValueError, match=r"only reads the weight of backbone.layers.0.mixer.out_proj"):
+        mamba.resolve("out_proj()")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,7 @@ def _select(points: Points, target: Target) -> list[str]:
     if not target.rows:
         if not places:
             _refuse_tied(points, target)
+            _refuse_call(points, target)
             raise ValueError(f"unknown target {quote(target.text)}.{_hint(points, target)} {_known(points)}")
         return places
     having = [path for path in places if path in points.rows]
@@ -183,6 +184,20 @@ def _refuse_tied(points: Points, target: Target) -> None:
                 f"target {quote(target.text)}: {first} and {path} are one tensor: with a rule for one of "
                 "them they would come apart. Untie them (give each a copy) or choose other targets"
             )
+
+
+def _refuse_call(points: Points, target: Target) -> None:
+    """Say why a target that names the call of a module that there is stands for no call."""
+    for path in points.parameters if target.names_calls else ():
+        layer = path.rpartition(".")[0]
+        if target.selects(layer + "()"):
+            reason = (
+                f"the model only reads the weight of {layer}, so that there is no call to surround: choose "
+                f"the weight, {quote(target.text.removesuffix('()'))}"
+                if layer in points.read
+                else f"{layer} is no linear layer, and the model declares no such call"
+            )
+            raise ValueError(f"target {quote(target.text)}: {reason}. {_known(points)}")
 
 
 def _in_order(points: Points) -> list[str]:
