@@ -392,6 +392,27 @@ def test_rules_on_models_of_others(build, method, targets):
     close(run(model), adapted, 1e-4)
 
 
+@pytest.mark.parametrize("build", [vit, resnet])
+@pytest.mark.parametrize("method", ["lora", "prodial", "ft", "lora+bitfit"])
+def test_default_targets_that_a_model_does_not_have(build, method):
+    with pytest.raises(
+        ValueError, match="'both' stands for in_proj and out_proj, and this model has no in_proj"
+    ) as caught:
+        vimtune.inject(build(), method)
+    message = str(caught.value)
+    assert "no in_proj and no out_proj: name the targets" in message and "Did you mean" not in message
+    offered = message.partition("Targets of this model: ")[2].split(", ")
+    assert "both" not in offered
+    for target in offered:
+        assert Points(build()).resolve(target)
+
+
+def test_an_alias_of_which_a_model_has_a_part():
+    model = nn.ModuleDict({"in_proj": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="this model has no out_proj: name the targets that are meant"):
+        vimtune.inject(model, "lora")
+
+
 def test_calls_of_models_of_others():
     model = vit()
     assert "blocks.0.attn.qkv()" in Points(model).calls

@@ -162,6 +162,7 @@ def _select(points: Points, target: Target) -> list[str]:
         if not places:
             _refuse_tied(points, target)
             _refuse_call(points, target)
+            _refuse_alias(points, target)
             raise ValueError(f"unknown target {quote(target.text)}.{_hint(points, target)} {_known(points)}")
         return places
     having = [path for path in places if path in points.rows]
@@ -200,6 +201,18 @@ def _refuse_call(points: Points, target: Target) -> None:
             raise ValueError(f"target {quote(target.text)}: {reason}. {_known(points)}")
 
 
+def _refuse_alias(points: Points, target: Target) -> None:
+    """Say which of the targets that an alias stands for the model does not have."""
+    if target.text not in ALIASES:
+        return
+    parts = ALIASES[target.text]
+    missing = [part for part in parts if not any(matches(path, part) for path in points.parameters)]
+    raise ValueError(
+        f"target {quote(target.text)} stands for {' and '.join(parts)}, and this model has no "
+        f"{' and no '.join(missing)}: name the targets that are meant. {_known(points)}"
+    )
+
+
 def _in_order(points: Points) -> list[str]:
     """The paths of all points: each parameter followed by its rows, then the calls."""
     paths: list[str] = []
@@ -231,7 +244,11 @@ def _hint(points: Points, target: Target) -> str:
 
 def available_targets(points: Points) -> list[str]:
     """Every short name that a model understands as a target."""
-    short = dict.fromkeys(ALIASES)
+    short = dict.fromkeys(
+        alias
+        for alias, parts in ALIASES.items()
+        if all(any(matches(path, part) for path in points.parameters) for part in parts)
+    )
     for path in points.parameters:
         short[_short_name(path)] = None
         if path in points.rows:
