@@ -62,6 +62,19 @@ def short(paths):
         ("norm.,!layers.0.", ["norm.weight"]),
         ("x_proj[dt|B|C],!x_proj[B]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
         (["re:A_.*log", "!re:b_log$"], ["mixer.A_log"]),
+        (r"re:x_proj\.weight\[B\]$", ["mixer.x_proj.weight[B]"]),
+        (
+            r"re:\[(B|x)\]",
+            [f"mixer.{rows}" for rows in ("in_proj.weight[x]", "x_proj.weight[B]", "x_proj_b.weight[B]")],
+        ),
+        (r"re:in_proj|x_proj\.weight\[C\]", ["mixer.in_proj.weight", "mixer.x_proj.weight[C]"]),
+        (r"re:\[z\]$|scan\(\)$", ["mixer.in_proj.weight[z]", "mixer.scan()"]),
+        ([r"x_proj[B|C]", r"!re:\[B\]"], ["mixer.x_proj.weight[C]"]),
+        (
+            ["x_proj[B|C]", r"re:(in|x)_proj\.weight\[(z|C)", r"!re:in_proj\.weight$|\[B\]"],
+            ["mixer.x_proj.weight[C]"],
+        ),
+        (r"x_proj[B|C],!re:\[B\]", ["mixer.x_proj.weight[C]"]),
     ],
 )
 def test_what_a_target_stands_for(points, targets, expected):
@@ -249,6 +262,7 @@ def test_options_by_target(tmp_path):
         ({"both": 3, "out_proj": 5}, (3, 5, 16)),
         ({"in_proj, x_proj[B]": 4}, (4, 16, 4)),
         ({"both,x_proj[B]": 2}, (2, 2, 2)),
+        ({r"re:\[B\]$": 2, "both": 4}, (4, 4, 2)),
         ({r"re:(in|out){1,2}_proj": 2, "x_proj[B]": 1}, (2, 2, 1)),
         ({r"re:^never,|in_proj": 2, "x_proj[B]": 1}, (2, 16, 1)),
     ],

@@ -8,7 +8,9 @@
 | `x_proj[B]`, `x_proj[dt|B]` | named rows of such a weight, each row name a point of its own |
 | `scan()`, `out_proj()`, `encode()` | calls whose path ends so |
 | `layers.0.` | every parameter below the modules whose path ends so |
-| `re:mixer\\.(A_log|D)$` | parameters in whose path the expression is found; calls if it has `\\(\\)` |
+| `re:mixer\\.(A_log|D)$` | parameters in whose path the expression is found |
+| `re:x_proj(_b)?\\.weight\\[B\\]$` | also rows, if the expression, with `\\[`, is found in their path alone |
+| `re:(in|out)_proj\\(\\)$` | also calls, if the expression has `\\(\\)` |
 | `!layers.0.`, `!x_proj[B]`, `!re:_b` | not these, whatever the others stand for |
 """
 
@@ -49,10 +51,14 @@ class Target:
     """Names of the rows that it stands for; none for whole parameters and calls."""
     names_calls: bool = False
     """Whether it may stand for calls: "scan()", or a regular expression that speaks of "()"."""
+    names_rows: bool = False
+    """Whether it is a regular expression that speaks of "[", and so may be found in the path of rows."""
 
     def stands_for(self, path: str) -> bool:
         """Whether the point at `path`, which may be rows of a parameter, is one of those that are meant."""
         place, _, rows = path.partition("[")
+        if self.names_rows and self.selects(path):
+            return True
         return self.selects(place) and (not self.rows or rows.removesuffix("]") in self.rows)
 
     @classmethod
@@ -66,7 +72,8 @@ class Target:
         name = text.removeprefix("!").strip()
         if name.startswith("re:"):
             pattern = name.removeprefix("re:")
-            return cls(text, excludes, _search(pattern, text), names_calls=r"\(\)" in pattern)
+            found = _search(pattern, text)
+            return cls(text, excludes, found, names_calls=r"\(\)" in pattern, names_rows=r"\[" in pattern)
         match = _TARGET.fullmatch(name)
         if match is None or match["rows"] == "":
             raise ValueError(
@@ -158,6 +165,9 @@ def split_option_targets(key: str) -> list[Target]:
 def _select(points: Points, target: Target) -> list[str]:
     searched = [*points.parameters, *(points.calls if target.names_calls else ())]
     places = [path for path in searched if target.selects(path)]
+    if target.names_rows:  # The rows of a parameter that is meant itself are a part of it.
+        rows = [f"{path}[{row}]" for path in points.rows if path not in places for row in points.rows[path]]
+        places += [path for path in rows if target.selects(path)]
     if not target.rows:
         if not places:
             _refuse_tied(points, target)
