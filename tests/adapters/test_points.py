@@ -323,6 +323,35 @@ def test_the_summary_says_what_is_adapted_and_what_is_not():
     assert "lora acts on: in_proj[x] (2), out_proj (2)" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("targets", "layers", "line", "unchanged", "not_listed"),
+    [
+        ("in_proj[x]", None, "lora acts on: in_proj[x] (2)", {"in_proj[z]", "out_proj"}, {"in_proj"}),
+        ("in_proj", [0], "lora acts on: in_proj (1 of 2)", {"out_proj"}, {"in_proj", "in_proj[x]"}),
+        (
+            "x_proj[B|C]",
+            [1],
+            "x_proj[B] (1 of 2), x_proj[C] (1 of 2)",
+            {"x_proj[dt]"},
+            {"x_proj", "x_proj[B]"},
+        ),
+        (
+            "in_proj[x],in_proj[z]",
+            None,
+            "in_proj[x] (2), in_proj[z] (2)",
+            {"x_proj"},
+            {"in_proj", "in_proj[z]"},
+        ),
+    ],
+)
+def test_the_summary_of_rows_and_layers(targets, layers, line, unchanged, not_listed):
+    report = vimtune.summary(
+        vimtune.inject(build_test_model(), "lora", targets=targets, layers=layers, rank=1)
+    )
+    assert line in str(report)
+    assert unchanged <= set(report.untouched) and not_listed.isdisjoint(report.untouched)
+
+
 # --- decay
 
 

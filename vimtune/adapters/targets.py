@@ -134,7 +134,7 @@ def resolve_targets(
             )
             raise ValueError(f"target {quote(text)} selects nothing: all of it {because}")
     _refuse_overlaps(kept)
-    return [path for path in _in_order(points) if path in kept]
+    return [path for path in points_in_order(points) if path in kept]
 
 
 def split_targets(targets: str | Sequence[str]) -> list[Target]:
@@ -223,7 +223,7 @@ def _refuse_alias(points: Points, target: Target) -> None:
     )
 
 
-def _in_order(points: Points) -> list[str]:
+def points_in_order(points: Points) -> list[str]:
     """The paths of all points: each parameter followed by its rows, then the calls."""
     paths: list[str] = []
     for path in points.parameters:
