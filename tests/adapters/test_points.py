@@ -567,6 +567,18 @@ def test_unmerge_refuses_what_it_would_lose():
     assert vimtune.list_adapters(vimtune.adapters.unmerge(model)) == ["default"]
 
 
+def test_unmerge_after_a_conversion():
+    model = disturb(vimtune.inject(build_test_model(), "lora", rank=2)).eval()
+    expected = model(images())
+    vimtune.merge(model, reversible=True)
+    model.double()
+    with pytest.raises(
+        ValueError, match=r"is of torch.float64 now and was of torch.float32 when .* was merged"
+    ):
+        vimtune.adapters.unmerge(model)
+    assert torch.equal(vimtune.adapters.unmerge(model.float())(images()), expected)
+
+
 def test_several_adapters_and_a_head_of_another_size_come_back():
     model = vimtune.inject(build_test_model(), "lora", rank=2)
     disturb(vimtune.inject(model, "prodial", name="other", num_classes=7, rank=2)).eval()
