@@ -297,10 +297,7 @@ class StuckRule(MaskedRule):
             HalfMaskedRule,
             r"check_every_entry of .*: delta: 512 of 1024 entries got no .*Rule.idle_entries\('delta'\)",
         ),
-        (
-            StuckRule,
-            r"check_gradients of 'faulty': failed \(Every trained tensor gets a gradient, no frozen one does.\)",
-        ),
+        (StuckRule, r"check_gradients of 'faulty': failed \(Every trained tensor gets a gradient"),
     ],
 )
 def test_what_the_checks_tell_an_author(rule, message):
