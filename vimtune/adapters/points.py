@@ -30,6 +30,7 @@ class Point:
     rows: str | None = None
     """Name of the rows; None for the whole parameter and for calls."""
     is_call: bool = False
+    """Whether it is a call."""
 
     @classmethod
     def parse(cls, path: str) -> Point:

@@ -45,6 +45,7 @@ class AdaptedParameter:
     key: str
     """Its name in `adapter_state_dict`, which does not depend on the adapter's name."""
     parameter: nn.Parameter
+    """The tensor itself."""
     base_name: str
     """Path of the base parameter or call that its rule acts on."""
     group: str
@@ -184,6 +185,7 @@ class AdapterSummary:
     """Sizes of a model under its active adapter, and what the adapter changes."""
 
     method: str
+    """The method, or several joined by "+"; "no adapter" for a plain model."""
     trainable: int
     """Trained numbers, head included."""
     head: int

@@ -114,6 +114,7 @@ class Method(ABC):
 
 
 MethodType = TypeVar("MethodType", bound=type[Method])
+"""A class of methods, for the decorator that gives back the class it got."""
 
 
 def register_method(name: str) -> Callable[[MethodType], MethodType]:
