@@ -69,6 +69,8 @@ PACKAGES = [vimtune, data, models]
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_names_that_are_imported_on_first_use(package):
     assert set(package.__all__) <= set(dir(package))
+    others = {name for name in dir(package) if not name.startswith("__")} - set(package.__all__)
+    assert all(inspect.ismodule(getattr(package, name)) for name in others), others
     for home, names in package._HOMES.items():
         for name in names:
             assert name in package.__all__
