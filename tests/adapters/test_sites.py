@@ -142,6 +142,11 @@ def test_bitfit_takes_biases_of_every_kind():
         "rnn.bias_ih_l0",
         "rnn.bias_hh_l0",
     ]
+    twin = nn.ModuleDict({"in_proj": nn.Linear(4, 4), "out_proj": nn.Linear(4, 4)})
+    assert active_adapter(vimtune.inject(twin, "bitfit", targets="both")).sites["bitfit"] == [
+        "in_proj.bias",
+        "out_proj.bias",
+    ]
     model = vimtune.inject(Mamba2(), "bitfit", targets="in_proj,dt_bias")
     assert active_adapter(model).sites["bitfit"] == ["dt_bias", "in_proj.bias"]
 

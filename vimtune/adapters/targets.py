@@ -159,7 +159,7 @@ def split_option_targets(key: str) -> list[Target]:
     Raises:
         ValueError: one of them is no target.
     """
-    return split_targets([key] if key.startswith("re:") else key)
+    return split_targets([key] if key.lstrip().startswith("re:") else key)
 
 
 def _select(points: Points, target: Target) -> list[str]:
@@ -204,7 +204,7 @@ def _refuse_call(points: Points, target: Target) -> None:
         if target.selects(layer + "()"):
             reason = (
                 f"the model only reads the weight of {layer}, so that there is no call to surround: choose "
-                f"the weight, {quote(target.text.removesuffix('()'))}"
+                f"the weight, {short_name(f'{layer}.weight')!r}"
                 if layer in points.read
                 else f"{layer} is no linear layer, and the model declares no such call"
             )
