@@ -36,7 +36,8 @@ def main() -> None:
     torch.manual_seed(0)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; {options.model}, {options.batch_size} x {options.tokens} tokens, bf16 autocast"
+        f"transformers {transformers.__version__}; {options.model}, "
+        f"{options.batch_size} x {options.tokens} tokens, bf16 autocast"
     )
     rows = [train_rows(options, method) for method in options.methods]
     rows.append(generation_rows(options))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,12 +42,35 @@ def test_names_without_torch():
     assert done.returncode == 0, done.stderr
 
 
+FILES = sorted(Path(vimtune.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FILES[0].parent)))
+def test_every_public_definition_of_a_module_is_documented(path):
+    """Functions and classes by their docstring, anything else by a text below it, which editors show."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names, text = [node.name], ast.get_docstring(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            value = after.value if isinstance(after, ast.Expr) else None
+            text = value.value if isinstance(value, ast.Constant) else None
+        else:
+            continue
+        public = [name for name in names if not name.startswith("_") and name != "logger"]
+        assert not public or isinstance(text, str), f"line {node.lineno}: {', '.join(public)}"
+
+
 PACKAGES = [vimtune, data, models]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
 def test_names_that_are_imported_on_first_use(package):
     assert set(package.__all__) <= set(dir(package))
+    others = {name for name in dir(package) if not name.startswith("__")} - set(package.__all__)
+    assert all(inspect.ismodule(getattr(package, name)) for name in others), others
     for home, names in package._HOMES.items():
         for name in names:
             assert name in package.__all__

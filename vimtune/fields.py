@@ -54,10 +54,13 @@ class Option:
     """What is known about one field that was stated with `option`."""
 
     name: str
+    """Name of the field."""
     annotation: Any
     """Its type with its range, such as Annotated[int, Ge(1)]."""
     default: Any
+    """Its value unless it is given."""
     help: str
+    """What it is, in one line for `--help`."""
     parse: Parser
     """Returns a value as the field holds it. Raises ValueError("expected ...") for a value that is wrong."""
 

@@ -23,7 +23,8 @@ def late_names(
 
     Returns:
         A function that imports the home of a name and returns what the name stands for (AttributeError for
-        a name that nothing defines), and one that lists all names, imported yet or not.
+        a name that nothing defines), and one that lists the public names, imported yet or not, with the
+        modules of the package that have been imported.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
 
@@ -33,6 +34,13 @@ def late_names(
         return getattr(importlib.import_module(home_of[name]), name)
 
     def list_all() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *home_of})
+        own = vars(sys.modules[package])
+        modules = {
+            name
+            for name, value in own.items()
+            if value is sys.modules.get(f"{package}.{name}") and not name.startswith("_")
+        }
+        special = {name for name in own if name.startswith("__")}
+        return sorted({*own["__all__"], *home_of, *modules, *special})
 
     return get, list_all

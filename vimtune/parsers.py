@@ -273,9 +273,8 @@ def per_method(parse: Parser) -> Parser:
 def per_target(parse: Parser) -> Parser:
     """Takes what `parse` takes, or a mapping from targets to that.
 
-    As a flag, the mapping is `in_proj=8,x_proj[B]=4`. A target with ',' or '=' outside of brackets, as
-    regular
-    expressions may have them, is put in quotes in a mapping of YAML: `{"re:a,b": 8}`.
+    As a flag, the mapping is `in_proj=8,x_proj[B]=4`. Targets with ',' or '=' outside of brackets, several of
+    them or a regular expression, are put in quotes in a mapping of YAML: `{"in_proj,x_proj[B]": 8}`.
     """
 
     def parse_each(value: Any) -> Any:
@@ -289,6 +288,10 @@ def per_target(parse: Parser) -> Parser:
             raise ValueError("expected a mapping from targets, such as in_proj=8,x_proj[B]=4")
         parsed = {}
         for target, own in value.items():
+            if excludes(target):
+                raise ValueError(
+                    f"expected targets for which the value holds, not exclusions: {quote(target)}"
+                )
             try:
                 parsed[target] = parse(own)
             except ValueError as error:
@@ -296,6 +299,11 @@ def per_target(parse: Parser) -> Parser:
         return _bounded(parsed)
 
     return parse_each
+
+
+def excludes(targets: str) -> bool:
+    """Whether one of the targets in a text is an exclusion, such as "!in_proj"."""
+    return any(target.strip().startswith("!") for target in split_outside(targets, ","))
 
 
 def targets(value: Any) -> str | list[str]:

@@ -11,6 +11,7 @@ from vimtune.text import quote
 from vimtune.utils import suggest
 
 T = TypeVar("T")
+"""What a registry holds."""
 
 
 class Registry(Generic[T]):

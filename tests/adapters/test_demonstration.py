@@ -33,7 +33,7 @@ from vimtune.adapters import (
     unmerge,
 )
 from vimtune.methods import METHODS, option
-from vimtune.testing import METHOD_CHECKS, MethodCase
+from vimtune.testing import METHOD_CHECKS, MethodCase, check_method
 from vimtune.testing.methods import build_test_model, close, disturb
 from vimtune.training.optim import build_optimizer
 
@@ -253,6 +253,66 @@ def methods(monkeypatch):
 @pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR, "demo_gate+demo_parallel+demo_offset+demo_masked"])
 def test_every_kind_of_method(method, check):
     check(MethodCase(method, OPTIONS.get(method, {})))
+
+
+class FullPrecisionRule(MaskedRule):
+    """An author's mistake: a buffer that does not have the dtype of the weight."""
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.register_buffer("turn", torch.eye(weight.shape[1]))
+
+    def effective_weight(self, weight):
+        return super().effective_weight(weight) @ self.turn
+
+
+class HalfMaskedRule(MaskedRule):
+    """An author's mistake: entries that never train, of which `idle_entries` does not tell."""
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.mask[::2] = False
+
+    def idle_entries(self, tensor):
+        return None
+
+
+class StuckRule(MaskedRule):
+    """An author's mistake: a failed expectation without a message."""
+
+    def effective_weight(self, weight):
+        if self.training:
+            raise AssertionError
+        return super().effective_weight(weight)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            FullPrecisionRule,
+            "check_half_precision of 'faulty': RuntimeError: .*same dtype.*have the weight's dtype",
+        ),
+        (
+            HalfMaskedRule,
+            r"check_every_entry of .*: delta: 512 of 1024 entries got no .*Rule.idle_entries\('delta'\)",
+        ),
+        (StuckRule, r"check_gradients of 'faulty': failed \(Every trained tensor gets a gradient"),
+    ],
+)
+def test_what_the_checks_tell_an_author(rule, message):
+    @register_method("faulty")
+    @dataclass(frozen=True, kw_only=True)
+    class Faulty(Method):
+        summary = "a mistake"
+        default_targets = "in_proj"
+
+        def build_rule(self, site):
+            return rule(site.weight)
+
+    with pytest.raises(AssertionError, match=message) as caught:
+        check_method("faulty")
+    assert "\n" not in str(caught.value)
 
 
 def images(size: int = 32) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -11,10 +12,19 @@ from method_cases import disturb
 from torch import nn
 
 import vimtune
-from vimtune.adapters import active_adapter, adapter_parameters, check_gradients
+from vimtune.adapters import (
+    Method,
+    WeightRule,
+    active_adapter,
+    adapter_parameters,
+    check_gradients,
+    declarations,
+    register_method,
+)
 from vimtune.adapters.points import Point, Points
 from vimtune.adapters.sites import parse_targets
 from vimtune.adapters.targets import available_targets, matches, split_targets
+from vimtune.methods import METHODS
 from vimtune.testing import METHOD_CHECKS, MethodCase
 from vimtune.testing.methods import build_test_model, close
 
@@ -52,6 +62,19 @@ def short(paths):
         ("norm.,!layers.0.", ["norm.weight"]),
         ("x_proj[dt|B|C],!x_proj[B]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
         (["re:A_.*log", "!re:b_log$"], ["mixer.A_log"]),
+        (r"re:x_proj\.weight\[B\]$", ["mixer.x_proj.weight[B]"]),
+        (
+            r"re:\[(B|x)\]",
+            [f"mixer.{rows}" for rows in ("in_proj.weight[x]", "x_proj.weight[B]", "x_proj_b.weight[B]")],
+        ),
+        (r"re:in_proj|x_proj\.weight\[C\]", ["mixer.in_proj.weight", "mixer.x_proj.weight[C]"]),
+        (r"re:\[z\]$|scan\(\)$", ["mixer.in_proj.weight[z]", "mixer.scan()"]),
+        ([r"x_proj[B|C]", r"!re:\[B\]"], ["mixer.x_proj.weight[C]"]),
+        (
+            ["x_proj[B|C]", r"re:(in|x)_proj\.weight\[(z|C)", r"!re:in_proj\.weight$|\[B\]"],
+            ["mixer.x_proj.weight[C]"],
+        ),
+        (r"x_proj[B|C],!re:\[B\]", ["mixer.x_proj.weight[C]"]),
     ],
 )
 def test_what_a_target_stands_for(points, targets, expected):
@@ -80,8 +103,12 @@ def test_every_target_that_is_offered_is_one(points):
         ("A_log[x]", "'A_log\\[x\\]': the model has no such named rows"),
         ("in_proj[]", "expected a name such as in_proj, rows such as"),
         ("in_proj[x", "expected a name such as in_proj, rows such as"),
-        ("conv1d()", r"unknown target 'conv1d\(\)'"),
-        ("x_proj()", r"unknown target 'x_proj\(\)'"),
+        ("conv1d()", "conv1d is no linear layer, and the model declares no such call. Targets of this model"),
+        (
+            "x_proj()",
+            r"'x_proj\(\)': the model only reads the weight of layers.0.mixer.x_proj, so .* 'x_proj'\.",
+        ),
+        ("nowhere()", r"unknown target 'nowhere\(\)'"),
         ("re:(", r"target 're:\(' is no regular expression"),
         ("re:nowhere", "unknown target 're:nowhere'"),
         ("!in_proj", "name nothing to adapt"),
@@ -229,8 +256,46 @@ def test_options_by_target(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ({"both": 3}, (3, 3, 16)),
+        ({"both": 3, "out_proj": 5}, (3, 5, 16)),
+        ({"in_proj, x_proj[B]": 4}, (4, 16, 4)),
+        ({"both,x_proj[B]": 2}, (2, 2, 2)),
+        ({r"re:\[B\]$": 2, "both": 4}, (4, 4, 2)),
+        ({r"re:(in|out){1,2}_proj": 2, "x_proj[B]": 1}, (2, 2, 1)),
+        ({r"re:^never,|in_proj": 2, "x_proj[B]": 1}, (2, 16, 1)),
+    ],
+)
+def test_options_take_the_targets_that_methods_take(ranks, expected):
+    model = vimtune.inject(
+        build_test_model(), "lora", targets="both,x_proj[B]", rank={"x_proj[B]": 16} | ranks
+    )
+    found = {
+        item.base_name: item.parameter.shape[0] for item in adapter_parameters(model) if "lora_A" in item.key
+    }
+    names = ("in_proj", "out_proj", "x_proj")
+    assert tuple(found[f"layers.1.mixer.{name}.weight"] for name in names) == expected
+    assert vimtune.Recipe(peft="lora", rank=ranks).method.rank == ranks
+
+
+@pytest.mark.parametrize("key", ["!in_proj", "both,!in_proj", "! re:in_proj"])
+def test_options_for_all_but_some_targets_are_refused(key):
+    with pytest.raises(
+        ValueError, match=r"option rank of method 'lora' .*: expected targets for which the value"
+    ):
+        vimtune.inject(build_test_model(), "lora", rank={key: 3})
+    for rank in ({key: 3}, f"{{'{key}': 3}}", f"x_proj=3,{key.rpartition(',')[2]}=4"):
+        with pytest.raises(
+            ValueError, match=r"rank = .*: expected targets for which the value holds, not excl"
+        ):
+            vimtune.Recipe(peft="lora", rank=rank)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rank": {"in_proj,D": 2}}, "is given for 'D', where the method does not act"),
         (
             {"rank": {"x_proj": 2}},
             "option rank of method 'lora' is given for 'x_proj', where the method does not act",
@@ -256,6 +321,35 @@ def test_the_summary_says_what_is_adapted_and_what_is_not():
     assert {"A_log", "x_proj", "conv1d.bias", "pos_embed", "norm_f"} <= set(report.untouched)
     assert not {"in_proj", "out_proj", "head", "head.bias"} & set(report.untouched)
     assert "lora acts on: in_proj[x] (2), out_proj (2)" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "line", "unchanged", "not_listed"),
+    [
+        ("in_proj[x]", None, "lora acts on: in_proj[x] (2)", {"in_proj[z]", "out_proj"}, {"in_proj"}),
+        ("in_proj", [0], "lora acts on: in_proj (1 of 2)", {"out_proj"}, {"in_proj", "in_proj[x]"}),
+        (
+            "x_proj[B|C]",
+            [1],
+            "x_proj[B] (1 of 2), x_proj[C] (1 of 2)",
+            {"x_proj[dt]"},
+            {"x_proj", "x_proj[B]"},
+        ),
+        (
+            "in_proj[x],in_proj[z]",
+            None,
+            "in_proj[x] (2), in_proj[z] (2)",
+            {"x_proj"},
+            {"in_proj", "in_proj[z]"},
+        ),
+    ],
+)
+def test_the_summary_of_rows_and_layers(targets, layers, line, unchanged, not_listed):
+    report = vimtune.summary(
+        vimtune.inject(build_test_model(), "lora", targets=targets, layers=layers, rank=1)
+    )
+    assert line in str(report)
+    assert unchanged <= set(report.untouched) and not_listed.isdisjoint(report.untouched)
 
 
 # --- decay
@@ -341,14 +435,102 @@ def test_rules_on_models_of_others(build, method, targets):
     close(run(model), adapted, 1e-4)
 
 
+@pytest.mark.parametrize("build", [vit, resnet])
+@pytest.mark.parametrize("method", ["lora", "prodial", "ft", "lora+bitfit"])
+def test_default_targets_that_a_model_does_not_have(build, method):
+    with pytest.raises(
+        ValueError, match="'both' stands for in_proj and out_proj, and this model has no in_proj"
+    ) as caught:
+        vimtune.inject(build(), method)
+    message = str(caught.value)
+    assert "no in_proj and no out_proj: name the targets" in message and "Did you mean" not in message
+    offered = message.partition("Targets of this model: ")[2].split(", ")
+    assert "both" not in offered
+    for target in offered:
+        assert Points(build()).resolve(target)
+
+
+def test_an_alias_of_which_a_model_has_a_part():
+    model = nn.ModuleDict({"in_proj": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="this model has no out_proj: name the targets that are meant"):
+        vimtune.inject(model, "lora")
+
+
 def test_calls_of_models_of_others():
     model = vit()
     assert "blocks.0.attn.qkv()" in Points(model).calls
+    with pytest.raises(ValueError, match=r"target 'norm1\(\)': blocks.0.norm1 is no linear layer"):
+        Points(model).resolve("norm1()")
     with pytest.raises(ValueError, match=r"unknown target 'attn\(\)'"):
         Points(model).resolve("attn()")
     mamba = Points(hf_mamba(1))
     assert any(path.endswith("in_proj()") for path in mamba.calls)
     assert not any(path.endswith(("x_proj()", "out_proj()")) for path in mamba.calls)  # kernels read them
+    with pytest.raises(ValueError, match=r"only reads the weight of backbone.layers.0.mixer.out_proj"):
+        mamba.resolve("out_proj()")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grow(Method):
+    summary = "two rows more"
+
+    def build_rule(self, site):
+        return MoreRows(site.weight)
+
+
+class MoreRows(WeightRule):
+    """Two further rows."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.rows = nn.Parameter(weight[-2:].clone())
+
+    def effective_weight(self, weight):
+        return torch.cat([weight, self.rows])
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "message"),
+    [
+        (
+            build_test_model,
+            "x_proj[B]",
+            r"layers.0.mixer.x_proj.weight would have 35 rows, but \[dt\|B\|C\] are 33",
+        ),
+        (build_test_model, "in_proj", r"in_proj.weight would have 66 rows, but \[x\|z\] are 64"),
+        (build_test_model, "A_log", r"in_proj.weight would have 64 rows, but \[x\|z\] are 68"),
+        (vit, "qkv", r"qkv.weight would grow from shape \(192, 64\) to \(194, 64\).* of Attention are fixed"),
+        (
+            lambda: hf_mamba(1),
+            "x_proj[B]",
+            "x_proj.weight would grow .* of MambaMixer are fixed by its config",
+        ),
+        (lambda: hf_mamba(1), "A_log,x_proj", "A_log would grow .* of MambaMixer are fixed"),
+        (lambda: hf_mamba(2), "in_proj[dt]", "in_proj.weight would grow .* of Mamba2Mixer are fixed"),
+    ],
+)
+def test_growth_that_does_not_fit(build, targets, message, monkeypatch):
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
+    register_method("grow")(Grow)
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(model, "grow", targets=targets)
+    assert vimtune.list_adapters(model) == [] and not any("adapters" in x for x, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("method", ["full", "ft"])
+def test_parameters_of_foreign_scans_never_decay(version, method, monkeypatch):
+    """Classes that inherit from those of the table, and have a line of their own there, are no exception."""
+    model = hf_mamba(version).backbone
+    kind = type(model.layers[0].mixer)
+    model.layers[0].mixer.__class__ = type("OwnMixer", (kind,), {"__module__": "somewhere"})
+    monkeypatch.setattr(declarations, "_FOREIGN", dict(declarations._FOREIGN))
+    declarations.declare("somewhere.OwnMixer", declarations.Declaration())
+    vimtune.inject(model, method, targets="A_log,D,in_proj" if method == "ft" else None)
+    for item in adapter_parameters(model):
+        name = item.base_name.rpartition("mixer.")[2]
+        assert item.weight_decay == (item.parameter.dim() > 1 and name != "A_log"), item.name
 
 
 @pytest.mark.parametrize("targets", ["lm_head", "embeddings"])
@@ -384,6 +566,18 @@ def test_unmerge_refuses_what_it_would_lose():
         vimtune.adapters.unmerge(model)
     vimtune.delete_adapter(model, "default")
     assert vimtune.list_adapters(vimtune.adapters.unmerge(model)) == ["default"]
+
+
+def test_unmerge_after_a_conversion():
+    model = disturb(vimtune.inject(build_test_model(), "lora", rank=2)).eval()
+    expected = model(images())
+    vimtune.merge(model, reversible=True)
+    model.double()
+    with pytest.raises(
+        ValueError, match=r"is of torch.float64 now and was of torch.float32 when .* was merged"
+    ):
+        vimtune.adapters.unmerge(model)
+    assert torch.equal(vimtune.adapters.unmerge(model.float())(images()), expected)
 
 
 def test_several_adapters_and_a_head_of_another_size_come_back():

@@ -144,6 +144,11 @@ def test_bitfit_takes_biases_of_every_kind():
         "rnn.bias_ih_l0",
         "rnn.bias_hh_l0",
     ]
+    twin = nn.ModuleDict({"in_proj": nn.Linear(4, 4), "out_proj": nn.Linear(4, 4)})
+    assert active_adapter(vimtune.inject(twin, "bitfit", targets="both")).sites["bitfit"] == [
+        "in_proj.bias",
+        "out_proj.bias",
+    ]
     model = vimtune.inject(Mamba2(), "bitfit", targets="in_proj,dt_bias")
     assert active_adapter(model).sites["bitfit"] == ["dt_bias", "in_proj.bias"]
 
@@ -285,6 +290,48 @@ def test_tied_weights_are_one_site(target, reversible):
         torch.testing.assert_close(model(x), adapted)
     vimtune.delete_adapter(model, "default") if reversible else None
     assert type(model[1]) is nn.Linear
+
+
+def two_in_one_memory(model):
+    linears = [block.mixer.out_proj for block in model.layers]
+    linears[1].weight.data = linears[0].weight.data
+
+
+def tied_and_assigned(model):
+    """Loading the weights of a model that ties them: torch makes a parameter of each name."""
+    state = model.state_dict()
+    state["layers.1.mixer.out_proj.weight"] = state["layers.0.mixer.out_proj.weight"]
+    model.load_state_dict(state, assign=True)
+
+
+def shifted(model):
+    flat = torch.randn(16 * 32 + 5)
+    for index, block in enumerate(model.layers):
+        block.mixer.out_proj.weight.data = flat[5 * index :][: 16 * 32].view(16, 32)
+
+
+@pytest.mark.parametrize("share", [two_in_one_memory, tied_and_assigned, shifted])
+@pytest.mark.parametrize("layers", [[0], [1], None])
+def test_parameters_in_one_memory(model, share, layers):
+    share(model)
+    refused(model, "out_proj.weight are two parameters in the same memory", layers=layers)
+    vimtune.inject(model, "lora", rank=2, targets="in_proj")  # frozen ones may be
+
+
+def test_parameters_beside_each_other_in_one_memory(model):
+    for block in model.layers:
+        mixer = block.mixer
+        own = [mixer.out_proj.weight, mixer.in_proj.weight, mixer.x_proj.weight]
+        flat = torch.cat([parameter.detach().flatten() for parameter in own])
+        for parameter, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
+            parameter.data = part.view_as(parameter)
+    model.empty = nn.ParameterList([nn.Parameter(torch.empty(0, 3)) for _ in range(2)])
+    x = images()
+    disturb(vimtune.inject(model, "strong", rank=1))
+    expected = model(x)
+    torch.testing.assert_close(vimtune.merge(model)(x), expected)
+    meta = timm.create_model("test_vim", backend="torch").to("meta")
+    vimtune.inject(meta, "lora", rank=2)
 
 
 def test_one_module_in_two_places_is_one_site():

@@ -137,7 +137,7 @@ def test_merge_refuses_what_no_weight_expresses(methods):
     assert list(model.state_dict()) == list(before) and vimtune.list_adapters(model) == ["default"]
     assert torch.equal(model(images()), expected)
     assert all(module.training for module in model.modules())
-    with pytest.raises(ValueError, match=r"unknown target 'x_proj\(\)'"):
+    with pytest.raises(ValueError, match=r"only reads the weight of layers.0.mixer.x_proj"):
         vimtune.inject(plain(), "gated", targets="x_proj()")
 
 
@@ -181,6 +181,13 @@ def test_optimizers_of_timm_do_not_decay_them_either(adapted):
     found = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
     assert any("in_proj" in name for name in found)
     assert not any(part in (*SSM, "pos_embed", "cls_token") for name in found for part in name.split("."))
+
+
+def test_a_mixer_alone_says_what_does_not_decay():
+    model = nn.Sequential(plain().layers[0].mixer)
+    vimtune.inject(model, "ft", targets="A_log,in_proj")
+    decays = {item.base_name: item.weight_decay for item in adapter_parameters(model)}
+    assert decays == {"0.A_log": 0, "0.in_proj.weight": 1}
 
 
 def test_marks_of_mamba_ssm_are_honoured():

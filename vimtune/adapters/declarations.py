@@ -1,13 +1,13 @@
-"""What a module declares to adapters beside its parameters: named rows, calls, and weights that are only
-read.
+"""What a module declares to adapters beside its parameters: named rows, calls, weights that are only read,
+and parameters that do not decay.
 
-A module of this package declares it itself, with `named_rows`, `adapter_calls` and `weight_is_read`. For
-classes of other packages it stands in one table here, to which `declare` adds.
+A module of this package declares it itself, with `named_rows`, `adapter_calls`, `weight_is_read` and
+`undecayed`. For classes of other packages it stands in one table here, to which `declare` adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -34,6 +34,10 @@ class Declaration:
     the first argument and, if it has one, the flow between layers as the second."""
     reads: tuple[str, ...] = ()
     """Linear layers within the module whose weights it reads, at least in some of its ways of computing."""
+    has_fixed_sizes: bool = False
+    """Whether the module computes with sizes of its configuration, so that no parameter in it may grow."""
+    undecayed: tuple[str, ...] = ()
+    """The module's own parameters that weight decay leaves alone: those for which 0 means nothing special."""
 
 
 _FOREIGN: dict[str, Declaration] = {}
@@ -42,6 +46,8 @@ _FOREIGN: dict[str, Declaration] = {}
 
 def declare(class_name: str, declaration: Declaration) -> None:
     """State what the modules of a class offer to adapters; subclasses inherit it.
+
+    A declaration of a subclass takes its place, but for `undecayed`, to which it can only add.
 
     Args:
         class_name: the module and the name of the class, "package.module.ClassName".
@@ -56,10 +62,21 @@ def declaration_of(module: nn.Module) -> Declaration:
     named_rows = getattr(type(module), "named_rows", None)
     if calls or named_rows is not None:
         return Declaration(_no_rows if named_rows is None else named_rows, calls)
+    return next(_foreign_declarations(module), Declaration())
+
+
+def is_undecayed(module: nn.Module, parameter: str) -> bool:
+    """Whether the class of a module, or a base of it, declares that weight decay leaves a parameter alone."""
+    return parameter in getattr(type(module), "undecayed", ()) or any(
+        parameter in declared.undecayed for declared in _foreign_declarations(module)
+    )
+
+
+def _foreign_declarations(module: nn.Module) -> Iterator[Declaration]:
+    """What the table says about the class of a module and about its bases, the nearest first."""
     for kind in type(module).__mro__:
         if (found := _FOREIGN.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
-            return found
-    return Declaration()
+            yield found
 
 
 def consecutive_rows(**sizes: int) -> RowsByName:
@@ -91,16 +108,26 @@ def _rows_of_attention(attention: Any) -> dict[str, RowsByName]:
 
 declare(
     "transformers.models.mamba.modeling_mamba.MambaMixer",
-    Declaration(_rows_of_mamba, reads=("x_proj", "dt_proj", "out_proj")),
+    Declaration(
+        _rows_of_mamba,
+        reads=("x_proj", "dt_proj", "out_proj"),
+        has_fixed_sizes=True,
+        undecayed=("A_log", "D"),
+    ),
 )
 declare(
     "transformers.models.mamba2.modeling_mamba2.Mamba2Mixer",
-    Declaration(_rows_of_mamba2, reads=("out_proj",)),
+    Declaration(
+        _rows_of_mamba2, reads=("out_proj",), has_fixed_sizes=True, undecayed=("A_log", "D", "dt_bias")
+    ),
 )
-# Ours call out_proj, and offer what lies between the projections as a call.
+# Ours call out_proj, and offer what lies between the projections as a call. That of Mamba follows A_log.
 declare(
     "vimtune.language.mixers.FastMambaMixer",
     Declaration(_rows_of_mamba, calls=("scan",), reads=("x_proj", "dt_proj")),
 )
-declare("vimtune.language.mixers.FastMamba2Mixer", Declaration(_rows_of_mamba2, calls=("scan",)))
-declare("timm.layers.attention.Attention", Declaration(_rows_of_attention))
+declare(
+    "vimtune.language.mixers.FastMamba2Mixer",
+    Declaration(_rows_of_mamba2, calls=("scan",), has_fixed_sizes=True),
+)
+declare("timm.layers.attention.Attention", Declaration(_rows_of_attention, has_fixed_sizes=True))

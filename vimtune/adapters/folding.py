@@ -119,7 +119,7 @@ def unmerge(model: Model) -> Model:
 
     Raises:
         ValueError: the model was not merged so, it has other adapters now, or its merged weights have changed
-            since; the model is then as it was.
+            since, in value or dtype; the model is then as it was.
     """
     backbone = unwrap(model, retrains=True)
     kept = cast("_Kept | None", backbone.__dict__.get(_KEPT))
@@ -132,7 +132,13 @@ def unmerge(model: Model) -> Model:
             "the model has been given other adapters since it was merged: delete or merge those first"
         )
     for weight in kept.weights:
-        if tensor_digest(base_value(weight.owner, weight.name)) != weight.digest:
+        present = base_value(weight.owner, weight.name)
+        if present.dtype != weight.base.dtype:
+            raise ValueError(
+                f"{weight.path} is of {present.dtype} now and was of {weight.base.dtype} when the model was "
+                f"merged: convert the model back with model.to({weight.base.dtype}), then unmerge it"
+            )
+        if tensor_digest(present) != weight.digest:
             raise ValueError(
                 f"{weight.path} has changed since the model was merged, and taking the adapter out would "
                 "lose that: load the base weights anew instead"

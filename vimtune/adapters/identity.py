@@ -44,7 +44,9 @@ class BaseIdentity:
     """Identity of the base weights under an adapter; see the module's text."""
 
     origin: str
+    """Hash of where the values came from."""
     bits: str
+    """Hash of the values that the model computed with."""
 
 
 @dataclass

@@ -57,6 +57,7 @@ class AdapterInfo:
     __pydantic_config__ = STRICT
 
     method: Name
+    """The method, or several joined by "+", as `inject` takes it."""
     options: dict[Name, dict[Name, OptionValue | dict[SitePath, OptionValue]]]
     """Every field of each method, defaults included: {method: {field: value}}; a field may have a value for
     each of several targets instead."""
@@ -65,17 +66,21 @@ class AdapterInfo:
     layers: LayerList | dict[Name, LayerList] | None
     """The layers as they were given to `inject`."""
     num_classes: ClassCount
+    """Outputs of the adapter's head; 0 for a model that does not tell."""
     base_hash: Name
     """`BaseIdentity.bits`; in a file without `base_origin` the hash of the first format."""
     model: dict[str, Any]
     """{"name": registered model, "kwargs": its creation arguments}; empty if not created by name."""
     classes: list[ClassName] = field(default_factory=list)
+    """Name of each class, by label; empty where nobody gave names."""
     preprocessing: dict[Name, OptionValue] = field(default_factory=dict)
     """Fields of `Preprocessing`; empty where nobody said how images become inputs."""
     extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else that was worth keeping."""
     sites: dict[Name, list[SitePath]] | None = None
     """Paths of the adapted points by method, without the head's; None in files of version 1."""
     version: Annotated[int, Ge(2), Le(VERSION)] = VERSION
+    """Version of the format. Version 1 has a schema of its own, `_Version1`."""
     base_origin: Annotated[str, Len(0, 200)] = ""
     """`BaseIdentity.origin`."""
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vimtune import parsers
+from vimtune.adapters.growth import check_growth
 from vimtune.adapters.points import Points
 from vimtune.adapters.rule import Tuned
 from vimtune.adapters.sites import (
@@ -58,7 +59,9 @@ class AdapterRecord:
     """What was injected under one name."""
 
     name: str
+    """The adapter's name on this model."""
     method: str
+    """The method, or several joined by "+", as `inject` takes it."""
     options: dict[str, dict[str, Any]]
     """Every field of each method, defaults included; a field may have values by target."""
     targets: Targets
@@ -68,6 +71,7 @@ class AdapterRecord:
     sites: Sites
     """What targets and layers meant on this model: the points that have a rule, in the order of the rules."""
     num_classes: int
+    """Outputs of the adapter's head."""
     head: list[str]
     """Paths of the head's parameters."""
 
@@ -79,12 +83,15 @@ class AdapterState:
     requires_grad: dict[str, bool]
     """Flags of the base parameters before the first injection."""
     num_classes: int
+    """Outputs of the model's own head."""
     surrounds_calls: bool = False
     """Whether the active adapter has rules for calls."""
     loading: RemovableHandle | None = None
     """Handle of the hook that lets plain checkpoints load."""
     active: str | None = None
+    """Name of the active adapter; None if the base model is in force."""
     records: dict[str, AdapterRecord] = field(default_factory=dict)
+    """All adapters by name, in the order of injection."""
 
 
 def adapter_state(model: nn.Module) -> AdapterState | None:
@@ -220,6 +227,7 @@ def add_adapter(model: nn.Module, record: AdapterRecord, accept_idle: bool = Fal
             record.sites[method.name] = attach_rules(
                 model, name, method, chosen.by_target, sites, accept_idle
             )
+        check_growth(model)
     except BaseException:  # Whatever it is, it goes on, but the model is as it was.
         _detach_all(model, name)
         for slot, before in active.items():

@@ -30,6 +30,7 @@ class Point:
     rows: str | None = None
     """Name of the rows; None for the whole parameter and for calls."""
     is_call: bool = False
+    """Whether it is a call."""
 
     @classmethod
     def parse(cls, path: str) -> Point:
@@ -54,6 +55,7 @@ class Points:
         parameters: paths of the base parameters, in the model's order.
         rows: named rows by the path of their parameter.
         calls: owner and method of each call, by its path with "()".
+        read: paths of the linear layers whose weight the model reads, so that their call is no point.
         tied: further paths of parameters that modules share, each with the path that is in `parameters`; both
             are names of one point.
     """
@@ -68,15 +70,17 @@ class Points:
         }
         self.rows: dict[str, RowsByName] = {}
         self.calls: dict[str, tuple[nn.Module, str]] = {}
-        read: set[str] = set()
-        for path, module in _own_modules(model):
+        self.read: set[str] = set()
+        for path, module in own_modules(model):
             declared = declaration_of(module)
-            read.update(join(path, name) for name in declared.reads)
+            self.read.update(join(path, name) for name in declared.reads)
             for name, rows in declared.rows(module).items():
                 self.rows[join(path, name)] = rows
             for method in declared.calls:
                 self.calls[join(path, method) + CALL] = (module, method)
-            if path not in read and is_called_linear(module):
+            if getattr(type(module), "weight_is_read", False):
+                self.read.add(path)
+            if path not in self.read and is_factor(module, "weight"):
                 self.calls[path + CALL] = (module, "forward")
 
     def is_multiplied(self, parameter: str) -> bool:
@@ -94,13 +98,7 @@ class Points:
         return resolve_targets(self, targets, layers)
 
 
-def is_called_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that may be called: without a way of computing of its own, and not
-    declared to be read alone."""
-    return is_factor(module, "weight") and not getattr(type(module), "weight_is_read", False)
-
-
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model's modules, without those that belong to rules."""
     inside = tuple(prefix.removesuffix(".") for prefix in rule_prefixes(model))
     for path, module in model.named_modules():

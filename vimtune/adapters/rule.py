@@ -23,7 +23,9 @@ class Rule(nn.Module):
     """What one method does at one point of a model.
 
     The parameters of a rule are what its adapter trains. They and the rule's persistent buffers are saved,
-    loaded and moved together.
+    loaded and moved together. In them all values have to be finite, as inf and NaN are taken for damage:
+    saving and loading refuse them. A buffer that would hold inf, such as a mask to be added, is computed anew
+    in `__init__` (`register_buffer(..., persistent=False)`), or keeps a finite number or a bool instead.
     """
 
     mergeable: ClassVar[bool] = True

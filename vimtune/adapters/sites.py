@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from vimtune import parsers
 from vimtune.adapters.composition import Composition, Nesting, Rows, overlap, single_rules
+from vimtune.adapters.memory import Memory
 from vimtune.adapters.points import Point, Points
 from vimtune.adapters.rule import CallRule, Rule, WeightRule
 from vimtune.adapters.slots import (
@@ -33,7 +34,7 @@ from vimtune.adapters.slots import (
     share,
     slots_of,
 )
-from vimtune.adapters.targets import Target, short_name, split_targets
+from vimtune.adapters.targets import Target, short_name, split_option_targets, split_targets
 from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
 from vimtune.methods import Method
 from vimtune.text import quote
@@ -193,7 +194,7 @@ def options_by_site(
 
     Args:
         method: the method, for messages.
-        by_target: field -> target -> value. Of several targets that stand for a site the last one holds.
+        by_target: field -> targets -> value. Of several keys that stand for a site the last one holds.
         paths: the sites of the method.
 
     Raises:
@@ -202,16 +203,19 @@ def options_by_site(
     options: dict[str, dict[str, Any]] = {path: {} for path in paths}
     for field, values in by_target.items():
         for text, value in values.items():
-            target = Target.parse(text)
-            meant = [path for path in paths if target.stands_for(path)]
-            if not meant:
-                known = ", ".join(dict.fromkeys(map(short_name, paths)))
-                raise ValueError(
-                    f"option {field} of method {method.name!r} is given for {quote(text)}, where the method "
-                    f"does not act; it acts on {known}"
-                )
-            for path in meant:
-                options[path][field] = value
+            meant: dict[str, list[str]] = {}
+            for target in split_option_targets(text):  # The parts of an alias have one text.
+                chosen = [path for path in paths if target.stands_for(path)]
+                meant[target.text] = meant.get(target.text, []) + chosen
+            for part, chosen in meant.items():
+                if not chosen:
+                    known = ", ".join(dict.fromkeys(map(short_name, paths)))
+                    raise ValueError(
+                        f"option {field} of method {method.name!r} is given for {quote(part)}, where the "
+                        f"method does not act; it acts on {known}"
+                    )
+                for path in chosen:
+                    options[path][field] = value
     return options
 
 
@@ -375,7 +379,7 @@ def check_sites(model: nn.Module, paths: Sequence[str], head: Sequence[str]) -> 
     Raises:
         ValueError: naming the parameter and the reason.
     """
-    places = _places(model)
+    places, memory = _places(model), Memory(model)
     for path in [*head, *paths]:
         point = Point.parse(path)
         if point.is_call:
@@ -388,6 +392,12 @@ def check_sites(model: nn.Module, paths: Sequence[str], head: Sequence[str]) -> 
             )
         if reason := _unfit(parameter):
             raise ValueError(f"{path} cannot take a rule: {reason}")
+        if (other := memory.other_in(parameter)) is not None:
+            raise ValueError(
+                f"{point.place} and {other} are two parameters in the same memory: what changes one changes "
+                "the other. Give each a copy of its own (parameter.data = parameter.data.clone()), or make "
+                "them one parameter"
+            )
 
 
 def _recomputed(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,9 @@
 | `x_proj[B]`, `x_proj[dt|B]` | named rows of such a weight, each row name a point of its own |
 | `scan()`, `out_proj()`, `encode()` | calls whose path ends so |
 | `layers.0.` | every parameter below the modules whose path ends so |
-| `re:mixer\\.(A_log|D)$` | parameters in whose path the expression is found; calls if it has `\\(\\)` |
+| `re:mixer\\.(A_log|D)$` | parameters in whose path the expression is found |
+| `re:x_proj(_b)?\\.weight\\[B\\]$` | also rows, if the expression, with `\\[`, is found in their path alone |
+| `re:(in|out)_proj\\(\\)$` | also calls, if the expression has `\\(\\)` |
 | `!layers.0.`, `!x_proj[B]`, `!re:_b` | not these, whatever the others stand for |
 """
 
@@ -49,10 +51,14 @@ class Target:
     """Names of the rows that it stands for; none for whole parameters and calls."""
     names_calls: bool = False
     """Whether it may stand for calls: "scan()", or a regular expression that speaks of "()"."""
+    names_rows: bool = False
+    """Whether it is a regular expression that speaks of "[", and so may be found in the path of rows."""
 
     def stands_for(self, path: str) -> bool:
         """Whether the point at `path`, which may be rows of a parameter, is one of those that are meant."""
         place, _, rows = path.partition("[")
+        if self.names_rows and self.selects(path):
+            return True
         return self.selects(place) and (not self.rows or rows.removesuffix("]") in self.rows)
 
     @classmethod
@@ -66,7 +72,8 @@ class Target:
         name = text.removeprefix("!").strip()
         if name.startswith("re:"):
             pattern = name.removeprefix("re:")
-            return cls(text, excludes, _search(pattern, text), names_calls=r"\(\)" in pattern)
+            found = _search(pattern, text)
+            return cls(text, excludes, found, names_calls=r"\(\)" in pattern, names_rows=r"\[" in pattern)
         match = _TARGET.fullmatch(name)
         if match is None or match["rows"] == "":
             raise ValueError(
@@ -127,7 +134,7 @@ def resolve_targets(
             )
             raise ValueError(f"target {quote(text)} selects nothing: all of it {because}")
     _refuse_overlaps(kept)
-    return [path for path in _in_order(points) if path in kept]
+    return [path for path in points_in_order(points) if path in kept]
 
 
 def split_targets(targets: str | Sequence[str]) -> list[Target]:
@@ -145,12 +152,27 @@ def split_targets(targets: str | Sequence[str]) -> list[Target]:
     return parts
 
 
+def split_option_targets(key: str) -> list[Target]:
+    """The targets in a key of an option's values by target. A regular expression is a key by itself, with its
+    commas.
+
+    Raises:
+        ValueError: one of them is no target.
+    """
+    return split_targets([key] if key.lstrip().startswith("re:") else key)
+
+
 def _select(points: Points, target: Target) -> list[str]:
     searched = [*points.parameters, *(points.calls if target.names_calls else ())]
     tied = {first for path, first in points.tied.items() if target.selects(path)}
     places = [path for path in searched if target.selects(path) or path in tied]
+    if target.names_rows:  # The rows of a parameter that is meant itself are a part of it.
+        rows = [f"{path}[{row}]" for path in points.rows if path not in places for row in points.rows[path]]
+        places += [path for path in rows if target.selects(path)]
     if not target.rows:
         if not places:
+            _refuse_call(points, target)
+            _refuse_alias(points, target)
             raise ValueError(f"unknown target {quote(target.text)}.{_hint(points, target)} {_known(points)}")
         return places
     having = [path for path in places if path in points.rows]
@@ -166,7 +188,33 @@ def _select(points: Points, target: Target) -> list[str]:
     return [f"{path}[{row}]" for path in having for row in points.rows[path] if row in target.rows]
 
 
-def _in_order(points: Points) -> list[str]:
+def _refuse_call(points: Points, target: Target) -> None:
+    """Say why a target that names the call of a module that there is stands for no call."""
+    for path in points.parameters if target.names_calls else ():
+        layer = path.rpartition(".")[0]
+        if target.selects(layer + "()"):
+            reason = (
+                f"the model only reads the weight of {layer}, so that there is no call to surround: choose "
+                f"the weight, {short_name(f'{layer}.weight')!r}"
+                if layer in points.read
+                else f"{layer} is no linear layer, and the model declares no such call"
+            )
+            raise ValueError(f"target {quote(target.text)}: {reason}. {_known(points)}")
+
+
+def _refuse_alias(points: Points, target: Target) -> None:
+    """Say which of the targets that an alias stands for the model does not have."""
+    if target.text not in ALIASES:
+        return
+    parts = ALIASES[target.text]
+    missing = [part for part in parts if not any(matches(path, part) for path in points.parameters)]
+    raise ValueError(
+        f"target {quote(target.text)} stands for {' and '.join(parts)}, and this model has no "
+        f"{' and no '.join(missing)}: name the targets that are meant. {_known(points)}"
+    )
+
+
+def points_in_order(points: Points) -> list[str]:
     """The paths of all points: each parameter followed by its rows, then the calls."""
     paths: list[str] = []
     for path in points.parameters:
@@ -197,7 +245,11 @@ def _hint(points: Points, target: Target) -> str:
 
 def available_targets(points: Points) -> list[str]:
     """Every short name that a model understands as a target."""
-    short = dict.fromkeys(ALIASES)
+    short = dict.fromkeys(
+        alias
+        for alias, parts in ALIASES.items()
+        if all(any(matches(path, part) for path in points.parameters) for part in parts)
+    )
     for path in points.parameters:
         short[_short_name(path)] = None
         if path in points.rows:

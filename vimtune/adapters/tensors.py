@@ -10,7 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vimtune.adapters.declarations import is_undecayed
 from vimtune.adapters.manage import AdapterRecord, active_adapter, demand_adapter
+from vimtune.adapters.points import Points
 from vimtune.adapters.rule import Rule
 from vimtune.adapters.slots import (
     CALL,
@@ -22,7 +24,7 @@ from vimtune.adapters.slots import (
     join,
     point_path,
 )
-from vimtune.adapters.targets import short_name
+from vimtune.adapters.targets import points_in_order, short_name
 from vimtune.adapters.wrappers import unwrap
 from vimtune.text import quote
 
@@ -43,6 +45,7 @@ class AdaptedParameter:
     key: str
     """Its name in `adapter_state_dict`, which does not depend on the adapter's name."""
     parameter: nn.Parameter
+    """The tensor itself."""
     base_name: str
     """Path of the base parameter or call that its rule acts on."""
     group: str
@@ -62,9 +65,8 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
     _, record = demand_adapter(model, name)
     exempt: set[str] = getattr(model, "no_weight_decay", set)()  # This is how models of timm say it.
     seen: set[nn.Parameter] = set()
-    for path, base, prefix, rule in _rules(model, record):
-        # This is how mamba-ssm marks a parameter.
-        exempted = path in exempt or getattr(base, "_no_weight_decay", False)
+    for path, declared, prefix, rule in _rules(model, record):
+        exempted = declared or path in exempt
         for own, parameter in rule.named_parameters():
             if parameter not in seen:  # Rules may share tensors.
                 seen.add(parameter)
@@ -78,13 +80,21 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
                 )
 
 
-def _rules(model: nn.Module, record: AdapterRecord) -> Iterator[tuple[str, nn.Parameter | None, str, Rule]]:
-    """(path of the parameter or call, the parameter itself, path of the rule, rule) of one adapter."""
+def _rules(model: nn.Module, record: AdapterRecord) -> Iterator[tuple[str, bool, str, Rule]]:
+    """(path of the parameter or call, whether its module exempts it from decay, path of the rule, rule) of
+    one adapter."""
     for place, owner, name, slot in iter_slots(model):
         if record.name in slot:
             prefix = join(join(place, SLOTS), f"{name}.{record.name}")
-            base = None if name.endswith(CALL) else base_value(owner, name)
-            yield point_path(place, name), base, prefix, cast(Rule, slot[record.name])
+            yield point_path(place, name), _is_exempt(owner, name), prefix, cast(Rule, slot[record.name])
+
+
+def _is_exempt(owner: nn.Module, name: str) -> bool:
+    """Whether the class of the owner declares that a parameter does not decay, or the parameter is marked as
+    mamba-ssm marks them."""
+    if name.endswith(CALL):
+        return False
+    return is_undecayed(owner, name) or bool(getattr(base_value(owner, name), "_no_weight_decay", False))
 
 
 def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
@@ -175,6 +185,7 @@ class AdapterSummary:
     """Sizes of a model under its active adapter, and what the adapter changes."""
 
     method: str
+    """The method, or several joined by "+"; "no adapter" for a plain model."""
     trainable: int
     """Trained numbers, head included."""
     head: int
@@ -183,8 +194,11 @@ class AdapterSummary:
     """Numbers of the plain model, as after `merge`."""
     adapted: dict[str, dict[str, int]] = field(default_factory=dict)
     """The targets on which each method acts ("in_proj", "x_proj[B]", "scan()") and in how many places."""
+    places: dict[str, int] = field(default_factory=dict)
+    """In how many places the model has each of these targets."""
     untouched: list[str] = field(default_factory=list)
-    """Targets that stay as they are in every layer, the head aside."""
+    """Targets that stay as they are in every layer, the head aside; of a parameter some of whose rows are
+    adapted, the other rows."""
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
@@ -193,11 +207,16 @@ class AdapterSummary:
             f"{self.trainable - self.head:,} of the adapter, {self.head:,} of the head"
         ]
         for method, places in self.adapted.items():
-            listed = ", ".join(f"{target} ({count})" for target, count in places.items())
+            listed = ", ".join(f"{target} ({self._share(target, count)})" for target, count in places.items())
             lines.append(f"  {method} acts on: {listed or 'nothing'}")
         if self.untouched:
             lines.append(f"  unchanged: {', '.join(self.untouched)}")
         return "\n".join(lines)
+
+    def _share(self, target: str, count: int) -> str:
+        """How many of the places of a target are adapted: "24" for all of them, "12 of 24"."""
+        total = self.places.get(target, count)
+        return f"{count}" if count == total else f"{count} of {total}"
 
 
 def summary(model: nn.Module) -> AdapterSummary:
@@ -220,13 +239,25 @@ def summary(model: nn.Module) -> AdapterSummary:
     counts = {
         path: grown.get(path, p.numel()) for path, p in base_parameters(model) if path not in record.head
     }
-    touched = {path.partition("[")[0] for paths in record.sites.values() for path in paths}
-    changed = {short_name(path) for path in touched}
+    adapted = {name: dict(Counter(map(short_name, paths))) for name, paths in record.sites.items()}
+    changed = set().union(*adapted.values())
+    points = Points(model)
+    places = Counter(short_name(path) for path in points_in_order(points) if path not in record.head)
     return AdapterSummary(
         record.method,
         sum(size for _, size in sizes),
         head,
         sum(counts.values()) + head,
-        {method: dict(Counter(map(short_name, paths))) for method, paths in record.sites.items()},
-        list(dict.fromkeys(name for name in map(short_name, counts) if name not in changed)),
+        adapted,
+        {target: count for target, count in places.items() if target in changed},
+        list(dict.fromkeys(name for path in counts for name in _unchanged(points, path, changed))),
     )
+
+
+def _unchanged(points: Points, path: str, changed: set[str]) -> list[str]:
+    """The targets for a parameter, or for those of its rows, that are not among the changed ones."""
+    short = short_name(path)
+    if short in changed:
+        return []
+    rows = [f"{short}[{row}]" for row in points.rows.get(path, ())]
+    return [short] if changed.isdisjoint(rows) else [row for row in rows if row not in changed]

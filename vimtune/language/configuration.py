@@ -26,8 +26,11 @@ END_OF_TEXT = 0
 """The token <|endoftext|> of the published models, which begins, ends and pads a text."""
 
 Width = Annotated[int, Ge(1), Le(2**16)]
+"""A number of channels or states."""
 Layers = Annotated[int, Ge(1), Le(4096)]
+"""A number of layers."""
 Vocabulary = Annotated[int, Ge(1), Le(2**24)]
+"""A number of tokens that a model knows."""
 
 
 class Sizes(TypedDict, total=False):

@@ -39,6 +39,7 @@ from vimtune.ops import (
 from vimtune.ops.ssd import NO_LIMIT
 
 Model = TypeVar("Model", bound=nn.Module)
+"""Any class of modules."""
 
 NO_TIME = -1e4
 """What the time step of a masked token is before softplus, which makes exactly 0 of it in any dtype."""

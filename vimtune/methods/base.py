@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vimtune.fields import option as option  # for the files of methods
 from vimtune.fields import options_of
+from vimtune.parsers import excludes
 from vimtune.registry import Registry
 from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
@@ -113,6 +114,7 @@ class Method(ABC):
 
 
 MethodType = TypeVar("MethodType", bound=type[Method])
+"""A class of methods, for the decorator that gives back the class it got."""
 
 
 def register_method(name: str) -> Callable[[MethodType], MethodType]:
@@ -197,7 +199,7 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
     """Every field of each method of a spec, defaults included: method -> field -> value.
 
     A field may have a value for each of several targets, {"rank": {"in_proj": 8, "x_proj[B]": 4}}; elsewhere
-    its default holds.
+    its default holds. A key is one target or several, as in "in_proj,x_proj[B]" and "both", but no exclusion.
 
     A value is compared as it is, by the schema of the option's annotation, because it comes from Python or
     from a file, which both have types: the text "8" is no rank there. The parsers of recipes and flags, whose
@@ -223,6 +225,12 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
                     str(target): check(annotation, item, f"{what} for {quote(target)}")
                     for target, item in value.items()
                 }
+                for target in own[key]:
+                    if excludes(target):
+                        raise ValueError(
+                            f"{what} is given for {quote(target)}: expected targets for which the value "
+                            "holds, not exclusions"
+                        )
             else:
                 own[key] = check(annotation, value, what)
         resolved[name] = own

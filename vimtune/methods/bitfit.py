@@ -24,13 +24,14 @@ class BitFit(FineTuning):
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
     ) -> list[str]:
-        from vimtune.adapters.targets import in_layers
+        from vimtune.adapters.targets import ALIASES, in_layers
 
         biases = [path for path in points.parameters if _is_bias(path)]
         if targets is None:
             return biases if layers is None else in_layers(biases, layers)
-        given = split_outside(targets, ",") if isinstance(targets, str) else targets
-        return points.resolve([_bias_of(target.strip(), biases) for target in given], layers)
+        given = map(str.strip, split_outside(targets, ",") if isinstance(targets, str) else targets)
+        named = [part for target in given for part in ALIASES.get(target, (target,))]
+        return points.resolve([_bias_of(target, biases) for target in named], layers)
 
 
 def _is_bias(path: str) -> bool:

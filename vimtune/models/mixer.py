@@ -49,6 +49,9 @@ class BiMambaMixer(nn.Module):
 
     adapter_calls: ClassVar[tuple[str, ...]] = ("scan",)
     """Methods that rules of adapters may surround."""
+    undecayed: ClassVar[tuple[str, ...]] = ("A_log", "A_b_log", "D", "D_b")
+    """Names of the parameters that weight decay leaves alone: A and D are no factors of a product of
+    matrices, and decay would pull them to values that mean nothing."""
 
     def __init__(
         self,
@@ -122,8 +125,8 @@ class BiMambaMixer(nn.Module):
 
     def named_rows(self) -> dict[str, dict[str, slice]]:
         """The rows of the projections by name, by the path of the parameter: in_proj makes x and z, x_proj
-        makes dt, B and C. They follow the present number of states."""
-        inner, rank = self.in_proj.weight.shape[0] // 2, self.dt_rank
+        makes dt, B and C. They follow the present width and number of states, which are those of A_log."""
+        inner, rank = self.A_log.shape[0], self.dt_rank
         rows = {"in_proj.weight": {"x": slice(0, inner), "z": slice(inner, 2 * inner)}}
         for name, num_states in (("x_proj", self.A_log.shape[1]), ("x_proj_b", self.A_b_log.shape[1])):
             rows[f"{name}.weight"] = {

@@ -94,8 +94,10 @@ def register_model(name: str, *, summary: str, options: type) -> None:
 
     Register it with timm under the same name (`timm.models.register_model`). vimtune creates it by
     `timm.create_model(name, pretrained=..., num_classes=..., **options)` and needs of it what timm's models
-    have: `pretrained_cfg` with "input_size", "mean" and "std", `num_classes`, `get_classifier()`, and a
-    forward pass from images (B, C, H, W) to logits (B, num_classes). `create_listed_model` refuses a model
+    have: `pretrained_cfg` with "input_size" (channels, height, width), "mean" and "std", `num_classes`,
+    `get_classifier()`, and a forward pass from images (B, C, H, W) to logits (B, num_classes). The size of
+    the images is looked up in the `default_cfgs` of its module (`timm.models.generate_default_cfgs`); without
+    these the model is created once more, to be asked for it. `create_listed_model` refuses a model
     that lacks the attributes, and supplies two that may be missing: `creation`, the name and the options
     given, and a `set_grad_checkpointing` that refuses to be switched on.
 
@@ -103,8 +105,9 @@ def register_model(name: str, *, summary: str, options: type) -> None:
         name: its name in timm's registry.
         summary: one line for `--list`.
         options: a dataclass whose fields are the options that recipes and files may set, each with a type and
-            a default. It has `num_classes`, and `img_size` and `drop_path_rate` if the recipe keys of these
-            names are to have an effect. Set `__pydantic_config__ = vimtune.schema.STRICT` on it to refuse
+            a default. It has `num_classes`, and `img_size` and `drop_path_rate` if the recipe's keys img_size
+            and drop_path may be given. An `img_size: int` gets the side of square images; any other type gets
+            (height, width). Set `__pydantic_config__ = vimtune.schema.STRICT` on it to refuse
             values of other types instead of converting them.
 
     Raises:

@@ -88,11 +88,8 @@ def _plain(value: Any) -> Any:
     return operator.index(value)
 
 
-_UNDECAYED = {"pos_embed", "cls_token", "A_log", "A_b_log", "D", "D_b"}
-"""Names of the parameters that weight decay leaves alone.
-
-Decay would pull them to values that mean nothing: A and D are no factors of a product of matrices.
-"""
+_UNDECAYED = {"pos_embed", "cls_token", *BiMambaMixer.undecayed}
+"""Names of the parameters that weight decay leaves alone."""
 
 
 class VisionMamba(nn.Module):

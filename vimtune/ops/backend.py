@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Inputs = TypeVar("Inputs")
+"""The inputs of an operation."""
 Gradients = Sequence[Tensor | None]
 """Gradients of the tensors of an operation, in their order; None where nobody asked for one."""
 

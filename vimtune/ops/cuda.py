@@ -165,7 +165,7 @@ class CudaBackend(Backend):
         if device.type != "cuda":
             reasons.append(f"device is {device.type}, the kernels need cuda")
         elif not reasons:
-            # A thread of its own knows nothing of the operation within which somebody may ask: there, autograd
+            # A thread of its own knows nothing of the operation within which somebody may ask, where autograd
             # is off.
             with ThreadPoolExecutor(1) as pool:
                 reasons.extend(pool.submit(_self_test, device.index or 0).result())

@@ -24,8 +24,11 @@ from vimtune.utils import suggest
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
+"""The arguments of a function."""
 T = TypeVar("T")
+"""What a function returns."""
 K = TypeVar("K", bound=Kernels[Any])
+"""The kernels of an operation."""
 
 SCAN = "selective_scan"
 """The operation by whose backend reports and `vimtune doctor` go."""

@@ -23,6 +23,7 @@ Needs = Sequence[Sequence[bool]]
 """For each direction, for each weight in the order of `DirectionWeights`, whether its gradient is wanted."""
 
 CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, D = range(len(DirectionWeights._fields))
+"""Places of the weights in `DirectionWeights`."""
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,14 @@ def check_every_entry(case: MethodCase) -> None:
                 assert parameter.grad is not None, name
                 dead, idle = parameter.grad == 0, rule.idle_entries(name)
                 unexpected = dead if idle is None else dead & ~idle
-                assert not unexpected.any(), f"{name}: {int(unexpected.sum())} of {dead.numel()} entries"
-                assert idle is None or bool(dead[idle].all()), f"{name}: entries said to be idle train"
+                kind = type(rule).__name__
+                assert not unexpected.any(), (
+                    f"{name}: {int(unexpected.sum())} of {dead.numel()} entries got no gradient; if they are "
+                    f"never to train, {kind}.idle_entries({name!r}) has to say so"
+                )
+                assert idle is None or bool(dead[idle].all()), (
+                    f"{name}: entries train that {kind}.idle_entries({name!r}) says are idle"
+                )
 
 
 def check_training(case: MethodCase) -> None:
@@ -297,7 +303,8 @@ def check_autocast(case: MethodCase) -> None:
 
 
 def check_half_precision(case: MethodCase) -> None:
-    """A model in bfloat16 stays in bfloat16 and trains."""
+    """A model in bfloat16 stays in bfloat16 and trains: all tensors of a rule that its formula combines with
+    the weight have the weight's dtype, as those made by `weight.new_zeros` have."""
     torch.manual_seed(1)
     model = adapters.inject(case.plain().to(torch.bfloat16), case.method, **case.options)
     inputs = [x.to(torch.bfloat16) if torch.is_floating_point(x) else x for x in case.build_inputs()]
@@ -432,14 +439,17 @@ def check_method(
         options: options of the method, and `targets` and `layers`.
 
     Raises:
-        AssertionError: a check failed; its name is in the notes or the message.
+        AssertionError: a check failed, or the method raised an error in it. The message has the name of the
+            check, what was found, and what the check demands.
     """
     case = MethodCase(method, options, build_model, build_inputs)
     for check in METHOD_CHECKS:
         try:
             check(case)
-        except AssertionError as error:
-            raise AssertionError(f"{check.__name__} of {method!r}: {error}") from error
+        except Exception as error:  # Whatever the method raises says nothing about the check.
+            found = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            demand = " ".join((check.__doc__ or "").split())
+            raise AssertionError(f"{check.__name__} of {method!r}: {found or 'failed'} ({demand})") from error
 
 
 def _copy_state(model: nn.Module) -> dict[str, Tensor]:

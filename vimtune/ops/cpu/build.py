@@ -36,8 +36,8 @@ FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 """Options of the compiler on every machine."""
-# How compilers spell "this very processor"; the last resort is their default target.
 MACHINE_FLAGS: tuple[list[str], ...] = (["-march=native"], ["-mcpu=native"], [])
+"""How compilers spell "this very processor"; the last resort is their default target."""
 COMPILERS = ("g++", "clang++", "c++")
 """Compilers that are looked for, in this order, unless the environment names one."""
 VERSION_SECONDS, COMPILE_SECONDS = 30, 300

@@ -26,7 +26,6 @@ def _structure(name: str, pointers: str, integers: str) -> type[ctypes.Structure
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-# These mirror the structs of scan.cpp and conv.cpp.
 ScanArguments = _structure(
     "ScanArguments",
     "u delta A B C D z bias grad first grad_last out saved last grad_first "
@@ -34,11 +33,13 @@ ScanArguments = _structure(
     "batch tokens inner states u_batch u_token delta_batch delta_token A_row B_batch B_token "
     "C_batch C_token z_batch z_token grad_batch grad_token num_threads softplus reverse",
 )
+"""Mirrors the struct of the same name in scan.cpp."""
 ConvArguments = _structure(
     "ConvArguments",
     "x weight bias grad out grad_x grad_weight grad_bias launch",
     "batch tokens inner width x_batch x_token grad_batch grad_token num_threads silu reverse",
 )
+"""Mirrors the struct of the same name in conv.cpp."""
 
 
 SCAN_GRADIENTS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
+from vimtune.models.registry import MODELS
 from vimtune.recipe import Recipe
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
@@ -31,7 +32,6 @@ from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
-from vimtune.text import quote
 from vimtune.training.distributed import Processes
 from vimtune.training.report import Report
 from vimtune.training.settings import derive_seed
@@ -157,7 +157,7 @@ def create_backbone(recipe: Recipe, num_classes: int) -> VisionMamba:
     assert isinstance(backbone, BackboneSettings)
     options = dict(backbone.model_kwargs)
     if backbone.img_size is not None:
-        options["img_size"] = image_size(backbone)
+        options["img_size"] = _size_option(backbone.model, image_size(backbone))
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
     torch.manual_seed(derive_seed(recipe.run.seed, "model"))
     options["num_classes"] = num_classes
@@ -181,12 +181,19 @@ def image_size(backbone: BackboneSettings) -> tuple[int, int]:
     if isinstance(backbone.img_size, Sequence):
         return backbone.img_size[0], backbone.img_size[1]
     config = timm.get_pretrained_cfg(backbone.model)
-    if config is None:
-        raise ValueError(
-            f"model {quote(backbone.model)} does not state a size of images (timm knows no "
-            "pretrained_cfg of it): give img_size"
-        )
-    return config.input_size[1], config.input_size[2]
+    if config is not None:
+        return config.input_size[1], config.input_size[2]
+    # The model's module tells timm nothing, and so the model itself is asked.
+    model = create_listed_model(backbone.model, backbone.model_kwargs, what="model_kwargs")
+    _, height, width = model.pretrained_cfg["input_size"]
+    return height, width
+
+
+def _size_option(model: str, size: tuple[int, int]) -> int | tuple[int, int]:
+    """(height, width) as a model takes it: one number for a square if its option is a whole number."""
+    annotation = get_type_hints(MODELS.get(model).load_options()).get("img_size")
+    takes_number = annotation in (int, int | None)
+    return size[0] if takes_number and size[0] == size[1] else size
 
 
 def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:
