@@ -127,7 +127,7 @@ class Job(ABC):
     """
 
     model: nn.Module
-    """The model with its adapter, on the device of this process."""
+    """The model with its adapter, whole and on any device: the trainer moves it to where it is trained."""
     train: Loader
     selection: Loader
     final: Loader
