@@ -204,8 +204,8 @@ class Run:
         info, best_adapter = adapters.read_adapter(self.folder.adapter)
         found = self._known_evaluation(best_adapter)
         if found is None:
-            self.trained.load(best_adapter)
-            found = self._evaluate(job.final)
+            with self.trained.exchanged(best_adapter):
+                found = self._evaluate(job.final)
         for loader in job.loaders:
             if number := len(set().union(*self.processes.gather(set(loader.left_out())))):
                 self.tracker.warn(f"{loader.split}: {number} corrupt {self.task.examples} left out")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from vimtune.training.sharding import Placement, piece
 from vimtune.training.state import RunState, check_tensors, optimizer_tensors, restore_optimizer
 
 TRAINED = "default"
-"""Name of the adapter that is trained; at the end another one, read from the file, is scored beside it."""
+"""Name of the adapter that is trained."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Trained:
             ResumeError: its tensors are not those of this run.
         """
         check_tensors(saved, adapters.adapter_state_dict(self.model, TRAINED), self.parameters)
-        self.load(saved.adapter)
+        self._load(saved.adapter)
         optimizer = {
             name: {slot: self._share(name, tensor) for slot, tensor in slots.items()}
             for name, slots in saved.optimizer.items()
@@ -82,15 +82,25 @@ class Trained:
         if self.scaler.is_enabled() and saved.scaler:
             self.scaler.load_state_dict(saved.scaler)
 
-    def load(self, adapter: Mapping[str, Tensor]) -> None:
-        """Give the adapter of the model these whole tensors.
+    @contextmanager
+    def exchanged(self, adapter: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with these whole tensors of a file, for the length of a block.
 
         Raises:
             ValueError: they are not those of this adapter.
         """
         own = adapters.adapter_state_dict(self.model, TRAINED)
         check_adapter_tensors(adapter, own)
-        for name, tensor in own.items():
+        kept = {name: tensor.clone() for name, tensor in own.items()}
+        self._load(adapter)
+        try:
+            yield
+        finally:
+            for name, tensor in own.items():
+                tensor.copy_(kept[name])
+
+    def _load(self, adapter: Mapping[str, Tensor]) -> None:
+        for name, tensor in adapters.adapter_state_dict(self.model, TRAINED).items():
             tensor.copy_(self.placement.share(adapter[name], tensor))
 
     def scores_as(self, adapter: Mapping[str, Tensor]) -> bool:
