@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,16 @@ from vimtune.recipe import Recipe
 from vimtune.training import trained, trainer
 from vimtune.training.optim import build_optimizer
 from vimtune.training.prefetch import WindowReader
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+LAUNCHED = """
+import sys
+from vimtune.recipe import Recipe
+from vimtune.training import train
+
+train(Recipe(**eval(sys.argv[1])))
+"""
 
 
 @pytest.fixture
@@ -83,3 +96,21 @@ def reading_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             self.ahead = True
 
     return lambda: monkeypatch.setattr(trainer, "WindowReader", Ahead)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a recipe with torchrun on two processes of this machine."""
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+
+    def run(recipe) -> subprocess.CompletedProcess[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command += [str(script), repr(recipe.to_dict())]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200)
+
+    return run
