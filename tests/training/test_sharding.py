@@ -11,9 +11,11 @@ import torch
 import two_ranks
 from tiny_runs import assert_close_metrics, largest_difference
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from two_ranks import run_two
 
 from vimtune.adapters.slots import at_rest, base_parameters
+from vimtune.models.vim import Flow
 from vimtune.recipe import load_recipe
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.tensor_file import read_tensors
@@ -80,7 +82,7 @@ def test_a_killed_process_ends_the_other_which_names_the_last_state(tiny, no_pic
     left, killed = run_two(tiny(shard=True), sabotage=two_ranks.die_in_a_pass)
     assert killed is None
     assert left.startswith("PeerLostError: another process of the run has ended")
-    assert "a part of the model; continue from the last saved state with:\n  torchrun" in left
+    assert "went a part of the model; continue from the last saved state with:\n  torchrun" in left
 
 
 def test_what_cannot_be_sharded_is_refused(tiny, monkeypatch):
@@ -105,6 +107,13 @@ def test_blocks_are_what_a_model_lists():
     vit = timm.create_model("test_vit")
     assert blocks_of(vit) == list(vit.blocks)
     assert blocks_of(nn.Linear(2, 2)) == []
+
+
+def test_all_blocks_get_one_and_the_same_flow():
+    """FSDP takes the arguments of a block apart as pytrees and gives it what it puts together again."""
+    flow = Flow()
+    leaves, form = tree_flatten((torch.ones(1), flow))
+    assert tree_unflatten(leaves, form)[1] is flow
 
 
 def test_at_rest_parameters_are_the_frozen_ones():

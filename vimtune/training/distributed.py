@@ -44,6 +44,10 @@ class ProcessesError(ValueError):
 class PeerLostError(ValueError):
     """Another process has ended, or does not answer any more."""
 
+    def __init__(self, more: str = "") -> None:
+        """`more` goes on with the sentence."""
+        super().__init__(f"another process of the run has ended or does not answer any more{more}")
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -153,7 +157,7 @@ def _meet(collective: Callable[..., Any], *arguments: Any) -> None:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerLostError("another process of the run has ended or does not answer any more") from error
+        raise PeerLostError from error
 
 
 def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:

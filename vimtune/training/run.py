@@ -82,11 +82,11 @@ class Run:
                 raise
             if not self.trained.placement.saves_alone:
                 raise PeerLostError(
-                    f"{error}, and with it a part of the model; continue from the last saved state with:\n"
+                    ", and with it went a part of the model; continue from the last saved state with:\n"
                     f"  {self._resume_command()}"
                 ) from error
             self._save()
-            raise PeerLostError(f"{error}; {self._how_to_continue()}") from error
+            raise PeerLostError(f"; {self._how_to_continue()}") from error
 
     # --- an epoch -----------------------------------------------------------------------------
 

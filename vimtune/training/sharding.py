@@ -185,9 +185,7 @@ class Sharded(Placement):
             yield
         except RuntimeError as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise PeerLostError(
-                    "another process of the run has ended or does not answer any more"
-                ) from error
+                raise PeerLostError from error
             raise
 
     @torch.no_grad()

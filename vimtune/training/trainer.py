@@ -241,7 +241,9 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
     tracker.message(
         f"{recipe.backbone.model}, {recipe.method.peft}: {trainable:,} of {total:,} parameters trained "
         f"({100 * trainable / total:.2f} %); {device}, backend {resolved_backend(device)}, "
-        f"amp {recipe.optimisation.amp}" + (f", {world_size} processes" if world_size > 1 else "")
+        f"amp {recipe.optimisation.amp}"
+        + (f", {world_size} processes" if world_size > 1 else "")
+        + (" that share the model" if recipe.optimisation.shard else "")
     )
     if device.type == "cuda":
         reasons = "; ".join(eager_because)
