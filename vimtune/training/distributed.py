@@ -4,7 +4,7 @@
 the run is one process and every collective here is the identity. Gradients are summed by one flat
 all-reduce per optimizer step rather than by DistributedDataParallel: what an adapter trains is
 small, micro-batches then communicate once, and a process whose share of a batch is empty still
-takes part.
+takes part. A model that is shared out among the processes has ways of its own (`sharding.py`).
 
 No process waits for ever. Before they join, all of them wait `JOIN_TIMEOUT` for each other and tell whether
 they can start. While the run is set up, a process that fails says why where the others exchange their next

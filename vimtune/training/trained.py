@@ -33,6 +33,7 @@ class Trained:
     average: WeightAverage | None
     scaler: torch.amp.GradScaler
     placement: Placement
+    """Where the model lies; of a sharded one all tensors here are pieces."""
 
     @property
     def count(self) -> int:
