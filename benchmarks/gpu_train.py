@@ -192,7 +192,7 @@ def time_bare_step(options: argparse.Namespace, recipe: Recipe, what: str) -> Ro
         device = processes.device
         on_gpu = device.type == "cuda"
         job = recipe.task.open(recipe, processes)
-        model, autocast = job.model.train(), build_autocast(recipe.optimisation.amp, device)
+        model, autocast = job.model.to(device).train(), build_autocast(recipe.optimisation.amp, device)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=recipe.optimisation.lr, capturable=on_gpu, fused=on_gpu or None

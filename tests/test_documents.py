@@ -103,7 +103,7 @@ def test_what_the_tools_of_developers_name_exists(line):
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(DEVELOPERS_TOOLS)])
 def test_commands(line, here, request, capsys):
-    line = re.sub(r"^torchrun --nproc-per-node \d+ ", "python ", without_comment(line))
+    line = re.sub(r"^torchrun .*?(?=train_vim)", "python ", without_comment(line))
     line = re.sub(r"^python train_vim\.py", "vimtune train", line)
     program, command, *arguments = shlex.split(line)
     assert program == "vimtune" and command in cli.COMMANDS

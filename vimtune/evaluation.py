@@ -25,6 +25,7 @@ from vimtune.training.evaluate import evaluate
 from vimtune.training.folder import RunFolder
 from vimtune.training.precision import build_autocast
 from vimtune.training.settings import process_settings
+from vimtune.training.sharding import Replicated
 from vimtune.utils import suggest
 
 SPLITS = ("test", "val")
@@ -104,7 +105,7 @@ def run_evaluate(
                 trial.tally,
                 device=processes.device,
                 autocast=build_autocast(recipe.optimisation.amp, processes.device),
-                processes=processes,
+                placement=Replicated(processes),
             )
         finally:
             trial.loader.close()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,16 @@ from vimtune.recipe import Recipe
 from vimtune.training import trained, trainer
 from vimtune.training.optim import build_optimizer
 from vimtune.training.prefetch import WindowReader
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+LAUNCHED = """
+import sys
+from vimtune.recipe import Recipe
+from vimtune.training import train
+
+train(Recipe(**eval(sys.argv[1])))
+"""
 
 
 @pytest.fixture
@@ -96,3 +109,21 @@ def reading_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             self.ahead = True
 
     return lambda: monkeypatch.setattr(trainer, "WindowReader", Ahead)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a recipe with torchrun on two processes of this machine."""
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+
+    def run(recipe) -> subprocess.CompletedProcess[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command += [str(script), repr(recipe.to_dict())]
+        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200)
+
+    return run

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,34 +15,6 @@ from two_ranks import run_two
 from vimtune.recipe import load_recipe
 from vimtune.training import train
 from vimtune.training.state import load_run_state
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-LAUNCHED = """
-import sys
-from vimtune.recipe import Recipe
-from vimtune.training import train
-
-train(Recipe(**eval(sys.argv[1])))
-"""
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Run a recipe with torchrun on two processes of this machine."""
-    script = tmp_path / "launched.py"
-    script.write_text(LAUNCHED)
-
-    def run(recipe) -> subprocess.CompletedProcess[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        command += [str(script), repr(recipe.to_dict())]
-        return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200)
-
-    return run
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -77,7 +46,7 @@ def test_two_processes_give_the_result_of_one(tiny, launch):
 )
 def test_processes_with_different_recipes_are_refused(tiny, changes, expected):
     recipe = tiny()
-    for answer in run_two(recipe, changes):
+    for answer in run_two(recipe, changes=changes):
         assert (
             answer.startswith("ProcessesError: the processes of a run must work on the same")
             and expected in answer
@@ -101,7 +70,7 @@ def test_data_that_one_process_lacks_end_both(tiny, tmp_path, kind):
         folder.mkdir()
     elif kind == "other":
         images(folder, size=64)
-    for answer in run_two(recipe, {"data_dir": str(folder)}):
+    for answer in run_two(recipe, changes={"data_dir": str(folder)}):
         assert answer.startswith("ProcessesError: ")
         assert ("the 'train' data" if kind == "other" else "process 1: ") in answer and "\n" not in answer
     assert not Path(recipe.run.output_dir).exists()

@@ -123,8 +123,10 @@ def test_two_processes_give_the_result_of_one(toy):
     """The last batch has one example: the first process's share of it is empty."""
     one, two = toy("one", batch_size=12, ema=0.9), toy("two", batch_size=12, ema=0.9)
     report = train(one)
-    assert run_two(two, prepare=register_toy_task) == ["", ""]
-    assert largest_difference(weights(one.run.output_dir), weights(two.run.output_dir)) < 1e-5
+    sharded = toy("sharded", batch_size=12, ema=0.9, shard=True)
+    assert run_two(two, sharded, prepare=register_toy_task) == ["", ""]
+    for other in (two, sharded):
+        assert largest_difference(weights(one.run.output_dir), weights(other.run.output_dir)) < 1e-5
     stored = json.loads(Path(two.run.output_dir, "report.json").read_text())
     assert stored["scores"] == pytest.approx(report.scores) and stored["processes"] == 2
 

@@ -6,11 +6,14 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch.distributed as dist
 
 from vimtune.data import ImageReadError
 from vimtune.data.synthetic import SyntheticFlowers
+from vimtune.models import VisionMamba
 from vimtune.recipe import Recipe
 from vimtune.training import train
 from vimtune.training.stepper import Stepper
@@ -30,6 +33,19 @@ def die_in_step_3() -> None:
         return compute(stepper, window)
 
     Stepper._compute_gradients = counted  # type: ignore[method-assign]
+
+
+def die_in_a_pass() -> None:
+    """In the middle of the third pass, where the other process waits for its piece of the model."""
+    forward_head, calls = VisionMamba.forward_head, []
+
+    def counted(model: VisionMamba, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward_head(model, *arguments)
+
+    VisionMamba.forward_head = counted  # type: ignore[method-assign]
 
 
 def _unreadable(split: str, turn: int) -> None:
@@ -56,7 +72,9 @@ def register_toy_task() -> None:
     import toy_task  # noqa: F401  (registers itself)
 
 
-def _run(rank: int, port: int, values: Mapping[str, Any], sabotage: Any, prepare: Any, answers: Any) -> None:
+def _run(
+    rank: int, port: int, runs: Sequence[Mapping[str, Any]], sabotage: Any, prepare: Any, answers: Any
+) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {key: str(value) for key, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -64,19 +82,23 @@ def _run(rank: int, port: int, values: Mapping[str, Any], sabotage: Any, prepare
         prepare()
     if sabotage is not None and rank == 1:
         sabotage()
+    if len(runs) > 1:  # they share one group
+        dist.init_process_group("gloo")
     try:
-        train(Recipe(**values))
+        for values in runs:
+            train(Recipe(**values))
         answers.put((rank, ""))
     except ValueError as error:
         answers.put((rank, f"{type(error).__name__}: {error}"))
 
 
 def run_two(
-    recipe: Recipe, changes: Mapping[str, Any] | None = None, sabotage: Any = None, prepare: Any = None
+    *recipes: Recipe, changes: Mapping[str, Any] | None = None, sabotage: Any = None, prepare: Any = None
 ) -> list[str | None]:
     """What came of processes 0 and 1: "" for success, an error's class and message, None for a killed one.
 
-    `changes` are those of process 1's recipe; `sabotage` is called in it before, `prepare` in both.
+    They train one recipe after the other, until one fails. `changes` are those of process 1's recipes;
+    `sabotage` is called in it before, `prepare` in both.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -84,8 +106,8 @@ def run_two(
     answers = _CONTEXT.Queue()
     processes = []
     for rank in (0, 1):
-        values = recipe.to_dict() | (changes or {} if rank == 1 else {})
-        processes.append(_CONTEXT.Process(target=_run, args=(rank, port, values, sabotage, prepare, answers)))
+        runs = [recipe.to_dict() | (changes or {} if rank == 1 else {}) for recipe in recipes]
+        processes.append(_CONTEXT.Process(target=_run, args=(rank, port, runs, sabotage, prepare, answers)))
         processes[-1].start()
     for process in processes:
         process.join(SECONDS)

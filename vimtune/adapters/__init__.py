@@ -32,7 +32,7 @@ from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
 from vimtune.adapters.settling import settle, settles
 from vimtune.adapters.sites import Site
 from vimtune.adapters.slots import base_parameters
-from vimtune.adapters.store import load_adapter, read_adapter_info, save_adapter
+from vimtune.adapters.store import load_adapter, read_adapter, read_adapter_info, save_adapter
 from vimtune.adapters.tensors import (
     AdaptedParameter,
     AdapterSummary,
@@ -82,6 +82,7 @@ __all__ = [
     "note_casts",
     "note_loading",
     "note_seed",
+    "read_adapter",
     "read_adapter_info",
     "register_method",
     "save_adapter",

@@ -12,6 +12,7 @@ The rules of a module lie in its child "adapters", by the name of the parameter 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -360,6 +361,22 @@ def iter_weight_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, W
     for path, module, name, slot in iter_slots(model):
         if isinstance(slot, WeightSlot):
             yield join(path, name), module, name, slot
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Within the block no rule is in force: whoever reads a parameter gets the frozen one itself.
+
+    Nothing else changes. `disabled` (`manage.py`) is for users: it also decides what requires a gradient.
+    """
+    slots = [(slot, slot.active) for _, _, _, slot in iter_slots(model)]
+    for slot, _ in slots:
+        slot.active = None
+    try:
+        yield
+    finally:
+        for slot, active in slots:
+            slot.active = active
 
 
 def point_path(place: str, name: str) -> str:

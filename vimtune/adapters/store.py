@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vimtune.adapters.identity import architecture_differences, base_identity, has_base
+from vimtune.adapters.identity import BaseIdentity, architecture_differences, base_identity, has_base
 from vimtune.adapters.info import FORMAT, AdapterFileError, AdapterInfo, read_info, write_info
 from vimtune.adapters.manage import (
     AdapterRecord,
@@ -44,6 +44,7 @@ def save_adapter(
     preprocessing: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
     tensors: dict[str, Tensor] | None = None,
+    base: BaseIdentity | None = None,
 ) -> AdapterInfo:
     """Write the active adapter, or the one named, to one safetensors file; atomically.
 
@@ -56,6 +57,7 @@ def save_adapter(
         extra: anything else worth keeping (recipe, scores); plain JSON values.
         tensors: values to write instead of the present ones, e.g. an average over training; keys as
             in `adapter_state_dict`.
+        base: identity of the base weights (`base_identity`), for those who know it; found out if None.
 
     Raises:
         ValueError: no such adapter, class names that do not match the head, or anything else that could not
@@ -66,7 +68,7 @@ def save_adapter(
     own = adapter_state_dict(model, record.name)
     values = own if tensors is None else tensors
     check_tensors(values, own)
-    base = base_identity(model, record.name)
+    base = base_identity(model, record.name) if base is None else base
     info = AdapterInfo(
         method=record.method,
         options=record.options,
@@ -94,6 +96,15 @@ def read_adapter_info(path: str | Path) -> AdapterInfo:
         AdapterFileError: missing, truncated, not an adapter file, or one that does not fit the schema.
     """
     return _read(path, with_tensors=False)[0]
+
+
+def read_adapter(path: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """Read an adapter file without a model: what it says about itself, and its tensors, on the CPU.
+
+    Raises:
+        AdapterFileError: as `read_adapter_info`.
+    """
+    return _read(path, with_tensors=True)
 
 
 def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, Tensor]]:
@@ -133,7 +144,7 @@ def load_adapter(
         ValueError: the model cannot take an adapter, or the name is taken. In any case it is as it was.
     """
     model = find_backbone(model)
-    info, tensors = _read(path, with_tensors=True)
+    info, tensors = read_adapter(path)
     differences = architecture_differences(info.model, model)
     if differences and not force:
         raise AdapterFileError(

@@ -92,6 +92,14 @@ _UNDECAYED = {"pos_embed", "cls_token", *BiMambaMixer.undecayed}
 """Names of the parameters that weight decay leaves alone."""
 
 
+class Flow(dict[str, Tensor]):
+    """What the layers of a forward pass hand on.
+
+    A class of its own is one thing to torch.utils._pytree, of which FSDP makes use: of a plain dictionary
+    each block would get a copy, and what it writes there would be lost.
+    """
+
+
 class VisionMamba(nn.Module):
     """Vision Mamba with timm's model interface and the official parameter keys."""
 
@@ -287,7 +295,7 @@ class VisionMamba(nn.Module):
 
         A model without rules for calls has none and calls its blocks with the tokens alone, so that they may
         be replaced by any module."""
-        return {} if has_call_rules(self) else None
+        return Flow() if has_call_rules(self) else None
 
     def encode(
         self,

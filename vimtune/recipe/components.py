@@ -103,6 +103,7 @@ class OptimisationSettings(Options):
     cuda_graph: Literal["auto", "on", "off"] = option(
         "auto", "replay batches as a CUDA graph: auto (where possible), on, off"
     )
+    shard: bool = option(False, "share model and optimizer out among the processes (FSDP): less memory each")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,11 @@ def _half_precision(amp: str, device: str) -> Iterable[str]:
         yield "amp = 'fp16' needs a GPU: use bf16 or none on the CPU"
 
 
+def _sharding(shard: bool, compile: bool) -> Iterable[str]:
+    if shard and compile:
+        yield "shard does not go with compile: turn one of them off"
+
+
 def _targets_of_methods(peft: str, targets: Any) -> Iterable[str]:
     return _unknown_methods("targets", targets, peft)
 
@@ -81,6 +86,7 @@ RULES: tuple[Rule, ...] = (
     _learning_rates,
     _warm_up,
     _half_precision,
+    _sharding,
     _targets_of_methods,
     _layers_of_methods,
 )

@@ -110,7 +110,10 @@ class Tally(ABC):
 
     @abstractmethod
     def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Count one batch. `forward` refuses outputs that are not finite."""
+        """Count one batch. `forward` refuses outputs that are not finite.
+
+        It is called equally often for every batch: processes that share the model meet in each call.
+        """
 
     @abstractmethod
     def evaluation(self) -> Evaluation:
@@ -127,7 +130,7 @@ class Job(ABC):
     """
 
     model: nn.Module
-    """The model with its adapter, on the device of this process."""
+    """The model with its adapter, whole and on any device: the trainer moves it to where it is trained."""
     train: Loader
     selection: Loader
     final: Loader
@@ -153,7 +156,8 @@ class Job(ABC):
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
         """Loss of a prepared batch in fp32, a scalar, summed over what the task counts (`Batch.count`).
 
-        On a GPU this may be recorded once and replayed, so it must not read values back from the device.
+        On a GPU this may be recorded once and replayed, so it must not read values back from the device. It
+        calls `forward` equally often for every batch, as a tally does.
         """
 
     @abstractmethod

@@ -4,7 +4,7 @@
 the run is one process and every collective here is the identity. Gradients are summed by one flat
 all-reduce per optimizer step rather than by DistributedDataParallel: what an adapter trains is
 small, micro-batches then communicate once, and a process whose share of a batch is empty still
-takes part.
+takes part. A model that is shared out among the processes has ways of its own (`sharding.py`).
 
 No process waits for ever. Before they join, all of them wait `JOIN_TIMEOUT` for each other and tell whether
 they can start. While the run is set up, a process that fails says why where the others exchange their next
@@ -43,6 +43,10 @@ class ProcessesError(ValueError):
 
 class PeerLostError(ValueError):
     """Another process has ended, or does not answer any more."""
+
+    def __init__(self, more: str = "") -> None:
+        """`more` goes on with the sentence."""
+        super().__init__(f"another process of the run has ended or does not answer any more{more}")
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _meet(collective: Callable[..., Any], *arguments: Any) -> None:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise PeerLostError("another process of the run has ended or does not answer any more") from error
+        raise PeerLostError from error
 
 
 def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from vimtune.training.distributed import Processes
 from vimtune.training.guard import NonFiniteError, find_nonfinite, is_finite
 from vimtune.training.inputs import InputError
 from vimtune.training.precision import Autocast, in_precision
+from vimtune.training.sharding import Placement, Replicated
 
 
 @torch.no_grad()
@@ -23,10 +25,12 @@ def evaluate(
     *,
     device: torch.device,
     autocast: Autocast,
-    processes: Processes | None = None,
+    placement: Placement | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Score `model` on this process's share of a split and add up the shares of all processes.
+
+    Processes that share the model (`Sharded`) stop at the same batch.
 
     Args:
         model: in any mode; it is scored in evaluation mode and left in the mode it was in.
@@ -34,8 +38,8 @@ def evaluate(
         tally: an empty tally of the task.
         device: where the model is.
         autocast: opens the block in which the model runs.
-        processes: those of the run; one process by default.
-        should_stop: asked after each batch.
+        placement: where the model lies, and the processes of the run; one process by default.
+        should_stop: asked before each batch and after the last one.
 
     Returns:
         None, in every process, when `should_stop` became true in any of them, or when the data of another
@@ -46,7 +50,8 @@ def evaluate(
         NonFiniteError: the model's outputs have inf or NaN; the message says where that begins.
         ValueError: there was nothing to score.
     """
-    processes = processes or Processes()
+    placement = placement or Replicated(Processes())
+    processes = placement.processes
     forward = in_precision(model, autocast)
 
     stopped = False
@@ -54,16 +59,20 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            if batch.count == 0:
-                continue
-            tensors = batch.to(device).tensors
-            tally.add(_checked(forward, model, tensors), tensors)
-            if should_stop():
-                stopped = True
+        shares, batch = iter(batches), None
+        while True:
+            try:
+                batch = next(shares, None)
+            except InputError as error:  # raised below, after the others have been told to stop
+                failure = error
+            stopped = placement.any(failure is not None or should_stop())
+            if stopped or batch is None:
                 break
-    except InputError as error:  # raised below, after the others have been told to stop
-        failure, stopped = error, True
+            with placement.meeting():
+                for part in placement.parts([batch]):
+                    tensors = part.batch.to(device).tensors
+                    with nullcontext() if part.own else _uncounted(tally):
+                        tally.add(_checked(forward, model, tensors, placement), tensors)
     finally:
         model.train(was_training)
     stopped = bool(processes.sum(torch.tensor(int(stopped))))
@@ -79,14 +88,28 @@ def evaluate(
     return evaluation
 
 
-def _checked(forward: Forward, model: nn.Module, tensors: Tensors) -> Forward:
+@contextmanager
+def _uncounted(tally: Tally) -> Iterator[None]:
+    """Take back what `tally` counts within the block."""
+    before = {name: total.clone() for name, total in tally.totals.items()}
+    yield
+    for name, total in tally.totals.items():
+        total.copy_(before[name])
+
+
+def _checked(forward: Forward, model: nn.Module, tensors: Tensors, placement: Placement) -> Forward:
     """`forward` that refuses outputs for the batch `tensors` that are not finite."""
 
     def checked(*inputs: Any, **named: Any) -> Any:
         outputs = forward(*inputs, **named)
-        if not is_finite(outputs):
-            place = find_nonfinite(model, tensors, lambda: forward(*inputs, **named), backward=False)
-            raise NonFiniteError(f"the model's outputs are not finite in evaluation; first in {place}")
+        if placement.any(not is_finite(outputs)):
+            place = find_nonfinite(
+                model, tensors, lambda: forward(*inputs, **named), backward=False, anywhere=placement.any
+            )
+            raise NonFiniteError(
+                "the model's outputs are not finite in evaluation; first in "
+                f"{place or 'what another process computes'}"
+            )
         return outputs
 
     return checked

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vimtune.training.sharding import whole
+
 
 class Gradients(Protocol):
     """Where the gradients of the batches of an optimizer step come together."""
@@ -96,7 +98,7 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], factor: float, max_norm: 
     gradients = [p.grad for p in parameters if p.grad is not None]
     if factor != 1.0:
         torch._foreach_mul_(gradients, factor)
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -117,7 +119,7 @@ class GradientWatch:
             return []
         self._seen += 1
         if self._unmoved:
-            moved = torch.stack([_moves(self.parameters[name]) for name in self._unmoved]).tolist()
+            moved = whole(torch.stack([_moves(self.parameters[name]) for name in self._unmoved])).tolist()
             self._unmoved = [name for name, moves in zip(self._unmoved, moved, strict=True) if not moves]
         return list(self._unmoved) if self._seen == self.num_steps else []
 

@@ -34,6 +34,8 @@ def refusals(settings: OptimisationSettings, device: torch.device) -> list[str]:
         reasons.append("cuda_graph is off")
     if device.type != "cuda":
         reasons.append(f"the device is {device.type}")
+    if settings.shard:
+        reasons.append("the processes share the model (shard)")
     if settings.compile:
         reasons.append("torch.compile makes kernels and graphs of its own")
     if settings.grad_checkpointing:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vimtune.training.sharding import piece
+
 
 class NonFiniteError(ValueError):
     """The run met inf or NaN; the message names the place where it first appears."""
@@ -24,7 +26,12 @@ def describe(tensor: Tensor) -> str:
 
 
 def find_nonfinite(
-    model: nn.Module, inputs: Mapping[str, Any], run: Callable[[], Any], *, backward: bool
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    run: Callable[[], Any],
+    *,
+    backward: bool,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> str | None:
     """Name the first place where a non-finite value arises in `run()`, which calls `model` with `inputs`.
 
@@ -37,25 +44,38 @@ def find_nonfinite(
         inputs: tensors by the names that the message gives them.
         run: returns the model's outputs, or, with `backward`, the loss.
         backward: whether to look at the loss and the gradients. The model's gradients are then overwritten.
+        anywhere: whether something is true in this process or in another one that looks along with it
+            (`Placement.any`). None of them then goes on to a pass that the others do not run.
 
     Returns:
-        The place in words; None when everything is finite.
+        The place in words; None when everything is finite in this process.
     """
+    place = _find_at_rest(model, inputs)
+    if anywhere(place is not None):
+        return place
+    with torch.no_grad(), _watch_activations(model) as found:
+        result = run()
+    if found:
+        place = found[0]
+    elif not is_finite(result):
+        place = "the loss; the outputs of all modules are finite: look at the labels"
+    if anywhere(place is not None):
+        return place
+    return _find_in_backward(model, run) if backward else None
+
+
+def _find_at_rest(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    """Name the first of the inputs and weights that is not finite."""
     for name, value in inputs.items():
         if not is_finite(value):
             bad = next(tensor for tensor in _tensors(value) if not is_finite(tensor))
             return f"the input {name} ({describe(bad)}): look at the data and their normalisation"
-    if broken := {name: p for name, p in model.named_parameters() if not is_finite(p)}:
+    weights = {name: piece(parameter) for name, parameter in model.named_parameters()}
+    if broken := {name: weight for name, weight in weights.items() if not is_finite(weight)}:
         name, tensor = next(iter(broken.items()))
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         return f"the weight {name}{more} ({describe(tensor)}): it was so before this step"
-    with torch.no_grad(), _watch_activations(model) as found:
-        result = run()
-    if found:
-        return found[0]
-    if not is_finite(result):
-        return "the loss; the outputs of all modules are finite: look at the labels"
-    return _find_in_backward(model, run) if backward else None
+    return None
 
 
 def is_finite(value: Any) -> bool:
@@ -135,8 +155,8 @@ def _find_in_backward(model: nn.Module, loss: Callable[[], Tensor]) -> str | Non
     if found:
         return found[0]
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not is_finite(parameter.grad):
-            return f"the gradient of {name} ({describe(parameter.grad)})"
+        if parameter.grad is not None and not is_finite(gradient := piece(parameter.grad)):
+            return f"the gradient of {name} ({describe(gradient)})"
     return None
 
 

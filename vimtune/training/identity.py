@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vimtune.adapters import BaseIdentity
 from vimtune.recipe import Recipe
 from vimtune.schema import STRICT, Count
 from vimtune.text import quote
@@ -75,6 +76,11 @@ class Facts:
     versions: dict[str, str] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     processes: Count | None = None
+
+    @property
+    def base(self) -> BaseIdentity:
+        """Identity of the base weights."""
+        return BaseIdentity(origin=self.base_origin, bits=self.base_hash)
 
 
 def lasting(recipe: Recipe) -> Recipe:

@@ -88,14 +88,23 @@ class Passes:
         """The loss of the same pass, for the caller to differentiate; it is not scaled or replayed."""
         return self._job.loss(self._forward, self._prepare(batch, step, micro))
 
-    def find_nonfinite(self, batch: Batch, step: int, micro: int) -> str | None:
-        """Repeat a pass and name the first place where inf or NaN arises in it; overwrites gradients."""
+    def accompany(self, batch: Batch, step: int, micro: int) -> None:
+        """Run the batch of another process along with it, and add nothing to the gradients of the step."""
+        self.gradients.add(0.0 * self.loss(batch, step, micro))
+
+    def find_nonfinite(
+        self, batch: Batch, step: int, micro: int, anywhere: Callable[[bool], bool]
+    ) -> str | None:
+        """Repeat a pass and name the first place where inf or NaN arises in it; overwrites gradients.
+
+        `anywhere` is that of `vimtune.training.guard.find_nonfinite`.
+        """
         forward = in_precision(self._job.model, self._autocast)
 
         def repeat() -> Tensor:
             return self._job.loss(forward, self._prepare(batch, step, micro))
 
-        return find_nonfinite(self._job.model, batch.tensors, repeat, backward=True)
+        return find_nonfinite(self._job.model, batch.tensors, repeat, backward=True, anywhere=anywhere)
 
     def _prepare(self, batch: Batch, step: int, micro: int) -> Tensors:
         """Seed the generators for a pass and prepare its batch; the same at every call."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 import vimtune
 from vimtune import adapters
@@ -49,6 +50,8 @@ class Run:
     folder: RunFolder
     tracker: Tracker
     stop: StopRequest
+    total: int
+    """How many numbers the plain model has."""
     last_evaluation: Evaluation | None = None
     """That of the epoch before, of the weights that the model had then."""
     started: float = field(default_factory=time.monotonic)
@@ -77,8 +80,13 @@ class Run:
         except PeerLostError as error:
             if not self.processes.is_main:
                 raise
+            if not self.trained.placement.saves_alone:
+                raise PeerLostError(
+                    ", and with it went a part of the model; continue from the last saved state with:\n"
+                    f"  {self._resume_command()}"
+                ) from error
             self._save()
-            raise PeerLostError(f"{error}; {self._how_to_continue()}") from error
+            raise PeerLostError(f"; {self._how_to_continue()}") from error
 
     # --- an epoch -----------------------------------------------------------------------------
 
@@ -173,7 +181,7 @@ class Run:
                 self.job.start_tally(loader),
                 device=self.processes.device,
                 autocast=self.autocast,
-                processes=self.processes,
+                placement=self.trained.placement,
                 should_stop=lambda: self.stop.requested,
             )
         except InputError as error:
@@ -192,9 +200,12 @@ class Run:
         """Score the best adapter as it lies in its file, and write the report."""
         recipe, job, progress = self.recipe, self.job, self.progress
         memory = max(self.processes.gather(peak_memory(self.processes.device)))
-        # From the file, as a user would: what is scored is what the run leaves behind.
-        info = vimtune.load_adapter(job.model, self.folder.adapter, name="best", force=recipe.run.force)
-        found = self._known_evaluation() or self._evaluate(job.final)
+        # From the file: what is scored is what the run leaves behind.
+        info, best_adapter = adapters.read_adapter(self.folder.adapter)
+        found = self._known_evaluation(best_adapter)
+        if found is None:
+            with self.trained.exchanged(best_adapter):
+                found = self._evaluate(job.final)
         for loader in job.loaders:
             if number := len(set().union(*self.processes.gather(set(loader.left_out())))):
                 self.tracker.warn(f"{loader.split}: {number} corrupt {self.task.examples} left out")
@@ -210,7 +221,7 @@ class Run:
             data={loader.split: loader.source for loader in job.loaders},
             method_config=describe_method(info),
             trainable=self.trained.count,
-            total=vimtune.summary(job.model).total,
+            total=self.total,
             processes=self.processes,
             memory=memory,
             cuda_graph=self.stepper.passes.replayed,
@@ -223,14 +234,11 @@ class Run:
             report = conclude(report, outcome, files, self.folder, self.tracker)
         return report
 
-    def _known_evaluation(self) -> Evaluation | None:
-        """The last evaluation, if it was of the final split with the very weights of the best adapter."""
+    def _known_evaluation(self, adapter: Mapping[str, Tensor]) -> Evaluation | None:
+        """The last evaluation, if it was of the final split with the very weights of this adapter."""
         if self.job.final is not self.job.selection or self.last_evaluation is None:
             return None
-        scored = self.trained.scored
-        saved = adapters.adapter_state_dict(self.job.model, "best")
-        same = saved.keys() == scored.keys() and all(torch.equal(saved[key], scored[key]) for key in saved)
-        return self.last_evaluation if same else None
+        return self.last_evaluation if self.trained.scores_as(adapter) else None
 
     # --- files --------------------------------------------------------------------------------
 
@@ -238,16 +246,16 @@ class Run:
         """Write the state, then put the adapter that belongs to it in its place."""
         self.progress.seconds = self._seconds()
         self.progress.metrics_bytes = self.tracker.sync()  # first, so that this count is never too high
+        tensors = self.trained.tensors()
         if not self.processes.is_main:
             return
-        state = RunState(
-            recipe=lasting(self.recipe), facts=self.facts, progress=self.progress, **self.trained.tensors()
-        )
+        state = RunState(lasting(self.recipe), self.facts, self.progress, **tensors)
         save_run_state(self.folder.checkpoint, state)
         settle_best_adapter(self.folder, self.progress.best_epoch)
 
     def _save_next_adapter(self) -> None:
         """Write the adapter that becomes the best one when the state is saved next."""
+        tensors = self.trained.adapter()
         if not self.processes.is_main:
             return
         with writing(self.folder.next_adapter):
@@ -256,6 +264,8 @@ class Run:
                 self.folder.next_adapter,
                 **self.job.saved_with_adapter,
                 extra={"recipe": self.recipe.to_share(), "epoch": self.progress.epoch + 1},
+                tensors=tensors,
+                base=self.facts.base,
             )
 
     # --- words --------------------------------------------------------------------------------

@@ -128,15 +128,18 @@ class Stepper(ABC):
         # Losses are sums, so parts of any size add up to the whole.
         self.passes.gradients.start(empty=own_count == 0)
         total = torch.zeros((), device=processes.device)
-        for micro, batch in enumerate(window):
-            if batch.count > 0:
-                total += self.passes.run(batch, number, micro)
+        with trained.placement.meeting():
+            for part in trained.placement.parts(window):
+                if part.own:
+                    total += self.passes.run(part.batch, number, part.number)
+                else:
+                    self.passes.accompany(part.batch, number, part.number)
         if number == self.first_step and own_count > 0:
             adapters.check_gradients(trained.model)
 
         # Over all processes: gradients, loss, wish to stop. Then from a sum to a mean over what there really
         # was.
-        processes.sum_gradients_(list(trained.parameters.values()))
+        trained.placement.sum_gradients_(list(trained.parameters.values()))
         wish = torch.full_like(total, self._stop.requested)
         sums = processes.sum(torch.stack([total, wish]))
         trained.scaler.unscale_(trained.optimizer)
@@ -160,10 +163,11 @@ class Stepper(ABC):
         loss_sum, _, norm = step.numbers.read()
         if math.isfinite(loss_sum) and (math.isfinite(norm) or self._scale_is_sought()):
             return
-        place = None
-        for micro, batch in enumerate(step.window):
-            if place is None and batch.count > 0:
-                place = self.passes.find_nonfinite(batch, step.number, micro)
+        place, placement = None, self.trained.placement
+        for part in placement.parts(step.window):
+            place = self.passes.find_nonfinite(part.batch, step.number, part.number, placement.any)
+            if placement.any(place is not None):
+                break
         places = [found for found in self._processes.gather(place) if found is not None]
         what = "gradient" if math.isfinite(loss_sum) else "loss"
         hint = "set --clip-grad" if self._amp == "none" else "use --amp none"

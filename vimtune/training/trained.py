@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from vimtune import adapters
+from vimtune.adapters.tensors import check_tensors as check_adapter_tensors
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.training.optim import WeightAverage, build_optimizer
 from vimtune.training.precision import build_scaler
+from vimtune.training.sharding import Placement, piece
 from vimtune.training.state import RunState, check_tensors, optimizer_tensors, restore_optimizer
 
 TRAINED = "default"
-"""Name of the adapter that is trained; at the end another one, read from the file, is scored beside it."""
+"""Name of the adapter that is trained."""
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Trained:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
     scaler: torch.amp.GradScaler
+    placement: Placement
+    """Where the model lies; of a sharded one all tensors here are pieces."""
 
     @property
     def count(self) -> int:
@@ -44,12 +49,18 @@ class Trained:
         """The model with averaged weights, if the run averages them, for the length of a block."""
         return self.average.applied() if self.average else nullcontext()
 
+    def adapter(self) -> dict[str, Tensor]:
+        """The whole tensors of the adapter as the model has them now; all processes call this together, and
+        the main process at least gets them."""
+        return self.placement.gather(adapters.adapter_state_dict(self.model, TRAINED))
+
     def tensors(self) -> dict[str, Any]:
-        """The fields `adapter`, `optimizer`, `ema` and `scaler` of a `RunState`."""
+        """The fields `adapter`, `optimizer`, `ema` and `scaler` of a `RunState`; like `adapter`."""
+        gather, optimizer = self.placement.gather, optimizer_tensors(self.optimizer, self.parameters)
         return {
-            "adapter": adapters.adapter_state_dict(self.model, TRAINED),
-            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
-            "ema": self.average.tensors if self.average else {},
+            "adapter": self.adapter(),
+            "optimizer": {name: gather(slots) for name, slots in optimizer.items()},
+            "ema": gather(self.average.tensors) if self.average else {},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -60,16 +71,57 @@ class Trained:
             ResumeError: its tensors are not those of this run.
         """
         check_tensors(saved, adapters.adapter_state_dict(self.model, TRAINED), self.parameters)
-        adapters.load_adapter_state_dict(self.model, saved.adapter, TRAINED)
-        restore_optimizer(self.optimizer, self.parameters, saved.optimizer)
+        self._load(saved.adapter)
+        optimizer = {
+            name: {slot: self._share(name, tensor) for slot, tensor in slots.items()}
+            for name, slots in saved.optimizer.items()
+        }
+        restore_optimizer(self.optimizer, self.parameters, optimizer)
         if self.average is not None:
-            self.average.restore(saved.ema or saved.adapter)
+            averages = saved.ema or saved.adapter
+            self.average.restore({name: self._share(name, averages[name]) for name in self.parameters})
         if self.scaler.is_enabled() and saved.scaler:
             self.scaler.load_state_dict(saved.scaler)
 
+    @contextmanager
+    def exchanged(self, adapter: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with these whole tensors of a file, for the length of a block.
 
-def build_trained(settings: OptimisationSettings, model: nn.Module, device: torch.device) -> Trained:
+        Raises:
+            ValueError: they are not those of this adapter.
+        """
+        own = adapters.adapter_state_dict(self.model, TRAINED)
+        check_adapter_tensors(adapter, own)
+        kept = {name: tensor.clone() for name, tensor in own.items()}
+        self._load(adapter)
+        try:
+            yield
+        finally:
+            for name, tensor in own.items():
+                tensor.copy_(kept[name])
+
+    def _load(self, adapter: Mapping[str, Tensor]) -> None:
+        for name, tensor in adapters.adapter_state_dict(self.model, TRAINED).items():
+            tensor.copy_(self.placement.share(adapter[name], tensor))
+
+    def scores_as(self, adapter: Mapping[str, Tensor]) -> bool:
+        """Whether the model is evaluated with the very values of these whole tensors."""
+        scored = self.scored
+        same = adapter.keys() == scored.keys() and all(
+            torch.equal(piece(self.placement.share(adapter[name], tensor)), piece(tensor))
+            for name, tensor in scored.items()
+        )
+        return not self.placement.any(not same)
+
+    def _share(self, name: str, tensor: Tensor) -> Tensor:
+        """What belongs to a parameter, as this process needs it; a count of steps is no matter of shares."""
+        return tensor if tensor.dim() == 0 else self.placement.share(tensor, self.parameters[name])
+
+
+def build_trained(settings: OptimisationSettings, model: nn.Module, placement: Placement) -> Trained:
     """The optimizer, average and loss scale that `settings` ask for, over what the adapter of `model` trains.
+
+    The model lies where `placement` has put it.
 
     Raises:
         ValueError: the adapter trains nothing.
@@ -84,4 +136,5 @@ def build_trained(settings: OptimisationSettings, model: nn.Module, device: torc
         betas=(settings.betas[0], settings.betas[1]),
     )
     average = WeightAverage(parameters, settings.ema) if settings.ema > 0 else None
-    return Trained(model, parameters, optimizer, average, build_scaler(settings.amp, device))
+    scaler = build_scaler(settings.amp, placement.processes.device)
+    return Trained(model, parameters, optimizer, average, scaler, placement)

@@ -24,6 +24,7 @@ from vimtune.training.prefetch import WindowReader
 from vimtune.training.report import Report, print_report, versions
 from vimtune.training.run import Run
 from vimtune.training.settings import process_settings
+from vimtune.training.sharding import build_placement
 from vimtune.training.start import Start, find_start, prepare_folder
 from vimtune.training.state import Progress, RunState, check_place
 from vimtune.training.stepper import Stepper, stepper_class
@@ -84,12 +85,16 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     if optimisation.cuda_graph == "on" and eager_because:
         raise ValueError(f"cuda_graph = 'on' is not possible: {'; '.join(eager_because)}. Use auto")
     autocast = build_autocast(optimisation.amp, processes.device)
+    placement = build_placement(optimisation, processes)
     job = task.open(recipe, processes)
     stack.callback(job.close)
-    trained = build_trained(optimisation, job.model, processes.device)
-    schedule = _schedule(optimisation, len(job.train))
+    total = vimtune.summary(job.model).total
     facts = _facts(job, processes)
-    progress = Progress() if start.saved is None else _continue(recipe, start.saved, facts, job, trained)
+    notes = [] if start.saved is None else _compare(recipe, start.saved, facts, job)
+    placement.place(job.model)
+    trained = build_trained(optimisation, job.model, placement)
+    schedule = _schedule(optimisation, len(job.train))
+    progress = Progress() if start.saved is None else _continue(start.saved, notes, trained)
     processes.demand_same(facts_of_all(facts, progress.step))
     folder = prepare_folder(recipe, start, progress, processes, stack)
     tracker = Tracker(
@@ -123,6 +128,7 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
         folder=folder,
         tracker=tracker,
         stop=stop,
+        total=total,
     )
     _introduce(run, eager_because)
     return run
@@ -152,8 +158,8 @@ def _facts(job: Job, processes: Processes) -> Facts:
     )
 
 
-def _continue(recipe: Recipe, saved: RunState, facts: Facts, job: Job, trained: Trained) -> Progress:
-    """Take over the state of a run, and return where it stands.
+def _compare(recipe: Recipe, saved: RunState, facts: Facts, job: Job) -> list[str]:
+    """One line for each change since the state of a run was saved that makes the rest differ.
 
     Raises:
         ResumeError: it is a state of another run.
@@ -161,6 +167,15 @@ def _continue(recipe: Recipe, saved: RunState, facts: Facts, job: Job, trained: 
     same_base = adapters.has_base(job.model, saved.facts.base_hash, saved.facts.base_origin)
     notes = compare(saved.recipe, saved.facts, recipe, facts, same_base)
     check_place(saved.progress, len(job.train))
+    return notes
+
+
+def _continue(saved: RunState, notes: list[str], trained: Trained) -> Progress:
+    """Take over the state of a run, and return where it stands.
+
+    Raises:
+        ResumeError: its tensors are not those of this run.
+    """
     trained.restore(saved)
     progress = saved.progress
     progress.warnings += [note for note in notes if note not in progress.warnings]
@@ -221,12 +236,14 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
     recipe, tracker, progress = run.recipe, run.tracker, run.progress
     for loader in run.job.loaders:
         tracker.message(f"{loader.split}: {loader.source}")
-    trainable, total = run.trained.count, vimtune.summary(run.job.model).total
+    trainable, total = run.trained.count, run.total
     device, world_size = run.processes.device, run.processes.world_size
     tracker.message(
         f"{recipe.backbone.model}, {recipe.method.peft}: {trainable:,} of {total:,} parameters trained "
         f"({100 * trainable / total:.2f} %); {device}, backend {resolved_backend(device)}, "
-        f"amp {recipe.optimisation.amp}" + (f", {world_size} processes" if world_size > 1 else "")
+        f"amp {recipe.optimisation.amp}"
+        + (f", {world_size} processes" if world_size > 1 else "")
+        + (" that share the model" if recipe.optimisation.shard else "")
     )
     if device.type == "cuda":
         reasons = "; ".join(eager_because)

@@ -103,7 +103,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     classes = train_set.classes
     selection = batches(selection_set, train=False)
     return ImageJob(
-        model=model.to(processes.device),
+        model=model,
         train=batches(train_set, train=True),
         selection=selection,
         final=selection if test_set is None or test_set is selection_set else batches(test_set, train=False),

@@ -62,7 +62,7 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
     selection = loaders.scoring(val)
     classes = {} if head.outputs is None else {"classes": names_of_outputs(head, train)}
     return TextJob(
-        model=model.to(processes.device),
+        model=model,
         train=training,
         selection=selection,
         final=selection if test is None else loaders.scoring(test),
