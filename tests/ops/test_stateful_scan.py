@@ -112,6 +112,21 @@ def test_two_parts_are_the_whole(backend):
     torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
 
 
+@NEEDS_TRITON
+def test_segments_are_the_whole(monkeypatch):
+    from vimtune.ops.triton import launch
+
+    values = tensors(20)
+    options = {"delta_softplus": True, "backend": "triton"}
+    monkeypatch.setattr(launch, "num_segments", lambda u: 1)
+    with torch.no_grad():
+        whole, last = ops.stateful_scan(**values, **options)
+        monkeypatch.setattr(launch, "num_segments", lambda u: 3 if u.shape[1] == 20 else 1)
+        out, state = ops.stateful_scan(**values, **options)
+    torch.testing.assert_close(out, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_no_state_is_a_state_of_zeros_and_the_plain_scan(backend):
     values = tensors(20, without=("state",))

@@ -41,9 +41,53 @@ class TritonScan(ScanKernels):
         from vimtune.ops.triton import launch
 
         u = inputs.u
+        if inputs.state is not None and not save_states:
+            segments = launch.num_segments(u)
+            if segments > 1:
+                return self._run_in_segments(inputs, options, segments)
         out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         states, last = launch.scan_forward(_one_direction(inputs, options), inputs.z, out, 1.0, save_states)
         return out, states, None if inputs.state is None else last.transpose(1, 2)
+
+    def _run_in_segments(
+        self, inputs: ScanInputs, options: ScanOptions, segments: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A scan with a state, whose sequences are cut so that enough of them run side by side.
+
+        The recurrence is linear: a first pass finds the state behind each segment for a zero state before it.
+        The states before the segments follow from these, and a second pass begins with them.
+        """
+        u, delta, A, B, C, D, z, delta_bias, state = inputs
+        batch, tokens, inner = u.shape
+        whole = tokens // segments * segments
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:, :whole].reshape(batch * segments, whole // segments, -1)
+
+        parts = ScanInputs(
+            cut(u), cut(delta), A, cut(B), cut(C), D, None if z is None else cut(z), delta_bias
+        )
+        zeros = u.new_zeros(batch * segments, inner, A.shape[1], dtype=torch.float32)
+        _, _, ends = self.forward(parts._replace(state=zeros), options, False)
+        assert ends is not None and state is not None
+        ends = ends.view(batch, segments, inner, -1)
+        steps = parts.delta.float() if delta_bias is None else parts.delta.float() + delta_bias
+        steps = torch.nn.functional.softplus(steps) if options.delta_softplus else steps
+        decays = torch.exp(steps.sum(1).view(batch, segments, inner, 1) * A)
+        starts = []
+        for segment in range(segments):
+            starts.append(state)
+            state = decays[:, segment] * state + ends[:, segment]
+        begun = parts._replace(state=torch.stack(starts, 1).flatten(0, 1))
+        out, saved, _ = self.forward(begun, options, False)
+        out = out.view(batch, whole, inner)
+        if whole < tokens:
+            rest = [tensor if tensor is None else tensor[:, whole:] for tensor in (u, delta, B, C, z)]
+            behind = ScanInputs(rest[0], rest[1], A, rest[2], rest[3], D, rest[4], delta_bias, state)  # type: ignore[arg-type]
+            others, _, last = self.forward(behind, options, False)
+            assert last is not None
+            out, state = torch.cat([out, others], 1), last
+        return out, saved, state
 
     def backward(
         self,

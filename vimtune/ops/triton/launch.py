@@ -35,6 +35,10 @@ class Tiling:
 
 TILING = Tiling()
 """The tiling that is in use; measurements put others in its place."""
+WARPS_OF_A_PROCESSOR = 12
+"""Number of warps of the scan that a multiprocessor is given before sequences stay whole."""
+SHORTEST_SEGMENT = 128
+"""Fewest tokens of a segment."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,20 @@ def padded_states(num_states: int, low: bool) -> int:
 def num_chunks(num_tokens: int) -> int:
     """Number of chunks between whose states the backward pass computes the others again."""
     return -(-num_tokens // TILING.chunk)
+
+
+def num_segments(u: Tensor) -> int:
+    """Into how many segments the sequences of `u` (B, L, E) are cut where no backward pass follows.
+
+    A scan in segments does twice the work, which pays where a card would hold many times the warps that a
+    scan of whole sequences has.
+    """
+    batch, tokens, inner = u.shape
+    if u.device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(u.device).multi_processor_count
+    warps = batch * -(-inner // TILING.forward_channels) * TILING.forward_warps
+    return max(1, min(WARPS_OF_A_PROCESSOR * processors // max(1, warps), tokens // SHORTEST_SEGMENT))
 
 
 def is_low(tensor: Tensor) -> bool:
