@@ -338,7 +338,7 @@ def test_names_are_known_before_the_backends_are_loaded():
     assert ops.backend_names() == ["auto", *dispatch.BACKENDS, "reference"]
 
 
-def test_a_backend_of_a_users_own_is_a_value_of_recipes():
+def test_a_backend_of_a_users_own_is_a_value_of_recipes(backends):
     class Mine(Backend):
         name = "mine"
         summary = "mine"
@@ -348,5 +348,5 @@ def test_a_backend_of_a_users_own_is_a_value_of_recipes():
 
     with pytest.raises(RecipeError, match="backend = 'mine': expected one of auto, cpu"):
         Recipe(backend="mine")
-    ops.register_backend(Mine())
+    backends(Mine())
     assert Recipe(backend="mine").run.backend == "mine"

@@ -356,7 +356,7 @@ def _scan_backward(
     inputs = _adjacent(u, delta, A, B, C, D, z, delta_bias)
     _, kernels = find_kernels(ScanKernels, backend, u.device, inputs)
     if u.numel() == 0:
-        return zero_gradients(inputs, needs, grad)
+        return zero_gradients(inputs[:NUM_INPUTS], needs, grad)
     options = ScanOptions(delta_softplus, reverse)
     found = kernels.backward(unit_stride(grad), None, states, inputs, options, [*needs, False])
     return as_list(found[:NUM_INPUTS], grad)
