@@ -10,6 +10,7 @@ What a test cannot do within seconds is replaced, and only as stated here:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -56,6 +57,12 @@ def workplace(tmp_path_factory) -> Path:
     for name, color in (("rose", "red"), ("violet", "blue")):
         for index in range(8):
             image(folder / "my" / "images" / name / f"{index}.png", color)
+    choices = {"text": ["red", "blue"], "label": ["A", "B"]}
+    question = {"id": "1", "question": "Which is a colour of roses?", "choices": choices, "answerKey": "A"}
+    for split in ("train", "test"):
+        path = folder / "my" / "arc" / f"ARC-Easy-{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{json.dumps(question)}\n" * 4, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         command = f"train --dataset folder --data-dir my/images --output-dir runs/my-run --peft lora {TINY}"
@@ -108,11 +115,13 @@ def test_commands(line, here, request, capsys):
     program, command, *arguments = shlex.split(line)
     assert program == "vimtune" and command in cli.COMMANDS
     if command != "train":
+        if "--task" in arguments:
+            pytest.importorskip("transformers", minversion="5.21")
         assert cli.main([command, *arguments]) == 0
         return
     if "--resume" in arguments:
         assert cli.main([command, *arguments, "--epochs", "2"]) == 0
-    elif "flowers" in arguments or "--config" in arguments:
+    elif "flowers" in arguments or "--config" in arguments or "--task" in arguments:
         reached = request.getfixturevalue("recipes")
         assert cli.main([command, *arguments]) == 0 and len(reached) == 1
     else:
