@@ -69,6 +69,15 @@ def test_other_dtypes(dtype, tolerance):
         assert (value.double() - other).abs().max().item() <= tolerance * scale
 
 
+def test_strong_decay_loses_no_digits():
+    """Sums of rates over a chunk are far larger than the differences that matter."""
+    values = tensors(CHUNK + 1, 1, torch.float32)
+    values["dt"], values["A"] = values["dt"] * 10, -torch.linspace(1, 16, HEADS, device=DEVICE)
+    exact = results_and_gradients(reference.ssd, {name: value.double() for name, value in values.items()})
+    for value, other in zip(results_and_gradients(ops.ssd, values), exact, strict=True):
+        assert (value.double() - other).abs().max() <= 3e-5 * other.abs().max()
+
+
 def test_parts_are_the_whole_and_so_are_single_tokens():
     values = tensors(CHUNK + 11, 2)
     whole, last = ops.ssd(**values)

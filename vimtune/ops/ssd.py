@@ -132,7 +132,7 @@ def chunked(inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
     steps = time_steps(dt.to(wide), dt_bias, options)
     state = x.new_zeros(batch, heads, width, states, dtype=wide) if first is None else first.to(wide)
     if tokens == 0:
-        return x, state
+        return x.clone() if D is None else x * D.to(x.dtype).unsqueeze(-1), state.clone()
     size = min(CHUNK, tokens)
     missing = -tokens % size  # steps of 0 behind the last token change nothing
     num_chunks = (tokens + missing) // size
@@ -145,18 +145,20 @@ def chunked(inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
     xs = in_chunks(x).view(batch, num_chunks, size, groups, heads // groups, width)
     steps = in_chunks(steps).permute(0, 1, 3, 2).view(batch, num_chunks, groups, heads // groups, size)
     Bs, Cs = (in_chunks(tensor.to(x.dtype)).transpose(2, 3) for tensor in (B, C))  # (B, c, G, Q, N)
-    elapsed = (steps * A.to(wide).view(groups, heads // groups, 1)).cumsum(-1)  # (B, c, G, R, Q), <= 0
+    rates = steps * A.to(wide).view(groups, heads // groups, 1)  # (B, c, G, R, Q), <= 0
+    elapsed = rates.cumsum(-1)
 
-    # Within chunks: C_i . B_j decayed from token j to token i, times the time step of j.
-    since = elapsed.unsqueeze(-1) - elapsed.unsqueeze(-2)
-    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    weights = since.masked_fill(future, float("-inf")).exp() * steps.unsqueeze(-2)
+    # Within chunks: C_i . B_j decayed from token j to token i, times the time step of j. Each sum of rates is
+    # added up by itself: the difference of two long ones would have lost its last digits.
+    past = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
+    since = rates.unsqueeze(-1).masked_fill(~past.tril(-1), 0.0).cumsum(-2)
+    weights = since.masked_fill(~past, float("-inf")).exp() * steps.unsqueeze(-2)
     alike = (Cs @ Bs.transpose(-1, -2)).unsqueeze(3)  # (B, c, G, 1, Q, Q)
     columns = xs.permute(0, 1, 3, 4, 2, 5)  # (B, c, G, R, Q, P)
     inside = (alike * weights).to(x.dtype) @ columns
 
     # What a chunk adds to the state: (B, c, G, N, R P), one product for all heads of a group.
-    fading = ((elapsed[..., -1:] - elapsed).exp() * steps).permute(0, 1, 4, 2, 3).unsqueeze(-1)
+    fading = (since[..., -1, :].exp() * steps).permute(0, 1, 4, 2, 3).unsqueeze(-1)
     fed = (xs * fading.to(x.dtype)).transpose(2, 3).flatten(-2)
     added = (Bs.transpose(-1, -2) @ fed).to(wide).unflatten(-1, (heads // groups, width))
 
