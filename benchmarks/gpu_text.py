@@ -22,13 +22,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
 import vimtune
 from vimtune.language import create_language_model, sequence_losses
-
-THEIRS = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
-"""Classes of transformers by the type of their models."""
+from vimtune.language.creation import MODELS
 
 
 def main() -> None:
@@ -72,7 +69,7 @@ def build(options: argparse.Namespace, ours: bool, method: str | None) -> Any:
     torch.manual_seed(0)
     model: Any = create_language_model(options.model, pretrained=False, device="cuda")
     if not ours:
-        plain = THEIRS[model.config.model_type](model.config).cuda()
+        plain = MODELS[model.config.model_type](model.config).cuda()
         plain.load_state_dict(model.state_dict())
         model = plain
     if method is not None:

@@ -15,6 +15,7 @@ H heads, P channels of a head (E = H P), G groups.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ from vimtune.ops import (
     ssd_step,
     stateful_scan,
 )
-from vimtune.ops.ssd import NO_LIMIT
+from vimtune.ops.ssd import NO_LIMIT, SsdOptions, time_steps
 
 Model = TypeVar("Model", bound=nn.Module)
 """Any class of modules."""
@@ -78,19 +79,15 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
     return model
 
 
-class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyped
-    """Mixer of a Mamba layer, (B, L, D) to (B, L, D).
-
-        x, z = in_proj(h)
-        u    = SiLU(conv(x));  dt, B, C = x_proj(u)
-        y    = scan(u, softplus(dt_proj(dt)), -exp(A_log), B, C, D) * SiLU(z)
-        out  = out_proj(y)
-
-    The number of states is that of `A_log`.
-    """
+class FastMixer:
+    """What the mixers have in common beside what transformers' classes give them, (B, L, D) to (B, L, D)."""
 
     backend = "auto"
-    """Scan backend, see `vimtune.ops`."""
+    """Backend of convolution and scan, see `vimtune.ops`."""
+    in_proj: nn.Linear
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+    layer_idx: int
 
     def forward(
         self,
@@ -115,7 +112,30 @@ class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyp
         refuse_packing(others)
         cache = cache_params if cache is None else cache
         mask = token_mask(attention_mask, hidden_states)
-        return self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
+        result: Tensor = self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
+        return result
+
+    @abstractmethod
+    def scan(
+        self,
+        projected: Tensor,
+        flow: dict[str, Tensor] | None = None,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """All that lies between the projections: the output of in_proj to the input of out_proj."""
+
+
+class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transformers is untyped
+    """Mixer of a Mamba layer, (B, L, D) to (B, L, D).
+
+        x, z = in_proj(h)
+        u    = SiLU(conv(x));  dt, B, C = x_proj(u)
+        y    = scan(u, softplus(dt_proj(dt)), -exp(A_log), B, C, D) * SiLU(z)
+        out  = out_proj(y)
+
+    The number of states is that of `A_log`.
+    """
 
     def scan(
         self,
@@ -131,7 +151,7 @@ class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyp
         Args:
             xz: the output of in_proj, (B, L, 2 E).
             flow: what earlier layers hand on; transformers' layers hand on nothing.
-            cache: as in `forward`.
+            cache: as in `FastMixer.forward`.
             mask: (B, L, 1), False at padding.
 
         Returns:
@@ -173,7 +193,7 @@ class FastMambaMixer(MambaMixer):  # type: ignore[misc]  # transformers is untyp
         )
 
 
-class FastMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]  # transformers is untyped
+class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transformers is untyped
     """Mixer of a Mamba-2 layer, (B, L, D) to (B, L, D).
 
         z, xBC, dt = in_proj(h)
@@ -183,23 +203,6 @@ class FastMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]  # transformers is unt
 
     The norm is gated: it is of the product with SiLU(z), for each group of channels.
     """
-
-    backend = "auto"
-    """Backend of convolution and scan, see `vimtune.ops`."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        cache_params: Cache | None = None,
-        **others: Any,
-    ) -> Tensor:
-        """Tokens (B, L, D) to (B, L, D); the arguments are those of `FastMambaMixer.forward`."""
-        refuse_packing(others)
-        cache = cache_params if cache is None else cache
-        mask = token_mask(attention_mask, hidden_states)
-        return self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
 
     def scan(
         self,
@@ -221,7 +224,7 @@ class FastMamba2Mixer(Mamba2Mixer):  # type: ignore[misc]  # transformers is unt
         x, B, C = convolve(self, xBC, cache, mask).split([inner, groups, groups], dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
-        dt = F.softplus(raw.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
+        dt = time_steps(raw.float(), self.dt_bias, SsdOptions(True, self.time_step_limit))
         if mask is not None:
             dt = dt * mask  # The limit may forbid a time step of 0, which padding has all the same.
         A = -torch.exp(self.A_log.float())
@@ -256,16 +259,14 @@ def token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     return None if attention_mask is None else attention_mask[:, -hidden.shape[1] :, None].bool()
 
 
-def state_before(mixer: FastMambaMixer | FastMamba2Mixer, cache: Cache) -> Tensor | None:
+def state_before(mixer: FastMixer, cache: Cache) -> Tensor | None:
     """The state of the scan before these tokens; None at the start. The cache is changed in place, so that
     autograd gets a copy."""
     state: Tensor | None = cache.get_recurrent_state(mixer.layer_idx)
     return state.clone() if state is not None and torch.is_grad_enabled() else state
 
 
-def convolve(
-    mixer: FastMambaMixer | FastMamba2Mixer, x: Tensor, cache: Cache | None, mask: Tensor | None
-) -> Tensor:
+def convolve(mixer: FastMixer, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
     """SiLU(conv(x)) behind the tokens that the cache remembers: `x` (B, L, channels) to the same shape.
 
     At masked tokens it is 0, and they are 0 for the convolution of other tokens.
@@ -301,9 +302,9 @@ def conv_window(seen: Tensor, width: int, mask: Tensor | None) -> Tensor:
     Returns:
         (B, K, channels).
     """
-    padded = F.pad(seen, (0, 0, width, 0))
     if mask is None:
-        return padded[:, -width:]
+        return F.pad(seen[:, -width:], (0, 0, max(width - seen.shape[1], 0), 0))
+    padded = F.pad(seen, (0, 0, width, 0))
     order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     last = (order * mask[..., 0]).amax(1)  # how many of the present tokens there are up to the last real one
     start = seen.shape[1] - mask.shape[1] + last

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
-from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
+from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 
 CHUNK = 16
 """Tokens that are handled at once."""
@@ -35,7 +35,7 @@ class EagerScan(ScanKernels):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         u, delta, A, B, C, D, z, delta_bias, first = inputs
         dtype = torch.promote_types(u.dtype, torch.float32)
-        dt = _time_steps(delta.to(dtype), delta_bias, options)
+        dt = time_steps(delta.to(dtype), delta_bias, options.delta_softplus)
         dt_u = dt * u.to(dtype)
         A, B, C = A.to(dtype), B.to(dtype), C.to(dtype)
         y = torch.empty_like(dt_u)
@@ -66,7 +66,7 @@ class EagerScan(ScanKernels):
         dtype = torch.promote_types(u.dtype, torch.float32)
         need_u, need_delta, need_A, need_B, need_C, need_D, need_z, need_bias, need_state = needs
         raw = delta.to(dtype)
-        dt = _time_steps(raw, delta_bias, options)
+        dt = time_steps(raw, delta_bias, options.delta_softplus)
         uf, Af, Bf, Cf = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
         dt_u = dt * uf
         grad = grad.to(dtype)
@@ -187,13 +187,6 @@ class EagerBackend(Backend):
 
     def refusals(self, device: torch.device) -> list[str]:
         return []
-
-
-def _time_steps(delta: Tensor, delta_bias: Tensor | None, options: ScanOptions) -> Tensor:
-    """Time steps (B, L, E) in the dtype of `delta`."""
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(delta.dtype)
-    return F.softplus(delta) if options.delta_softplus else delta
 
 
 def _chunks(num_tokens: int, reverse: bool) -> list[slice]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from vimtune.backends import REFERENCE
 from vimtune.ops import reference
@@ -238,21 +239,22 @@ def scan_step(
         The result (B, E) in the dtype of `u`, and the state after the token (B, E, N).
     """
     dtype = state.dtype
-    dt = delta.to(dtype)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(dtype)
-    if delta_softplus:
-        dt = F.softplus(dt)
-    x = u.to(dtype)
-    state = torch.exp(dt.unsqueeze(-1) * A.to(dtype)) * state + (dt * x).unsqueeze(-1) * B.to(
-        dtype
-    ).unsqueeze(1)
+    dt, x = time_steps(delta.to(dtype), delta_bias, delta_softplus), u.to(dtype)
+    fed = (dt * x).unsqueeze(-1) * B.to(dtype).unsqueeze(1)
+    state = torch.exp(dt.unsqueeze(-1) * A.to(dtype)) * state + fed
     y = torch.bmm(state, C.to(dtype).unsqueeze(-1)).squeeze(-1)
     if D is not None:
         y = y + D.to(dtype) * x
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype), state
+
+
+def time_steps(delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> Tensor:
+    """Time steps, of the shape (..., E) and the dtype of `delta`."""
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(delta.dtype)
+    return F.softplus(delta) if softplus else delta
 
 
 def _state_dtype(u: Tensor) -> torch.dtype:
@@ -368,28 +370,31 @@ def _(grad: Tensor, states: Tensor, *arguments: Any) -> list[Tensor]:
     return fake_gradients(tensors, needs, grad)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save what the backward pass needs."""
-    *tensors, delta_softplus, reverse, backend, save_states = inputs
-    if not save_states:
-        raise RuntimeError("selective_scan was called without saved states but needs a gradient")
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.mark_non_differentiable(output[1])
-    # The backend by its own name: the backward pass may run in another thread, or after another choice, and
-    # has to read what the forward pass has saved.
-    name, _ = find_kernels(ScanKernels, backend, tensors[0].device, ScanInputs(*tensors))
-    ctx.options = (delta_softplus, reverse, name)
+def _register_autograd(op: CustomOpDef, backward: str, num_tensors: int) -> None:
+    """Let the operation `backward` differentiate a scan of so many tensors, whose last result are the states
+    that it saves. Behind the tensors a scan takes its options, the backend, and whether to save states."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tensors, (*options, backend, save_states) = inputs[:num_tensors], inputs[num_tensors:]
+        if not save_states:
+            raise RuntimeError("a scan was called without saved states but needs a gradient")
+        ctx.save_for_backward(output[-1], *tensors)
+        ctx.mark_non_differentiable(output[-1])
+        # The backend by its own name: the backward pass may run in another thread, or after another choice,
+        # and has to read what the forward pass has saved.
+        name, _ = find_kernels(ScanKernels, backend, tensors[0].device, ScanInputs(*tensors))
+        ctx.options = (*options, name)
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:num_tensors])
+        run = getattr(torch.ops.vimtune, backward)
+        gradients = run(*grads[:-1], *ctx.saved_tensors, *ctx.options, needs)
+        return *as_optional(gradients, needs), *[None] * (len(ctx.options) + 1)
+
+    op.register_autograd(differentiate, setup_context=setup)
 
 
-def _autograd(ctx: Any, grad: Tensor, _grad_states: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of all arguments; None for those that are no tensors."""
-    states, *tensors = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:NUM_INPUTS])
-    gradients = torch.ops.vimtune.selective_scan_backward(grad, states, *tensors, *ctx.options, needs)
-    return *as_optional(gradients, needs), None, None, None, None
-
-
-_scan.register_autograd(_autograd, setup_context=_setup)
+_register_autograd(_scan, "selective_scan_backward", NUM_INPUTS)
 
 
 @operation("stateful_scan")
@@ -473,27 +478,4 @@ def _(grad: Tensor, grad_last: Tensor, states: Tensor, *arguments: Any) -> list[
     return fake_gradients(tensors, needs, grad)
 
 
-def _setup_stateful(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Save what the backward pass needs, and the backend by its own name (as in `_setup`)."""
-    *tensors, delta_softplus, backend, save_states = inputs
-    if not save_states:
-        raise RuntimeError("stateful_scan was called without saved states but needs a gradient")
-    ctx.save_for_backward(output[2], *tensors)
-    ctx.mark_non_differentiable(output[2])
-    name, _ = find_kernels(ScanKernels, backend, tensors[0].device, ScanInputs(*tensors))
-    ctx.options = (delta_softplus, name)
-
-
-def _autograd_stateful(
-    ctx: Any, grad: Tensor, grad_last: Tensor, _grad_states: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of all arguments; None for those that are no tensors."""
-    states, *tensors = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[: NUM_INPUTS + 1])
-    gradients = torch.ops.vimtune.stateful_scan_backward(
-        grad, grad_last, states, *tensors, *ctx.options, needs
-    )
-    return *as_optional(gradients, needs), None, None, None
-
-
-_stateful_scan.register_autograd(_autograd_stateful, setup_context=_setup_stateful)
+_register_autograd(_stateful_scan, "stateful_scan_backward", NUM_INPUTS + 1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimtune.backends import REFERENCE
-from vimtune.ops import reference
+from vimtune.ops import reference, scan
 from vimtune.ops.backend import Kernels
 from vimtune.ops.dispatch import chosen_backend, find_backend, find_kernels
 from vimtune.ops.operation import check_inputs
@@ -222,11 +222,7 @@ def ssd_step(
 
 def time_steps(dt: Tensor, dt_bias: Tensor | None, options: SsdOptions) -> Tensor:
     """Time steps (..., H) in the dtype of `dt`."""
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if options.dt_softplus:
-        dt = F.softplus(dt)
-    return dt.clamp(*options.dt_limit)
+    return scan.time_steps(dt, dt_bias, options.dt_softplus).clamp(*options.dt_limit)
 
 
 def _check(inputs: SsdInputs) -> None:

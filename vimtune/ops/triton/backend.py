@@ -17,7 +17,7 @@ from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.mixer import MixerInputs, MixerKernels
 from vimtune.ops.norm import NormInputs, NormKernels
-from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
+from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 from vimtune.utils import installed_version
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class TritonScan(ScanKernels):
         _, _, ends = self.forward(parts._replace(state=zeros), options, False)
         assert ends is not None and state is not None
         ends = ends.view(batch, segments, inner, -1)
-        steps = parts.delta.float() if delta_bias is None else parts.delta.float() + delta_bias
-        steps = torch.nn.functional.softplus(steps) if options.delta_softplus else steps
+        steps = time_steps(parts.delta.float(), delta_bias, options.delta_softplus)
         decays = torch.exp(steps.sum(1).view(batch, segments, inner, 1) * A)
         starts = []
         for segment in range(segments):
