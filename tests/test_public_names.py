@@ -45,6 +45,15 @@ def test_names_without_torch():
 FILES = sorted(Path(vimtune.__file__).parent.rglob("*.py"))
 
 
+def test_models_are_registered_whoever_has_asked_for_timm_before():
+    """transformers, for one, asks whether there is a timm without importing it."""
+    code = "import sys, vimtune, importlib.util as u; a, b = u.find_spec('timm'), u.find_spec('timm'); "
+    code += "assert a and b and 'timm' not in sys.modules; import timm; timm.create_model('test_vim'); "
+    code += "assert not [one for one in sys.meta_path if type(one).__module__.startswith('vimtune')]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FILES[0].parent)))
 def test_every_public_definition_of_a_module_is_documented(path):
     """Functions and classes by their docstring, anything else by a text below it, which editors show."""

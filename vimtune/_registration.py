@@ -23,25 +23,34 @@ def register_with_timm() -> None:
 
 
 class _TimmFinder(importlib.abc.MetaPathFinder):
-    """Steps in front of the import of `timm` once, and then leaves `sys.meta_path`."""
+    """Steps in front of the import of `timm`, and leaves `sys.meta_path` once that is loaded.
+
+    Until then it answers everybody who only asks whether there is a timm, as transformers does.
+    """
+
+    def __init__(self) -> None:
+        self._asks_others = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "timm":
+        if fullname != "timm" or self._asks_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("timm")
+        self._asks_others = True
+        try:
+            spec = importlib.util.find_spec("timm")
+        finally:
+            self._asks_others = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader, self)
         return spec
 
 
 class _RegisteringLoader(importlib.abc.Loader):
     """timm's own loader, followed by the registration."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, finder: _TimmFinder) -> None:
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -50,4 +59,6 @@ class _RegisteringLoader(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         importlib.import_module(_MODELS)
