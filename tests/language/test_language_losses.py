@@ -10,6 +10,7 @@ from tiny_language import FAMILIES, VOCABULARY, both_models, tokens
 import vimtune
 from vimtune.adapters import adapter_state_dict, check_gradients
 from vimtune.language import greedy_hits, pooled_classifier, sequence_losses
+from vimtune.language import losses as losses_module
 from vimtune.testing.methods import disturb
 
 close = torch.testing.assert_close
@@ -30,19 +31,45 @@ def plain_losses(model, ids, labels):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chunk_tokens", [4, 1024])
-def test_losses_and_gradients(family, chunk_tokens):
-    _, model = both_models(family)
+@pytest.mark.parametrize("chunk_tokens", [4, None])
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_losses_and_gradients(family, chunk_tokens, frozen_head):
+    _, model = both_models(family, tie_word_embeddings=not frozen_head)
+    model.lm_head.requires_grad_(not frozen_head)
     factors, results = torch.tensor([1.0, -2.0, 0.5, 3.0]), []
     for compute in (plain_losses, lambda *given: sequence_losses(*given, chunk_tokens=chunk_tokens)):
         model.zero_grad()
         losses = compute(model, *labelled())
         (losses * factors).sum().backward()
-        results.append([losses, *(p.grad.clone() for p in model.parameters())])
+        results.append([losses, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
     close(results[1], results[0], rtol=1e-4, atol=1e-5)
     assert results[1][0][3] == 0
     with torch.no_grad():
         close(sequence_losses(model, *labelled(), chunk_tokens=chunk_tokens), results[0][0].detach())
+
+
+def test_a_frozen_head_computes_the_logits_once_and_a_trained_one_twice():
+    for frozen, calls in ((True, 3), (False, 6)):
+        _, model = both_models("mamba", tie_word_embeddings=False)
+        model.lm_head.requires_grad_(not frozen)
+        seen = []
+        model.lm_head.register_forward_hook(lambda *call, seen=seen: seen.append(call))
+        sequence_losses(model, *labelled(), chunk_tokens=10).sum().backward()
+        assert len(seen) == calls
+
+
+def test_chunks_hold_so_many_bytes(monkeypatch):
+    _, model = both_models("mamba")
+    monkeypatch.setattr(losses_module, "CHUNK_BYTES", 40 * VOCABULARY)
+    seen = []
+    model.lm_head.register_forward_hook(lambda head, given, logits: seen.append(logits.nbytes))
+    with torch.no_grad():
+        sequence_losses(model, *labelled())
+        assert max(seen) == 40 * VOCABULARY
+        del seen[:]
+        with torch.autocast("cpu", torch.bfloat16):
+            greedy_hits(model, *labelled())
+        assert max(seen) == 40 * VOCABULARY
 
 
 def test_an_adapted_head_gets_its_gradients():

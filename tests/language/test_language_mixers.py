@@ -10,7 +10,7 @@ import torch
 from tiny_language import FAMILIES, both_models, cached, slow_model, tokens, transformers
 
 import vimtune
-from vimtune.language import accelerate
+from vimtune.language import accelerate, norms
 from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
 
 close = torch.testing.assert_close
@@ -48,6 +48,21 @@ def test_backends(backend):
     accelerate(fast, backend)
     close(fast(tokens()).logits, slow(tokens()).logits, rtol=1e-4, atol=1e-5)
     close(cached(fast, tokens())[0], slow(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+@family_wise
+def test_norms_in_one_operation(family, monkeypatch):
+    slow, fast = both_models(family)
+    calls = []
+    monkeypatch.setattr(norms, "has_add_rms_norm", lambda *given: calls.append(given) or True)
+    expected = gradients(slow)
+    close(gradients(fast), expected, rtol=1e-3, atol=1e-6)
+    assert len(calls) == 3  # of two layers, and of the norm behind them
+    hidden = torch.randn(1, 2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = fast.backbone.norm_f(hidden)
+    assert normed.dtype == torch.bfloat16
+    close(normed.float(), slow.backbone.norm_f(hidden), rtol=1e-2, atol=1e-2)
 
 
 @family_wise

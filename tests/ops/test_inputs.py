@@ -36,6 +36,14 @@ def prepared(name, which, request):
     return (kernels if which == "kernels" else definition), [tensor.to(device) for tensor in tensors()]
 
 
+def test_no_tokens_have_no_losses():
+    logits = torch.zeros(0, 5, requires_grad=True)
+    out = ops.token_losses(logits, torch.zeros(0, dtype=torch.long))
+    assert out.shape == (0,)
+    out.sum().backward()
+    assert logits.grad.shape == (0, 5)
+
+
 @pytest.mark.parametrize("name", BY_CASE)
 @pytest.mark.parametrize("batch, tokens", [(0, 3), (2, 0), (0, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,6 +131,9 @@ def test_dtypes_may_differ(backend):
         lambda x: ops.add_rms_norm(x[:1], x, torch.ones(4)),
         lambda x: ops.add_rms_norm(None, x, torch.ones(3)),
         lambda x: ops.add_rms_norm(None, x, torch.ones(1)),
+        lambda x: ops.token_losses(x, torch.ones(2, dtype=torch.long)),
+        lambda x: ops.token_losses(x[0], torch.ones(2, dtype=torch.long)),
+        lambda x: ops.token_losses(x[0], torch.ones(3)),
     ],
 )
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])

@@ -75,6 +75,15 @@ def product(random, tokens, inner, states):
     return [random.low(tokens, inner), random.low(tokens), random.low(inner // size, size, size)]
 
 
+def logits(random, tokens, inner, states):
+    return [random.low(tokens, 100 * inner)]
+
+
+def run_losses(logits, backend):
+    labels = torch.arange(len(logits), device=logits.device) * 37 % logits.shape[1]
+    return ops.token_losses(logits, torch.where(labels == 74, -100, labels), backend=backend)
+
+
 def run_mixer(xz, *weights, backend):
     half = len(weights) // 2
     directions = [ops.DirectionWeights(*part) for part in (weights[:half], weights[half:])]
@@ -93,6 +102,7 @@ OPERATIONS = {
     ),
     "bidirectional_scan": (mixer, [run_mixer]),
     "add_rms_norm": (norm, [ops.add_rms_norm]),
+    "token_losses": (logits, [run_losses]),
     "scaled_block_product": (product, [ops.scaled_block_product]),
 }
 SIZES = [(1, 8, 16), (5, 24, 16), (9, 7, 3), (11, 20, 5)]

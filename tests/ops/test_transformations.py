@@ -61,6 +61,12 @@ def filter_(*tensors, backend):
     return ops.causal_conv1d(*tensors, silu=True, backend=backend)
 
 
+def losses(logits, bias, backend):
+    logits = logits + bias
+    labels = torch.arange(len(logits), device=logits.device) % logits.shape[1]
+    return ops.token_losses(logits, torch.where(labels == 1, -100, labels), backend=backend)
+
+
 # By name: what runs in the kernels of a backend, the definition, and the tensors.
 CASES = {
     **{
@@ -79,6 +85,11 @@ CASES = {
         partial(norm, backend="triton"),
         partial(norm, backend="reference"),
         lambda: [normal(B, L, E), normal(B, L, E, seed=1), normal(E)],
+    ),
+    "token_losses triton": (
+        partial(losses, backend="triton"),
+        partial(losses, backend="reference"),
+        lambda: [normal(3, 7), normal(7)],
     ),
     "bidirectional_scan triton": (
         partial(both_directions, partial(ops.bidirectional_scan, backend="triton")),
@@ -274,6 +285,8 @@ ARGUMENTS = {
         *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), normal(B * L), torch.float32, True),
         "triton",
     ],
+    "token_losses": lambda: [normal(3, 7), normal(3), "triton"],
+    "token_losses_backward": lambda: [normal(3), normal(3, 7), normal(3), normal(3), "triton"],
     "scaled_block_product": lambda: [normal(3, 4), normal(3), normal(2, 2, 2), "nvrtc"],
     "scaled_block_product_backward": lambda: [
         *(normal(3, 4), normal(3, 4), normal(3), normal(2, 2, 2), True, True, "nvrtc")

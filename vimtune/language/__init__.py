@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 from vimtune.language.registry import LANGUAGE_MODELS, LanguageModelEntry, language_models
 
 if TYPE_CHECKING:
+    from vimtune.language.acceleration import accelerate
     from vimtune.language.classifier import PooledClassifier, pooled_classifier
     from vimtune.language.creation import create_language_model
     from vimtune.language.losses import greedy_hits, sequence_losses
-    from vimtune.language.mixers import accelerate
     from vimtune.language.tokenizers import byte_tokenizer, check_tokenizer, load_tokenizer
 
 _HOMES = {
@@ -35,7 +35,7 @@ _HOMES = {
     "create_language_model": "creation",
     "greedy_hits": "losses",
     "sequence_losses": "losses",
-    "accelerate": "mixers",
+    "accelerate": "acceleration",
     "byte_tokenizer": "tokenizers",
     "check_tokenizer": "tokenizers",
     "load_tokenizer": "tokenizers",

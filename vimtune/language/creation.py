@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from vimtune import schema
+from vimtune.language.acceleration import accelerate
 from vimtune.language.configuration import config_of_entry, config_of_file
-from vimtune.language.mixers import accelerate
 from vimtune.language.registry import LANGUAGE_MODELS
 from vimtune.models.checkpoint import (
     CheckpointError,

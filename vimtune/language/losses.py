@@ -1,7 +1,9 @@
 """Log-likelihoods of labelled tokens, without holding the logits of all of them at once.
 
-A vocabulary of 50,280 makes 200 KB of fp32 logits for a token, twice that in the backward pass. So the head
-runs on chunks of tokens, of labelled ones alone, and the backward pass computes the logits of a chunk anew.
+A vocabulary of 50,280 makes 100 KB of logits for a token in bf16. So the head runs on chunks of tokens, of
+labelled ones alone. Where the head is frozen, the gradient of its input is computed along with the loss,
+chunk by chunk, and the logits are never needed again. Where it is trained, the backward pass computes the
+logits of a chunk anew.
 
 Shape letters: B batch, L tokens, D width, T labelled tokens, V vocabulary.
 """
@@ -12,19 +14,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
-"""The label of a token that is not counted, as in torch's cross-entropy."""
+from vimtune.ops import token_losses
+from vimtune.ops.cross_entropy import IGNORED
 
-CHUNK_TOKENS = 1024
-"""Tokens whose logits are held at once; 200 MB of them in fp32 at a vocabulary of 50,280."""
+CHUNK_BYTES = 200 * 2**20
+"""Bytes of logits that are held at once: of 2,048 tokens in bf16 at a vocabulary of 50,280."""
 
 
 def sequence_losses(
-    model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+    model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int | None = None
 ) -> Tensor:
     """Minus the log-likelihood of the labelled tokens of each sequence, summed.
 
@@ -35,7 +36,7 @@ def sequence_losses(
         model: a language model of transformers: a `backbone` that gives hidden states, and an `lm_head`.
         input_ids: (B, L).
         labels: (B, L), the tokens to be predicted at their own places, -100 where none is counted.
-        chunk_tokens: tokens whose logits are held at once.
+        chunk_tokens: tokens whose logits are held at once; None takes as many as `CHUNK_BYTES` hold.
 
     Returns:
         (B,) in fp32, differentiable.
@@ -44,22 +45,29 @@ def sequence_losses(
         ValueError: shapes that do not fit together.
     """
     places, hidden, wanted = _labelled(model, input_ids, labels)
-    parts = []
-    # Only an adapter of the head draws random numbers there. To rewind the generator forbids CUDA graphs.
-    draws = any(parameter.requires_grad for parameter in model.lm_head.parameters())
-    for part in _chunks(len(wanted), chunk_tokens):
-        chunk = (model.lm_head, hidden[part], wanted[part])
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_token_losses, *chunk, use_reentrant=False, preserve_rng_state=draws))
-        else:
-            parts.append(_token_losses(*chunk))
+    head = model.lm_head
+    size = chunk_tokens or _tokens_of_a_chunk(head)
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    if len(wanted) == 0:
+        return losses.sum(1)
+    if not torch.is_grad_enabled():
+        found = torch.cat([_token_losses(head, *chunk) for chunk in _chunks(size, hidden, wanted)])
+    elif any(parameter.requires_grad for parameter in head.parameters()):
+        # Only an adapter of the head draws random numbers there. To rewind the generator forbids CUDA graphs.
+        draws = type(head) is not nn.Linear
+        parts = [
+            checkpoint(_token_losses, head, *chunk, use_reentrant=False, preserve_rng_state=draws)
+            for chunk in _chunks(size, hidden, wanted)
+        ]
+        found = torch.cat(parts)
+    else:
+        found = _LossesOfFrozenHead.apply(hidden, wanted, head, size)
     # Each place once, so that sums come out the same every time.
-    return (losses.index_put(places, torch.cat(parts)) if parts else losses).sum(1)
+    return losses.index_put(places, found).sum(1)
 
 
 @torch.no_grad()
-def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
     """Whether each labelled token of a sequence is the likeliest one at its place, (B,).
 
     The arguments are those of `sequence_losses`. True for a sequence without labels.
@@ -69,9 +77,10 @@ def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: 
     """
     (rows, _), hidden, wanted = _labelled(model, input_ids, labels)
     misses = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
-    for part in _chunks(len(wanted), chunk_tokens):
-        best = _logits(model.lm_head, hidden[part]).argmax(-1)
-        misses.index_add_(0, rows[part], (best != wanted[part]).long())
+    size = chunk_tokens or _tokens_of_a_chunk(model.lm_head)
+    for own_rows, own_hidden, own_wanted in _chunks(size, rows, hidden, wanted):
+        best = _logits(model.lm_head, own_hidden).argmax(-1)
+        misses.index_add_(0, own_rows, (best != own_wanted).long())
     return misses == 0
 
 
@@ -95,16 +104,55 @@ def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[tuple[Tens
     return places, hidden[rows, before], labels[places]
 
 
-def _chunks(tokens: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, tokens, size))
+class _LossesOfFrozenHead(torch.autograd.Function):
+    """The losses of tokens (T,), and along with them the gradient of the hidden states (T, D).
+
+    That of a token's loss is all that the backward pass has to know: it multiplies each row by what the loss
+    of this token counts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, chunk_tokens: int) -> Tensor:
+        """The losses (T,) of hidden states (T, D) with their labels (T,)."""
+        losses: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for own, wanted in _chunks(chunk_tokens, hidden.detach(), labels):
+            with torch.enable_grad():
+                own.requires_grad_()
+                found = _token_losses(head, own, wanted)
+                slopes += torch.autograd.grad(found, own, torch.ones_like(found))
+            losses.append(found.detach())
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the hidden states."""
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grad[:, None]).to(slopes.dtype), None, None, None
+
+
+def _tokens_of_a_chunk(head: Any) -> int:
+    """How many tokens have logits of `CHUNK_BYTES`, by the dtype in which the head computes them."""
+    weight: Tensor = head.weight
+    dtype, kind = weight.dtype, weight.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return max(1, CHUNK_BYTES // (weight.shape[0] * dtype.itemsize))
+
+
+def _chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of equally many rows, cut into parts of `size` of them."""
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 def _logits(head: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits (T, V) in fp32 of hidden states (T, D). The head is called, so that whatever surrounds it
-    acts."""
+    """Logits (T, V) of hidden states (T, D). The head is called, so that whatever surrounds it acts."""
     logits: Tensor = head(hidden.to(head.weight.dtype))  # type: ignore[arg-type]  # a linear layer
-    return logits.float()
+    return logits
 
 
 def _token_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(_logits(head, hidden), labels, reduction="none", ignore_index=IGNORED)
+    """Minus the log-likelihoods of labels (T,)."""
+    return token_losses(_logits(head, hidden), labels)

@@ -1,9 +1,9 @@
 """The mixers of transformers' Mamba and Mamba-2 models, computed by our operations.
 
-Each is a subclass of transformers' own mixer with another `forward`; `accelerate` exchanges the classes of
-a model's mixers and nothing else. Parameters, keys, configuration, cache and everything around the mixers
-stay transformers'. The cache of a layer holds the last K inputs of its convolution (B, channels, K) and the
-state of its scan, for Mamba (B, E, N), for Mamba-2 (B, H, P, N).
+Each is a subclass of transformers' own mixer with another `forward`, and takes its place by `accelerate`.
+Parameters, keys, configuration, cache and everything around the mixers stay transformers'. The cache of a
+layer holds the last K inputs of its convolution (B, channels, K) and the state of its scan, for Mamba
+(B, E, N), for Mamba-2 (B, H, P, N).
 
 Every weight is read through its module at each call, so that rules of adapters (`vimtune.adapters`) act in
 training, evaluation, prefill and cached decoding alike. Padding never enters a state: at masked tokens the
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from transformers import Cache
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from vimtune.adapters.slots import change_class, plain_class
 from vimtune.ops import (
     DirectionWeights,
     causal_conv1d,
@@ -39,44 +38,8 @@ from vimtune.ops import (
 )
 from vimtune.ops.ssd import NO_LIMIT, SsdOptions, time_steps
 
-Model = TypeVar("Model", bound=nn.Module)
-"""Any class of modules."""
-
 NO_TIME = -1e4
 """What the time step of a masked token is before softplus, which makes exactly 0 of it in any dtype."""
-
-
-def accelerate(model: Model, backend: str = "auto") -> Model:
-    """Let the Mamba and Mamba-2 mixers of a model of transformers run on our operations, in place.
-
-    Works before and after adapters are injected. The model's own class, keys and files stay as they are.
-
-    Args:
-        model: a model with mixers of transformers, or several models in one module.
-        backend: scan backend, see `vimtune.ops`.
-
-    Returns:
-        The model, as it was given.
-
-    Raises:
-        ValueError: the model has no such mixer, or one with another activation than SiLU or of a class of
-            somebody else; the model is then as it was.
-    """
-    found = [module for module in model.modules() if isinstance(module, MambaMixer | Mamba2Mixer)]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no mixer of transformers' Mamba or Mamba-2 to be accelerated"
-        )
-    for mixer in found:
-        if mixer.activation not in ("silu", "swish"):
-            raise ValueError(f"hidden_act = {mixer.activation!r}: only mixers with 'silu' can be accelerated")
-        if plain_class(mixer) not in (*_FAST, *_FAST.values()):
-            raise ValueError(f"{type(mixer).__name__} changes transformers' mixer and cannot be accelerated")
-    for mixer in found:
-        kind = plain_class(mixer)
-        change_class(mixer, _FAST.get(kind, kind))
-        mixer.backend = backend
-    return model
 
 
 class FastMixer:
@@ -237,10 +200,6 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return self.norm(y.flatten(2), z).to(projected.dtype)
-
-
-_FAST: dict[type[nn.Module], type[nn.Module]] = {MambaMixer: FastMambaMixer, Mamba2Mixer: FastMamba2Mixer}
-"""Which class takes the place of which."""
 
 
 def refuse_packing(arguments: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Operations of Vision Mamba behind one dispatch.
 
-Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `norm.py`, `block_product.py`.
+Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `norm.py`, `cross_entropy.py`,
+`block_product.py`, and `prompt.py` and `step.py` for what generating text needs.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
@@ -11,6 +12,7 @@ from vimtune.backends import OWN, backend_names
 from vimtune.ops.backend import Backend, BackendUnavailable, Kernels
 from vimtune.ops.block_product import scaled_block_product
 from vimtune.ops.convolution import causal_conv1d
+from vimtune.ops.cross_entropy import token_losses
 from vimtune.ops.dispatch import (
     backend_report,
     has_kernels,
@@ -51,6 +53,7 @@ __all__ = [
     "ssd",
     "ssd_step",
     "stateful_scan",
+    "token_losses",
     "use_backend",
     "with_chosen_backend",
 ]

@@ -190,6 +190,15 @@ def add_rms_norm(
     return normed.to(dtype), total
 
 
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Minus log softmax(logits) at the label of each row; 0 where the label is -100.
+
+    `logits`: (T, V); `labels`: (T,). Returns (T,) in fp32 (fp64 for fp64 logits).
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), labels, reduction="none", ignore_index=-100)
+
+
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
     """s (W + W diag(D_1, ..., D_n)), where s scales rows.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
+from vimtune.ops.cross_entropy import LossInputs, LossKernels
 from vimtune.ops.mixer import MixerInputs, MixerKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
@@ -217,13 +218,31 @@ class TritonNorm(NormKernels):
         return norm.backward(grad_normed, grad_total, total, weight, inverse, branch_dtype, need_weight)
 
 
+class TritonLoss(LossKernels):
+    """The kernels of `triton/cross_entropy.py`."""
+
+    def refusals(self, inputs: LossInputs) -> list[str]:
+        dtype = inputs.logits.dtype
+        return [f"logits are {dtype}, the kernels compute in fp32"] if dtype == torch.float64 else []
+
+    def forward(self, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+        from vimtune.ops.triton import cross_entropy
+
+        return cross_entropy.forward(*inputs)
+
+    def backward(self, grad: Tensor, inputs: LossInputs, log_sums: Tensor) -> Tensor:
+        from vimtune.ops.triton import cross_entropy
+
+        return cross_entropy.backward(grad, *inputs, log_sums)
+
+
 class TritonBackend(Backend):
     """Triton kernels for every size and dtype below fp64."""
 
     name = "triton"
     summary = "Triton kernels for NVIDIA GPUs"
     packages = ("triton",)
-    kernels = (TritonScan(), TritonConvolution(), TritonMixer(), TritonNorm())
+    kernels = (TritonScan(), TritonConvolution(), TritonMixer(), TritonNorm(), TritonLoss())
 
     def refusals(self, device: torch.device) -> list[str]:
         reasons = []
