@@ -7,10 +7,12 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_language import FAMILIES, both_models, cached, slow_model, tokens, transformers
 
 import vimtune
-from vimtune.language import accelerate, norms
+from vimtune import ops
+from vimtune.language import accelerate, mixers, norms
 from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
 
 close = torch.testing.assert_close
@@ -48,6 +50,44 @@ def test_backends(backend):
     accelerate(fast, backend)
     close(fast(tokens()).logits, slow(tokens()).logits, rtol=1e-4, atol=1e-5)
     close(cached(fast, tokens())[0], slow(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_and_a_token_in_one_operation(monkeypatch):
+    """What a backend with such kernels gives is used, in every step of generation."""
+    slow, fast = both_models("mamba")
+    calls = []
+
+    def prompt(xz, weights, backend):
+        x, z = xz.chunk(2, dim=-1)
+        u = ops.causal_conv1d(x, weights.conv_weight, weights.conv_bias, True)
+        dt, B, C = F.linear(u, weights.x_proj).split([weights.dt_proj.shape[1], 8, 8], dim=-1)
+        given = (u, F.linear(dt, weights.dt_proj), -weights.A_log.exp(), B, C, weights.D, z, weights.dt_bias)
+        calls.append("prompt")
+        return ops.stateful_scan(*given, True)
+
+    def step(xz, recent, state, weights, backend):
+        x, z = xz.chunk(2, dim=-1)
+        recent.copy_(torch.cat([recent[..., 1:], x[..., None]], -1))
+        u = F.silu((recent * weights.conv_weight).sum(-1) + weights.conv_bias)
+        dt, B, C = F.linear(u, weights.x_proj).split([weights.dt_proj.shape[1], 8, 8], dim=-1)
+        given = (u, F.linear(dt, weights.dt_proj), -weights.A_log.exp(), B, C, weights.D, z, weights.dt_bias)
+        y, after = ops.scan_step(*given, True, state)
+        state.copy_(after)
+        calls.append("step")
+        return y
+
+    monkeypatch.setattr(mixers, "causal_prompt", prompt)
+    monkeypatch.setattr(mixers, "causal_step", step)
+    for length in (1, 2, 9):
+        del calls[:]
+        given = {"attention_mask": torch.ones(3, length), "max_new_tokens": 6, "min_new_tokens": 6}
+        ids = [model.generate(tokens(length=length), **given, do_sample=False) for model in (fast, slow)]
+        assert torch.equal(*ids)
+        assert calls == ["prompt"] * 2 + ["step"] * 10
+    # In parts, as a prompt that is read bit by bit: what is not one token is composed.
+    _, cache = cached(fast, tokens()[:, :7])
+    logits, _ = cached(fast, tokens()[:, 7:], cache)
+    close(logits, slow(tokens()).logits[:, 7:], rtol=1e-4, atol=1e-5)
 
 
 @family_wise

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import build_weights
+from kernel_checks import TOLERANCES, assert_close, build_weights
 
 from vimtune import ops
-from vimtune.ops import DirectionWeights, dispatch
+from vimtune.ops import DirectionWeights, dispatch, reference
 from vimtune.ops.nvrtc import mixer, scan
 
 
@@ -54,6 +54,34 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
     for one, other in zip(forwards, backwards, strict=True):
         assert torch.isfinite(one).all()
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch, tokens, inner, segments", [(2, 1, 8, 1), (2, 37, 72, 1), (1, 70, 72, 3)])
+def test_a_prompt_gives_the_last_state_as_well(device, batch, tokens, inner, segments, dtype, monkeypatch):
+    monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
+    xz, _, (weights,) = build(batch, tokens, inner, 5, dtype, directions=1)
+    xz, own = xz.to(device), DirectionWeights(*(weight.to(device) for weight in weights))
+    exact = DirectionWeights(*(weight.double() for weight in weights))
+    u = reference.causal_conv1d(xz.cpu().double()[..., :inner], exact.conv_weight, exact.conv_bias, True)
+    dt, B, C = (u @ exact.x_proj.t()).split([5, 16, 16], dim=-1)
+    given = (u, dt @ exact.dt_proj.t(), -exact.A_log.exp(), B, C, exact.D, xz.cpu().double()[..., inner:])
+    expected, state = reference.stateful_scan(*given, exact.dt_bias, True)
+    out, last = ops.causal_prompt(xz, own, backend="nvrtc")
+    assert_close(out, expected, 2 * TOLERANCES[dtype], "out")
+    assert_close(last, state, 2 * TOLERANCES[dtype], "state")
+    assert torch.equal(out, ops.causal_mixer(xz, own, backend="nvrtc"))
+
+
+def test_a_prompt_that_has_to_be_composed(on_cpu):
+    xz, _, (weights,) = build(1, 3, 8, 2, torch.bfloat16, directions=1)
+    assert ops.causal_prompt(xz, weights, backend="nvrtc") is not None
+    assert ops.causal_prompt(xz[:, :0], weights, backend="nvrtc") is None
+    assert ops.causal_prompt(xz.float(), weights, backend="nvrtc") is None
+    assert ops.causal_prompt(xz, weights, backend="torch") is None
+    assert ops.causal_prompt(xz.requires_grad_(), weights, backend="nvrtc") is None
+    with torch.no_grad():
+        assert ops.causal_prompt(xz, weights, backend="nvrtc") is not None
 
 
 @pytest.mark.parametrize("directions", [1, 2])

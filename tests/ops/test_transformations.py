@@ -276,6 +276,7 @@ ARGUMENTS = {
     ],
     "bidirectional_scan": lambda: [normal(B, L, 2 * E), *weights_of_directions(), True, "triton"],
     "causal_mixer": lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS], True, "triton"],
+    "causal_prompt": lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS], "nvrtc"],
     "mixer_backward": lambda: [
         *(normal(B, L, E), normal(B, L, 2 * E), normal(B, L, E), normal(2, B, L, 4), normal(4)),
         *(weights_of_directions(), [True] * 15, "triton"),

@@ -30,6 +30,8 @@ from vimtune.ops import (
     DirectionWeights,
     causal_conv1d,
     causal_mixer,
+    causal_prompt,
+    causal_step,
     scan_step,
     selective_scan,
     ssd,
@@ -120,8 +122,10 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
         Returns:
             The input of out_proj, (B, L, E), in the dtype of `xz`.
         """
-        if cache is None and mask is None:
-            return causal_mixer(xz, self.weights(), self.backend)
+        if mask is None:
+            found = self._scan_in_one(xz, cache)
+            if found is not None:
+                return found
         x, z = xz.chunk(2, dim=-1)
         u = convolve(self, x, cache, mask)
         num_states, rank = self.A_log.shape[1], self.dt_proj.weight.shape[1]
@@ -142,6 +146,32 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
             y, state = stateful_scan(u, delta, A, B, C, self.D, z, bias, True, state, self.backend)
         cache.update_recurrent_state(state, self.layer_idx)
         return y
+
+    def _scan_in_one(self, xz: Tensor, cache: Cache | None) -> Tensor | None:
+        """The same in one operation, where there is one: without a cache, for a prompt, and for one token.
+
+        Args:
+            xz: the output of in_proj, (B, L, 2 E).
+            cache: brought up to date if there is a result.
+        """
+        if cache is None:
+            return causal_mixer(xz, self.weights(), self.backend)
+        state = cache.get_recurrent_state(self.layer_idx)
+        if state is None:
+            found = causal_prompt(xz, self.weights(), self.backend)
+            if found is None:
+                return None
+            y, last = found
+            x, _ = xz.chunk(2, dim=-1)
+            remember(self, cache, x, None)
+            cache.update_recurrent_state(last, self.layer_idx)
+            return y
+        recent = cache.get_conv_state(self.layer_idx)
+        # A cache that can be rolled back keeps more than the last inputs.
+        if xz.shape[1] != 1 or recent.shape[-1] != self.conv1d.weight.shape[-1]:
+            return None
+        step = causal_step(xz[:, 0], recent, state, self.weights(), self.backend)
+        return None if step is None else step[:, None]
 
     def weights(self) -> DirectionWeights:
         """The weights between the projections, as adapters have them."""
@@ -245,9 +275,14 @@ def convolve(mixer: FastMixer, x: Tensor, cache: Cache | None, mask: Tensor | No
         else:
             y = causal_conv1d(seen, weight, bias, silu=True, backend=mixer.backend)[:, width:]
     if cache is not None:
-        window = conv_window(seen, weight.shape[1], mask)
-        cache.update_conv_state(window.transpose(1, 2), mixer.layer_idx)
+        remember(mixer, cache, seen, mask)
     return y if mask is None else y * mask
+
+
+def remember(mixer: FastMixer, cache: Cache, seen: Tensor, mask: Tensor | None) -> None:
+    """Keep the last real inputs of a convolution in the cache; the arguments are those of `conv_window`."""
+    window = conv_window(seen, mixer.conv1d.weight.shape[-1], mask)
+    cache.update_conv_state(window.transpose(1, 2), mixer.layer_idx)
 
 
 def conv_window(seen: Tensor, width: int, mask: Tensor | None) -> Tensor:

@@ -24,8 +24,10 @@ from vimtune.ops.dispatch import (
 )
 from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
+from vimtune.ops.prompt import causal_prompt
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
 from vimtune.ops.ssd import ssd, ssd_step
+from vimtune.ops.step import causal_step
 
 for _path in OWN.values():
     _module, _, _class = _path.rpartition(".")
@@ -42,6 +44,8 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "causal_mixer",
+    "causal_prompt",
+    "causal_step",
     "has_add_rms_norm",
     "has_kernels",
     "register_backend",

@@ -125,7 +125,7 @@ def bidirectional_scan(
         _check(xz, forward, reverse)
         name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (forward, reverse)))
         if name:
-            save = _is_trained(xz, *forward, *reverse)
+            save = is_trained(xz, *forward, *reverse)
             result: Tensor = torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, name)[0]
             return result
     return composed(xz, forward, reverse, backend)
@@ -142,7 +142,7 @@ def causal_mixer(xz: Tensor, weights: DirectionWeights, backend: str = "auto") -
         _check(xz, weights)
         name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (weights,)))
         if name:
-            save = _is_trained(xz, *weights)
+            save = is_trained(xz, *weights)
             result: Tensor = torch.ops.vimtune.causal_mixer(xz, *weights, save, name)[0]
             return result
     x, z = xz.chunk(2, dim=-1)
@@ -204,7 +204,7 @@ def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights | No
         )
 
 
-def _is_trained(*tensors: Tensor | None) -> bool:
+def is_trained(*tensors: Tensor | None) -> bool:
     """Whether there will be a backward pass: a linear probe's backbone keeps nothing for it."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -339,7 +339,7 @@ def _autograd(
 def _one_by_one(op: CustomOpDef, info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
     """The rule for vmap of either operation."""
     *tensors, _save, backend = inputs  # Above, vmap has hidden whether gradients are wanted.
-    return one_by_one(op, info.batch_size, in_dims, (*tensors, _is_trained(*tensors), backend))
+    return one_by_one(op, info.batch_size, in_dims, (*tensors, is_trained(*tensors), backend))
 
 
 for _operation in (_bidirectional_scan, _causal_mixer):

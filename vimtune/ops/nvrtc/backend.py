@@ -15,7 +15,9 @@ from torch import Tensor
 from vimtune.ops.backend import Backend
 from vimtune.ops.block_product import ProductInputs, ProductKernels
 from vimtune.ops.mixer import MixerInputs, MixerKernels
-from vimtune.ops.nvrtc import block_product, mixer, runtime, scan
+from vimtune.ops.nvrtc import block_product, mixer, runtime, scan, step
+from vimtune.ops.prompt import PromptKernels
+from vimtune.ops.step import StepInputs, StepKernels
 from vimtune.ops.triton.backend import TritonBackend
 
 
@@ -42,6 +44,26 @@ class NvrtcMixer(MixerKernels):
         return mixer.backward(grad, inputs.xz, results, inputs.directions, need_xz, needs)
 
 
+class NvrtcPrompt(PromptKernels):
+    """The kernels of `nvrtc/mixer.py` for prompts, with the limits of those for training."""
+
+    def refusals(self, inputs: MixerInputs) -> list[str]:
+        return mixer.refusals(inputs.xz, inputs.directions)
+
+    def forward(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        return mixer.prompt(inputs.xz, inputs.directions)
+
+
+class NvrtcStep(StepKernels):
+    """The kernel of `nvrtc/step.py`, for bf16 and fp16 activations."""
+
+    def refusals(self, inputs: StepInputs) -> list[str]:
+        return step.refusals(inputs)
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        return step.mixer_step(inputs)
+
+
 class NvrtcProduct(ProductKernels):
     """The kernels of `nvrtc/block_product.py`, for fp32."""
 
@@ -66,7 +88,7 @@ class NvrtcBackend(Backend):
     def __init__(self) -> None:
         """A backend with the kernels of both; nothing is compiled yet."""
         self._triton = TritonBackend()
-        self.kernels = (NvrtcMixer(), NvrtcProduct(), *self._triton.kernels)
+        self.kernels = (NvrtcMixer(), NvrtcPrompt(), NvrtcStep(), NvrtcProduct(), *self._triton.kernels)
 
     def refusals(self, device: torch.device) -> list[str]:
         if device.type != "cuda":

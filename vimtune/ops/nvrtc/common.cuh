@@ -16,6 +16,14 @@ __device__ inline Pair exp2_fast(Pair x) { return {exp2_fast(x.a), exp2_fast(x.b
 __device__ inline float sigmoid(float x) { return reciprocal(1.0f + exp2_fast(-LOG2E * x)); }
 __device__ inline Pair sigmoid(Pair x) { return {sigmoid(x.a), sigmoid(x.b)}; }
 
+// Computes log(1 + e^x) with a relative error below 6e-5, also where it is small, which is where trained time steps
+// live. It is max(x, 0) + log(1 + p) with p = e^-|x|, where log(1 + p) / p is a polynomial fitted to 0 <= p <= 1.
+__device__ inline float softplus(float x) {
+    const float p = exp2_fast(-fabsf(LOG2E * x));
+    const float ratio = 0.99994326f + p * (-0.49697781f + p * (0.30630094f + p * (-0.15742722f + p * 0.041347306f)));
+    return fmaxf(x, 0.0f) + p * ratio;
+}
+
 // Eight neighbouring activations, which are 16 bytes in memory, as fp32 numbers.
 struct Eight {
     Pair pairs[4];

@@ -49,21 +49,14 @@ def shapes(xz: Tensor, weights: Weights, save: bool) -> tuple[tuple[int, ...], t
 
 def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gated average (B, L, E) of the directions, and the two tensors of `shapes`."""
-    parts = _shapes(xz, weights, save)
-    buffer = torch.empty(sum(_sizes(parts, xz.dtype)), dtype=torch.float32, device=xz.device)
-    kept = _kept_in(buffer, parts, xz.dtype)
-    packed = prepare.pack_weights(
-        [own.conv_weight for own in weights],
-        [own.conv_bias for own in weights],
-        [own.x_proj for own in weights],
-        [own.dt_proj for own in weights],
-        [own.dt_bias for own in weights],
-        xz.dtype,
-        kept.packed,
-    )
-    u, delta, projections = prepare.prepare(_x(xz), packed)
-    out = scan.scan_forward(_scan_inputs(u, delta, projections, weights, xz, kept))
-    return out, projections, buffer if save else buffer.new_empty(0)
+    inputs, buffer = _prepared(xz, weights, save)
+    out = scan.scan_forward(inputs)
+    return out, inputs.projections, buffer if save else buffer.new_empty(0)
+
+
+def prompt(xz: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """Gated result (B, L, E) of a mixer with one direction, and the state behind the last token (B, E, N)."""
+    return scan.scan_prompt(_prepared(xz, weights, save=False)[0])
 
 
 def backward(
@@ -103,6 +96,24 @@ def backward(
     return grad_xz if need_xz else None, parameter_gradients(
         parts, needs, weights, u, projections, scan.NUM_STATES
     )
+
+
+def _prepared(xz: Tensor, weights: Weights, save: bool) -> tuple[scan.ScanInputs, Tensor]:
+    """All that happens before the scan: what it reads, and the buffer with what may be kept."""
+    parts = _shapes(xz, weights, save)
+    buffer = torch.empty(sum(_sizes(parts, xz.dtype)), dtype=torch.float32, device=xz.device)
+    kept = _kept_in(buffer, parts, xz.dtype)
+    packed = prepare.pack_weights(
+        [own.conv_weight for own in weights],
+        [own.conv_bias for own in weights],
+        [own.x_proj for own in weights],
+        [own.dt_proj for own in weights],
+        [own.dt_bias for own in weights],
+        xz.dtype,
+        kept.packed,
+    )
+    u, delta, projections = prepare.prepare(_x(xz), packed)
+    return _scan_inputs(u, delta, projections, weights, xz, kept), buffer
 
 
 def _x(xz: Tensor) -> Tensor:

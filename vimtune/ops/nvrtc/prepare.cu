@@ -20,14 +20,6 @@
 constexpr int ROWS = 16;
 constexpr int HALO = FILTER - 1;
 
-// Computes log(1 + e^x) with a relative error below 6e-5, also where it is small, which is where trained time steps
-// live. It is max(x, 0) + log(1 + p) with p = e^-|x|, where log(1 + p) / p is a polynomial fitted to 0 <= p <= 1.
-__device__ inline float softplus(float x) {
-    const float p = exp2_fast(-fabsf(LOG2E * x));
-    const float ratio = 0.99994326f + p * (-0.49697781f + p * (0.30630094f + p * (-0.15742722f + p * 0.041347306f)));
-    return fmaxf(x, 0.0f) + p * ratio;
-}
-
 // Matrices are packed such that what the 32 lanes of a warp load at once, 16 bytes each, lies side by side.
 //
 // This is the order of the factors of a sum over channels: of 32 channels a lane has eight, and of 16 rows one in each

@@ -1,4 +1,4 @@
-"""Launches of the kernels of scan.cu and scan_backward.cu; scan.cuh has the method and the shapes.
+"""Launches of the kernels of scan.cu, prompt.cu and scan_backward.cu; scan.cuh has the method and the shapes.
 
 Shape letters: d directions, B batch, L tokens, E inner width, N states, P columns of `projections`.
 """
@@ -16,6 +16,8 @@ from vimtune.ops.nvrtc import runtime
 
 FORWARD = "scan.cu"
 """File with the kernels of the forward pass."""
+PROMPT = "prompt.cu"
+"""File with the kernel of a forward pass that gives the last state, too."""
 BACKWARD = "scan_backward.cu"
 """File with the kernels of the backward pass."""
 NUM_STATES = 16
@@ -155,13 +157,28 @@ def mean_shape(batch: int, tokens: int, inner: int, dtype: torch.dtype, backward
 
 def scan_forward(inputs: ScanInputs) -> Tensor:
     """Gated average of the directions (B, L, E)."""
-    u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
-    out = torch.empty(u.shape[1:], dtype=u.dtype, device=u.device)
-    shared = [u, delta, projections, *inputs.decays()]
-    if inputs.segments() > 1:
-        _launch("scan_ends", inputs, [*shared, ends])
-    _launch("scan_forward", inputs, [*shared, *inputs.skips(), inputs.gate(), out, inputs.mean, ends])
+    out, arguments = _before_forward(inputs)
+    _launch("scan_forward", inputs, FORWARD, arguments)
     return out
+
+
+def scan_prompt(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Gated result of a scan in one direction (B, L, E), and the state behind the last token (B, E, N)."""
+    out, arguments = _before_forward(inputs)
+    batch, _, inner = out.shape
+    last = torch.empty((batch, inner, NUM_STATES), dtype=torch.float32, device=out.device)
+    _launch("scan_prompt", inputs, PROMPT, [*arguments, last])
+    return out, last
+
+
+def _before_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor]]:
+    """Find the ends of segments, if there are some: the result to be written, and what the kernels take."""
+    u, ends = inputs.u, inputs.ends
+    out = torch.empty(u.shape[1:], dtype=u.dtype, device=u.device)
+    shared = [u, inputs.delta, inputs.projections, *inputs.decays()]
+    if inputs.segments() > 1:
+        _launch("scan_ends", inputs, FORWARD, [*shared, ends])
+    return out, [*shared, *inputs.skips(), inputs.gate(), out, inputs.mean, ends]
 
 
 def scan_backward(
@@ -190,24 +207,25 @@ def scan_backward(
     decays, gate = inputs.decays(), inputs.gate()
     if segments > 1:
         behind = [grad, delta, projections, *decays, gate, grad_ends]
-        _launch("scan_ends_backward", inputs, behind, need_parameters)
+        _launch("scan_ends_backward", inputs, BACKWARD, behind, need_parameters)
     arguments = [
         *(grad, u, delta, projections, *decays, *inputs.skips(), gate),
         inputs.mean if _needs_mean(u.dtype) else out,
         *(found.u, found.delta, grad_xz[..., inner:], found.BC, terms, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]
-    _launch("scan_backward", inputs, arguments, need_parameters)
+    _launch("scan_backward", inputs, BACKWARD, arguments, need_parameters)
     if not need_parameters:
         return found
     return found._replace(A=found.A.sum((1, 2)), D=found.D.sum((1, 2)), bias=found.bias.sum((1, 2)))
 
 
-def _launch(name: str, inputs: ScanInputs, arguments: Sequence[Tensor], trained: bool | None = None) -> None:
-    """Launch a kernel of the backward, which knows whether weights are `trained`, or else of the forward."""
+def _launch(
+    name: str, inputs: ScanInputs, source: str, arguments: Sequence[Tensor], trained: bool | None = None
+) -> None:
+    """Launch a kernel of the file `source`; those of the backward know whether weights are `trained`."""
     u, segments = inputs.u, inputs.segments()
     directions, batch, tokens, inner = u.shape
-    source = FORWARD if trained is None else BACKWARD
     constants = [
         ("DIRECTIONS", directions),
         ("WIDTH", inner),
