@@ -7,7 +7,7 @@ DOWNLOADS is a folder with what is public elsewhere; what is missing is left out
     arc/ARC-{Easy,Challenge}-{train,test}.jsonl    the official files
     winogrande/{train_m,dev}.jsonl                 the official files
     piqa/valid.jsonl, piqa/valid-labels.lst        https://github.com/ybisk/ybisk.github.io
-    qc/, sentence_polarity/, subjectivity/         https://github.com/nltk/nltk_data, packages/corpora, unpacked
+    qc/, sentence_polarity/, subjectivity/         https://github.com/nltk/nltk_data, unpacked corpora
 
 Of PIQA's validation file the last 500 questions are for the test, the others for training. The folders of
 nltk that have no split of their own give a fifth to the test.

@@ -74,11 +74,17 @@ def vocabulary_of(model: nn.Module) -> int:
 def build_base(
     recipe: Recipe, settings: LanguageModelSettings, outputs: int | None, pooling: Pooling
 ) -> nn.Module:
-    """The same without an adapter."""
+    """The same without an adapter.
+
+    Weights are fp32, whatever the dtype of their file: an update may be too small for a bf16 weight. Mixed
+    precision (amp) computes with them in bf16 or fp16.
+    """
     # Seeded apart, so that the adapter starts alike whatever the model drew.
     torch.manual_seed(derive_seed(recipe.run.seed, "model"))
     own = settings.pretrained and settings.checkpoint is None
-    model = create_language_model(settings.model, pretrained=own, **settings.model_kwargs)
+    model = create_language_model(
+        settings.model, pretrained=own, dtype=torch.float32, **settings.model_kwargs
+    )
     if settings.checkpoint is not None:
         from vimtune.language.creation import load_weights
 
