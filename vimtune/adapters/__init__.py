@@ -15,6 +15,7 @@ from vimtune.adapters.identity import (
     note_casts,
     note_loading,
     note_seed,
+    share_sources,
 )
 from vimtune.adapters.info import FORMAT as ADAPTER_FORMAT
 from vimtune.adapters.info import AdapterFileError, AdapterInfo
@@ -89,6 +90,7 @@ __all__ = [
     "set_adapter",
     "settle",
     "settles",
+    "share_sources",
     "shared_effective_weights",
     "summary",
     "unmerge",

@@ -167,6 +167,12 @@ def note_casts(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> Callabl
     return noting
 
 
+def share_sources(module: nn.Module, model: nn.Module) -> None:
+    """Let `module` know where the values of `model` came from, whose parameters it has by the same names."""
+    if _SOURCES in model.__dict__:
+        module.__dict__[_SOURCES] = model.__dict__[_SOURCES]
+
+
 # ---------------------------------------------------------------------------------------------
 # Comparing
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from vimtune.adapters import share_sources
 from vimtune.text import quote
 
 Pooling = Literal["last", "mean"]
@@ -83,4 +84,6 @@ def pooled_classifier(model: Any, num_classes: int, pooling: Pooling = "last") -
     Raises:
         ValueError: no such pooling.
     """
-    return PooledClassifier(model.backbone, model.config.hidden_size, num_classes, pooling)
+    classifier = PooledClassifier(model.backbone, model.config.hidden_size, num_classes, pooling)
+    share_sources(classifier, model)
+    return classifier

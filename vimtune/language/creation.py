@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     Mamba2ForCausalLM,
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from vimtune import schema
+from vimtune.adapters import note_casts
 from vimtune.language.acceleration import accelerate
 from vimtune.language.configuration import config_of_entry, config_of_file
 from vimtune.language.registry import LANGUAGE_MODELS
@@ -76,9 +77,22 @@ def create_language_model(
     else:
         config = read_config(place, config_changes)
     model = _build(config, device, place if pretrained else None)
-    model = model.to(dtype=dtype) if dtype is not None else model
+    if dtype is not None:
+        cast(model, dtype)
     config.dtype = next(model.parameters()).dtype
     return accelerate(model.eval(), backend)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all parameters and buffers of a model this dtype, where they are of floating point numbers.
+
+    An adapter of the model fits that of the file, too, for what the values were made from is remembered.
+    """
+
+    def convert(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    model._apply(note_casts(model, convert))
 
 
 def _find(name: str, pretrained: bool) -> Path | None:

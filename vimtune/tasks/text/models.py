@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vimtune
+from vimtune.adapters import share_sources
 from vimtune.language import create_language_model, pooled_classifier, sequence_losses
 from vimtune.recipe import Recipe
 from vimtune.tasks.text.settings import LanguageModelSettings
@@ -32,6 +33,7 @@ class SequenceScorer(nn.Module):
         """The scorer of a language model of transformers, with which it shares all parameters."""
         super().__init__()
         self.backbone, self.lm_head = model.backbone, model.lm_head
+        share_sources(self, model)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Minus the log-likelihood of the labelled tokens of each row, (B,) in fp32.
