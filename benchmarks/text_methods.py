@@ -19,10 +19,12 @@ import argparse
 import csv
 import multiprocessing
 import os
+import queue
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -74,16 +76,17 @@ class Result(Case):
 def main() -> None:
     options = parse_options()
     results = read_results(options.output)
-    wanted = [
-        Case(Path(model).name, data, method, lr, 0)
+    grids = [
+        [Case(Path(model).name, data, method, lr, 0) for lr in METHODS[method][1]]
         for data in options.data
         for method in options.methods
         for model in options.models
-        for lr in METHODS[method][1]
     ]
-    results = run_all(wanted, results, options)
-    others = [replace(case, seed=seed) for case in best_cases(results) for seed in range(1, options.seeds)]
-    results = run_all(others, results, options)
+    with Writer(options.output) as writer:
+        for result in Runs(grids, results, options):
+            results.append(result)
+            writer.write(result)
+            print(f"{len(results)}: {result}", flush=True)
     print_tables(results)
 
 
@@ -123,30 +126,76 @@ def parse(row: dict[str, str]) -> Result:
     return Result(**texts, **numbers, acc_norm=norm, seed=int(row["seed"]), trained=int(row["trained"]))
 
 
-def run_all(wanted: list[Case], results: list[Result], options: argparse.Namespace) -> list[Result]:
-    """Do the runs that have not been done, and write each of them down at once."""
-    done = {case_of(result) for result in results}
-    left = [case for case in wanted if case not in done]
-    context = multiprocessing.get_context("spawn")
-    numbers = context.Queue()
-    for number in range(options.workers):
-        numbers.put(number)
-    new = not options.output.exists()
-    with (
-        open(options.output, "a", newline="", encoding="utf-8") as file,
-        context.Pool(options.workers, prepare_worker, (numbers, options.gpus)) as pool,
-    ):
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(field.name for field in fields(Result))
-        for result in pool.imap_unordered(run, [(case, options) for case in left]):
-            if result is None:
-                continue
-            results = [*results, result]
-            writer.writerow(asdict(result).values())
-            file.flush()
-            print(f"{len(results)}: {result}", flush=True)
-    return results
+class Writer:
+    """Writes results into a file, each at once; behind those that it has already."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._new = path, not path.exists()
+
+    def __enter__(self) -> Writer:
+        self._file = open(self._path, "a", newline="", encoding="utf-8")
+        self._rows = csv.writer(self._file)
+        if self._new:
+            self._rows.writerow(field.name for field in fields(Result))
+        return self
+
+    def write(self, result: Result) -> None:
+        self._rows.writerow(asdict(result).values())
+        self._file.flush()
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+class Runs:
+    """Does the runs that have not been done, several at a time.
+
+    As soon as the grid of a method has been tried, its other seeds come before everything else.
+    """
+
+    def __init__(self, grids: list[list[Case]], results: list[Result], options: argparse.Namespace) -> None:
+        self._grids, self._options = grids, options
+        self._found = {case_of(result): result for result in results}
+        self._asked = set(self._found)
+        self._finished: queue.Queue[Result | BaseException | None] = queue.Queue()
+
+    def __iter__(self) -> Iterator[Result]:
+        """Yield the results as they come."""
+        options, context = self._options, multiprocessing.get_context("spawn")
+        numbers = context.Queue()
+        for number in range(options.workers):
+            numbers.put(number)
+        with context.Pool(options.workers, prepare_worker, (numbers, options.gpus)) as pool:
+            running = 0
+            while True:
+                while running < options.workers and (case := self._next()) is not None:
+                    put = self._finished.put
+                    pool.apply_async(run, ((case, options),), callback=put, error_callback=put)
+                    running += 1
+                if running == 0:
+                    return
+                result = self._finished.get()
+                running -= 1
+                if isinstance(result, BaseException):
+                    raise result
+                if result is not None:
+                    self._found[case_of(result)] = result
+                    yield result
+
+    def _next(self) -> Case | None:
+        """The next case, which is then taken for asked; None if there is none at present."""
+        for case in [*self._other_seeds(), *(case for grid in self._grids for case in grid)]:
+            if case not in self._asked:
+                self._asked.add(case)
+                return case
+        return None
+
+    def _other_seeds(self) -> Iterator[Case]:
+        """The cases of further seeds, of the grids that have been tried."""
+        for grid in self._grids:
+            if all(case in self._found for case in grid):
+                best = case_of(best_of([self._found[case] for case in grid]))
+                yield from (replace(best, seed=seed) for seed in range(1, self._options.seeds))
 
 
 def case_of(result: Result) -> Case:
@@ -202,23 +251,19 @@ def run(job: tuple[Case, argparse.Namespace]) -> Result | None:
     )
 
 
-def best_cases(results: list[Result]) -> list[Case]:
-    """Of each model, set and method the case of seed 0 with the best score on the validation split."""
-    groups = defaultdict(list)
-    for result in results:
-        if result.seed == 0:
-            groups[result.model, result.data, result.method].append(result)
-    return [case_of(max(group, key=lambda result: result.val_acc)) for group in groups.values()]
+def best_of(results: list[Result]) -> Result:
+    """The one with the best score on the validation split, the first of several."""
+    return max(results, key=lambda result: result.val_acc)
 
 
 def print_tables(results: list[Result]) -> None:
     """For each model a table: methods by sets, mean and standard deviation over the seeds."""
-    chosen = {(case.model, case.data, case.method): case.lr for case in best_cases(results)}
-    groups = defaultdict(list)
+    tried, groups = defaultdict(list), {}
     for result in results:
-        key = result.model, result.data, result.method
-        if result.lr == chosen.get(key):
-            groups[key].append(result)
+        tried[result.model, result.data, result.method].append(result)
+    for key, runs in tried.items():
+        lr = best_of([result for result in runs if result.seed == 0]).lr
+        groups[key] = [result for result in runs if result.lr == lr]
     for model in dict.fromkeys(model for model, _, _ in groups):
         sets = [data for data in SETS if any(key[:2] == (model, data) for key in groups)]
         print(f"\n{model}\n\n| method | {' | '.join(sets)} |\n|---|{'---|' * len(sets)}")
