@@ -18,7 +18,7 @@ from vimtune.recipe import Recipe, RecipeError, load_recipe
 from vimtune.tasks.classification import Classification
 from vimtune.training import Interrupted, train, trained, trainer
 from vimtune.training.gradients import StandingGradients
-from vimtune.training.graph import BatchGraph, CaptureError, CudaRecorder, refusals
+from vimtune.training.graph import BatchGraphs, CaptureError, CudaRecorder, refusals
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.state import load_run_state
 from vimtune.training.stepper import Stepper
@@ -138,7 +138,7 @@ class Sum:
 
 def test_losses_and_gradients_of_replays_and_eager_batches_add_up():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
-    graph = BatchGraph(recorder, [work.weight], warmup=2)
+    graph = BatchGraphs(recorder, [work.weight], warmup=2)
     expected = 0.0
     for number, size in enumerate([4, 3, 4, 4, 3, 4, 1, 4]):
         images, targets = torch.full((size, 2), float(number + 1)), torch.arange(size).float()
@@ -154,7 +154,7 @@ def test_losses_and_gradients_of_replays_and_eager_batches_add_up():
 
 def test_recorded_is_the_first_shape_that_keeps_coming():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
-    graph = BatchGraph(recorder, [work.weight], warmup=1)
+    graph = BatchGraphs(recorder, [work.weight], warmup=1)
     for size in (1, 2, 3, 2, 3, 2):
         graph(work.forward_backward, ones(size))
     assert graph.num_replays == 2
@@ -162,14 +162,14 @@ def test_recorded_is_the_first_shape_that_keeps_coming():
 
 def test_gradients_exist_before_a_batch_is_recorded():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
-    graph = BatchGraph(recorder, [work.weight], warmup=0)
+    graph = BatchGraphs(recorder, [work.weight], warmup=0)
     graph(work.forward_backward, ones(2))
     assert float(work.weight.grad) == 4.0
 
 
 def test_a_failed_recording_has_not_run_the_batch():
     work = Sum()
-    graph = BatchGraph(FailingRecorder(torch.device("cpu")), [work.weight], warmup=0)
+    graph = BatchGraphs(FailingRecorder(torch.device("cpu")), [work.weight], warmup=0)
     with pytest.raises(CaptureError):
         graph(work.forward_backward, ones(2))
     assert work.batches == [] and graph.num_replays == 0
@@ -343,7 +343,7 @@ def test_on_a_gpu_each_replay_draws_afresh_from_its_seed():
         loss.sum().backward()
         return loss.detach()
 
-    graph = BatchGraph(CudaRecorder(CUDA), [weight], warmup=1)
+    graph = BatchGraphs(CudaRecorder(CUDA), [weight], warmup=1)
     batch = {"images": torch.rand(64, 32, device="cuda")}
     seen = []
     for seed in (3, 4, 5, 4, 3):

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
+
+from vimtune.adapters.rule import CallRule, WeightRule
 
 IGNORED = -100
 """The label of a token that is not counted, as in torch's cross-entropy."""
@@ -45,8 +48,8 @@ def sequence_losses(
     """
     places, hidden, wanted = _labelled(model, input_ids, labels)
     parts = []
-    # Only an adapter of the head draws random numbers there. To rewind the generator forbids CUDA graphs.
-    draws = any(parameter.requires_grad for parameter in model.lm_head.parameters())
+    # To rewind the generator forbids CUDA graphs.
+    draws = _draws(model.lm_head)
     for part in _chunks(len(wanted), chunk_tokens):
         chunk = (model.lm_head, hidden[part], wanted[part])
         if torch.is_grad_enabled():
@@ -93,6 +96,15 @@ def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[tuple[Tens
         rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     places = rows, before + 1
     return places, hidden[rows, before], labels[places]
+
+
+def _draws(head: nn.Module) -> bool:
+    """Whether a head may draw random numbers: of what may be there, adapters with dropout do, and those that
+    surround calls may."""
+    return any(
+        isinstance(module, (CallRule, _DropoutNd)) or (isinstance(module, WeightRule) and module.perturbs)
+        for module in head.modules()
+    )
 
 
 def _chunks(tokens: int, size: int) -> Iterator[slice]:

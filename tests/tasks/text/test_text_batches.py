@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, WINOGRANDE, Example, open_text
-from vimtune.tasks.text.batches import MOST_PADDING, TextBatches, collate
+from vimtune.tasks.text.batches import Size, TextBatches, collate
 from vimtune.tasks.text.heads import ClassHead, LikelihoodHead, RatingHead
+from vimtune.tasks.text.lengths import MOST_PADDING, MOST_SHAPES, group_by_length
 from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vimtune.data.text import Example
 from vimtune.tasks.job import Batch, Forward, Tensors
-from vimtune.tasks.text.batches import collate
+from vimtune.tasks.text.batches import AS_IT_IS, Size, collate
 from vimtune.tasks.text.scoring import (
     ChoiceTally,
     HeadTally,
@@ -41,8 +41,8 @@ class Head(ABC):
         """What is scored."""
 
     @abstractmethod
-    def batch(self, items: Sequence[Item]) -> Batch:
-        """The batch of some items."""
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
+        """The batch of some items, padded to `size`: neither its loss nor its count depends on that."""
 
     @abstractmethod
     def count(self, item: Item) -> int:
@@ -68,9 +68,9 @@ class LikelihoodHead(Head):
         """Every choice after its context."""
         return [Item((row,)) for row in encoder.choices(examples)]
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
         """Tensors "input_ids", "labels" (B, L) and "slots" (B,); labelled tokens are counted."""
-        tensors = collate([row for item in items for row in item.rows])
+        tensors = collate([row for item in items for row in item.rows], size)
         del tensors["attention_mask"]  # what is padded on the right is seen by no token
         return Batch(tensors, sum(map(self.count, items)))
 
@@ -90,9 +90,9 @@ class LikelihoodHead(Head):
 class ClassifierHead(Head):
     """A linear head on pooled features. Losses are counted by example."""
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
         """Tensors "input_ids", "attention_mask" (B, L), "slots" (B,) and "answers" (items,)."""
-        tensors = collate([row for item in items for row in item.rows])
+        tensors = collate([row for item in items for row in item.rows], size)
         del tensors["labels"]
         tensors["answers"] = torch.tensor([item.answer for item in items], dtype=torch.int64)
         return Batch(tensors, sum(map(self.count, items)))
@@ -145,10 +145,11 @@ class RatingHead(ClassifierHead):
         """Every choice for itself."""
         return [Item((row,)) for item in self.training_items(encoder, examples) for row in item.rows]
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
         """Also "choices" (items, C): the row of each choice; -1 where an item has fewer."""
-        batch = super().batch(items)
-        choices = torch.full((len(items), max((len(item.rows) for item in items), default=0)), -1)
+        batch = super().batch(items, size)
+        most = max([size.choices, *(len(item.rows) for item in items)])
+        choices = torch.full((len(items), most), -1)
         start = 0
         for number, item in enumerate(items):
             choices[number, : len(item.rows)] = torch.arange(start, start + len(item.rows))
