@@ -1,7 +1,4 @@
-"""Batches replayed as a CUDA graph: the same run, whatever is replayed and whatever is not.
-
-On the CPU a recorder that repeats the recorded call stands in for the graph.
-"""
+"""Batches replayed as CUDA graphs: the same run, whatever is replayed and whatever is not."""
 
 from __future__ import annotations
 
@@ -10,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorders import FailingRecorder, RepeatingRecorder
 from tiny_runs import assert_same_weights, largest_difference, metrics, weights
 from torch import nn
 
 from vimtune import adapters
 from vimtune.recipe import Recipe, RecipeError, load_recipe
 from vimtune.tasks.classification import Classification
-from vimtune.training import Interrupted, train, trained, trainer
+from vimtune.training import Interrupted, train, trained
 from vimtune.training.gradients import StandingGradients
 from vimtune.training.graph import BatchGraphs, CaptureError, CudaRecorder, refusals
 from vimtune.training.guard import NonFiniteError
@@ -27,49 +25,6 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 CUDA = torch.device("cuda", 0)
 MIXED = {"mixup": 0.5, "cutmix": 0.5, "drop_path": 0.3, "dropout": 0.2, "label_smoothing": 0.1, "ema": 0.9}
-
-
-class RepeatingRecorder:
-    """Replays by doing the recorded call again; like a graph it needs the gradients where they were."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.num_warm = self.num_replays = 0
-
-    def run(self, work):
-        self.num_warm += 1
-        return work()
-
-    def record(self, work):
-        parameters = work.func.__self__.gradients.parameters
-        places = [p.grad.data_ptr() for p in parameters]
-        loss = torch.full((), math.nan)
-
-        def replay() -> None:
-            assert [p.grad.data_ptr() for p in parameters] == places
-            loss.copy_(work())
-            self.num_replays += 1
-
-        return loss, replay
-
-
-class FailingRecorder(RepeatingRecorder):
-    def record(self, work):
-        raise CaptureError("operation not permitted when stream is capturing")
-
-
-@pytest.fixture
-def replaying(monkeypatch):
-    """Have the runs of a test replay, with the given recorder class; gives the recorders that were made."""
-
-    def install(recorder_class=RepeatingRecorder):
-        made = []
-        monkeypatch.setattr(trainer, "refusals", lambda recipe, device: [])
-        monkeypatch.setattr(
-            trainer, "CudaRecorder", lambda device: made.append(recorder_class(device)) or made[-1]
-        )
-        return made
-
-    return install
 
 
 # --- whether to replay --------------------------------------------------------------------------
@@ -158,6 +113,29 @@ def test_recorded_is_the_first_shape_that_keeps_coming():
     for size in (1, 2, 3, 2, 3, 2):
         graph(work.forward_backward, ones(size))
     assert graph.num_replays == 2
+
+
+def test_several_shapes_are_recorded_up_to_a_limit():
+    work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
+    graphs = BatchGraphs(recorder, [work.weight], warmup=2, limit=2)
+    expected = 0.0
+    for number, size in enumerate([2, 3, 2, 2, 4, 3, 4, 4, 3, 2], 1):
+        loss = graphs(work.forward_backward, {**ones(size), "images": torch.full((size, 2), float(number))})
+        expected += 2 * size * number
+        assert float(loss) == 2 * size * number and float(work.weight.grad) == expected
+    assert recorder.recorded == [3, 2] and recorder.num_warm == 3
+    assert recorder.num_replays == graphs.num_replays == 4
+    assert work.batches == [2, 3, 2, 2, 4, 3, 4, 4, 3, 2]  # 4 comes when there are two graphs already
+    assert graphs.summary == "2 shapes of batches recorded, 4 of 10 batches replayed"
+
+
+def test_the_largest_shape_is_recorded_first():
+    """In its memory the others find room."""
+    work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
+    graphs = BatchGraphs(recorder, [work.weight], warmup=1, limit=8)
+    for size in (5, 9, 3, 7, 3, 5, 7, 11, 9, 9, 11):
+        graphs(work.forward_backward, ones(size))
+    assert recorder.recorded == [9, 3, 5, 7, 11]
 
 
 def test_gradients_exist_before_a_batch_is_recorded():

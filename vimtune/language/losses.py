@@ -27,7 +27,12 @@ CHUNK_TOKENS = 1024
 
 
 def sequence_losses(
-    model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int = CHUNK_TOKENS
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    places: Tensor | None = None,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Minus the log-likelihood of the labelled tokens of each sequence, summed.
 
@@ -38,6 +43,9 @@ def sequence_losses(
         model: a language model of transformers: a `backbone` that gives hidden states, and an `lm_head`.
         input_ids: (B, L).
         labels: (B, L), the tokens to be predicted at their own places, -100 where none is counted.
+        places: (T,), the numbers of the labelled tokens when those of all rows are counted together. Token
+            0, which is not counted, may be among them, however often: so T can be the same for all batches.
+            If None they are looked for, and the host waits for the device to know how many there are.
         chunk_tokens: tokens whose logits are held at once.
 
     Returns:
@@ -46,7 +54,7 @@ def sequence_losses(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    places, hidden, wanted = _labelled(model, input_ids, labels)
+    (rows, columns), hidden, wanted = _labelled(model, input_ids, labels, places)
     parts = []
     # To rewind the generator forbids CUDA graphs.
     draws = _draws(model.lm_head)
@@ -57,8 +65,8 @@ def sequence_losses(
         else:
             parts.append(_token_losses(*chunk))
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
-    # Each place once, so that sums come out the same every time.
-    return (losses.index_put(places, torch.cat(parts)) if parts else losses).sum(1)
+    # Each place once, or always with 0, so that sums come out the same every time.
+    return (losses.index_put((rows, columns), torch.cat(parts)) if parts else losses).sum(1)
 
 
 @torch.no_grad()
@@ -78,24 +86,32 @@ def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: 
     return misses == 0
 
 
-def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Of all labelled tokens: row and column (T,), hidden state that predicts it (T, D), and label (T,).
-
-    Where a CUDA graph is recorded, sizes cannot depend on values: then all tokens are taken, labelled or not.
-    """
+def _labelled(
+    model: Any, input_ids: Tensor, labels: Tensor, places: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Of all labelled tokens: row and column (T,), hidden state that predicts it (T, D), and label (T,)."""
     if input_ids.dim() != 2 or input_ids.shape != labels.shape:
         raise ValueError(
             f"input_ids and labels must both be (B, L); got {tuple(input_ids.shape)} and "
             f"{tuple(labels.shape)}"
         )
     hidden = model.backbone(input_ids, use_cache=False)[0]
+    places = _find_places(labels) if places is None else places
+    rows, columns = places // labels.shape[1], places % labels.shape[1]
+    wanted = labels[rows, columns].masked_fill(columns == 0, IGNORED)
+    return (rows, columns), hidden[rows, (columns - 1).clamp(min=0)], wanted
+
+
+def _find_places(labels: Tensor) -> Tensor:
+    """The numbers of the labelled tokens (T,), of which the first one of a row is none.
+
+    Where a CUDA graph is recorded, sizes cannot depend on values: then all tokens are taken, labelled or not.
+    """
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-        index = torch.arange(labels[:, 1:].numel(), device=labels.device)
-        rows, before = index // (labels.shape[1] - 1), index % (labels.shape[1] - 1)
-    else:
-        rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    places = rows, before + 1
-    return places, hidden[rows, before], labels[places]
+        return torch.arange(labels.numel(), device=labels.device)
+    counted = labels != IGNORED
+    counted[:, :1] = False
+    return counted.flatten().nonzero()[:, 0]
 
 
 def _draws(head: nn.Module) -> bool:

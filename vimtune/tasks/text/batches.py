@@ -5,6 +5,7 @@ Shape letters: B rows of a batch, L tokens of the longest of them.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from vimtune.tasks.job import Batch, Loader, Tensors
-from vimtune.tasks.text.lengths import group_by_length
+from vimtune.tasks.text.lengths import Group, group_by_length
 from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
 
@@ -20,7 +21,7 @@ EMPTY = Row((0,), scored=0, slot=-1)
 """A row that fills up a batch and belongs to no choice. It has one token, because there is no last one and no
 mean of none."""
 ENOUGH = 0.95
-"""Share of the whole batches for which the usual number of rows is enough."""
+"""Share of the batches of a group for which the rows of its usual size are enough."""
 
 
 class Size(NamedTuple):
@@ -30,6 +31,8 @@ class Size(NamedTuple):
     """B, by rows that are `EMPTY`."""
     length: int = 0
     """L."""
+    scored: int = 0
+    """T, tokens that are scored."""
     choices: int = 0
     """Rows that an item may have."""
 
@@ -104,17 +107,34 @@ class TextBatches(Loader):
         self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
         self._epoch = self._start = 0
         self._groups = group_by_length(items, batch_size) if shuffle else []
-        self._usual: Size | None = None
+        self._sizes: list[Size] = []
 
     def pad_to_few_shapes(self) -> None:
         """Pad batches from now on, so that nearly all have one of a few shapes: as many as there are groups.
 
         The order stays as it is. Only of a split that is shuffled.
         """
-        whole = [cut.items for cut in self._order() if len(cut.items) == self._batch_size]
-        rows = sorted(sum(len(item.rows) for item in self._share(items)) for items in whole)
-        self._usual = Size(
-            rows=rows[int(ENOUGH * (len(rows) - 1))] if rows else 0,
+        cuts = self._order()
+        of_groups = [
+            [cut.items for cut in cuts if cut.group == number] for number in range(len(self._groups))
+        ]
+        self._sizes = [
+            self._usual_size(group, batches) for group, batches in zip(self._groups, of_groups, strict=True)
+        ]
+
+    def _usual_size(self, group: Group, batches: Sequence[Sequence[int]]) -> Size:
+        """What this process's shares of the batches of a group are padded to.
+
+        Nearly all of `batches`, those of an epoch, have no more rows. For the tokens that are scored there is
+        room even where the items that have most of them meet in one share.
+        """
+        shares = [self._share(batch) for batch in batches]
+        rows = sorted(sum(len(item.rows) for item in share) for share in shares)
+        scored = sorted(sum(row.scored for row in self._items[i].rows) for batch in batches for i in batch)
+        return Size(
+            rows=rows[math.ceil(ENOUGH * (len(rows) - 1))],
+            length=group.length,
+            scored=sum(scored[len(scored) - max(map(len, shares)) :]),
             choices=max(len(item.rows) for item in self._items),
         )
 
@@ -138,7 +158,8 @@ class TextBatches(Loader):
         """Yield this process's share of the batches."""
         for cut in self._order()[self._start :]:
             share = self._share(cut.items)
-            batch = self._tensors_of(share, self._size(cut) if share else AS_IT_IS)
+            size = self._sizes[cut.group] if self._sizes and share else AS_IT_IS
+            batch = self._tensors_of(share, size)
             if self._pin_memory:
                 batch = Batch({name: t.pin_memory() for name, t in batch.tensors.items()}, batch.count)
             yield batch
@@ -148,40 +169,36 @@ class TextBatches(Loader):
         first, last = (len(whole) * (self._rank + more) // self._world_size for more in (0, 1))
         return [self._items[index] for index in whole[first:last]]
 
-    def _size(self, cut: _Cut) -> Size:
-        """What this process's share of a batch is padded to."""
-        if self._usual is None:
-            return AS_IT_IS
-        rows = self._usual.rows if len(cut.items) == self._batch_size else 0
-        return self._usual._replace(rows=rows, length=cut.length)
-
     def _order(self) -> list[_Cut]:
         """The batches of the epoch."""
         order = list(range(len(self._items)))
         if not self._shuffle:
-            return self._cut(self._sorted(order))
+            return self._cut(self._sorted(order), 0)
         draw = random.Random(f"{self._seed} {self._epoch}")
         draw.shuffle(order)
         order = self._sorted(order)  # which leaves items of one length in the order that was drawn
         cuts: list[_Cut] = []
-        for group in self._groups:
+        for number, group in enumerate(self._groups):
             members, order = order[: group.items], order[group.items :]
             draw.shuffle(members)
-            cuts += [_Cut(items, group.length) for items, _ in self._cut(members)]
+            cuts += self._cut(members, number)
         draw.shuffle(cuts)
-        largest = max(range(len(cuts)), key=lambda number: len(cuts[number].items) * cuts[number].length)
+        largest = max(range(len(cuts)), key=lambda place: self._tokens(cuts[place]))
         cuts[0], cuts[largest] = cuts[largest], cuts[0]
         return cuts
+
+    def _tokens(self, cut: _Cut) -> int:
+        """Tokens of a batch when it is padded."""
+        return len(cut.items) * self._groups[cut.group].length
 
     def _sorted(self, order: Sequence[int]) -> list[int]:
         """Items, the longest first."""
         return sorted(order, key=lambda index: -self._items[index].length)
 
-    def _cut(self, order: Sequence[int]) -> list[_Cut]:
+    def _cut(self, order: Sequence[int], group: int) -> list[_Cut]:
         """Batches of neighbours."""
         size = self._batch_size
-        parts = [list(order[start : start + size]) for start in range(0, len(order), size)]
-        return [_Cut(part, max(self._items[index].length for index in part)) for part in parts]
+        return [_Cut(list(order[start : start + size]), group) for start in range(0, len(order), size)]
 
 
 class _Cut(NamedTuple):
@@ -189,5 +206,5 @@ class _Cut(NamedTuple):
 
     items: list[int]
     """The numbers of its items."""
-    length: int
-    """Tokens of the longest row in it, or in the group from which it is cut."""
+    group: int
+    """The number of the group from which it is cut; 0 where there are none."""

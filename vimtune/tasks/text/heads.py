@@ -17,6 +17,7 @@ from vimtune.data.text import Example
 from vimtune.tasks.job import Batch, Forward, Tensors
 from vimtune.tasks.text.batches import AS_IT_IS, Size, collate
 from vimtune.tasks.text.scoring import (
+    IGNORED,
     ChoiceTally,
     HeadTally,
     LikelihoodTally,
@@ -69,9 +70,12 @@ class LikelihoodHead(Head):
         return [Item((row,)) for row in encoder.choices(examples)]
 
     def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
-        """Tensors "input_ids", "labels" (B, L) and "slots" (B,); labelled tokens are counted."""
+        """Tensors "input_ids", "labels" (B, L), "slots" (B,) and "places" (T,), where labels are; labelled
+        tokens are counted."""
         tensors = collate([row for item in items for row in item.rows], size)
         del tensors["attention_mask"]  # what is padded on the right is seen by no token
+        places = (tensors["labels"].flatten() != IGNORED).nonzero()[:, 0]
+        tensors["places"] = F.pad(places, (0, max(0, size.scored - len(places))))
         return Batch(tensors, sum(map(self.count, items)))
 
     def count(self, item: Item) -> int:
@@ -118,8 +122,9 @@ class ClassHead(ClassifierHead):
         return self.training_items(encoder, examples)
 
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
-        """Cross entropy of the classes."""
-        return F.cross_entropy(head_outputs(forward, tensors), tensors["answers"], reduction="sum")
+        """Cross entropy of the classes. Rows that fill up a batch come last and have no answer."""
+        answers = tensors["answers"]
+        return F.cross_entropy(head_outputs(forward, tensors)[: len(answers)], answers, reduction="sum")
 
     def tally(self, examples: Sequence[Example], items: Sequence[Item], characters: bool) -> ChoiceTally:
         """An empty tally of outputs."""
