@@ -15,7 +15,7 @@ from vimtune import adapters
 from vimtune.recipe import Recipe, RecipeError, load_recipe
 from vimtune.tasks.classification import Classification
 from vimtune.training import Interrupted, train, trained
-from vimtune.training.gradients import StandingGradients
+from vimtune.training.gradients import StandingGradients, put_gradients
 from vimtune.training.graph import BatchGraphs, CaptureError, CudaRecorder, refusals
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.state import load_run_state
@@ -313,7 +313,8 @@ def test_on_a_gpu_replays_are_as_close_to_eager_as_eager_runs_to_each_other(tiny
 
 @gpu
 def test_on_a_gpu_each_replay_draws_afresh_from_its_seed():
-    """Dropout in replays: the values of an eager pass with the same seed, and others with another."""
+    """Dropout in replays: the values of an eager pass with the same seed, and others with another, whichever
+    of two graphs was replayed before."""
     weight = nn.Parameter(torch.ones((), device="cuda"))
 
     def work(tensors):
@@ -321,17 +322,44 @@ def test_on_a_gpu_each_replay_draws_afresh_from_its_seed():
         loss.sum().backward()
         return loss.detach()
 
-    graph = BatchGraphs(CudaRecorder(CUDA), [weight], warmup=1)
-    batch = {"images": torch.rand(64, 32, device="cuda")}
+    graphs = BatchGraphs(CudaRecorder(CUDA), [weight], warmup=1, limit=2)
+    batches = [{"images": torch.rand(rows, 32, device="cuda")} for rows in (64, 48)]
     seen = []
     for seed in (3, 4, 5, 4, 3):
-        torch.manual_seed(seed)
-        eager = work(batch)
-        torch.manual_seed(seed)
-        assert torch.equal(graph(work, batch), eager)
-        seen.append(eager)
-    assert graph.num_replays == 4
-    assert torch.equal(seen[0], seen[4]) and not torch.equal(seen[0], seen[1])
+        for batch in batches:
+            torch.manual_seed(seed)
+            eager = work(batch)
+            torch.manual_seed(seed)
+            assert torch.equal(graphs(work, batch), eager)
+            seen.append(eager)
+    assert graphs.num_replays == 8
+    assert torch.equal(seen[0], seen[8]) and not torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[9]) and not torch.equal(seen[1], seen[3])
+
+
+@gpu
+def test_on_a_gpu_many_shapes_need_hardly_more_memory_than_the_largest():
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(6))).to(CUDA)
+    parameters = list(layers.parameters())
+
+    def work(tensors):
+        loss = layers(tensors["images"]).square().mean()
+        put_gradients(loss, parameters, replace=True)
+        return loss.detach()
+
+    recorder = CudaRecorder(CUDA)
+    graphs = BatchGraphs(recorder, parameters, warmup=1, limit=12)
+    batches = {rows: {"images": torch.rand(rows, 512, device=CUDA)} for rows in range(4096, 53248, 4096)}
+    order = [max(batches), *(rows for rows in batches if rows % 8192), *(rows for rows in batches)]
+    expected = {rows: (float(work(batch)), parameters[0].grad.clone()) for rows, batch in batches.items()}
+    kept = []
+    for rows in order + order:
+        loss = graphs(work, batches[rows])
+        assert float(loss) == pytest.approx(expected[rows][0], rel=1e-5)
+        torch.testing.assert_close(parameters[0].grad, expected[rows][1], rtol=1e-4, atol=1e-7)
+        kept += [recorder.kept] if recorder.kept else []
+    assert graphs.num_replays >= len(order)
+    assert kept[0] > 2**28 and kept[-1] <= 1.25 * kept[0]
 
 
 @gpu

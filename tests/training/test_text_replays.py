@@ -6,13 +6,16 @@ import random
 
 import pytest
 import torch
+from recorders import RepeatingRecorder
+from test_graph import difference, run_once
 from text_files import ARC, write_lines
 from text_runs import SETTINGS
-from tiny_runs import assert_same_weights, metrics, weights
+from tiny_runs import assert_same_weights, largest_difference, metrics, weights
 
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.text.job import TextJob
 from vimtune.training import Interrupted, train
+from vimtune.training.graph import CaptureError
 from vimtune.training.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -123,3 +126,84 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(texts, replaying, monkeypatch):
 def test_without_graphs_batches_keep_their_lengths(texts, monkeypatch):
     monkeypatch.setattr(TextJob, "expect_replays", lambda self: pytest.fail("nothing is replayed"))
     assert not train(texts("run", "likelihood", epochs=1)).cuda_graph
+
+
+class FailingLater(RepeatingRecorder):
+    """Can record two shapes and no more."""
+
+    def record(self, work):
+        if len(self.recorded) == 2:
+            raise CaptureError("out of memory")
+        return super().record(work)
+
+
+def test_when_a_later_shape_cannot_be_recorded_all_batches_run_eagerly(texts, replaying):
+    eager = train(texts("eager", "likelihood"))
+    recorders = replaying(FailingLater)
+    other = train(texts("other", "likelihood"))
+    (warning,) = other.warnings
+    assert warning == "the CUDA graph could not be recorded, batches run eagerly: out of memory"
+    assert 0 < recorders[0].num_replays < 6
+    assert_same_course(eager.run_dir, other.run_dir)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+ON_GPU = {"device": "cuda", "backend": "auto", "epochs": 3}
+
+
+@pytest.fixture
+def padded_only(monkeypatch):
+    """Run a recipe with batches padded as for replays, and replay none of them."""
+
+    def run(recipe):
+        pad = TextJob.expect_replays
+        with monkeypatch.context() as patch:
+            patch.setattr(TextJob, "expect_replays", lambda self: 0 * pad(self))
+            return run_once(recipe)
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, settings) for kind in KINDS for settings in METHODS.values()),
+        ("likelihood", {"targets": "out_proj", "dropout": 0.3, "amp": "fp16", **WINDOWS}),
+        ("ratings", {"amp": "bf16", **METHODS["prodial"]}),
+        ("likelihood", {"amp": "bf16", "model": "mamba2_tiny", "targets": "out_proj"}),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_replays_are_as_close_to_eager_as_eager_runs_to_each_other(
+    texts, padded_only, kind, settings
+):
+    settings = {**ON_GPU, **settings}
+    first, second = (padded_only(texts(f"eager{n}", kind, **settings)) for n in (1, 2))
+    replayed = run_once(texts("replayed", kind, **settings, cuda_graph="on"))
+    assert (first[0].cuda_graph, replayed[0].cuda_graph) == (False, True)
+    assert replayed[0].warnings == []
+    spread = difference(first, second)
+    print(f"{kind}, {settings}: eager spread {spread:.2e}, replayed {difference(first, replayed):.2e}")
+    assert difference(first, replayed) <= max(10 * spread, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu_padding_and_replaying_change_nothing(texts, kind):
+    eager, replayed = (
+        train(texts(graph, kind, **ON_GPU, **METHODS["prodial"], cuda_graph=graph)) for graph in ("off", "on")
+    )
+    assert replayed.cuda_graph and replayed.warnings == []
+    assert_same_course(eager.run_dir, replayed.run_dir)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_resumed_run_continues_as_if_it_had_not_stopped(texts):
+    settings = {**ON_GPU, "targets": "out_proj", "dropout": 0.3, "warmup_epochs": 0, "min_lr": SETTINGS["lr"]}
+    whole = run_once(texts("whole", "likelihood", **{**settings, "epochs": 6}))
+    recipe = texts("parts", "likelihood", **settings)
+    train(recipe)
+    report = train(load_recipe(None, {"resume": recipe.run.output_dir, "epochs": "6"}))
+    assert largest_difference(whole[1], weights(report.run_dir)) < 1e-6
