@@ -143,7 +143,7 @@ def test_when_a_later_shape_cannot_be_recorded_all_batches_run_eagerly(texts, re
     other = train(texts("other", "likelihood"))
     (warning,) = other.warnings
     assert warning == "the CUDA graph could not be recorded, batches run eagerly: out of memory"
-    assert 0 < recorders[0].num_replays < 6
+    assert other.cuda_graph and 0 < recorders[0].num_replays < 6
     assert_same_course(eager.run_dir, other.run_dir)
 
 

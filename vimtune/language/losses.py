@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from vimtune.adapters.rule import CallRule, WeightRule
@@ -118,7 +117,7 @@ def _draws(head: nn.Module) -> bool:
     """Whether a head may draw random numbers: of what may be there, adapters with dropout do, and those that
     surround calls may."""
     return any(
-        isinstance(module, (CallRule, _DropoutNd)) or (isinstance(module, WeightRule) and module.perturbs)
+        isinstance(module, (CallRule, nn.Dropout)) or (isinstance(module, WeightRule) and module.perturbs)
         for module in head.modules()
     )
 

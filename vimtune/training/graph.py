@@ -147,21 +147,28 @@ class BatchGraphs:
         """The loss of `run(tensors)`, valid until the next call; `run` is always the same.
 
         Raises:
-            CaptureError: recording failed; the batch was not run. No graph may be replayed any more, because
-                they no longer draw from the generator that is seeded (see `CudaRecorder.record`).
+            CaptureError: recording failed; the batch was not run. From here on all batches run eagerly:
+                graphs that were recorded before may no longer draw from the generator that is seeded (see
+                `CudaRecorder.record`).
         """
         self.num_batches += 1
         shape = _shape(tensors)
         if shape not in self._recorded:
             if len(self._recorded) >= self.limit:
                 return run(tensors)
-            seen = self._seen.setdefault(shape, _Seen(tensors))
+            if shape not in self._seen:
+                self._seen[shape] = _Seen(tensors)
+            seen = self._seen[shape]
             if seen.times < (1 if self._recorded else self.warmup):
                 seen.times += 1
                 return self.recorder.run(partial(run, tensors))
-            device = next(iter(tensors.values())).device
-            for due in self._due(shape):
-                self._recorded[due] = self._record(run, self._seen.pop(due).like, device)
+            try:
+                for due in self._due(shape):
+                    self._recorded[due] = self._record(run, self._seen.pop(due).like)
+            except CaptureError:
+                self._recorded.clear()
+                self.limit = 0
+                raise
         recorded = self._recorded[shape]
         for name, tensor in tensors.items():
             recorded.tensors[name].copy_(tensor)
@@ -185,11 +192,12 @@ class BatchGraphs:
             return [largest, shape]
         return [shape]
 
-    def _record(self, run: BatchPass, like: Tensors, device: torch.device) -> _Recorded:
+    def _record(self, run: BatchPass, like: Tensors) -> _Recorded:
         """Record the pass of a batch whose tensors are like those given."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        device = self.parameters[0].device
         tensors = {name: torch.empty_like(tensor, device=device) for name, tensor in like.items()}
         loss, replay = self.recorder.record(partial(run, tensors))
         return _Recorded(tensors, loss, replay)

@@ -80,7 +80,6 @@ class Passes:
             try:
                 return self.graphs(self._forward_backward, tensors)
             except CaptureError as error:
-                self.graphs = None
                 self._warn(f"the CUDA graph could not be recorded, batches run eagerly: {error}")
         return self._forward_backward(tensors)
 

@@ -106,13 +106,13 @@ class TextBatches(Loader):
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
         self._epoch = self._start = 0
-        self._groups = group_by_length(items, batch_size) if shuffle else []
+        self._groups = group_by_length(items, batch_size)
         self._sizes: list[Size] = []
 
     def pad_to_few_shapes(self) -> None:
         """Pad batches from now on, so that nearly all have one of a few shapes: as many as there are groups.
 
-        The order stays as it is. Only of a split that is shuffled.
+        The order stays as it is.
         """
         cuts = self._order()
         of_groups = [
@@ -172,28 +172,25 @@ class TextBatches(Loader):
     def _order(self) -> list[_Cut]:
         """The batches of the epoch."""
         order = list(range(len(self._items)))
-        if not self._shuffle:
-            return self._cut(self._sorted(order), 0)
         draw = random.Random(f"{self._seed} {self._epoch}")
-        draw.shuffle(order)
-        order = self._sorted(order)  # which leaves items of one length in the order that was drawn
+        if self._shuffle:
+            draw.shuffle(order)
+        order.sort(key=lambda index: -self._items[index].length)  # items of one length stay as they were
         cuts: list[_Cut] = []
         for number, group in enumerate(self._groups):
             members, order = order[: group.items], order[group.items :]
-            draw.shuffle(members)
+            if self._shuffle:
+                draw.shuffle(members)
             cuts += self._cut(members, number)
-        draw.shuffle(cuts)
-        largest = max(range(len(cuts)), key=lambda place: self._tokens(cuts[place]))
-        cuts[0], cuts[largest] = cuts[largest], cuts[0]
+        if self._shuffle:
+            draw.shuffle(cuts)
+            largest = max(range(len(cuts)), key=lambda place: self._tokens(cuts[place]))
+            cuts[0], cuts[largest] = cuts[largest], cuts[0]
         return cuts
 
     def _tokens(self, cut: _Cut) -> int:
         """Tokens of a batch when it is padded."""
         return len(cut.items) * self._groups[cut.group].length
-
-    def _sorted(self, order: Sequence[int]) -> list[int]:
-        """Items, the longest first."""
-        return sorted(order, key=lambda index: -self._items[index].length)
 
     def _cut(self, order: Sequence[int], group: int) -> list[_Cut]:
         """Batches of neighbours."""
@@ -207,4 +204,4 @@ class _Cut(NamedTuple):
     items: list[int]
     """The numbers of its items."""
     group: int
-    """The number of the group from which it is cut; 0 where there are none."""
+    """The number of the group from which it is cut."""
