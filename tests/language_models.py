@@ -36,7 +36,7 @@ class PlainScorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor, places: Tensor | None = None) -> Tensor:
         logits = self.model(input_ids).logits[:, :-1].flatten(0, 1).float()
         return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1).sum(1)
 

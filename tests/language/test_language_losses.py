@@ -9,8 +9,7 @@ from tiny_language import FAMILIES, VOCABULARY, both_models, tokens
 
 import vimtune
 from vimtune.adapters import adapter_state_dict, check_gradients
-from vimtune.language import greedy_hits, pooled_classifier, sequence_losses
-from vimtune.language import losses as losses_module
+from vimtune.language import greedy_hits, losses, pooled_classifier, sequence_losses
 from vimtune.testing.methods import disturb
 
 close = torch.testing.assert_close
@@ -37,12 +36,21 @@ def test_losses_and_gradients(family, chunk_tokens, frozen_head):
     _, model = both_models(family, tie_word_embeddings=not frozen_head)
     model.lm_head.requires_grad_(not frozen_head)
     factors, results = torch.tensor([1.0, -2.0, 0.5, 3.0]), []
-    for compute in (plain_losses, lambda *given: sequence_losses(*given, chunk_tokens=chunk_tokens)):
+    ids, labels = labelled()
+    counted = (labels[:, 1:] != -100).nonzero()
+    # As they are, and in another order with tokens that are not counted between them.
+    known = torch.cat([torch.zeros(3, dtype=torch.long), counted[:, 0] * 15 + counted[:, 1] + 1]).flip(0)
+    for compute in (
+        plain_losses,
+        lambda *given: sequence_losses(*given, chunk_tokens=chunk_tokens),
+        lambda *given: sequence_losses(*given, known, chunk_tokens=chunk_tokens),
+    ):
         model.zero_grad()
-        losses = compute(model, *labelled())
+        losses = compute(model, ids, labels)
         (losses * factors).sum().backward()
         results.append([losses, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
     close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    close(results[2], results[1], rtol=1e-5, atol=1e-6)
     assert results[1][0][3] == 0
     with torch.no_grad():
         close(sequence_losses(model, *labelled(), chunk_tokens=chunk_tokens), results[0][0].detach())
@@ -60,7 +68,7 @@ def test_a_frozen_head_computes_the_logits_once_and_a_trained_one_twice():
 
 def test_chunks_hold_so_many_bytes(monkeypatch):
     _, model = both_models("mamba")
-    monkeypatch.setattr(losses_module, "CHUNK_BYTES", 40 * VOCABULARY)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 40 * VOCABULARY)
     seen = []
     model.lm_head.register_forward_hook(lambda head, given, logits: seen.append(logits.nbytes))
     with torch.no_grad():
@@ -89,6 +97,27 @@ def test_an_adapted_head_gets_its_gradients():
             results.append([losses, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
         if tied:
             close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "rewound"),
+    [("full", {}, False), ("lora", {}, False), ("lora", {"dropout": 0.3}, True)],
+)
+def test_the_generator_is_rewound_where_the_head_draws(monkeypatch, method, options, rewound):
+    """Nowhere else, because a CUDA graph cannot rewind it."""
+    _, model = both_models("mamba", tie_word_embeddings=False)
+    vimtune.inject(
+        model, method, **({"targets": "lm_head", "rank": 2} if method == "lora" else {}), **options
+    )
+    asked, checkpoint = [], losses.checkpoint
+
+    def note(*args, preserve_rng_state, **others):
+        asked.append(preserve_rng_state)
+        return checkpoint(*args, preserve_rng_state=preserve_rng_state, **others)
+
+    monkeypatch.setattr(losses, "checkpoint", note)
+    sequence_losses(model.train(), *labelled()).sum().backward()
+    assert asked == [rewound]
 
 
 def test_nothing_labelled():

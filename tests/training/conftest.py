@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorders import RepeatingRecorder
 from tiny_runs import TINY
 
 from vimtune.data import CorruptImageError
@@ -109,6 +110,21 @@ def reading_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             self.ahead = True
 
     return lambda: monkeypatch.setattr(trainer, "WindowReader", Ahead)
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[RepeatingRecorder]]:
+    """Have the runs of a test replay, with the given recorder class; gives the recorders that were made."""
+
+    def install(recorder_class: type[RepeatingRecorder] = RepeatingRecorder) -> list[RepeatingRecorder]:
+        made: list[RepeatingRecorder] = []
+        monkeypatch.setattr(trainer, "refusals", lambda recipe, device: [])
+        monkeypatch.setattr(
+            trainer, "CudaRecorder", lambda device: made.append(recorder_class(device)) or made[-1]
+        )
+        return made
+
+    return install
 
 
 @pytest.fixture

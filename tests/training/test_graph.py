@@ -1,7 +1,4 @@
-"""Batches replayed as a CUDA graph: the same run, whatever is replayed and whatever is not.
-
-On the CPU a recorder that repeats the recorded call stands in for the graph.
-"""
+"""Batches replayed as CUDA graphs: the same run, whatever is replayed and whatever is not."""
 
 from __future__ import annotations
 
@@ -10,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorders import FailingRecorder, RepeatingRecorder
 from tiny_runs import assert_same_weights, largest_difference, metrics, weights
 from torch import nn
 
 from vimtune import adapters
 from vimtune.recipe import Recipe, RecipeError, load_recipe
 from vimtune.tasks.classification import Classification
-from vimtune.training import Interrupted, train, trained, trainer
-from vimtune.training.gradients import StandingGradients
-from vimtune.training.graph import BatchGraph, CaptureError, CudaRecorder, refusals
+from vimtune.training import Interrupted, train, trained
+from vimtune.training.gradients import StandingGradients, put_gradients
+from vimtune.training.graph import BatchGraphs, CaptureError, CudaRecorder, refusals
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.state import load_run_state
 from vimtune.training.stepper import Stepper
@@ -27,49 +25,6 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 CUDA = torch.device("cuda", 0)
 MIXED = {"mixup": 0.5, "cutmix": 0.5, "drop_path": 0.3, "dropout": 0.2, "label_smoothing": 0.1, "ema": 0.9}
-
-
-class RepeatingRecorder:
-    """Replays by doing the recorded call again; like a graph it needs the gradients where they were."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.num_warm = self.num_replays = 0
-
-    def run(self, work):
-        self.num_warm += 1
-        return work()
-
-    def record(self, work):
-        parameters = work.func.__self__.gradients.parameters
-        places = [p.grad.data_ptr() for p in parameters]
-        loss = torch.full((), math.nan)
-
-        def replay() -> None:
-            assert [p.grad.data_ptr() for p in parameters] == places
-            loss.copy_(work())
-            self.num_replays += 1
-
-        return loss, replay
-
-
-class FailingRecorder(RepeatingRecorder):
-    def record(self, work):
-        raise CaptureError("operation not permitted when stream is capturing")
-
-
-@pytest.fixture
-def replaying(monkeypatch):
-    """Have the runs of a test replay, with the given recorder class; gives the recorders that were made."""
-
-    def install(recorder_class=RepeatingRecorder):
-        made = []
-        monkeypatch.setattr(trainer, "refusals", lambda recipe, device: [])
-        monkeypatch.setattr(
-            trainer, "CudaRecorder", lambda device: made.append(recorder_class(device)) or made[-1]
-        )
-        return made
-
-    return install
 
 
 # --- whether to replay --------------------------------------------------------------------------
@@ -138,7 +93,7 @@ class Sum:
 
 def test_losses_and_gradients_of_replays_and_eager_batches_add_up():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
-    graph = BatchGraph(recorder, [work.weight], warmup=2)
+    graph = BatchGraphs(recorder, [work.weight], warmup=2)
     expected = 0.0
     for number, size in enumerate([4, 3, 4, 4, 3, 4, 1, 4]):
         images, targets = torch.full((size, 2), float(number + 1)), torch.arange(size).float()
@@ -154,22 +109,45 @@ def test_losses_and_gradients_of_replays_and_eager_batches_add_up():
 
 def test_recorded_is_the_first_shape_that_keeps_coming():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
-    graph = BatchGraph(recorder, [work.weight], warmup=1)
+    graph = BatchGraphs(recorder, [work.weight], warmup=1)
     for size in (1, 2, 3, 2, 3, 2):
         graph(work.forward_backward, ones(size))
     assert graph.num_replays == 2
 
 
+def test_several_shapes_are_recorded_up_to_a_limit():
+    work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
+    graphs = BatchGraphs(recorder, [work.weight], warmup=2, limit=2)
+    expected = 0.0
+    for number, size in enumerate([2, 3, 2, 2, 4, 3, 4, 4, 3, 2], 1):
+        loss = graphs(work.forward_backward, {**ones(size), "images": torch.full((size, 2), float(number))})
+        expected += 2 * size * number
+        assert float(loss) == 2 * size * number and float(work.weight.grad) == expected
+    assert recorder.recorded == [3, 2] and recorder.num_warm == 3
+    assert recorder.num_replays == graphs.num_replays == 4
+    assert work.batches == [2, 3, 2, 2, 4, 3, 4, 4, 3, 2]  # 4 comes when there are two graphs already
+    assert graphs.summary == "2 shapes of batches recorded, 4 of 10 batches replayed"
+
+
+def test_the_largest_shape_is_recorded_first():
+    """In its memory the others find room."""
+    work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
+    graphs = BatchGraphs(recorder, [work.weight], warmup=1, limit=8)
+    for size in (5, 9, 3, 7, 3, 5, 7, 11, 9, 9, 11):
+        graphs(work.forward_backward, ones(size))
+    assert recorder.recorded == [9, 3, 5, 7, 11]
+
+
 def test_gradients_exist_before_a_batch_is_recorded():
     work, recorder = Sum(), RepeatingRecorder(torch.device("cpu"))
-    graph = BatchGraph(recorder, [work.weight], warmup=0)
+    graph = BatchGraphs(recorder, [work.weight], warmup=0)
     graph(work.forward_backward, ones(2))
     assert float(work.weight.grad) == 4.0
 
 
 def test_a_failed_recording_has_not_run_the_batch():
     work = Sum()
-    graph = BatchGraph(FailingRecorder(torch.device("cpu")), [work.weight], warmup=0)
+    graph = BatchGraphs(FailingRecorder(torch.device("cpu")), [work.weight], warmup=0)
     with pytest.raises(CaptureError):
         graph(work.forward_backward, ones(2))
     assert work.batches == [] and graph.num_replays == 0
@@ -335,7 +313,8 @@ def test_on_a_gpu_replays_are_as_close_to_eager_as_eager_runs_to_each_other(tiny
 
 @gpu
 def test_on_a_gpu_each_replay_draws_afresh_from_its_seed():
-    """Dropout in replays: the values of an eager pass with the same seed, and others with another."""
+    """Dropout in replays: the values of an eager pass with the same seed, and others with another, whichever
+    of two graphs was replayed before."""
     weight = nn.Parameter(torch.ones((), device="cuda"))
 
     def work(tensors):
@@ -343,17 +322,44 @@ def test_on_a_gpu_each_replay_draws_afresh_from_its_seed():
         loss.sum().backward()
         return loss.detach()
 
-    graph = BatchGraph(CudaRecorder(CUDA), [weight], warmup=1)
-    batch = {"images": torch.rand(64, 32, device="cuda")}
+    graphs = BatchGraphs(CudaRecorder(CUDA), [weight], warmup=1, limit=2)
+    batches = [{"images": torch.rand(rows, 32, device="cuda")} for rows in (64, 48)]
     seen = []
     for seed in (3, 4, 5, 4, 3):
-        torch.manual_seed(seed)
-        eager = work(batch)
-        torch.manual_seed(seed)
-        assert torch.equal(graph(work, batch), eager)
-        seen.append(eager)
-    assert graph.num_replays == 4
-    assert torch.equal(seen[0], seen[4]) and not torch.equal(seen[0], seen[1])
+        for batch in batches:
+            torch.manual_seed(seed)
+            eager = work(batch)
+            torch.manual_seed(seed)
+            assert torch.equal(graphs(work, batch), eager)
+            seen.append(eager)
+    assert graphs.num_replays == 8
+    assert torch.equal(seen[0], seen[8]) and not torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[9]) and not torch.equal(seen[1], seen[3])
+
+
+@gpu
+def test_on_a_gpu_many_shapes_need_hardly_more_memory_than_the_largest():
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.GELU()) for _ in range(6))).to(CUDA)
+    parameters = list(layers.parameters())
+
+    def work(tensors):
+        loss = layers(tensors["images"]).square().mean()
+        put_gradients(loss, parameters, replace=True)
+        return loss.detach()
+
+    recorder = CudaRecorder(CUDA)
+    graphs = BatchGraphs(recorder, parameters, warmup=1, limit=12)
+    batches = {rows: {"images": torch.rand(rows, 512, device=CUDA)} for rows in range(4096, 53248, 4096)}
+    order = [max(batches), *(rows for rows in batches if rows % 8192), *(rows for rows in batches)]
+    expected = {rows: (float(work(batch)), parameters[0].grad.clone()) for rows, batch in batches.items()}
+    kept = []
+    for rows in order + order:
+        loss = graphs(work, batches[rows])
+        assert float(loss) == pytest.approx(expected[rows][0], rel=1e-5)
+        torch.testing.assert_close(parameters[0].grad, expected[rows][1], rtol=1e-4, atol=1e-7)
+        kept += [recorder.kept] if recorder.kept else []
+    assert graphs.num_replays >= len(order)
+    assert kept[0] > 2**28 and kept[-1] <= 1.25 * kept[0]
 
 
 @gpu

@@ -10,14 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_graph import ON_GPU, RepeatingRecorder, difference, run_once
+from test_graph import ON_GPU, difference, run_once
 from test_resume import interrupt_at
 from tiny_runs import assert_same_weights, largest_difference, metrics, weights
 from toy_task import CHOICES, Bigrams, Likelihoods, Sequences, log_likelihoods
 from two_ranks import register_toy_task, run_two
 
 from vimtune.recipe import load_recipe
-from vimtune.training import Interrupted, ScoreReport, evaluate, train, trainer
+from vimtune.training import Interrupted, ScoreReport, evaluate, train
 from vimtune.training.distributed import Processes
 from vimtune.training.precision import build_autocast
 from vimtune.training.report import print_report
@@ -132,10 +132,9 @@ def test_two_processes_give_the_result_of_one(toy):
 
 
 @pytest.mark.parametrize("changes", [{}, MIXED], ids=str)
-def test_replays_change_nothing(toy, monkeypatch, changes):
+def test_replays_change_nothing(toy, replaying, changes):
     eager = train(toy("eager", **changes))
-    monkeypatch.setattr(trainer, "refusals", lambda recipe, device: [])
-    monkeypatch.setattr(trainer, "CudaRecorder", RepeatingRecorder)
+    replaying()
     replayed = train(toy("replayed", **changes))
     assert replayed.cuda_graph and not eager.cuda_graph
     assert_same_weights(weights(eager.run_dir), weights(replayed.run_dir))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vimtune.adapters.rule import CallRule, WeightRule
 from vimtune.ops import token_losses
 from vimtune.ops.cross_entropy import IGNORED
 
@@ -25,7 +26,12 @@ CHUNK_BYTES = 200 * 2**20
 
 
 def sequence_losses(
-    model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int | None = None
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    places: Tensor | None = None,
+    *,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Minus the log-likelihood of the labelled tokens of each sequence, summed.
 
@@ -36,6 +42,9 @@ def sequence_losses(
         model: a language model of transformers: a `backbone` that gives hidden states, and an `lm_head`.
         input_ids: (B, L).
         labels: (B, L), the tokens to be predicted at their own places, -100 where none is counted.
+        places: (T,), the numbers of the labelled tokens when those of all rows are counted together. Token
+            0, which is not counted, may be among them, however often: so T can be the same for all batches.
+            If None they are looked for, and the host waits for the device to know how many there are.
         chunk_tokens: tokens whose logits are held at once; None takes as many as `CHUNK_BYTES` hold.
 
     Returns:
@@ -44,17 +53,16 @@ def sequence_losses(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    places, hidden, wanted = _labelled(model, input_ids, labels)
+    places, hidden, wanted = _labelled(model, input_ids, labels, places)
     head = model.lm_head
     size = chunk_tokens or _tokens_of_a_chunk(head)
-    losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    losses = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
     if len(wanted) == 0:
-        return losses.sum(1)
+        return losses.view(labels.shape).sum(1)
     if not torch.is_grad_enabled():
         found = torch.cat([_token_losses(head, *chunk) for chunk in _chunks(size, hidden, wanted)])
     elif any(parameter.requires_grad for parameter in head.parameters()):
-        # Only an adapter of the head draws random numbers there. To rewind the generator forbids CUDA graphs.
-        draws = type(head) is not nn.Linear
+        draws = _draws(head)  # To rewind the generator forbids CUDA graphs.
         parts = [
             checkpoint(_token_losses, head, *chunk, use_reentrant=False, preserve_rng_state=draws)
             for chunk in _chunks(size, hidden, wanted)
@@ -62,8 +70,8 @@ def sequence_losses(
         found = torch.cat(parts)
     else:
         found = _LossesOfFrozenHead.apply(hidden, wanted, head, size)
-    # Each place once, so that sums come out the same every time.
-    return losses.index_put(places, found).sum(1)
+    # Each place once, or always with 0, so that sums come out the same every time.
+    return losses.index_add(0, places, found).view(labels.shape).sum(1)
 
 
 @torch.no_grad()
@@ -75,33 +83,49 @@ def greedy_hits(model: Any, input_ids: Tensor, labels: Tensor, *, chunk_tokens: 
     Raises:
         ValueError: shapes that do not fit together.
     """
-    (rows, _), hidden, wanted = _labelled(model, input_ids, labels)
+    places, hidden, wanted = _labelled(model, input_ids, labels)
     misses = torch.zeros(len(labels), dtype=torch.long, device=labels.device)
     size = chunk_tokens or _tokens_of_a_chunk(model.lm_head)
-    for own_rows, own_hidden, own_wanted in _chunks(size, rows, hidden, wanted):
+    for own_places, own_hidden, own_wanted in _chunks(size, places, hidden, wanted):
         best = _logits(model.lm_head, own_hidden).argmax(-1)
-        misses.index_add_(0, own_rows, (best != own_wanted).long())
+        misses.index_add_(0, own_places // labels.shape[1], (best != own_wanted).long())
     return misses == 0
 
 
-def _labelled(model: Any, input_ids: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Of all labelled tokens: row and column (T,), hidden state that predicts it (T, D), and label (T,).
-
-    Where a CUDA graph is recorded, sizes cannot depend on values: then all tokens are taken, labelled or not.
-    """
+def _labelled(
+    model: Any, input_ids: Tensor, labels: Tensor, places: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all labelled tokens: number (T,), hidden state that predicts it (T, D), and label (T,)."""
     if input_ids.dim() != 2 or input_ids.shape != labels.shape:
         raise ValueError(
             f"input_ids and labels must both be (B, L); got {tuple(input_ids.shape)} and "
             f"{tuple(labels.shape)}"
         )
-    hidden = model.backbone(input_ids, use_cache=False)[0]
+    hidden = model.backbone(input_ids, use_cache=False)[0].flatten(0, 1)
+    places = _find_places(labels) if places is None else places
+    wanted = labels.flatten()[places].masked_fill(places % labels.shape[1] == 0, IGNORED)
+    return places, hidden.index_select(0, (places - 1).clamp(min=0)), wanted
+
+
+def _find_places(labels: Tensor) -> Tensor:
+    """The numbers of the labelled tokens (T,), of which the first one of a row is none.
+
+    Where a CUDA graph is recorded, sizes cannot depend on values: then all tokens are taken, labelled or not.
+    """
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-        index = torch.arange(labels[:, 1:].numel(), device=labels.device)
-        rows, before = index // (labels.shape[1] - 1), index % (labels.shape[1] - 1)
-    else:
-        rows, before = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    places = rows, before + 1
-    return places, hidden[rows, before], labels[places]
+        return torch.arange(labels.numel(), device=labels.device)
+    counted = labels != IGNORED
+    counted[:, :1] = False
+    return counted.flatten().nonzero()[:, 0]
+
+
+def _draws(head: nn.Module) -> bool:
+    """Whether a head may draw random numbers: of what may be there, adapters with dropout do, and those that
+    surround calls may."""
+    return any(
+        isinstance(module, (CallRule, nn.Dropout)) or (isinstance(module, WeightRule) and module.perturbs)
+        for module in head.modules()
+    )
 
 
 class _LossesOfFrozenHead(torch.autograd.Function):

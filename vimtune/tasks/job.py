@@ -143,6 +143,18 @@ class Job(ABC):
     saved_with_adapter: dict[str, Any] = field(default_factory=dict)
     """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
 
+    def expect_replays(self) -> int:
+        """Learn before training that its batches will be replayed, from one recording for each shape.
+
+        A job whose batches come in many shapes brings those of `train` to few of them here, by padding that
+        changes no loss and no count. The default changes nothing: of a job whose batches have one shape,
+        all but the last of an epoch, that one is recorded.
+
+        Returns:
+            How many shapes are worth a recording.
+        """
+        return 1
+
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Change a batch before it is trained on, as mixup does, by `seed` alone.
 

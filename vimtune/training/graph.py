@@ -1,4 +1,4 @@
-"""Forward and backward of a batch as replays of one CUDA graph.
+"""Forward and backward of a batch as replays of CUDA graphs, one for each shape of a batch.
 
 Started one by one from Python, the kernels of a small model take longer to launch than to run; a
 replay launches all of them at once. What is replayed is what runs eagerly: same kernels, same
@@ -8,7 +8,6 @@ before each replay, so after `torch.manual_seed` a replay draws what the eager b
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -61,11 +60,18 @@ class Recorder(Protocol):
 
 class CudaRecorder:
     """Records on a stream of its own, as a capture has to; work before it runs there too, so that
-    libraries have their handles and workspaces on that stream."""
+    libraries have their handles and workspaces on that stream.
+
+    All graphs compute in one pool of memory. They can, because they are replayed one after the other and
+    nobody reads what one of them has computed once another one runs.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.kept = 0
+        """Bytes that the pool holds."""
 
     def run(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the work now, on the stream of the recorder; see `Recorder.run`."""
@@ -78,83 +84,138 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """Record the work as a CUDA graph; see `Recorder.record`."""
-        torch.cuda.empty_cache()  # what is reserved from here on, the graph keeps
+        torch.cuda.empty_cache()  # what is reserved from here on, the pool keeps
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self.device.index]
         drawn = generator.clone_state()
         # torch.cuda.graph leaves its stream current when the capture fails; the outer block does not.
         # Other threads, which pin batches or watch collectives, may use the device meanwhile.
-        recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        recording = torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        )
         try:
             with torch.cuda.stream(self.stream), recording:
                 result = work()
         except RuntimeError as error:  # the only class torch has for what a capture does not allow
-            generator.graphsafe_set_state(drawn)  # the other one may take itself to be recording still
+            # The generator may take itself to be recording still. Graphs that were recorded before stay with
+            # its old state, which nobody seeds from here on.
+            generator.graphsafe_set_state(drawn)
             raise CaptureError(_first_cause(error)) from error
-        kept = torch.cuda.memory_reserved(self.device) - before
+        grown = torch.cuda.memory_reserved(self.device) - before
+        self.kept += grown
         free, _ = torch.cuda.mem_get_info(self.device)
-        if kept > free:  # batches of other shapes need up to as much again
+        if grown > 0 and self.kept > free:  # batches of other shapes need up to as much again
             graph.reset()
             raise CaptureError(
-                f"the graph keeps {kept / 2**30:.1f} GiB of GPU memory and leaves {free / 2**30:.1f} GiB "
+                f"the graphs keep {self.kept / 2**30:.1f} GiB of GPU memory and leave {free / 2**30:.1f} GiB "
                 "to batches of other sizes"
             )
         return result, graph.replay
 
 
-class BatchGraph:
-    """Runs batches, from the moment it has recorded one as replays.
+class BatchGraphs:
+    """Runs batches, those of shapes that keep coming as replays.
 
     The first shape of a batch that has come up `warmup` times before is recorded: the full batch, or
-    the only one of a small data set. Batches of other shapes, such as the last of an epoch or one
-    with corrupt images left out, always run eagerly. Both kinds add to the same gradients and may
-    meet in one optimizer step. The graph knows where the gradients lie: they have to be zeroed in
-    place and never replaced.
+    the only one of a small data set. Where more than one shape is worth it, each of the others is recorded
+    when it comes for the second time, until there are `limit` graphs. Batches of any other shape, such as
+    the last of an epoch or one with corrupt images left out, always run eagerly. Both kinds add to the same
+    gradients and may meet in one optimizer step. The graphs know where the gradients lie: they have to be
+    zeroed in place and never replaced.
     """
 
-    def __init__(self, recorder: Recorder, parameters: Iterable[nn.Parameter], warmup: int) -> None:
+    def __init__(
+        self, recorder: Recorder, parameters: Iterable[nn.Parameter], *, warmup: int, limit: int = 1
+    ) -> None:
+        """Prepare to record.
+
+        Args:
+            recorder: records the passes.
+            parameters: what the passes give gradients to.
+            warmup: how often the first shape to be recorded has run before, at least once.
+            limit: how many shapes are recorded at most.
+        """
         self.recorder = recorder
         self.parameters = list(parameters)
-        self.warmup = warmup
-        self.num_replays = 0
-        self._seen: Counter[_Shape] = Counter()
-        self._recorded: _Recorded | None = None
+        self.warmup, self.limit = warmup, limit
+        self.num_batches = self.num_replays = 0
+        self._seen: dict[_Shape, _Seen] = {}
+        self._recorded: dict[_Shape, _Recorded] = {}
 
     def __call__(self, run: BatchPass, tensors: Tensors) -> Tensor:
         """The loss of `run(tensors)`, valid until the next call; `run` is always the same.
 
         Raises:
-            CaptureError: recording failed; the batch was not run.
+            CaptureError: recording failed; the batch was not run. From here on all batches run eagerly:
+                graphs that were recorded before may no longer draw from the generator that is seeded (see
+                `CudaRecorder.record`).
         """
+        self.num_batches += 1
         shape = _shape(tensors)
-        if self._recorded is None:
-            if self._seen[shape] < self.warmup:
-                self._seen[shape] += 1
+        if shape not in self._recorded:
+            if len(self._recorded) >= self.limit:
+                return run(tensors)
+            if shape not in self._seen:
+                self._seen[shape] = _Seen(tensors)
+            seen = self._seen[shape]
+            if seen.times < (1 if self._recorded else self.warmup):
+                seen.times += 1
                 return self.recorder.run(partial(run, tensors))
-            self._recorded = self._record(run, tensors)
-        recorded = self._recorded
-        if shape != recorded.shape:
-            return run(tensors)
+            try:
+                for due in self._due(shape):
+                    self._recorded[due] = self._record(run, self._seen.pop(due).like)
+            except CaptureError:
+                self._recorded.clear()
+                self.limit = 0
+                raise
+        recorded = self._recorded[shape]
         for name, tensor in tensors.items():
             recorded.tensors[name].copy_(tensor)
         recorded.replay()
         self.num_replays += 1
         return recorded.loss
 
-    def _record(self, run: BatchPass, tensors: Tensors) -> _Recorded:
+    @property
+    def summary(self) -> str:
+        """What was recorded and how often it was replayed, in a few words."""
+        shapes = f"{len(self._recorded)} shapes" if len(self._recorded) != 1 else "1 shape"
+        return f"{shapes} of batches recorded, {self.num_replays:,} of {self.num_batches:,} batches replayed"
+
+    def _due(self, shape: _Shape) -> list[_Shape]:
+        """What is recorded now that `shape` has come again: before it the largest shape that has come so far,
+        if it is larger than all recorded ones, because in the memory of a large graph the smaller ones find
+        room, while a larger one would need its own beside theirs."""
+        largest = max(self._seen, key=_size)
+        others = [shape, *self._recorded]
+        if _size(largest) > max(map(_size, others)) and len(self._recorded) + 2 <= self.limit:
+            return [largest, shape]
+        return [shape]
+
+    def _record(self, run: BatchPass, like: Tensors) -> _Recorded:
+        """Record the pass of a batch whose tensors are like those given."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        tensors = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+        device = self.parameters[0].device
+        tensors = {name: torch.empty_like(tensor, device=device) for name, tensor in like.items()}
         loss, replay = self.recorder.record(partial(run, tensors))
-        return _Recorded(_shape(tensors), tensors, loss, replay)
+        return _Recorded(tensors, loss, replay)
+
+
+class _Seen:
+    """A shape that has come and is not recorded."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.times = 0
+        """How many batches of it have run."""
+        self.like = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        """Tensors of its sizes and types, without any memory."""
 
 
 class _Recorded(NamedTuple):
     """A graph, and the tensors that it reads and writes."""
 
-    shape: _Shape
     tensors: Tensors
     loss: Tensor
     replay: Callable[[], None]
@@ -166,6 +227,11 @@ _Shape = tuple[tuple[str, torch.Size], ...]
 def _shape(tensors: Tensors) -> _Shape:
     """Names and shapes of the tensors of a batch."""
     return tuple((name, tensor.shape) for name, tensor in tensors.items())
+
+
+def _size(shape: _Shape) -> int:
+    """How many numbers a batch of a shape holds."""
+    return sum(size.numel() for _, size in shape)
 
 
 def _first_cause(error: BaseException) -> str:

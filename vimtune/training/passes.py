@@ -1,4 +1,4 @@
-"""Forward and backward of the training batches: seeded by step, replayed as a CUDA graph where possible."""
+"""Forward and backward of the training batches: seeded by step, replayed as CUDA graphs where possible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vimtune.tasks.job import Batch, Job, Tensors
 from vimtune.training.gradients import Gradients
-from vimtune.training.graph import BatchGraph, CaptureError
+from vimtune.training.graph import BatchGraphs, CaptureError
 from vimtune.training.guard import find_nonfinite
 from vimtune.training.precision import Autocast, in_precision
 from vimtune.training.settings import derive_seed, seed_generators
@@ -35,7 +35,7 @@ class Passes:
         rank: int,
         device: torch.device,
         divisor: int,
-        graph: BatchGraph | None,
+        graphs: BatchGraphs | None,
         warn: Callable[[str], None],
     ) -> None:
         """Prepare the passes of a run.
@@ -50,10 +50,10 @@ class Passes:
             rank: number of this process.
             device: where the model is.
             divisor: losses are divided by it before the backward pass.
-            graph: replays the passes; None runs them one operation after the other.
-            warn: told when the graph could not be recorded.
+            graphs: replays the passes; None runs them one operation after the other.
+            warn: told when a graph could not be recorded.
         """
-        self.gradients, self.graph = gradients, graph
+        self.gradients, self.graphs = gradients, graphs
         self._job, self._scaler, self._autocast = job, scaler, autocast
         self._seed, self._rank, self._device = seed, rank, device
         self._divisor, self._warn = divisor, warn
@@ -62,7 +62,7 @@ class Passes:
     @property
     def replayed(self) -> bool:
         """Whether any batch was replayed."""
-        return self.graph is not None and self.graph.num_replays > 0
+        return self.graphs is not None and self.graphs.num_replays > 0
 
     def run(self, batch: Batch, step: int, micro: int) -> Tensor:
         """Add the gradients of a batch to those of the step.
@@ -76,11 +76,10 @@ class Passes:
             The loss, summed over what the task counts: a scalar, valid until the next call.
         """
         tensors = self._prepare(batch, step, micro)
-        if self.graph is not None:
+        if self.graphs is not None:
             try:
-                return self.graph(self._forward_backward, tensors)
+                return self.graphs(self._forward_backward, tensors)
             except CaptureError as error:
-                self.graph = None
                 self._warn(f"the CUDA graph could not be recorded, batches run eagerly: {error}")
         return self._forward_backward(tensors)
 

@@ -68,6 +68,8 @@ class Run:
             while not ended(self.recipe.optimisation, self.progress):
                 self._train_epoch()
                 self._end_epoch()
+            if self.stepper.passes.graphs is not None:
+                self.tracker.message(f"CUDA graphs: {self.stepper.passes.graphs.summary}")
             return self._finish()
         except Stopping as stopping:
             # All processes are here; one of them may know more than the others.

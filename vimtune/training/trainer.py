@@ -14,7 +14,7 @@ from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Job
 from vimtune.training.distributed import Processes, open_processes
 from vimtune.training.gradients import FreshGradients, Gradients, StandingGradients
-from vimtune.training.graph import BatchGraph, CudaRecorder, refusals
+from vimtune.training.graph import BatchGraphs, CudaRecorder, refusals
 from vimtune.training.identity import Facts, compare, facts_of_all, settings_of_all
 from vimtune.training.interrupt import StopRequest
 from vimtune.training.optim import CosineSchedule
@@ -194,14 +194,19 @@ def _stepper(
     autocast: Autocast,
     replayed: bool,
 ) -> Stepper:
-    """The steps of a run, from where `tracker` stands, with batches `replayed` as a CUDA graph or not."""
+    """The steps of a run, from where `tracker` stands, with batches `replayed` as CUDA graphs or not."""
     parameters = list(trained.parameters.values())
     gradients: Gradients = FreshGradients(parameters)
-    graph = None
+    graphs = None
     if replayed:
         gradients = StandingGradients(parameters, one_batch=settings.grad_accum == 1)
         # The first step is over before: gradients still absent after it are those of dead tensors.
-        graph = BatchGraph(CudaRecorder(processes.device), parameters, warmup=settings.grad_accum + 1)
+        graphs = BatchGraphs(
+            CudaRecorder(processes.device),
+            parameters,
+            warmup=settings.grad_accum + 1,
+            limit=job.expect_replays(),
+        )
     usual_count = job.usual_count * settings.grad_accum
     passes = Passes(
         job,
@@ -213,7 +218,7 @@ def _stepper(
         rank=processes.rank,
         device=processes.device,
         divisor=usual_count,
-        graph=graph,
+        graphs=graphs,
         warn=tracker.warn,
     )
     return stepper_class(trained)(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, WINOGRANDE, Example, open_text
-from vimtune.tasks.text.batches import MOST_PADDING, TextBatches, collate
+from vimtune.language import create_language_model, pooled_classifier
+from vimtune.tasks.text.batches import Size, TextBatches, collate
 from vimtune.tasks.text.heads import ClassHead, LikelihoodHead, RatingHead
+from vimtune.tasks.text.lengths import MOST_PADDING, MOST_SHAPES, group_by_length
+from vimtune.tasks.text.models import SequenceScorer
 from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
 
@@ -124,10 +130,144 @@ def test_little_of_real_texts_is_padding(form, shared_dir):
             assert padding(items, batch_size=batch_size, shuffle=shuffle) <= MOST_PADDING
 
 
+# --- groups, and padding to few shapes ------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=200), batch_size=st.integers(1, 9))
+def test_groups_are_as_few_as_padding_allows(lengths, batch_size):
+    groups = group_by_length(items_of(lengths), batch_size)
+    assert sum(group.items for group in groups) == len(lengths) and len(groups) <= MOST_SHAPES
+    ordered = sorted(lengths, reverse=True)
+    start = 0
+    for number, group in enumerate(groups):
+        assert group.length == ordered[start] and group.rows == group.items
+        assert group.items % batch_size == 0 or (number == 0 and group.items == len(lengths) % batch_size)
+        start += group.items
+    few = len(groups) < MOST_SHAPES
+    padded = sum(group.length * group.items for group in groups)
+    assert not few or 1 - sum(lengths) / padded <= max(MOST_PADDING, least_padding(lengths, batch_size))
+
+
+def least_padding(lengths, batch_size):
+    """Share of padding where every batch is padded to the longest of its own rows."""
+    ordered = sorted(lengths, reverse=True)
+    first = len(lengths) % batch_size
+    starts = [*([0] if first else []), *range(first, len(lengths), batch_size)]
+    ends = [*starts[1:], len(lengths)]
+    return 1 - sum(lengths) / sum(ordered[a] * (b - a) for a, b in zip(starts, ends, strict=True))
+
+
+def rated_items(lengths):
+    """Items of one to four choices, mostly four, whose rows differ in length."""
+    return [
+        Item(
+            tuple(Row(tuple(range(1, 1 + n + more)), 1, 4 * i + more) for more in range(4 - (i % 9 == 0))), 0
+        )
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize(
+    "head", [LikelihoodHead(), ClassHead(2), RatingHead()], ids=lambda h: type(h).__name__
+)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_few_shapes_hold_the_same_batches(head, world_size):
+    lengths = made_up_lengths(301)
+    items = rated_items(lengths) if isinstance(head, RatingHead) else items_of(lengths)
+    for rank in range(world_size):
+        plain, padded = (batches(items, head, rank=rank, world_size=world_size) for _ in range(2))
+        padded.pad_to_few_shapes()
+        shapes = Counter()
+        for epoch in range(3):
+            plain.set_position(epoch)
+            padded.set_position(epoch)
+            for one, other in zip(plain, padded, strict=True):
+                assert one.count == other.count
+                if one.count:
+                    assert_padded(one.tensors, other.tensors)
+                    shapes[tuple(tensor.shape for tensor in other.tensors.values())] += 1
+        usual = sum(number for _, number in shapes.most_common(MOST_SHAPES))
+        assert usual >= 0.95 * shapes.total() and len(shapes) <= 2 * MOST_SHAPES
+
+
+def assert_padded(plain, padded):
+    """What one batch holds is where it was in the other, and nothing beside it counts."""
+    rows, length = plain["input_ids"].shape
+    outside = torch.ones_like(padded["input_ids"], dtype=torch.bool)
+    outside[:rows, :length] = False
+    for name, value in (("input_ids", 0), ("attention_mask", None), ("labels", IGNORED)):
+        if name in plain:
+            assert torch.equal(padded[name][:rows, :length], plain[name])
+            if value is not None:
+                assert (padded[name][outside] == value).all()
+    if "attention_mask" in plain:
+        assert (padded["attention_mask"][:rows, length:] == 0).all()
+        assert (padded["attention_mask"][rows:].sum(1) == 1).all()
+    if "places" in plain:
+        scored = padded["labels"].flatten()[padded["places"]]
+        assert torch.equal(scored[: len(plain["places"])], plain["labels"].flatten()[plain["places"]])
+        assert (padded["places"][len(plain["places"]) :] == 0).all()
+    if "choices" in plain:
+        assert torch.equal(padded["choices"][:, : plain["choices"].shape[1]], plain["choices"])
+        assert (padded["choices"][:, plain["choices"].shape[1] :] == -1).all()
+    if "answers" in plain:
+        assert torch.equal(padded["answers"], plain["answers"])
+
+
+def test_the_largest_batch_comes_first():
+    loader = batches(items_of(made_up_lengths(100)))
+    loader.pad_to_few_shapes()
+    cells = [batch.tensors["input_ids"].numel() for batch in loader]
+    assert cells[0] == max(cells) and cells != sorted(cells, reverse=True)
+
+
+@pytest.mark.parametrize("form", [ARC_EASY, ARC_CHALLENGE, WINOGRANDE], ids=lambda form: form.name)
+def test_few_shapes_cost_little_padding(form, shared_dir):
+    folder = shared_dir / "data" / "text" / form.name.partition("-")[0].lower()
+    if not folder.is_dir():
+        pytest.skip(f"no real texts: {folder} does not exist")
+    examples = open_text(form, "train", folder=folder).examples
+    items = items_of([2 + int(len(e.prompt + e.completion) / 4.5) for e in examples])
+    for batch_size in (4, 64):
+        loader = batches(items, batch_size=batch_size)
+        loader.pad_to_few_shapes()
+        shapes = [tuple(batch.tensors["input_ids"].shape) for batch in loader]
+        assert len(set(shapes)) <= 12
+        tokens = sum(len(item.rows[0].tokens) for item in items)
+        assert 1 - tokens / sum(rows * length for rows, length in shapes) <= MOST_PADDING
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_loss_and_gradients_do_not_depend_on_padding(family, pooling):
+    rows = [Row((3, 4, 5, 6), 2, 0), Row((7, 8), 1, 1), Row((9, 1, 2), 1, 2)]
+    language = create_language_model(f"{family}_tiny", pretrained=False)
+    cases = [
+        (LikelihoodHead(), SequenceScorer(language), [Item((row,)) for row in rows]),
+        (ClassHead(3), pooled_classifier(language, 3, pooling), [Item((row,), 2) for row in rows]),
+        (
+            RatingHead(),
+            pooled_classifier(language, 1, pooling),
+            [Item(tuple(rows[:2]), 1), Item((rows[2],), 0)],
+        ),
+    ]
+    for head, model, items in cases:
+        results = []
+        for size in (Size(), Size(rows=5, length=9, scored=8, choices=4)):
+            model.zero_grad()
+            loss = head.loss(model, head.batch(items, size).tensors)
+            loss.backward()
+            results.append(
+                [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            )
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
 def test_what_each_head_counts():
     rows = [Row((1, 2, 3), 2, 0), Row((1, 2), 1, 1), Row((4,), 0, 2)]
     likelihood = LikelihoodHead().batch([Item((row,)) for row in rows])
-    assert likelihood.count == 3 and set(likelihood.tensors) == {"input_ids", "labels", "slots"}
+    assert likelihood.count == 3 and set(likelihood.tensors) == {"input_ids", "labels", "slots", "places"}
+    assert likelihood.tensors["places"].tolist() == [1, 2, 4]
     classes = ClassHead(3).batch([Item((row,), 2) for row in rows])
     assert classes.count == 3 and classes.tensors["answers"].tolist() == [2, 2, 2]
     rated = RatingHead().batch([Item(tuple(rows[:2]), 1), Item(tuple(rows[2:]), 0)])

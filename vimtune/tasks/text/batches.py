@@ -5,30 +5,51 @@ Shape letters: B rows of a batch, L tokens of the longest of them.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from vimtune.tasks.job import Batch, Loader, Tensors
+from vimtune.tasks.text.lengths import Group, group_by_length
 from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
 
-POOLED_BATCHES = 16
-"""Training batches are cut from the sequences of so many batches at a time, sorted by length. The fewer, the
-more do the batches of one epoch differ from those of another."""
-MOST_PADDING = 0.1
-"""Share of padding above which twice as many are sorted together, and so on."""
+EMPTY = Row((0,), scored=0, slot=-1)
+"""A row that fills up a batch and belongs to no choice. It has one token, because there is no last one and no
+mean of none."""
+ENOUGH = 0.95
+"""Share of the batches of a group for which the rows of its usual size are enough."""
 
 
-def collate(rows: Sequence[Row]) -> Tensors:
-    """The tensors of rows.
+class Size(NamedTuple):
+    """What a batch is padded to; one that is larger stays as it is."""
+
+    rows: int = 0
+    """B, by rows that are `EMPTY`."""
+    length: int = 0
+    """L."""
+    scored: int = 0
+    """T, tokens that are scored."""
+    choices: int = 0
+    """Rows that an item may have."""
+
+
+AS_IT_IS = Size()
+"""No padding beyond the longest row."""
+
+
+def collate(rows: Sequence[Row], size: Size = AS_IT_IS) -> Tensors:
+    """The tensors of rows, padded to `size`.
 
     Returns:
         "input_ids" (B, L), 0 after the end of a row; "attention_mask" (B, L), 1 for tokens; "labels" (B, L),
         the tokens that are scored, and `IGNORED`; "slots" (B,).
     """
-    longest = max((len(row.tokens) for row in rows), default=0)
+    rows = [*rows, *[EMPTY] * (size.rows - len(rows))]
+    longest = max([size.length, *(len(row.tokens) for row in rows)])
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros_like(tokens)
     labels = torch.full_like(tokens, IGNORED)
@@ -45,7 +66,7 @@ class TextBatches(Loader):
     """The items of a split in batches.
 
     The order depends on seed and epoch alone. Every process has a share of each batch, which may be empty in
-    the last one.
+    the one that is not whole.
     """
 
     def __init__(
@@ -55,7 +76,7 @@ class TextBatches(Loader):
         fingerprint: str,
         num_examples: int,
         items: Sequence[Item],
-        tensors_of: Callable[[Sequence[Item]], Batch],
+        tensors_of: Callable[[Sequence[Item], Size], Batch],
         *,
         batch_size: int,
         shuffle: bool,
@@ -72,10 +93,10 @@ class TextBatches(Loader):
             fingerprint: hash of its examples.
             num_examples: how many examples the items stand for.
             items: what is batched.
-            tensors_of: makes the batch of some items.
+            tensors_of: makes the batch of some items, padded to a size.
             batch_size: items per batch, over all processes together.
-            shuffle: draw a new order in each epoch; else the longest come first, so that what does not fit
-                the memory is known at once.
+            shuffle: draw a new order in each epoch, in which one of the largest batches comes first; else the
+                longest come first. So what does not fit the memory is known at once.
             seed: of the order.
             rank, world_size: which share of each batch is ours.
             pin_memory: put batches into page-locked memory, for faster copies to a GPU.
@@ -85,6 +106,37 @@ class TextBatches(Loader):
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
         self._epoch = self._start = 0
+        self._groups = group_by_length(items, batch_size)
+        self._sizes: list[Size] = []
+
+    def pad_to_few_shapes(self) -> None:
+        """Pad batches from now on, so that nearly all have one of a few shapes: as many as there are groups.
+
+        The order stays as it is.
+        """
+        cuts = self._order()
+        of_groups = [
+            [cut.items for cut in cuts if cut.group == number] for number in range(len(self._groups))
+        ]
+        self._sizes = [
+            self._usual_size(group, batches) for group, batches in zip(self._groups, of_groups, strict=True)
+        ]
+
+    def _usual_size(self, group: Group, batches: Sequence[Sequence[int]]) -> Size:
+        """What this process's shares of the batches of a group are padded to.
+
+        Nearly all of `batches`, those of an epoch, have no more rows. For the tokens that are scored there is
+        room even where the items that have most of them meet in one share.
+        """
+        shares = [self._share(batch) for batch in batches]
+        rows = sorted(sum(len(item.rows) for item in share) for share in shares)
+        scored = sorted(sum(row.scored for row in self._items[i].rows) for batch in batches for i in batch)
+        return Size(
+            rows=rows[math.ceil(ENOUGH * (len(rows) - 1))],
+            length=group.length,
+            scored=sum(scored[len(scored) - max(map(len, shares)) :]),
+            choices=max(len(item.rows) for item in self._items),
+        )
 
     def fingerprint(self) -> str:
         """A hash that changes when the examples of the split do."""
@@ -104,45 +156,52 @@ class TextBatches(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this process's share of the batches."""
-        for whole in self._order()[self._start :]:
-            first, last = (len(whole) * (self._rank + more) // self._world_size for more in (0, 1))
-            batch = self._tensors_of([self._items[index] for index in whole[first:last]])
+        for cut in self._order()[self._start :]:
+            share = self._share(cut.items)
+            size = self._sizes[cut.group] if self._sizes and share else AS_IT_IS
+            batch = self._tensors_of(share, size)
             if self._pin_memory:
                 batch = Batch({name: t.pin_memory() for name, t in batch.tensors.items()}, batch.count)
             yield batch
 
-    def _order(self) -> list[list[int]]:
-        """The numbers of the items of every batch of the epoch."""
+    def _share(self, whole: Sequence[int]) -> list[Item]:
+        """This process's share of a batch."""
+        first, last = (len(whole) * (self._rank + more) // self._world_size for more in (0, 1))
+        return [self._items[index] for index in whole[first:last]]
+
+    def _order(self) -> list[_Cut]:
+        """The batches of the epoch."""
         order = list(range(len(self._items)))
-        if not self._shuffle:
-            order.sort(key=lambda index: -self._items[index].length)
-            return self._cut(order)
         draw = random.Random(f"{self._seed} {self._epoch}")
-        draw.shuffle(order)
-        pool = self._batch_size * POOLED_BATCHES
-        batches = self._pooled(order, pool)
-        while self._padding(batches) > MOST_PADDING and pool < len(order):
-            pool *= 2
-            batches = self._pooled(order, pool)
-        draw.shuffle(batches)
-        return batches
+        if self._shuffle:
+            draw.shuffle(order)
+        order.sort(key=lambda index: -self._items[index].length)  # items of one length stay as they were
+        cuts: list[_Cut] = []
+        for number, group in enumerate(self._groups):
+            members, order = order[: group.items], order[group.items :]
+            if self._shuffle:
+                draw.shuffle(members)
+            cuts += self._cut(members, number)
+        if self._shuffle:
+            draw.shuffle(cuts)
+            largest = max(range(len(cuts)), key=lambda place: self._tokens(cuts[place]))
+            cuts[0], cuts[largest] = cuts[largest], cuts[0]
+        return cuts
 
-    def _pooled(self, order: Sequence[int], pool: int) -> list[list[int]]:
-        """Batches of similar lengths, cut from `pool` items at a time."""
-        batches: list[list[int]] = []
-        for start in range(0, len(order), pool):
-            batches += self._cut(sorted(order[start : start + pool], key=lambda i: self._items[i].length))
-        return batches
+    def _tokens(self, cut: _Cut) -> int:
+        """Tokens of a batch when it is padded."""
+        return len(cut.items) * self._groups[cut.group].length
 
-    def _padding(self, batches: Sequence[Sequence[int]]) -> float:
-        """Share of the tokens of whole batches that are padding."""
-        tokens = padded = 0
-        for batch in batches:
-            rows = [len(row.tokens) for index in batch for row in self._items[index].rows]
-            tokens += sum(rows)
-            padded += max(rows) * len(rows)
-        return 1 - tokens / max(1, padded)
-
-    def _cut(self, order: Sequence[int]) -> list[list[int]]:
+    def _cut(self, order: Sequence[int], group: int) -> list[_Cut]:
+        """Batches of neighbours."""
         size = self._batch_size
-        return [list(order[start : start + size]) for start in range(0, len(order), size)]
+        return [_Cut(list(order[start : start + size]), group) for start in range(0, len(order), size)]
+
+
+class _Cut(NamedTuple):
+    """One batch of an epoch."""
+
+    items: list[int]
+    """The numbers of its items."""
+    group: int
+    """The number of the group from which it is cut."""

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vimtune.data.text import Example
 from vimtune.tasks.job import Batch, Forward, Tensors
-from vimtune.tasks.text.batches import collate
+from vimtune.tasks.text.batches import AS_IT_IS, Size, collate
 from vimtune.tasks.text.scoring import (
+    IGNORED,
     ChoiceTally,
     HeadTally,
     LikelihoodTally,
@@ -41,8 +42,8 @@ class Head(ABC):
         """What is scored."""
 
     @abstractmethod
-    def batch(self, items: Sequence[Item]) -> Batch:
-        """The batch of some items."""
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
+        """The batch of some items, padded to `size`: neither its loss nor its count depends on that."""
 
     @abstractmethod
     def count(self, item: Item) -> int:
@@ -68,10 +69,13 @@ class LikelihoodHead(Head):
         """Every choice after its context."""
         return [Item((row,)) for row in encoder.choices(examples)]
 
-    def batch(self, items: Sequence[Item]) -> Batch:
-        """Tensors "input_ids", "labels" (B, L) and "slots" (B,); labelled tokens are counted."""
-        tensors = collate([row for item in items for row in item.rows])
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
+        """Tensors "input_ids", "labels" (B, L), "slots" (B,) and "places" (T,), where labels are; labelled
+        tokens are counted."""
+        tensors = collate([row for item in items for row in item.rows], size)
         del tensors["attention_mask"]  # what is padded on the right is seen by no token
+        places = (tensors["labels"].flatten() != IGNORED).nonzero()[:, 0]
+        tensors["places"] = F.pad(places, (0, max(0, size.scored - len(places))))
         return Batch(tensors, sum(map(self.count, items)))
 
     def count(self, item: Item) -> int:
@@ -90,9 +94,9 @@ class LikelihoodHead(Head):
 class ClassifierHead(Head):
     """A linear head on pooled features. Losses are counted by example."""
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
         """Tensors "input_ids", "attention_mask" (B, L), "slots" (B,) and "answers" (items,)."""
-        tensors = collate([row for item in items for row in item.rows])
+        tensors = collate([row for item in items for row in item.rows], size)
         del tensors["labels"]
         tensors["answers"] = torch.tensor([item.answer for item in items], dtype=torch.int64)
         return Batch(tensors, sum(map(self.count, items)))
@@ -118,8 +122,9 @@ class ClassHead(ClassifierHead):
         return self.training_items(encoder, examples)
 
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
-        """Cross entropy of the classes."""
-        return F.cross_entropy(head_outputs(forward, tensors), tensors["answers"], reduction="sum")
+        """Cross entropy of the classes. Rows that fill up a batch come last and have no answer."""
+        answers = tensors["answers"]
+        return F.cross_entropy(head_outputs(forward, tensors)[: len(answers)], answers, reduction="sum")
 
     def tally(self, examples: Sequence[Example], items: Sequence[Item], characters: bool) -> ChoiceTally:
         """An empty tally of outputs."""
@@ -145,10 +150,11 @@ class RatingHead(ClassifierHead):
         """Every choice for itself."""
         return [Item((row,)) for item in self.training_items(encoder, examples) for row in item.rows]
 
-    def batch(self, items: Sequence[Item]) -> Batch:
+    def batch(self, items: Sequence[Item], size: Size = AS_IT_IS) -> Batch:
         """Also "choices" (items, C): the row of each choice; -1 where an item has fewer."""
-        batch = super().batch(items)
-        choices = torch.full((len(items), max((len(item.rows) for item in items), default=0)), -1)
+        batch = super().batch(items, size)
+        most = max([size.choices, *(len(item.rows) for item in items)])
+        choices = torch.full((len(items), most), -1)
         start = 0
         for number, item in enumerate(items):
             choices[number, : len(item.rows)] = torch.arange(start, start + len(item.rows))

@@ -16,6 +16,7 @@ from vimtune.recipe import Recipe
 from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
 from vimtune.tasks.text.batches import TextBatches
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
+from vimtune.tasks.text.lengths import MOST_SHAPES
 from vimtune.tasks.text.models import build_model, vocabulary_of
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
 from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer, check_vocabulary
@@ -30,9 +31,15 @@ if TYPE_CHECKING:
 class TextJob(Job):
     """A language model on its texts."""
 
+    train: TextBatches
     head: Head
     tallies: dict[str, Callable[[], Tally]]
     """Makes an empty tally for the evaluation of a split, by its name."""
+
+    def expect_replays(self) -> int:
+        """Pad training batches to the lengths of their groups, of which there are few."""
+        self.train.pad_to_few_shapes()
+        return MOST_SHAPES
 
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
         """What the head learns from, summed over tokens or examples."""

@@ -35,14 +35,15 @@ class SequenceScorer(nn.Module):
         self.backbone, self.lm_head = model.backbone, model.lm_head
         share_sources(self, model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor, places: Tensor | None = None) -> Tensor:
         """Minus the log-likelihood of the labelled tokens of each row, (B,) in fp32.
 
         Args:
             input_ids: (B, L), padded on the right.
             labels: (B, L), the tokens that are predicted at their own places; -100 where none is.
+            places: (T,), where they are; see `vimtune.language.sequence_losses`.
         """
-        losses: Tensor = sequence_losses(self, input_ids, labels)
+        losses: Tensor = sequence_losses(self, input_ids, labels, places)
         return losses
 
 

@@ -28,9 +28,10 @@ def sequence_losses(forward: Forward, tensors: Tensors) -> Tensor:
     Args:
         forward: calls a `SequenceScorer`.
         tensors: "input_ids" (B, L) and "labels" (B, L), which are `IGNORED` where nothing is predicted; the
-            token at t is predicted from those before it.
+            token at t is predicted from those before it. "places" (T,) are the numbers of the predicted
+            tokens when those of all rows are counted together, and any number of zeros.
     """
-    losses: Tensor = forward(tensors["input_ids"], labels=tensors["labels"])
+    losses: Tensor = forward(tensors["input_ids"], labels=tensors["labels"], places=tensors["places"])
     return losses
 
 
@@ -153,7 +154,7 @@ class LikelihoodTally(ChoiceTally):
     """Sums the log-likelihoods of the tokens of every choice."""
 
     def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Note the rows "input_ids" (B, L) with "labels" (B, L); "slots" (B,) say where they belong."""
+        """Note the rows that `sequence_losses` reads; "slots" (B,) say where they belong."""
         self.note(-sequence_losses(forward, tensors), tensors["slots"])
         counts = (tensors["labels"] != IGNORED).sum(1).cpu()
         self.totals["tokens"].index_add_(0, tensors["slots"].cpu(), counts)
