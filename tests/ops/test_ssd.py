@@ -5,7 +5,7 @@ import torch
 
 from vimtune import ops
 from vimtune.ops import reference
-from vimtune.ops.ssd import CHUNK
+from vimtune.ops.eager_ssd import CHUNK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, HEADS, WIDTH, STATES = 2, 4, 6, 5
