@@ -34,14 +34,12 @@ class EagerSsd(SsdKernels):
     def forward(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         chunks = _Chunks(inputs)
         parts = _parts(inputs, options, chunks)
-        x, low, wide = chunks.rows(inputs.x), inputs.x.dtype, parts.steps.dtype
-        fed = chunks.by_head((x * chunks.beside(parts.steps)).to(low))
-        inside = (parts.alike * parts.decays).to(low) @ fed
-        y = chunks.by_token(inside).to(wide)
+        wide = parts.steps.dtype
+        y = chunks.by_token(parts.weights @ parts.fed).to(wide)
         y = torch.addcmul(y, chunks.ungrouped(parts.read).to(wide), chunks.beside(parts.elapsed))
         if inputs.D is not None:
-            y.addcmul_(x.to(wide), chunks.of_heads(inputs.D).to(wide))
-        return chunks.joined(y).to(low), chunks.joined_state(parts.states[:, -1]), parts
+            y.addcmul_(chunks.rows(inputs.x).to(wide), chunks.of_heads(inputs.D).to(wide))
+        return chunks.joined(y).to(inputs.x.dtype), chunks.joined_state(parts.last), parts
 
     def backward(
         self,
@@ -53,71 +51,71 @@ class EagerSsd(SsdKernels):
         needs: Sequence[bool],
     ) -> Gradients:
         chunks = _Chunks(inputs)
-        steps, decays, elapsed, alike, states, read = kept or _parts(inputs, options, chunks)
+        parts = _Parts(*kept) if kept else _parts(inputs, options, chunks)
+        steps, elapsed = parts.steps, parts.elapsed
         low, wide = inputs.x.dtype, steps.dtype
         x, grad = chunks.rows(inputs.x), chunks.rows(grad.to(low))
         Bs, Cs = chunks.by_group(inputs.B), chunks.by_group(inputs.C)
-        feeding = decays[..., -1, :]  # what is left of token j at the end of its chunk, (B, c, G, R, Q)
 
-        # Between chunks. The gradients of the states run from the last chunk to the first.
+        # Between chunks. The gradients of what chunks add to the state run from the last chunk to the first.
         grad_read = chunks.grouped((grad * chunks.beside(elapsed)).to(low))
-        grad_states = torch.empty_like(states)
-        grad_states[:, -1] = 0 if grad_last is None else chunks.state(grad_last)
-        grad_states[:, :-1] = (Cs.mT @ grad_read).view(states[:, 1:].shape)
+        grad_before = chunks.of_states((Cs.mT @ grad_read).to(wide))
         whole = chunks.beside_states(elapsed)
-        for chunk in reversed(range(chunks.count)):
-            grad_states[:, chunk].addcmul_(grad_states[:, chunk + 1], whole[:, chunk])
-        before, grad_added = states[:, :-1], grad_states[:, 1:]
-        grad_C = grad_read @ before.flatten(-2).to(low).mT
+        grad_added = torch.empty_like(parts.before)
+        grad_added[:, -1] = 0 if grad_last is None else chunks.state(grad_last)
+        for chunk in reversed(range(1, chunks.count)):
+            later = grad_added[:, chunk], whole[:, chunk]
+            torch.addcmul(grad_before[:, chunk], *later, out=grad_added[:, chunk - 1])
+        grad_state = torch.addcmul(grad_before[:, 0], grad_added[:, 0], whole[:, 0])
+        grad_C = grad_read @ parts.before.flatten(-2).to(low).mT
         low_added = grad_added.flatten(-2).to(low)
-        grad_B = chunks.grouped((x * chunks.beside(steps * feeding)).to(low)) @ low_added.mT
-        grad_ends = chunks.ungrouped(Bs @ low_added)  # of what is fed to the state behind the chunk
-        # Gradients of logarithms of decays: of those from the beginning of the chunk to token i ...
-        log_elapsed = elapsed * chunks.steps_of((grad * chunks.ungrouped(read)).sum(-1, dtype=wide))
-        log_elapsed[..., -1] += elapsed[..., -1] * (grad_added * before).sum((3, 5))
-        ends = feeding * chunks.steps_of((x * grad_ends).sum(-1, dtype=wide))
+        grad_B = parts.left @ low_added.mT
+        grad_left = chunks.ungrouped(Bs @ low_added)
+        # Gradients of the logarithms of decays: of those from the beginning of a chunk to token i ...
+        log_elapsed = elapsed * chunks.steps_of((grad * chunks.ungrouped(parts.read)).sum(-1, dtype=wide))
+        log_elapsed[..., -1] += elapsed[..., -1] * (grad_added * parts.before).sum((3, 5))
+        feeding = parts.decays[..., -1, :]
+        steps_left = feeding * chunks.steps_of((x * grad_left).sum(-1, dtype=wide))
 
         # Within chunks.
-        grad_heads = chunks.by_head(grad)
-        grad_fed = (alike * decays).to(low).mT @ grad_heads
-        fed = chunks.by_head((x * chunks.beside(steps)).to(low))
-        shared = (grad_heads @ fed.mT).to(wide).mul_(decays)
+        grad_heads = chunks.by_head(grad).contiguous()
+        grad_fed = chunks.by_token(parts.weights.mT @ grad_heads)
+        shared = (grad_heads @ parts.fed.mT).to(wide).mul_(parts.decays)
         grad_alike = shared.sum(3).to(low)
         grad_C += grad_alike @ Bs
         grad_B += grad_alike.mT @ Cs
-        log_decays = shared.mul_(alike)  # ... and of those from token j to token i
-        log_decays[..., -1, :] += steps * ends
+        log_decays = shared.mul_(parts.alike)  # ... and of those from token j to token i
+        log_decays[..., -1, :] += steps * steps_left
 
         # A rate is part of all decays from a token before its own to its own or one behind. Each such sum is
         # added up by itself: the difference of two long ones would lose its last digits.
         grad_rates = log_elapsed.flip(-1).cumsum(-1).flip(-1)
         grad_rates[..., 1:] += log_decays.cumsum_(-1).tril_(-1).sum(-2)[..., :-1]
-        grad_fed = chunks.by_token(grad_fed)
-        grad_steps = chunks.steps_of((x * grad_fed).sum(-1, dtype=wide)) + ends
+        grad_steps = chunks.steps_of((x * grad_fed).sum(-1, dtype=wide)) + steps_left
         grad_steps += grad_rates * chunks.of_heads(inputs.A).to(wide)
-        grad_x = torch.addcmul(grad_fed.to(wide), grad_ends.to(wide), chunks.beside(feeding))
+        grad_x = torch.addcmul(grad_fed.to(wide), grad_left.to(wide), chunks.beside(feeding))
         grad_x *= chunks.beside(steps)
         grad_D = None
         if inputs.D is not None:
             grad_x.addcmul_(grad.to(wide), chunks.of_heads(inputs.D).to(wide))
-            grad_D = (x * grad).sum(-1, dtype=wide).sum((0, 1, 2)).flatten()
+            grad_D = (x * grad).sum((0, 1, 2, 5), dtype=wide).flatten()
         grad_steps = chunks.joined(chunks.beside(grad_steps).squeeze(-1))
-        raw = time_step_gradients(grad_steps, inputs.dt.to(wide), inputs.dt_bias, options)
+        grad_dt = time_step_gradients(grad_steps, inputs.dt.to(wide), inputs.dt_bias, options)
         found = [
             chunks.joined(grad_x),
-            raw,
+            grad_dt,
             (grad_rates * steps).sum((0, 1, 4)).flatten(),
             chunks.joined_groups(grad_B),
             chunks.joined_groups(grad_C),
             grad_D,
-            raw.sum((0, 1)),
-            chunks.joined_state(grad_states[:, 0]),
+            grad_dt.sum((0, 1)),
+            chunks.joined_state(grad_state),
         ]
         return wanted(found, inputs, needs)
 
 
 class _Parts(NamedTuple):
-    """What both passes need of a scan; factors of products in the dtype of `x`, all else in fp32 or fp64."""
+    """What both passes need of a scan. Factors of products have the dtype of `x`, all else is fp32 or fp64."""
 
     steps: Tensor
     """Time steps, (B, c, G, R, Q)."""
@@ -127,8 +125,16 @@ class _Parts(NamedTuple):
     """What is left at token i of the state before its chunk, (B, c, G, R, Q)."""
     alike: Tensor
     """C_i . B_j, (B, c, G, 1, Q, Q), a factor."""
-    states: Tensor
-    """The states before all chunks and behind the last one, (B, c + 1, G, N, R, P)."""
+    weights: Tensor
+    """The decayed `alike`, (B, c, G, R, Q, Q), a factor."""
+    fed: Tensor
+    """`x` times its time steps, (B, c, G, R, Q, P), a factor."""
+    left: Tensor
+    """What is left of `fed` behind the chunk, (B, c, G, Q, R P), a factor."""
+    before: Tensor
+    """The states before the chunks, (B, c, G, N, R, P)."""
+    last: Tensor
+    """The state behind the last one, (B, G, N, R, P)."""
     read: Tensor
     """The state before the chunk times C_i, (B, c, G, Q, R P), a factor."""
 
@@ -136,24 +142,31 @@ class _Parts(NamedTuple):
 def _parts(inputs: SsdInputs, options: SsdOptions, chunks: _Chunks) -> _Parts:
     """Compute everything but the results."""
     low, wide = inputs.x.dtype, torch.promote_types(inputs.x.dtype, torch.float32)
+    x = chunks.rows(inputs.x)
     steps = chunks.steps_of(chunks.rows(time_steps(inputs.dt.to(wide), inputs.dt_bias, options)))
     rates = steps * chunks.of_heads(inputs.A).to(wide)  # <= 0
     # Each sum of rates is added up by itself, as for the gradients.
     later = torch.ones(chunks.size, chunks.size, dtype=wide, device=steps.device).tril(-1)
     decays = (rates.unsqueeze(-1) * later).cumsum_(-2).exp_().tril_()
     elapsed = rates.cumsum(-1).exp()
-    Bs, Cs = chunks.by_group(inputs.B), chunks.by_group(inputs.C)
-    ends = chunks.beside(steps * decays[..., -1, :])
-    added = Bs.mT @ chunks.grouped((chunks.rows(inputs.x) * ends).to(low))
 
-    states = added.new_empty(chunks.states_shape, dtype=wide)
-    states[:, 0] = 0 if inputs.state is None else chunks.state(inputs.state)
-    states[:, 1:] = added.view(states[:, 1:].shape)
+    Bs, Cs = chunks.by_group(inputs.B), chunks.by_group(inputs.C)
+    left = chunks.grouped((x * chunks.beside(steps * decays[..., -1, :])).to(low))
+    added = chunks.of_states((Bs.mT @ left).to(wide))
     whole = chunks.beside_states(elapsed)
-    for chunk in range(chunks.count):
-        states[:, chunk + 1].addcmul_(states[:, chunk], whole[:, chunk])
-    read = Cs @ states[:, :-1].flatten(-2).to(low)
-    return _Parts(steps, decays, elapsed, (Cs @ Bs.mT).unsqueeze(3), states, read)
+    before = torch.empty_like(added)
+    before[:, 0] = 0 if inputs.state is None else chunks.state(inputs.state)
+    for chunk in range(1, chunks.count):
+        earlier = before[:, chunk - 1], whole[:, chunk - 1]
+        torch.addcmul(added[:, chunk - 1], *earlier, out=before[:, chunk])
+    last = torch.addcmul(added[:, -1], before[:, -1], whole[:, -1])
+    read = Cs @ before.flatten(-2).to(low)
+
+    alike = (Cs @ Bs.mT).unsqueeze(3)
+    weights = (alike * decays).to(low)
+    fed = torch.empty_like(chunks.by_head(x), memory_format=torch.contiguous_format)
+    torch.mul(chunks.by_head(x), steps.unsqueeze(-1), out=fed)
+    return _Parts(steps, decays, elapsed, alike, weights, fed, left, before, last, read)
 
 
 class _Chunks:
@@ -164,14 +177,13 @@ class _Chunks:
 
     def __init__(self, inputs: SsdInputs) -> None:
         """Take the sizes; tokens are missing in the last chunk, where time steps of 0 change nothing."""
-        batch, tokens, heads, width = inputs.x.shape
-        groups, states = inputs.B.shape[2:]
+        tokens, heads = inputs.x.shape[1:3]
+        groups = inputs.B.shape[2]
         self.low = inputs.x.dtype
         self.tokens = tokens
         self.heads = (groups, heads // groups)
         self.size = min(CHUNK, tokens)
         self.count = -(-tokens // self.size)
-        self.states_shape = (batch, self.count + 1, groups, states, heads // groups, width)
 
     def _cut(self, tensor: Tensor) -> Tensor:
         """(B, L, ...) to (B, c, Q, ...)."""
@@ -219,6 +231,10 @@ class _Chunks:
     def beside(self, steps: Tensor) -> Tensor:
         """(B, c, G, R, Q) to (B, c, Q, G, R, 1), for products with rows."""
         return steps.permute(0, 1, 4, 2, 3).unsqueeze(-1)
+
+    def of_states(self, tensor: Tensor) -> Tensor:
+        """(B, c, G, N, R P) to (B, c, G, N, R, P)."""
+        return tensor.unflatten(-1, (self.heads[1], -1))
 
     def beside_states(self, elapsed: Tensor) -> Tensor:
         """What is left of a state behind its chunk, (B, c, G, 1, R, 1)."""
