@@ -1,6 +1,7 @@
 """Operations of Vision Mamba behind one dispatch.
 
-Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `norm.py`, `block_product.py`.
+Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `ssd_mixer.py`, `norm.py`,
+`block_product.py`.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
@@ -24,6 +25,7 @@ from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
 from vimtune.ops.ssd import ssd, ssd_step
+from vimtune.ops.ssd_mixer import SsdMixerOptions, SsdWeights, ssd_mixer
 
 for _path in OWN.values():
     _module, _, _class = _path.rpartition(".")
@@ -34,6 +36,8 @@ __all__ = [
     "BackendUnavailable",
     "DirectionWeights",
     "Kernels",
+    "SsdMixerOptions",
+    "SsdWeights",
     "add_rms_norm",
     "backend_names",
     "backend_report",
@@ -49,6 +53,7 @@ __all__ = [
     "selective_scan",
     "set_backend",
     "ssd",
+    "ssd_mixer",
     "ssd_step",
     "stateful_scan",
     "use_backend",

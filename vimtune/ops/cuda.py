@@ -136,7 +136,7 @@ class CudaConvolution(ConvKernels):
 
 
 class CudaSsd(SsdKernels):
-    """The scan of Mamba-2 of mamba-ssm, which is written in Triton. Its backward pass begins with the inputs."""
+    """The scan of Mamba-2 of mamba-ssm, written in Triton. Its backward pass begins with the inputs."""
 
     def refusals(self, inputs: SsdInputs) -> list[str]:
         return _dtype_refusals(inputs.x) or _ssd_errors()

@@ -1,8 +1,8 @@
-"""The scan of Mamba-2 of the backend `torch`: products of matrices within chunks of tokens, and their gradients.
+"""The scan of Mamba-2 of the backend `torch`: products of matrices in chunks of tokens, and their gradients.
 
 The decay is one number for a whole head, so that the outputs of a chunk of tokens are products of matrices
 (Dao & Gu 2024, arXiv 2405.21060, section 6): within a chunk like attention under a mask of decays, between
-chunks through the states at their borders. The backward pass is written out in the same products, and computes
+chunks through the states at their borders. The backward pass is written out in the same products. It computes
 from the inputs what it needs, where autograd would keep a dozen tensors of their size.
 
 Sums, decays and states are fp32 (fp64 for fp64 input); the factors of products have the dtype of `x`.
@@ -115,12 +115,12 @@ class EagerSsd(SsdKernels):
 
 
 class _Parts(NamedTuple):
-    """What both passes need of a scan. Factors of products have the dtype of `x`, all else is fp32 or fp64."""
+    """What both passes need. Factors of products have the dtype of `x`, all else is fp32 or fp64."""
 
     steps: Tensor
     """Time steps, (B, c, G, R, Q)."""
     decays: Tensor
-    """What is left at token i of what token j adds to the state, (B, c, G, R, Q, Q); 0 where j is behind i."""
+    """What is left at token i of what token j has added, (B, c, G, R, Q, Q); 0 where j is behind i."""
     elapsed: Tensor
     """What is left at token i of the state before its chunk, (B, c, G, R, Q)."""
     alike: Tensor

@@ -193,9 +193,7 @@ def time_steps(dt: Tensor, dt_bias: Tensor | None, options: SsdOptions) -> Tenso
     return scan.time_steps(dt, dt_bias, options.dt_softplus).clamp(*options.dt_limit)
 
 
-def time_step_gradients(
-    grad: Tensor, dt: Tensor, dt_bias: Tensor | None, options: SsdOptions
-) -> Tensor:
+def time_step_gradients(grad: Tensor, dt: Tensor, dt_bias: Tensor | None, options: SsdOptions) -> Tensor:
     """Gradient of `dt`, of which that of `dt_bias` is the sum, from the gradient of `time_steps`."""
     raw = scan.time_steps(dt, dt_bias, softplus=False)
     steps = F.softplus(raw) if options.dt_softplus else raw
