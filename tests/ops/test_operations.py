@@ -119,7 +119,7 @@ def outcome(call, tensors, backend):
 
 
 def test_every_operation_is_tested():
-    """One for which some backend has kernels. Those of `ssd` are another project's; test_ssd.py has them."""
+    """One for which some backend has kernels. Those of `ssd` have other sizes; test_ssd.py has them."""
     assert {operation for _, operation in dispatch._KERNELS} == {*OPERATIONS, "ssd"}
 
 

@@ -144,10 +144,10 @@ class CudaSsd(SsdKernels):
     def forward(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         x, *others = _ssd_arguments(inputs)
         combined = importlib.import_module(SSD_MODULE)
-        out, _, _, _, _, last = combined._mamba_chunk_scan_combined_fwd(
+        results = combined._mamba_chunk_scan_combined_fwd(
             x, *others, SSD_CHUNK, **_ssd_options(inputs, options)
         )
-        return out, last.float(), ()
+        return results[0], results[5].float(), ()  # between them is what backward computes again
 
     def backward(
         self,
@@ -253,9 +253,8 @@ def _import_errors() -> list[str]:
     return reasons
 
 
-@constant_for_compiler
 @cache
-def _ssd_errors() -> list[str]:
+def _ssd_import_errors() -> list[str]:
     """Why mamba-ssm's scan of Mamba-2 cannot be used; empty if it can."""
     try:
         combined = importlib.import_module(SSD_MODULE)
@@ -263,6 +262,12 @@ def _ssd_errors() -> list[str]:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return [f"mamba-ssm's scan of Mamba-2 is not usable: {type(error).__name__}: {error}"]
     return []
+
+
+@constant_for_compiler
+def _ssd_errors() -> list[str]:
+    """`_ssd_import_errors`, which the compiler does not look into."""
+    return _ssd_import_errors()
 
 
 @cache

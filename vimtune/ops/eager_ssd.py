@@ -59,7 +59,7 @@ class EagerSsd(SsdKernels):
 
         # Between chunks. The gradients of what chunks add to the state run from the last chunk to the first.
         grad_read = chunks.grouped((grad * chunks.beside(elapsed)).to(low))
-        grad_before = chunks.of_states((Cs.mT @ grad_read).to(wide))
+        grad_before = chunks.parted((Cs.mT @ grad_read).to(wide))
         whole = chunks.beside_states(elapsed)
         grad_added = torch.empty_like(parts.before)
         grad_added[:, -1] = 0 if grad_last is None else chunks.state(grad_last)
@@ -73,7 +73,9 @@ class EagerSsd(SsdKernels):
         grad_left = chunks.ungrouped(Bs @ low_added)
         # Gradients of the logarithms of decays: of those from the beginning of a chunk to token i ...
         log_elapsed = elapsed * chunks.steps_of((grad * chunks.ungrouped(parts.read)).sum(-1, dtype=wide))
-        log_elapsed[..., -1] += elapsed[..., -1] * (grad_added * parts.before).sum((3, 5))
+        agreement = torch.mul(grad_added, parts.before, out=grad_before)  # in memory that is free by now
+        log_elapsed[..., -1] += elapsed[..., -1] * agreement.sum((3, 5))
+        del agreement, grad_before, grad_added, low_added
         feeding = parts.decays[..., -1, :]
         steps_left = feeding * chunks.steps_of((x * grad_left).sum(-1, dtype=wide))
 
@@ -152,7 +154,7 @@ def _parts(inputs: SsdInputs, options: SsdOptions, chunks: _Chunks) -> _Parts:
 
     Bs, Cs = chunks.by_group(inputs.B), chunks.by_group(inputs.C)
     left = chunks.grouped((x * chunks.beside(steps * decays[..., -1, :])).to(low))
-    added = chunks.of_states((Bs.mT @ left).to(wide))
+    added = chunks.parted((Bs.mT @ left).to(wide))
     whole = chunks.beside_states(elapsed)
     before = torch.empty_like(added)
     before[:, 0] = 0 if inputs.state is None else chunks.state(inputs.state)
@@ -190,11 +192,13 @@ class _Chunks:
         missing = self.count * self.size - self.tokens
         if missing:
             tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
-        return tensor.unflatten(1, (self.count, self.size))
+        cut: Tensor = tensor.unflatten(1, (self.count, self.size))
+        return cut
 
     def rows(self, tensor: Tensor) -> Tensor:
         """(B, L, H, ...) to (B, c, Q, G, R, ...)."""
-        return self._cut(tensor).unflatten(3, self.heads)
+        rows: Tensor = self._cut(tensor).unflatten(3, self.heads)
+        return rows
 
     def joined(self, rows: Tensor) -> Tensor:
         """(B, c, Q, G, R, ...) to (B, L, H, ...)."""
@@ -214,7 +218,7 @@ class _Chunks:
 
     def ungrouped(self, tensor: Tensor) -> Tensor:
         """(B, c, G, Q, R P) to rows."""
-        return tensor.unflatten(-1, (self.heads[1], -1)).transpose(2, 3)
+        return self.parted(tensor).transpose(2, 3)
 
     def by_head(self, rows: Tensor) -> Tensor:
         """Rows to (B, c, G, R, Q, P), for products of single heads."""
@@ -232,9 +236,10 @@ class _Chunks:
         """(B, c, G, R, Q) to (B, c, Q, G, R, 1), for products with rows."""
         return steps.permute(0, 1, 4, 2, 3).unsqueeze(-1)
 
-    def of_states(self, tensor: Tensor) -> Tensor:
-        """(B, c, G, N, R P) to (B, c, G, N, R, P)."""
-        return tensor.unflatten(-1, (self.heads[1], -1))
+    def parted(self, tensor: Tensor) -> Tensor:
+        """(..., R P) to (..., R, P)."""
+        wide: Tensor = tensor.unflatten(-1, (self.heads[1], -1))
+        return wide
 
     def beside_states(self, elapsed: Tensor) -> Tensor:
         """What is left of a state behind its chunk, (B, c, G, 1, R, 1)."""
@@ -246,7 +251,7 @@ class _Chunks:
 
     def state(self, tensor: Tensor) -> Tensor:
         """(B, H, P, N) to (B, G, N, R, P)."""
-        return tensor.unflatten(1, self.heads).permute(0, 1, 4, 2, 3)
+        return tensor.view(-1, *self.heads, *tensor.shape[2:]).permute(0, 1, 4, 2, 3)
 
     def joined_state(self, tensor: Tensor) -> Tensor:
         """(B, G, N, R, P) to (B, H, P, N)."""

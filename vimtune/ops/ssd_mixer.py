@@ -10,6 +10,7 @@ C, N states, F = E + 2 G N channels of the convolution, K filter width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -126,7 +127,8 @@ def ssd_mixer(
     # Both by their own names: the backward pass may run in another thread, or after another choice.
     _, xBC, dt = split_projected(projected, weights)
     convolution = ConvInputs(xBC, weights.conv_weight, weights.conv_bias)
-    scan = scan_inputs(xBC, dt, weights, options, None)
+    x, B, C = split_convolved(xBC, weights, options)
+    scan = SsdInputs(x, dt, weights.A_log, B, C, weights.D)
     backends = SsdBackends(
         find_backend(ConvKernels, backend, projected.device, convolution) or backend,
         find_backend(SsdKernels, backend, projected.device, scan) or PLAIN,
@@ -158,18 +160,25 @@ def split_projected(projected: Tensor, weights: SsdWeights) -> tuple[Tensor, Ten
     return z, xBC, dt
 
 
-def scan_inputs(
-    convolved: Tensor, dt: Tensor, weights: SsdWeights, options: SsdMixerOptions, mask: Tensor | None
-) -> SsdInputs:
-    """What the scan is of: views of the convolved xBC (B, L, F), and time steps from `dt` (B, L, H)."""
-    inner, heads = len(weights.norm_weight), len(weights.A_log)
+def split_convolved(
+    convolved: Tensor, weights: SsdWeights, options: SsdMixerOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, L, H, P), B and C (B, L, G, N), views of xBC."""
+    inner = len(weights.norm_weight)
     states = (convolved.shape[-1] - inner) // 2
     x, B, C = convolved.split([inner, states, states], dim=-1)
     B, C = (part.unflatten(-1, (options.groups, -1)) for part in (B, C))
+    return x.unflatten(-1, (len(weights.A_log), -1)), B, C
+
+
+def scan_inputs(
+    convolved: Tensor, dt: Tensor, weights: SsdWeights, options: SsdMixerOptions, mask: Tensor | None
+) -> SsdInputs:
+    """What the scan is of: parts of the convolved xBC (B, L, F), and time steps from `dt` (B, L, H)."""
+    x, B, C = split_convolved(convolved, weights, options)
     wide = torch.promote_types(dt.dtype, torch.float32)
     steps = masked(time_steps(dt.to(wide), weights.dt_bias, options.time_steps), mask)
-    A = -weights.A_log.to(wide).exp()
-    return SsdInputs(x.unflatten(-1, (heads, -1)), steps, A, B, C, weights.D)
+    return SsdInputs(x, steps, -weights.A_log.to(wide).exp(), B, C, weights.D)
 
 
 def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
@@ -206,6 +215,43 @@ def _check(projected: Tensor, weights: SsdWeights, options: SsdMixerOptions) -> 
         D=(D, (heads,)),
         norm_weight=(norm_weight, (inner,)),
     )
+
+
+def _gradients(
+    grad: Tensor,
+    projected: Tensor,
+    weights: SsdWeights,
+    options: SsdMixerOptions,
+    mask: Tensor | None,
+    backends: SsdBackends,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of `projected` and the weights, of which those that are not needed may be anything."""
+    conv_weight, conv_bias, dt_bias, _, _, norm_weight = weights
+    z, xBC, dt = split_projected(projected, weights)
+    xBC = masked(xBC, mask)
+    convolved = causal_conv1d(xBC, conv_weight, conv_bias, silu=True, backend=backends.convolution)
+    inputs = scan_inputs(masked(convolved, mask), dt, weights, options, mask)
+    _, kernels = find_kernels(SsdKernels, backends.scan, projected.device, inputs)
+    y, _, kept = kernels.forward(inputs, AS_GIVEN)
+    of_norm = y.flatten(2), z, norm_weight, options.norm_groups, options.eps
+    grad_y, grad_z, grad_norm = gated_norm_gradients(grad, *of_norm)
+
+    of_scan = [True] * 5 + [needs[5], False, False]
+    found = kernels.backward(grad_y.view(y.shape), None, kept, inputs, AS_GIVEN, of_scan)
+    grad_x, grad_steps, grad_A, grad_B, grad_C, grad_D, _, _ = found
+    assert grad_x is not None and grad_steps is not None and grad_A is not None
+    assert grad_B is not None and grad_C is not None
+    parts = torch.cat([part.flatten(2) for part in (grad_x, grad_B, grad_C)], dim=-1)
+    of_convolution = True, False, backends.convolution, [True, *needs[1:3]]
+    grad_xBC, grad_taps, grad_bias = torch.ops.vimtune.causal_conv1d_backward(
+        masked(parts, mask), xBC, conv_weight, conv_bias, *of_convolution
+    )
+    grad_dt = time_step_gradients(
+        masked(grad_steps, mask), dt.to(grad_steps.dtype), dt_bias, options.time_steps
+    )
+    columns = torch.cat([grad_z, masked(grad_xBC, mask), grad_dt.to(projected.dtype)], dim=-1)
+    return [columns, grad_taps, grad_bias, grad_dt.sum((0, 1)), grad_A * inputs.A, grad_D, grad_norm]
 
 
 # About the spelling of annotations see `scan.py`.
@@ -273,29 +319,10 @@ def _ssd_mixer_backward(
     if projected.numel() == 0:
         return zero_gradients(tensors, needs, projected)
     options = SsdMixerOptions(groups, norm_groups, eps, lowest, highest)
-    z, xBC, dt = split_projected(projected, weights)
-    xBC = masked(xBC, mask)
-    convolved = masked(causal_conv1d(xBC, conv_weight, conv_bias, silu=True, backend=convolution), mask)
-    inputs = scan_inputs(convolved, dt, weights, options, mask)
-    _, kernels = find_kernels(SsdKernels, scan, projected.device, inputs)
-    y, _, kept = kernels.forward(inputs, AS_GIVEN)
-    grad_y, grad_z, grad_norm = gated_norm_gradients(grad, y.flatten(2), z, norm_weight, norm_groups, eps)
-
-    of_scan = [True] * 5 + [needs[5], False, False]
-    found = kernels.backward(grad_y.view(y.shape), None, kept, inputs, AS_GIVEN, of_scan)
-    grad_x, grad_steps, grad_A, grad_B, grad_C, grad_D, _, _ = found
-    assert grad_x is not None and grad_steps is not None and grad_A is not None
-    assert grad_B is not None and grad_C is not None
-    parts = torch.cat([part.flatten(2) for part in (grad_x, grad_B, grad_C)], dim=-1)
-    grad_xBC, grad_taps, grad_bias = torch.ops.vimtune.causal_conv1d_backward(
-        masked(parts, mask), xBC, conv_weight, conv_bias, True, False, convolution, [True, *needs[1:3]]
-    )
-    grad_dt = time_step_gradients(
-        masked(grad_steps, mask), dt.to(grad_steps.dtype), dt_bias, options.time_steps
-    )
-    columns = torch.cat([grad_z, masked(grad_xBC, mask), grad_dt.to(projected.dtype)], dim=-1)
-    weight_gradients = grad_taps, grad_bias, grad_dt.sum((0, 1)), grad_A * inputs.A, grad_D, grad_norm
-    return as_list(wanted([columns, *weight_gradients], tensors, needs), projected)
+    backends = SsdBackends(convolution, scan)
+    with torch.autocast(projected.device.type, enabled=False):
+        found = _gradients(grad, projected, weights, options, mask, backends, needs)
+    return as_list(wanted(found, tensors, needs), projected)
 
 
 @_ssd_mixer_backward.register_fake
