@@ -131,7 +131,7 @@ def outcome(call, tensors, backend):
 def test_every_operation_is_tested():
     """One for which some backend has kernels.
 
-    Those of `ssd` are another project's; test_ssd.py has them. Those without gradients are tested in
+    Those of `ssd` have other sizes; test_ssd.py has them. Those without gradients are tested in
     test_nvrtc_mixer.py and test_nvrtc_step.py.
     """
     elsewhere = {"ssd", "causal_prompt", "causal_step"}

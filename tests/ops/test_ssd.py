@@ -1,11 +1,15 @@
 """The scan of Mamba-2 in chunks against its definition, which goes token by token."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from vimtune import ops
-from vimtune.ops import reference
-from vimtune.ops.ssd import CHUNK
+from vimtune.ops import Backend, cuda, reference
+from vimtune.ops.eager_ssd import CHUNK, EagerSsd
+from vimtune.ops.ssd import SsdInputs, SsdOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, HEADS, WIDTH, STATES = 2, 4, 6, 5
@@ -56,6 +60,23 @@ def test_optional_tensors_and_options(missing, options):
     expected = results_and_gradients(reference.ssd, values, **options)
     for found, value in zip(results_and_gradients(ops.ssd, values, **options), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+
+
+def test_numeric_gradients():
+    """Also of the states before the first token and after the last one."""
+    values = {name: value[:1].requires_grad_() for name, value in tensors(CHUNK + 2, 2).items()}
+    values |= {name: tensors(CHUNK + 2, 2)[name].requires_grad_() for name in ("A", "D", "dt_bias")}
+    assert torch.autograd.gradcheck(
+        lambda *leaves: ops.ssd(**dict(zip(values, leaves, strict=True))), [*values.values()], fast_mode=True
+    )
+
+
+def test_nothing_but_the_inputs_is_kept_for_the_backward_pass():
+    values = {name: value.requires_grad_() for name, value in tensors(CHUNK + 9, 2, torch.float32).items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda _: None):
+        ops.ssd(**values)
+    assert set(kept) <= {value.data_ptr() for value in values.values()}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
@@ -116,7 +137,77 @@ def test_no_tokens_at_all():
 def test_it_is_one_graph_for_the_compiler():
     values = tensors(9, 2, torch.float32)
     compiled = torch.compile(ops.ssd, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**values), ops.ssd(**values))
+    expected = results_and_gradients(ops.ssd, values)
+    for found, value in zip(results_and_gradients(compiled, values), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+
+
+def mamba_ssm(calls):
+    """A module like that of mamba-ssm, computed by other kernels. The compiler cannot look into it."""
+
+    def split(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, dt_limit):
+        inputs = SsdInputs(x, dt, A, B, C, D, dt_bias, initial_states)
+        return inputs, SsdOptions(dt_softplus, dt_limit)
+
+    def forward(x, dt, A, B, C, chunk_size, **options):
+        torch._dynamo.graph_break()
+        calls.append("forward")
+        out, last, _ = EagerSsd().forward(*split(x, dt, A, B, C, **options))
+        return out, None, dt, A, last, last
+
+    def backward(dout, x, dt, A, B, C, out, chunk_size, dfinal_states, **options):
+        torch._dynamo.graph_break()
+        calls.append("backward")
+        assert out.shape == x.shape
+        inputs, others = split(x, dt, A, B, C, **options)
+        needs = [tensor is not None for tensor in inputs]
+        *first, bias, state = EagerSsd().backward(dout, dfinal_states, (), inputs, others, needs)
+        return *first, None, bias, state
+
+    return SimpleNamespace(_mamba_chunk_scan_combined_fwd=forward, _mamba_chunk_scan_combined_bwd=backward)
+
+
+class MambaSsm(Backend):
+    """The kernels of mamba-ssm alone, on any device."""
+
+    name = "mamba_ssm"
+    summary = "a stand-in"
+    kernels = (cuda.CudaSsd(),)
+
+    def refusals(self, device):
+        return []
+
+
+@pytest.fixture
+def stand_in(backends, monkeypatch):
+    """What has been called of a module in the place of mamba-ssm's."""
+    calls = []
+    monkeypatch.setitem(sys.modules, cuda.SSD_MODULE, mamba_ssm(calls))
+    cuda._ssd_import_errors.cache_clear()
+    backends(MambaSsm())
+    yield calls
+    cuda._ssd_import_errors.cache_clear()
+
+
+@pytest.mark.parametrize("missing", [(), ("D", "dt_bias", "state")])
+def test_mamba_ssm_is_opaque_to_the_compiler(stand_in, missing):
+    values = {name: value for name, value in tensors(9, 2, torch.float32).items() if name not in missing}
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.ssd, fullgraph=True, backend="aot_eager")
+    expected = results_and_gradients(ops.ssd, values, backend="torch")
+    for function in (ops.ssd, compiled):
+        found = results_and_gradients(function, values, backend="mamba_ssm")
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
+    assert stand_in == ["forward", "backward"] * 2
+
+
+def test_another_mamba_ssm_is_not_used(stand_in, monkeypatch):
+    monkeypatch.setitem(sys.modules, cuda.SSD_MODULE, SimpleNamespace())
+    cuda._ssd_import_errors.cache_clear()
+    assert "_mamba_chunk_scan_combined_fwd" in cuda._ssd_import_errors()[0]
+    ops.ssd(**tensors(9, 2, torch.float32), backend="mamba_ssm")
+    assert not stand_in
 
 
 def test_long_fading_does_not_overflow():

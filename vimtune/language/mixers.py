@@ -28,6 +28,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from vimtune.ops import (
     DirectionWeights,
+    SsdMixerOptions,
+    SsdWeights,
     causal_conv1d,
     causal_mixer,
     causal_prompt,
@@ -35,10 +37,12 @@ from vimtune.ops import (
     scan_step,
     selective_scan,
     ssd,
+    ssd_mixer,
     ssd_step,
     stateful_scan,
 )
-from vimtune.ops.ssd import NO_LIMIT, SsdOptions, time_steps
+from vimtune.ops.gated_norm import gated_rms_norm
+from vimtune.ops.ssd_mixer import AS_GIVEN, scan_inputs, split_projected
 
 NO_TIME = -1e4
 """What the time step of a masked token is before softplus, which makes exactly 0 of it in any dtype."""
@@ -187,15 +191,7 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
 
 
 class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transformers is untyped
-    """Mixer of a Mamba-2 layer, (B, L, D) to (B, L, D).
-
-        z, xBC, dt = in_proj(h)
-        x, B, C    = SiLU(conv(xBC))
-        y          = ssd(x, softplus(dt + dt_bias), -exp(A_log), B, C, D)
-        out        = out_proj(norm(y * SiLU(z)))
-
-    The norm is gated: it is of the product with SiLU(z), for each group of channels.
-    """
+    """Mixer of a Mamba-2 layer, (B, L, D) to (B, L, D); its inside is defined by `vimtune.ops.ssd_mixer`."""
 
     def scan(
         self,
@@ -212,24 +208,38 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
         Returns:
             The input of out_proj, (B, L, E), in the dtype of `projected`.
         """
-        inner, groups = self.intermediate_size, self.n_groups * self.ssm_state_size
-        z, xBC, raw = projected.split([inner, inner + 2 * groups, self.num_heads], dim=-1)
-        x, B, C = convolve(self, xBC, cache, mask).split([inner, groups, groups], dim=-1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B, C = (part.unflatten(-1, (self.n_groups, self.ssm_state_size)) for part in (B, C))
-        dt = time_steps(raw.float(), self.dt_bias, SsdOptions(True, self.time_step_limit))
-        if mask is not None:
-            dt = dt * mask  # The limit may forbid a time step of 0, which padding has all the same.
-        A = -torch.exp(self.A_log.float())
-        state = None if cache is None else state_before(self, cache)
+        weights, options = self.weights(), self.options()
+        if cache is None:
+            return ssd_mixer(projected, weights, options, mask, self.backend)
+        z, xBC, dt = split_projected(projected, weights)
+        inputs = scan_inputs(convolve(self, xBC, cache, mask), dt, weights, options, mask)
+        x, steps, A, B, C, D, _, _ = inputs
+        state = state_before(self, cache)
         if state is not None and x.shape[1] == 1:
-            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, None, False, NO_LIMIT, state)
+            now = (x[:, 0], steps[:, 0], A, B[:, 0], C[:, 0], D)
+            y, state = ssd_step(*now, None, *AS_GIVEN, state)
             y = y[:, None]
         else:
-            y, state = ssd(x, dt, A, B, C, self.D, dt_softplus=False, state=state, backend=self.backend)
-        if cache is not None:
-            cache.update_recurrent_state(state, self.layer_idx)
-        return self.norm(y.flatten(2), z).to(projected.dtype)
+            y, state = ssd(x, steps, A, B, C, D, None, *AS_GIVEN, state, self.backend)
+        cache.update_recurrent_state(state, self.layer_idx)
+        return gated_rms_norm(y.flatten(2), z, weights.norm_weight, options.norm_groups, options.eps)
+
+    def weights(self) -> SsdWeights:
+        """The weights between the projections, as adapters have them."""
+        return SsdWeights(
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+        )
+
+    def options(self) -> SsdMixerOptions:
+        """Sizes and limits of the configuration. Norms of older versions of transformers know no groups."""
+        inner: int = self.intermediate_size
+        norm_groups = inner // getattr(self.norm, "group_size", inner)
+        return SsdMixerOptions(self.n_groups, norm_groups, self.norm.variance_epsilon, *self.time_step_limit)
 
 
 def refuse_packing(arguments: Mapping[str, Any]) -> None:

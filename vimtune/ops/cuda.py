@@ -24,6 +24,7 @@ from torch import Tensor
 from vimtune.ops import reference
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
+from vimtune.ops.operation import constant_for_compiler, wanted
 from vimtune.ops.scan import NUM_INPUTS, ScanInputs, ScanKernels, ScanOptions
 from vimtune.ops.ssd import SsdInputs, SsdKernels, SsdOptions
 from vimtune.utils import installed_version
@@ -103,7 +104,7 @@ class CudaScan(ScanKernels):
             grad_bias,
             None,
         ]
-        return _wanted(found, inputs, needs)
+        return wanted(found, inputs, needs)
 
 
 class CudaConvolution(ConvKernels):
@@ -131,25 +132,57 @@ class CudaConvolution(ConvKernels):
             _conv_columns(x, options.reverse), filters, low_bias,
             _conv_columns(grad.to(x.dtype), options.reverse), None, None, None, None, False, options.silu,
         )  # fmt: skip
-        return _wanted((_from_columns(grad_x, options.reverse), grad_weight, grad_bias), inputs, needs)
+        return wanted((_from_columns(grad_x, options.reverse), grad_weight, grad_bias), inputs, needs)
 
 
 class CudaSsd(SsdKernels):
-    """The scan of Mamba-2 of mamba-ssm, which is written in Triton and differentiable by itself."""
+    """The scan of Mamba-2 of mamba-ssm, written in Triton. Its backward pass begins with the inputs."""
 
     def refusals(self, inputs: SsdInputs) -> list[str]:
         return _dtype_refusals(inputs.x) or _ssd_errors()
 
-    def run(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
-        x, dt, A, B, C, D, dt_bias, state = inputs
+    def forward(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        x, *others = _ssd_arguments(inputs)
         combined = importlib.import_module(SSD_MODULE)
-        out, last = combined.mamba_chunk_scan_combined(
-            x, dt, A.float(), B.to(x.dtype), C.to(x.dtype), SSD_CHUNK,
-            D=None if D is None else D.float(), dt_bias=None if dt_bias is None else dt_bias.float(),
-            initial_states=None if state is None else state.to(x.dtype),
-            dt_softplus=options.dt_softplus, dt_limit=options.dt_limit, return_final_states=True,
+        results = combined._mamba_chunk_scan_combined_fwd(
+            x, *others, SSD_CHUNK, **_ssd_options(inputs, options)
+        )
+        return results[0], results[5].float(), ()  # between them is what backward computes again
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        kept: Sequence[Tensor],
+        inputs: SsdInputs,
+        options: SsdOptions,
+        needs: Sequence[bool],
+    ) -> Gradients:
+        x, *others = _ssd_arguments(inputs)
+        combined = importlib.import_module(SSD_MODULE)
+        # The kernels read the result of the forward pass only where there is a gate; x has its shape.
+        *found, grad_D, _, grad_bias, grad_state = combined._mamba_chunk_scan_combined_bwd(
+            grad.to(x.dtype), x, *others, x, SSD_CHUNK,
+            dfinal_states=grad_last, **_ssd_options(inputs, options),
         )  # fmt: skip
-        return out, last.float()
+        return wanted([*found, grad_D, grad_bias, grad_state], inputs, needs)
+
+
+def _ssd_arguments(inputs: SsdInputs) -> list[Tensor]:
+    """x, dt, A, B and C as mamba-ssm wants them."""
+    low = inputs.x.dtype
+    return [inputs.x, inputs.dt, inputs.A.float(), inputs.B.to(low), inputs.C.to(low)]
+
+
+def _ssd_options(inputs: SsdInputs, options: SsdOptions) -> dict[str, Any]:
+    """What mamba-ssm takes by name in both passes."""
+    _, _, _, _, _, D, dt_bias, state = inputs
+    return {
+        "D": None if D is None else D.float(),
+        "dt_bias": None if dt_bias is None else dt_bias.float(),
+        "initial_states": None if state is None else state.to(inputs.x.dtype),
+        **options._asdict(),
+    }
 
 
 class CudaBackend(Backend):
@@ -184,16 +217,6 @@ class CudaBackend(Backend):
 def _dtype_refusals(activations: Tensor) -> list[str]:
     """The kernels have fp32, bf16 and fp16."""
     return ["fp64 is more than the kernels have"] if activations.dtype == torch.float64 else []
-
-
-def _wanted(
-    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> Gradients:
-    """Gradients in the dtypes of the tensors that they belong to, None where they are not needed."""
-    return tuple(
-        gradient.to(tensor.dtype) if needed and gradient is not None and tensor is not None else None
-        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
-    )
 
 
 def _half_like(x: Tensor, weight: Tensor) -> Tensor:
@@ -231,13 +254,20 @@ def _import_errors() -> list[str]:
 
 
 @cache
-def _ssd_errors() -> list[str]:
+def _ssd_import_errors() -> list[str]:
     """Why mamba-ssm's scan of Mamba-2 cannot be used; empty if it can."""
     try:
-        importlib.import_module(SSD_MODULE)
-    except (ImportError, OSError, RuntimeError) as error:
+        combined = importlib.import_module(SSD_MODULE)
+        _ = combined._mamba_chunk_scan_combined_fwd, combined._mamba_chunk_scan_combined_bwd
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return [f"mamba-ssm's scan of Mamba-2 is not usable: {type(error).__name__}: {error}"]
     return []
+
+
+@constant_for_compiler
+def _ssd_errors() -> list[str]:
+    """`_ssd_import_errors`, which the compiler does not look into."""
+    return _ssd_import_errors()
 
 
 @cache

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
+from vimtune.ops.eager_ssd import EagerSsd
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 
 CHUNK = 16
@@ -183,7 +184,7 @@ class EagerBackend(Backend):
 
     name = "torch"
     summary = "pure PyTorch, runs everywhere"
-    kernels = (EagerScan(), EagerConvolution())
+    kernels = (EagerScan(), EagerConvolution(), EagerSsd())
 
     def refusals(self, device: torch.device) -> list[str]:
         return []

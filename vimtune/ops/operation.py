@@ -120,6 +120,16 @@ def as_optional(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tens
     return [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
 
 
+def wanted(
+    gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients in the dtypes of the tensors that they belong to, None where they are not needed."""
+    return [
+        gradient.to(tensor.dtype) if needed and gradient is not None and tensor is not None else None
+        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
+    ]
+
+
 def fake_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> list[Tensor]:
     """Tensors of the shapes and dtypes that `as_list` returns for gradients of `inputs`."""
     return [

@@ -1,18 +1,16 @@
-"""The scan of Mamba-2, `ssd`, in the chunked form that consists of matrix products.
+"""The operation `ssd`, the scan of Mamba-2: its kernels' interface, and its registration with torch.
 
-Its decay is one number for a whole head, so that the outputs of a chunk of tokens are products of matrices
-(Dao & Gu 2024, arXiv 2405.21060, section 6): within a chunk like attention under a mask of decays, between
-chunks through the states at their borders. Everything is operations of PyTorch that autograd differentiates;
-a backend may have kernels of its own.
+Its backward pass begins with the inputs of the forward pass, and nothing else is kept in between. The
+registration is as in `scan.py`.
 
-Shape letters: B batch, L tokens, H heads, P width of a head, G groups of heads that share B and C, N states,
-c chunks of Q tokens, R = H / G heads of a group.
+Shape letters: B batch, L tokens, H heads, P width of a head, G groups of heads that share B and C, N states.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +18,20 @@ from torch import Tensor
 
 from vimtune.backends import REFERENCE
 from vimtune.ops import reference, scan
-from vimtune.ops.backend import Kernels
+from vimtune.ops.backend import Gradients, Kernels
 from vimtune.ops.dispatch import chosen_backend, find_backend, find_kernels
-from vimtune.ops.operation import check_inputs
+from vimtune.ops.operation import (
+    as_list,
+    as_optional,
+    check_inputs,
+    fake_gradients,
+    operation,
+    unit_stride,
+    zero_gradients,
+)
 
-CHUNK = 64
-"""Tokens of a chunk. The products within chunks grow with it, what is handed on between them shrinks."""
+PLAIN = "torch"
+"""The backend that computes the operation where the chosen one has no kernels for it."""
 NO_LIMIT = (0.0, float("inf"))
 """Limits of time steps that change nothing behind softplus."""
 
@@ -61,13 +67,34 @@ class SsdOptions(NamedTuple):
 
 
 class SsdKernels(Kernels[SsdInputs]):
-    """Kernels of the scan of Mamba-2, differentiable by themselves."""
+    """Kernels of the scan of Mamba-2. Inputs are never empty, and results may have any strides."""
 
     operation = "ssd"
 
     @abstractmethod
-    def run(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
-        """Return what `ssd` does."""
+    def forward(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Return what `ssd` does, and whatever `backward` could use of what has been computed."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        grad_last: Tensor | None,
+        kept: Sequence[Tensor],
+        inputs: SsdInputs,
+        options: SsdOptions,
+        needs: Sequence[bool],
+    ) -> Gradients:
+        """Gradients of the inputs in their dtypes, None where `needs` is False.
+
+        Args:
+            grad: gradient of the result, (B, L, H, P).
+            grad_last: gradient of the last state, (B, H, P, N); None stands for zeros.
+            kept: the third result of `forward` where that has just been called; else empty.
+            inputs: those of `forward`.
+            options: those of `forward`.
+            needs: for each input whether its gradient is wanted.
+        """
 
 
 def ssd(
@@ -108,75 +135,16 @@ def ssd(
         ValueError: shapes or devices that do not fit together, tensors that are not of floating point
             numbers, or an unknown backend.
         BackendUnavailable: `backend` names one that cannot run here.
+        NotImplementedError: derivatives other than those of autograd's backward pass, which only
+            `backend="reference"` has.
     """
-    inputs, options = SsdInputs(x, dt, A, B, C, D, dt_bias, state), SsdOptions(dt_softplus, dt_limit)
+    inputs = SsdInputs(x, dt, A, B, C, D, dt_bias, state)
     _check(inputs)
-    chosen = chosen_backend(backend)
-    if chosen == REFERENCE:
+    if chosen_backend(backend) == REFERENCE:
         return reference.ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, state)
-    name = find_backend(SsdKernels, backend, x.device, inputs) if x.numel() else ""
-    if name:
-        return find_kernels(SsdKernels, name, x.device, inputs)[1].run(inputs, options)
-    return chunked(inputs, options)
-
-
-def chunked(inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor]:
-    """What `ssd` computes, in matrix products of chunks.
-
-    Sums are fp32 (fp64 for fp64 input); the products themselves have the dtype of `x`, as under autocast.
-    """
-    x, dt, A, B, C, D, dt_bias, first = inputs
-    batch, tokens, heads, width = x.shape
-    groups, states = B.shape[2:]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    steps = time_steps(dt.to(wide), dt_bias, options)
-    state = x.new_zeros(batch, heads, width, states, dtype=wide) if first is None else first.to(wide)
-    if tokens == 0:
-        return x.clone() if D is None else x * D.to(x.dtype).unsqueeze(-1), state.clone()
-    size = min(CHUNK, tokens)
-    missing = -tokens % size  # steps of 0 behind the last token change nothing
-    num_chunks = (tokens + missing) // size
-
-    def in_chunks(tensor: Tensor) -> Tensor:
-        padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing)) if missing else tensor
-        return padded.reshape(batch, num_chunks, size, *tensor.shape[2:])
-
-    # Heads come before tokens, so that a group of heads is a batch of products, or the columns of one.
-    xs = in_chunks(x).view(batch, num_chunks, size, groups, heads // groups, width)
-    steps = in_chunks(steps).permute(0, 1, 3, 2).view(batch, num_chunks, groups, heads // groups, size)
-    Bs, Cs = (in_chunks(tensor.to(x.dtype)).transpose(2, 3) for tensor in (B, C))  # (B, c, G, Q, N)
-    rates = steps * A.to(wide).view(groups, heads // groups, 1)  # (B, c, G, R, Q), <= 0
-    elapsed = rates.cumsum(-1)
-
-    # Within chunks: C_i . B_j decayed from token j to token i, times the time step of j. Each sum of rates is
-    # added up by itself: the difference of two long ones would have lost its last digits.
-    past = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
-    since = rates.unsqueeze(-1).masked_fill(~past.tril(-1), 0.0).cumsum(-2)
-    weights = since.masked_fill(~past, float("-inf")).exp() * steps.unsqueeze(-2)
-    alike = (Cs @ Bs.transpose(-1, -2)).unsqueeze(3)  # (B, c, G, 1, Q, Q)
-    columns = xs.permute(0, 1, 3, 4, 2, 5)  # (B, c, G, R, Q, P)
-    inside = (alike * weights).to(x.dtype) @ columns
-
-    # What a chunk adds to the state: (B, c, G, N, R P), one product for all heads of a group.
-    fading = (since[..., -1, :].exp() * steps).permute(0, 1, 4, 2, 3).unsqueeze(-1)
-    fed = (xs * fading.to(x.dtype)).transpose(2, 3).flatten(-2)
-    added = (Bs.transpose(-1, -2) @ fed).to(wide).unflatten(-1, (heads // groups, width))
-
-    # The states before the chunks, and the one behind the last.
-    current = state.view(batch, groups, heads // groups, width, states).permute(0, 1, 4, 2, 3)
-    before = []
-    decay = elapsed[..., -1].exp()[:, :, :, None, :, None]
-    for chunk in range(num_chunks):
-        before.append(current)
-        current = current * decay[:, chunk] + added[:, chunk]
-    last = current.permute(0, 1, 3, 4, 2).reshape(batch, heads, width, states)
-    read = Cs @ torch.stack(before, 1).flatten(-2).to(x.dtype)  # (B, c, G, Q, R P)
-    across = read.unflatten(-1, (heads // groups, width)).transpose(3, 4)  # (B, c, G, R, Q, P)
-    y = torch.addcmul(inside.to(wide), across.to(wide), elapsed.exp().unsqueeze(-1))
-    if D is not None:
-        y = y + D.to(wide).view(groups, heads // groups, 1, 1) * columns
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, num_chunks * size, heads, width)
-    return y[:, :tokens].to(x.dtype), last
+    name = find_backend(SsdKernels, backend, x.device, inputs) or PLAIN
+    out, last = torch.ops.vimtune.ssd(*inputs, dt_softplus, *dt_limit, name)
+    return out, last
 
 
 def ssd_step(
@@ -225,6 +193,15 @@ def time_steps(dt: Tensor, dt_bias: Tensor | None, options: SsdOptions) -> Tenso
     return scan.time_steps(dt, dt_bias, options.dt_softplus).clamp(*options.dt_limit)
 
 
+def time_step_gradients(grad: Tensor, dt: Tensor, dt_bias: Tensor | None, options: SsdOptions) -> Tensor:
+    """Gradient of `dt`, of which that of `dt_bias` is the sum, from the gradient of `time_steps`."""
+    raw = scan.time_steps(dt, dt_bias, softplus=False)
+    steps = F.softplus(raw) if options.dt_softplus else raw
+    low, high = options.dt_limit
+    grad = grad * ((steps >= low) & (steps <= high))
+    return grad * raw.sigmoid() if options.dt_softplus else grad
+
+
 def _check(inputs: SsdInputs) -> None:
     """Raise ValueError for tensors that do not fit together."""
     x, B = inputs.x, inputs.B
@@ -246,3 +223,111 @@ def _check(inputs: SsdInputs) -> None:
         dt_bias=(inputs.dt_bias, (heads,)),
         state=(inputs.state, (batch, heads, width, states)),
     )
+
+
+# About the spelling of annotations see `scan.py`.
+
+
+@operation("ssd")
+def _ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    dt_bias: Optional[Tensor],  # noqa: UP045
+    state: Optional[Tensor],  # noqa: UP045
+    dt_softplus: bool,
+    lowest: float,
+    highest: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The result and the last state."""
+    inputs = _adjacent(x, dt, A, B, C, D, dt_bias, state)
+    _check(inputs)
+    _, kernels = find_kernels(SsdKernels, backend, x.device, inputs)
+    if x.numel() == 0:
+        out, last = _empty_results(inputs)
+        return out, last.zero_() if state is None else last.copy_(state)
+    with torch.autocast(x.device.type, enabled=False):
+        out, last, _ = kernels.forward(inputs, SsdOptions(dt_softplus, (lowest, highest)))
+    return out.contiguous(), last.contiguous()
+
+
+@_ssd.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, _dt_softplus, _lowest, _highest, _backend = arguments
+    return _empty_results(SsdInputs(*tensors))
+
+
+def _adjacent(*tensors: Tensor | None) -> SsdInputs:
+    """The tensors with unit stride in the last dimension."""
+    return SsdInputs(*(None if tensor is None else unit_stride(tensor) for tensor in tensors))  # type: ignore[arg-type]
+
+
+def _empty_results(inputs: SsdInputs) -> tuple[Tensor, Tensor]:
+    """Tensors like the results."""
+    x = inputs.x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    batch, _, heads, width = x.shape
+    return x.new_empty(x.shape), x.new_empty((batch, heads, width, inputs.B.shape[3]), dtype=wide)
+
+
+@operation("ssd_backward")
+def _ssd_backward(
+    grad: Tensor,
+    grad_last: Optional[Tensor],  # noqa: UP045
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    dt_bias: Optional[Tensor],  # noqa: UP045
+    state: Optional[Tensor],  # noqa: UP045
+    dt_softplus: bool,
+    lowest: float,
+    highest: float,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the tensors from `x` on."""
+    inputs = _adjacent(x, dt, A, B, C, D, dt_bias, state)
+    _, kernels = find_kernels(SsdKernels, backend, x.device, inputs)
+    if x.numel() == 0:
+        gradients = zero_gradients(inputs, needs, grad)
+        if state is not None and needs[-1] and grad_last is not None:
+            gradients[-1].copy_(grad_last)
+        return gradients
+    options = SsdOptions(dt_softplus, (lowest, highest))
+    with torch.autocast(x.device.type, enabled=False):
+        found = kernels.backward(unit_stride(grad), grad_last, (), inputs, options, needs)
+    return as_list(found, grad)
+
+
+@_ssd_backward.register_fake
+def _(grad: Tensor, grad_last: Tensor | None, *arguments: Any) -> list[Tensor]:
+    *tensors, _dt_softplus, _lowest, _highest, _backend, needs = arguments
+    return fake_gradients(tensors, needs, grad)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the inputs."""
+    count = len(SsdInputs._fields)
+    ctx.save_for_backward(*inputs[:count])
+    ctx.options = inputs[count:]
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments; None for those that are no tensors."""
+    tensors = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[: len(tensors)])
+    if grad is None:
+        grad = torch.zeros_like(tensors[0])
+    gradients = torch.ops.vimtune.ssd_backward(grad, grad_last, *tensors, *ctx.options, needs)
+    return *as_optional(gradients, needs), *[None] * len(ctx.options)
+
+
+_ssd.register_autograd(_autograd, setup_context=_setup)
