@@ -93,9 +93,10 @@ class EagerSsd(SsdKernels):
         # added up by itself: the difference of two long ones would lose its last digits.
         grad_rates = log_elapsed.flip(-1).cumsum(-1).flip(-1)
         grad_rates[..., 1:] += log_decays.cumsum_(-1).tril_(-1).sum(-2)[..., :-1]
+        del shared, log_decays
         grad_steps = chunks.steps_of((x * grad_fed).sum(-1, dtype=wide)) + steps_left
         grad_steps += grad_rates * chunks.of_heads(inputs.A).to(wide)
-        grad_x = torch.addcmul(grad_fed.to(wide), grad_left.to(wide), chunks.beside(feeding))
+        grad_x = grad_fed.to(wide).addcmul_(grad_left.to(wide), chunks.beside(feeding))
         grad_x *= chunks.beside(steps)
         grad_D = None
         if inputs.D is not None:
