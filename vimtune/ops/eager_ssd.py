@@ -36,10 +36,10 @@ class EagerSsd(SsdKernels):
         parts = _parts(inputs, options, chunks)
         wide = parts.steps.dtype
         y = chunks.by_token(parts.weights @ parts.fed).to(wide)
-        y = torch.addcmul(y, chunks.ungrouped(parts.read).to(wide), chunks.beside(parts.elapsed))
+        y.addcmul_(chunks.ungrouped(parts.read).to(wide), chunks.beside(parts.elapsed))
         if inputs.D is not None:
             y.addcmul_(chunks.rows(inputs.x).to(wide), chunks.of_heads(inputs.D).to(wide))
-        return chunks.joined(y).to(inputs.x.dtype), chunks.joined_state(parts.last), parts
+        return chunks.joined(y.to(inputs.x.dtype)), chunks.joined_state(parts.last), parts
 
     def backward(
         self,
@@ -105,7 +105,7 @@ class EagerSsd(SsdKernels):
         grad_steps = chunks.joined(chunks.beside(grad_steps).squeeze(-1))
         grad_dt = time_step_gradients(grad_steps, inputs.dt.to(wide), inputs.dt_bias, options)
         found = [
-            chunks.joined(grad_x),
+            chunks.joined(grad_x.to(low)),
             grad_dt,
             (grad_rates * steps).sum((0, 1, 4)).flatten(),
             chunks.joined_groups(grad_B),
