@@ -36,10 +36,10 @@ class EagerSsd(SsdKernels):
         parts = _parts(inputs, options, chunks)
         wide = parts.steps.dtype
         y = chunks.by_token(parts.weights @ parts.fed).to(wide)
-        y = torch.addcmul(y, chunks.ungrouped(parts.read).to(wide), chunks.beside(parts.elapsed))
+        y.addcmul_(chunks.ungrouped(parts.read).to(wide), chunks.beside(parts.elapsed))
         if inputs.D is not None:
             y.addcmul_(chunks.rows(inputs.x).to(wide), chunks.of_heads(inputs.D).to(wide))
-        return chunks.joined(y).to(inputs.x.dtype), chunks.joined_state(parts.last), parts
+        return chunks.joined(y.to(inputs.x.dtype)), chunks.joined_state(parts.last), parts
 
     def backward(
         self,
@@ -93,9 +93,10 @@ class EagerSsd(SsdKernels):
         # added up by itself: the difference of two long ones would lose its last digits.
         grad_rates = log_elapsed.flip(-1).cumsum(-1).flip(-1)
         grad_rates[..., 1:] += log_decays.cumsum_(-1).tril_(-1).sum(-2)[..., :-1]
+        del shared, log_decays
         grad_steps = chunks.steps_of((x * grad_fed).sum(-1, dtype=wide)) + steps_left
         grad_steps += grad_rates * chunks.of_heads(inputs.A).to(wide)
-        grad_x = torch.addcmul(grad_fed.to(wide), grad_left.to(wide), chunks.beside(feeding))
+        grad_x = grad_fed.to(wide).addcmul_(grad_left.to(wide), chunks.beside(feeding))
         grad_x *= chunks.beside(steps)
         grad_D = None
         if inputs.D is not None:
@@ -104,7 +105,7 @@ class EagerSsd(SsdKernels):
         grad_steps = chunks.joined(chunks.beside(grad_steps).squeeze(-1))
         grad_dt = time_step_gradients(grad_steps, inputs.dt.to(wide), inputs.dt_bias, options)
         found = [
-            chunks.joined(grad_x),
+            chunks.joined(grad_x.to(low)),
             grad_dt,
             (grad_rates * steps).sum((0, 1, 4)).flatten(),
             chunks.joined_groups(grad_B),

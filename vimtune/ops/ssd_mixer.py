@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vimtune.backends import REFERENCE
+from vimtune.ops.backend import Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, causal_conv1d
 from vimtune.ops.dispatch import chosen_backend, find_backend, find_kernels
 from vimtune.ops.gated_norm import gated_norm_gradients, gated_rms_norm
@@ -227,22 +228,19 @@ def _gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of `projected` and the weights, of which those that are not needed may be anything."""
-    conv_weight, conv_bias, dt_bias, _, _, norm_weight = weights
+    conv_weight, conv_bias, dt_bias, _, _, _ = weights
     z, xBC, dt = split_projected(projected, weights)
     xBC = masked(xBC, mask)
     convolved = causal_conv1d(xBC, conv_weight, conv_bias, silu=True, backend=backends.convolution)
     inputs = scan_inputs(masked(convolved, mask), dt, weights, options, mask)
-    _, kernels = find_kernels(SsdKernels, backends.scan, projected.device, inputs)
-    y, _, kept = kernels.forward(inputs, AS_GIVEN)
-    of_norm = y.flatten(2), z, norm_weight, options.norm_groups, options.eps
-    grad_y, grad_z, grad_norm = gated_norm_gradients(grad, *of_norm)
-
-    of_scan = [True] * 5 + [needs[5], False, False]
-    found = kernels.backward(grad_y.view(y.shape), None, kept, inputs, AS_GIVEN, of_scan)
-    grad_x, grad_steps, grad_A, grad_B, grad_C, grad_D, _, _ = found
+    del convolved
+    scanned, grad_z, grad_norm = _scan_gradients(grad, z, inputs, weights, options, backends, needs[5])
+    grad_x, grad_steps, grad_A, grad_B, grad_C, grad_D, _, _ = scanned
     assert grad_x is not None and grad_steps is not None and grad_A is not None
     assert grad_B is not None and grad_C is not None
     parts = torch.cat([part.flatten(2) for part in (grad_x, grad_B, grad_C)], dim=-1)
+    A = inputs.A
+    del inputs, scanned, grad_x
     of_convolution = True, False, backends.convolution, [True, *needs[1:3]]
     grad_xBC, grad_taps, grad_bias = torch.ops.vimtune.causal_conv1d_backward(
         masked(parts, mask), xBC, conv_weight, conv_bias, *of_convolution
@@ -251,7 +249,30 @@ def _gradients(
         masked(grad_steps, mask), dt.to(grad_steps.dtype), dt_bias, options.time_steps
     )
     columns = torch.cat([grad_z, masked(grad_xBC, mask), grad_dt.to(projected.dtype)], dim=-1)
-    return [columns, grad_taps, grad_bias, grad_dt.sum((0, 1)), grad_A * inputs.A, grad_D, grad_norm]
+    return [columns, grad_taps, grad_bias, grad_dt.sum((0, 1)), grad_A * A, grad_D, grad_norm]
+
+
+def _scan_gradients(
+    grad: Tensor,
+    z: Tensor,
+    inputs: SsdInputs,
+    weights: SsdWeights,
+    options: SsdMixerOptions,
+    backends: SsdBackends,
+    need_D: bool,
+) -> tuple[Gradients, Tensor, Tensor]:
+    """Gradients of the scan's inputs, of z and of the norm's weight, from that of the result.
+
+    What the scan leaves from its forward to its backward pass is the largest part of the memory that a
+    backward pass needs. It is given back here, before the convolution takes its own.
+    """
+    _, kernels = find_kernels(SsdKernels, backends.scan, z.device, inputs)
+    y, _, kept = kernels.forward(inputs, AS_GIVEN)
+    of_norm = y.flatten(2), z, weights.norm_weight, options.norm_groups, options.eps
+    grad_y, grad_z, grad_norm = gated_norm_gradients(grad, *of_norm)
+    needs = [*[True] * 5, need_D, False, False]
+    found = kernels.backward(grad_y.view(y.shape), None, kept, inputs, AS_GIVEN, needs)
+    return found, grad_z, grad_norm
 
 
 # About the spelling of annotations see `scan.py`.
