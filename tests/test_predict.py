@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -29,8 +28,9 @@ from vimtune.data import (
     load_image,
     model_preprocessing,
 )
-from vimtune.predict import Predictor, find_images, load_predictor, run_predict
-from vimtune.results import SHOWN_IMAGES
+from vimtune.predict import load_predictor, run_predict
+from vimtune.results import SHOWN
+from vimtune.tasks.images.predictor import ImagePredictor, find_images
 
 
 def read_csv(path: Path) -> list[list[str]]:
@@ -155,7 +155,7 @@ def test_a_long_table_is_cut_and_says_so(images, adapter, capsys):
     copies = [str(path) for path in find_images([images])] * 8
     assert cli.main(["predict", *copies, "--adapter", str(adapter), "--top-k", "1"]) == 0
     text = capsys.readouterr().out
-    assert text.count("%") == SHOWN_IMAGES and f"and {64 - SHOWN_IMAGES} more images" in text
+    assert text.count("%") == SHOWN and f"and {64 - SHOWN} more images" in text
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_a_long_table_is_cut_and_says_so(images, adapter, capsys):
         (["--adapter", "{adapter}", "-o", "p.txt"], "ending in .csv or .json"),
         (["--adapter", "{adapter}", "-o", "{adapter}/p.csv"], "not a writable folder"),
         (["--adapter", "{adapter}", "-o", "{folder}.csv"], "it is a folder"),
-        (["--adapter", "{adapter}", "--top-k", "0"], "top_k = 0"),
-        (["--adapter", "{adapter}", "--batch-size", "0"], "batch_size = 0"),
+        (["--adapter", "{adapter}", "--top-k", "0"], "top_k = '0'"),
+        (["--adapter", "{adapter}", "--batch-size", "0"], "batch_size = '0'"),
         (["--adapter", "{adapter}", "--device", "gpu"], "device = 'gpu'"),
         (["--adapter", "{adapter}", "--backend", "fast"], "unknown backend 'fast'"),
         (["--adapter", "{adapter}", "--on-corrupt", "skp"], "Did you mean 'skip'?"),
@@ -273,7 +273,7 @@ def test_outputs_that_are_not_finite_are_an_error_naming_the_image(tmp_path):
     for name in ("black", "white"):
         Image.new("RGB", (9, 7), name).save(tmp_path / f"{name}.png")
     transform = build_transform("none", (8, 8))
-    predictor = Predictor(BreaksOnWhite(), transform, list("abc"), torch.device("cpu"))
+    predictor = ImagePredictor(BreaksOnWhite(), transform, list("abc"), torch.device("cpu"))
     assert len(list(predictor.predict([tmp_path / "black.png"]))) == 1
     with pytest.raises(ValueError, match=r"white\.png' are not finite"):
         list(predictor.predict(sorted(tmp_path.iterdir())))
@@ -395,7 +395,7 @@ def test_what_the_system_cannot_read_is_never_passed_over_in_silence(
             raise ImageReadError(str(path), "Permission denied")
         return load_image(path)
 
-    monkeypatch.setattr("vimtune.predict.load_image", load)
+    monkeypatch.setattr("vimtune.tasks.images.predictor.load_image", load)
     flags = ["--adapter", str(adapter), "--on-corrupt", choice]
     assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == 1
     assert "1.png: Permission denied" in caplog.text and "2.png" in capsys.readouterr().out
@@ -412,7 +412,7 @@ def test_no_image_at_all_is_not_passed_over_in_silence(tmp_path, adapter, caplog
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.EIO, "bad disk"), 2)])
 def test_what_was_computed_before_a_stop_is_written(tmp_path, adapter, monkeypatch, caplog, stop, code):
     write_photos(tmp_path / "photos")
-    logits, output = Predictor.logits, tmp_path / "p.csv"
+    logits, output = ImagePredictor.logits, tmp_path / "p.csv"
     calls = []
 
     def stops(self, batch):
@@ -421,7 +421,7 @@ def test_what_was_computed_before_a_stop_is_written(tmp_path, adapter, monkeypat
             raise stop
         return logits(self, batch)
 
-    monkeypatch.setattr(Predictor, "logits", stops)
+    monkeypatch.setattr(ImagePredictor, "logits", stops)
     flags = ["--adapter", str(adapter), "-o", str(output), "--batch-size", "1"]
     assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == code
     assert len(read_csv(output)) == 1 + 2
@@ -436,10 +436,16 @@ def predict_strangely(folder: Path, adapter: Path, name: str) -> list[Path]:
     rewrite(adapter, lambda info: info.update(classes=[f"{i}{STRANGE}" for i in range(SPECIES)]))
     write_photos(folder)[0].rename(folder / name)
     outputs = [folder / "p.csv", folder / "p.json"]
-    arguments = SimpleNamespace(
-        inputs=[folder], adapter=adapter, checkpoint=None, outputs=outputs, top_k=3, batch_size=2
+    run_predict(
+        inputs=[str(folder)],
+        adapter=adapter,
+        options={"top_k": 3, "batch_size": 2},
+        outputs=outputs,
+        base={},
+        device="cpu",
+        backend="auto",
+        force=False,
     )
-    run_predict(**vars(arguments), on_corrupt="report", device="cpu", backend="auto", force=False)
     return outputs
 
 

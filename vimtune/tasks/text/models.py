@@ -75,6 +75,12 @@ def build_base(
     recipe: Recipe, settings: LanguageModelSettings, outputs: int | None, pooling: Pooling
 ) -> nn.Module:
     """The same without an adapter."""
+    model = language_model(recipe, settings)
+    return SequenceScorer(model) if outputs is None else pooled_classifier(model, outputs, pooling)
+
+
+def language_model(recipe: Recipe, settings: LanguageModelSettings) -> Any:
+    """The language model of transformers with the weights from which a run starts."""
     # Seeded apart, so that the adapter starts alike whatever the model drew.
     torch.manual_seed(derive_seed(recipe.run.seed, "model"))
     own = settings.pretrained and settings.checkpoint is None
@@ -85,4 +91,4 @@ def build_base(
         load_weights(model, Path(settings.checkpoint))
     if recipe.optimisation.grad_checkpointing:
         model.gradient_checkpointing_enable()
-    return SequenceScorer(model) if outputs is None else pooled_classifier(model, outputs, pooling)
+    return model
