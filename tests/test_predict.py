@@ -171,6 +171,11 @@ def test_a_long_table_is_cut_and_says_so(images, adapter, capsys):
         (["--adapter", "{adapter}", "--backend", "fast"], "unknown backend 'fast'"),
         (["--adapter", "{adapter}", "--on-corrupt", "skp"], "Did you mean 'skip'?"),
         (["--adapter", "{adapter}", "--on-corrupt", "re\nport"], r"'re\nport'"),
+        (
+            ["--adapter", "{adapter}", "--model", "mamba_tiny"],
+            "model = 'mamba_tiny': an adapter of images says",
+        ),
+        (["--adapter", "{adapter}", "--max-new-tokens", "3"], "max_new_tokens = '3' is not a field of"),
     ],
 )
 def test_bad_input_of_predict_is_one_line(images, adapter, capsys, flags, words):
@@ -248,6 +253,20 @@ def test_what_an_adapter_file_says_is_checked(tmp_path, adapter, capsys, change,
         error = capsys.readouterr().err.splitlines()
         assert [line for line in error if line.startswith("error: ")] == error[-1:] and words in error[-1]
     assert not (tmp_path / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"task": "tell"}, "unknown task 'tell'"),
+        ({"task": []}, "the task in the adapter file"),
+        ({"mixup": "much"}, "mixup = 'much': expected a number"),
+    ],
+)
+def test_what_an_adapter_file_says_of_its_task_is_checked(adapter, values, words):
+    rewrite(adapter, lambda info: info["extra"]["recipe"].update(values))
+    with pytest.raises(ValueError, match=words):
+        load_predictor(adapter)
 
 
 def test_a_file_without_class_names_has_numbers(tmp_path, adapter):
