@@ -23,6 +23,7 @@ from vimtune.fields import not_an_option, options_of
 from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path
 from vimtune.output import check_output
+from vimtune.recipe import TASK
 from vimtune.results import FORMATS, Answer, print_answers, write_answers
 from vimtune.schema import Name, check
 from vimtune.tasks import TASKS, PredictOptions, Task
@@ -32,12 +33,11 @@ from vimtune.training.distributed import resolve_device
 
 logger = logging.getLogger(__name__)
 
-FIRST_TASK = "classification"
-"""Task of files that name none: those of earlier versions, and those that nobody trained with a recipe."""
-
 
 def task_of(info: AdapterInfo) -> Task:
     """The task that an adapter was trained on, with the options that it had.
+
+    A file that names none is of an earlier version, which knew images alone, or was not written by a run.
 
     Raises:
         AdapterFileError: the file says so in another form.
@@ -45,8 +45,8 @@ def task_of(info: AdapterInfo) -> Task:
     """
     recipe = info.extra.get("recipe", {})
     if not isinstance(recipe, dict):
-        return TASKS.get(FIRST_TASK)()  # whoever reads more of the recipe says what is wrong with it
-    name = check(Name, recipe.get("task", FIRST_TASK), "the task in the adapter file", AdapterFileError)
+        return TASKS.get(TASK.default)()  # whoever reads more of the recipe says what is wrong with it
+    name = check(Name, recipe.get(TASK.name, TASK.default), "the task in the adapter file", AdapterFileError)
     kind = TASKS.get(name)
     try:
         return kind(**{key: recipe[key] for key in options_of(kind) if key in recipe})
@@ -96,7 +96,7 @@ def load_predictor(
 def _task_and_classes(path: Path) -> tuple[Task, list[str]]:
     """The task of an adapter file or a merged file, and the names of its classes."""
     if is_merged_file(path):
-        return TASKS.get(FIRST_TASK)(), []
+        return TASKS.get(TASK.default)(), []
     info = read_adapter_info(path)
     return task_of(info), info.classes
 
@@ -175,14 +175,8 @@ def run_predict(
 
 
 def _files(names: Sequence[str | Path | None]) -> list[Path]:
-    """What among arguments may be files that are read."""
-    found = []
-    for name in names:
-        try:
-            found += [] if name is None else [Path(parsers.path(name))]
-        except ValueError:  # a text, and whoever takes it for a path says what is wrong with it
-            continue
-    return found
+    """What among arguments is a file or a folder; others may be texts."""
+    return [Path(name) for name in names if name is not None and os.path.exists(name)]
 
 
 def _options_of(task: Task, given: Mapping[str, Any]) -> PredictOptions:

@@ -183,6 +183,13 @@ def test_what_was_cut_is_said(tmp_path, caplog):
     assert "1 sequences longer than 8 tokens have lost their beginning" in caplog.text
 
 
+def test_long_texts_are_no_names_of_files(labelled, tmp_path):
+    output = tmp_path / "classes.csv"
+    output.write_text("before")
+    assert predict("long " * 500, "--adapter", labelled, "-o", output) == 0
+    assert output.read_text().startswith("text,class1")
+
+
 def test_a_file_that_is_passed_on_does_not_say_where_its_model_was(tmp_path, capsys):
     base = tmp_path / "secret" / "base"
     create_language_model("mamba_tiny").save_pretrained(base)
@@ -196,6 +203,8 @@ def test_a_file_that_is_passed_on_does_not_say_where_its_model_was(tmp_path, cap
     assert predict("x", "--adapter", alone) == 2
     assert "model = 'base': expected one of" in error(capsys)
     assert predict("x", "--adapter", alone, "--model", base, "--max-new-tokens", 1) == 0
+    elsewhere = ("--model", "mamba_tiny", "--checkpoint", base, "--max-new-tokens", 1)
+    assert predict("x", "--adapter", alone, *elsewhere) == 0
 
 
 @pytest.mark.parametrize(

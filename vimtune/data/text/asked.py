@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vimtune import parsers
 from vimtune.data.text.lines import SUFFIXES, Line, read_lines, read_texts
 from vimtune.data.text.places import TextFormat
 
@@ -30,7 +31,7 @@ def read_asked(form: TextFormat, arguments: Sequence[str]) -> list[Line]:
             texts = read_texts("standard input", sys.stdin.buffer)
             lines += [form.entry(place, text) for place, text in texts]
         elif argument.lower().endswith(SUFFIXES) or os.path.exists(argument):
-            lines += read_lines(Path(argument))
+            lines += read_lines(Path(parsers.path(argument)))
         else:
             lines.append(form.entry(f"input {number}", argument))
     return lines
