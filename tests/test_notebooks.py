@@ -16,10 +16,9 @@ SMALLER = {
         '"epochs": 3': '"epochs": 1',
     },
     "language": {
-        "range(2000)": "range(40)",
+        "range(1600)": "range(40)",
         "(800)": "(40)",
         "(400)": "(20)",
-        "(1000)": "(40)",
         "(40)\nright": "(4)\nright",
         "epochs=2": "epochs=1",
         "epochs=6": "epochs=1",

@@ -166,6 +166,7 @@ def test_a_long_table_is_cut_and_says_so(images, adapter, capsys):
         (["--adapter", "{adapter}", "-o", "{adapter}/p.csv"], "not a writable folder"),
         (["--adapter", "{adapter}", "-o", "{folder}.csv"], "it is a folder"),
         (["--adapter", "{adapter}", "--top-k", "0"], "top_k = '0'"),
+        (["--adapter", "{adapter}", "--top-k", "many"], "top_k = 'many': expected a whole number >= 1"),
         (["--adapter", "{adapter}", "--batch-size", "0"], "batch_size = '0'"),
         (["--adapter", "{adapter}", "--device", "gpu"], "device = 'gpu'"),
         (["--adapter", "{adapter}", "--backend", "fast"], "unknown backend 'fast'"),
