@@ -332,8 +332,6 @@ COMMANDS_OF_WORDS = [
     "train --{}",
     "train --config={}/x",
     "predict x.jpg --adapter={}\0",
-    "predict x.jpg --adapter=a --top-k={}x",
-    "predict {}\0 --adapter=a",
     "merge {}\0 -o x.safetensors",
     "merge x -o {}\0",
     "merge x --checkpoint {}\0 -o x.safetensors",

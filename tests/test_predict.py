@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from adapter_files import SPECIES, make_adapter, rewrite, write_photos
+from nasty import NASTY_NAMES
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -31,6 +32,7 @@ from vimtune.data import (
 from vimtune.predict import load_predictor, run_predict
 from vimtune.results import SHOWN
 from vimtune.tasks.images.predictor import ImagePredictor, find_images
+from vimtune.text import printable
 
 
 def read_csv(path: Path) -> list[list[str]]:
@@ -186,6 +188,14 @@ def test_bad_input_of_predict_is_one_line(images, adapter, capsys, flags, words)
     assert cli.main(["predict", str(images), *flags]) == 2
     error = capsys.readouterr().err.splitlines()
     assert [line for line in error if line.startswith("error: ")] == error[-1:] and words in error[-1]
+
+
+@pytest.mark.parametrize("name", NASTY_NAMES, ids=ascii)
+def test_nasty_words_are_one_harmless_line(adapter, capsys, name):
+    for words in ([f"{name}\0"], ["x.jpg", f"--top-k={name}x"], ["x.jpg", f"--on-corrupt={name}"]):
+        assert cli.main(["predict", *words, "--adapter", str(adapter)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and printable(line) == line and len(line) < 800
 
 
 @pytest.mark.parametrize("size", [0, 20, 2000])

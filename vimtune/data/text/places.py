@@ -59,7 +59,7 @@ class TextFormat:
     read_labelled: Callable[[Line, Sequence[str]], Example] | None = None
     """The example of a line of a data set that has such classes."""
     with_answer: Callable[[Line], Line] = _answered_already
-    """The line with some answer where it has none, as the lines of a user who asks for it have none."""
+    """The line with any answer where it has none: who asks for answers does not have them."""
     prompt: Callable[[Line], str] | None = None
     """The prompt of a line that is to be completed; None where lines are questions with choices, which a text
     alone cannot be."""
@@ -97,7 +97,8 @@ class TextFormat:
         Raises:
             DatasetError: a line that is wrong.
         """
-        if self.prompt is not None and not classes:
+        if self.is_completed(classes):
+            assert self.prompt is not None
             return list(map(self.prompt, lines))
         return [self.question(line, classes) for line in lines]
 
