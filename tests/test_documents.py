@@ -5,7 +5,7 @@ What a test cannot do within seconds is replaced, and only as stated here:
 - Tools of developers (`DEVELOPERS_TOOLS`) are not started; what they name has to exist.
 - Training lasts one epoch on a tiny model (`TINY`); `--dataset flowers`, whose images are not at hand, and
   everything with `--config` end when the recipe is ready; torchrun's processes are one.
-- The README's Python starts from random weights instead of downloaded ones.
+- The README's Python starts from random weights instead of downloaded ones, of a tiny language model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vimtune import cli
+import vimtune
+from vimtune import cli, language
 from vimtune.cli.train import EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,13 @@ COMMANDS = [
 FLAGS = sorted({flags for text in DOCUMENTS.values() for flags in re.findall(r"`(--[a-z-]+ [^`]+)`", text)})
 DEVELOPERS_TOOLS = ("pip", "python -m venv", ".", "pre-commit", "pytest", "python tests/")
 TINY = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --num-workers 0 --device cpu"
+
+TINY_TEXTS = "--model mamba_tiny --peft lora --rank 2 --epochs 1 --device cpu"
+try:
+    language.require_transformers()
+    HAS_TRANSFORMERS = True
+except ValueError:
+    HAS_TRANSFORMERS = False
 
 
 def image(path: Path, color: str) -> None:
@@ -67,6 +75,14 @@ def workplace(tmp_path_factory) -> Path:
         patch.chdir(folder)
         command = f"train --dataset folder --data-dir my/images --output-dir runs/my-run --peft lora {TINY}"
         assert cli.main(command.split()) == 0
+        if HAS_TRANSFORMERS:
+            texts = [{"text": "warm", "label": "summer"}, {"text": "cold", "label": "winter"}] * 2
+            for split in ("train", "test"):
+                path = folder / "my" / "texts" / f"{split}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text("".join(f"{json.dumps(text)}\n" for text in texts), encoding="utf-8")
+            command = "train --task text --data-dir my/texts --output-dir runs/my-texts --head classifier"
+            assert cli.main([*command.split(), *TINY_TEXTS.split()]) == 0
     return folder
 
 
@@ -94,6 +110,7 @@ def test_the_documents_have_what_this_test_looks_for():
     assert len(COMMANDS) >= 18 and len(FLAGS) >= 3
     assert [(name, language) for name, language, _ in BLOCKS if language] == [
         ("README.md", "python"),
+        ("README.md", "python"),
         ("CONTRIBUTING.md", "python"),
         ("CONTRIBUTING.md", "python"),
     ]
@@ -115,8 +132,8 @@ def test_commands(line, here, request, capsys):
     program, command, *arguments = shlex.split(line)
     assert program == "vimtune" and command in cli.COMMANDS
     if command != "train":
-        if "--task" in arguments:
-            pytest.importorskip("transformers", minversion="5.21")
+        if ("--task" in arguments or "runs/my-texts" in arguments) and not HAS_TRANSFORMERS:
+            pytest.skip("no transformers 5.21")
         assert cli.main([command, *arguments]) == 0
         return
     if "--resume" in arguments:
@@ -141,7 +158,7 @@ def test_flags_in_the_text(flags, here, recipes):
 
 
 def test_the_python_of_the_readme(here):
-    (body,) = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    body, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
     body = body.replace("pretrained=True", "pretrained=False")
     before, save, after = body.partition("vimtune.save_adapter")
     assert save
@@ -155,6 +172,15 @@ def test_the_python_of_the_readme(here):
     (call,) = re.findall(r"`(vimtune\.inject\([^`]+\))`", DOCUMENTS["README.md"])
     exec(call, namespace)
     assert namespace["vimtune"].list_adapters(namespace["model"]) == ["default"]
+
+
+def test_the_language_models_of_the_readme(here):
+    transformers = pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+    _, body = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    changed = body.replace("state-spaces/mamba-130m-hf", "mamba_tiny")
+    assert changed != body
+    exec(changed, {"vimtune": vimtune})
+    assert type(transformers.AutoModelForCausalLM.from_pretrained("merged")).__name__ == "MambaForCausalLM"
 
 
 def test_the_method_of_contributing_passes_the_checks_of_every_method(tmp_path):

@@ -133,7 +133,7 @@ def test_mistakes_are_one_line(arguments, expected, texts, capsys):
     assert expected in error(capsys)
 
 
-def test_a_task_may_have_no_evaluation_of_its_own():
+def test_a_task_may_only_train():
     @dataclass(frozen=True, kw_only=True)
     class Closed(Task):
         """A task that only trains."""
@@ -145,3 +145,5 @@ def test_a_task_may_have_no_evaluation_of_its_own():
 
     with pytest.raises(ValueError, match="task 'closed' has no evaluation apart from training"):
         Closed().open_trial(Recipe(), Processes(), "test", None, force=False)
+    with pytest.raises(ValueError, match="task 'closed' has no answers to single inputs"):
+        Closed().read_inputs(["x"], [])

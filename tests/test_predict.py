@@ -10,12 +10,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from adapter_files import SPECIES, make_adapter, rewrite, write_photos
+from nasty import NASTY_NAMES
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -29,8 +29,10 @@ from vimtune.data import (
     load_image,
     model_preprocessing,
 )
-from vimtune.predict import Predictor, find_images, load_predictor, run_predict
-from vimtune.results import SHOWN_IMAGES
+from vimtune.predict import load_predictor, run_predict
+from vimtune.results import SHOWN
+from vimtune.tasks.images.predictor import ImagePredictor, find_images
+from vimtune.text import printable
 
 
 def read_csv(path: Path) -> list[list[str]]:
@@ -155,7 +157,7 @@ def test_a_long_table_is_cut_and_says_so(images, adapter, capsys):
     copies = [str(path) for path in find_images([images])] * 8
     assert cli.main(["predict", *copies, "--adapter", str(adapter), "--top-k", "1"]) == 0
     text = capsys.readouterr().out
-    assert text.count("%") == SHOWN_IMAGES and f"and {64 - SHOWN_IMAGES} more images" in text
+    assert text.count("%") == SHOWN and f"and {64 - SHOWN} more images" in text
 
 
 @pytest.mark.parametrize(
@@ -165,12 +167,18 @@ def test_a_long_table_is_cut_and_says_so(images, adapter, capsys):
         (["--adapter", "{adapter}", "-o", "p.txt"], "ending in .csv or .json"),
         (["--adapter", "{adapter}", "-o", "{adapter}/p.csv"], "not a writable folder"),
         (["--adapter", "{adapter}", "-o", "{folder}.csv"], "it is a folder"),
-        (["--adapter", "{adapter}", "--top-k", "0"], "top_k = 0"),
-        (["--adapter", "{adapter}", "--batch-size", "0"], "batch_size = 0"),
+        (["--adapter", "{adapter}", "--top-k", "0"], "top_k = '0'"),
+        (["--adapter", "{adapter}", "--top-k", "many"], "top_k = 'many': expected a whole number >= 1"),
+        (["--adapter", "{adapter}", "--batch-size", "0"], "batch_size = '0'"),
         (["--adapter", "{adapter}", "--device", "gpu"], "device = 'gpu'"),
         (["--adapter", "{adapter}", "--backend", "fast"], "unknown backend 'fast'"),
         (["--adapter", "{adapter}", "--on-corrupt", "skp"], "Did you mean 'skip'?"),
         (["--adapter", "{adapter}", "--on-corrupt", "re\nport"], r"'re\nport'"),
+        (
+            ["--adapter", "{adapter}", "--model", "mamba_tiny"],
+            "model = 'mamba_tiny': an adapter of images says",
+        ),
+        (["--adapter", "{adapter}", "--max-new-tokens", "3"], "max_new_tokens = '3' is not a field of"),
     ],
 )
 def test_bad_input_of_predict_is_one_line(images, adapter, capsys, flags, words):
@@ -180,6 +188,14 @@ def test_bad_input_of_predict_is_one_line(images, adapter, capsys, flags, words)
     assert cli.main(["predict", str(images), *flags]) == 2
     error = capsys.readouterr().err.splitlines()
     assert [line for line in error if line.startswith("error: ")] == error[-1:] and words in error[-1]
+
+
+@pytest.mark.parametrize("name", NASTY_NAMES, ids=ascii)
+def test_nasty_words_are_one_harmless_line(adapter, capsys, name):
+    for words in ([f"{name}\0"], ["x.jpg", f"--top-k={name}x"], ["x.jpg", f"--on-corrupt={name}"]):
+        assert cli.main(["predict", *words, "--adapter", str(adapter)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and printable(line) == line and len(line) < 800
 
 
 @pytest.mark.parametrize("size", [0, 20, 2000])
@@ -250,6 +266,20 @@ def test_what_an_adapter_file_says_is_checked(tmp_path, adapter, capsys, change,
     assert not (tmp_path / "m.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"task": "tell"}, "unknown task 'tell'"),
+        ({"task": []}, "the task in the adapter file"),
+        ({"mixup": "much"}, "mixup = 'much': expected a number"),
+    ],
+)
+def test_what_an_adapter_file_says_of_its_task_is_checked(adapter, values, words):
+    rewrite(adapter, lambda info: info["extra"]["recipe"].update(values))
+    with pytest.raises(ValueError, match=words):
+        load_predictor(adapter)
+
+
 def test_a_file_without_class_names_has_numbers(tmp_path, adapter):
     rewrite(adapter, lambda info: info.update(classes=[]))
     assert load_predictor(adapter).classes == ["0", "1", "2", "3", "4"]
@@ -273,7 +303,7 @@ def test_outputs_that_are_not_finite_are_an_error_naming_the_image(tmp_path):
     for name in ("black", "white"):
         Image.new("RGB", (9, 7), name).save(tmp_path / f"{name}.png")
     transform = build_transform("none", (8, 8))
-    predictor = Predictor(BreaksOnWhite(), transform, list("abc"), torch.device("cpu"))
+    predictor = ImagePredictor(BreaksOnWhite(), transform, list("abc"), torch.device("cpu"))
     assert len(list(predictor.predict([tmp_path / "black.png"]))) == 1
     with pytest.raises(ValueError, match=r"white\.png' are not finite"):
         list(predictor.predict(sorted(tmp_path.iterdir())))
@@ -395,7 +425,7 @@ def test_what_the_system_cannot_read_is_never_passed_over_in_silence(
             raise ImageReadError(str(path), "Permission denied")
         return load_image(path)
 
-    monkeypatch.setattr("vimtune.predict.load_image", load)
+    monkeypatch.setattr("vimtune.tasks.images.predictor.load_image", load)
     flags = ["--adapter", str(adapter), "--on-corrupt", choice]
     assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == 1
     assert "1.png: Permission denied" in caplog.text and "2.png" in capsys.readouterr().out
@@ -412,7 +442,7 @@ def test_no_image_at_all_is_not_passed_over_in_silence(tmp_path, adapter, caplog
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.EIO, "bad disk"), 2)])
 def test_what_was_computed_before_a_stop_is_written(tmp_path, adapter, monkeypatch, caplog, stop, code):
     write_photos(tmp_path / "photos")
-    logits, output = Predictor.logits, tmp_path / "p.csv"
+    logits, output = ImagePredictor.logits, tmp_path / "p.csv"
     calls = []
 
     def stops(self, batch):
@@ -421,7 +451,7 @@ def test_what_was_computed_before_a_stop_is_written(tmp_path, adapter, monkeypat
             raise stop
         return logits(self, batch)
 
-    monkeypatch.setattr(Predictor, "logits", stops)
+    monkeypatch.setattr(ImagePredictor, "logits", stops)
     flags = ["--adapter", str(adapter), "-o", str(output), "--batch-size", "1"]
     assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == code
     assert len(read_csv(output)) == 1 + 2
@@ -436,10 +466,16 @@ def predict_strangely(folder: Path, adapter: Path, name: str) -> list[Path]:
     rewrite(adapter, lambda info: info.update(classes=[f"{i}{STRANGE}" for i in range(SPECIES)]))
     write_photos(folder)[0].rename(folder / name)
     outputs = [folder / "p.csv", folder / "p.json"]
-    arguments = SimpleNamespace(
-        inputs=[folder], adapter=adapter, checkpoint=None, outputs=outputs, top_k=3, batch_size=2
+    run_predict(
+        inputs=[str(folder)],
+        adapter=adapter,
+        options={"top_k": 3, "batch_size": 2},
+        outputs=outputs,
+        base={},
+        device="cpu",
+        backend="auto",
+        force=False,
     )
-    run_predict(**vars(arguments), on_corrupt="report", device="cpu", backend="auto", force=False)
     return outputs
 
 

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from vimtune.fields import option
     from vimtune.methods import Method, list_methods, register_method
     from vimtune.models import list_models, load_checkpoint, register_model
-    from vimtune.predict import Predictor, load_predictor
+    from vimtune.predict import load_predictor
     from vimtune.recipe import Recipe, RecipeError, load_recipe
-    from vimtune.tasks import Task, register_task
+    from vimtune.tasks import Predictor, Task, register_task
     from vimtune.training import Report, train
 
 __version__ = "0.1.0"
@@ -61,9 +61,9 @@ _HOMES = {
     "vimtune.fields": ("option",),
     "vimtune.methods": ("Method", "list_methods", "register_method"),
     "vimtune.models": ("list_models", "load_checkpoint", "register_model"),
-    "vimtune.predict": ("Predictor", "load_predictor"),
+    "vimtune.predict": ("load_predictor",),
     "vimtune.recipe": ("Recipe", "RecipeError", "load_recipe"),
-    "vimtune.tasks": ("Task", "register_task"),
+    "vimtune.tasks": ("Predictor", "Task", "register_task"),
     "vimtune.training": ("Report", "train"),
 }  # fmt: skip
 """Modules that define the names of this package."""

@@ -11,18 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vimtune.adapters import AdapterFileError, read_adapter_info
+from vimtune.adapters import AdapterFileError
 from vimtune.console import build_console, neutral, print_line
+from vimtune.origin import adapter_path, recipe_of_adapter
 from vimtune.output import check_output, write_output
-from vimtune.predict import adapter_path, find_base
-from vimtune.recipe import Recipe, complete_stored, load_recipe
+from vimtune.recipe import Recipe, load_recipe
 from vimtune.schema import finite_json
-from vimtune.strict_yaml import read_yaml
 from vimtune.tasks import Evaluation, Task
 from vimtune.text import csv_cell, printable, quote
 from vimtune.training.distributed import open_processes
 from vimtune.training.evaluate import evaluate
-from vimtune.training.folder import RunFolder
 from vimtune.training.precision import build_autocast
 from vimtune.training.settings import process_settings
 from vimtune.training.sharding import Replicated
@@ -30,33 +28,6 @@ from vimtune.utils import suggest
 
 SPLITS = ("test", "val")
 """What can be scored: the split of a run's result, or the one that selects its best epoch."""
-
-NOT_OF_ADAPTER = ("output_dir", "resume", "force")
-"""Keys of a run's recipe that say nothing about what it trained."""
-
-
-def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with which an adapter was trained, and where its base weights are now.
-
-    The recipe beside it in a run folder is preferred to the one in the file, which names no folder of the
-    computer it comes from.
-
-    Args:
-        adapter: the file.
-        given: values that go before those of the recipe.
-
-    Raises:
-        ValueError: no adapter file, or its base weights are not where they were.
-    """
-    info = read_adapter_info(adapter)
-    beside = RunFolder(adapter.parent).recipe
-    stored = read_yaml(beside) if beside.is_file() else info.extra.get("recipe", {})
-    values = complete_stored(stored) if isinstance(stored, dict) else {}
-    values = {name: value for name, value in values.items() if name not in NOT_OF_ADAPTER}
-    if "checkpoint" not in given:
-        base = find_base(adapter, info)
-        values["checkpoint"] = None if base is None else str(base)
-    return values
 
 
 def run_evaluate(

@@ -20,9 +20,11 @@ from vimtune.console import build_console, print_line
 from vimtune.merged import MergedInfo, is_merged_file, read_merged, read_merged_info, write_merged
 from vimtune.models import create_listed_model
 from vimtune.ops import use_backend
+from vimtune.origin import adapter_path, find_base
 from vimtune.output import OutputError, check_output, write_output
-from vimtune.predict import adapter_path, find_base, load_predictor
+from vimtune.tasks.images.predictor import load_image_predictor
 from vimtune.text import quote
+from vimtune.training.distributed import resolve_device
 
 TOLERANCE = 1e-3
 """Largest logit error that fp32 rounding explains, relative to the largest logit."""
@@ -82,7 +84,9 @@ def merge_to_file(
         raise OutputError(
             f"cannot write {quote(str(output))}: its path is not UTF-8, as safetensors needs it"
         )
-    predictor = load_predictor(path, checkpoint=base, device=device, backend=backend, force=force)
+    predictor = load_image_predictor(
+        path, checkpoint=base, device=resolve_device(device), backend=backend, force=force
+    )
     generator = torch.Generator().manual_seed(0)
     config: Any = predictor.model.pretrained_cfg
     shape = (num_images, config["input_size"][0], *predictor.transform.img_size)

@@ -1,6 +1,6 @@
-"""Predictions as CSV, as JSON and as a table on the terminal.
+"""Answers to a user's inputs, as CSV, as JSON and as a table on the terminal.
 
-Class names and paths are somebody's text. Nothing of it is taken for a formula, for markup or for an
+Texts, class names and paths are somebody's text. Nothing of it is taken for a formula, for markup or for an
 instruction to the terminal. Files are UTF-8. A byte of a path that is not UTF-8 is written as \\udcXX,
 where XX is the byte in hexadecimal: in JSON that is an escape which readers undo, so that
 `os.fsencode(path)` gives the file's name back.
@@ -12,9 +12,11 @@ import csv
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -22,70 +24,169 @@ from rich.text import Text
 
 from vimtune.console import print_line
 from vimtune.output import write_output
-from vimtune.text import csv_cell, printable
+from vimtune.text import csv_cell, printable, shorten
 
-SHOWN_IMAGES = 40
+SHOWN = 40
 """Rows of the printed table; the files written hold all of them."""
 ROOM = 160
 """Columns of a table that goes to a file or a pipe."""
+SHOWN_TEXT = 160
+"""Characters of a text in the printed table; the middle of a longer one is left out."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of one image, best first.
+class Answer(ABC):
+    """What a model says about one input of a user."""
 
-    Attributes:
-        path: the image file.
-        indices: numbers of the classes.
-        classes: their names.
-        probabilities: softmax of their logits, in [0, 1].
-    """
+    key: ClassVar[str]
+    """What an input is called in files, such as "path"."""
+    noun: ClassVar[str]
+    """What it is called in the printed table, such as "image"."""
+    headings: ClassVar[tuple[str, ...]]
+    """Headings of the table, after the one of the input."""
 
-    path: str
+    input: str
+    """What was asked about: the path of an image, or a text."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What JSON says about the input."""
+
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """What CSV says about the input: texts, which are made harmless for spreadsheets, by column."""
+
+    @abstractmethod
+    def cells(self) -> tuple[str, ...]:
+        """What the printed table says below each of `headings`."""
+
+    @classmethod
+    def column(cls, inputs: Sequence[str]) -> tuple[str, list[str]]:
+        """The heading of the table's first column, and how it shows the inputs."""
+        return cls.noun, [shorten(text, SHOWN_TEXT) for text in inputs]
+
+
+@dataclass(frozen=True)
+class Ranking(Answer):
+    """The most probable classes of one input, best first."""
+
+    headings = ("class", "", "then")
+
     indices: list[int]
+    """Numbers of the classes."""
     classes: list[str]
+    """Their names."""
     probabilities: list[float]
+    """Softmax of what the model says of each class, in [0, 1]."""
+
+    def record(self) -> dict[str, Any]:
+        """The classes with index and probability."""
+        rows = zip(self.classes, self.indices, self.probabilities, strict=True)
+        return {
+            "predictions": [
+                {"class": name, "index": index, "probability": value} for name, index, value in rows
+            ]
+        }
+
+    def columns(self) -> dict[str, str]:
+        """class1, probability1, class2, probability2, ..."""
+        found: dict[str, str] = {}
+        for rank, (name, value) in enumerate(zip(self.classes, self.probabilities, strict=True), 1):
+            found |= {f"class{rank}": name, f"probability{rank}": f"{value:.6f}"}
+        return found
+
+    def cells(self) -> tuple[str, ...]:
+        """Best class, its probability, then the other classes."""
+        (first, best), *others = zip(self.classes, self.probabilities, strict=True)
+        return (
+            first,
+            f"{100 * best:.1f} %",
+            ", ".join(f"{name} {100 * value:.0f} %" for name, value in others),
+        )
 
 
-def to_csv(predictions: Sequence[Prediction]) -> str:
-    """One row per image: path, class1, probability1, class2, probability2, ..."""
-    ranks = range(1, max((len(p.classes) for p in predictions), default=0) + 1)
+class Prediction(Ranking):
+    """The most probable classes of one image, best first."""
+
+    key = "path"
+    noun = "image"
+
+    @property
+    def path(self) -> str:
+        """The image file."""
+        return self.input
+
+    @classmethod
+    def column(cls, inputs: Sequence[str]) -> tuple[str, list[str]]:
+        """Paths from the folder that all images are in, which the heading names."""
+        if len(inputs) < 2:
+            return cls.noun, list(inputs)
+        folder = os.path.commonpath([os.path.abspath(os.path.dirname(path)) for path in inputs])
+        return f"{cls.noun} in {folder}", [os.path.relpath(path, folder) for path in inputs]
+
+
+class Choice(Ranking):
+    """The most probable classes of one text, or the most probable answers to a question, best first."""
+
+    key = "text"
+    noun = "text"
+
+
+@dataclass(frozen=True)
+class Completion(Answer):
+    """What a language model writes after one prompt."""
+
+    key = "prompt"
+    noun = "prompt"
+    headings = ("completion",)
+
+    completion: str
+    """The text, without the prompt."""
+    ended: bool
+    """Whether the model ended it; if not, the limit of tokens did."""
+
+    def record(self) -> dict[str, Any]:
+        """The text, and whether it is whole."""
+        return {"completion": self.completion, "ended": self.ended}
+
+    def columns(self) -> dict[str, str]:
+        """completion, ended"""
+        return {"completion": self.completion, "ended": str(self.ended).lower()}
+
+    def cells(self) -> tuple[str, ...]:
+        """The text, with dots where the limit of tokens ended it."""
+        return (self.completion + ("" if self.ended else " ..."),)
+
+
+def to_csv(answers: Sequence[Answer], kind: type[Answer]) -> str:
+    """One row for each input: the input itself, then the columns of its answer."""
+    columns = [answer.columns() for answer in answers]
+    names = max(map(list, columns), key=len, default=[])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *(f"{name}{rank}" for rank in ranks for name in ("class", "probability"))])
-    for p in predictions:
-        pairs = zip(p.classes, p.probabilities, strict=True)
-        cells = (cell for name, value in pairs for cell in (csv_cell(name), f"{value:.6f}"))
-        writer.writerow([csv_cell(p.path), *cells])
+    writer.writerow([kind.key, *names])
+    for answer, values in zip(answers, columns, strict=True):
+        writer.writerow([csv_cell(answer.input), *(csv_cell(values.get(name, "")) for name in names)])
     return text.getvalue()
 
 
-def to_json(predictions: Sequence[Prediction]) -> str:
-    """A list of {"path", "predictions": [{"class", "index", "probability"}, ...]}."""
-    rows = [
-        {
-            "path": p.path,
-            "predictions": [
-                {"class": name, "index": index, "probability": value}
-                for name, index, value in zip(p.classes, p.indices, p.probabilities, strict=True)
-            ],
-        }
-        for p in predictions
-    ]
+def to_json(answers: Sequence[Answer], kind: type[Answer]) -> str:
+    """A list of objects: the input, as "path" for example, and what `Answer.record` says about it."""
+    rows = [{kind.key: answer.input, **answer.record()} for answer in answers]
     return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-FORMATS: dict[str, Callable[[Sequence[Prediction]], str]] = {".csv": to_csv, ".json": to_json}
+FORMATS: dict[str, Callable[[Sequence[Answer], type[Answer]], str]] = {".csv": to_csv, ".json": to_json}
 """How a file is written whose name ends so."""
 
 
-def write_predictions(output: Path, predictions: Sequence[Prediction]) -> None:
+def write_answers(output: Path, answers: Sequence[Answer], kind: type[Answer]) -> None:
     """Write `output` in the format that its name asks for.
 
     Raises:
         OutputError: the disk is full, or the like; an earlier file is then as it was.
     """
-    content = FORMATS[output.suffix.lower()](predictions).encode("utf-8", "backslashreplace")
+    content = FORMATS[output.suffix.lower()](answers, kind).encode("utf-8", "backslashreplace")
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(content)
@@ -93,31 +194,21 @@ def write_predictions(output: Path, predictions: Sequence[Prediction]) -> None:
     write_output(output, write)
 
 
-def build_table(predictions: Sequence[Prediction]) -> Table:
-    """Image, best class, its probability, then the other classes: at most `SHOWN_IMAGES` rows."""
-    shown = predictions[:SHOWN_IMAGES]
-    folder = _common_folder([p.path for p in shown]) if len(shown) > 1 else ""
+def build_table(answers: Sequence[Answer], kind: type[Answer]) -> Table:
+    """Inputs and answers: at most `SHOWN` rows, without columns in which nothing stands."""
+    shown = answers[:SHOWN]
+    heading, names = kind.column([answer.input for answer in shown])
+    cells = [answer.cells() for answer in shown]
+    used = [index for index in range(len(kind.headings)) if any(row[index] for row in cells)]
     # Folded, because a shortened name would be another one.
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(_plain(f"image in {folder}" if folder else "image"), overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("", justify="right", overflow="fold")
-    if any(len(p.classes) > 1 for p in shown):
-        table.add_column("then", overflow="fold")
-    for p in shown:
-        pairs = list(zip(p.classes, p.probabilities, strict=True))
-        cells = [
-            os.path.relpath(p.path, folder) if folder else p.path,
-            pairs[0][0],
-            f"{100 * pairs[0][1]:.1f} %",
-            ", ".join(f"{name} {100 * value:.0f} %" for name, value in pairs[1:]),
-        ]
-        table.add_row(*map(_plain, cells[: len(table.columns)]))
+    table.add_column(_plain(heading), overflow="fold")
+    for index in used:
+        numbers = not kind.headings[index]
+        table.add_column(kind.headings[index], justify="right" if numbers else "left", overflow="fold")
+    for name, row in zip(names, cells, strict=True):
+        table.add_row(_plain(name), *(_plain(row[index]) for index in used))
     return table
-
-
-def _common_folder(paths: Sequence[str]) -> str:
-    return os.path.commonpath([os.path.abspath(os.path.dirname(path)) for path in paths])
 
 
 def _plain(text: str) -> Text:
@@ -125,12 +216,12 @@ def _plain(text: str) -> Text:
     return Text(printable(text))
 
 
-def print_predictions(predictions: Sequence[Prediction], console: Console) -> None:
-    """Print the table, and how many images it leaves out."""
+def print_answers(answers: Sequence[Answer], kind: type[Answer], console: Console) -> None:
+    """Print the table, and how many inputs it leaves out."""
     if not console.is_terminal:
         console.width = max(console.width, ROOM)
-    if predictions:
-        console.print(build_table(predictions))
-    if len(predictions) > SHOWN_IMAGES:
-        more = len(predictions) - SHOWN_IMAGES
-        print_line(console, f"... and {more} more images; --output writes all of them")
+    if answers:
+        console.print(build_table(answers, kind))
+    if len(answers) > SHOWN:
+        more = len(answers) - SHOWN
+        print_line(console, f"... and {more} more {kind.noun}s; --output writes all of them")

@@ -18,7 +18,7 @@ from vimtune.utils import suggest
 COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
     "train": ("fine-tune a model (--list shows models, methods and data sets)", train.run),
     "evaluate": ("score a model on the data of a task, with an adapter or without", evaluate.run),
-    "predict": ("classify images with an adapter file", predict.run),
+    "predict": ("classes, choices and completions with an adapter file", predict.run),
     "merge": ("fold an adapter into a plain checkpoint, and prove it", merge.run),
     "doctor": ("check this machine and every scan backend", doctor.run),
 }

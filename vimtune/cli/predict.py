@@ -1,30 +1,55 @@
-"""The command `predict`: classify images with an adapter file."""
+"""The command `predict`: classes of images and texts, choices and completions, with an adapter file."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from vimtune.cli.parser import CommandParser, add_common, add_import, add_model_options, import_packages, path
+from vimtune.cli.train import add_recipe_flags
+from vimtune.fields import Option, options_of
+from vimtune.tasks import TASKS, PredictOptions
+
+BASE = ("checkpoint", "model", "tokenizer")
+"""Flags that say where the base weights of the adapter are now."""
+
+EXAMPLES = """\
+examples:
+  {prog} photo.jpg --adapter runs/my-run
+  {prog} my/images --adapter runs/my-run -o classes.csv
+  {prog} "a text" more.jsonl --adapter runs/my-texts
+
+An adapter of texts takes texts, files (.jsonl, .csv) and - for standard input, where each line is a text; one
+of questions with choices takes the lines of its data set, of which the answer may be left out."""
+"""What stands below the options in the help; `{prog}` is the command."""
+
+
+def _groups() -> dict[str, dict[str, Option]]:
+    """The options of the answers of every task, by the title of their group."""
+    classes: list[type[PredictOptions]] = [
+        PredictOptions,
+        *(task.predict_options for _, task in TASKS.items()),
+    ]
+    return {options.title: options_of(options) for options in classes}
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     import_packages(prog, arguments)
-    parser = CommandParser(prog=prog, description="Classify images with a trained adapter file.")
-    parser.add_argument("inputs", nargs="+", metavar="IMAGE", type=path, help="images, or folders of images")
+    parser = CommandParser(
+        prog=prog,
+        description="Answer for images or texts with a trained adapter file.",
+        epilog=EXAMPLES.format(prog=prog),
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="images and folders of images; texts and files of texts"
+    )
     parser.add_argument(
         "--adapter", metavar="FILE", type=path, required=True, help="adapter file, run folder or merged file"
     )
+    parser.add_argument("--model", metavar="X", help="where the language model is, if not in its old place")
+    parser.add_argument("--tokenizer", metavar="X", help="where its tokenizer is")
     add_model_options(parser)
-    parser.add_argument("--top-k", metavar="N", type=int, default=3, help="classes per image [3]")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=32, help="images at a time [32]")
-    parser.add_argument(
-        "--on-corrupt",
-        metavar="X",
-        default="report",
-        help="unreadable images: report (the others are classified, exit code 1), skip (exit code 0), "
-        "error (stop at the first) [report]",
-    )
     parser.add_argument(
         "--output",
         "-o",
@@ -36,19 +61,20 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     add_import(parser)
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    parser.argument_default = argparse.SUPPRESS
+    add_recipe_flags(parser, groups := _groups())
+    options = vars(parser.parse_strictly(arguments))
+    names = {name for items in groups.values() for name in items}
 
     from vimtune.predict import run_predict
 
     return run_predict(
-        inputs=options.inputs,
-        adapter=options.adapter,
-        checkpoint=options.checkpoint,
-        outputs=options.output,
-        top_k=options.top_k,
-        batch_size=options.batch_size,
-        on_corrupt=options.on_corrupt,
-        device=options.device,
-        backend=options.backend,
-        force=options.force,
+        inputs=options["inputs"],
+        adapter=options["adapter"],
+        options={name: options[name] for name in names & options.keys()},
+        outputs=options["output"],
+        base={name: options[name] for name in BASE},
+        device=options["device"],
+        backend=options["backend"],
+        force=options["force"],
     )

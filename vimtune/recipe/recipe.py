@@ -39,6 +39,8 @@ TASK = Option(
 
 _OWN_PATHS = ("data_dir", "train_file", "test_file", "output_dir", "resume")
 """Keys that name folders and files of the computer on which the run is."""
+_BASE_PATHS = ("checkpoint", "model", "tokenizer")
+"""Keys of which a file or folder of that computer may be the value."""
 
 
 class RecipeError(ValueError):
@@ -173,10 +175,11 @@ class Recipe:
         return values
 
     def to_share(self) -> dict[str, Any]:
-        """`to_dict` for a file that is passed on: no folders of this computer, of the checkpoint its name."""
+        """`to_dict` for a file that is passed on: no folders of this computer, of base weights their name."""
         values = {name: value for name, value in self.to_dict().items() if name not in _OWN_PATHS}
-        checkpoint = self.backbone.checkpoint
-        return values if checkpoint is None else {**values, "checkpoint": Path(checkpoint).name}
+        places = {name: values.get(name) for name in _BASE_PATHS}
+        names = {name: Path(place).name for name, place in places.items() if place and os.path.isabs(place)}
+        return {**values, **names}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as YAML, atomically."""

@@ -6,8 +6,9 @@ below. Importing this package does not import torch.
 
 from vimtune.tasks import classification, texts  # noqa: F401  (they register themselves)
 from vimtune.tasks.base import TASKS, Score, Task, register_task
-from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
 from vimtune.tasks.job import Batch, Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors, Trial
+from vimtune.tasks.predictor import Predictor
 
 __all__ = [
     "TASKS",
@@ -19,6 +20,8 @@ __all__ = [
     "Job",
     "Loader",
     "Outcome",
+    "PredictOptions",
+    "Predictor",
     "Score",
     "Tally",
     "Task",

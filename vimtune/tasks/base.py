@@ -7,20 +7,23 @@ scores runs are compared, and it opens the data and the model of a run as a `Job
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vimtune.fields import Options, options_of
 from vimtune.registry import Registry
-from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.utils import require_summary
 
 if TYPE_CHECKING:
+    import torch
+
     from vimtune.recipe import Recipe
     from vimtune.tasks.job import Job, Trial
+    from vimtune.tasks.predictor import Predictor
     from vimtune.training.distributed import Processes
     from vimtune.training.report import Report
 
@@ -67,6 +70,8 @@ class Task(Options, ABC):
     """The component of its recipes that says which data are used."""
     backbone_options: ClassVar[type[BackboneOptions]] = BackboneSettings
     """The component of its recipes that says which model is adapted."""
+    predict_options: ClassVar[type[PredictOptions]] = PredictOptions
+    """The options of `vimtune predict` for its adapters."""
 
     @abstractmethod
     def open(self, recipe: Recipe, processes: Processes) -> Job:
@@ -92,6 +97,39 @@ class Task(Options, ABC):
             ValueError: what `open` raises, an adapter that does not fit, or a task that has no such thing.
         """
         raise ValueError(f"task {self.name!r} has no evaluation apart from training")
+
+    def read_inputs(self, inputs: Sequence[str], classes: Sequence[str]) -> Sequence[Any]:
+        """What a user asks about, read before any model is created.
+
+        Args:
+            inputs: the arguments of `vimtune predict`, such as paths.
+            classes: names of the classes of the adapter; empty where it has none.
+
+        Returns:
+            What `Predictor.answers` takes.
+
+        Raises:
+            ValueError: an input that is missing or wrong, or a task that answers no questions.
+        """
+        raise ValueError(f"task {self.name!r} has no answers to single inputs")
+
+    def open_predictor(
+        self, adapter: Path, base: Mapping[str, Any], device: torch.device, backend: str, force: bool
+    ) -> Predictor:
+        """Create the model that answers with an adapter of this task.
+
+        Args:
+            adapter: the file.
+            base: keys of the recipe that say where the base weights are now ("checkpoint", "model",
+                "tokenizer"); what is not among them is as the adapter file says.
+            device: where it computes.
+            backend: scan backend, see `vimtune.ops`.
+            force: use the adapter although the base weights are others.
+
+        Raises:
+            ValueError: weights or an adapter that do not fit, or a task that answers no questions.
+        """
+        raise ValueError(f"task {self.name!r} has no answers to single inputs")
 
     def rank(self, loss: float, scores: Mapping[str, float | None]) -> tuple[float, ...]:
         """What selects the best epoch: of two evaluations the one with the larger tuple is the better one.

@@ -5,18 +5,26 @@ This file holds what can be said without torch; `vimtune.tasks.images` does the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
+from vimtune import parsers
 from vimtune.fields import option
 from vimtune.tasks.base import Score, Task, register_task
+from vimtune.tasks.components import PredictOptions
+from vimtune.tasks.images.settings import ImagePredictOptions
+from vimtune.text import quote
 
 if TYPE_CHECKING:
+    import torch
+
     from vimtune.recipe import Recipe
     from vimtune.tasks.images.job import ImageJob
+    from vimtune.tasks.images.predictor import ImagePredictor
     from vimtune.tasks.images.report import ImageReport
     from vimtune.tasks.job import Trial
     from vimtune.training.distributed import Processes
@@ -32,6 +40,7 @@ class Classification(Task):
     short_unit = "img"
     examples = "images"
     scores = (Score("top1", "top-1"), Score("top5", "top-5"))
+    predict_options: ClassVar[type[PredictOptions]] = ImagePredictOptions
 
     augmentation: Literal["none", "light", "strong"] = option("light", "augmentation: none, light, strong")
     transforms: Literal["albumentations", "torchvision"] = option(
@@ -54,6 +63,29 @@ class Classification(Task):
         from vimtune.tasks.images.trial import open_trial
 
         return open_trial(recipe, processes, split, adapter, force)
+
+    def read_inputs(self, inputs: Sequence[str], classes: Sequence[str]) -> list[Path]:
+        """The images among files and folders; see `Task.read_inputs`."""
+        from vimtune.tasks.images.predictor import find_images
+
+        del classes
+        return find_images([Path(parsers.path(each)) for each in inputs])
+
+    def open_predictor(
+        self, adapter: Path, base: Mapping[str, Any], device: torch.device, backend: str, force: bool
+    ) -> ImagePredictor:
+        """Create the model of an adapter file or a merged file; see `Task.open_predictor`."""
+        from vimtune.tasks.images.predictor import load_image_predictor
+
+        for name in base:
+            if name != "checkpoint":
+                raise ValueError(
+                    f"{name} = {quote(base[name])}: an adapter of images says itself which model it needs; "
+                    "its weights may be given as checkpoint"
+                )
+        return load_image_predictor(
+            adapter, checkpoint=base.get("checkpoint"), device=device, backend=backend, force=force
+        )
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""

@@ -1,12 +1,14 @@
-"""What the components `data` and `backbone` of a recipe owe, whichever task they belong to. Without torch."""
+"""What the components `data` and `backbone` of a recipe owe, and what the options of `vimtune predict` do,
+whichever task they belong to. Without torch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
-from vimtune.fields import Options
+from vimtune.fields import Options, Positive, option
 
 
 class DataOptions(Options, ABC):
@@ -43,3 +45,14 @@ class BackboneOptions(Options, ABC):
     @abstractmethod
     def known_models(cls) -> Mapping[str, str]:
         """Names of the models that `--list` shows, with a line about each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Options):
+    """How a user's inputs are answered. Derived classes are frozen dataclasses."""
+
+    title: ClassVar[str] = "predictions"
+    """What `--help` calls the options of a derived class."""
+
+    top_k: Positive = option(3, "classes that are named for each input")
+    batch_size: Positive = option(32, "inputs at a time")

@@ -5,18 +5,22 @@ This file holds what can be said without torch; `vimtune.tasks.text` does the wo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vimtune.data import text
-from vimtune.data.text import TextFormat
+from vimtune.data.text import Example, TextFormat
 from vimtune.fields import option
 from vimtune.tasks.base import Score, Task, register_task
-from vimtune.tasks.components import BackboneOptions, DataOptions
-from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
+from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
+from vimtune.tasks.predictor import Predictor
+from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings, TextPredictOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from vimtune.recipe import Recipe
     from vimtune.tasks.text.job import TextJob
     from vimtune.tasks.text.trial import TextTrial
@@ -36,6 +40,7 @@ class TextTask(Task):
     scores = (Score("acc", "accuracy"), Score("acc_norm", "accuracy per character"))
     data_options: ClassVar[type[DataOptions]] = TextDataSettings
     backbone_options: ClassVar[type[BackboneOptions]] = LanguageModelSettings
+    predict_options: ClassVar[type[PredictOptions]] = TextPredictOptions
     form: ClassVar[TextFormat]
     """The data set."""
 
@@ -65,6 +70,18 @@ class TextTask(Task):
         from vimtune.tasks.text.trial import open_trial
 
         return open_trial(recipe, self, processes, split, adapter, force)
+
+    def read_inputs(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str] | list[Example]:
+        """The texts or questions among arguments, files and standard input; see `Task.read_inputs`."""
+        return self.form.asked(text.read_asked(self.form, inputs), classes)
+
+    def open_predictor(
+        self, adapter: Path, base: Mapping[str, Any], device: torch.device, backend: str, force: bool
+    ) -> Predictor:
+        """Create the language model with an adapter; see `Task.open_predictor`."""
+        from vimtune.tasks.text.predictor import open_predictor
+
+        return open_predictor(self, adapter, base, device, backend, force)
 
 
 @register_task("arc_easy")

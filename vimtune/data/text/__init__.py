@@ -6,6 +6,7 @@ a line stands for, and a `TextFormat` that names its files. Nothing here imports
 """
 
 from vimtune.data.text.arc import ARC_CHALLENGE, ARC_EASY
+from vimtune.data.text.asked import read_asked
 from vimtune.data.text.boolq import BOOLQ
 from vimtune.data.text.examples import Example, TextSplit, split_off
 from vimtune.data.text.hellaswag import HELLASWAG
@@ -29,6 +30,7 @@ __all__ = [
     "TextFormat",
     "TextSplit",
     "open_text",
+    "read_asked",
     "read_lines",
     "split_off",
 ]

@@ -97,10 +97,21 @@ def _read(line: Line) -> Example:
     return line.read(_HubLine).example()
 
 
+def _with_answer(line: Line) -> Line:
+    """With the first label as the answer; a line without labels is refused by whoever reads it."""
+    question = line.field("question")
+    choices = question.get("choices") if isinstance(question, dict) else line.field("choices")
+    labels = choices.get("label") if isinstance(choices, dict) else None
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        labels = [choices[0].get("label")]
+    return line.with_default("answerKey", labels[0] if isinstance(labels, list) and labels else "A")
+
+
 def _format(name: str) -> TextFormat:
     return TextFormat(
         name=name,
         read=_read,
+        with_answer=_with_answer,
         hub=HubPlace("allenai/ai2_arc", name, {"train": "train", "test": "test"}),
         files={
             "train": (f"{name}-train.jsonl", f"{name}-Train.jsonl"),

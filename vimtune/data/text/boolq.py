@@ -46,6 +46,7 @@ def _read(line: Line) -> Example:
 BOOLQ = TextFormat(
     name="BoolQ",
     read=_read,
+    with_answer=lambda line: line if line.has("answer") else line.with_default("label", 0),
     per_character=False,
     classes=ANSWERS,
     hub=HubPlace("aps/super_glue", "boolq", {"train": "train", "test": "validation"}),

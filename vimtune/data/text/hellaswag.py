@@ -92,6 +92,7 @@ def _note(lines: list[Line]) -> str:
 HELLASWAG = TextFormat(
     name="HellaSwag",
     read=_read,
+    with_answer=lambda line: line.with_default("label", 0),
     note=_note,
     hub=HubPlace("Rowan/hellaswag", None, {"train": "train", "test": "validation"}),
     files={

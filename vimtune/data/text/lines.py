@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from vimtune.data.errors import DatasetError
 from vimtune.schema import MAX_TEXT_BYTES, Schema, check, parse_json
@@ -70,6 +70,10 @@ class Line:
         """The same entry with another value of a field; an entry without fields stays as it is."""
         return Line(self.place, {**self.values, name: value}) if isinstance(self.values, dict) else self
 
+    def with_default(self, name: str, value: Any) -> Line:
+        """The same entry with a field that it lacks, or has without a value."""
+        return self.with_field(name, value) if self.field(name) in (None, "") else self
+
 
 def read_lines(path: Path) -> list[Line]:
     """All entries of a file of JSON Lines or, where its name ends in .csv, of CSV with a header.
@@ -93,7 +97,23 @@ def read_lines(path: Path) -> list[Line]:
     return lines
 
 
-def _decoded(shown: str, file: Any) -> Iterator[tuple[str, str]]:
+def read_texts(shown: str, file: BinaryIO) -> list[tuple[str, str]]:
+    """(place, text) of each line of a stream that has more than blanks in it.
+
+    Args:
+        shown: what the stream is called in messages.
+        file: the stream.
+
+    Raises:
+        DatasetError: a line that is no text, or no line at all.
+    """
+    texts = [(place, text.rstrip("\r\n")) for place, text in _decoded(shown, file) if text.strip()]
+    if not texts:
+        raise DatasetError(f"{shown} is empty: expected one text per line")
+    return texts
+
+
+def _decoded(shown: str, file: BinaryIO) -> Iterator[tuple[str, str]]:
     """(place, text) of each line."""
     number = 0
     while raw := file.readline(MAX_TEXT_BYTES + 1):

@@ -69,6 +69,21 @@ def _read_labelled(line: Line, classes: Sequence[str]) -> Example:
     return Example.question(entry.text, classes, list(classes).index(label))
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A text that is to be completed."""
+
+    __pydantic_config__: ClassVar[Any] = LINE
+
+    prompt: str
+
+
+def _prompt(line: Line) -> str:
+    if line.has("text") and not line.has("prompt"):
+        return line.read(_Plain).text
+    return line.read(_Prompt).prompt
+
+
 def _classes(lines: Sequence[Line]) -> tuple[str, ...]:
     """The labels of a training file, sorted; none where its texts have no labels."""
     labelled = sum(line.has("text", "label") for line in lines)
@@ -85,6 +100,7 @@ OWN = TextFormat(
     read=_read,
     read_labelled=_read_labelled,
     find_classes=_classes,
+    prompt=_prompt,
     files={
         "train": ("train.jsonl", "train.csv"),
         "test": ("test.jsonl", "test.csv", "val.jsonl", "val.csv"),

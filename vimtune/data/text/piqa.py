@@ -64,6 +64,7 @@ def _with_labels(path: Path, lines: list[Line]) -> list[Line]:
 PIQA = TextFormat(
     name="PIQA",
     read=_read,
+    with_answer=lambda line: line.with_default("label", 0),
     complete=_with_labels,
     hub=HubPlace("baber/piqa", None, {"train": "train", "test": "validation"}),
     files={

@@ -10,6 +10,7 @@ from pathlib import Path
 from vimtune.data.errors import DatasetError, MissingSplitError
 from vimtune.data.text.examples import Example, TextSplit
 from vimtune.data.text.lines import Line, read_lines
+from vimtune.schema import parse_json
 from vimtune.text import printable, quote
 
 
@@ -29,6 +30,10 @@ def _nothing_to_note(lines: list[Line]) -> str:
 
 def _complete_already(path: Path, lines: list[Line]) -> list[Line]:
     return lines
+
+
+def _answered_already(line: Line) -> Line:
+    return line
 
 
 def _no_classes(lines: Sequence[Line]) -> tuple[str, ...]:
@@ -53,10 +58,63 @@ class TextFormat:
     """The same where the training file says which they are."""
     read_labelled: Callable[[Line, Sequence[str]], Example] | None = None
     """The example of a line of a data set that has such classes."""
+    with_answer: Callable[[Line], Line] = _answered_already
+    """The line with any answer where it has none: who asks for answers does not have them."""
+    prompt: Callable[[Line], str] | None = None
+    """The prompt of a line that is to be completed; None where lines are questions with choices, which a text
+    alone cannot be."""
     complete: Callable[[Path, list[Line]], list[Line]] = _complete_already
     """Adds to the lines of a file what stands in another file beside it."""
     note: Callable[[list[Line]], str] = _nothing_to_note
     """What a user has to know about these lines; empty if nothing."""
+
+    def entry(self, place: str, text: str) -> Line:
+        """The line for which a text stands that a user gives without a file.
+
+        Args:
+            place: what the text is called in messages.
+            text: a plain text or, where lines are questions, a line as files have it.
+
+        Raises:
+            DatasetError: a question is asked for, and the text is no JSON.
+        """
+        if self.prompt is not None:
+            return Line(place, {"text": text})
+        try:
+            return Line(place, parse_json(text, place, DatasetError))
+        except DatasetError as error:
+            raise DatasetError(
+                f"{error}; {self.name} has questions with choices: give a file of them, or the JSON of one"
+            ) from None
+
+    def is_completed(self, classes: Sequence[str]) -> bool:
+        """Whether a model with these classes is asked for completions, not for one of several choices."""
+        return self.prompt is not None and not classes
+
+    def asked(self, lines: Sequence[Line], classes: Sequence[str]) -> list[str] | list[Example]:
+        """The prompts or the questions of a user's entries, for a model with these classes.
+
+        Raises:
+            DatasetError: a line that is wrong.
+        """
+        if self.is_completed(classes):
+            assert self.prompt is not None
+            return list(map(self.prompt, lines))
+        return [self.question(line, classes) for line in lines]
+
+    def question(self, line: Line, classes: Sequence[str]) -> Example:
+        """The example of a line whose answer is asked for; if it has one, that is not believed.
+
+        Args:
+            line: the entry.
+            classes: those of the model.
+
+        Raises:
+            DatasetError: a line that is wrong.
+        """
+        if self.read_labelled is not None and classes:
+            return self.read_labelled(line.with_field("label", classes[0]), classes)
+        return self.read(self.with_answer(line))
 
     def split(
         self, name: str, lines: list[Line], source: str, classes: Sequence[str] | None = None

@@ -60,6 +60,7 @@ def _read(line: Line) -> Example:
 WINOGRANDE = TextFormat(
     name="Winogrande",
     read=_read,
+    with_answer=lambda line: line.with_default("answer", "1"),
     per_character=False,
     hub=HubPlace("allenai/winogrande", "winogrande_xl", {"train": "train", "test": "validation"}),
     files={

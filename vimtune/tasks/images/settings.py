@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
@@ -18,7 +18,7 @@ from vimtune.data.datasets import DATASETS, dataset_option_problems
 from vimtune.fields import Seed, Share, option, options_of
 from vimtune.methods import METHODS
 from vimtune.models.registry import MODELS, check_model_options, list_models
-from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
 from vimtune.text import quote
 
 RESERVED = {
@@ -119,6 +119,23 @@ class BackboneSettings(BackboneOptions):
         if "model" in values:
             problems += _model_problems(values["model"], given)
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePredictOptions(PredictOptions):
+    """How images are classified for a user.
+
+    The exit code of `vimtune predict` is never 0 when the system cannot read an image, for want of a
+    permission say, or when no image is left.
+    """
+
+    title: ClassVar[str] = "images"
+
+    on_corrupt: Literal["report", "skip", "error"] = option(
+        "report",
+        "unreadable images: report (the others are classified, exit code 1), skip (exit code 0), error (stop "
+        "at the first, write nothing)",
+    )
 
 
 def _reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:

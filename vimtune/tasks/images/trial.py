@@ -7,9 +7,9 @@ from pathlib import Path
 import vimtune
 from vimtune.adapters import read_adapter_info
 from vimtune.data import build_transform, model_preprocessing
-from vimtune.predict import build_base
 from vimtune.recipe import Recipe
 from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
+from vimtune.tasks.images.predictor import build_base
 from vimtune.tasks.images.scoring import ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.tasks.job import Trial

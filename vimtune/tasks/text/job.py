@@ -67,15 +67,16 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
     training, usual_count = loaders.training(train)
     selection = loaders.scoring(val)
-    classes = {} if head.outputs is None else {"classes": names_of_outputs(head, train)}
+    outputs = {} if head.outputs is None else {"classes": names_of_outputs(head, train)}
     return TextJob(
         model=model,
         train=training,
         selection=selection,
         final=selection if test is None else loaders.scoring(test),
         usual_count=usual_count,
-        outputs=classes,
-        saved_with_adapter=dict(classes),
+        outputs=outputs,
+        # A model without a head chooses among the same classes whenever it is used.
+        saved_with_adapter=dict(outputs or ({"classes": list(train.classes)} if train.classes else {})),
         head=head,
         tallies=loaders.tallies,
     )

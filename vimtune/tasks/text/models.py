@@ -77,7 +77,13 @@ def vocabulary_of(model: nn.Module) -> int:
 def build_base(
     recipe: Recipe, settings: LanguageModelSettings, outputs: int | None, pooling: Pooling
 ) -> nn.Module:
-    """The same without an adapter.
+    """The same without an adapter."""
+    model = language_model(recipe, settings)
+    return SequenceScorer(model) if outputs is None else pooled_classifier(model, outputs, pooling)
+
+
+def language_model(recipe: Recipe, settings: LanguageModelSettings) -> Any:
+    """The language model of transformers with the weights from which a run starts.
 
     Weights are fp32, whatever the dtype of their file: an update may be too small for a bf16 weight. Mixed
     precision (amp) computes with them in bf16 or fp16.
@@ -94,4 +100,4 @@ def build_base(
         load_weights(model, Path(settings.checkpoint))
     if recipe.optimisation.grad_checkpointing:
         model.gradient_checkpointing_enable()
-    return SequenceScorer(model) if outputs is None else pooled_classifier(model, outputs, pooling)
+    return model

@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import parsers
-from vimtune.fields import Seed, option
+from vimtune.fields import Positive, Seed, option
 from vimtune.language import LANGUAGE_MODELS, language_models
-from vimtune.tasks.components import BackboneOptions, DataOptions
+from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
 from vimtune.utils import suggest
 
 _PATH = parsers.optional(parsers.absolute_path)
@@ -82,3 +82,12 @@ class LanguageModelSettings(BackboneOptions):
     def known_models(cls) -> Mapping[str, str]:
         """The models of the table; any other repository of the hub or folder serves as well."""
         return language_models()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPredictOptions(PredictOptions):
+    """How texts are answered for a user."""
+
+    title: ClassVar[str] = "texts"
+
+    max_new_tokens: Positive = option(64, "the most tokens of a completion")

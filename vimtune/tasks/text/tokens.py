@@ -144,6 +144,16 @@ class Encoder:
         starts = [slots.start for slots in slots_of(examples)]
         return [self._fitting(row, 0, start) for row, start in zip(tokens, starts, strict=True)]
 
+    def prompts(self, texts: Sequence[str]) -> list[Row]:
+        """The sequences that a model is to complete.
+
+        Blanks at the end of a text belong to the completion, as in `training`. A text of blanks alone asks
+        for any text: it becomes the token that begins one.
+        """
+        kept = [_move_blanks(text, "")[0] for text in texts]
+        tokens = iter(self._encode([text for text in kept if text]))
+        return [self._fitting(next(tokens) if text else [self._first], 0, 0) for text in kept]
+
     def _divided(self, pairs: Sequence[Pair]) -> Iterable[tuple[Pair, tuple[list[int], list[int]]]]:
         """For each pair the tokens of its context and those of its continuation."""
         moved = [_move_blanks(*pair) for pair in pairs]

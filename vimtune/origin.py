@@ -1,0 +1,120 @@
+"""Where an adapter comes from: its file, the recipe of its run, and the base weights it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Len
+from torch import nn
+
+from vimtune import parsers
+from vimtune.adapters import AdapterFileError, AdapterInfo, load_adapter, read_adapter_info
+from vimtune.recipe import complete_stored
+from vimtune.schema import STRICT, Count, check
+from vimtune.strict_yaml import read_yaml
+from vimtune.text import quote
+from vimtune.training.folder import RunFolder
+
+NOT_OF_ADAPTER = ("output_dir", "resume", "force")
+"""Keys of a run's recipe that say nothing about what it trained."""
+
+
+def adapter_path(path: str | os.PathLike[str]) -> Path:
+    """The adapter file that `path` means: a file, or the one in a run folder; `~` is the home folder."""
+    found = Path(parsers.path(path))
+    return RunFolder(found).adapter if found.is_dir() else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Base weights of a training run: the fields of its recipe that say where they came from."""
+
+    __pydantic_config__ = STRICT
+
+    checkpoint: Annotated[str, Len(1, 4096)] | None = None
+    """Name of the file; in older adapter files the path as it was given."""
+    pretrained: bool = True
+    """Whether the run began with the model's published weights, where it names no checkpoint."""
+    seed: Count = 0
+    """Seed of random weights, where it began with neither."""
+
+    @classmethod
+    def of(cls, info: AdapterInfo) -> Origin:
+        """What an adapter file says.
+
+        Raises:
+            AdapterFileError: it says so in another form.
+        """
+        recipe = info.extra.get("recipe", {})
+        names = {field.name for field in dataclasses.fields(cls)}
+        if isinstance(recipe, dict):
+            recipe = {name: value for name, value in recipe.items() if name in names}
+        return check(cls, recipe, "the recipe in the adapter file", AdapterFileError)
+
+
+def find_base(path: Path, info: AdapterInfo) -> Path | None:
+    """The file of base weights that the adapter `path` was trained on; None if they came from no file.
+
+    An adapter file may be passed on, so it has only the name of that file (older ones have the path). The
+    recipe of the run, which lies beside the adapter in a run folder, has its place.
+
+    Raises:
+        AdapterFileError: the file is not there.
+    """
+    checkpoint = Origin.of(info).checkpoint
+    if checkpoint is None:
+        return None
+    places = [Path(checkpoint)]
+    recipe = RunFolder(path.parent).recipe
+    if recipe.is_file():
+        place = read_yaml(recipe).get("checkpoint")
+        if isinstance(place, str) and Path(place).name == places[0].name:
+            places.insert(0, Path(place))
+    for place in places:
+        if place.exists():
+            return place
+    raise AdapterFileError(
+        f"the adapter was trained on the weights in {quote(places[0].name)}, and they are not at their "
+        "former place; give their present place with --checkpoint"
+    )
+
+
+def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with which an adapter was trained, and where its base weights are now.
+
+    The recipe beside it in a run folder is preferred to the one in the file, which names no folder of the
+    computer it comes from.
+
+    Args:
+        adapter: the file.
+        given: values that go before those of the recipe.
+
+    Raises:
+        ValueError: no adapter file, or its base weights are not where they were.
+    """
+    info = read_adapter_info(adapter)
+    beside = RunFolder(adapter.parent).recipe
+    stored = read_yaml(beside) if beside.is_file() else info.extra.get("recipe", {})
+    values = complete_stored(stored) if isinstance(stored, dict) else {}
+    values = {name: value for name, value in values.items() if name not in NOT_OF_ADAPTER}
+    if "checkpoint" not in given:
+        base = find_base(adapter, info)
+        values["checkpoint"] = None if base is None else str(base)
+    return values
+
+
+def load_trained(model: nn.Module, adapter: Path, force: bool) -> None:
+    """`vimtune.load_adapter` for a command: a refusal says which flags help.
+
+    Raises:
+        AdapterFileError: the adapter does not fit the model, or was trained on other base weights.
+    """
+    try:
+        load_adapter(model, adapter, force=force)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error

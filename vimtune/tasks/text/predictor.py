@@ -1,0 +1,229 @@
+"""Answers for a user's texts with an adapter file: a class, a choice or a completion for each.
+
+Shape letters: B rows, L tokens, C choices.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
+from vimtune.data.text import Example, Line, TextFormat
+from vimtune.fields import options_of
+from vimtune.language import load_tokenizer
+from vimtune.ops import use_backend
+from vimtune.origin import load_trained, recipe_of_adapter
+from vimtune.recipe import Recipe, load_recipe
+from vimtune.results import Answer, Choice, Completion
+from vimtune.tasks.components import PredictOptions
+from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
+from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
+from vimtune.tasks.text.job import settings_of
+from vimtune.tasks.text.models import build_base, language_model, vocabulary_of
+from vimtune.tasks.text.settings import LanguageModelSettings, TextPredictOptions
+from vimtune.tasks.text.tokens import Encoder, check_vocabulary
+from vimtune.text import quote
+
+if TYPE_CHECKING:
+    from vimtune.tasks.texts import TextTask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class TextPredictor(Predictor):
+    """What predictors of texts have in common.
+
+    Attributes:
+        model: the language model or classifier, on `device` and in evaluation mode.
+        tokenizer: of the model.
+        max_length: tokens of a sequence; the beginning of longer ones is cut.
+        form: how a user's entries look.
+        classes: names of the model's classes, if it has any.
+        device: where it computes.
+        backend: scan backend, see `vimtune.ops`.
+    """
+
+    model: Any
+    tokenizer: Any
+    max_length: int
+    form: TextFormat
+    classes: Sequence[str]
+    device: torch.device
+    backend: str = "auto"
+
+    def predict(
+        self,
+        inputs: Sequence[str | Mapping[str, Any]],
+        /,
+        *,
+        top_k: int = 3,
+        batch_size: int = 32,
+        max_new_tokens: int = 64,
+    ) -> Iterator[Answer]:
+        """Answer in order.
+
+        Args:
+            inputs: texts, or entries with the fields that a line of the task's files has. The answer may be
+                left out of an entry; it is not looked at.
+            top_k: classes or choices that are named for each; all of them if there are fewer.
+            batch_size: inputs that go through the model together.
+            max_new_tokens: the most tokens of a completion.
+
+        Raises:
+            ValueError: an entry that is wrong, a number that is no whole number from 1 on, or outputs of the
+                model that are not finite.
+        """
+        check_counts(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        options = TextPredictOptions(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        lines = []
+        for number, given in enumerate(inputs, 1):
+            place = f"input {number}"
+            lines.append(
+                self.form.entry(place, given) if isinstance(given, str) else Line(place, dict(given))
+            )
+        return self._answers(self.form.asked(lines, self.classes), options)
+
+    def answers(
+        self, inputs: Sequence[Any], options: PredictOptions, leave_out: Callable[[LeftOut], None]
+    ) -> Iterator[Answer]:
+        """Answer for the command line; no text is left out."""
+        assert isinstance(options, TextPredictOptions)
+        return self._answers(inputs, options)
+
+    @torch.no_grad()
+    def _answers(self, asked: Sequence[Any], options: TextPredictOptions) -> Iterator[Answer]:
+        encoder = Encoder(self.tokenizer, self.max_length)
+        for start in range(0, len(asked), options.batch_size):
+            batch = asked[start : start + options.batch_size]
+            with use_backend(self.backend):
+                found = self._batch(encoder, batch, options)
+            yield from found
+        if encoder.cut:
+            logger.warning(
+                "%d sequences longer than %d tokens have lost their beginning", encoder.cut, self.max_length
+            )
+
+    @abstractmethod
+    def _batch(self, encoder: Encoder, asked: Sequence[Any], options: TextPredictOptions) -> Sequence[Answer]:
+        """The answers to one batch of questions, or of prompts."""
+
+
+@dataclass(kw_only=True)
+class ChoicePredictor(TextPredictor):
+    """Says which class a text has, or which choice answers a question.
+
+    Attributes:
+        head: what is asked of the model, and how its answers are judged.
+    """
+
+    kind: ClassVar[type[Answer]] = Choice
+    head: Head
+
+    def _batch(self, encoder: Encoder, asked: Sequence[Any], options: TextPredictOptions) -> list[Choice]:
+        items = self.head.scoring_items(encoder, asked)
+        tally = self.head.tally(asked, items, characters=False)
+        tally.add(self.model, self.head.batch(items).to(self.device).tensors)
+        return [
+            _choice(example, judged.log_likelihoods, options.top_k)
+            for example, judged in zip(asked, tally.judged(), strict=True)
+        ]
+
+
+def _choice(example: Example, values: Sequence[float], top_k: int) -> Choice:
+    """The likeliest choices by log-likelihoods, or outputs of a head, (C,)."""
+    scores = torch.tensor(values, dtype=torch.float64)
+    if not scores.isfinite().all():
+        raise ValueError(
+            f"the model's outputs for {quote(example.prompt)} are not finite: the adapter or its base "
+            "weights are damaged or diverged; train again, or give other base weights with --checkpoint"
+        )
+    best = scores.softmax(0).topk(min(top_k, len(values)))
+    indices = best.indices.tolist()
+    return Choice(example.prompt, indices, [example.choices[i] for i in indices], best.values.tolist())
+
+
+@dataclass(kw_only=True)
+class CompletionPredictor(TextPredictor):
+    """Writes what follows a prompt: at each step the likeliest token."""
+
+    kind: ClassVar[type[Answer]] = Completion
+
+    def _batch(self, encoder: Encoder, asked: Sequence[Any], options: TextPredictOptions) -> list[Completion]:
+        rows = [row.tokens for row in encoder.prompts(asked)]
+        longest, end = max(map(len, rows)), self.tokenizer.eos_token_id
+        # What is written goes behind the last token, so padding is on the left here.
+        tokens = torch.tensor([[end] * (longest - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        written = self.model.generate(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )[:, longest:]
+        return [self._completion(*pair) for pair in zip(asked, written.tolist(), strict=True)]
+
+    def _completion(self, prompt: str, tokens: list[int]) -> Completion:
+        end = self.tokenizer.eos_token_id
+        ended = end in tokens
+        text = self.tokenizer.decode(tokens[: tokens.index(end)] if ended else tokens)
+        blanks = prompt[len(prompt.rstrip()) :]  # the model was asked to write them, too
+        return Completion(prompt, text.removeprefix(blanks), ended)
+
+
+def open_predictor(
+    task: TextTask, adapter: Path, base: Mapping[str, Any], device: torch.device, backend: str, force: bool
+) -> ChoicePredictor | CompletionPredictor:
+    """Create the model that answers with an adapter; the arguments are those of `Task.open_predictor`.
+
+    Raises:
+        ValueError: tokenizer, weights or an adapter that do not fit; the message says which.
+    """
+    info = read_adapter_info(adapter)
+    recipe = _recipe(task, adapter, base)
+    data, backbone = settings_of(recipe)
+    tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
+    completes = task.form.is_completed(info.classes)
+    if completes and task.head == "classifier":
+        raise AdapterFileError(f"{quote(str(adapter))} does not name the classes of its head")
+    head = _head(task, info)
+    if completes:
+        model: Any = language_model(recipe, backbone)
+    else:
+        model = build_base(recipe, backbone, head.outputs, task.pooling)
+    check_vocabulary(tokenizer, vocabulary_of(model), backbone.model)
+    load_trained(model, adapter, force)
+    shared: dict[str, Any] = {
+        "model": model.to(device).eval(),
+        "tokenizer": tokenizer,
+        "max_length": data.max_length,
+        "form": task.form,
+        "classes": info.classes,
+        "device": device,
+        "backend": backend,
+    }
+    return CompletionPredictor(**shared) if completes else ChoicePredictor(**shared, head=head)
+
+
+def _head(task: TextTask, info: AdapterInfo) -> Head:
+    """What an adapter was trained to answer with."""
+    if task.head == "likelihood":
+        return LikelihoodHead()
+    return RatingHead() if info.num_classes == RatingHead.outputs else ClassHead(info.num_classes)
+
+
+def _recipe(task: TextTask, adapter: Path, base: Mapping[str, Any]) -> Recipe:
+    """The keys of the recipe of an adapter that say which model it has and how that reads texts."""
+    stored = recipe_of_adapter(adapter, base)
+    needed = {*options_of(LanguageModelSettings), "max_length", "seed"}
+    values = {name: value for name, value in stored.items() if name in needed}
+    return load_recipe(None, {**values, **base, "task": task.name})
