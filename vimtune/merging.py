@@ -1,57 +1,25 @@
 """`vimtune merge`: fold an adapter into its base weights and prove that nothing changed.
 
-Shape letters: B batch, C classes.
+What is written belongs to the task that the adapter was trained on (`Task.merge`): a file for images, a
+folder for texts.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-import vimtune
 from vimtune import parsers
 from vimtune.adapters import read_adapter_info
 from vimtune.console import build_console, print_line
-from vimtune.merged import MergedInfo, is_merged_file, read_merged, read_merged_info, write_merged
-from vimtune.models import create_listed_model
-from vimtune.ops import use_backend
-from vimtune.origin import adapter_path, find_base
-from vimtune.output import OutputError, check_output, write_output
-from vimtune.tasks.images.predictor import load_image_predictor
+from vimtune.merged import is_merged_file
+from vimtune.origin import adapter_path
+from vimtune.predict import task_of
+from vimtune.tasks.merging import Merged
 from vimtune.text import quote
 from vimtune.training.distributed import resolve_device
-
-TOLERANCE = 1e-3
-"""Largest logit error that fp32 rounding explains, relative to the largest logit."""
-
-
-class MergeError(ValueError):
-    """The merged model does not compute what base and adapter compute."""
-
-
-@dataclass(frozen=True)
-class MergeProof:
-    """Logits before and after, on a batch of random images.
-
-    Attributes:
-        max_error: largest absolute difference of two logits.
-        max_logit: largest absolute logit before merging.
-        num_images: images in the batch.
-    """
-
-    max_error: float
-    max_logit: float
-    num_images: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether the error is within what rounding explains."""
-        return self.max_error <= TOLERANCE * max(self.max_logit, 1.0)
 
 
 def merge_to_file(
@@ -59,106 +27,55 @@ def merge_to_file(
     output: str | os.PathLike[str],
     *,
     checkpoint: str | os.PathLike[str] | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
     device: str = "auto",
     backend: str = "auto",
-    num_images: int = 8,
     force: bool = False,
-) -> MergeProof:
-    """Write the merged weights as plain safetensors and check the file that was written.
+) -> Merged:
+    """Write merged weights, read them back, and check that they compute what base and adapter do.
 
-    The file (see `vimtune.merged`) is read back into a fresh model without adapters and has to give the
-    logits of base plus adapter on `num_images` random images; otherwise no file is left behind. With
-    `force` the adapter is merged although the base weights differ from those that it was trained on.
+    Args:
+        adapter: the file, or the folder of a run.
+        output: what is written: a .safetensors file for images (see `vimtune.merged`), a folder that plain
+            transformers loads for texts.
+        checkpoint: base weights of the adapter; those it was trained on if None.
+        model: the base model of an adapter of texts, where it is in another place now.
+        tokenizer: the same of its tokenizer.
+        device: "auto", "cpu", "cuda", "cuda:<index>" or "mps".
+        backend: scan backend, see `vimtune.ops`.
+        force: merge although the base weights differ from those that the adapter was trained on.
 
     Raises:
-        ValueError: the adapter cannot be loaded, or `output` cannot be a weights file.
-        MergeError: the logits differ by more than rounding explains.
+        ValueError: the adapter cannot be loaded, or the result cannot be written there.
+        MergeError: the logits differ by more than rounding explains; nothing is left behind.
     """
-    path, output = adapter_path(adapter), Path(parsers.path(output))
+    path = adapter_path(adapter)
     if is_merged_file(path):
         raise ValueError(f"{quote(str(path))} is merged already: there is no adapter in it")
-    info = read_adapter_info(path)
-    base = find_base(path, info) if checkpoint is None else Path(parsers.path(checkpoint))
-    check_output(output, (".safetensors",), [path] if base is None else [path, base])
-    if not _is_utf8(output.absolute()):
-        raise OutputError(
-            f"cannot write {quote(str(output))}: its path is not UTF-8, as safetensors needs it"
-        )
-    predictor = load_image_predictor(
-        path, checkpoint=base, device=resolve_device(device), backend=backend, force=force
-    )
-    generator = torch.Generator().manual_seed(0)
-    config: Any = predictor.model.pretrained_cfg
-    shape = (num_images, config["input_size"][0], *predictor.transform.img_size)
-    images = torch.randn(shape, generator=generator)
-    expected = predictor.logits(images)
-    merged: Any = vimtune.merge(predictor.model)
-    written = MergedInfo(
-        model=info.model["name"],
-        options={**merged.creation["kwargs"], "num_classes": merged.num_classes},
-        classes=info.classes,
-        preprocessing=predictor.transform.config,
-    )
-    proofs: list[MergeProof] = []
-
-    def write(temporary: Path) -> None:
-        write_merged(temporary, merged.state_dict(), written)
-        fresh, _ = read_merged(temporary)
-        proofs.append(_prove(fresh.to(predictor.device).eval(), images, expected, backend))
-        if not proofs[0].holds:
-            raise MergeError(
-                f"the merged model differs: maximum logit error {proofs[0].max_error:.1e} at logits up to "
-                f"{proofs[0].max_logit:.1f}; nothing was written"
-            )
-
-    write_output(output, write)
-    return proofs[0]
-
-
-def _is_utf8(path: Path) -> bool:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-@torch.no_grad()
-def _prove(model: nn.Module, images: Tensor, expected: Tensor, backend: str) -> MergeProof:
-    """Compare `model` on `images` (B, 3, H, W) with the `expected` logits (B, C)."""
-    device = next(model.parameters()).device
-    with use_backend(backend):
-        found = model(images.to(device)).float().cpu()
-    error = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    return MergeProof(error, expected.abs().max().item(), len(images))
-
-
-def loading_code(path: Path, info: MergedInfo) -> str:
-    """Python that loads a merged file as a plain model, with timm's own loader."""
-    with torch.device("meta"):  # Only the options are of interest.
-        usual = create_listed_model(info.model, {}).creation["kwargs"]
-    options = {
-        name: value for name, value in info.options.items() if name not in usual or value != usual[name]
+    task = task_of(read_adapter_info(path))
+    base: dict[str, Any] = {
+        "checkpoint": None if checkpoint is None else Path(parsers.path(checkpoint)),
+        "model": model,
+        "tokenizer": tokenizer,
     }
-    arguments = {"checkpoint_path": str(path), **options}
-    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    return f"import timm, vimtune\nmodel = timm.create_model({info.model!r}, {shown})"
+    given = {name: value for name, value in base.items() if value is not None}
+    return task.merge(path, Path(parsers.path(output)), given, resolve_device(device), backend, force)
 
 
 def run_merge(
-    *, adapter: Path, output: Path, checkpoint: Path | None, device: str, backend: str, force: bool
+    *, adapter: Path, output: Path, base: Mapping[str, Any], device: str, backend: str, force: bool
 ) -> int:
-    """`vimtune merge`: write the file, print the proof. Returns the exit code."""
-    proof = merge_to_file(adapter, output, checkpoint=checkpoint, device=device, backend=backend, force=force)
-    info, merged = read_adapter_info(adapter_path(adapter)), read_merged_info(output)
-    console = build_console()
-    print_line(console, f"{merged.model} with {info.method} merged into {output}")
+    """`vimtune merge`: write the weights, print the proof. Returns the exit code."""
+    merged = merge_to_file(adapter, output, **base, device=device, backend=backend, force=force)
+    method, proof, console = read_adapter_info(adapter_path(adapter)).method, merged.proof, build_console()
+    print_line(console, f"{merged.model} with {method} merged into {output}")
     print_line(
         console,
-        f"maximum logit error {proof.max_error:.1e} on {proof.num_images} replayed images "
-        f"(largest logit {proof.max_logit:.1f}), file against base + adapter",
+        f"maximum logit error {proof.max_error:.1e} on {proof.inputs} (largest logit {proof.max_logit:.1f}), "
+        "what was written against base + adapter",
     )
     print_line(console, "load it with:")
-    for line in loading_code(output, merged).splitlines():
+    for line in merged.loading_code.splitlines():
         print_line(console, f"    {line}", wrap=False)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -54,6 +55,32 @@ def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -
 def _is_same(path: Path, source: Path) -> bool:
     """Whether both are one file, through links of either kind."""
     return path.exists() and source.exists() and path.samefile(source)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Make a folder whole or not at all: `write` fills another one beside it, which then takes its name.
+
+    Args:
+        path: a folder that is empty or not there yet.
+        write: fills the folder that it is given.
+
+    Raises:
+        OutputError: something is there already, or the system refuses.
+    """
+    shown = quote(str(path))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputError(f"cannot write {shown}: it is there already; give the name of a new folder")
+    around = path.absolute().parent
+    if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {shown}: {quote(str(around))} is not a writable folder")
+    try:
+        with tempfile.TemporaryDirectory(dir=around, prefix=f".{path.name}.") as temporary:
+            filled = Path(temporary) / "filled"
+            filled.mkdir()
+            write(filled)
+            filled.replace(path)
+    except WRITING_ERRORS as error:
+        raise OutputError(f"cannot write {shown}: {refusal(error)}; nothing was written") from error
 
 
 def write_output(path: Path, write: Callable[[Path], None]) -> None:

@@ -259,6 +259,25 @@ def test_right_or_an_error_that_says_so(case, transformation):
         )
 
 
+HEADS = 2
+
+
+def ssd_tensors():
+    """x, dt, A, B, C, D, dt_bias and the state of Mamba-2's scan."""
+    shapes = [(B, L, HEADS, E), (B, L, HEADS), (HEADS,), *[(B, L, 1, N)] * 2, (HEADS,), (HEADS,)]
+    return [normal(*shape) for shape in [*shapes, (B, HEADS, E, N)]]
+
+
+def ssd_mixer_tensors():
+    """The output of in_proj, the six weights of Mamba-2's mixer, and a mask."""
+    inner = HEADS * E
+    wide, vectors = inner + 2 * N, [(HEADS,)] * 3
+    shapes = [(B, L, inner + wide + HEADS), (wide, K), (wide,), *vectors, (inner,), (B, L, 1)]
+    return [normal(*shape) for shape in shapes]
+
+
+SSD_MIXER_OPTIONS = [1, 1, 1e-5, 0.0, 1.0, "torch", "torch"]
+
 # Each operation as torch.library knows it: its arguments, which need to have the right kinds only.
 ARGUMENTS = {
     "selective_scan": lambda: [*scan_tensors(), True, False, "torch", True],
@@ -269,6 +288,14 @@ ARGUMENTS = {
     "stateful_scan_backward": lambda: [
         *(normal(B, L, E), normal(B, E, N), normal(1, B, E, N), *scan_tensors(), normal(B, E, N)),
         *(True, "torch", [True] * 9),
+    ],
+    "ssd": lambda: [*ssd_tensors(), True, 0.0, 1.0, "torch"],
+    "ssd_backward": lambda: [
+        *(normal(B, L, HEADS, E), normal(B, HEADS, E, N), *ssd_tensors(), True, 0.0, 1.0, "torch", [True] * 8)
+    ],
+    "ssd_mixer": lambda: [*ssd_mixer_tensors(), *SSD_MIXER_OPTIONS],
+    "ssd_mixer_backward": lambda: [
+        *(normal(B, L, HEADS * E), *ssd_mixer_tensors(), *SSD_MIXER_OPTIONS, [True] * 7)
     ],
     "causal_conv1d": lambda: [normal(B, L, E), normal(E, K), normal(E), True, False, "torch"],
     "causal_conv1d_backward": lambda: [

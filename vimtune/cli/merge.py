@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vimtune.cli.parser import CommandParser, add_common, add_import, add_model_options, import_packages, path
+from vimtune.cli.parser import (
+    BASE,
+    CommandParser,
+    add_common,
+    add_import,
+    add_model_options,
+    import_packages,
+    path,
+)
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:
@@ -12,11 +20,16 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     import_packages(prog, arguments)
     parser = CommandParser(
         prog=prog,
-        description="Fold an adapter into its base weights: one plain checkpoint without any adapter left.",
+        description="Fold an adapter into its base weights: plain weights without any adapter left.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", type=path, help="adapter file or run folder")
     parser.add_argument(
-        "--output", "-o", metavar="FILE", type=path, required=True, help="the .safetensors file to write"
+        "--output",
+        "-o",
+        metavar="PATH",
+        type=path,
+        required=True,
+        help="what is written: a .safetensors file, or for a language model a folder",
     )
     add_model_options(parser)
     add_import(parser)
@@ -28,7 +41,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     return run_merge(
         adapter=options.adapter,
         output=options.output,
-        checkpoint=options.checkpoint,
+        base={name: getattr(options, name) for name in BASE},
         device=options.device,
         backend=options.backend,
         force=options.force,

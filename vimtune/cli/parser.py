@@ -110,8 +110,14 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{quote(text)}: {error}") from error
 
 
+BASE = ("checkpoint", "model", "tokenizer")
+"""Flags that say where the base weights of an adapter are now; `add_model_options` adds them."""
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the commands that build a model from an adapter file."""
+    parser.add_argument("--model", metavar="X", help="where the language model is, if not in its old place")
+    parser.add_argument("--tokenizer", metavar="X", help="where its tokenizer is")
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",

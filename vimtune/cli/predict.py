@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from vimtune.cli.parser import CommandParser, add_common, add_import, add_model_options, import_packages, path
+from vimtune.cli.parser import (
+    BASE,
+    CommandParser,
+    add_common,
+    add_import,
+    add_model_options,
+    import_packages,
+    path,
+)
 from vimtune.cli.train import add_recipe_flags
 from vimtune.fields import Option, options_of
 from vimtune.tasks import TASKS, PredictOptions
-
-BASE = ("checkpoint", "model", "tokenizer")
-"""Flags that say where the base weights of the adapter are now."""
 
 EXAMPLES = """\
 examples:
@@ -47,8 +52,6 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--adapter", metavar="FILE", type=path, required=True, help="adapter file, run folder or merged file"
     )
-    parser.add_argument("--model", metavar="X", help="where the language model is, if not in its old place")
-    parser.add_argument("--tokenizer", metavar="X", help="where its tokenizer is")
     add_model_options(parser)
     parser.add_argument(
         "--output",

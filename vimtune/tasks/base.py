@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from vimtune.recipe import Recipe
     from vimtune.tasks.job import Job, Trial
+    from vimtune.tasks.merging import Merged
     from vimtune.tasks.predictor import Predictor
     from vimtune.training.distributed import Processes
     from vimtune.training.report import Report
@@ -130,6 +131,32 @@ class Task(Options, ABC):
             ValueError: weights or an adapter that do not fit, or a task that answers no questions.
         """
         raise ValueError(f"task {self.name!r} has no answers to single inputs")
+
+    def merge(
+        self,
+        adapter: Path,
+        output: Path,
+        base: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+        force: bool,
+    ) -> Merged:
+        """Fold an adapter of this task into its base weights, write them, and prove that nothing changed.
+
+        Args:
+            adapter: the file.
+            output: the file or folder to be written.
+            base: as for `open_predictor`.
+            device: where it computes.
+            backend: scan backend, see `vimtune.ops`.
+            force: use the adapter although the base weights are others.
+
+        Raises:
+            ValueError: weights or an adapter that do not fit, a place that cannot be written, or a task that
+                has no such thing.
+            MergeError: what was written computes something else; nothing is left behind.
+        """
+        raise ValueError(f"task {self.name!r} has no merged weights: use vimtune.merge from Python")
 
     def rank(self, loss: float, scores: Mapping[str, float | None]) -> tuple[float, ...]:
         """What selects the best epoch: of two evaluations the one with the larger tuple is the better one.

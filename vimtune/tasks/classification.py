@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vimtune.tasks.images.predictor import ImagePredictor
     from vimtune.tasks.images.report import ImageReport
     from vimtune.tasks.job import Trial
+    from vimtune.tasks.merging import Merged
     from vimtune.training.distributed import Processes
 
 
@@ -77,18 +78,42 @@ class Classification(Task):
         """Create the model of an adapter file or a merged file; see `Task.open_predictor`."""
         from vimtune.tasks.images.predictor import load_image_predictor
 
-        for name in base:
-            if name != "checkpoint":
-                raise ValueError(
-                    f"{name} = {quote(base[name])}: an adapter of images says itself which model it needs; "
-                    "its weights may be given as checkpoint"
-                )
+        checkpoint = _checkpoint_of(base)
         return load_image_predictor(
-            adapter, checkpoint=base.get("checkpoint"), device=device, backend=backend, force=force
+            adapter, checkpoint=checkpoint, device=device, backend=backend, force=force
         )
+
+    def merge(
+        self,
+        adapter: Path,
+        output: Path,
+        base: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+        force: bool,
+    ) -> Merged:
+        """Write plain weights that timm loads; see `Task.merge`."""
+        from vimtune.tasks.images.merging import merge_images
+
+        return merge_images(adapter, output, _checkpoint_of(base), device, backend, force)
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""
         from vimtune.tasks.images.report import ImageReport
 
         return ImageReport
+
+
+def _checkpoint_of(base: Mapping[str, Any]) -> Path | None:
+    """The file of base weights that a user gives for an adapter of images; None if there is none.
+
+    Raises:
+        ValueError: something else is given.
+    """
+    for name in base:
+        if name != "checkpoint":
+            raise ValueError(
+                f"{name} = {quote(base[name])}: an adapter of images says itself which model it needs; "
+                "its weights may be given as checkpoint"
+            )
+    return base.get("checkpoint")

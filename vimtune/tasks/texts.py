@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from vimtune.recipe import Recipe
+    from vimtune.tasks.merging import Merged
     from vimtune.tasks.text.job import TextJob
     from vimtune.tasks.text.trial import TextTrial
     from vimtune.training.distributed import Processes
@@ -82,6 +83,20 @@ class TextTask(Task):
         from vimtune.tasks.text.predictor import open_predictor
 
         return open_predictor(self, adapter, base, device, backend, force)
+
+    def merge(
+        self,
+        adapter: Path,
+        output: Path,
+        base: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+        force: bool,
+    ) -> Merged:
+        """Write a folder that transformers loads; see `Task.merge`."""
+        from vimtune.tasks.text.merging import merge_texts
+
+        return merge_texts(self, adapter, output, base, device, backend, force)
 
 
 @register_task("arc_easy")

@@ -189,7 +189,7 @@ def open_predictor(
         ValueError: tokenizer, weights or an adapter that do not fit; the message says which.
     """
     info = read_adapter_info(adapter)
-    recipe = _recipe(task, adapter, base)
+    recipe = recipe_for(task, adapter, base)
     data, backbone = settings_of(recipe)
     tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
     completes = task.form.is_completed(info.classes)
@@ -221,7 +221,7 @@ def _head(task: TextTask, info: AdapterInfo) -> Head:
     return RatingHead() if info.num_classes == RatingHead.outputs else ClassHead(info.num_classes)
 
 
-def _recipe(task: TextTask, adapter: Path, base: Mapping[str, Any]) -> Recipe:
+def recipe_for(task: TextTask, adapter: Path, base: Mapping[str, Any]) -> Recipe:
     """The keys of the recipe of an adapter that say which model it has and how that reads texts."""
     stored = recipe_of_adapter(adapter, base)
     needed = {*options_of(LanguageModelSettings), "max_length", "seed"}

@@ -1,0 +1,98 @@
+"""Merge an adapter of images into a file of plain weights, and prove that nothing changed.
+
+Shape letters: B batch, C classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vimtune
+from vimtune.adapters import read_adapter_info
+from vimtune.merged import MergedInfo, read_merged, write_merged
+from vimtune.models import create_listed_model
+from vimtune.ops import use_backend
+from vimtune.origin import find_base
+from vimtune.output import OutputError, check_output, write_output
+from vimtune.tasks.images.predictor import load_image_predictor
+from vimtune.tasks.merging import Merged, prove
+from vimtune.text import quote
+
+NUM_IMAGES = 8
+"""Random images on which the merged model has to compute what base and adapter do."""
+
+
+def merge_images(
+    adapter: Path, output: Path, checkpoint: Path | None, device: torch.device, backend: str, force: bool
+) -> Merged:
+    """Write the merged weights as plain safetensors and check the file that was written.
+
+    The file (see `vimtune.merged`) is read back into a fresh model without adapters and has to give the
+    logits of base plus adapter; otherwise no file is left behind.
+
+    Args:
+        adapter: the file.
+        output: the .safetensors file to write.
+        checkpoint: base weights of the adapter; those it was trained on if None.
+        device: where it computes.
+        backend: scan backend, see `vimtune.ops`.
+        force: merge although the base weights differ from those that the adapter was trained on.
+
+    Raises:
+        ValueError: the adapter cannot be loaded, or `output` cannot be a weights file.
+        MergeError: the logits differ by more than rounding explains.
+    """
+    info = read_adapter_info(adapter)
+    base = find_base(adapter, info) if checkpoint is None else checkpoint
+    check_output(output, (".safetensors",), [adapter] if base is None else [adapter, base])
+    if not _is_utf8(output.absolute()):
+        raise OutputError(
+            f"cannot write {quote(str(output))}: its path is not UTF-8, as safetensors needs it"
+        )
+    predictor = load_image_predictor(adapter, checkpoint=base, device=device, backend=backend, force=force)
+    config: Any = predictor.model.pretrained_cfg
+    shape = (NUM_IMAGES, config["input_size"][0], *predictor.transform.img_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = predictor.logits(images)
+    merged: Any = vimtune.merge(predictor.model)
+    written = MergedInfo(
+        model=info.model["name"],
+        options={**merged.creation["kwargs"], "num_classes": merged.num_classes},
+        classes=info.classes,
+        preprocessing=predictor.transform.config,
+    )
+    results: list[Merged] = []
+
+    def write(temporary: Path) -> None:
+        write_merged(temporary, merged.state_dict(), written)
+        fresh, _ = read_merged(temporary)
+        fresh = fresh.to(predictor.device).eval()
+        with torch.no_grad(), use_backend(backend):
+            proof = prove(fresh(images.to(predictor.device)), expected, f"{NUM_IMAGES} replayed images")
+        results.append(Merged(written.model, proof, _loading_code(output, written)))
+
+    write_output(output, write)
+    return results[0]
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _loading_code(path: Path, info: MergedInfo) -> str:
+    """Python that loads a merged file as a plain model, with timm's own loader."""
+    with torch.device("meta"):  # Only the options are of interest.
+        usual = create_listed_model(info.model, {}).creation["kwargs"]
+    options = {
+        name: value for name, value in info.options.items() if name not in usual or value != usual[name]
+    }
+    arguments = {"checkpoint_path": str(path), **options}
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"import timm, vimtune\nmodel = timm.create_model({info.model!r}, {shown})"
