@@ -6,9 +6,11 @@ import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, WINOGRANDE, Example, open_text
-from vimtune.tasks.text.batches import MOST_PADDING, TextBatches, collate
+from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, HELLASWAG, WINOGRANDE, Example, open_text
+from vimtune.tasks.text.batches import EVEN_PADDING, MOST_PADDING, TextBatches, collate
 from vimtune.tasks.text.heads import ClassHead, LikelihoodHead, RatingHead
 from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
@@ -51,7 +53,7 @@ def test_rows_are_padded_on_the_right_and_padding_is_no_label():
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("number", [1, 8, 53])
 def test_an_epoch_has_every_item_once(number, shuffle):
-    loader = batches(items_of(made_up_lengths(number)), shuffle=shuffle)
+    loader = batches(items_of([20] * number), shuffle=shuffle)
     found = slots(loader)
     assert len(found) == len(loader) == -(-number // 8)
     assert sorted(slot for batch in found for slot in batch) == list(range(number))
@@ -96,32 +98,61 @@ def test_in_an_evaluation_the_longest_come_first():
     assert lengths == sorted(lengths, reverse=True)
 
 
-@pytest.mark.parametrize("batch_size", [4, 16, 64])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_little_is_padding(batch_size, shuffle):
-    items = items_of(made_up_lengths(2000))
-    assert padding(items, batch_size=batch_size, shuffle=shuffle) <= MOST_PADDING
-    shuffled = torch.tensor(made_up_lengths(2000)).view(-1, batch_size) if 2000 % batch_size == 0 else None
-    if shuffled is not None:  # without buckets it would be much more
-        assert 1 - shuffled.sum() / (shuffled.amax(1).sum() * batch_size) > 2 * MOST_PADDING
+def test_without_buckets_much_is_padding():
+    lengths = torch.tensor(made_up_lengths(2000)).view(-1, 16)
+    assert 1 - lengths.sum() / (lengths.amax(1).sum() * 16) > 2 * MOST_PADDING
 
 
-@pytest.mark.parametrize("form", [ARC_EASY, ARC_CHALLENGE, WINOGRANDE], ids=lambda form: form.name)
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.sampled_from([1, 30, 400]),
+    batch_size=st.integers(1, 128),
+    middle=st.floats(0.5, 5),
+    spread=st.floats(0, 1.5),
+)
+@settings(max_examples=40, deadline=None)
+def test_little_is_padding_whatever_the_lengths_are(seed, count, batch_size, middle, spread):
+    """Every item is in one batch, and each epoch has as many batches."""
+    draw = random.Random(seed)
+    lengths = [2 + int(draw.lognormvariate(middle, spread)) for _ in range(count)]
+    items = [Item((Row(range(length), 1, slot),)) for slot, length in enumerate(lengths)]
+    for shuffle in (True, False):
+        loader = TextBatches("train", "", "", count, items, list, batch_size=batch_size, shuffle=shuffle)
+        for epoch in range(2 if shuffle else 1):
+            loader.set_position(epoch)
+            found = list(loader)
+            assert sum(len(b) * max(i.length for i in b) for b in found) * (1 - MOST_PADDING) <= sum(lengths)
+            assert sorted(item.rows[0].slot for batch in found for item in batch) == list(range(count))
+            assert max(map(len, found)) <= batch_size and len(found) == len(loader)
+
+
+def test_batches_are_divided_only_where_the_lengths_of_items_differ():
+    """The choices of one item have to be compared, so they stay together however long they are."""
+    uneven = [Item((Row((1,), 0, 2 * n), Row((1,) * 9, 0, 2 * n + 1))) for n in range(20)]
+    assert len(batches(uneven, RatingHead())) == 3
+    assert len(batches(items_of([4] * 14 + [40, 44]))) == 3  # instead of two, one with the long ones
+
+
+@pytest.mark.parametrize("form", [ARC_EASY, ARC_CHALLENGE, WINOGRANDE, HELLASWAG], ids=lambda form: form.name)
 def test_little_of_real_texts_is_padding(form, shared_dir):
     folder = shared_dir / "data" / "text" / form.name.partition("-")[0].lower()
     if not folder.is_dir():
         pytest.skip(f"no real texts: {folder} does not exist")
-    for split, shuffle in (("train", True), ("test", False)):
-        # A token has some four and a half characters.
-        examples = open_text(form, split, folder=folder).examples
-        texts = (
-            [e.prompt + e.completion for e in examples]
-            if shuffle
-            else [c + t for e in examples for c, t in zip(e.contexts, e.continuations, strict=True)]
+    examples = open_text(form, "test", folder=folder).examples[:1000]
+    # A token has some four and a half characters.
+    answers = items_of([2 + int(len(e.prompt + e.completion) / 4.5) for e in examples])
+    choices = [
+        Item(tuple(Row((1,) * (2 + int(len(c + t) / 4.5)), 0) for c, t in pairs))
+        for pairs in (zip(e.contexts, e.continuations, strict=True) for e in examples)
+    ]
+    rows = [Item((row,)) for item in choices for row in item.rows]
+    alone = padding(choices, RatingHead(), batch_size=1)  # what no order of the examples takes away
+    for batch_size in (8, 64, 128):
+        assert padding(answers, batch_size=batch_size) <= MOST_PADDING
+        assert padding(choices, RatingHead(), batch_size=batch_size) <= max(
+            MOST_PADDING, alone + EVEN_PADDING
         )
-        items = items_of([2 + int(len(text) / 4.5) for text in texts])
-        for batch_size in (4, 64):
-            assert padding(items, batch_size=batch_size, shuffle=shuffle) <= MOST_PADDING
+        assert padding(rows, batch_size=batch_size, shuffle=False) <= MOST_PADDING
 
 
 def test_what_each_head_counts():
