@@ -147,6 +147,7 @@ def test_little_of_real_texts_is_padding(form, shared_dir):
     ]
     rows = [Item((row,)) for item in choices for row in item.rows]
     alone = padding(choices, RatingHead(), batch_size=1)  # what no order of the examples takes away
+    bound = max(MOST_PADDING, alone + EVEN_PADDING)
     for batch_size in (8, 64, 128):
         assert padding(answers, batch_size=batch_size) <= MOST_PADDING
         assert padding(choices, RatingHead(), batch_size=batch_size) <= max(
