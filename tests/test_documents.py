@@ -162,7 +162,7 @@ def test_the_python_of_the_readme(here):
 
 @pytest.fixture
 def method_of_contributing(monkeypatch, tmp_path) -> Path:
-    """A copy of the package with the two files of CONTRIBUTING.md; their method is known in this process, too."""
+    """A copy of the package with the two files of CONTRIBUTING.md; this process knows their method."""
     rule, options = (b for name, language, b in BLOCKS if (name, language) == ("CONTRIBUTING.md", "python"))
     ignored = shutil.ignore_patterns("__pycache__", "fixtures")
     shutil.copytree(ROOT / "vimtune", tmp_path / "vimtune", ignore=ignored)

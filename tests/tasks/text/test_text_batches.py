@@ -150,9 +150,7 @@ def test_little_of_real_texts_is_padding(form, shared_dir):
     bound = max(MOST_PADDING, alone + EVEN_PADDING)
     for batch_size in (8, 64, 128):
         assert padding(answers, batch_size=batch_size) <= MOST_PADDING
-        assert padding(choices, RatingHead(), batch_size=batch_size) <= max(
-            MOST_PADDING, alone + EVEN_PADDING
-        )
+        assert padding(choices, RatingHead(), batch_size=batch_size) <= bound
         assert padding(rows, batch_size=batch_size, shuffle=False) <= MOST_PADDING
 
 
