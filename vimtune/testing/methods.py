@@ -317,8 +317,9 @@ def check_half_precision(case: MethodCase) -> None:
 
 def check_compiling(case: MethodCase) -> None:
     """torch.compile takes the model without a graph break, in training and in evaluation."""
-    if case.build_model is build_test_model and not _surrounds_calls(case.adapted()):
-        # Each layer takes a second to trace, and where none hands anything on, all of them are alike.
+    alike = case.build_model is build_test_model and "layers" not in case.options
+    if alike and not _surrounds_calls(case.adapted()):
+        # Each layer takes a second to trace, and where none hands anything on, one stands for all.
         case = replace(case, build_model=partial(build_test_model, depth=1))
     for training in (False, True):
         torch._dynamo.reset()
