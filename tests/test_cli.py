@@ -423,10 +423,12 @@ def test_a_reader_that_has_gone():
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "10", "40"])
-def test_narrow_terminals(columns):
+def test_narrow_terminals(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
     for arguments in (["--list"], ["train", "--help"], ["predict", "--help"], ["merge", "--help"]):
-        done = run(*arguments, env={**os.environ, "COLUMNS": columns})
-        assert done.returncode == 0 and done.stdout and done.stderr == ""
+        assert cli.main(arguments) == 0
+        stdout, stderr = capsys.readouterr()
+        assert stdout and stderr == ""
 
 
 def test_help_names_the_exit_codes(capsys):

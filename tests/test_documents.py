@@ -10,6 +10,7 @@ What a test cannot do within seconds is replaced, and only as stated here:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +27,8 @@ from PIL import Image
 import vimtune
 from vimtune import cli, language
 from vimtune.cli.train import EXAMPLES
+from vimtune.methods import METHODS
+from vimtune.testing import check_method
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
@@ -183,14 +186,20 @@ def test_the_language_models_of_the_readme(here):
     assert type(transformers.AutoModelForCausalLM.from_pretrained("merged")).__name__ == "MambaForCausalLM"
 
 
-def test_the_method_of_contributing_passes_the_checks_of_every_method(tmp_path):
+@pytest.fixture
+def method_of_contributing(monkeypatch, tmp_path) -> Path:
+    """A copy of the package with the two files of CONTRIBUTING.md; this process knows their method."""
     rule, options = (b for name, language, b in BLOCKS if (name, language) == ("CONTRIBUTING.md", "python"))
-    for name in ("vimtune", "tests", "configs"):
-        ignored = shutil.ignore_patterns("__pycache__", "fixtures")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "vimtune" / "adapters" / "rules" / "ia3.py").write_text(rule, encoding="utf-8")
-    (tmp_path / "vimtune" / "methods" / "ia3.py").write_text(options, encoding="utf-8")
+    ignored = shutil.ignore_patterns("__pycache__", "fixtures")
+    shutil.copytree(ROOT / "vimtune", tmp_path / "vimtune", ignore=ignored)
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
+    for name, text in {"adapters.rules.ia3": rule, "methods.ia3": options}.items():
+        path = tmp_path / "vimtune" / f"{name.replace('.', '/')}.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(f"vimtune.{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, f"vimtune.{name}", module)
+        spec.loader.exec_module(module)
     package = tmp_path / "vimtune" / "methods" / "__init__.py"
     text = package.read_text(encoding="utf-8")
     changed = re.sub(
@@ -198,21 +207,39 @@ def test_the_method_of_contributing_passes_the_checks_of_every_method(tmp_path):
     )
     assert changed != text
     package.write_text(changed, encoding="utf-8")
+    return tmp_path
 
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-
-    listing = run("-X", "importtime", "-m", "vimtune", "--list")
+def test_the_method_of_contributing_is_listed_without_torch(method_of_contributing):
+    listing = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vimtune", "--list"],
+        cwd=method_of_contributing,
+        env={**os.environ, "PYTHONPATH": str(method_of_contributing)},
+        capture_output=True,
+        text=True,
+    )
     assert "vimtune.methods.ia3" in listing.stderr and "torch" not in listing.stderr
     assert "one factor per output channel" in listing.stdout and "start=1.0" in listing.stdout
-    tests = ["tests/adapters/test_methods.py", "tests/test_configs.py", "-k", "ia3"]
-    done = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests)
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20
+
+
+@pytest.mark.usefixtures("method_of_contributing")
+def test_the_method_of_contributing_passes_the_checks_of_every_method():
+    check_method("ia3")
+
+
+@pytest.mark.usefixtures("method_of_contributing")
+@pytest.mark.parametrize("name", ["adapters/test_methods.py", "test_configs.py"])
+def test_the_generic_tests_take_the_method_of_contributing(name, monkeypatch):
+    """They go over the methods that are registered when they are collected."""
+    if name == "adapters/test_methods.py":
+        monkeypatch.delitem(sys.modules, "method_cases", raising=False)
+    spec = importlib.util.spec_from_file_location("collected_anew", ROOT / "tests" / name)
+    collected = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(collected)
+    if name == "test_configs.py":
+        collected.test_one_step_of_every_method_setting_moves_all_it_trains(collected.distinct()["ia3"])
+    else:
+        assert ("ia3", {}) in collected.CASES
 
 
 def test_links_work_wherever_the_readme_is_shown():

@@ -162,7 +162,10 @@ class Calm(Classification):
         return (-self.steepness * loss,)
 """
 
-TINY = "--model small_net --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu"
+TINY = (
+    "--model small_net --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu "
+    "--transforms torchvision"
+)
 COMMAND = "import sys; sys.path.remove(''); from vimtune.cli import main; sys.exit(main())"
 """What the installed command `vimtune` does."""
 MINE = (
@@ -186,11 +189,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run_folder(folder) -> Path:
-    """A run that was made with the package, by a process that reads images in two others.
+    """A run that was made with the package, by a process that reads images in another one.
 
     `folder` is on the path of none of them. The other tests do in this process what such a command does.
     """
-    arguments = f"train --import mine {TINY} {MINE} --num-workers 2 --output-dir run"
+    arguments = f"train --import mine {TINY} {MINE} --num-workers 1 --output-dir run"
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments.split()],
         cwd=folder,

@@ -467,7 +467,7 @@ def test_switching_disabling_and_merging_within():
 @pytest.mark.parametrize("method", BATCHED)
 def test_compile_and_trace_see_the_single_rules(method, monkeypatch):
     torch._dynamo.reset()
-    model = build(method).eval()
+    model = build(method, depth=2).eval()
     expected = model(images())
 
     def run(x):

@@ -119,7 +119,7 @@ def test_merged_model_in_plain_transformers(family, targets, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_gradient_checkpointing_and_compiler(family):
-    _, model = both_models(family)
+    _, model = both_models(family, num_hidden_layers=1)
     disturb(adapt(model, "prodial", "both")).train()
     logits = model(tokens(), use_cache=False).logits
     logits.square().mean().backward()

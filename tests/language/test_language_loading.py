@@ -237,10 +237,23 @@ def test_tokenizers_of_folders_and_files(tmp_path):
         assert tokenizer.decode(tokenizer(text).input_ids) == text and tokenizer.pad_token_id == 256
 
 
+@pytest.mark.parametrize(("vocabulary", "fits"), [(256, False), (257, True), (1280, True), (1281, False)])
+def test_a_tokenizer_of_another_model_is_refused(vocabulary, fits):
+    model = create_language_model("mamba_tiny", vocab_size=vocabulary)
+    tokenizer = load_tokenizer("mamba_tiny")
+    for module in (model, language.pooled_classifier(model, 2)):
+        if fits:
+            language.check_tokenizer(tokenizer, module)
+        else:
+            with pytest.raises(ValueError, match=rf"has 257 tokens and .* {vocabulary:,}: give"):
+                language.check_tokenizer(tokenizer, module)
+    tokenizer.eos_token = None
+    if fits:
+        with pytest.raises(ValueError, match="no token for the end of a text"):
+            language.check_tokenizer(tokenizer, model)
+
+
 def test_tokenizers_that_cannot_be_used(tmp_path):
-    small = create_language_model("mamba_tiny", vocab_size=200)
-    with pytest.raises(ValueError, match="has 257 tokens and the model's vocabulary 200: they do not belong"):
-        language.check_tokenizer(load_tokenizer("mamba_tiny"), small)
     original_files(slow_model("mamba"), tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer.json; .* is EleutherAI/gpt-neox-20b"):
         load_tokenizer(str(tmp_path))

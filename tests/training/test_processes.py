@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,28 @@ from vimtune.training import train
 from vimtune.training.state import load_run_state
 
 
+def in_two_processes(recipe, launch, folder: Path) -> str:
+    """Run a recipe in two processes of ours; returns what both have printed."""
+    del launch
+    assert run_two(recipe, prepare=partial(two_ranks.print_to, str(folder))) == ["", ""]
+    return "".join(Path(folder, rank).read_text() for rank in "01")
+
+
+def with_torchrun(recipe, launch, folder: Path) -> str:
+    """The same in two that torchrun starts."""
+    del folder
+    result = launch(recipe)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.mark.usefixtures("no_pictures")
-def test_two_processes_give_the_result_of_one(tiny, launch):
+@pytest.mark.parametrize("start", [in_two_processes, pytest.param(with_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_give_the_result_of_one(tiny, launch, start, tmp_path):
     # The last batch of each epoch has one image: the first process's share of it is empty.
     one = tiny("one", epochs=2, grad_accum=2, ema=0.9)
     two = one.replace(output_dir=str(Path(one.run.output_dir).parent / "two"))
-    result = launch(two)
-    assert result.returncode == 0, result.stderr
+    printed = start(two, launch, tmp_path)
     report = train(one)
     assert largest_difference(weights(one.run.output_dir), weights(two.run.output_dir)) < 1e-5
     stored = json.loads(Path(two.run.output_dir, "report.json").read_text())
@@ -33,7 +49,7 @@ def test_two_processes_give_the_result_of_one(tiny, launch):
     assert stored["loss"] == pytest.approx(report.loss, abs=1e-5)
     # One process writes and prints.
     assert_close_metrics(one.run.output_dir, two.run.output_dir, abs=1e-4)
-    assert result.stdout.count("epoch 1/2") == 1
+    assert printed.count("epoch 1/2") == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruption import interrupt_at
 from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,10 +19,9 @@ from tiny_runs import TINY, assert_same_weights, metrics, weights
 
 from vimtune.cli import main
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.training import Interrupted, run
+from vimtune.training import Interrupted
 from vimtune.training import train as run_training
 from vimtune.training.identity import ResumeError
-from vimtune.training.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -34,20 +34,6 @@ EVERYTHING = {
     "batch_size": 4,
 }
 """Whatever has a state or draws random numbers."""
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, where: str, call: int, number: int) -> None:
-    """Send this process signal `number` just before call `call` of a step or an evaluation."""
-    owner = Stepper if where == "_compute_gradients" else run
-    original, calls = getattr(owner, where), []
-
-    def wrapped(*args: object, **kwargs: object) -> object:
-        calls.append(1)
-        if len(calls) == call:
-            signal.raise_signal(number)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, where, wrapped)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,11 @@ def cannot_read_in_evaluation() -> None:
 
 def register_toy_task() -> None:
     import toy_task  # noqa: F401  (registers itself)
+
+
+def print_to(folder: str) -> None:
+    """What a process prints goes to the file `folder`/rank."""
+    sys.stdout = open(os.path.join(folder, os.environ["RANK"]), "w")  # noqa: SIM115  (until the process ends)
 
 
 def _run(

@@ -101,7 +101,9 @@ class CallRule(Rule):
 
         Args:
             call: the call without this rule. It takes `x`, changed or not, and gives what the plain model
-                would; it may be called once, several times or not at all.
+                would; it may be called once, several times or not at all. Where a language model generates
+                text token by token, `x` are the new tokens alone: what a rule does to one of them must not
+                depend on others, and it cannot add any.
             x: the first argument. Of a linear layer it is the input (..., in), of a mixer's `scan` the output
                 of in_proj (B, L, 2 E), of a model's `encode` the tokens (B, L, D).
             flow: for calls that have it one mapping, the same for all layers of a forward pass, in which a

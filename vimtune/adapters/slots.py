@@ -204,7 +204,14 @@ def _adapted_call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, x: Any, flow: dict[str, Tensor] | None = None, *rest: Any, **options: Any
     ) -> Any:
         slot, shared = cast(CallSlot, slots_of(module)[name]), {} if flow is None else flow
-        return slot.run(lambda changed: plain(module, changed, shared, *rest, **options), x, shared)
+        check_change = getattr(module, "check_change", None)  # of modules that do not take every change
+
+        def run_plain(changed: Any) -> Any:
+            if check_change is not None:
+                check_change(x, changed, *rest, **options)
+            return plain(module, changed, shared, *rest, **options)
+
+        return slot.run(run_plain, x, shared)
 
     return call
 

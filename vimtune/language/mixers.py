@@ -84,6 +84,28 @@ class FastMixer:
         result: Tensor = self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
         return result
 
+    def check_change(
+        self, given: Tensor, changed: Tensor, cache: Cache | None = None, mask: Tensor | None = None
+    ) -> None:
+        """Refuse what a rule around `scan` hands on, if cache and mask do not fit it.
+
+        Tokens that it adds would enter the states again with each token that is decoded.
+
+        Args:
+            given: the first argument of `scan`, (B, L, channels).
+            changed: what a rule makes of it.
+            cache, mask: those of `scan`.
+
+        Raises:
+            ValueError: the number of tokens has changed, and there is a cache or a mask.
+        """
+        if changed.shape[1] != given.shape[1] and (cache is not None or mask is not None):
+            raise ValueError(
+                f"a rule at scan() makes {changed.shape[1]} tokens instead of {given.shape[1]} of a "
+                "sequence, which neither cached decoding nor masks of padding can follow: give "
+                "use_cache=False and no attention_mask"
+            )
+
     @abstractmethod
     def scan(
         self,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vimtune.language.registry import LANGUAGE_MODELS, NEOX_TOKENIZER
 from vimtune.text import printable, quote
 
 END_OF_TEXT = "<|endoftext|>"
 """The token that begins, ends and pads a text."""
+MOST_UNUSED = 1024
+"""A vocabulary may be this much larger than the tokenizer: it is padded to a multiple of such a number at
+most."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -65,17 +70,27 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **ends)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Make sure that a model has a row for every token of a tokenizer.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Refuse a tokenizer that does not belong to a model.
+
+    Args:
+        tokenizer: the tokenizer.
+        model: a language model of transformers, or any module with its `backbone`.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the tokenizer has tokens that the model does not know, or so few that it is another one's,
+            or it has no token for the end of a text.
     """
-    tokens, rows = len(tokenizer), model.config.vocab_size
-    if tokens > rows:
+    tokens, vocabulary = len(tokenizer), cast(Any, model.backbone).config.vocab_size
+    if not vocabulary - MOST_UNUSED < tokens <= vocabulary:
         raise ValueError(
-            f"the tokenizer has {tokens:,} tokens and the model's vocabulary {rows:,}: they do not belong "
-            "together; give the tokenizer with which the model was trained"
+            f"the tokenizer has {tokens:,} tokens and the model a vocabulary of {vocabulary:,}: give the "
+            "tokenizer with which the model was trained"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no token for the end of a text: give one with an eos_token, as those of "
+            "language models have"
         )
 
 

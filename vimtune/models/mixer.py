@@ -152,6 +152,8 @@ class BiMambaMixer(nn.Module):
         Returns:
             The input of out_proj, (B, L, E).
         """
+        # Read here one by one: TorchScript would give a function that reads them modules of one class alone,
+        # and the projections that are read are of another class than those that are called.
         forward = DirectionWeights(
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,

@@ -22,7 +22,7 @@ from vimtune.data.text import (
 )
 from vimtune.tasks.text.batches import TextBatches
 from vimtune.tasks.text.heads import LikelihoodHead
-from vimtune.tasks.text.scoring import sequence_losses
+from vimtune.tasks.text.scoring import row_losses
 from vimtune.tasks.text.tokens import Encoder
 from vimtune.training import evaluate
 from vimtune.training.precision import build_autocast
@@ -178,5 +178,5 @@ def test_texts_without_a_context_are_those_of_the_harness(text, model, tokenizer
     request = Instance("loglikelihood", {}, ("", text), 0)
     ((expected, _),) = harness.loglikelihood([request], disable_tqdm=True)
     with torch.no_grad():
-        (loss,) = sequence_losses(PlainScorer(model), batch.tensors).tolist()
+        (loss,) = row_losses(PlainScorer(model), batch.tensors).tolist()
     assert -loss == pytest.approx(expected, abs=1e-4)

@@ -6,7 +6,7 @@ import pytest
 from language_models import train_tokenizer
 
 from vimtune.data.text import Example
-from vimtune.tasks.text.tokens import Encoder, check_vocabulary, slots_of
+from vimtune.tasks.text.tokens import Encoder, slots_of
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +62,3 @@ def test_of_a_long_text_without_a_context_every_token_is_predicted_once(tokenize
     assert encoder.cut == 0 and all(len(row.tokens) <= 11 for row in rows)
     assert "".join(texts(tokenizer, row)[1] for row in rows) == text + "<|endoftext|>"
     assert all(row.slot == 0 for row in encoder.choices([example("", text)]))
-
-
-def test_a_tokenizer_of_another_model_is_refused(tokenizer):
-    size = len(tokenizer)
-    check_vocabulary(tokenizer, size, "mine")
-    check_vocabulary(tokenizer, size + 8, "mine")
-    for vocabulary in (size - 1, 50280):
-        with pytest.raises(
-            ValueError, match=rf"has {size} tokens and 'mine' a vocabulary of {vocabulary:,}: give"
-        ):
-            check_vocabulary(tokenizer, vocabulary, "mine")
-    endless = train_tokenizer(["a b"], size=280)
-    endless.eos_token = None
-    with pytest.raises(ValueError, match="no token for the end of a text"):
-        check_vocabulary(endless, len(endless), "mine")

@@ -22,7 +22,7 @@ from vimtune.tasks.text.scoring import (
     HeadTally,
     LikelihoodTally,
     head_outputs,
-    sequence_losses,
+    row_losses,
 )
 from vimtune.tasks.text.tokens import Encoder, Item, slots_of
 
@@ -84,7 +84,7 @@ class LikelihoodHead(Head):
 
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
         """Minus the log-likelihood of the labelled tokens."""
-        return sequence_losses(forward, tensors).sum()
+        return row_losses(forward, tensors).sum()
 
     def tally(self, examples: Sequence[Example], items: Sequence[Item], characters: bool) -> ChoiceTally:
         """An empty tally of log-likelihoods."""

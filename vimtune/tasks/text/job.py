@@ -11,15 +11,15 @@ from torch import Tensor
 
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, open_text, split_off
-from vimtune.language import load_tokenizer
+from vimtune.language import check_tokenizer, load_tokenizer
 from vimtune.recipe import Recipe
 from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
 from vimtune.tasks.text.batches import TextBatches
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.lengths import MOST_SHAPES
-from vimtune.tasks.text.models import build_model, vocabulary_of
+from vimtune.tasks.text.models import build_model
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
-from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer, check_vocabulary
+from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer
 from vimtune.training.distributed import Processes
 from vimtune.training.settings import derive_seed
 
@@ -63,7 +63,7 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
     with processes.main_first():  # may download weights
         tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
         model = build_model(recipe, backbone, head.outputs, task.pooling)
-    check_vocabulary(tokenizer, vocabulary_of(model), backbone.model)
+    check_tokenizer(tokenizer, model)
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
     training, usual_count = loaders.training(train)
     selection = loaders.scoring(val)

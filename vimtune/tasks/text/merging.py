@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import vimtune
-from vimtune.language import load_tokenizer
+from vimtune.language import check_tokenizer, load_tokenizer
 from vimtune.ops import use_backend
 from vimtune.origin import load_trained
 from vimtune.output import write_folder
@@ -58,6 +58,7 @@ def merge_texts(
     _, backbone = settings_of(recipe)
     tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
     model = language_model(recipe, backbone)
+    check_tokenizer(tokenizer, model)
     load_trained(model, adapter, force)
     model = model.to(device).eval()
     generator = torch.Generator().manual_seed(0)

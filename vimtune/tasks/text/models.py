@@ -68,12 +68,6 @@ def build_model(
     return model
 
 
-def vocabulary_of(model: nn.Module) -> int:
-    """How many tokens a model of this module knows."""
-    size: int = model.backbone.config.vocab_size  # type: ignore[union-attr,assignment]
-    return size
-
-
 def build_base(
     recipe: Recipe, settings: LanguageModelSettings, outputs: int | None, pooling: Pooling
 ) -> nn.Module:

@@ -19,7 +19,7 @@ IGNORED = -100
 """Label of a token that is not predicted, as in transformers."""
 
 
-def sequence_losses(forward: Forward, tensors: Tensors) -> Tensor:
+def row_losses(forward: Forward, tensors: Tensors) -> Tensor:
     """Minus the log-likelihood of the labelled tokens of each row, (B,) in fp32.
 
     The model computes it, within its own forward pass and in chunks of tokens: the logits of all tokens would
@@ -154,8 +154,8 @@ class LikelihoodTally(ChoiceTally):
     """Sums the log-likelihoods of the tokens of every choice."""
 
     def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Note the rows that `sequence_losses` reads; "slots" (B,) say where they belong."""
-        self.note(-sequence_losses(forward, tensors), tensors["slots"])
+        """Note the rows that `row_losses` reads; "slots" (B,) say where they belong."""
+        self.note(-row_losses(forward, tensors), tensors["slots"])
         counts = (tensors["labels"] != IGNORED).sum(1).cpu()
         self.totals["tokens"].index_add_(0, tensors["slots"].cpu(), counts)
 

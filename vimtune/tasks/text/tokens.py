@@ -14,10 +14,6 @@ from vimtune.data.errors import DatasetError
 from vimtune.data.text import Example
 from vimtune.text import quote
 
-MOST_PADDING = 1024
-"""A vocabulary may be this much larger than the tokenizer: it is padded to a multiple of such a number at
-most."""
-
 Pair = tuple[str, str]
 """A context and the continuation that is scored after it."""
 
@@ -59,31 +55,6 @@ class Item:
         return max(len(row.tokens) for row in self.rows)
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocabulary: int, model: str) -> None:
-    """Refuse a tokenizer that does not belong to a model.
-
-    Args:
-        tokenizer: the tokenizer.
-        vocabulary: how many tokens the model knows.
-        model: its name, for the message.
-
-    Raises:
-        ValueError: the tokenizer has tokens that the model does not know, or so few that it is another one's,
-            or it has no token for the end of a text.
-    """
-    size = len(tokenizer)
-    if not vocabulary - MOST_PADDING < size <= vocabulary:
-        raise ValueError(
-            f"the tokenizer has {size:,} tokens and {quote(model)} a vocabulary of {vocabulary:,}: give the "
-            "tokenizer with which the model was trained"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no token for the end of a text: give one with an eos_token, as those of "
-            "language models have"
-        )
-
-
 class Encoder:
     """Makes rows of texts.
 
@@ -101,7 +72,7 @@ class Encoder:
         self._tokenizer, self._longest = tokenizer, max_length + 1
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         first = eos if bos is None else bos
-        assert first is not None and eos is not None, "check_vocabulary has been asked"
+        assert first is not None and eos is not None, "check_tokenizer has been asked"
         self._first, self._end = first, eos
         self.cut = 0
 
