@@ -12,7 +12,6 @@ from text_files import ARC, write_lines
 from text_runs import SETTINGS
 
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.tasks.text import batches
 from vimtune.tensor_file import read_tensors
 from vimtune.training import Interrupted, train
 
@@ -43,7 +42,6 @@ def result(folder):
 
 @pytest.mark.parametrize("head", ["likelihood", "classifier"])
 def test_a_resumed_run_is_the_uninterrupted_one(head, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "POOLED_BATCHES", 4)
     recipe = Recipe(
         **{
             **SETTINGS,
