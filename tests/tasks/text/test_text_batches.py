@@ -14,7 +14,7 @@ from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, WINOGRANDE, Example, open
 from vimtune.language import create_language_model, pooled_classifier
 from vimtune.tasks.text.batches import Size, TextBatches, collate
 from vimtune.tasks.text.heads import ClassHead, LikelihoodHead, RatingHead
-from vimtune.tasks.text.lengths import MOST_PADDING, MOST_SHAPES, group_by_length
+from vimtune.tasks.text.lengths import FEW_BATCHES, MOST_PADDING, MOST_SHAPES, group_by_length
 from vimtune.tasks.text.models import SequenceScorer
 from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
@@ -59,9 +59,11 @@ def test_rows_are_padded_on_the_right_and_padding_is_no_label():
 def test_an_epoch_has_every_item_once(number, shuffle):
     loader = batches(items_of(made_up_lengths(number)), shuffle=shuffle)
     found = slots(loader)
-    assert len(found) == len(loader) == -(-number // 8)
+    assert len(found) == len(loader) >= -(-number // 8)
     assert sorted(slot for batch in found for slot in batch) == list(range(number))
-    assert sorted(map(len, found))[1:] == [8] * (len(found) - 1)
+    assert max(map(len, found)) <= 8
+    loader.set_position(1)
+    assert sorted(map(len, slots(loader))) == sorted(map(len, found))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -126,35 +128,30 @@ def test_little_of_real_texts_is_padding(form, shared_dir):
             else [c + t for e in examples for c, t in zip(e.contexts, e.continuations, strict=True)]
         )
         items = items_of([2 + int(len(text) / 4.5) for text in texts])
-        for batch_size in (4, 64):
+        for batch_size in (4, 64, 128):
             assert padding(items, batch_size=batch_size, shuffle=shuffle) <= MOST_PADDING
 
 
 # --- groups, and padding to few shapes ------------------------------------------------------------
 
 
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=200), batch_size=st.integers(1, 9))
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=200), batch_size=st.integers(1, 40))
 def test_groups_are_as_few_as_padding_allows(lengths, batch_size):
     groups = group_by_length(items_of(lengths), batch_size)
-    assert sum(group.items for group in groups) == len(lengths) and len(groups) <= MOST_SHAPES
+    assert sum(group.items for group in groups) == len(lengths)
     ordered = sorted(lengths, reverse=True)
     start = 0
-    for number, group in enumerate(groups):
+    for group in groups:
         assert group.length == ordered[start] and group.rows == group.items
-        assert group.items % batch_size == 0 or (number == 0 and group.items == len(lengths) % batch_size)
+        assert group.batch_size <= batch_size and group.items % group.batch_size == 0
         start += group.items
-    few = len(groups) < MOST_SHAPES
+    whole = -(-len(lengths) // batch_size)
+    number = sum(group.items // group.batch_size for group in groups)
+    assert number == whole or number > whole > FEW_BATCHES
     padded = sum(group.length * group.items for group in groups)
-    assert not few or 1 - sum(lengths) / padded <= max(MOST_PADDING, least_padding(lengths, batch_size))
-
-
-def least_padding(lengths, batch_size):
-    """Share of padding where every batch is padded to the longest of its own rows."""
-    ordered = sorted(lengths, reverse=True)
-    first = len(lengths) % batch_size
-    starts = [*([0] if first else []), *range(first, len(lengths), batch_size)]
-    ends = [*starts[1:], len(lengths)]
-    return 1 - sum(lengths) / sum(ordered[a] * (b - a) for a, b in zip(starts, ends, strict=True))
+    assert len(groups) <= MOST_SHAPES or number > whole
+    if whole > FEW_BATCHES and (len(groups) < MOST_SHAPES or number > whole):
+        assert 1 - sum(lengths) / padded <= MOST_PADDING
 
 
 def rated_items(lengths):
@@ -232,7 +229,7 @@ def test_few_shapes_cost_little_padding(form, shared_dir):
         loader = batches(items, batch_size=batch_size)
         loader.pad_to_few_shapes()
         shapes = [tuple(batch.tensors["input_ids"].shape) for batch in loader]
-        assert len(set(shapes)) <= 12
+        assert len(set(shapes)) <= MOST_SHAPES
         tokens = sum(len(item.rows[0].tokens) for item in items)
         assert 1 - tokens / sum(rows * length for rows, length in shapes) <= MOST_PADDING
 

@@ -94,7 +94,8 @@ class TextBatches(Loader):
             num_examples: how many examples the items stand for.
             items: what is batched.
             tensors_of: makes the batch of some items, padded to a size.
-            batch_size: items per batch, over all processes together.
+            batch_size: items per batch, over all processes together; fewer where more would be padding
+                (`group_by_length`).
             shuffle: draw a new order in each epoch, in which one of the largest batches comes first; else the
                 longest come first. So what does not fit the memory is known at once.
             seed: of the order.
@@ -103,7 +104,7 @@ class TextBatches(Loader):
         """
         self.split, self.source, self.num_examples = split, source, num_examples
         self._fingerprint, self._items, self._tensors_of = fingerprint, items, tensors_of
-        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
+        self._shuffle, self._seed = shuffle, seed
         self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
         self._epoch = self._start = 0
         self._groups = group_by_length(items, batch_size)
@@ -152,7 +153,7 @@ class TextBatches(Loader):
         self._epoch, self._start = epoch, start_batch
 
     def __len__(self) -> int:
-        return -(-len(self._items) // self._batch_size)
+        return sum(-(-group.items // group.batch_size) for group in self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this process's share of the batches."""
@@ -181,7 +182,7 @@ class TextBatches(Loader):
             members, order = order[: group.items], order[group.items :]
             if self._shuffle:
                 draw.shuffle(members)
-            cuts += self._cut(members, number)
+            cuts += _cut(members, number, group.batch_size)
         if self._shuffle:
             draw.shuffle(cuts)
             largest = max(range(len(cuts)), key=lambda place: self._tokens(cuts[place]))
@@ -192,11 +193,6 @@ class TextBatches(Loader):
         """Tokens of a batch when it is padded."""
         return len(cut.items) * self._groups[cut.group].length
 
-    def _cut(self, order: Sequence[int], group: int) -> list[_Cut]:
-        """Batches of neighbours."""
-        size = self._batch_size
-        return [_Cut(list(order[start : start + size]), group) for start in range(0, len(order), size)]
-
 
 class _Cut(NamedTuple):
     """One batch of an epoch."""
@@ -205,3 +201,8 @@ class _Cut(NamedTuple):
     """The numbers of its items."""
     group: int
     """The number of the group from which it is cut."""
+
+
+def _cut(order: Sequence[int], group: int, size: int) -> list[_Cut]:
+    """Batches of neighbours."""
+    return [_Cut(list(order[start : start + size]), group) for start in range(0, len(order), size)]
