@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 
 from vimtune.ops.nvrtc import mixer as nvrtc_mixer
 from vimtune.ops.nvrtc import scan
-from vimtune.ops.triton import launch
+from vimtune.ops.triton import cross_entropy, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rounding what enters the scan to bf16, and all else exact, already moves gradients of weights by 3.4e-2 (two
@@ -268,6 +268,32 @@ def test_add_rms_norm(has_branch):
     for index, (expected, actual) in enumerate(zip(*results, strict=True)):
         assert actual.dtype == expected.dtype
         assert_close(actual, expected, 1e-6 if actual.dtype == torch.float32 else 8e-3, str(index))
+
+
+@pytest.mark.parametrize("part", [16, 4096])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_token_losses(dtype, part, monkeypatch):
+    """Rows that are read in one piece and in several, logits far from zero and of minus infinity."""
+    monkeypatch.setattr(cross_entropy, "LONGEST_PART", part)
+    generator = torch.Generator().manual_seed(5)
+    logits = normal(generator, 9, 37, dtype=dtype) * 5
+    logits[0], logits[1, :30], logits[2] = -200, -float("inf"), logits[2] + 100
+    labels = torch.tensor([0, 36, 20, 5, -100, 16, 15, 31, 32], device=DEVICE)
+    grad = normal(generator, 9)
+    results = []
+    for backend in ("reference", "triton"):
+        leaf = logits.clone().requires_grad_()
+        losses = ops.token_losses(leaf, labels, backend=backend)
+        results.append((losses.detach(), *torch.autograd.grad(losses, leaf, grad)))
+    assert results[1][0].dtype == torch.float32 and results[1][0][4] == 0 and not results[1][1][4].any()
+    assert_close(results[1][0], results[0][0], 1e-6, "losses")
+    assert_close(results[1][1], results[0][1], TOLERANCES[dtype], "gradient")
+
+
+def test_a_label_that_is_no_token_gives_no_number():
+    logits = torch.zeros(3, 5, device=DEVICE)
+    labels = torch.tensor([5, -1, 4], device=DEVICE)
+    assert ops.token_losses(logits, labels, backend="triton").isnan().tolist() == [True, True, False]
 
 
 def test_custom_ops_are_registered_correctly():

@@ -48,7 +48,7 @@ def loss_backward_kernel(
     place = tl.program_id(1) * PART + tl.arange(0, PART)
     inside = place < size
     label = tl.load(labels + row)
-    value = tl.load(logits + row * size + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(logits + row * size + place, mask=inside, other=-float("inf")).to(tl.float32)
     slope = tl.exp(value - tl.load(log_sums + row)) - tl.where(place == label, 1.0, 0.0)
     slope = tl.where(label == IGNORED, 0.0, slope * tl.load(grad + row))
     tl.store(grad_logits + row * size + place, slope.to(grad_logits.dtype.element_ty), mask=inside)
