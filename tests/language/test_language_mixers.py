@@ -14,6 +14,7 @@ import vimtune
 from vimtune import ops
 from vimtune.language import accelerate, mixers, norms
 from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
+from vimtune.ops.gated_norm import gated_rms_norm
 
 close = torch.testing.assert_close
 family_wise = pytest.mark.parametrize("family", FAMILIES)
@@ -88,6 +89,30 @@ def test_a_prompt_and_a_token_in_one_operation(monkeypatch):
     _, cache = cached(fast, tokens()[:, :7])
     logits, _ = cached(fast, tokens()[:, 7:], cache)
     close(logits, slow(tokens()).logits[:, 7:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_of_mamba2_in_one_operation(monkeypatch):
+    slow, fast = both_models("mamba2")
+    calls = []
+
+    def step(projected, recent, state, weights, options, backend):
+        inner, groups = state.shape[1] * state.shape[2], options.groups * state.shape[3]
+        z, xBC, dt = projected.split([inner, inner + 2 * groups, state.shape[1]], -1)
+        recent.copy_(torch.cat([recent[..., 1:], xBC[..., None]], -1))
+        u = F.silu((recent * weights.conv_weight).sum(-1) + weights.conv_bias)
+        x, B, C = u.split([inner, groups, groups], -1)
+        given = (x.unflatten(-1, state.shape[1:3]), dt, -weights.A_log.exp())
+        B, C = (part.unflatten(-1, (options.groups, -1)) for part in (B, C))
+        limits = options.lowest, options.highest
+        y, after = ops.ssd_step(*given, B, C, weights.D, weights.dt_bias, True, limits, state)
+        state.copy_(after)
+        calls.append("step")
+        return gated_rms_norm(y.flatten(1), z, weights.norm_weight, options.norm_groups, options.eps)
+
+    monkeypatch.setattr(mixers, "ssd_mixer_step", step)
+    given = {"attention_mask": torch.ones(3, 9), "max_new_tokens": 6, "min_new_tokens": 6}
+    ids = [model.generate(tokens(length=9), **given, do_sample=False) for model in (fast, slow)]
+    assert torch.equal(*ids) and calls == ["step"] * 10
 
 
 @family_wise

@@ -38,6 +38,7 @@ from vimtune.ops import (
     selective_scan,
     ssd,
     ssd_mixer,
+    ssd_mixer_step,
     ssd_step,
     stateful_scan,
 )
@@ -182,8 +183,7 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
         """
         if cache is None:
             return causal_mixer(xz, self.weights(), self.backend)
-        state = cache.get_recurrent_state(self.layer_idx)
-        if state is None:
+        if cache.get_recurrent_state(self.layer_idx) is None:
             found = causal_prompt(xz, self.weights(), self.backend)
             if found is None:
                 return None
@@ -192,11 +192,10 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
             remember(self, cache, x, None)
             cache.update_recurrent_state(last, self.layer_idx)
             return y
-        recent = cache.get_conv_state(self.layer_idx)
-        # A cache that can be rolled back keeps more than the last inputs.
-        if xz.shape[1] != 1 or recent.shape[-1] != self.conv1d.weight.shape[-1]:
+        places = states_of_a_step(self, cache, xz)
+        if places is None:
             return None
-        step = causal_step(xz[:, 0], recent, state, self.weights(), self.backend)
+        step = causal_step(xz[:, 0], *places, self.weights(), self.backend)
         return None if step is None else step[:, None]
 
     def weights(self) -> DirectionWeights:
@@ -233,6 +232,10 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
         weights, options = self.weights(), self.options()
         if cache is None:
             return ssd_mixer(projected, weights, options, mask, self.backend)
+        if mask is None and (places := states_of_a_step(self, cache, projected)) is not None:
+            step = ssd_mixer_step(projected[:, 0], *places, weights, options, self.backend)
+            if step is not None:
+                return step[:, None]
         z, xBC, dt = split_projected(projected, weights)
         inputs = scan_inputs(convolve(self, xBC, cache, mask), dt, weights, options, mask)
         x, steps, A, B, C, D, _, _ = inputs
@@ -278,6 +281,23 @@ def refuse_packing(arguments: Mapping[str, Any]) -> None:
 def token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
     """The mask of the present tokens (B, L, 1), False at padding; None if there is none."""
     return None if attention_mask is None else attention_mask[:, -hidden.shape[1] :, None].bool()
+
+
+def states_of_a_step(mixer: FastMixer, cache: Cache, projected: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The last inputs of the convolution and the state of the scan in the cache, to be changed in place.
+
+    Args:
+        mixer: whose states they are.
+        cache: that of the model.
+        projected: the output of in_proj, (B, L, columns).
+
+    Returns:
+        None for several tokens, at the start, and where the cache can be rolled back and keeps more inputs.
+    """
+    recent, state = cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
+    if projected.shape[1] != 1 or state is None or recent.shape[-1] != mixer.conv1d.weight.shape[-1]:
+        return None
+    return recent, state
 
 
 def state_before(mixer: FastMixer, cache: Cache) -> Tensor | None:

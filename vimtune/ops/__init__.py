@@ -1,7 +1,8 @@
 """Operations of Vision Mamba behind one dispatch.
 
 Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `ssd_mixer.py`, `norm.py`,
-`cross_entropy.py`, `block_product.py`, and `prompt.py` and `step.py` for what generating text needs.
+`cross_entropy.py`, `block_product.py`, and `prompt.py`, `step.py` and `ssd_mixer_step.py` for what generating
+text needs.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
@@ -28,6 +29,7 @@ from vimtune.ops.prompt import causal_prompt
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
 from vimtune.ops.ssd import ssd, ssd_step
 from vimtune.ops.ssd_mixer import SsdMixerOptions, SsdWeights, ssd_mixer
+from vimtune.ops.ssd_mixer_step import ssd_mixer_step
 from vimtune.ops.step import causal_step
 
 for _path in OWN.values():
@@ -59,6 +61,7 @@ __all__ = [
     "set_backend",
     "ssd",
     "ssd_mixer",
+    "ssd_mixer_step",
     "ssd_step",
     "stateful_scan",
     "token_losses",

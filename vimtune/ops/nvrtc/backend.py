@@ -15,8 +15,9 @@ from torch import Tensor
 from vimtune.ops.backend import Backend
 from vimtune.ops.block_product import ProductInputs, ProductKernels
 from vimtune.ops.mixer import MixerInputs, MixerKernels
-from vimtune.ops.nvrtc import block_product, mixer, runtime, scan, step
+from vimtune.ops.nvrtc import block_product, mixer, runtime, scan, ssd_step, step
 from vimtune.ops.prompt import PromptKernels
+from vimtune.ops.ssd_mixer_step import SsdStepInputs, SsdStepKernels
 from vimtune.ops.step import StepInputs, StepKernels
 from vimtune.ops.triton.backend import TritonBackend
 
@@ -64,6 +65,16 @@ class NvrtcStep(StepKernels):
         return step.mixer_step(inputs)
 
 
+class NvrtcSsdStep(SsdStepKernels):
+    """The kernels of `nvrtc/ssd_step.py`, for bf16 and fp16 activations."""
+
+    def refusals(self, inputs: SsdStepInputs) -> list[str]:
+        return ssd_step.refusals(inputs)
+
+    def forward(self, inputs: SsdStepInputs) -> Tensor:
+        return ssd_step.mixer_step(inputs)
+
+
 class NvrtcProduct(ProductKernels):
     """The kernels of `nvrtc/block_product.py`, for fp32."""
 
@@ -88,7 +99,14 @@ class NvrtcBackend(Backend):
     def __init__(self) -> None:
         """A backend with the kernels of both; nothing is compiled yet."""
         self._triton = TritonBackend()
-        self.kernels = (NvrtcMixer(), NvrtcPrompt(), NvrtcStep(), NvrtcProduct(), *self._triton.kernels)
+        self.kernels = (
+            NvrtcMixer(),
+            NvrtcPrompt(),
+            NvrtcStep(),
+            NvrtcSsdStep(),
+            NvrtcProduct(),
+            *self._triton.kernels,
+        )
 
     def refusals(self, device: torch.device) -> list[str]:
         if device.type != "cuda":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ SOURCES = Path(__file__).parent
 """The folder of the CUDA sources."""
 PRELUDE = ("intrinsics.cuh", "common.cuh")
 """Files that stand in front of every source."""
+
+Argument: TypeAlias = Tensor | int | float
+"""What a kernel takes."""
+CValue: TypeAlias = ctypes.c_void_p | ctypes.c_int | ctypes.c_float
+"""The same as C has it."""
 
 _MAX_SHARED = 8
 """CUDA's number of the attribute CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
@@ -62,11 +67,11 @@ class Kernel:
         _call("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
 
     def __call__(
-        self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Tensor | int], shared: int = 0
+        self, grid: tuple[int, int, int], threads: int, arguments: Sequence[Argument], shared: int = 0
     ) -> None:
         """Launch on torch's current stream, with `shared` bytes of shared memory beside the static ones.
 
-        Tensors become pointers, ints become C ints.
+        Tensors become pointers, ints and floats those of C.
         """
         if shared > self._shared:
             _call("cuFuncSetAttribute", self._function, _MAX_SHARED, shared)
@@ -77,15 +82,18 @@ class Kernel:
         _call("cuLaunchKernel", self._function, *grid, *block, shared, stream, pointers(values), None)
 
 
-def packed(arguments: Sequence[Tensor | int]) -> list[ctypes.c_void_p | ctypes.c_int]:
+def packed(arguments: Sequence[Argument]) -> list[CValue]:
     """Arguments as C values."""
-    return [
-        ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
-        for value in arguments
-    ]
+    return [_packed(value) for value in arguments]
 
 
-def pointers(values: Sequence[ctypes.c_void_p | ctypes.c_int]) -> ctypes.Array[ctypes.c_void_p]:
+def _packed(value: Argument) -> CValue:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+def pointers(values: Sequence[CValue]) -> ctypes.Array[ctypes.c_void_p]:
     """The array of addresses that a launch wants."""
     return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
 

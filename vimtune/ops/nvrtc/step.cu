@@ -4,35 +4,14 @@
 // inputs that the convolution remembers and the state are changed in place. Whatever PyTorch's operations would round
 // to the dtype of activations is rounded here, too.
 //
-// Compile-time constants: WIDTH (E), STATES (N), RANK (R), FILTER (K), THREADS, FP16 (activations are fp16, otherwise
-// bf16), and HALVES, in which bit k says that the k-th weight has the dtype of activations; the others are fp32.
+// Compile-time constants: WIDTH (E), STATES (N), RANK (R), THREADS, and those of step.cuh.
 // Shapes, all contiguous: xz (B, 2 E) with x, which is convolved, before the gate; recent (B, E, K), the last inputs of
 // the convolution, in the dtype of activations; state (B, E, N) fp32; out (B, E). Weights, in this order: conv (E, K),
 // conv_bias (E), x_proj (R + 2 N, E) with rows dt_r | B | C, dt_proj (E, R), dt_bias (E), A_log (E, N), D (E).
 
+#include "step.cuh"
+
 constexpr int ROWS = RANK + 2 * STATES;
-
-// Gives a number of the weight with this index among the weights.
-template <int INDEX>
-__device__ inline float weight(const void* values, long place) {
-    if constexpr (HALVES >> INDEX & 1) return activation(((const half_word*)values)[place]).a;
-    else return ((const float*)values)[place];
-}
-
-// Rounds to the dtype of activations.
-__device__ inline float as_activation(float value) { return activation(rounded(value)).a; }
-
-// Convolves the new input of a channel with those before it, and remembers it. Gives SiLU of the result.
-__device__ inline float convolve(half_word x, half_word* recent, const void* conv, float bias, int channel) {
-    float sum = bias;
-#pragma unroll
-    for (int k = 0; k < FILTER; k++) {
-        const half_word input = k + 1 < FILTER ? recent[k + 1] : x;
-        recent[k] = input;
-        sum += weight<0>(conv, (long)channel * FILTER + k) * activation(input).a;
-    }
-    return as_activation(sum * sigmoid(sum));
-}
 
 // Multiplies a row of x_proj by u, which the threads of a warp share.
 __device__ inline float project(const void* x_proj, int row, const float* u) {

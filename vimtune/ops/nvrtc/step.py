@@ -5,12 +5,15 @@ Shape letters: B batch, E inner width, N states, R dt rank, K filter width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
 from vimtune.ops.backend import device_of
 from vimtune.ops.mixer import DirectionWeights
 from vimtune.ops.nvrtc import runtime
+from vimtune.ops.ssd_mixer import SsdWeights
 from vimtune.ops.step import StepInputs
 
 SOURCE = "step.cu"
@@ -21,28 +24,49 @@ THREADS = 512
 
 def refusals(inputs: StepInputs) -> list[str]:
     """Reasons why the kernel does not take these tensors."""
-    dtype, reasons = inputs.xz.dtype, []
-    if dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"activations are {dtype}, the kernel has bf16 and fp16")
-    if inputs.recent.dtype != dtype:
-        reasons.append(f"inputs of the convolution are {inputs.recent.dtype}, and activations {dtype}")
-    if inputs.state.dtype != torch.float32:
-        reasons.append(f"the state is {inputs.state.dtype}, the kernel has fp32")
-    for name, weight in zip(DirectionWeights._fields, inputs.weights, strict=True):
-        if weight is not None and weight.dtype not in (torch.float32, dtype):
-            reasons.append(f"{name} is {weight.dtype}, the kernel has fp32 and the dtype of activations")
+    named = zip(DirectionWeights._fields, inputs.weights, strict=True)
+    reasons = dtype_refusals(inputs.xz.dtype, inputs.recent.dtype, inputs.state.dtype, named)
     needed, available = _shared_memory(inputs.weights), runtime.shared_memory(inputs.xz.device)
     if needed > available:
         reasons.append(f"inner width {len(inputs.weights.D)} needs {needed} of {available} bytes")
     return reasons
 
 
+def dtype_refusals(
+    activations: torch.dtype,
+    recent: torch.dtype,
+    state: torch.dtype,
+    weights: Iterable[tuple[str, Tensor | None]],
+) -> list[str]:
+    """Reasons why no kernel for a token takes tensors of these dtypes; weights come with their names."""
+    reasons = []
+    if activations not in (torch.bfloat16, torch.float16):
+        reasons.append(f"activations are {activations}, the kernel has bf16 and fp16")
+    if recent != activations:
+        reasons.append(f"inputs of the convolution are {recent}, and activations {activations}")
+    if state != torch.float32:
+        reasons.append(f"the state is {state}, the kernel has fp32")
+    for name, weight in weights:
+        if weight is not None and weight.dtype not in (torch.float32, activations):
+            reasons.append(f"{name} is {weight.dtype}, the kernel has fp32 and the dtype of activations")
+    return reasons
+
+
+def for_kernels(weights: DirectionWeights | SsdWeights) -> list[Tensor]:
+    """Weights as the kernels take them; that of the convolution stands for a bias that is not there."""
+    return [weights.conv_weight if weight is None else weight.contiguous() for weight in weights]
+
+
+def halves(weights: Sequence[Tensor]) -> int:
+    """The constant HALVES of step.cuh."""
+    return sum(1 << index for index, weight in enumerate(weights) if weight.dtype != torch.float32)
+
+
 def mixer_step(inputs: StepInputs) -> Tensor:
     """The gated result (B, E); `recent` and `state` are brought up to date in place."""
     xz, recent, state, weights = inputs
     inner, num_states = weights.A_log.shape
-    own = [weights.conv_weight if weight is None else weight.contiguous() for weight in weights]
-    halves = sum(1 << index for index, weight in enumerate(own) if weight.dtype != torch.float32)
+    own = for_kernels(weights)
     constants = (
         ("WIDTH", inner),
         ("STATES", num_states),
@@ -50,12 +74,12 @@ def mixer_step(inputs: StepInputs) -> Tensor:
         ("FILTER", weights.conv_weight.shape[1]),
         ("THREADS", THREADS),
         ("FP16", int(xz.dtype == torch.float16)),
-        ("HALVES", halves),
+        ("HALVES", halves(own)),
     )
     out, has_bias = xz.new_empty((len(xz), inner)), int(weights.conv_bias is not None)
     with device_of(xz):
         kernel = runtime.load_kernel(SOURCE, "mixer_step", constants, xz.device.index)
-        arguments: list[Tensor | int] = [xz, recent, state, out, *own, has_bias]
+        arguments: list[runtime.Argument] = [xz, recent, state, out, *own, has_bias]
         kernel((len(xz), 1, 1), THREADS, arguments, _shared_memory(weights))
     return out
 
