@@ -55,6 +55,9 @@ def test_it_loads_and_its_place_tells_what_it_is(path, variant):
     )
     if variant is None:
         return
+    if path.stem == "language_pretrain":
+        assert recipe.backbone.model.startswith(f"{variant}-") and not recipe.backbone.pretrained
+        return
     *data, method = variant.split("/")
     if path.stem == "language":
         assert data == [recipe.task.name, recipe.backbone.model.replace("-", "_")]
@@ -116,7 +119,7 @@ def test_every_command_in_the_folder_works(monkeypatch):
     commands = [line for text in texts for line in re.findall(r"python train_vim\.py (.*)", text)]
     for command in commands:
         assert cli.train_main(command.split()) == 0
-    assert len(reached) == len(commands) == 9
+    assert len(reached) == len(commands) == 11
 
 
 def row_of(path: Path, variant: str) -> str:
