@@ -295,9 +295,11 @@ def states_of_a_step(mixer: FastMixer, cache: Cache, projected: Tensor) -> tuple
         None for several tokens, at the start, and where the cache can be rolled back and keeps more inputs.
     """
     recent, state = cache.get_conv_state(mixer.layer_idx), cache.get_recurrent_state(mixer.layer_idx)
-    if projected.shape[1] != 1 or state is None or recent.shape[-1] != mixer.conv1d.weight.shape[-1]:
+    if projected.shape[1] != 1 or state is None:
         return None
-    return recent, state
+    keeps_more = getattr(cache.layers[mixer.layer_idx], "record_past", False)
+    fits = recent.shape[-1] == mixer.conv1d.weight.shape[-1]
+    return (recent, state) if fits and not keeps_more else None
 
 
 def state_before(mixer: FastMixer, cache: Cache) -> Tensor | None:
