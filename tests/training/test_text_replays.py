@@ -6,6 +6,9 @@ import random
 
 import pytest
 import torch
+
+pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+
 from recorders import RepeatingRecorder
 from test_graph import difference, run_once
 from text_files import ARC, write_lines

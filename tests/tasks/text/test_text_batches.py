@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+
 from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, WINOGRANDE, Example, open_text
 from vimtune.language import create_language_model, pooled_classifier
 from vimtune.tasks.text.batches import Size, TextBatches, collate
