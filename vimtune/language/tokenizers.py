@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -12,6 +14,10 @@ from vimtune.text import printable, quote
 
 END_OF_TEXT = "<|endoftext|>"
 """The token that begins, ends and pads a text."""
+
+PROBE = "Don't  stop: ÀÉ naïve \ufb01 12345 3.14\t\n\n    def f(x):\r\n 日本 🙂 "
+"""A text in which tokenizers differ that have the same vocabulary: capitals, accents, digits, blanks, other
+scripts."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -77,6 +83,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             f"the tokenizer has {tokens:,} tokens and the model's vocabulary {rows:,}: they do not belong "
             "together; give the tokenizer with which the model was trained"
         )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash that changes when a text may become other tokens.
+
+    It is that of the vocabulary, of the merges where there are any, and of what becomes of `PROBE`. The whole
+    tokenizer.json would not do: what it holds depends on the version of the package that writes it.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    merges = [] if fast is None else json.loads(fast.to_str())["model"].get("merges", [])
+    decisive = [
+        sorted(tokenizer.get_vocab().items()),
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],  # either, by version
+        tokenizer(PROBE)["input_ids"],
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    ]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

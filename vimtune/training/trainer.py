@@ -155,6 +155,7 @@ def _facts(job: Job, processes: Processes) -> Facts:
         versions=versions(),
         data={loader.split: loader.fingerprint() for loader in job.loaders},
         processes=processes.world_size,
+        readers=job.readers,
     )
 
 
