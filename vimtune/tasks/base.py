@@ -74,6 +74,10 @@ class Task(Options, ABC):
     predict_options: ClassVar[type[PredictOptions]] = PredictOptions
     """The options of `vimtune predict` for its adapters."""
 
+    packages: ClassVar[tuple[str, ...]] = ("timm", "torchvision")
+    """Distributions besides torch whose versions a report names, because results depend on them; like the
+    components above those of images, unless a task has others."""
+
     @abstractmethod
     def open(self, recipe: Recipe, processes: Processes) -> Job:
         """Open the data, build the model with its adapter, and make the loaders.

@@ -70,6 +70,7 @@ def test_a_run_leaves_a_report_an_adapter_and_the_best_epoch_by_accuracy(tmp_pat
     best = max(report.history, key=lambda epoch: epoch["acc"])
     assert report.best_scores["acc"] == best["acc"]
     assert report.speed().endswith(" tok/s")
+    assert set(report.versions) == {"vimtune", "python", "torch", "transformers", "tokenizers"}
 
 
 def test_weights_of_a_file_in_bf16_are_trained_in_fp32(tmp_path):
