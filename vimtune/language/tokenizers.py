@@ -30,6 +30,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none.
     """
+    if not name:  # as a path this would be the working folder
+        raise ValueError("tokenizer '': expected a model of the table, a repository of the hub, or a folder")
     source = name
     if name in LANGUAGE_MODELS:
         known = LANGUAGE_MODELS.get(name).tokenizer

@@ -237,7 +237,23 @@ def test_files_are_found_by_their_official_names(tmp_path):
         open_text(WINOGRANDE, "train", folder=tmp_path)
     write_lines(tmp_path / "train_s.jsonl", [SENTENCE])
     write_lines(tmp_path / "train_m.jsonl", [SENTENCE, SENTENCE])
-    assert len(open_text(WINOGRANDE, "train", folder=tmp_path).examples) == 2
+    split = open_text(WINOGRANDE, "train", folder=tmp_path)
+    assert len(split.examples) == 2 and "train_m.jsonl (not used: train_s.jsonl beside it)" in split.source
+
+
+def test_a_file_of_ones_own_that_is_not_used_is_named(tmp_path):
+    for name in ("test", "val"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": "a b"}])
+    assert "test.jsonl (not used: val.jsonl beside it)" in open_text(OWN, "test", folder=tmp_path).source
+    (tmp_path / "test.jsonl").unlink()
+    assert "not used" not in open_text(OWN, "test", folder=tmp_path).source
+
+
+def test_a_cell_that_is_too_long_for_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "a" * 140_000 + "\n")
+    with pytest.raises(DatasetError, match=r"a\.csv, line 2 has a cell of more than 131,072 .*JSON Lines"):
+        read(OWN, path)
 
 
 def test_without_files_the_hub_is_asked_or_the_files_are_named(monkeypatch):

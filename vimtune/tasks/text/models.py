@@ -136,5 +136,8 @@ def language_model(recipe: Recipe, settings: LanguageModelSettings) -> Any:
 
         load_weights(model, Path(settings.checkpoint))
     if recipe.optimisation.grad_checkpointing:
-        model.gradient_checkpointing_enable()
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable()
+        else:  # its name in older versions of transformers, of which newer ones warn
+            model.gradient_checkpointing_enable()
     return model
