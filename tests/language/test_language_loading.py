@@ -264,6 +264,8 @@ def test_tokenizers_that_cannot_be_used(tmp_path):
     original_files(slow_model("mamba"), tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer.json; .* is EleutherAI/gpt-neox-20b"):
         load_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"tokenizer '/no/where': expected .* a folder or file that exists"):
+        load_tokenizer("/no/where")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer '.*tokenizer.json' cannot be loaded"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))

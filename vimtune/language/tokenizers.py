@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -30,8 +31,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none.
     """
-    if not name:  # as a path this would be the working folder
-        raise ValueError("tokenizer '': expected a model of the table, a repository of the hub, or a folder")
     source = name
     if name in LANGUAGE_MODELS:
         known = LANGUAGE_MODELS.get(name).tokenizer
@@ -39,6 +38,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             return byte_tokenizer()
         source = known
     path = Path(source)
+    # As a path the empty name would be the working folder.
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not (source and path.exists()):
+        raise ValueError(
+            f"tokenizer {quote(source)}: expected a model of the table, a repository of the hub (owner/name), "
+            "or a folder or file that exists"
+        )
     try:
         if path.is_file() and path.suffix == ".json":
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END_OF_TEXT)
