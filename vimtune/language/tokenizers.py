@@ -41,8 +41,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     # As a path the empty name would be the working folder.
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not (source and path.exists()):
         raise ValueError(
-            f"tokenizer {quote(source)}: expected a model of the table, a repository of the hub (owner/name), "
-            "or a folder or file that exists"
+            f"tokenizer {quote(source)}: expected a model of the table, a repository of the hub "
+            "(owner/name), or a folder or file that exists"
         )
     try:
         if path.is_file() and path.suffix == ".json":
