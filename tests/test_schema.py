@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from annotated_types import Ge
@@ -76,7 +76,7 @@ def test_anything_else_is_one_line_that_names_file_and_place(values, words):
         ('{"a": 1e999}', "too large"),
         ('{"a": 1, "a": 2}', "given twice"),
         ("[" * 100_000, "nested too deeply"),
-        ("9" * 5000, "not valid JSON"),
+        ("9" * 5000, r"not valid JSON: a whole number has more than 4,300 digits$"),
         ("nothing", "not valid JSON"),
         (None, "missing"),
     ],
@@ -103,6 +103,31 @@ def test_a_single_value_is_told_what_is_expected():
     assert str(caught.value) == "species=1: expected a value greater than or equal to 2 (found 1)"
     with pytest.raises(ValueError, match=r"^rank='x': expected a valid integer"):
         check(int, "x", "rank='x'")
+
+
+@dataclass
+class Either:
+    __pydantic_config__: ClassVar[Any] = STRICT
+    one: Count | Literal["auto"]
+    many: list[bool | int | Name] = field(default_factory=list)
+    inner: Inner | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"one": "x"}, "one: Input should be a valid integer or 'auto' (found 'x')"),
+        ({"one": 1, "many": [1, None]}, "many.1: Input should be a valid boolean or a valid integer or "),
+        ({"one": 1, "inner": {}}, "inner.rate: Field required (found {})"),
+        ({"many": []}, "one: Field required"),
+    ],
+)
+def test_types_among_which_a_value_may_choose_are_no_places(values, expected):
+    with pytest.raises(ValueError) as caught:
+        check(Either, values, "file.x")
+    assert str(caught.value).startswith(f"file.x does not have the expected form: {expected}")
+    with pytest.raises(ValueError, match=r"^a: expected a valid integer or a valid string \(found None\)$"):
+        check(int | str, None, "a")
 
 
 @dataclass

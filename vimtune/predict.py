@@ -133,7 +133,7 @@ def run_predict(
         base: keys of the recipe that say where the base weights are now, or None.
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
-        force: use the adapter although the base weights are others.
+        force: use the adapter although base weights or tokenizer are others.
 
     Raises:
         ValueError: an input, an option, the model or the adapter does not allow it, or a file cannot be

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -69,14 +71,14 @@ def check(schema: type[Schema], values: Any, what: str, error: type[ValueError] 
     adapter: TypeAdapter[Schema] = _adapter(schema)  # type: ignore[arg-type]  # types hash
     try:
         # Through JSON: in strict mode pydantic makes a dataclass out of an object of JSON, not out of a dict.
-        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
-        return adapter.validate_json(_SURROGATE.sub(_escape, text), strict=True)
+        text = _SURROGATE.sub(_escape, json.dumps(values, ensure_ascii=False, allow_nan=False))
+        return adapter.validate_json(text, strict=True)
     except ValidationError as failure:
-        problems = failure.errors(include_url=False, include_context=False)
+        problems = _by_place(failure.errors(include_url=False, include_context=False), json.loads(text))
         # The schema is one value and not the parts of a file.
-        if not problems[0]["loc"] and not is_dataclass(schema):
-            raise error(f"{what}: {_describe_value(problems[0])}") from None
-        shown = "; ".join(map(_describe, problems[:3]))
+        if "" in problems and not is_dataclass(schema):
+            raise error(f"{what}: {_describe_value(problems[''])}") from None
+        shown = "; ".join(_describe(place, problems[place]) for place in list(problems)[:3])
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise error(f"{what} does not have the expected form: {shown}{more}") from None
     except RecursionError:
@@ -91,19 +93,46 @@ def _escape(surrogate: re.Match[str]) -> str:
     return f"\\\\u{ord(surrogate[0]):04x}"
 
 
-def _describe(problem: Any) -> str:
-    """One difference from a schema: where it is, what is wrong, what was found."""
-    place = ".".join(map(str, problem["loc"]))
-    if problem["type"] == "value_error":  # The schema class itself raised it, and words it fully.
-        message = problem["msg"].removeprefix("Value error, ")
+def _by_place(problems: Iterable[Any], values: Any) -> dict[str, list[Any]]:
+    """The differences from a schema by their place in `values`, such as "inner.1.rate".
+
+    There may be several at one place: pydantic gives one for each type that the value may have, and puts
+    its own name for the type behind the place, which is left out here.
+    """
+    found: dict[str, list[Any]] = {}
+    for problem in problems:
+        kept, inner, last = [], values, problem["loc"][-1:]
+        for part in problem["loc"]:
+            indexed = isinstance(inner, list) and isinstance(part, int)
+            if indexed or (isinstance(inner, dict) and part in inner):
+                inner = inner[part]
+            elif part != "[key]" and not (problem["type"] == "missing" and (part,) == last):
+                continue
+            kept.append(str(part))
+        found.setdefault(".".join(kept), []).append(problem)
+    return found
+
+
+def _message(problems: Sequence[Any]) -> str:
+    """What was expected at one place."""
+    messages = dict.fromkeys(problem["msg"].removeprefix("Value error, ") for problem in problems)
+    first, *others = messages
+    return " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+
+
+def _describe(place: str, problems: Sequence[Any]) -> str:
+    """The differences from a schema at one place: where it is, what is wrong, what was found."""
+    message = _message(problems)
+    # The schema class itself raised it, and words it fully.
+    if all(problem["type"] == "value_error" for problem in problems):
         return f"{place}: {message}" if place else message
-    return f"{place or 'value'}: {problem['msg']} (found {quote(problem['input'])})"
+    return f"{place or 'value'}: {message} (found {quote(problems[0]['input'])})"
 
 
-def _describe_value(problem: Any) -> str:
+def _describe_value(problems: Sequence[Any]) -> str:
     """What was expected of a single value, and what was found."""
-    expected = re.sub("^Input should be (?=greater|less)", "expected a value ", problem["msg"])
-    return f"{expected.replace('Input should be', 'expected')} (found {quote(problem['input'])})"
+    expected = re.sub("^Input should be (?=greater|less)", "expected a value ", _message(problems))
+    return f"{expected.replace('Input should be', 'expected')} (found {quote(problems[0]['input'])})"
 
 
 def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError) -> Any:
@@ -122,7 +151,18 @@ def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError
     except RecursionError:
         raise error(f"{what} is nested too deeply") from None
     except ValueError as failure:
-        raise error(f"{what} is not valid JSON: {failure}") from None
+        raise error(f"{what} is not valid JSON: {json_failure(failure)}") from None
+
+
+def json_failure(failure: ValueError) -> str:
+    """Why a text is no JSON, from what Python's parser says."""
+    if isinstance(failure, json.JSONDecodeError) and "\n" not in failure.doc:
+        return (
+            f"{failure.msg} (column {failure.colno})"  # The text is a line of a file, whose number is known.
+        )
+    if "set_int_max_str_digits" in str(failure):
+        return f"a whole number has more than {sys.get_int_max_str_digits():,} digits"
+    return str(failure)
 
 
 def load_json(

@@ -27,6 +27,7 @@ COUNTS = [
     ("mamba2-130m", "lora", "both", {"rank": 16}, 2_466_816, "2.47"),
     ("mamba2-130m", "prodial", "in_proj", {"rank": 8, "block_size": 12}, 1_092_672, None),
     ("mamba-370m", "lora", "both", {"rank": 16}, 6_291_456, None),
+    ("mamba-370m", "prodial", "both", {"rank": 8, "block_size": 16}, 5_750_784, "5.75"),
     ("mamba-1.4b", "lora", "both", {"rank": 16}, 12_582_912, None),
 ]
 
@@ -45,11 +46,30 @@ def test_trainable_parameters(name, method, targets, options, count, stated):
         assert f"{count / 1e6:.2f}" == stated
 
 
+def without_factors(targets, rank, block_size):
+    """How many parameters ProDiaL on Mamba-130M trains without the factors s of the rows."""
+    model = adapted("mamba-130m", "prodial", targets, {"rank": rank, "block_size": block_size})
+    factors = sum(item.parameter.numel() for item in adapter_parameters(model) if "row_scale" in item.name)
+    rows = {"both": 2 * 1536 + 768, "out_proj": 768}[targets]
+    assert factors == 24 * rows
+    return vimtune.summary(model).trainable - factors
+
+
 def test_prodial_as_the_paper_counts_it():
     """.92 M for out_proj of Mamba-130M has no s; 2.44 M for Mamba-2 130M (both, 64 blocks, rank 8) has it."""
-    model = adapted("mamba-130m", "prodial", "out_proj", {"rank": 16, "block_size": 1})
-    factors = sum(item.parameter.numel() for item in adapter_parameters(model) if "row_scale" in item.name)
-    assert factors == 24 * 768 and f"{(vimtune.summary(model).trainable - factors) / 1e6:.2f}" == "0.92"
+    assert f"{without_factors('out_proj', 16, 1) / 1e6:.2f}" == "0.92"
     sizes = {"in_proj": 768 // 64, "out_proj": 1536 // 64}
     model = adapted("mamba2-130m", "prodial", "both", {"rank": 8, "block_size": sizes})
     assert vimtune.summary(model).trainable == 2_438_208
+
+
+def test_the_paper_rounds_prodial_on_mamba_130m_up():
+    """It says 2.42 M for both projectors. That is 2,414,592, without s, rounded up: with one rank and one
+    block size for both all counts, with s and without, are multiples of 18,432, none of which rounds to 2.42.
+    """
+    step, published = 18_432, 2_414_592
+    assert without_factors("both", 16, 1) == published
+    assert without_factors("both", 17, 1) - published == 8 * step
+    assert without_factors("both", 16, 2) - published == 3 * step
+    assert 5 * step == 24 * (2 * 1536 + 768), "the factors s"
+    assert published % step == 0 and published < 2_415_000 and published + step > 2_425_000

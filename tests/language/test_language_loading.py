@@ -139,6 +139,23 @@ def test_unknown_names():
     refused("unknown language model 'no/weights.bin'", "no/weights.bin")
 
 
+def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):
+    load_tokenizer("mamba_tiny").save_pretrained(tmp_path)
+    create_language_model("mamba_tiny").save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    create_language_model(".")
+    refused("unknown language model ''", "")
+    with pytest.raises(ValueError, match="tokenizer '': expected a model"):
+        load_tokenizer("")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"max_new_tokens": -3}'])
+def test_a_broken_configuration_of_generation(content, tmp_path):
+    slow_model("mamba").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    refused(r"generation_config.json cannot be used \(.*\): correct or remove it", tmp_path)
+
+
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = "could not be downloaded .*give a folder that has it, or pretrained=False"
@@ -183,6 +200,7 @@ def test_objects_in_a_checkpoint_are_not_run(tmp_path):
         ({"model_type": "gpt2"}, "is for a model of type 'gpt2'; expected one of mamba, mamba2"),
         ({"model_type": None}, "has no model_type; expected one of mamba, mamba2"),
         ({"hidden_size": "many"}, "hidden_size: Input should be a valid integer"),
+        ({"time_step_rank": "x"}, "time_step_rank: Input should be a valid integer or 'auto' .found 'x'"),
         ({"vocab_size": 0}, "vocab_size: .*greater than or equal to 1"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': only mixers with 'silu' can be accelerated"),
     ],
@@ -214,6 +232,8 @@ def test_files_without_a_configuration(tmp_path):
     path = original_files(slow_model("mamba"), tmp_path)
     (tmp_path / "config.json").write_text("{")
     refused("config.json is not valid JSON", path)
+    (tmp_path / "config.json").write_text('{"d_model": ' + "9" * 5000 + "}")
+    refused("config.json is not valid JSON: a whole number has more than 4,300 digits", path)
     (tmp_path / "config.json").unlink()
     refused("config.json cannot be read .*the weights of a language model need it beside them", path)
 
@@ -257,6 +277,8 @@ def test_tokenizers_that_cannot_be_used(tmp_path):
     original_files(slow_model("mamba"), tmp_path)
     with pytest.raises(ValueError, match=r"has no tokenizer.json; .* is EleutherAI/gpt-neox-20b"):
         load_tokenizer(str(tmp_path))
+    with pytest.raises(ValueError, match=r"tokenizer '/no/where': expected .* a folder or file that exists"):
+        load_tokenizer("/no/where")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer '.*tokenizer.json' cannot be loaded"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -14,6 +14,7 @@ import vimtune
 from vimtune import ops
 from vimtune.language import accelerate, mixers, norms
 from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
+from vimtune.language.refusals import PACKED
 from vimtune.ops.gated_norm import gated_rms_norm
 
 close = torch.testing.assert_close
@@ -298,11 +299,30 @@ def test_accelerating_before_and_after_an_adapter(family):
         assert type(model.backbone.layers[0].mixer) in (FastMambaMixer, FastMamba2Mixer)
 
 
-def test_packed_sequences_are_refused():
-    _, model = both_models("mamba2")
-    assert model.backbone(tokens(), num_items_in_batch=3)[0].shape[:2] == tokens().shape
-    with pytest.raises(ValueError, match=r"packed sequences \(seq_idx\) are not supported"):
-        model.backbone(tokens(), seq_idx=torch.zeros_like(tokens()))
+@pytest.mark.parametrize("name", PACKED)
+@family_wise
+def test_packed_sequences_are_refused(family, name):
+    _, model = both_models(family)
+    assert model.backbone(tokens(), num_items_in_batch=3, **{name: None})[0].shape[:2] == tokens().shape
+    accelerate(model)
+    models = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert [len(found._forward_pre_hooks) for found in models] == [1, 1, 1]
+    mixer = model.backbone.layers[0].mixer
+    hidden = torch.zeros(*tokens().shape, model.config.hidden_size)
+    calls = [*((found, tokens()) for found in models), (model.backbone, tokens()), (mixer, hidden)]
+    for call, inputs in calls:
+        with pytest.raises(ValueError, match=rf"packed sequences \({name}\) are not supported"):
+            call(inputs, **{name: torch.zeros_like(tokens())})
+
+
+def test_a_hook_that_comes_later_does_not_take_the_place_of_the_refusal(monkeypatch):
+    """A model from a file meets a process in which torch has counted no hook yet."""
+    content = pickle.dumps(both_models("mamba")[1])
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)
+    model = pickle.loads(content)
+    for part in (model, model.backbone):
+        part.register_forward_pre_hook(lambda module, inputs: None)
+        assert len(part._forward_pre_hooks) == 2
 
 
 def test_what_cannot_be_accelerated():

@@ -63,6 +63,7 @@ def test_report_tells_how_the_result_came_about(report):
     )
     assert report.data.keys() == {"train", "val", "test"} and "25 images" in report.data["train"]
     assert (report.backend, report.device, report.processes, report.threads) == ("torch", "cpu", 1, 1)
+    assert set(report.versions) == {"vimtune", "python", "torch", "timm", "torchvision"}
     assert report.versions["torch"] == torch.__version__
     assert report.peak_memory > 50 and report.peak_memory_of == "process"
     assert report.images_per_second == pytest.approx(50 / report.train_seconds)

@@ -127,5 +127,5 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="X", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument("--backend", metavar="X", default="auto", help="selective scan backend [auto]")
     parser.add_argument(
-        "--force", action="store_true", help="use the adapter although the base weights are others"
+        "--force", action="store_true", help="use the adapter although base weights or tokenizer are others"
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vimtune.language.classifier import PooledClassifier, pooled_classifier
     from vimtune.language.creation import create_language_model
     from vimtune.language.losses import greedy_hits, sequence_losses
-    from vimtune.language.tokenizers import byte_tokenizer, check_tokenizer, load_tokenizer
+    from vimtune.language.tokenizers import byte_tokenizer, check_tokenizer, load_tokenizer, tokenizer_digest
 
 _HOMES = {
     "PooledClassifier": "classifier",
@@ -39,6 +39,7 @@ _HOMES = {
     "byte_tokenizer": "tokenizers",
     "check_tokenizer": "tokenizers",
     "load_tokenizer": "tokenizers",
+    "tokenizer_digest": "tokenizers",
 }
 """In which module the names are that need transformers."""
 
@@ -56,6 +57,7 @@ __all__ = [
     "pooled_classifier",
     "require_transformers",
     "sequence_losses",
+    "tokenizer_digest",
 ]
 
 MIN_TRANSFORMERS = (5, 21)

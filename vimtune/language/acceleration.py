@@ -11,6 +11,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, Mamba2RMSNor
 from vimtune.adapters.slots import change_class, plain_class
 from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
 from vimtune.language.norms import FastMamba2Norm, FastMambaNorm
+from vimtune.language.refusals import guard_against_packing
 
 Model = TypeVar("Model", bound=nn.Module)
 """Any class of modules."""
@@ -30,8 +31,8 @@ _FAST_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 def accelerate(model: Model, backend: str = "auto") -> Model:
     """Let the Mamba and Mamba-2 mixers of a model of transformers run on our operations, in place.
 
-    The norms before the mixers do so, too. Works before and after adapters are injected. The model's own
-    class, keys and files stay as they are.
+    The norms before the mixers do so, too. Packed sequences are refused from then on. Works before and after
+    adapters are injected. The model's own class, keys and files stay as they are.
 
     Args:
         model: a model with mixers of transformers, or several models in one module.
@@ -60,4 +61,5 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
         if kind in classes or kind in classes.values():
             change_class(module, classes.get(kind, kind))
             module.backend = backend  # type: ignore[assignment]  # the fast classes have it
+    guard_against_packing(model)
     return model

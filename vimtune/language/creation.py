@@ -101,7 +101,7 @@ def _find(name: str, pretrained: bool) -> Path | None:
         hub_id = LANGUAGE_MODELS.get(name).hub_id
         return None if hub_id is None or not pretrained else download(hub_id, pretrained)
     path = Path(name)
-    if path.exists():
+    if name and path.exists():  # the path of an empty name is the working folder
         return path
     if name.count("/") == 1 and not path.suffix.endswith((".bin", ".pt", ".pth", ".safetensors")):
         return download(name, pretrained)
@@ -153,8 +153,10 @@ def read_config(place: Path, changes: Mapping[str, Any]) -> PreTrainedConfig:
         raise ValueError(
             f"{shown} cannot be read ({error.strerror}): the weights of a language model need it beside them"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{shown} is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{shown} is not valid JSON: {schema.json_failure(error)}") from error
     return config_of_file(values, changes, shown)
 
 
@@ -252,5 +254,11 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 def _read_generation_config(model: PreTrainedModel, place: Path) -> None:
-    if (place / "generation_config.json").is_file():
+    path = place / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
         model.generation_config = GenerationConfig.from_pretrained(place, local_files_only=True)
+    except Exception as error:  # OSError, TypeError and others, by what is wrong with the file
+        reason = printable(str(error).strip().split("\n", 1)[0])
+        raise ValueError(f"{printable(str(path))} cannot be used ({reason}): correct or remove it") from error

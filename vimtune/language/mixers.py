@@ -6,7 +6,9 @@ layer holds the last K inputs of its convolution (B, channels, K) and the state 
 (B, E, N), for Mamba-2 (B, H, P, N).
 
 Every weight is read through its module at each call, so that rules of adapters (`vimtune.adapters`) act in
-training, evaluation, prefill and cached decoding alike. Padding never enters a state: at masked tokens the
+training, evaluation, prefill and cached decoding alike. Modules that transformers' mixers call are called
+here, too, where somebody else has replaced them or waits for the call by a hook; in the place of one that
+they read as well, a module of another class is refused. Padding never enters a state: at masked tokens the
 input of the scan and its time step are 0, and the cache keeps the last real inputs of the convolution.
 
 Shape letters: B batch, L tokens, D width, E inner width, N states, R dt rank, K filter width; of Mamba-2
@@ -16,7 +18,6 @@ H heads, P channels of a head (E = H P), G groups.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.mamba.modeling_mamba import MambaMixer
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
+from vimtune.language.refusals import may_be_read, refuse_packing, require_plain
 from vimtune.ops import (
     DirectionWeights,
     SsdMixerOptions,
@@ -148,15 +150,21 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
 
         Returns:
             The input of out_proj, (B, L, E), in the dtype of `xz`.
+
+        Raises:
+            ValueError: conv1d or dt_proj is of a class of somebody else, see `require_plain`.
         """
-        if mask is None:
+        require_plain(self, "conv1d", nn.Conv1d.forward)
+        require_plain(self, "dt_proj", nn.Linear.forward)
+        x_proj_is_read = may_be_read(self.x_proj, nn.Linear.forward)
+        if mask is None and x_proj_is_read:
             found = self._scan_in_one(xz, cache)
             if found is not None:
                 return found
         x, z = xz.chunk(2, dim=-1)
         u = convolve(self, x, cache, mask)
         num_states, rank = self.A_log.shape[1], self.dt_proj.weight.shape[1]
-        projected = F.linear(u, self.x_proj.weight.to(u.dtype))
+        projected = F.linear(u, self.x_proj.weight.to(u.dtype)) if x_proj_is_read else self.x_proj(u)
         dt, B, C = torch.split(projected, [rank, num_states, num_states], dim=-1)
         delta = F.linear(dt, self.dt_proj.weight.to(dt.dtype))
         if mask is not None:
@@ -228,9 +236,14 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
 
         Returns:
             The input of out_proj, (B, L, E), in the dtype of `projected`.
+
+        Raises:
+            ValueError: conv1d is of a class of somebody else, see `require_plain`.
         """
+        require_plain(self, "conv1d", nn.Conv1d.forward)
+        norm_is_read = may_be_read(self.norm, MambaRMSNormGated.forward)
         weights, options = self.weights(), self.options()
-        if cache is None:
+        if cache is None and norm_is_read:
             return ssd_mixer(projected, weights, options, mask, self.backend)
         if mask is None and (places := states_of_a_step(self, cache, projected)) is not None:
             step = ssd_mixer_step(projected[:, 0], *places, weights, options, self.backend)
@@ -239,15 +252,19 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
         z, xBC, dt = split_projected(projected, weights)
         inputs = scan_inputs(convolve(self, xBC, cache, mask), dt, weights, options, mask)
         x, steps, A, B, C, D, _, _ = inputs
-        state = state_before(self, cache)
+        state = None if cache is None else state_before(self, cache)
         if state is not None and x.shape[1] == 1:
             now = (x[:, 0], steps[:, 0], A, B[:, 0], C[:, 0], D)
             y, state = ssd_step(*now, None, *AS_GIVEN, state)
             y = y[:, None]
         else:
             y, state = ssd(x, steps, A, B, C, D, None, *AS_GIVEN, state, self.backend)
-        cache.update_recurrent_state(state, self.layer_idx)
-        return gated_rms_norm(y.flatten(2), z, weights.norm_weight, options.norm_groups, options.eps)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        y = y.flatten(2)
+        if not norm_is_read:
+            return self.norm(y, z)
+        return gated_rms_norm(y, z, weights.norm_weight, options.norm_groups, options.eps)
 
     def weights(self) -> SsdWeights:
         """The weights between the projections, as adapters have them."""
@@ -265,17 +282,6 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
         inner: int = self.intermediate_size
         norm_groups = inner // getattr(self.norm, "group_size", inner)
         return SsdMixerOptions(self.n_groups, norm_groups, self.norm.variance_epsilon, *self.time_step_limit)
-
-
-def refuse_packing(arguments: Mapping[str, Any]) -> None:
-    """Refuse sequences that lie behind each other in one row: the state of one would enter the next.
-
-    Raises:
-        ValueError: `arguments` tell of such.
-    """
-    for name in ("seq_idx", "cu_seq_lens_q", "cu_seqlens"):
-        if arguments.get(name) is not None:
-            raise ValueError(f"packed sequences ({name}) are not supported: give each a row of its own")
 
 
 def token_mask(attention_mask: Tensor | None, hidden: Tensor) -> Tensor | None:

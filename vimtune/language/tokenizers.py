@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +20,10 @@ END_OF_TEXT = "<|endoftext|>"
 MOST_UNUSED = 1024
 """A vocabulary may be this much larger than the tokenizer: it is padded to a multiple of such a number at
 most."""
+
+PROBE = "Don't  stop: ÀÉ naïve \ufb01 12345 3.14\t\n\n    def f(x):\r\n 日本 🙂 "
+"""A text in which tokenizers differ that have the same vocabulary: capitals, accents, digits, blanks, other
+scripts."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -36,6 +43,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             return byte_tokenizer()
         source = known
     path = Path(source)
+    # As a path the empty name would be the working folder.
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not (source and path.exists()):
+        raise ValueError(
+            f"tokenizer {quote(source)}: expected a model of the table, a repository of the hub "
+            "(owner/name), or a folder or file that exists"
+        )
     try:
         if path.is_file() and path.suffix == ".json":
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END_OF_TEXT)
@@ -92,6 +105,24 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Non
             "the tokenizer has no token for the end of a text: give one with an eos_token, as those of "
             "language models have"
         )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash that changes when a text may become other tokens.
+
+    It is that of the vocabulary, of the merges where there are any, and of what becomes of `PROBE`. The whole
+    tokenizer.json would not do: what it holds depends on the version of the package that writes it.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    merges = [] if fast is None else json.loads(fast.to_str())["model"].get("merges", [])
+    decisive = [
+        sorted(tokenizer.get_vocab().items()),
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],  # either, by version
+        tokenizer(PROBE)["input_ids"],
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    ]
+    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -82,7 +82,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     shown = printable(str(path))
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {shown} {kind}; expected a .pth, .pt or .safetensors file")
+        raise CheckpointError(f"checkpoint {shown} {kind}; expected a .pth, .pt, .bin or .safetensors file")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -260,7 +260,7 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
 
     Args:
         model: the model, changed in place.
-        path: a .pth, .pt or .safetensors file.
+        path: a .pth, .pt, .bin or .safetensors file.
         head: load the classification head, too. False where an adapter brings its own.
 
     Raises:

@@ -125,6 +125,6 @@ class RunSettings(Options):
         "continue this run folder or checkpoint; auto: that in output_dir, or start",
         parse=parsers.optional(parsers.path),
     )
-    force: bool = option(False, "resume although images or base weights have changed")
+    force: bool = option(False, "resume although data, tokenizer or base weights have changed")
     log_interval: Positive = option(10, "steps between two log lines")
     eval_interval: Positive = option(1, "epochs between two evaluations")

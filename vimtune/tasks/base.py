@@ -74,6 +74,10 @@ class Task(Options, ABC):
     predict_options: ClassVar[type[PredictOptions]] = PredictOptions
     """The options of `vimtune predict` for its adapters."""
 
+    packages: ClassVar[tuple[str, ...]] = ("timm", "torchvision")
+    """Distributions besides torch whose versions a report names, because results depend on them; like the
+    components above those of images, unless a task has others."""
+
     @abstractmethod
     def open(self, recipe: Recipe, processes: Processes) -> Job:
         """Open the data, build the model with its adapter, and make the loaders.
@@ -92,7 +96,7 @@ class Task(Options, ABC):
             processes: those of the command.
             split: "val" or "test".
             adapter: an adapter file for the model; None for the model itself.
-            force: use the adapter although the base weights are others.
+            force: use the adapter although base weights or tokenizer are others.
 
         Raises:
             ValueError: what `open` raises, an adapter that does not fit, or a task that has no such thing.
@@ -125,7 +129,7 @@ class Task(Options, ABC):
                 "tokenizer"); what is not among them is as the adapter file says.
             device: where it computes.
             backend: scan backend, see `vimtune.ops`.
-            force: use the adapter although the base weights are others.
+            force: use the adapter although base weights or tokenizer are others.
 
         Raises:
             ValueError: weights or an adapter that do not fit, or a task that answers no questions.
@@ -149,7 +153,7 @@ class Task(Options, ABC):
             base: as for `open_predictor`.
             device: where it computes.
             backend: scan backend, see `vimtune.ops`.
-            force: use the adapter although the base weights are others.
+            force: use the adapter although base weights or tokenizer are others.
 
         Raises:
             ValueError: weights or an adapter that do not fit, a place that cannot be written, or a task that

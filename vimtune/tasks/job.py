@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from vimtune.tasks.base import Task
     from vimtune.training.report import Report
 
+READERS = "readers"
+"""Under this key an adapter file keeps the `readers` of the job that trained it, in its `extra`."""
+
 Tensors = dict[str, "Tensor"]
 """The tensors of a batch by name, such as "images" (B, 3, H, W) and "labels" (B,)."""
 
@@ -140,6 +143,9 @@ class Job(ABC):
     outputs: dict[str, list[str]] = field(default_factory=dict)
     """What the outputs of the model mean, such as {"classes": [...]}. A state of a run with others cannot be
     continued."""
+    readers: dict[str, str] = field(default_factory=dict)
+    """Hashes of what makes inputs of the examples and comes from a file, such as {"tokenizer": hash}. A state
+    of a run with others is not continued. The adapter file has them, too (`READERS`)."""
     saved_with_adapter: dict[str, Any] = field(default_factory=dict)
     """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
 

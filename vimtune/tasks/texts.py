@@ -42,6 +42,7 @@ class TextTask(Task):
     data_options: ClassVar[type[DataOptions]] = TextDataSettings
     backbone_options: ClassVar[type[BackboneOptions]] = LanguageModelSettings
     predict_options: ClassVar[type[PredictOptions]] = TextPredictOptions
+    packages = ("transformers", "tokenizers")
     form: ClassVar[TextFormat]
     """The data set."""
 

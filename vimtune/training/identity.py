@@ -63,7 +63,7 @@ class Facts:
 
     `outputs` says what the outputs of the model mean, such as {"classes": [...]}, and `train_examples` how
     many examples the training split holds. `data` has a fingerprint of every split in use, and `processes`
-    says how many processes trained; states of earlier versions have neither.
+    says how many processes trained; states of earlier versions have neither. `readers` are those of the job.
     """
 
     __pydantic_config__ = STRICT
@@ -76,6 +76,7 @@ class Facts:
     versions: dict[str, str] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     processes: Count | None = None
+    readers: dict[str, str] = field(default_factory=dict)
 
     @property
     def base(self) -> BaseIdentity:
@@ -101,6 +102,7 @@ def facts_of_all(facts: Facts, step: int) -> dict[str, Any]:
     return {
         **{f"the {name}": meanings for name, meanings in facts.outputs.items()},
         **splits,
+        **{f"the {name}": reader for name, reader in facts.readers.items()},
         "the base weights": facts.base_origin,
         "the step of the state": step,
     }
@@ -127,15 +129,16 @@ def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, sa
         One line for each change that makes the rest differ from an uninterrupted run.
 
     Raises:
-        ResumeError: naming everything that makes the state unusable here. Changed data and base weights
-            count as notes where the recipe has `force`.
+        ResumeError: naming everything that makes the state unusable here. Changed data, readers and
+            base weights count as notes where the recipe has `force`.
     """
     problems = [
         f"{name} was {was} and is now {now}" for name, was, now in changed(saved_recipe, recipe, IDENTITY)
     ]
     examples = recipe.task.examples
     problems += _other_outputs(saved.outputs, facts.outputs)
-    doubts = _other_data(saved, facts, examples) + ([] if same_base else ["the base weights are others"])
+    doubts = _other_data(saved, facts, examples) + _other_readers(saved, facts)
+    doubts += [] if same_base else ["the base weights are others"]
     if problems or (doubts and not recipe.run.force):
         advice = "Resume with the run's own settings and data, or start a new run in another folder"
         if not problems:
@@ -173,6 +176,15 @@ def _other_data(saved: Facts, now: Facts, examples: str) -> list[str]:
     if "test" in saved.data and "test" not in now.data:
         doubts.append(f"there are no test {examples} any more")
     return doubts
+
+
+def _other_readers(saved: Facts, now: Facts) -> list[str]:
+    """One line for each that is not the same; states of earlier versions do not tell."""
+    return [
+        f"the {name} is another"
+        for name, reader in now.readers.items()
+        if saved.readers.get(name, reader) != reader
+    ]
 
 
 def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, examples: str) -> list[str]:

@@ -21,7 +21,7 @@ from vimtune.methods import resolve_options
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.schema import STRICT, finite_json, finite_or_none, load_json
-from vimtune.tasks.base import TASKS
+from vimtune.tasks.base import TASKS, Task
 from vimtune.tasks.job import Outcome
 from vimtune.training.distributed import Processes
 from vimtune.training.folder import RunFolder, writing
@@ -221,7 +221,7 @@ def shared_fields(
         "amp": recipe.optimisation.amp,
         "seed": recipe.run.seed,
         "deterministic": recipe.run.deterministic,
-        "versions": versions(),
+        "versions": versions(recipe.task),
         "warnings": progress.warnings,
         "run_dir": str(run_dir),
         "recipe": recipe.to_dict(),
@@ -234,14 +234,13 @@ def describe_method(info: AdapterInfo) -> dict[str, Any]:
     return {"targets": info.targets, "layers": info.layers, **resolve_options(info.method, info.options)}
 
 
-def versions() -> dict[str, str]:
-    """Versions that results depend on."""
+def versions(task: Task) -> dict[str, str]:
+    """Versions that the results of a task depend on."""
     return {
         "vimtune": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "timm": version("timm"),
-        "torchvision": version("torchvision"),
+        **{package: version(package) for package in task.packages},
     }
 
 

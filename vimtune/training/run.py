@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ import vimtune
 from vimtune import adapters
 from vimtune.recipe import Recipe
 from vimtune.tasks.base import Task
-from vimtune.tasks.job import Evaluation, Job, Loader, Outcome
+from vimtune.tasks.job import READERS, Evaluation, Job, Loader, Outcome
 from vimtune.training.conclusion import conclude
 from vimtune.training.distributed import PeerLostError, Processes
 from vimtune.training.evaluate import evaluate
@@ -265,10 +266,15 @@ class Run:
                 self.job.model,
                 self.folder.next_adapter,
                 **self.job.saved_with_adapter,
-                extra={"recipe": self.recipe.to_share(), "epoch": self.progress.epoch + 1},
+                extra=self._kept_in_adapter(),
                 tensors=tensors,
                 base=self.facts.base,
             )
+
+    def _kept_in_adapter(self) -> dict[str, Any]:
+        """What an adapter file says of the run besides what it needs itself."""
+        kept = {"recipe": self.recipe.to_share(), "epoch": self.progress.epoch + 1}
+        return kept | ({READERS: self.job.readers} if self.job.readers else {})
 
     # --- words --------------------------------------------------------------------------------
 

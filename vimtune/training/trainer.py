@@ -89,7 +89,7 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     job = task.open(recipe, processes)
     stack.callback(job.close)
     total = vimtune.summary(job.model).total
-    facts = _facts(job, processes)
+    facts = _facts(recipe, job, processes)
     notes = [] if start.saved is None else _compare(recipe, start.saved, facts, job)
     placement.place(job.model)
     trained = build_trained(optimisation, job.model, placement)
@@ -144,7 +144,7 @@ def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:
     )
 
 
-def _facts(job: Job, processes: Processes) -> Facts:
+def _facts(recipe: Recipe, job: Job, processes: Processes) -> Facts:
     """What the weights will depend on besides the recipe."""
     base = adapters.base_identity(job.model)
     return Facts(
@@ -152,9 +152,10 @@ def _facts(job: Job, processes: Processes) -> Facts:
         train_examples=job.train.num_examples,
         base_hash=base.bits,
         base_origin=base.origin,
-        versions=versions(),
+        versions=versions(recipe.task),
         data={loader.split: loader.fingerprint() for loader in job.loaders},
         processes=processes.world_size,
+        readers=job.readers,
     )
 
 

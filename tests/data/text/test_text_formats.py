@@ -78,6 +78,7 @@ WRONG = [
     ("arc", {"question": ...}, "question", "Field required"),
     ("arc", {"answerKey": "E"}, "answerKey", "expected one of the labels A, B, C"),
     ("arc", {"answerKey": 1}, "answerKey", "valid string"),
+    ("arc", {"choices": {"text": ["a", "b"], "label": ["B", "B"]}}, "label", "each label once (found 'B'"),
     ("arc", {"choices": {"text": ["a", ""], "label": ["A", "B"]}}, "choices.text.1", "not empty"),
     ("arc", {"choices": {"text": ["a"], "label": ["A"]}}, "choices.text", "at least 2 items"),
     ("arc", {"choices": {"text": ["a", "b"], "label": ["A"]}}, "choices", "as many labels as texts"),
@@ -85,6 +86,7 @@ WRONG = [
     ("hellaswag", {"endings": ["a", " "]}, "endings.1", "not empty"),
     ("hellaswag", {"label": 2}, "label", "0 to 1"),
     ("hellaswag", {"label": ""}, "label", "use the validation file"),
+    ("hellaswag", {"label": None}, "label", "label: Input should be a valid integer or a valid string (f"),
     ("winogrande", {"sentence": "no gap"}, "sentence", "expected a gap"),
     ("winogrande", {"answer": ...}, "answer", "use dev"),
     ("winogrande", {"option1": "\t"}, "option1", "not empty"),
@@ -92,6 +94,12 @@ WRONG = [
     ("piqa", {"label": ...}, "label", "Field required"),
     ("boolq", {"label": -1}, "label", "expected true, false, 1 or 0"),
     ("boolq", {"passage": None}, "passage", "valid string"),
+    (
+        "boolq",
+        {"label": "x"},
+        "label",
+        "label: Input should be a valid boolean or a valid integer (found 'x'",
+    ),
     ("prompt", {"completion": ""}, "completion", "not empty"),
     ("prompt", {"prompt": 3}, "prompt", "valid string"),
 ]
@@ -115,7 +123,8 @@ def test_a_wrong_line_is_named_with_file_line_and_field(name, change, field, exp
     [
         (b"", "is empty: expected one example per line"),
         (b"\n\n", "is empty"),
-        (b'{"completion": "a"}\n{"completion": \n', "line 2 is not valid JSON"),
+        (b'{"completion": "a"}\n{"completion": \n', r"line 2 is not valid JSON: .* \(column 16\)$"),
+        (b'{"completion": ' + b"9" * 5000 + b"}", "line 1 .* a whole number has more than 4,300 digits$"),
         (b'{"completion": "a"}\n[1]\n', "line 2"),
         (b'{"completion": NaN}', "NaN is not allowed"),
         (b'{"completion": "a", "completion": "b"}', "given twice"),
@@ -214,7 +223,13 @@ def test_joined_scenes_are_taken_apart_and_the_source_says_so(text, context, tmp
     assert split.examples[0].contexts[0].split() == f"Sit: {context}".split()
     assert "rebuilt from ctx" in split.source
     official = read(HELLASWAG, write_lines(tmp_path / "b.jsonl", [SCENE]))
-    assert "rebuilt" not in official.source
+    assert "rebuilt" not in official.source and "endings" not in official.source
+
+
+def test_endings_of_which_nothing_is_left_are_counted(tmp_path):
+    lines = [SCENE, {**SCENE, "endings": ["a", "[step] "]}, {**SCENE, "endings": ["[a]", "[b] [c]"]}]
+    split = read(HELLASWAG, write_lines(tmp_path / "a.jsonl", lines))
+    assert "3 endings are marks in square brackets alone" in split.source
 
 
 def test_files_are_found_by_their_official_names(tmp_path):
@@ -222,7 +237,23 @@ def test_files_are_found_by_their_official_names(tmp_path):
         open_text(WINOGRANDE, "train", folder=tmp_path)
     write_lines(tmp_path / "train_s.jsonl", [SENTENCE])
     write_lines(tmp_path / "train_m.jsonl", [SENTENCE, SENTENCE])
-    assert len(open_text(WINOGRANDE, "train", folder=tmp_path).examples) == 2
+    split = open_text(WINOGRANDE, "train", folder=tmp_path)
+    assert len(split.examples) == 2 and "train_m.jsonl (not used: train_s.jsonl beside it)" in split.source
+
+
+def test_a_file_of_ones_own_that_is_not_used_is_named(tmp_path):
+    for name in ("test", "val"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": "a b"}])
+    assert "test.jsonl (not used: val.jsonl beside it)" in open_text(OWN, "test", folder=tmp_path).source
+    (tmp_path / "test.jsonl").unlink()
+    assert "not used" not in open_text(OWN, "test", folder=tmp_path).source
+
+
+def test_a_cell_that_is_too_long_for_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "a" * 140_000 + "\n")
+    with pytest.raises(DatasetError, match=r"a\.csv, line 2 has a cell of more than 131,072 .*JSON Lines"):
+        read(OWN, path)
 
 
 def test_without_files_the_hub_is_asked_or_the_files_are_named(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -70,6 +71,7 @@ def test_a_run_leaves_a_report_an_adapter_and_the_best_epoch_by_accuracy(tmp_pat
     best = max(report.history, key=lambda epoch: epoch["acc"])
     assert report.best_scores["acc"] == best["acc"]
     assert report.speed().endswith(" tok/s")
+    assert set(report.versions) == {"vimtune", "python", "torch", "transformers", "tokenizers"}
 
 
 def test_weights_of_a_file_in_bf16_are_trained_in_fp32(tmp_path):
@@ -157,9 +159,14 @@ def test_a_wrong_recipe_is_refused_before_anything_is_opened(task, changes, expe
         ("arc_easy", {"train_file": "one"}, "two examples at least"),
         ("arc_easy", {"train_file": "wrong"}, r"line 3 .*answerKey: expected one of the labels A, B, C"),
         ("arc_easy", {"peft": "linear"}, "would train nothing"),
+        ("arc_easy", {"model": "nobody/nothing"}, "language model 'nobody/nothing' could not be downloaded"),
+        ("arc_easy", {"checkpoint": "no.bin"}, r"no\.bin.*(not a file|does not exist)"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_no_folder_is_left(task, changes, expected, tmp_path, capsys):
+def test_what_does_not_fit_is_one_line_and_no_folder_is_left(
+    task, changes, expected, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     files = {
         "empty": tmp_path / "empty",
         "prompted": tmp_path / "prompted.jsonl",
@@ -189,3 +196,10 @@ def test_cut_sequences_are_counted_in_the_report(tmp_path):
     report = train(recipe("arc_easy", tmp_path, max_length=16))
     assert "9 sequences longer than 16 tokens have lost their beginning" in report.data["train"]
     assert json.loads((tmp_path / "run" / "report.json").read_text())["data"] == report.data
+
+
+def test_gradient_checkpointing_warns_of_nothing(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        job = open_job(recipe("arc_easy", tmp_path, grad_checkpointing=True))
+    assert job.model.backbone.gradient_checkpointing or job.model.backbone.layers[0].gradient_checkpointing

@@ -15,6 +15,8 @@ from vimtune.text import quote
 
 def _example(question: str, texts: list[str], labels: list[str], key: str) -> Example:
     """The example of a question whose answers `texts` have these labels."""
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"label: expected each label once (found {quote(twice[0])} twice)")
     if key not in labels:
         raise ValueError(f"answerKey: expected one of the labels {', '.join(labels)} (found {quote(key)})")
     return Example.question(f"Question: {question}\nAnswer:", texts, labels.index(key))

@@ -79,14 +79,21 @@ def _read(line: Line) -> Example:
 
 
 def _note(lines: list[Line]) -> str:
-    """What is to be said of a file that has not the official form."""
+    """What is to be said of a file: that it has not the official form, that texts are empty.
+
+    The harness scores an ending of which nothing is left, so it is no mistake of the file.
+    """
     rebuilt = sum(line.has("ctx") and not line.has("ctx_a") for line in lines)
-    if not rebuilt:
-        return ""
-    return (
-        f"ctx_a and ctx_b of {rebuilt:,} lines are rebuilt from ctx (the part after its last whole sentence "
-        "is ctx_b), so scores may differ a little from those of the official file"
-    )
+    blank = sum(not clean(ending).strip() for line in lines for ending in line.field("endings"))
+    notes = []
+    if rebuilt:
+        notes.append(
+            f"ctx_a and ctx_b of {rebuilt:,} lines are rebuilt from ctx (the part after its last whole "
+            "sentence is ctx_b), so scores may differ a little from those of the official file"
+        )
+    if blank:
+        notes.append(f"{blank:,} endings are marks in square brackets alone, so nothing is left of them")
+    return "; ".join(notes)
 
 
 HELLASWAG = TextFormat(

@@ -133,7 +133,7 @@ def _objects(texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
     """The entries of JSON Lines; lines with nothing in them are passed over."""
     for place, text in texts:
         if text.strip():
-            yield Line(place, parse_json(text, place, DatasetError))
+            yield Line(place, parse_json(text.rstrip("\r\n"), place, DatasetError))
 
 
 def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
@@ -146,6 +146,12 @@ def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
         try:
             row = next(reader, None)
         except csv.Error as error:
+            if "field limit" in str(error):
+                limit = csv.field_size_limit()
+                raise DatasetError(
+                    f"{place} has a cell of more than {limit:,} characters, the most that is read of CSV: "
+                    "shorten it, or write the texts as JSON Lines (.jsonl)"
+                ) from None
             raise DatasetError(f"{place} is not CSV: {error}") from None
         begin = reader.line_num + 1
         if row is None:

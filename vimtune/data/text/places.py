@@ -167,20 +167,20 @@ def open_text(
         DatasetError: a file that cannot be read, or a line that is wrong.
     """
     if file is not None:
-        found = Path(file)
+        found, unused = Path(file), ""
     elif folder is not None:
-        found = _find(form, split, Path(folder))
+        found, *others = _find(form, split, Path(folder))
+        unused = f" (not used: {', '.join(other.name for other in others)} beside it)" if others else ""
     else:
         return form.split(split, *_from_hub(form, split, download), classes=classes)
     lines = form.complete(found, read_lines(found))
-    return form.split(split, lines, printable(str(found)), classes)
+    return form.split(split, lines, printable(str(found)) + unused, classes)
 
 
-def _find(form: TextFormat, split: str, folder: Path) -> Path:
-    """The file of a split in a folder."""
-    for name in form.files[split]:
-        if (folder / name).is_file():
-            return folder / name
+def _find(form: TextFormat, split: str, folder: Path) -> list[Path]:
+    """The files of a split in a folder, of which the first is the one to use."""
+    if found := [folder / name for name in form.files[split] if (folder / name).is_file()]:
+        return found
     raise MissingSplitError(
         f"{form.name}: {printable(str(folder))} has no file of the split {split!r}: expected "
         f"{' or '.join(form.files[split])}, or the file itself as {split}_file"

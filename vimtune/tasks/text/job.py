@@ -11,13 +11,12 @@ from torch import Tensor
 
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, open_text, split_off
-from vimtune.language import check_tokenizer, load_tokenizer
 from vimtune.recipe import Recipe
 from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
 from vimtune.tasks.text.batches import TextBatches
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.lengths import MOST_SHAPES
-from vimtune.tasks.text.models import build_model
+from vimtune.tasks.text.models import build_model, open_tokenizer, readers_of
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
 from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer
 from vimtune.training.distributed import Processes
@@ -61,9 +60,8 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
         train, val, test = open_splits(task, data)
     head = head_of(task, train)
     with processes.main_first():  # may download weights
-        tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
         model = build_model(recipe, backbone, head.outputs, task.pooling)
-    check_tokenizer(tokenizer, model)
+        tokenizer = open_tokenizer(backbone, model)
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
     training, usual_count = loaders.training(train)
     selection = loaders.scoring(val)
@@ -75,6 +73,7 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
         final=selection if test is None else loaders.scoring(test),
         usual_count=usual_count,
         outputs=outputs,
+        readers=readers_of(tokenizer),
         # A model without a head chooses among the same classes whenever it is used.
         saved_with_adapter=dict(outputs or ({"classes": list(train.classes)} if train.classes else {})),
         head=head,

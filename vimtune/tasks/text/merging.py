@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import vimtune
-from vimtune.language import check_tokenizer, load_tokenizer
+from vimtune.adapters import read_adapter_info
 from vimtune.ops import use_backend
 from vimtune.origin import load_trained
 from vimtune.output import write_folder
 from vimtune.tasks.merging import Merged, prove
 from vimtune.tasks.text.job import settings_of
-from vimtune.tasks.text.models import language_model
+from vimtune.tasks.text.models import language_model, open_tokenizer
 from vimtune.tasks.text.predictor import recipe_for
 from vimtune.text import quote
 
@@ -56,9 +56,8 @@ def merge_texts(
         )
     recipe = recipe_for(task, adapter, base)
     _, backbone = settings_of(recipe)
-    tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
     model = language_model(recipe, backbone)
-    check_tokenizer(tokenizer, model)
+    tokenizer = open_tokenizer(backbone, model, read_adapter_info(adapter), force)
     load_trained(model, adapter, force)
     model = model.to(device).eval()
     generator = torch.Generator().manual_seed(0)

@@ -12,10 +12,19 @@ import torch
 from torch import Tensor, nn
 
 import vimtune
-from vimtune.adapters import share_sources
-from vimtune.language import create_language_model, pooled_classifier, sequence_losses
+from vimtune.adapters import AdapterInfo, share_sources
+from vimtune.language import (
+    check_tokenizer,
+    create_language_model,
+    load_tokenizer,
+    pooled_classifier,
+    sequence_losses,
+    tokenizer_digest,
+)
 from vimtune.recipe import Recipe
+from vimtune.tasks.job import READERS
 from vimtune.tasks.text.settings import LanguageModelSettings
+from vimtune.text import quote
 from vimtune.training.settings import derive_seed
 
 Pooling = Literal["last", "mean"]
@@ -68,6 +77,39 @@ def build_model(
     return model
 
 
+def open_tokenizer(
+    settings: LanguageModelSettings, model: nn.Module, info: AdapterInfo | None = None, force: bool = False
+) -> Any:
+    """The tokenizer with which a model reads texts.
+
+    It comes after the model, so that a model that is not there is not taken for a tokenizer that is not.
+
+    Args:
+        settings: those of the language model.
+        model: a model of this module, or a language model of transformers.
+        info: what the file of the adapter says that is to be used with it, if any.
+        force: take it although that adapter was trained with another one.
+
+    Raises:
+        ValueError: there is none, or it belongs to another model or another adapter.
+    """
+    name = settings.tokenizer or settings.model
+    tokenizer = load_tokenizer(name)
+    check_tokenizer(tokenizer, model)
+    known = {} if info is None else info.extra.get(READERS, {})  # files of earlier versions do not tell
+    if known and known != readers_of(tokenizer) and not force:
+        raise ValueError(
+            f"the adapter was trained with another tokenizer than {quote(name)} is now, so its tokens mean "
+            "something else here: give the tokenizer of its run with --tokenizer, or --force"
+        )
+    return tokenizer
+
+
+def readers_of(tokenizer: Any) -> dict[str, str]:
+    """The `readers` of a job whose texts a tokenizer reads."""
+    return {"tokenizer": tokenizer_digest(tokenizer)}
+
+
 def build_base(
     recipe: Recipe, settings: LanguageModelSettings, outputs: int | None, pooling: Pooling
 ) -> nn.Module:
@@ -93,5 +135,8 @@ def language_model(recipe: Recipe, settings: LanguageModelSettings) -> Any:
 
         load_weights(model, Path(settings.checkpoint))
     if recipe.optimisation.grad_checkpointing:
-        model.gradient_checkpointing_enable()
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable()
+        else:  # its name in older versions of transformers, of which newer ones warn
+            model.gradient_checkpointing_enable()
     return model

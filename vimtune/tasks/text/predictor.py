@@ -17,7 +17,6 @@ import torch
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.data.text import Example, Line, TextFormat
 from vimtune.fields import options_of
-from vimtune.language import check_tokenizer, load_tokenizer
 from vimtune.ops import use_backend
 from vimtune.origin import load_trained, recipe_of_adapter
 from vimtune.recipe import Recipe, load_recipe
@@ -26,7 +25,7 @@ from vimtune.tasks.components import PredictOptions
 from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.job import settings_of
-from vimtune.tasks.text.models import build_base, language_model
+from vimtune.tasks.text.models import build_base, language_model, open_tokenizer
 from vimtune.tasks.text.settings import LanguageModelSettings, TextPredictOptions
 from vimtune.tasks.text.tokens import Encoder
 from vimtune.text import quote
@@ -191,7 +190,6 @@ def open_predictor(
     info = read_adapter_info(adapter)
     recipe = recipe_for(task, adapter, base)
     data, backbone = settings_of(recipe)
-    tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
     completes = task.form.is_completed(info.classes)
     if completes and task.head == "classifier":
         raise AdapterFileError(f"{quote(str(adapter))} does not name the classes of its head")
@@ -200,7 +198,7 @@ def open_predictor(
         model: Any = language_model(recipe, backbone)
     else:
         model = build_base(recipe, backbone, head.outputs, task.pooling)
-    check_tokenizer(tokenizer, model)
+    tokenizer = open_tokenizer(backbone, model, info, force)
     load_trained(model, adapter, force)
     shared: dict[str, Any] = {
         "model": model.to(device).eval(),

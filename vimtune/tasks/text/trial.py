@@ -11,11 +11,10 @@ import vimtune
 from vimtune.adapters import read_adapter_info
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, open_text
-from vimtune.language import check_tokenizer, load_tokenizer
 from vimtune.recipe import Recipe
 from vimtune.tasks.job import Evaluation, Trial
 from vimtune.tasks.text.job import Loaders, head_of, open_splits, open_test, settings_of
-from vimtune.tasks.text.models import build_base
+from vimtune.tasks.text.models import build_base, open_tokenizer
 from vimtune.tasks.text.scoring import TextEvaluation
 from vimtune.tasks.text.settings import TextDataSettings
 from vimtune.training.distributed import Processes
@@ -59,9 +58,8 @@ def open_trial(
         raise ValueError("head = 'classifier' is trained with an adapter: give its file with --adapter")
     texts = _open(task, data, split, (info and info.classes) or None)
     head = head_of(task, texts)
-    tokenizer = load_tokenizer(backbone.tokenizer or backbone.model)
     model = build_base(recipe, backbone, head.outputs, task.pooling)
-    check_tokenizer(tokenizer, model)
+    tokenizer = open_tokenizer(backbone, model, info, force)
     if adapter is not None:
         vimtune.load_adapter(model, adapter, force=force)
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
