@@ -157,9 +157,8 @@ def parse_json(text: str | None, what: str, error: type[ValueError] = ValueError
 def json_failure(failure: ValueError) -> str:
     """Why a text is no JSON, from what Python's parser says."""
     if isinstance(failure, json.JSONDecodeError) and "\n" not in failure.doc:
-        return (
-            f"{failure.msg} (column {failure.colno})"  # The text is a line of a file, whose number is known.
-        )
+        # Such a text is a line of a file, whose number there the reader knows.
+        return f"{failure.msg} (column {failure.colno})"
     if "set_int_max_str_digits" in str(failure):
         return f"a whole number has more than {sys.get_int_max_str_digits():,} digits"
     return str(failure)

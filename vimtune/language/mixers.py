@@ -241,15 +241,30 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
             ValueError: conv1d is of a class of somebody else, see `require_plain`.
         """
         require_plain(self, "conv1d", nn.Conv1d.forward)
-        norm_is_read = may_be_read(self.norm, MambaRMSNormGated.forward)
         weights, options = self.weights(), self.options()
-        if cache is None and norm_is_read:
+        if not may_be_read(self.norm, MambaRMSNormGated.forward):
+            z, xBC, dt = split_projected(projected, weights)
+            return self.norm(self._scan_ungated(xBC, dt, weights, options, cache, mask), z)
+        if cache is None:
             return ssd_mixer(projected, weights, options, mask, self.backend)
         if mask is None and (places := states_of_a_step(self, cache, projected)) is not None:
             step = ssd_mixer_step(projected[:, 0], *places, weights, options, self.backend)
             if step is not None:
                 return step[:, None]
         z, xBC, dt = split_projected(projected, weights)
+        y = self._scan_ungated(xBC, dt, weights, options, cache, mask)
+        return gated_rms_norm(y, z, weights.norm_weight, options.norm_groups, options.eps)
+
+    def _scan_ungated(
+        self,
+        xBC: Tensor,
+        dt: Tensor,
+        weights: SsdWeights,
+        options: SsdMixerOptions,
+        cache: Cache | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """What the gated norm sees, (B, L, E); `xBC` (B, L, E + 2 G N) and `dt` (B, L, H) come from in_proj."""
         inputs = scan_inputs(convolve(self, xBC, cache, mask), dt, weights, options, mask)
         x, steps, A, B, C, D, _, _ = inputs
         state = None if cache is None else state_before(self, cache)
@@ -261,10 +276,7 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
             y, state = ssd(x, steps, A, B, C, D, None, *AS_GIVEN, state, self.backend)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
-        y = y.flatten(2)
-        if not norm_is_read:
-            return self.norm(y, z)
-        return gated_rms_norm(y, z, weights.norm_weight, options.norm_groups, options.eps)
+        return y.flatten(2)
 
     def weights(self) -> SsdWeights:
         """The weights between the projections, as adapters have them."""

@@ -79,9 +79,9 @@ def _read(line: Line) -> Example:
 
 
 def _note(lines: list[Line]) -> str:
-    """What is to be said of a file: that it has not the official form, that texts are empty.
+    """What is to be said of a file: that it has not the official form, or endings of which nothing is left.
 
-    The harness scores an ending of which nothing is left, so it is no mistake of the file.
+    The harness scores such an ending, too, so that it is not refused.
     """
     rebuilt = sum(line.has("ctx") and not line.has("ctx_a") for line in lines)
     blank = sum(not clean(ending).strip() for line in lines for ending in line.field("endings"))

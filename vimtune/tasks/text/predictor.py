@@ -198,8 +198,8 @@ def open_predictor(
         model: Any = language_model(recipe, backbone)
     else:
         model = build_base(recipe, backbone, head.outputs, task.pooling)
-    tokenizer = open_tokenizer(backbone, model, info, force)
     load_trained(model, adapter, force)
+    tokenizer = open_tokenizer(backbone, model, info, force)
     shared: dict[str, Any] = {
         "model": model.to(device).eval(),
         "tokenizer": tokenizer,

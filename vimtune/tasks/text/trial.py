@@ -59,9 +59,9 @@ def open_trial(
     texts = _open(task, data, split, (info and info.classes) or None)
     head = head_of(task, texts)
     model = build_base(recipe, backbone, head.outputs, task.pooling)
-    tokenizer = open_tokenizer(backbone, model, info, force)
     if adapter is not None:
         vimtune.load_adapter(model, adapter, force=force)
+    tokenizer = open_tokenizer(backbone, model, info, force)
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
     loader = loaders.scoring(texts)
     return TextTrial(model.to(processes.device), loader, loaders.tallies[texts.name](), texts)
