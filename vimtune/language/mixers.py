@@ -264,7 +264,7 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
         cache: Cache | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """What the gated norm sees, (B, L, E); `xBC` (B, L, E + 2 G N) and `dt` (B, L, H) come from in_proj."""
+        """What the gated norm sees, (B, L, E), of `xBC` (B, L, E + 2 G N) and `dt` (B, L, H) from in_proj."""
         inputs = scan_inputs(convolve(self, xBC, cache, mask), dt, weights, options, mask)
         x, steps, A, B, C, D, _, _ = inputs
         state = None if cache is None else state_before(self, cache)
