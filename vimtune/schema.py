@@ -103,7 +103,7 @@ def _by_place(problems: Iterable[Any], values: Any) -> dict[str, list[Any]]:
     for problem in problems:
         kept, inner, last = [], values, problem["loc"][-1:]
         for part in problem["loc"]:
-            indexed = isinstance(inner, list) and isinstance(part, int)
+            indexed = isinstance(inner, list) and isinstance(part, int) and part < len(inner)
             if indexed or (isinstance(inner, dict) and part in inner):
                 inner = inner[part]
             elif part != "[key]" and not (problem["type"] == "missing" and (part,) == last):
