@@ -230,7 +230,7 @@ def test_every_model_states_its_options_and_is_created_again_from_them(name):
         {"num_classes": 2.5}, {"global_pool": "max"}, {"depth": 0}, {"d_state": 0}, {"d_conv": None},
         {"expand": 1.5}, {"dt_rank": 0}, {"drop_rate": 1.0}, {"drop_rate": float("nan")},
         {"pos_drop_rate": -0.1}, {"drop_path_rate": True}, {"drop_path_rate": "0.1"}, {"backend": None},
-        {"depth": 10**40}, {"embed_dim": object()},
+        {"depth": 10**40}, {"embed_dim": object},
     ],
     ids=str,
 )  # fmt: skip
