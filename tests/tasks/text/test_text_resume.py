@@ -7,6 +7,9 @@ import random
 
 import pytest
 import torch
+
+pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+
 from interruption import interrupt_at
 from text_files import ARC, write_lines
 from text_runs import SETTINGS
