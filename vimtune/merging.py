@@ -15,7 +15,7 @@ from vimtune import parsers
 from vimtune.adapters import read_adapter_info
 from vimtune.console import build_console, print_line
 from vimtune.merged import is_merged_file
-from vimtune.origin import adapter_path
+from vimtune.origin import adapter_path, given_base
 from vimtune.predict import task_of
 from vimtune.tasks.merging import Merged
 from vimtune.text import quote
@@ -54,13 +54,8 @@ def merge_to_file(
     if is_merged_file(path):
         raise ValueError(f"{quote(str(path))} is merged already: there is no adapter in it")
     task = task_of(read_adapter_info(path))
-    base: dict[str, Any] = {
-        "checkpoint": None if checkpoint is None else Path(parsers.path(checkpoint)),
-        "model": model,
-        "tokenizer": tokenizer,
-    }
-    given = {name: value for name, value in base.items() if value is not None}
-    return task.merge(path, Path(parsers.path(output)), given, resolve_device(device), backend, force)
+    base = given_base(checkpoint, model, tokenizer)
+    return task.merge(path, Path(parsers.path(output)), base, resolve_device(device), backend, force)
 
 
 def run_merge(

@@ -57,6 +57,19 @@ class Origin:
         return check(cls, recipe, "the recipe in the adapter file", AdapterFileError)
 
 
+def given_base(
+    checkpoint: str | os.PathLike[str] | None = None, model: str | None = None, tokenizer: str | None = None
+) -> dict[str, Any]:
+    """Where a user says that the base weights of an adapter are now, by keys of the recipe; what is None is
+    left out."""
+    base = {
+        "checkpoint": None if checkpoint is None else Path(parsers.path(checkpoint)),
+        "model": model,
+        "tokenizer": tokenizer,
+    }
+    return {name: value for name, value in base.items() if value is not None}
+
+
 def find_base(path: Path, info: AdapterInfo) -> Path | None:
     """The file of base weights that the adapter `path` was trained on; None if they came from no file.
 

@@ -16,12 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vimtune import parsers
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.console import build_console, print_line
 from vimtune.fields import not_an_option, options_of
 from vimtune.merged import is_merged_file
-from vimtune.origin import adapter_path
+from vimtune.origin import adapter_path, given_base
 from vimtune.output import check_output
 from vimtune.recipe import TASK
 from vimtune.results import FORMATS, Answer, print_answers, write_answers
@@ -84,13 +83,9 @@ def load_predictor(
             do not fit together, or a device or backend that is not there.
     """
     path = adapter_path(adapter)
-    base = {
-        "checkpoint": None if checkpoint is None else Path(parsers.path(checkpoint)),
-        "model": model,
-        "tokenizer": tokenizer,
-    }
+    base = given_base(checkpoint, model, tokenizer)
     task, _ = _task_and_classes(path)
-    return _open(task, path, base, device, backend, force)
+    return task.open_predictor(path, base, resolve_device(device), backend, force)
 
 
 def _task_and_classes(path: Path) -> tuple[Task, list[str]]:
@@ -99,14 +94,6 @@ def _task_and_classes(path: Path) -> tuple[Task, list[str]]:
         return TASKS.get(TASK.default)(), []
     info = read_adapter_info(path)
     return task_of(info), info.classes
-
-
-def _open(
-    task: Task, path: Path, base: Mapping[str, Any], device: str, backend: str, force: bool
-) -> Predictor:
-    """The predictor of a task; of `base` the values that are not None."""
-    given = {name: value for name, value in base.items() if value is not None}
-    return task.open_predictor(path, given, resolve_device(device), backend, force)
 
 
 def run_predict(
@@ -145,7 +132,7 @@ def run_predict(
     task, classes = _task_and_classes(path)
     chosen = _options_of(task, options)
     asked = task.read_inputs(inputs, classes)
-    predictor = _open(task, path, base, device, backend, force)
+    predictor = task.open_predictor(path, given_base(**base), resolve_device(device), backend, force)
     left_out: list[LeftOut] = []
     answers: list[Answer] = []
     try:

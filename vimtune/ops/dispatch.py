@@ -278,12 +278,29 @@ def find_backend(kind: type[Kernels[Inputs]], name: str, device: torch.device, i
         ValueError: unknown name.
         BackendUnavailable: `name` is not "auto", and this backend cannot run on `device`.
     """
+    found = _first_offer(kind, name, device, inputs)
+    return "" if found is None else found[0]
+
+
+def find_offered(kind: type[K], name: str, device: torch.device, inputs: tuple[Any, ...]) -> K | None:
+    """The kernels that compute an operation, or None where it has to be composed of others.
+
+    Arguments and errors are those of `find_backend`.
+    """
+    found = _first_offer(kind, name, device, inputs)
+    return None if found is None else cast(K, found[1])
+
+
+def _first_offer(
+    kind: type[Kernels[Any]], name: str, device: torch.device, inputs: Any
+) -> tuple[str, Kernels[Any]] | None:
+    """Name and kernels of the first backend that takes the tensors of `find_backend`."""
     operation = kind.operation
     for each in candidates(operation, chosen_backend(name), device, name != AUTO):
         for kernels in _KERNELS[each, operation]:
             if not kernels.refusals(inputs):
-                return each
-    return ""
+                return each, kernels
+    return None
 
 
 def find_kernels(kind: type[K], name: str, device: torch.device, inputs: tuple[Any, ...]) -> tuple[str, K]:

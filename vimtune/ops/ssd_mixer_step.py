@@ -9,13 +9,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from vimtune.ops.backend import Kernels
-from vimtune.ops.dispatch import find_backend, find_kernels
-from vimtune.ops.mixer import is_trained
+from vimtune.ops.dispatch import find_offered
 from vimtune.ops.ssd_mixer import SsdMixerOptions, SsdWeights
+from vimtune.ops.step import is_composed
 
 
 class SsdStepInputs(NamedTuple):
@@ -67,10 +66,8 @@ def ssd_mixer_step(
     Raises:
         BackendUnavailable: `backend` names one that cannot run here.
     """
-    composed = torch.compiler.is_compiling() or is_trained(projected, recent, state, *weights)
-    if composed or projected.numel() == 0 or not (recent.is_contiguous() and state.is_contiguous()):
+    if is_composed(projected, recent, state, *weights):
         return None
     inputs = SsdStepInputs(projected.contiguous(), recent, state, weights, options)
-    if not find_backend(SsdStepKernels, backend, projected.device, inputs):
-        return None
-    return find_kernels(SsdStepKernels, backend, projected.device, inputs)[1].forward(inputs)
+    kernels = find_offered(SsdStepKernels, backend, projected.device, inputs)
+    return None if kernels is None else kernels.forward(inputs)

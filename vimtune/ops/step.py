@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vimtune.ops.backend import Kernels
-from vimtune.ops.dispatch import find_backend, find_kernels
+from vimtune.ops.dispatch import find_offered
 from vimtune.ops.mixer import DirectionWeights, is_trained
 
 
@@ -63,10 +63,16 @@ def causal_step(
     Raises:
         BackendUnavailable: `backend` names one that cannot run here.
     """
-    composed = torch.compiler.is_compiling() or is_trained(xz, recent, state, *weights)
-    if composed or xz.numel() == 0 or not (recent.is_contiguous() and state.is_contiguous()):
+    if is_composed(xz, recent, state, *weights):
         return None
     inputs = StepInputs(xz.contiguous(), recent, state, weights)
-    if not find_backend(StepKernels, backend, xz.device, inputs):
-        return None
-    return find_kernels(StepKernels, backend, xz.device, inputs)[1].forward(inputs)
+    kernels = find_offered(StepKernels, backend, xz.device, inputs)
+    return None if kernels is None else kernels.forward(inputs)
+
+
+def is_composed(projected: Tensor, recent: Tensor, state: Tensor, *weights: Tensor | None) -> bool:
+    """Whether a token has to be computed by small operations, whatever kernels there are; the arguments are
+    those of `causal_step`."""
+    if torch.compiler.is_compiling() or is_trained(projected, recent, state, *weights):
+        return True
+    return projected.numel() == 0 or not (recent.is_contiguous() and state.is_contiguous())

@@ -14,11 +14,11 @@ pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5
 
 from vimtune.data.text import ARC_CHALLENGE, ARC_EASY, WINOGRANDE, Example, open_text
 from vimtune.language import create_language_model, pooled_classifier
+from vimtune.ops.cross_entropy import IGNORED
 from vimtune.tasks.text.batches import Size, TextBatches, collate
 from vimtune.tasks.text.heads import ClassHead, LikelihoodHead, RatingHead
 from vimtune.tasks.text.lengths import FEW_BATCHES, MOST_PADDING, MOST_SHAPES, group_by_length
 from vimtune.tasks.text.models import SequenceScorer
-from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
 
 

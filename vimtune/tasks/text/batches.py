@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from vimtune.ops.cross_entropy import IGNORED
 from vimtune.tasks.job import Batch, Loader, Tensors
 from vimtune.tasks.text.lengths import Group, group_by_length
-from vimtune.tasks.text.scoring import IGNORED
 from vimtune.tasks.text.tokens import Item, Row
 
 EMPTY = Row((0,), scored=0, slot=-1)

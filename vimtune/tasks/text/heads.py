@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vimtune.data.text import Example
+from vimtune.ops.cross_entropy import IGNORED
 from vimtune.tasks.job import Batch, Forward, Tensors
 from vimtune.tasks.text.batches import AS_IT_IS, Size, collate
 from vimtune.tasks.text.scoring import (
-    IGNORED,
     ChoiceTally,
     HeadTally,
     LikelihoodTally,

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from vimtune.data.text import Example
+from vimtune.ops.cross_entropy import IGNORED
 from vimtune.tasks.job import Evaluation, Forward, Tally, Tensors
 from vimtune.tasks.text.tokens import slots_of
-
-IGNORED = -100
-"""Label of a token that is not predicted, as in transformers."""
 
 
 def row_losses(forward: Forward, tensors: Tensors) -> Tensor:
