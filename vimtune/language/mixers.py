@@ -253,7 +253,8 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
                 return step[:, None]
         z, xBC, dt = split_projected(projected, weights)
         y = self._scan_ungated(xBC, dt, weights, options, cache, mask)
-        return gated_rms_norm(y, z, weights.norm_weight, options.norm_groups, options.eps)
+        norm = options.norm_groups, options.eps, self.backend
+        return gated_rms_norm(y, z, weights.norm_weight, *norm)
 
     def _scan_ungated(
         self,
