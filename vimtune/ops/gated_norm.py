@@ -118,7 +118,7 @@ def find_norm(backend: str, inputs: GatedNormInputs) -> str:
 def norm_gradients(
     grad: Tensor, inputs: GatedNormInputs, groups: int, eps: float, need_weight: bool, backend: str
 ) -> Gradients:
-    """Gradients of the inputs of a gated norm by the kernels of a backend; see `GatedNormKernels.backward`."""
+    """Gradients of the inputs of a gated norm by a backend; see `GatedNormKernels.backward`."""
     inputs = _laid_out(inputs)
     _, kernels = find_kernels(GatedNormKernels, backend, grad.device, inputs)
     return kernels.backward(grad.contiguous(), inputs, groups, eps, need_weight)
