@@ -20,7 +20,7 @@ class Strong(LoRA):
     """Options of the Strong baseline, which are those of LoRA."""
 
     summary = "LoRA on in_proj, out_proj and all x_proj, on embeddings of tokens (Halloran et al. 2024)"
-    default_targets = ("in_proj", "out_proj", "x_proj", "x_proj_b", "embeddings")
+    default_targets = ("in_proj", "out_proj", "x_proj", "embeddings")
 
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
