@@ -14,7 +14,7 @@ from torch import nn
 
 from vimtune.adapters.declarations import RowsByName, declaration_of
 from vimtune.adapters.slots import CALL, base_parameters, is_factor, join, rule_prefixes
-from vimtune.adapters.targets import resolve_targets
+from vimtune.adapters.targets import Target, resolve_targets
 from vimtune.text import quote
 
 _PATH = re.compile(r"(?P<place>[^\[\]()]+)(?:\[(?P<rows>[^\[\]()|,]+)\]|(?P<call>\(\)))?")
@@ -95,6 +95,15 @@ class Points:
         rule for it may also add to the layer's output."""
         layer, _, name = parameter.rpartition(".")
         return name == "weight" and layer + CALL in self.calls
+
+    def has(self, target: str) -> bool:
+        """Whether a target names a parameter or a call of the model.
+
+        Raises:
+            ValueError: no target.
+        """
+        selects = Target.parse(target).selects
+        return any(selects(path) for path in (*self.parameters, *self.calls))
 
     def resolve(self, targets: str | Sequence[str], layers: Sequence[int] | None = None) -> list[str]:
         """Paths of the points that targets stand for; see `vimtune.adapters.targets`.

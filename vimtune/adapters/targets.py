@@ -305,6 +305,12 @@ def short_name(path: str) -> str:
     return short + bracket + rows
 
 
+def is_bias(path: str) -> bool:
+    """Whether a parameter is a bias by its name, as are `dt_bias` and `bias_ih_l0` beside their weights."""
+    name = path.rpartition(".")[2]
+    return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
+
+
 def block_index(path: str) -> int | None:
     """Index of the block that a point belongs to: the first number in its path."""
     match = _INDEX.search(path)
