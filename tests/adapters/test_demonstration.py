@@ -1,8 +1,8 @@
 """What an author of methods can write in a few lines, without touching the package.
 
-Seven kinds of methods: tokens around the scan and around the encoder, a branch beside a layer, a sparse
-rule whose mask is a buffer chosen from gradients, more states, a gate with a state that passes from layer to
-layer, and an offset with a weight decay of its own. Each passes the checks of every method, and they compose.
+Five kinds of methods: tokens around the scan and around the encoder, a sparse rule whose mask is a buffer
+chosen from gradients, more states, and a gate with a state that passes from layer to layer. Each passes the
+checks of every method, and they compose.
 """
 
 from __future__ import annotations
@@ -65,18 +65,6 @@ class PromptRule(CallRule):
         return each_tensor(call(torch.cat([prompt, tokens], 1)), lambda x: x[:, prompt.shape[1] :])
 
 
-class ParallelRule(CallRule):
-    """A bottleneck beside a linear layer."""
-
-    def __init__(self, site, rank):
-        super().__init__()
-        self.down = nn.Parameter(site.new_empty(rank, site.owner.in_features).normal_(std=0.1))
-        self.up = nn.Parameter(site.new_empty(site.owner.out_features, rank).zero_())
-
-    def around(self, call, x):
-        return call(x) + F.linear(F.gelu(F.linear(x, self.down)), self.up)
-
-
 class MaskedRule(WeightRule):
     """W' = W + mask * delta."""
 
@@ -130,20 +118,6 @@ class GateRule(CallRule):
         return call(torch.cat([x, z + self.strength.to(z.dtype) * flow[self.path]], -1))
 
 
-class OffsetRule(WeightRule):
-    """W' = W + offset, decayed ten times as strongly as the rest of the run."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.offset = nn.Parameter(torch.zeros_like(weight))
-
-    def effective_weight(self, weight):
-        return weight + self.offset
-
-    def decay(self, tensor, exempt):
-        return 10.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Affix(Method):
     summary = "tokens around the scan"
@@ -162,16 +136,6 @@ class Prompt(Affix):
 
     def build_rule(self, site):
         return PromptRule(site, self.num_tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel(Method):
-    summary = "a bottleneck beside out_proj"
-    default_targets = "out_proj()"
-    rank: int = option(4, "width of the bottleneck")
-
-    def build_rule(self, site):
-        return ParallelRule(site, self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,23 +183,12 @@ class Gate(Method):
         return {site.path: GateRule(site, earlier) for site, earlier in zip(sites, before, strict=False)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Offset(Method):
-    summary = "an offset with ten-fold decay"
-    default_targets = "D,D_b,A_log"
-
-    def build_rule(self, site):
-        return OffsetRule(site.weight)
-
-
 DEMONSTRATED = {
     "demo_affix": Affix,
     "demo_prompt": Prompt,
-    "demo_parallel": Parallel,
     "demo_masked": Masked,
     "demo_states": MoreStates,
     "demo_gate": Gate,
-    "demo_offset": Offset,
 }
 FOUR = "demo_states+lora+demo_affix+demo_prompt"
 OPTIONS = {FOUR: {"rank": 2, "targets": {"lora": "x_proj[B],in_proj[x]"}}}
@@ -250,7 +203,7 @@ def methods(monkeypatch):
 
 
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR, "demo_gate+demo_parallel+demo_offset+demo_masked"])
+@pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR, "demo_gate+parallel_adapter+ssm+demo_masked"])
 def test_every_kind_of_method(method, check):
     check(MethodCase(method, OPTIONS.get(method, {})))
 
@@ -396,22 +349,13 @@ def test_a_mask_is_chosen_once_from_gradients(tmp_path: Path):
 
     settle(model, iter([batch]))
     masks = [rule.mask for rule in model.modules() if isinstance(rule, MaskedRule)]
-    assert len(masks) == 6 and all(0.2 < mask.float().mean() < 0.3 for mask in masks)
+    assert len(masks) == 12 and all(0.2 < mask.float().mean() < 0.3 for mask in masks)
     disturb(model)
     vimtune.save_adapter(model, tmp_path / "masked.safetensors")
     other = build_test_model()
     vimtune.load_adapter(other, tmp_path / "masked.safetensors")
     close(other.eval()(images()), model.eval()(images()), 0)
     close(vimtune.merge(model)(images()), other(images()))
-
-
-def test_each_rule_has_its_own_decay():
-    model = vimtune.inject(build_test_model(), "demo_offset+lora", rank=2)
-    groups = build_optimizer(adapter_parameters(model), lr=1e-2, weight_decay=0.1).param_groups
-    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    for item in adapter_parameters(model):
-        expected = 1.0 if item.name.endswith("offset") else 0.1 if item.parameter.dim() > 1 else 0.0
-        assert decay[id(item.parameter)] == pytest.approx(expected), item.name
 
 
 @pytest.mark.gpu

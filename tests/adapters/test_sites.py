@@ -106,7 +106,9 @@ def test_targets_and_layers_by_method(model):
     assert record.targets == {"lora": "both", "ft": ["A_log", "D"]} and record.layers == {"lora": [0]}
     assert record.sites == {
         "lora": ["layers.0.mixer.in_proj.weight", "layers.0.mixer.out_proj.weight"],
-        "ft": [f"layers.{layer}.mixer.{name}" for layer in (0, 1) for name in ("A_log", "D")],
+        "ft": [
+            f"layers.{layer}.mixer.{name}" for layer in (0, 1) for name in ("A_log", "D", "A_b_log", "D_b")
+        ],
     }
     disturb(model)(images()).sum().backward()
     check_gradients(model)

@@ -14,7 +14,7 @@ from vimtune.fields import options_of
 from vimtune.methods import METHODS
 from vimtune.testing.methods import disturb
 
-SMALL = {"rank": 2, "block_size": 4}
+SMALL = {"rank": 2, "block_size": 4, "dropout": 0.0}
 PLACES = {
     "mamba": [
         ("lora", "in_proj"),
@@ -51,7 +51,13 @@ PLACES = {
         ("ft", "embeddings"),
     ],
 }
-DEFAULTS = [(name, None) for name in METHODS if not METHODS.get(name).trains_head_only]
+VISION_ONLY = {"cls_token_tuning", "pos_embed_tuning"}  # They act on what language models do not have.
+OF_CALLS = {"parallel_adapter"}  # They surround calls that the mixers of transformers do not make.
+DEFAULTS = [
+    (name, None)
+    for name in METHODS
+    if not METHODS.get(name).trains_head_only and name not in VISION_ONLY | OF_CALLS
+]
 CASES = [(family, *case) for family in FAMILIES for case in [*DEFAULTS, *PLACES[family]]]
 
 
@@ -101,6 +107,26 @@ def test_alive_in_every_way(family, method, targets, tmp_path):
         # Prefill and both tokens that are decoded alone are others than without the adapter.
         change = (logits - plain).abs().amax((0, 2))
         assert (change[[6, 7, 8]] > 1e-4).all(), f"{way}: {change}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", sorted(OF_CALLS))
+def test_rules_of_calls_are_alive_in_every_way(family, method, tmp_path):
+    slow, model = both_models(family)
+    with torch.no_grad():
+        plain = model(tokens(2, 9)).logits
+    disturb(adapt(model, method, None))
+    vimtune.save_adapter(model, tmp_path / "adapter.safetensors")
+    _, other = both_models(family)
+    vimtune.load_adapter(other, tmp_path / "adapter.safetensors")
+    found = ways(model) | {f"{way}, loaded": logits for way, logits in ways(other).items()}
+    for way, logits in found.items():
+        torch.testing.assert_close(logits, found["evaluation"], rtol=1e-4, atol=2e-5, msg=way)
+        assert ((logits - plain).abs().amax((0, 2))[[6, 7, 8]] > 1e-4).all(), way
+    found["training"].square().mean().backward()
+    check_gradients(model)
+    with pytest.raises(ValueError, match="is no call to adapt"):
+        vimtune.load_adapter(slow, tmp_path / "adapter.safetensors")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,14 +1,15 @@
 """What a module declares to adapters beside its parameters: named rows, calls, weights that are only read,
-and parameters that do not decay.
+parameters that do not decay, and parameters that are copies for a second direction.
 
-A module of this package declares it itself, with `named_rows`, `adapter_calls`, `weight_is_read` and
-`undecayed`. For classes of other packages it stands in one table here, to which `declare` adds.
+A module of this package declares it itself, with `named_rows`, `adapter_calls`, `weight_is_read`,
+`undecayed` and `reverse_copies`. For classes of other packages it stands in one table here, to which
+`declare` adds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -38,6 +39,9 @@ class Declaration:
     """Whether the module computes with sizes of its configuration, so that no parameter in it may grow."""
     undecayed: tuple[str, ...] = ()
     """The module's own parameters that weight decay leaves alone: those for which 0 means nothing special."""
+    reverse_copies: Mapping[str, str] = field(default_factory=dict)
+    """What the reverse direction has for itself, by what it is a copy of, {"A_log": "A_b_log"}: parameters of
+    the module, or modules within it. A target that names the one means the other, too."""
 
 
 _FOREIGN: dict[str, Declaration] = {}
@@ -60,8 +64,9 @@ def declaration_of(module: nn.Module) -> Declaration:
     """What a module offers; nothing if neither its class nor a base of it declares anything."""
     calls = getattr(type(module), "adapter_calls", ())
     named_rows = getattr(type(module), "named_rows", None)
-    if calls or named_rows is not None:
-        return Declaration(_no_rows if named_rows is None else named_rows, calls)
+    copies = getattr(type(module), "reverse_copies", {})
+    if calls or copies or named_rows is not None:
+        return Declaration(_no_rows if named_rows is None else named_rows, calls, reverse_copies=copies)
     return next(_foreign_declarations(module), Declaration())
 
 

@@ -30,6 +30,9 @@ class Rule(nn.Module):
 
     mergeable: ClassVar[bool] = True
     """Whether plain weights can express the rule. If not, `merge` refuses, by the name of the point."""
+    may_be_off: ClassVar[bool] = False
+    """Whether units of the rule may be off for all of some inputs, as behind a relu, so that single entries
+    get no gradient from these."""
 
     def decay(self, tensor: str, exempt: bool) -> float:
         """How strongly weight decay pulls a parameter of this rule to zero.

@@ -188,7 +188,10 @@ def _of(method: Method, value: Any) -> Any:
 
 
 def options_by_site(
-    method: Method, by_target: Mapping[str, Mapping[str, Any]], paths: Sequence[str]
+    method: Method,
+    by_target: Mapping[str, Mapping[str, Any]],
+    paths: Sequence[str],
+    shared_names: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
     """The options that a method has for single targets, by the path of each of its sites.
 
@@ -196,6 +199,7 @@ def options_by_site(
         method: the method, for messages.
         by_target: field -> targets -> value. Of several keys that stand for a site the last one holds.
         paths: the sites of the method.
+        shared_names: as in `Points`.
 
     Raises:
         ValueError: a target that stands for none of the sites.
@@ -205,7 +209,7 @@ def options_by_site(
         for text, value in values.items():
             meant: dict[str, list[str]] = {}
             for target in split_option_targets(text):  # The parts of an alias have one text.
-                chosen = [path for path in paths if target.stands_for(path)]
+                chosen = [path for path in paths if target.stands_for(path, shared_names)]
                 meant[target.text] = meant.get(target.text, []) + chosen
             for part, chosen in meant.items():
                 if not chosen:
@@ -248,7 +252,7 @@ def attach_rules(
             without effect. Some of the rules may be attached then.
     """
     points = Points(model)
-    options = options_by_site(method, by_target, paths)
+    options = options_by_site(method, by_target, paths, points.shared_names)
     sites = [_build_site(points, model, path, options[path]) for path in paths]
     by_path = {site.path: site for site in sites}
     rules = method.build(sites)

@@ -47,6 +47,9 @@ class Method(ABC):
     """One line for `--list`."""
     default_targets: ClassVar[str | tuple[str, ...]] = "both"
     """Where it acts unless the user says otherwise; see `vimtune.adapters.targets`."""
+    skips_absent_targets: ClassVar[bool] = False
+    """Whether those of several `default_targets` are left out that a model does not have, as long as it has
+    one of them: a parameter may have another name, or be missing, from one kind of model to the next."""
     changes_at_start: ClassVar[bool] = False
     """Whether injecting it changes what the model computes before anything is trained, as random prompts
     do."""
@@ -66,7 +69,11 @@ class Method(ABC):
         Raises:
             ValueError: targets or layers that the model does not have, or that the method does not take.
         """
-        return points.resolve(self.default_targets if targets is None else targets, layers)
+        if targets is not None:
+            return points.resolve(targets, layers)
+        default = self.default_targets
+        present = [target for target in default if points.has(target)] if self.skips_absent_targets else []
+        return points.resolve(present or default, layers)
 
     def build(self, sites: Sequence[Site]) -> Mapping[str, Rule]:
         """The rules of the method by the path of their site: for each one what `build_rule` says.
@@ -271,16 +278,28 @@ def check_matrix(method: str, site: Site, rank: int) -> tuple[int, int]:
     reads.
 
     Raises:
-        ValueError: not a matrix, or a rank that is not between 1 and the smaller side.
+        ValueError: not a matrix, or a rank that does not fit it.
     """
     weight = site.weight
     if weight.dim() < 2:
         raise ValueError(f"{method} needs a matrix; {site.path} has shape {tuple(weight.shape)}")
     rows, columns = weight.flatten(1).shape
-    if not 1 <= rank <= min(rows, columns):
-        largest = min(rows, columns)
+    check_rank(site, rows, columns, rank)
+    return rows, columns
+
+
+def check_rank(site: Site, rows: int, columns: int, rank: int) -> None:
+    """Refuse a rank that does not fit a layer of so many outputs and inputs.
+
+    A rank above the smaller side adds nothing but parameters, and yet it is published: MambaPEFT has rank 64
+    for the 12 rows of a time step.
+
+    Raises:
+        ValueError: the rank is not between 1 and the larger side.
+    """
+    largest = max(rows, columns)
+    if not 1 <= rank <= largest:
         raise ValueError(
             f"rank {quote(rank)} does not fit {site.path} of shape {rows} x {columns}: "
             f"expected 1 to {largest}"
         )
-    return rows, columns

@@ -9,6 +9,7 @@ Shape letters: B batch, L tokens, D width, E inner width, N states, R dt rank, K
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,15 @@ class BiMambaMixer(nn.Module):
     undecayed: ClassVar[tuple[str, ...]] = ("A_log", "A_b_log", "D", "D_b")
     """Names of the parameters that weight decay leaves alone: A and D are no factors of a product of
     matrices, and decay would pull them to values that mean nothing."""
+    reverse_copies: ClassVar[Mapping[str, str]] = {
+        "A_log": "A_b_log",
+        "D": "D_b",
+        "conv1d": "conv1d_b",
+        "x_proj": "x_proj_b",
+        "dt_proj": "dt_proj_b",
+    }
+    """What the backward direction has for itself, by what it is a copy of. Targets of adapters that name the
+    one mean both."""
 
     def __init__(
         self,
