@@ -1,0 +1,244 @@
+"""Methods that add tokens, states and terms around the calls of a model, against what their papers say.
+
+The references are dense and slow: one scan after the other, written down from the formulas alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from method_cases import disturb
+from torch import Tensor
+
+import vimtune
+from vimtune.adapters import adapter_parameters
+from vimtune.testing.methods import build_test_inputs, build_test_model, close
+
+# Trained numbers without the head, of Vim-tiny and Vim-small: those of the papers.
+COUNTS = [
+    ("prompt", {"num_tokens": 8}, 1_536, 3_072),
+    ("affix", {"num_tokens": 3}, 55_296, 110_592),
+    ("additional_scan", {"num_states": 6}, 331_776, 663_552),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "tiny", "small"), COUNTS)
+def test_published_counts(method, options, tiny, small):
+    for size, expected in (("tiny", tiny), ("small", small)):
+        with torch.device("meta"):
+            plain = timm.create_model(f"vim_{size}_patch16_224", num_classes=102)
+        for given in (options, {}):  # The published sizes are the defaults.
+            model = vimtune.inject(plain, method, name=f"with_{len(given)}", **given)
+            report = vimtune.summary(model)
+            assert report.trainable - report.head == expected
+
+
+# --- a Vim, written down
+
+
+def scan(xz: Tensor, mixer, suffix: str = "", state: Tensor | None = None, offset: Tensor | None = None):
+    """y of one direction, from the first token to the last: (B, L, 2 E) to (B, L, E).
+
+    `offset` (E, N) is added to the state wherever it is read.
+    """
+    conv, x_proj, dt_proj = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
+    A_log, D = (mixer.A_log, mixer.D) if not suffix else (mixer.A_b_log, mixer.D_b)
+    x, z = xz.chunk(2, -1)
+    u = F.silu(conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
+    states = A_log.shape[1]
+    projected = u @ x_proj.weight.T
+    dt, B, C = projected.split([projected.shape[-1] - 2 * states, states, states], -1)
+    dt = F.softplus(dt @ dt_proj.weight.T + dt_proj.bias)
+    s = torch.zeros(x.shape[0], x.shape[2], states)
+    ys = []
+    for t in range(x.shape[1]):
+        s = torch.exp(dt[:, t, :, None] * -torch.exp(A_log)) * s + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        read = s if offset is None else s + offset
+        ys.append((read * C[:, t, None]).sum(-1) + D * u[:, t])
+    return torch.stack(ys, 1) * F.silu(z)
+
+
+def mix(mixer, xz: Tensor) -> Tensor:
+    """Both directions of a plain mixer."""
+    return (scan(xz, mixer) + scan(xz.flip(1), mixer, "_b").flip(1)) / 2
+
+
+def run(model, tokens: Tensor, mixing=mix, before=None) -> Tensor:
+    """Tokens through the blocks: `before` changes what a block sees, `mixing` is the inside of its mixer."""
+    for index, block in enumerate(model.layers):
+        tokens = tokens if before is None else before(index, tokens)
+        mixer = block.mixer
+        xz = mixer.in_proj(block.norm(tokens))
+        tokens = tokens + mixer.out_proj(mixing(mixer, xz))
+    return tokens
+
+
+def logits(model, tokens: Tensor, cls_position: int) -> Tensor:
+    return model.head(model.norm_f(tokens)[:, cls_position])
+
+
+@pytest.fixture
+def plain():
+    return build_test_model().eval()
+
+
+@pytest.fixture
+def adapted():
+    """A function that gives the test model under a method, its tensors off their start."""
+
+    def adapt(method: str, **options):
+        torch.manual_seed(1)
+        return disturb(vimtune.inject(build_test_model(), method, **options)).eval()
+
+    return adapt
+
+
+def rules_at(model, name: str) -> list:
+    """The rules at calls of this name, in the order of the layers."""
+    found = [path for path, _ in model.named_modules() if path.endswith(f"{name}.default")]
+    return [model.get_submodule(path) for path in found]
+
+
+@pytest.fixture
+def head_of():
+    """The plain model with the head that an adapted one has."""
+
+    def build(model):
+        twin = build_test_model().eval()
+        twin.head.load_state_dict({"weight": model.head.weight, "bias": model.head.bias})
+        return twin
+
+    return build
+
+
+(images,) = build_test_inputs()
+
+
+def test_the_reference_is_a_vim(plain):
+    close(logits(plain, run(plain, plain._embed(images)), plain.cls_position), plain(images))
+
+
+# --- prompt
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 5])
+@pytest.mark.parametrize("hidden", [0, 3])
+def test_prompt(adapted, head_of, num_tokens, hidden):
+    model = adapted("prompt", num_tokens=num_tokens, hidden=hidden)
+    (rule,) = rules_at(model, "encode()")
+    if hidden:
+        down, up = rule.table.hidden.down, rule.table.up
+        P = torch.tanh(rule.table.hidden.tokens @ down.weight.T + down.bias) @ up.weight.T + up.bias
+    else:
+        P = rule.table.tokens
+    twin = head_of(model)
+    x = twin._embed(images)
+    m = -(-num_tokens // 2)
+    x = torch.cat([P[:m].expand(3, -1, -1), x, P[m:].expand(3, -1, -1)], 1)
+    close(model(images), logits(twin, run(twin, x), twin.cls_position + m))
+
+
+def test_pooling_and_maps_leave_prompts_out(adapted):
+    model = adapted("prompt", num_tokens=3)
+    tokens, (first, last) = model.forward_intermediates(images, output_fmt="NLC")
+    assert first.shape == last.shape == (3, 16, 16)
+    model.global_pool = "avg"
+    patches = torch.cat([tokens[:, :8], tokens[:, 9:]], 1)
+    close(model.forward_head(tokens, pre_logits=True), patches.mean(1))
+
+
+# --- affix
+
+
+@pytest.mark.parametrize("hidden", [0, 3])
+@pytest.mark.parametrize("num_tokens", [1, 3, 7])
+def test_affix(adapted, head_of, num_tokens, hidden):
+    """Row 0 is the first to enter either scan, and what the tokens make is dropped."""
+    model = adapted("affix", num_tokens=num_tokens, hidden=hidden)
+    rules = rules_at(model, "scan()")
+    if hidden:
+        assert rules[0].table.hidden is rules[1].table.hidden
+    twin = head_of(model)
+    tables = {id(block.mixer): rule for block, rule in zip(twin.layers, rules, strict=True)}
+
+    def mixing(mixer, xz):
+        table = tables[id(mixer)].table()  # (n, 2 E): those of the forward direction first
+        width = table.shape[1] // 2
+        outputs = []
+        for suffix, tokens, own in (("", table[:, :width], xz), ("_b", table[:, width:], xz.flip(1))):
+            gate = torch.randn_like(tokens)  # whatever it is
+            affix = torch.cat([tokens, gate], 1).expand(len(xz), -1, -1)
+            outputs.append(scan(torch.cat([affix, own], 1), mixer, suffix)[:, num_tokens:])
+        return (outputs[0] + outputs[1].flip(1)) / 2
+
+    expected = logits(twin, run(twin, twin._embed(images), mixing), twin.cls_position)
+    close(model(images), expected)
+
+
+def test_the_mlp_is_that_of_the_paper(plain):
+    """Trained numbers for n = 3 and h: tokens and one half of the MLP for all, outputs for each layer."""
+    model = vimtune.inject(plain, "affix", hidden=5)
+    E = 32
+    report = vimtune.summary(model)
+    assert report.trainable - report.head == 3 * E + (E + 1) * 5 + 2 * (5 + 1) * 2 * E
+    names = [item.name for item in adapter_parameters(model) if "hidden" in item.name]
+    assert len(names) == 3 and all(name.startswith("layers.0.") for name in names)
+
+
+# --- additional-scan
+
+
+def test_additional_scan(adapted, head_of):
+    model = adapted("additional_scan", num_states=3)
+    twin = timm.create_model("test_vim", num_classes=5, depth=2, d_state=19).eval()
+    state = head_of(model).state_dict()
+    for index, block in enumerate(model.layers):
+        for A_name, name in (("A_log", "x_proj"), ("A_b_log", "x_proj_b")):
+            prefix = f"layers.{index}.mixer."
+            A = block.mixer.adapters[A_name]["default"]
+            rows = getattr(block.mixer, name).adapters["weight"]["default"]
+            state[prefix + A_name] = torch.cat([state[prefix + A_name], A.A_log], 1)
+            W = state[f"{prefix}{name}.weight"]
+            state[f"{prefix}{name}.weight"] = torch.cat([W[:1], W[1:17], rows.B, W[17:], rows.C])
+    twin.load_state_dict(state)
+    expected = logits(twin, run(twin, twin._embed(images)), twin.cls_position)
+    close(twin(images), expected)
+    close(model(images), expected)
+
+
+def test_new_states_start_as_copies_that_nobody_reads_and_do_not_decay(plain):
+    model = vimtune.inject(plain, "additional_scan", num_states=2)
+    mixer = model.layers[0].mixer
+    for A in (mixer.A_log, mixer.A_b_log):
+        assert torch.equal(A[:, 16:], A[:, :1].expand(-1, 2))
+    for layer in (mixer.x_proj, mixer.x_proj_b):
+        B, C = layer.weight[17:19], layer.weight[35:]
+        assert B.abs().min() > 0 and not C.any() and len(C) == 2
+    decays = {item.name.rpartition(".")[2]: item.weight_decay for item in adapter_parameters(model)}
+    assert decays["A_log"] == 0 and decays["B"] == decays["C"] == 1
+
+
+def test_some_layers_alone_get_more_states_but_do_not_merge(plain):
+    model = disturb(vimtune.inject(plain, "additional_scan", num_states=2, layers=[1])).eval()
+    before = model(images)
+    with pytest.raises(ValueError, match="acts on 4 of 8 parameters, .* nothing was merged"):
+        vimtune.merge(model)
+    close(model(images), before, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("prompt", {"targets": "scan()"}, r"adds tokens to the call encode\(\) of a model, not to layers.0"),
+        ("prompt", {"layers": [0]}, "layers"),
+        ("affix", {"targets": "out_proj()"}, r"out_proj\(\) is not the scan of a mixer"),
+        ("additional_scan", {"targets": "A_log"}, "x_proj and A_log of a direction together"),
+        ("additional_scan", {"targets": "D"}, "x_proj and A_log of a direction together"),
+        ("additional_scan", {"num_states": {"A_log": 2}}, "num_states of additional_scan is given for"),
+    ],
+)
+def test_refusals(plain, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(plain, method, **options)
