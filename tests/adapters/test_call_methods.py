@@ -14,6 +14,7 @@ from torch import Tensor
 
 import vimtune
 from vimtune.adapters import adapter_parameters
+from vimtune.methods import resolve_options
 from vimtune.testing.methods import build_test_inputs, build_test_model, close
 
 # Trained numbers without the head, of Vim-tiny and Vim-small: those of the papers.
@@ -21,6 +22,11 @@ COUNTS = [
     ("prompt", {"num_tokens": 8}, 1_536, 3_072),
     ("affix", {"num_tokens": 3}, 55_296, 110_592),
     ("additional_scan", {"num_states": 6}, 331_776, 663_552),
+    ("state_offset", {"kind": "h"}, 294_912, 589_824),
+    ("state_offset", {"kind": "y"}, 9_216, 18_432),
+    ("state_offset", {"h_rank": 4}, 24 * 2 * (384 + 16) * 4, 24 * 2 * (768 + 16) * 4),
+    ("svp", {"width": 64, "group_size": 8}, 712_320, 24 * (130 * 384 + 64) + 3 * 386 * 384),
+    ("memba", {"chunks": 4}, 0, 0),
 ]
 
 
@@ -29,16 +35,20 @@ def test_published_counts(method, options, tiny, small):
     for size, expected in (("tiny", tiny), ("small", small)):
         with torch.device("meta"):
             plain = timm.create_model(f"vim_{size}_patch16_224", num_classes=102)
-        for given in (options, {}):  # The published sizes are the defaults.
-            model = vimtune.inject(plain, method, name=f"with_{len(given)}", **given)
-            report = vimtune.summary(model)
-            assert report.trainable - report.head == expected
+        report = vimtune.summary(vimtune.inject(plain, method, **options))
+        assert report.trainable - report.head == expected
+
+
+def test_published_sizes_are_the_defaults():
+    for method, options in [(method, options) for method, options, _, _ in COUNTS[:4]]:
+        defaults = resolve_options(method, {})[method]
+        assert options.items() <= defaults.items()
 
 
 # --- a Vim, written down
 
 
-def scan(xz: Tensor, mixer, suffix: str = "", state: Tensor | None = None, offset: Tensor | None = None):
+def scan(xz: Tensor, mixer, suffix: str = "", offset: Tensor | None = None) -> Tensor:
     """y of one direction, from the first token to the last: (B, L, 2 E) to (B, L, E).
 
     `offset` (E, N) is added to the state wherever it is read.
@@ -54,7 +64,8 @@ def scan(xz: Tensor, mixer, suffix: str = "", state: Tensor | None = None, offse
     s = torch.zeros(x.shape[0], x.shape[2], states)
     ys = []
     for t in range(x.shape[1]):
-        s = torch.exp(dt[:, t, :, None] * -torch.exp(A_log)) * s + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
+        decay, step = torch.exp(dt[:, t, :, None] * -torch.exp(A_log)), dt[:, t] * u[:, t]
+        s = decay * s + step[..., None] * B[:, t, None]
         read = s if offset is None else s + offset
         ys.append((read * C[:, t, None]).sum(-1) + D * u[:, t])
     return torch.stack(ys, 1) * F.silu(z)
@@ -223,14 +234,121 @@ def test_new_states_start_as_copies_that_nobody_reads_and_do_not_decay(plain):
 def test_some_layers_alone_get_more_states_but_do_not_merge(plain):
     model = disturb(vimtune.inject(plain, "additional_scan", num_states=2, layers=[1])).eval()
     before = model(images)
-    with pytest.raises(ValueError, match="acts on 4 of 8 parameters, .* nothing was merged"):
+    with pytest.raises(ValueError, match=r"acts on 4 of 8 parameters, .* nothing was merged"):
         vimtune.merge(model)
     close(model(images), before, 0)
+
+
+# --- state-offset
+
+
+@pytest.mark.parametrize("h_rank", [0, 2])
+def test_state_offset_of_kind_h(adapted, head_of, h_rank):
+    model = adapted("state_offset", h_rank=h_rank)
+    twin = head_of(model)
+    rules = {id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)}
+
+    def mixing(mixer, xz):
+        h = [own.up @ own.down if h_rank else own.full for own in rules[id(mixer)].offsets]
+        return (scan(xz, mixer, "", h[0]) + scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
+
+    close(model(images), logits(twin, run(twin, twin._embed(images), mixing), twin.cls_position))
+
+
+def test_state_offset_of_kind_y(adapted, head_of):
+    """The two directions of the formula have one gate, so y' for both and y' / 2 + y' / 2 are the same."""
+    model = adapted("state_offset", kind="y")
+    twin = head_of(model)
+    rules = {id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)}
+
+    def mixing(mixer, xz):
+        y = rules[id(mixer)].offset
+        gate = F.silu(xz.chunk(2, -1)[1])
+        forward = scan(xz, mixer) + y * gate
+        reverse = scan(xz.flip(1), mixer, "_b") + y * gate.flip(1)
+        return (forward + reverse.flip(1)) / 2
+
+    close(model(images), logits(twin, run(twin, twin._embed(images), mixing), twin.cls_position))
+
+
+def test_state_offset_acts_on_the_weights_that_others_adapt(adapted, head_of):
+    """C is read through LoRA's x_proj, and through the states of additional-scan."""
+    model = adapted("lora+additional_scan+state_offset", targets={"lora": "x_proj[C]"}, rank=2, num_states=2)
+    rules = rules_at(model, "scan()")
+    assert [len(own.full[0]) for own in rules[0].offsets] == [18, 18]
+
+    def mixing(mixer, xz):
+        own = next(rule for block, rule in zip(model.layers, rules, strict=True) if block.mixer is mixer)
+        h = [offset.full for offset in own.offsets]
+        return (scan(xz, mixer, "", h[0]) + scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
+
+    close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))
+
+
+# --- selective visual prompting
+
+
+@pytest.mark.parametrize("prompts", [0, 3, 4])
+def test_svp(adapted, head_of, prompts):
+    """Beside prompt tuning, too, the class token gets no prompt."""
+    model = adapted("prompt+svp", num_tokens=prompts) if prompts else adapted("svp", group_size=1)
+    twin = head_of(model)
+    rules = rules_at(model, "update()")
+    assert (rules[0].shared is rules[1].shared) == (prompts > 0)  # by default two layers are one group
+    x = twin._embed(images)
+    m = -(-prompts // 2)
+    if prompts:
+        P = rules_at(model, "encode()")[0].table.tokens.expand(3, -1, -1)
+        x = torch.cat([P[:, :m], x, P[:, m:]], 1)
+    cls = twin.cls_position + m
+
+    def before(index, x):
+        rule = rules[index]
+        down, up = rule.own.layers
+        (linear,) = rule.shared.layers
+        G = F.silu((x @ down.weight.T + down.bias) @ up.weight.T + up.bias)
+        shared = F.silu(x @ linear.weight.T + linear.bias)
+        changed = x + rule.own.scale * G + rule.shared.scale * shared
+        return torch.cat([changed[:, :cls], x[:, cls : cls + 1], changed[:, cls + 1 :]], 1)
+
+    close(model(images), logits(twin, run(twin, x, before=before), cls))
+
+
+# --- Memba
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 4, 17, 20])
+def test_memba(adapted, head_of, chunks):
+    """The membrane token by token: token t goes on from token t - c, for chunks of c tokens."""
+    model = adapted("lora+memba", targets={"lora": "in_proj"}, rank=2, chunks=chunks, tau=0.8, threshold=0.3)
+    handed: list[Tensor] = []
+
+    def mixing(mixer, xz):
+        x, z = xz.chunk(2, -1)
+        c = z.shape[1] // chunks
+        u: list[Tensor] = []
+        for t in range(z.shape[1]):
+            before = torch.zeros_like(z[:, 0])
+            if t < chunks * c:
+                before = u[t - c] if t >= c else handed[-1][:, t] if handed else before
+            v = 0.8 * before + z[:, t]
+            u.append(torch.where(v > 0.3, 0.0, v))
+        membranes = torch.stack(u, 1)
+        handed.append(membranes[:, : chunks * c].unflatten(1, (chunks, c)).mean(1))
+        return mix(mixer, torch.cat([x, membranes], -1))
+
+    expected = logits(model, run(model, model._embed(images), mixing), model.cls_position)
+    assert not torch.allclose(expected, logits(model, run(model, model._embed(images)), model.cls_position))
+    close(model(images), expected)
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
+        ("svp", {"targets": "scan()"}, r"acts at update\(\) of the blocks of a Vim, not at layers.0.mixer.scan"),
+        ("memba", {"targets": "in_proj()"}, r"in_proj\(\) is not the scan of a mixer"),
+        ("state_offset", {"kind": "y", "h_rank": 2}, 'h_rank = 2 is for kind "h"'),
+        ("state_offset", {"targets": "out_proj()"}, r"out_proj\(\) is not the scan of a mixer"),
         ("prompt", {"targets": "scan()"}, r"adds tokens to the call encode\(\) of a model, not to layers.0"),
         ("prompt", {"layers": [0]}, "layers"),
         ("affix", {"targets": "out_proj()"}, r"out_proj\(\) is not the scan of a mixer"),

@@ -95,7 +95,8 @@ class ScanInput:
     @property
     def width(self) -> int:
         """E, the number of columns of x and of z."""
-        return self.columns["x"].stop - self.columns["x"].start
+        first, end = self.columns["x"].start, self.columns["x"].stop
+        return int(end - first)
 
 
 def scan_input(module: nn.Module, path: str) -> ScanInput:

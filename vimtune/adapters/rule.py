@@ -95,6 +95,10 @@ class CallRule(Rule):
     """Surrounds a call that the model makes: of a linear layer, or of a method that a module declares."""
 
     mergeable = False
+    mixes_tokens: bool = False
+    """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps the
+    states of a text, or that is told of padding, refuses such a rule: it would have to know the tokens before,
+    and which of them are padding."""
 
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.

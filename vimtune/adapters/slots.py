@@ -205,6 +205,8 @@ def _adapted_call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         slot, shared = cast(CallSlot, slots_of(module)[name]), {} if flow is None else flow
         check_change = getattr(module, "check_change", None)  # of modules that do not take every change
+        if slot.rule is not None and slot.rule.mixes_tokens and hasattr(module, "check_mixing"):
+            module.check_mixing(*rest, **options)
 
         def run_plain(changed: Any) -> Any:
             if check_change is not None:

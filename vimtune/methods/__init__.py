@@ -19,7 +19,7 @@ from vimtune.methods.base import (  # isort: skip
     split_options,
 )
 from vimtune.methods import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401  # isort: skip
-from vimtune.methods import prompt, affix, additional_scan  # noqa: F401  # isort: skip
+from vimtune.methods import prompt, affix, additional_scan, state_offset, svp, memba  # noqa: F401  # isort: skip
 
 __all__ = [
     "METHODS",

@@ -37,8 +37,8 @@ class AdditionalScan(Method):
         paired = {path for pair in _directions(points.parameters).items() for path in pair}
         if not paired:
             raise ValueError(
-                f"{self.name} gives x_proj more rows and A_log more columns, and this model has no such pair: "
-                "it acts on the mixers of Vim and Mamba"
+                f"{self.name} gives x_proj more rows and A_log more columns, and this model has no such "
+                "pair: it acts on the mixers of Vim and Mamba"
             )
         paths = [path for path in points.parameters if path in paired]
         return paths if layers is None else in_layers(paths, layers)

@@ -1,4 +1,5 @@
-"""Learnt tokens, and the MLP through which they may be trained (Li & Liang 2021, arXiv 2101.00190, section 4.3).
+"""Learnt tokens, and the MLP through which they may be trained (Li & Liang 2021, arXiv 2101.00190, section
+4.3).
 
     table = up(tanh(down(tokens)))
 
