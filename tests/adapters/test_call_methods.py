@@ -246,7 +246,9 @@ def test_some_layers_alone_get_more_states_but_do_not_merge(plain):
 def test_state_offset_of_kind_h(adapted, head_of, h_rank):
     model = adapted("state_offset", h_rank=h_rank)
     twin = head_of(model)
-    rules = {id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)}
+    rules = {
+        id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)
+    }
 
     def mixing(mixer, xz):
         h = [own.up @ own.down if h_rank else own.full for own in rules[id(mixer)].offsets]
@@ -259,7 +261,9 @@ def test_state_offset_of_kind_y(adapted, head_of):
     """The two directions of the formula have one gate, so y' for both and y' / 2 + y' / 2 are the same."""
     model = adapted("state_offset", kind="y")
     twin = head_of(model)
-    rules = {id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)}
+    rules = {
+        id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)
+    }
 
     def mixing(mixer, xz):
         y = rules[id(mixer)].offset
@@ -293,7 +297,7 @@ def test_svp(adapted, head_of, prompts):
     """Beside prompt tuning, too, the class token gets no prompt."""
     model = adapted("prompt+svp", num_tokens=prompts) if prompts else adapted("svp", group_size=1)
     twin = head_of(model)
-    rules = rules_at(model, "update()")
+    rules = [rule.prompter for rule in rules_at(model, "update()")]
     assert (rules[0].shared is rules[1].shared) == (prompts > 0)  # by default two layers are one group
     x = twin._embed(images)
     m = -(-prompts // 2)
@@ -345,7 +349,11 @@ def test_memba(adapted, head_of, chunks):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("svp", {"targets": "scan()"}, r"acts at update\(\) of the blocks of a Vim, not at layers.0.mixer.scan"),
+        (
+            "svp",
+            {"targets": "scan()"},
+            r"acts at update\(\) of the blocks of a Vim, not at layers.0.mixer.scan",
+        ),
         ("memba", {"targets": "in_proj()"}, r"in_proj\(\) is not the scan of a mixer"),
         ("state_offset", {"kind": "y", "h_rank": 2}, 'h_rank = 2 is for kind "h"'),
         ("state_offset", {"targets": "out_proj()"}, r"out_proj\(\) is not the scan of a mixer"),

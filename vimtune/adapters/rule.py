@@ -96,9 +96,9 @@ class CallRule(Rule):
 
     mergeable = False
     mixes_tokens: bool = False
-    """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps the
-    states of a text, or that is told of padding, refuses such a rule: it would have to know the tokens before,
-    and which of them are padding."""
+    """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps
+    the states of a text, or that is told of padding, refuses such a rule, which would have to know the tokens
+    before, and which of them are padding."""
 
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.

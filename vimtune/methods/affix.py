@@ -46,7 +46,5 @@ class Affix(Method):
             sizes = own.num_tokens, scan.width, own.hidden
             if own.hidden and sizes not in shared:
                 shared[sizes] = HiddenTokens(site, *sizes)
-            rules[site.path] = AffixRule(
-                site, own.num_tokens, scan.width, scan.directions, shared.get(sizes)
-            )
+            rules[site.path] = AffixRule(site, own.num_tokens, scan.width, scan.directions, shared.get(sizes))
         return rules

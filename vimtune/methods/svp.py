@@ -37,7 +37,7 @@ class SVP(Method):
         return super().select(points, targets, layers)
 
     def build(self, sites: Sequence[Site]) -> Mapping[str, CallRule]:
-        from vimtune.adapters.rules.svp import Generator, SVPRule
+        from vimtune.adapters.rules.svp import Generator, Prompter, SVPRule
 
         rules: dict[str, CallRule] = {}
         for number, site in enumerate(sites):
@@ -47,5 +47,6 @@ class SVP(Method):
             if number % self.group_size == 0:
                 shared = Generator(site, model.embed_dim, model.embed_dim)
             own = Generator(site, model.embed_dim, self.at(site).width, model.embed_dim)
-            rules[site.path] = SVPRule(own, shared, model.patch_embed.num_patches + 1, model.cls_position)
+            num_tokens = model.patch_embed.num_patches + 1
+            rules[site.path] = SVPRule(Prompter(own, shared), num_tokens, model.cls_position)
         return rules

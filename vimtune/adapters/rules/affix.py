@@ -15,7 +15,7 @@ direction has an `up` of its own, (h + 1) E.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +51,12 @@ class AffixRule(CallRule):
         table: Tensor = self.table()
         return table.unflatten(1, (self.directions, -1)).transpose(0, 1)
 
-    def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
+    def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Tensor:
         tokens = self.tokens().to(x.dtype)
         _, num_tokens, width = tokens.shape
         tokens = F.pad(tokens, (0, width))[:, None].expand(-1, x.shape[0], -1, -1)
         parts = [tokens[0], x]
         if self.directions == 2:
             parts.append(tokens[1].flip(1))
-        return call(torch.cat(parts, 1)).narrow(1, num_tokens, x.shape[1])
+        result: Tensor = call(torch.cat(parts, 1))
+        return result.narrow(1, num_tokens, x.shape[1])

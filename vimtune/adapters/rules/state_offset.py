@@ -102,9 +102,8 @@ class StateOffsetRule(CallRule):
 
     def projection(self, xz: Tensor, suffix: str) -> Tensor:
         """C_t of one direction for all tokens, (B, L, N), in token order."""
-        (mixer,) = self.place
-        conv: Any = getattr(mixer, f"conv1d{suffix}")
-        x_proj: Any = getattr(mixer, f"x_proj{suffix}")
+        mixer: Any = self.place[0]
+        conv, x_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"x_proj{suffix}")
         rows = declaration_of(mixer).rows(mixer)[f"x_proj{suffix}.weight"]["C"]
         u = causal_conv1d(
             xz[..., self.scan.columns["x"]],

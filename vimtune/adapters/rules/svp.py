@@ -15,10 +15,12 @@ mixer alone for x, and it adds to the tokens behind the class token what G' make
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from vimtune.adapters.rule import Call, CallRule
@@ -39,27 +41,42 @@ class Generator(nn.Module):
     def __init__(self, site: Site, *widths: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(site.new_empty(widths[0]).zero_())
-        pairs = zip(widths, widths[1:], strict=False)
-        self.layers = nn.Sequential(*(linear_like(self.scale, *pair) for pair in pairs))
+        self.layers = nn.Sequential(*(linear_like(self.scale, *pair) for pair in pairwise(widths)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompts before they are scaled, and the scale."""
         return F.silu(self.layers(x)), self.scale
 
 
+@register_notrace_module  # FX names nodes by their modules, of which layers have some in common.
+class Prompter(nn.Module):
+    """`own` is the generator of a layer, G with s, and `shared` that of its group, G' with c."""
+
+    def __init__(self, own: Generator, shared: Generator) -> None:
+        super().__init__()
+        self.own, self.shared = own, shared
+
+    def forward(self, x: Tensor, prompted: Tensor) -> Tensor:
+        """Tokens (B, L, D) with their prompts, in the dtype of `x`; `prompted` (L, 1) says which get one."""
+        seen = x.to(self.own.scale.dtype)
+        for generator in (self.own, self.shared):
+            prompt, scale = generator(seen)
+            x = torch.addcmul(x, prompt.to(x.dtype), (prompted * scale).to(x.dtype))
+        return x
+
+
 class SVPRule(CallRule):
-    """`own` is the generator of a layer, `shared` that of its group, which is one for all of their rules.
+    """`prompter` makes the prompts of a layer; its second generator is one for all rules of a group.
 
     Args:
-        own: G with s.
-        shared: G' with c.
+        prompter: that of the layer.
         num_tokens: how many tokens the model has without those of other rules.
         cls_position: which of these is the class token.
     """
 
-    def __init__(self, own: Generator, shared: Generator, num_tokens: int, cls_position: int) -> None:
+    def __init__(self, prompter: Prompter, num_tokens: int, cls_position: int) -> None:
         super().__init__()
-        self.own, self.shared = own, shared
+        self.prompter = prompter
         self.num_tokens, self.cls_position = num_tokens, cls_position
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
@@ -67,8 +84,4 @@ class SVPRule(CallRule):
         # Tokens that others have added stand before and behind the model's own, as those of prompt tuning do.
         added = x.shape[1] - self.num_tokens
         prompted = (tokens != self.cls_position + (added + 1) // 2)[:, None]
-        seen = x.to(self.own.scale.dtype)
-        for generator in (self.own, self.shared):
-            prompt, scale = generator(seen)
-            x = torch.addcmul(x, prompt.to(x.dtype), (prompted * scale).to(x.dtype))
-        return call(x)
+        return call(self.prompter(x, prompted))
