@@ -112,6 +112,11 @@ def rules_at(model, name: str) -> list:
     return [model.get_submodule(path) for path in found]
 
 
+def rules_by_mixer(model, twin) -> dict:
+    """The rules around the scans of a model, by the mixers of its twin."""
+    return {block.mixer: rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)}
+
+
 @pytest.fixture
 def head_of():
     """The plain model with the head that an adapted one has."""
@@ -172,10 +177,10 @@ def test_affix(adapted, head_of, num_tokens, hidden):
     if hidden:
         assert rules[0].table.hidden is rules[1].table.hidden
     twin = head_of(model)
-    tables = {id(block.mixer): rule for block, rule in zip(twin.layers, rules, strict=True)}
+    by_mixer = rules_by_mixer(model, twin)
 
     def mixing(mixer, xz):
-        table = tables[id(mixer)].table()  # (n, 2 E): those of the forward direction first
+        table = by_mixer[mixer].table()  # (n, 2 E): those of the forward direction first
         width = table.shape[1] // 2
         outputs = []
         for suffix, tokens, own in (("", table[:, :width], xz), ("_b", table[:, width:], xz.flip(1))):
@@ -246,12 +251,10 @@ def test_some_layers_alone_get_more_states_but_do_not_merge(plain):
 def test_state_offset_of_kind_h(adapted, head_of, h_rank):
     model = adapted("state_offset", h_rank=h_rank)
     twin = head_of(model)
-    rules = {
-        id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)
-    }
+    rules = rules_by_mixer(model, twin)
 
     def mixing(mixer, xz):
-        h = [own.up @ own.down if h_rank else own.full for own in rules[id(mixer)].offsets]
+        h = [own.up @ own.down if h_rank else own.full for own in rules[mixer].offsets]
         return (scan(xz, mixer, "", h[0]) + scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
 
     close(model(images), logits(twin, run(twin, twin._embed(images), mixing), twin.cls_position))
@@ -261,12 +264,10 @@ def test_state_offset_of_kind_y(adapted, head_of):
     """The two directions of the formula have one gate, so y' for both and y' / 2 + y' / 2 are the same."""
     model = adapted("state_offset", kind="y")
     twin = head_of(model)
-    rules = {
-        id(block.mixer): rule for block, rule in zip(twin.layers, rules_at(model, "scan()"), strict=True)
-    }
+    rules = rules_by_mixer(model, twin)
 
     def mixing(mixer, xz):
-        y = rules[id(mixer)].offset
+        y = rules[mixer].offset
         gate = F.silu(xz.chunk(2, -1)[1])
         forward = scan(xz, mixer) + y * gate
         reverse = scan(xz.flip(1), mixer, "_b") + y * gate.flip(1)
@@ -278,12 +279,11 @@ def test_state_offset_of_kind_y(adapted, head_of):
 def test_state_offset_acts_on_the_weights_that_others_adapt(adapted, head_of):
     """C is read through LoRA's x_proj, and through the states of additional-scan."""
     model = adapted("lora+additional_scan+state_offset", targets={"lora": "x_proj[C]"}, rank=2, num_states=2)
-    rules = rules_at(model, "scan()")
-    assert [len(own.full[0]) for own in rules[0].offsets] == [18, 18]
+    rules = rules_by_mixer(model, model)
 
     def mixing(mixer, xz):
-        own = next(rule for block, rule in zip(model.layers, rules, strict=True) if block.mixer is mixer)
-        h = [offset.full for offset in own.offsets]
+        h = [own.full for own in rules[mixer].offsets]
+        assert h[0].shape == h[1].shape == (32, 18)
         return (scan(xz, mixer, "", h[0]) + scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
 
     close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))

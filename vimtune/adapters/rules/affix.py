@@ -48,8 +48,8 @@ class AffixRule(CallRule):
 
     def tokens(self) -> Tensor:
         """F and, if there are two directions, R: (directions, n, E), row 0 enters its scan first."""
-        table: Tensor = self.table()
-        return table.unflatten(1, (self.directions, -1)).transpose(0, 1)
+        table: Tensor = self.table().unflatten(1, (self.directions, -1))
+        return table.transpose(0, 1)
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Tensor:
         tokens = self.tokens().to(x.dtype)
