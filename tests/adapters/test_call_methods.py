@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from dense_scan import dense_scan
 from method_cases import disturb
 from torch import Tensor
 
@@ -48,32 +49,9 @@ def test_published_sizes_are_the_defaults():
 # --- a Vim, written down
 
 
-def scan(xz: Tensor, mixer, suffix: str = "", offset: Tensor | None = None) -> Tensor:
-    """y of one direction, from the first token to the last: (B, L, 2 E) to (B, L, E).
-
-    `offset` (E, N) is added to the state wherever it is read.
-    """
-    conv, x_proj, dt_proj = (getattr(mixer, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
-    A_log, D = (mixer.A_log, mixer.D) if not suffix else (mixer.A_b_log, mixer.D_b)
-    x, z = xz.chunk(2, -1)
-    u = F.silu(conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
-    states = A_log.shape[1]
-    projected = u @ x_proj.weight.T
-    dt, B, C = projected.split([projected.shape[-1] - 2 * states, states, states], -1)
-    dt = F.softplus(dt @ dt_proj.weight.T + dt_proj.bias)
-    s = torch.zeros(x.shape[0], x.shape[2], states)
-    ys = []
-    for t in range(x.shape[1]):
-        decay, step = torch.exp(dt[:, t, :, None] * -torch.exp(A_log)), dt[:, t] * u[:, t]
-        s = decay * s + step[..., None] * B[:, t, None]
-        read = s if offset is None else s + offset
-        ys.append((read * C[:, t, None]).sum(-1) + D * u[:, t])
-    return torch.stack(ys, 1) * F.silu(z)
-
-
 def mix(mixer, xz: Tensor) -> Tensor:
     """Both directions of a plain mixer."""
-    return (scan(xz, mixer) + scan(xz.flip(1), mixer, "_b").flip(1)) / 2
+    return (dense_scan(xz, mixer) + dense_scan(xz.flip(1), mixer, "_b").flip(1)) / 2
 
 
 def run(model, tokens: Tensor, mixing=mix, before=None) -> Tensor:
@@ -186,7 +164,7 @@ def test_affix(adapted, head_of, num_tokens, hidden):
         for suffix, tokens, own in (("", table[:, :width], xz), ("_b", table[:, width:], xz.flip(1))):
             gate = torch.randn_like(tokens)  # whatever it is
             affix = torch.cat([tokens, gate], 1).expand(len(xz), -1, -1)
-            outputs.append(scan(torch.cat([affix, own], 1), mixer, suffix)[:, num_tokens:])
+            outputs.append(dense_scan(torch.cat([affix, own], 1), mixer, suffix)[:, num_tokens:])
         return (outputs[0] + outputs[1].flip(1)) / 2
 
     expected = logits(twin, run(twin, twin._embed(images), mixing), twin.cls_position)
@@ -255,7 +233,7 @@ def test_state_offset_of_kind_h(adapted, head_of, h_rank):
 
     def mixing(mixer, xz):
         h = [own.up @ own.down if h_rank else own.full for own in rules[mixer].offsets]
-        return (scan(xz, mixer, "", h[0]) + scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
+        return (dense_scan(xz, mixer, "", h[0]) + dense_scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
 
     close(model(images), logits(twin, run(twin, twin._embed(images), mixing), twin.cls_position))
 
@@ -269,8 +247,8 @@ def test_state_offset_of_kind_y(adapted, head_of):
     def mixing(mixer, xz):
         y = rules[mixer].offset
         gate = F.silu(xz.chunk(2, -1)[1])
-        forward = scan(xz, mixer) + y * gate
-        reverse = scan(xz.flip(1), mixer, "_b") + y * gate.flip(1)
+        forward = dense_scan(xz, mixer) + y * gate
+        reverse = dense_scan(xz.flip(1), mixer, "_b") + y * gate.flip(1)
         return (forward + reverse.flip(1)) / 2
 
     close(model(images), logits(twin, run(twin, twin._embed(images), mixing), twin.cls_position))
@@ -284,7 +262,7 @@ def test_state_offset_acts_on_the_weights_that_others_adapt(adapted, head_of):
     def mixing(mixer, xz):
         h = [own.full for own in rules[mixer].offsets]
         assert h[0].shape == h[1].shape == (32, 18)
-        return (scan(xz, mixer, "", h[0]) + scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
+        return (dense_scan(xz, mixer, "", h[0]) + dense_scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
 
     close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))
 

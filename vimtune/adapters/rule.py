@@ -8,7 +8,7 @@ the model comes to see them is the business of `slots.py`, where they go that of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -116,16 +116,20 @@ class CallRule(Rule):
 
         Returns:
             What the plain call gives, for the first argument that the caller passed: as many tokens as `x`
-            has. `encode` may give a list of such tensors; `each_tensor` treats both alike.
+            has. `encode` may give a list of such tensors, or an output of transformers that holds them;
+            `each_tensor` treats them alike.
         """
         raise NotImplementedError
 
 
 def each_tensor(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`function` of a tensor, or of every tensor in a list or tuple."""
+    """`function` of a tensor, or of every tensor in a list, tuple or mapping such as transformers' outputs;
+    what else is in these stays as it is."""
     if isinstance(result, list | tuple):
         return type(result)(each_tensor(item, function) for item in result)
-    return function(result)
+    if isinstance(result, Mapping):
+        return type(result)(**{name: each_tensor(item, function) for name, item in result.items()})
+    return function(result) if isinstance(result, Tensor | torch.fx.Proxy) else result
 
 
 class Tuned(WeightRule):
