@@ -25,7 +25,7 @@ CASES = [
     ("state_offset", {"kind": "y"}),
     ("state_offset", {"h_rank": 2}),
     ("lora+memba", {}),
-    ("additional_scan+lora+affix+prompt", {"targets": {"lora": "x_proj[B],in_proj[x]"}}),
+    ("additional_scan+lora+affix+prompt", {}),
 ]
 
 

@@ -5,18 +5,22 @@ The references are dense and slow: one scan after the other, written down from t
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from dense_scan import dense_scan
 from method_cases import disturb
+from timm.models import create_feature_extractor
 from torch import Tensor
 
 import vimtune
-from vimtune.adapters import adapter_parameters
+from vimtune.adapters import active_adapter, adapter_parameters, check_gradients, unmerge
 from vimtune.methods import resolve_options
 from vimtune.testing.methods import build_test_inputs, build_test_model, close
+from vimtune.training.optim import build_optimizer
 
 # Trained numbers without the head, of Vim-tiny and Vim-small: those of the papers.
 COUNTS = [
@@ -214,6 +218,21 @@ def test_new_states_start_as_copies_that_nobody_reads_and_do_not_decay(plain):
     assert decays["A_log"] == 0 and decays["B"] == decays["C"] == 1
 
 
+def test_more_states_merge_into_a_model_that_can_be_created_so(plain):
+    model = disturb(vimtune.inject(build_test_model(), "additional_scan", num_states=3)).eval()
+    expected = model(images)
+    assert vimtune.summary(model).total == vimtune.summary(plain).total + 2 * 2 * 3 * 3 * 32
+    vimtune.merge(model, reversible=True)
+    assert model.creation["kwargs"]["d_state"] == model.options["d_state"] == 19
+    assert model.layers[0].mixer.x_proj.out_features == 1 + 2 * 19
+    twin = timm.create_model("test_vim", **model.creation["kwargs"]).eval()
+    twin.load_state_dict(model.state_dict())
+    close(twin(images), expected)
+    unmerge(model)
+    assert model.options["d_state"] == 16 and model.layers[0].mixer.x_proj.out_features == 1 + 2 * 16
+    close(model(images), expected, 0)
+
+
 def test_some_layers_alone_get_more_states_but_do_not_merge(plain):
     model = disturb(vimtune.inject(plain, "additional_scan", num_states=2, layers=[1])).eval()
     before = model(images)
@@ -346,3 +365,61 @@ def test_memba(adapted, head_of, chunks):
 def test_refusals(plain, method, options, message):
     with pytest.raises(ValueError, match=message):
         vimtune.inject(plain, method, **options)
+
+
+# --- all together
+
+FOUR = "additional_scan+lora+affix+prompt"
+OPTIONS = {FOUR: {"rank": 2, "num_states": 2, "targets": {"lora": "x_proj[B],in_proj[x]"}}}
+
+
+def loss_of(model) -> Tensor:
+    return F.cross_entropy(model(images), torch.tensor([0, 1, 2]))
+
+
+def test_four_methods_train_together(tmp_path: Path):
+    """They train, are saved, loaded and resumed, and the states of one are what the rows of another mean."""
+    model = vimtune.inject(build_test_model(), FOUR, **OPTIONS[FOUR])
+    assert model.layers[0].mixer.A_log.shape[1] == 18
+    assert active_adapter(model).sites["lora"][1] == "layers.0.mixer.x_proj.weight[B]"
+    rule = model.layers[0].mixer.x_proj.adapters["weight"]["default"]
+    assert rule.rows == (None, (1, 19))  # the grown rows
+    optimizer = build_optimizer(adapter_parameters(model), lr=1e-2)
+    first = float(loss_of(model).detach())
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        check_gradients(model)
+        optimizer.step()
+    assert loss_of(model) < 0.7 * first
+    vimtune.save_adapter(model, tmp_path / "four.safetensors")
+    other = build_test_model()
+    vimtune.load_adapter(other, tmp_path / "four.safetensors")
+    close(other.eval()(images), model.eval()(images), 0)
+    with pytest.raises(ValueError, match=r"has a PromptRule at encode\(\), which no weight"):
+        vimtune.merge(model)
+
+
+@pytest.mark.parametrize("method", ["affix", "prompt", "memba", "svp", "state_offset", FOUR])
+def test_calls_in_every_way_through_the_model(adapted, method):
+    """features_only, forward_intermediates, tracing, export and other backends see the rules, too."""
+    options = OPTIONS.get(method, {})
+    model = adapted(method, **options)
+    tokens, (last,) = model.forward_intermediates(images, indices=1, output_fmt="NLC")
+    close(tokens, model.forward_features(images))
+    assert last.shape == (3, 16, 16)
+    sizes = {"num_classes": 5, "depth": 2, "backend": "torch"}
+    features = timm.create_model("test_vim", **sizes, features_only=True, out_indices=(1,))
+    vimtune.inject(features, method, **options)
+    own = features.model.state_dict()
+    features.model.load_state_dict({name: x for name, x in model.state_dict().items() if name in own})
+    taken = features.eval()(images)[-1]
+    close(taken.flatten(2).transpose(1, 2), last)
+    traced = create_feature_extractor(model, {"head": "logits"})  # timm's way to trace with torch.fx
+    close(traced(images)["logits"], model(images))
+    program = torch.export.export(model, (images,))
+    close(program.module()(images), model(images))
+    for backend in ("cpu", "reference"):
+        for block in model.layers:
+            block.mixer.backend = backend
+        close(model(images), program.module()(images), 1e-4)

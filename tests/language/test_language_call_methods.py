@@ -124,7 +124,7 @@ def test_affix_and_offsets_against_the_formulas():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memba_goes_on_from_the_same_token_of_the_chunk_before(family):
-    slow, model = both_models(family)
+    _, model = both_models(family)
     adapt(model, "memba", chunk_length=5, tau=0.8, threshold=0.2)
     vimtune.inject(fast := both_models(family)[1], "lora", rank=2)  # starts as the plain model
     mixer, plain = model.backbone.layers[1].mixer, fast.backbone.layers[1].mixer

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 Call = Callable[..., Any]
 """The rest of a call: takes the (changed) first argument and gives the result."""
@@ -122,6 +123,10 @@ class CallRule(Rule):
         raise NotImplementedError
 
 
+_TENSORS: Any = (Tensor, Proxy)
+"""Classes of tensors: a `Proxy` is one that torch.fx records."""
+
+
 def each_tensor(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """`function` of a tensor, or of every tensor in a list, tuple or mapping such as transformers' outputs;
     what else is in these stays as it is."""
@@ -129,7 +134,7 @@ def each_tensor(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return type(result)(each_tensor(item, function) for item in result)
     if isinstance(result, Mapping):
         return type(result)(**{name: each_tensor(item, function) for name, item in result.items()})
-    return function(result) if isinstance(result, Tensor | torch.fx.Proxy) else result
+    return function(result) if isinstance(result, _TENSORS) else result
 
 
 class Tuned(WeightRule):

@@ -39,8 +39,9 @@ _ENCODING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
 def accelerate(model: Model, backend: str = "auto") -> Model:
     """Let the Mamba and Mamba-2 mixers of a model of transformers run on our operations, in place.
 
-    The norms before the mixers do so, too, and the models around them offer adapters the call `encode`. Packed sequences are refused from then on. Works before and after
-    adapters are injected. The model's own class, keys and files stay as they are.
+    The norms before the mixers do so, too, and the models around them offer adapters the call `encode`.
+    Packed sequences are refused from then on. Works before and after adapters are injected. The model's own
+    class, keys and files stay as they are.
 
     Args:
         model: a model with mixers of transformers, or several models in one module.
