@@ -52,7 +52,10 @@ VALUES = {
 
 @pytest.mark.parametrize(("method", "field"), FIELDS)
 def test_every_option_of_every_method_is_checked_by_type(method, field, model):
-    for value in VALUES[type(options_of(METHODS.get(method))[field].default)]:
+    default = options_of(METHODS.get(method))[field].default
+    for value in VALUES[type(default)]:
+        if type(value) is type(default) and value == default:  # Some numbers may be 0.
+            continue
         refused(model, f"option {field} of method '{method}'", method, **{field: value})
 
 

@@ -8,12 +8,13 @@ the model comes to see them is the business of `slots.py`, where they go that of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 Call = Callable[..., Any]
 """The rest of a call: takes the (changed) first argument and gives the result."""
@@ -98,6 +99,10 @@ class CallRule(Rule):
     """Surrounds a call that the model makes: of a linear layer, or of a method that a module declares."""
 
     mergeable = False
+    mixes_tokens: bool = False
+    """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps
+    the states of a text, or that is told of padding, refuses such a rule, which would have to know the tokens
+    before, and which of them are padding."""
 
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.
@@ -115,16 +120,24 @@ class CallRule(Rule):
 
         Returns:
             What the plain call gives, for the first argument that the caller passed: as many tokens as `x`
-            has. `encode` may give a list of such tensors; `each_tensor` treats both alike.
+            has. `encode` may give a list of such tensors, or an output of transformers that holds them;
+            `each_tensor` treats them alike.
         """
         raise NotImplementedError
 
 
+_TENSORS: Any = (Tensor, Proxy)
+"""Classes of tensors: a `Proxy` is one that torch.fx records."""
+
+
 def each_tensor(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`function` of a tensor, or of every tensor in a list or tuple."""
+    """`function` of a tensor, or of every tensor in a list, tuple or mapping such as transformers' outputs;
+    what else is in these stays as it is."""
     if isinstance(result, list | tuple):
         return type(result)(each_tensor(item, function) for item in result)
-    return function(result)
+    if isinstance(result, Mapping):
+        return type(result)(**{name: each_tensor(item, function) for name, item in result.items()})
+    return function(result) if isinstance(result, _TENSORS) else result
 
 
 class Tuned(WeightRule):

@@ -60,6 +60,9 @@ class Site:
     for a call."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the method that were given for this target alone."""
+    model: nn.Module | None = None
+    """The model that it is a point of, for what the owner does not know, such as the place of the class
+    token."""
 
     @property
     def weight(self) -> Tensor:
@@ -280,13 +283,13 @@ def _build_site(points: Points, model: nn.Module, path: str, options: Mapping[st
                 f"{quote(path)} is no call that rules may surround: it is neither declared by the model nor "
                 f"a linear layer that is called. Calls of this model: {', '.join(points.calls) or 'none'}"
             )
-        return Site(path, points.calls[path][0], None, options)
+        return Site(path, points.calls[path][0], None, options, model)
     owner, name = find_owner(model, point.place)
     value: Tensor = base_value(owner, name)
     if has_rules(owner) and name in slots_of(owner):
         value = cast(WeightSlot, slots_of(owner)[name]).evaluated(value)
     rows = rows_of(points, point)
-    return Site(path, owner, (value if rows is None else value[slice(*rows)]).detach(), options)
+    return Site(path, owner, (value if rows is None else value[slice(*rows)]).detach(), options, model)
 
 
 def rows_of(points: Points, point: Point) -> Rows:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 METHODS: Registry[type[Method]] = Registry("method")
 """All methods by name."""
 
+AnyMethod = TypeVar("AnyMethod", bound="Method")
+"""A method of any class, for functions that give one of the same class."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
@@ -93,7 +96,7 @@ class Method(ABC):
         """
         raise NotImplementedError(f"method {self.name!r} overrides neither build nor build_rule")
 
-    def at(self, site: Site) -> Method:
+    def at(self: AnyMethod, site: Site) -> AnyMethod:
         """The method with the options that hold at a site."""
         return dataclasses.replace(self, **site.options) if site.options else self
 

@@ -50,6 +50,8 @@ class BiMambaMixer(nn.Module):
 
     adapter_calls: ClassVar[tuple[str, ...]] = ("scan",)
     """Methods that rules of adapters may surround."""
+    directions: ClassVar[int] = 2
+    """The scan goes through the tokens in both directions."""
     undecayed: ClassVar[tuple[str, ...]] = ("A_log", "A_b_log", "D", "D_b")
     """Names of the parameters that weight decay leaves alone: A and D are no factors of a product of
     matrices, and decay would pull them to values that mean nothing."""
