@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -266,9 +267,13 @@ def build_methods(spec: str, options: Mapping[str, Any]) -> list[ChosenMethod]:
     return chosen
 
 
-def check_matrix(method: str, site: Site, rank: int) -> tuple[int, int]:
-    """(out, in) of a weight that takes a rank-`rank` update; of a convolution `in` is all that one output
-    reads.
+def check_matrix(method: str, site: Site, rank: int | None = None) -> tuple[int, int]:
+    """(out, in) of a weight that takes a matrix update; of a convolution `in` is all that one output reads.
+
+    Args:
+        method: name of the method, for the message.
+        site: where it is to act.
+        rank: that of the update, for methods that have one.
 
     Raises:
         ValueError: not a matrix, or a rank that is not between 1 and the smaller side.
@@ -277,10 +282,40 @@ def check_matrix(method: str, site: Site, rank: int) -> tuple[int, int]:
     if weight.dim() < 2:
         raise ValueError(f"{method} needs a matrix; {site.path} has shape {tuple(weight.shape)}")
     rows, columns = weight.flatten(1).shape
-    if not 1 <= rank <= min(rows, columns):
+    if rank is not None and not 1 <= rank <= min(rows, columns):
         largest = min(rows, columns)
         raise ValueError(
             f"rank {quote(rank)} does not fit {site.path} of shape {rows} x {columns}: "
             f"expected 1 to {largest}"
         )
     return rows, columns
+
+
+def check_block_size(site: Site, block_size: int, *widths: int) -> None:
+    """Compare the size of blocks with the sides of a weight that they are to divide.
+
+    Raises:
+        ValueError: it does not divide one of `widths`; the message has those up to 64 that would.
+    """
+    common = math.gcd(*widths)
+    if common % block_size:
+        divisors = [str(size) for size in range(1, min(common, 64) + 1) if common % size == 0]
+        sides = f"the input width {widths[0]}" if len(widths) == 1 else " and ".join(map(str, widths))
+        raise ValueError(
+            f"block_size {quote(block_size)} does not divide {sides} of {site.path}; "
+            f"possible: {', '.join(divisors)}"
+        )
+
+
+def fitting_block_size(method: str, site: Site, block_size: int | None) -> int:
+    """The side of square blocks that fill a weight: `block_size`, or the largest possible one if that is
+    None.
+
+    Raises:
+        ValueError: not a matrix, or a size that does not divide both sides.
+    """
+    rows, columns = check_matrix(method, site)
+    if block_size is None:
+        return math.gcd(rows, columns)
+    check_block_size(site, block_size, rows, columns)
+    return block_size
