@@ -9,7 +9,6 @@ does not exist in bf16, and a weight that the model reads has to be built anyway
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vimtune.adapters.rule import WeightRule
@@ -18,9 +17,9 @@ from vimtune.adapters.rule import WeightRule
 def block_circulant(kernels: Tensor) -> Tensor:
     """The matrix (m b, n b) of `kernels` (m, n, b), the first rows of its m times n blocks.
 
-    A row of 2 b - 1 entries of c, c, c, ... begins one entry earlier in c than the row above it, because 2 b - 1
-    is -1 modulo b. Cut to b entries these rows are the block. There is nothing to gather here, so the
-    gradient is a sum in a fixed order, where that of a gather would be atomic additions.
+    A row of 2 b - 1 entries of c, c, c, ... begins one entry earlier in c than the row above it, because
+    2 b - 1 is -1 modulo b. Cut to b entries these rows are the block. There is nothing to gather here, so
+    the gradient is a sum in a fixed order, where that of a gather would be atomic additions.
     """
     m, n, b = kernels.shape
     repeated = kernels[:, :, None].expand(m, n, 2 * b, b).reshape(m, n, 2 * b * b)
@@ -29,7 +28,7 @@ def block_circulant(kernels: Tensor) -> Tensor:
 
 
 class C3ARule(WeightRule):
-    """C3A (Chen et al. 2024, arXiv 2407.19342, equation 5): W' = W + M / in.
+    """C3A (Chen et al. 2024, arXiv 2407.19342): W' = W + M / in.
 
     M is block-circulant; `kernels` (out / b, in / b, b) are zero at the start. out in / b numbers.
     """
@@ -45,11 +44,11 @@ class C3ARule(WeightRule):
 
 
 class CDVFTRule(WeightRule):
-    """CDVFT (Ding et al. 2025, arXiv 2505.00580, equation 6): W' = W + diag(a_2) M diag(a_1).
+    """CDVFT (Ding et al. 2025, arXiv 2505.00580): W' = W + diag(a_2) M diag(a_1).
 
-    M is block-circulant; a square weight is one block. `kernels` (out / b, in / b, b) are normal with variance
-    1 / in at the start, `column_scale` (in,) holds a_1 = 1 and `row_scale` (out,) a_2 = 0, so that nothing
-    changes. out + in + out in / b numbers: 3 d for a square weight in one block.
+    M is block-circulant; a square weight is one block. `kernels` (out / b, in / b, b) are normal with
+    variance 1 / in at the start, `column_scale` (in,) holds a_1 = 1 and `row_scale` (out,) a_2 = 0, so that
+    nothing changes. out + in + out in / b numbers: 3 d for a square weight in one block.
     """
 
     def __init__(self, weight: Tensor, block_size: int) -> None:

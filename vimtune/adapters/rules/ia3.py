@@ -1,4 +1,4 @@
-"""IA3 (Liu et al. 2022, arXiv 2205.05638, section 3.3): W' = diag(l) W, or W' = W diag(l)."""
+"""IA3 (Liu et al. 2022, arXiv 2205.05638): W' = diag(l) W, or W' = W diag(l)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vimtune.adapters.rule import WeightRule
 
 
 class IA3Rule(WeightRule):
-    """`scale` holds l, ones at the start: (out,) for the outputs of a weight or (in,) for its inputs."""
+    """`scale` holds l, ones at the start: out numbers for the outputs of a weight, or in for its inputs."""
 
     def __init__(self, weight: Tensor, side: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""OFT (Qiu et al. 2023, arXiv 2306.07280, equation 3): W' = W R^T, R block diagonal and orthogonal.
+"""OFT (Qiu et al. 2023, arXiv 2306.07280): W' = W R^T, R block diagonal and orthogonal.
 
     R_i = (I - Q_i) (I + Q_i)^-1,    Q_i = U_i - U_i^T
 
@@ -16,8 +16,8 @@ from vimtune.ops.block_product import scaled_block_product
 
 
 class OFTRule(WeightRule):
-    """`angles` (n, b (b - 1) / 2) are the entries of U_1 to U_n, row by row; zero at the start. in (b - 1) / 2
-    numbers."""
+    """`angles` (n, b (b - 1) / 2) are the entries of U_1 to U_n, row by row; zero at the start.
+    in (b - 1) / 2 numbers."""
 
     def __init__(self, weight: Tensor, block_size: int) -> None:
         super().__init__()
