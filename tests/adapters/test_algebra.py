@@ -216,7 +216,9 @@ def test_blocks_that_do_not_fit_are_refused(method, size, message):
 
 
 def test_rotations_that_would_do_nothing_are_refused():
-    with pytest.raises(ValueError, match="no block of 2 to 32 inputs divides the input width 37 of 0.weight"):
+    with pytest.raises(
+        ValueError, match=r"no block of 2 to 32 inputs divides the input width 37 of 0\.weight"
+    ):
         vimtune.inject(nn.Sequential(nn.Linear(37, 7)), "oft", targets="0")
 
 

@@ -19,7 +19,7 @@ from vimtune.methods.base import (  # isort: skip
     split_options,
 )
 from vimtune.methods import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401  # isort: skip
-from vimtune.methods import oft, c3a, cdvft, ia3  # noqa: F401  # isort: skip
+from vimtune.methods import sdt, oft, c3a, cdvft, ia3  # noqa: F401  # isort: skip
 
 __all__ = [
     "METHODS",

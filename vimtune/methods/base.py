@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -24,6 +24,7 @@ from vimtune.utils import require_summary, suggest
 if TYPE_CHECKING:
     from vimtune.adapters.points import Points
     from vimtune.adapters.rule import Rule
+    from vimtune.adapters.settling import TrainingBatches
     from vimtune.adapters.sites import Site
 
 METHODS: Registry[type[Method]] = Registry("method")
@@ -91,17 +92,26 @@ class Method(ABC):
         """The method with the options that hold at a site."""
         return dataclasses.replace(self, **site.options) if site.options else self
 
-    def settle(self, rules: Mapping[str, Rule], batches: Iterable[Callable[[], float]]) -> None:  # noqa: B027
+    @property
+    def settles(self) -> bool:
+        """Whether the method wants to see data before training: whether it has a `settle` of its own.
+
+        Overridden by methods that do so with some of their options only.
+        """
+        return type(self).settle is not Method.settle
+
+    def settle(self, rules: Mapping[str, Rule], batches: TrainingBatches) -> None:  # noqa: B027
         """Choose or start from data, once, before the first step of a training run.
 
         Overridden by methods that select what to train by gradients, or start from what the model computes;
-        the others draw no batch.
+        the others draw no batch. What is chosen has to be the same in every process of a run, as it is where
+        it depends on the gradients, which are summed over all of them.
 
         Args:
             rules: the method's rules by the path of their site.
             batches: functions, each of which runs the forward and backward pass of one training batch, adds
                 to the gradients of the adapter's tensors, and gives the loss. As many are drawn as the method
-                wants.
+                wants. `batches.warmed_up` trains the adapter for a while, to look at what that changes.
         """
 
     def merged_options(self, options: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
