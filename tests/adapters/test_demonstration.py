@@ -1,13 +1,12 @@
 """What an author of methods can write in a few lines, without touching the package.
 
-Seven kinds of methods: tokens around the scan and around the encoder, a branch beside a layer, a sparse
-rule whose mask is a buffer chosen from gradients, more states, a gate with a state that passes from layer to
-layer, and an offset with a weight decay of its own. Each passes the checks of every method, and they compose.
+Six kinds of methods: tokens around the scan and around the encoder, a branch beside a layer, more states, a
+gate with a state that passes from layer to layer, and an offset with a weight decay of its own. Each passes
+the checks of every method, and they compose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from vimtune.adapters import (
     check_gradients,
     each_tensor,
     register_method,
-    settle,
-    settles,
     unmerge,
 )
 from vimtune.methods import METHODS, option
@@ -175,22 +172,6 @@ class Parallel(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masked(Method):
-    summary = "the entries with the largest gradients"
-    default_targets = "x_proj[B|C],A_log"
-    share: float = option(0.25, "share of the entries that trains")
-
-    def build_rule(self, site):
-        return MaskedRule(site.weight)
-
-    def settle(self, rules: Mapping[str, MaskedRule], batches: Iterable) -> None:
-        next(iter(batches))()
-        for rule in rules.values():
-            size = rule.delta.grad.abs()
-            rule.mask.copy_(size > size.quantile(1 - self.share))
-
-
-@dataclass(frozen=True, kw_only=True)
 class MoreStates(Method):
     summary = "additional states"
     default_targets = ("A_log", "A_b_log", "x_proj", "x_proj_b")
@@ -232,7 +213,6 @@ DEMONSTRATED = {
     "demo_affix": Affix,
     "demo_prompt": Prompt,
     "demo_parallel": Parallel,
-    "demo_masked": Masked,
     "demo_states": MoreStates,
     "demo_gate": Gate,
     "demo_offset": Offset,
@@ -250,7 +230,7 @@ def methods(monkeypatch):
 
 
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR, "demo_gate+demo_parallel+demo_offset+demo_masked"])
+@pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR, "demo_gate+demo_parallel+demo_offset+sdt"])
 def test_every_kind_of_method(method, check):
     check(MethodCase(method, OPTIONS.get(method, {})))
 
@@ -383,26 +363,6 @@ def test_calls_in_every_way_through_the_model(method):
         for block in model.layers:
             block.mixer.backend = backend
         close(model(images()), program.module()(images()), 1e-4)
-
-
-def test_a_mask_is_chosen_once_from_gradients(tmp_path: Path):
-    model = vimtune.inject(build_test_model(), "demo_masked")
-    assert settles(model) and not settles(vimtune.inject(build_test_model(), "lora", rank=2))
-
-    def batch() -> float:
-        loss = loss_of(model)
-        loss.backward()
-        return float(loss)
-
-    settle(model, iter([batch]))
-    masks = [rule.mask for rule in model.modules() if isinstance(rule, MaskedRule)]
-    assert len(masks) == 6 and all(0.2 < mask.float().mean() < 0.3 for mask in masks)
-    disturb(model)
-    vimtune.save_adapter(model, tmp_path / "masked.safetensors")
-    other = build_test_model()
-    vimtune.load_adapter(other, tmp_path / "masked.safetensors")
-    close(other.eval()(images()), model.eval()(images()), 0)
-    close(vimtune.merge(model)(images()), other(images()))
 
 
 def test_each_rule_has_its_own_decay():
