@@ -16,6 +16,7 @@ from vimtune.methods.base import Method, register_method
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vimtune.adapters.points import Points
     from vimtune.adapters.rule import Rule
     from vimtune.adapters.settling import TrainingBatches
     from vimtune.adapters.sites import Site
@@ -55,6 +56,17 @@ class SDT(Method):
     @property
     def settles(self) -> bool:
         return self.criterion in ("delta", "gradient")
+
+    def select(
+        self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
+    ) -> list[str]:
+        named = (f"{path}[{row}]" for path, rows in points.rows.items() for row in rows)
+        if targets is None and not any(map(_mixer, named)):
+            raise ValueError(
+                "sdt acts on A_log and on the rows B and C of x_proj, which this model does not have: "
+                "expected a Vim or Mamba"
+            )
+        return super().select(points, targets, layers)
 
     def build(self, sites: Sequence[Site]) -> Mapping[str, Rule]:
         from vimtune.adapters.rules.sdt import ColumnsRule, SparseRule, StatesRule
