@@ -128,7 +128,7 @@ def test_what_cannot_be_composed_is_refused_with_the_reason(method, options, rea
     assert [type(module) for module in model.modules()] == before
 
 
-PAIRS = itertools.permutations(["lora", "dora", "oft", "c3a", "ia3"], 2)
+PAIRS = list(itertools.permutations(["lora", "dora", "oft", "c3a", "ia3"], 2))
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
