@@ -9,6 +9,7 @@ does not exist in bf16, and a weight that the model reads has to be built anyway
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vimtune.adapters.rule import WeightRule
@@ -17,13 +18,12 @@ from vimtune.adapters.rule import WeightRule
 def block_circulant(kernels: Tensor) -> Tensor:
     """The matrix (m b, n b) of `kernels` (m, n, b), the first rows of its m times n blocks.
 
-    A row of 2 b - 1 entries of c, c, c, ... begins one entry earlier in c than the row above it, because
-    2 b - 1 is -1 modulo b. Cut to b entries these rows are the block. There is nothing to gather here, so
+    Row k of a block is the window of c, c that begins b - k entries in. There is nothing to gather here, so
     the gradient is a sum in a fixed order, where that of a gather would be atomic additions.
     """
     m, n, b = kernels.shape
-    repeated = kernels[:, :, None].expand(m, n, 2 * b, b).reshape(m, n, 2 * b * b)
-    blocks = repeated[:, :, : b * (2 * b - 1)].view(m, n, b, 2 * b - 1)[..., :b]
+    windows = torch.cat([kernels, kernels], -1).unfold(-1, b, 1)  # they begin at entries 0 to b
+    blocks = windows[:, :, 1:].flip(2)
     return blocks.transpose(1, 2).reshape(m * b, n * b)
 
 
