@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 METHODS: Registry[type[Method]] = Registry("method")
 """All methods by name."""
+OwnMethod = TypeVar("OwnMethod", bound="Method")
+"""A method of any class, for what gives back one of the same class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Method(ABC):
         """
         raise NotImplementedError(f"method {self.name!r} overrides neither build nor build_rule")
 
-    def at(self, site: Site) -> Method:
+    def at(self: OwnMethod, site: Site) -> OwnMethod:
         """The method with the options that hold at a site."""
         return dataclasses.replace(self, **site.options) if site.options else self
 
