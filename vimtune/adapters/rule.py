@@ -58,6 +58,22 @@ class Rule(nn.Module):
         """
         return None
 
+    def misfit(self, tensor: str, value: Tensor) -> str | None:
+        """What is wrong with a value that is to be loaded into a parameter or buffer of this rule.
+
+        Shape, dtype and finiteness have been compared before. A rule that takes a buffer for indices, say,
+        looks here whether they are within range, because a file may come from anybody.
+
+        Args:
+            tensor: name of the parameter or buffer within the rule.
+            value: the value that a file has for it.
+
+        Returns:
+            The end of a sentence that begins with the name, such as "are no ascending places"; None if
+            nothing is wrong.
+        """
+        return None
+
 
 class WeightRule(Rule):
     """One formula for the effective value of a parameter or of some of its rows."""

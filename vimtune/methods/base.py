@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -23,6 +24,7 @@ from vimtune.utils import require_summary, suggest
 if TYPE_CHECKING:
     from vimtune.adapters.points import Points
     from vimtune.adapters.rule import Rule
+    from vimtune.adapters.settling import TrainingBatches
     from vimtune.adapters.sites import Site
 
 METHODS: Registry[type[Method]] = Registry("method")
@@ -100,17 +102,26 @@ class Method(ABC):
         """The method with the options that hold at a site."""
         return dataclasses.replace(self, **site.options) if site.options else self
 
-    def settle(self, rules: Mapping[str, Rule], batches: Iterable[Callable[[], float]]) -> None:  # noqa: B027
+    @property
+    def settles(self) -> bool:
+        """Whether the method wants to see data before training: whether it has a `settle` of its own.
+
+        Overridden by methods that do so with some of their options only.
+        """
+        return type(self).settle is not Method.settle
+
+    def settle(self, rules: Mapping[str, Rule], batches: TrainingBatches) -> None:  # noqa: B027
         """Choose or start from data, once, before the first step of a training run.
 
         Overridden by methods that select what to train by gradients, or start from what the model computes;
-        the others draw no batch.
+        the others draw no batch. What is chosen has to be the same in every process of a run, as it is where
+        it depends on the gradients, which are summed over all of them.
 
         Args:
             rules: the method's rules by the path of their site.
             batches: functions, each of which runs the forward and backward pass of one training batch, adds
                 to the gradients of the adapter's tensors, and gives the loss. As many are drawn as the method
-                wants.
+                wants. `batches.warmed_up` trains the adapter for a while, to look at what that changes.
         """
 
     def merged_options(self, options: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
@@ -276,9 +287,13 @@ def build_methods(spec: str, options: Mapping[str, Any]) -> list[ChosenMethod]:
     return chosen
 
 
-def check_matrix(method: str, site: Site, rank: int) -> tuple[int, int]:
-    """(out, in) of a weight that takes a rank-`rank` update; of a convolution `in` is all that one output
-    reads.
+def check_matrix(method: str, site: Site, rank: int | None = None) -> tuple[int, int]:
+    """(out, in) of a weight that takes a matrix update; of a convolution `in` is all that one output reads.
+
+    Args:
+        method: name of the method, for the message.
+        site: where it is to act.
+        rank: that of the update, for methods that have one.
 
     Raises:
         ValueError: not a matrix, or a rank that does not fit it.
@@ -287,7 +302,8 @@ def check_matrix(method: str, site: Site, rank: int) -> tuple[int, int]:
     if weight.dim() < 2:
         raise ValueError(f"{method} needs a matrix; {site.path} has shape {tuple(weight.shape)}")
     rows, columns = weight.flatten(1).shape
-    check_rank(site, rows, columns, rank)
+    if rank is not None:
+        check_rank(site, rows, columns, rank)
     return rows, columns
 
 
@@ -306,3 +322,33 @@ def check_rank(site: Site, rows: int, columns: int, rank: int) -> None:
             f"rank {quote(rank)} does not fit {site.path} of shape {rows} x {columns}: "
             f"expected 1 to {largest}"
         )
+
+
+def check_block_size(site: Site, block_size: int, *widths: int) -> None:
+    """Compare the size of blocks with the sides of a weight that they are to divide.
+
+    Raises:
+        ValueError: it does not divide one of `widths`; the message has those up to 64 that would.
+    """
+    common = math.gcd(*widths)
+    if common % block_size:
+        divisors = [str(size) for size in range(1, min(common, 64) + 1) if common % size == 0]
+        sides = f"the input width {widths[0]}" if len(widths) == 1 else " and ".join(map(str, widths))
+        raise ValueError(
+            f"block_size {quote(block_size)} does not divide {sides} of {site.path}; "
+            f"possible: {', '.join(divisors)}"
+        )
+
+
+def fitting_block_size(method: str, site: Site, block_size: int | None) -> int:
+    """The side of square blocks that fill a weight: `block_size`, or the largest possible one if that is
+    None.
+
+    Raises:
+        ValueError: not a matrix, or a size that does not divide both sides.
+    """
+    rows, columns = check_matrix(method, site)
+    if block_size is None:
+        return math.gcd(rows, columns)
+    check_block_size(site, block_size, rows, columns)
+    return block_size

@@ -65,7 +65,7 @@ class Run:
         """Train the epochs that are left, then score the best adapter and write the report."""
         try:
             if self.progress.step == 0:
-                settle(self.trained, self.job.train, self.stepper.passes, self.processes)
+                settle(self.trained, self.job.train, self.stepper.passes, self.processes, self.stop)
             while not ended(self.recipe.optimisation, self.progress):
                 self._train_epoch()
                 self._end_epoch()
