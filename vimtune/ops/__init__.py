@@ -1,7 +1,7 @@
 """Operations of Vision Mamba behind one dispatch.
 
 Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `ssd_mixer.py`, `norm.py`,
-`cross_entropy.py`, `block_product.py`, and `prompt.py`, `step.py` and `ssd_mixer_step.py` for what generating
+`cross_entropy.py`, `block_product.py`, `mixer_start.py` for mixers that begin with a state, and `prompt.py`, `step.py` and `ssd_mixer_step.py` for what generating
 text needs.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
@@ -23,7 +23,8 @@ from vimtune.ops.dispatch import (
     use_backend,
     with_chosen_backend,
 )
-from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
+from vimtune.ops.mixer import DirectionStart, DirectionWeights, bidirectional_scan, causal_mixer
+from vimtune.ops.mixer_start import bidirectional_scan_from
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.prompt import causal_prompt
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
@@ -39,6 +40,7 @@ for _path in OWN.values():
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "DirectionStart",
     "DirectionWeights",
     "Kernels",
     "SsdMixerOptions",
@@ -47,6 +49,7 @@ __all__ = [
     "backend_names",
     "backend_report",
     "bidirectional_scan",
+    "bidirectional_scan_from",
     "causal_conv1d",
     "causal_mixer",
     "causal_prompt",

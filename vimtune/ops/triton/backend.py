@@ -61,9 +61,13 @@ class TritonScan(ScanKernels):
         u, delta, A, B, C, D, z, delta_bias, state = inputs
         batch, tokens, inner = u.shape
         whole = tokens // segments * segments
+        # The tokens that are left over are those that the scan visits last.
+        within = slice(tokens - whole, tokens) if options.reverse else slice(whole)
+        left_over = slice(tokens - whole) if options.reverse else slice(whole, tokens)
+        order = range(segments)[::-1] if options.reverse else range(segments)
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor[:, :whole].reshape(batch * segments, whole // segments, -1)
+            return tensor[:, within].reshape(batch * segments, whole // segments, -1)
 
         parts = ScanInputs(
             cut(u), cut(delta), A, cut(B), cut(C), D, None if z is None else cut(z), delta_bias
@@ -74,19 +78,19 @@ class TritonScan(ScanKernels):
         ends = ends.view(batch, segments, inner, -1)
         steps = time_steps(parts.delta.float(), delta_bias, options.delta_softplus)
         decays = torch.exp(steps.sum(1).view(batch, segments, inner, 1) * A)
-        starts = []
-        for segment in range(segments):
-            starts.append(state)
+        starts = torch.empty_like(ends)
+        for segment in order:
+            starts[:, segment] = state
             state = decays[:, segment] * state + ends[:, segment]
-        begun = parts._replace(state=torch.stack(starts, 1).flatten(0, 1))
+        begun = parts._replace(state=starts.flatten(0, 1))
         out, saved, _ = self.forward(begun, options, False)
         out = out.view(batch, whole, inner)
         if whole < tokens:
-            rest = [tensor if tensor is None else tensor[:, whole:] for tensor in (u, delta, B, C, z)]
+            rest = [tensor if tensor is None else tensor[:, left_over] for tensor in (u, delta, B, C, z)]
             behind = ScanInputs(rest[0], rest[1], A, rest[2], rest[3], D, rest[4], delta_bias, state)  # type: ignore[arg-type]
             others, _, last = self.forward(behind, options, False)
             assert last is not None
-            out, state = torch.cat([out, others], 1), last
+            out, state = torch.cat([others, out] if options.reverse else [out, others], 1), last
         return out, saved, state
 
     def backward(
