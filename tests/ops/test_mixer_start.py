@@ -1,7 +1,7 @@
-"""Mixers whose directions begin with a state and a convolution tail, against loops that show what these mean.
+"""Mixers whose directions begin with a state and a convolution tail, against loops that show what these are.
 
-Triton's kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts; those of backend `nvrtc` run in the
-emulator, too.
+Triton's kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts; those of backend `nvrtc` run in
+the emulator, too.
 """
 
 from __future__ import annotations

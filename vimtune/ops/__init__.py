@@ -1,8 +1,8 @@
 """Operations of Vision Mamba behind one dispatch.
 
 Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `ssd_mixer.py`, `norm.py`,
-`cross_entropy.py`, `block_product.py`, `mixer_start.py` for mixers that begin with a state, and `prompt.py`, `step.py` and `ssd_mixer_step.py` for what generating
-text needs.
+`cross_entropy.py`, `block_product.py`, `mixer_start.py` for mixers that begin with a state, and `prompt.py`,
+`step.py` and `ssd_mixer_step.py` for what generating text needs.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """

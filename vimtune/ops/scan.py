@@ -237,9 +237,8 @@ def selective_scan_from(
         begun = ScanInputs(u, delta, A, B, C, D, z, delta_bias, state)
         if chosen_backend(backend) != REFERENCE and not find_backend(ScanKernels, backend, u.device, begun):
             out = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
-            return out + _state_response(state, delta, A, C, z, delta_bias, delta_softplus, reverse).to(
-                u.dtype
-            )
+            added = _state_response(state, delta, A, C, z, delta_bias, delta_softplus, reverse)
+            return out + added.to(u.dtype)
     every = state.unsqueeze(0).expand(u.shape[0], -1, -1)
     return stateful_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, every, backend, reverse)[0]
 
