@@ -17,6 +17,7 @@ from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cross_entropy import LossInputs, LossKernels
 from vimtune.ops.mixer import MixerInputs, MixerKernels
+from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 from vimtune.utils import installed_version
@@ -199,6 +200,15 @@ class TritonMixer(MixerKernels):
         return mixer.backward(grad, inputs.xz, results, inputs.directions, need_xz, needs)
 
 
+class TritonStart(StartKernels):
+    """The kernels of a mixer as a whole whose directions begin with a state."""
+
+    def forward(self, inputs: StartInputs) -> Tensor:
+        from vimtune.ops.triton import mixer
+
+        return mixer.forward(inputs.xz, inputs.directions, False, inputs.starts)[0]
+
+
 class TritonNorm(NormKernels):
     """The kernels of `triton/norm.py`."""
 
@@ -246,7 +256,7 @@ class TritonBackend(Backend):
     name = "triton"
     summary = "Triton kernels for NVIDIA GPUs"
     packages = ("triton",)
-    kernels = (TritonScan(), TritonConvolution(), TritonMixer(), TritonNorm(), TritonLoss())
+    kernels = (TritonScan(), TritonConvolution(), TritonMixer(), TritonStart(), TritonNorm(), TritonLoss())
 
     def refusals(self, device: torch.device) -> list[str]:
         reasons = []
