@@ -93,6 +93,7 @@ def test_directions_begin_with_a_state(device, batch, tokens, inner, width, segm
     assert launched
     assert_close(out, expected, 2 * TOLERANCES[dtype], "out")
     zeros = [type(start)(*(torch.zeros_like(tensor) for tensor in start)) for start in given[2:]]
+    assert ops.bidirectional_scan_from(xz[:, :0].to(device), *given, backend="nvrtc").shape[1] == 0
     found = ops.bidirectional_scan_from(xz.to(device), *given[:2], *zeros, backend="nvrtc")
     assert torch.equal(found, ops.bidirectional_scan(xz.to(device), *given[:2], backend="nvrtc"))
 

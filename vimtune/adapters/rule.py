@@ -8,7 +8,7 @@ the model comes to see them is the business of `slots.py`, where they go that of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -27,9 +27,6 @@ class Rule(nn.Module):
     saving and loading refuse them. A buffer that would hold inf, such as a mask to be added, is computed anew
     in `__init__` (`register_buffer(..., persistent=False)`), or keeps a finite number or a bool instead.
     """
-
-    mergeable: ClassVar[bool] = True
-    """Whether plain weights can express the rule. If not, `merge` refuses, by the name of the point."""
 
     def decay(self, tensor: str, exempt: bool) -> float:
         """How strongly weight decay pulls a parameter of this rule to zero.
@@ -68,6 +65,9 @@ class WeightRule(Rule):
     tensors, no buffer changed in place. False also where stacking would only copy.
     """
 
+    mergeable: ClassVar[bool] = True
+    """Whether plain weights can express the rule. If not, `merge` refuses, by the name of the point."""
+
     perturbs: bool = False
     """Whether the rule adds something random in training that no weight can express; see `perturbation`."""
 
@@ -94,8 +94,6 @@ class WeightRule(Rule):
 class CallRule(Rule):
     """Surrounds a call that the model makes: of a linear layer, or of a method that a module declares."""
 
-    mergeable = False
-
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.
 
@@ -115,6 +113,23 @@ class CallRule(Rule):
             has. `encode` may give a list of such tensors; `each_tensor` treats both alike.
         """
         raise NotImplementedError
+
+    def fold(self, owner: nn.Module) -> Mapping[str, Tensor] | None:
+        """What remains of the rule in the plain model into which an adapter is merged.
+
+        It is asked in evaluation, while all rules of the adapter are in force: who reads a parameter of
+        `owner` gets the value that it will have there.
+
+        Args:
+            owner: the module whose call the rule surrounds.
+
+        Returns:
+            Values of parameters of `owner`, by name, with which the plain call computes what the call under
+            this rule does. Parameters that `owner` does not have yet are those that it has with the options
+            of `Method.merged_options`. None where no parameters can express the rule: `merge` then refuses,
+            by the name of the point.
+        """
+        return None
 
 
 def each_tensor(result: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -24,7 +24,7 @@ from vimtune.ops.dispatch import (
     with_chosen_backend,
 )
 from vimtune.ops.mixer import DirectionStart, DirectionWeights, bidirectional_scan, causal_mixer
-from vimtune.ops.mixer_start import bidirectional_scan_from
+from vimtune.ops.mixer_start import bidirectional_scan_from, start_behind
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.prompt import causal_prompt
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
@@ -66,6 +66,7 @@ __all__ = [
     "ssd_mixer",
     "ssd_mixer_step",
     "ssd_step",
+    "start_behind",
     "stateful_scan",
     "token_losses",
     "use_backend",

@@ -13,8 +13,10 @@ from abc import abstractmethod
 from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vimtune.ops import reference
 from vimtune.ops.backend import Kernels
 from vimtune.ops.dispatch import find_backend, find_kernels
 from vimtune.ops.mixer import (
@@ -77,7 +79,7 @@ def bidirectional_scan_from(
     if not torch.jit.is_scripting():
         _check(xz, forward, reverse, forward_start, reverse_start)
         tensors = (xz, *forward, *reverse, *forward_start, *reverse_start)
-        if xz.numel() > 0 and not is_trained(*tensors):
+        if not is_trained(*tensors):
             inputs = StartInputs(xz, (forward, reverse), (forward_start, reverse_start))
             name = find_backend(StartKernels, backend, xz.device, inputs)
             if name:
@@ -87,6 +89,42 @@ def bidirectional_scan_from(
     ahead = one_direction(x, z, forward, False, backend, forward_start)
     back = one_direction(x, z, reverse, True, backend, reverse_start)
     return (ahead + back) / 2
+
+
+@torch.no_grad()
+def start_behind(tokens: Tensor, weights: DirectionWeights, start: DirectionStart) -> DirectionStart:
+    """What a direction begins with where the first tokens that it visits are left away.
+
+    With it a direction computes for the other tokens what it would compute behind these. It is found in fp64,
+    by the definitions of the operations.
+
+    Args:
+        tokens: what the convolution is given for these tokens, (n, E), in the order in which the direction
+            visits them. They are the same for all samples.
+        weights: those of the direction.
+        start: what it begins with before these tokens.
+
+    Returns:
+        State (E, N) and tail (E, K - 1) in the dtypes of `start`.
+    """
+    exact = DirectionWeights(*(None if weight is None else weight.double() for weight in weights))  # type: ignore[arg-type]
+    x, count = tokens.double(), start.tail.shape[1]
+    inputs = torch.cat([start.tail.double().t(), x])
+    u = reference.causal_conv1d(inputs[None], exact.conv_weight, exact.conv_bias, True)[:, count:]
+    num_states, rank = exact.A_log.shape[1], exact.dt_proj.shape[1]
+    dt, B, C = torch.split(F.linear(u, exact.x_proj), [rank, num_states, num_states], dim=-1)
+    _, state = reference.stateful_scan(
+        u,
+        F.linear(dt, exact.dt_proj),
+        -torch.exp(exact.A_log),
+        B,
+        C,
+        delta_bias=exact.dt_bias,
+        delta_softplus=True,
+        state=start.state[None].double(),
+    )
+    tail = inputs[len(inputs) - count :].t()
+    return DirectionStart(state[0].to(start.state.dtype), tail.to(start.tail.dtype))
 
 
 def _check(
@@ -140,6 +178,8 @@ def _scan_from(
     forward = conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0
     reverse = conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1
     inputs = _inputs(*_contiguous(xz, *forward, *reverse, state0, tail0, state1, tail1))
+    if xz.numel() == 0:
+        return xz.new_empty((*xz.shape[:2], xz.shape[2] // 2))
     return find_kernels(StartKernels, backend, xz.device, inputs)[1].forward(inputs)
 
 
