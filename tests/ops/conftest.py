@@ -46,7 +46,9 @@ def emulated_kernels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     # Some 150 units are compiled, each for one test or a few: optimising them takes longer than they run, and
     # reading the standard library is a third of the rest. So its headers are compiled once, into a .gch.
-    flags = [*compiler, "-O0", "-std=c++17", "-fPIC"]
+    # Hidden symbols, because otherwise units that are loaded later would use the static variables of inline
+    # functions of earlier ones, whose sizes are others.
+    flags = [*compiler, "-O0", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
     headers = folder / "standard.h"
     headers.write_text("".join(re.findall(r"^#include <.*>\n", (HERE / "cuda_on_cpu.h").read_text(), re.M)))
     subprocess.run([*flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"], check=True)

@@ -130,22 +130,25 @@ inline uint32_t to_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); 
 
 }  // namespace emulator
 
+// What Python calls; all other symbols are hidden.
+#define VISIBLE __attribute__((visibility("default")))
+
 // How the next launches run: in which order threads and blocks take their turns, and with how much shared memory.
-extern "C" void emulate_next(int backwards, int shared_bytes) {
+extern "C" VISIBLE void emulate_next(int backwards, int shared_bytes) {
     emulator::backwards = backwards;
     emulator::shared_bytes = shared_bytes;
 }
 // Whether the last launch wrote to no more shared memory than that.
-extern "C" int emulate_kept_within() {
+extern "C" VISIBLE int emulate_kept_within() {
     for (int k = 0; k < emulator::GUARD; k++) {
         if (emulator::shared_memory[emulator::shared_bytes + k] != emulator::UNTOUCHED) return 0;
     }
     return 1;
 }
 
-#define EXPORT(kernel)                                                                             \
-    extern "C" void emulate_##kernel(int x, int y, int z, int num_threads, void** values) {        \
-        emulator::launch(kernel, {x, y, z}, num_threads, values);                                  \
+#define EXPORT(kernel)                                                                              \
+    extern "C" VISIBLE void emulate_##kernel(int x, int y, int z, int num_threads, void** values) { \
+        emulator::launch(kernel, {x, y, z}, num_threads, values);                                   \
     }
 
 inline int lane() { return emulator::current % emulator::WARP; }

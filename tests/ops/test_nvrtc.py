@@ -212,6 +212,7 @@ def test_source_compiles_without_a_gpu(directions, fp16, trained, nvrtc):
     sizes = ("DIRECTIONS", directions), ("WIDTH", 40), ("COLUMNS", 48)
     constants = (*sizes, ("FP16", fp16), ("SEGMENTED", trained))
     assert_compiles(scan.FORWARD, constants)
+    assert_compiles(scan.FROM, constants)
     assert_compiles(scan.BACKWARD, (*constants, ("TRAINED", trained)))
 
 

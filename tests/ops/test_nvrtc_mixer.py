@@ -7,17 +7,17 @@ import torch
 from kernel_checks import TOLERANCES, assert_close, build_weights
 
 from vimtune import ops
-from vimtune.ops import DirectionWeights, dispatch, reference
+from vimtune.ops import DirectionStart, DirectionWeights, dispatch, reference
 from vimtune.ops.nvrtc import mixer, scan
 
 
-def build(batch, tokens, inner, rank, dtype, directions=2):
+def build(batch, tokens, inner, rank, dtype, directions=2, width=4):
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    around = build_weights(inner, rank, 4, True, seed=tokens, directions=directions)
+    around = build_weights(inner, rank, width, True, seed=tokens, directions=directions)
     weights = [
         DirectionWeights(*(each[d] for each in around.values()), 0.5 * normal(inner, 16), normal(inner))
         for d in range(directions)
@@ -71,6 +71,31 @@ def test_a_prompt_gives_the_last_state_as_well(device, batch, tokens, inner, seg
     assert_close(out, expected, 2 * TOLERANCES[dtype], "out")
     assert_close(last, state, 2 * TOLERANCES[dtype], "state")
     assert torch.equal(out, ops.causal_mixer(xz, own, backend="nvrtc"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "batch, tokens, inner, width, segments",
+    [(2, 1, 8, 4, 1), (2, 2, 72, 6, 1), (1, 37, 72, 4, 1), (1, 70, 72, 4, 3), (2, 16, 64, 1, 1)],
+)
+def test_directions_begin_with_a_state(device, batch, tokens, inner, width, segments, dtype, monkeypatch):
+    monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
+    xz, _, weights = build(batch, tokens, inner, 5, dtype, width=width)
+    generator = torch.Generator().manual_seed(1)
+    shapes = (inner, 16), (inner, width - 1)
+    starts = [DirectionStart(*(torch.randn(*s, generator=generator) for s in shapes)) for _ in range(2)]
+    exact = [type(part)(*(tensor.double() for tensor in part)) for part in (*weights, *starts)]
+    expected = ops.bidirectional_scan_from(xz.double(), *exact, backend="reference")
+    given = [type(part)(*(tensor.to(device) for tensor in part)) for part in (*weights, *starts)]
+    launched, scan_from = [], scan.scan_from
+    monkeypatch.setattr(scan, "scan_from", lambda *inputs: launched.append(1) or scan_from(*inputs))
+    out = ops.bidirectional_scan_from(xz.to(device), *given, backend="nvrtc")
+    assert launched
+    assert_close(out, expected, 2 * TOLERANCES[dtype], "out")
+    zeros = [type(start)(*(torch.zeros_like(tensor) for tensor in start)) for start in given[2:]]
+    assert ops.bidirectional_scan_from(xz[:, :0].to(device), *given, backend="nvrtc").shape[1] == 0
+    found = ops.bidirectional_scan_from(xz.to(device), *given[:2], *zeros, backend="nvrtc")
+    assert torch.equal(found, ops.bidirectional_scan(xz.to(device), *given[:2], backend="nvrtc"))
 
 
 def test_a_prompt_that_has_to_be_composed(on_cpu):

@@ -143,9 +143,9 @@ def test_every_operation_is_tested():
     """One for which some backend has kernels.
 
     Those of `ssd` have other sizes; test_ssd.py has them. Those without gradients are tested in
-    test_nvrtc_mixer.py, test_nvrtc_step.py and test_nvrtc_ssd_step.py.
+    test_mixer_start.py, test_nvrtc_mixer.py, test_nvrtc_step.py and test_nvrtc_ssd_step.py.
     """
-    elsewhere = {"ssd", "causal_prompt", "causal_step", "ssd_mixer_step"}
+    elsewhere = {"ssd", "causal_prompt", "causal_step", "ssd_mixer_step", "bidirectional_scan_from"}
     assert {operation for _, operation in dispatch._KERNELS} == {*OPERATIONS, *elsewhere}
 
 

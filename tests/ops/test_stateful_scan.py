@@ -112,12 +112,24 @@ def test_two_parts_are_the_whole(backend):
     torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_in_reverse_it_is_the_scan_of_the_flipped_tokens(backend):
+    values, (grad, grad_last) = tensors(19), grads_for(19)
+    flips = {name: values[name].flip(1) for name in ("u", "delta", "B", "C", "z")}
+    expected = run(ops.stateful_scan, {**values, **flips}, [grad.flip(1), grad_last], backend=backend)
+    for name in ("out", *flips):
+        expected[name] = expected[name].flip(1)
+    found = run(ops.stateful_scan, values, [grad, grad_last], backend=backend, reverse=True)
+    assert_near(found, expected, 2e-5)
+
+
 @NEEDS_TRITON
-def test_segments_are_the_whole(monkeypatch):
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_are_the_whole(monkeypatch, reverse):
     from vimtune.ops.triton import launch
 
     values = tensors(20)
-    options = {"delta_softplus": True, "backend": "triton"}
+    options = {"delta_softplus": True, "backend": "triton", "reverse": reverse}
     monkeypatch.setattr(launch, "num_segments", lambda u: 1)
     with torch.no_grad():
         whole, last = ops.stateful_scan(**values, **options)
@@ -182,7 +194,7 @@ def test_second_derivatives_are_those_of_the_reference_only():
 @pytest.mark.parametrize("backend", [name for name in ("torch", "cpu") if not ON_GPU or name == "torch"])
 def test_the_operation_is_as_torch_library_wants_it(backend):
     values = {name: value.requires_grad_() for name, value in tensors(7).items()}
-    arguments = (*values.values(), True, backend, True)
+    arguments = (*values.values(), True, True, backend, True)
     torch.library.opcheck(torch.ops.vimtune.stateful_scan, arguments)
 
 

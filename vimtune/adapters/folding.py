@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ from vimtune.adapters.manage import (
     set_num_classes,
     take_up,
 )
+from vimtune.adapters.rule import CallRule, Rule, WeightRule
 from vimtune.adapters.slots import (
     adapted_modules,
     base_value,
+    in_evaluation,
     iter_slots,
     iter_weight_slots,
+    join,
     point_path,
     put_on,
     take_off,
@@ -36,6 +39,16 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _KEPT = "_vimtune_merged"
 """Attribute of a reversibly merged model under which its adapters wait."""
+
+
+@dataclass
+class _Merged:
+    """A parameter that merging changes, and its merged value."""
+
+    path: str
+    owner: nn.Module
+    name: str
+    value: Tensor
 
 
 @dataclass
@@ -66,7 +79,8 @@ class _Kept:
 def merge(model: Model, *, reversible: bool = False) -> Model:
     """Fold the active adapter into the weights and remove all adapters, in place.
 
-    The result is a plain model with plain keys and the same output in evaluation mode. A model without
+    The result is a plain model with plain keys and the same output in evaluation mode. Its `options` say how
+    it can be created: some methods change its sizes, or give it parameters that it can have. A model without
     adapters is returned as it is; wrappers by torch.compile, DataParallel and timm's features_only are
     seen through and returned.
 
@@ -76,22 +90,20 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
             back bit by bit. This takes the memory of the changed weights once more.
 
     Raises:
-        ValueError: no adapter is active, a rule cannot be expressed by weights, a merged weight is not
-            finite, or the model is under DistributedDataParallel; the model is then as it was.
+        ValueError: no adapter is active, a rule cannot be expressed by weights, two rules fold into the same
+            parameter, a merged weight is not finite, or the model is under DistributedDataParallel; the model
+            is then as it was.
     """
     backbone = unwrap(model, retrains=True)
     state = adapter_state(backbone)
     if state is None:
         return model
     _, record = demand_adapter(backbone)
-    _refuse_unmergeable(backbone, record)
-    merged: list[tuple[str, nn.Module, str, Tensor]] = []
-    for path, owner, name, slot in iter_weight_slots(backbone):
-        base = base_value(owner, name)
-        weight = slot.evaluated(base).to(base.dtype, copy=True)
-        if not weight.is_meta and not torch.isfinite(weight).all():
-            raise ValueError(f"adapter {record.name!r} makes {path} non-finite; nothing was merged")
-        merged.append((path, owner, name, weight))
+    folded = _folded_calls(backbone, record)
+    merged = [item for item in _merged_weights(backbone, record) if item.path not in folded]
+    for item in (*merged, *folded.values()):
+        if not item.value.is_meta and not torch.isfinite(item.value).all():
+            raise ValueError(f"adapter {record.name!r} makes {item.path} non-finite; nothing was merged")
     options = _merged_options(backbone, record)
 
     # Nothing above has changed the model.
@@ -99,12 +111,18 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
     lay_down(backbone, state)
     for _, module in adapted_modules(backbone):
         kept.slots.append((module, take_off(module)))
-    for path, owner, name, weight in merged:
-        base = _replace(backbone, base_value(owner, name), weight, keep=reversible)
+
+    def put(item: _Merged) -> None:
+        base = _replace(backbone, base_value(item.owner, item.name), item.value, keep=reversible)
         if reversible:
-            kept.weights.append(_Weight(path, owner, name, base, tensor_digest(weight)))
+            kept.weights.append(_Weight(item.path, item.owner, item.name, base, tensor_digest(item.value)))
+
+    for item in merged:
+        put(item)
     set_num_classes(backbone, record.num_classes)
     _set_options(backbone, options)
+    for item in folded.values():  # Only with the options are there all parameters that calls fold into.
+        put(item)
     backbone.__dict__.pop(_KEPT, None)
     if reversible:
         backbone.__dict__[_KEPT] = kept
@@ -158,15 +176,54 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def _refuse_unmergeable(model: nn.Module, record: AdapterRecord) -> None:
-    for path, _, name, slot in iter_slots(model):
+def _merged_weights(model: nn.Module, record: AdapterRecord) -> list[_Merged]:
+    """The values of all parameters with rules.
+
+    Raises:
+        ValueError: no weight can express a rule.
+    """
+    merged = []
+    for path, owner, name, slot in iter_weight_slots(model):
         for rule in () if slot.rule is None else single_rules(slot.rule):
-            if not rule.mergeable:
-                where = point_path(path, name)
-                raise ValueError(
-                    f"adapter {record.name!r} ({record.method}) has a {type(rule).__name__} at {where}, "
-                    "which no weight can express; nothing was merged. Keep the adapter beside the model"
-                )
+            if not cast(WeightRule, rule).mergeable:
+                _refuse(rule, path, record)
+        base = base_value(owner, name)
+        merged.append(_Merged(path, owner, name, slot.evaluated(base).to(base.dtype, copy=True)))
+    return merged
+
+
+def _folded_calls(model: nn.Module, record: AdapterRecord) -> dict[str, _Merged]:
+    """What the rules for calls leave behind, by the paths of parameters.
+
+    Raises:
+        ValueError: no parameter can express a rule, or two rules fold into the same one.
+    """
+    folded: dict[str, _Merged] = {}
+    for path, owner, name, slot in iter_slots(model):
+        for rule in () if slot.rule is None else single_rules(slot.rule):
+            if not isinstance(rule, CallRule):
+                continue
+            with in_evaluation(owner):
+                values = rule.fold(owner)
+            if values is None:
+                _refuse(rule, point_path(path, name), record)
+            for parameter, value in values.items():
+                place = join(path, parameter)
+                if place in folded:
+                    raise ValueError(
+                        f"two rules of adapter {record.name!r} ({record.method}) fold into {place}; nothing "
+                        "was merged. Keep the adapter beside the model"
+                    )
+                folded[place] = _Merged(place, owner, parameter, value.detach().clone())
+    return folded
+
+
+def _refuse(rule: Rule, where: str, record: AdapterRecord) -> NoReturn:
+    """Raise ValueError for a rule that cannot be merged."""
+    raise ValueError(
+        f"adapter {record.name!r} ({record.method}) has a {type(rule).__name__} at {where}, "
+        "which no weight can express; nothing was merged. Keep the adapter beside the model"
+    )
 
 
 def _replace(model: nn.Module, base: nn.Parameter, weight: Tensor, keep: bool) -> nn.Parameter:
@@ -212,12 +269,21 @@ def _options_of(model: nn.Module) -> dict[str, Any] | None:
 
 def _set_options(model: nn.Module, options: dict[str, Any] | None) -> None:
     """Change the options in place: `model.creation` refers to the same mapping, parts of a model of
-    transformers to the same configuration."""
-    present = getattr(model, "options", None)
-    if options is not None and isinstance(present, dict):
+    transformers to the same configuration.
+
+    A model some parameters of which are there with some options alone has a method `follow_options`.
+    """
+    if options is None:
+        return
+    present: Any = getattr(model, "options", None)
+    if isinstance(present, dict):
+        if present == options:
+            return
         present.clear()
         present.update(options)
-    elif options is not None and (config := _configuration(model)) is not None:
+        if hasattr(model, "follow_options"):
+            cast(Any, model).follow_options()
+    elif (config := _configuration(model)) is not None:
         before = config.to_dict()
         for name, value in options.items():
             if name not in before or before[name] != value:

@@ -29,8 +29,6 @@ class Rule(nn.Module):
     in `__init__` (`register_buffer(..., persistent=False)`), or keeps a finite number or a bool instead.
     """
 
-    mergeable: ClassVar[bool] = True
-    """Whether plain weights can express the rule. If not, `merge` refuses, by the name of the point."""
     may_be_off: ClassVar[bool] = False
     """Whether units of the rule may be off for all of some inputs, as behind a relu, so that single entries
     get no gradient from these."""
@@ -88,6 +86,9 @@ class WeightRule(Rule):
     tensors, no buffer changed in place. False also where stacking would only copy.
     """
 
+    mergeable: ClassVar[bool] = True
+    """Whether plain weights can express the rule. If not, `merge` refuses, by the name of the point."""
+
     perturbs: bool = False
     """Whether the rule adds something random in training that no weight can express; see `perturbation`."""
 
@@ -114,7 +115,6 @@ class WeightRule(Rule):
 class CallRule(Rule):
     """Surrounds a call that the model makes: of a linear layer, or of a method that a module declares."""
 
-    mergeable = False
     mixes_tokens: bool = False
     """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps
     the states of a text, or that is told of padding, refuses such a rule, which would have to know the tokens
@@ -140,6 +140,23 @@ class CallRule(Rule):
             `each_tensor` treats them alike.
         """
         raise NotImplementedError
+
+    def fold(self, owner: nn.Module) -> Mapping[str, Tensor] | None:
+        """What remains of the rule in the plain model into which an adapter is merged.
+
+        It is asked in evaluation, while all rules of the adapter are in force: who reads a parameter of
+        `owner` gets the value that it will have there.
+
+        Args:
+            owner: the module whose call the rule surrounds.
+
+        Returns:
+            Values of parameters of `owner`, by name, with which the plain call computes what the call under
+            this rule does. Parameters that `owner` does not have yet are those that it has with the options
+            of `Method.merged_options`. None where no parameters can express the rule: `merge` then refuses,
+            by the name of the point.
+        """
+        return None
 
 
 _TENSORS: Any = (Tensor, Proxy)

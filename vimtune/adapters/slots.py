@@ -67,6 +67,18 @@ def find_ahead(rule: WeightRule, weight: Tensor) -> Ahead | None:
     return found
 
 
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Within the block `module` and all below it are in evaluation mode."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+
+
 class Slot(nn.ModuleDict):
     """The rules of all named adapters at one point; at most one of them is active."""
 
@@ -117,13 +129,8 @@ class WeightSlot(Slot):
     @torch.no_grad()
     def evaluated(self, weight: Tensor) -> Tensor:
         """The value of `weight` in evaluation, whatever mode the rule is in; detached."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
+        with in_evaluation(self):
             return self.effective(weight)
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def factor(self, weight: Tensor) -> Tensor:
         """The value of `weight` for one product: under autocast already in its dtype, if at hand."""

@@ -217,7 +217,7 @@ class AdapterSummary:
     head: int
     """Trained numbers of the head."""
     total: int
-    """Numbers of the plain model, as after `merge`."""
+    """Numbers of the plain model, as after `merge`; parameters that folded calls leave there do not count."""
     adapted: dict[str, dict[str, int]] = field(default_factory=dict)
     """The targets on which each method acts ("in_proj", "x_proj[B]", "scan()") and in how many places."""
     places: dict[str, int] = field(default_factory=dict)

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vimtune.ops import DirectionWeights, bidirectional_scan
+from vimtune.ops import (
+    DirectionStart,
+    DirectionWeights,
+    bidirectional_scan,
+    bidirectional_scan_from,
+    start_behind,
+)
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 """The range in which time steps are log-uniform at the start of training (Gu & Dao 2023, section 3.6).
@@ -52,9 +58,13 @@ class BiMambaMixer(nn.Module):
     """Methods that rules of adapters may surround."""
     directions: ClassVar[int] = 2
     """The scan goes through the tokens in both directions."""
-    undecayed: ClassVar[tuple[str, ...]] = ("A_log", "A_b_log", "D", "D_b")
+    starts: ClassVar[tuple[str, ...]] = ("initial_state", "conv_tail", "initial_state_b", "conv_tail_b")
+    """Names of the parameters with which the scans begin, in a mixer that has them."""
+    undecayed: ClassVar[tuple[str, ...]] = ("A_log", "A_b_log", "D", "D_b", *starts)
     """Names of the parameters that weight decay leaves alone: A and D are no factors of a product of
-    matrices, and decay would pull them to values that mean nothing."""
+    matrices, and decay would pull them to values that mean nothing; what a scan begins with is no factor
+    either."""
+
     reverse_copies: ClassVar[Mapping[str, str]] = {
         "A_log": "A_b_log",
         "D": "D_b",
@@ -65,6 +75,12 @@ class BiMambaMixer(nn.Module):
     """What the backward direction has for itself, by what it is a copy of. Targets of adapters that name the
     one mean both."""
 
+    if TYPE_CHECKING:  # TorchScript would take annotations for the types of the attributes.
+        initial_state: nn.Parameter | None
+        conv_tail: nn.Parameter | None
+        initial_state_b: nn.Parameter | None
+        conv_tail_b: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -73,6 +89,7 @@ class BiMambaMixer(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
+        initial_state: bool = False,
         num_residuals: int = 1,
         backend: str = "auto",
         device: torch.device | str | None = None,
@@ -86,6 +103,8 @@ class BiMambaMixer(nn.Module):
             d_conv: K.
             expand: E / D.
             dt_rank: R; ceil(D / 16) if None.
+            initial_state: whether each direction begins with a state and a convolution tail, see
+                `set_initial_state`.
             num_residuals: number of residual branches in the network; scales the initial out_proj.
             backend: scan backend, see `vimtune.ops`.
             device: where the parameters lie; torch's default if None.
@@ -109,6 +128,8 @@ class BiMambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(inner, **factory))
         self.A_b_log = state_matrix()
         self.D_b = nn.Parameter(torch.ones(inner, **factory))
+        for name in self.starts:
+            self.register_parameter(name, None)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **factory)
         self.conv1d = convolution()
         self.x_proj = ReadLinear(inner, self.dt_rank + 2 * d_state, bias=False, **factory)
@@ -118,6 +139,7 @@ class BiMambaMixer(nn.Module):
         self.dt_proj_b = ReadLinear(self.dt_rank, inner, **factory)
         self.out_proj = nn.Linear(inner, dim, bias=False, **factory)
         self._init_weights(num_residuals)
+        self.set_initial_state(initial_state)
 
     @torch.no_grad()
     def _init_weights(self, num_residuals: int) -> None:
@@ -134,6 +156,38 @@ class BiMambaMixer(nn.Module):
             dt.uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp_()
             dt.clamp_(min=DT_FLOOR)
             dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # This is the inverse of softplus.
+
+    def set_initial_state(self, wanted: bool) -> None:
+        """Let the scans begin with a state and a convolution tail that are parameters, or with nothing.
+
+        `initial_state` (E, N) stands for what tokens before the first one have left in the states,
+        `conv_tail` (E, K - 1) for the last inputs of the convolution among them, the latest at the end. Both
+        are the same for every image; at first they are zeros, which changes nothing. A mixer keeps those that
+        it has.
+        """
+        if wanted == (self.initial_state is not None):
+            return
+        shapes = self.A_log.shape, (self.A_log.shape[0], self.conv1d.kernel_size[0] - 1)
+        for name, shape in zip(self.starts, (*shapes, *shapes), strict=True):
+            setattr(self, name, nn.Parameter(self.A_log.new_zeros(shape)) if wanted else None)
+
+    def starts_behind(self, tokens: Tensor) -> dict[str, Tensor]:
+        """The parameters with which the scans compute what they would compute behind tokens.
+
+        Args:
+            tokens: x of the tokens that the forward direction visits first, and of those that the reverse one
+                does, (2, n, E), each in the order in which they are visited.
+
+        Returns:
+            The values of the parameters of `set_initial_state`, which the mixer need not have, by name.
+        """
+        shape = self.A_log.shape[0], self.conv1d.kernel_size[0] - 1
+        zeros = DirectionStart(torch.zeros_like(self.A_log), self.A_log.new_zeros(shape))
+        starts = self._starts() or (zeros, zeros)
+        values: list[Tensor] = []
+        for own, weights, start in zip(tokens, self._weights(), starts, strict=True):
+            values += start_behind(own, weights, start)
+        return dict(zip(self.starts, values, strict=True))
 
     def named_rows(self) -> dict[str, dict[str, slice]]:
         """The rows of the projections by name, by the path of the parameter: in_proj makes x and z, x_proj
@@ -164,6 +218,22 @@ class BiMambaMixer(nn.Module):
         Returns:
             The input of out_proj, (B, L, E).
         """
+        forward, reverse = self._weights()
+        starts = self._starts()
+        if starts is None:
+            return bidirectional_scan(xz, forward, reverse, self.backend)
+        return bidirectional_scan_from(xz, forward, reverse, starts[0], starts[1], self.backend)
+
+    def _starts(self) -> tuple[DirectionStart, DirectionStart] | None:
+        """What the directions begin with; None for zeros."""
+        state, tail = self.initial_state, self.conv_tail
+        state_b, tail_b = self.initial_state_b, self.conv_tail_b
+        if state is None or tail is None or state_b is None or tail_b is None:
+            return None
+        return DirectionStart(state, tail), DirectionStart(state_b, tail_b)
+
+    def _weights(self) -> tuple[DirectionWeights, DirectionWeights]:
+        """Weights of the forward and of the reverse direction."""
         # Read here one by one: TorchScript would give a function that reads them modules of one class alone,
         # and the projections that are read are of another class than those that are called.
         forward = DirectionWeights(
@@ -184,4 +254,4 @@ class BiMambaMixer(nn.Module):
             self.A_b_log,
             self.D_b,
         )
-        return bidirectional_scan(xz, forward, reverse, self.backend)
+        return forward, reverse

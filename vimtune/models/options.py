@@ -45,6 +45,7 @@ class ModelOptions:
     d_conv: Annotated[int, Ge(1), Le(256)] = 4
     expand: Annotated[int, Ge(1), Le(64)] = 2
     dt_rank: Width | None = None
+    initial_state: bool = False
     drop_rate: Rate = 0.0
     pos_drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.0
@@ -76,6 +77,8 @@ class ModelOptions:
         """Numbers that the model's parameters hold."""
         D, E, N, R = self.embed_dim, self.expand * self.embed_dim, self.d_state, self.rank
         direction = E * (N + 1 + self.d_conv + 1 + R + 2 * N + R + 1)
+        if self.initial_state:
+            direction += E * (N + self.d_conv - 1)
         stem = D * (self.in_chans * self.patch_size**2 + 1) + D * (math.prod(self.grid) + 2)
         head = (D + 1) * self.num_classes
         return stem + self.depth * (2 * direction + 3 * D * E + D) + D + head
@@ -100,5 +103,6 @@ OPTIONS = tuple(field.name for field in fields(ModelOptions))
 """Names of all options."""
 ARCHITECTURE = (
     "patch_size", "stride", "in_chans", "embed_dim", "depth", "d_state", "d_conv", "expand", "dt_rank",
+    "initial_state",
 )  # fmt: skip
 """Names of the options that decide which weights there are and how they are used; `img_size` does not."""

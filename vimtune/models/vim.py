@@ -8,7 +8,7 @@ Shape letters: B batch, L tokens (patches and class token), M patches, D width.
 
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from vimtune.models.layers import Block, Blocks, PatchEmbed, RMSNorm, at_least_f
 from vimtune.models.mixer import BiMambaMixer
 from vimtune.models.options import OPTIONS, ModelOptions
 from vimtune.models.registry import VIM_MODELS, ModelEntry
-from vimtune.ops import backend_names, bidirectional_scan, with_chosen_backend
+from vimtune.ops import backend_names, bidirectional_scan, bidirectional_scan_from, with_chosen_backend
 from vimtune.schema import check
 from vimtune.text import quote
 from vimtune.utils import suggest
@@ -60,8 +60,9 @@ Adapters trained on random weights know those by the seed, which means other wei
 """
 
 register_notrace_module(WeightSlot)  # The value of a parameter under an adapter is one node of an FX graph.
-# It looks at shapes and devices, so it is one node of an FX graph.
+# They look at shapes and devices, so each is one node of an FX graph.
 register_notrace_function(bidirectional_scan)
+register_notrace_function(bidirectional_scan_from)
 
 
 def _resolve_options(values: Mapping[str, Any]) -> ModelOptions:
@@ -122,6 +123,7 @@ class VisionMamba(nn.Module):
         d_conv: int = 4,
         expand: int = 2,
         dt_rank: int | None = None,
+        initial_state: bool = False,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -144,6 +146,8 @@ class VisionMamba(nn.Module):
             d_conv: width of the causal convolution.
             expand: inner width over D.
             dt_rank: rank of the time step projection; ceil(D / 16) if None.
+            initial_state: whether the scans of each block begin with a state and a convolution tail, which
+                are parameters, zeros at first.
             drop_rate: dropout before the head.
             pos_drop_rate: dropout after the position embedding.
             drop_path_rate: stochastic depth of the last block; grows linearly from 0.
@@ -179,6 +183,7 @@ class VisionMamba(nn.Module):
             d_conv=d_conv,
             expand=expand,
             dt_rank=dt_rank,
+            initial_state=initial_state,
             num_residuals=depth,
             backend=backend,
             **factory,
@@ -271,6 +276,13 @@ class VisionMamba(nn.Module):
         place: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         self.head = nn.Linear(self.embed_dim, num_classes, **place) if num_classes > 0 else nn.Identity()
         self._init_head()
+
+    @torch.jit.ignore
+    def follow_options(self) -> None:
+        """Have the parameters that `options` ask for, where merging an adapter or undoing it has changed
+        them."""
+        for block in cast(Iterable[Block], self.layers):
+            block.mixer.set_initial_state(self.options["initial_state"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisionMamba":
         return super()._apply(note_casts(self, fn), recurse)  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """Operations of Vision Mamba behind one dispatch.
 
 Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `ssd_mixer.py`, `norm.py`,
-`cross_entropy.py`, `block_product.py`, and `prompt.py`, `step.py` and `ssd_mixer_step.py` for what generating
-text needs.
+`cross_entropy.py`, `block_product.py`, `mixer_start.py` for mixers that begin with a state, and `prompt.py`,
+`step.py` and `ssd_mixer_step.py` for what generating text needs.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
@@ -24,7 +24,8 @@ from vimtune.ops.dispatch import (
     with_chosen_backend,
 )
 from vimtune.ops.gated_norm import gated_rms_norm
-from vimtune.ops.mixer import DirectionWeights, bidirectional_scan, causal_mixer
+from vimtune.ops.mixer import DirectionStart, DirectionWeights, bidirectional_scan, causal_mixer
+from vimtune.ops.mixer_start import bidirectional_scan_from, start_behind
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.prompt import causal_prompt
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
@@ -40,6 +41,7 @@ for _path in OWN.values():
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "DirectionStart",
     "DirectionWeights",
     "Kernels",
     "SsdMixerOptions",
@@ -48,6 +50,7 @@ __all__ = [
     "backend_names",
     "backend_report",
     "bidirectional_scan",
+    "bidirectional_scan_from",
     "causal_conv1d",
     "causal_mixer",
     "causal_prompt",
@@ -65,6 +68,7 @@ __all__ = [
     "ssd_mixer",
     "ssd_mixer_step",
     "ssd_step",
+    "start_behind",
     "stateful_scan",
     "token_losses",
     "use_backend",

@@ -97,6 +97,46 @@ def causal_conv1d(
     return result
 
 
+def causal_conv1d_behind(
+    tail: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,  # noqa: UP045
+    silu: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The convolution of `causal_conv1d` for inputs that follow others, `tail`, the same for all samples.
+
+    Only the first tokens in the order of the filter see the others, so only they are computed twice.
+
+    Args:
+        tail: the K - 1 inputs before the first token, (E, K - 1), in the order of the filter: the last one is
+            the neighbour of the first token, also with `reverse`.
+        x: (B, L, E), as the other arguments that of `causal_conv1d`.
+        weight: (E, K).
+        bias: (E,).
+        silu: whether the result goes through SiLU.
+        reverse: whether the filter runs from the last token to the first.
+        backend: see `vimtune.ops`.
+
+    Returns:
+        The result (B, L, E).
+    """
+    y = causal_conv1d(x, weight, bias, silu, reverse, backend)
+    count = tail.shape[1]
+    if count == 0:
+        return y
+    before = tail.to(x.dtype).t().unsqueeze(0).expand(x.shape[0], -1, -1)
+    if reverse:
+        around = torch.cat([x[:, -count:], before.flip(1)], 1)
+        y[:, -count:] = causal_conv1d(around, weight, bias, silu, reverse, backend)[:, :-count]
+    else:
+        around = torch.cat([before, x[:, :count]], 1)
+        y[:, :count] = causal_conv1d(around, weight, bias, silu, reverse, backend)[:, count:]
+    return y
+
+
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError for tensors that do not fit together."""
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[1] < 1:

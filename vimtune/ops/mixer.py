@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from vimtune.ops.backend import Kernels
-from vimtune.ops.convolution import causal_conv1d
+from vimtune.ops.convolution import causal_conv1d, causal_conv1d_behind
 from vimtune.ops.dispatch import find_backend, find_kernels
 from vimtune.ops.operation import (
     as_list,
@@ -33,7 +33,7 @@ from vimtune.ops.operation import (
     operation,
     zero_gradients,
 )
-from vimtune.ops.scan import selective_scan
+from vimtune.ops.scan import selective_scan, selective_scan_from
 
 NUM_WEIGHTS = 7
 """Number of weights of one direction."""
@@ -50,6 +50,16 @@ class DirectionWeights(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
+
+
+class DirectionStart(NamedTuple):
+    """What a direction begins with instead of zeros, the same for all samples."""
+
+    state: Tensor
+    """That of the scan before its first token, (E, N)."""
+    tail: Tensor
+    """The inputs of the convolution before its first token, (E, K - 1), in the order of the direction: the
+    last one is the neighbour of the first token."""
 
 
 class MixerInputs(NamedTuple):
@@ -122,7 +132,7 @@ def bidirectional_scan(
             "reference" has.
     """
     if not torch.jit.is_scripting():
-        _check(xz, forward, reverse)
+        check_mixer(xz, forward, reverse)
         name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (forward, reverse)))
         if name:
             save = is_trained(xz, *forward, *reverse)
@@ -139,7 +149,7 @@ def causal_mixer(xz: Tensor, weights: DirectionWeights, backend: str = "auto") -
     errors are those of `bidirectional_scan`.
     """
     if not torch.jit.is_scripting():
-        _check(xz, weights)
+        check_mixer(xz, weights)
         name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (weights,)))
         if name:
             save = is_trained(xz, *weights)
@@ -161,7 +171,14 @@ def composed(
     return gated / 2
 
 
-def one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool, backend: str) -> Tensor:
+def one_direction(
+    x: Tensor,
+    z: Tensor,
+    weights: DirectionWeights,
+    reverse: bool,
+    backend: str,
+    start: Optional[DirectionStart] = None,  # noqa: UP045
+) -> Tensor:
     """The gated scan of one direction, `x`, `z` (B, L, E) to (B, L, E); the definition of `causal_mixer`.
 
     Args:
@@ -170,17 +187,27 @@ def one_direction(x: Tensor, z: Tensor, weights: DirectionWeights, reverse: bool
         weights: those of the direction.
         reverse: whether it goes from the last token to the first.
         backend: that of the operations of which it is composed.
+        start: what it begins with; zeros if None.
     """
     num_states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
-    u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, backend)
+    if start is None:
+        u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, backend)
+    else:
+        u = causal_conv1d_behind(
+            start.tail, x, weights.conv_weight, weights.conv_bias, True, reverse, backend
+        )
     projected = F.linear(u, weights.x_proj.to(u.dtype))
     dt, B, C = torch.split(projected, [rank, num_states, num_states], dim=-1)
     delta = F.linear(dt, weights.dt_proj.to(dt.dtype))
     A = -torch.exp(weights.A_log)
-    return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
+    if start is None:
+        return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
+    return selective_scan_from(
+        start.state, u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend
+    )
 
 
-def _check(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights | None = None) -> None:
+def check_mixer(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights | None = None) -> None:
     """Raise ValueError for tensors that do not fit together."""
     if torch.jit.is_tracing():
         return  # Sizes are tensors there, and whatever was asked of them is not asked again.

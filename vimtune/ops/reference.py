@@ -53,13 +53,17 @@ def stateful_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     state: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A selective scan with s_{-1} = `state` (B, E, N), zeros if None.
 
-    The other tensors are those of `selective_scan`. Returns its result, and s_{L-1} (B, E, N) in the dtype of
-    the arithmetic.
+    The other tensors are those of `selective_scan`. Returns its result, and the state behind the token that
+    is visited last (B, E, N) in the dtype of the arithmetic.
     """
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, range(u.shape[1]))
+    order = range(u.shape[1])
+    return _scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, order[::-1] if reverse else order
+    )
 
 
 def _scan(

@@ -22,7 +22,7 @@ from torch._library.custom_ops import CustomOpDef
 from vimtune.backends import REFERENCE
 from vimtune.ops import reference
 from vimtune.ops.backend import Gradients, Kernels
-from vimtune.ops.dispatch import chosen_backend, find_kernels
+from vimtune.ops.dispatch import chosen_backend, find_backend, find_kernels
 from vimtune.ops.operation import (
     as_list,
     as_optional,
@@ -165,14 +165,15 @@ def stateful_scan(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
+    D: Optional[Tensor] = None,  # noqa: UP045
+    z: Optional[Tensor] = None,  # noqa: UP045
+    delta_bias: Optional[Tensor] = None,  # noqa: UP045
     delta_softplus: bool = False,
-    state: Tensor | None = None,
+    state: Optional[Tensor] = None,  # noqa: UP045
     backend: str = "auto",
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """A selective scan that begins with a state and returns the last one, from the first token to the last.
+    """A selective scan that begins with a state and returns the last one.
 
     The formula is that of `vimtune.ops.reference.stateful_scan`. Of a sequence in two parts, the second one
     begun with the last state of the first, the results are those of the whole.
@@ -189,24 +190,81 @@ def stateful_scan(
         delta_softplus: whether time steps are softplus of `delta`, or `delta` itself.
         state: the state before the first token, (B, E, N); zeros if None.
         backend: see `vimtune.ops`.
+        reverse: whether the scan runs from the last token to the first.
 
     Returns:
-        The result (B, L, E) in the dtype of `u`, and the state after the last token (B, E, N), fp32 (fp64 for
-        fp64 activations).
+        The result (B, L, E) in the dtype of `u`, and the state after the token that the scan visits last
+        (B, E, N), fp32 (fp64 for fp64 activations).
 
     Raises:
         ValueError, BackendUnavailable, NotImplementedError: as `selective_scan`.
     """
-    backend = chosen_backend(backend)
-    if backend == REFERENCE:
-        _check(u, delta, A, B, C, D, z, delta_bias, state)
-        return reference.stateful_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, state)
+    if not torch.jit.is_scripting():
+        backend = chosen_backend(backend)
+        if backend == REFERENCE:
+            _check(u, delta, A, B, C, D, z, delta_bias, state)
+            return reference.stateful_scan(
+                u, delta, A, B, C, D, z, delta_bias, delta_softplus, state, reverse
+            )
     if state is None:
         state = torch.zeros(u.shape[0], u.shape[-1], A.shape[-1], dtype=_state_dtype(u), device=u.device)
     out, last, _ = torch.ops.vimtune.stateful_scan(
-        u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, backend, torch.is_grad_enabled()
+        u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, reverse, backend, torch.is_grad_enabled()
     )
     return out, last
+
+
+def selective_scan_from(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor] = None,  # noqa: UP045
+    z: Optional[Tensor] = None,  # noqa: UP045
+    delta_bias: Optional[Tensor] = None,  # noqa: UP045
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """A selective scan with s_{-1} = `state` (E, N), the same state for all samples.
+
+    The other tensors, the result and the errors are those of `selective_scan`. Kernels that begin with zeros
+    do here, too: since the recurrence is linear, what the state adds to their result is added to it.
+    """
+    if not torch.jit.is_scripting():
+        begun = ScanInputs(u, delta, A, B, C, D, z, delta_bias, state)
+        if chosen_backend(backend) != REFERENCE and not find_backend(ScanKernels, backend, u.device, begun):
+            out = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend)
+            added = _state_response(state, delta, A, C, z, delta_bias, delta_softplus, reverse)
+            return out + added.to(u.dtype)
+    every = state.unsqueeze(0).expand(u.shape[0], -1, -1)
+    return stateful_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, every, backend, reverse)[0]
+
+
+def _state_response(
+    state: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    C: Tensor,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> Tensor:
+    """What a state (E, N) before the first token adds to the result of a scan, (B, L, E) in at least fp32.
+
+    It is <exp(T_t A) s_{-1}, C_t> silu(z_t), T_t being the sum of the time steps up to token t.
+    """
+    dtype = _state_dtype(delta)
+    dt = time_steps(delta.to(dtype), delta_bias, delta_softplus)
+    elapsed = dt.flip(1).cumsum(1).flip(1) if reverse else dt.cumsum(1)
+    A, C, state = A.to(dtype), C.to(dtype), state.to(dtype)
+    total = torch.zeros_like(elapsed)
+    for n in range(A.shape[1]):  # All states at once would take N times the memory.
+        total = total + torch.exp(elapsed * A[:, n]) * state[:, n] * C[..., n, None]
+    return total if z is None else total * F.silu(z.to(dtype))
 
 
 def scan_step(
@@ -409,6 +467,7 @@ def _stateful_scan(
     delta_bias: Optional[Tensor],  # noqa: UP045
     state: Tensor,
     delta_softplus: bool,
+    reverse: bool,
     backend: str,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -419,7 +478,7 @@ def _stateful_scan(
     if u.numel() == 0:
         out, kept = _empty_results(kernels, inputs, save_states)
         return out, state.to(_state_dtype(u), copy=True), kept
-    out, kept, last = kernels.forward(inputs, ScanOptions(delta_softplus, reverse=False), save_states)
+    out, kept, last = kernels.forward(inputs, ScanOptions(delta_softplus, reverse), save_states)
     assert last is not None, "kernels return the last state to those who give the first one"
     return out.contiguous(), last.contiguous(), kept.contiguous()
 
@@ -433,7 +492,7 @@ def _with_state(*tensors: Tensor | None) -> ScanInputs:
 
 @_stateful_scan.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, _delta_softplus, backend, save_states = arguments
+    *tensors, _delta_softplus, _reverse, backend, save_states = arguments
     inputs = ScanInputs(*tensors)
     kernels = find_kernels(ScanKernels, backend, inputs.u.device, inputs)[1]
     out, kept = _empty_results(kernels, inputs, save_states)
@@ -455,6 +514,7 @@ def _stateful_scan_backward(
     delta_bias: Optional[Tensor],  # noqa: UP045
     state: Tensor,
     delta_softplus: bool,
+    reverse: bool,
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -464,7 +524,7 @@ def _stateful_scan_backward(
     if u.numel() == 0:
         *others, _ = zero_gradients(inputs, needs, grad)
         return [*others, grad_last.to(state.dtype, copy=True) if needs[-1] else grad.new_empty(0)]
-    options = ScanOptions(delta_softplus, reverse=False)
+    options = ScanOptions(delta_softplus, reverse)
     last = grad_last.to(_state_dtype(u)).contiguous()
     found = list(kernels.backward(unit_stride(grad), last, states, inputs, options, needs))
     if found[-1] is not None:
@@ -474,7 +534,7 @@ def _stateful_scan_backward(
 
 @_stateful_scan_backward.register_fake
 def _(grad: Tensor, grad_last: Tensor, states: Tensor, *arguments: Any) -> list[Tensor]:
-    *tensors, _delta_softplus, _backend, needs = arguments
+    *tensors, _delta_softplus, _reverse, _backend, needs = arguments
     return fake_gradients(tensors, needs, grad)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vimtune.ops.backend import Backend
 from vimtune.ops.block_product import ProductInputs, ProductKernels
 from vimtune.ops.mixer import MixerInputs, MixerKernels
+from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.nvrtc import block_product, mixer, runtime, scan, ssd_step, step
 from vimtune.ops.prompt import PromptKernels
 from vimtune.ops.ssd_mixer_step import SsdStepInputs, SsdStepKernels
@@ -43,6 +44,16 @@ class NvrtcMixer(MixerKernels):
         needs: Sequence[Sequence[bool]],
     ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
         return mixer.backward(grad, inputs.xz, results, inputs.directions, need_xz, needs)
+
+
+class NvrtcStart(StartKernels):
+    """The kernels of `nvrtc/mixer.py` for mixers that begin with a state, with the limits of the others."""
+
+    def refusals(self, inputs: StartInputs) -> list[str]:
+        return mixer.refusals(inputs.xz, inputs.directions)
+
+    def forward(self, inputs: StartInputs) -> Tensor:
+        return mixer.forward_from(inputs.xz, inputs.directions, inputs.starts)
 
 
 class NvrtcPrompt(PromptKernels):
@@ -101,6 +112,7 @@ class NvrtcBackend(Backend):
         self._triton = TritonBackend()
         self.kernels = (
             NvrtcMixer(),
+            NvrtcStart(),
             NvrtcPrompt(),
             NvrtcStep(),
             NvrtcSsdStep(),

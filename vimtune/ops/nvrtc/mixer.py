@@ -7,12 +7,14 @@ of the directions before the gate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vimtune.ops.mixer import DirectionStart
 from vimtune.ops.mixer_gradients import (
     A_LOG,
     CONV_BIAS,
@@ -59,6 +61,12 @@ def prompt(xz: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
     return scan.scan_prompt(_prepared(xz, weights, save=False)[0])
 
 
+def forward_from(xz: Tensor, weights: Weights, starts: Sequence[DirectionStart]) -> Tensor:
+    """Gated average (B, L, E) of the directions, each of which begins with its start."""
+    inputs, _ = _prepared(xz, weights, save=False, tails=[start.tail for start in starts])
+    return scan.scan_from(inputs, [start.state for start in starts])
+
+
 def backward(
     grad: Tensor,
     xz: Tensor,
@@ -98,8 +106,13 @@ def backward(
     )
 
 
-def _prepared(xz: Tensor, weights: Weights, save: bool) -> tuple[scan.ScanInputs, Tensor]:
-    """All that happens before the scan: what it reads, and the buffer with what may be kept."""
+def _prepared(
+    xz: Tensor, weights: Weights, save: bool, tails: Sequence[Tensor] = ()
+) -> tuple[scan.ScanInputs, Tensor]:
+    """All that happens before the scan: what it reads, and the buffer with what may be kept.
+
+    `tails` (E, K - 1), if there are some, are what each direction's convolution begins with.
+    """
     parts = _shapes(xz, weights, save)
     buffer = torch.empty(sum(_sizes(parts, xz.dtype)), dtype=torch.float32, device=xz.device)
     kept = _kept_in(buffer, parts, xz.dtype)
@@ -111,6 +124,7 @@ def _prepared(xz: Tensor, weights: Weights, save: bool) -> tuple[scan.ScanInputs
         [own.dt_bias for own in weights],
         xz.dtype,
         kept.packed,
+        tails,
     )
     u, delta, projections = prepare.prepare(_x(xz), packed)
     return _scan_inputs(u, delta, projections, weights, xz, kept), buffer

@@ -8,10 +8,11 @@
 // with dt_proj.
 //
 // Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), FP16, PROJECT
-// (compute `projections`, otherwise read them). Shapes for d directions, contiguous unless said otherwise, W = E
+// (compute `projections`, otherwise read them), START (the convolution begins with given inputs, otherwise, and where it
+// is not defined, with zeros). Shapes for d directions, contiguous unless said otherwise, W = E
 // rounded up to 64: x (B, L, E) with rows 2 E apart, u, delta (d, B, L, E), projections (d, B, L, P), and of
 // `pack_weights` filters (d, K, W), conv_bias, dt_bias (d, W) fp32, and matrices in the order in which the matrix units
-// take them.
+// take them. `tails` (d, K - 1, W) has the inputs before the first token, in the order of tokens.
 // Filters and their biases are packed times -log2(e), which spares the exponential in SiLU a product.
 
 #include "sizes.cuh"
@@ -42,7 +43,11 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
     const float* conv0, const float* conv1, const float* conv_bias0, const float* conv_bias1, const float* x_proj0,
     const float* x_proj1, const float* dt_proj0, const float* dt_proj1, const float* dt_bias0, const float* dt_bias1,
     float* filters, float* conv_bias, half_word* proj, half_word* proj_t, half_word* dt, half_word* dt_t,
-    float* dt_bias, int rank, int has_bias
+    float* dt_bias,
+#if START
+    const float* tail0, const float* tail1, half_word* tails,
+#endif
+    int rank, int has_bias
 ) {
     const int direction = blockIdx.y / COLUMNS, row = blockIdx.y % COLUMNS;
     const int channel = blockIdx.x * 64 + warp() * 32 + lane(), at = direction * PADDED + channel;
@@ -68,6 +73,14 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
         const float tap = live ? (direction ? conv1 : conv0)[channel * FILTER + row] : 0.0f;
         filters[(direction * FILTER + row) * PADDED + channel] = -LOG2E * tap;
     }
+#if START
+    if (row < HALO) {
+        // A tail (E, K - 1) is in the order of its direction.
+        const int column = direction ? HALO - 1 - row : row;
+        const float value = live ? (direction ? tail1 : tail0)[channel * HALO + column] : 0.0f;
+        tails[(direction * HALO + row) * PADDED + channel] = rounded(value);
+    }
+#endif
     if (row == 0) {
         conv_bias[at] = live && has_bias ? -LOG2E * (direction ? conv_bias1 : conv_bias0)[channel] : 0.0f;
         dt_bias[at] = live ? (direction ? dt_bias1 : dt_bias0)[channel] : 0.0f;
@@ -107,14 +120,27 @@ struct Tile {
 __device__ inline int piece() { return lane() % 8 * 8; }
 __device__ inline int piece_row() { return lane() / 8; }
 
-// Starts to copy rows of x, the lane's first one being `source`, of token `token`. Rows become zeros where the image
-// has no token.
-__device__ inline void copy_rows(Tile tile, const half_word* source, int token, int tokens) {
+// Tail says what stands in the place of rows that the image does not have: HALO rows W apart, from token `first` on.
+struct Tail {
+    const half_word* rows;
+    int first;
+};
+
+// Starts to copy rows of x, the lane's first one being `source`, of token `token`. Where the image has no token, rows
+// come from the tail, or become zeros.
+__device__ inline void copy_rows(Tile tile, const half_word* source, int token, int tokens, Tail tail) {
 #pragma unroll
     for (int k = 0; k < Tile::COPIED; k += 4) {
-        copy_async(
-            tile.at(k + piece_row(), piece()), source + k * 2 * WIDTH, (unsigned)(token + k) < (unsigned)tokens
-        );
+        const half_word* row = source + k * 2 * WIDTH;
+        bool found = (unsigned)(token + k) < (unsigned)tokens;
+#if START
+        const int at = token + k - tail.first;
+        if ((unsigned)at < (unsigned)HALO) {
+            row = tail.rows + at * PADDED;
+            found = true;
+        }
+#endif
+        copy_async(tile.at(k + piece_row(), piece()), row, found);
     }
 }
 
@@ -272,7 +298,11 @@ constexpr int MAX_BLOCKS = FIT < 1 ? 1 : FIT > 8 ? 32 : 4 * FIT;
 // The grid has directions, tiles of ROWS tokens, and images.
 extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
     const half_word* x, const float* filters, const float* conv_bias, const Words* proj, const Words* dt,
-    const float* dt_bias, half_word* u, half_word* projections, half_word* delta, int batch, int tokens
+    const float* dt_bias, half_word* u, half_word* projections, half_word* delta,
+#if START
+    const half_word* tails,
+#endif
+    int batch, int tokens
 ) {
     const Rows rows(batch, tokens);
     __shared__ Tile::Memory shared;
@@ -280,7 +310,12 @@ extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
     // Direction 0 looks back and direction 1 looks ahead.
     const int token = rows.token - (rows.direction ? 0 : HALO) + piece_row();
     const half_word* source = x + ((long)blockIdx.z * tokens + token) * 2 * WIDTH + piece();
-    copy_rows(tile, source, token, exists(piece()) ? tokens : 0);
+#if START
+    Tail tail = {tails + rows.direction * HALO * PADDED + piece(), rows.direction ? tokens : -HALO};
+#else
+    Tail tail = {nullptr, 0};
+#endif
+    copy_rows(tile, source, token, exists(piece()) ? tokens : 0, tail);
 
     Filter filter(rows.direction, lane() * 2, filters, conv_bias);
     const Words* weight = proj + rows.direction * (PADDED / 32) * (COLUMNS / 8) * 32 + lane();
@@ -311,7 +346,8 @@ extern "C" __global__ void __launch_bounds__(32, MAX_BLOCKS) prepare(
         for (int k = 0; k < 4 && PROJECT; k++) values[k] = load_values(tile.at(lane() % 16, k * 16 + lane() / 16 * 8));
         sync_warp();
         source += 64;
-        if (base + 64 < PADDED) copy_rows(tile, source, token, exists(base + 64 + piece()) ? tokens : 0);
+        tail.rows += 64;
+        if (base + 64 < PADDED) copy_rows(tile, source, token, exists(base + 64 + piece()) ? tokens : 0, tail);
         // Without this the compiler would begin with the products, and the copies would start later.
         sync_warp();
 #if PROJECT

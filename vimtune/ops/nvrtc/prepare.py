@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class PackedWeights(NamedTuple):
     fp32: filters (d, K, W) and conv_bias (d, W), both times -log2(e), and dt_bias (d, W). In the dtype of the
     activations and the order in which the matrix units take them, of x_proj (d, P, W) for products with u and
     with gradients of its result, and of dt_proj (d, R, W) for products with dt_r and with gradients of time
-    steps.
+    steps. `tails` (d, K - 1, W), in the dtype of the activations and the order of tokens, are the inputs of
+    the convolution before the first token; None stands for zeros.
     """
 
     filters: Tensor
@@ -43,6 +44,7 @@ class PackedWeights(NamedTuple):
     proj_t: Tensor
     dt: Tensor
     dt_t: Tensor
+    tails: Tensor | None = None
 
 
 def padded_width(inner: int) -> int:
@@ -106,10 +108,12 @@ def pack_weights(
     dt_bias: Sequence[Tensor],
     dtype: torch.dtype,
     buffer: Tensor | None = None,
+    tails: Sequence[Tensor] = (),
 ) -> PackedWeights:
     """Pack filters (E, K), biases (E,), x_proj (R + 2 N, E) and dt_proj (E, R) of each direction.
 
-    They lie in `buffer`, see `packed_in`, or in a new one.
+    They lie in `buffer`, see `packed_in`, or in a new one. `tails` (E, K - 1), if there are some, are in the
+    order of their direction.
     """
     inner, width = conv_weight[0].shape
     rank, device = dt_proj[0].shape[1], x_proj[0].device
@@ -123,8 +127,12 @@ def pack_weights(
         *(packed.filters, packed.conv_bias, packed.proj, packed.proj_t),
         *(packed.dt, packed.dt_t, packed.dt_bias),
     ]
+    if tails:
+        shape = sizes.directions, width - 1, padded_width(inner)
+        packed = packed._replace(tails=torch.empty(shape, dtype=dtype, device=device))
+        outputs += [*for_kernels(tails), cast(Tensor, packed.tails)]
     with device_of(inputs[0]):
-        kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, device)
+        kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, bool(tails), device)
         grid = (padded_width(inner) // 64, sizes.directions * num_columns, 1)
         kernel(grid, 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)])
     return packed
@@ -148,13 +156,16 @@ def prepare(
     if projections is None:
         projections = torch.empty((directions, batch, tokens, num_columns), dtype=x.dtype, device=x.device)
     with device_of(x):
-        kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, x.device)
+        started = weights.tails is not None
+        kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, started, x.device)
         kernel(
             (directions, -(-tokens // ROWS), batch),
             32,
             [
                 *(x, weights.filters, weights.conv_bias, weights.proj, weights.dt, weights.dt_bias),
-                *(u, projections, delta, batch, tokens),
+                *(u, projections, delta),
+                *(() if weights.tails is None else (weights.tails,)),
+                *(batch, tokens),
             ],
         )
     return u, delta, projections
@@ -167,14 +178,18 @@ def _kernel(
     width: int,
     dtype: torch.dtype,
     project: bool,
+    started: bool,
     device: torch.device,
 ) -> runtime.Kernel:
-    """A kernel of prepare.cu for these sizes; with `project` it computes B | C | dt_r, else it reads them."""
-    constants = (
+    """A kernel of prepare.cu for these sizes; with `project` it computes B | C | dt_r, else it reads them.
+    If `started`, the convolution begins with given inputs."""
+    constants = [
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
         ("FILTER", width),
         ("FP16", int(dtype == torch.float16)),
         ("PROJECT", int(project)),
-    )
-    return runtime.load_kernel(SOURCE, name, constants, device.index)
+    ]
+    if started:
+        constants.append(("START", 1))
+    return runtime.load_kernel(SOURCE, name, tuple(constants), device.index)

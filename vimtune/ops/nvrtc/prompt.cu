@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_prompt(
     const Tensors tensors = {u, delta, vectors, gate, out, mean, batch};
     const Place at(total, span);
     Pair state[N];
-    scan_tokens(tensors, at, A_log0, A_log1, D0, D1, ends, state);
+    scan_tokens(tensors, at, A_log0, A_log1, D0, D1, nullptr, ends, state);
     if (!at.live || blockIdx.z != gridDim.z - 1) return;
     float* row = last + ((long)at.image * WIDTH + at.channel) * N;
     for (int n = 0; n < N; n++) {

@@ -47,5 +47,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_forward(
     const Tensors tensors = {u, delta, vectors, gate, out, mean, batch};
     const Place at(total, span);
     Pair state[N];
-    scan_tokens(tensors, at, A_log0, A_log1, D0, D1, ends, state);
+    scan_tokens(tensors, at, A_log0, A_log1, D0, D1, nullptr, ends, state);
 }

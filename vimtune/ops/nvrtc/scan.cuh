@@ -252,12 +252,17 @@ __device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Pl
     }
 }
 
-// Starts with zero states and passes them through the segments before this block's, or from the last segment on through
-// those behind it.
+// Starts with the states `first` (E, N), or zeros where that is null, and passes them through the segments before this
+// block's, or from the last segment on through those behind it.
 __device__ inline void enter(
-    Pair (&state)[N], const Pair (&decay)[N], const float* ends, const Place& at, int batch, bool from_last
+    Pair (&state)[N], const Pair (&decay)[N], const float* first, const float* ends, const Place& at, int batch,
+    bool from_last
 ) {
     clear(state);
+    if (first && at.live) {
+        const float* row = first + at.channel * N;
+        for (int n = 0; n < N; n++) state[n] = {row[n], row[N + n]};
+    }
     if (!SEGMENTED) return;
     const int mine = blockIdx.z, step = from_last ? -1 : 1;
     for (int segment = from_last ? gridDim.z - 1 : 0; at.live && segment != mine; segment += step) {

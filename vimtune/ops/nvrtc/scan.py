@@ -1,4 +1,4 @@
-"""Launches of the kernels of scan.cu, prompt.cu and scan_backward.cu; scan.cuh has the method and the shapes.
+"""Launches of the kernels of scan.cu, prompt.cu, scan_from.cu and scan_backward.cu; scan.cuh has the method.
 
 Shape letters: d directions, B batch, L tokens, E inner width, N states, P columns of `projections`.
 """
@@ -18,6 +18,8 @@ FORWARD = "scan.cu"
 """File with the kernels of the forward pass."""
 PROMPT = "prompt.cu"
 """File with the kernel of a forward pass that gives the last state, too."""
+FROM = "scan_from.cu"
+"""File with the kernel of a forward pass that begins with given states."""
 BACKWARD = "scan_backward.cu"
 """File with the kernels of the backward pass."""
 NUM_STATES = 16
@@ -169,6 +171,13 @@ def scan_prompt(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     last = torch.empty((batch, inner, NUM_STATES), dtype=torch.float32, device=out.device)
     _launch("scan_prompt", inputs, PROMPT, [*arguments, last])
     return out, last
+
+
+def scan_from(inputs: ScanInputs, states: Sequence[Tensor]) -> Tensor:
+    """Gated average of the directions (B, L, E), each of which begins with its state (E, N)."""
+    out, arguments = _before_forward(inputs)
+    _launch("scan_from", inputs, FROM, [*arguments, *for_kernels(states)])
+    return out
 
 
 def _before_forward(inputs: ScanInputs) -> tuple[Tensor, list[Tensor]]:

@@ -287,11 +287,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     Pair decay[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     Known now;
-    enter(now.state, decay, ends, at, batch, reverse);
+    enter(now.state, decay, nullptr, ends, at, batch, reverse);
     sweep_states(tensors, at, mine, decay, now);
 
     Pair behind[N];
-    enter(behind, decay, grad_ends, at, batch, !reverse);
+    enter(behind, decay, nullptr, grad_ends, at, batch, !reverse);
     for (int n = 0; n < N; n++) {
 #if SEGMENTED
         // Behind the segment w is the product of what both sweeps hold there.

@@ -1,4 +1,5 @@
-// The scan's forward pass of a block, which scan.cu runs, and prompt.cu where the last state is wanted as well.
+// The scan's forward pass of a block, which scan.cu runs, prompt.cu where the last state is wanted as well, and
+// scan_from.cu where the first one is given.
 
 #include "scan.cuh"
 
@@ -59,17 +60,18 @@ __device__ inline void sweep_half(
     }
 }
 
-// Scans the tokens of this block and gates the result. It leaves the state behind its last token.
+// Scans the tokens of this block and gates the result. It begins with the states `first` of the direction, or zeros
+// where that is null, and leaves the state behind its last token.
 __device__ inline void scan_tokens(
     const Tensors& tensors, const Place& at, const float* A_log0, const float* A_log1, const float* D0, const float* D1,
-    const float* ends, Pair (&state)[N]
+    const float* first, const float* ends, Pair (&state)[N]
 ) {
     __shared__ Memory shared[DIRECTIONS];
     Memory& mine = shared[at.direction];
     const bool reverse = at.direction;
     Pair decay[N];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
-    enter(state, decay, ends, at, tensors.batch, reverse);
+    enter(state, decay, first, ends, at, tensors.batch, reverse);
     const Pair skip = load_skip(reverse ? D1 : D0, at);
     if (DIRECTIONS == 2) {
         sweep_half<false>(tensors, at, mine, decay, skip, state);

@@ -18,6 +18,7 @@ from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cross_entropy import LossInputs, LossKernels
 from vimtune.ops.gated_norm import GatedNormInputs, GatedNormKernels
 from vimtune.ops.mixer import MixerInputs, MixerKernels
+from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 from vimtune.utils import installed_version
@@ -62,9 +63,13 @@ class TritonScan(ScanKernels):
         u, delta, A, B, C, D, z, delta_bias, state = inputs
         batch, tokens, inner = u.shape
         whole = tokens // segments * segments
+        # The tokens that are left over are those that the scan visits last.
+        within = slice(tokens - whole, tokens) if options.reverse else slice(whole)
+        left_over = slice(tokens - whole) if options.reverse else slice(whole, tokens)
+        order = range(segments)[::-1] if options.reverse else range(segments)
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor[:, :whole].reshape(batch * segments, whole // segments, -1)
+            return tensor[:, within].reshape(batch * segments, whole // segments, -1)
 
         parts = ScanInputs(
             cut(u), cut(delta), A, cut(B), cut(C), D, None if z is None else cut(z), delta_bias
@@ -75,19 +80,19 @@ class TritonScan(ScanKernels):
         ends = ends.view(batch, segments, inner, -1)
         steps = time_steps(parts.delta.float(), delta_bias, options.delta_softplus)
         decays = torch.exp(steps.sum(1).view(batch, segments, inner, 1) * A)
-        starts = []
-        for segment in range(segments):
-            starts.append(state)
+        starts = torch.empty_like(ends)
+        for segment in order:
+            starts[:, segment] = state
             state = decays[:, segment] * state + ends[:, segment]
-        begun = parts._replace(state=torch.stack(starts, 1).flatten(0, 1))
+        begun = parts._replace(state=starts.flatten(0, 1))
         out, saved, _ = self.forward(begun, options, False)
         out = out.view(batch, whole, inner)
         if whole < tokens:
-            rest = [tensor if tensor is None else tensor[:, whole:] for tensor in (u, delta, B, C, z)]
+            rest = [tensor if tensor is None else tensor[:, left_over] for tensor in (u, delta, B, C, z)]
             behind = ScanInputs(rest[0], rest[1], A, rest[2], rest[3], D, rest[4], delta_bias, state)  # type: ignore[arg-type]
             others, _, last = self.forward(behind, options, False)
             assert last is not None
-            out, state = torch.cat([out, others], 1), last
+            out, state = torch.cat([others, out] if options.reverse else [out, others], 1), last
         return out, saved, state
 
     def backward(
@@ -196,6 +201,15 @@ class TritonMixer(MixerKernels):
         return mixer.backward(grad, inputs.xz, results, inputs.directions, need_xz, needs)
 
 
+class TritonStart(StartKernels):
+    """The kernels of a mixer as a whole whose directions begin with a state."""
+
+    def forward(self, inputs: StartInputs) -> Tensor:
+        from vimtune.ops.triton import mixer
+
+        return mixer.forward(inputs.xz, inputs.directions, False, inputs.starts)[0]
+
+
 class TritonNorm(NormKernels):
     """The kernels of `triton/norm.py`."""
 
@@ -273,6 +287,7 @@ class TritonBackend(Backend):
         TritonScan(),
         TritonConvolution(),
         TritonMixer(),
+        TritonStart(),
         TritonNorm(),
         TritonGatedNorm(),
         TritonLoss(),

@@ -43,6 +43,23 @@ def filtered(
 
 
 @triton.jit
+def tail_taps(
+    tail, weight, t, e, ok, live, num_tokens, num_inner, sign, K: tl.constexpr, BM: tl.constexpr,
+    BE: tl.constexpr,
+):  # fmt: skip
+    """What inputs before the first token add to `filtered`. `tail` (K - 1, E) is in the order of the
+    direction: its last row is the neighbour of the first token."""
+    total = tl.zeros([BM, BE], tl.float32)
+    for j in tl.static_range(1, K):
+        source = t + j * sign
+        before = tl.where(sign < 0, -source, source - num_tokens + 1)  # 0 or less for tokens that exist
+        w = tl.load(weight + (K - 1 - j) * num_inner + e, mask=live, other=0.0).to(tl.float32)
+        place = (K - 1 - before)[:, None] * num_inner + e[None, :]
+        total += w[None, :] * tl.load(tail + place, mask=ok & (before > 0)[:, None], other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
 def tile_rows(num_rows, num_tokens, BM: tl.constexpr, AXIS: tl.constexpr):
     """Rows of this program's tile, the image and token of each, and whether it exists."""
     row = tl.program_id(AXIS).to(tl.int64) * BM + tl.arange(0, BM)

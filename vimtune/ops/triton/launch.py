@@ -71,6 +71,9 @@ class ScanInputs:
     BC_stride: int = 0
     state: Tensor | None = None
     """The state before the first token of the only direction (B, N, E), fp32; None for zeros."""
+    starts: Tensor | None = None
+    """The state before the first token of each direction (directions, N, E), fp32, the same for all images;
+    None for zeros. The backward pass does not know it."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +157,15 @@ def scan_forward(
     shape = (len(inputs.directions), batch, chunks - 1, num_states, inner) if save_states else (0,)
     states = torch.empty(shape, dtype=torch.float32, device=u.device)
     channels = TILING.forward_channels
-    first = states if inputs.state is None else inputs.state
+    first = next((given for given in (inputs.state, inputs.starts) if given is not None), states)
     last = torch.empty_like(first) if inputs.state is not None else states
+    size = num_states * inner
     with device_of(u):
         scan_forward_kernel[(-(-inner // channels), batch)](
             u, u if z is None else z, out, states, first, last, delta, B, C, *_pairs(inputs),
             u.stride(0), 0 if z is None else z.stride(0), out.stride(0), delta.stride(0),
             B.stride(0), C.stride(0), inputs.u_stride, inputs.delta_stride, inputs.BC_stride,
+            0 if inputs.state is None else size, 0 if inputs.starts is None else size,
             batch, tokens, inner, chunks, 0, scale,
             STRIDE_U=u.stride(1), STRIDE_Z=0 if z is None else z.stride(1), STRIDE_OUT=out.stride(1),
             STRIDE_DELTA=delta.stride(1), STRIDE_B=B.stride(1), STRIDE_C=C.stride(1), STRIDE_INNER=inner,
@@ -169,7 +174,7 @@ def scan_forward(
             FIRST=inputs.first, LAST=inputs.first + len(inputs.directions) - 1,
             SOFTPLUS=inputs.softplus and inputs.raw, FROM_LOG=inputs.from_log, HAS_D=head.D is not None,
             HAS_Z=z is not None, HAS_DT_BIAS=inputs.raw and head.dt_bias is not None, SAVE=save_states,
-            HAS_STATE=inputs.state is not None, num_warps=TILING.forward_warps,
+            HAS_FIRST=first is not states, NEED_LAST=inputs.state is not None, num_warps=TILING.forward_warps,
         )  # fmt: skip
     return states, last
 

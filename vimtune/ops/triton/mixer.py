@@ -8,14 +8,15 @@ Shape letters: d directions, B batch, L tokens, E inner width, N states, R dt ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from vimtune.ops.backend import device_of
-from vimtune.ops.mixer import DirectionWeights
+from vimtune.ops.mixer import DirectionStart, DirectionWeights
 from vimtune.ops.mixer_gradients import (
     A_LOG,
     CONV_BIAS,
@@ -87,15 +88,23 @@ def shapes(xz: Tensor, weights: Weights, save: bool) -> tuple[tuple[int, ...], t
     return (sizes.directions, sizes.batch, sizes.tokens, sizes.columns), states if save else (0,)
 
 
-def forward(xz: Tensor, weights: Weights, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gated average (B, L, E) of the directions, and the two tensors of `shapes`."""
+def forward(
+    xz: Tensor, weights: Weights, save: bool, starts: Sequence[DirectionStart] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gated average (B, L, E) of the directions, and the two tensors of `shapes`.
+
+    `starts`, if there are some, are what each direction begins with; the backward pass knows none.
+    """
     sizes = _sizes(xz, weights)
     projections = torch.empty(
         (sizes.directions, sizes.batch, sizes.tokens, sizes.columns), dtype=xz.dtype, device=xz.device
     )
-    u, delta = _prepare(xz[..., : sizes.inner], weights, projections, sizes, project=True)
+    tails = [transposed(start.tail) for start in starts]
+    u, delta = _prepare(xz[..., : sizes.inner], weights, projections, sizes, project=True, tails=tails)
     out = torch.empty((sizes.batch, sizes.tokens, sizes.inner), dtype=xz.dtype, device=xz.device)
     inputs = _scan_inputs(u, delta, projections, weights, sizes)
+    if starts:
+        inputs = replace(inputs, starts=torch.stack([start.state.float().t() for start in starts]))
     states, _ = launch.scan_forward(inputs, xz[..., sizes.inner :], out, sizes.scale, save)
     return out, projections, states
 
@@ -162,11 +171,17 @@ def backward(
 
 
 def _prepare(
-    x: Tensor, weights: Weights, projections: Tensor, sizes: _Sizes, project: bool
+    x: Tensor,
+    weights: Weights,
+    projections: Tensor,
+    sizes: _Sizes,
+    project: bool,
+    tails: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Convolved inputs and time steps, both (d, B, L, E); fills `projections` or reads them.
 
-    Time steps keep eleven bits where activations have fewer: they multiply exponents.
+    `tails` (K - 1, E), if there are some, are what each direction's convolution begins with. Time steps keep
+    eleven bits where activations have fewer: they multiply exponents.
     """
     shape = sizes.directions, sizes.batch, sizes.tokens, sizes.inner
     u = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -175,8 +190,9 @@ def _prepare(
         prepare_kernel[(-(-sizes.rows // PREPARE_ROWS), sizes.directions)](
             x, *_convolution(x, weights), *(own.x_proj for own in _pair(weights)),
             *(own.dt_proj for own in _pair(weights)), *(own.dt_bias for own in _pair(weights)),
-            u, projections, delta, x.stride(0), x.stride(1),
+            *(tails or (x, x)), u, projections, delta, x.stride(0), x.stride(1),
             sizes.rows, sizes.tokens, sizes.inner, **_tile(x, weights, sizes), PROJECT=project,
+            HAS_TAIL=bool(tails),
         )  # fmt: skip
     return u, delta
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vimtune.ops.triton.common import silu, silu_slope, softplus
-from vimtune.ops.triton.conv_kernels import filtered, tile_rows
+from vimtune.ops.triton.conv_kernels import filtered, tail_taps, tile_rows
 
 
 @triton.jit
@@ -52,15 +52,16 @@ def _store_time_steps(
 
 @triton.jit
 def prepare_kernel(
-    x, filter0, filter1, bias0, bias1, proj0, proj1, dt_weight0, dt_weight1, dt_bias0, dt_bias1,
+    x, filter0, filter1, bias0, bias1, proj0, proj1, dt_weight0, dt_weight1, dt_bias0, dt_bias1, tail0, tail1,
     u, projections, delta, stride_image, stride_token, num_rows, num_tokens, num_inner,
     BM: tl.constexpr, BK: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    PROJECT: tl.constexpr, DOT_TYPE: tl.constexpr,
+    PROJECT: tl.constexpr, HAS_TAIL: tl.constexpr, DOT_TYPE: tl.constexpr,
 ):  # fmt: skip
     """`u` = SiLU(conv(x)) and the time steps `delta`, both (2, M, E), of one direction's BM rows.
 
-    `projections` (2, M, P), x_proj of u, is computed if PROJECT, otherwise it is there from the forward.
+    `projections` (2, M, P), x_proj of u, is computed if PROJECT, otherwise it is there from the forward. If
+    HAS_TAIL, the convolution of each direction begins with the inputs of its tail (K - 1, E).
     """
     direction = tl.program_id(1)
     row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
@@ -82,6 +83,11 @@ def prepare_kernel(
             x, conv_weight, conv_bias, image, t, e, ok, live, stride_image, stride_token,
             num_tokens, num_inner, 2 * direction - 1, K, HAS_BIAS,
         )  # fmt: skip
+        if HAS_TAIL:
+            tail = tail1 if direction == 1 else tail0
+            y += tail_taps(
+                tail, conv_weight, t, e, ok, live, num_tokens, num_inner, 2 * direction - 1, K, BM, BK
+            )
         tile = silu(y).to(u.dtype.element_ty)
         tl.store(u + row[:, None] * num_inner + e[None, :], tile, mask=ok)
         if PROJECT:

@@ -63,7 +63,7 @@ def _forward_direction(
     N: tl.constexpr, NP: tl.constexpr, STEPS: tl.constexpr,
     CHUNK: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
-    HAS_STATE: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
+    HAS_FIRST: tl.constexpr, NEED_LAST: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, NP)
     used = below(n, N, N == NP)
@@ -72,7 +72,7 @@ def _forward_direction(
     bias = _optional(dt_bias, e, live, HAS_DT_BIAS)
     in_state = used[:, None] & live[None, :]
     state = tl.zeros([NP, e.shape[0]], tl.float32)
-    if HAS_STATE:
+    if HAS_FIRST:
         state = tl.load((first + e)[None, :] + n[:, None] * STRIDE_INNER, mask=in_state, other=0.0)
     for start in range(0, num_tokens, STEPS):
         if SAVE:  # noqa: SIM102  (the outer condition is known to the compiler)
@@ -101,7 +101,7 @@ def _forward_direction(
                     y *= silu(gates[k])
             row = step_row(out_group, k, STRIDE_OUT, REVERSE)
             tl.store(row, y.to(out.dtype.element_ty), mask=live & inside)
-    if HAS_STATE:
+    if NEED_LAST:
         tl.store((last + e)[None, :] + n[:, None] * STRIDE_INNER, state, mask=in_state)
 
 
@@ -110,6 +110,7 @@ def scan_forward_kernel(
     u, z, out, states, first, last, delta, B, C, A0, A1, D0, D1, dt_bias0, dt_bias1,
     stride_u_image, stride_z_image, stride_out_image, stride_delta_image, stride_B_image, stride_C_image,
     stride_u_direction, stride_delta_direction, stride_BC_direction,
+    stride_first_image, stride_first_direction,
     batch, num_tokens, num_inner, num_chunks, zero, scale,
     STRIDE_U: tl.constexpr, STRIDE_Z: tl.constexpr, STRIDE_OUT: tl.constexpr, STRIDE_DELTA: tl.constexpr,
     STRIDE_B: tl.constexpr, STRIDE_C: tl.constexpr, STRIDE_INNER: tl.constexpr,
@@ -117,11 +118,12 @@ def scan_forward_kernel(
     CHUNK: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, SOFTPLUS: tl.constexpr, FROM_LOG: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DT_BIAS: tl.constexpr, SAVE: tl.constexpr,
-    HAS_STATE: tl.constexpr,
+    HAS_FIRST: tl.constexpr, NEED_LAST: tl.constexpr,
 ):  # fmt: skip
     """Directions FIRST..LAST (0 forward, 1 reverse) of one image and BE channels, one after the other.
 
-    If HAS_STATE, there is one direction, which begins with the state `first` (B, N, E) and leaves `last`.
+    If HAS_FIRST, each begins with a state of `first`, which has them for each image or for each direction. If
+    NEED_LAST, there is one direction, which leaves `last` (B, N, E).
     """
     # `zero` hides from the compiler that rows are aligned: loading vectors of channels would give a
     # thread the states of all of them, and the layouts of rows and states would differ.
@@ -136,7 +138,7 @@ def scan_forward_kernel(
             z + image * stride_z_image,
             out + image * stride_out_image,
             states + ((d - FIRST) * batch + image) * (num_chunks - 1) * N * num_inner,
-            first + image * N * num_inner,
+            first + image * stride_first_image + (d - FIRST) * stride_first_direction,
             last + image * N * num_inner,
             delta + (d - FIRST) * stride_delta_direction + image * stride_delta_image,
             B + (d - FIRST) * stride_BC_direction + image * stride_B_image,
@@ -145,7 +147,8 @@ def scan_forward_kernel(
             num_tokens, num_inner, e, live, scale,
             STRIDE_U, STRIDE_Z, STRIDE_OUT, STRIDE_DELTA, STRIDE_B, STRIDE_C, STRIDE_INNER,
             N, NP, STEPS, CHUNK,
-            d == 1, SOFTPLUS, FROM_LOG, HAS_D, HAS_Z, HAS_DT_BIAS, SAVE, HAS_STATE, d > FIRST, d == LAST,
+            d == 1, SOFTPLUS, FROM_LOG, HAS_D, HAS_Z, HAS_DT_BIAS, SAVE, HAS_FIRST, NEED_LAST,
+            d > FIRST, d == LAST,
         )  # fmt: skip
 
 
