@@ -135,8 +135,9 @@ def _parts(values: Any, problems: Problems) -> dict[str, Part]:
                 f"with a letter and is none of {PART}, {WITHOUT}, {NONE}"
             )
             continue
-        part = _part(name, _mapping(own, f"part {name}", problems), problems)
-        if part is not None:
+        if not isinstance(own, dict):
+            problems.append(f"part {name} = {quote(own)}: expected a mapping such as {{method: lora}}")
+        elif (part := _part(name, own, problems)) is not None:
             parts[name] = part
     return parts
 
@@ -224,7 +225,9 @@ def _setting(value: Any, option: Option) -> Setting:
     setting = _drawable({key: item for key, item in value.items() if key != "times"}, times)
     for end in setting.ends():
         if times is None:
-            option.parse(end)
+            parsed = option.parse(end)
+            if isinstance(setting, Range) and not setting.is_whole and isinstance(parsed, int):
+                raise ValueError("expected whole numbers as low and high")
         elif isinstance(end, bool) or not isinstance(end, int | float):
             raise ValueError(f"times: expected numbers to multiply, not {quote(end)}")
     return setting
@@ -290,23 +293,37 @@ def _contradictions(space: Space) -> Iterable[str]:
 def _wrong_factors(
     what: str, settings: Mapping[str, Setting], known: Mapping[str, Option], given: Iterable[str]
 ) -> Iterable[str]:
-    """One line for each setting that is to be multiplied by what is no number, or is not drawn before it.
+    """One line for each setting that is to be multiplied by what is no number, or what has no value.
 
     Args:
         what: where they are stated.
-        settings: by name, in the order in which they are drawn.
+        settings: by name.
         known: the options by name.
-        given: names of those that need not be stated before.
+        given: names of those that have a value of their own, drawn or not.
     """
-    before = set(given)
     for name, setting in settings.items():
-        if setting.times is not None:
-            default = known[setting.times].default if setting.times in known else None
-            if isinstance(default, bool) or not isinstance(default, int | float):
-                yield f"{what}: {name}: times = {quote(setting.times)}: expected the name of a number"
-            elif setting.times not in before:
-                yield f"{what}: {name}: times = {quote(setting.times)}: expected one that is stated before it"
-        before.add(name)
+        if setting.times is None:
+            continue
+        shown = f"{what}: {name}: times = {quote(setting.times)}"
+        default = known[setting.times].default if setting.times in known else None
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            yield f"{shown}: expected the name of a number"
+        elif setting.times not in given and (setting.times == name or setting.times not in settings):
+            yield f"{shown}: expected one that is stated beside it"
+        elif _is_circle(name, settings):
+            yield f"{shown}: expected one that is not itself multiplied by {name}"
+
+
+def _is_circle(name: str, settings: Mapping[str, Setting]) -> bool:
+    """Whether a setting is multiplied by others that are multiplied by it. One that is multiplied by its own
+    name takes the value that the recipe has."""
+    seen, factor = [name], settings[name].times
+    while factor is not None and factor in settings and factor != seen[-1]:
+        if factor in seen:
+            return True
+        seen.append(factor)
+        factor = settings[factor].times
+    return False
 
 
 def _refuse_unknown(what: str, values: Mapping[str, Any], known: Iterable[str], problems: Problems) -> None:

@@ -186,7 +186,7 @@ class Step:
         self.active[trial.number] = trial
         place = self.folder / "trials" / f"{trial.number:05}"
         values = self.plan.trial_values(self.space, drawn, place)
-        return Job(trial.number, values, self.score.higher_is_better)
+        return Job(trial.number, values)
 
     def keep_on(self, number: int, epoch: int, score: float) -> bool:
         """Note the score of an epoch; whether the trial goes on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,22 +33,11 @@ class Setting(ABC):
 
     @abstractmethod
     def draw(self, name: str, chooser: Chooser) -> Any:
-        """A value, before it is multiplied."""
+        """A value, before it is multiplied; `name` is that under which it is drawn."""
 
     @abstractmethod
     def ends(self) -> Iterator[Any]:
         """The values from which it can be told whether all are right."""
-
-    def value(self, name: str, chooser: Chooser, others: Mapping[str, Any]) -> Any:
-        """A value.
-
-        Args:
-            name: under which it is drawn.
-            chooser: draws it.
-            others: has the value that `times` names.
-        """
-        drawn = self.draw(name, chooser)
-        return drawn if self.times is None else drawn * others[self.times]
 
 
 @dataclass(frozen=True)
@@ -76,6 +65,11 @@ class Range(Setting):
     """Distance of whole numbers; 1 if None."""
     log: bool = False
     """Whether factors are equally likely, not differences."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether whole numbers are drawn."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
 
     def draw(self, name: str, chooser: Chooser) -> Any:
         """A number of the range."""

@@ -110,8 +110,13 @@ class Space:
 def _draw(
     settings: Mapping[str, Setting], chooser: Chooser, prefix: str, base: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Values of settings, of which one may be multiplied by one before it, or by one of `base`."""
-    values: dict[str, Any] = {}
-    for name, setting in settings.items():
-        values[name] = setting.value(prefix + name, chooser, {**base, **values})
-    return values
+    """Values of settings; one that is multiplied by another is so whichever of them comes first."""
+    drawn = {name: setting.draw(prefix + name, chooser) for name, setting in settings.items()}
+
+    def value(name: str) -> Any:
+        factor = settings[name].times
+        if factor is None:
+            return drawn[name]
+        return drawn[name] * (value(factor) if factor in drawn and factor != name else base[factor])
+
+    return {name: value(name) for name in settings}

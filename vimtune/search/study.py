@@ -80,8 +80,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         _repair(path)
         direction = "maximize" if higher_is_better else "minimize"
-        warmup = max(1, epochs // 10)
-        pruner = optuna.pruners.MedianPruner(_STARTUP, warmup) if prune else optuna.pruners.NopPruner()
+        free = max(1, epochs // 10)  # the first tenth says little
+        pruner = optuna.pruners.MedianPruner(_STARTUP, free + 1) if prune else optuna.pruners.NopPruner()
         self._seed, self._sign = seed, 1 if higher_is_better else -1
         shown = printable(str(path))
         try:
@@ -125,12 +125,16 @@ class Study:
         return not trial.should_prune()
 
     def finish(self, trial: optuna.Trial, outcome: TrialOutcome) -> None:
-        """Note what came of a trial.
+        """Note what came of a trial; the best epoch of one that did not come to its end is found here.
 
         One that failed counts as one that was ended early: so what is like it is drawn less often.
         """
         from optuna.trial import TrialState
 
+        seen: dict[int, float] = self._frozen()[trial.number].intermediate_values
+        if outcome.state != "complete" and seen:
+            epoch = max(seen, key=lambda number: self._sign * seen[number])
+            outcome = dataclasses.replace(outcome, score=seen[epoch], epoch=epoch)
         trial.set_user_attr(_OUTCOME, dataclasses.asdict(outcome))
         if outcome.state == "complete":
             self._study.tell(trial, outcome.score)

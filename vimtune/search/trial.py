@@ -32,8 +32,6 @@ class Job:
     number: int
     values: dict[str, Any]
     """Its recipe."""
-    higher_is_better: bool
-    """Whether a larger score is the better one."""
 
     @property
     def folder(self) -> Path:
@@ -49,9 +47,9 @@ class TrialOutcome:
 
     state: Literal["complete", "pruned", "failed"]
     score: float | None = None
-    """The best score on the validation split; None for a trial that failed before it had any."""
+    """The best score on the validation split; None where there was none."""
     epoch: Count = 0
-    """The epoch that has it."""
+    """The epoch that has it; 0 where there was none."""
     parameters: Count | None = None
     """How many numbers are trained; None for a trial that did not end by itself."""
     seconds: Annotated[float, Ge(0)] = 0.0
@@ -64,8 +62,9 @@ class _Pruned(Exception):
 
 
 def run_trial(job: Job, keep_on: KeepOn) -> TrialOutcome:
-    """Train, and give the best score on the validation split.
+    """Train, and give the score on the validation split in the best epoch.
 
+    Of a trial that is ended early or fails no score is given: `keep_on` has been told those of its epochs.
     What a run prints goes to log.txt in its folder. A trial that was stopped before goes on from its state.
 
     Args:
@@ -82,26 +81,16 @@ def run_trial(job: Job, keep_on: KeepOn) -> TrialOutcome:
 
     began = time.monotonic()
     recipe = Recipe.from_values(job.values)
-    sign = 1 if job.higher_is_better else -1
-    best: tuple[float, int] | None = None
-
-    def note(score: float | None, epoch: int) -> None:
-        nonlocal best
-        if score is not None and (best is None or sign * score > sign * best[0]):
-            best = score, epoch
 
     def after_epoch(record: EpochRecord) -> None:
         if record.scores is None or record.loss is None:
             return
         score = score_of(recipe, {"loss": record.loss, **record.scores})
-        note(score, record.epoch)
         if score is not None and not keep_on(record.epoch, score):
             raise _Pruned
 
     def outcome(state: Literal["complete", "pruned", "failed"], **more: Any) -> TrialOutcome:
-        score, epoch = (None, 0) if best is None else best
-        seconds = round(time.monotonic() - began, 3)
-        return TrialOutcome(state=state, score=score, epoch=epoch, seconds=seconds, **more)
+        return TrialOutcome(state=state, seconds=round(time.monotonic() - began, 3), **more)
 
     with _logged(job.folder):
         try:
@@ -114,12 +103,11 @@ def run_trial(job: Job, keep_on: KeepOn) -> TrialOutcome:
             # Such a combination may not exist, diverge, or need too much memory; others may not.
             reason = " ".join(str(error).split()) or type(error).__name__
             return outcome("failed", reason=reason[:MAX_REASON])
-    for record in report.history:  # also the epochs before the trial was stopped
-        if record.get("loss") is not None:
-            note(score_of(recipe, record), record["epoch"])
-    if best is None:
-        return outcome("failed", reason="no epoch has a finite score")
-    return outcome("complete", parameters=report.trainable_parameters)
+    best = next(record for record in report.history if record["epoch"] == report.best_epoch)
+    score = score_of(recipe, best)
+    if score is None:
+        return outcome("failed", reason="these data do not have the score by which trials are compared")
+    return outcome("complete", score=score, epoch=report.best_epoch, parameters=report.trainable_parameters)
 
 
 def score_of(recipe: Any, record: Mapping[str, Any]) -> float | None:

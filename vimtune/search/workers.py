@@ -131,12 +131,8 @@ def _answer(worker: _Worker, trials: Trials) -> None:
 def _end(workers: Sequence[_Worker]) -> None:
     """End the processes; a trial that is running saves its state first."""
     for worker in workers:
-        if worker.job is None:
-            with suppress(OSError):
-                worker.connection.send(None)
-        else:
-            worker.process.terminate()  # to the trainer SIGTERM is a request to stop
-            worker.connection.close()
+        worker.process.terminate()  # to the trainer, if it is at work, SIGTERM is a request to stop
+        worker.connection.close()
     for worker in workers:
         worker.process.join(PATIENCE)
         if worker.process.is_alive():
@@ -145,7 +141,7 @@ def _end(workers: Sequence[_Worker]) -> None:
 
 
 def _work(connection: Connection, index: int, count: int, packages: list[str]) -> None:
-    """What a process does: trials, until there are no more or the search itself has ended."""
+    """What a process does: trials, until the search ends it or has ended itself."""
     _die_with_parent()
     from vimtune.exits import prepare_streams
 
@@ -158,7 +154,8 @@ def _work(connection: Connection, index: int, count: int, packages: list[str]) -
         return bool(connection.recv())
 
     try:
-        while (job := connection.recv()) is not None:
+        while True:
+            job = connection.recv()
             own = dataclasses.replace(job, values=worker_values(job.values, index, count))
             connection.send(("done", run_trial(own, keep_on)))
     except KeyboardInterrupt:
