@@ -128,7 +128,6 @@ def test_every_target_that_is_offered_is_one(points):
         ("!in_proj", "name nothing to adapt"),
         ("in_proj,!out_proj", "'!out_proj' takes nothing away from in_proj"),
         ("in_proj,D,!D", "'D' selects nothing: all of it is taken away by the exclusions"),
-        ("in_proj,in_proj[x]", r"in_proj.weight\[x\] is a part of layers.0.mixer.in_proj.weight"),
         ("", "unknown target ''|expected a name"),
     ],
 )
@@ -189,6 +188,7 @@ def test_rows_change_and_nothing_beside_them(method):
     [
         ("lora", {"rank": 2, "targets": "in_proj[x],x_proj[B]"}),
         ("ft+lora", {"rank": 2, "targets": {"lora": "both", "ft": "in_proj[z],D"}, "layers": {"lora": [1]}}),
+        ("lora", {"rank": {"in_proj": 3, "in_proj[x]": 2}, "targets": "in_proj,in_proj[x]"}),
     ],
 )  # fmt: skip
 def test_rows_pass_every_check(method, options, check):
@@ -217,6 +217,12 @@ def test_rows_with_dropout_perturb_their_own_outputs_alone():
         ),
         ("lora+ft", {"targets": {"lora": "in_proj", "ft": "in_proj[x]"}}, r"replaces .*\[x\] as a whole"),
         ("lora+dora", {"targets": "in_proj[x]", "lora": {"dropout": 0.5}}, "would follow one that acts on"),
+        ("lora", {"targets": "in_proj,in_proj[x]", "dropout": 0.5}, "would follow one that acts on"),
+        (
+            "dora",
+            {"targets": "in_proj,in_proj[x]"},
+            r"\[x\] is a part of layers.0.mixer.in_proj.weight, which",
+        ),
     ],
 )
 def test_compositions_that_make_no_sense(method, options, message):
@@ -234,6 +240,21 @@ def test_compositions_of_rows_that_do():
     close(model.eval()(images()), build_test_model().eval()(images()))
     disturb(model)(images()).square().sum().backward()
     check_gradients(model)
+
+
+def test_low_rank_updates_of_a_whole_and_of_its_rows_add_up():
+    base = build_test_model().layers[0].mixer.in_proj.weight.detach().clone()
+    rank, alpha = {"in_proj": 3, "in_proj[x]": 2}, {"in_proj": 3.0, "in_proj[x]": 1.0}
+    model = vimtune.inject(
+        build_test_model(), "lora", targets=["in_proj[x]", "in_proj"], rank=rank, alpha=alpha
+    )
+    disturb(model)
+    tensors = [p.detach() for name, p in model.named_parameters() if ".0." in name and "lora_" in name]
+    whole_a, whole_b, part_a, part_b = tensors[:4]
+    assert (len(whole_a), len(part_a)) == (3, 2), "the whole comes first"
+    expected = base + whole_b @ whole_a
+    expected[: len(expected) // 2] += 0.5 * part_b @ part_a
+    close(model.layers[0].mixer.in_proj.weight, expected)
 
 
 def images():

@@ -34,7 +34,7 @@ from vimtune.adapters.slots import (
     share,
     slots_of,
 )
-from vimtune.adapters.targets import Target, short_name, split_option_targets, split_targets
+from vimtune.adapters.targets import Target, refuse_overlaps, short_name, split_option_targets, split_targets
 from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
 from vimtune.methods import Method
 from vimtune.text import quote
@@ -147,8 +147,8 @@ def select_sites(
     """Let each method choose its points; those of the head, which are trained anyway, are left out.
 
     Raises:
-        ValueError: a target or layer that the model does not have, one that means the head alone, or a method
-            that nothing is left for.
+        ValueError: a target or layer that the model does not have, one that means the head alone, rows beside
+            the whole of a parameter for a method that does not add up, or a method that nothing is left for.
     """
     names = [method.name for method in methods]
     for what, value in (("targets", targets), ("layers", layers)):
@@ -162,6 +162,8 @@ def select_sites(
         for target in () if own is None else split_targets(own):
             _refuse_head(points, target, head)
         sites[method.name] = [path for path in selected(method, points, targets, layers) if path not in head]
+        if not method.adds_up:
+            refuse_overlaps(sites[method.name])
         if not sites[method.name] and not method.trains_head_only:
             where = "its own choice of targets" if own is None else f"targets {quote(own)}"
             raise ValueError(

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -138,7 +138,7 @@ def resolve_targets(
 
     Raises:
         ValueError: a target that selects nothing or a layer that the model does not have (the message lists
-            what it has), or a target within another one.
+            what it has).
     """
     given = split_targets(targets)
     included = [target for target in given if not target.excludes]
@@ -164,7 +164,6 @@ def resolve_targets(
                 else f"lies in none of the layers {list(layers)}"
             )
             raise ValueError(f"target {quote(text)} selects nothing: all of it {because}")
-    _refuse_overlaps(kept)
     return [path for path in points_in_order(points) if path in kept]
 
 
@@ -253,7 +252,12 @@ def points_in_order(points: Points) -> list[str]:
     return [*paths, *points.calls]
 
 
-def _refuse_overlaps(paths: set[str]) -> None:
+def refuse_overlaps(paths: Collection[str]) -> None:
+    """Refuse points of one method of which one is a part of another.
+
+    Raises:
+        ValueError: rows are among them, and the parameter that they belong to is, too.
+    """
     for path in sorted(paths):
         whole = path.partition("[")[0]
         if whole != path and whole in paths:

@@ -58,6 +58,9 @@ class Method(ABC):
     changes_at_start: ClassVar[bool] = False
     """Whether injecting it changes what the model computes before anything is trained, as random prompts
     do."""
+    adds_up: ClassVar[bool] = False
+    """Whether it may act on rows of a parameter that it adapts as a whole, too, because its rules add to the
+    weight. Of any other method that is refused as a mistake."""
     trains_head_only: ClassVar[bool] = False
     """Whether it is meant to select nothing. Of any other method that is refused as a mistake."""
 
