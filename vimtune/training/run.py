@@ -53,6 +53,8 @@ class Run:
     stop: StopRequest
     total: int
     """How many numbers the plain model has."""
+    head: int
+    """How many of the trained numbers are those of the head."""
     last_evaluation: Evaluation | None = None
     """That of the epoch before, of the weights that the model had then."""
     started: float = field(default_factory=time.monotonic)
@@ -224,7 +226,9 @@ class Run:
             data={loader.split: loader.source for loader in job.loaders},
             method_config=describe_method(info),
             trainable=self.trained.count,
+            head=self.head,
             total=self.total,
+            adapter_bytes=self.folder.adapter.stat().st_size,
             processes=self.processes,
             memory=memory,
             cuda_graph=self.stepper.passes.replayed,
