@@ -356,6 +356,25 @@ def betas(value: Any) -> list[float]:
     return [parse(part) for part in parts]
 
 
+def parameter_budget(value: Any) -> int | str:
+    """How many numbers may be trained: a whole number such as 300000, also written 300k or 1.5M, or the text
+    "0.5%" for a share of the backbone."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    match = (
+        re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kKmM%]?)\s*", value)
+        if isinstance(value, str)
+        else None
+    )
+    if match is not None and match[2] == "%" and 0 < float(match[1]) <= 100:
+        return f"{float(match[1]):g}%"
+    if match is not None and match[2] != "%":
+        numbers = float(match[1]) * {"": 1, "k": 10**3, "m": 10**6}[match[2].lower()]
+        if numbers.is_integer() and 1 <= numbers <= LARGEST:
+            return int(numbers)
+    raise ValueError("expected a number of parameters such as 300k, or a share of the backbone such as 0.5%")
+
+
 def optional(parse: Parser) -> Parser:
     """Takes what `parse` takes, or nothing: None, "none", "null"."""
 

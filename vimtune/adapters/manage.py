@@ -6,6 +6,7 @@ head always is among these. At most one adapter is active. Who owns what is reco
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from vimtune import parsers
+from vimtune.adapters.budget import fit_to_budget
 from vimtune.adapters.growth import check_growth
 from vimtune.adapters.points import Points
 from vimtune.adapters.rule import Tuned
@@ -49,6 +51,8 @@ from vimtune.adapters.wrappers import RECORD, unwrap
 from vimtune.methods import build_methods, resolve_options
 from vimtune.text import quote
 from vimtune.utils import suggest
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 """A model of any class, for functions that give back the model they got."""
@@ -125,6 +129,7 @@ def inject(
     targets: Any = None,
     layers: Any = None,
     num_classes: int | None = None,
+    budget: int | str | None = None,
     **options: Any,
 ) -> Model:
     """Freeze the model and add an adapter, which becomes the active one.
@@ -139,6 +144,9 @@ def inject(
             {"lora": "both", "ft": "A_log,D"}.
         layers: indices of the blocks to adapt, [0, 1] or "0-1"; all if None. By method as well.
         num_classes: outputs of this adapter's head; a copy of the model's head if None or equal.
+        budget: how many numbers the method may train beside the head, 300_000, "300k", or "0.5%" of the
+            backbone. It chooses rank, block size or whatever else sizes the method
+            (`vimtune.adapters.budget` has the rule); what was chosen is logged.
         options: fields of the method, e.g. rank=16 (`vimtune train --list` shows them). A field may have
             values by target, rank={"in_proj": 8, "x_proj[B]": 4}; elsewhere its default holds.
 
@@ -146,14 +154,18 @@ def inject(
         The model, as it was given.
 
     Raises:
-        ValueError: unknown method, option, target or layer, options that do not fit the weights, a rule that
-            would have no effect, a model that rules cannot be attached to, or a name already taken. The
-            model is then as it was.
+        ValueError: unknown method, option, target or layer, options that do not fit the weights, a budget
+            that cannot be kept or has nothing to choose, a rule that would have no effect, a model that
+            rules cannot be attached to, or a name already taken. The model is then as it was.
     """
     backbone = find_backbone(model)
-    methods = [chosen.method for chosen in build_methods(method, options)]
     targets, layers = parse_targets(targets), parse_layers(layers)
     head = head_parameters(backbone)
+    if budget is not None:
+        fitted = fit_to_budget(backbone, method, options, targets, layers, head, budget)
+        logger.info("%s", fitted)
+        options = dict(fitted.options)
+    methods = [chosen.method for chosen in build_methods(method, options)]
     add_adapter(
         backbone,
         AdapterRecord(

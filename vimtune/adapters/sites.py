@@ -257,8 +257,7 @@ def attach_rules(
             without effect. Some of the rules may be attached then.
     """
     points = Points(model)
-    options = options_by_site(method, by_target, paths, points.shared_names)
-    sites = [_build_site(points, model, path, options[path]) for path in paths]
+    sites = build_sites(points, model, method, by_target, paths)
     by_path = {site.path: site for site in sites}
     rules = method.build(sites)
     if paths and not rules:
@@ -275,6 +274,28 @@ def attach_rules(
             )
         _attach_rule(points, model, adapter, method, path, rule, accept_idle)
     return list(rules)
+
+
+def build_sites(
+    points: Points,
+    model: nn.Module,
+    method: Method,
+    by_target: Mapping[str, Mapping[str, Any]],
+    paths: Sequence[str],
+) -> list[Site]:
+    """What a method is given to build its rules: its sites, with the options that hold there.
+
+    Args:
+        points: those of the model.
+        model: the backbone, on which no other adapter is active.
+        method, by_target, paths: as for `attach_rules`.
+
+    Raises:
+        ValueError: a point that the model does not have, or options for a target where the method does not
+            act.
+    """
+    options = options_by_site(method, by_target, paths, points.shared_names)
+    return [_build_site(points, model, path, options[path]) for path in paths]
 
 
 def _build_site(points: Points, model: nn.Module, path: str, options: Mapping[str, Any]) -> Site:

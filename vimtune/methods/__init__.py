@@ -16,6 +16,7 @@ from vimtune.methods.base import (  # isort: skip
     option,
     register_method,
     resolve_options,
+    sizing_options,
     split_options,
 )
 from vimtune.methods import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401  # isort: skip
@@ -35,5 +36,6 @@ __all__ = [
     "option",
     "register_method",
     "resolve_options",
+    "sizing_options",
     "split_options",
 ]

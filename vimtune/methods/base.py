@@ -63,6 +63,10 @@ class Method(ABC):
     weight. Of any other method that is refused as a mistake."""
     trains_head_only: ClassVar[bool] = False
     """Whether it is meant to select nothing. Of any other method that is refused as a mistake."""
+    sized_by: ClassVar[tuple[str, ...]] = ()
+    """The options that decide how much it trains, such as ("rank", "block_size"). A budget chooses the value
+    of the first one that the user has not given. Empty if nothing but the targets decides. How much is
+    trained has to rise with the value of such an option, or to fall with it, among the values that fit."""
 
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
@@ -145,13 +149,15 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
     """Class decorator: make a method known under `name`.
 
     Raises:
-        ValueError: the name is taken, or the class has no summary of its own, or a field without help or with
-            an annotation that cannot be read.
+        ValueError: the name is taken, or the class has no summary of its own, a field without help or with
+            an annotation that cannot be read, or names what is no option in `sized_by`.
     """
 
     def register(cls: MethodType) -> MethodType:
         require_summary(cls, f"method {name!r}")
-        options_of(cls)
+        options = options_of(cls)
+        if unknown := [option for option in cls.sized_by if option not in options]:
+            raise ValueError(f"method {name!r}: sized_by names {quote(unknown[0])}, which is no option of it")
         METHODS.add(name, cls)
         cls.name = name
         return cls
@@ -269,6 +275,29 @@ class ChosenMethod:
     """With the options that hold wherever a target has none of its own."""
     by_target: Mapping[str, Mapping[str, Any]]
     """Options for single targets: field -> target -> value."""
+
+
+def sizing_options(spec: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """The options that a budget decides, by their method: of each method the first of `Method.sized_by` that
+    is not given. Methods without such an option are left out.
+
+    Raises:
+        ValueError: unknown method or option, or no method of the spec has an option left to decide.
+    """
+    chosen: dict[str, str] = {}
+    reasons = []
+    for name, given in split_options(spec, options).items():
+        sized_by = get_method(name).sized_by
+        free = [option for option in sized_by if option not in given]
+        if free:
+            chosen[name] = free[0]
+        elif sized_by:
+            reasons.append(f"method {name!r} has its size already: leave out {' or '.join(sized_by)}")
+        else:
+            reasons.append(f"method {name!r} has no option that decides how much it trains")
+    if not chosen:
+        raise ValueError(f"{'; '.join(reasons)}. Expected a method whose size is to be chosen, or no budget")
+    return chosen
 
 
 def build_methods(spec: str, options: Mapping[str, Any]) -> list[ChosenMethod]:

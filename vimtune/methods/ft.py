@@ -25,6 +25,7 @@ class FineTuning(Method):
     """Options of fine-tuning, for all methods that train parameters as they are."""
 
     summary = "full training of the targets (the projectors)"
+    sized_by = ()
 
     start_decay: Annotated[float, Ge(0)] = option(0.0, START_DECAY)
 

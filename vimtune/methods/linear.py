@@ -19,6 +19,7 @@ class LinearProbe(Method):
 
     summary = "only the classification head"
     trains_head_only = True
+    sized_by = ()
 
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
@@ -21,6 +21,7 @@ class LoRA(Method):
 
     summary = "low-rank update of the projectors (Hu et al. 2021)"
     adds_up = True
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: Annotated[int, Ge(1)] = option(16, "rank r of the update B A; by target: in_proj=8,x_proj[B]=4")
     alpha: Annotated[float, Gt(0)] = option(8.0, "the update is scaled by alpha / rank")

@@ -25,6 +25,7 @@ class ProDiaL(LoRA):
     """Options of ProDiaL; `vimtune.adapters.rules.prodial` has the formula and says what the variants are."""
 
     summary = "diagonal-centric transformation of the projectors plus low rank (Ham et al. 2025)"
+    sized_by = ("rank", "block_size")
 
     block_size: Annotated[int, Ge(1)] = option(
         4, "b, side of the diagonal blocks of prodial; must divide the input width"

@@ -63,12 +63,18 @@ class MethodSettings(Options):
     alpha: Any = option_of_method(LoRA, "alpha")
     dropout: Any = option_of_method(LoRA, "dropout")
     block_size: Any = option_of_method(ProDiaL, "block_size")
+    budget: Any = option(
+        None,
+        "trained parameters beside the head, 300k or 0.5%, which choose rank or the like",
+        parse=parsers.optional(parsers.parameter_budget),
+    )
     peft_kwargs: dict[str, Any] = option({}, "further options of the method, such as variant=paper")
 
     @property
     def method_kwargs(self) -> dict[str, Any]:
-        """Options of the method as given: `peft_kwargs`, and those that are keys of their own."""
-        own = {name: getattr(self, name) for name in OPTIONS_OF_METHODS}
+        """What `inject` takes besides the places: the options of the method as given, in `peft_kwargs` or as
+        keys of their own, and the budget."""
+        own = {name: getattr(self, name) for name in (*OPTIONS_OF_METHODS, "budget")}
         return {**self.peft_kwargs, **{name: value for name, value in own.items() if value is not None}}
 
 

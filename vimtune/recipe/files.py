@@ -39,7 +39,7 @@ def load_recipe(
     """
     if config is None and variant is not None:
         raise RecipeError([f"variant = {quote(variant)} needs config: the file with the grid"])
-    values = {} if config is None else _read("config", config, partial(read_config, variant=variant))
+    values = {} if config is None else read_values("config", config, partial(read_config, variant=variant))
     values |= overrides or {}
     problems: list[str] = []
     try:
@@ -58,10 +58,14 @@ def load_recipe(
     return recipe
 
 
-def _read(
+def read_values(
     name: str, path: str | os.PathLike[str], read: Callable[[str], dict[str, Any]] = read_yaml
 ) -> dict[str, Any]:
-    """What `read` finds in the YAML file that the value `name` points at."""
+    """What `read` finds in the YAML file that the value `name` points at.
+
+    Raises:
+        RecipeError: it finds nothing, or the value is no path.
+    """
     try:
         path = parsers.path(path)
     except ValueError as error:
@@ -90,4 +94,4 @@ def _resumed(values: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError([f"resume = {quote(path)} {what}"])
     except OSError as error:
         raise RecipeError([f"resume = {quote(path)}: {error.strerror}"]) from error
-    return complete_stored(_read("resume", folder / "recipe.yaml")) | {"output_dir": str(folder)}
+    return complete_stored(read_values("resume", folder / "recipe.yaml")) | {"output_dir": str(folder)}

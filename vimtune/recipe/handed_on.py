@@ -12,7 +12,7 @@ from typing import Any
 
 from vimtune import parsers
 from vimtune.fields import Option, not_an_option, options_of
-from vimtune.methods import METHODS
+from vimtune.methods import METHODS, sizing_options
 from vimtune.recipe.components import OPTIONS_OF_METHODS
 from vimtune.text import quote
 
@@ -33,7 +33,19 @@ def parse_handed_on(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         if "peft_kwargs" in values:
             parsed["peft_kwargs"], more = _parse_method_options(values["peft"], values["peft_kwargs"])
             problems += more
+        if not problems and values.get("budget") is not None:
+            problems += _budget_problems({**values, **parsed})
     return parsed, problems
+
+
+def _budget_problems(values: Mapping[str, Any]) -> list[str]:
+    """Why a budget cannot choose anything of the method whose options are all right."""
+    keys = {name: values[name] for name in OPTIONS_OF_METHODS if values.get(name) is not None}
+    try:
+        sizing_options(values["peft"], {**values.get("peft_kwargs", {}), **keys})
+    except ValueError as error:
+        return [f"budget = {quote(values['budget'])}: {error}"]
+    return []
 
 
 def _fields_of(methods: Iterable[str]) -> dict[str, Option]:

@@ -43,7 +43,9 @@ class Report:
 
     `loss` is that of the saved adapter on the split `split`, which is "test" where the data have one. The
     adapter is that of epoch `best_epoch`, chosen by its scores on the split `selection_split`. When
-    `selection_split` and `split` are the same, the choice makes the scores optimistic. `backend` is the scan
+    `selection_split` and `split` are the same, the choice makes the scores optimistic. `head_parameters` of
+    the `trainable_parameters` are those of the head, `adapter_bytes` is the size of the adapter's file; both
+    are None in reports of earlier versions. `backend` is the scan
     backend that really ran, `cuda_graph` says whether batches were replayed (in the run's last session, if it
     was resumed). `data` says for each split which data were used. `recipe` holds the settings of the run, and
     `history` a record of each epoch, as in metrics.jsonl.
@@ -83,6 +85,12 @@ class Report:
     run_dir: str
     recipe: dict[str, Any]
     history: list[dict[str, Any]]
+    head_parameters: int | None = None
+    adapter_bytes: int | None = None
+
+    def scores_by_name(self) -> dict[str, float | None]:
+        """The scores on `split`, by the names that the task gives them."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in report.json, those of the task first."""
@@ -144,6 +152,10 @@ class ScoreReport(Report):
     rate_unit: str = ""
     """Of what `rate` speaks, in short; empty in reports of earlier versions."""
 
+    def scores_by_name(self) -> dict[str, float | None]:
+        """`scores`."""
+        return self.scores
+
     @staticmethod
     def values(outcome: Outcome) -> dict[str, Any]:
         """The fields of this class for what a run has reached."""
@@ -186,14 +198,19 @@ def shared_fields(
     data: dict[str, str],
     method_config: dict[str, Any],
     trainable: int,
+    head: int,
     total: int,
+    adapter_bytes: int,
     processes: Processes,
     memory: tuple[float | None, str],
     cuda_graph: bool,
     run_dir: Path,
     history: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The fields of `Report` for a run at `progress` whose saved adapter has `loss` on `split`."""
+    """The fields of `Report` for a run at `progress` whose saved adapter has `loss` on `split`.
+
+    Of the `trainable` numbers `head` are those of the head, and the plain model has `total`.
+    """
     return {
         "loss": loss,
         "split": split,
@@ -203,7 +220,9 @@ def shared_fields(
         "steps": progress.step,
         "stopped_early": progress.epoch < recipe.optimisation.epochs,
         "trainable_parameters": trainable,
+        "head_parameters": head,
         "total_parameters": total,
+        "adapter_bytes": adapter_bytes,
         "peak_memory": memory[0],
         "peak_memory_of": memory[1],
         "seconds": progress.seconds,

@@ -56,6 +56,8 @@ class Run:
     stop: StopRequest
     total: int
     """How many numbers the plain model has."""
+    head: int
+    """How many of the trained numbers are those of the head."""
     after_epoch: AfterEpoch | None = None
     """Called after each epoch whose state was saved."""
     last_evaluation: Evaluation | None = None
@@ -237,7 +239,9 @@ class Run:
             data={loader.split: loader.source for loader in job.loaders},
             method_config=describe_method(info),
             trainable=self.trained.count,
+            head=self.head,
             total=self.total,
+            adapter_bytes=self.folder.adapter.stat().st_size,
             processes=self.processes,
             memory=memory,
             cuda_graph=self.stepper.passes.replayed,

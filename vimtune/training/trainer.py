@@ -94,7 +94,7 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     placement = build_placement(optimisation, processes)
     job = task.open(recipe, processes)
     stack.callback(job.close)
-    total = vimtune.summary(job.model).total
+    sizes = vimtune.summary(job.model)
     facts = _facts(recipe, job, processes)
     notes = [] if start.saved is None else _compare(recipe, start.saved, facts, job)
     placement.place(job.model)
@@ -134,7 +134,8 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
         folder=folder,
         tracker=tracker,
         stop=stop,
-        total=total,
+        total=sizes.total,
+        head=sizes.head,
     )
     _introduce(run, eager_because)
     return run

@@ -40,6 +40,10 @@ class ImageReport(Report):
     last_top1: float
     images_per_second: float
 
+    def scores_by_name(self) -> dict[str, float | None]:
+        """Top-1 and top-5."""
+        return {"top1": self.top1, "top5": self.top5}
+
     def score_rows(self) -> Iterator[tuple[str, str]]:
         """Top-1 and top-5."""
         yield f"top-1 ({self.split})", f"{self.top1:.2f} %"

@@ -1,0 +1,188 @@
+"""A budget of trained parameters chooses the size of every method."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from method_cases import SMALL
+
+import vimtune
+from vimtune.adapters.budget import choose
+from vimtune.fields import options_of
+from vimtune.methods import METHODS, Method
+from vimtune.recipe import Recipe, RecipeError
+
+SIZED = [(name, option) for name, method in METHODS.items() for option in method.sized_by]
+"""Each method with each of the options that decide its size."""
+
+
+def plain():
+    return timm.create_model("test_vim", num_classes=5, depth=2)
+
+
+def trained(model):
+    found = vimtune.summary(model)
+    return found.trainable - found.head
+
+
+def with_value(name, option, value):
+    """How much a method trains where an option has this value; None where it does not fit."""
+    others = {key: SMALL[key] for key in options_of(METHODS.get(name)) if key in SMALL}
+    try:
+        return trained(vimtune.inject(plain(), name, **{**others, option: value}))
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_says_by_which_options_it_is_sized(name):
+    """An empty `sized_by` is a statement, too, but it has to be made."""
+    classes = METHODS.get(name).__mro__
+    assert any("sized_by" in vars(cls) for cls in classes[: classes.index(Method)])
+
+
+@pytest.mark.parametrize(("name", "option"), SIZED)
+def test_the_value_that_trains_as_much_as_a_budget_is_found(name, option):
+    values = (
+        [0.3, 0.5, 0.8] if isinstance(options_of(METHODS.get(name))[option].default, float) else range(1, 9)
+    )
+    counts = {value: count for value in values if (count := with_value(name, option, value)) is not None}
+    assert len(set(counts.values())) > 1
+    others = {key: SMALL[key] for key in METHODS.get(name).sized_by if key in SMALL and key != option}
+    for count in counts.values():
+        assert trained(vimtune.inject(plain(), name, budget=count, **others)) == count
+    if min(counts.values()) == counts[1 if 1 in counts else min(counts)]:
+        with pytest.raises(ValueError, match=r"is too small: method .* trains at least"):
+            vimtune.inject(plain(), name, budget=min(counts.values()) - 1, **others)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.sized_by])
+def test_a_method_of_one_size_refuses_a_budget(name):
+    with pytest.raises(ValueError, match=f"method '{name}' has no option that decides how much it trains"):
+        vimtune.inject(plain(), name, budget="300k")
+    with pytest.raises(RecipeError, match="has no option that decides how much it trains"):
+        Recipe(peft=name, budget="300k")
+
+
+def test_the_budget_of_a_vim_and_what_is_said_of_it(caplog):
+    caplog.set_level(logging.INFO, "vimtune")
+    model = timm.create_model(
+        "vim_tiny_patch16_224", num_classes=102, peft="lora", peft_kwargs={"budget": "300k"}
+    )
+    assert trained(model) == 24 * (192 + 768 + 384 + 192) * 8 == 294_912
+    assert (
+        "budget of 300,000 parameters beside the head: chose lora with rank = 8, which trains 294,912: "
+        "5,088 (1.7 %) below the budget"
+    ) in caplog.messages
+    # Of the backbone without the head, 6,955,008 numbers.
+    model = timm.create_model(
+        "vim_tiny_patch16_224", num_classes=102, peft="lora", peft_kwargs={"budget": "4.3%"}
+    )
+    assert trained(model) == 294_912
+
+
+def test_a_block_size_divides_and_a_rank_is_at_most_the_smaller_side():
+    model = vimtune.inject(plain(), "prodial", rank=2, budget=10**6)
+    blocks = model.layers[0].mixer.in_proj.adapters["weight"]["default"].blocks
+    sides = {
+        layer.weight.shape[1] for layer in (model.layers[0].mixer.in_proj, model.layers[0].mixer.out_proj)
+    }
+    assert all(side % blocks.shape[-1] == 0 for side in sides) and blocks.shape[-1] == min(sides)
+    rank = vimtune.inject(plain(), "lora", budget=10**6).layers[0].mixer.in_proj.adapters["weight"]["default"]
+    assert rank.branch.lora_A.shape[0] == min(plain().layers[0].mixer.out_proj.weight.shape)
+
+
+def test_several_methods_share_a_budget():
+    """First those of one size, then equal parts; what one leaves goes to the next."""
+    bitfit, lora = (trained(vimtune.inject(plain(), name)) for name in ("bitfit", "lora"))
+    rank = lora // 16
+    assert trained(vimtune.inject(plain(), "lora+bitfit", budget=bitfit + 3 * rank)) == bitfit + 3 * rank
+    model = vimtune.inject(plain(), "lora+dora", budget=5 * rank)
+    rules = model.layers[0].mixer.in_proj.adapters["weight"]["default"].rules
+    magnitudes = sum(
+        layer.mixer.in_proj.weight.shape[0] + layer.mixer.out_proj.weight.shape[0] for layer in model.layers
+    )
+    ranks = [rule.branch.lora_A.shape[0] for rule in rules]
+    assert ranks == [2, (3 * rank - magnitudes) // rank]
+    # A given size is kept.
+    model = vimtune.inject(plain(), "lora+dora", lora={"rank": 1}, budget=6 * rank)
+    assert model.layers[0].mixer.in_proj.adapters["weight"]["default"].rules[0].branch.lora_A.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": "many"}, "budget = 'many': expected a number of parameters such as 300k, or a share"),
+        ({"budget": "0%"}, "expected a number of parameters"),
+        ({"budget": 0}, "expected a number of parameters"),
+        ({"budget": "300k", "rank": 4}, "method 'lora' has its size already: leave out rank"),
+        ({"budget": 7}, "budget = 7 is too small: method 'lora' has 7 parameters of it and trains at least"),
+        ({"budget": "300k", "targets": "nowhere"}, "nowhere"),
+        ({"budget": "300k", "targets": "A_log,conv1d.bias"}, "needs a matrix"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(arguments, message):
+    model = plain()
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(model, "lora", **arguments)
+    assert list(model.state_dict()) == before and not vimtune.list_adapters(model)
+
+
+def test_counting_leaves_model_and_random_numbers_alone():
+    model = vimtune.inject(plain(), "lora", rank=2)
+    torch.manual_seed(0)
+    vimtune.inject(model, "lora", name="second", budget="1000")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    rank = model.layers[0].mixer.in_proj.adapters["weight"]["second"].branch.lora_A.shape[0]
+    vimtune.inject(plain(), "lora", rank=rank)
+    plain_model = vimtune.inject(plain(), "lora", rank=2)
+    torch.manual_seed(0)
+    vimtune.inject(plain_model, "lora", name="second", rank=rank)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_recipes_take_a_budget():
+    assert Recipe(peft="lora", budget="300k").method.budget == 300_000
+    assert Recipe(peft="lora", budget="0.50 %").method.method_kwargs == {"budget": "0.5%"}
+    assert Recipe(peft="lora").method.budget is None
+    recipe = Recipe(peft="lora", budget="300k")
+    assert Recipe.from_values(recipe.to_dict()) == recipe
+    with pytest.raises(RecipeError) as caught:
+        Recipe(peft="lora", budget="300k", rank=4)
+    assert caught.value.problems == [
+        "budget = 300000: method 'lora' has its size already: leave out rank. Expected a method whose size "
+        "is to be chosen, or no budget"
+    ]
+    with pytest.raises(RecipeError) as caught:
+        Recipe(peft="bitfit", budget="300k", rank=4)
+    assert len(caught.value.problems) == 1 and "rank" in caught.value.problems[0]
+
+
+@given(
+    st.lists(st.none() | st.integers(1, 50), max_size=40),
+    st.booleans(),
+    st.integers(0, 60),
+)
+def test_the_search_finds_what_trying_everything_finds(steps, falls, share):
+    """Counts that rise or fall, with numbers that do not fit strewn between them."""
+    total, counts = 0, []
+    for step in steps:
+        total += step or 0
+        counts.append(None if step is None else total)
+    if falls:
+        counts = [None if count is None else total + 1 - count for count in counts]
+    found = choose(lambda number: counts[number], len(counts) - 1, share)
+    known = {number: count for number, count in enumerate(counts) if count is not None}
+    if not known:
+        assert found is None
+        return
+    fitting = [count for count in known.values() if count <= share]
+    expected = max(fitting) if fitting else min(known.values())
+    assert found is not None and known[found[0]] == found[1] == expected

@@ -1,0 +1,270 @@
+"""A budget of trained parameters: the size of a method follows from how much it may train.
+
+Each method says which of its options decide its size (`Method.sized_by`): a rank, a block size, a number of
+tokens or states. Of each method the first one that the user has not given is chosen such that the method
+trains as much as possible without exceeding the budget. The head is trained by every method alike and does
+not count.
+
+Several methods share a budget. First comes off what those train that have nothing to choose. The rest is
+divided equally among the others, in their order, and what one of them leaves goes to those after it.
+
+Parameters are counted by building the rules on the meta device, so no weights are copied or made.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import nn
+
+from vimtune import parsers
+from vimtune.adapters.points import Points
+from vimtune.adapters.rule import Rule
+from vimtune.adapters.sites import Layers, Site, Targets, build_sites, select_sites
+from vimtune.adapters.slots import base_parameters, iter_slots
+from vimtune.fields import Option, options_of
+from vimtune.methods import Method, build_methods, sizing_options, split_options
+from vimtune.schema import check
+from vimtune.text import quote
+
+STEPS = 1000
+"""An option that is a number between two bounds is chosen among so many equal steps."""
+MOST = 2**16
+"""The largest whole number that is tried where no side of a weight bounds it, such as a number of tokens."""
+
+Count = Callable[[int], int | None]
+"""How many numbers a method trains with the value of this number; None where it does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a budget has chosen."""
+
+    budget: int
+    """How many numbers may be trained beside the head."""
+    options: Mapping[str, Mapping[str, Any]]
+    """The options of each method as given, and those that were chosen, as `inject` takes them."""
+    chosen: Mapping[str, tuple[str, Any]]
+    """The option that was chosen for a method, and its value."""
+    trained: int
+    """How many numbers are trained beside the head."""
+
+    def __str__(self) -> str:
+        choices = [f"{method} with {name} = {value:g}" for method, (name, value) in self.chosen.items()]
+        missed = self.budget - self.trained
+        return (
+            f"budget of {self.budget:,} parameters beside the head: chose {', '.join(choices)}, which trains "
+            f"{self.trained:,}: {missed:,} ({100 * missed / self.budget:.1f} %) below the budget"
+        )
+
+
+def fit_to_budget(
+    model: nn.Module,
+    spec: str,
+    options: Mapping[str, Any],
+    targets: Targets,
+    layers: Layers,
+    head: Sequence[str],
+    budget: int | str,
+) -> Fitted:
+    """Choose the options by which the methods of a spec fit a budget, as this module says.
+
+    Args:
+        model: the backbone, which stays as it is.
+        spec: the methods, as `inject` takes them.
+        options: theirs, as far as they are given.
+        targets, layers: where they act.
+        head: paths of the head's parameters.
+        budget: a number of parameters, 300_000 or "300k", or a share of the backbone without head, "0.5%".
+
+    Raises:
+        ValueError: no budget, nothing to choose, a budget below the smallest size of a method, or methods
+            that do not fit the model.
+    """
+    allowed = _allowance(model, head, budget)
+    to_choose = sizing_options(spec, options)
+    draft = _without_values(model)
+    points, chosen = Points(draft), build_methods(spec, options)
+    paths = select_sites(points, [item.method for item in chosen], targets, layers, head)
+    sites = {
+        item.method.name: build_sites(points, draft, item.method, item.by_target, paths[item.method.name])
+        for item in chosen
+    }
+    fixed = sum(
+        _count(item.method, sites[item.method.name]) for item in chosen if item.method.name not in to_choose
+    )
+    given, values, trained = split_options(spec, options), {}, fixed
+    waiting = [item.method for item in chosen if item.method.name in to_choose]
+    for number, method in enumerate(waiting):
+        share = (allowed - trained) // (len(waiting) - number)
+        name = to_choose[method.name]
+        value, count = _fit(method, name, sites[method.name], share, f"budget = {quote(budget)}")
+        values[method.name] = (name, value)
+        given[method.name] = {**given[method.name], name: value}
+        trained += count
+    return Fitted(allowed, given, values, trained)
+
+
+def _allowance(model: nn.Module, head: Sequence[str], budget: int | str) -> int:
+    """The number of parameters that a budget stands for."""
+    try:
+        budget = parsers.parameter_budget(budget)
+    except ValueError as error:
+        raise ValueError(f"budget = {quote(budget)}: {error}") from None
+    if isinstance(budget, int):
+        return budget
+    backbone = sum(parameter.numel() for path, parameter in base_parameters(model) if path not in head)
+    return int(backbone * float(budget.rstrip("%")) / 100)
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, on which no adapter is in force."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    memo: dict[int, Any] = {}
+    for _, tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    draft = copy.deepcopy(model, memo)
+    for _, _, _, slot in iter_slots(draft):
+        slot.active = None
+    return draft
+
+
+def _count(method: Method, sites: Sequence[Site]) -> int:
+    """How many numbers the rules of a method train, each shared tensor once.
+
+    Raises:
+        ValueError: its options do not fit the sites.
+    """
+    with torch.device("meta"):
+        rules: Mapping[str, Rule] = method.build(sites)
+    sizes = {id(tensor): tensor.numel() for rule in rules.values() for tensor in rule.parameters()}
+    return sum(sizes.values())
+
+
+def _fit(method: Method, name: str, sites: Sequence[Site], share: int, what: str) -> tuple[Any, int]:
+    """The value of an option with which a method trains as much as possible of its share, and how much that
+    is.
+
+    Raises:
+        ValueError: the smallest size is too large, or no value fits the sites.
+    """
+    option = options_of(type(method))[name]
+    value_of, last = _values(option, sites)
+    refusals: list[ValueError] = []
+
+    @cache
+    def count(number: int) -> int | None:
+        try:
+            value = check(option.annotation, value_of(number), f"option {name}")
+            return _count(dataclasses.replace(method, **{name: value}), sites)
+        except ValueError as error:
+            refusals.append(error)
+            return None
+
+    found = choose(count, last, share)
+    if found is None:
+        raise refusals[0]
+    number, trained = found
+    if trained > share:
+        raise ValueError(
+            f"{what} is too small: method {method.name!r} has {max(share, 0):,} parameters of it and trains "
+            f"at least {trained:,}, with {name} = {value_of(number):g}. Raise the budget, or choose fewer "
+            "targets or layers"
+        )
+    return value_of(number), trained
+
+
+def _values(option: Option, sites: Sequence[Site]) -> tuple[Callable[[int], Any], int]:
+    """The values that an option may have, by number from 0 on, and the last number."""
+    bounds: Sequence[Any] = getattr(option.annotation, "__metadata__", ())
+    low = next(
+        (getattr(bound, "ge", getattr(bound, "gt", None)) for bound in bounds if _is_lower(bound)), None
+    )
+    high = next(
+        (getattr(bound, "le", getattr(bound, "lt", None)) for bound in bounds if _is_upper(bound)), None
+    )
+    if isinstance(option.default, float):
+        start, end = float(low or 0), float(1 if high is None else high)
+        return lambda number: start + (end - start) * number / STEPS, STEPS
+    first = 1 if low is None else int(low)
+    # A side of a convolution's weight is all that one output reads, as in `check_matrix`.
+    sides = [
+        max(site.value.shape[0], site.value.numel() // max(1, site.value.shape[0]))
+        for site in sites
+        if site.value is not None and site.value.dim() > 0
+    ]
+    largest = max(sides, default=MOST)
+    return lambda number: first + number, (largest if high is None else min(largest, int(high))) - first
+
+
+def choose(count: Count, last: int, share: int) -> tuple[int, int] | None:
+    """Of the numbers from 0 to `last` the one with the largest count up to `share`, and that count; if all of
+    them count more, the one with the smallest; None if none of them has a count.
+
+    The counts of the numbers that have one must rise with the number, or fall with it.
+    """
+    fitting = (number for number in range(last + 1) if count(number) is not None)
+    first = next(fitting, None)
+    if first is None:
+        return None
+    second = next(fitting, first)
+    rises = counted(count, second) >= counted(count, first)
+
+    def is_beyond(number: int) -> bool:
+        """Whether the number lies behind the place where the counts pass `share`."""
+        return (counted(count, number) > share) == rises
+
+    if is_beyond(first):
+        return first, counted(count, first)
+    before, beyond = _turn(count, is_beyond, first, last)
+    best = before if rises or beyond is None else beyond
+    return best, counted(count, best)
+
+
+def counted(count: Count, number: int) -> int:
+    """The count of a number that has one."""
+    value = count(number)
+    assert value is not None
+    return value
+
+
+def _turn(count: Count, is_beyond: Callable[[int], bool], first: int, last: int) -> tuple[int, int | None]:
+    """Two neighbours among the numbers that have a count: the last one that is not beyond, and the first one
+    that is, if any.
+
+    Args:
+        count: the counts.
+        is_beyond: false up to some number, and true after it.
+        first: a number for which it is false.
+        last: the last number that comes into question.
+    """
+    low, step = first, 1
+    while low + step <= last and count(low + step) is not None and not is_beyond(low + step):
+        low, step = low + step, 2 * step
+    # What has no count ends the steps, but numbers that have one may follow, such as further divisors.
+    grows = low + step > last or count(low + step) is None
+    end, beyond = (last + 1, None) if grows else (low + step, low + step)
+    while end - low > 1:
+        middle = (low + end) // 2
+        found = next((number for number in range(middle, end) if count(number) is not None), None)
+        if found is not None and not is_beyond(found):
+            low = found
+        else:
+            end, beyond = middle, beyond if found is None else found
+    return low, beyond
+
+
+def _is_lower(bound: Any) -> bool:
+    return isinstance(bound, Ge | Gt)
+
+
+def _is_upper(bound: Any) -> bool:
+    return isinstance(bound, Le | Lt)

@@ -1,0 +1,86 @@
+"""The command `compare`: methods by data sets by seeds, or tables of runs that are finished."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages, path
+from vimtune.cli.train import add_recipe_flags, recipe_groups
+from vimtune.compare.plan import RESERVED, PlanError, PlanOptions, load_plan
+from vimtune.fields import Option, options_of
+
+DESCRIPTION = """\
+Train several methods on several data sets with several seeds, and put the results side by side. The learning
+rate of each method is chosen on the validation split. What is finished is not repeated when the command is
+given again. With run folders, nothing is trained: tables of their reports are made."""
+"""What `--help` says above the options."""
+
+EXAMPLES = """\
+examples:
+  {prog} --methods lora,prodial,full --data flowers,cars --seeds 0,1,2 --lrs 3e-4,1e-3,3e-3
+  {prog} --methods lora,dora --budget 300k --jobs 4 --devices cuda:0,cuda:1 -o runs/equal
+  {prog} --methods '{{lora: {{rank: 8}}, full: {{lrs: [1e-4, 3e-4]}}}}' --epochs 20
+  {prog} --config my-plan.yaml
+  {prog} --resume runs/equal
+  {prog} runs/*"""
+"""What `--help` says below the options; `{prog}` is the command."""
+
+
+def _groups() -> dict[str, dict[str, Option]]:
+    """The keys of plans and of recipes, by the title of their group."""
+    unused = {"peft", *RESERVED}
+    recipes = {
+        title: {name: item for name, item in items.items() if name not in unused}
+        for title, items in recipe_groups().items()
+    }
+    return {"comparison": options_of(PlanOptions), **recipes}
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    parser = CommandParser(
+        prog=prog,
+        usage=f"{prog} [RUN ...] [--config FILE] [--methods ...] [--data ...] [--KEY VALUE ...]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES.format(prog=prog),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("runs", metavar="RUN", type=path, nargs="*", help="folders of finished runs")
+    general.add_argument("-h", "--help", action="help", help="show this help and stop")
+    general.add_argument("--config", metavar="FILE", help="plan in YAML: the keys below; a flag wins over it")
+    general.add_argument(
+        "--output-dir", "-o", metavar="DIR", type=path, help="folder of the comparison (default: in runs/)"
+    )
+    general.add_argument(
+        "--resume", metavar="DIR", type=path, help="go on with the comparison in this folder"
+    )
+    add_import(general)
+    add_common(general)
+    add_recipe_flags(parser, _groups())
+    namespace, surplus = parser.parse_known_args(arguments)
+    given = vars(namespace)
+    unknown = parser.unknown_arguments(surplus)
+    given.pop("traceback", None)
+    own = {name: given.pop(name, None) for name in ("runs", "config", "output_dir", "resume", "packages")}
+
+    if not own["runs"] and own["resume"] is None:
+        try:  # A mistake is answered at once, before torch is imported.
+            load_plan(own["config"], given)
+        except PlanError as error:
+            raise PlanError([*unknown, *error.problems]) from error
+    if unknown:
+        raise PlanError(unknown)
+    from vimtune.compare.command import run_compare
+
+    return run_compare(
+        runs=own["runs"] or [],
+        values=given,
+        config=own["config"],
+        output_dir=own["output_dir"],
+        resume=own["resume"],
+        packages=[name.strip() for names in own["packages"] or () for name in names.split(",")],
+    )

@@ -1,0 +1,13 @@
+"""Comparisons: methods by data sets by seeds, each with the learning rate that a validation split chooses.
+
+`plan.py` says what is compared, `cells.py` what a single run of it is, `schedule.py` which run comes next and
+which learning rate is taken, `execution.py` starts the runs as processes of their own, `worker.py` is what
+those do, `results.py` puts together what finished runs have found, `tables.py` and `pictures.py` show it, and
+`command.py` does all of it for the command line.
+
+The protocol: each method is trained on each data set with every learning rate of its grid and every seed of
+`lr_seeds`. The learning rate whose runs score best on the validation split on average, by the epoch that each
+of them keeps, is the one of this method on this data set, and the other seeds are trained with it alone. The
+tables have the scores of the test split of the runs with the chosen learning rates; those of the others are
+never looked at.
+"""

@@ -1,0 +1,223 @@
+"""`vimtune compare`: run what is missing of a comparison, then show all of it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vimtune.compare.execution import POLL_SECONDS, Process, Processes
+from vimtune.compare.plan import PLAN_FILE, Cell, Plan, load_plan
+from vimtune.compare.results import Result, Row, read_result, rows_of_runs
+from vimtune.compare.schedule import Schedule
+from vimtune.compare.tables import print_rows, protocol_of, write_tables
+from vimtune.console import build_console, print_line
+from vimtune.recipe import Recipe, RecipeError, complete_stored
+from vimtune.recipe.files import read_values
+from vimtune.text import quote
+from vimtune.training.folder import RunFolder, create_unused, hold, writing
+from vimtune.training.identity import HARMLESS, changed
+from vimtune.training.interrupt import Interrupted, StopRequest
+from vimtune.training.tracking import duration
+
+MAY_CHANGE = frozenset((*HARMLESS, "device", "threads"))
+"""Keys of recipes that a comparison may have otherwise when it is continued."""
+
+
+def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> list[Row]:
+    """Make the runs of a comparison that are not finished yet, and write its tables.
+
+    Args:
+        plan: what is compared.
+        folder: that of the comparison. It may hold runs, of this plan or of an earlier form of it.
+        packages: what each run imports before anything else (`--import`).
+
+    Returns:
+        A row for each method on each data set. Runs that failed are missing in it.
+
+    Raises:
+        ValueError: the folder holds runs with other settings, is in use, or cannot be written.
+        Interrupted: Ctrl-C or SIGTERM; runs have saved their states, and the tables have what there is.
+    """
+    return _compare(plan, folder, packages)[0]
+
+
+def _compare(plan: Plan, folder: Path, packages: Sequence[str]) -> tuple[list[Row], Mapping[Cell, str]]:
+    console = build_console()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with hold(RunFolder(folder)), StopRequest() as stop:
+        schedule = Schedule(plan, _finished(plan, folder))
+        with writing(folder):
+            plan.save(folder)
+        print_line(
+            console, f"comparison of {schedule.total} runs, {len(schedule.done)} are finished: {folder}"
+        )
+        print_line(console, protocol_of(plan))
+        _run_all(schedule, folder, packages, stop, console)
+        rows = schedule.rows()
+        _conclude(rows, folder, protocol_of(plan), schedule.failed, console)
+        if stop.requested:
+            raise Interrupted(f"go on with:\n  vimtune compare --resume {shlex.quote(str(folder))}")
+    return rows, schedule.failed
+
+
+def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
+    """The runs of a plan that are finished in a folder.
+
+    Raises:
+        RecipeError: there are runs with other settings than those of the plan.
+    """
+    found: dict[Cell, Result] = {}
+    problems = []
+    for method, data in plan.pairs:
+        for lr in plan.rates(method, data):
+            for seed in plan.options.seeds:
+                cell = Cell(method, data, lr, seed)
+                run = RunFolder(folder / cell.path)
+                if not run.recipe.is_file():
+                    continue
+                stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
+                wanted = plan.recipe(cell, folder)
+                names = [name for name in wanted.to_dict() if name not in MAY_CHANGE]
+                problems += [
+                    f"{cell}: {name} was {was} and is now {now}"
+                    for name, was, now in changed(stored, wanted, names)
+                ]
+                if run.report.is_file():
+                    found[cell] = read_result(run.path)
+    if problems:
+        raise RecipeError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
+    return found
+
+
+def _run_all(
+    schedule: Schedule, folder: Path, packages: Sequence[str], stop: StopRequest, console: Console
+) -> None:
+    """Make all runs that are missing, until a request to stop."""
+    options = schedule.plan.options
+    processes = Processes(options.jobs, options.devices, packages)
+    asked = False
+    try:
+        while True:
+            while processes.has_room and not stop.requested and (cell := schedule.next()) is not None:
+                run = folder / cell.path
+                with writing(run):
+                    run.mkdir(parents=True, exist_ok=True)
+                    schedule.plan.recipe(cell, folder).save(RunFolder(run).recipe)
+                processes.start(cell, run)
+                schedule.running.add(cell)
+            if stop.requested and not asked:
+                asked = True
+                print_line(console, f"stopping; {len(processes.running)} runs save their states")
+                processes.ask_to_stop()
+            for ended in processes.ended():
+                schedule.running.discard(ended.cell)
+                _take(schedule, ended, stop.requested, console)
+            if not processes.running and (stop.requested or schedule.next() is None):
+                return
+            time.sleep(POLL_SECONDS)
+    finally:
+        processes.kill()
+
+
+def _take(schedule: Schedule, run: Process, stopping: bool, console: Console) -> None:
+    """Note and say how a run has ended."""
+    place = f"[{len(schedule.done) + len(schedule.failed) + 1}/{schedule.total}] {run.cell}"
+    if run.process.returncode == 0:
+        result = schedule.done[run.cell] = read_result(run.folder)
+        took = duration(time.monotonic() - run.started)
+        print_line(console, f"{place}: {result.report.selected_by()}, {took}")
+    elif not (stopping and run.process.returncode in (130, -15)):
+        schedule.failed[run.cell] = run.failure()
+        print_line(console, f"{place} failed: {schedule.failed[run.cell]}")
+
+
+def _conclude(
+    rows: Sequence[Row], folder: Path | None, note: str, failed: Mapping[Cell, str], console: Console
+) -> None:
+    """Write the tables into a folder, and print them."""
+    if folder is not None and any(row.results for row in rows):
+        failures = [f"{cell}: {reason}" for cell, reason in failed.items()]
+        written = write_tables(rows, folder, note, failures)
+    print_rows(rows, console)
+    for cell, reason in failed.items():
+        print_line(console, f"failed: {cell}: {reason}")
+    if folder is not None and any(row.results for row in rows):
+        print_line(console, f"written to {folder}: {', '.join(written)}")
+
+
+def _show(
+    runs: Sequence[Path],
+    values: Mapping[str, Any],
+    config: str | None,
+    output_dir: Path | None,
+    resume: Path | None,
+) -> int:
+    """Make the tables of runs that are finished; folders without a report are named and left out."""
+    if values or config is not None or resume is not None:
+        raise ValueError("with run folders nothing is trained: expected no other flags than --output-dir")
+    console = build_console(is_result=output_dir is None)
+    if len(runs) == 1 and (runs[0] / PLAN_FILE).is_file():
+        plan = load_plan(runs[0] / PLAN_FILE, {})
+        rows, note = Schedule(plan, _finished(plan, runs[0])).rows(), protocol_of(plan)
+    else:
+        results, left_out = [], []
+        for run in runs:
+            try:
+                results.append(read_result(run))
+            except ValueError as error:
+                left_out.append(str(error))
+        for reason in left_out:
+            print_line(console, f"left out: {reason}")
+        if not results:
+            raise ValueError(f"none of the {len(runs)} folders has the report of a finished run")
+        rows, note = rows_of_runs(results), "Runs that differ in nothing but the seed are one row."
+    if output_dir is not None:
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+    _conclude(rows, output_dir, note, {}, console)
+    return 0
+
+
+def run_compare(
+    *,
+    runs: Sequence[Path],
+    values: Mapping[str, Any],
+    config: str | None,
+    output_dir: Path | None,
+    resume: Path | None,
+    packages: Sequence[str],
+) -> int:
+    """`vimtune compare`; returns the exit code.
+
+    Args:
+        runs: finished run folders, or the folder of one comparison, of which only tables are made.
+        values: keys of the plan, as flags give them.
+        config: a YAML file with others.
+        output_dir: where the comparison or the tables go.
+        resume: a comparison to be continued.
+        packages: what `--import` names.
+
+    Raises:
+        ValueError: the plan, the folders or what they hold do not allow it.
+    """
+    if runs:
+        return _show(runs, values, config, output_dir, resume)
+    if resume is not None:
+        if output_dir is not None or config is not None:
+            raise ValueError(
+                "--resume goes on in the folder that it names, by the plan there: drop --output-dir and "
+                "--config"
+            )
+        if not (resume / PLAN_FILE).is_file():
+            raise ValueError(f"resume = {quote(str(resume))} is no comparison: it has no {PLAN_FILE}")
+        config = str(resume / PLAN_FILE)
+    plan = load_plan(config, values)
+    folder = resume or output_dir or create_unused(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
+    _, failed = _compare(plan, folder, packages)
+    return 1 if failed else 0

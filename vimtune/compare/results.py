@@ -1,0 +1,221 @@
+"""What the runs of a comparison have found: read from their folders, and put together over the seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vimtune.fields import options_of
+from vimtune.recipe import Recipe, complete_stored
+from vimtune.schema import check, load_json, parse_json
+from vimtune.tasks import Score
+from vimtune.text import quote
+from vimtune.training.folder import RunFolder
+from vimtune.training.identity import HARMLESS
+from vimtune.training.report import Report
+
+INCIDENTAL = frozenset(
+    (*HARMLESS, "seed", "device", "threads", "backend", "deterministic", "eval_interval", "compile", "shard")
+)
+"""Keys of recipes by which two runs are not told apart in tables: seeds, places and ways to compute."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one finished run has found."""
+
+    recipe: Recipe
+    """Its settings."""
+    report: Report
+    """Its report, as the file has it."""
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.recipe.run.seed
+
+    @property
+    def lr(self) -> float:
+        """Its peak learning rate."""
+        return self.recipe.optimisation.lr
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """The scores on the split of the result, and the loss."""
+        return {**self.report.scores_by_name(), "loss": self.report.loss}
+
+    @property
+    def rank(self) -> tuple[float, ...]:
+        """How good the kept epoch is on the selection split, by which learning rates are compared."""
+        task = self.recipe.task
+        record = next(r for r in self.report.history if r["epoch"] == self.report.best_epoch)
+        return task.rank(record["loss"], {score.name: record.get(score.name) for score in task.scores})
+
+    @property
+    def method_parameters(self) -> int | None:
+        """How many numbers are trained beside the head; None in reports of earlier versions."""
+        head = self.report.head_parameters
+        return None if head is None else self.report.trainable_parameters - head
+
+
+def read_result(folder: Path) -> Result:
+    """The result in a run folder.
+
+    Raises:
+        ValueError: there is none, or none that can be read; the message says which folder and why.
+    """
+    path = RunFolder(folder).report
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{quote(str(folder))} has no {path.name}: it is no run folder, or the run is not finished"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{quote(str(path))} cannot be read: {error}") from error
+    what = quote(str(path))
+    values = check(dict[str, Any], parse_json(text, what), what)
+    stored = check(dict[str, Any], values.get("recipe"), f"{what}: the recipe")
+    try:
+        recipe = Recipe.from_values(complete_stored(stored))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    return Result(recipe, load_json(recipe.task.report_type(), text, what))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number over the seeds."""
+
+    mean: float
+    """Their mean."""
+    deviation: float | None
+    """Their standard deviation (n - 1); None for one seed."""
+    count: int
+    """How many there are."""
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """The spread of numbers; None if one of them is missing, or there are none."""
+        known = list(values)
+        if not known or any(value is None for value in known):
+            return None
+        numbers = [float(value) for value in known if value is not None]
+        deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+        return cls(statistics.mean(numbers), deviation, len(numbers))
+
+    def show(self, digits: int = 1) -> str:
+        """Mean and deviation, as "81.3 ± 0.4"."""
+        spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a data set: its runs with the learning rate that was chosen."""
+
+    method: str
+    """Name of the method."""
+    data: str
+    """Name of the data set."""
+    results: tuple[Result, ...]
+    """The finished runs, by seed."""
+    lr: float | None
+    """The learning rate; None where it is not known yet."""
+    missing: int = 0
+    """How many runs are not finished."""
+    tried: int = 1
+    """Among how many learning rates the validation split has chosen."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the runs."""
+        return [result.seed for result in self.results]
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The scores that the task has, the most important one first; the loss where it has none."""
+        loss = Score("loss", "loss", percent=False, higher_is_better=False)
+        return (*self.results[0].recipe.task.scores, loss) if self.results else (loss,)
+
+    @property
+    def split(self) -> str:
+        """The split of the scores."""
+        return self.results[0].report.split if self.results else ""
+
+    def spread(self, of: Callable[[Result], float | None]) -> Spread | None:
+        """A number of each run, over the seeds."""
+        return Spread.of(of(result) for result in self.results)
+
+    @property
+    def score(self) -> Spread | None:
+        """The most important score that the data have."""
+        return self.spread(lambda result: result.scores.get(self.scores[0].name))
+
+    @property
+    def parameters(self) -> int | None:
+        """How many numbers are trained beside the head."""
+        return self.results[0].method_parameters if self.results else None
+
+    @property
+    def trainable(self) -> int | None:
+        """How many numbers are trained, head included."""
+        return self.results[0].report.trainable_parameters if self.results else None
+
+
+def rows_of_runs(results: Sequence[Result]) -> list[Row]:
+    """The rows of runs that no plan knows: runs that differ in nothing but the seed are one row.
+
+    Rows are called by the method and the data set, and by the settings in which others of the same name
+    differ.
+    """
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        values = {key: value for key, value in result.recipe.to_dict().items() if key not in INCIDENTAL}
+        groups.setdefault(json.dumps(values, sort_keys=True), []).append(result)
+    firsts = [group[0].recipe for group in groups.values()]
+    data = _names(
+        [recipe.data.dataset_name or recipe.task.name for recipe in firsts], list(map(_data_keys, firsts))
+    )
+    methods = _names([recipe.method.peft for recipe in firsts], list(map(_method_keys, firsts)))
+    return [
+        Row(method, name, tuple(sorted(group, key=lambda result: result.seed)), group[0].lr)
+        for method, name, group in zip(methods, data, groups.values(), strict=True)
+    ]
+
+
+def _data_keys(recipe: Recipe) -> dict[str, Any]:
+    """What data and model of a recipe are."""
+    names = [*options_of(type(recipe.data)), *options_of(type(recipe.backbone)), "task"]
+    return {
+        name: value for name, value in recipe.to_dict().items() if name in names and name not in INCIDENTAL
+    }
+
+
+def _method_keys(recipe: Recipe) -> dict[str, Any]:
+    """All else of a recipe that tells runs apart."""
+    data = _data_keys(recipe)
+    return {
+        name: value for name, value in recipe.to_dict().items() if name not in data and name not in INCIDENTAL
+    }
+
+
+def _names(titles: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each title, with the settings in which those of the same title differ."""
+    names = []
+    for title, own in zip(titles, settings, strict=True):
+        alike = [other for name, other in zip(titles, settings, strict=True) if name == title]
+        keys = [key for key in own if any(other.get(key) != own[key] for other in alike)]
+        details = ", ".join(f"{key}={_short(own[key])}" for key in keys)
+        names.append(f"{title} ({details})" if details else title)
+    return names
+
+
+def _short(value: Any) -> str:
+    return (
+        f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    )

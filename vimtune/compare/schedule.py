@@ -1,0 +1,89 @@
+"""Which run of a comparison comes next, and which learning rate the finished ones choose."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from vimtune.compare.plan import Cell, Plan
+from vimtune.compare.results import Result, Row
+
+
+@dataclass
+class Schedule:
+    """Where a comparison stands.
+
+    As soon as the learning rate of a method on a data set is known, its other seeds come before everything
+    else, so that a comparison that is stopped has whole rows.
+    """
+
+    plan: Plan
+    """What is compared."""
+    done: dict[Cell, Result] = field(default_factory=dict)
+    """The finished runs."""
+    failed: dict[Cell, str] = field(default_factory=dict)
+    """Why runs failed."""
+    running: set[Cell] = field(default_factory=set)
+    """The runs that have been started and have not ended."""
+
+    def next(self) -> Cell | None:
+        """The next run to be started; None if there is none at present."""
+        known = self.done.keys() | self.failed.keys() | self.running
+        return next((cell for cell in self._cells() if cell not in known), None)
+
+    def _cells(self) -> Iterator[Cell]:
+        """The runs that can be made with what is known now."""
+        for method, data in self.plan.pairs:
+            lr = self.chosen(method, data)
+            if lr is not None:
+                yield from (Cell(method, data, lr, seed) for seed in self.plan.options.seeds)
+        for method, data in self.plan.pairs:
+            yield from self._grid(method, data)
+
+    def _grid(self, method: str, data: str) -> list[Cell]:
+        """The runs that choose the learning rate."""
+        return [
+            Cell(method, data, lr, seed)
+            for seed in self.plan.lr_seeds
+            for lr in self.plan.rates(method, data)
+        ]
+
+    def chosen(self, method: str, data: str) -> float | None:
+        """The learning rate of a method on a data set; None as long as runs that choose it are not over.
+
+        One at which a run has failed is out, unless it is the only one.
+        """
+        rates = self.plan.rates(method, data)
+        if len(rates) == 1:
+            return rates[0]
+        if any(cell not in self.done and cell not in self.failed for cell in self._grid(method, data)):
+            return None
+        ranks = {}
+        for lr in rates:
+            cells = [Cell(method, data, lr, seed) for seed in self.plan.lr_seeds]
+            if all(cell in self.done for cell in cells):
+                parts = zip(*(self.done[cell].rank for cell in cells), strict=True)
+                ranks[lr] = tuple(statistics.mean(part) for part in parts)
+        return max(ranks, key=ranks.__getitem__) if ranks else None
+
+    @property
+    def total(self) -> int:
+        """How many runs the whole comparison has."""
+        plan = self.plan
+        others = len(plan.options.seeds) - len(plan.lr_seeds)
+        return sum(len(self._grid(*pair)) + others for pair in plan.pairs)
+
+    def rows(self) -> list[Row]:
+        """A row for each method on each data set, with what there is of it."""
+        return [self._row(method, data) for method, data in self.plan.pairs]
+
+    def _row(self, method: str, data: str) -> Row:
+        lr, seeds, tried = (
+            self.chosen(method, data),
+            self.plan.options.seeds,
+            len(self.plan.rates(method, data)),
+        )
+        cells = [] if lr is None else [Cell(method, data, lr, seed) for seed in seeds]
+        found = tuple(self.done[cell] for cell in cells if cell in self.done)
+        return Row(method, data, found, lr, len(seeds) - len(found), tried)

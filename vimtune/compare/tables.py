@@ -1,0 +1,349 @@
+"""The tables of a comparison: Markdown, CSV, LaTeX, and on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vimtune.compare.pictures import draw_pareto
+from vimtune.compare.plan import Plan
+from vimtune.compare.results import Result, Row, Spread
+from vimtune.console import neutral, print_line
+from vimtune.output import write_output
+from vimtune.text import csv_cell, printable, shorten
+from vimtune.training.pictures import save_picture
+from vimtune.training.tracking import duration
+
+NONE = "-"
+"""What a cell has where there is nothing."""
+
+Cells = list[str]
+"""The texts of a line of a table."""
+
+NUMBERS: dict[str, Callable[[Result], float | None]] = {
+    "train_seconds": lambda result: result.report.train_seconds,
+    "peak_memory_mib": lambda result: result.report.peak_memory,
+    "adapter_bytes": lambda result: result.report.adapter_bytes,
+}
+"""Numbers of a run besides its scores, by their names in CSV files."""
+
+
+def protocol_of(plan: Plan) -> str:
+    """How the learning rates of a comparison are chosen, and on what its scores are, in words."""
+    seeds = ", ".join(map(str, plan.options.seeds))
+    words = f"Scores are means and standard deviations (n - 1) over the seeds {seeds}."
+    if any(len(plan.rates(*pair)) > 1 for pair in plan.pairs):
+        chosen_with = ", ".join(map(str, plan.lr_seeds))
+        words = (
+            "For each method on each data set the validation split chooses the learning rate among those of "
+            f"its grid (seeds {chosen_with}); the other seeds are run with that one alone. {words}"
+        )
+    if plan.options.jobs > 1:
+        words += f" {plan.options.jobs} runs at a time shared a device, which the times include."
+    return words
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table about one data set."""
+
+    title: str
+    cell: Callable[[Row], str]
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns of the table about the rows of one data set."""
+    return [
+        Column("method", lambda row: row.method),
+        *_score_columns(rows),
+        Column("seeds", _show_count),
+        Column("lr", lambda row: NONE if row.lr is None else f"{row.lr:g}"),
+        Column("trained", lambda row: NONE if row.parameters is None else f"{row.parameters:,}"),
+        Column("with head", lambda row: NONE if row.trainable is None else f"{row.trainable:,}"),
+        Column("training", lambda row: _show_time(row.spread(NUMBERS["train_seconds"]))),
+        Column("memory", lambda row: _show(row.spread(NUMBERS["peak_memory_mib"]), "{:,.0f} MiB")),
+        Column("adapter", lambda row: _show(row.spread(NUMBERS["adapter_bytes"]), "{:,.0f} kB", 1e-3)),
+    ]
+
+
+def _score_columns(rows: Sequence[Row]) -> list[Column]:
+    """A column for each score that a row has; the loss alone where the task has no scores."""
+    first = next((row for row in rows if row.results), None)
+    if first is None:
+        return []
+    splits = "/".join(dict.fromkeys(row.split for row in rows if row.results))
+    wanted = first.scores[:-1] or first.scores
+    return [
+        Column(
+            f"{score.title} ({splits}){', %' if score.percent else ''}", partial(_show_score, name=score.name)
+        )
+        for score in wanted
+        if any(_score_of(row, score.name) for row in rows)
+    ]
+
+
+def _score_of(row: Row, name: str) -> Spread | None:
+    return row.spread(lambda result: result.scores.get(name))
+
+
+def _show_score(row: Row, name: str) -> str:
+    spread = _score_of(row, name)
+    percent = any(score.percent for score in row.scores if score.name == name)
+    return NONE if spread is None else spread.show(1 if percent else 3)
+
+
+def _show_count(row: Row) -> str:
+    count = len(row.results)
+    return f"{count} of {count + row.missing}" if row.missing else f"{count}"
+
+
+def _show(spread: Spread | None, form: str, factor: float = 1.0) -> str:
+    return NONE if spread is None else form.format(factor * spread.mean)
+
+
+def _show_time(spread: Spread | None) -> str:
+    if spread is None:
+        return NONE
+    return f"{spread.mean:.1f} s" if spread.mean < 60 else duration(spread.mean)
+
+
+def by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by the name of their data set."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.data, []).append(row)
+    return groups
+
+
+def best_of(rows: Sequence[Row]) -> Row | None:
+    """The row of a data set with the best mean score; None where fewer than two have one, or they are not of
+    one split."""
+    scored = [(row.score.mean, row) for row in rows if row.score is not None]
+    if len(scored) < 2 or len({row.split for _, row in scored}) > 1:
+        return None
+    better = max if scored[0][1].scores[0].higher_is_better else min
+    return better(scored, key=lambda item: item[0])[1]
+
+
+def overview(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
+    """Methods by data sets with the most important score of each, and its mean over the data sets: the
+    heading, and a line for each method."""
+    groups = by_data(rows)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    lines = []
+    for method in methods:
+        own = {row.data: row for row in rows if row.method == method}
+        spreads = [own[data].score if data in own else None for data in groups]
+        digits = [1 if data in own and own[data].scores[0].percent else 3 for data in groups]
+        shown = [NONE if s is None else s.show(d) for s, d in zip(spreads, digits, strict=True)]
+        known = [spread.mean for spread in spreads if spread is not None]
+        whole = len(known) == len(spreads) and set(digits) == {1}
+        lines.append([method, *shown, f"{statistics.mean(known):.1f}" if whole else NONE])
+    return ["method", *groups, "mean"], lines
+
+
+def details(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
+    """The table about one data set: the heading, and a line for each method."""
+    shown = columns(rows)
+    return [column.title for column in shown], [[column.cell(row) for column in shown] for row in rows]
+
+
+# --- files
+
+
+def write_tables(rows: Sequence[Row], folder: Path, note: str, failures: Sequence[str]) -> list[str]:
+    """Write all tables and the picture of a comparison, each file whole or not at all.
+
+    Args:
+        rows: those of the comparison.
+        folder: where the files go.
+        note: what is said above the tables.
+        failures: a line for each run that failed.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        OutputError: the system refuses to write.
+    """
+    texts = {
+        "table.md": to_markdown(rows, note, failures),
+        "table.csv": to_csv(rows),
+        "runs.csv": runs_to_csv(rows),
+        "table.tex": to_latex(rows),
+    }
+    for name, text in texts.items():
+        write_output(folder / name, partial(_write, text))
+    save_picture(draw_pareto(rows), folder / "pareto.png")
+    return [*texts, "pareto.png"]
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def to_markdown(rows: Sequence[Row], note: str, failures: Sequence[str] = ()) -> str:
+    """Everything: the note, the overview of several data sets, a table for each of them, and what failed."""
+    parts = [note, *_remarks(rows)]
+    groups = by_data(rows)
+    if len(groups) > 1:
+        parts.append(_markdown(*overview(rows), {}))
+    for name, group in groups.items():
+        best = best_of(group)
+        bold = {} if best is None else {group.index(best): 1}
+        parts += [f"## {_escape_markdown(name)}", _markdown(*details(group), bold)]
+    if failures:
+        parts += ["## Failed", "\n".join(f"- {_escape_markdown(failure)}" for failure in failures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the tables has to know besides."""
+    remarks = ["Trained parameters do not count the head; `with head` does."]
+    blind = [row.data for row in rows if any(r.report.split == r.report.selection_split for r in row.results)]
+    if blind:
+        remarks.append(
+            f"Of {', '.join(dict.fromkeys(blind))} the split of the scores also chose the epochs"
+            + (" and learning rates" if any(row.tried > 1 for row in rows if row.data in blind) else "")
+            + ", which makes them optimistic."
+        )
+    return remarks
+
+
+def _markdown(heading: Cells, lines: Sequence[Cells], bold: Mapping[int, int]) -> str:
+    """A table; `bold` names the column of a line that is set off."""
+    table = [heading, ["---", *["---:"] * (len(heading) - 1)]]
+    for number, line in enumerate(lines):
+        cells = [_escape_markdown(cell) for cell in line]
+        if number in bold:
+            cells[bold[number]] = f"**{cells[bold[number]]}**"
+        table.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", printable(text))
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """A line for each row with means and standard deviations of all its numbers, unrounded."""
+    lines: list[dict[str, Any]] = []
+    for row in rows:
+        line: dict[str, Any] = {
+            "method": csv_cell(printable(row.method)),
+            "data": csv_cell(printable(row.data)),
+            "lr": row.lr,
+            "seeds": len(row.results),
+            "missing": row.missing,
+            "split": row.split,
+            "method_parameters": row.parameters,
+            "trainable_parameters": row.trainable,
+        }
+        spreads = {score.name: _score_of(row, score.name) for score in row.scores}
+        spreads |= {name: row.spread(of) for name, of in NUMBERS.items()}
+        for name, spread in spreads.items():
+            line[f"{name}_mean"] = None if spread is None else spread.mean
+            line[f"{name}_sd"] = None if spread is None else spread.deviation
+        lines.append(line)
+    return _csv(lines)
+
+
+def runs_to_csv(rows: Sequence[Row]) -> str:
+    """A line for each run."""
+    lines = []
+    for row in rows:
+        for result in row.results:
+            report = result.report
+            lines.append(
+                {
+                    "method": csv_cell(printable(row.method)),
+                    "data": csv_cell(printable(row.data)),
+                    "lr": result.lr,
+                    "seed": result.seed,
+                    "split": report.split,
+                    **result.scores,
+                    "best_epoch": report.best_epoch,
+                    "method_parameters": result.method_parameters,
+                    "trainable_parameters": report.trainable_parameters,
+                    "train_seconds": report.train_seconds,
+                    "peak_memory_mib": report.peak_memory,
+                    "peak_memory_of": report.peak_memory_of,
+                    "adapter_bytes": report.adapter_bytes,
+                    "device": csv_cell(printable(report.device_name)),
+                    "run_dir": csv_cell(printable(report.run_dir)),
+                }
+            )
+    return _csv(lines)
+
+
+def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def to_latex(rows: Sequence[Row]) -> str:
+    """A `tabular` of the package booktabs for the overview of several data sets, and one for each of them."""
+    groups = by_data(rows)
+    tables = [] if len(groups) < 2 else [("all data sets", *overview(rows))]
+    tables += [(name, *details(group)) for name, group in groups.items()]
+    parts = [f"% {printable(name)}\n{_latex(heading, lines)}" for name, heading, lines in tables]
+    return "% needs \\usepackage{booktabs}\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _latex(heading: Cells, lines: Sequence[Cells]) -> str:
+    body = [" & ".join(map(_escape_latex, line)) + r" \\" for line in [heading, *lines]]
+    rules = [r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(heading) - 1)}}}", *rules, r"\end{tabular}"])
+
+
+_LATEX = {
+    **{character: "\\" + character for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}
+"""How LaTeX writes the characters that it takes for something else."""
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in printable(text))
+
+
+# --- on the terminal
+
+
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """Print the overview of several data sets, and the table about each of them."""
+    groups = by_data(rows)
+    if len(groups) > 1:
+        _print_table("all data sets", *overview(rows), console)
+    for name, group in groups.items():
+        _print_table(name, *details(group), console)
+    for remark in _remarks(rows):
+        print_line(console, remark)
+
+
+def _print_table(name: str, heading: Cells, lines: Sequence[Cells], console: Console) -> None:
+    print_line(console, "")
+    print_line(console, name)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for number, title in enumerate(heading):
+        table.add_column(neutral(title, console), justify="right" if number else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*(neutral(shorten(cell), console) for cell in line))
+    console.print(table)
