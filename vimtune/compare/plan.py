@@ -226,8 +226,8 @@ class Plan:
         entries = {}
         for name, entry in self.options.data.items():
             said = "dataset" in entry or "task" in entry
-            kind = next((key for key, known in _DATA_KINDS.items() if name in known), None)
-            entries[name] = entry if said or kind is None else {kind: name, **entry}
+            meant = next((key for key, known in _DATA_KINDS.items() if name in known), None)
+            entries[name] = entry if said or meant is None else {meant: name, **entry}
         return entries
 
     @property
