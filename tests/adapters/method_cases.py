@@ -20,6 +20,8 @@ CASES = [
     ("lora", {"dropout": 0.5}),
     ("dora", {"dropout": 0.5}),
     ("prodial", {"dropout": 0.5}),
+    ("lora", {"start": "pissa", "scaling": "rslora"}),
+    ("dora", {"axis": "input", "dropout": 0.5}),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -11,8 +12,9 @@ from vimtune.adapters.composition import single_rules
 from vimtune.adapters.manage import AdapterRecord, demand_adapter
 from vimtune.adapters.rule import Rule
 from vimtune.adapters.slots import iter_slots, point_path
+from vimtune.adapters.tensors import adapter_parameters
 from vimtune.adapters.wrappers import unwrap
-from vimtune.methods import ChosenMethod, Method, build_methods
+from vimtune.methods import ChosenMethod, build_methods
 
 
 def settles(model: nn.Module) -> bool:
@@ -35,11 +37,19 @@ def settle(model: nn.Module, batches: Iterable[Callable[[], float]]) -> None:
     drawn = iter(batches)
     for chosen in build_methods(record.method, record.options):
         if _wants_data(chosen):
+            for item in adapter_parameters(backbone):
+                item.parameter.grad = None
             chosen.method.settle(rules[chosen.method.name], drawn)
 
 
 def _wants_data(chosen: ChosenMethod) -> bool:
-    return type(chosen.method).settle is not Method.settle
+    """Whether a method wants to see data with the options that hold anywhere."""
+    variants = [
+        dataclasses.replace(chosen.method, **{field: value})
+        for field, values in chosen.by_target.items()
+        for value in values.values()
+    ]
+    return any(method.wants_data for method in (chosen.method, *variants))
 
 
 def _rules_by_method(model: nn.Module, record: AdapterRecord) -> dict[str, dict[str, Rule]]:

@@ -97,17 +97,23 @@ class Method(ABC):
         """The method with the options that hold at a site."""
         return dataclasses.replace(self, **site.options) if site.options else self
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether `settle` is to see data before training: it is where it is overridden, unless an option
+        decides."""
+        return type(self).settle is not Method.settle
+
     def settle(self, rules: Mapping[str, Rule], batches: Iterable[Callable[[], float]]) -> None:  # noqa: B027
         """Choose or start from data, once, before the first step of a training run.
 
         Overridden by methods that select what to train by gradients, or start from what the model computes;
-        the others draw no batch.
+        the others draw no batch. It begins without gradients.
 
         Args:
             rules: the method's rules by the path of their site.
             batches: functions, each of which runs the forward and backward pass of one training batch, adds
                 to the gradients of the adapter's tensors, and gives the loss. As many are drawn as the method
-                wants.
+                wants; one that is called again runs the same batch again.
         """
 
     def merged_options(self, options: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from vimtune.methods.base import check_matrix, option, register_method
+from vimtune.methods.base import option, register_method
 from vimtune.methods.lora import LoRA
 from vimtune.text import quote
 
@@ -47,13 +47,11 @@ class ProDiaL(LoRA):
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rules.prodial import ProDiaLRule
 
-        _, columns = check_matrix(self.name, site, self.rank)
+        branch, columns = self.build_branch(site), site.weight.flatten(1).shape[1]
         if columns % self.block_size:
             divisors = [str(size) for size in range(1, min(columns, 64) + 1) if columns % size == 0]
             raise ValueError(
                 f"block_size {quote(self.block_size)} does not divide the input width {columns} of "
                 f"{site.path}; possible: {', '.join(divisors)}"
             )
-        return ProDiaLRule(
-            site.weight, self.rank, self.alpha, self.dropout, self.block_size, self.variant, self.scale_decay
-        )
+        return ProDiaLRule(site.weight, branch, self.block_size, self.variant, self.scale_decay)
