@@ -22,6 +22,7 @@ CASES = [
     ("prodial", {"dropout": 0.5}),
     ("lora", {"start": "pissa", "scaling": "rslora"}),
     ("dora", {"axis": "input", "dropout": 0.5}),
+    ("parallel_adapter", {"dropout": 0.5}),
 ]
 
 

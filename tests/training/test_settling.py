@@ -70,6 +70,15 @@ def test_what_is_chosen_is_trained_and_averaged(tiny, monkeypatch):
     assert all(tensor.allclose(torch.tensor(0.25)) for name, tensor in saved.items() if "lora_B" in name)
 
 
+def test_lora_starts_from_the_gradient_of_the_first_batches(tiny):
+    settings = {"epochs": 1, "lr": 1e-9, "rank": 2, "peft_kwargs": {"start": "gradient"}}
+    report = train(tiny(**settings))
+    found = [tensor for name, tensor in weights(report.run_dir).items() if name.endswith("lora_A")]
+    assert found and all((A @ A.T).allclose(torch.eye(2), atol=1e-4) for A in found)
+    again = train(tiny("again", **settings))
+    assert_same_weights(weights(report.run_dir), weights(again.run_dir))
+
+
 def test_only_once_also_when_more_batches_are_wanted_than_an_epoch_has(tiny, monkeypatch):
     calls = []
 
