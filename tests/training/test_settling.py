@@ -35,7 +35,7 @@ def seen(monkeypatch):
             gradients.append(rule.branch.lora_B.grad.clone())
 
     monkeypatch.setattr(LoRA, "settle", look)
-    monkeypatch.setattr(LoRA, "wants_data", True)
+    monkeypatch.setattr(LoRA, "settles", True)
     return losses, gradients
 
 
@@ -43,7 +43,7 @@ def test_a_look_changes_nothing_and_sees_the_batches_of_training(tiny, seen, mon
     settings = {"epochs": 1, "mixup": 0.4, "ema": 0.9, "lr": 1e-9, "batch_size": 10}
     settled = train(tiny("settled", **settings))
     with monkeypatch.context() as patch:
-        patch.setattr(LoRA, "wants_data", False)
+        patch.setattr(LoRA, "settles", False)
         plain = train(tiny("plain", **settings))
     assert_same_weights(weights(settled.run_dir), weights(plain.run_dir))
     assert metrics(settled.run_dir) == metrics(plain.run_dir)
@@ -61,7 +61,7 @@ def test_what_is_chosen_is_trained_and_averaged(tiny, monkeypatch):
                 rule.branch.lora_B.fill_(0.25)
 
     monkeypatch.setattr(LoRA, "settle", start)
-    monkeypatch.setattr(LoRA, "wants_data", True)
+    monkeypatch.setattr(LoRA, "settles", True)
     report = train(tiny(epochs=1, lr=1e-9, ema=0.9))
     for name, tensor in weights(report.run_dir).items():
         if name.endswith("lora_B"):
@@ -86,7 +86,7 @@ def test_only_once_also_when_more_batches_are_wanted_than_an_epoch_has(tiny, mon
         calls.append([next(batches)() for _ in range(6)])
 
     monkeypatch.setattr(LoRA, "settle", look)
-    monkeypatch.setattr(LoRA, "wants_data", True)
+    monkeypatch.setattr(LoRA, "settles", True)
     recipe = tiny(epochs=1)
     with monkeypatch.context() as patch:
         interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
@@ -112,7 +112,7 @@ def note_losses(folder: str) -> None:
         text = json.dumps([*losses, float(rule.branch.lora_B.grad.norm())])
         Path(folder, f"{os.environ['RANK']}.json").write_text(text)
 
-    LoRA.settle, LoRA.wants_data = look, True  # type: ignore[method-assign]
+    LoRA.settle, LoRA.settles = look, True  # type: ignore[method-assign]
 
 
 def test_two_processes_see_what_one_sees(tiny, seen, tmp_path):

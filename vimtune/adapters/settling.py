@@ -20,7 +20,7 @@ from vimtune.methods import ChosenMethod, build_methods
 def settles(model: nn.Module) -> bool:
     """Whether a method of the active adapter wants to see data before training (`Method.settle`)."""
     _, record = demand_adapter(unwrap(model))
-    return any(_wants_data(chosen) for chosen in build_methods(record.method, record.options))
+    return any(_settles_anywhere(chosen) for chosen in build_methods(record.method, record.options))
 
 
 def settle(model: nn.Module, batches: Iterable[Callable[[], float]]) -> None:
@@ -36,20 +36,20 @@ def settle(model: nn.Module, batches: Iterable[Callable[[], float]]) -> None:
     rules = _rules_by_method(backbone, record)
     drawn = iter(batches)
     for chosen in build_methods(record.method, record.options):
-        if _wants_data(chosen):
+        if _settles_anywhere(chosen):
             for item in adapter_parameters(backbone):
                 item.parameter.grad = None
             chosen.method.settle(rules[chosen.method.name], drawn)
 
 
-def _wants_data(chosen: ChosenMethod) -> bool:
-    """Whether a method wants to see data with the options that hold anywhere."""
+def _settles_anywhere(chosen: ChosenMethod) -> bool:
+    """Whether a method wants to see data with the options that it has at any of its targets."""
     variants = [
         dataclasses.replace(chosen.method, **{field: value})
         for field, values in chosen.by_target.items()
         for value in values.values()
     ]
-    return any(method.wants_data for method in (chosen.method, *variants))
+    return any(method.settles for method in (chosen.method, *variants))
 
 
 def _rules_by_method(model: nn.Module, record: AdapterRecord) -> dict[str, dict[str, Rule]]:

@@ -98,9 +98,11 @@ class Method(ABC):
         return dataclasses.replace(self, **site.options) if site.options else self
 
     @property
-    def wants_data(self) -> bool:
-        """Whether `settle` is to see data before training: it is where it is overridden, unless an option
-        decides."""
+    def settles(self) -> bool:
+        """Whether the method wants to see data before training: whether it has a `settle` of its own.
+
+        Overridden by methods that do so with some of their options only.
+        """
         return type(self).settle is not Method.settle
 
     def settle(self, rules: Mapping[str, Rule], batches: Iterable[Callable[[], float]]) -> None:  # noqa: B027

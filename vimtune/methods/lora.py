@@ -44,7 +44,7 @@ class LoRA(Method):
     lr_ratio: Annotated[float, Gt(0)] = option(1.0, "learning rate of B as a multiple of that of A (LoRA+)")
 
     @property
-    def wants_data(self) -> bool:
+    def settles(self) -> bool:
         return self.start == "gradient"
 
     @property
