@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,24 @@ def test_lora_on_the_patch_embedding_is_a_narrow_convolution_and_a_pointwise_one
     close(model.patch_embed.proj(images()), plain(images()) + added)
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_every_linear_layer_rows_and_the_patch_embedding_at_once(method):
+    everywhere = "in_proj[x|z],x_proj[dt|B|C],dt_proj,out_proj,patch_embed.proj"
+    plain = build_test_model().eval()(images())
+    model = vimtune.inject(build_test_model(), method, targets=everywhere, rank=2).eval()
+    assert vimtune.summary(model).adapted[method] == {
+        "proj": 1,
+        **{f"in_proj[{rows}]": 2 for rows in "xz"},
+        **{f"{name}[{rows}]": 2 for name in ("x_proj", "x_proj_b") for rows in ("dt", "B", "C")},
+        **{name: 2 for name in ("dt_proj", "dt_proj_b", "out_proj")},
+    }
+    close(model(images()), plain)
+    expected = disturb(model)(images())
+    expected.square().sum().backward()
+    check_gradients(model)
+    close(vimtune.merge(model)(images()), expected)
+
+
 # --- starts
 
 
@@ -81,6 +101,36 @@ def test_principal_components_at_the_start(method):
     branch = rule_at(model, "layers.1.mixer.in_proj.weight").branch
     moved = branch.scale * (branch.lora_B @ branch.lora_A - branch.start_B @ branch.start_A)
     close(branch.matrix(), moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ({"scaling": "rslora"}, {"use_rslora": True}),
+        ({"start": "pissa"}, {"init_lora_weights": "pissa"}),
+    ],
+)
+def test_equal_to_hf_peft(options, settings):
+    peft = pytest.importorskip("peft", reason="the oracle for LoRA is not installed")
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"in_proj": nn.Linear(12, 20)})
+    x = torch.randn(5, 12)
+    ours = vimtune.inject(copy.deepcopy(base), "lora", targets="in_proj", rank=3, alpha=6.0, **options)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["in_proj"], **settings)
+    layer = peft.inject_adapter_in_model(config, copy.deepcopy(base)).in_proj
+    branch = rule_at(ours, "in_proj.weight").branch
+    pairs = [(branch.lora_A, layer.lora_A["default"].weight), (branch.lora_B, layer.lora_B["default"].weight)]
+    with torch.no_grad():
+        if "start" in options:  # Singular vectors are unique up to their sign.
+            signs = (pairs[0][0] * pairs[0][1]).sum(1).sign()
+            close(pairs[0][1] * signs[:, None], pairs[0][0])
+            close(pairs[1][1] * signs, pairs[1][0])
+            pairs[0][1].mul_(signs[:, None])
+            pairs[1][1].mul_(signs)
+        for mine, theirs in pairs:
+            mine.add_(0.1 * torch.randn_like(mine))
+            theirs.copy_(mine)
+    close(ours["in_proj"](x), layer(x))
 
 
 def test_a_start_at_principal_components_is_kept_in_files(tmp_path):
