@@ -26,6 +26,9 @@ CASES = [
     ("state_offset", {"h_rank": 2}),
     ("lora+memba", {}),
     ("additional_scan+lora+affix+prompt", {}),
+    ("lora", {"start": "pissa", "scaling": "rslora"}),
+    ("dora", {"axis": "input", "dropout": 0.5}),
+    ("parallel_adapter", {"dropout": 0.5}),
 ]
 
 

@@ -60,7 +60,12 @@ def read(model):
 
 
 def gradients(model):
-    return {item.name: item.parameter.grad for item in adapter_parameters(model)}
+    """Those of what took part: rules of calls do not, where only weights are read."""
+    return {
+        item.name: item.parameter.grad
+        for item in adapter_parameters(model)
+        if item.parameter.grad is not None
+    }
 
 
 def use(model, shared, amp=False):

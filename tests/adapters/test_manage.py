@@ -126,7 +126,7 @@ def test_features_only_with_an_adapter(images):
         ("lore", {}, "unknown method 'lore'. Did you mean 'lora'"),
         ("lora", {"rnak": 2}, "no option 'rnak'. Did you mean 'rank'"),
         ("lora", {"rank": 0}, "rank of method .lora.: expected a value greater than or equal to 1"),
-        ("lora", {"rank": 17}, r"rank 17 .* expected 1 to 16"),
+        ("lora", {"rank": 65}, r"rank 65 .* of shape 64 x 16: expected 1 to 64"),
         ("lora", {"alpha": 0}, "alpha of method .lora.: expected a value greater than 0"),
         ("lora", {"dropout": 1.0}, "dropout of method .lora.: expected a value less than 1"),
         ("lora", {"targets": "in_prj"}, r"unknown target 'in_prj'. Did you mean 'in_proj'\? Targets of this"),

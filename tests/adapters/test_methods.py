@@ -11,6 +11,7 @@ from method_cases import CASES, SMALL, disturb, label, options_for
 
 import vimtune
 from vimtune.adapters import adapter_parameters
+from vimtune.adapters.rules.lora import LowRank
 from vimtune.adapters.rules.prodial import ProDiaLRule
 from vimtune.testing import METHOD_CHECKS, MethodCase
 
@@ -110,7 +111,7 @@ def test_default_diagonal_trains_from_the_very_first_step(plain, images):
 def test_paper_formula_to_the_letter():
     torch.manual_seed(0)
     weight = torch.randn(6, 8)
-    rule = ProDiaLRule(weight, rank=2, alpha=8, dropout=0.0, block_size=4, variant="paper")
+    rule = ProDiaLRule(weight, LowRank(weight, rank=2, scale=8 / 2), block_size=4, variant="paper")
     with torch.no_grad():
         for parameter in rule.parameters():
             parameter.normal_()

@@ -186,7 +186,7 @@ def test_rows_change_and_nothing_beside_them(method):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("lora", {"rank": 2, "targets": "in_proj[x],x_proj[B]"}),
+        ("lora", {"rank": 2, "targets": "in_proj[x],x_proj[B],patch_embed.proj,dt_proj"}),
         ("ft+lora", {"rank": 2, "targets": {"lora": "both", "ft": "in_proj[z],D"}, "layers": {"lora": [1]}}),
         ("lora", {"rank": {"in_proj": 3, "in_proj[x]": 2}, "targets": "in_proj,in_proj[x]"}),
     ],

@@ -66,7 +66,7 @@ def test_numbers_too_large_to_print(model):
 
 def test_whole_numbers_serve_as_floats(model):
     vimtune.inject(model, "lora", rank=2, alpha=3)
-    assert active_adapter(model).options == {"lora": {"rank": 2, "alpha": 3.0, "dropout": 0.0}}
+    assert active_adapter(model).options["lora"]["alpha"] == 3.0
 
 
 @pytest.mark.parametrize(

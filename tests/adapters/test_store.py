@@ -144,7 +144,11 @@ def test_version_2_means_what_it_meant(case, path):
     model = disturb(vimtune.inject(plain(), method, **options_for(method, extra)))
     info = vimtune.save_adapter(model, path)
     options = {
-        name: {key: value for key, value in own.items() if key not in NEUTRAL_OPTIONS.get(name, {})}
+        name: {
+            key: value
+            for key, value in own.items()
+            if (key, value) not in NEUTRAL_OPTIONS.get(name, {}).items()
+        }
         for name, own in info.options.items()
     }
     rewrite(path, version=2, options=options)

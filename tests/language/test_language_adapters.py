@@ -14,7 +14,7 @@ from vimtune.fields import options_of
 from vimtune.methods import METHODS
 from vimtune.testing.methods import disturb
 
-SMALL = {"rank": 2, "block_size": 4, "dropout": 0.0}
+SMALL = {"rank": 2, "block_size": 4}
 PLACES = {
     "mamba": [
         ("lora", "in_proj"),

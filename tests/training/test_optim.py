@@ -64,7 +64,10 @@ def test_schedule_of_very_short_runs(total, warmup):
 
 def test_each_group_has_its_own_peak():
     optimizer = torch.optim.AdamW(
-        [{"params": [nn.Parameter(torch.ones(1))], "peak_lr": peak} for peak in (1e-3, 1e-2, 1e-6)]
+        [
+            {"params": [nn.Parameter(torch.ones(1))], "peak_lr": peak, "lr_multiple": 1.0}
+            for peak in (1e-3, 1e-2, 1e-6)
+        ]
     )
     schedule = CosineSchedule(total_steps=10, warmup_steps=0, min_lr=1e-5)
     assert set_learning_rate(optimizer, schedule, 5) == pytest.approx((1e-3 + 1e-5) / 2)

@@ -37,7 +37,7 @@ def test_a_resumed_run_has_the_buffers_of_an_uninterrupted_one(tiny, monkeypatch
     monkeypatch.setattr(
         LoRA,
         "build_rule",
-        lambda self, site: CountingRule(site.weight, self.rank, self.alpha, self.dropout),
+        lambda self, site: CountingRule(self.build_branch(site)),
     )
     straight, stopped = tiny("straight", epochs=1), tiny("stopped", epochs=1)
     run_training(straight)

@@ -38,6 +38,7 @@ def seen(monkeypatch):
             gradients.append(rule.branch.lora_B.grad.clone())
 
     monkeypatch.setattr(LoRA, "settle", look)
+    monkeypatch.setattr(LoRA, "settles", True)
     return losses, gradients
 
 
@@ -45,7 +46,7 @@ def test_a_look_changes_nothing_and_sees_the_batches_of_training(tiny, seen, mon
     settings = {"epochs": 1, "mixup": 0.4, "ema": 0.9, "lr": 1e-9, "batch_size": 10}
     settled = train(tiny("settled", **settings))
     with monkeypatch.context() as patch:
-        patch.delattr(LoRA, "settle")
+        patch.setattr(LoRA, "settles", False)
         plain = train(tiny("plain", **settings))
     assert_same_weights(weights(settled.run_dir), weights(plain.run_dir))
     assert metrics(settled.run_dir) == metrics(plain.run_dir)
@@ -63,12 +64,22 @@ def test_what_is_chosen_is_trained_and_averaged(tiny, monkeypatch):
                 rule.branch.lora_B.fill_(0.25)
 
     monkeypatch.setattr(LoRA, "settle", start)
+    monkeypatch.setattr(LoRA, "settles", True)
     report = train(tiny(epochs=1, lr=1e-9, ema=0.9))
     for name, tensor in weights(report.run_dir).items():
         if name.endswith("lora_B"):
             torch.testing.assert_close(tensor, torch.full_like(tensor, 0.25))
     saved = load_file(Path(report.run_dir, "adapter.safetensors"))
     assert all(tensor.allclose(torch.tensor(0.25)) for name, tensor in saved.items() if "lora_B" in name)
+
+
+def test_lora_starts_from_the_gradient_of_the_first_batches(tiny):
+    settings = {"epochs": 1, "lr": 1e-9, "rank": 2, "peft_kwargs": {"start": "gradient"}}
+    report = train(tiny(**settings))
+    found = [tensor for name, tensor in weights(report.run_dir).items() if name.endswith("lora_A")]
+    assert found and all((A @ A.T).allclose(torch.eye(2), atol=1e-4) for A in found)
+    again = train(tiny("again", **settings))
+    assert_same_weights(weights(report.run_dir), weights(again.run_dir))
 
 
 def test_only_once_also_when_more_batches_are_wanted_than_an_epoch_has(tiny, monkeypatch):
@@ -78,6 +89,7 @@ def test_only_once_also_when_more_batches_are_wanted_than_an_epoch_has(tiny, mon
         calls.append([next(batches)() for _ in range(6)])
 
     monkeypatch.setattr(LoRA, "settle", look)
+    monkeypatch.setattr(LoRA, "settles", True)
     recipe = tiny(epochs=1)
     with monkeypatch.context() as patch:
         interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
@@ -186,7 +198,7 @@ def note_losses(folder: str) -> None:
         text = json.dumps([*losses, float(rule.branch.lora_B.grad.norm())])
         Path(folder, f"{os.environ['RANK']}.json").write_text(text)
 
-    LoRA.settle = look  # type: ignore[method-assign]
+    LoRA.settle, LoRA.settles = look, True  # type: ignore[method-assign]
 
 
 def test_two_processes_see_what_one_sees(tiny, seen, tmp_path):

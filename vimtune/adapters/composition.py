@@ -48,7 +48,12 @@ class Composition(WeightRule):
         return total
 
     def decay(self, tensor: str, exempt: bool) -> float:
-        return _decay_of_part(self.rules, tensor, exempt)
+        rule, own = _part(self.rules, tensor)
+        return rule.decay(own, exempt)
+
+    def learning_rate(self, tensor: str) -> float:
+        rule, own = _part(self.rules, tensor)
+        return rule.learning_rate(own)
 
     def steps(self) -> list[tuple[WeightRule, Rows]]:
         """(rule, its rows), in the order in which they are applied."""
@@ -82,17 +87,22 @@ class Nesting(CallRule):
         return call(x)
 
     def decay(self, tensor: str, exempt: bool) -> float:
-        return _decay_of_part(self.rules, tensor, exempt)
+        rule, own = _part(self.rules, tensor)
+        return rule.decay(own, exempt)
+
+    def learning_rate(self, tensor: str) -> float:
+        rule, own = _part(self.rules, tensor)
+        return rule.learning_rate(own)
 
 
 def _surrounded(rule: CallRule, call: Call, flow: tuple[dict[str, Tensor], ...]) -> Call:
     return lambda x: rule.around(call, x, *flow)
 
 
-def _decay_of_part(rules: nn.ModuleList, tensor: str, exempt: bool) -> float:
-    """`Rule.decay` of the rule that the tensor "rules.<index>.<name>" belongs to."""
+def _part(rules: nn.ModuleList, tensor: str) -> tuple[Rule, str]:
+    """The rule that the tensor "rules.<index>.<name>" belongs to, and its name there."""
     _, index, own = tensor.split(".", 2)
-    return cast(Rule, rules[int(index)]).decay(own, exempt)
+    return cast(Rule, rules[int(index)]), own
 
 
 def single_rules(rule: Rule) -> Iterator[Rule]:

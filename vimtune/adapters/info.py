@@ -137,8 +137,14 @@ VERSION_1_TARGETS: dict[str, TargetList] = {
 their own, which `load_adapter` compares with the tensors of the file."""
 
 
+_AS_BEFORE = {"scaling": "standard", "start": "random", "lr_ratio": 1.0}
+"""What the methods with low-rank factors did before they had these options."""
+
 NEUTRAL_OPTIONS: dict[str, dict[str, Any]] = {
-    "prodial": {"scale_decay": 0.0},
+    "prodial": {"scale_decay": 0.0, **_AS_BEFORE},
+    "lora": _AS_BEFORE,
+    "dora": {"axis": "output", **_AS_BEFORE},
+    "strong": _AS_BEFORE,
     "ft": {"start_decay": 0.0},
     "bitfit": {"start_decay": 0.0},
     "full": {"start_decay": 0.0},

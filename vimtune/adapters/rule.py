@@ -48,6 +48,17 @@ class Rule(nn.Module):
         """
         return 0.0 if exempt or self.get_parameter(tensor).dim() <= 1 else 1.0
 
+    def learning_rate(self, tensor: str) -> float:
+        """How fast a parameter of this rule learns.
+
+        Args:
+            tensor: name of the parameter within the rule.
+
+        Returns:
+            A multiple of the run's learning rate, above 0.
+        """
+        return 1.0
+
     def idle_entries(self, tensor: str) -> Tensor | None:
         """The entries of a parameter of this rule that never train, by intent.
 

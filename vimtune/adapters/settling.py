@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from vimtune.adapters.rule import Rule
 from vimtune.adapters.slots import iter_slots, point_path
 from vimtune.adapters.tensors import adapter_parameters, adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
-from vimtune.methods import build_methods
+from vimtune.methods import ChosenMethod, build_methods
 
 
 class TrainingBatches(Iterator[Callable[[], float]]):
@@ -85,7 +86,7 @@ class TrainingBatches(Iterator[Callable[[], float]]):
 def settles(model: nn.Module) -> bool:
     """Whether a method of the active adapter wants to see data before training (`Method.settle`)."""
     _, record = demand_adapter(unwrap(model))
-    return any(chosen.method.settles for chosen in build_methods(record.method, record.options))
+    return any(_settles_anywhere(chosen) for chosen in build_methods(record.method, record.options))
 
 
 def settle(model: nn.Module, batches: Iterable[Callable[[], float]]) -> None:
@@ -101,8 +102,20 @@ def settle(model: nn.Module, batches: Iterable[Callable[[], float]]) -> None:
     rules = _rules_by_method(backbone, record)
     drawn = TrainingBatches(backbone, batches)
     for chosen in build_methods(record.method, record.options):
-        if chosen.method.settles:
+        if _settles_anywhere(chosen):
+            for item in adapter_parameters(backbone):
+                item.parameter.grad = None
             chosen.method.settle(rules[chosen.method.name], drawn)
+
+
+def _settles_anywhere(chosen: ChosenMethod) -> bool:
+    """Whether a method wants to see data with the options that it has at any of its targets."""
+    variants = [
+        dataclasses.replace(chosen.method, **{field: value})
+        for field, values in chosen.by_target.items()
+        for value in values.values()
+    ]
+    return any(method.settles for method in (chosen.method, *variants))
 
 
 def _rules_by_method(model: nn.Module, record: AdapterRecord) -> dict[str, dict[str, Rule]]:

@@ -53,6 +53,9 @@ class AdaptedParameter:
     weight_decay: float
     """How strongly weight decay pulls it to zero, as a multiple of the run's; its rule decides
     (`Rule.decay`)."""
+    learning_rate: float
+    """How fast it learns, as a multiple of the run's rate for its group; its rule decides
+    (`Rule.learning_rate`)."""
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[AdaptedParameter]:
@@ -77,6 +80,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
                     base_name=path,
                     group="head" if path in record.head else "adapter",
                     weight_decay=float(rule.decay(own, exempted)),
+                    learning_rate=float(rule.learning_rate(own)),
                 )
 
 

@@ -122,13 +122,14 @@ class Method(ABC):
 
         Overridden by methods that select what to train by gradients, or start from what the model computes;
         the others draw no batch. What is chosen has to be the same in every process of a run, as it is where
-        it depends on the gradients, which are summed over all of them.
+        it depends on the gradients, which are summed over all of them. It begins without gradients.
 
         Args:
             rules: the method's rules by the path of their site.
             batches: functions, each of which runs the forward and backward pass of one training batch, adds
                 to the gradients of the adapter's tensors, and gives the loss. As many are drawn as the method
-                wants. `batches.warmed_up` trains the adapter for a while, to look at what that changes.
+                wants; one that is called again runs the same batch again. `batches.warmed_up` trains the
+                adapter for a while, to look at what that changes.
         """
 
     def merged_options(self, options: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from vimtune.methods.base import check_matrix, register_method
+from vimtune.methods.base import option, register_method
 from vimtune.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -21,8 +21,11 @@ class DoRA(LoRA):
     summary = "low-rank update of the directions, free magnitude of each row (Liu et al. 2024)"
     adds_up = False  # a magnitude of rows would scale what the whole one has made of them
 
+    axis: Literal["output", "input"] = option(
+        "output", '"output": a magnitude for each row of a weight; "input": for each column, as MambaPEFT'
+    )
+
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rules.dora import DoRARule
 
-        check_matrix(self.name, site, self.rank)
-        return DoRARule(site.weight, self.rank, self.alpha, self.dropout)
+        return DoRARule(site.weight, self.build_branch(site), self.axis)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from vimtune.methods.base import check_block_size, check_matrix, option, register_method
+from vimtune.methods.base import check_block_size, option, register_method
 from vimtune.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ class ProDiaL(LoRA):
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rules.prodial import ProDiaLRule
 
-        _, columns = check_matrix(self.name, site, self.rank)
-        check_block_size(site, self.block_size, columns)
-        return ProDiaLRule(
-            site.weight, self.rank, self.alpha, self.dropout, self.block_size, self.variant, self.scale_decay
-        )
+        branch = self.build_branch(site)
+        check_block_size(site, self.block_size, site.weight.flatten(1).shape[1])
+        return ProDiaLRule(site.weight, branch, self.block_size, self.variant, self.scale_decay)

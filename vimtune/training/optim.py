@@ -21,17 +21,20 @@ def build_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> torch.optim.AdamW:
-    """AdamW with one group for each kind of learning rate (head or adapter) and each weight decay.
+    """AdamW with one group for each learning rate (of the head or the adapter, and its multiples) and each
+    weight decay.
 
-    Each group keeps its peak rate as `peak_lr`; `set_learning_rate` follows the curve from there. The weight
-    decay of a tensor is `weight_decay` times the tensor's own multiple.
+    Each group keeps the peak of the run's rate as `peak_lr`, and its own multiple of it as `lr_multiple`;
+    `set_learning_rate` follows the curve from there. The weight decay of a tensor is `weight_decay` times the
+    tensor's own multiple.
 
     Raises:
         ValueError: nothing is trainable.
     """
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for entry in parameters:
-        groups.setdefault((entry.group, entry.weight_decay), []).append(entry.parameter)
+        kind = (entry.group, entry.weight_decay, entry.learning_rate)
+        groups.setdefault(kind, []).append(entry.parameter)
     on_gpu = all(parameter.is_cuda for members in groups.values() for parameter in members)
     if not groups:
         raise ValueError("the method trains no tensor of this model: check peft, targets and layers")
@@ -40,9 +43,10 @@ def build_optimizer(
             {
                 "params": members,
                 "peak_lr": head_lr if group == "head" and head_lr is not None else lr,
-                "weight_decay": weight_decay * multiple,
+                "lr_multiple": rate,
+                "weight_decay": weight_decay * decay,
             }
-            for (group, multiple), members in groups.items()
+            for (group, decay, rate), members in groups.items()
         ],
         lr=lr,
         betas=betas,
@@ -76,11 +80,12 @@ class CosineSchedule:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: CosineSchedule, step: int) -> float:
-    """Give every group its rate at `step`; return that of the first group."""
-    for group in optimizer.param_groups:
-        group["lr"] = schedule(step, group["peak_lr"])
-    first: float = optimizer.param_groups[0]["lr"]
-    return first
+    """Give every group its rate at `step`; return the run's, which is that of the first group but for its
+    multiple."""
+    rates = [schedule(step, group["peak_lr"]) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * group["lr_multiple"]
+    return rates[0]
 
 
 def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:

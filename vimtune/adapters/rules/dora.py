@@ -1,34 +1,52 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5): W'_i = m_i V_i / ||V_i||, V = W + (alpha / r) B A."""
+"""DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5): W'_i = m_i V_i / ||V_i||, V = W + s B A.
+
+V_i is a row of V, so that m (out,) has one magnitude for each output, as in HF peft; or it is a column, so
+that m (in,) has one for each input, as in the code of MambaPEFT (Yoshimura et al. 2025, arXiv 2411.03855).
+That makes r (in + out) + out numbers, or r (in + out) + in, for each weight.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vimtune.adapters.rule import exact
-from vimtune.adapters.rules.lora import LoRARule
+from vimtune.adapters.rules.lora import LoRARule, LowRank
+
+Axis = Literal["output", "input"]
+"""For what each magnitude is: a row of the weight, or a column."""
 
 
 class DoRARule(LoRARule):
-    """`magnitude` (out,) starts at the norms of the rows of W. The norm of V is a constant for the
-    gradient (section 4.3 of the paper)."""
+    """`magnitude` (out,) or (in,) starts at the norms of the rows or columns of W. The norm of V is a
+    constant for the gradient (section 4.3 of the paper)."""
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float, dropout: float) -> None:
-        super().__init__(weight, rank, alpha, dropout)
-        self.magnitude = nn.Parameter(torch.linalg.vector_norm(weight.detach().flatten(1), dim=1))
+    def __init__(self, weight: Tensor, branch: LowRank, axis: Axis) -> None:
+        super().__init__(branch)
+        self.axis = axis
+        self.magnitude = nn.Parameter(self.norms(weight.detach().flatten(1)))
 
-    def row_scale(self, updated: Tensor) -> Tensor:
-        """m / ||V|| (out,) for V (out, in)."""
-        norms: Tensor = torch.linalg.vector_norm(updated.detach(), dim=1)
-        return self.magnitude / norms
+    def norms(self, matrix: Tensor) -> Tensor:
+        """Those of the rows or columns of a matrix (out, in), (out,) or (in,)."""
+        norms: Tensor = torch.linalg.vector_norm(matrix, dim=1 if self.axis == "output" else 0)
+        return norms
+
+    def direction_scale(self, updated: Tensor) -> Tensor:
+        """m / ||V|| for V (out, in), (out,) or (in,)."""
+        return self.magnitude / self.norms(updated.detach())
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         updated = weight.flatten(1) + self.branch.matrix()
-        return (self.row_scale(updated)[:, None] * updated).view_as(weight)
+        scale = self.direction_scale(updated)
+        return ((scale[:, None] if self.axis == "output" else scale) * updated).view_as(weight)
 
     def perturbation(self, x: Tensor, weight: Tensor) -> Tensor:
         with exact(weight), torch.no_grad():
             updated = weight + self.branch.matrix()
         with exact(weight):
-            row_scale = self.row_scale(updated)
-        return self.branch.perturbation(x, row_scale)
+            scale = self.direction_scale(updated)
+        if self.axis == "output":
+            return self.branch.perturbation(x, row_scale=scale)
+        return self.branch.perturbation(x, column_scale=scale)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimtune.adapters.rules.lora import LoRARule
+from vimtune.adapters.rules.lora import LoRARule, LowRank
 from vimtune.ops.block_product import scaled_block_product
 
 
@@ -28,14 +28,12 @@ class ProDiaLRule(LoRARule):
     def __init__(
         self,
         weight: Tensor,
-        rank: int,
-        alpha: float,
-        dropout: float,
+        branch: LowRank,
         block_size: int,
         variant: str,
         scale_decay: float = 0.0,
     ) -> None:
-        super().__init__(weight, rank, alpha, dropout)
+        super().__init__(branch)
         rows, columns = weight.flatten(1).shape
         self.variant = variant
         self.scale_decay = scale_decay
