@@ -24,6 +24,7 @@ class AdditionalScan(Method):
     """Options of additional-scan; `vimtune.adapters.rules.additional_scan` has the formula."""
 
     summary = "more states for every channel of a scan (Yoshimura et al. 2025)"
+    sized_by = ("num_states",)
 
     num_states: Positive = option(6, "states beside those that the model has")
 

@@ -21,6 +21,7 @@ class Affix(Method):
 
     summary = "learnt tokens at the start of every scan (Yoshimura et al. 2025)"
     default_targets = "scan()"
+    sized_by = ("num_tokens",)
     changes_at_start = True
 
     num_tokens: Positive = option(3, "learnt tokens of each layer and direction")

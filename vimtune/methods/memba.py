@@ -23,6 +23,7 @@ class Memba(Method):
 
     summary = "leaky membranes in the place of the gates, beside lora: lora+memba (arXiv 2506.18184)"
     default_targets = "scan()"
+    sized_by = ()
     changes_at_start = True
 
     chunks: Positive = option(4, "T, chunks into which the tokens of an image are cut")

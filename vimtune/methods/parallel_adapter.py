@@ -22,6 +22,7 @@ class ParallelAdapter(Method):
 
     summary = "a bottleneck with relu beside out_proj, which does not merge (He et al. 2022)"
     default_targets = "out_proj()"
+    sized_by = ("rank",)
 
     rank: Annotated[int, Ge(1)] = option(32, "width of the bottleneck")
     scale: Annotated[float, Gt(0)] = option(0.1, "factor of what the bottleneck adds")

@@ -20,6 +20,7 @@ class Prompt(Method):
 
     summary = "learnt tokens beside those of the input (Lester et al. 2021)"
     default_targets = "encode()"
+    sized_by = ("num_tokens",)
     changes_at_start = True
 
     num_tokens: Positive = option(8, "learnt tokens")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vimtune.fields import Whole
+from vimtune.fields import Positive
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -20,14 +20,15 @@ class StateOffset(Method):
 
     summary = "a learnt term beside the state of every scan (Kang et al. 2025)"
     default_targets = "scan()"
+    sized_by = ("h_rank",)
 
     kind: Literal["h", "y"] = option(
         "h", '"h": one offset for each channel and state; "y": one for each channel'
     )
-    h_rank: Whole = option(0, 'rank of the offset of kind "h"; 0 for a full one')
+    h_rank: Positive | None = option(None, 'rank of the offset of kind "h"; a full one if not given')
 
     def __post_init__(self) -> None:
-        if self.kind == "y" and self.h_rank:
+        if self.kind == "y" and self.h_rank is not None:
             raise ValueError(f'h_rank = {self.h_rank} is for kind "h": leave it out, or choose that kind')
 
     def build_rule(self, site: Site) -> CallRule:

@@ -22,6 +22,7 @@ class SVP(Method):
 
     summary = "prompts made from the tokens before every block of a Vim (Yao et al. 2025)"
     default_targets = "update()"
+    sized_by = ("width", "group_size")
 
     width: Positive = option(64, "inner width of the generator of a layer")
     group_size: Positive = option(8, "neighbouring layers that have one generator in common")

@@ -54,9 +54,9 @@ class OutputOffsetRule(CallRule):
 class StateOffset(nn.Module):
     """h' of one direction: `full` (E, N), or the product of `up` (E, r) and `down` (r, N)."""
 
-    def __init__(self, site: Site, width: int, num_states: int, rank: int) -> None:
+    def __init__(self, site: Site, width: int, num_states: int, rank: int | None) -> None:
         super().__init__()
-        if rank:
+        if rank is not None:
             self.up = nn.Parameter(site.new_empty(width, rank).zero_())
             self.down = nn.Parameter(site.new_empty(rank, num_states))
             nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
@@ -66,7 +66,7 @@ class StateOffset(nn.Module):
 
     def forward(self) -> Tensor:
         """(E, N)."""
-        return self.up @ self.down if self.rank else self.full
+        return self.full if self.rank is None else self.up @ self.down
 
 
 class StateOffsetRule(CallRule):
@@ -76,12 +76,12 @@ class StateOffsetRule(CallRule):
         site: the call `scan` of a mixer.
         scan: what the call takes.
         suffixes: what the names of the parameters of each direction end with, "" and "_b".
-        rank: r; 0 for a full h'.
+        rank: r; None for a full h'.
     """
 
     mixes_tokens = True
 
-    def __init__(self, site: Site, scan: ScanInput, suffixes: Sequence[str], rank: int) -> None:
+    def __init__(self, site: Site, scan: ScanInput, suffixes: Sequence[str], rank: int | None) -> None:
         super().__init__()
         # In a tuple, because a mixer that is an attribute would be a part of its own rule.
         self.place = (site.owner,)
