@@ -9,7 +9,7 @@ from vimtune.testing.methods import disturb
 __all__ = ["CASES", "SMALL", "disturb", "label", "options_for"]
 
 # Options small enough for test_vim, whose narrowest target is 16 wide.
-SMALL = {"rank": 3, "block_size": 4}
+SMALL = {"rank": 3, "block_size": 4, "selection_steps": 2}
 CASES = [
     *((name, {}) for name in list_methods()),
     ("prodial", {"variant": "paper"}),
@@ -20,6 +20,7 @@ CASES = [
     ("lora", {"dropout": 0.5}),
     ("dora", {"dropout": 0.5}),
     ("prodial", {"dropout": 0.5}),
+    ("ia3", {"side": "input"}),
 ]
 
 
