@@ -8,6 +8,7 @@ where order matters. One whose methods are not all registered is left out.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from method_cases import options_for
 
 import vimtune
+from vimtune.adapters import CallRule, Method, register_method
 from vimtune.methods import METHODS
 from vimtune.testing import methods as checks
 from vimtune.testing.methods import MethodCase, build_test_model
@@ -51,7 +53,7 @@ COMPOSITIONS: list[tuple[str, dict]] = [
     ("lora+memba", {}),
     ("memba+affix", {}),
     ("lora+state_offset", {}),
-    ("state_offset+additional_scan", {}),
+    ("additional_scan+state_offset", {}),
     ("svp+lora", {}),
     ("svp+prompt+ia3", {}),
 ]
@@ -143,3 +145,33 @@ def test_the_second_method_acts_on_what_the_first_has_made(first, second):
     plain.load_state_dict(build_test_model(1).state_dict())
     weight = plain.layers[0].mixer.out_proj.weight
     checks.close(layer.weight, two.effective_weight(one.effective_weight(weight)), 0)
+
+
+class Outgrown(CallRule):
+    """A rule that says that it does not fit."""
+
+    def around(self, call, x, *flow):
+        return call(x)
+
+    def outgrown(self):
+        return "it has 16 states and the scan 18: name the method that adds states first"
+
+
+def test_a_rule_that_another_method_has_outgrown_is_refused(monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Sized(Method):
+        summary = "has the sizes of its mixer"
+        default_targets = "scan()"
+
+        def build_rule(self, site):
+            return Outgrown()
+
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
+    register_method("sized")(Sized)
+    model = build_test_model(1)
+    message = (
+        r"the Outgrown at layers\.0\.mixer\.scan\(\) does not fit: it has 16 states and the scan 18: name"
+    )
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(model, "sized+lora", rank=2)
+    assert vimtune.adapters.list_adapters(model) == []

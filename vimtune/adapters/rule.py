@@ -132,6 +132,18 @@ class CallRule(Rule):
         """
         raise NotImplementedError
 
+    def outgrown(self) -> str | None:
+        """Why this rule does not fit its module any more, which is asked when all methods have their rules.
+
+        A rule whose tensors have the sizes of parameters of its module, as the number of states, answers
+        where a method that was named after its own has let these grow.
+
+        Returns:
+            A sentence with the next step, such as "it has 16 states and the scan 18: name the method that adds
+            states first"; None if the rule fits.
+        """
+        return None
+
 
 def each_tensor(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """`function` of a tensor, or of every tensor in a list or tuple."""
