@@ -139,8 +139,8 @@ class CallRule(Rule):
         where a method that was named after its own has let these grow.
 
         Returns:
-            A sentence with the next step, such as "it has 16 states and the scan 18: name the method that adds
-            states first"; None if the rule fits.
+            A sentence with the next step, such as "it has 16 states and the scan 18: name the method that
+            adds states first"; None if the rule fits.
         """
         return None
 
