@@ -8,6 +8,7 @@ where order matters. One whose methods are not all registered is left out.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -145,6 +146,23 @@ def test_the_second_method_acts_on_what_the_first_has_made(first, second):
     plain.load_state_dict(build_test_model(1).state_dict())
     weight = plain.layers[0].mixer.out_proj.weight
     checks.close(layer.weight, two.effective_weight(one.effective_weight(weight)), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", METHODS)
+def test_any_two_methods_compose_or_are_refused(first):
+    """In both orders: what is accepted trains in all its tensors, and merges exactly or not at all."""
+    for second in METHODS:
+        if second == first:
+            continue
+        method = f"{first}+{second}"
+        try:
+            case_of((method, {})).adapted()
+        except ValueError as error:
+            assert re.search("replaces .* as a whole|does not fit: ", str(error)), f"{method}: {error}"
+            continue
+        for check in (checks.check_gradients, checks.check_merging):
+            check(case_of((method, {})))
 
 
 class Outgrown(CallRule):
