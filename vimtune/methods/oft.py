@@ -23,6 +23,7 @@ class OFT(Method):
     """Options of OFT; `vimtune.adapters.rules.oft` has the formula."""
 
     summary = "rotation of blocks of inputs of the projectors (Qiu et al. 2023)"
+    sized_by = ("block_size",)
 
     block_size: Annotated[int, Ge(2)] | None = option(
         None,
