@@ -230,7 +230,7 @@ def test_same_step_same_gradients_bit_for_bit(flowers, device, method, amp):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-@pytest.mark.parametrize("method", ["full", "prodial"])
+@pytest.mark.parametrize("method", ["full", "prodial", "sdt", "oft", "c3a", "cdvft", "ia3"])
 def test_replayed_graph_equals_the_eager_step(flowers, method, amp):
     images, labels = (tensor.cuda() for tensor in flowers)
     model = move_off_the_start(build(method, "cuda"))

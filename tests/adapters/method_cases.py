@@ -9,7 +9,14 @@ from vimtune.testing.methods import disturb
 __all__ = ["CASES", "SMALL", "disturb", "label", "options_for"]
 
 # Options small enough for test_vim, whose narrowest target is 16 wide.
-SMALL = {"rank": 3, "block_size": 4, "num_tokens": 3, "num_states": 2, "width": 3}
+SMALL = {
+    "rank": 3,
+    "block_size": 4,
+    "num_tokens": 3,
+    "num_states": 2,
+    "width": 3,
+    "selection_steps": 2,
+}
 CASES = [
     *((name, {}) for name in list_methods()),
     ("prodial", {"variant": "paper"}),
@@ -29,6 +36,7 @@ CASES = [
     ("lora", {"start": "pissa", "scaling": "rslora"}),
     ("dora", {"axis": "input", "dropout": 0.5}),
     ("parallel_adapter", {"dropout": 0.5}),
+    ("ia3", {"side": "input"}),
 ]
 
 

@@ -8,6 +8,8 @@ where order matters. One whose methods are not all registered is left out.
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from method_cases import options_for
 
 import vimtune
+from vimtune.adapters import CallRule, Method, register_method
 from vimtune.methods import METHODS
 from vimtune.testing import methods as checks
 from vimtune.testing.methods import MethodCase, build_test_model
@@ -51,7 +54,7 @@ COMPOSITIONS: list[tuple[str, dict]] = [
     ("lora+memba", {}),
     ("memba+affix", {}),
     ("lora+state_offset", {}),
-    ("state_offset+additional_scan", {}),
+    ("additional_scan+state_offset", {}),
     ("svp+lora", {}),
     ("svp+prompt+ia3", {}),
 ]
@@ -108,6 +111,7 @@ CONFLICTS = [
         {"dropout": 0.1},
         "would follow one that acts on the input of .*in_proj.* leave dropout at 0 for",
     ),
+    ("state_offset+additional_scan", {}, "offsets of 16 states, and the scan has 18: name the method that"),
     ("lora+lora", {}, "names one method twice"),
     ("lora+c3a", {"block_size": 3}, "block_size 3 does not divide 64 and 16 of layers.0.mixer.in_proj"),
     (
@@ -143,3 +147,50 @@ def test_the_second_method_acts_on_what_the_first_has_made(first, second):
     plain.load_state_dict(build_test_model(1).state_dict())
     weight = plain.layers[0].mixer.out_proj.weight
     checks.close(layer.weight, two.effective_weight(one.effective_weight(weight)), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", METHODS)
+def test_any_two_methods_compose_or_are_refused(first):
+    """In both orders: what is accepted trains in all its tensors, and merges exactly or not at all."""
+    for second in METHODS:
+        if second == first:
+            continue
+        method = f"{first}+{second}"
+        try:
+            case_of((method, {})).adapted()
+        except ValueError as error:
+            assert re.search("replaces .* as a whole|does not fit: ", str(error)), f"{method}: {error}"
+            continue
+        for check in (checks.check_gradients, checks.check_merging):
+            check(case_of((method, {})))
+
+
+class Outgrown(CallRule):
+    """A rule that says that it does not fit."""
+
+    def around(self, call, x, *flow):
+        return call(x)
+
+    def outgrown(self):
+        return "it has 16 states and the scan 18: name the method that adds states first"
+
+
+def test_a_rule_that_another_method_has_outgrown_is_refused(monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Sized(Method):
+        summary = "has the sizes of its mixer"
+        default_targets = "scan()"
+
+        def build_rule(self, site):
+            return Outgrown()
+
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
+    register_method("sized")(Sized)
+    model = build_test_model(1)
+    message = (
+        r"the Outgrown at layers\.0\.mixer\.scan\(\) does not fit: it has 16 states and the scan 18: name"
+    )
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(model, "sized+lora", rank=2)
+    assert vimtune.adapters.list_adapters(model) == []

@@ -90,7 +90,7 @@ def saved(path):
 @pytest.fixture
 def other_defaults(monkeypatch):
     """A vimtune in which every default of every method has changed."""
-    others = {int: 1, float: 0.5, str: "paper"}
+    others = {int: 1, float: 0.5, str: "paper", bool: True, type(None): 7}
     for name in list_methods():
         for field in dataclasses.fields(get_method(name)):
             monkeypatch.setattr(field, "default", others[type(field.default)])

@@ -120,8 +120,9 @@ def places(state):
     return {name: tensor for name, tensor in state.items() if name.endswith("places")}
 
 
-def test_a_choice_that_was_interrupted_is_made_again(tiny, monkeypatch):
+def test_a_choice_that_was_interrupted_is_made_again(tiny, monkeypatch, capsys):
     straight = train(tiny("straight", epochs=1, **SDLORA))
+    assert "before the first step the method chooses from training batches" in capsys.readouterr().out
     recipe, passes = tiny("stopped", epochs=1, **SDLORA), []
     with monkeypatch.context() as patch:
 

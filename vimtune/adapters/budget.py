@@ -215,8 +215,9 @@ def choose(count: Count, last: int, share: int) -> tuple[int, int] | None:
     first = next(fitting, None)
     if first is None:
         return None
-    second = next(fitting, first)
-    rises = counted(count, second) >= counted(count, first)
+    # Neighbours may train as much as each other: some shares are rounded to one number of channels.
+    other = next((number for number in fitting if counted(count, number) != counted(count, first)), first)
+    rises = counted(count, other) >= counted(count, first)
 
     def is_beyond(number: int) -> bool:
         """Whether the number lies behind the place where the counts pass `share`."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from vimtune.adapters.composition import single_rules
 from vimtune.adapters.declarations import declaration_of
 from vimtune.adapters.points import own_modules
-from vimtune.adapters.slots import base_value, iter_weight_slots, join
+from vimtune.adapters.slots import base_value, iter_slots, iter_weight_slots, join, point_path
 
 
 def check_growth(model: nn.Module) -> None:
     """Refuse rules in force that give parameters sizes which do not fit together.
 
     Modules are looked at that name rows of their parameters, which follow from the sizes of other ones, and
-    those whose sizes are fixed. Others say too little about themselves.
+    those whose sizes are fixed. Others say too little about themselves. Rules may say it of themselves
+    (`Rule.outgrown`).
 
     Raises:
         ValueError: naming the parameter and the reason.
@@ -49,4 +51,10 @@ def check_growth(model: nn.Module) -> None:
                     f"{join(path, name)} would have {found} rows, but [{'|'.join(rows)}] are {expected} with "
                     f"the other parameters of {kind} as they would be: parameters and rows that share a size "
                     "have to grow together"
+                )
+    for place, _, name, slot in iter_slots(model):
+        for rule in () if slot.rule is None else single_rules(slot.rule):
+            if (reason := rule.outgrown()) is not None:
+                raise ValueError(
+                    f"the {type(rule).__name__} at {point_path(place, name)} does not fit: {reason}"
                 )

@@ -83,6 +83,18 @@ class Rule(nn.Module):
         """
         return None
 
+    def outgrown(self) -> str | None:
+        """Why this rule does not fit its module any more, which is asked when all methods have their rules.
+
+        A rule whose tensors have the sizes of parameters of its module, such as the number of states, answers
+        where a method that was named after its own has let these grow.
+
+        Returns:
+            What differs and the next step, such as "it has 16 states and the scan 18: name the method that
+            adds states first"; None if the rule fits.
+        """
+        return None
+
 
 class WeightRule(Rule):
     """One formula for the effective value of a parameter or of some of its rows."""

@@ -40,7 +40,7 @@ class SDT(Method):
 
     summary = "a few chosen channels and states of the SSM (Galim et al. 2025)"
     default_targets = (r"re:(^|\.)A(_b)?_log$", r"re:(^|\.)x_proj(_b)?\.weight\[[BC]\]$")
-    sized_by = ("frozen_channels", "frozen_states")
+    sized_by = ("frozen_channels",)
 
     frozen_channels: Share = option(0.99, "share of the channels that stay frozen")
     frozen_states: Share = option(0.75, "share of the states of a trained channel that stay frozen in A_log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -214,6 +215,33 @@ def check_every_entry(case: MethodCase) -> None:
                 )
 
 
+def check_settling(case: MethodCase) -> None:
+    """A method that looks at training batches makes of the same ones the same choice, keeps what it promises
+    about the start, and leaves nothing behind but tensors of the adapter."""
+    if not adapters.settles(case.adapted()):
+        return
+    states = []
+    for _ in range(2):
+        model = case.adapted()
+        before = {key: tensor.shape for key, tensor in adapters.adapter_state_dict(model).items()}
+        adapters.settle(model.train(), itertools.repeat(partial(_run_batch, case, model)))
+        states.append(adapters.adapter_state_dict(model))
+        assert {key: tensor.shape for key, tensor in states[-1].items()} == before
+        assert all(item.parameter.requires_grad for item in adapters.adapter_parameters(model))
+    for key, tensor in states[0].items():
+        close(states[1][key], tensor, 0)
+    if not any(method.changes_at_start for method in case.methods):
+        close(case.run(model.eval()), case.run(case.plain()))
+
+
+def _run_batch(case: MethodCase, model: nn.Module) -> float:
+    """Forward and backward of a training batch, as a run hands it to methods that settle."""
+    output = case.run(model)
+    loss = (output * torch.linspace(1, 5, output.shape[-1])).square().mean()
+    loss.backward()
+    return float(loss.detach())
+
+
 def check_training(case: MethodCase) -> None:
     """Training changes every tensor of the adapter and nothing else."""
     model, plain = case.adapted().train(), dict(case.plain().named_parameters())
@@ -419,6 +447,7 @@ METHOD_CHECKS: tuple[Callable[[MethodCase], None], ...] = (
     check_refusal_of_non_finite_weights,
     check_gradients,
     check_every_entry,
+    check_settling,
     check_training,
     check_reading,
     check_files,

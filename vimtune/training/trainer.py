@@ -258,6 +258,8 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
         + (f", {world_size} processes" if world_size > 1 else "")
         + (" that share the model" if recipe.optimisation.shard else "")
     )
+    if progress.step == 0 and adapters.settles(run.trained.model):
+        tracker.message("before the first step the method chooses from training batches")
     if device.type == "cuda":
         reasons = "; ".join(eager_because)
         tracker.message(f"CUDA graph: no, {reasons}" if reasons else "CUDA graph: yes, after a warm-up")

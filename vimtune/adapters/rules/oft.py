@@ -62,6 +62,6 @@ def invert(matrices: Tensor) -> Tensor:
         for k in range(size):
             row = rest[:, k] / rest[:, k, k, None]
             column = rest[:, :, k] - identity[k]  # the row of the pivot itself is to become `row`
-            rest = rest - column[:, :, None] * row[:, None]
+            rest = torch.addcmul(rest, column[:, :, None], row[:, None], value=-1)
         found = rest[:, :, size:]
     return found @ (2 * identity - matrices @ found)

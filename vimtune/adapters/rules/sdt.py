@@ -11,6 +11,7 @@ states; beside them their places are, as buffers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
 
 
 class SparseRule(WeightRule):
-    """`difference` (n,) is added to the entries of a matrix at `places` (n,), which count its entries row by
-    row; zero at the start.
+    """`difference` (k, l) is added to the entries of a matrix at `places` (k l,), which count its entries row
+    by row; zero at the start.
 
     While places are sought, `trial`, which has the shape of the matrix, is added in its stead.
     """
 
-    def __init__(self, weight: Tensor, count: int) -> None:
+    def __init__(self, weight: Tensor, *size: int) -> None:
         super().__init__()
         self.shape = tuple(weight.shape)
-        self.difference = nn.Parameter(weight.new_zeros(count))
-        self.register_buffer("places", torch.arange(count, device=weight.device))
+        self.difference = nn.Parameter(weight.new_zeros(size))
+        self.register_buffer("places", torch.arange(math.prod(size), device=weight.device))
         self.places: Tensor
         self.register_parameter("trial", None)
         self.trial: nn.Parameter | None
@@ -43,11 +44,8 @@ class SparseRule(WeightRule):
     def effective_weight(self, weight: Tensor) -> Tensor:
         if self.trial is not None:
             return weight + self.trial
-        spread = torch.zeros_like(weight).flatten().scatter(0, self.places, self.difference)
+        spread = torch.zeros_like(weight).flatten().scatter(0, self.places, self.difference.flatten())
         return weight + spread.view_as(weight)
-
-    def decay(self, tensor: str, exempt: bool) -> float:
-        return 0.0 if exempt else 1.0
 
     def misfit(self, tensor: str, value: Tensor) -> str | None:
         if tensor != "places":
@@ -59,11 +57,7 @@ class SparseRule(WeightRule):
 
 
 class StatesRule(SparseRule):
-    """Kept states of kept channels of A_log (E, N)."""
-
-    def __init__(self, weight: Tensor, num_channels: int, num_states: int) -> None:
-        super().__init__(weight, num_channels * num_states)
-        self.num_channels, self.num_states = num_channels, num_states
+    """Kept states of kept channels of A_log (E, N): `difference` is (channels, states)."""
 
     def select(self, scores: Tensor) -> Tensor:
         """Keep the channels and states with the largest scores (E, N); of equal ones the first.
@@ -71,17 +65,18 @@ class StatesRule(SparseRule):
         Returns:
             The kept channels (k,), ascending.
         """
-        channels = _largest(scores.sum(1), self.num_channels)
-        states = _largest(scores[channels], self.num_states)
+        num_channels, num_states = self.difference.shape
+        channels = _largest(scores.sum(1), num_channels)
+        states = _largest(scores[channels], num_states)
         self.places.copy_((channels[:, None] * scores.shape[1] + states).flatten())
         return channels
 
 
 class ColumnsRule(SparseRule):
-    """Kept columns of rows of x_proj (rows, E)."""
+    """Kept columns of rows of x_proj (rows, E): `difference` is (rows, channels)."""
 
     def __init__(self, weight: Tensor, channels: Tensor) -> None:
-        super().__init__(weight, len(weight) * len(channels))
+        super().__init__(weight, len(weight), len(channels))
         self.select(channels)
 
     def select(self, channels: Tensor) -> None:

@@ -87,17 +87,32 @@ class StateOffsetRule(CallRule):
         self.place = (site.owner,)
         self.scan = scan
         self.suffixes = tuple(suffixes)
-        rows = declaration_of(site.owner).rows(site.owner)
-        self.offsets = nn.ModuleList()
-        for suffix in suffixes:
-            C = rows[f"x_proj{suffix}.weight"]["C"]
-            self.offsets.append(StateOffset(site, scan.width, C.stop - C.start, rank))
+        self.num_states = self.states_of_scan()
+        self.offsets = nn.ModuleList(
+            StateOffset(site, scan.width, num_states, rank) for num_states in self.num_states
+        )
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
         C = torch.cat([self.projection(x, suffix) for suffix in self.suffixes], -1)
         offsets = torch.cat([offset() for offset in self.offsets], 1) / len(self.suffixes)
         return torch.addcmul(
             call(x), F.silu(x[..., self.scan.columns["z"]]), F.linear(C, offsets.to(C.dtype))
+        )
+
+    def states_of_scan(self) -> list[int]:
+        """N of each direction, as the mixer has them at present."""
+        mixer: Any = self.place[0]
+        rows = declaration_of(mixer).rows(mixer)
+        found = (rows[f"x_proj{suffix}.weight"]["C"] for suffix in self.suffixes)
+        return [C.stop - C.start for C in found]
+
+    def outgrown(self) -> str | None:
+        present = self.states_of_scan()
+        if present == self.num_states:
+            return None
+        return (
+            f"it has offsets of {self.num_states[0]} states, and the scan has {present[0]}: name the method "
+            "that adds states before state_offset"
         )
 
     def projection(self, xz: Tensor, suffix: str) -> Tensor:
