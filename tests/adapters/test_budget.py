@@ -86,7 +86,7 @@ def test_the_budget_of_a_vim_and_what_is_said_of_it(caplog):
     assert trained(model) == 294_912
 
 
-def test_a_block_size_divides_and_a_rank_is_at_most_the_smaller_side():
+def test_a_block_size_divides_and_a_rank_is_at_most_the_larger_side():
     model = vimtune.inject(plain(), "prodial", rank=2, budget=10**6)
     blocks = model.layers[0].mixer.in_proj.adapters["weight"]["default"].blocks
     sides = {
@@ -94,7 +94,7 @@ def test_a_block_size_divides_and_a_rank_is_at_most_the_smaller_side():
     }
     assert all(side % blocks.shape[-1] == 0 for side in sides) and blocks.shape[-1] == min(sides)
     rank = vimtune.inject(plain(), "lora", budget=10**6).layers[0].mixer.in_proj.adapters["weight"]["default"]
-    assert rank.branch.lora_A.shape[0] == min(plain().layers[0].mixer.out_proj.weight.shape)
+    assert rank.branch.lora_A.shape[0] == max(plain().layers[0].mixer.out_proj.weight.shape)
 
 
 def test_several_methods_share_a_budget():
