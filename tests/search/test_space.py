@@ -14,6 +14,7 @@ from vimtune.recipe import Recipe
 from vimtune.search.composing import recipe_values
 from vimtune.search.plan import read_plan, varied_keys
 from vimtune.search.reading import SpaceError, parse_space, published_spaces, read_space_file
+from vimtune.search.results import describe
 from vimtune.search.space import NONE, WITHOUT
 from vimtune.search.study import drawn_again
 
@@ -55,6 +56,16 @@ def test_parts_of_one_method_are_told_apart_by_their_targets_and_the_whole_comes
     }
     assert list(values["peft_kwargs"]["lora"]["rank"]) == ["in_proj", "in_proj[x]"], "the last one holds"
     Recipe(**values)
+
+
+def test_tables_show_what_varies() -> None:
+    values = copy.deepcopy(SPACE)
+    values["parts"]["biases"] = {"method": "lora", "targets": "D", "options": {"rank": 1, "dropout": 0.1}}
+    values["parts"]["proj"]["options"]["dropout"] = 0.0
+    space = parse(values)
+    params = {"proj": True, "proj.rank": 2, "biases": True, "lr": 0.01, "weight_decay": 0}
+    shown = space.varying(space.draw(drawn_again(params), {}))
+    assert describe(shown) == "proj (rank 2, alpha 1), biases; lr 0.01, weight_decay 0"
 
 
 def test_values_are_multiplied_whichever_is_stated_first() -> None:

@@ -29,7 +29,7 @@ LISTED = 1000
 _HEADINGS = ("trial", "state", "score", "epoch", "parameters", "seconds")
 
 Describe = Callable[[Trial], Drawn]
-"""What a trial has drawn."""
+"""What is to be shown of what a trial has drawn."""
 
 
 def describe(drawn: Drawn) -> str:

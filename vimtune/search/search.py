@@ -165,12 +165,16 @@ class Step:
         self._write(picture=True)
         if not ranked:
             raise ValueError(f"no trial has succeeded; the reasons are in {where}/trials.md")
-        results.print_trials(ranked, self.drawn, self.score, self.console)
+        results.print_trials(ranked, self.varying, self.score, self.console)
         return self.drawn(ranked[0])
 
     def drawn(self, trial: Trial) -> Drawn:
         """What a trial has drawn."""
         return self.space.draw(drawn_again(trial.params), self.base)
+
+    def varying(self, trial: Trial) -> Drawn:
+        """What tables say of it: what is not the same in every trial."""
+        return self.space.varying(self.drawn(trial))
 
     # --- what the workers ask for
 
@@ -219,7 +223,7 @@ class Step:
             parts.append(f"val {self.score.title} {self.score.show(outcome.score)} in epoch {outcome.epoch}")
         if outcome.parameters is not None:
             parts.append(f"{outcome.parameters:,} parameters")
-        parts.append(outcome.reason or results.describe(self.drawn(trial)))
+        parts.append(outcome.reason or results.describe(self.varying(trial)))
         if ranked := self.study.ranked():
             best = ranked[0].outcome
             assert best is not None and best.score is not None
@@ -232,7 +236,7 @@ class Step:
         best = {trial.number for trial in ranked}
         ordered = [*ranked, *(trial for trial in trials if trial.number not in best)]
         results.write_text(self.folder / "trials.csv", results.to_csv(ordered))
-        table = partial(results.to_markdown, drawn=self.drawn, score=self.score)
+        table = partial(results.to_markdown, drawn=self.varying, score=self.score)
         results.write_text(self.folder / "trials.md", table(ordered))
         if picture:
             winner = next(iter(ranked), None)
