@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -221,16 +221,15 @@ def points_in_order(points: Points) -> list[str]:
     return [*paths, *points.calls]
 
 
-def refuse_overlaps(paths: Sequence[str]) -> None:
+def refuse_overlaps(paths: Collection[str]) -> None:
     """Refuse points of one method of which one is a part of another.
 
     Raises:
         ValueError: rows are among them, and the parameter that they belong to is, too.
     """
-    wholes = {path for path in paths if "[" not in path}
     for path in sorted(paths):
         whole = path.partition("[")[0]
-        if whole != path and whole in wholes:
+        if whole != path and whole in paths:
             raise ValueError(
                 f"{path} is a part of {whole}, which the same method adapts as a whole: name one of the two"
             )

@@ -160,8 +160,8 @@ def draw_trials(trials: Sequence[Trial], winner: Trial | None, score: Score, tit
         if sizes and min(sizes) > 0 and max(sizes) > 5 * min(sizes):
             over_size.set_xscale("log")
             over_size.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            over_size.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
             over_size.xaxis.set_minor_formatter(NullFormatter())
+        over_size.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
         over_size.set(xlabel="trained parameters")
         for axes in (over_time, over_size):
             axes.grid(alpha=0.3)
