@@ -249,7 +249,7 @@ def test_an_outcome_of_somebody_else_is_compared_with_a_schema(tmp_path) -> None
 
 
 def test_journals_that_are_too_long_are_not_read(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(studies, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(studies, "MAX_BYTES", 10)
     (tmp_path / "j").write_bytes(b"x" * 11)
     with pytest.raises(ValueError, match="has 11 bytes; at most 10 are read"):
         study(tmp_path / "j")

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from search_runs import SPACE, tiny_plan
 
 from vimtune.methods import METHODS
@@ -213,6 +215,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"keys": {"lr": {"value": 1, "times": "min_lr"}, "min_lr": {"choose": [1], "times": "lr"}}},
         "keys: lr: times = 'min_lr': expected one that is not itself multiplied by lr",
     ),
+    "the name of a key": (
+        {"parts": {"lr": {"method": "lora"}}, "keys": {"lr": {"low": 1, "high": 2}}},
+        "part lr has the name of a key that is drawn",
+    ),
     "the same place": (
         {"parts": {"a": {"method": "lora", "targets": "D"}, "b": {"method": "lora", "targets": "D"}}},
         "part b: a is the same method with the same targets",
@@ -246,10 +252,49 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert len(error.value.problems) == 6
 
 
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.sampled_from(["lora", "lr", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["low", "high", "choose", "times", "value", "rank", "lr", "a"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+"""Values as YAML has them."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["parts", "keys", "refine", "combine", "x"]), PLAIN)
+    | st.builds(lambda part: {"parts": {"a": {"method": "lora", **part}}}, st.dictionaries(
+        st.sampled_from(["options", "refine", "targets", "optional", "method"]), PLAIN))
+    | st.builds(lambda lr: {"parts": {"a": {"method": "lora"}}, "keys": {"lr": lr}}, PLAIN)
+)  # fmt: skip
+def test_any_values_are_a_space_or_refused(values: dict[str, Any]) -> None:
+    try:
+        space = parse(values)
+    except SpaceError as error:
+        assert error.problems and not any("\n" in problem for problem in error.problems)
+    else:
+        assert space.parts
+
+
 def test_what_does_not_fit_the_recipe_is_said_before_the_first_trial() -> None:
     plan = tiny_plan(space={**SPACE, "keys": {"warmup_epochs": {"low": 0, "high": 5}}})
     with pytest.raises(SpaceError, match=r"warmup_epochs = 5 is longer than the run \(epochs = 2\)"):
         plan.check()
+
+
+def test_a_plan_that_could_not_be_read_again_is_refused() -> None:
+    parts = {f"p{number}": {"method": "lora", "targets": ["x" * 8000]} for number in range(10)}
+    with pytest.raises(SpaceError, match=r"the plan has [\d,]+ characters; at most 65,536 are read again"):
+        tiny_plan(space={"parts": parts}).check()
 
 
 def test_files_of_spaces_and_plans(tmp_path) -> None:

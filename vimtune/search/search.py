@@ -125,6 +125,8 @@ class Step:
     console: Console
     active: dict[int, optuna.Trial] = field(default_factory=dict)
     """The trials that are running, by number."""
+    waiting: list[optuna.Trial] = field(default_factory=list)
+    """Those that had begun when the search was stopped, and are to go on."""
 
     @cached_property
     def study(self) -> Study:
@@ -150,7 +152,7 @@ class Step:
         Raises:
             ValueError: no trial has succeeded.
         """
-        self._waiting = self.study.unfinished()
+        self.waiting = self.study.unfinished()
         done = sum(trial.outcome is not None for trial in self.study.trials())
         where = printable(str(self.folder))
         what = f"{self.name}: {self.plan.trials} trials in {where}"
@@ -178,8 +180,8 @@ class Step:
 
     def next_job(self) -> Job | None:
         """The next trial; None if there are enough."""
-        if self._waiting:
-            trial = self._waiting.pop(0)
+        if self.waiting:
+            trial = self.waiting.pop(0)
         elif len(self.study) < self.plan.trials:
             trial = self.study.ask()
         else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimtune.schema import MAX_TEXT_BYTES, check
+from vimtune.schema import check
 from vimtune.search.settings import Chooser
 from vimtune.search.trial import TrialOutcome
 from vimtune.text import printable
@@ -24,6 +24,8 @@ from vimtune.utils import installed_version
 if TYPE_CHECKING:
     import optuna
 
+MAX_BYTES = 512 * 2**20
+"""Longest journal that is read; the largest number of trials with a hundred epochs has half of it."""
 OLDEST = 4
 """First major version of optuna that is supported."""
 _OUTCOME = "outcome"
@@ -216,8 +218,8 @@ def _repair(path: Path) -> None:
     if not path.is_file() or path.is_symlink():
         raise ValueError(f"{shown} is not a regular file")
     size = path.stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{shown} has {size:,} bytes; at most {MAX_TEXT_BYTES:,} are read")
+    if size > MAX_BYTES:
+        raise ValueError(f"{shown} has {size:,} bytes; at most {MAX_BYTES:,} are read")
     whole = path.read_bytes().rpartition(b"\n")
     if whole[2]:
         os.truncate(path, len(whole[0]) + len(whole[1]))
