@@ -5,6 +5,7 @@ What a test cannot do within seconds is replaced, and only as stated here:
 - Tools of developers (`DEVELOPERS_TOOLS`) are not started; what they name has to exist.
 - Training lasts one epoch on a tiny model (`TINY`); `--dataset flowers`, whose images are not at hand, and
   everything with `--config` end when the recipe is ready; torchrun's processes are one.
+- Searches end when their plan is ready.
 - The README's Python starts from random weights instead of downloaded ones, of a tiny language model.
 """
 
@@ -22,12 +23,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import vimtune
 from vimtune import cli, language
 from vimtune.cli.train import EXAMPLES
 from vimtune.methods import METHODS
+from vimtune.recipe import Recipe
+from vimtune.search.plan import Plan
 from vimtune.testing import check_method
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +68,13 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("documents")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "my-recipe.yaml").write_text("lr: 0.01\n")
+    (space,) = (body for _, language, body in BLOCKS if language == "yaml")
+    (folder / "my-space.yaml").write_text(space)
+    (folder / "runs" / "my-search").mkdir(parents=True)
+    Plan("my", Recipe(), yaml.safe_load(space), trials=1, seed=0, prune=True).save(
+        folder / "runs" / "my-search" / "search.yaml"
+    )
+    Recipe().save(folder / "runs" / "my-search" / "best.yaml")
     image(folder / "photo.jpg", "red")
     for name, color in (("rose", "red"), ("violet", "blue")):
         for index in range(8):
@@ -113,6 +124,7 @@ def test_the_documents_have_what_this_test_looks_for():
     assert len(COMMANDS) >= 18 and len(FLAGS) >= 3
     assert [(name, language) for name, language, _ in BLOCKS if language] == [
         ("README.md", "python"),
+        ("README.md", "yaml"),
         ("README.md", "python"),
         ("CONTRIBUTING.md", "python"),
         ("CONTRIBUTING.md", "python"),
@@ -134,6 +146,14 @@ def test_commands(line, here, request, capsys):
     line = re.sub(r"^python train_vim\.py", "vimtune train", line)
     program, command, *arguments = shlex.split(line)
     assert program == "vimtune" and command in cli.COMMANDS
+    if command == "search":
+        pytest.importorskip("optuna")
+        plans: list = []
+        request.getfixturevalue("monkeypatch").setattr(
+            "vimtune.search.search.run_search", lambda plan, *others: plans.append(plan)
+        )
+        assert cli.main([command, *arguments]) == 0 and len(plans) == 1
+        return
     if command != "train":
         if ("--task" in arguments or "runs/my-texts" in arguments) and not HAS_TRANSFORMERS:
             pytest.skip("no transformers 5.21")

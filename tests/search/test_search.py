@@ -15,11 +15,13 @@ from search_runs import SPACE, flags, tiny_plan
 
 from vimtune import cli
 from vimtune.data.synthetic import SyntheticFlowers
-from vimtune.recipe import load_recipe
+from vimtune.recipe import Recipe, load_recipe
 from vimtune.search import study as studies
+from vimtune.search.plan import Plan
 from vimtune.search.search import Step, begin, run_search
 from vimtune.search.study import Study
-from vimtune.search.trial import TrialOutcome
+from vimtune.search.trial import TrialOutcome, value_of
+from vimtune.tasks.classification import Classification
 from vimtune.training import train
 
 
@@ -150,6 +152,22 @@ def test_two_steps_refine_what_the_first_one_has_found(tmp_path, capsys) -> None
     assert "small, step 1: 1 trials in" in out and "train it with:" in out and "best.yaml" in out
 
 
+def test_texts_without_classes_are_compared_by_their_loss(tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+    texts = [{"text": f"{word} is a word"} for word in ("one", "two", "three", "four", "five", "six")]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
+    opened = []
+    monkeypatch.setattr("vimtune.tasks.text.job.open_test", lambda *args: opened.append(args))
+    space = {"parts": {"low": {"method": "lora", "options": {"rank": {"low": 1, "high": 2}}}}}
+    settings = {"task": "text", "data_dir": str(tmp_path), "model": "mamba_tiny", "train_size": 5}
+    recipe = Recipe(**settings, epochs=1, warmup_epochs=0, device="cpu", threads=1)
+    search(Plan("texts", recipe, space, trials=1, seed=0, prune=True), tmp_path / "search")
+    assert not opened
+    out = capsys.readouterr().out
+    assert "trial 0: complete; val loss " in out and "val loss -" not in out
+    assert float(rows(tmp_path / "search")[0]["score"]) > 0
+
+
 def test_trials_that_cannot_run_are_told_and_a_hopeless_search_ends(tmp_path) -> None:
     parts = {"nowhere": {"method": "lora", "targets": "nowhere", "optional": False}}
     with pytest.raises(ValueError, match=r"the first 3 trials have failed, the last one so: .*'nowhere'"):
@@ -162,27 +180,36 @@ def test_trials_that_cannot_run_are_told_and_a_hopeless_search_ends(tmp_path) ->
 
 
 def study(path: Path, **changes: Any) -> Study:
-    settings = {"seed": 1, "higher_is_better": True, "prune": True, "epochs": 10, **changes}
-    return Study(path, **settings)
+    return Study(path, **{"seed": 1, "prune": True, "epochs": 10, **changes})
 
 
-@pytest.mark.parametrize("higher", [True, False])
-def test_trials_that_lag_behind_are_ended(tmp_path, higher) -> None:
-    found, sign = study(tmp_path / "j", higher_is_better=higher), 1 if higher else -1
+def test_trials_that_lag_behind_are_ended(tmp_path) -> None:
+    found = study(tmp_path / "j")
     for number in range(5):
         trial = found.ask()
         trial.suggest_float("lr", 0.0, 1.0)
-        assert all(found.keep_on(trial, epoch, sign * (number + epoch)) for epoch in range(1, 4))
-        found.finish(trial, TrialOutcome("complete", score=float(sign * number), epoch=3, parameters=number))
+        assert all(found.keep_on(trial, epoch, number + epoch) for epoch in range(1, 4))
+        found.finish(trial, TrialOutcome("complete", value=float(number), epoch=3, parameters=number))
     bad = found.ask()
-    assert found.keep_on(bad, 1, sign * -9.0), "not in the first tenth"
-    assert not found.keep_on(bad, 2, sign * -9.0)
+    assert found.keep_on(bad, 1, -9.0), "not in the first tenth"
+    assert not found.keep_on(bad, 2, -10.0)
     found.finish(bad, TrialOutcome("pruned"))
     ended = found.trials()[5].outcome
-    assert ended is not None and (ended.score, ended.epoch) == (sign * -9.0, 1)
+    assert ended is not None and (ended.value, ended.epoch) == (-9.0, 1)
     assert [trial.number for trial in found.ranked()] == [4, 3, 2, 1, 0]
-    never = study(tmp_path / "k", higher_is_better=higher, prune=False)
-    assert never.keep_on(never.ask(), 2, sign * -9.0)
+    never = study(tmp_path / "k", prune=False)
+    assert never.keep_on(never.ask(), 2, -9.0)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"loss": 1.5, "top1": 40.0, "top5": None}, (40.0, "top1")),
+        ({"loss": 1.5, "top1": None, "top5": None}, (-1.5, "loss")),
+    ],
+)
+def test_trials_are_compared_by_the_first_score_or_by_the_loss(record, expected) -> None:
+    assert value_of(Classification(), record) == expected
 
 
 def test_what_a_trial_draws_depends_on_the_seed_and_the_trials_before_it(tmp_path) -> None:
@@ -191,7 +218,7 @@ def test_what_a_trial_draws_depends_on_the_seed_and_the_trials_before_it(tmp_pat
         for _ in range(14):  # more than those that are drawn at random
             trial = found.ask()
             values.append(trial.suggest_float("lr", 0.0, 1.0))
-            found.finish(trial, TrialOutcome("complete", score=-((values[-1] - 0.3) ** 2)))
+            found.finish(trial, TrialOutcome("complete", value=-((values[-1] - 0.3) ** 2)))
             found = study(path, seed=seed) if reopen else found
         return values
 
@@ -215,14 +242,14 @@ def test_a_damaged_journal_is_one_line(tmp_path, content) -> None:
 def test_an_outcome_of_somebody_else_is_compared_with_a_schema(tmp_path) -> None:
     found = study(tmp_path / "j")
     trial = found.ask()
-    trial.set_user_attr("outcome", {"state": "won", "score": "high"})
+    trial.set_user_attr("outcome", {"state": "won", "value": "high"})
     found._study.tell(trial, 1.0)
     with pytest.raises(ValueError, match="the journal: trial 0 does not have the expected form: state"):
         found.trials()
 
 
 def test_journals_that_are_too_long_are_not_read(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(studies, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(studies, "MAX_BYTES", 10)
     (tmp_path / "j").write_bytes(b"x" * 11)
     with pytest.raises(ValueError, match="has 11 bytes; at most 10 are read"):
         study(tmp_path / "j")

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from search_runs import SPACE, tiny_plan
 
-from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
 from vimtune.search.composing import recipe_values
 from vimtune.search.plan import read_plan, varied_keys
 from vimtune.search.reading import SpaceError, parse_space, published_spaces, read_space_file
+from vimtune.search.results import describe
 from vimtune.search.space import NONE, WITHOUT
 from vimtune.search.study import drawn_again
 
@@ -55,6 +57,16 @@ def test_parts_of_one_method_are_told_apart_by_their_targets_and_the_whole_comes
     }
     assert list(values["peft_kwargs"]["lora"]["rank"]) == ["in_proj", "in_proj[x]"], "the last one holds"
     Recipe(**values)
+
+
+def test_tables_show_what_varies() -> None:
+    values = copy.deepcopy(SPACE)
+    values["parts"]["biases"] = {"method": "lora", "targets": "D", "options": {"rank": 1, "dropout": 0.1}}
+    values["parts"]["proj"]["options"]["dropout"] = 0.0
+    space = parse(values)
+    params = {"proj": True, "proj.rank": 2, "biases": True, "lr": 0.01, "weight_decay": 0}
+    shown = space.varying(space.draw(drawn_again(params), {}))
+    assert describe(shown) == "proj (rank 2, alpha 1), biases; lr 0.01, weight_decay 0"
 
 
 def test_values_are_multiplied_whichever_is_stated_first() -> None:
@@ -114,7 +126,6 @@ MINIMAL = {
     "bias": ("bias_tuning", None, None),
 }
 """The 19 switches of MambaPEFT's first step: method, place, size."""
-NEEDED = {method for method, _, _ in MINIMAL.values()}
 SIZES = {"lora": "rank", "affix": "num_tokens", "prompt": "num_tokens", "additional_scan": "num_states"}
 
 
@@ -135,7 +146,6 @@ def test_the_published_space_is_that_of_the_paper() -> None:
             assert part["options"]["alpha"] == {"value": scale, "times": "rank"}
 
 
-@pytest.mark.skipif(not set(METHODS) >= NEEDED, reason="not all of its methods are there")
 def test_the_published_winner_is_a_recipe_of_this_space() -> None:
     plan = tiny_plan(space=read_space_file("mambapeft"))
     plan.check()
@@ -202,6 +212,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"keys": {"lr": {"value": 1, "times": "min_lr"}, "min_lr": {"choose": [1], "times": "lr"}}},
         "keys: lr: times = 'min_lr': expected one that is not itself multiplied by lr",
     ),
+    "the name of a key": (
+        {"parts": {"lr": {"method": "lora"}}, "keys": {"lr": {"low": 1, "high": 2}}},
+        "part lr has the name of a key that is drawn",
+    ),
     "the same place": (
         {"parts": {"a": {"method": "lora", "targets": "D"}, "b": {"method": "lora", "targets": "D"}}},
         "part b: a is the same method with the same targets",
@@ -235,10 +249,49 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert len(error.value.problems) == 6
 
 
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.sampled_from(["lora", "lr", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["low", "high", "choose", "times", "value", "rank", "lr", "a"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+"""Values as YAML has them."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(["parts", "keys", "refine", "combine", "x"]), PLAIN)
+    | st.builds(lambda part: {"parts": {"a": {"method": "lora", **part}}}, st.dictionaries(
+        st.sampled_from(["options", "refine", "targets", "optional", "method"]), PLAIN))
+    | st.builds(lambda lr: {"parts": {"a": {"method": "lora"}}, "keys": {"lr": lr}}, PLAIN)
+)  # fmt: skip
+def test_any_values_are_a_space_or_refused(values: dict[str, Any]) -> None:
+    try:
+        space = parse(values)
+    except SpaceError as error:
+        assert error.problems and not any("\n" in problem for problem in error.problems)
+    else:
+        assert space.parts
+
+
 def test_what_does_not_fit_the_recipe_is_said_before_the_first_trial() -> None:
     plan = tiny_plan(space={**SPACE, "keys": {"warmup_epochs": {"low": 0, "high": 5}}})
     with pytest.raises(SpaceError, match=r"warmup_epochs = 5 is longer than the run \(epochs = 2\)"):
         plan.check()
+
+
+def test_a_plan_that_could_not_be_read_again_is_refused() -> None:
+    parts = {f"p{number}": {"method": "lora", "targets": ["x" * 8000]} for number in range(10)}
+    with pytest.raises(SpaceError, match=r"the plan has [\d,]+ characters; at most 65,536 are read again"):
+        tiny_plan(space={"parts": parts}).check()
 
 
 def test_files_of_spaces_and_plans(tmp_path) -> None:

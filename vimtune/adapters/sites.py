@@ -163,7 +163,7 @@ def select_sites(
             _refuse_head(points, target, head)
         sites[method.name] = [path for path in selected(method, points, targets, layers) if path not in head]
         if not method.adds_up:
-            refuse_overlaps(sites[method.name])
+            refuse_overlaps(frozenset(sites[method.name]))
         if not sites[method.name] and not method.trains_head_only:
             where = "its own choice of targets" if own is None else f"targets {quote(own)}"
             raise ValueError(

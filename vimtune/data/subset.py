@@ -20,8 +20,6 @@ Part = tuple[ImageDataset, Sequence[int]]
 class DrawnImages(ImageDataset):
     """Images that were drawn from one split or from several."""
 
-    summary = "images drawn from a data set"
-
     def __init__(self, split: str, parts: Sequence[Part], how: str) -> None:
         """The images of `parts`, one part after the other.
 

@@ -16,7 +16,7 @@ from vimtune.search.composing import method_keys, recipe_values
 from vimtune.search.reading import SpaceError, parse_space
 from vimtune.search.settings import Plain
 from vimtune.search.space import Drawn, Space
-from vimtune.strict_yaml import read_yaml
+from vimtune.strict_yaml import MAX_BYTES, read_yaml
 from vimtune.tasks import TASKS
 from vimtune.text import printable, quote
 from vimtune.utils import atomic_write
@@ -28,7 +28,7 @@ FORMAT = "vimtune search 1"
 _KEYS = ("format", "name", "trials", "seed", "prune", "space", "recipe")
 _OF_A_RUN = ("output_dir", "resume", "force")
 """Keys of the recipe that each trial has for itself."""
-MAX_TRIALS = 100_000
+MAX_TRIALS = 10_000
 """Most trials of a step."""
 
 
@@ -68,6 +68,8 @@ class Plan:
         if "test" not in keys_of(task):
             reason = "so that a trial would open the test split: a search scores on a validation split alone"
             raise SpaceError([f"task {quote(task)} has no key `test`, {reason}"])
+        if (length := len(self.text())) > MAX_BYTES:
+            raise SpaceError([f"the plan has {length:,} characters; at most {MAX_BYTES:,} are read again"])
         space = self.space
         problems: dict[str, None] = {}
         for high in (False, True):
@@ -110,9 +112,9 @@ class Plan:
             values |= {"train_split": "train+val", "eval_split": None}
         return Recipe.from_values(values)
 
-    def save(self, path: Path) -> None:
-        """Write the plan as YAML, atomically."""
-        recipe = {name: value for name, value in self.recipe.to_dict().items() if name not in _OF_A_RUN}
+    def text(self) -> str:
+        """The plan as YAML."""
+        left_out = {*_OF_A_RUN, *method_keys()}
         values = {
             "format": FORMAT,
             "name": self.name,
@@ -120,9 +122,13 @@ class Plan:
             "seed": self.seed,
             "prune": self.prune,
             "space": self.values,
-            "recipe": {name: value for name, value in recipe.items() if name not in method_keys()},
+            "recipe": {name: value for name, value in self.recipe.to_dict().items() if name not in left_out},
         }
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def save(self, path: Path) -> None:
+        """Write the plan, whole or not at all."""
+        text = self.text()
 
         def write(temporary: Path) -> None:
             temporary.write_text(text, encoding="utf-8")

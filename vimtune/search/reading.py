@@ -273,6 +273,9 @@ def _number(value: Any) -> int | float:
 
 def _contradictions(space: Space) -> Iterable[str]:
     """What is wrong with a space whose parts are right by themselves."""
+    for name in space.parts:
+        if name in space.keys or name in space.refined_keys:
+            yield f"part {name} has the name of a key that is drawn: choose another name"
     if space.alternatives and space.remove_one:
         yield "refine: remove_one does not go with combine = one, where a trial has a single part"
     if space.alternatives:

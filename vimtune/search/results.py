@@ -29,7 +29,7 @@ LISTED = 1000
 _HEADINGS = ("trial", "state", "score", "epoch", "parameters", "seconds")
 
 Describe = Callable[[Trial], Drawn]
-"""What a trial has drawn."""
+"""What is to be shown of what a trial has drawn."""
 
 
 def describe(drawn: Drawn) -> str:
@@ -46,6 +46,11 @@ def _show(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else printable(str(value))
 
 
+def shown(trial: Trial, score: Score) -> float:
+    """The value of a trial as the task states it: a loss is positive again."""
+    return trial.value if score.higher_is_better else -trial.value
+
+
 def _cells(trial: Trial, score: Score) -> list[str]:
     """What tables say of a trial, below `_HEADINGS`."""
     found = trial.outcome
@@ -54,7 +59,7 @@ def _cells(trial: Trial, score: Score) -> list[str]:
     return [
         str(trial.number),
         found.state,
-        "" if found.score is None else score.show(found.score),
+        score.show(shown(trial, score)) if trial.has_value else "",
         str(found.epoch or ""),
         "" if found.parameters is None else f"{found.parameters:,}",
         f"{found.seconds:.0f}",
@@ -75,7 +80,7 @@ def to_markdown(trials: Sequence[Trial], drawn: Describe, score: Score) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_csv(trials: Sequence[Trial]) -> str:
+def to_csv(trials: Sequence[Trial], score: Score) -> str:
     """The table of trials with a column for everything that was drawn."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     text = io.StringIO()
@@ -86,7 +91,13 @@ def to_csv(trials: Sequence[Trial]) -> str:
         figures = (
             ["running", "", "", "", ""]
             if found is None
-            else [found.state, found.score, found.epoch, found.parameters, found.seconds]
+            else [
+                found.state,
+                shown(trial, score) if trial.has_value else None,
+                found.epoch,
+                found.parameters,
+                found.seconds,
+            ]
         )
         drawn = [trial.params.get(name, "") for name in names]
         reason = "" if found is None else csv_cell(printable(found.reason))
@@ -126,15 +137,14 @@ def draw_trials(trials: Sequence[Trial], winner: Trial | None, score: Score, tit
     with picture_style():
         figure = Figure(figsize=(10, 4.4), layout="constrained")
         over_time, over_size = figure.subplots(1, 2, sharey=True)
-        scored = [trial for trial in trials if trial.outcome is not None and trial.outcome.score is not None]
-        whole = [trial for trial in scored if trial.outcome is not None and trial.outcome.state == "complete"]
-        ended = [trial for trial in scored if trial not in whole]
-        values = [_score(trial) for trial in whole]
+        whole = [trial for trial in trials if trial.is_complete]
+        ended = [trial for trial in trials if trial.has_value and not trial.is_complete]
+        values = [shown(trial, score) for trial in whole]
         numbers = [trial.number for trial in whole]
         over_time.scatter(numbers, values, s=22, color="tab:blue", label="complete", zorder=3)
         if ended:
             at = [trial.number for trial in ended]
-            seen = [_score(trial) for trial in ended]
+            seen = [shown(trial, score) for trial in ended]
             over_time.scatter(at, seen, s=22, color="0.6", marker="x", label="ended early")
         best: list[float] = []
         for value in values:
@@ -154,25 +164,20 @@ def draw_trials(trials: Sequence[Trial], winner: Trial | None, score: Score, tit
                 "edgecolors": "tab:orange",
                 "linewidths": 1.8,
             }
-            place = [winner.outcome.parameters or 0], [_score(winner)]
+            place = [winner.outcome.parameters or 0], [shown(winner, score)]
             over_size.scatter(*place, label=f"best: trial {winner.number}", zorder=4, **ring)
             over_size.legend(loc="best")
         if sizes and min(sizes) > 0 and max(sizes) > 5 * min(sizes):
             over_size.set_xscale("log")
             over_size.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            over_size.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
             over_size.xaxis.set_minor_formatter(NullFormatter())
+        over_size.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
         over_size.set(xlabel="trained parameters")
         for axes in (over_time, over_size):
             axes.grid(alpha=0.3)
         over_time.legend(loc="best")
         figure.suptitle(title)
         return figure
-
-
-def _score(trial: Trial) -> float:
-    assert trial.outcome is not None and trial.outcome.score is not None
-    return trial.outcome.score
 
 
 def print_trials(trials: Sequence[Trial], drawn: Describe, score: Score, console: Console) -> None:

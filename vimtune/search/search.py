@@ -18,7 +18,7 @@ from vimtune.search import results
 from vimtune.search.plan import PLAN, Plan
 from vimtune.search.space import Drawn, Space
 from vimtune.search.study import Study, Trial, drawn_again
-from vimtune.search.trial import Job, TrialOutcome, keep_records
+from vimtune.search.trial import LOSS, Job, TrialOutcome, keep_records
 from vimtune.search.workers import run_here, run_in_processes
 from vimtune.tasks.base import Score
 from vimtune.text import printable
@@ -34,8 +34,6 @@ BEST = "best.yaml"
 """File of the recipe that is found."""
 _HOPELESS = 3
 """So many trials may fail before one succeeds."""
-_LOSS = Score("loss", "loss", percent=False, higher_is_better=False)
-"""What trials of a task without scores are compared by."""
 
 
 def run_search(plan: Plan, folder: Path, workers: int, packages: Sequence[str]) -> Recipe:
@@ -127,6 +125,8 @@ class Step:
     console: Console
     active: dict[int, optuna.Trial] = field(default_factory=dict)
     """The trials that are running, by number."""
+    waiting: list[optuna.Trial] = field(default_factory=list)
+    """Those that had begun when the search was stopped, and are to go on."""
 
     @cached_property
     def study(self) -> Study:
@@ -136,15 +136,15 @@ class Step:
         return Study(
             self.folder / "study.journal",
             seed=derive_seed(self.plan.seed, "step", self.number),
-            higher_is_better=self.score.higher_is_better,
             prune=self.plan.prune,
             epochs=self.plan.recipe.optimisation.epochs,
         )
 
     @property
     def score(self) -> Score:
-        """What trials are compared by."""
-        return next(iter(self.plan.recipe.task.scores), _LOSS)
+        """What trials are compared by: the task's first score, or the loss where the data do not have it."""
+        metrics = {trial.outcome.metric for trial in self.study.trials() if trial.outcome is not None}
+        return LOSS if LOSS.name in metrics else next(iter(self.plan.recipe.task.scores), LOSS)
 
     def run(self, workers: int, packages: Sequence[str]) -> Drawn:
         """Run the trials that are left; what the best of all has drawn.
@@ -152,7 +152,7 @@ class Step:
         Raises:
             ValueError: no trial has succeeded.
         """
-        self._waiting = self.study.unfinished()
+        self.waiting = self.study.unfinished()
         done = sum(trial.outcome is not None for trial in self.study.trials())
         where = printable(str(self.folder))
         what = f"{self.name}: {self.plan.trials} trials in {where}"
@@ -165,19 +165,23 @@ class Step:
         self._write(picture=True)
         if not ranked:
             raise ValueError(f"no trial has succeeded; the reasons are in {where}/trials.md")
-        results.print_trials(ranked, self.drawn, self.score, self.console)
+        results.print_trials(ranked, self.varying, self.score, self.console)
         return self.drawn(ranked[0])
 
     def drawn(self, trial: Trial) -> Drawn:
         """What a trial has drawn."""
         return self.space.draw(drawn_again(trial.params), self.base)
 
+    def varying(self, trial: Trial) -> Drawn:
+        """What tables say of it: what is not the same in every trial."""
+        return self.space.varying(self.drawn(trial))
+
     # --- what the workers ask for
 
     def next_job(self) -> Job | None:
         """The next trial; None if there are enough."""
-        if self._waiting:
-            trial = self._waiting.pop(0)
+        if self.waiting:
+            trial = self.waiting.pop(0)
         elif len(self.study) < self.plan.trials:
             trial = self.study.ask()
         else:
@@ -188,9 +192,9 @@ class Step:
         values = self.plan.trial_values(self.space, drawn, place)
         return Job(trial.number, values)
 
-    def keep_on(self, number: int, epoch: int, score: float) -> bool:
-        """Note the score of an epoch; whether the trial goes on."""
-        return self.study.keep_on(self.active[number], epoch, score)
+    def keep_on(self, number: int, epoch: int, value: float) -> bool:
+        """Note the value of an epoch; whether the trial goes on."""
+        return self.study.keep_on(self.active[number], epoch, value)
 
     def finish(self, job: Job, outcome: TrialOutcome) -> None:
         """Note what came of a trial, and say so.
@@ -212,18 +216,18 @@ class Step:
             )
 
     def _say(self, trial: Trial) -> None:
-        outcome = trial.outcome
-        assert outcome is not None, "it has just ended"
+        """Print a line about a trial that has just ended."""
+        outcome, score = trial.outcome, self.score
+        assert outcome is not None
         parts = [f"trial {trial.number}: {outcome.state}"]
-        if outcome.score is not None:
-            parts.append(f"val {self.score.title} {self.score.show(outcome.score)} in epoch {outcome.epoch}")
+        if trial.has_value:
+            value = score.show(results.shown(trial, score))
+            parts.append(f"val {score.title} {value} in epoch {outcome.epoch}")
         if outcome.parameters is not None:
             parts.append(f"{outcome.parameters:,} parameters")
-        parts.append(outcome.reason or results.describe(self.drawn(trial)))
-        if ranked := self.study.ranked():
-            best = ranked[0].outcome
-            assert best is not None and best.score is not None
-            parts.append(f"best: {self.score.show(best.score)} (trial {ranked[0].number})")
+        parts.append(outcome.reason or results.describe(self.varying(trial)))
+        for best in self.study.ranked()[:1]:
+            parts.append(f"best: {score.show(results.shown(best, score))} (trial {best.number})")
         print_line(self.console, "; ".join(parts))
 
     def _write(self, picture: bool) -> None:
@@ -231,8 +235,8 @@ class Step:
         ranked, trials = self.study.ranked(), self.study.trials()
         best = {trial.number for trial in ranked}
         ordered = [*ranked, *(trial for trial in trials if trial.number not in best)]
-        results.write_text(self.folder / "trials.csv", results.to_csv(ordered))
-        table = partial(results.to_markdown, drawn=self.drawn, score=self.score)
+        results.write_text(self.folder / "trials.csv", results.to_csv(ordered, self.score))
+        table = partial(results.to_markdown, drawn=self.varying, score=self.score)
         results.write_text(self.folder / "trials.md", table(ordered))
         if picture:
             winner = next(iter(ranked), None)

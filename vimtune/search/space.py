@@ -93,6 +93,11 @@ class Space:
             if name != without and (not part.optional or chooser.suggest_categorical(name, (True, False)))
         ]
 
+    def varying(self, drawn: Drawn) -> Drawn:
+        """The part of what was drawn that is not the same in every trial that has its parts."""
+        parts = {name: _varying(self.parts[name].options, values) for name, values in drawn.parts.items()}
+        return Drawn(parts, _varying(self.keys, drawn.keys))
+
     def refine(self, best: Drawn) -> Space:
         """The space of the second step, around the best trial of the first one."""
         parts = {}
@@ -120,3 +125,15 @@ def _draw(
         return drawn[name] * (value(factor) if factor in drawn and factor != name else base[factor])
 
     return {name: value(name) for name in settings}
+
+
+def _varying(settings: Mapping[str, Setting], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that are drawn, or multiplied by what is."""
+
+    def varies(name: str) -> bool:
+        factor = settings[name].times
+        if not isinstance(settings[name], Fixed):
+            return True
+        return factor is not None and factor in settings and factor != name and varies(factor)
+
+    return {name: value for name, value in values.items() if varies(name)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimtune.schema import MAX_TEXT_BYTES, check
+from vimtune.schema import check
 from vimtune.search.settings import Chooser
 from vimtune.search.trial import TrialOutcome
 from vimtune.text import printable
@@ -24,6 +24,8 @@ from vimtune.utils import installed_version
 if TYPE_CHECKING:
     import optuna
 
+MAX_BYTES = 512 * 2**20
+"""Longest journal that is read; the largest number of trials with a hundred epochs has half of it."""
 OLDEST = 4
 """First major version of optuna that is supported."""
 _OUTCOME = "outcome"
@@ -58,17 +60,32 @@ class Trial:
     outcome: TrialOutcome | None
     """None for a trial that has not ended."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it came to its end."""
+        return self.outcome is not None and self.outcome.state == "complete"
+
+    @property
+    def has_value(self) -> bool:
+        """Whether an epoch of it has a value."""
+        return self.outcome is not None and self.outcome.value is not None
+
+    @property
+    def value(self) -> float:
+        """The value of a trial that has one."""
+        assert self.outcome is not None and self.outcome.value is not None
+        return self.outcome.value
+
 
 class Study:
     """The trials of one step."""
 
-    def __init__(self, path: Path, *, seed: int, higher_is_better: bool, prune: bool, epochs: int) -> None:
+    def __init__(self, path: Path, *, seed: int, prune: bool, epochs: int) -> None:
         """Open the journal `path`, or begin it.
 
         Args:
             path: the file. Nobody else may have it open: the folder of the search is locked.
             seed: of the draws.
-            higher_is_better: whether a larger score is the better one.
             prune: whether trials that lag behind are ended early.
             epochs: length of a trial.
 
@@ -79,17 +96,16 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         _repair(path)
-        direction = "maximize" if higher_is_better else "minimize"
         free = max(1, epochs // 10)  # the first tenth says little
         pruner = optuna.pruners.MedianPruner(_STARTUP, free + 1) if prune else optuna.pruners.NopPruner()
-        self._seed, self._sign = seed, 1 if higher_is_better else -1
+        self._seed = seed
         shown = printable(str(path))
         try:
             from optuna.storages.journal import JournalFileBackend
 
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
             self._study = optuna.create_study(
-                study_name="search", storage=storage, direction=direction, pruner=pruner, load_if_exists=True
+                study_name="search", storage=storage, direction="maximize", pruner=pruner, load_if_exists=True
             )
             self._frozen()
         except OSError:
@@ -119,9 +135,9 @@ class Study:
         self._seed_sampler(len(self))
         return self._study.ask()
 
-    def keep_on(self, trial: optuna.Trial, epoch: int, score: float) -> bool:
-        """Note the score of an epoch; whether the trial goes on."""
-        trial.report(score, epoch)
+    def keep_on(self, trial: optuna.Trial, epoch: int, value: float) -> bool:
+        """Note the value of an epoch; whether the trial goes on."""
+        trial.report(value, epoch)
         return not trial.should_prune()
 
     def finish(self, trial: optuna.Trial, outcome: TrialOutcome) -> None:
@@ -133,11 +149,11 @@ class Study:
 
         seen: dict[int, float] = self._frozen()[trial.number].intermediate_values
         if outcome.state != "complete" and seen:
-            epoch = max(seen, key=lambda number: self._sign * seen[number])
-            outcome = dataclasses.replace(outcome, score=seen[epoch], epoch=epoch)
+            epoch = max(seen, key=lambda number: seen[number])
+            outcome = dataclasses.replace(outcome, value=seen[epoch], epoch=epoch)
         trial.set_user_attr(_OUTCOME, dataclasses.asdict(outcome))
         if outcome.state == "complete":
-            self._study.tell(trial, outcome.score)
+            self._study.tell(trial, outcome.value)
         else:
             self._study.tell(trial, state=TrialState.PRUNED)
 
@@ -161,19 +177,11 @@ class Study:
     def ranked(self) -> list[Trial]:
         """The trials that came to their end, the best one first; between equal ones the smaller one."""
 
-        def order(trial: Trial) -> tuple[float, float, int]:
-            outcome = trial.outcome
-            assert outcome is not None and outcome.score is not None
-            return (-self._sign * outcome.score, outcome.parameters or 0, trial.number)
+        def order(trial: Trial) -> tuple[float, int, int]:
+            assert trial.outcome is not None
+            return (-trial.value, trial.outcome.parameters or 0, trial.number)
 
-        whole = [
-            trial
-            for trial in self.trials()
-            if trial.outcome is not None
-            and trial.outcome.state == "complete"
-            and trial.outcome.score is not None
-        ]
-        return sorted(whole, key=order)
+        return sorted((trial for trial in self.trials() if trial.is_complete), key=order)
 
     def _frozen(self) -> list[optuna.trial.FrozenTrial]:
         trials: list[optuna.trial.FrozenTrial] = self._study.get_trials(deepcopy=False)
@@ -210,8 +218,8 @@ def _repair(path: Path) -> None:
     if not path.is_file() or path.is_symlink():
         raise ValueError(f"{shown} is not a regular file")
     size = path.stat().st_size
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"{shown} has {size:,} bytes; at most {MAX_TEXT_BYTES:,} are read")
+    if size > MAX_BYTES:
+        raise ValueError(f"{shown} has {size:,} bytes; at most {MAX_BYTES:,} are read")
     whole = path.read_bytes().rpartition(b"\n")
     if whole[2]:
         os.truncate(path, len(whole[0]) + len(whole[1]))

@@ -14,7 +14,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge
 
 from vimtune.schema import STRICT, Count
+from vimtune.tasks.base import Score, Task
 
+LOSS = Score("loss", "loss", percent=False, higher_is_better=False)
+"""What trials are compared by where the data have no score."""
 KEPT = ("recipe.yaml", "report.json", "metrics.jsonl", "log.txt")
 """What stays of the folder of a trial that is over. Weights do not: a search has many trials."""
 
@@ -22,7 +25,7 @@ MAX_REASON = 500
 """Characters of the reason why a trial failed that are kept."""
 
 KeepOn = Callable[[int, float], bool]
-"""Is told the number of an epoch and its score, and says whether the trial goes on."""
+"""Is told the number of an epoch and its value, and says whether the trial goes on."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,11 @@ class TrialOutcome:
     __pydantic_config__ = STRICT
 
     state: Literal["complete", "pruned", "failed"]
-    score: float | None = None
-    """The best score on the validation split; None where there was none."""
+    value: float | None = None
+    """The best score on the validation split, of which the larger is the better one (a loss is negative);
+    None where there was none."""
+    metric: str = ""
+    """Name of the score, or "loss"; empty for a trial that did not end by itself."""
     epoch: Count = 0
     """The epoch that has it; 0 where there was none."""
     parameters: Count | None = None
@@ -62,9 +68,9 @@ class _Pruned(Exception):
 
 
 def run_trial(job: Job, keep_on: KeepOn) -> TrialOutcome:
-    """Train, and give the score on the validation split in the best epoch.
+    """Train, and give the value on the validation split in the best epoch.
 
-    Of a trial that is ended early or fails no score is given: `keep_on` has been told those of its epochs.
+    Of a trial that is ended early or fails no value is given: `keep_on` has been told those of its epochs.
     What a run prints goes to log.txt in its folder. A trial that was stopped before goes on from its state.
 
     Args:
@@ -85,8 +91,8 @@ def run_trial(job: Job, keep_on: KeepOn) -> TrialOutcome:
     def after_epoch(record: EpochRecord) -> None:
         if record.scores is None or record.loss is None:
             return
-        score = score_of(recipe, {"loss": record.loss, **record.scores})
-        if score is not None and not keep_on(record.epoch, score):
+        value, _ = value_of(recipe.task, {"loss": record.loss, **record.scores})
+        if not keep_on(record.epoch, value):
             raise _Pruned
 
     def outcome(state: Literal["complete", "pruned", "failed"], **more: Any) -> TrialOutcome:
@@ -104,17 +110,30 @@ def run_trial(job: Job, keep_on: KeepOn) -> TrialOutcome:
             reason = " ".join(str(error).split()) or type(error).__name__
             return outcome("failed", reason=reason[:MAX_REASON])
     best = next(record for record in report.history if record["epoch"] == report.best_epoch)
-    score = score_of(recipe, best)
-    if score is None:
-        return outcome("failed", reason="these data do not have the score by which trials are compared")
-    return outcome("complete", score=score, epoch=report.best_epoch, parameters=report.trainable_parameters)
+    value, metric = value_of(recipe.task, best)
+    return outcome(
+        "complete",
+        value=value,
+        metric=metric,
+        epoch=report.best_epoch,
+        parameters=report.trainable_parameters,
+    )
 
 
-def score_of(recipe: Any, record: Mapping[str, Any]) -> float | None:
-    """The number by which trials are compared: the task's first score, or the loss where it has none."""
-    scores = recipe.task.scores
-    value = record.get(scores[0].name) if scores else record["loss"]
-    return None if value is None else float(value)
+def value_of(task: Task, record: Mapping[str, Any]) -> tuple[float, str]:
+    """The number by which trials are compared, the larger the better, and the name of what it is.
+
+    It is the task's first score, or the loss, as a negative number, where these data do not have that score.
+
+    Args:
+        task: of the trial.
+        record: loss and scores of an epoch by name.
+    """
+    for score in task.scores[:1]:
+        found = record[score.name]
+        if found is not None:
+            return (float(found) if score.higher_is_better else -float(found)), score.name
+    return -float(record["loss"]), LOSS.name
 
 
 def keep_records(folder: Path) -> None:

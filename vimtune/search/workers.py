@@ -29,8 +29,8 @@ class Trials(Protocol):
     def next_job(self) -> Job | None:
         """The next trial; None if there are enough."""
 
-    def keep_on(self, number: int, epoch: int, score: float) -> bool:
-        """Note the score of an epoch of a trial; whether the trial goes on."""
+    def keep_on(self, number: int, epoch: int, value: float) -> bool:
+        """Note the value of an epoch of a trial; whether the trial goes on."""
 
     def finish(self, job: Job, outcome: TrialOutcome) -> None:
         """Note what came of a trial."""
@@ -149,8 +149,8 @@ def _work(connection: Connection, index: int, count: int, packages: list[str]) -
     for package in packages:
         importlib.import_module(package)
 
-    def keep_on(epoch: int, score: float) -> bool:
-        connection.send(("epoch", (epoch, score)))
+    def keep_on(epoch: int, value: float) -> bool:
+        connection.send(("epoch", (epoch, value)))
         return bool(connection.recv())
 
     try:
