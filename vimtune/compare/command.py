@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from vimtune.compare.execution import POLL_SECONDS, Process, Processes
-from vimtune.compare.plan import PLAN_FILE, Cell, Plan, load_plan
+from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
 from vimtune.compare.tables import print_rows, protocol_of, write_tables
 from vimtune.console import build_console, print_line
-from vimtune.recipe import Recipe, RecipeError, complete_stored
+from vimtune.recipe import Recipe, complete_stored
 from vimtune.recipe.files import read_values
 from vimtune.text import quote
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
@@ -70,7 +70,7 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
     """The runs of a plan that are finished in a folder.
 
     Raises:
-        RecipeError: there are runs with other settings than those of the plan.
+        PlanError: there are runs with other settings than those of the plan.
     """
     found: dict[Cell, Result] = {}
     problems = []
@@ -91,7 +91,7 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
                 if run.report.is_file():
                     found[cell] = read_result(run.path)
     if problems:
-        raise RecipeError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
+        raise PlanError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
     return found
 
 

@@ -220,9 +220,9 @@ class Plan:
     def data(self) -> Entries:
         """The data sets with the keys that they set."""
         if self.options.data is None:
-            kind = next((key for key in _DATA_KINDS if key in self.base), "dataset")
-            name = str(self.base.get(kind, Recipe().data.dataset_name))
-            return {name: {kind: name}}
+            given = next((key for key in _DATA_KINDS if key in self.base), "dataset")
+            chosen = str(self.base.get(given, Recipe().data.dataset_name))
+            return {chosen: {given: chosen}}
         entries = {}
         for name, entry in self.options.data.items():
             said = "dataset" in entry or "task" in entry
@@ -356,7 +356,7 @@ def _without_wrong_keys(
         elif key in of_recipes or key in of_plans:
             right[key] = value
         else:
-            hint = suggest(str(key), [*of_plans, *of_recipes])
+            hint = suggest(str(key), [*of_plans, *(known for known in of_recipes if known not in reserved)])
             problems.append(f"{where}unknown key {quote(key)}.{hint}")
     return right, problems
 

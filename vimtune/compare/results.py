@@ -208,11 +208,20 @@ def _names(titles: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list
     """Each title, with the settings in which those of the same title differ."""
     names = []
     for title, own in zip(titles, settings, strict=True):
-        alike = [other for name, other in zip(titles, settings, strict=True) if name == title]
-        keys = [key for key in own if any(other.get(key) != own[key] for other in alike)]
-        details = ", ".join(f"{key}={_short(own[key])}" for key in keys)
+        alike = [_flat(other) for name, other in zip(titles, settings, strict=True) if name == title]
+        flat = _flat(own)
+        keys = [key for key in flat if any(other.get(key) != flat[key] for other in alike)]
+        details = ", ".join(f"{key}={_short(flat[key])}" for key in keys)
         names.append(f"{title} ({details})" if details else title)
     return names
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, with the entries of those that are mappings in their place."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {str(inner): own for inner, own in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _short(value: Any) -> str:

@@ -125,14 +125,15 @@ def by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def best_of(rows: Sequence[Row]) -> Row | None:
-    """The row of a data set with the best mean score; None where fewer than two have one, or they are not of
-    one split."""
+def best_of(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a data set with the best mean score; none where fewer than two have one, or they are not
+    of one split."""
     scored = [(row.score.mean, row) for row in rows if row.score is not None]
     if len(scored) < 2 or len({row.split for _, row in scored}) > 1:
-        return None
+        return []
     better = max if scored[0][1].scores[0].higher_is_better else min
-    return better(scored, key=lambda item: item[0])[1]
+    best = better(mean for mean, _ in scored)
+    return [row for mean, row in scored if mean == best]
 
 
 def overview(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
@@ -194,13 +195,12 @@ def _write(text: str, path: Path) -> None:
 
 def to_markdown(rows: Sequence[Row], note: str, failures: Sequence[str] = ()) -> str:
     """Everything: the note, the overview of several data sets, a table for each of them, and what failed."""
-    parts = [note, *_remarks(rows)]
+    parts = ["# Comparison", note, *_remarks(rows)]
     groups = by_data(rows)
     if len(groups) > 1:
         parts.append(_markdown(*overview(rows), {}))
     for name, group in groups.items():
-        best = best_of(group)
-        bold = {} if best is None else {group.index(best): 1}
+        bold = {group.index(row): 1 for row in best_of(group)}
         parts += [f"## {_escape_markdown(name)}", _markdown(*details(group), bold)]
     if failures:
         parts += ["## Failed", "\n".join(f"- {_escape_markdown(failure)}" for failure in failures)]
@@ -343,7 +343,8 @@ def _print_table(name: str, heading: Cells, lines: Sequence[Cells], console: Con
     print_line(console, name)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for number, title in enumerate(heading):
-        table.add_column(neutral(title, console), justify="right" if number else "left", overflow="fold")
+        text = neutral(title, console)
+        table.add_column(text, justify="right" if number else "left", overflow="fold", no_wrap=number == 0)
     for line in lines:
         table.add_row(*(neutral(shorten(cell), console) for cell in line))
     console.print(table)
