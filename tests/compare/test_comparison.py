@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from tiny_plans import TINY, InProcess
@@ -13,10 +15,11 @@ from vimtune import cli
 from vimtune.compare import command
 from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
-from vimtune.compare.plan import Cell, Plan, PlanError
+from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import read_result
 from vimtune.training.interrupt import Interrupted
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = "synthetic_flowers"
 FILES = {"table.md", "table.csv", "runs.csv", "table.tex", "pareto.png", "plan.yaml", "runs"}
 
@@ -53,7 +56,7 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(runs, tmp_path, capsys)
     )
     assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == FILES
     # A third time there is nothing to do, and the rows are the same.
-    rows = compare(asked, tmp_path)
+    rows, _ = compare(asked, tmp_path)
     assert len(runs.started) == 6 and [len(row.results) for row in rows] == [2, 2]
     # The learning rate is the one that the validation split prefers.
     for row in rows:
@@ -78,8 +81,12 @@ def test_runs_with_other_settings_are_refused_all_at_once(runs, tmp_path):
 
 
 def test_equal_budgets(runs, tmp_path):
-    rows = compare(plan(methods="lora,dora,prodial", seeds="0", budget=3000), tmp_path)
+    rows, _ = compare(plan(methods="lora,dora,prodial", seeds="0", budget=3000), tmp_path)
     assert all(0.6 * 3000 < row.parameters <= 3000 for row in rows)
+    assert all(re.fullmatch(r"rank=\d", row.size) for row in rows)
+    assert f"| {rows[0].parameters:,} | {rows[0].size} |" in (tmp_path / "table.md").read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(PlanError, match="methods: linear: budget = 3000: method 'linear' has no option"):
         plan(budget=3000)
     plan(methods="{lora: {}, linear: {budget: none}}", budget=3000)
@@ -133,6 +140,16 @@ def test_tables_of_finished_runs(runs, tmp_path, capsys):
         assert part in shown
 
 
+def test_the_plan_of_the_language_tasks_is_one(monkeypatch):
+    monkeypatch.setattr("vimtune.compare.plan.path_problems", lambda values: [])  # the texts are not at hand
+    plan = load_plan(ROOT / "benchmarks" / "text_methods.yaml", {"model": "mamba_tiny"})
+    assert len(plan.pairs) == 6 * 7 and plan.rates("full", "piqa") == [3e-5, 1e-4, 3e-4]
+    recipes = [plan.recipe(Cell(*pair, 1e-3, 0), ROOT) for pair in plan.pairs]
+    assert {recipe.task.name for recipe in recipes} >= {"arc_easy", "winogrande", "text"}
+    heads = {recipe.task.head for recipe in recipes if recipe.method.peft == "linear"}
+    assert heads == {"classifier"}
+
+
 def test_reports_are_not_trusted(runs, tmp_path):
     compare(plan(seeds="0", methods="linear"), tmp_path)
     report = tmp_path / Cell("linear", DATA, 1e-3, 0).path / "report.json"
@@ -172,5 +189,5 @@ def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_pa
     (ended,) = processes.ended()
     assert ended.process.returncode == 130 and processes.has_room
     assert not (folder / "report.json").exists()
-    (row,) = compare(asked, tmp_path)
+    ((row,), _) = compare(asked, tmp_path)
     assert row.results[0].report.epochs == 40 and len(runs.started) == 1

@@ -99,9 +99,9 @@ def test_all_mistakes_are_reported_at_once_and_shared_ones_once():
         f"data: 'flowrs' is no data set and no task, and has no key dataset or task. {hint} 'flowers'?",
         "epochs = 0: expected a whole number >= 1",
         "methods: lora: rank = 0: expected a whole number >= 1",
-        "data: cars: mixup = -1: expected a number >= 0",
         "methods: bitfit: budget = 300000: method 'bitfit' has no option that decides how much it trains. "
         "Expected a method whose size is to be chosen, or no budget",
+        "data: cars: mixup = -1: expected a number >= 0",
     ]
 
 

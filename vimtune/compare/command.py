@@ -28,7 +28,7 @@ MAY_CHANGE = frozenset((*HARMLESS, "device", "threads"))
 """Keys of recipes that a comparison may have otherwise when it is continued."""
 
 
-def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> list[Row]:
+def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[list[Row], Mapping[Cell, str]]:
     """Make the runs of a comparison that are not finished yet, and write its tables.
 
     Args:
@@ -37,16 +37,12 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> list[Row]
         packages: what each run imports before anything else (`--import`).
 
     Returns:
-        A row for each method on each data set. Runs that failed are missing in it.
+        A row for each method on each data set, and why runs failed, which are missing in their rows.
 
     Raises:
         ValueError: the folder holds runs with other settings, is in use, or cannot be written.
         Interrupted: Ctrl-C or SIGTERM; runs have saved their states, and the tables have what there is.
     """
-    return _compare(plan, folder, packages)[0]
-
-
-def _compare(plan: Plan, folder: Path, packages: Sequence[str]) -> tuple[list[Row], Mapping[Cell, str]]:
     console = build_console()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,5 +215,5 @@ def run_compare(
         config = str(resume / PLAN_FILE)
     plan = load_plan(config, values)
     folder = resume or output_dir or create_unused(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
-    _, failed = _compare(plan, folder, packages)
+    _, failed = compare(plan, folder, packages)
     return 1 if failed else 0

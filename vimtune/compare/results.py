@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vimtune.fields import options_of
+from vimtune.methods import sizing_options
 from vimtune.recipe import Recipe, complete_stored
 from vimtune.schema import check, load_json, parse_json
 from vimtune.tasks import Score
@@ -160,6 +161,19 @@ class Row:
     def parameters(self) -> int | None:
         """How many numbers are trained beside the head."""
         return self.results[0].method_parameters if self.results else None
+
+    @property
+    def size(self) -> str:
+        """What a budget has chosen, such as "rank=8"; empty where there was none."""
+        if not self.results or self.results[0].recipe.method.budget is None:
+            return ""
+        method, config = self.results[0].recipe.method, self.results[0].report.method_config
+        given = {name: value for name, value in method.method_kwargs.items() if name != "budget"}
+        values = {
+            name: f"{option}={_short(config[name][option])}"
+            for name, option in sizing_options(method.peft, given).items()
+        }
+        return next(iter(values.values())) if len(values) == 1 else ", ".join(map(" ".join, values.items()))
 
     @property
     def trainable(self) -> int | None:

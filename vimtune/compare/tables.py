@@ -41,7 +41,7 @@ NUMBERS: dict[str, Callable[[Result], float | None]] = {
 def protocol_of(plan: Plan) -> str:
     """How the learning rates of a comparison are chosen, and on what its scores are, in words."""
     seeds = ", ".join(map(str, plan.options.seeds))
-    words = f"Scores are means and standard deviations (n - 1) over the seeds {seeds}."
+    words = f"Scores are means and standard deviations (n - 1) over the seeds ({seeds})."
     if any(len(plan.rates(*pair)) > 1 for pair in plan.pairs):
         chosen_with = ", ".join(map(str, plan.lr_seeds))
         words = (
@@ -69,6 +69,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("seeds", _show_count),
         Column("lr", lambda row: NONE if row.lr is None else f"{row.lr:g}"),
         Column("trained", lambda row: NONE if row.parameters is None else f"{row.parameters:,}"),
+        *([Column("size", lambda row: row.size or NONE)] if any(row.size for row in rows) else []),
         Column("with head", lambda row: NONE if row.trainable is None else f"{row.trainable:,}"),
         Column("training", lambda row: _show_time(row.spread(NUMBERS["train_seconds"]))),
         Column("memory", lambda row: _show(row.spread(NUMBERS["peak_memory_mib"]), "{:,.0f} MiB")),
@@ -245,6 +246,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "lr": row.lr,
             "seeds": len(row.results),
             "missing": row.missing,
+            "size": csv_cell(row.size),
             "split": row.split,
             "method_parameters": row.parameters,
             "trainable_parameters": row.trainable,
