@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_plans import TINY, InProcess
@@ -41,30 +42,30 @@ def runs(monkeypatch):
 
 
 def test_a_killed_comparison_goes_on_and_repeats_nothing(runs, tmp_path, capsys):
-    asked = plan(lrs="1e-3,1e-2")
-    runs.dies_at = 4
+    methods = {"lora": {"rank": 2}}
+    asked = plan(methods=methods, lrs="1e-3,1e-2")
+    runs.dies_at = 2
     with pytest.raises(SystemExit):
         compare(asked, tmp_path)
-    assert len(runs.started) == 4 and not (tmp_path / "table.md").exists()
+    assert len(runs.started) == 2 and not (tmp_path / "table.md").exists()
     finished = {cell: (tmp_path / cell.path / "report.json").stat().st_mtime_ns for cell in runs.started}
     runs.dies_at = None
     assert cli.main(["compare", "--resume", str(tmp_path)]) == 0
-    assert "comparison of 6 runs, 4 are finished" in capsys.readouterr().out
-    assert len(runs.started) == len(set(runs.started)) == 6
+    assert "comparison of 3 runs, 2 are finished" in capsys.readouterr().out
+    assert len(runs.started) == len(set(runs.started)) == 3
     assert all(
         (tmp_path / cell.path / "report.json").stat().st_mtime_ns == when for cell, when in finished.items()
     )
     assert {path.name for path in tmp_path.iterdir() if path.name[0] != "."} == FILES
     # A third time there is nothing to do, and the rows are the same.
-    rows, _ = compare(asked, tmp_path)
-    assert len(runs.started) == 6 and [len(row.results) for row in rows] == [2, 2]
+    (row,), _ = compare(asked, tmp_path)
+    assert len(runs.started) == 3 and len(row.results) == 2
     # The learning rate is the one that the validation split prefers.
-    for row in rows:
-        grid = {lr: read_result(tmp_path / Cell(row.method, DATA, lr, 0).path).rank for lr in (1e-3, 1e-2)}
-        assert row.lr == max(grid, key=grid.get)
+    grid = {lr: read_result(tmp_path / Cell("lora", DATA, lr, 0).path).rank for lr in (1e-3, 1e-2)}
+    assert row.lr == max(grid, key=grid.get)
     # More seeds are added to what is there.
-    compare(plan(lrs="1e-3,1e-2", seeds="0,1,2"), tmp_path)
-    assert len(runs.started) == 8
+    compare(plan(methods=methods, lrs="1e-3,1e-2", seeds="0,1,2"), tmp_path)
+    assert len(runs.started) == 4
 
 
 def test_runs_with_other_settings_are_refused_all_at_once(runs, tmp_path):
@@ -169,6 +170,26 @@ def test_reports_are_not_trusted(runs, tmp_path):
         json.dumps({k: v for k, v in values.items() if k not in ("head_parameters", "adapter_bytes")})
     )
     assert read_result(report.parent).method_parameters is None
+
+
+def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(tmp_path, monkeypatch):
+    """A process is not started here: what it would be given is written down."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    given = []
+    ended = SimpleNamespace(poll=lambda: 0, stdin=None, returncode=0)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, env, **__: given.append(env) or ended)
+    for visible, expected in ((None, ["0", "1"]), ("5,7", ["5", "7"])):
+        given.clear()
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        processes = Processes(2, ["cuda:0", "cuda:1"], [])
+        while processes.has_room:
+            processes.start(Cell("lora", DATA, 1e-3, len(given)), tmp_path)
+        assert [env["CUDA_VISIBLE_DEVICES"] for env in given] == expected * 2
+        assert {env["OMP_NUM_THREADS"] for env in given} == {"2"}
+        assert len(list(processes.ended())) == 4 and processes.has_room
 
 
 def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_path):
