@@ -114,8 +114,9 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(runs, tmp_path, monkeypatch, cap
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(InProcess, "start", interrupted)
-    with pytest.raises(Interrupted, match="vimtune compare --resume"):
+    with pytest.raises(Interrupted):
         compare(plan(), tmp_path)
+    assert capsys.readouterr().out.endswith(f"go on with:\n  vimtune compare --resume {tmp_path}\n")
     assert len(runs.started) == 1 and "1 of 2" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
@@ -165,6 +166,9 @@ def test_reports_are_not_trusted(runs, tmp_path):
         report.write_text(wrong)
         with pytest.raises(ValueError, match=r"report\.json"):
             read_result(report.parent)
+    report.write_text(json.dumps({**values, "history": []}))
+    with pytest.raises(ValueError, match="the loss of epoch 1 in the history"):
+        print(read_result(report.parent).rank)
     # Reports of earlier versions lack the newer fields.
     report.write_text(
         json.dumps({k: v for k, v in values.items() if k not in ("head_parameters", "adapter_bytes")})

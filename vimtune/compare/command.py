@@ -16,7 +16,7 @@ from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
 from vimtune.compare.tables import print_rows, protocol_of, write_tables
 from vimtune.console import build_console, print_line
-from vimtune.recipe import Recipe, complete_stored
+from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
 from vimtune.text import quote
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
@@ -58,7 +58,10 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         rows = schedule.rows()
         _conclude(rows, folder, protocol_of(plan), schedule.failed, console)
         if stop.requested:
-            raise Interrupted(f"go on with:\n  vimtune compare --resume {shlex.quote(str(folder))}")
+            go_on = f"vimtune compare --resume {shlex.quote(str(folder))}"
+            print_line(console, "stopped; what is finished is kept, go on with:")
+            print_line(console, f"  {go_on}", wrap=False)
+            raise Interrupted(go_on)
     return rows, schedule.failed
 
 
@@ -77,18 +80,22 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
                 run = RunFolder(folder / cell.path)
                 if not run.recipe.is_file():
                     continue
-                stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
-                wanted = plan.recipe(cell, folder)
-                names = [name for name in wanted.to_dict() if name not in MAY_CHANGE]
-                problems += [
-                    f"{cell}: {name} was {was} and is now {now}"
-                    for name, was, now in changed(stored, wanted, names)
-                ]
-                if run.report.is_file():
+                problems += [f"{cell}: {problem}" for problem in _differences(run, plan.recipe(cell, folder))]
+                if not problems and run.report.is_file():
                     found[cell] = read_result(run.path)
     if problems:
         raise PlanError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
     return found
+
+
+def _differences(run: RunFolder, wanted: Recipe) -> list[str]:
+    """In what the recipe of a run folder differs from the one that is wanted there, a line each."""
+    try:
+        stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
+    except RecipeError as error:
+        return error.problems
+    names = [name for name in wanted.to_dict() if name not in MAY_CHANGE]
+    return [f"{name} was {was} and is now {now}" for name, was, now in changed(stored, wanted, names)]
 
 
 def _run_all(
@@ -136,14 +143,13 @@ def _take(schedule: Schedule, run: Process, stopping: bool, console: Console) ->
 def _conclude(
     rows: Sequence[Row], folder: Path | None, note: str, failed: Mapping[Cell, str], console: Console
 ) -> None:
-    """Write the tables into a folder, and print them."""
-    if folder is not None and any(row.results for row in rows):
-        failures = [f"{cell}: {reason}" for cell, reason in failed.items()]
-        written = write_tables(rows, folder, note, failures)
+    """Print the tables and, where there is anything in them, write them into a folder."""
+    failures = [f"{cell}: {reason}" for cell, reason in failed.items()]
     print_rows(rows, console)
-    for cell, reason in failed.items():
-        print_line(console, f"failed: {cell}: {reason}")
+    for failure in failures:
+        print_line(console, f"failed: {failure}")
     if folder is not None and any(row.results for row in rows):
+        written = write_tables(rows, folder, note, failures)
         print_line(console, f"written to {folder}: {', '.join(written)}")
 
 

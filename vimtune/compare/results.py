@@ -51,10 +51,17 @@ class Result:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """How good the kept epoch is on the selection split, by which learning rates are compared."""
-        task = self.recipe.task
-        record = next(r for r in self.report.history if r["epoch"] == self.report.best_epoch)
-        return task.rank(record["loss"], {score.name: record.get(score.name) for score in task.scores})
+        """How good the kept epoch is on the selection split, by which learning rates are compared.
+
+        Raises:
+            ValueError: the report says nothing of that epoch.
+        """
+        task, number = self.recipe.task, self.report.best_epoch
+        what = f"epoch {number} in the history of {quote(self.report.run_dir)}"
+        record = next((record for record in self.report.history if record.get("epoch") == number), {})
+        values = check(dict[str, float | None], record, what)
+        scores = {score.name: values.get(score.name) for score in task.scores}
+        return task.rank(check(float, values.get("loss"), f"the loss of {what}"), scores)
 
     @property
     def method_parameters(self) -> int | None:
@@ -170,7 +177,7 @@ class Row:
         method, config = self.results[0].recipe.method, self.results[0].report.method_config
         given = {name: value for name, value in method.method_kwargs.items() if name != "budget"}
         values = {
-            name: f"{option}={_short(config[name][option])}"
+            name: f"{option}={_short(check(dict[str, Any], config.get(name), name).get(option))}"
             for name, option in sizing_options(method.peft, given).items()
         }
         return next(iter(values.values())) if len(values) == 1 else ", ".join(map(" ".join, values.items()))
