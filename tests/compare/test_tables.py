@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shutil
-import subprocess
 
 import pytest
 from tiny_plans import TINY, result
@@ -67,17 +65,6 @@ def test_latex_has_as_many_cells_as_columns():
         lines = [line for line in table[1].splitlines() if line.endswith(r"\\")]
         assert lines and all(len(re.findall(r"(?<!\\)&", line)) == len(table[0]) - 1 for line in lines)
     assert r"81.0 $\pm$ 1.4" in text
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="LaTeX is not installed")
-def test_latex_is_latex(tmp_path):
-    document = (
-        rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{to_latex(ROWS)}\end{{document}}"
-    )
-    (tmp_path / "table.tex").write_text(document, encoding="utf-8")
-    subprocess.run(
-        ["pdflatex", "-halt-on-error", "table.tex"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
-    )
 
 
 def test_the_best_row_is_none_where_splits_differ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -27,6 +28,13 @@ class LoRA(Method):
     dropout: Annotated[float, Ge(0), Lt(1)] = option(
         0.0, "dropout on the input of A, where the layer is called rather than read"
     )
+
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        if option != "rank":
+            return None
+        return min(
+            (min(site.weight.flatten(1).shape) for site in sites if site.weight.dim() > 1), default=None
+        )
 
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rules.lora import LoRARule
