@@ -72,6 +72,14 @@ class Method(ABC):
         """
         return points.resolve(self.default_targets if targets is None else targets, layers)
 
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        """Up to which value of an option of `sized_by` more parameters are worth something; a budget chooses
+        none beyond it. None if nothing but the range of the option and the sites themselves limits it.
+
+        Overridden by methods that accept larger values, as published settings have them.
+        """
+        return None
+
     def build(self, sites: Sequence[Site]) -> Mapping[str, Rule]:
         """The rules of the method by the path of their site: for each one what `build_rule` says.
 
@@ -93,14 +101,6 @@ class Method(ABC):
     def at(self, site: Site) -> Method:
         """The method with the options that hold at a site."""
         return dataclasses.replace(self, **site.options) if site.options else self
-
-    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
-        """Up to which value of an option of `sized_by` more parameters are worth something; a budget chooses
-        none beyond it. None if nothing but the range of the option and the sites themselves limits it.
-
-        Overridden by methods that accept larger values, as published settings have them.
-        """
-        return None
 
     def settle(self, rules: Mapping[str, Rule], batches: Iterable[Callable[[], float]]) -> None:  # noqa: B027
         """Choose or start from data, once, before the first step of a training run.
