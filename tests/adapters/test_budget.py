@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from method_cases import SMALL
 
 import vimtune
-from vimtune.adapters.budget import choose
+from vimtune.adapters.budget import MOST, choose, reach
 from vimtune.fields import options_of
 from vimtune.methods import METHODS, Method
 from vimtune.recipe import Recipe, RecipeError
@@ -192,3 +192,11 @@ def test_the_search_finds_what_trying_everything_finds(steps, falls, share):
     fitting = [count for count in known.values() if count <= share]
     expected = max(fitting) if fitting else min(known.values())
     assert found is not None and known[found[0]] == found[1] == expected
+
+
+@given(st.integers(0, 3000))
+def test_where_nothing_bounds_a_size_the_model_does(largest):
+    asked = []
+    found = reach(lambda number: asked.append(number) or (number if number <= largest else None))
+    assert largest < found <= 2 * max(largest, 1) and len(asked) <= 20
+    assert reach(lambda number: number) == MOST

@@ -169,7 +169,7 @@ def _fit(method: Method, name: str, sites: Sequence[Site], share: int, what: str
             refusals.append(error)
             return None
 
-    found = choose(count, last, share)
+    found = choose(count, reach(count) if last is None else last, share)
     if found is None:
         raise refusals[0]
     number, trained = found
@@ -182,8 +182,9 @@ def _fit(method: Method, name: str, sites: Sequence[Site], share: int, what: str
     return value_of(number), trained
 
 
-def _values(method: Method, option: Option, sites: Sequence[Site]) -> tuple[Callable[[int], Any], int]:
-    """The values that an option may have, by number from 0 on, and the last number."""
+def _values(method: Method, option: Option, sites: Sequence[Site]) -> tuple[Callable[[int], Any], int | None]:
+    """The values that an option may have, by number from 0 on, and the last number; None where neither the
+    method nor a weight bounds it."""
     bounds: Sequence[Any] = getattr(option.annotation, "__metadata__", ())
     low = next(
         (getattr(bound, "ge", getattr(bound, "gt", None)) for bound in bounds if _is_lower(bound)), None
@@ -201,9 +202,18 @@ def _values(method: Method, option: Option, sites: Sequence[Site]) -> tuple[Call
         for site in sites
         if site.value is not None and site.value.dim() > 0
     ]
-    limits = [max(sides, default=MOST), method.size_limit(option.name, sites), high]
-    largest = min(int(limit) for limit in limits if limit is not None)
-    return lambda number: first + number, largest - first
+    limits = [max(sides, default=None), method.size_limit(option.name, sites), high]
+    largest = min((int(limit) for limit in limits if limit is not None), default=None)
+    return lambda number: first + number, None if largest is None else largest - first
+
+
+def reach(count: Count) -> int:
+    """The first power of two that has no count, or `MOST`: the last number worth a try where all numbers from
+    some one on have none, and nothing says from which."""
+    number = 1
+    while number < MOST and count(number) is not None:
+        number *= 2
+    return number
 
 
 def choose(count: Count, last: int, share: int) -> tuple[int, int] | None:
