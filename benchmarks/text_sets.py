@@ -1,4 +1,4 @@
-"""Bring public data sets into the files that language tasks read, for benchmarks/text_methods.py.
+"""Bring public data sets into the files that language tasks read, for benchmarks/text_methods.yaml.
 
     python benchmarks/text_sets.py DOWNLOADS sets
 

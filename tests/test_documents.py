@@ -3,6 +3,7 @@
 What a test cannot do within seconds is replaced, and only as stated here:
 
 - Tools of developers (`DEVELOPERS_TOOLS`) are not started; what they name has to exist.
+- What is to be compared is read, and nothing of it is trained.
 - Training lasts one epoch on a tiny model (`TINY`); `--dataset flowers`, whose images are not at hand, and
   everything with `--config` end when the recipe is ready; torchrun's processes are one.
 - Searches end when their plan is ready.
@@ -28,6 +29,7 @@ from PIL import Image
 
 import vimtune
 from vimtune import cli, language
+from vimtune.cli import compare
 from vimtune.cli.train import EXAMPLES
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
@@ -44,6 +46,7 @@ BLOCKS = [
 COMMANDS = [
     *(line for _, language, body in BLOCKS if not language for line in body.splitlines() if line.strip()),
     *re.findall(r"^  (vimtune .*)", EXAMPLES.format(prog="vimtune train"), re.M),
+    *re.findall(r"^  (vimtune .*)", compare.EXAMPLES.format(prog="vimtune compare"), re.M),
 ]
 FLAGS = sorted({flags for text in DOCUMENTS.values() for flags in re.findall(r"`(--[a-z-]+ [^`]+)`", text)})
 DEVELOPERS_TOOLS = ("pip", "python -m venv", ".", "pre-commit", "pytest", "python tests/")
@@ -75,6 +78,9 @@ def workplace(tmp_path_factory) -> Path:
         folder / "runs" / "my-search" / "search.yaml"
     )
     Recipe().save(folder / "runs" / "my-search" / "best.yaml")
+    for plan in ("my-plan.yaml", "runs/equal/plan.yaml"):
+        (folder / plan).parent.mkdir(parents=True, exist_ok=True)
+        (folder / plan).write_text("methods: lora\n")
     image(folder / "photo.jpg", "red")
     for name, color in (("rose", "red"), ("violet", "blue")):
         for index in range(8):
@@ -141,7 +147,7 @@ def test_what_the_tools_of_developers_name_exists(line):
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(DEVELOPERS_TOOLS)])
-def test_commands(line, here, request, capsys):
+def test_commands(line, here, request, monkeypatch):
     line = re.sub(r"^torchrun .*?(?=train_vim)", "python ", without_comment(line))
     line = re.sub(r"^python train_vim\.py", "vimtune train", line)
     program, command, *arguments = shlex.split(line)
@@ -153,6 +159,12 @@ def test_commands(line, here, request, capsys):
             "vimtune.search.search.run_search", lambda plan, *others: plans.append(plan)
         )
         assert cli.main([command, *arguments]) == 0 and len(plans) == 1
+    if command == "compare":
+        folders = [str(path) for argument in arguments for path in here.glob(argument) if "*" in argument]
+        if not folders:  # Whether the plan is right is seen before anything is trained.
+            monkeypatch.setattr("vimtune.compare.command.compare", lambda *_: ([], {}))
+        kept = [argument for argument in arguments if "*" not in argument]
+        assert cli.main([command, *kept, *folders]) == 0
         return
     if command != "train":
         if ("--task" in arguments or "runs/my-texts" in arguments) and not HAS_TRANSFORMERS:

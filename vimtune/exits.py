@@ -25,7 +25,7 @@ from vimtune.text import printable, shorten
 
 EXIT_CODES = {
     0: "done",
-    1: "a check failed (doctor), or an image could not be read (predict)",
+    1: "a check, a run of a comparison, or reading an image failed",
     2: "input or machine do not allow it; the message says what to do",
     70: "a fault of vimtune; the message names a file to report",
     130: "interrupted (Ctrl-C)",

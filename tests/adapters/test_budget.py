@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from method_cases import SMALL
 
 import vimtune
-from vimtune.adapters.budget import choose
+from vimtune.adapters.budget import MOST, choose, reach
 from vimtune.fields import options_of
 from vimtune.methods import METHODS, Method
 from vimtune.recipe import Recipe, RecipeError
@@ -30,11 +30,20 @@ def trained(model):
     return found.trainable - found.head
 
 
+def other_options(name, option):
+    """Small values of the method's other options, and of all others that decide its size."""
+    method = METHODS.get(name)
+    return {
+        key: SMALL.get(key, item.default)
+        for key, item in options_of(method).items()
+        if key != option and (key in SMALL or key in method.sized_by)
+    }
+
+
 def with_value(name, option, value):
     """How much a method trains where an option has this value; None where it does not fit."""
-    others = {key: SMALL[key] for key in options_of(METHODS.get(name)) if key in SMALL}
     try:
-        return trained(vimtune.inject(plain(), name, **{**others, option: value}))
+        return trained(vimtune.inject(plain(), name, **{**other_options(name, option), option: value}))
     except ValueError:
         return None
 
@@ -48,17 +57,14 @@ def test_every_method_says_by_which_options_it_is_sized(name):
 
 @pytest.mark.parametrize(("name", "option"), SIZED)
 def test_the_value_that_trains_as_much_as_a_budget_is_found(name, option):
-    values = (
-        [0.3, 0.5, 0.8] if isinstance(options_of(METHODS.get(name))[option].default, float) else range(1, 9)
-    )
-    counts = {value: count for value in values if (count := with_value(name, option, value)) is not None}
-    assert len(set(counts.values())) > 1
-    others = {key: SMALL[key] for key in METHODS.get(name).sized_by if key in SMALL and key != option}
-    for count in counts.values():
-        assert trained(vimtune.inject(plain(), name, budget=count, **others)) == count
-    if min(counts.values()) == counts[1 if 1 in counts else min(counts)]:
-        with pytest.raises(ValueError, match=r"is too small: method .* trains at least"):
-            vimtune.inject(plain(), name, budget=min(counts.values()) - 1, **others)
+    is_share = isinstance(options_of(METHODS.get(name))[option].default, float)
+    counts = [with_value(name, option, value) for value in ([0.3, 0.5, 0.8] if is_share else range(1, 9))]
+    counts = [count for count in counts if count is not None]
+    assert len(set(counts)) > 1
+    for count in counts:
+        assert trained(vimtune.inject(plain(), name, budget=count, **other_options(name, option))) == count
+    with pytest.raises(ValueError, match=r"budget = 1 is too small: method .* trains at least"):
+        vimtune.inject(plain(), name, budget=1, **other_options(name, option))
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.sized_by])
@@ -86,7 +92,7 @@ def test_the_budget_of_a_vim_and_what_is_said_of_it(caplog):
     assert trained(model) == 294_912
 
 
-def test_a_block_size_divides_and_a_rank_is_at_most_the_larger_side():
+def test_a_block_size_divides_and_a_rank_is_at_most_the_smaller_side():
     model = vimtune.inject(plain(), "prodial", rank=2, budget=10**6)
     blocks = model.layers[0].mixer.in_proj.adapters["weight"]["default"].blocks
     sides = {
@@ -94,7 +100,7 @@ def test_a_block_size_divides_and_a_rank_is_at_most_the_larger_side():
     }
     assert all(side % blocks.shape[-1] == 0 for side in sides) and blocks.shape[-1] == min(sides)
     rank = vimtune.inject(plain(), "lora", budget=10**6).layers[0].mixer.in_proj.adapters["weight"]["default"]
-    assert rank.branch.lora_A.shape[0] == max(plain().layers[0].mixer.out_proj.weight.shape)
+    assert rank.branch.lora_A.shape[0] == min(plain().layers[0].mixer.out_proj.weight.shape)
 
 
 def test_several_methods_share_a_budget():
@@ -166,7 +172,7 @@ def test_recipes_take_a_budget():
 
 
 @given(
-    st.lists(st.none() | st.integers(1, 50), max_size=40),
+    st.lists(st.none() | st.integers(0, 50), max_size=40),
     st.booleans(),
     st.integers(0, 60),
 )
@@ -186,3 +192,11 @@ def test_the_search_finds_what_trying_everything_finds(steps, falls, share):
     fitting = [count for count in known.values() if count <= share]
     expected = max(fitting) if fitting else min(known.values())
     assert found is not None and known[found[0]] == found[1] == expected
+
+
+@given(st.integers(0, 3000))
+def test_where_nothing_bounds_a_size_the_model_does(largest):
+    asked = []
+    found = reach(lambda number: asked.append(number) or (number if number <= largest else None))
+    assert largest < found <= 2 * max(largest, 1) and len(asked) <= 20
+    assert reach(lambda number: number) == MOST

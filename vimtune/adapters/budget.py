@@ -157,7 +157,7 @@ def _fit(method: Method, name: str, sites: Sequence[Site], share: int, what: str
         ValueError: the smallest size is too large, or no value fits the sites.
     """
     option = options_of(type(method))[name]
-    value_of, last = _values(option, sites)
+    value_of, last = _values(method, option, sites)
     refusals: list[ValueError] = []
 
     @cache
@@ -169,7 +169,7 @@ def _fit(method: Method, name: str, sites: Sequence[Site], share: int, what: str
             refusals.append(error)
             return None
 
-    found = choose(count, last, share)
+    found = choose(count, reach(count) if last is None else last, share)
     if found is None:
         raise refusals[0]
     number, trained = found
@@ -182,8 +182,9 @@ def _fit(method: Method, name: str, sites: Sequence[Site], share: int, what: str
     return value_of(number), trained
 
 
-def _values(option: Option, sites: Sequence[Site]) -> tuple[Callable[[int], Any], int]:
-    """The values that an option may have, by number from 0 on, and the last number."""
+def _values(method: Method, option: Option, sites: Sequence[Site]) -> tuple[Callable[[int], Any], int | None]:
+    """The values that an option may have, by number from 0 on, and the last number; None where neither the
+    method nor a weight bounds it."""
     bounds: Sequence[Any] = getattr(option.annotation, "__metadata__", ())
     low = next(
         (getattr(bound, "ge", getattr(bound, "gt", None)) for bound in bounds if _is_lower(bound)), None
@@ -194,15 +195,25 @@ def _values(option: Option, sites: Sequence[Site]) -> tuple[Callable[[int], Any]
     if isinstance(option.default, float):
         start, end = float(low or 0), float(1 if high is None else high)
         return lambda number: start + (end - start) * number / STEPS, STEPS
-    first = 1 if low is None else int(low)
+    first = max(1, int(low or 1))  # Where 0 is allowed, it stands for "none" or "all" and is no size.
     # A side of a convolution's weight is all that one output reads, as in `check_matrix`.
     sides = [
         max(site.value.shape[0], site.value.numel() // max(1, site.value.shape[0]))
         for site in sites
         if site.value is not None and site.value.dim() > 0
     ]
-    largest = max(sides, default=MOST)
-    return lambda number: first + number, (largest if high is None else min(largest, int(high))) - first
+    limits = [max(sides, default=None), method.size_limit(option.name, sites), high]
+    largest = min((int(limit) for limit in limits if limit is not None), default=None)
+    return lambda number: first + number, None if largest is None else largest - first
+
+
+def reach(count: Count) -> int:
+    """The first power of two that has no count, or `MOST`: the last number worth a try where all numbers from
+    some one on have none, and nothing says from which."""
+    number = 1
+    while number < MOST and count(number) is not None:
+        number *= 2
+    return number
 
 
 def choose(count: Count, last: int, share: int) -> tuple[int, int] | None:
@@ -211,22 +222,18 @@ def choose(count: Count, last: int, share: int) -> tuple[int, int] | None:
 
     The counts of the numbers that have one must rise with the number, or fall with it.
     """
-    fitting = (number for number in range(last + 1) if count(number) is not None)
-    first = next(fitting, None)
+    numbers = range(last + 1)
+    first = next((number for number in numbers if count(number) is not None), None)
     if first is None:
         return None
-    # Neighbours may train as much as each other: some shares are rounded to one number of channels.
-    other = next((number for number in fitting if counted(count, number) != counted(count, first)), first)
-    rises = counted(count, other) >= counted(count, first)
-
-    def is_beyond(number: int) -> bool:
-        """Whether the number lies behind the place where the counts pass `share`."""
-        return (counted(count, number) > share) == rises
-
-    if is_beyond(first):
-        return first, counted(count, first)
-    before, beyond = _turn(count, is_beyond, first, last)
-    best = before if rises or beyond is None else beyond
+    final = next(number for number in reversed(numbers) if count(number) is not None)
+    rises = counted(count, final) >= counted(count, first)
+    lowest, highest = (first, final) if rises else (final, first)
+    if counted(count, lowest) > share or counted(count, highest) <= share:
+        best = lowest if counted(count, lowest) > share else highest
+    else:
+        before, behind = _turn(count, first, final, lambda number: (counted(count, number) > share) == rises)
+        best = before if rises else behind
     return best, counted(count, best)
 
 
@@ -237,30 +244,24 @@ def counted(count: Count, number: int) -> int:
     return value
 
 
-def _turn(count: Count, is_beyond: Callable[[int], bool], first: int, last: int) -> tuple[int, int | None]:
-    """Two neighbours among the numbers that have a count: the last one that is not beyond, and the first one
-    that is, if any.
+def _turn(count: Count, before: int, behind: int, is_behind: Callable[[int], bool]) -> tuple[int, int]:
+    """Two neighbours among the numbers that have a count: the last one that is not behind a turn, and the
+    first one that is.
 
     Args:
         count: the counts.
-        is_beyond: false up to some number, and true after it.
-        first: a number for which it is false.
-        last: the last number that comes into question.
+        before, behind: numbers that have a count; the turn lies between them.
+        is_behind: false up to the turn, and true from there on.
     """
-    low, step = first, 1
-    while low + step <= last and count(low + step) is not None and not is_beyond(low + step):
-        low, step = low + step, 2 * step
-    # What has no count ends the steps, but numbers that have one may follow, such as further divisors.
-    grows = low + step > last or count(low + step) is None
-    end, beyond = (last + 1, None) if grows else (low + step, low + step)
-    while end - low > 1:
-        middle = (low + end) // 2
+    end = behind  # Between it and `behind` no number has a count.
+    while end - before > 1:
+        middle = (before + end) // 2
         found = next((number for number in range(middle, end) if count(number) is not None), None)
-        if found is not None and not is_beyond(found):
-            low = found
+        if found is not None and not is_behind(found):
+            before = found
         else:
-            end, beyond = middle, beyond if found is None else found
-    return low, beyond
+            end, behind = middle, behind if found is None else found
+    return before, behind
 
 
 def _is_lower(bound: Any) -> bool:

@@ -67,7 +67,8 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     given.pop("traceback", None)
     own = {name: given.pop(name, None) for name in ("runs", "config", "output_dir", "resume", "packages")}
 
-    if not own["runs"] and own["resume"] is None:
+    # The value of an unknown flag is taken for a run.
+    if own["resume"] is None and (not own["runs"] or (unknown and given)):
         try:  # A mistake is answered at once, before torch is imported.
             load_plan(own["config"], given)
         except PlanError as error:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from vimtune.compare.execution import POLL_SECONDS, Process, Processes
-from vimtune.compare.plan import PLAN_FILE, Cell, Plan, load_plan
+from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
 from vimtune.compare.tables import print_rows, protocol_of, write_tables
@@ -28,7 +28,7 @@ MAY_CHANGE = frozenset((*HARMLESS, "device", "threads"))
 """Keys of recipes that a comparison may have otherwise when it is continued."""
 
 
-def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> list[Row]:
+def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[list[Row], Mapping[Cell, str]]:
     """Make the runs of a comparison that are not finished yet, and write its tables.
 
     Args:
@@ -37,16 +37,12 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> list[Row]
         packages: what each run imports before anything else (`--import`).
 
     Returns:
-        A row for each method on each data set. Runs that failed are missing in it.
+        A row for each method on each data set, and why runs failed, which are missing in their rows.
 
     Raises:
         ValueError: the folder holds runs with other settings, is in use, or cannot be written.
         Interrupted: Ctrl-C or SIGTERM; runs have saved their states, and the tables have what there is.
     """
-    return _compare(plan, folder, packages)[0]
-
-
-def _compare(plan: Plan, folder: Path, packages: Sequence[str]) -> tuple[list[Row], Mapping[Cell, str]]:
     console = build_console()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +58,10 @@ def _compare(plan: Plan, folder: Path, packages: Sequence[str]) -> tuple[list[Ro
         rows = schedule.rows()
         _conclude(rows, folder, protocol_of(plan), schedule.failed, console)
         if stop.requested:
-            raise Interrupted(f"go on with:\n  vimtune compare --resume {shlex.quote(str(folder))}")
+            go_on = f"vimtune compare --resume {shlex.quote(str(folder))}"
+            print_line(console, "stopped; what is finished is kept, go on with:")
+            print_line(console, f"  {go_on}", wrap=False)
+            raise Interrupted(go_on)
     return rows, schedule.failed
 
 
@@ -70,7 +69,7 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
     """The runs of a plan that are finished in a folder.
 
     Raises:
-        RecipeError: there are runs with other settings than those of the plan.
+        PlanError: there are runs with other settings than those of the plan.
     """
     found: dict[Cell, Result] = {}
     problems = []
@@ -81,18 +80,22 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
                 run = RunFolder(folder / cell.path)
                 if not run.recipe.is_file():
                     continue
-                stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
-                wanted = plan.recipe(cell, folder)
-                names = [name for name in wanted.to_dict() if name not in MAY_CHANGE]
-                problems += [
-                    f"{cell}: {name} was {was} and is now {now}"
-                    for name, was, now in changed(stored, wanted, names)
-                ]
-                if run.report.is_file():
+                problems += [f"{cell}: {problem}" for problem in _differences(run, plan.recipe(cell, folder))]
+                if not problems and run.report.is_file():
                     found[cell] = read_result(run.path)
     if problems:
-        raise RecipeError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
+        raise PlanError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
     return found
+
+
+def _differences(run: RunFolder, wanted: Recipe) -> list[str]:
+    """In what the recipe of a run folder differs from the one that is wanted there, a line each."""
+    try:
+        stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
+    except RecipeError as error:
+        return error.problems
+    names = [name for name in wanted.to_dict() if name not in MAY_CHANGE]
+    return [f"{name} was {was} and is now {now}" for name, was, now in changed(stored, wanted, names)]
 
 
 def _run_all(
@@ -140,14 +143,13 @@ def _take(schedule: Schedule, run: Process, stopping: bool, console: Console) ->
 def _conclude(
     rows: Sequence[Row], folder: Path | None, note: str, failed: Mapping[Cell, str], console: Console
 ) -> None:
-    """Write the tables into a folder, and print them."""
-    if folder is not None and any(row.results for row in rows):
-        failures = [f"{cell}: {reason}" for cell, reason in failed.items()]
-        written = write_tables(rows, folder, note, failures)
+    """Print the tables and, where there is anything in them, write them into a folder."""
+    failures = [f"{cell}: {reason}" for cell, reason in failed.items()]
     print_rows(rows, console)
-    for cell, reason in failed.items():
-        print_line(console, f"failed: {cell}: {reason}")
+    for failure in failures:
+        print_line(console, f"failed: {failure}")
     if folder is not None and any(row.results for row in rows):
+        written = write_tables(rows, folder, note, failures)
         print_line(console, f"written to {folder}: {', '.join(written)}")
 
 
@@ -219,5 +221,5 @@ def run_compare(
         config = str(resume / PLAN_FILE)
     plan = load_plan(config, values)
     folder = resume or output_dir or create_unused(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
-    _, failed = _compare(plan, folder, packages)
+    _, failed = compare(plan, folder, packages)
     return 1 if failed else 0

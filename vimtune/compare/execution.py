@@ -61,7 +61,7 @@ class Processes:
             packages: what each run imports before anything else.
         """
         named: Sequence[str | None] = devices or [None]
-        self._slots = [device for device in named for _ in range(jobs)]
+        self._slots = [*named] * jobs
         self._all_slots, self._packages = len(self._slots), packages
         self.running: list[Process] = []
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from vimtune.compare.results import Row
 from vimtune.text import printable, shorten
@@ -16,74 +18,104 @@ from vimtune.training.pictures import picture_style
 ACROSS = 3
 """Data sets side by side."""
 MAX_NAME = 30
-"""Characters of a method's name that are shown."""
+"""Characters of a name that are shown."""
+MARKERS = "osD^vP*X<>"
+"""Marks of the methods; with ten colours they tell a hundred of them apart."""
 
 
 def draw_pareto(rows: Sequence[Row]) -> Figure:
-    """For each data set the most important score over the trained parameters, head included, which nothing
-    trains without; the line joins the methods that no other one beats in both."""
+    """For each data set the most important score, with its deviation over the seeds, over the trained
+    parameters. The head counts here, because no method trains without it. The line joins the methods than
+    which no other one is better with as few parameters."""
     names = list(dict.fromkeys(row.data for row in rows))
     across = min(ACROSS, len(names))
     down = math.ceil(len(names) / across)
+    looks = _looks(list(dict.fromkeys(row.method for row in rows)))
     with picture_style():
-        figure = Figure(figsize=(5.6 * across, 4.2 * down), layout="constrained")
+        figure = Figure(figsize=(1.2 + 4.8 * across, 1.2 + 3.8 * down), layout="constrained")
+        handles: dict[str, Any] = {}
         for number, name in enumerate(names, 1):
-            own = [row for row in rows if row.data == name and row.score is not None and row.trainable]
             axes = figure.add_subplot(down, across, number)
             axes.set_title(shorten(printable(name), 2 * MAX_NAME))
+            own = [row for row in rows if row.data == name and row.score is not None and row.trainable]
             if own:
-                _draw(axes, own)
+                handles |= _draw(axes, own, looks)
             else:
                 axes.set_axis_off()
+        if handles:
+            # Names beside the points would run into each other, above all at equal budgets.
+            labels = [shorten(printable(method), MAX_NAME) for method in handles]
+            figure.legend(handles.values(), labels, loc="outside lower center", ncols=2 + 2 * across)
         return figure
 
 
-def _draw(axes: Axes, rows: Sequence[Row]) -> None:
-    """Points with their deviations and names, and the line of those that nobody beats."""
-    score = rows[0].scores[0]
-    front = pareto(rows)
-    axes.set_xscale("log")
+def _looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Mark and colour of each method, the same on all data sets."""
+    colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]  # a map of a list
+    return {
+        method: {
+            "fmt": MARKERS[(number + number // 10) % len(MARKERS)],
+            "color": colors[number % len(colors)],
+        }
+        for number, method in enumerate(methods)
+    }
+
+
+def _draw(axes: Axes, rows: Sequence[Row], looks: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Draw the points of one data set, and the line of those that nobody beats.
+
+    Returns:
+        The drawn points by method, for a legend.
+    """
+    score, handles = rows[0].scores[0], {}
     for row in rows:
         spread = row.score
         assert spread is not None and row.trainable is not None, "the others are left out"
-        color = "tab:blue" if row in front else "0.55"
-        axes.errorbar(
-            row.trainable, spread.mean, spread.deviation or 0.0, fmt="o", color=color, capsize=3, markersize=5
+        error = spread.deviation or None
+        handles[row.method] = axes.errorbar(
+            row.trainable, spread.mean, error, capsize=3, markersize=6, alpha=0.85, **looks[row.method]
         )
-        axes.annotate(
-            shorten(printable(row.method), MAX_NAME),
-            (row.trainable, spread.mean),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize="small",
-            color=color,
-        )
-    steps = [(row.trainable, row.score.mean) for row in front if row.trainable and row.score]
-    axes.plot(
-        *zip(*steps, strict=True), color="tab:blue", linewidth=1, alpha=0.5, drawstyle="steps-post", zorder=0
+    front = [(row.trainable, row.score.mean) for row in pareto(rows) if row.trainable and row.score]
+    front.append((max(row.trainable or 0 for row in rows), front[-1][1]))
+    axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, drawstyle="steps-post", zorder=0)
+    axes.set_xscale("log")
+    axes.set(
+        xlabel="trained parameters, head included",
+        ylabel=f"{score.title} ({rows[0].split}){', %' if score.percent else ''}",
     )
-    unit = " (%)" if score.percent else ""
-    axes.set(xlabel="trained parameters, head included", ylabel=f"{score.title}, {rows[0].split}{unit}")
-    axes.margins(x=0.18, y=0.12)
-    sizes = [row.trainable for row in rows if row.trainable]
-    if max(sizes) < 10 * min(sizes):  # Minor ticks would have numbers that run into each other.
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xticks(sorted(set(sizes)) if len(set(sizes)) < 4 else [min(sizes), max(sizes)])
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(x=0.12, y=0.12)
+    _label_sizes(axes, [row.trainable for row in rows if row.trainable])
+    if score.percent and axes.get_ylim()[1] > 100:  # A deviation may reach further, a score cannot.
+        axes.set_ylim(top=101)
     axes.grid(alpha=0.3)
+    return handles
+
+
+def _label_sizes(axes: Axes, sizes: Sequence[int]) -> None:
+    """Put numbers of parameters on the horizontal axis, also where all of them are of one size."""
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if max(sizes) < 10 * min(sizes):  # There may be no power of ten in between.
+        axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
+        axes.set_xticks(sorted({min(sizes), max(sizes)}))
+
+
+def short_count(value: float) -> str:
+    """A number of parameters in three digits: "950", "36.9k", "5.31M"."""
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
     """The rows with a score than which no other one is better with as few or fewer parameters, by size."""
-    scored = [row for row in rows if row.score is not None and row.trainable is not None]
-    sign = 1.0 if scored and scored[0].scores[0].higher_is_better else -1.0
+    found = [(row.trainable, row.score.mean, row) for row in rows if row.trainable is not None and row.score]
+    sign = 1.0 if found and found[0][2].scores[0].higher_is_better else -1.0
     front: list[Row] = []
     best = -math.inf
-    for row in sorted(
-        scored, key=lambda row: (row.trainable or 0, -sign * row.score.mean if row.score else 0.0)
-    ):
-        assert row.score is not None, "the others are left out"
-        if sign * row.score.mean > best:
+    for _, mean, row in sorted(found, key=lambda item: (item[0], -sign * item[1])):
+        if sign * mean > best:
             front.append(row)
-            best = sign * row.score.mean
+            best = sign * mean
     return front

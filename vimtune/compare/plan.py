@@ -212,17 +212,15 @@ class Plan:
     @cached_property
     def methods(self) -> Entries:
         """The methods with the keys that they set."""
-        return {
-            name: _with_default(entry, "peft", name) for name, entry in (self.options.methods or {}).items()
-        }
+        return {name: _with_method(entry, name) for name, entry in (self.options.methods or {}).items()}
 
     @cached_property
     def data(self) -> Entries:
         """The data sets with the keys that they set."""
         if self.options.data is None:
-            kind = next((key for key in _DATA_KINDS if key in self.base), "dataset")
-            name = str(self.base.get(kind, Recipe().data.dataset_name))
-            return {name: {kind: name}}
+            given = next((key for key in _DATA_KINDS if key in self.base), "dataset")
+            chosen = str(self.base.get(given, Recipe().data.dataset_name))
+            return {chosen: {given: chosen}}
         entries = {}
         for name, entry in self.options.data.items():
             said = "dataset" in entry or "task" in entry
@@ -330,10 +328,10 @@ _DATA_KINDS: Mapping[str, Any] = {"dataset": DATASETS, "task": TASKS}
 """The keys of a recipe that the name of a data set may stand for, with what is known under them."""
 
 
-def _with_default(entry: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+def _with_method(entry: dict[str, Any], name: str) -> dict[str, Any]:
     """The keys of a method, whose name is its `peft` where that is a method or several joined by "+"."""
     is_method = all(part in METHODS for part in name.split("+"))
-    return {key: name, **entry} if is_method else entry
+    return {"peft": name, **entry} if is_method else entry
 
 
 def _without_wrong_keys(
@@ -356,7 +354,7 @@ def _without_wrong_keys(
         elif key in of_recipes or key in of_plans:
             right[key] = value
         else:
-            hint = suggest(str(key), [*of_plans, *of_recipes])
+            hint = suggest(str(key), [*of_plans, *(known for known in of_recipes if known not in reserved)])
             problems.append(f"{where}unknown key {quote(key)}.{hint}")
     return right, problems
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vimtune.fields import options_of
+from vimtune.methods import sizing_options
 from vimtune.recipe import Recipe, complete_stored
 from vimtune.schema import check, load_json, parse_json
 from vimtune.tasks import Score
@@ -50,10 +51,17 @@ class Result:
 
     @property
     def rank(self) -> tuple[float, ...]:
-        """How good the kept epoch is on the selection split, by which learning rates are compared."""
-        task = self.recipe.task
-        record = next(r for r in self.report.history if r["epoch"] == self.report.best_epoch)
-        return task.rank(record["loss"], {score.name: record.get(score.name) for score in task.scores})
+        """How good the kept epoch is on the selection split, by which learning rates are compared.
+
+        Raises:
+            ValueError: the report says nothing of that epoch.
+        """
+        task, number = self.recipe.task, self.report.best_epoch
+        what = f"epoch {number} in the history of {quote(self.report.run_dir)}"
+        record = next((record for record in self.report.history if record.get("epoch") == number), {})
+        values = check(dict[str, float | None], record, what)
+        scores = {score.name: values.get(score.name) for score in task.scores}
+        return task.rank(check(float, values.get("loss"), f"the loss of {what}"), scores)
 
     @property
     def method_parameters(self) -> int | None:
@@ -162,6 +170,19 @@ class Row:
         return self.results[0].method_parameters if self.results else None
 
     @property
+    def size(self) -> str:
+        """What a budget has chosen, such as "rank=8"; empty where there was none."""
+        if not self.results or self.results[0].recipe.method.budget is None:
+            return ""
+        method, config = self.results[0].recipe.method, self.results[0].report.method_config
+        given = {name: value for name, value in method.method_kwargs.items() if name != "budget"}
+        values = {
+            name: f"{option}={_short(check(dict[str, Any], config.get(name), name).get(option))}"
+            for name, option in sizing_options(method.peft, given).items()
+        }
+        return next(iter(values.values())) if len(values) == 1 else ", ".join(map(" ".join, values.items()))
+
+    @property
     def trainable(self) -> int | None:
         """How many numbers are trained, head included."""
         return self.results[0].report.trainable_parameters if self.results else None
@@ -208,11 +229,20 @@ def _names(titles: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list
     """Each title, with the settings in which those of the same title differ."""
     names = []
     for title, own in zip(titles, settings, strict=True):
-        alike = [other for name, other in zip(titles, settings, strict=True) if name == title]
-        keys = [key for key in own if any(other.get(key) != own[key] for other in alike)]
-        details = ", ".join(f"{key}={_short(own[key])}" for key in keys)
+        alike = [_flat(other) for name, other in zip(titles, settings, strict=True) if name == title]
+        flat = _flat(own)
+        keys = [key for key in flat if any(other.get(key) != flat[key] for other in alike)]
+        details = ", ".join(f"{key}={_short(flat[key])}" for key in keys)
         names.append(f"{title} ({details})" if details else title)
     return names
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, with the entries of those that are mappings in their place."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {str(inner): own for inner, own in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _short(value: Any) -> str:

@@ -41,7 +41,7 @@ NUMBERS: dict[str, Callable[[Result], float | None]] = {
 def protocol_of(plan: Plan) -> str:
     """How the learning rates of a comparison are chosen, and on what its scores are, in words."""
     seeds = ", ".join(map(str, plan.options.seeds))
-    words = f"Scores are means and standard deviations (n - 1) over the seeds {seeds}."
+    words = f"Scores are means and standard deviations (n - 1) over the seeds ({seeds})."
     if any(len(plan.rates(*pair)) > 1 for pair in plan.pairs):
         chosen_with = ", ".join(map(str, plan.lr_seeds))
         words = (
@@ -69,6 +69,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("seeds", _show_count),
         Column("lr", lambda row: NONE if row.lr is None else f"{row.lr:g}"),
         Column("trained", lambda row: NONE if row.parameters is None else f"{row.parameters:,}"),
+        *([Column("size", lambda row: row.size or NONE)] if any(row.size for row in rows) else []),
         Column("with head", lambda row: NONE if row.trainable is None else f"{row.trainable:,}"),
         Column("training", lambda row: _show_time(row.spread(NUMBERS["train_seconds"]))),
         Column("memory", lambda row: _show(row.spread(NUMBERS["peak_memory_mib"]), "{:,.0f} MiB")),
@@ -125,14 +126,15 @@ def by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def best_of(rows: Sequence[Row]) -> Row | None:
-    """The row of a data set with the best mean score; None where fewer than two have one, or they are not of
-    one split."""
+def best_of(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a data set with the best mean score; none where fewer than two have one, or they are not
+    of one split."""
     scored = [(row.score.mean, row) for row in rows if row.score is not None]
     if len(scored) < 2 or len({row.split for _, row in scored}) > 1:
-        return None
+        return []
     better = max if scored[0][1].scores[0].higher_is_better else min
-    return better(scored, key=lambda item: item[0])[1]
+    best = better(mean for mean, _ in scored)
+    return [row for mean, row in scored if mean == best]
 
 
 def overview(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
@@ -194,13 +196,12 @@ def _write(text: str, path: Path) -> None:
 
 def to_markdown(rows: Sequence[Row], note: str, failures: Sequence[str] = ()) -> str:
     """Everything: the note, the overview of several data sets, a table for each of them, and what failed."""
-    parts = [note, *_remarks(rows)]
+    parts = ["# Comparison", note, *_remarks(rows)]
     groups = by_data(rows)
     if len(groups) > 1:
         parts.append(_markdown(*overview(rows), {}))
     for name, group in groups.items():
-        best = best_of(group)
-        bold = {} if best is None else {group.index(best): 1}
+        bold = {group.index(row): 1 for row in best_of(group)}
         parts += [f"## {_escape_markdown(name)}", _markdown(*details(group), bold)]
     if failures:
         parts += ["## Failed", "\n".join(f"- {_escape_markdown(failure)}" for failure in failures)]
@@ -245,6 +246,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "lr": row.lr,
             "seeds": len(row.results),
             "missing": row.missing,
+            "size": csv_cell(row.size),
             "split": row.split,
             "method_parameters": row.parameters,
             "trainable_parameters": row.trainable,
@@ -343,7 +345,8 @@ def _print_table(name: str, heading: Cells, lines: Sequence[Cells], console: Con
     print_line(console, name)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for number, title in enumerate(heading):
-        table.add_column(neutral(title, console), justify="right" if number else "left", overflow="fold")
+        text = neutral(title, console)
+        table.add_column(text, justify="right" if number else "left", overflow="fold", no_wrap=number == 0)
     for line in lines:
         table.add_row(*(neutral(shorten(cell), console) for cell in line))
     console.print(table)

@@ -87,6 +87,14 @@ class Method(ABC):
         present = [target for target in default if points.has(target)] if self.skips_absent_targets else []
         return points.resolve(present or default, layers)
 
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        """Up to which value of an option of `sized_by` more parameters are worth something; a budget chooses
+        none beyond it. None if nothing but the range of the option and the sites themselves limits it.
+
+        Overridden by methods that accept larger values, as published settings have them.
+        """
+        return None
+
     def build(self, sites: Sequence[Site]) -> Mapping[str, Rule]:
         """The rules of the method by the path of their site: for each one what `build_rule` says.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
@@ -54,6 +54,13 @@ class LoRA(Method):
         """The factor s of the update B A."""
         divisors = {"standard": self.rank, "rslora": math.sqrt(self.rank), "direct": 1}
         return self.alpha / divisors[self.scaling]
+
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        if option != "rank":
+            return None
+        return min(
+            (min(site.weight.flatten(1).shape) for site in sites if site.weight.dim() > 1), default=None
+        )
 
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rules.lora import LoRARule

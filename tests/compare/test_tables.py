@@ -1,0 +1,118 @@
+"""Tables and pictures: what stands in them, and that nothing in a name does harm."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+
+import pytest
+from tiny_plans import TINY, result
+
+from vimtune.compare.pictures import draw_pareto, pareto, short_count
+from vimtune.compare.results import Row, Spread, rows_of_runs
+from vimtune.compare.tables import best_of, print_rows, to_csv, to_latex, to_markdown, write_tables
+from vimtune.console import build_console
+
+ROWS = [
+    Row("lora", "flowers", (result(80, seed=0), result(82, seed=1)), 1e-3, 1, 2),
+    Row("full", "flowers", (result(81.5, trained=50_000, seed=0),), 1e-4),
+    Row("linear", "flowers", (result(60, trained=100),), 1e-2),
+    Row("lora", "cars", (result(30),), 1e-3),
+    Row("full", "cars", (), None, 3),
+]
+
+
+def test_mean_and_deviation():
+    assert Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.0, 3)
+    assert Spread.of([2.0]) == Spread(2.0, None, 1)
+    assert Spread.of([]) is None and Spread.of([1.0, None]) is None
+    assert Spread.of([80.0, 82.0]).show() == "81.0 ± 1.4"
+
+
+def test_markdown_has_an_overview_and_the_numbers_of_each_data_set():
+    text = to_markdown(ROWS, "the note", ["full on cars: a | b"])
+    assert "the note" in text and "- full on cars: a \\| b" in text
+    assert "| lora | 81.0 ± 1.4 | 30.0 | 55.5 |" in text
+    assert "| full | 81.5 | - | - |" in text
+    assert "| lora | 81.0 ± 1.4 | 2 of 3 | 0.001 | 900 | 1,000 | 1.0 s | 100 MiB | 4 kB |" in text
+    assert "| full | **81.5** | 1 | 0.0001 | 49,900 | 50,000 |" in text
+    assert "| full | - | 0 of 3 | - | - | - | - | - | - |" in text
+    assert "top5" not in text and "top-5" not in text  # there are only four classes
+
+
+def test_csv_has_unrounded_numbers():
+    first, *others = csv.DictReader(io.StringIO(to_csv(ROWS)))
+    assert len(others) == 4
+    assert (first["top1_mean"], first["seeds"], first["missing"]) == ("81.0", "2", "1")
+    assert float(first["top1_sd"]) == pytest.approx(2**0.5)
+    assert first["method_parameters"] == "900" and first["adapter_bytes_mean"] == "4000.0"
+
+
+def test_names_are_harmless_in_every_format(tmp_path):
+    name = "=a|b_$x$&%#{}~^\\ *`<i>\x1b[31m"
+    rows = [Row(name, name, (result(),), 1e-3)]
+    heading = to_markdown(rows, "").splitlines()
+    assert all("\x1b" not in line and "<i>" not in line.replace("\\<", "") for line in heading)
+    assert next(csv.DictReader(io.StringIO(to_csv(rows))))["method"].startswith("'=")
+    assert r"=a|b\_\$x\$\&\%\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}" in to_latex(rows)
+    write_tables(rows, tmp_path, "", [])
+
+
+def test_latex_has_as_many_cells_as_columns():
+    text = to_latex(ROWS)
+    for table in re.findall(r"\\begin\{tabular\}\{(l(?:r+))\}(.*?)\\end\{tabular\}", text, re.S):
+        lines = [line for line in table[1].splitlines() if line.endswith(r"\\")]
+        assert lines and all(len(re.findall(r"(?<!\\)&", line)) == len(table[0]) - 1 for line in lines)
+    assert r"81.0 $\pm$ 1.4" in text
+
+
+def test_the_best_row_is_none_where_splits_differ():
+    first, second = (Row(name, "x", (result(score),), 1e-3) for name, score in (("a", 1), ("b", 2)))
+    assert best_of([first, second]) == [second] and best_of([first]) == []
+    other = Row("c", "x", (result(3, split="val"),), 1e-3)
+    assert best_of([first, second, other]) == []
+    assert "which makes them optimistic" in to_markdown([other], "")
+
+
+def test_nobody_beats_the_methods_on_the_line():
+    names = [row.method for row in pareto(ROWS[:3])]
+    assert names == ["linear", "lora", "full"]
+    worse = Row("dora", "flowers", (result(79, trained=1000),), 1e-3)
+    larger = Row("prodial", "flowers", (result(81.5, trained=60_000),), 1e-3)
+    assert [row.method for row in pareto([*ROWS[:3], worse, larger])] == names
+
+
+def test_pictures_of_one_size_of_one_method_and_of_nothing(tmp_path):
+    from vimtune.training.pictures import save_picture
+
+    many = [Row(f"m{n}", "x", (result(50 + n),), 1e-3) for n in range(25)]
+    for number, rows in enumerate((ROWS, many, ROWS[3:], ROWS[4:])):
+        save_picture(draw_pareto(rows), tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 1000
+    figure = draw_pareto(many)
+    assert len(figure.legends[0].get_texts()) == 25
+    assert [short_count(n) for n in (950, 36_900, 5_308_416)] == ["950", "36.9k", "5.31M"]
+
+
+def test_runs_without_a_plan_are_named_by_what_tells_them_apart():
+    runs = [
+        result(80, seed=1, recipe={"rank": 2}),
+        result(82, seed=0, recipe={"rank": 2}),
+        result(70, recipe={"rank": 8}),
+        result(60, recipe={"peft": "full"}),
+        result(50, recipe={"peft": "full", "dataset_kwargs": {**TINY["dataset_kwargs"], "species": 5}}),
+    ]
+    rows = rows_of_runs(runs)
+    assert [(row.method, row.data, row.seeds) for row in rows] == [
+        ("lora (rank=2)", "synthetic_flowers (species=2)", [0, 1]),
+        ("lora (rank=8)", "synthetic_flowers (species=2)", [0]),
+        ("full", "synthetic_flowers (species=2)", [0]),
+        ("full", "synthetic_flowers (species=5)", [0]),
+    ]
+
+
+def test_the_terminal_shows_the_same(capsys):
+    print_rows(ROWS, build_console())
+    out = capsys.readouterr().out
+    assert "81.0 ± 1.4" in out and "all data sets" in out and "cars" in out
