@@ -185,6 +185,27 @@ def test_the_mlp_is_that_of_the_paper(plain):
     assert len(names) == 3 and all(name.startswith("layers.0.") for name in names)
 
 
+@pytest.mark.parametrize("method", ["prompt", "affix", "affix+prompt"])
+def test_the_table_is_all_that_a_trained_adapter_needs(adapted, method, tmp_path):
+    model = adapted(method, hidden=64)
+    expected = model(images)
+    vimtune.save_adapter(model, tmp_path / "whole.safetensors")
+    assert vimtune.adapters.simplify(model) is model
+    close(model(images), expected, 0)
+    vimtune.save_adapter(model, tmp_path / "table.safetensors")
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "table")]
+    assert sizes[1] < sizes[0] / 2
+    other = build_test_model()
+    info = vimtune.load_adapter(other, tmp_path / "table.safetensors")
+    assert all(own["hidden"] == 0 for own in info.options.values())
+    close(other.eval()(images), expected, 0)
+    assert [item.name for item in adapter_parameters(model)] == [
+        item.name for item in adapter_parameters(other)
+    ]
+    loss_of(model).backward()  # It can be trained on.
+    check_gradients(model)
+
+
 # --- additional-scan
 
 

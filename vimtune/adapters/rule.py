@@ -55,6 +55,13 @@ class Rule(nn.Module):
         """
         return None
 
+    def simplify(self) -> None:
+        """Put what only training has a use for, such as an MLP that makes the tensors, into the tensors that
+        the formula needs, in place. Most rules have nothing of the kind.
+
+        The method names the options that bring it (`Method.training_only`).
+        """
+
 
 class WeightRule(Rule):
     """One formula for the effective value of a parameter or of some of its rows."""

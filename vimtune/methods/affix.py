@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from vimtune.fields import Positive, Whole
@@ -22,6 +23,7 @@ class Affix(Method):
     summary = "learnt tokens at the start of every scan (Yoshimura et al. 2025)"
     default_targets = "scan()"
     changes_at_start = True
+    training_only = MappingProxyType({"hidden": 0})
 
     num_tokens: Positive = option(3, "learnt tokens of each layer and direction")
     hidden: Whole = option(

@@ -53,6 +53,9 @@ class Method(ABC):
     changes_at_start: ClassVar[bool] = False
     """Whether injecting it changes what the model computes before anything is trained, as random prompts
     do."""
+    training_only: ClassVar[Mapping[str, Any]] = {}
+    """Options that bring what only training has a use for, each with the value without it; see
+    `Rule.simplify`."""
     trains_head_only: ClassVar[bool] = False
     """Whether it is meant to select nothing. Of any other method that is refused as a mistake."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from vimtune.fields import Positive, Whole
@@ -21,6 +22,7 @@ class Prompt(Method):
     summary = "learnt tokens beside those of the input (Lester et al. 2021)"
     default_targets = "encode()"
     changes_at_start = True
+    training_only = MappingProxyType({"hidden": 0})
 
     num_tokens: Positive = option(8, "learnt tokens")
     hidden: Whole = option(
