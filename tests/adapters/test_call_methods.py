@@ -307,6 +307,29 @@ def test_state_offset_acts_on_the_weights_that_others_adapt(adapted, head_of):
     close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))
 
 
+@pytest.mark.parametrize("kind", ["h", "y"])
+def test_state_offset_is_under_the_gate_and_behind_the_tokens_of_others(adapted, kind):
+    for before in ("affix", "memba", "memba+affix"):
+        with pytest.raises(ValueError, match=r"'state_offset' computes a part of .* name it before"):
+            vimtune.inject(build_test_model(), f"{before}+state_offset", kind=kind)
+    model = adapted("state_offset+affix", kind=kind, num_tokens=2)
+    rules = rules_by_mixer(model, model)
+
+    def mixing(mixer, xz):
+        offset, affix = rules[mixer].rules
+        gated = []
+        for number, (suffix, own) in enumerate((("", xz), ("_b", xz.flip(1)))):
+            tokens = F.pad(affix.tokens()[number], (0, 32)).expand(len(xz), -1, -1)
+            own = torch.cat([tokens, own], 1)
+            y = dense_scan(own, mixer, suffix, offset.offsets[number].full if kind == "h" else None)
+            if kind == "y":
+                y = y + offset.offset * F.silu(own.chunk(2, -1)[1])
+            gated.append(y[:, 2:])
+        return (gated[0] + gated[1].flip(1)) / 2
+
+    close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))
+
+
 # --- selective visual prompting
 
 

@@ -108,6 +108,10 @@ class CallRule(Rule):
     the states of a text, or that is told of padding, refuses such a rule, which would have to know the tokens
     before, and which of them are padding."""
 
+    innermost: ClassVar[bool] = False
+    """Whether the rule computes a part of the call once more, from what the call is given: then no other rule
+    may stand between the two and change it."""
+
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.
 
