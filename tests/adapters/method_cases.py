@@ -20,11 +20,6 @@ CASES = [
     ("lora", {"dropout": 0.5}),
     ("dora", {"dropout": 0.5}),
     ("prodial", {"dropout": 0.5}),
-    ("prompt", {"hidden": 3}),
-    ("affix", {"hidden": 3}),
-    ("state_offset", {"kind": "y"}),
-    ("state_offset", {"h_rank": 2}),
-    ("lora+memba", {}),
     ("additional_scan+lora+affix+prompt", {}),
 ]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import vimtune
 from vimtune.adapters import active_adapter, adapter_parameters, check_gradients, unmerge
 from vimtune.methods import resolve_options
+from vimtune.testing import methods as checks
 from vimtune.testing.methods import build_test_inputs, build_test_model, close
 from vimtune.training.optim import build_optimizer
 
@@ -48,6 +49,30 @@ def test_published_sizes_are_the_defaults():
     for method, options in [(method, options) for method, options, _, _ in COUNTS[:4]]:
         defaults = resolve_options(method, {})[method]
         assert options.items() <= defaults.items()
+
+
+# What the form of a method may change; the other checks run for the default forms of all methods.
+FORMS = [
+    ("prompt", {"hidden": 3}),
+    ("affix", {"hidden": 3}),
+    ("state_offset", {"kind": "y"}),
+    ("state_offset", {"h_rank": 2}),
+]
+FORM_CHECKS = [
+    checks.check_every_entry,
+    checks.check_files,
+    checks.check_autocast,
+    checks.check_half_precision,
+    checks.check_tracing,
+    checks.check_copies,
+    checks.check_several_adapters,
+]
+
+
+@pytest.mark.parametrize(("method", "options"), FORMS)
+def test_other_forms_of_the_methods(method, options):
+    for check in FORM_CHECKS:
+        check(checks.MethodCase(method, options))
 
 
 # --- a Vim, written down
