@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vimtune.fields import Whole
+from vimtune.fields import InnerWidth
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class StateOffset(Method):
     kind: Literal["h", "y"] = option(
         "h", '"h": one offset for each channel and state; "y": one for each channel'
     )
-    h_rank: Whole = option(0, 'rank of the offset of kind "h"; 0 for a full one')
+    h_rank: InnerWidth = option(0, 'rank of the offset of kind "h"; 0 for a full one')
 
     def __post_init__(self) -> None:
         if self.kind == "y" and self.h_rank:
