@@ -102,14 +102,19 @@ def printed_code(output: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "img_size"),
-    [*((name, None) for name in MODELS), ("test_vim", [80, 48]), ("vim_tiny_patch16_224", [96, 80])],
+    ("name", "img_size", "peft"),
+    [
+        *((name, None, "lora") for name in MODELS),
+        ("test_vim", [80, 48], "lora"),
+        ("vim_tiny_patch16_224", [96, 80], "lora"),
+        ("test_vim", None, "additional_scan"),  # merges into a model of another size
+    ],
 )
-def test_plain_timm_answers_as_predict_does(tmp_path, name, img_size, capsys):
+def test_plain_timm_answers_as_predict_does(tmp_path, name, img_size, peft, capsys):
     """Every model, on photos that are not square: probabilities of adapter, merged file, and timm alone."""
     photos = write_photos(tmp_path / "photos")
     small = {"depth": 1, "embed_dim": 16, "d_state": 2}
-    values = {"model": name, "img_size": img_size, "model_kwargs": small}
+    values = {"model": name, "img_size": img_size, "model_kwargs": small, "peft": peft}
     make_adapter(tmp_path / "adapter.safetensors", scale=1.0, **values)
     output = tmp_path / "merged.safetensors"
     assert cli.main(["merge", str(tmp_path), "-o", str(output)]) == 0

@@ -29,6 +29,10 @@ Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 """A seed of random numbers."""
 Amount = Annotated[float, Ge(0)]
 """A number that is not negative."""
+Count = Annotated[int, Ge(1), Le(1024)]
+"""A number of things that a model makes room for, such as tokens or states."""
+InnerWidth = Annotated[int, Ge(0), Le(4096)]
+"""Inner width of a small network beside a model; 0 may stand for none."""
 PositiveAmount = Annotated[float, Gt(0)]
 """A number above 0."""
 Share = Annotated[float, Ge(0), Lt(1)]

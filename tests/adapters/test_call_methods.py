@@ -19,6 +19,7 @@ from torch import Tensor
 import vimtune
 from vimtune.adapters import active_adapter, adapter_parameters, check_gradients, unmerge
 from vimtune.methods import resolve_options
+from vimtune.testing import methods as checks
 from vimtune.testing.methods import build_test_inputs, build_test_model, close
 from vimtune.training.optim import build_optimizer
 
@@ -48,6 +49,30 @@ def test_published_sizes_are_the_defaults():
     for method, options in [(method, options) for method, options, _, _ in COUNTS[:4]]:
         defaults = resolve_options(method, {})[method]
         assert options.items() <= defaults.items()
+
+
+# What the form of a method may change; the other checks run for the default forms of all methods.
+FORMS = [
+    ("prompt", {"hidden": 3}),
+    ("affix", {"hidden": 3}),
+    ("state_offset", {"kind": "y"}),
+    ("state_offset", {"h_rank": 2}),
+]
+FORM_CHECKS = [
+    checks.check_every_entry,
+    checks.check_files,
+    checks.check_autocast,
+    checks.check_half_precision,
+    checks.check_tracing,
+    checks.check_copies,
+    checks.check_several_adapters,
+]
+
+
+@pytest.mark.parametrize(("method", "options"), FORMS)
+def test_other_forms_of_the_methods(method, options):
+    for check in FORM_CHECKS:
+        check(checks.MethodCase(method, options))
 
 
 # --- a Vim, written down
@@ -185,6 +210,27 @@ def test_the_mlp_is_that_of_the_paper(plain):
     assert len(names) == 3 and all(name.startswith("layers.0.") for name in names)
 
 
+@pytest.mark.parametrize("method", ["prompt", "affix", "affix+prompt"])
+def test_the_table_is_all_that_a_trained_adapter_needs(adapted, method, tmp_path):
+    model = adapted(method, hidden=64)
+    expected = model(images)
+    vimtune.save_adapter(model, tmp_path / "whole.safetensors")
+    assert vimtune.adapters.simplify(model) is model
+    close(model(images), expected, 0)
+    vimtune.save_adapter(model, tmp_path / "table.safetensors")
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("whole", "table")]
+    assert sizes[1] < sizes[0] / 2
+    other = build_test_model()
+    info = vimtune.load_adapter(other, tmp_path / "table.safetensors")
+    assert all(own["hidden"] == 0 for own in info.options.values())
+    close(other.eval()(images), expected, 0)
+    assert [item.name for item in adapter_parameters(model)] == [
+        item.name for item in adapter_parameters(other)
+    ]
+    loss_of(model).backward()  # It can be trained on.
+    check_gradients(model)
+
+
 # --- additional-scan
 
 
@@ -282,6 +328,29 @@ def test_state_offset_acts_on_the_weights_that_others_adapt(adapted, head_of):
         h = [own.full for own in rules[mixer].offsets]
         assert h[0].shape == h[1].shape == (32, 18)
         return (dense_scan(xz, mixer, "", h[0]) + dense_scan(xz.flip(1), mixer, "_b", h[1]).flip(1)) / 2
+
+    close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))
+
+
+@pytest.mark.parametrize("kind", ["h", "y"])
+def test_state_offset_is_under_the_gate_and_behind_the_tokens_of_others(adapted, kind):
+    for before in ("affix", "memba", "memba+affix"):
+        with pytest.raises(ValueError, match=r"'state_offset' computes a part of .* name it before"):
+            vimtune.inject(build_test_model(), f"{before}+state_offset", kind=kind)
+    model = adapted("state_offset+affix", kind=kind, num_tokens=2)
+    rules = rules_by_mixer(model, model)
+
+    def mixing(mixer, xz):
+        offset, affix = rules[mixer].rules
+        gated = []
+        for number, (suffix, own) in enumerate((("", xz), ("_b", xz.flip(1)))):
+            tokens = F.pad(affix.tokens()[number], (0, 32)).expand(len(xz), -1, -1)
+            own = torch.cat([tokens, own], 1)
+            y = dense_scan(own, mixer, suffix, offset.offsets[number].full if kind == "h" else None)
+            if kind == "y":
+                y = y + offset.offset * F.silu(own.chunk(2, -1)[1])
+            gated.append(y[:, 2:])
+        return (gated[0] + gated[1].flip(1)) / 2
 
     close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))
 

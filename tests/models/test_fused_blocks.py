@@ -298,3 +298,18 @@ def test_norm_saves_its_sum_and_one_number_a_token():
         normed, total = ops.add_rms_norm(branch, residual, weight, backend="triton")
     assert normed.dtype == torch.bfloat16
     assert sum(t.nbytes for t in saved if t is not weight) == total.nbytes + 4 * 2 * 5
+
+
+def test_rules_before_blocks_see_what_the_blocks_see(fuse):
+    """They stand between a sum and its norm, so that the two are not done together."""
+    model = build(peft="svp", peft_kwargs={"width": 4})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("scale"):
+                parameter.add_(1)
+    images = torch.randn(2, 3, 32, 32, device=DEVICE)
+    fuse(False)
+    expected = model(images)
+    calls = fuse(True)
+    torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=1e-6)
+    assert not calls

@@ -96,6 +96,10 @@ def test_what_cannot_be_sharded_is_refused(tiny, monkeypatch):
     assert graph.refusals(OptimisationSettings(shard=True), torch.device("cuda", 0)) == [
         "the processes share the model (shard)"
     ]
+    for method, options in (("affix", {"hidden": 4}), ("svp", {"width": 4})):
+        vim = timm.create_model("test_vim", peft=method, peft_kwargs=options)
+        with pytest.raises(ValueError, match=r"shard = true does not go with .* of several blocks"):
+            Sharded(Processes()).place(vim)
     monkeypatch.setattr(sharding, "settles", lambda model: True)
     with pytest.raises(ValueError, match="chooses from data before training"):
         Sharded(Processes()).place(nn.Linear(2, 2))

@@ -31,6 +31,7 @@ from vimtune.adapters.manage import (
 )
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
 from vimtune.adapters.settling import TrainingBatches, settle, settles
+from vimtune.adapters.simplifying import simplify
 from vimtune.adapters.sites import Site
 from vimtune.adapters.slots import base_parameters
 from vimtune.adapters.store import load_adapter, read_adapter, read_adapter_info, save_adapter
@@ -93,6 +94,7 @@ __all__ = [
     "settles",
     "share_sources",
     "shared_effective_weights",
+    "simplify",
     "summary",
     "unmerge",
 ]

@@ -95,6 +95,13 @@ class Rule(nn.Module):
         """
         return None
 
+    def simplify(self) -> None:
+        """Put what only training has a use for, such as an MLP that makes the tensors, into the tensors that
+        the formula needs, in place. Most rules have nothing of the kind.
+
+        The method names the options that bring it (`Method.training_only`).
+        """
+
 
 class WeightRule(Rule):
     """One formula for the effective value of a parameter or of some of its rows."""
@@ -142,6 +149,10 @@ class CallRule(Rule):
     """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps
     the states of a text, or that is told of padding, refuses such a rule, which would have to know the tokens
     before, and which of them are padding."""
+
+    innermost: ClassVar[bool] = False
+    """Whether the rule computes a part of the call once more, from what the call is given: then no other rule
+    may stand between the two and change it."""
 
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.

@@ -347,6 +347,11 @@ def _attach_rule(
         owner, method_name = points.calls[path]
         name = method_name + CALL
         inner = [] if (nested := _active_rule(owner, name, adapter)) is None else [*single_rules(nested)]
+        if inner and cast(CallRule, rule).innermost:
+            raise ValueError(
+                f"method {method.name!r} computes a part of {path} once more, and the methods before it "
+                "change what that is made from: name it before them"
+            )
         combined = Nesting([*inner, rule]) if inner else rule  # type: ignore[list-item]
     attach(owner, name, adapter, combined)
     slots_of(owner)[name].active = adapter

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vimtune.fields import Positive
+from vimtune.fields import Count
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _DECAYS = {"x_proj.weight": "A_log", "x_proj_b.weight": "A_b_log"}
 """The parameter whose columns are the states that a projection serves, in the same mixer."""
+_SIZES = (("d_state", "depth", 2), ("state_size", "num_hidden_layers", 1))
+"""How a Vim and a language model call their numbers of states and of layers, and the directions of a scan."""
 
 
 @register_method("additional_scan")
@@ -26,7 +28,7 @@ class AdditionalScan(Method):
     summary = "more states for every channel of a scan (Yoshimura et al. 2025)"
     sized_by = ("num_states",)
 
-    num_states: Positive = option(6, "states beside those that the model has")
+    num_states: Count = option(6, "states beside those that the model has")
 
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
@@ -71,20 +73,23 @@ class AdditionalScan(Method):
         """More states, by the name that they have in a Vim's options or in transformers' configurations.
 
         Raises:
-            ValueError: some layers or directions keep the states that they have.
+            ValueError: some layers or directions keep the states that they have, or the model is of another
+                kind.
         """
-        states, depth, directions = (
-            ("d_state", options["depth"], 2)
-            if "d_state" in options
-            else ("state_size", options["num_hidden_layers"], 1)
+        for states, depth, directions in _SIZES:
+            if states in options and depth in options:
+                everywhere = 2 * directions * options[depth]
+                if len(sites) == everywhere:
+                    return {**options, states: options[states] + self.num_states}
+                raise ValueError(
+                    f"{self.name} acts on {len(sites)} of {everywhere} parameters, and the scans of a plain "
+                    "model have equally many states everywhere; nothing was merged. Keep the adapter beside "
+                    "the model, or train one without targets and layers"
+                )
+        raise ValueError(
+            f"{self.name} does not know by which of its options this model is created with more states; "
+            "nothing was merged. Keep the adapter beside the model"
         )
-        if len(sites) != 2 * directions * depth:
-            raise ValueError(
-                f"{self.name} acts on {len(sites)} of {2 * directions * depth} parameters, and the scans of "
-                "a plain model have equally many states everywhere; nothing was merged. Keep the adapter "
-                "beside the model, or train one without targets and layers"
-            )
-        return {**options, states: options[states] + self.num_states}
 
 
 def _directions(paths: Iterable[str]) -> dict[str, str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vimtune.fields import Positive, Whole
+from vimtune.fields import Count, InnerWidth
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ class Affix(Method):
     default_targets = "scan()"
     sized_by = ("num_tokens",)
     changes_at_start = True
+    training_only = MappingProxyType({"hidden": 0})
 
-    num_tokens: Positive = option(3, "learnt tokens of each layer and direction")
-    hidden: Whole = option(
+    num_tokens: Count = option(3, "learnt tokens of each layer and direction")
+    hidden: InnerWidth = option(
         0, "inner width of an MLP through which the tokens are trained, such as 64; 0 for none"
     )
 

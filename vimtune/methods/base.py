@@ -61,6 +61,9 @@ class Method(ABC):
     adds_up: ClassVar[bool] = False
     """Whether it may act on rows of a parameter that it adapts as a whole, too, because its rules add to the
     weight. Of any other method that is refused as a mistake."""
+    training_only: ClassVar[Mapping[str, Any]] = {}
+    """Options that bring what only training has a use for, each with the value without it; see
+    `Rule.simplify`."""
     trains_head_only: ClassVar[bool] = False
     """Whether it is meant to select nothing. Of any other method that is refused as a mistake."""
     sized_by: ClassVar[tuple[str, ...]] = ()

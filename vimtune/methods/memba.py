@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Gt, Le
 
-from vimtune.fields import Positive, PositiveAmount
+from vimtune.fields import Count, PositiveAmount
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Memba(Method):
     sized_by = ()
     changes_at_start = True
 
-    chunks: Positive = option(4, "T, chunks into which the tokens of an image are cut")
-    chunk_length: Positive = option(64, "tokens of a chunk of text, whose number grows with the text")
+    chunks: Count = option(4, "T, chunks into which the tokens of an image are cut")
+    chunk_length: Count = option(64, "tokens of a chunk of text, whose number grows with the text")
     tau: Annotated[float, Gt(0), Le(1)] = option(0.9, "what a membrane keeps from one chunk to the next")
     threshold: PositiveAmount = option(1.0, "above it a membrane fires and is reset to 0")
 

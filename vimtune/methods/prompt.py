@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vimtune.fields import Positive, Whole
+from vimtune.fields import Count, InnerWidth
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ class Prompt(Method):
     default_targets = "encode()"
     sized_by = ("num_tokens",)
     changes_at_start = True
+    training_only = MappingProxyType({"hidden": 0})
 
-    num_tokens: Positive = option(8, "learnt tokens")
-    hidden: Whole = option(
+    num_tokens: Count = option(8, "learnt tokens")
+    hidden: InnerWidth = option(
         0, "inner width of an MLP through which the tokens are trained, such as 64; 0 for none"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vimtune.fields import Positive
+from vimtune.fields import Count
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class StateOffset(Method):
     kind: Literal["h", "y"] = option(
         "h", '"h": one offset for each channel and state; "y": one for each channel'
     )
-    h_rank: Positive | None = option(None, 'rank of the offset of kind "h"; a full one if not given')
+    h_rank: Count | None = option(None, 'rank of the offset of kind "h"; a full one if not given')
 
     def __post_init__(self) -> None:
         if self.kind == "y" and self.h_rank is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from vimtune.fields import Positive
+from vimtune.fields import Count
 from vimtune.methods.base import Method, option, register_method
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class SVP(Method):
     default_targets = "update()"
     sized_by = ("width", "group_size")
 
-    width: Positive = option(64, "inner width of the generator of a layer")
-    group_size: Positive = option(8, "neighbouring layers that have one generator in common")
+    width: Count = option(64, "inner width of the generator of a layer")
+    group_size: Count = option(8, "neighbouring layers that have one generator in common")
 
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None

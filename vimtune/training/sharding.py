@@ -129,13 +129,18 @@ class Sharded(Placement):
         """Shard the model, block by block: no more than one block lies whole on the device.
 
         Raises:
-            ValueError: it has a parameter that is a scalar and cannot be cut, or a method that looks at whole
-                tensors.
+            ValueError: it has a parameter that is a scalar and cannot be cut, one that several blocks have in
+                common, or a method that looks at whole tensors.
         """
         if settles(model):
             raise ValueError(
                 "shard = true does not go with a method that chooses from data before training, because that "
                 "looks at whole tensors: pass --no-shard, or choose another method"
+            )
+        if common := _in_several(blocks_of(model)):
+            raise ValueError(
+                f"shard = true does not go with {common}, which is a tensor of several blocks, because each "
+                "block is put together alone: pass --no-shard, or choose options without tensors in common"
             )
         mesh = init_device_mesh(self.processes.device.type, (self.processes.world_size,))
         # FSDP reads parameters by their names and would take what the rules make of them for the weights.
@@ -240,6 +245,16 @@ def _blocks_below(module: nn.Module) -> Iterator[nn.Module]:
     for name, child in module.named_children():
         if name != SLOTS:  # what is inside rules is not called
             yield from _blocks_below(child)
+
+
+def _in_several(blocks: Sequence[nn.Module]) -> str | None:
+    """The name within its block of a parameter that several blocks have in common; None if there is none."""
+    owners: dict[nn.Parameter, nn.Module] = {}
+    for block in blocks:
+        for name, parameter in block.named_parameters():
+            if owners.setdefault(parameter, block) is not block:
+                return name
+    return None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -28,13 +28,18 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("family", ["mamba_tiny", "mamba2_tiny"])
-def test_a_folder_that_transformers_loads(family, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("family", "method", "rank"),
+    [("mamba_tiny", "lora", 2), ("mamba2_tiny", "lora", 2), ("mamba_tiny", "additional_scan", None)],
+)
+def test_a_folder_that_transformers_loads(family, method, rank, tmp_path, capsys):
     data = write_data("arc_easy", tmp_path / "data")
-    job = make_adapter(tmp_path / "run", task="arc_easy", model=family, data_dir=str(data))
+    job = make_adapter(
+        tmp_path / "run", task="arc_easy", model=family, data_dir=str(data), peft=method, rank=rank
+    )
     assert merge(tmp_path / "run", tmp_path / "merged") == 0
     printed = capsys.readouterr().out
-    assert f"{family} with lora merged into" in printed
+    assert f"{family} with {method} merged into" in printed
     assert "on 2 x 48 random tokens" in printed
     code = "\n".join(line.strip() for line in printed.split("load it with:")[1].splitlines())
     found = {}

@@ -51,6 +51,9 @@ class AffixRule(CallRule):
         table: Tensor = self.table().unflatten(1, (self.directions, -1))
         return table.transpose(0, 1)
 
+    def simplify(self) -> None:
+        self.table.simplify()
+
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Tensor:
         tokens = self.tokens().to(x.dtype)
         _, num_tokens, width = tokens.shape

@@ -63,14 +63,16 @@ class MembraneRule(CallRule):
         self.chunks, self.length = chunks, length
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
-        first, end = self.gate.start, self.gate.stop
-        z = x[..., first:end]
+        # Split, not sliced: the gradients of slices would each be as large as the whole.
+        width = self.gate.stop - self.gate.start
+        parts = x.split([self.gate.start, width, x.shape[-1] - self.gate.stop], -1)
+        z = parts[1]
         if self.chunks is None:
             gate = self.gates_of_a_text(z)
         else:
             start = flow[0].get(self.before) if self.before is not None else None
             gate, flow[0][self.path] = self.gates_of_an_image(z, start)
-        return call(torch.cat([x[..., :first], gate, x[..., end:]], -1))
+        return call(torch.cat([parts[0], gate, parts[2]], -1))
 
     def gates_of_an_image(self, z: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gates (B, L, E) of T chunks, and their mean membrane (B, L // T, E).
@@ -81,9 +83,10 @@ class MembraneRule(CallRule):
         """
         assert self.chunks is not None
         length = z.shape[1] // self.chunks
-        membranes = self.membranes([z.narrow(1, i * length, length) for i in range(self.chunks)], start)
-        left_over = self.fire(z[:, self.chunks * length :])
-        return torch.cat([*membranes, left_over], 1), reduce(torch.add, membranes) / self.chunks
+        parts = z.split([*[length] * self.chunks, z.shape[1] - self.chunks * length], 1)
+        membranes = self.membranes([parts[i] for i in range(self.chunks)], start)
+        gate = torch.cat([*membranes, self.fire(parts[self.chunks])], 1)
+        return gate, reduce(torch.add, membranes) / self.chunks
 
     def gates_of_a_text(self, z: Tensor) -> Tensor:
         """The gates (B, L, E) of chunks of `length` tokens, of which the last one may be shorter."""

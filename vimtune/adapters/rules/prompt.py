@@ -43,6 +43,9 @@ class PromptRule(CallRule):
         self.table = TokenTable(site, num_tokens, width, inside)
         self.before = before
 
+    def simplify(self) -> None:
+        self.table.simplify()
+
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
         prompt = self.table().to(x.dtype).expand(x.shape[0], -1, -1)
         result = call(torch.cat([prompt[:, : self.before], x, prompt[:, self.before :]], 1))

@@ -38,17 +38,19 @@ class OutputOffsetRule(CallRule):
     """`offset` (E,) holds y'.
 
     Args:
-        site: the call `scan` of a mixer.
+        site: the call `scan` of a mixer, which takes x | z.
         scan: what the call takes.
     """
+
+    innermost = True
 
     def __init__(self, site: Site, scan: ScanInput) -> None:
         super().__init__()
         self.offset = nn.Parameter(site.new_empty(scan.width).zero_())
-        self.gate = scan.columns["z"]
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
-        return torch.addcmul(call(x), F.silu(x[..., self.gate]), self.offset.to(x.dtype))
+        _, z = x.chunk(2, -1)
+        return torch.addcmul(call(x), F.silu(z), self.offset.to(x.dtype))
 
 
 class StateOffset(nn.Module):
@@ -73,19 +75,19 @@ class StateOffsetRule(CallRule):
     """`offsets` give h' of the forward direction and, if there is one, of the reverse one.
 
     Args:
-        site: the call `scan` of a mixer.
+        site: the call `scan` of a mixer, which takes x | z.
         scan: what the call takes.
         suffixes: what the names of the parameters of each direction end with, "" and "_b".
         rank: r; None for a full h'.
     """
 
     mixes_tokens = True
+    innermost = True
 
     def __init__(self, site: Site, scan: ScanInput, suffixes: Sequence[str], rank: int | None) -> None:
         super().__init__()
         # In a tuple, because a mixer that is an attribute would be a part of its own rule.
         self.place = (site.owner,)
-        self.scan = scan
         self.suffixes = tuple(suffixes)
         self.num_states = self.states_of_scan()
         self.offsets = nn.ModuleList(
@@ -93,11 +95,10 @@ class StateOffsetRule(CallRule):
         )
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
-        C = torch.cat([self.projection(x, suffix) for suffix in self.suffixes], -1)
+        inner, z = x.chunk(2, -1)
+        C = torch.cat([self.projection(inner, suffix) for suffix in self.suffixes], -1)
         offsets = torch.cat([offset() for offset in self.offsets], 1) / len(self.suffixes)
-        return torch.addcmul(
-            call(x), F.silu(x[..., self.scan.columns["z"]]), F.linear(C, offsets.to(C.dtype))
-        )
+        return torch.addcmul(call(x), F.silu(z), F.linear(C, offsets.to(C.dtype)))
 
     def states_of_scan(self) -> list[int]:
         """N of each direction, as the mixer has them at present."""
@@ -115,13 +116,13 @@ class StateOffsetRule(CallRule):
             "that adds states before state_offset"
         )
 
-    def projection(self, xz: Tensor, suffix: str) -> Tensor:
-        """C_t of one direction for all tokens, (B, L, N), in token order."""
+    def projection(self, inner: Tensor, suffix: str) -> Tensor:
+        """C_t of one direction for all tokens, (B, L, N) in token order, from the x part (B, L, E)."""
         mixer: Any = self.place[0]
         conv, x_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"x_proj{suffix}")
         rows = declaration_of(mixer).rows(mixer)[f"x_proj{suffix}.weight"]["C"]
         u = causal_conv1d(
-            xz[..., self.scan.columns["x"]],
+            inner,
             conv.weight.squeeze(1),
             conv.bias,
             silu=True,

@@ -66,6 +66,13 @@ class TokenTable(nn.Module):
             table: Tensor = self.up(self.hidden())
             return table
 
+    def simplify(self) -> None:
+        """Keep the tokens that the MLP gives at present, and give up the MLP."""
+        if self.hidden is not None:
+            self.tokens = nn.Parameter(self().detach(), requires_grad=self.up.weight.requires_grad)
+            self.hidden = None
+            del self.up
+
 
 def linear_like(tensor: Tensor, inputs: int, outputs: int) -> nn.Linear:
     """A linear layer as torch initialises it, with the dtype and device of a tensor."""
