@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from ceilings import Machine
-from step_cases import METHODS, PAIRS, VIT, Case, StepRunner
+from step_cases import METHODS, PAIRS, VIT, Case, StepRunner, parse_size
 from step_tables import growth_table, ratio_table, roofline_table, size_table
 from workers import Worker, WorkerFailed
 
@@ -60,7 +60,7 @@ def parse_options() -> argparse.Namespace:
     known = [name for name in backend_names() if name not in ("auto", REFERENCE)]
     parser.add_argument("--scale", choices=PAIRS, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", type=_size, nargs="+", help="pixels:batch, in this order")
+    parser.add_argument("--sizes", type=parse_size, nargs="+", help="pixels:batch, in this order")
     parser.add_argument("--backends", choices=known, nargs="*", default=known)
     parser.add_argument("--vit", choices=("yes", "no"), default="yes")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -79,15 +79,8 @@ def parse_options() -> argparse.Namespace:
     if options.slow_ms is None:
         options.slow_ms = 1000.0 if on_gpu else 20000.0
     if options.sizes is None:
-        options.sizes = [_size(text) for text in (GPU_SIZES if on_gpu else CPU_SIZES)]
+        options.sizes = [parse_size(text) for text in (GPU_SIZES if on_gpu else CPU_SIZES)]
     return options
-
-
-def _size(text: str) -> tuple[int, int]:
-    pixels, _, batch = text.partition(":")
-    if not (pixels.isdigit() and batch.isdigit() and int(pixels) and int(batch)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not pixels:batch, such as 224:128")
-    return int(pixels), int(batch)
 
 
 class Comparison:

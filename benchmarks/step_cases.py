@@ -8,6 +8,7 @@ beside it: the backward through the whole frozen backbone, without any adapter.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import time
@@ -71,6 +72,14 @@ class Step:
     """The step itself: it holds the model and the optimizer, whose memory a graph uses but does not own."""
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Pixels and batch size as the command line has them, 224:128."""
+    pixels, _, batch = text.partition(":")
+    if not (pixels.isdigit() and batch.isdigit() and int(pixels) and int(batch)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not pixels:batch, such as 224:128")
+    return int(pixels), int(batch)
+
+
 def build_model(case: Case) -> nn.Module:
     """The case's model with its adapter; the plain one for `forward`."""
     vim, vit = PAIRS[case.scale]
@@ -127,7 +136,7 @@ class StepRunner:
             held = self._allocated() - (0 if self.images is None else self.images.nbytes)
             run, model = self._build(case)
             first_loss = run().item()
-            if case.method != "forward":
+            if not self.infers(case):
                 check_gradients(model)
             if self.stream is not None:
                 torch.cuda.reset_peak_memory_stats()
@@ -142,25 +151,36 @@ class StepRunner:
         facts = {
             "model": PAIRS[case.scale][case.kernels == VIT],
             "tokens": model.pos_embed.shape[1],
-            "trained": 0 if case.method == "forward" else trained,
+            "trained": 0 if self.infers(case) else trained,
             "first_loss": first_loss,
             "kept": kept,
             "graph": graph,
             "eager_ms": eager,
             "peak_gib": peak,
         }
-        if case.kernels != VIT:
-            facts["counts"] = asdict(
-                count_step(
-                    VimShape.of(model, case.batch_size, NUM_CLASSES),
-                    case.method,
-                    trained=facts["trained"],
-                    total=sum(p.numel() for p in model.parameters()),
-                    rank=RANK,
-                    activation_bytes=4 if self.stream is None else 2,
-                )
-            )
-        return facts
+        return facts | self.further_facts(case, model, facts["trained"])
+
+    def build_model(self, case: Case) -> nn.Module:
+        """The model of a case, on the CPU."""
+        return build_model(case)
+
+    def infers(self, case: Case) -> bool:
+        """Whether a step of the case is a forward pass alone."""
+        return case.method == "forward"
+
+    def further_facts(self, case: Case, model: nn.Module, trained: int) -> dict[str, Any]:
+        """Facts for the row of a case beside those of every benchmark: what a step has to compute."""
+        if case.kernels == VIT:
+            return {}
+        counts = count_step(
+            VimShape.of(model, case.batch_size, NUM_CLASSES),
+            case.method,
+            trained=trained,
+            total=sum(p.numel() for p in model.parameters()),
+            rank=RANK,
+            activation_bytes=4 if self.stream is None else 2,
+        )
+        return {"counts": asdict(counts)}
 
     def visit(self, case: Case, seconds: float) -> float:
         """Milliseconds of one step, the mean of as many as fit into `seconds` (at least one)."""
@@ -191,7 +211,7 @@ class StepRunner:
     def _build(self, case: Case) -> tuple[Callable[[], Tensor], nn.Module]:
         """The case's step, which returns its loss, and its model."""
         torch.manual_seed(0)
-        model = build_model(case).to(self.device).train(case.method != "forward")
+        model = self.build_model(case).to(self.device).train(not self.infers(case))
         shape = (case.batch_size, 3, case.img_size, case.img_size)
         if self.images is None or self.images.shape != shape:
             self.images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device)
@@ -202,7 +222,7 @@ class StepRunner:
             with self._precision():
                 return nn.functional.cross_entropy(model(images).float(), labels)
 
-        if case.method == "forward":
+        if self.infers(case):
             return torch.no_grad()(find_loss), model
         trained = [p for p in model.parameters() if p.requires_grad]
         on_gpu = self.stream is not None

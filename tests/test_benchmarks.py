@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,14 @@ from fragile import Fragile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vimtune import ops
+from vimtune.adapters import CallRule, Method, register_method
+from vimtune.methods import METHODS as REGISTRY
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import gpu_step  # noqa: E402
+import methods  # noqa: E402
 import step_plot  # noqa: E402
 from counts import VimShape, count_exponentials, count_instructions, count_matmul_flops  # noqa: E402
 from step_cases import METHODS, VIT, Case, StepRunner, build_model  # noqa: E402
@@ -111,6 +116,76 @@ def test_frozen_case_goes_back_through_the_whole_backbone():
     assert len(seen) == len(model.layers)
     trained = {name.rpartition("adapters.")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert {name.partition(".")[0] for name in trained} == {"pos_embed", "weight", "bias"}
+
+
+# --- all methods ---------------------------------------------------------------------------------
+
+
+class Here:
+    """A worker that is no process of its own."""
+
+    def __init__(self, factory, *arguments):
+        self.target = factory(*arguments)
+
+    def call(self, method, *arguments, seconds):
+        try:
+            return getattr(self.target, method)(*arguments)
+        except ValueError as error:
+            raise WorkerFailed(type(error).__name__, str(error)) from error
+
+    def stop(self):
+        pass
+
+
+class Added(CallRule):
+    """Adds a vector to what out_proj gives."""
+
+    def __init__(self, site):
+        super().__init__()
+        self.offset = torch.nn.Parameter(site.new_empty(site.owner.out_features).zero_())
+
+    def around(self, call, x):
+        return call(x) + self.offset
+
+
+def test_all_methods_side_by_side(monkeypatch, tmp_path, capsys):
+    """Methods that are registered later are there by themselves; one that fails costs its own row."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(Method):
+        summary = "an offset of a call"
+        default_targets = "out_proj()"
+
+        def build_rule(self, site):
+            return Added(site)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Broken(Mine):
+        summary = "a mistake"
+
+        def build_rule(self, site):
+            raise ValueError(f"it does not fit {site.path}")
+
+    names = {name: REGISTRY.get(name) for name in ("prodial", "lora", "ia3")}
+    monkeypatch.setattr(REGISTRY, "_things", names)
+    register_method("mine")(Mine)
+    register_method("broken")(Broken)
+    monkeypatch.setattr(methods, "Worker", Here)
+    arguments = ["--rounds", "2", "--device", "cpu", "--backend", "torch", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["methods.py", *arguments])
+    methods.main()
+    rows = {row["method"]: row for row in csv.DictReader((tmp_path / "methods.csv").open())}
+    assert list(rows) == ["plain", "lora", "prodial", "ia3", "mine", "broken"]
+    assert rows["lora"]["step_ratio"] == rows["plain"]["inference_ratio"] == "1.0"
+    assert rows["lora"]["trained"] == str(3 * 16 * (16 + 64 + 32 + 16)) and rows["plain"]["trained"] == "0"
+    served = ["plain", "merged", "merged", "merged", "as it is", ""]
+    assert [row["served"] for row in rows.values()] == served
+    assert "it does not fit layers.0.mixer.out_proj()" in rows["broken"]["problem"]
+    assert all(float(row["step_ms"]) > 0 for row in list(rows.values())[1:-1])
+    printed = capsys.readouterr().out
+    for part in (tmp_path / "methods.md").read_text().split("\n\n"):  # the heading, and the table
+        assert part in printed
+    assert "| broken | 0 | yes | - | - | - | - | - | - | ValueError: it does not fit" in printed
 
 
 # --- workers ------------------------------------------------------------------------------------

@@ -224,7 +224,8 @@ def distinct() -> dict[str, Recipe]:
             weight_decay=recipe.optimisation.weight_decay,
             **method | fields,
         )
-    for method in set(METHODS) - {recipe.method.peft for recipe in recipes.values()}:
+    configured = {recipe.method.peft for recipe in recipes.values()}
+    for method in (name for name in METHODS if name not in configured):
         recipes[method] = Recipe(model="test_vim", pretrained=False, peft=method)
     return recipes
 

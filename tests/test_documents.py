@@ -193,7 +193,7 @@ def method_of_contributing(monkeypatch, tmp_path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "fixtures")
     shutil.copytree(ROOT / "vimtune", tmp_path / "vimtune", ignore=ignored)
     monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
-    for name, text in {"adapters.rules.ia3": rule, "methods.ia3": options}.items():
+    for name, text in {"adapters.rules.gain": rule, "methods.gain": options}.items():
         path = tmp_path / "vimtune" / f"{name.replace('.', '/')}.py"
         path.write_text(text, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(f"vimtune.{name}", path)
@@ -203,7 +203,7 @@ def method_of_contributing(monkeypatch, tmp_path) -> Path:
     package = tmp_path / "vimtune" / "methods" / "__init__.py"
     text = package.read_text(encoding="utf-8")
     changed = re.sub(
-        r"^(from vimtune\.methods import .*?)(, \w+)(  # noqa)", r"\1\2, ia3\3", text, flags=re.M
+        r"^(from vimtune\.methods import .*?)(, \w+)(  # noqa)", r"\1\2, gain\3", text, flags=re.M
     )
     assert changed != text
     package.write_text(changed, encoding="utf-8")
@@ -218,13 +218,13 @@ def test_the_method_of_contributing_is_listed_without_torch(method_of_contributi
         capture_output=True,
         text=True,
     )
-    assert "vimtune.methods.ia3" in listing.stderr and "torch" not in listing.stderr
-    assert "one factor per output channel" in listing.stdout and "start=1.0" in listing.stdout
+    assert "vimtune.methods.gain" in listing.stderr and "torch" not in listing.stderr
+    assert "one free factor per output channel" in listing.stdout and "start=1.0" in listing.stdout
 
 
 @pytest.mark.usefixtures("method_of_contributing")
 def test_the_method_of_contributing_passes_the_checks_of_every_method():
-    check_method("ia3")
+    check_method("gain")
 
 
 @pytest.mark.usefixtures("method_of_contributing")
@@ -239,9 +239,9 @@ def test_the_generic_tests_take_the_method_of_contributing(name, monkeypatch):
     collected = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(collected)
     if name == "test_configs.py":
-        collected.test_one_step_of_every_method_setting_moves_all_it_trains(collected.distinct()["ia3"])
+        collected.test_one_step_of_every_method_setting_moves_all_it_trains(collected.distinct()["gain"])
     else:
-        assert ("ia3", {}) in collected.CASES
+        assert ("gain", {}) in collected.CASES
 
 
 def test_links_work_wherever_the_readme_is_shown():
@@ -254,4 +254,4 @@ def test_paths_that_are_named_exist(name):
     paths = re.findall(r"`((?:vimtune|tests|configs|benchmarks|notebooks|\.ci)/[\w/.*]*)`", DOCUMENTS[name])
     assert paths
     for path in paths:
-        assert list(ROOT.glob(path)) or path.endswith("/ia3.py"), path
+        assert list(ROOT.glob(path)) or path.endswith("/gain.py"), path

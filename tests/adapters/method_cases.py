@@ -9,7 +9,7 @@ from vimtune.testing.methods import disturb
 __all__ = ["CASES", "SMALL", "disturb", "label", "options_for"]
 
 # Options small enough for test_vim, whose narrowest target is 16 wide.
-SMALL = {"rank": 3, "block_size": 4}
+SMALL = {"rank": 3, "block_size": 4, "num_tokens": 3, "num_states": 2, "width": 3}
 CASES = [
     *((name, {}) for name in list_methods()),
     ("prodial", {"variant": "paper"}),
@@ -20,6 +20,12 @@ CASES = [
     ("lora", {"dropout": 0.5}),
     ("dora", {"dropout": 0.5}),
     ("prodial", {"dropout": 0.5}),
+    ("prompt", {"hidden": 3}),
+    ("affix", {"hidden": 3}),
+    ("state_offset", {"kind": "y"}),
+    ("state_offset", {"h_rank": 2}),
+    ("lora+memba", {}),
+    ("additional_scan+lora+affix+prompt", {}),
 ]
 
 

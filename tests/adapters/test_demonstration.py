@@ -1,8 +1,6 @@
 """What an author of methods can write in a few lines, without touching the package.
 
-Seven kinds of methods: tokens around the scan and around the encoder, a branch beside a layer, a sparse
-rule whose mask is a buffer chosen from gradients, more states, a gate with a state that passes from layer to
-layer, and an offset with a weight decay of its own. Each passes the checks of every method, and they compose.
+A sparse rule whose mask is a buffer chosen from gradients passes the checks of every method.
 """
 
 from __future__ import annotations
@@ -12,69 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import create_feature_extractor
 from torch import Tensor, nn
 
 import vimtune
 from vimtune.adapters import (
-    CallRule,
     Method,
     WeightRule,
-    active_adapter,
     adapter_parameters,
-    check_gradients,
-    each_tensor,
     register_method,
     settle,
     settles,
-    unmerge,
 )
 from vimtune.methods import METHODS, option
 from vimtune.testing import METHOD_CHECKS, MethodCase, check_method
 from vimtune.testing.methods import build_test_model, close, disturb
-from vimtune.training.optim import build_optimizer
-
-
-class AffixRule(CallRule):
-    """Tokens left of x for the forward scan and right of it for the reverse one; their outputs are cut."""
-
-    def __init__(self, site, num_tokens):
-        super().__init__()
-        width = site.owner.in_proj.out_features // 2
-        self.tokens = nn.Parameter(site.new_empty(2, num_tokens, width).normal_(std=0.1))
-
-    def around(self, call, xz, *flow):
-        _, num_tokens, width = self.tokens.shape
-        tokens = F.pad(self.tokens, (0, width)).to(xz.dtype)  # the gate of these tokens would be cut off
-        left, right = tokens[:, None].expand(-1, xz.shape[0], -1, -1)
-        return call(torch.cat([left, xz, right], 1))[:, num_tokens:-num_tokens]
-
-
-class PromptRule(CallRule):
-    """Tokens before all others, whose outputs are cut off."""
-
-    def __init__(self, site, num_tokens):
-        super().__init__()
-        self.prompt = nn.Parameter(site.new_empty(num_tokens, site.owner.embed_dim).normal_(std=0.1))
-
-    def around(self, call, tokens, *flow):
-        prompt = self.prompt.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-        return each_tensor(call(torch.cat([prompt, tokens], 1)), lambda x: x[:, prompt.shape[1] :])
-
-
-class ParallelRule(CallRule):
-    """A bottleneck beside a linear layer."""
-
-    def __init__(self, site, rank):
-        super().__init__()
-        self.down = nn.Parameter(site.new_empty(rank, site.owner.in_features).normal_(std=0.1))
-        self.up = nn.Parameter(site.new_empty(site.owner.out_features, rank).zero_())
-
-    def around(self, call, x):
-        return call(x) + F.linear(F.gelu(F.linear(x, self.down)), self.up)
 
 
 class MaskedRule(WeightRule):
@@ -90,88 +41,6 @@ class MaskedRule(WeightRule):
 
     def idle_entries(self, tensor):
         return ~self.mask
-
-
-class MoreColumns(WeightRule):
-    """More states for A (E, N): new columns."""
-
-    def __init__(self, A_log, num_states):
-        super().__init__()
-        self.columns = nn.Parameter(A_log[:, -num_states:].clone())
-
-    def effective_weight(self, weight):
-        return torch.cat([weight, self.columns], 1)
-
-
-class MoreRows(WeightRule):
-    """More states for x_proj (dt | B | C): new rows behind B and behind C, those of C zero at the start."""
-
-    def __init__(self, weight, old_states, num_states):
-        super().__init__()
-        self.old_states = old_states
-        self.B = nn.Parameter(0.1 * torch.randn_like(weight[:num_states]))
-        self.C = nn.Parameter(torch.zeros_like(weight[:num_states]))
-
-    def effective_weight(self, weight):
-        return torch.cat([weight[: -self.old_states], self.B, weight[-self.old_states :], self.C])
-
-
-class GateRule(CallRule):
-    """Adds to the gate z what this layer and those before it have averaged over the tokens."""
-
-    def __init__(self, site, before):
-        super().__init__()
-        self.path, self.before = site.path, before
-        self.strength = nn.Parameter(site.new_empty(site.owner.in_proj.out_features // 2).zero_())
-
-    def around(self, call, xz, flow):
-        x, z = xz.chunk(2, -1)
-        flow[self.path] = z.mean(1, keepdim=True) + flow.get(self.before, 0)
-        return call(torch.cat([x, z + self.strength.to(z.dtype) * flow[self.path]], -1))
-
-
-class OffsetRule(WeightRule):
-    """W' = W + offset, decayed ten times as strongly as the rest of the run."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.offset = nn.Parameter(torch.zeros_like(weight))
-
-    def effective_weight(self, weight):
-        return weight + self.offset
-
-    def decay(self, tensor, exempt):
-        return 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Affix(Method):
-    summary = "tokens around the scan"
-    default_targets = "scan()"
-    changes_at_start = True
-    num_tokens: int = option(2, "tokens at each end")
-
-    def build_rule(self, site):
-        return AffixRule(site, self.num_tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt(Affix):
-    summary = "tokens before the encoder"
-    default_targets = "encode()"
-
-    def build_rule(self, site):
-        return PromptRule(site, self.num_tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parallel(Method):
-    summary = "a bottleneck beside out_proj"
-    default_targets = "out_proj()"
-    rank: int = option(4, "width of the bottleneck")
-
-    def build_rule(self, site):
-        return ParallelRule(site, self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,55 +59,7 @@ class Masked(Method):
             rule.mask.copy_(size > size.quantile(1 - self.share))
 
 
-@dataclass(frozen=True, kw_only=True)
-class MoreStates(Method):
-    summary = "additional states"
-    default_targets = ("A_log", "A_b_log", "x_proj", "x_proj_b")
-    num_states: int = option(2, "states beside those of the model")
-
-    def build(self, sites):
-        rules, values = {}, {site.path: site.weight for site in sites}
-        for path, value in values.items():
-            if "x_proj" in path:
-                A = path.replace("x_proj_b.weight", "A_b_log").replace("x_proj.weight", "A_log")
-                rules[path] = MoreRows(value, values[A].shape[1], self.num_states)
-                rules[A] = MoreColumns(values[A], self.num_states)
-        return rules
-
-    def merged_options(self, options, sites):
-        return {**options, "d_state": options["d_state"] + self.num_states}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate(Method):
-    summary = "a gate with a state that passes from layer to layer"
-    default_targets = "scan()"
-
-    def build(self, sites):
-        before = [None, *(site.path for site in sites)]
-        return {site.path: GateRule(site, earlier) for site, earlier in zip(sites, before, strict=False)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Offset(Method):
-    summary = "an offset with ten-fold decay"
-    default_targets = "D,D_b,A_log"
-
-    def build_rule(self, site):
-        return OffsetRule(site.weight)
-
-
-DEMONSTRATED = {
-    "demo_affix": Affix,
-    "demo_prompt": Prompt,
-    "demo_parallel": Parallel,
-    "demo_masked": Masked,
-    "demo_states": MoreStates,
-    "demo_gate": Gate,
-    "demo_offset": Offset,
-}
-FOUR = "demo_states+lora+demo_affix+demo_prompt"
-OPTIONS = {FOUR: {"rank": 2, "targets": {"lora": "x_proj[B],in_proj[x]"}}}
+DEMONSTRATED = {"demo_masked": Masked}
 
 
 @pytest.fixture(autouse=True)
@@ -250,9 +71,9 @@ def methods(monkeypatch):
 
 
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-@pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR, "demo_gate+demo_parallel+demo_offset+demo_masked"])
+@pytest.mark.parametrize("method", [*DEMONSTRATED, "parallel_adapter+ssm+demo_masked"])
 def test_every_kind_of_method(method, check):
-    check(MethodCase(method, OPTIONS.get(method, {})))
+    check(MethodCase(method))
 
 
 class FullPrecisionRule(MaskedRule):
@@ -323,68 +144,6 @@ def loss_of(model: nn.Module) -> Tensor:
     return F.cross_entropy(model(images()), torch.tensor([0, 1, 2]))
 
 
-def test_four_methods_train_together(tmp_path: Path):
-    """They train, are saved, loaded and resumed, and the states of one are what the rows of another mean."""
-    model = vimtune.inject(build_test_model(), FOUR, **OPTIONS[FOUR])
-    assert model.layers[0].mixer.A_log.shape[1] == 18
-    assert active_adapter(model).sites["lora"][1] == "layers.0.mixer.x_proj.weight[B]"
-    rule = model.layers[0].mixer.x_proj.adapters["weight"]["default"]
-    assert rule.rows == (None, (1, 19))  # the grown rows
-    optimizer = build_optimizer(adapter_parameters(model), lr=1e-2)
-    first = float(loss_of(model))
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        check_gradients(model)
-        optimizer.step()
-    assert loss_of(model) < 0.7 * first
-    vimtune.save_adapter(model, tmp_path / "four.safetensors")
-    other = build_test_model()
-    vimtune.load_adapter(other, tmp_path / "four.safetensors")
-    close(other.eval()(images()), model.eval()(images()), 0)
-    with pytest.raises(ValueError, match=r"has a PromptRule at encode\(\), which no weight"):
-        vimtune.merge(model)
-
-
-def test_more_states_merge_into_a_model_that_can_be_created_so(tmp_path: Path):
-    model = disturb(vimtune.inject(build_test_model(), "demo_states", num_states=3)).eval()
-    expected = model(images())
-    assert vimtune.summary(model).total == vimtune.summary(build_test_model()).total + 2 * 2 * 3 * 3 * 32
-    vimtune.merge(model, reversible=True)
-    assert model.creation["kwargs"]["d_state"] == model.options["d_state"] == 19
-    assert model.layers[0].mixer.x_proj.out_features == 1 + 2 * 19
-    twin = timm.create_model("test_vim", **model.creation["kwargs"]).eval()
-    twin.load_state_dict(model.state_dict())
-    close(twin(images()), expected)
-    unmerge(model)
-    assert model.options["d_state"] == 16 and model.layers[0].mixer.x_proj.out_features == 1 + 2 * 16
-    close(model(images()), expected, 0)
-
-
-@pytest.mark.parametrize("method", ["demo_affix", "demo_prompt", "demo_gate", FOUR])
-def test_calls_in_every_way_through_the_model(method):
-    """features_only, forward_intermediates, tracing, export and other backends see the rules, too."""
-    model = disturb(vimtune.inject(build_test_model(), method, **OPTIONS.get(method, {}))).eval()
-    tokens, (last,) = model.forward_intermediates(images(), indices=1, output_fmt="NLC")
-    close(tokens, model.forward_features(images()))
-    assert last.shape == (3, 16, 16)
-    sizes = {"num_classes": 5, "depth": 2, "backend": "torch"}
-    features = timm.create_model("test_vim", **sizes, features_only=True, out_indices=(1,))
-    vimtune.inject(features, method, **OPTIONS.get(method, {}))
-    own = features.model.state_dict()
-    features.model.load_state_dict({name: x for name, x in model.state_dict().items() if name in own})
-    taken = features.eval()(images())[-1]
-    close(taken.flatten(2).transpose(1, 2), last)
-    traced = create_feature_extractor(model, {"head": "logits"})  # timm's way to trace with torch.fx
-    close(traced(images())["logits"], model(images()))
-    program = torch.export.export(model, (images(),))
-    close(program.module()(images()), model(images()))
-    for backend in ("cpu", "reference"):
-        for block in model.layers:
-            block.mixer.backend = backend
-        close(model(images()), program.module()(images()), 1e-4)
-
-
 def test_a_mask_is_chosen_once_from_gradients(tmp_path: Path):
     model = vimtune.inject(build_test_model(), "demo_masked")
     assert settles(model) and not settles(vimtune.inject(build_test_model(), "lora", rank=2))
@@ -396,7 +155,7 @@ def test_a_mask_is_chosen_once_from_gradients(tmp_path: Path):
 
     settle(model, iter([batch]))
     masks = [rule.mask for rule in model.modules() if isinstance(rule, MaskedRule)]
-    assert len(masks) == 6 and all(0.2 < mask.float().mean() < 0.3 for mask in masks)
+    assert len(masks) == 12 and all(0.2 < mask.float().mean() < 0.3 for mask in masks)
     disturb(model)
     vimtune.save_adapter(model, tmp_path / "masked.safetensors")
     other = build_test_model()
@@ -405,21 +164,15 @@ def test_a_mask_is_chosen_once_from_gradients(tmp_path: Path):
     close(vimtune.merge(model)(images()), other(images()))
 
 
-def test_each_rule_has_its_own_decay():
-    model = vimtune.inject(build_test_model(), "demo_offset+lora", rank=2)
-    groups = build_optimizer(adapter_parameters(model), lr=1e-2, weight_decay=0.1).param_groups
-    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    for item in adapter_parameters(model):
-        expected = 1.0 if item.name.endswith("offset") else 0.1 if item.parameter.dim() > 1 else 0.0
-        assert decay[id(item.parameter)] == pytest.approx(expected), item.name
+CALL_METHODS = ("affix", "prompt", "additional_scan", "memba", "svp", "state_offset", "parallel_adapter")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", [*DEMONSTRATED, FOUR])
+@pytest.mark.parametrize("method", [*DEMONSTRATED, *CALL_METHODS])
 @pytest.mark.parametrize("backend", ["nvrtc", "triton"])
 def test_on_a_gpu_the_kernels_stay_and_steps_replay(method, backend):
     """Every backend gives what the definition gives, and a step is replayed as a CUDA graph."""
-    model = disturb(vimtune.inject(build_test_model(), method, **OPTIONS.get(method, {}))).cuda().train()
+    model = disturb(vimtune.inject(build_test_model(), method)).cuda().train()
     inputs = images().cuda()
     tensors = [item.parameter for item in adapter_parameters(model)]
 

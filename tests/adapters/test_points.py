@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
+from adapter_files import rewrite
 from method_cases import disturb
 from torch import nn
 
@@ -47,10 +48,23 @@ def short(paths):
     [
         ("both", ["mixer.in_proj.weight", "mixer.out_proj.weight"]),
         ("mixer.in_proj", ["mixer.in_proj.weight"]),
-        ("A_log, D", ["mixer.A_log", "mixer.D"]),
-        ("conv1d.bias", ["mixer.conv1d.bias"]),
+        ("A_log, D", ["mixer.A_log", "mixer.D", "mixer.A_b_log", "mixer.D_b"]),
+        ("conv1d.bias", ["mixer.conv1d.bias", "mixer.conv1d_b.bias"]),
+        ("dt_proj.", [f"mixer.dt_proj{end}" for end in (".weight", ".bias", "_b.weight", "_b.bias")]),
         ("in_proj[x]", ["mixer.in_proj.weight[x]"]),
-        ("x_proj[C|dt]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
+        (
+            "x_proj[C|dt]",
+            [f"mixer.{name}.weight[{rows}]" for name in ("x_proj", "x_proj_b") for rows in ("dt", "C")],
+        ),
+        ("mixer.A_log, D_b", ["mixer.A_log", "mixer.D_b"]),
+        ("mixer.x_proj[C|dt]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
+        ("x_proj.weight, x_proj_b", ["mixer.x_proj.weight", "mixer.x_proj_b.weight"]),
+        ("x_proj[B|C],!x_proj_b", ["mixer.x_proj.weight[B]", "mixer.x_proj.weight[C]"]),
+        (
+            "x_proj[B|C],!mixer.x_proj[B]",
+            [f"mixer.{rows}" for rows in ("x_proj.weight[C]", "x_proj_b.weight[B]", "x_proj_b.weight[C]")],
+        ),
+        ("A_log,D,!mixer.A_log", ["mixer.D", "mixer.A_b_log", "mixer.D_b"]),
         ("x_proj_b[B]", ["mixer.x_proj_b.weight[B]"]),
         (["in_proj[x]", "in_proj[z]"], ["mixer.in_proj.weight[x]", "mixer.in_proj.weight[z]"]),
         ("scan()", ["mixer.scan()"]),
@@ -60,7 +74,7 @@ def short(paths):
         (r"re:out_proj\(\)$", ["mixer.out_proj()"]),
         ("both,!in_proj", ["mixer.out_proj.weight"]),
         ("norm.,!layers.0.", ["norm.weight"]),
-        ("x_proj[dt|B|C],!x_proj[B]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
+        ("mixer.x_proj[dt|B|C],!x_proj[B]", ["mixer.x_proj.weight[dt]", "mixer.x_proj.weight[C]"]),
         (["re:A_.*log", "!re:b_log$"], ["mixer.A_log"]),
         (r"re:x_proj\.weight\[B\]$", ["mixer.x_proj.weight[B]"]),
         (
@@ -69,12 +83,12 @@ def short(paths):
         ),
         (r"re:in_proj|x_proj\.weight\[C\]", ["mixer.in_proj.weight", "mixer.x_proj.weight[C]"]),
         (r"re:\[z\]$|scan\(\)$", ["mixer.in_proj.weight[z]", "mixer.scan()"]),
-        ([r"x_proj[B|C]", r"!re:\[B\]"], ["mixer.x_proj.weight[C]"]),
+        ([r"mixer.x_proj[B|C]", r"!re:\[B\]"], ["mixer.x_proj.weight[C]"]),
         (
-            ["x_proj[B|C]", r"re:(in|x)_proj\.weight\[(z|C)", r"!re:in_proj\.weight$|\[B\]"],
+            ["mixer.x_proj[B|C]", r"re:(in|x)_proj\.weight\[(z|C)", r"!re:in_proj\.weight$|\[B\]"],
             ["mixer.x_proj.weight[C]"],
         ),
-        (r"x_proj[B|C],!re:\[B\]", ["mixer.x_proj.weight[C]"]),
+        (r"mixer.x_proj[B|C],!re:\[B\]", ["mixer.x_proj.weight[C]"]),
     ],
 )
 def test_what_a_target_stands_for(points, targets, expected):
@@ -113,8 +127,7 @@ def test_every_target_that_is_offered_is_one(points):
         ("re:nowhere", "unknown target 're:nowhere'"),
         ("!in_proj", "name nothing to adapt"),
         ("in_proj,!out_proj", "'!out_proj' takes nothing away from in_proj"),
-        ("in_proj,D,!mixer.D", "'D' selects nothing: all of it is taken away by the exclusions"),
-        ("in_proj,in_proj[x]", r"in_proj.weight\[x\] is a part of layers.0.mixer.in_proj.weight"),
+        ("in_proj,D,!D", "'D' selects nothing: all of it is taken away by the exclusions"),
         ("", "unknown target ''|expected a name"),
     ],
 )
@@ -127,7 +140,8 @@ def test_targets_that_mean_nothing(points, targets, message):
 def test_a_target_outside_of_the_chosen_layers(points):
     with pytest.raises(ValueError, match="'pos_embed' selects nothing: all of it lies in none of the layers"):
         points.resolve("in_proj,pos_embed", [0])
-    assert points.resolve("in_proj,D", [0]) == ["layers.0.mixer.D", "layers.0.mixer.in_proj.weight"]
+    expected = ["layers.0.mixer.D", "layers.0.mixer.D_b", "layers.0.mixer.in_proj.weight"]
+    assert points.resolve("in_proj,D", [0]) == expected
 
 
 @pytest.mark.parametrize("path", ["a.b", "a.b.weight[x]", "a.scan()", "encode()"])
@@ -174,6 +188,7 @@ def test_rows_change_and_nothing_beside_them(method):
     [
         ("lora", {"rank": 2, "targets": "in_proj[x],x_proj[B]"}),
         ("ft+lora", {"rank": 2, "targets": {"lora": "both", "ft": "in_proj[z],D"}, "layers": {"lora": [1]}}),
+        ("lora", {"rank": {"in_proj": 3, "in_proj[x]": 2}, "targets": "in_proj,in_proj[x]"}),
     ],
 )  # fmt: skip
 def test_rows_pass_every_check(method, options, check):
@@ -202,6 +217,12 @@ def test_rows_with_dropout_perturb_their_own_outputs_alone():
         ),
         ("lora+ft", {"targets": {"lora": "in_proj", "ft": "in_proj[x]"}}, r"replaces .*\[x\] as a whole"),
         ("lora+dora", {"targets": "in_proj[x]", "lora": {"dropout": 0.5}}, "would follow one that acts on"),
+        ("lora", {"targets": "in_proj,in_proj[x]", "dropout": 0.5}, "would follow one that acts on"),
+        (
+            "dora",
+            {"targets": "in_proj,in_proj[x]"},
+            r"\[x\] is a part of layers.0.mixer.in_proj.weight, which",
+        ),
     ],
 )
 def test_compositions_that_make_no_sense(method, options, message):
@@ -219,6 +240,21 @@ def test_compositions_of_rows_that_do():
     close(model.eval()(images()), build_test_model().eval()(images()))
     disturb(model)(images()).square().sum().backward()
     check_gradients(model)
+
+
+def test_low_rank_updates_of_a_whole_and_of_its_rows_add_up():
+    base = build_test_model().layers[0].mixer.in_proj.weight.detach().clone()
+    rank, alpha = {"in_proj": 3, "in_proj[x]": 2}, {"in_proj": 3.0, "in_proj[x]": 1.0}
+    model = vimtune.inject(
+        build_test_model(), "lora", targets=["in_proj[x]", "in_proj"], rank=rank, alpha=alpha
+    )
+    disturb(model)
+    tensors = [p.detach() for name, p in model.named_parameters() if ".0." in name and "lora_" in name]
+    whole_a, whole_b, part_a, part_b = tensors[:4]
+    assert (len(whole_a), len(part_a)) == (3, 2), "the whole comes first"
+    expected = base + whole_b @ whole_a
+    expected[: len(expected) // 2] += 0.5 * part_b @ part_a
+    close(model.layers[0].mixer.in_proj.weight, expected)
 
 
 def images():
@@ -243,6 +279,8 @@ def test_options_by_target(tmp_path):
         "layers.1.mixer.in_proj.weight": 8,
         "layers.0.mixer.x_proj.weight": 2,
         "layers.1.mixer.x_proj.weight": 2,
+        "layers.0.mixer.x_proj_b.weight": 2,
+        "layers.1.mixer.x_proj_b.weight": 2,
         "layers.0.mixer.out_proj.weight": 16,
         "layers.1.mixer.out_proj.weight": 3,
     }
@@ -251,8 +289,37 @@ def test_options_by_target(tmp_path):
     vimtune.save_adapter(model, tmp_path / "a.safetensors")
     other = build_test_model()
     info = vimtune.load_adapter(other, tmp_path / "a.safetensors")
-    assert info.options == active_adapter(model).options and info.version == 3
+    assert info.options == active_adapter(model).options and info.version == 4
     assert torch.equal(other.eval()(images()), model.eval()(images()))
+
+
+def test_an_option_of_an_earlier_file_is_for_the_direction_that_it_names(tmp_path):
+    """There, x_proj was the forward direction alone, and x_proj_b had the default rank."""
+    path = tmp_path / "a.safetensors"
+    ranks = {"mixer.x_proj": 2, "in_proj,x_proj_b": 16}
+    model = disturb(vimtune.inject(build_test_model(), "lora", targets="in_proj,x_proj", rank=ranks))
+    vimtune.save_adapter(model, path)
+
+    def as_in_version_3(info):
+        info["version"], info["targets"] = 3, ["in_proj", "x_proj", "x_proj_b"]
+        info["options"]["lora"]["rank"] = {"x_proj": 2}
+
+    rewrite(path, as_in_version_3)
+    other = build_test_model()
+    vimtune.load_adapter(other, path)
+    assert torch.equal(other.eval()(images()), model.eval()(images()))
+    vimtune.save_adapter(other, tmp_path / "again.safetensors")
+    third = build_test_model()
+    vimtune.load_adapter(third, tmp_path / "again.safetensors")
+    assert torch.equal(third.eval()(images()), model(images()))
+
+
+def test_every_parameter_of_the_reverse_direction_is_declared(points):
+    assert set(points.shared_names) == {
+        path for path in points.parameters if "_b" in path.partition("mixer")[2]
+    }
+    for path, name in points.shared_names.items():
+        assert path.replace("_b", "") == f"{path.partition('mixer.')[0]}mixer.{name}"
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_a_mixer_alone_says_what_does_not_decay():
     model = nn.Sequential(plain().layers[0].mixer)
     vimtune.inject(model, "ft", targets="A_log,in_proj")
     decays = {item.base_name: item.weight_decay for item in adapter_parameters(model)}
-    assert decays == {"0.A_log": 0, "0.in_proj.weight": 1}
+    assert decays == {"0.A_log": 0, "0.A_b_log": 0, "0.in_proj.weight": 1}
 
 
 def test_marks_of_mamba_ssm_are_honoured():

@@ -14,7 +14,7 @@ from vimtune.fields import options_of
 from vimtune.methods import METHODS
 from vimtune.testing.methods import disturb
 
-SMALL = {"rank": 2, "block_size": 4}
+SMALL = {"rank": 2, "block_size": 4, "dropout": 0.0}
 PLACES = {
     "mamba": [
         ("lora", "in_proj"),
@@ -51,8 +51,23 @@ PLACES = {
         ("ft", "embeddings"),
     ],
 }
-DEFAULTS = [(name, None) for name in METHODS if not METHODS.get(name).trains_head_only]
-CASES = [(family, *case) for family in FAMILIES for case in [*DEFAULTS, *PLACES[family]]]
+# These surround calls or change sizes, which test_language_call_methods.py is about, or act on what language
+# models do not have.
+ELSEWHERE = (
+    *("prompt", "affix", "additional_scan", "state_offset", "svp", "memba", "parallel_adapter"),
+    *("cls_token_tuning", "pos_embed_tuning"),
+)
+DEFAULTS = [
+    (name, None) for name in METHODS if not METHODS.get(name).trains_head_only and name not in ELSEWHERE
+]
+REFUSED = {("mamba2", "sdt"): "rows B and C of x_proj, which this model does not have"}
+"""Methods that have no place in the models of a family, and what they say to that."""
+CASES = [
+    (family, *case)
+    for family in FAMILIES
+    for case in [*DEFAULTS, *PLACES[family]]
+    if (family, case[0]) not in REFUSED
+]
 
 
 def adapt(model, method, targets):
@@ -101,6 +116,31 @@ def test_alive_in_every_way(family, method, targets, tmp_path):
         # Prefill and both tokens that are decoded alone are others than without the adapter.
         change = (logits - plain).abs().amax((0, 2))
         assert (change[[6, 7, 8]] > 1e-4).all(), f"{way}: {change}"
+
+
+@pytest.mark.parametrize(("family", "method"), REFUSED)
+def test_methods_say_where_they_have_no_place(family, method):
+    with pytest.raises(ValueError, match=REFUSED[family, method]):
+        adapt(both_models(family)[1], method, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_parallel_adapter_is_alive_in_every_way(family, tmp_path):
+    slow, model = both_models(family)
+    with torch.no_grad():
+        plain = model(tokens(2, 9)).logits
+    disturb(adapt(model, "parallel_adapter", None))
+    vimtune.save_adapter(model, tmp_path / "adapter.safetensors")
+    _, other = both_models(family)
+    vimtune.load_adapter(other, tmp_path / "adapter.safetensors")
+    found = ways(model) | {f"{way}, loaded": logits for way, logits in ways(other).items()}
+    for way, logits in found.items():
+        torch.testing.assert_close(logits, found["evaluation"], rtol=1e-4, atol=2e-5, msg=way)
+        assert ((logits - plain).abs().amax((0, 2))[[6, 7, 8]] > 1e-4).all(), way
+    found["training"].square().mean().backward()
+    check_gradients(model)
+    with pytest.raises(ValueError, match="is no call to adapt"):
+        vimtune.load_adapter(slow, tmp_path / "adapter.safetensors")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,6 +24,11 @@ COUNTS = [
     ("mamba-130m", "full", None, {}, 129_135_360, None),
     ("mamba-130m", "prodial", "both", {"rank": 16, "block_size": 1}, 2_506_752, None),
     ("mamba-130m", "prodial", "out_proj", {"rank": 16, "block_size": 1}, 940_032, None),
+    # SDT and SDLoRA as their paper counts them, arXiv 2410.09016.
+    ("mamba-130m", "sdt", None, {"frozen_states": 0.75}, 12_960, None),
+    ("mamba-130m", "sdt", None, {"frozen_states": 0.9}, 12_240, None),
+    ("mamba-130m", "sdt", None, {"frozen_states": 0.95}, 11_880, None),
+    ("mamba-130m", "lora+sdt", {"lora": "out_proj"}, {"rank": 8, "alpha": 8.0}, 442_368 + 12_960, None),
     ("mamba2-130m", "lora", "both", {"rank": 16}, 2_466_816, "2.47"),
     ("mamba2-130m", "prodial", "in_proj", {"rank": 8, "block_size": 12}, 1_092_672, None),
     ("mamba-370m", "lora", "both", {"rank": 16}, 6_291_456, None),

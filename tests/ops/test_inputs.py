@@ -138,6 +138,8 @@ def test_dtypes_may_differ(backend):
         lambda x: ops.add_rms_norm(x[:1], x, torch.ones(4)),
         lambda x: ops.add_rms_norm(None, x, torch.ones(3)),
         lambda x: ops.add_rms_norm(None, x, torch.ones(1)),
+        lambda x: ops.gated_rms_norm(x, x[:1], torch.ones(4), 1, 1e-5),
+        lambda x: ops.gated_rms_norm(x, x, torch.ones(4), 3, 1e-5),
         lambda x: ops.token_losses(x, torch.ones(2, dtype=torch.long)),
         lambda x: ops.token_losses(x[0], torch.ones(2, dtype=torch.long)),
         lambda x: ops.token_losses(x[0], torch.ones(3)),

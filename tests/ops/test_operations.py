@@ -70,6 +70,10 @@ def norm(random, tokens, inner, states):
     return [random.low(2, tokens, inner), random.high(2, tokens, inner), random.high(inner)]
 
 
+def gated(random, tokens, inner, states):
+    return [random.low(2, tokens, inner), random.low(2, tokens, 2 * inner), random.high(inner)]
+
+
 def product(random, tokens, inner, states):
     size = 4 if inner % 4 == 0 else 1
     return [random.low(tokens, inner), random.low(tokens), random.low(inner // size, size, size)]
@@ -82,6 +86,12 @@ def logits(random, tokens, inner, states):
 def run_losses(logits, backend):
     labels = torch.arange(len(logits), device=logits.device) * 37 % logits.shape[1]
     return ops.token_losses(logits, torch.where(labels == 74, -100, labels), backend=backend)
+
+
+def run_gated_norm(x, wide, weight, backend, groups=1):
+    """The gate is a part of wider rows, as in a mixer."""
+    groups = groups if len(weight) % groups == 0 else 1
+    return ops.gated_rms_norm(x, wide[..., : len(weight)], weight, groups, 1e-5, backend)
 
 
 def run_mixer(xz, *weights, backend):
@@ -102,6 +112,7 @@ OPERATIONS = {
     ),
     "bidirectional_scan": (mixer, [run_mixer]),
     "add_rms_norm": (norm, [ops.add_rms_norm]),
+    "gated_rms_norm": (gated, [run_gated_norm, partial(run_gated_norm, groups=4)]),
     "token_losses": (logits, [run_losses]),
     "scaled_block_product": (product, [ops.scaled_block_product]),
 }

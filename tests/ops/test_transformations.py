@@ -61,6 +61,10 @@ def filter_(*tensors, backend):
     return ops.causal_conv1d(*tensors, silu=True, backend=backend)
 
 
+def gated_norm(*tensors, backend):
+    return ops.gated_rms_norm(*tensors, 1, 1e-5, backend)
+
+
 def losses(*logits, backend):
     """Those of two sets of logits, because there is no other tensor to be differentiated."""
     return torch.cat([_losses(each, backend) for each in logits])
@@ -90,6 +94,14 @@ CASES = {
         partial(norm, backend="reference"),
         lambda: [normal(B, L, E), normal(B, L, E, seed=1), normal(E)],
     ),
+    **{
+        f"gated_rms_norm {backend}": (
+            partial(gated_norm, backend=backend),
+            partial(gated_norm, backend="reference"),
+            lambda: [normal(B, L, E), normal(B, L, E, seed=1), normal(E)],
+        )
+        for backend in ("torch", "triton")
+    },
     "token_losses triton": (
         partial(losses, backend="triton"),
         partial(losses, backend="reference"),
@@ -280,7 +292,7 @@ def ssd_mixer_tensors():
     return [normal(*shape) for shape in shapes]
 
 
-SSD_MIXER_OPTIONS = [1, 1, 1e-5, 0.0, 1.0, "torch", "torch"]
+SSD_MIXER_OPTIONS = [1, 1, 1e-5, 0.0, 1.0, "torch", "torch", "torch"]
 
 # Each operation as torch.library knows it: its arguments, which need to have the right kinds only.
 ARGUMENTS = {
@@ -316,6 +328,10 @@ ARGUMENTS = {
     "add_rms_norm_backward": lambda: [
         *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), normal(B * L), torch.float32, True),
         "triton",
+    ],
+    "gated_rms_norm": lambda: [normal(B, L, E), normal(B, L, E), normal(E), 1, 1e-5, "torch"],
+    "gated_rms_norm_backward": lambda: [
+        *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), 1, 1e-5, "torch", [True] * 3)
     ],
     "token_losses": lambda: [normal(3, 7), normal(3), "triton"],
     "token_losses_backward": lambda: [normal(3), normal(3, 7), normal(3), normal(3), "triton"],

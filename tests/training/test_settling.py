@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_resume import interrupt_at
 from tiny_runs import assert_same_weights, metrics, weights
 from two_ranks import run_two
 
 from vimtune.methods.lora import LoRA
+from vimtune.methods.sdt import SDT
 from vimtune.recipe import load_recipe
-from vimtune.training import InputError, Interrupted, train
+from vimtune.tensor_file import read_metadata
+from vimtune.training import InputError, Interrupted, settling, train
+from vimtune.training.identity import ResumeError
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -91,6 +94,89 @@ def test_an_image_that_cannot_be_read_ends_the_run(tiny, seen, damaged):
         train(recipe)
     damaged(lambda index, turn: False)
     assert train(load_recipe(None, {"resume": recipe.run.output_dir})).steps == 4
+
+
+SDLORA = {
+    "peft": "lora+sdt",
+    "targets": {"lora": "out_proj"},
+    "peft_kwargs": {"sdt": {"frozen_channels": 0.9, "selection_steps": 5, "selection_lr": 0.01}},
+}
+"""The five updates before the first step take more than the four batches of an epoch."""
+
+
+def places(state):
+    return {name: tensor for name, tensor in state.items() if name.endswith("places")}
+
+
+def test_a_choice_that_was_interrupted_is_made_again(tiny, monkeypatch):
+    straight = train(tiny("straight", epochs=1, **SDLORA))
+    recipe, passes = tiny("stopped", epochs=1, **SDLORA), []
+    with monkeypatch.context() as patch:
+
+        def run(*arguments, original=settling._run):
+            passes.append(1)
+            if len(passes) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments)
+
+        patch.setattr(settling, "_run", run)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    assert len(passes) == 2
+    stopped = weights(recipe.run.output_dir)
+    assert not any(
+        tensor.any() for name, tensor in stopped.items() if name.endswith(("lora_B", "difference"))
+    )
+    train(load_recipe(None, {"resume": recipe.run.output_dir}))
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight.run_dir))
+
+
+def test_a_run_that_goes_on_keeps_its_choice(tiny, monkeypatch):
+    straight = train(tiny("straight", epochs=1, **SDLORA))
+    recipe = tiny("stopped", epochs=1, **SDLORA)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    monkeypatch.setattr(SDT, "settle", None)  # nobody asks for it
+    train(load_recipe(None, {"resume": recipe.run.output_dir}))
+    assert_same_weights(weights(recipe.run.output_dir), weights(straight.run_dir))
+    before = [*places(weights(straight.run_dir)).values()]
+    assert before and any(not torch.equal(own, torch.arange(len(own))) for own in before)
+
+
+def test_a_state_with_places_beyond_the_matrix_is_refused(tiny, monkeypatch):
+    recipe = tiny(epochs=1, **SDLORA)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "_compute_gradients", 2, signal.SIGINT)
+        with pytest.raises(Interrupted):
+            train(recipe)
+    path = Path(recipe.run.output_dir, "checkpoint.safetensors")
+    tensors, metadata = load_file(path), read_metadata(path)
+    tensors["adapter/layers.0.mixer.A_log.places"][-1] = 512
+    save_file(tensors, path, metadata)
+    with pytest.raises(ResumeError, match=r"A_log\.places are no ascending places in a matrix of 512"):
+        train(load_recipe(None, {"resume": recipe.run.output_dir}))
+
+
+def note_places(folder: str) -> None:
+    settle = SDT.settle
+
+    def look(self, rules, batches):
+        settle(self, rules, batches)
+        found = {path: rule.places.tolist() for path, rule in rules.items()}
+        Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+    SDT.settle = look  # type: ignore[method-assign]
+
+
+def test_two_processes_choose_the_same_entries(tiny, tmp_path):
+    recipe = tiny(epochs=1, **SDLORA)
+    assert run_two(recipe, prepare=partial(note_places, str(tmp_path))) == ["", ""]
+    own, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert own == other and own
+    saved = places(weights(recipe.run.output_dir))
+    assert saved["layers.0.mixer.A_log.places"].tolist() == own["layers.0.mixer.A_log"]
 
 
 def note_losses(folder: str) -> None:

@@ -30,7 +30,7 @@ from vimtune.adapters.manage import (
     set_adapter,
 )
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
-from vimtune.adapters.settling import settle, settles
+from vimtune.adapters.settling import TrainingBatches, settle, settles
 from vimtune.adapters.sites import Site
 from vimtune.adapters.slots import base_parameters
 from vimtune.adapters.store import load_adapter, read_adapter, read_adapter_info, save_adapter
@@ -58,6 +58,7 @@ __all__ = [
     "Method",
     "Rule",
     "Site",
+    "TrainingBatches",
     "WeightRule",
     "active_adapter",
     "adapter_parameters",

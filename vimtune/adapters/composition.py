@@ -74,6 +74,7 @@ class Nesting(CallRule):
     def __init__(self, rules: Sequence[CallRule]) -> None:
         super().__init__()
         self.rules = nn.ModuleList(rules)
+        self.mixes_tokens = any(rule.mixes_tokens for rule in rules)
 
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         for rule in self.rules:

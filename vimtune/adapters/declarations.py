@@ -1,14 +1,16 @@
 """What a module declares to adapters beside its parameters: named rows, calls, weights that are only read,
-and parameters that do not decay.
+parameters that do not decay, parameters that are copies for a second direction, and from which ends it reads
+its tokens.
 
-A module of this package declares it itself, with `named_rows`, `adapter_calls`, `weight_is_read` and
-`undecayed`. For classes of other packages it stands in one table here, to which `declare` adds.
+A module of this package declares it itself, with `named_rows`, `adapter_calls`, `weight_is_read`,
+`undecayed`, `reverse_copies` and `directions`. For classes of other packages it stands in one table here, to
+which `declare` adds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -38,6 +40,12 @@ class Declaration:
     """Whether the module computes with sizes of its configuration, so that no parameter in it may grow."""
     undecayed: tuple[str, ...] = ()
     """The module's own parameters that weight decay leaves alone: those for which 0 means nothing special."""
+    reverse_copies: Mapping[str, str] = field(default_factory=dict)
+    """What the reverse direction has for itself, by what it is a copy of, {"A_log": "A_b_log"}: parameters of
+    the module, or modules within it. A target that names the one means the other, too."""
+    directions: int = 0
+    """In how many directions its calls go through the tokens: 1 from the first to the last, 2 for both; 0 if
+    they do not."""
 
 
 _FOREIGN: dict[str, Declaration] = {}
@@ -60,8 +68,14 @@ def declaration_of(module: nn.Module) -> Declaration:
     """What a module offers; nothing if neither its class nor a base of it declares anything."""
     calls = getattr(type(module), "adapter_calls", ())
     named_rows = getattr(type(module), "named_rows", None)
-    if calls or named_rows is not None:
-        return Declaration(_no_rows if named_rows is None else named_rows, calls)
+    copies = getattr(type(module), "reverse_copies", {})
+    if calls or copies or named_rows is not None:
+        return Declaration(
+            _no_rows if named_rows is None else named_rows,
+            calls,
+            reverse_copies=copies,
+            directions=getattr(type(module), "directions", 0),
+        )
     return next(_foreign_declarations(module), Declaration())
 
 
@@ -77,6 +91,42 @@ def _foreign_declarations(module: nn.Module) -> Iterator[Declaration]:
     for kind in type(module).__mro__:
         if (found := _FOREIGN.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             yield found
+
+
+@dataclass(frozen=True)
+class ScanInput:
+    """The first argument of a mixer's call `scan`, which is the output (B, L, columns) of its in_proj."""
+
+    columns: RowsByName
+    """Its columns by name, x and z among them: the rows of in_proj."""
+    directions: int
+    """1 for a scan from the first token to the last, 2 for one in both directions."""
+
+    @property
+    def width(self) -> int:
+        """E, the number of columns of x and of z."""
+        first, end = self.columns["x"].start, self.columns["x"].stop
+        return int(end - first)
+
+
+def scan_input(module: nn.Module, path: str) -> ScanInput:
+    """What the call at `path` takes, if it is the scan of a mixer.
+
+    Args:
+        module: the mixer.
+        path: that of the call, which a method wants to surround.
+
+    Raises:
+        ValueError: another call, or a mixer that does not declare its columns and directions.
+    """
+    declared = declaration_of(module)
+    columns = declared.rows(module).get("in_proj.weight", {})
+    if path.rpartition(".")[2] != "scan()" or not {"x", "z"} <= columns.keys() or not declared.directions:
+        raise ValueError(
+            f"{path} is not the scan of a mixer that declares its parts x and z and its directions: choose "
+            "scan() of such mixers as the target"
+        )
+    return ScanInput(columns, declared.directions)
 
 
 def consecutive_rows(**sizes: int) -> RowsByName:
@@ -124,10 +174,10 @@ declare(
 # Ours call out_proj, and offer what lies between the projections as a call. That of Mamba follows A_log.
 declare(
     "vimtune.language.mixers.FastMambaMixer",
-    Declaration(_rows_of_mamba, calls=("scan",), reads=("x_proj", "dt_proj")),
+    Declaration(_rows_of_mamba, calls=("scan",), reads=("x_proj", "dt_proj"), directions=1),
 )
 declare(
     "vimtune.language.mixers.FastMamba2Mixer",
-    Declaration(_rows_of_mamba2, calls=("scan",), has_fixed_sizes=True),
+    Declaration(_rows_of_mamba2, calls=("scan",), has_fixed_sizes=True, directions=1),
 )
 declare("timm.layers.attention.Attention", Declaration(_rows_of_attention, has_fixed_sizes=True))

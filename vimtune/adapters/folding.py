@@ -107,8 +107,7 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
     options = _merged_options(backbone, record)
 
     # Nothing above has changed the model.
-    before = getattr(backbone, "options", None)
-    kept = _Kept(state, [], [], None if before is None else dict(before))
+    kept = _Kept(state, [], [], _options_of(backbone))
     lay_down(backbone, state)
     for _, module in adapted_modules(backbone):
         kept.slots.append((module, take_off(module)))
@@ -250,23 +249,48 @@ def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 
 def _merged_options(model: nn.Module, record: AdapterRecord) -> dict[str, Any] | None:
     """The options with which the merged model would be created; None for models that have none."""
-    options = getattr(model, "options", None)
+    options = _options_of(model)
     if options is None:
         return None
     for chosen in build_methods(record.method, record.options):
         options = chosen.method.merged_options(options, record.sites[chosen.method.name])
-    return dict(options)
+    return options
+
+
+def _options_of(model: nn.Module) -> dict[str, Any] | None:
+    """A copy of the options with which a model is created: those that it has, or the fields of transformers'
+    configuration; None for models that have neither."""
+    options = getattr(model, "options", None)
+    if options is not None:
+        return dict(options)
+    config = _configuration(model)
+    return None if config is None else dict(config.to_dict())
 
 
 def _set_options(model: nn.Module, options: dict[str, Any] | None) -> None:
-    """Change the options in place: `model.creation` refers to the same mapping.
+    """Change the options in place: `model.creation` refers to the same mapping, parts of a model of
+    transformers to the same configuration.
 
     A model some parameters of which are there with some options alone has a method `follow_options`.
     """
-    present: Any = getattr(model, "options", None)
-    if options is None or not isinstance(present, dict) or present == options:
+    if options is None:
         return
-    present.clear()
-    present.update(options)
-    if hasattr(model, "follow_options"):
-        cast(Any, model).follow_options()
+    present: Any = getattr(model, "options", None)
+    if isinstance(present, dict):
+        if present == options:
+            return
+        present.clear()
+        present.update(options)
+        if hasattr(model, "follow_options"):
+            cast(Any, model).follow_options()
+    elif (config := _configuration(model)) is not None:
+        before = config.to_dict()
+        for name, value in options.items():
+            if name not in before or before[name] != value:
+                setattr(config, name, value)
+
+
+def _configuration(model: nn.Module) -> Any:
+    """The configuration of a model of transformers, or of the one in a module; None if there is none."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return next((config for config in found if hasattr(config, "to_dict")), None)

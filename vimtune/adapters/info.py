@@ -21,11 +21,14 @@ from vimtune.utils import suggest
 
 FORMAT = "vimtune-adapter"
 """The format that an adapter file states in its metadata, by which it is recognised."""
-VERSION = 3
+VERSION = 4
 """Version of the files that are written.
 
-Version 2 knew no rows, calls and options by target, and is the same otherwise.
+Version 2 knew no rows, calls and options by target, and is the same otherwise. In version 3 the target of an
+option meant one direction of a scan ("x_proj"), which now means both; `load_adapter` reads it so.
 """
+BOTH_DIRECTIONS = 4
+"""The first version in which targets mean both directions of a scan."""
 
 
 class AdapterFileError(ValueError):

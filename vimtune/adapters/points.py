@@ -14,7 +14,7 @@ from torch import nn
 
 from vimtune.adapters.declarations import RowsByName, declaration_of
 from vimtune.adapters.slots import CALL, base_parameters, is_factor, join, rule_prefixes
-from vimtune.adapters.targets import resolve_targets
+from vimtune.adapters.targets import Target, resolve_targets
 from vimtune.text import quote
 
 _PATH = re.compile(r"(?P<place>[^\[\]()]+)(?:\[(?P<rows>[^\[\]()|,]+)\]|(?P<call>\(\)))?")
@@ -58,6 +58,8 @@ class Points:
         read: paths of the linear layers whose weight the model reads, so that their call is no point.
         tied: further paths of parameters that modules share, each with the path that is in `parameters`; both
             are names of one point.
+        shared_names: by the path of a parameter of the reverse direction, the name of the one that it is a
+            copy of, within their module ("x_proj.weight"). A target that begins there means both.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,6 +73,7 @@ class Points:
         self.rows: dict[str, RowsByName] = {}
         self.calls: dict[str, tuple[nn.Module, str]] = {}
         self.read: set[str] = set()
+        self.shared_names: dict[str, str] = {}
         for path, module in own_modules(model):
             declared = declaration_of(module)
             self.read.update(join(path, name) for name in declared.reads)
@@ -78,6 +81,10 @@ class Points:
                 self.rows[join(path, name)] = rows
             for method in declared.calls:
                 self.calls[join(path, method) + CALL] = (module, method)
+            for first, copy in declared.reverse_copies.items():
+                for name, _ in base_parameters(module):
+                    if name == copy or name.startswith(f"{copy}."):
+                        self.shared_names[join(path, name)] = first + name.removeprefix(copy)
             if getattr(type(module), "weight_is_read", False):
                 self.read.add(path)
             if path not in self.read and is_factor(module, "weight"):
@@ -88,6 +95,15 @@ class Points:
         rule for it may also add to the layer's output."""
         layer, _, name = parameter.rpartition(".")
         return name == "weight" and layer + CALL in self.calls
+
+    def has(self, target: str) -> bool:
+        """Whether a target names a parameter or a call of the model.
+
+        Raises:
+            ValueError: no target.
+        """
+        selects = Target.parse(target).selects
+        return any(selects(path) for path in (*self.parameters, *self.calls))
 
     def resolve(self, targets: str | Sequence[str], layers: Sequence[int] | None = None) -> list[str]:
         """Paths of the points that targets stand for; see `vimtune.adapters.targets`.

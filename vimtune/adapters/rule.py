@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 Call = Callable[..., Any]
 """The rest of a call: takes the (changed) first argument and gives the result."""
@@ -27,6 +28,10 @@ class Rule(nn.Module):
     saving and loading refuse them. A buffer that would hold inf, such as a mask to be added, is computed anew
     in `__init__` (`register_buffer(..., persistent=False)`), or keeps a finite number or a bool instead.
     """
+
+    may_be_off: ClassVar[bool] = False
+    """Whether units of the rule may be off for all of some inputs, as behind a relu, so that single entries
+    get no gradient from these."""
 
     def decay(self, tensor: str, exempt: bool) -> float:
         """How strongly weight decay pulls a parameter of this rule to zero.
@@ -48,6 +53,22 @@ class Rule(nn.Module):
 
         Returns:
             A mask of the parameter's shape; None if all of them train.
+        """
+        return None
+
+    def misfit(self, tensor: str, value: Tensor) -> str | None:
+        """What is wrong with a value that is to be loaded into a parameter or buffer of this rule.
+
+        Shape, dtype and finiteness have been compared before. A rule that takes a buffer for indices, say,
+        looks here whether they are within range, because a file may come from anybody.
+
+        Args:
+            tensor: name of the parameter or buffer within the rule.
+            value: the value that a file has for it.
+
+        Returns:
+            The end of a sentence that begins with the name, such as "are no ascending places"; None if
+            nothing is wrong.
         """
         return None
 
@@ -94,6 +115,11 @@ class WeightRule(Rule):
 class CallRule(Rule):
     """Surrounds a call that the model makes: of a linear layer, or of a method that a module declares."""
 
+    mixes_tokens: bool = False
+    """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps
+    the states of a text, or that is told of padding, refuses such a rule, which would have to know the tokens
+    before, and which of them are padding."""
+
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.
 
@@ -110,7 +136,8 @@ class CallRule(Rule):
 
         Returns:
             What the plain call gives, for the first argument that the caller passed: as many tokens as `x`
-            has. `encode` may give a list of such tensors; `each_tensor` treats both alike.
+            has. `encode` may give a list of such tensors, or an output of transformers that holds them;
+            `each_tensor` treats them alike.
         """
         raise NotImplementedError
 
@@ -132,11 +159,18 @@ class CallRule(Rule):
         return None
 
 
+_TENSORS: Any = (Tensor, Proxy)
+"""Classes of tensors: a `Proxy` is one that torch.fx records."""
+
+
 def each_tensor(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`function` of a tensor, or of every tensor in a list or tuple."""
+    """`function` of a tensor, or of every tensor in a list, tuple or mapping such as transformers' outputs;
+    what else is in these stays as it is."""
     if isinstance(result, list | tuple):
         return type(result)(each_tensor(item, function) for item in result)
-    return function(result)
+    if isinstance(result, Mapping):
+        return type(result)(**{name: each_tensor(item, function) for name, item in result.items()})
+    return function(result) if isinstance(result, _TENSORS) else result
 
 
 class Tuned(WeightRule):

@@ -34,7 +34,7 @@ from vimtune.adapters.slots import (
     share,
     slots_of,
 )
-from vimtune.adapters.targets import Target, short_name, split_option_targets, split_targets
+from vimtune.adapters.targets import Target, refuse_overlaps, short_name, split_option_targets, split_targets
 from vimtune.adapters.wrappers import refuse_container, refuse_opaque, unwrap
 from vimtune.methods import Method
 from vimtune.text import quote
@@ -60,6 +60,9 @@ class Site:
     for a call."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the method that were given for this target alone."""
+    model: nn.Module | None = None
+    """The model that it is a point of, for what the owner does not know, such as the place of the class
+    token."""
 
     @property
     def weight(self) -> Tensor:
@@ -144,8 +147,8 @@ def select_sites(
     """Let each method choose its points; those of the head, which are trained anyway, are left out.
 
     Raises:
-        ValueError: a target or layer that the model does not have, one that means the head alone, or a method
-            that nothing is left for.
+        ValueError: a target or layer that the model does not have, one that means the head alone, rows beside
+            the whole of a parameter for a method that does not add up, or a method that nothing is left for.
     """
     names = [method.name for method in methods]
     for what, value in (("targets", targets), ("layers", layers)):
@@ -159,6 +162,8 @@ def select_sites(
         for target in () if own is None else split_targets(own):
             _refuse_head(points, target, head)
         sites[method.name] = [path for path in selected(method, points, targets, layers) if path not in head]
+        if not method.adds_up:
+            refuse_overlaps(sites[method.name])
         if not sites[method.name] and not method.trains_head_only:
             where = "its own choice of targets" if own is None else f"targets {quote(own)}"
             raise ValueError(
@@ -188,7 +193,10 @@ def _of(method: Method, value: Any) -> Any:
 
 
 def options_by_site(
-    method: Method, by_target: Mapping[str, Mapping[str, Any]], paths: Sequence[str]
+    method: Method,
+    by_target: Mapping[str, Mapping[str, Any]],
+    paths: Sequence[str],
+    shared_names: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
     """The options that a method has for single targets, by the path of each of its sites.
 
@@ -196,6 +204,7 @@ def options_by_site(
         method: the method, for messages.
         by_target: field -> targets -> value. Of several keys that stand for a site the last one holds.
         paths: the sites of the method.
+        shared_names: as in `Points`.
 
     Raises:
         ValueError: a target that stands for none of the sites.
@@ -205,7 +214,7 @@ def options_by_site(
         for text, value in values.items():
             meant: dict[str, list[str]] = {}
             for target in split_option_targets(text):  # The parts of an alias have one text.
-                chosen = [path for path in paths if target.stands_for(path)]
+                chosen = [path for path in paths if target.stands_for(path, shared_names)]
                 meant[target.text] = meant.get(target.text, []) + chosen
             for part, chosen in meant.items():
                 if not chosen:
@@ -248,7 +257,7 @@ def attach_rules(
             without effect. Some of the rules may be attached then.
     """
     points = Points(model)
-    options = options_by_site(method, by_target, paths)
+    options = options_by_site(method, by_target, paths, points.shared_names)
     sites = [_build_site(points, model, path, options[path]) for path in paths]
     by_path = {site.path: site for site in sites}
     rules = method.build(sites)
@@ -276,13 +285,13 @@ def _build_site(points: Points, model: nn.Module, path: str, options: Mapping[st
                 f"{quote(path)} is no call that rules may surround: it is neither declared by the model nor "
                 f"a linear layer that is called. Calls of this model: {', '.join(points.calls) or 'none'}"
             )
-        return Site(path, points.calls[path][0], None, options)
+        return Site(path, points.calls[path][0], None, options, model)
     owner, name = find_owner(model, point.place)
     value: Tensor = base_value(owner, name)
     if has_rules(owner) and name in slots_of(owner):
         value = cast(WeightSlot, slots_of(owner)[name]).evaluated(value)
     rows = rows_of(points, point)
-    return Site(path, owner, (value if rows is None else value[slice(*rows)]).detach(), options)
+    return Site(path, owner, (value if rows is None else value[slice(*rows)]).detach(), options, model)
 
 
 def rows_of(points: Points, point: Point) -> Rows:

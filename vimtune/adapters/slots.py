@@ -211,7 +211,10 @@ def _adapted_call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, x: Any, flow: dict[str, Tensor] | None = None, *rest: Any, **options: Any
     ) -> Any:
         slot, shared = cast(CallSlot, slots_of(module)[name]), {} if flow is None else flow
-        check_change = getattr(module, "check_change", None)  # of modules that do not take every change
+        # Of modules that do not take every change:
+        check_change, check_mixing = (getattr(module, f"check_{what}", None) for what in ("change", "mixing"))
+        if check_mixing is not None and slot.rule is not None and slot.rule.mixes_tokens:
+            check_mixing(*rest, **options)
 
         def run_plain(changed: Any) -> Any:
             if check_change is not None:

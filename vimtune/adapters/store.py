@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vimtune.adapters.identity import BaseIdentity, architecture_differences, base_identity, has_base
-from vimtune.adapters.info import FORMAT, AdapterFileError, AdapterInfo, read_info, write_info
+from vimtune.adapters.info import (
+    BOTH_DIRECTIONS,
+    FORMAT,
+    AdapterFileError,
+    AdapterInfo,
+    read_info,
+    write_info,
+)
 from vimtune.adapters.manage import (
     AdapterRecord,
     active_adapter,
@@ -26,7 +33,7 @@ from vimtune.adapters.manage import (
     set_adapter,
 )
 from vimtune.adapters.points import Point, Points
-from vimtune.adapters.sites import Sites, find_backbone, selected
+from vimtune.adapters.sites import Sites, find_backbone, options_by_site, selected
 from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.methods import build_methods
@@ -199,16 +206,31 @@ def _record(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], nam
         tensor = tensors.get(f"{path}.value")
         if tensor is None or tensor.shape[:1] != (num_classes,):
             raise ValueError(f"it says {num_classes} classes, but has no such tensor for {path}")
+    sites = _sites(model, info, tensors, head)
     return AdapterRecord(
         name=name,
         method=info.method,
-        options=info.options,
+        options=info.options if info.version >= BOTH_DIRECTIONS else _options_by_path(info, sites),
         targets=info.targets,
         layers=info.layers,
-        sites=_sites(model, info, tensors, head),
+        sites=sites,
         num_classes=num_classes,
         head=head,
     )
+
+
+def _options_by_path(info: AdapterInfo, sites: Sites) -> dict[str, dict[str, Any]]:
+    """The options of a file whose targets meant one direction of a scan, with paths for the targets of single
+    options: those mean the same in all versions."""
+    options: dict[str, dict[str, Any]] = {name: {**own} for name, own in info.options.items()}
+    for chosen in build_methods(info.method, info.options):
+        own = options[chosen.method.name]
+        own |= {field: {} for field in chosen.by_target}
+        by_site = options_by_site(chosen.method, chosen.by_target, sites[chosen.method.name], {})
+        for path, values in by_site.items():
+            for field, value in values.items():
+                own[field][path] = value
+    return options
 
 
 def _sites(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], head: list[str]) -> Sites:

@@ -6,19 +6,25 @@
 | `in_proj`, `mixer.in_proj`, `layers.0.mixer.in_proj` | the weight of the modules whose path ends so |
 | `A_log`, `conv1d.bias`, `layers.0.mixer.A_log` | the parameters whose path ends so |
 | `x_proj[B]`, `x_proj[dt|B]` | named rows of such a weight, each row name a point of its own |
+| `x_proj`, `A_log`, `conv1d.bias`, `x_proj[B]` | both directions where the model has two: `x_proj_b`, too |
+| `x_proj_b`, `mixer.x_proj`, `layers.0.mixer.x_proj` | this direction alone |
 | `scan()`, `out_proj()`, `encode()` | calls whose path ends so |
 | `layers.0.` | every parameter below the modules whose path ends so |
 | `re:mixer\\.(A_log|D)$` | parameters in whose path the expression is found |
 | `re:x_proj(_b)?\\.weight\\[B\\]$` | also rows, if the expression, with `\\[`, is found in their path alone |
 | `re:(in|out)_proj\\(\\)$` | also calls, if the expression has `\\(\\)` |
 | `!layers.0.`, `!x_proj[B]`, `!re:_b` | not these, whatever the others stand for |
+
+Where a scan has two directions, its model says which parameters are copies for the reverse one
+(`Declaration.reverse_copies`). The name of such a parameter or of its module means both directions. A name
+that begins above it, the name of the copy, a whole path and a regular expression mean what they say.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,13 +59,31 @@ class Target:
     """Whether it may stand for calls: "scan()", or a regular expression that speaks of "()"."""
     names_rows: bool = False
     """Whether it is a regular expression that speaks of "[", and so may be found in the path of rows."""
+    is_expression: bool = False
+    """Whether it is a regular expression, which means one direction of a scan unless it says otherwise."""
 
-    def stands_for(self, path: str) -> bool:
-        """Whether the point at `path`, which may be rows of a parameter, is one of those that are meant."""
+    def means(self, place: str, shared_names: Mapping[str, str]) -> bool:
+        """Whether it stands for the parameter or call at a path, by its own name or by one that it shares.
+
+        Args:
+            place: the path.
+            shared_names: as in `Points`.
+        """
+        if self.selects(place):
+            return True
+        return place in shared_names and not self.is_expression and self.selects(shared_names[place])
+
+    def stands_for(self, path: str, shared_names: Mapping[str, str]) -> bool:
+        """Whether the point at `path`, which may be rows of a parameter, is one of those that are meant.
+
+        Args:
+            path: the path of the point.
+            shared_names: as in `Points`.
+        """
         place, _, rows = path.partition("[")
         if self.names_rows and self.selects(path):
             return True
-        return self.selects(place) and (not self.rows or rows.removesuffix("]") in self.rows)
+        return self.means(place, shared_names) and (not self.rows or rows.removesuffix("]") in self.rows)
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -73,7 +97,14 @@ class Target:
         if name.startswith("re:"):
             pattern = name.removeprefix("re:")
             found = _search(pattern, text)
-            return cls(text, excludes, found, names_calls=r"\(\)" in pattern, names_rows=r"\[" in pattern)
+            return cls(
+                text,
+                excludes,
+                found,
+                names_calls=r"\(\)" in pattern,
+                names_rows=r"\[" in pattern,
+                is_expression=True,
+            )
         match = _TARGET.fullmatch(name)
         if match is None or match["rows"] == "":
             raise ValueError(
@@ -107,7 +138,7 @@ def resolve_targets(
 
     Raises:
         ValueError: a target that selects nothing or a layer that the model does not have (the message lists
-            what it has), or a target within another one.
+            what it has).
     """
     given = split_targets(targets)
     included = [target for target in given if not target.excludes]
@@ -119,7 +150,7 @@ def resolve_targets(
         chosen[target.text] = chosen.get(target.text, []) + _select(points, target)
     kept = {path for paths in chosen.values() for path in paths}
     for target in excluded:
-        taken = {path for path in kept if target.stands_for(path)}
+        taken = {path for path in kept if target.stands_for(path, points.shared_names)}
         if not taken:
             raise ValueError(f"target {quote(target.text)} takes nothing away from {_listed(included)}")
         kept -= taken
@@ -133,7 +164,6 @@ def resolve_targets(
                 else f"lies in none of the layers {list(layers)}"
             )
             raise ValueError(f"target {quote(text)} selects nothing: all of it {because}")
-    _refuse_overlaps(kept)
     return [path for path in points_in_order(points) if path in kept]
 
 
@@ -165,7 +195,7 @@ def split_option_targets(key: str) -> list[Target]:
 def _select(points: Points, target: Target) -> list[str]:
     searched = [*points.parameters, *(points.calls if target.names_calls else ())]
     tied = {first for path, first in points.tied.items() if target.selects(path)}
-    places = [path for path in searched if target.selects(path) or path in tied]
+    places = [path for path in searched if target.means(path, points.shared_names) or path in tied]
     if target.names_rows:  # The rows of a parameter that is meant itself are a part of it.
         rows = [f"{path}[{row}]" for path in points.rows if path not in places for row in points.rows[path]]
         places += [path for path in rows if target.selects(path)]
@@ -222,7 +252,12 @@ def points_in_order(points: Points) -> list[str]:
     return [*paths, *points.calls]
 
 
-def _refuse_overlaps(paths: set[str]) -> None:
+def refuse_overlaps(paths: Collection[str]) -> None:
+    """Refuse points of one method of which one is a part of another.
+
+    Raises:
+        ValueError: rows are among them, and the parameter that they belong to is, too.
+    """
     for path in sorted(paths):
         whole = path.partition("[")[0]
         if whole != path and whole in paths:
@@ -272,6 +307,12 @@ def short_name(path: str) -> str:
     place, bracket, rows = path.partition("[")
     short = place.rpartition(".")[2] if place.endswith("()") else _short_name(place)
     return short + bracket + rows
+
+
+def is_bias(path: str) -> bool:
+    """Whether a parameter is a bias by its name, as are `dt_bias` and `bias_ih_l0` beside their weights."""
+    name = path.rpartition(".")[2]
+    return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
 
 
 def block_index(path: str) -> int | None:

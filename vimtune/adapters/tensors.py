@@ -133,6 +133,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor], name:
     """
     own = _tensors(model, name)
     check_tensors(state, own)
+    check_values(model, state, name)
     for key, tensor in own.items():
         tensor.copy_(state[key])
 
@@ -151,6 +152,31 @@ def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError("the adapter's tensors do not fit: " + "; ".join(sorted(problems)[:4]) + more)
+
+
+def check_values(model: nn.Module, state: Mapping[str, Tensor], name: str | None = None) -> None:
+    """Let the rules of an adapter judge values that they are about to get (`Rule.misfit`).
+
+    Args:
+        model: a model with adapters.
+        state: tensors of the right shapes, with keys as in `adapter_state_dict`.
+        name: which adapter; the active one if None.
+
+    Raises:
+        ValueError: naming the first values that do not fit.
+    """
+    model = unwrap(model)
+    _, record = demand_adapter(model, name)
+    problems = []
+    for path, _, _, rule in _rules(model, record):
+        for inside, part in rule.named_modules():
+            for own in [*part._parameters, *part._buffers] if isinstance(part, Rule) else ():
+                key = join(path, join(inside, own))
+                if key in state and (problem := part.misfit(own, state[key])):
+                    problems.append(f"{key} {problem}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError("the adapter's tensors do not fit: " + "; ".join(problems[:4]) + more)
 
 
 def _difference(given: Tensor, expected: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""The commands: `vimtune train | evaluate | predict | merge | doctor`, and `train_vim.py`.
+"""The commands: `vimtune train | search | evaluate | predict | merge | doctor`, and `train_vim.py`.
 
 Each command is a file beside this one. Only what it needs is imported, when it runs: `--help` and `--list`
 answer without torch. How a command may end is said in `vimtune.exits`.
@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vimtune import __version__
-from vimtune.cli import doctor, evaluate, merge, predict, train
+from vimtune.cli import doctor, evaluate, merge, predict, search, train
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
 from vimtune.text import quote
 from vimtune.utils import suggest
 
 COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
     "train": ("fine-tune a model (--list shows models, methods and data sets)", train.run),
+    "search": ("find methods, places and sizes that score best on validation data", search.run),
     "evaluate": ("score a model on the data of a task, with an adapter or without", evaluate.run),
     "predict": ("classes, choices and completions with an adapter file", predict.run),
     "merge": ("fold an adapter into a plain checkpoint, and prove it", merge.run),

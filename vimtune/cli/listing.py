@@ -10,12 +10,22 @@ from vimtune.fields import options_of
 from vimtune.methods import METHODS
 from vimtune.tasks import TASKS
 
+TARGETS = {
+    "in_proj, A_log, conv1d.bias": "a weight or parameter of every block",
+    "x_proj, x_proj[dt|B]": "both scan directions where the model has two; [...] names rows",
+    "x_proj_b, mixer.x_proj": "one direction: the reverse one, and the one that is named from above",
+    "scan(), out_proj()": "calls, for methods that surround them",
+    "re:(in|out)_proj": "all in whose path the regular expression is found",
+    "!layers.0., !x_proj": "not these, whatever the others stand for",
+}
+"""What `--targets` takes; `vimtune.adapters.targets` has the whole grammar."""
+
 Entry = tuple[str, Mapping[str, object]]
 """Summary of a thing, and its options with their defaults."""
 
 
 def listing(width: int) -> str:
-    """Models, methods, data sets and tasks with their options, as text of `width` columns."""
+    """Models, methods, targets, data sets and tasks with their options, as text of `width` columns."""
     models = {task.backbone_options.models_title: task.backbone_options for _, task in TASKS.items()}
     tables: dict[str, Mapping[str, Entry]] = {
         **{
@@ -23,6 +33,7 @@ def listing(width: int) -> str:
             for title, backbone in models.items()
         },
         "Methods (--peft)": {name: (method.summary, _defaults(method)) for name, method in METHODS.items()},
+        "Targets (--targets)": {target: (meaning, {}) for target, meaning in TARGETS.items()},
         "Data sets (--dataset)": {
             name: (summary, dataset_options(name)) for name, summary in list_datasets().items()
         },

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vimtune.data import caltech, cars, flowers, folder, synthetic  # noqa: F401  (each registers itself)
+from vimtune.data import caltech, cars, flowers, folder, synthetic, vtab  # noqa: F401  (they register)
 from vimtune.data.base import SPLITS, FileDataset, ImageDataset
 from vimtune.data.datasets import (
     DATASETS,

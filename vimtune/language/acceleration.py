@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TypeVar
 
 from torch import nn
+from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba.modeling_mamba import MambaMixer, MambaRMSNorm
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, Mamba2RMSNorm
 
 from vimtune.adapters.slots import change_class, plain_class
+from vimtune.language.backbones import Mamba2Model, MambaModel
 from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
 from vimtune.language.norms import FastMamba2Norm, FastMambaNorm
 from vimtune.language.refusals import guard_against_packing
@@ -26,13 +29,19 @@ _FAST_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     Mamba2RMSNorm: FastMamba2Norm,
 }
 """Which class takes the place of which norm; one of somebody else stays as it is."""
+_ENCODING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
+    modeling_mamba.MambaModel: MambaModel,
+    modeling_mamba2.Mamba2Model: Mamba2Model,
+}
+"""Which class takes the place of which model without a head, so that rules can put tokens before a text."""
 
 
 def accelerate(model: Model, backend: str = "auto") -> Model:
     """Let the Mamba and Mamba-2 mixers of a model of transformers run on our operations, in place.
 
-    The norms before the mixers do so, too. Packed sequences are refused from then on. Works before and after
-    adapters are injected. The model's own class, keys and files stay as they are.
+    The norms before the mixers do so, too, and the models around them offer adapters the call `encode`.
+    Packed sequences are refused from then on. Works before and after adapters are injected. The model's own
+    class, keys and files stay as they are.
 
     Args:
         model: a model with mixers of transformers, or several models in one module.
@@ -61,5 +70,7 @@ def accelerate(model: Model, backend: str = "auto") -> Model:
         if kind in classes or kind in classes.values():
             change_class(module, classes.get(kind, kind))
             module.backend = backend  # type: ignore[assignment]  # the fast classes have it
+        elif kind in _ENCODING_MODELS:
+            change_class(module, _ENCODING_MODELS[kind])
     guard_against_packing(model)
     return model

@@ -109,6 +109,21 @@ class FastMixer:
                 "use_cache=False and no attention_mask"
             )
 
+    def check_mixing(self, cache: Cache | None = None, mask: Tensor | None = None) -> None:
+        """Refuse a rule around `scan` for which a token depends on others, where it would miss some of them.
+
+        Args:
+            cache, mask: those of `scan`.
+
+        Raises:
+            ValueError: there is a cache or a mask.
+        """
+        if cache is not None or mask is not None:
+            raise ValueError(
+                "a rule at scan() makes each token depend on those before it, which it does not know in "
+                "cached decoding, nor which of them are padding: give use_cache=False and no attention_mask"
+            )
+
     @abstractmethod
     def scan(
         self,
@@ -253,7 +268,8 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
                 return step[:, None]
         z, xBC, dt = split_projected(projected, weights)
         y = self._scan_ungated(xBC, dt, weights, options, cache, mask)
-        return gated_rms_norm(y, z, weights.norm_weight, options.norm_groups, options.eps)
+        norm = options.norm_groups, options.eps, self.backend
+        return gated_rms_norm(y, z, weights.norm_weight, *norm)
 
     def _scan_ungated(
         self,

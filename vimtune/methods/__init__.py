@@ -19,6 +19,10 @@ from vimtune.methods.base import (  # isort: skip
     split_options,
 )
 from vimtune.methods import prodial, lora, dora, bitfit, linear, full, ft, strong  # noqa: F401  # isort: skip
+from vimtune.methods import a_tuning, d_tuning, bias_tuning, conv1d_tuning  # noqa: F401  # isort: skip
+from vimtune.methods import cls_token_tuning, pos_embed_tuning, ssm, parallel_adapter  # noqa: F401  # isort: skip
+from vimtune.methods import prompt, affix, additional_scan, state_offset, svp, memba  # noqa: F401  # isort: skip
+from vimtune.methods import sdt, oft, c3a, cdvft, ia3  # noqa: F401  # isort: skip
 
 __all__ = [
     "METHODS",

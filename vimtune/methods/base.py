@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from abc import ABC
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -23,10 +24,14 @@ from vimtune.utils import require_summary, suggest
 if TYPE_CHECKING:
     from vimtune.adapters.points import Points
     from vimtune.adapters.rule import Rule
+    from vimtune.adapters.settling import TrainingBatches
     from vimtune.adapters.sites import Site
 
 METHODS: Registry[type[Method]] = Registry("method")
 """All methods by name."""
+
+AnyMethod = TypeVar("AnyMethod", bound="Method")
+"""A method of any class, for functions that give one of the same class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +52,15 @@ class Method(ABC):
     """One line for `--list`."""
     default_targets: ClassVar[str | tuple[str, ...]] = "both"
     """Where it acts unless the user says otherwise; see `vimtune.adapters.targets`."""
+    skips_absent_targets: ClassVar[bool] = False
+    """Whether those of several `default_targets` are left out that a model does not have, as long as it has
+    one of them: a parameter may have another name, or be missing, from one kind of model to the next."""
     changes_at_start: ClassVar[bool] = False
     """Whether injecting it changes what the model computes before anything is trained, as random prompts
     do."""
+    adds_up: ClassVar[bool] = False
+    """Whether it may act on rows of a parameter that it adapts as a whole, too, because its rules add to the
+    weight. Of any other method that is refused as a mistake."""
     trains_head_only: ClassVar[bool] = False
     """Whether it is meant to select nothing. Of any other method that is refused as a mistake."""
 
@@ -66,7 +77,11 @@ class Method(ABC):
         Raises:
             ValueError: targets or layers that the model does not have, or that the method does not take.
         """
-        return points.resolve(self.default_targets if targets is None else targets, layers)
+        if targets is not None:
+            return points.resolve(targets, layers)
+        default = self.default_targets
+        present = [target for target in default if points.has(target)] if self.skips_absent_targets else []
+        return points.resolve(present or default, layers)
 
     def build(self, sites: Sequence[Site]) -> Mapping[str, Rule]:
         """The rules of the method by the path of their site: for each one what `build_rule` says.
@@ -86,21 +101,30 @@ class Method(ABC):
         """
         raise NotImplementedError(f"method {self.name!r} overrides neither build nor build_rule")
 
-    def at(self, site: Site) -> Method:
+    def at(self: AnyMethod, site: Site) -> AnyMethod:
         """The method with the options that hold at a site."""
         return dataclasses.replace(self, **site.options) if site.options else self
 
-    def settle(self, rules: Mapping[str, Rule], batches: Iterable[Callable[[], float]]) -> None:  # noqa: B027
+    @property
+    def settles(self) -> bool:
+        """Whether the method wants to see data before training: whether it has a `settle` of its own.
+
+        Overridden by methods that do so with some of their options only.
+        """
+        return type(self).settle is not Method.settle
+
+    def settle(self, rules: Mapping[str, Rule], batches: TrainingBatches) -> None:  # noqa: B027
         """Choose or start from data, once, before the first step of a training run.
 
         Overridden by methods that select what to train by gradients, or start from what the model computes;
-        the others draw no batch.
+        the others draw no batch. What is chosen has to be the same in every process of a run, as it is where
+        it depends on the gradients, which are summed over all of them.
 
         Args:
             rules: the method's rules by the path of their site.
             batches: functions, each of which runs the forward and backward pass of one training batch, adds
                 to the gradients of the adapter's tensors, and gives the loss. As many are drawn as the method
-                wants.
+                wants. `batches.warmed_up` trains the adapter for a while, to look at what that changes.
         """
 
     def merged_options(self, options: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
@@ -266,21 +290,68 @@ def build_methods(spec: str, options: Mapping[str, Any]) -> list[ChosenMethod]:
     return chosen
 
 
-def check_matrix(method: str, site: Site, rank: int) -> tuple[int, int]:
-    """(out, in) of a weight that takes a rank-`rank` update; of a convolution `in` is all that one output
-    reads.
+def check_matrix(method: str, site: Site, rank: int | None = None) -> tuple[int, int]:
+    """(out, in) of a weight that takes a matrix update; of a convolution `in` is all that one output reads.
+
+    Args:
+        method: name of the method, for the message.
+        site: where it is to act.
+        rank: that of the update, for methods that have one.
 
     Raises:
-        ValueError: not a matrix, or a rank that is not between 1 and the smaller side.
+        ValueError: not a matrix, or a rank that does not fit it.
     """
     weight = site.weight
     if weight.dim() < 2:
         raise ValueError(f"{method} needs a matrix; {site.path} has shape {tuple(weight.shape)}")
     rows, columns = weight.flatten(1).shape
-    if not 1 <= rank <= min(rows, columns):
-        largest = min(rows, columns)
+    if rank is not None:
+        check_rank(site, rows, columns, rank)
+    return rows, columns
+
+
+def check_rank(site: Site, rows: int, columns: int, rank: int) -> None:
+    """Refuse a rank that does not fit a layer of so many outputs and inputs.
+
+    A rank above the smaller side adds nothing but parameters, and yet it is published: MambaPEFT has rank 64
+    for the 12 rows of a time step.
+
+    Raises:
+        ValueError: the rank is not between 1 and the larger side.
+    """
+    largest = max(rows, columns)
+    if not 1 <= rank <= largest:
         raise ValueError(
             f"rank {quote(rank)} does not fit {site.path} of shape {rows} x {columns}: "
             f"expected 1 to {largest}"
         )
-    return rows, columns
+
+
+def check_block_size(site: Site, block_size: int, *widths: int) -> None:
+    """Compare the size of blocks with the sides of a weight that they are to divide.
+
+    Raises:
+        ValueError: it does not divide one of `widths`; the message has those up to 64 that would.
+    """
+    common = math.gcd(*widths)
+    if common % block_size:
+        divisors = [str(size) for size in range(1, min(common, 64) + 1) if common % size == 0]
+        sides = f"the input width {widths[0]}" if len(widths) == 1 else " and ".join(map(str, widths))
+        raise ValueError(
+            f"block_size {quote(block_size)} does not divide {sides} of {site.path}; "
+            f"possible: {', '.join(divisors)}"
+        )
+
+
+def fitting_block_size(method: str, site: Site, block_size: int | None) -> int:
+    """The side of square blocks that fill a weight: `block_size`, or the largest possible one if that is
+    None.
+
+    Raises:
+        ValueError: not a matrix, or a size that does not divide both sides.
+    """
+    rows, columns = check_matrix(method, site)
+    if block_size is None:
+        return math.gcd(rows, columns)
+    check_block_size(site, block_size, rows, columns)
+    return block_size

@@ -24,20 +24,14 @@ class BitFit(FineTuning):
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
     ) -> list[str]:
-        from vimtune.adapters.targets import ALIASES, in_layers
+        from vimtune.adapters.targets import ALIASES, in_layers, is_bias
 
-        biases = [path for path in points.parameters if _is_bias(path)]
+        biases = [path for path in points.parameters if is_bias(path)]
         if targets is None:
             return biases if layers is None else in_layers(biases, layers)
         given = map(str.strip, split_outside(targets, ",") if isinstance(targets, str) else targets)
         named = [part for target in given for part in ALIASES.get(target, (target,))]
         return points.resolve([_bias_of(target, biases) for target in named], layers)
-
-
-def _is_bias(path: str) -> bool:
-    """Whether a parameter is a bias by its name, as are `dt_bias` and `bias_ih_l0` beside their weights."""
-    name = path.rpartition(".")[2]
-    return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
 
 
 def _bias_of(target: str, biases: Sequence[str]) -> str:

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from vimtune.adapters.rule import WeightRule
     from vimtune.adapters.sites import Site
 
+START_DECAY = (
+    "weight decay towards the value at the start, as a multiple of the run's; 0: matrices decay to 0"
+)
+"""Help of the option `start_decay`, whose default differs from method to method."""
+
 
 @register_method("ft")
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +26,7 @@ class FineTuning(Method):
 
     summary = "full training of the targets (the projectors)"
 
-    start_decay: Annotated[float, Ge(0)] = option(
-        0.0,
-        "weight decay towards the value at the start, as a multiple of the run's; 0: matrices decay to 0",
-    )
+    start_decay: Annotated[float, Ge(0)] = option(0.0, START_DECAY)
 
     def build_rule(self, site: Site) -> WeightRule:
         from vimtune.adapters.rule import Shifted, Tuned

@@ -20,6 +20,7 @@ class LoRA(Method):
     """Options of LoRA; `vimtune.adapters.rules.lora` has the formula."""
 
     summary = "low-rank update of the projectors (Hu et al. 2021)"
+    adds_up = True
 
     rank: Annotated[int, Ge(1)] = option(16, "rank r of the update B A; by target: in_proj=8,x_proj[B]=4")
     alpha: Annotated[float, Gt(0)] = option(8.0, "the update is scaled by alpha / rank")

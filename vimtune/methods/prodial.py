@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from vimtune.methods.base import check_matrix, option, register_method
+from vimtune.methods.base import check_block_size, check_matrix, option, register_method
 from vimtune.methods.lora import LoRA
-from vimtune.text import quote
 
 if TYPE_CHECKING:
     from vimtune.adapters.rule import WeightRule
@@ -48,12 +47,7 @@ class ProDiaL(LoRA):
         from vimtune.adapters.rules.prodial import ProDiaLRule
 
         _, columns = check_matrix(self.name, site, self.rank)
-        if columns % self.block_size:
-            divisors = [str(size) for size in range(1, min(columns, 64) + 1) if columns % size == 0]
-            raise ValueError(
-                f"block_size {quote(self.block_size)} does not divide the input width {columns} of "
-                f"{site.path}; possible: {', '.join(divisors)}"
-            )
+        check_block_size(site, self.block_size, columns)
         return ProDiaLRule(
             site.weight, self.rank, self.alpha, self.dropout, self.block_size, self.variant, self.scale_decay
         )

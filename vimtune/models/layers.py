@@ -4,7 +4,7 @@ Shape letters: B batch, L tokens (patches and class token), M patches, D width.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,9 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: x + drop_path(mixer(norm(x)))."""
 
+    adapter_calls: ClassVar[tuple[str, ...]] = ("update",)
+    """Methods that rules of adapters may surround."""
+
     def __init__(self, dim: int, mixer: BiMambaMixer, drop_path: float, **factory: Any) -> None:
         super().__init__()
         self.mixer = mixer
@@ -112,6 +115,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
         """Tokens (B, L, D) to (B, L, D); `flow` is what earlier layers hand on."""
+        return self.update(x, flow)
+
+    def update(self, x: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
+        """All that the block does, by a name that rules of adapters can surround; as `forward`."""
         return x + self.branch(self.norm(x), flow)
 
     def branch(self, normed: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
@@ -146,6 +153,7 @@ class Blocks(nn.Sequential):
             and isinstance(block.mixer, BiMambaMixer)
             and has_add_rms_norm(block.mixer.backend, x.device)
             and _is_only(Block.forward, block)
+            and type(block).update is Block.update
             and _is_only(RMSNorm.forward, block.norm)
             for block in self
         )

@@ -9,6 +9,7 @@ Shape letters: B batch, L tokens, D width, E inner width, N states, R dt rank, K
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -55,12 +56,24 @@ class BiMambaMixer(nn.Module):
 
     adapter_calls: ClassVar[tuple[str, ...]] = ("scan",)
     """Methods that rules of adapters may surround."""
+    directions: ClassVar[int] = 2
+    """The scan goes through the tokens in both directions."""
     starts: ClassVar[tuple[str, ...]] = ("initial_state", "conv_tail", "initial_state_b", "conv_tail_b")
     """Names of the parameters with which the scans begin, in a mixer that has them."""
     undecayed: ClassVar[tuple[str, ...]] = ("A_log", "A_b_log", "D", "D_b", *starts)
     """Names of the parameters that weight decay leaves alone: A and D are no factors of a product of
     matrices, and decay would pull them to values that mean nothing; what a scan begins with is no factor
     either."""
+
+    reverse_copies: ClassVar[Mapping[str, str]] = {
+        "A_log": "A_b_log",
+        "D": "D_b",
+        "conv1d": "conv1d_b",
+        "x_proj": "x_proj_b",
+        "dt_proj": "dt_proj_b",
+    }
+    """What the backward direction has for itself, by what it is a copy of. Targets of adapters that name the
+    one mean both."""
 
     if TYPE_CHECKING:  # TorchScript would take annotations for the types of the attributes.
         initial_state: nn.Parameter | None

@@ -106,6 +106,8 @@ class VisionMamba(nn.Module):
 
     adapter_calls: ClassVar[tuple[str, ...]] = ("encode",)
     """Methods that rules of adapters may surround."""
+    directions: ClassVar[int] = 2
+    """The blocks go through the tokens in both directions."""
 
     def __init__(
         self,

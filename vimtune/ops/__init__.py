@@ -23,6 +23,7 @@ from vimtune.ops.dispatch import (
     use_backend,
     with_chosen_backend,
 )
+from vimtune.ops.gated_norm import gated_rms_norm
 from vimtune.ops.mixer import DirectionStart, DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.mixer_start import bidirectional_scan_from, start_behind
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
@@ -54,6 +55,7 @@ __all__ = [
     "causal_mixer",
     "causal_prompt",
     "causal_step",
+    "gated_rms_norm",
     "has_add_rms_norm",
     "has_kernels",
     "register_backend",

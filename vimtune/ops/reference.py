@@ -203,6 +203,18 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(wide), labels, reduction="none", ignore_index=-100)
 
 
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """u / sqrt(mean(u^2) + eps) * weight for u = x SiLU(gate), where the mean is over a group of channels.
+
+    `x`, `gate`: (..., E); `weight`: (E,). Returns (..., E) in the dtype of `gate`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    product = (x.to(wide) * F.silu(gate.to(wide))).unflatten(-1, (groups, -1))
+    with torch.autocast(x.device.type, enabled=False):
+        normed = F.rms_norm(product, product.shape[-1:], None, eps).flatten(-2)
+    return (normed * weight.to(wide)).to(gate.dtype)
+
+
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
     """s (W + W diag(D_1, ..., D_n)), where s scales rows.
 

@@ -20,7 +20,7 @@ from vimtune.backends import REFERENCE
 from vimtune.ops.backend import Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, causal_conv1d
 from vimtune.ops.dispatch import chosen_backend, find_backend, find_kernels
-from vimtune.ops.gated_norm import gated_norm_gradients, gated_rms_norm
+from vimtune.ops.gated_norm import GatedNormInputs, find_norm, gated_rms_norm, norm_gradients
 from vimtune.ops.operation import (
     as_list,
     as_optional,
@@ -89,6 +89,8 @@ class SsdBackends(NamedTuple):
     """That of `causal_conv1d`."""
     scan: str
     """That of `ssd`."""
+    norm: str
+    """That of `gated_rms_norm`."""
 
 
 def ssd_mixer(
@@ -124,15 +126,16 @@ def ssd_mixer(
     """
     _check(projected, weights, options)
     if chosen_backend(backend) == REFERENCE:
-        return composed(projected, weights, options, mask, SsdBackends(REFERENCE, REFERENCE))
+        return composed(projected, weights, options, mask, SsdBackends(REFERENCE, REFERENCE, REFERENCE))
     # Both by their own names: the backward pass may run in another thread, or after another choice.
-    _, xBC, dt = split_projected(projected, weights)
+    z, xBC, dt = split_projected(projected, weights)
     convolution = ConvInputs(xBC, weights.conv_weight, weights.conv_bias)
     x, B, C = split_convolved(xBC, weights, options)
     scan = SsdInputs(x, dt, weights.A_log, B, C, weights.D)
     backends = SsdBackends(
         find_backend(ConvKernels, backend, projected.device, convolution) or backend,
         find_backend(SsdKernels, backend, projected.device, scan) or PLAIN,
+        find_norm(backend, GatedNormInputs(x.flatten(2), z, weights.norm_weight)),
     )
     result: Tensor = torch.ops.vimtune.ssd_mixer(projected, *weights, mask, *options, *backends)
     return result
@@ -151,7 +154,8 @@ def composed(
     convolved = causal_conv1d(masked(xBC, mask), *taps, silu=True, backend=backends.convolution)
     inputs = scan_inputs(masked(convolved, mask), dt, weights, options, mask)
     y, _ = ssd(*inputs[:6], None, *AS_GIVEN, backend=backends.scan)
-    return gated_rms_norm(y.flatten(2), z, weights.norm_weight, options.norm_groups, options.eps)
+    norm = options.norm_groups, options.eps, backends.norm
+    return gated_rms_norm(y.flatten(2), z, weights.norm_weight, *norm)
 
 
 def split_projected(projected: Tensor, weights: SsdWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,7 +238,7 @@ def _gradients(
     convolved = causal_conv1d(xBC, conv_weight, conv_bias, silu=True, backend=backends.convolution)
     inputs = scan_inputs(masked(convolved, mask), dt, weights, options, mask)
     del convolved
-    scanned, grad_z, grad_norm = _scan_gradients(grad, z, inputs, weights, options, backends, needs[5])
+    scanned, grad_z, grad_norm = _scan_gradients(grad, z, inputs, weights, options, backends, needs[5:])
     grad_x, grad_steps, grad_A, grad_B, grad_C, grad_D, _, _ = scanned
     assert grad_x is not None and grad_steps is not None and grad_A is not None
     assert grad_B is not None and grad_C is not None
@@ -259,19 +263,25 @@ def _scan_gradients(
     weights: SsdWeights,
     options: SsdMixerOptions,
     backends: SsdBackends,
-    need_D: bool,
-) -> tuple[Gradients, Tensor, Tensor]:
+    needs: Sequence[bool],
+) -> tuple[Gradients, Tensor, Tensor | None]:
     """Gradients of the scan's inputs, of z and of the norm's weight, from that of the result.
+
+    Those of D and of the norm's weight are computed if they are needed, which `needs` says in this order.
 
     What the scan leaves from its forward to its backward pass is the largest part of the memory that a
     backward pass needs. It is given back here, before the convolution takes its own.
     """
     _, kernels = find_kernels(SsdKernels, backends.scan, z.device, inputs)
     y, _, kept = kernels.forward(inputs, AS_GIVEN)
-    of_norm = y.flatten(2), z, weights.norm_weight, options.norm_groups, options.eps
-    grad_y, grad_z, grad_norm = gated_norm_gradients(grad, *of_norm)
-    needs = [*[True] * 5, need_D, False, False]
-    found = kernels.backward(grad_y.view(y.shape), None, kept, inputs, AS_GIVEN, needs)
+    need_D, need_norm = needs
+    of_norm = GatedNormInputs(y.flatten(2), z, weights.norm_weight)
+    grad_y, grad_z, grad_norm = norm_gradients(
+        grad, of_norm, options.norm_groups, options.eps, need_norm, backends.norm
+    )
+    assert grad_y is not None and grad_z is not None
+    wanted_of_scan = [*[True] * 5, need_D, False, False]
+    found = kernels.backward(grad_y.view(y.shape), None, kept, inputs, AS_GIVEN, wanted_of_scan)
     return found, grad_z, grad_norm
 
 
@@ -295,13 +305,14 @@ def _ssd_mixer(
     highest: float,
     convolution: str,
     scan: str,
+    norm: str,
 ) -> Tensor:
     """The result."""
     weights = SsdWeights(conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     if projected.numel() == 0:
         return _empty_result(projected, weights)
     options = SsdMixerOptions(groups, norm_groups, eps, lowest, highest)
-    return composed(projected, weights, options, mask, SsdBackends(convolution, scan)).contiguous()
+    return composed(projected, weights, options, mask, SsdBackends(convolution, scan, norm)).contiguous()
 
 
 @_ssd_mixer.register_fake
@@ -332,6 +343,7 @@ def _ssd_mixer_backward(
     highest: float,
     convolution: str,
     scan: str,
+    norm: str,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of `projected` and the weights."""
@@ -340,7 +352,7 @@ def _ssd_mixer_backward(
     if projected.numel() == 0:
         return zero_gradients(tensors, needs, projected)
     options = SsdMixerOptions(groups, norm_groups, eps, lowest, highest)
-    backends = SsdBackends(convolution, scan)
+    backends = SsdBackends(convolution, scan, norm)
     with torch.autocast(projected.device.type, enabled=False):
         found = _gradients(grad, projected, weights, options, mask, backends, needs)
     return as_list(wanted(found, tensors, needs), projected)

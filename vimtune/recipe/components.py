@@ -51,7 +51,7 @@ class MethodSettings(Options):
     peft: str = option("prodial", "method (see --list), or several: lora+bitfit", parse=_method_spec)
     targets: str | list[str] | dict[str, Any] | None = option(
         None,
-        "tuned: both, in_proj, out_proj, or a list; by method: lora=both,ft=D",
+        "tuned: both, in_proj, ... (see --list), or a list; by method: lora=both,ft=D",
         parse=parsers.optional(parsers.per_method(parsers.targets)),
     )
     layers: list[int] | dict[str, Any] | None = option(

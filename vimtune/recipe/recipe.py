@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -46,12 +46,15 @@ _BASE_PATHS = ("checkpoint", "model", "tokenizer")
 class RecipeError(ValueError):
     """A recipe that cannot run; `problems` lists every reason, one line each."""
 
+    subject: ClassVar[str] = "the recipe"
+    """What has the problems."""
+
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = [printable(problem) for problem in problems]
         if len(self.problems) == 1:
             message = self.problems[0]
         else:
-            message = f"{len(self.problems)} problems in the recipe:\n" + "\n".join(
+            message = f"{len(self.problems)} problems in {self.subject}:\n" + "\n".join(
                 f"  - {problem}" for problem in self.problems
             )
         super().__init__(message)

@@ -32,6 +32,16 @@ def _evaluated_split(train_split: str, eval_split: str | None) -> Iterable[str]:
         yield "eval_split = 'val' is trained on (train_split = 'train+val'): use test"
 
 
+def _few_examples(shots: int | None, train_size: int | None) -> Iterable[str]:
+    if shots is not None and train_size is not None:
+        yield f"shots = {shots} and train_size = {train_size} both say what is trained on: give one of them"
+
+
+def _without_test(test: bool, train_split: str, eval_split: str | None) -> Iterable[str]:
+    if not test and (train_split == "train+val" or eval_split == "test"):
+        yield "test = false leaves nothing to score: train on train alone and select by val"
+
+
 def _folder(dataset: str, data_dir: str | None) -> Iterable[str]:
     if dataset == "folder" and data_dir is None:
         yield "dataset = 'folder' needs data_dir: the folder with one subfolder per class"
@@ -81,6 +91,8 @@ def _unknown_methods(key: str, by_method: Any, peft: str) -> list[str]:
 
 RULES: tuple[Rule, ...] = (
     _evaluated_split,
+    _few_examples,
+    _without_test,
     _folder,
     _automatic_resume,
     _learning_rates,

@@ -6,9 +6,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Le
 
 from vimtune.fields import Options, Positive, option
+
+SHOTS = "train on so many examples of each class, drawn by data_seed"
+"""What `--help` says of the key `shots`."""
+TRAIN_SIZE = "draw so many examples, such as 1000: 4/5 to train on, 1/5 to select by"
+"""What `--help` says of the key `train_size`."""
+TEST = "score the test split in the end; without, it is not opened"
+"""What `--help` says of the key `test`."""
+
+ProtocolSize = Annotated[int, Ge(2), Le(2**31 - 1)]
+"""Number of examples of which some are to train on and some to select by."""
 
 
 class DataOptions(Options, ABC):
@@ -16,6 +28,11 @@ class DataOptions(Options, ABC):
 
     title: ClassVar[str] = "data"
     """What `--help` calls these options."""
+
+    @property
+    def evaluated_once(self) -> bool:
+        """Whether `selection_split` is scored after the last epoch alone, so that nothing is chosen on it."""
+        return False
 
     @property
     @abstractmethod

@@ -19,6 +19,8 @@ IDENTITY = (
     "dataset_kwargs",
     "data_seed",
     "train_split",
+    "shots",
+    "train_size",
     "val_share",
     "max_length",
     "model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,9 @@ from vimtune.training.stepper import Step, Stepper
 from vimtune.training.tracking import Tracker
 from vimtune.training.trained import Trained
 
+AfterEpoch = Callable[[EpochRecord], None]
+"""Is told of an epoch that is over; it may end the run by an exception of its own."""
+
 
 @dataclass
 class Run:
@@ -53,6 +56,8 @@ class Run:
     stop: StopRequest
     total: int
     """How many numbers the plain model has."""
+    after_epoch: AfterEpoch | None = None
+    """Called after each epoch whose state was saved."""
     last_evaluation: Evaluation | None = None
     """That of the epoch before, of the weights that the model had then."""
     started: float = field(default_factory=time.monotonic)
@@ -65,7 +70,7 @@ class Run:
         """Train the epochs that are left, then score the best adapter and write the report."""
         try:
             if self.progress.step == 0:
-                settle(self.trained, self.job.train, self.stepper.passes, self.processes)
+                settle(self.trained, self.job.train, self.stepper.passes, self.processes, self.stop)
             while not ended(self.recipe.optimisation, self.progress):
                 self._train_epoch()
                 self._end_epoch()
@@ -150,7 +155,7 @@ class Run:
             train_loss=progress.loss_sum / progress.loss_count,
             rate=self._rate(),
         )
-        if number == self.recipe.optimisation.epochs or number % self.recipe.run.eval_interval == 0:
+        if self._is_evaluated(number):
             with self.trained.averaged():
                 found = self.last_evaluation = self._evaluate(self.job.selection)
                 record.loss, record.scores = found.loss, dict(found.scores)
@@ -160,6 +165,14 @@ class Run:
         progress.loss_sum, progress.loss_count = 0.0, 0
         self.tracker.record_epoch(record, self.job.selection.split)
         self._save()
+        if self.after_epoch is not None:
+            self.after_epoch(record)
+
+    def _is_evaluated(self, number: int) -> bool:
+        """Whether the selection split is scored after epoch `number`, counted from 1 on."""
+        if number == self.recipe.optimisation.epochs:
+            return True
+        return not self.recipe.data.evaluated_once and number % self.recipe.run.eval_interval == 0
 
     def _select(self, record: EpochRecord) -> None:
         """Make an epoch that was just evaluated the best one, if it is."""

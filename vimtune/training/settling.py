@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -13,13 +13,13 @@ from vimtune import adapters
 from vimtune.tasks.job import Batch, Loader
 from vimtune.training.distributed import Processes
 from vimtune.training.inputs import InputError
-from vimtune.training.interrupt import Stopping
+from vimtune.training.interrupt import Stopping, StopRequest
 from vimtune.training.passes import Passes
 from vimtune.training.stepper import NOT_READ
 from vimtune.training.trained import Trained
 
 
-def settle(trained: Trained, loader: Loader, passes: Passes, processes: Processes) -> None:
+def settle(trained: Trained, loader: Loader, passes: Passes, processes: Processes, stop: StopRequest) -> None:
     """Let the methods of the adapter choose from training batches, if any of them wants to.
 
     The batches are those of the first epoch, then of the second, and so on. The gradient of each is that of
@@ -27,21 +27,21 @@ def settle(trained: Trained, loader: Loader, passes: Passes, processes: Processe
     anew.
 
     Raises:
-        Stopping: the data of this or of another process cannot be read.
+        Stopping: the data of this or of another process cannot be read, or somebody wants the run to stop.
+        ValueError: a method cannot choose.
     """
     if not adapters.settles(trained.model):
         return
-    parameters = list(trained.parameters.values())
     trained.model.train()
-    adapters.settle(trained.model, _training_passes(loader, passes, parameters, processes))
-    for parameter in parameters:
+    adapters.settle(trained.model, _training_passes(trained.model, loader, passes, processes, stop))
+    for parameter in trained.parameters.values():
         parameter.grad = None
     if trained.average is not None:
         trained.average.restore(trained.parameters)
 
 
 def _training_passes(
-    loader: Loader, passes: Passes, parameters: Sequence[nn.Parameter], processes: Processes
+    model: nn.Module, loader: Loader, passes: Passes, processes: Processes, stop: StopRequest
 ) -> Iterator[Callable[[], float]]:
     """Functions that each run one training batch forward and backward and give its mean loss."""
     batches = _endless(loader)
@@ -49,13 +49,13 @@ def _training_passes(
         try:
             batch = next(batches)
         except InputError as error:
-            processes.sum(torch.tensor(NOT_READ))
+            processes.sum(torch.tensor([NOT_READ, 0]))
             raise Stopping(str(error)) from error
-        count = int(processes.sum(torch.tensor(batch.count)))
-        if count < 0:  # another process could not read its data
+        count, wishes = processes.sum(torch.tensor([batch.count, int(stop.requested)])).tolist()
+        if count < 0 or wishes > 0:  # another process could not read its data, or one is to stop
             raise Stopping
         if count > 0:
-            yield partial(_run, batch.to(processes.device), count, number, passes, parameters, processes)
+            yield partial(_run, model, batch.to(processes.device), count, number, passes, processes)
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -65,14 +65,15 @@ def _endless(loader: Loader) -> Iterator[Batch]:
 
 
 def _run(
-    batch: Batch,
-    count: int,
-    number: int,
-    passes: Passes,
-    parameters: Sequence[nn.Parameter],
-    processes: Processes,
+    model: nn.Module, batch: Batch, count: int, number: int, passes: Passes, processes: Processes
 ) -> float:
-    """Add the gradients of the mean loss of a batch, which counts `count` over all processes."""
+    """Add the gradients of the mean loss of a batch, which counts `count` over all processes.
+
+    They are those of the tensors that the adapter trains at this time, which may be others than those that
+    the run will train.
+    """
+    trained = (item.parameter for item in adapters.adapter_parameters(model))
+    parameters = [parameter for parameter in trained if parameter.requires_grad]
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from vimtune import adapters
 from vimtune.adapters.tensors import check_tensors as check_adapter_tensors
+from vimtune.adapters.tensors import check_values
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.training.identity import ResumeError
 from vimtune.training.optim import WeightAverage, build_optimizer
 from vimtune.training.precision import build_scaler
 from vimtune.training.sharding import Placement, piece
@@ -71,6 +73,10 @@ class Trained:
             ResumeError: its tensors are not those of this run.
         """
         check_tensors(saved, adapters.adapter_state_dict(self.model, TRAINED), self.parameters)
+        try:
+            check_values(self.model, saved.adapter, TRAINED)
+        except ValueError as error:
+            raise ResumeError(f"the saved state does not fit the run: {error}") from error
         self._load(saved.adapter)
         optimizer = {
             name: {slot: self._share(name, tensor) for slot, tensor in slots.items()}
@@ -92,6 +98,7 @@ class Trained:
         """
         own = adapters.adapter_state_dict(self.model, TRAINED)
         check_adapter_tensors(adapter, own)
+        check_values(self.model, adapter, TRAINED)
         kept = {name: tensor.clone() for name, tensor in own.items()}
         self._load(adapter)
         try:

@@ -22,7 +22,7 @@ from vimtune.training.passes import Passes
 from vimtune.training.precision import Autocast, build_autocast
 from vimtune.training.prefetch import WindowReader
 from vimtune.training.report import Report, print_report, versions
-from vimtune.training.run import Run
+from vimtune.training.run import AfterEpoch, Run
 from vimtune.training.settings import process_settings
 from vimtune.training.sharding import build_placement
 from vimtune.training.start import Start, find_start, prepare_folder
@@ -32,13 +32,18 @@ from vimtune.training.tracking import Tracker
 from vimtune.training.trained import Trained, build_trained
 
 
-def train(recipe: Recipe) -> Report:
+def train(recipe: Recipe, after_epoch: AfterEpoch | None = None) -> Report:
     """Fine-tune as `recipe` says and leave a run folder behind.
 
     The folder holds recipe.yaml, adapter.safetensors (the best), checkpoint.safetensors (the last
     state, for `resume`), metrics.jsonl, tensorboard/, report.json, learning_curve.png, and what the task
     adds: confusion_matrix.png and confusion_matrix.csv. Under torchrun all processes call this with the
     same recipe; only the first one writes and prints.
+
+    Args:
+        recipe: the settings.
+        after_epoch: called in every process after each epoch of this session whose state was saved, with the
+            record of the epoch. What it raises ends the run, which can be resumed from there.
 
     Returns:
         The report, of the class that the task has for it.
@@ -65,6 +70,7 @@ def train(recipe: Recipe) -> Report:
                 print_report(start.report, console)
                 return start.report
             run = open_run(recipe, processes, start, stack)
+            run.after_epoch = after_epoch
         return run.complete()
 
 

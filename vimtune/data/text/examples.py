@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from vimtune.data.drawing import draw_of_each_class, draw_some, protocol_sizes
+from vimtune.data.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,45 @@ def split_off(split: TextSplit, share: float, seed: int) -> tuple[TextSplit, Tex
         raise ValueError(f"{split.source}: expected two examples at least, to train on and to select by")
     count = min(max(1, round(share * total)), total - 1)
     drawn = frozenset(random.Random(seed).sample(range(total), count))
+    left = [index for index in range(total) if index not in drawn]
+    how = f"drawn with seed {seed}"
+    return _part(split, split.name, left, how), _part(split, "val", sorted(drawn), how)
 
-    def part(name: str, inside: bool) -> TextSplit:
-        examples = tuple(e for index, e in enumerate(split.examples) if (index in drawn) is inside)
-        shown = f"{split.source}, of which {len(examples):,} drawn with seed {seed}"
-        return replace(split, name=name, examples=examples, source=shown)
 
-    return part(split.name, inside=False), part("val", inside=True)
+def draw_protocol(split: TextSplit, size: int, seed: int) -> tuple[TextSplit, TextSplit]:
+    """Draw `size` examples: of 1000, 800 to train on, and 200 as the part "val", which selects.
+
+    Raises:
+        DatasetError: there are fewer examples.
+    """
+    sizes = protocol_sizes(size)
+    if len(split.examples) < size:
+        raise DatasetError(
+            f"train_size = {size} needs {sizes['train']} examples to train on and {sizes['val']} to select "
+            f"by, and there are {len(split.examples):,}: lower train_size ({split.source})"
+        )
+    drawn = draw_some(len(split.examples), size, seed)
+    how = f"for train_size {size} drawn with seed {seed}"
+    val, train = drawn[: sizes["val"]], drawn[sizes["val"] :]
+    return _part(split, split.name, sorted(train), how), _part(split, "val", sorted(val), how)
+
+
+def draw_shots(split: TextSplit, shots: int, seed: int) -> TextSplit:
+    """Draw `shots` examples of each class.
+
+    Raises:
+        DatasetError: the examples have no classes, or a class has fewer.
+    """
+    if not split.classes:
+        raise DatasetError(
+            f"shots = {shots} needs texts with labels, and {split.source} has none: give train_size"
+        )
+    labels = [example.answer for example in split.examples]
+    drawn = draw_of_each_class(labels, split.classes, shots, seed, split.source)
+    return _part(split, split.name, drawn, f"{shots} of each class drawn with seed {seed}")
+
+
+def _part(split: TextSplit, name: str, indices: Sequence[int], how: str) -> TextSplit:
+    """The examples at `indices`; `how` says how these came about."""
+    source = f"{split.source}, of which {len(indices):,} {how}"
+    return replace(split, name=name, examples=tuple(split.examples[i] for i in indices), source=source)

@@ -16,6 +16,7 @@ from torch import Tensor
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cross_entropy import LossInputs, LossKernels
+from vimtune.ops.gated_norm import GatedNormInputs, GatedNormKernels
 from vimtune.ops.mixer import MixerInputs, MixerKernels
 from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
@@ -250,13 +251,47 @@ class TritonLoss(LossKernels):
         return cross_entropy.backward(grad, *inputs, log_sums)
 
 
+class TritonGatedNorm(GatedNormKernels):
+    """The kernels of `triton/gated_norm.py`."""
+
+    def refusals(self, inputs: GatedNormInputs) -> list[str]:
+        from vimtune.ops.triton.gated_norm import LONGEST_GROUP
+
+        reasons = []
+        if torch.float64 in (inputs.x.dtype, inputs.gate.dtype):
+            reasons.append("tensors are float64, the kernels compute in fp32")
+        if inputs.x.shape[-1] > LONGEST_GROUP:
+            reasons.append(f"{inputs.x.shape[-1]} channels are more than {LONGEST_GROUP}")
+        return reasons
+
+    def forward(self, inputs: GatedNormInputs, groups: int, eps: float) -> Tensor:
+        from vimtune.ops.triton import gated_norm
+
+        return gated_norm.forward(inputs, groups, eps)
+
+    def backward(
+        self, grad: Tensor, inputs: GatedNormInputs, groups: int, eps: float, need_weight: bool
+    ) -> Gradients:
+        from vimtune.ops.triton import gated_norm
+
+        return gated_norm.backward(grad, inputs, groups, eps, need_weight)
+
+
 class TritonBackend(Backend):
     """Triton kernels for every size and dtype below fp64."""
 
     name = "triton"
     summary = "Triton kernels for NVIDIA GPUs"
     packages = ("triton",)
-    kernels = (TritonScan(), TritonConvolution(), TritonMixer(), TritonStart(), TritonNorm(), TritonLoss())
+    kernels = (
+        TritonScan(),
+        TritonConvolution(),
+        TritonMixer(),
+        TritonStart(),
+        TritonNorm(),
+        TritonGatedNorm(),
+        TritonLoss(),
+    )
 
     def refusals(self, device: torch.device) -> list[str]:
         reasons = []

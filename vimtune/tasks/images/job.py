@@ -21,6 +21,7 @@ from vimtune.data import (
     create_loader,
     model_preprocessing,
 )
+from vimtune.data.subset import draw_protocol, draw_shots
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
 from vimtune.recipe import Recipe
@@ -197,22 +198,37 @@ def _size_option(model: str, size: tuple[int, int]) -> int | tuple[int, int]:
 
 
 def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:
-    """A split of the data set that a recipe names; raises what `create_dataset` raises."""
-    return create_dataset(
-        data.dataset,
-        split,
-        data.data_dir,
-        seed=data.data_seed,
-        img_size=img_size,
-        download=data.download,
-        **data.dataset_kwargs,
-    )
+    """The images of a split that a recipe asks for.
+
+    Raises:
+        DatasetError: what `create_dataset` raises, or there are fewer images than the recipe wants to draw.
+    """
+
+    def whole(part: str) -> ImageDataset:
+        return create_dataset(
+            data.dataset,
+            part,
+            data.data_dir,
+            seed=data.data_seed,
+            img_size=img_size,
+            download=data.download,
+            **data.dataset_kwargs,
+        )
+
+    if data.train_size is not None and split != "test":
+        return draw_protocol(whole, split, data.train_size, data.data_seed)
+    if data.shots is not None and split == data.train_split:
+        return draw_shots(whole(split), data.shots, data.data_seed)
+    return whole(split)
 
 
 def _open_test(data: DataSettings, selection: ImageDataset, img_size: tuple[int, int]) -> ImageDataset | None:
-    """The test split: `selection` itself if it is that one, None where the data set has none."""
+    """The test split: `selection` itself if it is that one, None where the data set has none or the recipe
+    wants none."""
     if selection.split == "test":
         return selection
+    if not data.test:
+        return None
     try:
         return open_dataset(data, "test", img_size)
     except MissingSplitError:

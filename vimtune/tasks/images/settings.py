@@ -15,10 +15,18 @@ from annotated_types import Ge, Le
 
 from vimtune import parsers
 from vimtune.data.datasets import DATASETS, dataset_option_problems
-from vimtune.fields import Seed, Share, option, options_of
+from vimtune.fields import Positive, Seed, Share, option, options_of
 from vimtune.methods import METHODS
 from vimtune.models.registry import MODELS, check_model_options, list_models
-from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
+from vimtune.tasks.components import (
+    SHOTS,
+    TEST,
+    TRAIN_SIZE,
+    BackboneOptions,
+    DataOptions,
+    PredictOptions,
+    ProtocolSize,
+)
 from vimtune.text import quote
 
 RESERVED = {
@@ -57,6 +65,9 @@ class DataSettings(DataOptions):
     eval_split: Literal["val", "test"] | None = option(
         None, "evaluated while training: val, test (default: val if not trained on)"
     )
+    shots: Positive | None = option(None, SHOTS)
+    train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
+    test: bool = option(True, TEST)
     dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
     data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
     download: bool = option(True, "download a data set that is not there yet")
@@ -68,6 +79,11 @@ class DataSettings(DataOptions):
     def selection_split(self) -> str:
         """The split evaluated during training: `eval_split`, or its default."""
         return self.eval_split or ("test" if self.train_split == "train+val" else "val")
+
+    @property
+    def evaluated_once(self) -> bool:
+        """With `train_size` all of it may be trained on: the test split is then scored once."""
+        return self.train_size is not None and self.selection_split == "test"
 
     @property
     def dataset_name(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from vimtune.data import MissingSplitError
-from vimtune.data.text import TextSplit, open_text, split_off
+from vimtune.data.text import TextSplit, draw_protocol, draw_shots, open_text, split_off
 from vimtune.recipe import Recipe
 from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
 from vimtune.tasks.text.batches import TextBatches
@@ -92,16 +92,20 @@ def open_splits(task: TextTask, data: TextDataSettings) -> tuple[TextSplit, Text
     """The texts to train on, those that select the best epoch, and those that are scored in the end.
 
     The second ones are a part of the training file, never of the test file. There is no third part where a
-    user's own data have none.
+    user's own data have none, or where the recipe wants none.
 
     Raises:
-        DatasetError: a file that is missing or wrong.
+        DatasetError: a file that is missing or wrong, or fewer texts than the recipe wants to draw.
     """
-    train, val = split_off(
-        open_text(task.form, "train", folder=data.data_dir, file=data.train_file, download=data.download),
-        data.val_share,
-        data.data_seed,
-    )
+    whole = open_text(task.form, "train", folder=data.data_dir, file=data.train_file, download=data.download)
+    if data.train_size is None:
+        train, val = split_off(whole, data.val_share, data.data_seed)
+    else:
+        train, val = draw_protocol(whole, data.train_size, data.data_seed)
+    if data.shots is not None:
+        train = draw_shots(train, data.shots, data.data_seed)
+    if not data.test:
+        return train, val, None
     try:
         test = open_test(task, data, train.classes)
     except MissingSplitError:

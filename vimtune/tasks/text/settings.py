@@ -13,7 +13,15 @@ from annotated_types import Ge, Gt, Le, Lt
 from vimtune import parsers
 from vimtune.fields import Positive, Seed, option
 from vimtune.language import LANGUAGE_MODELS, language_models
-from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
+from vimtune.tasks.components import (
+    SHOTS,
+    TEST,
+    TRAIN_SIZE,
+    BackboneOptions,
+    DataOptions,
+    PredictOptions,
+    ProtocolSize,
+)
 from vimtune.utils import suggest
 
 _PATH = parsers.optional(parsers.absolute_path)
@@ -46,6 +54,9 @@ class TextDataSettings(DataOptions):
     val_share: Annotated[float, Gt(0), Lt(1)] = option(
         0.1, "share of the training texts that select the best epoch"
     )
+    shots: Positive | None = option(None, SHOTS)
+    train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
+    test: bool = option(True, TEST)
     max_length: Annotated[int, Ge(8), Le(2**20)] = option(
         2048, "tokens of a sequence; the beginning of longer ones is cut"
     )

@@ -1,0 +1,116 @@
+"""State-offset tuning (Kang et al. 2025, arXiv 2503.03499): a learnt term beside the state of a scan.
+
+    h:  y_t += C_t h',      h' (E, N) for each layer and direction
+    y:  y_t += y',          y' (E,) for each layer
+
+y_t (E,) is what a scan gives for token t before the gate silu(z_t), C_t (N,) the projection by which it reads
+its state. All offsets start at zero. The directions of a Vim have one gate and are averaged, so that two y'
+would act by their mean alone: there is one. h' may be low rank, h' = U V with U (E, r) zero at the start and
+V (r, N) random.
+
+Trained are, of Vim-tiny, for h 294,912 and for y 9,216 numbers. A plain mixer has no such term, so that
+neither merges.
+
+The kernels of a mixer read C_t where it is made, so that h computes it a second time, by one convolution and
+a projection of N rows for each direction. As states of the scan itself, N further ones that never decay,
+begun with h' and read by C_t, the offset would double what is most of the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimtune.adapters.declarations import ScanInput, declaration_of
+from vimtune.adapters.rule import Call, CallRule
+from vimtune.ops import causal_conv1d
+
+if TYPE_CHECKING:
+    from vimtune.adapters.sites import Site
+
+
+class OutputOffsetRule(CallRule):
+    """`offset` (E,) holds y'.
+
+    Args:
+        site: the call `scan` of a mixer.
+        scan: what the call takes.
+    """
+
+    def __init__(self, site: Site, scan: ScanInput) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(site.new_empty(scan.width).zero_())
+        self.gate = scan.columns["z"]
+
+    def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
+        return torch.addcmul(call(x), F.silu(x[..., self.gate]), self.offset.to(x.dtype))
+
+
+class StateOffset(nn.Module):
+    """h' of one direction: `full` (E, N), or the product of `up` (E, r) and `down` (r, N)."""
+
+    def __init__(self, site: Site, width: int, num_states: int, rank: int) -> None:
+        super().__init__()
+        if rank:
+            self.up = nn.Parameter(site.new_empty(width, rank).zero_())
+            self.down = nn.Parameter(site.new_empty(rank, num_states))
+            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        else:
+            self.full = nn.Parameter(site.new_empty(width, num_states).zero_())
+        self.rank = rank
+
+    def forward(self) -> Tensor:
+        """(E, N)."""
+        return self.up @ self.down if self.rank else self.full
+
+
+class StateOffsetRule(CallRule):
+    """`offsets` give h' of the forward direction and, if there is one, of the reverse one.
+
+    Args:
+        site: the call `scan` of a mixer.
+        scan: what the call takes.
+        suffixes: what the names of the parameters of each direction end with, "" and "_b".
+        rank: r; 0 for a full h'.
+    """
+
+    mixes_tokens = True
+
+    def __init__(self, site: Site, scan: ScanInput, suffixes: Sequence[str], rank: int) -> None:
+        super().__init__()
+        # In a tuple, because a mixer that is an attribute would be a part of its own rule.
+        self.place = (site.owner,)
+        self.scan = scan
+        self.suffixes = tuple(suffixes)
+        rows = declaration_of(site.owner).rows(site.owner)
+        self.offsets = nn.ModuleList()
+        for suffix in suffixes:
+            C = rows[f"x_proj{suffix}.weight"]["C"]
+            self.offsets.append(StateOffset(site, scan.width, C.stop - C.start, rank))
+
+    def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
+        C = torch.cat([self.projection(x, suffix) for suffix in self.suffixes], -1)
+        offsets = torch.cat([offset() for offset in self.offsets], 1) / len(self.suffixes)
+        return torch.addcmul(
+            call(x), F.silu(x[..., self.scan.columns["z"]]), F.linear(C, offsets.to(C.dtype))
+        )
+
+    def projection(self, xz: Tensor, suffix: str) -> Tensor:
+        """C_t of one direction for all tokens, (B, L, N), in token order."""
+        mixer: Any = self.place[0]
+        conv, x_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"x_proj{suffix}")
+        rows = declaration_of(mixer).rows(mixer)[f"x_proj{suffix}.weight"]["C"]
+        u = causal_conv1d(
+            xz[..., self.scan.columns["x"]],
+            conv.weight.squeeze(1),
+            conv.bias,
+            silu=True,
+            reverse=suffix == "_b",
+            backend=mixer.backend,
+        )
+        return F.linear(u, x_proj.weight[rows].to(u.dtype))

@@ -1,0 +1,100 @@
+"""The models below the heads of transformers' Mamba and Mamba-2, with a call that adapters may surround.
+
+They are transformers' own classes, by their own names, so that files state the same architecture. What is
+added is the call `encode`, for rules that put tokens before a text.
+
+Shape letters: B batch, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+
+from vimtune.adapters.rule import each_tensor
+
+
+class EncodingModel:
+    """What both models have in common beside what transformers' classes give them."""
+
+    adapter_calls: ClassVar[tuple[str, ...]] = ("encode",)
+    """Methods that rules of adapters may surround."""
+    directions: ClassVar[int] = 1
+    """The layers go through the tokens from the first to the last."""
+    config: Any
+    embeddings: Any
+
+    @property
+    def embed_dim(self) -> int:
+        """D."""
+        width: int = self.config.hidden_size
+        return width
+
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Hidden states of a text, as transformers' model gives them and with its arguments.
+
+        What comes behind a cache that has states goes on with these, without the call: what a rule has put
+        before the text is in them.
+        """
+        plain: Any = super()
+        cache = options.get("cache", options.get("cache_params"))
+        begins = cache is None or cache.get_recurrent_state(0) is None
+        if not begins or (input_ids is None) == (inputs_embeds is None):
+            return plain.forward(input_ids, inputs_embeds, **options)
+        return self.encode(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds, **options)
+
+    def encode(self, tokens: Tensor, flow: dict[str, Tensor] | None = None, **options: Any) -> Any:
+        """A text from its first token on, through all layers; rules of adapters may surround it.
+
+        Args:
+            tokens: embedded, (B, L, D). A rule may put n more before them, also where the text is padded
+                on the left: padding is then moved before those, so that nothing lies between them and
+                the text.
+            flow: what layers hand on; transformers' layers hand on nothing.
+            options: the other arguments of transformers' model. A mask is (B, L) whatever a rule adds.
+
+        Returns:
+            What transformers' model returns, whose tensors are (B, n + L, D) in the order of `tokens`.
+        """
+        plain: Any = super()
+        mask: Tensor | None = options.get("attention_mask")
+        if mask is None or mask.shape[1] == tokens.shape[1]:
+            return plain.forward(inputs_embeds=tokens, **options)
+        added = tokens.shape[1] - mask.shape[1]
+        order = _behind_padding(mask, added)
+        options["attention_mask"] = F.pad(mask, (added, 0), value=1).gather(1, order)
+        result = plain.forward(inputs_embeds=_in_order(tokens, order), **options)
+        return each_tensor(result, lambda output: _in_order(output, order.argsort(1)))
+
+
+def _behind_padding(mask: Tensor, added: int) -> Tensor:
+    """Places (B, n + L) of tokens, the first n of which are to stand behind the padding on the left.
+
+    Args:
+        mask: (B, L), 0 at padding.
+        added: n.
+    """
+    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    places = torch.arange(mask.shape[1] + added, device=mask.device)
+    moved = torch.where(places < padding, places + added, places - padding)
+    return torch.where(places < padding + added, moved, places)
+
+
+def _in_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """Tokens (B, L, D) in the order of their places (B, L)."""
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+class MambaModel(EncodingModel, modeling_mamba.MambaModel):  # type: ignore[misc]  # transformers is untyped
+    """transformers' Mamba without a head, from tokens (B, L) to hidden states (B, L, D)."""
+
+
+class Mamba2Model(EncodingModel, modeling_mamba2.Mamba2Model):  # type: ignore[misc]
+    """transformers' Mamba-2 without a head, from tokens (B, L) to hidden states (B, L, D)."""

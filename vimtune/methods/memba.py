@@ -1,0 +1,52 @@
+"""Memba (ICLR 2026, arXiv 2506.18184): a membrane in the place of the gates; `lora+memba` as published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Gt, Le
+
+from vimtune.fields import Positive, PositiveAmount
+from vimtune.methods.base import Method, option, register_method
+
+if TYPE_CHECKING:
+    from vimtune.adapters.rule import CallRule
+    from vimtune.adapters.sites import Site
+
+
+@register_method("memba")
+@dataclass(frozen=True, kw_only=True)
+class Memba(Method):
+    """Options of Memba; `vimtune.adapters.rules.memba` has the formula."""
+
+    summary = "leaky membranes in the place of the gates, beside lora: lora+memba (arXiv 2506.18184)"
+    default_targets = "scan()"
+    changes_at_start = True
+
+    chunks: Positive = option(4, "T, chunks into which the tokens of an image are cut")
+    chunk_length: Positive = option(64, "tokens of a chunk of text, whose number grows with the text")
+    tau: Annotated[float, Gt(0), Le(1)] = option(0.9, "what a membrane keeps from one chunk to the next")
+    threshold: PositiveAmount = option(1.0, "above it a membrane fires and is reset to 0")
+
+    def build(self, sites: Sequence[Site]) -> Mapping[str, CallRule]:
+        from vimtune.adapters.declarations import scan_input
+        from vimtune.adapters.rules.memba import MembraneRule
+
+        rules: dict[str, CallRule] = {}
+        before = None
+        for site in sites:
+            own, scan = self.at(site), scan_input(site.owner, site.path)
+            both = scan.directions == 2
+            rules[site.path] = MembraneRule(
+                scan,
+                site.path,
+                before,
+                tau=own.tau,
+                threshold=own.threshold,
+                chunks=own.chunks if both else None,
+                length=own.chunk_length,
+            )
+            before = site.path if both else None
+        return rules

@@ -1,0 +1,39 @@
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): learnt tokens beside those of the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vimtune.fields import Positive, Whole
+from vimtune.methods.base import Method, option, register_method
+
+if TYPE_CHECKING:
+    from vimtune.adapters.rule import CallRule
+    from vimtune.adapters.sites import Site
+
+
+@register_method("prompt")
+@dataclass(frozen=True, kw_only=True)
+class Prompt(Method):
+    """Options of prompt tuning; `vimtune.adapters.rules.prompt` has the formula."""
+
+    summary = "learnt tokens beside those of the input (Lester et al. 2021)"
+    default_targets = "encode()"
+    changes_at_start = True
+
+    num_tokens: Positive = option(8, "learnt tokens")
+    hidden: Whole = option(
+        0, "inner width of an MLP through which the tokens are trained, such as 64; 0 for none"
+    )
+
+    def build_rule(self, site: Site) -> CallRule:
+        from vimtune.adapters.declarations import declaration_of
+        from vimtune.adapters.rules.prompt import PromptRule
+
+        width = getattr(site.owner, "embed_dim", None)
+        if not site.path.endswith("encode()") or width is None:
+            raise ValueError(f"{self.name} adds tokens to the call encode() of a model, not to {site.path}")
+        both = declaration_of(site.owner).directions == 2
+        behind = self.num_tokens // 2 if both else 0
+        return PromptRule(site, width, self.num_tokens - behind, behind, self.hidden)

@@ -1,0 +1,355 @@
+"""Spaces in YAML: how one is read, and everything that can be wrong with it, at once.
+
+    parts:
+      projectors:
+        method: lora
+        targets: [in_proj, out_proj]
+        options:
+          rank: {low: 2, high: 16, log: true}
+          alpha: {value: 0.5, times: rank}
+      biases: {method: bitfit, optional: false}
+    keys:
+      lr: {low: 1.0e-4, high: 1.0e-2, log: true}
+      weight_decay: {choose: [0, 0.01, 0.1]}
+
+A part is a method at its places; each trial has it or goes without it, unless `optional` is false. With
+`combine: one` a trial has exactly one of the parts. An option or a key is a value, `{low, high}` with `step`
+for whole numbers or `log`, or `{choose: [...]}`; `times` multiplies it by an option of the same part, or by
+a key of the recipe. With `refine` (options of a part, or `keys` and `remove_one` of the space) there is a
+second step around the best trial.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib.resources import files
+from typing import Any, ClassVar, cast
+
+from vimtune import parsers
+from vimtune.fields import Option, not_an_option, options_of
+from vimtune.methods import METHODS
+from vimtune.recipe import RecipeError
+from vimtune.search.composing import method_keys
+from vimtune.search.settings import Choice, Fixed, Plain, Range, Setting
+from vimtune.search.space import NONE, PART, WITHOUT, Part, Space
+from vimtune.strict_yaml import read_yaml
+from vimtune.text import quote
+from vimtune.utils import suggest
+
+MAX_PARTS = 64
+"""Most parts of a space."""
+MAX_CHOICES = 64
+"""Most values of a choice."""
+
+_NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
+"""What a part may be called: its name is a column of tables."""
+_SPACE_KEYS = ("combine", "keys", "parts", "refine")
+_PART_KEYS = ("method", "optional", "options", "refine", "targets")
+_REFINE_KEYS = ("keys", "remove_one")
+_SETTING_KEYS = ("choose", "high", "log", "low", "step", "times", "value")
+
+Problems = list[str]
+"""Lines about what is wrong, to which functions add."""
+
+
+class SpaceError(RecipeError):
+    """A space that cannot be searched; `problems` lists every reason, one line each."""
+
+    subject: ClassVar[str] = "the space"
+
+
+def published_spaces() -> dict[str, str]:
+    """The spaces that come with vimtune: name -> path of the file."""
+    folder = files("vimtune.search").joinpath("spaces")
+    return {
+        entry.name.removesuffix(".yaml"): str(entry)
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def read_space_file(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file says of a space, still to be checked by `parse_space`.
+
+    Args:
+        name: one of `published_spaces()`, or a file.
+
+    Raises:
+        ValueError: there is no such file, or it is no YAML.
+    """
+    published = published_spaces()
+    text = os.fspath(name)
+    if text in published:
+        return read_yaml(published[text])
+    if not os.path.exists(text):
+        raise ValueError(
+            f"--space {quote(text)}: expected a YAML file or one of {', '.join(published)}."
+            f"{suggest(text, published)}"
+        )
+    return read_yaml(text)
+
+
+def parse_space(values: Mapping[str, Any], keys: Mapping[str, Option]) -> Space:
+    """The space that the values of a file state.
+
+    Args:
+        values: as YAML gives them.
+        keys: those of the recipe that a trial may set, by name.
+
+    Raises:
+        SpaceError: with all that is wrong.
+    """
+    problems: Problems = []
+    values = {key: value for key, value in values.items() if value is not None}
+    _refuse_unknown("the space", values, _SPACE_KEYS, problems)
+    refine = _mapping(values.get("refine", {}), "refine", problems)
+    _refuse_unknown("refine", refine, _REFINE_KEYS, problems)
+    space = Space(
+        parts=_parts(values.get("parts"), problems),
+        keys=_keys("keys", values.get("keys", {}), keys, problems),
+        refined_keys=_keys("refine: keys", refine.get("keys", {}), keys, problems),
+        alternatives=_word("combine", values.get("combine", "any"), ("any", "one"), problems) == "one",
+        remove_one=_switch("refine: remove_one", refine.get("remove_one", False), problems),
+    )
+    if not problems:
+        problems += _contradictions(space)
+    if problems:
+        raise SpaceError(problems)
+    return space
+
+
+def _parts(values: Any, problems: Problems) -> dict[str, Part]:
+    if not isinstance(values, dict) or not values:
+        problems.append(f"parts = {quote(values)}: expected named parts such as {{lora: {{method: lora}}}}")
+        return {}
+    if len(values) > MAX_PARTS:
+        problems.append(f"{len(values)} parts: expected at most {MAX_PARTS}")
+        return {}
+    parts = {}
+    for name, own in values.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in (PART, WITHOUT, NONE):
+            problems.append(
+                f"part {quote(name)}: expected a name of at most 40 letters, digits, '_' and '-' that begins "
+                f"with a letter and is none of {PART}, {WITHOUT}, {NONE}"
+            )
+            continue
+        if not isinstance(own, dict):
+            problems.append(f"part {name} = {quote(own)}: expected a mapping such as {{method: lora}}")
+        elif (part := _part(name, own, problems)) is not None:
+            parts[name] = part
+    return parts
+
+
+def _part(name: str, values: Mapping[str, Any], problems: Problems) -> Part | None:
+    what = f"part {name}"
+    _refuse_unknown(what, values, _PART_KEYS, problems)
+    targets: list[str] = []
+    if "targets" in values:
+        try:
+            given = parsers.targets(values["targets"])
+            targets = [given] if isinstance(given, str) else given
+        except ValueError as error:
+            problems.append(f"{what}: targets = {quote(values['targets'])}: {error}")
+    optional = _switch(f"{what}: optional", values.get("optional", True), problems)
+    try:
+        method = METHODS.parse(values.get("method"))
+    except ValueError as error:
+        problems.append(f"{what}: method = {quote(values.get('method'))}: {error}")
+        return None
+    known = options_of(METHODS.get(method))
+
+    def unknown(key: Any, value: Any) -> str:
+        return not_an_option(key, value, method, known)
+
+    options, wrong = _settings(f"{what}: options", values.get("options", {}), known, unknown, problems)
+    refined, more = _settings(f"{what}: refine", values.get("refine", {}), known, unknown, problems)
+    problems += _wrong_factors(f"{what}: options", options, known, wrong)
+    if refined:
+        problems += _wrong_factors(f"{what}: refine", {**options, **refined}, known, wrong | more)
+    return Part(name, method, tuple(targets), optional, options, refined)
+
+
+def _keys(what: str, values: Any, known: Mapping[str, Option], problems: Problems) -> dict[str, Setting]:
+    of_methods = method_keys()
+
+    def unknown(key: Any, value: Any) -> str:
+        if key in of_methods:
+            return f"{quote(key)} says how the model is adapted: state it in the parts"
+        hint = suggest(key, known) if isinstance(key, str) else ""
+        return f"{quote(key)} = {quote(value)} is no key that a search may vary.{hint}"
+
+    settings, _ = _settings(what, values, known, unknown, problems)
+    problems += _wrong_factors(what, settings, known, known)
+    return settings
+
+
+def _settings(
+    what: str,
+    values: Any,
+    known: Mapping[str, Option],
+    unknown: Callable[[Any, Any], str],
+    problems: Problems,
+) -> tuple[dict[str, Setting], set[str]]:
+    """What may be drawn for each of `values`, which are options or keys of the table `known`.
+
+    Returns:
+        (what may be drawn by name, names of those that are wrong).
+    """
+    settings: dict[str, Setting] = {}
+    wrong: set[str] = set()
+    for key, value in _mapping(values, what, problems).items():
+        if key not in known:
+            problems.append(f"{what}: {unknown(key, value)}")
+            continue
+        try:
+            settings[key] = _setting(value, known[key])
+        except ValueError as error:
+            problems.append(f"{what}: {key} = {quote(value)}: {error}")
+            wrong.add(key)
+    return settings, wrong
+
+
+def _setting(value: Any, option: Option) -> Setting:
+    """What may be drawn for an option.
+
+    Raises:
+        ValueError: what was expected.
+    """
+    if not isinstance(value, dict) or not value or not all(key in _SETTING_KEYS for key in value):
+        return Fixed(None, option.parse(value))
+    times = value.get("times")
+    if times is not None and not isinstance(times, str):
+        raise ValueError("times: expected the name of an option or a key")
+    setting = _drawable({key: item for key, item in value.items() if key != "times"}, times)
+    for end in setting.ends():
+        if times is None:
+            parsed = option.parse(end)
+            if isinstance(setting, Range) and not setting.is_whole and isinstance(parsed, int):
+                raise ValueError("expected whole numbers as low and high")
+        elif isinstance(end, bool) or not isinstance(end, int | float):
+            raise ValueError(f"times: expected numbers to multiply, not {quote(end)}")
+    return setting
+
+
+def _drawable(value: Mapping[str, Any], times: str | None) -> Setting:
+    kinds = set(value)
+    if kinds == {"value"}:
+        return Fixed(times, value["value"])
+    if kinds == {"choose"}:
+        choices = value["choose"]
+        if not isinstance(choices, list) or not 1 <= len(choices) <= MAX_CHOICES:
+            raise ValueError(f"choose: expected a list of 1 to {MAX_CHOICES} values")
+        if not all(choice is None or isinstance(choice, bool | int | float | str) for choice in choices):
+            raise ValueError("choose: expected numbers, words, true, false or null")
+        if len({repr(choice) for choice in choices}) < len(choices):
+            raise ValueError("choose: expected every value once")
+        return Choice(times, cast("tuple[Plain, ...]", tuple(choices)))
+    if not {"low", "high"} <= kinds or not kinds <= {"low", "high", "step", "log"}:
+        raise ValueError("expected a value, {low, high} with step or log, or {choose: [...]}")
+    return _range(value, times)
+
+
+def _range(value: Mapping[str, Any], times: str | None) -> Range:
+    low, high = _number(value["low"]), _number(value["high"])
+    log, step = parsers.boolean(value.get("log", False)), value.get("step")
+    if low > high:
+        raise ValueError(f"expected low <= high, not {low:g} and {high:g}")
+    if log and low <= 0:
+        raise ValueError("log: expected low > 0")
+    if step is not None:
+        step = parsers.integer(1)(step)
+        if log or not (isinstance(low, int) and isinstance(high, int)) or (high - low) % step:
+            raise ValueError("step: expected whole numbers that lead from low to high, without log")
+    return Range(times, low, high, step, log)
+
+
+def _number(value: Any) -> int | float:
+    """A number as it is, whole or not; YAML reads 1e-3 as text."""
+    found: float = parsers.number()(value)
+    return value if isinstance(value, int) else found
+
+
+def _contradictions(space: Space) -> Iterable[str]:
+    """What is wrong with a space whose parts are right by themselves."""
+    if space.alternatives and space.remove_one:
+        yield "refine: remove_one does not go with combine = one, where a trial has a single part"
+    if space.alternatives:
+        return
+    places: dict[tuple[str, tuple[str, ...]], str] = {}
+    by_method: dict[str, list[Part]] = {}
+    for part in space.parts.values():
+        by_method.setdefault(part.method, []).append(part)
+        first = places.setdefault((part.method, part.targets), part.name)
+        if first != part.name:
+            yield f"part {part.name}: {first} is the same method with the same targets"
+    for method, parts in by_method.items():
+        nameless = [part.name for part in parts if not part.targets]
+        if len(parts) > 1 and nameless:
+            yield f"part {nameless[0]}: several parts are of method {method}, so each of them needs targets"
+
+
+def _wrong_factors(
+    what: str, settings: Mapping[str, Setting], known: Mapping[str, Option], given: Iterable[str]
+) -> Iterable[str]:
+    """One line for each setting that is to be multiplied by what is no number, or what has no value.
+
+    Args:
+        what: where they are stated.
+        settings: by name.
+        known: the options by name.
+        given: names of those that have a value of their own, drawn or not.
+    """
+    for name, setting in settings.items():
+        if setting.times is None:
+            continue
+        shown = f"{what}: {name}: times = {quote(setting.times)}"
+        default = known[setting.times].default if setting.times in known else None
+        if isinstance(default, bool) or not isinstance(default, int | float):
+            yield f"{shown}: expected the name of a number"
+        elif setting.times not in given and (setting.times == name or setting.times not in settings):
+            yield f"{shown}: expected one that is stated beside it"
+        elif _is_circle(name, settings):
+            yield f"{shown}: expected one that is not itself multiplied by {name}"
+
+
+def _is_circle(name: str, settings: Mapping[str, Setting]) -> bool:
+    """Whether a setting is multiplied by others that are multiplied by it. One that is multiplied by its own
+    name takes the value that the recipe has."""
+    seen, factor = [name], settings[name].times
+    while factor is not None and factor in settings and factor != seen[-1]:
+        if factor in seen:
+            return True
+        seen.append(factor)
+        factor = settings[factor].times
+    return False
+
+
+def _refuse_unknown(what: str, values: Mapping[str, Any], known: Iterable[str], problems: Problems) -> None:
+    for key in values:
+        if key not in known:
+            hint = suggest(key, known) if isinstance(key, str) else ""
+            problems.append(f"{what}: unknown key {quote(key)}.{hint} Its keys are {', '.join(known)}")
+
+
+def _mapping(values: Any, what: str, problems: Problems) -> dict[Any, Any]:
+    if isinstance(values, dict):
+        return values
+    problems.append(f"{what} = {quote(values)}: expected a mapping")
+    return {}
+
+
+def _switch(what: str, value: Any, problems: Problems) -> bool:
+    try:
+        return parsers.boolean(value)
+    except ValueError as error:
+        problems.append(f"{what} = {quote(value)}: {error}")
+        return False
+
+
+def _word(what: str, value: Any, words: tuple[str, ...], problems: Problems) -> str:
+    if value not in words:
+        problems.append(f"{what} = {quote(value)}: expected {' or '.join(words)}")
+        return words[0]
+    return cast(str, value)

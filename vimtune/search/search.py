@@ -1,0 +1,240 @@
+"""How a search goes: its steps, their trials, and the recipe in the end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from vimtune.console import build_console, print_line
+from vimtune.recipe import Recipe
+from vimtune.search import results
+from vimtune.search.plan import PLAN, Plan
+from vimtune.search.space import Drawn, Space
+from vimtune.search.study import Study, Trial, drawn_again
+from vimtune.search.trial import Job, TrialOutcome, keep_records
+from vimtune.search.workers import run_here, run_in_processes
+from vimtune.tasks.base import Score
+from vimtune.text import printable
+from vimtune.training.folder import RunFolder, hold, writing
+from vimtune.training.interrupt import Interrupted
+from vimtune.training.pictures import save_picture
+from vimtune.training.settings import derive_seed
+
+if TYPE_CHECKING:
+    import optuna
+
+BEST = "best.yaml"
+"""File of the recipe that is found."""
+_HOPELESS = 3
+"""So many trials may fail before one succeeds."""
+_LOSS = Score("loss", "loss", percent=False, higher_is_better=False)
+"""What trials of a task without scores are compared by."""
+
+
+def run_search(plan: Plan, folder: Path, workers: int, packages: Sequence[str]) -> Recipe:
+    """Search, or go on with a search, in `folder`, which has its plan.
+
+    Args:
+        plan: what to search.
+        folder: where; it is there.
+        workers: trials at once.
+        packages: of the user, for the processes of several workers.
+
+    Returns:
+        The recipe that is found, as it stands in best.yaml.
+
+    Raises:
+        ValueError: no trial could be run, the journal is damaged, or another search uses the folder.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    console = build_console()
+    command = f"vimtune search --resume {shlex.quote(str(folder))}"
+    with ExitStack() as stack:
+        stack.enter_context(hold(RunFolder(folder)))
+        try:
+            space, drawn = _run_steps(plan, folder, workers, packages, console)
+        except KeyboardInterrupt:
+            print_line(console, "stopped; the trials are saved, continue with:")
+            print_line(console, f"  {command}", wrap=False)
+            raise Interrupted(command) from None
+        recipe = plan.final_recipe(space, drawn)
+        with writing(folder / BEST):
+            recipe.save(folder / BEST)
+    print_line(console, f"found: {results.describe(drawn)}")
+    print_line(console, "train it with:")
+    print_line(console, f"  vimtune train --config {shlex.quote(str(folder / BEST))}", wrap=False)
+    return recipe
+
+
+def begin(plan: Plan, folder: Path) -> None:
+    """Make the folder of a new search, and write its plan there.
+
+    Raises:
+        ValueError: the folder holds something already, or cannot be written.
+    """
+    shown = printable(str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output-dir {shown} is a file: give the name of a folder")
+    if (folder / PLAN).exists():
+        raise ValueError(
+            f"--output-dir {shown} holds another search: choose another folder, or continue that search with "
+            f"--resume {shown}"
+        )
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--output-dir {shown} is not empty: give the name of a new folder")
+    with writing(folder / PLAN):
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.save(folder / PLAN)
+
+
+def _run_steps(
+    plan: Plan, folder: Path, workers: int, packages: Sequence[str], console: Console
+) -> tuple[Space, Drawn]:
+    """Run the step or the two steps; what the best trial of the last one has drawn, and from which space."""
+    space, base = plan.space, plan.base()
+    if not space.has_refinement:
+        only = Step(plan, plan.name, folder, 1, space, base, console)
+        return space, only.run(workers, packages)
+    first = Step(plan, f"{plan.name}, step 1", folder / "step-1", 1, space, base, console)
+    found = first.run(workers, packages)
+    if not found.parts and not space.refined_keys:
+        return space, found
+    refined, base = space.refine(found), plan.base(found.keys)
+    second = Step(plan, f"{plan.name}, step 2", folder / "step-2", 2, refined, base, console)
+    return refined, second.run(workers, packages)
+
+
+@dataclass
+class Step:
+    """One step of a search: its trials, in its folder."""
+
+    plan: Plan
+    name: str
+    """What it is called."""
+    folder: Path
+    number: int
+    """1 or 2."""
+    space: Space
+    base: dict[str, Any]
+    """The recipe's keys by which those that are drawn may be multiplied."""
+    console: Console
+    active: dict[int, optuna.Trial] = field(default_factory=dict)
+    """The trials that are running, by number."""
+
+    @cached_property
+    def study(self) -> Study:
+        """The trials so far."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return Study(
+            self.folder / "study.journal",
+            seed=derive_seed(self.plan.seed, "step", self.number),
+            higher_is_better=self.score.higher_is_better,
+            prune=self.plan.prune,
+            epochs=self.plan.recipe.optimisation.epochs,
+        )
+
+    @property
+    def score(self) -> Score:
+        """What trials are compared by."""
+        return next(iter(self.plan.recipe.task.scores), _LOSS)
+
+    def run(self, workers: int, packages: Sequence[str]) -> Drawn:
+        """Run the trials that are left; what the best of all has drawn.
+
+        Raises:
+            ValueError: no trial has succeeded.
+        """
+        self._waiting = self.study.unfinished()
+        done = sum(trial.outcome is not None for trial in self.study.trials())
+        where = printable(str(self.folder))
+        what = f"{self.name}: {self.plan.trials} trials in {where}"
+        print_line(self.console, what + (f", of which {done} are done" if done else ""))
+        if workers == 1:
+            run_here(self)
+        else:
+            run_in_processes(self, workers, packages)
+        ranked = self.study.ranked()
+        self._write(picture=True)
+        if not ranked:
+            raise ValueError(f"no trial has succeeded; the reasons are in {where}/trials.md")
+        results.print_trials(ranked, self.drawn, self.score, self.console)
+        return self.drawn(ranked[0])
+
+    def drawn(self, trial: Trial) -> Drawn:
+        """What a trial has drawn."""
+        return self.space.draw(drawn_again(trial.params), self.base)
+
+    # --- what the workers ask for
+
+    def next_job(self) -> Job | None:
+        """The next trial; None if there are enough."""
+        if self._waiting:
+            trial = self._waiting.pop(0)
+        elif len(self.study) < self.plan.trials:
+            trial = self.study.ask()
+        else:
+            return None
+        drawn = self.space.draw(trial, self.base)
+        self.active[trial.number] = trial
+        place = self.folder / "trials" / f"{trial.number:05}"
+        values = self.plan.trial_values(self.space, drawn, place)
+        return Job(trial.number, values)
+
+    def keep_on(self, number: int, epoch: int, score: float) -> bool:
+        """Note the score of an epoch; whether the trial goes on."""
+        return self.study.keep_on(self.active[number], epoch, score)
+
+    def finish(self, job: Job, outcome: TrialOutcome) -> None:
+        """Note what came of a trial, and say so.
+
+        Raises:
+            ValueError: the first trials have all failed.
+        """
+        self.study.finish(self.active.pop(job.number), outcome)
+        with writing(job.folder):
+            keep_records(job.folder)
+        self._write(picture=False)
+        trials = self.study.trials()
+        self._say(trials[job.number])
+        ended = [trial.outcome for trial in trials if trial.outcome is not None]
+        if len(ended) >= _HOPELESS and all(each.state == "failed" for each in ended):
+            raise ValueError(
+                f"the first {len(ended)} trials have failed, the last one so: {outcome.reason}; "
+                f"its log is {printable(str(job.folder / 'log.txt'))}"
+            )
+
+    def _say(self, trial: Trial) -> None:
+        outcome = trial.outcome
+        assert outcome is not None, "it has just ended"
+        parts = [f"trial {trial.number}: {outcome.state}"]
+        if outcome.score is not None:
+            parts.append(f"val {self.score.title} {self.score.show(outcome.score)} in epoch {outcome.epoch}")
+        if outcome.parameters is not None:
+            parts.append(f"{outcome.parameters:,} parameters")
+        parts.append(outcome.reason or results.describe(self.drawn(trial)))
+        if ranked := self.study.ranked():
+            best = ranked[0].outcome
+            assert best is not None and best.score is not None
+            parts.append(f"best: {self.score.show(best.score)} (trial {ranked[0].number})")
+        print_line(self.console, "; ".join(parts))
+
+    def _write(self, picture: bool) -> None:
+        """Write the tables, the best trials first, and with `picture` also that."""
+        ranked, trials = self.study.ranked(), self.study.trials()
+        best = {trial.number for trial in ranked}
+        ordered = [*ranked, *(trial for trial in trials if trial.number not in best)]
+        results.write_text(self.folder / "trials.csv", results.to_csv(ordered))
+        table = partial(results.to_markdown, drawn=self.drawn, score=self.score)
+        results.write_text(self.folder / "trials.md", table(ordered))
+        if picture:
+            winner = next(iter(ranked), None)
+            title = f"{self.name}: {self.plan.recipe.backbone.model}"
+            save_picture(results.draw_trials(trials, winner, self.score, title), self.folder / "trials.png")
