@@ -1,10 +1,12 @@
 """Time inference of a model with affix tokens, of the same model after folding them, and of the plain one.
 
-    python benchmarks/folded.py                                                  # Vim-tiny, 224 px, on the CPU
-    python benchmarks/folded.py --device cuda --batch-size 128 --amp bf16        # eager and as a CUDA graph
+    python benchmarks/folded.py                                             # Vim-tiny, 224 px, on the CPU
+    python benchmarks/folded.py --device cuda --batch-size 128 --amp bf16   # eager and as a CUDA graph
 
-The three take turns, so that a machine that gets slower meanwhile slows all of them; medians over the rounds,
-with the fastest and slowest, and the largest difference between the logits of the first two.
+The three take turns, so that a machine that gets slower meanwhile slows all of them. Printed are medians over
+the rounds with the fastest and slowest (on a CPU its time in this process, which the load of others lengthens
+less), the median of the ratio to the plain model in the same round, and the largest difference between the
+logits of the first two.
 """
 
 from __future__ import annotations
@@ -90,21 +92,21 @@ def recorded(job: Callable[[], Tensor]) -> Callable[[], None]:
 
 def measure(label: str, jobs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> None:
     """Print the times of jobs that take turns."""
+    on_gpu = device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
-            start = time.process_time()
+            start = clock()
             job()
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize()
             if turn > 0:  # the first one warms up
-                times[name].append(1000 * (time.process_time() - start))
-    plain = statistics.median(times["plain"])
+                times[name].append(1000 * (clock() - start))
     for name, own in times.items():
-        median = statistics.median(own)
-        print(
-            f"  {name + label:22} {median:9.2f} ms  ({min(own):.2f} to {max(own):.2f}), {median / plain:.3f} of plain"
-        )
+        ratio = statistics.median(one / plain for one, plain in zip(own, times["plain"], strict=True))
+        span = f"{statistics.median(own):9.2f} ms ({min(own):.2f} to {max(own):.2f})"
+        print(f"  {name + label:22} {span:34} {ratio:.3f} of plain")
 
 
 def describe_machine(device: torch.device) -> str:

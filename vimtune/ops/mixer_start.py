@@ -13,7 +13,6 @@ from abc import abstractmethod
 from typing import Any, NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vimtune.ops import reference
@@ -26,6 +25,7 @@ from vimtune.ops.mixer import (
     check_mixer,
     is_trained,
     one_direction,
+    scan_parameters,
 )
 from vimtune.ops.operation import check_inputs, operation
 
@@ -111,12 +111,11 @@ def start_behind(tokens: Tensor, weights: DirectionWeights, start: DirectionStar
     x, count = tokens.double(), start.tail.shape[1]
     inputs = torch.cat([start.tail.double().t(), x])
     u = reference.causal_conv1d(inputs[None], exact.conv_weight, exact.conv_bias, True)[:, count:]
-    num_states, rank = exact.A_log.shape[1], exact.dt_proj.shape[1]
-    dt, B, C = torch.split(F.linear(u, exact.x_proj), [rank, num_states, num_states], dim=-1)
+    delta, A, B, C = scan_parameters(u, exact)
     _, state = reference.stateful_scan(
         u,
-        F.linear(dt, exact.dt_proj),
-        -torch.exp(exact.A_log),
+        delta,
+        A,
         B,
         C,
         delta_bias=exact.dt_bias,
