@@ -111,6 +111,14 @@ def test_what_a_model_begins_with_is_trained_like_any_weight():
     assert {"initial_state", "initial_state_b", "conv_tail", "conv_tail_b"} <= names
 
 
+def test_no_states_are_added_to_a_model_that_begins_with_a_state():
+    model = timm.create_model("test_vim", initial_state=True)
+    with pytest.raises(
+        ValueError, match=r"begins with a state for the 16 that it has \(initial_state=True\)"
+    ):
+        vimtune.inject(model, "additional_scan")
+
+
 def test_two_rules_for_the_same_parameter_are_refused():
     model = vimtune.inject(build_test_model(), "affix+doubled")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -119,7 +127,7 @@ def test_two_rules_for_the_same_parameter_are_refused():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_state_that_is_unbounded_is_refused():
+def test_a_state_that_is_not_finite_is_refused():
     model = vimtune.inject(build_test_model(), "unbounded")
     with pytest.raises(ValueError, match=r"makes layers\.0\.mixer\.initial_state_b non-finite; nothing was"):
         vimtune.merge(model)
