@@ -65,8 +65,8 @@ class AdditionalScan(Method):
             if getattr(by_path[decays].owner, "initial_state", None) is not None:
                 raise ValueError(
                     f"{self.name} adds states, and the scan with {decays} begins with a state for the "
-                    f"{A_log.shape[1]} that it has (initial_state=True): train {self.name} on the model before "
-                    "affix is merged, or together with affix"
+                    f"{A_log.shape[1]} that it has (initial_state=True): train {self.name} on the model "
+                    "before affix is merged, or together with affix"
                 )
             rules[decays] = MoreDecays(A_log, self.num_states)
             rules[projection] = MoreProjections(x_proj, A_log.shape[1], self.num_states)
