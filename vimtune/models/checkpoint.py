@@ -309,13 +309,14 @@ def _stated_options(metadata: Mapping[str, str]) -> ModelOptions | None:
 
 
 def _advice(stated: ModelOptions, model: VisionMamba) -> str:
-    """With which options the model would take a file that was written for a model with the stated ones."""
+    """With which options a model takes a file that was written for one with the stated options."""
     others = [
         f"{option}={getattr(stated, option)!r}"
         for option in ARCHITECTURE
         if getattr(stated, option) != model.options[option]
     ]
-    return f". Create the model with {', '.join(others)}, as the file says" if others else ""
+    options = ",".join(others)
+    return f". The file is for a model with {options} (--model-kwargs {options})" if others else ""
 
 
 def unusable(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
