@@ -71,6 +71,33 @@ def test_a_merged_file_loads_as_plain_weights_and_computes_the_same(tmp_path, pe
         assert json.loads(file.metadata()["classes"])[1] == "species 1"
 
 
+@pytest.mark.parametrize(
+    ("peft", "kwargs"),
+    [("affix", {"num_tokens": 2}), ("affix+lora", {"rank": 4, "hidden": 3})],
+)
+def test_tokens_are_folded_into_what_the_merged_model_begins_with(tmp_path, peft, kwargs, capsys):
+    trained = make_adapter(tmp_path / "adapter.safetensors", peft=peft, peft_kwargs=kwargs)
+    output = tmp_path / "merged.safetensors"
+    assert cli.main(["merge", str(tmp_path), "-o", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "initial_state=True" in printed
+    scope: dict = {}
+    exec(printed_code(printed), scope)
+    batch = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"].eval()(batch), trained(batch), rtol=1e-4, atol=1e-4)
+    plain = timm.create_model("test_vim", num_classes=SPECIES)
+    with pytest.raises(
+        ValueError, match=r"unexpected .*\. The file is for a model with initial_state=True \(--"
+    ):
+        vimtune.load_checkpoint(plain, output)
+    photos = write_photos(tmp_path / "photos")
+    expected = list(load_predictor(tmp_path, device="cpu").predict(photos))
+    for before, after in zip(expected, load_predictor(output, device="cpu").predict(photos), strict=True):
+        assert before.classes == after.classes
+        assert before.probabilities == pytest.approx(after.probabilities, abs=1e-4)
+
+
 def test_a_merge_that_changes_the_model_leaves_no_file(tmp_path, adapter, monkeypatch):
     merge = vimtune.merge
 

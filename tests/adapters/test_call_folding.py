@@ -2,81 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vimtune
-from vimtune.adapters import CallRule, Method, register_method, unmerge
-from vimtune.methods import METHODS, option
-from vimtune.testing import METHOD_CHECKS, MethodCase
+from vimtune.adapters import register_method, unmerge
+from vimtune.adapters.rules.affix import AffixRule
+from vimtune.methods import METHODS
+from vimtune.methods.affix import Affix
 from vimtune.testing.methods import build_test_model, close, disturb
 
 
-class LeadingRule(CallRule):
-    """Tokens that each direction of the scan visits first, and whose outputs are cut."""
+class Doubled(Affix):
+    """An author's mistake: rules that are not the only ones that fold into their parameters."""
 
-    def __init__(self, site, num_tokens):
-        super().__init__()
-        width = site.owner.in_proj.out_features // 2
-        self.tokens = nn.Parameter(site.new_empty(2, num_tokens, width).normal_(std=0.1))
-
-    def around(self, call, xz, *flow):
-        _, num_tokens, width = self.tokens.shape
-        tokens = F.pad(self.tokens, (0, width)).to(xz.dtype)[:, None].expand(-1, xz.shape[0], -1, -1)
-        return call(torch.cat([tokens[0], xz, tokens[1].flip(1)], 1))[:, num_tokens:-num_tokens]
-
-    def fold(self, owner: nn.Module) -> Mapping[str, Tensor]:
-        return owner.starts_behind(self.tokens)
+    summary = "affix once more"
 
 
-class TwiceRule(LeadingRule):
-    """An author's mistake: it is not the only rule that folds into these parameters."""
+class UnboundedRule(AffixRule):
+    """Leaves behind a state that is not finite."""
 
-
-class NotFiniteRule(LeadingRule):
-    """Tokens that make the state too large for its dtype."""
-
-    def fold(self, owner):
-        values = owner.starts_behind(self.tokens)
+    def fold(self, owner: nn.Module) -> dict[str, Tensor]:
+        values = owner.starts_behind(self.tokens())
         return {**values, "initial_state_b": values["initial_state_b"] * float("inf")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Leading(Method):
-    summary = "tokens that fold into a state"
-    default_targets = "scan()"
-    changes_at_start = True
-    rule = LeadingRule
-    num_tokens: int = option(2, "tokens of each direction")
+class Unbounded(Affix):
+    """An author's mistake: `UnboundedRule` at every scan."""
 
-    def build_rule(self, site):
-        return self.rule(site, self.num_tokens)
-
-    def merged_options(self, options, sites):
-        return {**options, "initial_state": True}
-
-
-class Twice(Leading):
-    summary = "the same once more"
-    rule = TwiceRule
-
-
-class NotFinite(Leading):
     summary = "a state that is not finite"
-    rule = NotFiniteRule
+
+    def build(self, sites):
+        return {site.path: UnboundedRule(site, 1, 32, 2, None) for site in sites}
 
 
 @pytest.fixture(autouse=True)
 def methods(monkeypatch):
     """The methods of this file are known while one of its tests runs."""
     monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
-    for name, method in {"leading": Leading, "twice": Twice, "not_finite": NotFinite}.items():
+    for name, method in {"doubled": Doubled, "unbounded": Unbounded}.items():
         register_method(name)(method)
 
 
@@ -84,29 +50,27 @@ def images() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_it_passes_the_checks_of_every_method(check):
-    check(MethodCase("leading", {}))
-
-
 @pytest.mark.parametrize("num_tokens", [1, 3, 7])
 @pytest.mark.parametrize(
     "others, options",
     [
         ("", {}),
+        ("", {"hidden": 3}),
+        ("+additional_scan", {"num_states": 2}),
         ("+lora", {"rank": 1, "targets": {"lora": "x_proj,dt_proj,x_proj_b,dt_proj_b,in_proj"}}),
         ("+ft", {"targets": {"ft": "A_log,A_b_log,conv1d,conv1d_b,D"}}),
     ],
 )
 def test_the_merged_model_begins_with_what_the_tokens_leave_behind(others, options, num_tokens):
     """With the merged weights of everything else, also where only some layers have tokens."""
-    layers = {"leading": [1]} if others else None
+    layers = {"affix": [1]} if others else None
     model = vimtune.inject(
-        build_test_model(), "leading" + others, layers=layers, num_tokens=num_tokens, **options
+        build_test_model(), "affix" + others, layers=layers, num_tokens=num_tokens, **options
     )
     disturb(model).eval()
     expected = model(images())
-    vimtune.merge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        vimtune.merge(model.train()).eval()
     names = [name for name, _ in model.named_parameters() if "initial_state" in name or "conv_tail" in name]
     assert len(names) == 8 and model.creation["kwargs"]["initial_state"] is True
     assert bool(model.layers[0].mixer.initial_state.any()) == (layers is None)
@@ -122,9 +86,9 @@ def test_the_merged_model_begins_with_what_the_tokens_leave_behind(others, optio
 
 def test_an_adapter_of_a_merged_model_is_merged_again():
     """Its tokens stand before the image and behind those that the model begins with."""
-    model = vimtune.merge(disturb(vimtune.inject(build_test_model(), "leading", num_tokens=2), 1))
+    model = vimtune.merge(disturb(vimtune.inject(build_test_model(), "affix", num_tokens=2), 1))
     before = model(images()).detach()
-    vimtune.inject(model, "leading+ft", num_tokens=1, targets={"ft": "initial_state,conv_tail_b"})
+    vimtune.inject(model, "affix+ft", num_tokens=1, targets={"ft": "initial_state,conv_tail_b"})
     disturb(model.eval(), 2)
     expected = model(images())
     assert not torch.allclose(expected, before, atol=1e-3)
@@ -148,8 +112,16 @@ def test_what_a_model_begins_with_is_trained_like_any_weight():
     assert {"initial_state", "initial_state_b", "conv_tail", "conv_tail_b"} <= names
 
 
+def test_no_states_are_added_to_a_model_that_begins_with_a_state():
+    model = timm.create_model("test_vim", initial_state=True)
+    with pytest.raises(
+        ValueError, match=r"begins with a state for the 16 that it has \(initial_state=True\)"
+    ):
+        vimtune.inject(model, "additional_scan")
+
+
 def test_two_rules_for_the_same_parameter_are_refused():
-    model = vimtune.inject(build_test_model(), "leading+twice")
+    model = vimtune.inject(build_test_model(), "affix+doubled")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"fold into layers\.0\.mixer\.initial_state; nothing was merged"):
         vimtune.merge(model)
@@ -157,7 +129,7 @@ def test_two_rules_for_the_same_parameter_are_refused():
 
 
 def test_a_state_that_is_not_finite_is_refused():
-    model = vimtune.inject(build_test_model(), "not_finite")
+    model = vimtune.inject(build_test_model(), "unbounded")
     with pytest.raises(ValueError, match=r"makes layers\.0\.mixer\.initial_state_b non-finite; nothing was"):
         vimtune.merge(model)
     assert model.layers[0].mixer.initial_state is None and not model.options["initial_state"]
@@ -166,7 +138,7 @@ def test_a_state_that_is_not_finite_is_refused():
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize("way", ["script", "trace", "export", "fx", "compile"])
 def test_every_way_through_the_model_sees_what_it_begins_with(way):
-    model = vimtune.merge(disturb(vimtune.inject(build_test_model(), "leading"))).eval()
+    model = vimtune.merge(disturb(vimtune.inject(build_test_model(), "affix"))).eval()
     expected = model(images())
     if way == "script":
         other = torch.jit.script(model)

@@ -73,10 +73,15 @@ def test_a_prompt_gives_the_last_state_as_well(device, batch, tokens, inner, seg
     assert torch.equal(out, ops.causal_mixer(xz, own, backend="nvrtc"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "batch, tokens, inner, width, segments",
-    [(2, 1, 8, 4, 1), (2, 2, 72, 6, 1), (1, 37, 72, 4, 1), (1, 70, 72, 4, 3), (2, 16, 64, 1, 1)],
+    "batch, tokens, inner, width, segments, dtype",
+    [
+        (2, 1, 8, 4, 1, torch.bfloat16),
+        (2, 2, 72, 6, 1, torch.float16),
+        (1, 37, 72, 4, 1, torch.bfloat16),
+        (1, 70, 72, 4, 3, torch.float16),
+        (2, 16, 64, 1, 1, torch.bfloat16),
+    ],
 )
 def test_directions_begin_with_a_state(device, batch, tokens, inner, width, segments, dtype, monkeypatch):
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)

@@ -19,9 +19,10 @@ from vimtune.adapters.manage import (
     set_num_classes,
     take_up,
 )
-from vimtune.adapters.rule import CallRule, Rule, WeightRule
+from vimtune.adapters.rule import CallRule, Rule, WeightRule, exact
 from vimtune.adapters.slots import (
     adapted_modules,
+    base_parameters,
     base_value,
     in_evaluation,
     iter_slots,
@@ -203,7 +204,8 @@ def _folded_calls(model: nn.Module, record: AdapterRecord) -> dict[str, _Merged]
         for rule in () if slot.rule is None else single_rules(slot.rule):
             if not isinstance(rule, CallRule):
                 continue
-            with in_evaluation(owner):
+            like = next((parameter for _, parameter in base_parameters(owner)), torch.empty(0))
+            with in_evaluation(owner), exact(like):
                 values = rule.fold(owner)
             if values is None:
                 _refuse(rule, point_path(path, name), record)

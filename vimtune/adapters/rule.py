@@ -178,8 +178,8 @@ class CallRule(Rule):
     def fold(self, owner: nn.Module) -> Mapping[str, Tensor] | None:
         """What remains of the rule in the plain model into which an adapter is merged.
 
-        It is asked in evaluation, while all rules of the adapter are in force: who reads a parameter of
-        `owner` gets the value that it will have there.
+        It is asked in evaluation and without autocast, while all rules of the adapter are in force: who reads
+        a parameter of `owner` gets the value that it will have there.
 
         Args:
             owner: the module whose call the rule surrounds.

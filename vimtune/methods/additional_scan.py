@@ -65,6 +65,12 @@ class AdditionalScan(Method):
         rules: dict[str, WeightRule] = {}
         for projection, decays in pairs.items():
             x_proj, A_log = by_path[projection].weight, by_path[decays].weight
+            if getattr(by_path[decays].owner, "initial_state", None) is not None:
+                raise ValueError(
+                    f"{self.name} adds states, and the scan with {decays} begins with a state for the "
+                    f"{A_log.shape[1]} that it has (initial_state=True): train {self.name} on the model "
+                    "before affix is merged, or together with affix"
+                )
             rules[decays] = MoreDecays(A_log, self.num_states)
             rules[projection] = MoreProjections(x_proj, A_log.shape[1], self.num_states)
         return rules

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vimtune.fields import Count, InnerWidth
 from vimtune.methods.base import Method, option, register_method
@@ -51,3 +51,6 @@ class Affix(Method):
                 shared[sizes] = HiddenTokens(site, *sizes)
             rules[site.path] = AffixRule(site, own.num_tokens, scan.width, scan.directions, shared.get(sizes))
         return rules
+
+    def merged_options(self, options: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
+        return {**options, "initial_state": True}

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
-from vimtune.models.options import MAX_PATCHES, ModelOptions
+from vimtune.models.options import ARCHITECTURE, MAX_PATCHES, ModelOptions
 from vimtune.models.registry import VIM_MODELS, check_model_options
 from vimtune.schema import parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
@@ -271,7 +271,8 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
     shown = printable(str(path))
     content, metadata = _read(path)
     try:
-        state = checkpoint_filter_fn(content, model, _stated_grid(metadata))
+        stated = _stated_options(metadata)
+        state = checkpoint_filter_fn(content, model, None if stated is None else stated.grid)
     except ValueError as error:
         raise CheckpointError(f"{shown}: {error}") from error
     wanted = dict(base_parameters(model))
@@ -283,7 +284,8 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
 
     problems = mismatches(state, wanted) or unusable(state, wanted)
     if problems:
-        raise CheckpointError(f"{shown} does not fit the model: " + "; ".join(problems))
+        advice = "" if stated is None else _advice(stated, model)
+        raise CheckpointError(f"{shown} does not fit the model: " + "; ".join(problems) + advice)
     note_loading(model, state)
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -297,13 +299,24 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
     return model
 
 
-def _stated_grid(metadata: Mapping[str, str]) -> tuple[int, int] | None:
-    """Patches in a column and in a row of the images, if a file of ours says which model it is for."""
+def _stated_options(metadata: Mapping[str, str]) -> ModelOptions | None:
+    """The options of the model that a file is for, if it is one of ours that says so."""
     ours = [entry.name for entry in VIM_MODELS]
     name = metadata.get("model", ours[0])
     if "options" not in metadata or name not in ours:
         return None
-    return ModelOptions(**check_model_options(name, parse_json(metadata["options"], "options"))).grid
+    return ModelOptions(**check_model_options(name, parse_json(metadata["options"], "options")))
+
+
+def _advice(stated: ModelOptions, model: VisionMamba) -> str:
+    """With which options a model takes a file that was written for one with the stated options."""
+    others = [
+        f"{option}={getattr(stated, option)!r}"
+        for option in ARCHITECTURE
+        if getattr(stated, option) != model.options[option]
+    ]
+    options = ",".join(others)
+    return f". The file is for a model with {options} (--model-kwargs {options})" if others else ""
 
 
 def unusable(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:

@@ -189,22 +189,30 @@ def one_direction(
         backend: that of the operations of which it is composed.
         start: what it begins with; zeros if None.
     """
-    num_states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
     if start is None:
         u = causal_conv1d(x, weights.conv_weight, weights.conv_bias, True, reverse, backend)
     else:
         u = causal_conv1d_behind(
             start.tail, x, weights.conv_weight, weights.conv_bias, True, reverse, backend
         )
-    projected = F.linear(u, weights.x_proj.to(u.dtype))
-    dt, B, C = torch.split(projected, [rank, num_states, num_states], dim=-1)
-    delta = F.linear(dt, weights.dt_proj.to(dt.dtype))
-    A = -torch.exp(weights.A_log)
+    delta, A, B, C = scan_parameters(u, weights)
     if start is None:
         return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
     return selective_scan_from(
         start.state, u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend
     )
+
+
+def scan_parameters(u: Tensor, weights: DirectionWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a scan needs of the convolved inputs `u` (B, L, E) and the weights of its direction.
+
+    Returns:
+        Time steps before bias and softplus (B, L, E), A (E, N), B and C (B, L, N).
+    """
+    num_states, rank = weights.A_log.shape[1], weights.dt_proj.shape[1]
+    projected = F.linear(u, weights.x_proj.to(u.dtype))
+    dt, B, C = torch.split(projected, [rank, num_states, num_states], dim=-1)
+    return F.linear(dt, weights.dt_proj.to(dt.dtype)), -torch.exp(weights.A_log), B, C
 
 
 def check_mixer(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights | None = None) -> None:

@@ -13,7 +13,6 @@ from abc import abstractmethod
 from typing import Any, NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vimtune.ops import reference
@@ -26,6 +25,7 @@ from vimtune.ops.mixer import (
     check_mixer,
     is_trained,
     one_direction,
+    scan_parameters,
 )
 from vimtune.ops.operation import check_inputs, operation
 
@@ -95,8 +95,8 @@ def bidirectional_scan_from(
 def start_behind(tokens: Tensor, weights: DirectionWeights, start: DirectionStart) -> DirectionStart:
     """What a direction begins with where the first tokens that it visits are left away.
 
-    With it a direction computes for the other tokens what it would compute behind these. It is found in fp64,
-    by the definitions of the operations.
+    With it a direction computes for the other tokens what it would compute behind these. It is found by the
+    definitions of the operations, in fp64 where the device has it.
 
     Args:
         tokens: what the convolution is given for these tokens, (n, E), in the order in which the direction
@@ -107,21 +107,21 @@ def start_behind(tokens: Tensor, weights: DirectionWeights, start: DirectionStar
     Returns:
         State (E, N) and tail (E, K - 1) in the dtypes of `start`.
     """
-    exact = DirectionWeights(*(None if weight is None else weight.double() for weight in weights))  # type: ignore[arg-type]
-    x, count = tokens.double(), start.tail.shape[1]
-    inputs = torch.cat([start.tail.double().t(), x])
+    wide = torch.float32 if tokens.device.type == "mps" else torch.float64
+    exact = DirectionWeights(*(None if weight is None else weight.to(wide) for weight in weights))  # type: ignore[arg-type]
+    count = start.tail.shape[1]
+    inputs = torch.cat([start.tail.to(wide).t(), tokens.to(wide)])
     u = reference.causal_conv1d(inputs[None], exact.conv_weight, exact.conv_bias, True)[:, count:]
-    num_states, rank = exact.A_log.shape[1], exact.dt_proj.shape[1]
-    dt, B, C = torch.split(F.linear(u, exact.x_proj), [rank, num_states, num_states], dim=-1)
+    delta, A, B, C = scan_parameters(u, exact)
     _, state = reference.stateful_scan(
         u,
-        F.linear(dt, exact.dt_proj),
-        -torch.exp(exact.A_log),
+        delta,
+        A,
         B,
         C,
         delta_bias=exact.dt_bias,
         delta_softplus=True,
-        state=start.state[None].double(),
+        state=start.state[None].to(wide),
     )
     tail = inputs[len(inputs) - count :].t()
     return DirectionStart(state[0].to(start.state.dtype), tail.to(start.tail.dtype))

@@ -6,7 +6,8 @@ xz (B, L, 2 E) is the output of in_proj. The n tokens F (n, E) are those of the 
 those of the reverse one; row 0 of either is the first to enter its scan. They have an x part alone: as their
 outputs are dropped, their gate z would have no effect, and 0 stands for it. What comes last in a scan cannot
 act on what was before it, so each direction is changed by its own tokens alone: by the window of its
-convolution, and by the state that they leave behind. Both are the same for every input.
+convolution, and by the state that they leave behind. Both are the same for every input, so that a merged Vim
+can begin with them (`fold`) and costs what the plain one does.
 
 Trained are n E numbers for each layer and direction, of Vim-tiny with 3 tokens 55,296. With an MLP of inner
 width h (`tokens.py`) all layers share the tokens (n, E) and `down`, (n + h) E + h numbers; each layer and
@@ -15,11 +16,12 @@ direction has an `up` of its own, (h + 1) E.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimtune.adapters.rule import Call, CallRule
 from vimtune.adapters.rules.tokens import HiddenTokens, TokenTable
@@ -63,3 +65,8 @@ class AffixRule(CallRule):
             parts.append(tokens[1].flip(1))
         result: Tensor = call(torch.cat(parts, 1))
         return result.narrow(1, num_tokens, x.shape[1])
+
+    def fold(self, owner: nn.Module) -> Mapping[str, Tensor] | None:
+        """What the tokens leave behind in the mixer, if its scans can begin with it, as those of Vim."""
+        starts_behind = getattr(owner, "starts_behind", None)
+        return None if starts_behind is None else starts_behind(self.tokens())

@@ -23,6 +23,8 @@ from vimtune.ops.cpu.build import BuildError, find_compiler, load_library
 from vimtune.ops.cpu.library import Library, empty
 from vimtune.ops.cpu.selftest import check_library
 from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.ops.mixer import DirectionStart, DirectionWeights, scan_parameters
+from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,37 @@ class CpuConvolution(ConvKernels):
         return _back(self._library().conv_backward(grad.float(), single, options, needs), inputs)
 
 
+class CpuStart(StartKernels):
+    """The inside of a mixer that begins with a state, of the kernels of scan.cpp and conv.cpp."""
+
+    def __init__(self, library: Callable[[], Library]) -> None:
+        """Kernels of what `library` returns, which is called when they run."""
+        self._library = library
+
+    def refusals(self, inputs: StartInputs) -> list[str]:
+        return _dtype_refusals(inputs.xz)
+
+    def forward(self, inputs: StartInputs) -> Tensor:
+        directions = zip(inputs.directions, inputs.starts, (False, True), strict=True)
+        ahead, back = (self._one_direction(inputs.xz, *own) for own in directions)
+        return (ahead + back) / 2
+
+    def _one_direction(
+        self, xz: Tensor, weights: DirectionWeights, start: DirectionStart, reverse: bool
+    ) -> Tensor:
+        """The gated scan (B, L, E) of one direction in the dtype of `xz`."""
+        x, z = xz.chunk(2, dim=-1)
+        filtering = ConvInputs(*map(_single, (x, weights.conv_weight, weights.conv_bias)))  # type: ignore[arg-type]
+        u = (
+            self._library()
+            .conv_forward(filtering, ConvOptions(True, reverse), start.tail.float())
+            .to(xz.dtype)
+        )
+        scanning = u, *scan_parameters(u, weights), weights.D, z, weights.dt_bias
+        inputs = ScanInputs(*map(_single, scanning))  # type: ignore[arg-type]
+        return self._library().scan_from(inputs, ScanOptions(True, reverse), start.state.float()).to(xz.dtype)
+
+
 class CpuBackend(Backend):
     """Kernels compiled for this CPU."""
 
@@ -97,7 +130,8 @@ class CpuBackend(Backend):
         self._loaded: Library | str | None = None
         self.scan = CpuScan(self.library)
         self.convolution = CpuConvolution(self.library)
-        self.kernels = (self.scan, self.convolution, EagerScan(), EagerConvolution())
+        self.start = CpuStart(self.library)
+        self.kernels = (self.scan, self.convolution, self.start, EagerScan(), EagerConvolution())
 
     def refusals(self, device: torch.device) -> list[str]:
         if device.type != "cpu":

@@ -18,6 +18,9 @@ extern "C" {
 struct ConvArguments {
     // weight has shape (width, inner) and is contiguous.
     const float *x, *weight, *bias, *grad;
+    // What stands before the first position, (width - 1, inner), the same for all samples and contiguous; the last row
+    // is its neighbour. Null stands for zeros. Only the forward pass knows it.
+    const float* tail;
     // The result and the gradients are contiguous. Those that nobody wants are null.
     float* out;
     float *grad_x, *grad_weight, *grad_bias;
@@ -49,9 +52,12 @@ struct Item {
     }
     int64_t row(int64_t position) const { return (sample * a.tokens + token(position)) * a.inner; }
 
-    // Computes the filter's sum at `position` before SiLU. Positions before the first one read as zero.
+    // Computes the filter's sum at `position` before SiLU. Positions before the first one are in the tail, or zeros.
     vf filtered(int64_t position, int64_t e, int lanes) const {
         vf y = a.bias ? load(a.bias + e, lanes) : vf{};
+        for (int64_t lag = a.tail ? a.width - 1 : 0; lag > position; --lag)
+            y += load(a.weight + (a.width - 1 - lag) * a.inner + e, lanes) *
+                 load(a.tail + (a.width - 1 + position - lag) * a.inner + e, lanes);
         for (int64_t lag = std::min(a.width - 1, position); lag >= 0; --lag)
             y += load(a.weight + (a.width - 1 - lag) * a.inner + e, lanes) * load(x(position - lag) + e, lanes);
         return y;

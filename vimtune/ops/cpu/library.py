@@ -31,12 +31,12 @@ ScanArguments = _structure(
     "u delta A B C D z bias grad first grad_last out saved last grad_first "
     "grad_u grad_delta grad_A grad_B grad_C grad_D grad_z grad_bias launch",
     "batch tokens inner states u_batch u_token delta_batch delta_token A_row B_batch B_token "
-    "C_batch C_token z_batch z_token grad_batch grad_token num_threads softplus reverse",
+    "C_batch C_token z_batch z_token grad_batch grad_token first_batch num_threads softplus reverse",
 )
 """Mirrors the struct of the same name in scan.cpp."""
 ConvArguments = _structure(
     "ConvArguments",
-    "x weight bias grad out grad_x grad_weight grad_bias launch",
+    "x weight bias grad tail out grad_x grad_weight grad_bias launch",
     "batch tokens inner width x_batch x_token grad_batch grad_token num_threads silu reverse",
 )
 """Mirrors the struct of the same name in conv.cpp."""
@@ -79,8 +79,16 @@ class Library:
         out, first = empty(inputs.u.shape), _states_first(inputs.state)
         last = None if first is None else torch.empty_like(first)
         arguments = _scan_arguments(inputs, options)
+        arguments.first_batch = 0 if first is None else first.stride(0)
         self._call("scan_forward", arguments, out=out, saved=saved, first=first, last=last)
         return out, _states_last(last)
+
+    def scan_from(self, inputs: ScanInputs, options: ScanOptions, state: Tensor) -> Tensor:
+        """Return `out`, (B, L, E), of a scan that begins with the same state (E, N) for all samples."""
+        out, first = empty(inputs.u.shape), state.t().contiguous()
+        arguments = _scan_arguments(inputs, options)
+        self._call("scan_forward", arguments, out=out, first=first)
+        return out
 
     def scan_backward(
         self,
@@ -104,11 +112,11 @@ class Library:
         gradients[-1] = _states_last(gradients[-1])
         return gradients
 
-    def conv_forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
-        """Return the filtered `x`, (B, L, E)."""
-        out = empty(inputs.x.shape)
+    def conv_forward(self, inputs: ConvInputs, options: ConvOptions, tail: Tensor | None = None) -> Tensor:
+        """Return the filtered `x`, (B, L, E), which begins behind the inputs `tail` (E, K - 1) or zeros."""
+        out, before = empty(inputs.x.shape), None if tail is None else tail.t().contiguous()
         inputs = _columns_first(inputs)
-        self._call("conv_forward", _conv_arguments(inputs, options), out=out)
+        self._call("conv_forward", _conv_arguments(inputs, options), out=out, tail=before)
         return out
 
     def conv_backward(

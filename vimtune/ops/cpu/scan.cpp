@@ -31,7 +31,8 @@ struct ScanArguments {
     // The shapes are u, delta, z, grad (batch, tokens, inner), A (inner, states), and B, C (batch, tokens, states).
     const float *u, *delta, *A, *B, *C, *D, *z, *bias, *grad;
     // The state before the first position and the gradient of that after the last one have the shape (batch, states,
-    // inner), as `last` and `grad_first` do. Null stands for zeros.
+    // inner), as `last` and `grad_first` do. Null stands for zeros. Samples of `first` lie `first_batch` floats apart,
+    // which is 0 if they have one state.
     const float *first, *grad_last;
     // out has the shape of u, and saved states have (chunks, batch, states, inner). All results are contiguous; those
     // that nobody wants are null.
@@ -41,7 +42,7 @@ struct ScanArguments {
     TeamLauncher launch;
     int64_t batch, tokens, inner, states;
     int64_t u_batch, u_token, delta_batch, delta_token, A_row, B_batch, B_token, C_batch, C_token;
-    int64_t z_batch, z_token, grad_batch, grad_token;
+    int64_t z_batch, z_token, grad_batch, grad_token, first_batch;
     int64_t num_threads, softplus, reverse;
 };
 
@@ -81,19 +82,23 @@ struct Item {
     float* saved(int64_t chunk, int64_t n, int v) const {
         return a.saved + ((chunk * a.batch + sample) * a.states + n) * a.inner + channel(v);
     }
-    // Where this vector of channels is in a tensor of states (batch, states, inner).
-    int64_t in_states(int64_t n, int v) const { return (sample * a.states + n) * a.inner + channel(v); }
+    // Where this vector of channels is in the states (states, inner) of one sample.
+    int64_t in_states(int64_t n, int v) const { return n * a.inner + channel(v); }
+    // How far samples lie apart in contiguous states.
+    int64_t states_batch() const { return a.states * a.inner; }
     // Reads states into rows of `padded` vectors, one row for each vector of channels, with zeros behind them.
-    void load_states(const float* tensor, int64_t padded, vf* states) const {
+    void load_states(const float* tensor, int64_t sample_stride, int64_t padded, vf* states) const {
         std::fill(states, states + VECTORS * padded, vf{});
         if (!tensor) return;
+        const float* own = tensor + sample * sample_stride;
         for (int v = 0; v < vectors; ++v)
-            for (int64_t n = 0; n < a.states; ++n) states[v * padded + n] = load(tensor + in_states(n, v), lanes(v));
+            for (int64_t n = 0; n < a.states; ++n) states[v * padded + n] = load(own + in_states(n, v), lanes(v));
     }
     void store_states(float* tensor, int64_t padded, const vf* states) const {
         if (!tensor) return;
+        float* own = tensor + sample * states_batch();
         for (int v = 0; v < vectors; ++v)
-            for (int64_t n = 0; n < a.states; ++n) store(tensor + in_states(n, v), states[v * padded + n], lanes(v));
+            for (int64_t n = 0; n < a.states; ++n) store(own + in_states(n, v), states[v * padded + n], lanes(v));
     }
 };
 
@@ -200,7 +205,7 @@ void forward_item(const ScanArguments& a, int64_t index, float* memory) {
     const int num_steps = item.vectors * static_cast<int>(padded / Q);
     prefetch_inputs(item, 0, 0, 1);
     for (int v = 0; v < item.vectors; ++v) pack_A(item, v, padded, w.A + v * padded);
-    item.load_states(a.first, padded, w.state);
+    item.load_states(a.first, a.first_batch, padded, w.state);
 
     for (int64_t start = 0, chunk = 0; start < a.tokens; start += CHUNK, ++chunk) {
         const int length = static_cast<int>(std::min<int64_t>(CHUNK, a.tokens - start));
@@ -393,7 +398,7 @@ void backward_item(const ScanArguments& a, int64_t index, float* memory, const P
     const int num_steps = item.vectors * static_cast<int>(padded / Q);
     prefetch_inputs(item, (ceil_div(a.tokens, CHUNK) - 1) * CHUNK, 0, 1);
     for (int v = 0; v < item.vectors; ++v) pack_A(item, v, padded, w.A + v * padded);
-    item.load_states(a.grad_last, padded, w.adjoint);
+    item.load_states(a.grad_last, item.states_batch(), padded, w.adjoint);
     std::fill(w.to_A, w.to_A + VECTORS * padded, vf{});
     std::fill(w.to_bias, w.to_bias + VECTORS, vf{});
     std::fill(w.to_D, w.to_D + VECTORS, vf{});

@@ -75,6 +75,10 @@ def prepare_kernel(
     place, used = _weight_rows(c, N, NP, R)
     total_BC = tl.zeros([BM, 2 * NP], tl.float32)
     total_dt = tl.zeros([BM, RP], tl.float32)
+    if HAS_TAIL:
+        tail = tail1 if direction == 1 else tail0
+        sees_tail = tl.where(direction == 1, t + K > num_tokens, t < K - 1)
+        at_start = tl.max(sees_tail.to(tl.int32), axis=0) > 0
     for first in range(0, num_inner, BK):
         e = first + tl.arange(0, BK)
         live = e < num_inner
@@ -83,11 +87,11 @@ def prepare_kernel(
             x, conv_weight, conv_bias, image, t, e, ok, live, stride_image, stride_token,
             num_tokens, num_inner, 2 * direction - 1, K, HAS_BIAS,
         )  # fmt: skip
-        if HAS_TAIL:
-            tail = tail1 if direction == 1 else tail0
-            y += tail_taps(
-                tail, conv_weight, t, e, ok, live, num_tokens, num_inner, 2 * direction - 1, K, BM, BK
-            )
+        if HAS_TAIL:  # noqa: SIM102  (the outer condition is known to the compiler)
+            if at_start:  # Only there, or the compiler would keep room in shared memory for loads ahead.
+                y += tail_taps(
+                    tail, conv_weight, t, e, ok, live, num_tokens, num_inner, 2 * direction - 1, K, BM, BK
+                )
         tile = silu(y).to(u.dtype.element_ty)
         tl.store(u + row[:, None] * num_inner + e[None, :], tile, mask=ok)
         if PROJECT:
