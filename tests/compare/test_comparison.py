@@ -176,6 +176,19 @@ def test_reports_are_not_trusted(runs, tmp_path):
     assert read_result(report.parent).method_parameters is None
 
 
+def test_why_a_process_failed_is_what_it_said_last_and_not_what_it_said_before(tmp_path, monkeypatch):
+    ended = SimpleNamespace(poll=lambda: 2, stdin=None, returncode=2)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: ended)
+    reasons = []
+    for text in ("error: first\n", "epoch 1\nerror: the \x1b[31msecond\nhint\n", "epoch 1\n"):
+        processes = Processes(1, None, [])
+        processes.start(Cell("lora", DATA, 1e-3, 0), tmp_path)
+        with open(tmp_path / "log.txt", "a") as log:
+            log.write(text)
+        reasons += [run.failure() for run in processes.ended()]
+    assert reasons == ["first", "the \\x1b[31msecond", "it ended with code 2"]
+
+
 def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(tmp_path, monkeypatch):
     """A process is not started here: what it would be given is written down."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

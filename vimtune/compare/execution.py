@@ -36,12 +36,15 @@ class Process:
     """The device that it occupies, if devices were named."""
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+    log_start: int
+    """Where in the log this session of the run begins."""
     started: float = field(default_factory=time.monotonic)
     """When it began."""
 
     def failure(self) -> str:
         """Why it failed: the last line of what it has printed, where that is an error."""
-        lines = (self.folder / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+        said_now = (self.folder / LOG_FILE).read_bytes()[self.log_start :]
+        lines = said_now.decode("utf-8", "replace").splitlines()
         said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
         reason = (
             f"it ended with code {self.process.returncode}" if said is None else said.removeprefix("error: ")
@@ -82,7 +85,7 @@ class Processes:
             env=self._environment(device),
             start_new_session=True,  # Ctrl-C is for the comparison, which stops its runs itself.
         )
-        self.running.append(Process(cell, folder, device, process, log))
+        self.running.append(Process(cell, folder, device, process, log, log.tell()))
 
     def ended(self) -> Iterator[Process]:
         """Those of the runs that have ended by now."""
