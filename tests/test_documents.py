@@ -155,10 +155,9 @@ def test_commands(line, here, request, monkeypatch):
     if command == "search":
         pytest.importorskip("optuna")
         plans: list = []
-        request.getfixturevalue("monkeypatch").setattr(
-            "vimtune.search.search.run_search", lambda plan, *others: plans.append(plan)
-        )
+        monkeypatch.setattr("vimtune.search.search.run_search", lambda plan, *others: plans.append(plan))
         assert cli.main([command, *arguments]) == 0 and len(plans) == 1
+        return
     if command == "compare":
         folders = [str(path) for argument in arguments for path in here.glob(argument) if "*" in argument]
         if not folders:  # Whether the plan is right is seen before anything is trained.

@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from method_cases import CASES, SMALL, disturb, label, options_for
+from method_cases import CASES, disturb, label, options_for
 
 import vimtune
 from vimtune.adapters import adapter_parameters
@@ -98,7 +98,7 @@ def test_exact_trainable_counts(method, targets, options, expected):
 
 
 def test_default_diagonal_trains_from_the_very_first_step(plain, images):
-    model = vimtune.inject(plain, "prodial", **SMALL)
+    model = vimtune.inject(plain, "prodial", **options_for("prodial", {}))
     model(images).square().sum().backward()
     diagonals = [
         torch.diagonal(item.parameter.grad, dim1=1, dim2=2)

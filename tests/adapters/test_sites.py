@@ -47,6 +47,7 @@ VALUES = {
     int: ("2", 2.5, True, None, [2], 0, -1),
     float: ("x", True, None, float("nan"), float("inf"), 1j, 10**400, -1),
     str: (3, True, None, ["free"], "fre"),
+    type(None): ("2", 2.5, True, [2], 0, -1),  # A size that is found unless it is given.
 }
 
 

@@ -300,10 +300,10 @@ ARGUMENTS = {
     "selective_scan_backward": lambda: [
         *(normal(B, L, E), normal(1, B, E, N), *scan_tensors(), True, False, "torch", [True] * 8)
     ],
-    "stateful_scan": lambda: [*scan_tensors(), normal(B, E, N), True, "torch", True],
+    "stateful_scan": lambda: [*scan_tensors(), normal(B, E, N), True, False, "torch", True],
     "stateful_scan_backward": lambda: [
         *(normal(B, L, E), normal(B, E, N), normal(1, B, E, N), *scan_tensors(), normal(B, E, N)),
-        *(True, "torch", [True] * 9),
+        *(True, False, "torch", [True] * 9),
     ],
     "ssd": lambda: [*ssd_tensors(), True, 0.0, 1.0, "torch"],
     "ssd_backward": lambda: [
@@ -318,6 +318,10 @@ ARGUMENTS = {
         *(normal(B, L, E), normal(B, L, E), normal(E, K), normal(E), True, False, "torch", [True] * 3)
     ],
     "bidirectional_scan": lambda: [normal(B, L, 2 * E), *weights_of_directions(), True, "triton"],
+    "bidirectional_scan_from": lambda: [
+        *(normal(B, L, 2 * E), *weights_of_directions()),
+        *(normal(E, N), normal(E, K - 1), normal(E, N), normal(E, K - 1), "torch"),
+    ],
     "causal_mixer": lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS], True, "triton"],
     "causal_prompt": lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS], "nvrtc"],
     "mixer_backward": lambda: [

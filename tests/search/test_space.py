@@ -171,7 +171,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a switch": ({"parts": {"a": {"method": "lora", "optional": "maybe"}}}, "part a: optional = 'maybe'"),
     "an option": (
         {"parts": {"a": {"method": "lora", "options": {"rnak": 3}}}},
-        "rnak = 3 is not a field of lora: its fields are alpha, dropout, rank. Did you mean 'rank'?",
+        "rnak = 3 is not a field of lora: its fields are alpha, dropout, lr_ratio, rank, scaling, start. "
+        "Did you mean 'rank'?",
     ),
     "a value": (
         {"parts": {"a": {"method": "lora", "options": {"rank": 0}}}},
