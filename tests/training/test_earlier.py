@@ -10,11 +10,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import assert_close_metrics, largest_difference, weights
 
-from vimtune.recipe import load_recipe
+from vimtune.recipe import complete_stored, load_recipe
 from vimtune.training import train
 from vimtune.training.identity import ResumeError
 from vimtune.training.state import load_run_state
@@ -64,3 +65,62 @@ def test_it_is_checked_like_one_of_today(tmp_path, part, change):
     with pytest.raises(ResumeError) as error:
         load_run_state(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "today"),
+    [
+        ("x_proj", "mixer.x_proj"),
+        ("in_proj, A_log ,conv1d.bias", "in_proj,mixer.A_log,mixer.conv1d.bias"),
+        (["x_proj[dt|B]", "!x_proj[B]", "x_proj_b"], ["mixer.x_proj[dt|B]", "!mixer.x_proj[B]", "x_proj_b"]),
+        ({"lora": "both", "ft": ["D", "Dx"]}, {"lora": "both", "ft": ["mixer.D", "Dx"]}),
+        ("re:(A_log|D){1,2}", "re:(A_log|D){1,2}"),
+        ("layers.0.mixer.A_log", "layers.0.mixer.A_log"),
+        (None, None),
+    ],
+)
+def test_targets_that_meant_one_direction_still_do(stored, today):
+    assert complete_stored({"targets": stored})["targets"] == today
+    assert complete_stored({"targets": stored, "budget": None})["targets"] == stored
+
+
+def test_options_of_targets_that_meant_one_direction():
+    values = {
+        "rank": {"x_proj,in_proj": 4},
+        "peft_kwargs": {
+            "variant": "paper",
+            "alpha": {"D": 2},
+            "lora": {"rank": {"x_proj[B]": 4}, "alpha": 1},
+        },
+        "model_kwargs": {"D": 1},
+    }
+    assert complete_stored(values) == {
+        "data_seed": 0,
+        "rank": {"mixer.x_proj,in_proj": 4},
+        "peft_kwargs": {
+            "variant": "paper",
+            "alpha": {"mixer.D": 2},
+            "lora": {"rank": {"mixer.x_proj[B]": 4}, "alpha": 1},
+        },
+        "model_kwargs": {"D": 1},
+    }
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_whose_targets_meant_one_direction_continues(tiny, tmp_path):
+    options = {"peft": "ft", "rank": None, "epochs": 2}
+    straight = train(tiny("straight", targets="mixer.x_proj", **options))
+    first = train(tiny("run", targets="mixer.x_proj", **{**options, "epochs": 1}))
+    folder = Path(first.run_dir)
+    checkpoint, recipe = folder / "checkpoint.safetensors", folder / "recipe.yaml"
+
+    def as_then(values):
+        return {key: value for key, value in values.items() if key != "budget"} | {"targets": "x_proj"}
+
+    recipe.write_text(yaml.safe_dump(as_then(yaml.safe_load(recipe.read_text()))))
+    with safe_open(checkpoint, "pt") as file:
+        metadata = file.metadata()
+    stored = as_then(json.loads(metadata["recipe"]))
+    save_file(load_file(checkpoint), checkpoint, {**metadata, "recipe": json.dumps(stored)})
+    report = train(load_recipe(None, {"resume": str(first.run_dir), "epochs": 2}))
+    assert report.trainable_parameters == straight.trainable_parameters and len(report.history) == 2

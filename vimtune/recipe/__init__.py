@@ -6,7 +6,8 @@ are reported together. Nothing here imports torch, so `--help` and a misspelt fl
 """
 
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
-from vimtune.recipe.files import complete_stored, load_recipe
+from vimtune.recipe.earlier import complete_stored
+from vimtune.recipe.files import load_recipe
 from vimtune.recipe.paths import RUN_FILES, path_problems
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError, components_of, keys_of
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings

@@ -10,15 +10,11 @@ from typing import Any
 
 from vimtune import parsers
 from vimtune.config_files import read_config
+from vimtune.recipe.earlier import complete_stored
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.recipe import Recipe, RecipeError
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import quote
-
-
-def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of an earlier run, with the keys it lacks set to what vimtune did when it was stored."""
-    return {"data_seed": values.get("seed", 0), **values}  # one seed drew everything
 
 
 def load_recipe(
