@@ -38,7 +38,7 @@ def scores(name: str) -> dict[str, list[str]]:
     return {variant: cells for variant, *cells in rows[2:]}
 
 
-SCORES = {name: scores(name) for name in ("language", "paper", "nano")}
+SCORES = {name: scores(name) for name in ("language", "mambapeft", "paper", "nano")}
 PLACES = ("both", "in", "out")
 NUM_CLASSES = {"cars": 196, "caltech": 102, "flowers": 102, "synthetic_flowers": 16}
 
@@ -51,12 +51,17 @@ every_recipe = pytest.mark.parametrize(
 def test_it_loads_and_its_place_tells_what_it_is(path, variant):
     recipe = load_recipe(path, variant=variant)
     assert recipe.backbone.model.startswith(
-        {"paper": "vim_tiny_", "nano": "vim_nano_", "language": "mamba"}[path.stem.split("_")[0]]
+        {"paper": "vim_tiny_", "mambapeft": "vim_small_", "nano": "vim_nano_", "language": "mamba"}[
+            path.stem.split("_")[0]
+        ]
     )
     if variant is None:
         return
     if path.stem == "language_pretrain":
         assert recipe.backbone.model.startswith(f"{variant}-") and not recipe.backbone.pretrained
+        return
+    if path.stem == "mambapeft":
+        assert variant.startswith(recipe.method.peft.replace("+", "_")) and recipe.data.dataset == "vtab"
         return
     *data, method = variant.split("/")
     if path.stem == "language":
@@ -119,7 +124,7 @@ def test_every_command_in_the_folder_works(monkeypatch):
     commands = [line for text in texts for line in re.findall(r"python train_vim\.py (.*)", text)]
     for command in commands:
         assert cli.train_main(command.split()) == 0
-    assert len(reached) == len(commands) == 11
+    assert len(reached) == len(commands) == 13
 
 
 def row_of(path: Path, variant: str) -> str:
@@ -202,6 +207,20 @@ def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path,
         assert trained / 1e6 == pytest.approx(published, rel=0.005, abs=0.042 if "dora" in method else 0.02)
 
 
+@pytest.mark.parametrize("variant", SCORES["mambapeft"])
+def test_the_number_of_trained_parameters_of_mambapeft(variant):
+    recipe = load_recipe(ROOT / "configs" / "mambapeft.yaml", variant=variant)
+    with torch.device("meta"):
+        adapted = vimtune.inject(
+            copy.deepcopy(plain_model(recipe.backbone.model)),
+            recipe.method.peft,
+            targets=recipe.method.targets,
+            **recipe.method.method_kwargs,
+        )
+    report = vimtune.summary(adapted)
+    assert int(SCORES["mambapeft"][variant][-1].replace(",", "")) == report.trainable - report.head
+
+
 def distinct() -> dict[str, Recipe]:
     """One recipe for every method setting among the configs, and for each method that has no config, put
     on the tiny model."""
@@ -210,19 +229,16 @@ def distinct() -> dict[str, Recipe]:
         recipe = load_recipe(path, variant=variant)
         if recipe.task.name != "classification":
             continue
-        method = {name: getattr(recipe.method, name) for name in ("peft", "targets", "layers", "peft_kwargs")}
-        fields = (
-            recipe.method.method_kwargs | {"rank": 4}
-            if "rank" in recipe.method.method_kwargs
-            else recipe.method.method_kwargs
-        )
-        key = " ".join(str(value) for value in (*method.values(), fields) if value)
+        method = {name: getattr(recipe.method, name) for name in ("peft", "targets", "layers")}
+        options = recipe.method.method_kwargs
+        method["peft_kwargs"] = options | {"rank": 4} if "rank" in options else options
+        key = " ".join(str(value) for value in method.values() if value)
         recipes[key] = Recipe(
             model="test_vim",
             pretrained=False,
             lr=recipe.optimisation.lr,
             weight_decay=recipe.optimisation.weight_decay,
-            **method | fields,
+            **method,
         )
     configured = {recipe.method.peft for recipe in recipes.values()}
     for method in (name for name in METHODS if name not in configured):
