@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from method_cases import options_for
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,8 +20,6 @@ import vimtune
 from vimtune import ops
 from vimtune.adapters import adapter_parameters, list_methods
 from vimtune.data import build_transform, create_dataset
-from vimtune.fields import options_of
-from vimtune.methods import get_method
 
 NUM_CLASSES = 8
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -71,8 +70,7 @@ def build(method: str, device: str, **kwargs) -> nn.Module:
                 parameter.fill_(-1.0)  # a step of softplus(-1) = 0.31
             elif name.endswith((".D", ".D_b")):
                 parameter.fill_(0.1)
-    options = {"rank": 4} if "rank" in options_of(get_method(method)) else {}
-    return vimtune.inject(model, method, **options).to(device)
+    return vimtune.inject(model, method, **options_for(method, {})).to(device)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -230,7 +228,7 @@ def test_same_step_same_gradients_bit_for_bit(flowers, device, method, amp):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["none", "bf16"])
-@pytest.mark.parametrize("method", ["full", "prodial", "sdt", "oft", "c3a", "cdvft", "ia3"])
+@pytest.mark.parametrize("method", list_methods())
 def test_replayed_graph_equals_the_eager_step(flowers, method, amp):
     images, labels = (tensor.cuda() for tensor in flowers)
     model = move_off_the_start(build(method, "cuda"))

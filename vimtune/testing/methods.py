@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from vimtune import adapters
 from vimtune.adapters.composition import single_rules
 from vimtune.adapters.slots import iter_slots, iter_weight_slots, slots_of
+from vimtune.backends import REFERENCE
+from vimtune.ops import backend_report
 
 NUM_CLASSES = 5
 """Number of outputs of the models that the checks adapt."""
@@ -333,6 +335,28 @@ def check_autocast(case: MethodCase) -> None:
         assert item.parameter.grad is not None and torch.isfinite(item.parameter.grad).all(), item.name
 
 
+def check_backends(case: MethodCase) -> None:
+    """Every backend that can run here gives the outputs and gradients of the naive definition."""
+    model = case.trained()
+    choosing = [module for module in model.modules() if isinstance(getattr(module, "backend", None), str)]
+    if not choosing:
+        return
+    names = [row.name for row in backend_report() if row.available and row.name != REFERENCE]
+    results: dict[str, list[Tensor]] = {}
+    for name in (REFERENCE, *names):
+        for module in choosing:
+            cast(Any, module).backend = name
+        model.zero_grad()
+        output = case.run(model)
+        output.square().sum().backward()
+        gradients = [cast(Tensor, item.parameter.grad) for item in adapters.adapter_parameters(model)]
+        results[name] = [output.detach(), *(gradient.clone() for gradient in gradients)]
+    for name in names:
+        for actual, expected in zip(results[name], results[REFERENCE], strict=True):
+            error = (actual - expected).norm() / expected.norm().clamp_min(1e-12)
+            assert error <= 1e-4, f"backend {name} is off by {error:.1e}"
+
+
 def check_half_precision(case: MethodCase) -> None:
     """A model in bfloat16 stays in bfloat16 and trains: all tensors of a rule that its formula combines with
     the weight have the weight's dtype, as those made by `weight.new_zeros` have."""
@@ -454,6 +478,7 @@ METHOD_CHECKS: tuple[Callable[[MethodCase], None], ...] = (
     check_state,
     check_plain_checkpoint,
     check_autocast,
+    check_backends,
     check_half_precision,
     check_compiling,
     check_checkpointing,
