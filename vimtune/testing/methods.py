@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, cast
 
 import timm
@@ -370,12 +371,12 @@ def check_half_precision(case: MethodCase) -> None:
 
 
 def check_compiling(case: MethodCase) -> None:
-    """torch.compile takes the model without a graph break, in training and in evaluation."""
+    """torch.compile takes the model without a graph break, in training and, if that differs, in evaluation."""
     alike = case.build_model is build_test_model and "layers" not in case.options
     if alike and not _surrounds_calls(case.adapted()):
         # Each layer takes a second to trace, and where none hands anything on, one stands for all.
         case = replace(case, build_model=partial(build_test_model, depth=1))
-    for training in (False, True):
+    for training in (False, True) if _looks_at_mode(case.adapted()) else (True,):
         torch._dynamo.reset()
         model = case.trained().train(training)
         with without_chance(model):
@@ -388,6 +389,14 @@ def _surrounds_calls(model: nn.Module) -> bool:
     """Whether rules surround calls, by which they may hand something from layer to layer."""
     rules = (rule for _, _, _, slot in iter_slots(model) for rule in single_rules(slot.rule))
     return any(isinstance(rule, adapters.CallRule) for rule in rules)
+
+
+def _looks_at_mode(model: nn.Module) -> bool:
+    """Whether a rule, or a module in one, reads its `training`, by which it may do something else then."""
+    rules = (rule for _, _, _, slot in iter_slots(model) for rule in single_rules(slot.rule))
+    classes = {cls for rule in rules for module in rule.modules() for cls in type(module).__mro__}
+    functions = (item for cls in classes - set(nn.Module.__mro__) for item in vars(cls).values())
+    return any("training" in item.__code__.co_names for item in functions if isinstance(item, FunctionType))
 
 
 def check_checkpointing(case: MethodCase) -> None:
