@@ -202,7 +202,6 @@ def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path,
         assert trained / 1e6 == pytest.approx(published, rel=0.005, abs=0.042 if "dora" in method else 0.02)
 
 
-@cache
 def distinct() -> dict[str, Recipe]:
     """One recipe for every method setting among the configs, and for each method that has no config, put
     on the tiny model."""
