@@ -371,7 +371,7 @@ def check_half_precision(case: MethodCase) -> None:
 
 
 def check_compiling(case: MethodCase) -> None:
-    """torch.compile takes the model without a graph break, in training and, if that differs, in evaluation."""
+    """torch.compile takes the model without a graph break; in evaluation, too, if a rule tells it apart."""
     alike = case.build_model is build_test_model and "layers" not in case.options
     if alike and not _surrounds_calls(case.adapted()):
         # Each layer takes a second to trace, and where none hands anything on, one stands for all.
