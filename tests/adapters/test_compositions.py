@@ -1,9 +1,4 @@
-"""Thirty compositions of methods, taken through the checks that every method passes.
-
-They are a written list, which covers every method, each kind of place twice over (weights that are called
-and weights that are read, rows, calls of the mixer and of the encoder, parameters that grow), and both orders
-where order matters. One whose methods are not all registered is left out.
-"""
+"""Thirty compositions of methods, taken through the checks that every method passes."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from method_cases import options_for
+from method_cases import COMPOSITIONS, options_for
 
 import vimtune
 from vimtune.adapters import CallRule, Method, register_method
@@ -23,51 +18,15 @@ from vimtune.methods import METHODS
 from vimtune.testing import methods as checks
 from vimtune.testing.methods import MethodCase, build_test_model
 
-COMPOSITIONS: list[tuple[str, dict]] = [
-    # Weights of the projectors, added to and multiplied in both orders.
-    ("lora+bitfit", {}),
-    ("oft+lora", {}),
-    ("lora+oft", {}),
-    ("ia3+c3a", {}),
-    ("cdvft+dora", {}),
-    ("prodial+ia3", {}),
-    ("full+lora", {}),
-    ("strong+bitfit+ia3", {"targets": {"ia3": "dt_proj"}}),
-    ("c3a+cdvft+oft", {}),
-    ("lora+ft", {"targets": {"lora": "in_proj[x],x_proj[B]", "ft": "conv1d,D"}}),
-    # The parameters of the SSM beside the projectors.
-    ("lora+sdt", {"targets": {"lora": "out_proj"}}),
-    ("sdt+lora", {"targets": {"lora": "x_proj[B],x_proj[C]"}}),
-    ("lora+ssm", {}),
-    ("lora+a_tuning+d_tuning", {}),
-    ("bias_tuning+conv1d_tuning+prodial", {}),
-    ("lora+additional_scan", {"targets": {"lora": "out_proj"}}),
-    ("additional_scan+sdt", {}),
-    ("additional_scan+lora+a_tuning", {"targets": {"lora": "x_proj[B]"}}),
-    # Tokens and branches in calls of the mixer, of its layers and of the encoder.
-    ("lora+prompt", {}),
-    ("prompt+affix", {}),
-    ("affix+lora+cls_token_tuning", {}),
-    ("prompt+pos_embed_tuning+cls_token_tuning", {}),
-    ("parallel_adapter+lora", {}),
-    ("parallel_adapter+affix+oft", {}),
-    ("lora+memba", {}),
-    ("memba+affix", {}),
-    ("lora+state_offset", {}),
-    ("additional_scan+state_offset", {}),
-    ("svp+lora", {}),
-    ("svp+prompt+ia3", {}),
-]
-PRESENT = [
-    (method, extra) for method, extra in COMPOSITIONS if all(part in METHODS for part in method.split("+"))
-]
 CHEAP = (
     checks.check_start,
     checks.check_disabling,
     checks.check_merging,
     checks.check_gradients,
+    checks.check_every_entry,
     checks.check_files,
     checks.check_autocast,
+    checks.check_backends,
     checks.check_several_adapters,
     checks.check_summary,
 )
@@ -80,14 +39,14 @@ def case_of(composition: tuple[str, dict], depth: int = 1) -> MethodCase:
     return MethodCase(method, options_for(method, extra), partial(build_test_model, depth))
 
 
-@pytest.mark.parametrize("composition", PRESENT, ids=[method for method, _ in PRESENT])
+@pytest.mark.parametrize("composition", COMPOSITIONS, ids=lambda item: item[0])
 def test_a_composition_passes_the_checks_of_a_method(composition):
     for check in CHEAP:
         check(case_of(composition))
 
 
 @pytest.mark.parametrize(
-    "composition", [item for item in PRESENT if item[0] in COMPILED], ids=lambda item: item[0]
+    "composition", [item for item in COMPOSITIONS if item[0] in COMPILED], ids=lambda item: item[0]
 )
 def test_the_compiler_takes_a_composition(composition):
     checks.check_compiling(case_of(composition))

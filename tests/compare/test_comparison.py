@@ -211,7 +211,7 @@ def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(tmp_path
 
 def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_path):
     """The pipe that ends here ends also when the comparison is killed."""
-    asked = plan(methods="lora", seeds="0", lr=1e-2, epochs=40)
+    asked = plan(methods="lora", seeds="0", lr=1e-2, epochs=20)
     cell = Cell("lora", DATA, 1e-2, 0)
     folder = tmp_path / cell.path
     folder.mkdir(parents=True)
@@ -228,4 +228,4 @@ def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_pa
     assert ended.process.returncode == 130 and processes.has_room
     assert not (folder / "report.json").exists()
     ((row,), _) = compare(asked, tmp_path)
-    assert row.results[0].report.epochs == 40 and len(runs.started) == 1
+    assert row.results[0].report.epochs == 20 and len(runs.started) == 1

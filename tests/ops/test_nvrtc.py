@@ -70,8 +70,7 @@ def exact(inputs: dict) -> dict:
     return wide
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("segments", [1, 2, 5])
+@pytest.mark.parametrize("segments, trained", [(1, False), (2, True), (5, True)])
 @pytest.mark.parametrize(
     "directions, batch, tokens, inner, dtype, delta_scale",
     [

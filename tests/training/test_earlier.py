@@ -33,7 +33,7 @@ def test_it_is_read_as_a_state_of_today():
 
 @pytest.mark.usefixtures("no_pictures")
 def test_its_run_continues_to_the_result_of_a_run_of_today(tiny, tmp_path):
-    straight = train(tiny("straight", ema=0.9))
+    straight = train(tiny("straight", ema=0.9, model_kwargs={}))  # the size of the model of that run
     shutil.copytree(FIXTURE, tmp_path / "run")
     report = train(load_recipe(None, {"resume": str(tmp_path / "run")}))
     assert report.warnings == [] and report.history[0].keys() == straight.history[0].keys()

@@ -180,7 +180,7 @@ def test_run_names_a_gradient(tiny, monkeypatch):
 
     def with_a_bad_backward(task, recipe, processes):
         job = original(task, recipe, processes)
-        block, forward = job.model.layers[2], job.model.layers[2].forward
+        block, forward = job.model.layers[1], job.model.layers[1].forward
         block.forward = lambda x: forward(TwoFactors.apply(x, 1.0, float("nan")))
         return job
 
@@ -188,4 +188,4 @@ def test_run_names_a_gradient(tiny, monkeypatch):
     with pytest.raises(NonFiniteError) as error:
         train(tiny())
     assert "non-finite gradient in epoch 1, step 1" in str(error.value)
-    assert "passes to layers.1 (Block)" in str(error.value)
+    assert "passes to layers.0 (Block)" in str(error.value)

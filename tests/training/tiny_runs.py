@@ -24,6 +24,7 @@ TINY: dict[str, Any] = {
     "dataset_kwargs": {"species": 5, "train_per_species": 5, "val_per_species": 2, "test_per_species": 2},
     "num_workers": 0,
     "model": "test_vim",
+    "model_kwargs": {"depth": 2},
     "pretrained": False,
     "peft": "lora",
     "rank": 2,

@@ -16,7 +16,7 @@ from vimtune.data import ImageReadError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.models import VisionMamba
 from vimtune.recipe import Recipe
-from vimtune.training import train
+from vimtune.training import pictures, train
 from vimtune.training.stepper import Stepper
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -73,6 +73,11 @@ def register_toy_task() -> None:
     import toy_task  # noqa: F401  (registers itself)
 
 
+def without_pictures() -> None:
+    """Leave the drawing out, a third of the time of a tiny run."""
+    pictures.save_picture = lambda figure, path: path.touch()
+
+
 def print_to(folder: str) -> None:
     """What a process prints goes to the file `folder`/rank."""
     sys.stdout = open(os.path.join(folder, os.environ["RANK"]), "w")  # noqa: SIM115  (until the process ends)
@@ -116,7 +121,7 @@ def run_two(
         processes.append(_CONTEXT.Process(target=_run, args=(rank, port, runs, sabotage, prepare, answers)))
         processes[-1].start()
     for process in processes:
-        process.join(SECONDS)
+        process.join(SECONDS + 5 * len(recipes))
         assert process.exitcode is not None, "a process waits for ever"
     found = {}
     while len(found) < sum(process.exitcode == 0 for process in processes):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, cast
 
 import timm
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from vimtune import adapters
 from vimtune.adapters.composition import single_rules
 from vimtune.adapters.slots import iter_slots, iter_weight_slots, slots_of
+from vimtune.backends import REFERENCE
+from vimtune.ops import backend_report
 
 NUM_CLASSES = 5
 """Number of outputs of the models that the checks adapt."""
@@ -333,6 +336,28 @@ def check_autocast(case: MethodCase) -> None:
         assert item.parameter.grad is not None and torch.isfinite(item.parameter.grad).all(), item.name
 
 
+def check_backends(case: MethodCase) -> None:
+    """Every backend that can run here gives the outputs and gradients of the naive definition."""
+    model = case.trained()
+    choosing = [module for module in model.modules() if isinstance(getattr(module, "backend", None), str)]
+    if not choosing:
+        return
+    names = [row.name for row in backend_report() if row.available and row.name != REFERENCE]
+    results: dict[str, list[Tensor]] = {}
+    for name in (REFERENCE, *names):
+        for module in choosing:
+            cast(Any, module).backend = name
+        model.zero_grad()
+        output = case.run(model)
+        output.square().sum().backward()
+        gradients = [cast(Tensor, item.parameter.grad) for item in adapters.adapter_parameters(model)]
+        results[name] = [output.detach(), *(gradient.clone() for gradient in gradients)]
+    for name in names:
+        for actual, expected in zip(results[name], results[REFERENCE], strict=True):
+            error = (actual - expected).norm() / expected.norm().clamp_min(1e-12)
+            assert error <= 1e-4, f"backend {name} is off by {error:.1e}"
+
+
 def check_half_precision(case: MethodCase) -> None:
     """A model in bfloat16 stays in bfloat16 and trains: all tensors of a rule that its formula combines with
     the weight have the weight's dtype, as those made by `weight.new_zeros` have."""
@@ -346,12 +371,12 @@ def check_half_precision(case: MethodCase) -> None:
 
 
 def check_compiling(case: MethodCase) -> None:
-    """torch.compile takes the model without a graph break, in training and in evaluation."""
+    """torch.compile takes the model without a graph break; in evaluation, too, if a rule tells it apart."""
     alike = case.build_model is build_test_model and "layers" not in case.options
     if alike and not _surrounds_calls(case.adapted()):
         # Each layer takes a second to trace, and where none hands anything on, one stands for all.
         case = replace(case, build_model=partial(build_test_model, depth=1))
-    for training in (False, True):
+    for training in (False, True) if _looks_at_mode(case.adapted()) else (True,):
         torch._dynamo.reset()
         model = case.trained().train(training)
         with without_chance(model):
@@ -364,6 +389,14 @@ def _surrounds_calls(model: nn.Module) -> bool:
     """Whether rules surround calls, by which they may hand something from layer to layer."""
     rules = (rule for _, _, _, slot in iter_slots(model) for rule in single_rules(slot.rule))
     return any(isinstance(rule, adapters.CallRule) for rule in rules)
+
+
+def _looks_at_mode(model: nn.Module) -> bool:
+    """Whether a rule, or a module in one, reads its `training`, by which it may do something else then."""
+    rules = (rule for _, _, _, slot in iter_slots(model) for rule in single_rules(slot.rule))
+    classes = {cls for rule in rules for module in rule.modules() for cls in type(module).__mro__}
+    functions = (item for cls in classes - set(nn.Module.__mro__) for item in vars(cls).values())
+    return any("training" in item.__code__.co_names for item in functions if isinstance(item, FunctionType))
 
 
 def check_checkpointing(case: MethodCase) -> None:
@@ -454,6 +487,7 @@ METHOD_CHECKS: tuple[Callable[[MethodCase], None], ...] = (
     check_state,
     check_plain_checkpoint,
     check_autocast,
+    check_backends,
     check_half_precision,
     check_compiling,
     check_checkpointing,
