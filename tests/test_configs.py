@@ -246,7 +246,10 @@ def distinct() -> dict[str, Recipe]:
     return recipes
 
 
-@pytest.mark.parametrize("recipe", distinct().values(), ids=list(distinct()))
+DISTINCT = distinct()
+
+
+@pytest.mark.parametrize("recipe", DISTINCT.values(), ids=list(DISTINCT))
 def test_one_step_of_every_method_setting_moves_all_it_trains(recipe):
     model = build_model(recipe, num_classes=5)
     torch.manual_seed(0)
