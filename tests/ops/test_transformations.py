@@ -65,6 +65,12 @@ def gated_norm(*tensors, backend):
     return ops.gated_rms_norm(*tensors, 1, 1e-5, backend)
 
 
+def membrane(x, start, backend):
+    options = {"first": 1, "width": E, "chunks": 2, "length": 1, "tau": 0.9, "threshold": 0.4}
+    result, mean = ops.membrane(x, start, **options, backend=backend)
+    return torch.cat([result[..., :E], mean], 1)
+
+
 def losses(*logits, backend):
     """Those of two sets of logits, because there is no other tensor to be differentiated."""
     return torch.cat([_losses(each, backend) for each in logits])
@@ -99,6 +105,14 @@ CASES = {
             partial(gated_norm, backend=backend),
             partial(gated_norm, backend="reference"),
             lambda: [normal(B, L, E), normal(B, L, E, seed=1), normal(E)],
+        )
+        for backend in ("torch", "triton")
+    },
+    **{
+        f"membrane {backend}": (
+            partial(membrane, backend=backend),
+            partial(membrane, backend="reference"),
+            lambda: [normal(B, L, 2 * E), normal(B, L // 2, E)],
         )
         for backend in ("torch", "triton")
     },
@@ -336,6 +350,11 @@ ARGUMENTS = {
     "gated_rms_norm": lambda: [normal(B, L, E), normal(B, L, E), normal(E), 1, 1e-5, "torch"],
     "gated_rms_norm_backward": lambda: [
         *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), 1, 1e-5, "torch", [True] * 3)
+    ],
+    "membrane": lambda: [normal(B, L, 2 * E), normal(B, 1, E), 0, E, 2, 1, 0.9, 1.0, "torch"],
+    "membrane_backward": lambda: [
+        *(normal(B, L, 2 * E), normal(B, 1, E), normal(B, L, 2 * E), 0, E, 2, 1, 0.9, 1.0, "torch"),
+        [True] * 2,
     ],
     "token_losses": lambda: [normal(3, 7), normal(3), "triton"],
     "token_losses_backward": lambda: [normal(3), normal(3, 7), normal(3), normal(3), "triton"],

@@ -1,8 +1,8 @@
 """Operations of Vision Mamba behind one dispatch.
 
 Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `ssd_mixer.py`, `norm.py`,
-`cross_entropy.py`, `block_product.py`, `mixer_start.py` for mixers that begin with a state, and `prompt.py`,
-`step.py` and `ssd_mixer_step.py` for what generating text needs.
+`cross_entropy.py`, `block_product.py`, `membrane.py` for gates, `mixer_start.py` for mixers that begin with a
+state, and `prompt.py`, `step.py` and `ssd_mixer_step.py` for what generating text needs.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
@@ -24,6 +24,7 @@ from vimtune.ops.dispatch import (
     with_chosen_backend,
 )
 from vimtune.ops.gated_norm import gated_rms_norm
+from vimtune.ops.membrane import membrane
 from vimtune.ops.mixer import DirectionStart, DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.mixer_start import bidirectional_scan_from, start_behind
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
@@ -58,6 +59,7 @@ __all__ = [
     "gated_rms_norm",
     "has_add_rms_norm",
     "has_kernels",
+    "membrane",
     "register_backend",
     "resolved_backend",
     "scaled_block_product",

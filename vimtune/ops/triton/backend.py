@@ -17,6 +17,7 @@ from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cross_entropy import LossInputs, LossKernels
 from vimtune.ops.gated_norm import GatedNormInputs, GatedNormKernels
+from vimtune.ops.membrane import MembraneInputs, MembraneKernels, MembraneOptions
 from vimtune.ops.mixer import MixerInputs, MixerKernels
 from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
@@ -277,6 +278,30 @@ class TritonGatedNorm(GatedNormKernels):
         return gated_norm.backward(grad, inputs, groups, eps, need_weight)
 
 
+class TritonMembrane(MembraneKernels):
+    """The kernels of `triton/membrane.py`."""
+
+    def refusals(self, inputs: MembraneInputs) -> list[str]:
+        return ["x is float64, the kernels compute in fp32"] if inputs.x.dtype == torch.float64 else []
+
+    def forward(self, inputs: MembraneInputs, options: MembraneOptions) -> tuple[Tensor, Tensor]:
+        from vimtune.ops.triton import membrane
+
+        return membrane.forward(inputs, options)
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_mean: Tensor | None,
+        result: Tensor,
+        options: MembraneOptions,
+        need_start: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from vimtune.ops.triton import membrane
+
+        return membrane.backward(grad, grad_mean, result, options, need_start)
+
+
 class TritonBackend(Backend):
     """Triton kernels for every size and dtype below fp64."""
 
@@ -290,6 +315,7 @@ class TritonBackend(Backend):
         TritonStart(),
         TritonNorm(),
         TritonGatedNorm(),
+        TritonMembrane(),
         TritonLoss(),
     )
 
