@@ -80,6 +80,12 @@ def membranes(random, tokens, inner, states):
     return [(2 * random.low(*shape)).round().clamp(-4, 4) / 2 for shape in shapes]
 
 
+def silu_pair(random, tokens, inner, states):
+    shape = 2, tokens, inner
+    parts = [part for _ in range(2) for part in (random.low(*shape), random.high(inner))]
+    return [random.high(*shape), *parts]
+
+
 def product(random, tokens, inner, states):
     size = 4 if inner % 4 == 0 else 1
     return [random.low(tokens, inner), random.low(tokens), random.low(inner // size, size, size)]
@@ -110,6 +116,10 @@ def run_membrane(x, start, backend, chunks=4, handed_on=True):
     return torch.cat([part.flatten() for part in parts])
 
 
+def run_silu_pair(x, *pair, backend):
+    return ops.add_silu_pair(x, *pair, x.shape[1] // 2, backend)
+
+
 def run_mixer(xz, *weights, backend):
     half = len(weights) // 2
     directions = [ops.DirectionWeights(*part) for part in (weights[:half], weights[half:])]
@@ -138,6 +148,7 @@ OPERATIONS = {
             partial(run_membrane, handed_on=False),
         ],
     ),
+    "add_silu_pair": (silu_pair, [run_silu_pair]),
     "token_losses": (logits, [run_losses]),
     "scaled_block_product": (product, [ops.scaled_block_product]),
 }

@@ -65,10 +65,18 @@ def gated_norm(*tensors, backend):
     return ops.gated_rms_norm(*tensors, 1, 1e-5, backend)
 
 
+def silu_pair_tensors():
+    return [tensor for seed in (2, 3) for tensor in (normal(B, L, E, seed=seed), normal(E, seed=seed))]
+
+
 def membrane(x, start, backend):
     options = {"first": 1, "width": E, "chunks": 2, "length": 1, "tau": 0.9, "threshold": 0.4}
     result, mean = ops.membrane(x, start, **options, backend=backend)
     return torch.cat([result[..., :E], mean], 1)
+
+
+def silu_pair(*tensors, backend):
+    return ops.add_silu_pair(*tensors, 1, backend)
 
 
 def losses(*logits, backend):
@@ -113,6 +121,14 @@ CASES = {
             partial(membrane, backend=backend),
             partial(membrane, backend="reference"),
             lambda: [normal(B, L, 2 * E), normal(B, L // 2, E)],
+        )
+        for backend in ("torch", "triton")
+    },
+    **{
+        f"add_silu_pair {backend}": (
+            partial(silu_pair, backend=backend),
+            partial(silu_pair, backend="reference"),
+            lambda: [normal(B, L, E, seed=1), *silu_pair_tensors()],
         )
         for backend in ("torch", "triton")
     },
@@ -356,6 +372,8 @@ ARGUMENTS = {
         *(normal(B, L, 2 * E), normal(B, 1, E), normal(B, L, 2 * E), 0, E, 2, 1, 0.9, 1.0, "torch"),
         [True] * 2,
     ],
+    "add_silu_pair": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "torch"],
+    "add_silu_pair_backward": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "torch", [True] * 4],
     "token_losses": lambda: [normal(3, 7), normal(3), "triton"],
     "token_losses_backward": lambda: [normal(3), normal(3, 7), normal(3), normal(3), "triton"],
     "scaled_block_product": lambda: [normal(3, 4), normal(3), normal(2, 2, 2), "nvrtc"],

@@ -20,6 +20,7 @@ from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.eager_membrane import EagerMembrane
 from vimtune.ops.eager_norm import EagerGatedNorm
+from vimtune.ops.eager_silu_pair import EagerSiluPair
 from vimtune.ops.eager_ssd import EagerSsd
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 
@@ -186,7 +187,14 @@ class EagerBackend(Backend):
 
     name = "torch"
     summary = "pure PyTorch, runs everywhere"
-    kernels = (EagerScan(), EagerConvolution(), EagerSsd(), EagerGatedNorm(), EagerMembrane())
+    kernels = (
+        EagerScan(),
+        EagerConvolution(),
+        EagerSsd(),
+        EagerGatedNorm(),
+        EagerMembrane(),
+        EagerSiluPair(),
+    )
 
     def refusals(self, device: torch.device) -> list[str]:
         return []

@@ -215,6 +215,19 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: fl
     return (normed * weight.to(wide)).to(gate.dtype)
 
 
+def add_silu_pair(
+    x: Tensor, first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tensor, skipped: int
+) -> Tensor:
+    """x + first_scale SiLU(first) + second_scale SiLU(second), but x at the token `skipped`.
+
+    `x`, `first`, `second`: (B, L, D); scales: (D,). Returns (B, L, D) in the dtype of `x`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    added = first_scale * F.silu(first.to(wide)) + second_scale * F.silu(second.to(wide))
+    stays = torch.arange(x.shape[1], device=x.device) == skipped
+    return torch.where(stays[:, None], x, (x.to(wide) + added).to(x.dtype))
+
+
 def membrane(
     x: Tensor,
     start: Tensor | None,

@@ -22,6 +22,7 @@ from vimtune.ops.mixer import MixerInputs, MixerKernels
 from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
+from vimtune.ops.silu_pair import SiluPair, SiluPairKernels
 from vimtune.utils import installed_version
 
 if TYPE_CHECKING:
@@ -302,6 +303,24 @@ class TritonMembrane(MembraneKernels):
         return membrane.backward(grad, grad_mean, result, options, need_start)
 
 
+class TritonSiluPair(SiluPairKernels):
+    """The kernels of `triton/silu_pair.py`."""
+
+    def refusals(self, inputs: SiluPair) -> list[str]:
+        wide = any(tensor.dtype == torch.float64 for tensor in inputs)
+        return ["tensors are float64, the kernels compute in fp32"] if wide else []
+
+    def forward(self, x: Tensor, pair: SiluPair, skipped: int) -> Tensor:
+        from vimtune.ops.triton import silu_pair
+
+        return silu_pair.forward(x, pair, skipped)
+
+    def backward(self, grad: Tensor, pair: SiluPair, skipped: int) -> Gradients:
+        from vimtune.ops.triton import silu_pair
+
+        return silu_pair.backward(grad, pair, skipped)
+
+
 class TritonBackend(Backend):
     """Triton kernels for every size and dtype below fp64."""
 
@@ -316,6 +335,7 @@ class TritonBackend(Backend):
         TritonNorm(),
         TritonGatedNorm(),
         TritonMembrane(),
+        TritonSiluPair(),
         TritonLoss(),
     )
 
