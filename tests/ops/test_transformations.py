@@ -116,22 +116,16 @@ CASES = {
         )
         for backend in ("torch", "triton")
     },
-    **{
-        f"membrane {backend}": (
-            partial(membrane, backend=backend),
-            partial(membrane, backend="reference"),
-            lambda: [normal(B, L, 2 * E), normal(B, L // 2, E)],
-        )
-        for backend in ("torch", "triton")
-    },
-    **{
-        f"add_silu_pair {backend}": (
-            partial(silu_pair, backend=backend),
-            partial(silu_pair, backend="reference"),
-            lambda: [normal(B, L, E, seed=1), *silu_pair_tensors()],
-        )
-        for backend in ("torch", "triton")
-    },
+    "membrane triton": (
+        partial(membrane, backend="triton"),
+        partial(membrane, backend="reference"),
+        lambda: [normal(B, L, 2 * E), normal(B, L // 2, E)],
+    ),
+    "add_silu_pair triton": (
+        partial(silu_pair, backend="triton"),
+        partial(silu_pair, backend="reference"),
+        lambda: [normal(B, L, E, seed=1), *silu_pair_tensors()],
+    ),
     "token_losses triton": (
         partial(losses, backend="triton"),
         partial(losses, backend="reference"),
@@ -367,13 +361,13 @@ ARGUMENTS = {
     "gated_rms_norm_backward": lambda: [
         *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), 1, 1e-5, "torch", [True] * 3)
     ],
-    "membrane": lambda: [normal(B, L, 2 * E), normal(B, 1, E), 0, E, 2, 1, 0.9, 1.0, "torch"],
+    "membrane": lambda: [normal(B, L, 2 * E), normal(B, 1, E), 0, E, 2, 1, 0.9, 1.0, "triton"],
     "membrane_backward": lambda: [
-        *(normal(B, L, 2 * E), normal(B, 1, E), normal(B, L, 2 * E), 0, E, 2, 1, 0.9, 1.0, "torch"),
+        *(normal(B, L, 2 * E), normal(B, 1, E), normal(B, L, 2 * E), 0, E, 2, 1, 0.9, 1.0, "triton"),
         [True] * 2,
     ],
-    "add_silu_pair": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "torch"],
-    "add_silu_pair_backward": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "torch", [True] * 4],
+    "add_silu_pair": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "triton"],
+    "add_silu_pair_backward": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "triton", [True] * 4],
     "token_losses": lambda: [normal(3, 7), normal(3), "triton"],
     "token_losses_backward": lambda: [normal(3), normal(3, 7), normal(3), normal(3), "triton"],
     "scaled_block_product": lambda: [normal(3, 4), normal(3), normal(2, 2, 2), "nvrtc"],

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
-from vimtune.ops.eager_membrane import EagerMembrane
 from vimtune.ops.eager_norm import EagerGatedNorm
-from vimtune.ops.eager_silu_pair import EagerSiluPair
 from vimtune.ops.eager_ssd import EagerSsd
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 
@@ -187,14 +185,7 @@ class EagerBackend(Backend):
 
     name = "torch"
     summary = "pure PyTorch, runs everywhere"
-    kernels = (
-        EagerScan(),
-        EagerConvolution(),
-        EagerSsd(),
-        EagerGatedNorm(),
-        EagerMembrane(),
-        EagerSiluPair(),
-    )
+    kernels = (EagerScan(), EagerConvolution(), EagerSsd(), EagerGatedNorm())
 
     def refusals(self, device: torch.device) -> list[str]:
         return []

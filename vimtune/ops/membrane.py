@@ -1,9 +1,10 @@
 """The operation `membrane`: membranes that leak and integrate in the place of gates.
 
-It is what Memba (arXiv 2506.18184) does to some columns of the output of in_proj; the formula is that of
-`vimtune.ops.reference.membrane`. As one operation it reads and writes everything once in either direction.
-Where a membrane has fired, the result holds -0.0, which stands nowhere else in it: so the backward pass needs
-nothing but the result, which the scan that follows keeps anyway.
+It is what Memba (arXiv 2506.18184) does to some columns of the output of in_proj. The formula is that of
+`vimtune.ops.reference.membrane`, which computes it where no backend has kernels for it. As one operation it
+reads and writes everything once in either direction. Where a membrane has fired, its result holds -0.0, which
+stands nowhere else among the membranes: so the backward pass needs nothing but the result, which the scan
+that follows keeps anyway.
 
 Shape letters: B batch, L tokens, W columns of which E are gates, T chunks of c tokens.
 """
@@ -16,12 +17,10 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from vimtune.backends import REFERENCE
 from vimtune.ops import reference
 from vimtune.ops.backend import Kernels
-from vimtune.ops.dispatch import chosen_backend, find_backend, find_kernels
+from vimtune.ops.dispatch import find_backend, find_kernels
 from vimtune.ops.operation import as_list, as_optional, check_inputs, operation
-from vimtune.ops.ssd import PLAIN
 
 
 class MembraneOptions(NamedTuple):
@@ -127,17 +126,16 @@ def membrane(
         ValueError: shapes or devices that do not fit together, or tensors that are not of floating point
             numbers.
         BackendUnavailable: `backend` names one that cannot run here.
-        NotImplementedError: derivatives other than those of autograd's backward pass, which only
-            `backend="reference"` has.
+        NotImplementedError: derivatives other than those of autograd's backward pass, which the kernels of a
+            backend lack and `backend="reference"` has.
     """
     options = MembraneOptions(first, width, chunks, length, tau, threshold)
-    chosen = chosen_backend(backend)
-    if chosen == REFERENCE:
-        _check(x, start, options)
-        return reference.membrane(x, start, *options)
-    # Cast here, so that the backward pass need not know what it was.
+    _check(x, start, options)
     start = None if start is None else start.to(x.dtype)
-    result, mean = torch.ops.vimtune.membrane(x, start, *options, chosen)
+    name = find_backend(MembraneKernels, backend, x.device, MembraneInputs(x, start))
+    if not name:
+        return reference.membrane(x, start, *options)
+    result, mean = torch.ops.vimtune.membrane(x, start, *options, name)
     return result, mean
 
 
@@ -148,13 +146,6 @@ def _check(x: Tensor, start: Tensor | None, options: MembraneOptions) -> None:
         raise ValueError(f"x must be (B, L, W) with {width} columns from {first} on, got {tuple(x.shape)}")
     shape = options.mean_shape(x)
     check_inputs(x.device, x=(x, tuple(x.shape)), start=(start, shape))
-
-
-def _kernels(backend: str, inputs: MembraneInputs) -> MembraneKernels:
-    """Those of the backend, or those of PyTorch where it has none for these tensors."""
-    device = inputs.x.device
-    name = find_backend(MembraneKernels, backend, device, inputs) or PLAIN
-    return find_kernels(MembraneKernels, name, device, inputs)[1]
 
 
 # About the spelling of annotations see `scan.py`.
@@ -174,11 +165,11 @@ def _membrane(
 ) -> tuple[Tensor, Tensor]:
     """The changed x and the mean."""
     options = MembraneOptions(first, width, chunks, length, tau, threshold)
-    _check(x, start, options)
     if x.numel() == 0:
         return x.new_empty(x.shape), x.new_zeros(options.mean_shape(x))
     inputs = MembraneInputs(x.contiguous(), None if start is None else start.contiguous())
-    return _kernels(backend, inputs).forward(inputs, options)
+    _, kernels = find_kernels(MembraneKernels, backend, x.device, inputs)
+    return kernels.forward(inputs, options)
 
 
 @_membrane.register_fake
@@ -205,7 +196,8 @@ def _membrane_backward(
     options = MembraneOptions(first, width, chunks, length, tau, threshold)
     if result.numel() == 0:
         return [found.zero_() for found in _fake_gradients(result, options, needs)]
-    kernels = _kernels(backend, MembraneInputs(result, None))
+    inputs = MembraneInputs(result, None)
+    _, kernels = find_kernels(MembraneKernels, backend, result.device, inputs)
     if grad_mean is not None:
         grad_mean = grad_mean.contiguous() if grad_mean.numel() > 0 else None
     grad_x, grad_start = kernels.backward(grad.contiguous(), grad_mean, result, options, needs[1])

@@ -223,9 +223,11 @@ def add_silu_pair(
     `x`, `first`, `second`: (B, L, D); scales: (D,). Returns (B, L, D) in the dtype of `x`.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    added = first_scale * F.silu(first.to(wide)) + second_scale * F.silu(second.to(wide))
-    stays = torch.arange(x.shape[1], device=x.device) == skipped
-    return torch.where(stays[:, None], x, (x.to(wide) + added).to(x.dtype))
+    changes = (torch.arange(x.shape[1], device=x.device) != skipped)[:, None]
+    total = x.to(wide)
+    for values, scale in ((first, first_scale), (second, second_scale)):
+        total = torch.addcmul(total, F.silu(values.to(wide)), (changes * scale).to(wide))
+    return total.to(x.dtype)
 
 
 def membrane(
@@ -265,7 +267,7 @@ def membrane(
         before = fire(chunk if before is None else torch.add(chunk, before, alpha=tau))
         membranes.append(before)
     u = torch.cat([*membranes, fire(left_over)], 1).narrow(1, 0, tokens)
-    mean = z.new_empty(0) if chunks is None else torch.stack(membranes).mean(0)
+    mean = z.new_empty(0) if chunks is None else sum(membranes[1:], membranes[0]) / chunks
     return torch.cat([others, u, rest], -1), mean
 
 

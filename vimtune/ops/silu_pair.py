@@ -1,6 +1,7 @@
 """The operation `add_silu_pair`: two scaled activations added to tokens, as SVP does before every block.
 
-As one operation it reads and writes everything once, and keeps for the backward pass what it was given.
+As one operation it reads and writes everything once, and keeps for the backward pass what it was given. Where
+no backend has kernels for it, `vimtune.ops.reference.add_silu_pair` computes it.
 
 Shape letters: B batch, L tokens, D width.
 """
@@ -14,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vimtune.backends import REFERENCE
 from vimtune.ops import reference
 from vimtune.ops.backend import Gradients, Kernels
-from vimtune.ops.dispatch import chosen_backend, find_backend, find_kernels
+from vimtune.ops.dispatch import find_backend, find_kernels
 from vimtune.ops.operation import (
     as_list,
     as_optional,
@@ -27,7 +27,6 @@ from vimtune.ops.operation import (
     wanted,
     zero_gradients,
 )
-from vimtune.ops.ssd import PLAIN
 
 
 class SiluPair(NamedTuple):
@@ -71,8 +70,6 @@ def add_silu_pair(
 ) -> Tensor:
     """x + first_scale SiLU(first) + second_scale SiLU(second), at all tokens but one.
 
-    The formula is that of `vimtune.ops.reference.add_silu_pair`.
-
     Args:
         x: (B, L, D).
         first: (B, L, D).
@@ -89,8 +86,8 @@ def add_silu_pair(
         ValueError: shapes or devices that do not fit together, or tensors that are not of floating point
             numbers.
         BackendUnavailable: `backend` names one that cannot run here.
-        NotImplementedError: derivatives other than those of autograd's backward pass, which only
-            `backend="reference"` has.
+        NotImplementedError: derivatives other than those of autograd's backward pass, which the kernels of a
+            backend lack and `backend="reference"` has.
     """
     if x.dim() != 3:
         raise ValueError(f"x must be (B, L, D), got {tuple(x.shape)}")
@@ -98,9 +95,9 @@ def add_silu_pair(
     shapes = (x.shape, x.shape[-1:]) * 2
     named = zip(SiluPair._fields, pair, shapes, strict=True)
     check_inputs(x.device, x=(x, x.shape), **{name: (tensor, shape) for name, tensor, shape in named})
-    if chosen_backend(backend) == REFERENCE:
+    name = find_backend(SiluPairKernels, backend, x.device, pair)
+    if not name:
         return reference.add_silu_pair(x, *pair, skipped)
-    name = find_backend(SiluPairKernels, backend, x.device, pair) or PLAIN
     result: Tensor = torch.ops.vimtune.add_silu_pair(x, *pair, skipped, name)
     return result
 

@@ -21,11 +21,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vimtune.adapters.declarations import ScanInput
 from vimtune.adapters.rule import Call, CallRule
 from vimtune.ops import membrane
+
+torch.fx.wrap("membrane")  # One node of an FX graph, so that the device decides which kernels run.
 
 
 class MembraneRule(CallRule):
