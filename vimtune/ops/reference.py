@@ -253,14 +253,12 @@ def membrane(
 
     # Split, not sliced: the gradients of slices would each be as large as the whole.
     others, z, rest = x.split([first, width, x.shape[-1] - first - width], -1)
-    tokens, padding = z.shape[1], 0
+    tokens = z.shape[1]
     if chunks is None:
-        padding = -tokens % length
-        chunks_of_z, left_over = F.pad(z, (0, 0, 0, padding)).split(length, 1), z[:, tokens:]
+        *chunks_of_z, left_over = *F.pad(z, (0, 0, 0, -tokens % length)).split(length, 1), z[:, tokens:]
     else:
         size = tokens // chunks
-        parts = z.split([*[size] * chunks, tokens - chunks * size], 1)
-        chunks_of_z, left_over = tuple(parts[i] for i in range(chunks)), parts[chunks]
+        *chunks_of_z, left_over = z.split([*[size] * chunks, tokens - chunks * size], 1)
     membranes: list[Tensor] = []
     before = start
     for chunk in chunks_of_z:
