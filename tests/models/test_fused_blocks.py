@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-import vimtune  # noqa: F401  (registers the models)
+import vimtune
 from vimtune import ops
 from vimtune.adapters.slots import computed_ahead
 from vimtune.models import layers
@@ -26,7 +26,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None and (
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON, reason="needs Triton and a GPU, or TRITON_INTERPRET=1 set before Python starts"
 )
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 0.1}
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 0.1}
 
 
 @pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])
@@ -46,6 +46,11 @@ def fuse(request, monkeypatch):
 
     turn.exact = request.param == "reference" and DEVICE == "cpu"  # cuDNN's gradients vary by rounding
     return turn
+
+
+def carried(calls):
+    """Those calls that do a residual add of one block together with the norm of the next."""
+    return [branch for branch, _ in calls if branch is not None]
 
 
 def build(**options):
@@ -167,7 +172,18 @@ def test_plain_where_a_block_is_more_than_its_parts(fuse, change, place):
     for on in (False, True):
         calls = fuse(on)
         results.append(step(model, images()))
-        assert not calls
+        assert not carried(calls)
+    assert_same(*results, TOLERANCES[torch.float32])
+
+
+def test_a_block_whose_update_has_a_rule_has_the_kernel_of_its_norm(fuse):
+    model = build()
+    vimtune.inject(model, "svp")
+    results = []
+    for on in (False, True):
+        calls = fuse(on)
+        results.append(step(model.eval(), images()))
+        assert [branch for branch, _ in calls] == [None] * (len(model.layers) if on else 0)
     assert_same(*results, TOLERANCES[torch.float32])
 
 
@@ -182,7 +198,8 @@ def test_hooks_see_the_outputs_of_blocks(fuse):
     middle = model.cls_position
     for tokens, wanted in zip(seen, expected, strict=True):
         assert torch.equal(torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], 1), wanted)
-    assert not calls
+    assert not carried(calls)
+    calls.clear()
     for handle in handles:
         handle.remove()
     for place in ("layers", "layers.1.mixer", "layers.1.mixer.in_proj", "norm_f"):
@@ -199,7 +216,7 @@ def test_whoever_calls_blocks_one_by_one_has_the_plain_sequence(fuse):
     final, _ = model.forward_intermediates(images())
     model.set_grad_checkpointing(True)
     checkpointed = step(model, images())
-    assert not calls
+    assert not carried(calls)
     assert_same((expected[0], {}), (final, {}), TOLERANCES[torch.float32])
     assert_same(expected, checkpointed, TOLERANCES[torch.float32])
 
@@ -312,4 +329,4 @@ def test_rules_before_blocks_see_what_the_blocks_see(fuse):
     expected = model(images)
     calls = fuse(True)
     torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=1e-6)
-    assert not calls
+    assert not carried(calls)

@@ -74,6 +74,18 @@ def gated(random, tokens, inner, states):
     return [random.low(2, tokens, inner), random.low(2, tokens, 2 * inner), random.high(inner)]
 
 
+def membranes(random, tokens, inner, states):
+    """Halves, of which all dtypes can say alike whether their sums are above a threshold."""
+    shapes = (2, tokens, 2 * inner), (2, tokens, inner)
+    return [(2 * random.low(*shape)).round().clamp(-4, 4) / 2 for shape in shapes]
+
+
+def silu_pair(random, tokens, inner, states):
+    shape = 2, tokens, inner
+    parts = [part for _ in range(2) for part in (random.low(*shape), random.high(inner))]
+    return [random.high(*shape), *parts]
+
+
 def product(random, tokens, inner, states):
     size = 4 if inner % 4 == 0 else 1
     return [random.low(tokens, inner), random.low(tokens), random.low(inner // size, size, size)]
@@ -92,6 +104,20 @@ def run_gated_norm(x, wide, weight, backend, groups=1):
     """The gate is a part of wider rows, as in a mixer."""
     groups = groups if len(weight) % groups == 0 else 1
     return ops.gated_rms_norm(x, wide[..., : len(weight)], weight, groups, 1e-5, backend)
+
+
+def run_membrane(x, start, backend, chunks=4, handed_on=True):
+    """The gates are the middle of `x`. The start is a result, too, so that it always has a gradient."""
+    begin = None if chunks is None or not handed_on else start[:, : x.shape[1] // chunks]
+    width = start.shape[2]
+    options = {"first": width // 2, "width": width, "chunks": chunks, "length": 3, "tau": 0.5}
+    result, mean = ops.membrane(x, begin, **options, threshold=0.5, backend=backend)
+    parts = (result, mean, start) if handed_on else (result, start)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def run_silu_pair(x, *pair, backend):
+    return ops.add_silu_pair(x, *pair, x.shape[1] // 2, backend)
 
 
 def run_mixer(xz, *weights, backend):
@@ -113,6 +139,16 @@ OPERATIONS = {
     "bidirectional_scan": (mixer, [run_mixer]),
     "add_rms_norm": (norm, [ops.add_rms_norm]),
     "gated_rms_norm": (gated, [run_gated_norm, partial(run_gated_norm, groups=4)]),
+    "membrane": (
+        membranes,
+        [
+            run_membrane,
+            partial(run_membrane, chunks=3),
+            partial(run_membrane, chunks=None),
+            partial(run_membrane, handed_on=False),
+        ],
+    ),
+    "add_silu_pair": (silu_pair, [run_silu_pair]),
     "token_losses": (logits, [run_losses]),
     "scaled_block_product": (product, [ops.scaled_block_product]),
 }

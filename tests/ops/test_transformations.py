@@ -65,6 +65,20 @@ def gated_norm(*tensors, backend):
     return ops.gated_rms_norm(*tensors, 1, 1e-5, backend)
 
 
+def silu_pair_tensors():
+    return [tensor for seed in (2, 3) for tensor in (normal(B, L, E, seed=seed), normal(E, seed=seed))]
+
+
+def membrane(x, start, backend):
+    options = {"first": 1, "width": E, "chunks": 2, "length": 1, "tau": 0.9, "threshold": 0.4}
+    result, mean = ops.membrane(x, start, **options, backend=backend)
+    return torch.cat([result[..., :E], mean], 1)
+
+
+def silu_pair(*tensors, backend):
+    return ops.add_silu_pair(*tensors, 1, backend)
+
+
 def losses(*logits, backend):
     """Those of two sets of logits, because there is no other tensor to be differentiated."""
     return torch.cat([_losses(each, backend) for each in logits])
@@ -102,6 +116,16 @@ CASES = {
         )
         for backend in ("torch", "triton")
     },
+    "membrane triton": (
+        partial(membrane, backend="triton"),
+        partial(membrane, backend="reference"),
+        lambda: [normal(B, L, 2 * E), normal(B, L // 2, E)],
+    ),
+    "add_silu_pair triton": (
+        partial(silu_pair, backend="triton"),
+        partial(silu_pair, backend="reference"),
+        lambda: [normal(B, L, E, seed=1), *silu_pair_tensors()],
+    ),
     "token_losses triton": (
         partial(losses, backend="triton"),
         partial(losses, backend="reference"),
@@ -337,6 +361,13 @@ ARGUMENTS = {
     "gated_rms_norm_backward": lambda: [
         *(normal(B, L, E), normal(B, L, E), normal(B, L, E), normal(E), 1, 1e-5, "torch", [True] * 3)
     ],
+    "membrane": lambda: [normal(B, L, 2 * E), normal(B, 1, E), 0, E, 2, 1, 0.9, 1.0, "triton"],
+    "membrane_backward": lambda: [
+        *(normal(B, L, 2 * E), normal(B, 1, E), normal(B, L, 2 * E), 0, E, 2, 1, 0.9, 1.0, "triton"),
+        [True] * 2,
+    ],
+    "add_silu_pair": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "triton"],
+    "add_silu_pair_backward": lambda: [normal(B, L, E), *silu_pair_tensors(), 1, "triton", [True] * 4],
     "token_losses": lambda: [normal(3, 7), normal(3), "triton"],
     "token_losses_backward": lambda: [normal(3), normal(3, 7), normal(3), normal(3), "triton"],
     "scaled_block_product": lambda: [normal(3, 4), normal(3), normal(2, 2, 2), "nvrtc"],

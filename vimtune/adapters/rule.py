@@ -250,3 +250,10 @@ def exact(weight: Tensor) -> AbstractContextManager[Any]:
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer with this weight multiplies: that of autocast where there is one."""
+    device = weight.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype

@@ -119,7 +119,23 @@ class Block(nn.Module):
 
     def update(self, x: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
         """All that the block does, by a name that rules of adapters can surround; as `forward`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript drops this branch only in this form)
+            if self.has_norm_kernel(x):
+                normed, x = add_rms_norm(None, x, self.norm.weight, self.norm.eps, self.mixer.backend)
+                return x + self.branch(normed, flow)
         return x + self.branch(self.norm(x), flow)
+
+    @torch.jit.ignore
+    def has_norm_kernel(self, x: Tensor) -> bool:
+        """Whether the backend of the mixer has a kernel for the norm of tokens `x`, and nothing is in its
+        way: no tracing, no hooks on the norm, no other norm in its place."""
+        if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+            return False
+        return (
+            isinstance(self.mixer, BiMambaMixer)
+            and has_add_rms_norm(self.mixer.backend, x.device)
+            and _is_only(RMSNorm.forward, self.norm)
+        )
 
     def branch(self, normed: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
         """What the block adds to its input, from the norm of that input."""
@@ -146,15 +162,11 @@ class Blocks(nn.Sequential):
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Whether every block can be taken apart, and the backend of its mixer has the kernel."""
-        if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
-            return False
         return all(
             isinstance(block, Block)
-            and isinstance(block.mixer, BiMambaMixer)
-            and has_add_rms_norm(block.mixer.backend, x.device)
-            and _is_only(Block.forward, block)
             and type(block).update is Block.update
-            and _is_only(RMSNorm.forward, block.norm)
+            and _is_only(Block.forward, block)
+            and block.has_norm_kernel(x)
             for block in self
         )
 

@@ -1,8 +1,8 @@
 """Operations of Vision Mamba behind one dispatch.
 
 Each operation has a file: `scan.py`, `ssd.py`, `convolution.py`, `mixer.py`, `ssd_mixer.py`, `norm.py`,
-`cross_entropy.py`, `block_product.py`, `mixer_start.py` for mixers that begin with a state, and `prompt.py`,
-`step.py` and `ssd_mixer_step.py` for what generating text needs.
+`cross_entropy.py`, `block_product.py`, `membrane.py`, `silu_pair.py`, `mixer_start.py` for mixers that begin
+with a state, and `prompt.py`, `step.py` and `ssd_mixer_step.py` for what generating text needs.
 Their naive definitions are in `reference.py`. A backend (`backend.py`) has kernels for as many of them as it
 likes: `cpu/`, `nvrtc/`, `triton/`, `cuda.py`, `eager.py`. Which one runs is decided in `dispatch.py`.
 """
@@ -24,11 +24,13 @@ from vimtune.ops.dispatch import (
     with_chosen_backend,
 )
 from vimtune.ops.gated_norm import gated_rms_norm
+from vimtune.ops.membrane import membrane
 from vimtune.ops.mixer import DirectionStart, DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.mixer_start import bidirectional_scan_from, start_behind
 from vimtune.ops.norm import add_rms_norm, has_add_rms_norm
 from vimtune.ops.prompt import causal_prompt
 from vimtune.ops.scan import scan_step, selective_scan, stateful_scan
+from vimtune.ops.silu_pair import add_silu_pair
 from vimtune.ops.ssd import ssd, ssd_step
 from vimtune.ops.ssd_mixer import SsdMixerOptions, SsdWeights, ssd_mixer
 from vimtune.ops.ssd_mixer_step import ssd_mixer_step
@@ -47,6 +49,7 @@ __all__ = [
     "SsdMixerOptions",
     "SsdWeights",
     "add_rms_norm",
+    "add_silu_pair",
     "backend_names",
     "backend_report",
     "bidirectional_scan",
@@ -58,6 +61,7 @@ __all__ = [
     "gated_rms_norm",
     "has_add_rms_norm",
     "has_kernels",
+    "membrane",
     "register_backend",
     "resolved_backend",
     "scaled_block_product",

@@ -215,6 +215,60 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: fl
     return (normed * weight.to(wide)).to(gate.dtype)
 
 
+def add_silu_pair(
+    x: Tensor, first: Tensor, first_scale: Tensor, second: Tensor, second_scale: Tensor, skipped: int
+) -> Tensor:
+    """x + first_scale SiLU(first) + second_scale SiLU(second), but x at the token `skipped`.
+
+    `x`, `first`, `second`: (B, L, D); scales: (D,). Returns (B, L, D) in the dtype of `x`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    changes = (torch.arange(x.shape[1], device=x.device) != skipped)[:, None]
+    total = x.to(wide)
+    for values, scale in ((first, first_scale), (second, second_scale)):
+        total = torch.addcmul(total, F.silu(values.to(wide)), (changes * scale).to(wide))
+    return total.to(x.dtype)
+
+
+def membrane(
+    x: Tensor,
+    start: Tensor | None,
+    first: int,
+    width: int,
+    chunks: int | None,
+    length: int,
+    tau: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """u_(i+1) = fire(tau u_i + z_i) in the place of z, with fire(v) = 0 if v > threshold else v.
+
+    z (B, L, E) are the columns of `x` (B, L, W) from `first` on, cut into T chunks z_0 .. z_(T-1) of equally
+    many tokens, or without T of `length` tokens, of which the last one may be shorter. u_0 is `start`
+    (B, L // T, E), or 0. Tokens that are left over when L is cut into T have no predecessors. Returns x with
+    u_1 .. u_T for z, and the mean of these (B, L // T, E); without T an empty tensor.
+    """
+
+    def fire(v: Tensor) -> Tensor:
+        return v.masked_fill(v > threshold, 0)
+
+    # Split, not sliced: the gradients of slices would each be as large as the whole.
+    others, z, rest = x.split([first, width, x.shape[-1] - first - width], -1)
+    tokens = z.shape[1]
+    if chunks is None:
+        *chunks_of_z, left_over = *F.pad(z, (0, 0, 0, -tokens % length)).split(length, 1), z[:, tokens:]
+    else:
+        size = tokens // chunks
+        *chunks_of_z, left_over = z.split([*[size] * chunks, tokens - chunks * size], 1)
+    membranes: list[Tensor] = []
+    before = start
+    for chunk in chunks_of_z:
+        before = fire(chunk if before is None else torch.add(chunk, before, alpha=tau))
+        membranes.append(before)
+    u = torch.cat([*membranes, fire(left_over)], 1).narrow(1, 0, tokens)
+    mean = z.new_empty(0) if chunks is None else sum(membranes[1:], membranes[0]) / chunks
+    return torch.cat([others, u, rest], -1), mean
+
+
 def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor) -> Tensor:
     """s (W + W diag(D_1, ..., D_n)), where s scales rows.
 

@@ -19,16 +19,16 @@ with 0. A token then depends on those before it alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vimtune.adapters.declarations import ScanInput
 from vimtune.adapters.rule import Call, CallRule
+from vimtune.ops import membrane
+
+torch.fx.wrap("membrane")  # One node of an FX graph, so that the device decides which kernels run.
 
 
 class MembraneRule(CallRule):
@@ -63,46 +63,17 @@ class MembraneRule(CallRule):
         self.chunks, self.length = chunks, length
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
-        # Split, not sliced: the gradients of slices would each be as large as the whole.
-        width = self.gate.stop - self.gate.start
-        parts = x.split([self.gate.start, width, x.shape[-1] - self.gate.stop], -1)
-        z = parts[1]
-        if self.chunks is None:
-            gate = self.gates_of_a_text(z)
-        else:
-            start = flow[0].get(self.before) if self.before is not None else None
-            gate, flow[0][self.path] = self.gates_of_an_image(z, start)
-        return call(torch.cat([parts[0], gate, parts[2]], -1))
-
-    def gates_of_an_image(self, z: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gates (B, L, E) of T chunks, and their mean membrane (B, L // T, E).
-
-        Args:
-            z: the gates as they were, (B, L, E).
-            start: the membrane before the first chunk, of the mean's shape; None for 0.
-        """
-        assert self.chunks is not None
-        length = z.shape[1] // self.chunks
-        parts = z.split([*[length] * self.chunks, z.shape[1] - self.chunks * length], 1)
-        membranes = self.membranes([parts[i] for i in range(self.chunks)], start)
-        gate = torch.cat([*membranes, self.fire(parts[self.chunks])], 1)
-        return gate, reduce(torch.add, membranes) / self.chunks
-
-    def gates_of_a_text(self, z: Tensor) -> Tensor:
-        """The gates (B, L, E) of chunks of `length` tokens, of which the last one may be shorter."""
-        padded = F.pad(z, (0, 0, 0, -z.shape[1] % self.length))
-        membranes = self.membranes(padded.split(self.length, 1), None)
-        return torch.cat(membranes, 1)[:, : z.shape[1]]
-
-    def membranes(self, chunks: Iterable[Tensor], start: Tensor | None) -> list[Tensor]:
-        """The membranes after each of the chunks, which all have one shape."""
-        membranes: list[Tensor] = []
-        before = start
-        for chunk in chunks:
-            before = self.fire(chunk if before is None else torch.add(chunk, before, alpha=self.tau))
-            membranes.append(before)
-        return membranes
-
-    def fire(self, membrane: Tensor) -> Tensor:
-        """The membrane, 0 where it is above the threshold."""
-        return membrane.masked_fill(membrane > self.threshold, 0)
+        start = flow[0].get(self.before) if self.before is not None else None
+        changed, mean = membrane(
+            x,
+            start,
+            first=self.gate.start,
+            width=self.gate.stop - self.gate.start,
+            chunks=self.chunks,
+            length=self.length,
+            tau=self.tau,
+            threshold=self.threshold,
+        )
+        if self.chunks is not None:
+            flow[0][self.path] = mean
+        return call(changed)

@@ -18,20 +18,19 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from vimtune.adapters.rule import Call, CallRule
+from vimtune.adapters.rule import Call, CallRule, product_dtype
 from vimtune.adapters.rules.tokens import linear_like
+from vimtune.ops import add_silu_pair
 
 if TYPE_CHECKING:
     from vimtune.adapters.sites import Site
 
 
 class Generator(nn.Module):
-    """`scale` (D,) times SiLU of linear layers in a row: tokens (..., D) to prompts (..., D).
+    """Linear layers in a row, whose outputs become prompts (..., D) by SiLU and `scale` (D,).
 
     Args:
         site: where it is used.
@@ -44,8 +43,8 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*(linear_like(self.scale, *pair) for pair in pairwise(widths)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompts before they are scaled, and the scale."""
-        return F.silu(self.layers(x)), self.scale
+        """What SiLU makes the prompts of the tokens `x` (..., D) from, and the scale."""
+        return self.layers(x), self.scale
 
 
 @register_notrace_module  # FX names nodes by their modules, of which layers have some in common.
@@ -56,13 +55,13 @@ class Prompter(nn.Module):
         super().__init__()
         self.own, self.shared = own, shared
 
-    def forward(self, x: Tensor, prompted: Tensor) -> Tensor:
-        """Tokens (B, L, D) with their prompts, in the dtype of `x`; `prompted` (L, 1) says which get one."""
-        seen = x.to(self.own.scale.dtype)
-        for generator in (self.own, self.shared):
-            prompt, scale = generator(seen)
-            x = torch.addcmul(x, prompt.to(x.dtype), (prompted * scale).to(x.dtype))
-        return x
+    def forward(self, x: Tensor, cls_position: int) -> Tensor:
+        """Tokens (B, L, D) with their prompts, in the dtype of `x`; the one at `cls_position` gets none."""
+        # Autocast would cast the tokens for each generator, and the gradients of both back.
+        seen = x.to(product_dtype(self.own.scale))
+        own, own_scale = self.own(seen)
+        shared, shared_scale = self.shared(seen)
+        return add_silu_pair(x, own, own_scale, shared, shared_scale, cls_position)
 
 
 class SVPRule(CallRule):
@@ -80,8 +79,6 @@ class SVPRule(CallRule):
         self.num_tokens, self.cls_position = num_tokens, cls_position
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
-        tokens = torch.arange(x.shape[1], device=x.device)
         # Tokens that others have added stand before and behind the model's own, as those of prompt tuning do.
         added = x.shape[1] - self.num_tokens
-        prompted = (tokens != self.cls_position + (added + 1) // 2)[:, None]
-        return call(self.prompter(x, prompted))
+        return call(self.prompter(x, self.cls_position + (added + 1) // 2))

@@ -17,10 +17,12 @@ from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cross_entropy import LossInputs, LossKernels
 from vimtune.ops.gated_norm import GatedNormInputs, GatedNormKernels
+from vimtune.ops.membrane import MembraneInputs, MembraneKernels, MembraneOptions
 from vimtune.ops.mixer import MixerInputs, MixerKernels
 from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
+from vimtune.ops.silu_pair import SiluPair, SiluPairKernels
 from vimtune.utils import installed_version
 
 if TYPE_CHECKING:
@@ -277,6 +279,48 @@ class TritonGatedNorm(GatedNormKernels):
         return gated_norm.backward(grad, inputs, groups, eps, need_weight)
 
 
+class TritonMembrane(MembraneKernels):
+    """The kernels of `triton/membrane.py`."""
+
+    def refusals(self, inputs: MembraneInputs) -> list[str]:
+        return ["x is float64, the kernels compute in fp32"] if inputs.x.dtype == torch.float64 else []
+
+    def forward(self, inputs: MembraneInputs, options: MembraneOptions) -> tuple[Tensor, Tensor]:
+        from vimtune.ops.triton import membrane
+
+        return membrane.forward(inputs, options)
+
+    def backward(
+        self,
+        grad: Tensor,
+        grad_mean: Tensor | None,
+        result: Tensor,
+        options: MembraneOptions,
+        need_start: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        from vimtune.ops.triton import membrane
+
+        return membrane.backward(grad, grad_mean, result, options, need_start)
+
+
+class TritonSiluPair(SiluPairKernels):
+    """The kernels of `triton/silu_pair.py`."""
+
+    def refusals(self, inputs: SiluPair) -> list[str]:
+        wide = any(tensor.dtype == torch.float64 for tensor in inputs)
+        return ["tensors are float64, the kernels compute in fp32"] if wide else []
+
+    def forward(self, x: Tensor, pair: SiluPair, skipped: int) -> Tensor:
+        from vimtune.ops.triton import silu_pair
+
+        return silu_pair.forward(x, pair, skipped)
+
+    def backward(self, grad: Tensor, pair: SiluPair, skipped: int) -> Gradients:
+        from vimtune.ops.triton import silu_pair
+
+        return silu_pair.backward(grad, pair, skipped)
+
+
 class TritonBackend(Backend):
     """Triton kernels for every size and dtype below fp64."""
 
@@ -290,6 +334,8 @@ class TritonBackend(Backend):
         TritonStart(),
         TritonNorm(),
         TritonGatedNorm(),
+        TritonMembrane(),
+        TritonSiluPair(),
         TritonLoss(),
     )
 
