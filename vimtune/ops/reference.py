@@ -255,7 +255,8 @@ def membrane(
     others, z, rest = x.split([first, width, x.shape[-1] - first - width], -1)
     tokens = z.shape[1]
     if chunks is None:
-        *chunks_of_z, left_over = *F.pad(z, (0, 0, 0, -tokens % length)).split(length, 1), z[:, tokens:]
+        padded = F.pad(z, (0, 0, 0, -tokens % length))
+        chunks_of_z, left_over = list(padded.split(length, 1)), z[:, tokens:]
     else:
         size = tokens // chunks
         *chunks_of_z, left_over = z.split([*[size] * chunks, tokens - chunks * size], 1)
