@@ -103,6 +103,12 @@ def test_a_block_size_divides_and_a_rank_is_at_most_the_smaller_side():
     assert rank.branch.lora_A.shape[0] == min(plain().layers[0].mixer.out_proj.weight.shape)
 
 
+def test_an_offset_of_states_gets_no_rank_beyond_a_full_one():
+    model = vimtune.inject(plain(), "state_offset", budget=10**6)
+    full = vimtune.inject(plain(), "state_offset")
+    assert trained(model) < trained(full) < trained(vimtune.inject(plain(), "state_offset", h_rank=11))
+
+
 def test_several_methods_share_a_budget():
     """First those of one size, then equal parts; what one leaves goes to the next."""
     bitfit, lora = (trained(vimtune.inject(plain(), name)) for name in ("bitfit", "lora"))

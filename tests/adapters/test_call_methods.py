@@ -387,7 +387,12 @@ def test_svp(adapted, head_of, prompts):
 # --- Memba
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 4, 17, 20])
+def test_more_chunks_than_tokens_are_refused(adapted):
+    with pytest.raises(ValueError, match="chunks = 18 of 17 tokens: no chunk would have a token"):
+        adapted("memba", chunks=18)(images)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 4, 17])
 def test_memba(adapted, head_of, chunks):
     """The membrane token by token: token t goes on from token t - c, for chunks of c tokens."""
     model = adapted("lora+memba", targets={"lora": "in_proj"}, rank=2, chunks=chunks, tau=0.8, threshold=0.3)

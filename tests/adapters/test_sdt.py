@@ -115,7 +115,7 @@ def test_the_formula():
     assert changed[1:, channels].all() and int(changed.sum()) == 32 * 3  # the row of dt stays
 
 
-@pytest.mark.parametrize("criterion", ["weight", "random", "delta", "gradient"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "delta", "gradient"])
 def test_each_direction_chooses_by_its_scores(criterion):
     model = adapted(criterion=criterion, selection_steps=3, selection_lr=0.01)
     assert settles(model) == (criterion in ("delta", "gradient"))
@@ -147,7 +147,7 @@ def test_each_direction_chooses_by_its_scores(criterion):
             key: (value.grad if criterion == "gradient" else value.detach() - start[key]).square()
             for key, value in values.items()
         }
-    elif criterion == "weight":
+    elif criterion == "magnitude":
         scores = {key: value.detach().square() for key, value in values.items()}
     chosen = []
     for (index, name), _ in values.items():
@@ -160,7 +160,7 @@ def test_each_direction_chooses_by_its_scores(criterion):
         x_proj = mixer.x_proj if name == "A_log" else mixer.x_proj_b
         for rule in x_proj.adapters["weight"]["default"].rules:
             assert rule.places.tolist() == expected_columns(rule, list(kept))
-    assert len({str(kept) for kept in chosen}) > 1 or criterion == "weight"
+    assert len({str(kept) for kept in chosen}) > 1 or criterion == "magnitude"
     if criterion == "delta":
         after = adapter_state_dict(model)
         assert after.keys() == state.keys()

@@ -81,6 +81,13 @@ def test_runs_with_other_settings_are_refused_all_at_once(runs, tmp_path):
     assert len(runs.started) == 2
 
 
+def test_gpus_that_are_not_there_are_refused_before_any_run(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ValueError, match="devices = 'cuda:9': this machine has 1 GPUs"):
+        compare(plan(seeds="0", devices="cuda:0,cuda:9"), tmp_path)
+    assert not runs.started
+
+
 def test_equal_budgets(runs, tmp_path):
     rows, _ = compare(plan(methods="lora,dora,prodial", seeds="0", budget=3000), tmp_path)
     assert all(0.6 * 3000 < row.parameters <= 3000 for row in rows)

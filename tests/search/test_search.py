@@ -273,6 +273,9 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch) ->
     assert "unknown flag --peft" in fails(capsys, *given, "--peft", "lora")
     assert "is no folder of a search: it has no search.yaml" in fails(capsys, "--resume", str(tmp_path))
     assert "lr = 'x': expected" in fails(capsys, *given, "--lr", "x")
+    space.write_text(yaml.safe_dump(SPACE))
+    for key in ("train-split train+val", "eval-split test"):
+        assert "a search trains on train and scores on val" in fails(capsys, *given, *f"--{key}".split())
     space.write_text(yaml.safe_dump({**SPACE, "more": 1}))
     assert "the space: unknown key 'more'" in fails(capsys, *given)
     assert not folder.exists(), "nothing is left behind"

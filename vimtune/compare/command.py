@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vimtune.compare.execution import POLL_SECONDS, Process, Processes
+from vimtune.compare.execution import POLL_SECONDS, Process, Processes, check_gpus
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
@@ -103,6 +103,7 @@ def _run_all(
 ) -> None:
     """Make all runs that are missing, until a request to stop."""
     options = schedule.plan.options
+    check_gpus(options.devices or [])
     processes = Processes(options.jobs, options.devices, packages)
     asked = False
     try:

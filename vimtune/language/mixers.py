@@ -27,7 +27,7 @@ from transformers import Cache
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
-from vimtune.language.refusals import may_be_read, refuse_packing, require_plain
+from vimtune.language.refusals import StatesRefused, may_be_read, refuse_packing, require_plain
 from vimtune.ops import (
     DirectionWeights,
     SsdMixerOptions,
@@ -100,10 +100,10 @@ class FastMixer:
             cache, mask: those of `scan`.
 
         Raises:
-            ValueError: the number of tokens has changed, and there is a cache or a mask.
+            StatesRefused: the number of tokens has changed, and there is a cache or a mask.
         """
         if changed.shape[1] != given.shape[1] and (cache is not None or mask is not None):
-            raise ValueError(
+            raise StatesRefused(
                 f"a rule at scan() makes {changed.shape[1]} tokens instead of {given.shape[1]} of a "
                 "sequence, which neither cached decoding nor masks of padding can follow: give "
                 "use_cache=False and no attention_mask"
@@ -116,10 +116,10 @@ class FastMixer:
             cache, mask: those of `scan`.
 
         Raises:
-            ValueError: there is a cache or a mask.
+            StatesRefused: there is a cache or a mask.
         """
         if cache is not None or mask is not None:
-            raise ValueError(
+            raise StatesRefused(
                 "a rule at scan() makes each token depend on those before it, which it does not know in "
                 "cached decoding, nor which of them are padding: give use_cache=False and no attention_mask"
             )

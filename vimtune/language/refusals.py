@@ -13,6 +13,11 @@ from vimtune.adapters.slots import plain_class
 PACKED = ("seq_idx", "cu_seq_lens_q", "cu_seqlens")
 """Arguments that tell of sequences which lie behind each other in one row."""
 
+
+class StatesRefused(ValueError):
+    """A rule needs all tokens of a text at once, so that kept states and padding are not for it."""
+
+
 _GUARD = "_vimtune_guard"
 """Attribute of a model that refuses packed sequences; it holds the handle of the hook. The handle is copied
 and pickled with the model, which keeps torch from giving the number of the hook to another one."""

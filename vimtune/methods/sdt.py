@@ -34,7 +34,7 @@ class SDT(Method):
 
     A run chooses before its first step, from training batches. What has been trained for that is dropped, so
     that the run itself starts from the pretrained weights and with fresh tensors of all methods. Until then,
-    and for ever where nobody calls `vimtune.adapters.settle`, the adapter keeps what `criterion="weight"`
+    and for ever where nobody calls `vimtune.adapters.settle`, the adapter keeps what `criterion="magnitude"`
     would choose. The published criterion is "delta"; the others are controls.
     """
 
@@ -44,10 +44,10 @@ class SDT(Method):
 
     frozen_channels: Share = option(0.99, "share of the channels that stay frozen")
     frozen_states: Share = option(0.75, "share of the states of a trained channel that stay frozen in A_log")
-    criterion: Literal["delta", "gradient", "weight", "random"] = option(
+    criterion: Literal["delta", "gradient", "magnitude", "random"] = option(
         "delta",
-        'what is kept: the largest change of A_log in a short training ("delta"), gradient or weight of it, '
-        "or anything",
+        'what is kept: the largest change of A_log in a short training ("delta"), the largest gradient or '
+        "magnitude of it, or anything",
     )
     selection_steps: Positive = option(
         500, "updates, or batches of the gradient, by which entries are chosen"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,9 @@ class StateOffset(Method):
         if self.kind == "y" and self.h_rank is not None:
             raise ValueError(f'h_rank = {self.h_rank} is for kind "h": leave it out, or choose that kind')
 
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        return min(_largest_rank(site) for site in sites) if option == "h_rank" else None
+
     def build_rule(self, site: Site) -> CallRule:
         from vimtune.adapters.declarations import scan_input
         from vimtune.adapters.rules.state_offset import OutputOffsetRule, StateOffsetRule
@@ -44,3 +48,13 @@ class StateOffset(Method):
         if self.kind == "y":
             return OutputOffsetRule(site, scan)
         return StateOffsetRule(site, scan, ("", "_b")[: scan.directions], self.h_rank)
+
+
+def _largest_rank(site: Site) -> int:
+    """The largest rank with which the factors of an offset have fewer numbers than a full one."""
+    from vimtune.adapters.declarations import declaration_of, scan_input
+
+    rows = declaration_of(site.owner).rows(site.owner).get("x_proj.weight", {}).get("C", slice(0, 1))
+    width: int = scan_input(site.owner, site.path).width
+    states: int = rows.stop - rows.start
+    return max(1, (width * states - 1) // (width + states))

@@ -123,8 +123,8 @@ def membrane(
         dtype of `x`.
 
     Raises:
-        ValueError: shapes or devices that do not fit together, or tensors that are not of floating point
-            numbers.
+        ValueError: shapes or devices that do not fit together, tensors that are not of floating point
+            numbers, or more chunks than tokens.
         BackendUnavailable: `backend` names one that cannot run here.
         NotImplementedError: derivatives other than those of autograd's backward pass, which the kernels of a
             backend lack and `backend="reference"` has.
@@ -144,6 +144,11 @@ def _check(x: Tensor, start: Tensor | None, options: MembraneOptions) -> None:
     first, width = options.first, options.width
     if x.dim() != 3 or first < 0 or width < 1 or first + width > x.shape[2]:
         raise ValueError(f"x must be (B, L, W) with {width} columns from {first} on, got {tuple(x.shape)}")
+    if options.chunks is not None and 0 < x.shape[1] < options.chunks:
+        raise ValueError(
+            f"chunks = {options.chunks} of {x.shape[1]} tokens: no chunk would have a token, expected at "
+            "most one chunk for each token"
+        )
     shape = options.mean_shape(x)
     check_inputs(x.device, x=(x, tuple(x.shape)), start=(start, shape))
 

@@ -70,6 +70,15 @@ class Plan:
             raise SpaceError([f"task {quote(task)} has no key `test`, {reason}"])
         if (length := len(self.text())) > MAX_BYTES:
             raise SpaceError([f"the plan has {length:,} characters; at most {MAX_BYTES:,} are read again"])
+        data = self.recipe.to_dict()
+        for key, own in (("train_split", "train"), ("eval_split", "val")):
+            if data.get(key) not in (None, own):
+                raise SpaceError(
+                    [
+                        f"{key} = {quote(data[key])}: a search trains on train and scores on val; "
+                        "leave it out, and give it to what trains the recipe that is found"
+                    ]
+                )
         space = self.space
         problems: dict[str, None] = {}
         for high in (False, True):

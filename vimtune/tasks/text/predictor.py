@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.data.text import Example, Line, TextFormat
 from vimtune.fields import options_of
+from vimtune.language.refusals import StatesRefused
 from vimtune.ops import use_backend
 from vimtune.origin import load_trained, recipe_of_adapter
 from vimtune.recipe import Recipe, load_recipe
@@ -157,19 +159,39 @@ class CompletionPredictor(TextPredictor):
 
     def _batch(self, encoder: Encoder, asked: Sequence[Any], options: TextPredictOptions) -> list[Completion]:
         rows = [row.tokens for row in encoder.prompts(asked)]
+        try:
+            written = self._write_together(rows, options.max_new_tokens)
+        except StatesRefused:
+            written = [self._write_alone(row, options.max_new_tokens) for row in rows]
+        return [self._completion(*pair) for pair in zip(asked, written, strict=True)]
+
+    def _write_together(self, rows: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """What follows each row, whose states are kept from token to token."""
         longest, end = max(map(len, rows)), self.tokenizer.eos_token_id
         # What is written goes behind the last token, so padding is on the left here.
         tokens = torch.tensor([[end] * (longest - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return self._generate(tokens, mask, count, use_cache=True)
+
+    def _write_alone(self, row: Sequence[int], count: int) -> list[int]:
+        """What follows one row, which is read anew for each token: for rules that need the whole text."""
+        tokens = torch.tensor([list(row)])
+        return self._generate(tokens, torch.ones_like(tokens), count, use_cache=False)[0]
+
+    def _generate(self, tokens: Tensor, mask: Tensor, count: int, use_cache: bool) -> list[list[int]]:
+        """At most `count` tokens behind each row of (B, L)."""
+        end = self.tokenizer.eos_token_id
         written = self.model.generate(
             input_ids=tokens.to(self.device),
             attention_mask=mask.to(self.device),
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=count,
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end,
-        )[:, longest:]
-        return [self._completion(*pair) for pair in zip(asked, written.tolist(), strict=True)]
+            use_cache=use_cache,
+        )
+        found: list[list[int]] = written[:, tokens.shape[1] :].tolist()
+        return found
 
     def _completion(self, prompt: str, tokens: list[int]) -> Completion:
         end = self.tokenizer.eos_token_id
