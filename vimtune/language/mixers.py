@@ -45,7 +45,7 @@ from vimtune.ops import (
     stateful_scan,
 )
 from vimtune.ops.gated_norm import gated_rms_norm
-from vimtune.ops.ssd_mixer import AS_GIVEN, scan_inputs, split_projected
+from vimtune.ops.ssd_mixer import forward_inputs, split_projected
 
 NO_TIME = -1e4
 """What the time step of a masked token is before softplus, which makes exactly 0 of it in any dtype."""
@@ -281,15 +281,14 @@ class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transfor
         mask: Tensor | None,
     ) -> Tensor:
         """What the gated norm sees, (B, L, E), of `xBC` (B, L, E + 2 G N) and `dt` (B, L, H) from in_proj."""
-        inputs = scan_inputs(convolve(self, xBC, cache, mask), dt, weights, options, mask)
-        x, steps, A, B, C, D, _, _ = inputs
+        inputs, how = forward_inputs(convolve(self, xBC, cache, mask), dt, weights, options, mask)
+        x, dt, A, B, C, D, dt_bias, _ = inputs
         state = None if cache is None else state_before(self, cache)
         if state is not None and x.shape[1] == 1:
-            now = (x[:, 0], steps[:, 0], A, B[:, 0], C[:, 0], D)
-            y, state = ssd_step(*now, None, *AS_GIVEN, state)
+            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, dt_bias, *how, state)
             y = y[:, None]
         else:
-            y, state = ssd(x, steps, A, B, C, D, None, *AS_GIVEN, state, self.backend)
+            y, state = ssd(x, dt, A, B, C, D, dt_bias, *how, state, self.backend)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return y.flatten(2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vimtune.ops import reference
 from vimtune.ops.backend import Kernels
 from vimtune.ops.dispatch import find_backend, find_kernels
-from vimtune.ops.operation import as_optional, check_inputs, operation
+from vimtune.ops.operation import as_optional, check_inputs, operation, run
 
 
 class ProductInputs(NamedTuple):
@@ -87,7 +87,7 @@ def scaled_block_product(weight: Tensor, row_scale: Tensor, blocks: Tensor, back
     name = find_backend(ProductKernels, backend, weight.device, ProductInputs(weight, row_scale, blocks))
     if not name:
         return reference.scaled_block_product(weight, row_scale, blocks)
-    result: Tensor = torch.ops.vimtune.scaled_block_product(weight, row_scale, blocks, name)
+    result: Tensor = run("scaled_block_product", weight, row_scale, blocks, name)
     return result
 
 
@@ -154,17 +154,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments; None for those that are no tensors."""
     weight, row_scale, blocks = ctx.saved_tensors
-    need_weight, need_scale, need_blocks, *others = ctx.needs_input_grad
+    need_weight, *needs = ctx.needs_input_grad[:3]
     grad_weight, found = None, [grad, grad]  # Nobody takes these if none is needed.
     if need_weight:
         # The gradient of s (W + W D) by W is s (g + g D^T).
         transposed = blocks.transpose(-1, -2)
-        grad_weight = torch.ops.vimtune.scaled_block_product(grad, row_scale, transposed, *ctx.backend)
-    if need_scale or need_blocks:
-        found = torch.ops.vimtune.scaled_block_product_backward(
-            grad, weight, row_scale, blocks, need_scale, need_blocks, *ctx.backend
-        )
-    return grad_weight, *as_optional(found, (need_scale, need_blocks)), *(None for _ in others)
+        grad_weight = run("scaled_block_product", grad, row_scale, transposed, *ctx.backend)
+    if any(needs):
+        tensors = grad, weight, row_scale, blocks
+        found = run("scaled_block_product_backward", *tensors, *needs, *ctx.backend)
+    return grad_weight, *as_optional(found, needs), *[None] * len(ctx.backend)
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
@@ -174,7 +173,7 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[
         tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims[:3], strict=True)
     ]
-    return torch.ops.vimtune.scaled_block_product(*stacked, backend), 0
+    return run("scaled_block_product", *stacked, backend), 0
 
 
 _product.register_autograd(_autograd, setup_context=_setup)

@@ -22,6 +22,7 @@ from vimtune.ops.operation import (
     check_inputs,
     fake_gradients,
     operation,
+    run,
     unit_stride,
     zero_gradients,
 )
@@ -93,8 +94,10 @@ def causal_conv1d(
         if backend == REFERENCE:
             _check(x, weight, bias)
             return reference.causal_conv1d(x, weight, bias, silu, reverse)
-    result: Tensor = torch.ops.vimtune.causal_conv1d(x, weight, bias, silu, reverse, backend)
-    return result
+        out: Tensor = run("causal_conv1d", x, weight, bias, silu, reverse, backend)
+        return out
+    scripted: Tensor = torch.ops.vimtune.causal_conv1d(x, weight, bias, silu, reverse, backend)
+    return scripted
 
 
 def causal_conv1d_behind(
@@ -213,7 +216,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments; None for those that are no tensors."""
     needs = list(ctx.needs_input_grad[:NUM_INPUTS])
-    gradients = torch.ops.vimtune.causal_conv1d_backward(grad, *ctx.saved_tensors, *ctx.options, needs)
+    gradients = run("causal_conv1d_backward", grad, *ctx.saved_tensors, *ctx.options, needs)
     return *as_optional(gradients, needs), None, None, None
 
 

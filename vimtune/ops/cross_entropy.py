@@ -18,7 +18,7 @@ from torch import Tensor
 from vimtune.ops import reference
 from vimtune.ops.backend import Kernels
 from vimtune.ops.dispatch import find_backend, find_kernels
-from vimtune.ops.operation import check_inputs, operation
+from vimtune.ops.operation import check_inputs, operation, run
 
 IGNORED = -100
 """The label of a token that is not counted, as in PyTorch's cross entropy."""
@@ -81,7 +81,7 @@ def token_losses(logits: Tensor, labels: Tensor, backend: str = "auto") -> Tenso
     name = find_backend(LossKernels, backend, logits.device, LossInputs(logits, labels))
     if not name:
         return reference.token_losses(logits, labels)
-    losses: Tensor = torch.ops.vimtune.token_losses(logits, labels, name)[0]
+    losses: Tensor = run("token_losses", logits, labels, name)[0]
     return losses
 
 
@@ -132,7 +132,7 @@ def _autograd(ctx: Any, grad: Tensor | None, _grad_sums: None) -> tuple[Tensor |
     """Gradients of all arguments; None for those that have none."""
     if grad is None:
         return None, None, None
-    return torch.ops.vimtune.token_losses_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+    return run("token_losses_backward", grad, *ctx.saved_tensors, ctx.backend), None, None
 
 
 _losses.register_autograd(_autograd, setup_context=_setup)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vimtune.backends import REFERENCE
@@ -25,6 +24,7 @@ from vimtune.ops.operation import (
     check_inputs,
     fake_gradients,
     operation,
+    run,
     wanted,
     zero_gradients,
 )
@@ -101,7 +101,7 @@ def gated_rms_norm(
     if chosen_backend(backend) == REFERENCE:
         return reference.gated_rms_norm(x, gate, weight, groups, eps)
     inputs = GatedNormInputs(x, gate, weight)
-    result: Tensor = torch.ops.vimtune.gated_rms_norm(*inputs, groups, eps, find_norm(backend, inputs))
+    result: Tensor = run("gated_rms_norm", *inputs, groups, eps, find_norm(backend, inputs))
     return result
 
 
@@ -191,7 +191,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments; None for those that are no tensors."""
     needs = list(ctx.needs_input_grad[:3])
-    found = torch.ops.vimtune.gated_rms_norm_backward(grad, *ctx.saved_tensors, *ctx.others, needs)
+    found = run("gated_rms_norm_backward", grad, *ctx.saved_tensors, *ctx.others, needs)
     return *as_optional(found, needs), None, None, None
 
 

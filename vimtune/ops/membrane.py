@@ -20,7 +20,7 @@ from torch import Tensor
 from vimtune.ops import reference
 from vimtune.ops.backend import Kernels
 from vimtune.ops.dispatch import find_backend, find_kernels
-from vimtune.ops.operation import as_list, as_optional, check_inputs, operation
+from vimtune.ops.operation import as_list, as_optional, check_inputs, operation, run
 
 
 class MembraneOptions(NamedTuple):
@@ -135,7 +135,7 @@ def membrane(
     name = find_backend(MembraneKernels, backend, x.device, MembraneInputs(x, start))
     if not name:
         return reference.membrane(x, start, *options)
-    result, mean = torch.ops.vimtune.membrane(x, start, *options, name)
+    result, mean = run("membrane", x, start, *options, name)
     return result, mean
 
 
@@ -233,7 +233,7 @@ def _autograd(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None) -> tuple[
     (result,) = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
     grad = torch.zeros_like(result) if grad is None else grad
-    found = torch.ops.vimtune.membrane_backward(grad, grad_mean, result, *ctx.others, needs)
+    found = run("membrane_backward", grad, grad_mean, result, *ctx.others, needs)
     return *as_optional(found, needs), *[None] * len(ctx.others)
 
 

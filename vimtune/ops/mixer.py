@@ -31,6 +31,7 @@ from vimtune.ops.operation import (
     fake_gradients,
     one_by_one,
     operation,
+    run,
     zero_gradients,
 )
 from vimtune.ops.scan import selective_scan, selective_scan_from
@@ -136,7 +137,7 @@ def bidirectional_scan(
         name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (forward, reverse)))
         if name:
             save = is_trained(xz, *forward, *reverse)
-            result: Tensor = torch.ops.vimtune.bidirectional_scan(xz, *forward, *reverse, save, name)[0]
+            result: Tensor = run("bidirectional_scan", xz, *forward, *reverse, save, name)[0]
             return result
     return composed(xz, forward, reverse, backend)
 
@@ -153,7 +154,7 @@ def causal_mixer(xz: Tensor, weights: DirectionWeights, backend: str = "auto") -
         name = find_backend(MixerKernels, backend, xz.device, MixerInputs(xz, (weights,)))
         if name:
             save = is_trained(xz, *weights)
-            result: Tensor = torch.ops.vimtune.causal_mixer(xz, *weights, save, name)[0]
+            result: Tensor = run("causal_mixer", xz, *weights, save, name)[0]
             return result
     x, z = xz.chunk(2, dim=-1)
     return one_direction(x, z, weights, False, backend)
@@ -365,9 +366,7 @@ def _autograd(
     """Gradients of all arguments; None for those that are no tensors."""
     out, projections, states, xz, *weights = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[: 1 + len(weights)])
-    gradients = torch.ops.vimtune.mixer_backward(
-        grad, xz, out, projections, states, weights, needs, ctx.backend
-    )
+    gradients = run("mixer_backward", grad, xz, out, projections, states, weights, needs, ctx.backend)
     return *as_optional(gradients, needs), None, None
 
 

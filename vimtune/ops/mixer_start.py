@@ -27,7 +27,7 @@ from vimtune.ops.mixer import (
     one_direction,
     scan_parameters,
 )
-from vimtune.ops.operation import check_inputs, operation
+from vimtune.ops.operation import check_inputs, operation, run
 
 
 class StartInputs(NamedTuple):
@@ -83,7 +83,7 @@ def bidirectional_scan_from(
             inputs = StartInputs(xz, (forward, reverse), (forward_start, reverse_start))
             name = find_backend(StartKernels, backend, xz.device, inputs)
             if name:
-                result: Tensor = torch.ops.vimtune.bidirectional_scan_from(*tensors, name)
+                result: Tensor = run("bidirectional_scan_from", *tensors, name)
                 return result
     x, z = xz.chunk(2, dim=-1)
     ahead = one_direction(x, z, forward, False, backend, forward_start)

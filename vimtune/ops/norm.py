@@ -14,7 +14,7 @@ from torch import Tensor
 from vimtune.ops import reference
 from vimtune.ops.backend import Kernels
 from vimtune.ops.dispatch import candidates, chosen_backend, find_backend, find_kernels
-from vimtune.ops.operation import check_inputs, operation
+from vimtune.ops.operation import check_inputs, operation, run
 
 
 class NormInputs(NamedTuple):
@@ -99,7 +99,7 @@ def add_rms_norm(
     name = find_backend(NormKernels, backend, device, NormInputs(branch, residual, weight))
     if not name:
         return reference.add_rms_norm(branch, residual, weight, eps, dtype)
-    normed, total, _ = torch.ops.vimtune.add_rms_norm(branch, residual, weight, eps, dtype, name)
+    normed, total, _ = run("add_rms_norm", branch, residual, weight, eps, dtype, name)
     return normed, residual if branch is None else total
 
 
@@ -221,7 +221,8 @@ def _autograd(
             torch.zeros_like(weight) if need_weight else None,
             *others,
         )
-    residual, branch, own = torch.ops.vimtune.add_rms_norm_backward(
+    residual, branch, own = run(
+        "add_rms_norm_backward",
         grad_normed,
         grad_total,
         total,

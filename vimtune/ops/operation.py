@@ -23,6 +23,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What tensors of an operation may consist of."""
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""By the name of an operation the function that computes it."""
+_PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+"""Classes of tensors that are what they seem."""
+_PLAIN_VALUES = frozenset({bool, int, float, str, torch.dtype, type(None)})
+"""Classes of the other arguments of an operation."""
+
 
 def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Decorator like `torch.library.custom_op` under the name vimtune::`name`, which does two things more.
@@ -36,6 +43,7 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     def define(function: Callable[..., Any]) -> CustomOpDef:
         """Register `function`, which computes the operation."""
         op = torch.library.custom_op(f"vimtune::{name}", function, mutates_args=())
+        _FUNCTIONS[name] = function
         op.register_autograd(lambda ctx, *grads: _refuse(name, "no gradients (create_graph=True)"))
         op.register_vmap(lambda info, in_dims, *inputs: one_by_one(op, info.batch_size, in_dims, inputs))
         # Of all other results torch makes a batch itself.
@@ -46,6 +54,19 @@ def operation(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
         return op
 
     return define
+
+
+def run(name: str, *inputs: Any) -> Any:
+    """What `torch.ops.vimtune.<name>(*inputs)` returns, on the shortest way.
+
+    torch's dispatcher takes a custom operation through several layers of Python, which cost the host some 60
+    microseconds: as much as a whole kernel of a small model takes. They have something to do where the
+    result is differentiated, transformed, traced or looked at by a mode. Everywhere else the function of the
+    operation is called at once.
+    """
+    if torch.compiler.is_compiling() or not _concerns_nobody(inputs):
+        return getattr(torch.ops.vimtune, name)(*inputs)
+    return _FUNCTIONS[name](*inputs)
 
 
 def constant_for_compiler(function: F) -> F:
@@ -174,6 +195,37 @@ def _check_transformations(op: CustomOpDef, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators", category=UserWarning)
         op._lib.impl(op._name, call, "Autograd", with_keyset=True, allow_override=True)
+
+
+def _concerns_nobody(inputs: Sequence[Any]) -> bool:
+    """Whether no part of torch wants to see an operation with these arguments."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    return all(map(_is_plain_for_autograd if torch.is_grad_enabled() else _is_plain, inputs))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an argument of an operation is nothing but numbers, on a device that computes with them."""
+    kind = type(value)
+    if kind in _PLAIN_VALUES:
+        return True
+    if kind in _PLAIN_TENSORS:
+        # A batch of gradients (is_grads_batched) is of an ordinary class and says that it is on a CPU or GPU.
+        keys = torch._C._dispatch_keys(value)
+        return keys.has(torch._C.DispatchKey.CPU) or keys.has(torch._C.DispatchKey.CUDA)
+    return kind in (list, tuple) and all(map(_is_plain, value))
+
+
+def _is_plain_for_autograd(value: Any) -> bool:
+    """Whether an argument is plain, and autograd has nothing to do with it."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain_for_autograd, value))
+    return _is_plain(value) and not (isinstance(value, Tensor) and value.requires_grad)
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vimtune.ops.backend import Kernels
 from vimtune.ops.dispatch import find_backend, find_kernels
 from vimtune.ops.mixer import DirectionWeights, MixerInputs, is_trained
-from vimtune.ops.operation import operation
+from vimtune.ops.operation import operation, run
 
 
 class PromptKernels(Kernels[MixerInputs]):
@@ -52,7 +52,7 @@ def causal_prompt(
     name = find_backend(PromptKernels, backend, xz.device, MixerInputs(xz, (weights,)))
     if not name:
         return None
-    out, last = torch.ops.vimtune.causal_prompt(xz, *weights, name)
+    out, last = run("causal_prompt", xz, *weights, name)
     return out, last
 
 

@@ -29,6 +29,7 @@ from vimtune.ops.operation import (
     check_inputs,
     fake_gradients,
     operation,
+    run,
     unit_stride,
     zero_gradients,
 )
@@ -153,10 +154,14 @@ def selective_scan(
         if backend == REFERENCE:
             _check(u, delta, A, B, C, D, z, delta_bias)
             return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-    result: Tensor = torch.ops.vimtune.selective_scan(
+        tensors = u, delta, A, B, C, D, z, delta_bias
+        found = run("selective_scan", *tensors, delta_softplus, reverse, backend, torch.is_grad_enabled())
+        out: Tensor = found[0]
+        return out
+    scripted: Tensor = torch.ops.vimtune.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse, backend, torch.is_grad_enabled()
     )[0]
-    return result
+    return scripted
 
 
 def stateful_scan(
@@ -208,9 +213,8 @@ def stateful_scan(
             )
     if state is None:
         state = torch.zeros(u.shape[0], u.shape[-1], A.shape[-1], dtype=_state_dtype(u), device=u.device)
-    out, last, _ = torch.ops.vimtune.stateful_scan(
-        u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, reverse, backend, torch.is_grad_enabled()
-    )
+    tensors = u, delta, A, B, C, D, z, delta_bias, state
+    out, last, _ = run("stateful_scan", *tensors, delta_softplus, reverse, backend, torch.is_grad_enabled())
     return out, last
 
 
@@ -445,8 +449,7 @@ def _register_autograd(op: CustomOpDef, backward: str, num_tensors: int) -> None
 
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:num_tensors])
-        run = getattr(torch.ops.vimtune, backward)
-        gradients = run(*grads[:-1], *ctx.saved_tensors, *ctx.options, needs)
+        gradients = run(backward, *grads[:-1], *ctx.saved_tensors, *ctx.options, needs)
         return *as_optional(gradients, needs), *[None] * (len(ctx.options) + 1)
 
     op.register_autograd(differentiate, setup_context=setup)

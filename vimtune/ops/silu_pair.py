@@ -12,7 +12,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vimtune.ops import reference
@@ -24,6 +23,7 @@ from vimtune.ops.operation import (
     check_inputs,
     fake_gradients,
     operation,
+    run,
     wanted,
     zero_gradients,
 )
@@ -98,7 +98,7 @@ def add_silu_pair(
     name = find_backend(SiluPairKernels, backend, x.device, pair)
     if not name:
         return reference.add_silu_pair(x, *pair, skipped)
-    result: Tensor = torch.ops.vimtune.add_silu_pair(x, *pair, skipped, name)
+    result: Tensor = run("add_silu_pair", x, *pair, skipped, name)
     return result
 
 
@@ -169,7 +169,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * 4
     if any(needs):
         others = ctx.skipped, ctx.backend, needs
-        found = torch.ops.vimtune.add_silu_pair_backward(grad, *ctx.saved_tensors, *others)
+        found = run("add_silu_pair_backward", grad, *ctx.saved_tensors, *others)
         gradients = as_optional(found, needs)
     return grad if need_x else None, *gradients, None, None
 

@@ -26,6 +26,7 @@ from vimtune.ops.operation import (
     check_inputs,
     fake_gradients,
     operation,
+    run,
     unit_stride,
     zero_gradients,
 )
@@ -143,7 +144,7 @@ def ssd(
     if chosen_backend(backend) == REFERENCE:
         return reference.ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, state)
     name = find_backend(SsdKernels, backend, x.device, inputs) or PLAIN
-    out, last = torch.ops.vimtune.ssd(*inputs, dt_softplus, *dt_limit, name)
+    out, last = run("ssd", *inputs, dt_softplus, *dt_limit, name)
     return out, last
 
 
@@ -326,7 +327,7 @@ def _autograd(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[
     needs = list(ctx.needs_input_grad[: len(tensors)])
     if grad is None:
         grad = torch.zeros_like(tensors[0])
-    gradients = torch.ops.vimtune.ssd_backward(grad, grad_last, *tensors, *ctx.options, needs)
+    gradients = run("ssd_backward", grad, grad_last, *tensors, *ctx.options, needs)
     return *as_optional(gradients, needs), *[None] * len(ctx.options)
 
 

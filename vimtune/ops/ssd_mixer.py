@@ -27,6 +27,7 @@ from vimtune.ops.operation import (
     check_inputs,
     fake_gradients,
     operation,
+    run,
     wanted,
     zero_gradients,
 )
@@ -137,7 +138,7 @@ def ssd_mixer(
         find_backend(SsdKernels, backend, projected.device, scan) or PLAIN,
         find_norm(backend, GatedNormInputs(x.flatten(2), z, weights.norm_weight)),
     )
-    result: Tensor = torch.ops.vimtune.ssd_mixer(projected, *weights, mask, *options, *backends)
+    result: Tensor = run("ssd_mixer", projected, *weights, mask, *options, *backends)
     return result
 
 
@@ -152,8 +153,8 @@ def composed(
     z, xBC, dt = split_projected(projected, weights)
     taps = weights.conv_weight, weights.conv_bias
     convolved = causal_conv1d(masked(xBC, mask), *taps, silu=True, backend=backends.convolution)
-    inputs = scan_inputs(masked(convolved, mask), dt, weights, options, mask)
-    y, _ = ssd(*inputs[:6], None, *AS_GIVEN, backend=backends.scan)
+    inputs, how = forward_inputs(masked(convolved, mask), dt, weights, options, mask)
+    y, _ = ssd(*inputs[:-1], *how, backend=backends.scan)
     norm = options.norm_groups, options.eps, backends.norm
     return gated_rms_norm(y.flatten(2), z, weights.norm_weight, *norm)
 
@@ -184,6 +185,20 @@ def scan_inputs(
     wide = torch.promote_types(dt.dtype, torch.float32)
     steps = masked(time_steps(dt.to(wide), weights.dt_bias, options.time_steps), mask)
     return SsdInputs(x, steps, -weights.A_log.to(wide).exp(), B, C, weights.D)
+
+
+def forward_inputs(
+    convolved: Tensor, dt: Tensor, weights: SsdWeights, options: SsdMixerOptions, mask: Tensor | None
+) -> tuple[SsdInputs, SsdOptions]:
+    """What the scan of a forward pass is of, and how it gets its time steps.
+
+    Its kernels compute them on the way, where there is no padding whose time steps have to be 0.
+    """
+    if mask is not None:
+        return scan_inputs(convolved, dt, weights, options, mask), AS_GIVEN
+    x, B, C = split_convolved(convolved, weights, options)
+    A = -weights.A_log.to(torch.promote_types(dt.dtype, torch.float32)).exp()
+    return SsdInputs(x, dt, A, B, C, weights.D, weights.dt_bias), options.time_steps
 
 
 def masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
@@ -246,8 +261,8 @@ def _gradients(
     A = inputs.A
     del inputs, scanned, grad_x
     of_convolution = True, False, backends.convolution, [True, *needs[1:3]]
-    grad_xBC, grad_taps, grad_bias = torch.ops.vimtune.causal_conv1d_backward(
-        masked(parts, mask), xBC, conv_weight, conv_bias, *of_convolution
+    grad_xBC, grad_taps, grad_bias = run(
+        "causal_conv1d_backward", masked(parts, mask), xBC, conv_weight, conv_bias, *of_convolution
     )
     grad_dt = time_step_gradients(
         masked(grad_steps, mask), dt.to(grad_steps.dtype), dt_bias, options.time_steps
@@ -374,7 +389,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of all arguments; None for the mask and those that are no tensors."""
     needs = list(ctx.needs_input_grad[: 1 + len(SsdWeights._fields)])
-    gradients = torch.ops.vimtune.ssd_mixer_backward(grad, *ctx.saved_tensors, *ctx.others, needs)
+    gradients = run("ssd_mixer_backward", grad, *ctx.saved_tensors, *ctx.others, needs)
     return *as_optional(gradients, needs), None, *[None] * len(ctx.others)
 
 
