@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vimtune  # noqa: F401  (registers the models)
 from vimtune import backends, ops
@@ -231,6 +233,39 @@ def test_scripted_and_traced_graphs_ask_when_they_run(recorded):
     assert recorded.calls == ["conv forward", "conv backward"]
     with ops.use_backend("reference"), pytest.raises(Exception, match="'reference' has no kernels"):
         scripted(x, weight)
+
+
+class Watch(TorchDispatchMode):
+    """Writes down the operations of this package that pass torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vimtune":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_are_called_at_once_only_where_nobody_looks(monkeypatch):
+    x, weight = torch.randn(1, 5, 4), torch.randn(4, 3)
+    with Watch() as watch:
+        expected = ops.causal_conv1d(x, weight)
+    assert watch.seen == ["causal_conv1d"]
+    with FakeTensorMode() as fake:
+        found = ops.causal_conv1d(fake.from_tensor(x), fake.from_tensor(weight))
+    assert type(found) is FakeTensor and found.shape == x.shape
+    assert ops.causal_conv1d(x.to("meta"), weight.to("meta")).is_meta
+    leaf = weight.clone().requires_grad_()
+    assert ops.causal_conv1d(x, leaf).grad_fn is not None
+    with torch.no_grad():
+        torch.testing.assert_close(ops.causal_conv1d(x, leaf), expected, rtol=0, atol=0)
+
+    monkeypatch.setattr(torch.ops.vimtune, "causal_conv1d", None)  # so that nobody can go this way
+    torch.testing.assert_close(ops.causal_conv1d(x, weight), expected, rtol=0, atol=0)
+    with pytest.raises(TypeError):
+        ops.causal_conv1d(x, leaf)
 
 
 def checkpointed_model():

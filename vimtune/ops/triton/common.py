@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import triton
@@ -12,6 +13,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 LOG2E = tl.constexpr(1.4426950408889634)
 """log2(e): e^x is exp2(x LOG2E), and exp2 is what GPUs have."""
+
+
+KNOWN_FACTOR = 16
+"""Triton's compiler notices whether integers that a kernel is called with are multiples of it."""
+
+
+def in_units(*strides: int) -> tuple[int, ...]:
+    """Strides in units of so many numbers, which is the last result.
+
+    Where a stride is no multiple of `KNOWN_FACTOR`, the compiler would load the numbers of a row one by one,
+    even if all rows begin where a wider load can. A kernel that multiplies the strides by the unit, which
+    is a constant for the compiler, shows it that they do.
+    """
+    unit = math.gcd(*strides, KNOWN_FACTOR)
+    return *(stride // unit for stride in strides), unit
 
 
 def next_power_of_2(value: int) -> int:

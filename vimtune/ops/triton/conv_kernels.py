@@ -1,7 +1,8 @@
 """Depthwise causal convolution in Triton. Filters come transposed, (K, E).
 
 Rows are the B * L tokens of the batch, one after the other; a filter tap that would cross the border
-of an image reads 0. Direction 0 looks back (`sign` -1), direction 1 looks ahead (`sign` 1).
+of an image reads 0. Direction 0 looks back (`sign` -1), direction 1 looks ahead (`sign` 1). The
+strides of `x` are given in units of UNIT numbers (`in_units`).
 
 Shape letters: B batch, L tokens, E inner width, K filter width.
 """
@@ -71,8 +72,10 @@ def conv_kernel(
     x, weight, bias, out, stride_image, stride_token, stride_out_image, stride_out_token,
     num_rows, num_tokens, num_inner, sign,
     BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """The convolution of one tile of BM rows and BE channels, through SiLU if asked for."""
+    stride_image, stride_token = stride_image * UNIT, stride_token * UNIT
     _row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     live = e < num_inner
@@ -91,9 +94,10 @@ def conv_kernel(
 def conv_slope_kernel(
     grad, x, weight, bias, out, stride_grad_image, stride_grad_token, stride_image, stride_token,
     num_rows, num_tokens, num_inner, sign,
-    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, HAS_BIAS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradient before SiLU: grad * silu'(conv(x)), (B, L, E) contiguous."""
+    stride_image, stride_token = stride_image * UNIT, stride_token * UNIT
     row, image, t, ok_row = tile_rows(num_rows, num_tokens, BM, 0)
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     live = e < num_inner
@@ -138,9 +142,10 @@ def conv_adjoint_kernel(
 def conv_weight_kernel(
     grad, x, partial, stride_grad_image, stride_grad_token, stride_image, stride_token,
     num_rows, num_tokens, num_inner, sign,
-    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Filter and bias gradients of TILES tiles of rows: `partial` (programs, K + 1, E)."""
+    stride_image, stride_token = stride_image * UNIT, stride_token * UNIT
     e = tl.program_id(1) * BE + tl.arange(0, BE)
     live = e < num_inner
     base = partial + tl.program_id(0).to(tl.int64) * (K + 1) * num_inner

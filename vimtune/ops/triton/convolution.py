@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vimtune.ops.backend import device_of
+from vimtune.ops.triton.common import in_units
 from vimtune.ops.triton.conv_kernels import (
     conv_adjoint_kernel,
     conv_kernel,
@@ -42,12 +43,12 @@ def transposed(weight: Tensor) -> Tensor:
 def convolve(x: Tensor, filters: Tensor, bias: Tensor | None, out: Tensor, silu: bool, reverse: bool) -> None:
     """`out` = causal convolution of `x` (B, L, E), through SiLU if asked for."""
     batch, tokens, inner = x.shape
+    image, token, unit = in_units(x.stride(0), x.stride(1))
     with device_of(x):
         conv_kernel[conv_grid(batch * tokens, inner)](
             x, filters, filters if bias is None else bias, out,
-            x.stride(0), x.stride(1), out.stride(0), out.stride(1),
-            batch * tokens, tokens, inner, sign(reverse),
-            BM=ROWS, BE=CHANNELS, K=filters.shape[0], HAS_BIAS=bias is not None, SILU=silu,
+            image, token, out.stride(0), out.stride(1), batch * tokens, tokens, inner, sign(reverse),
+            BM=ROWS, BE=CHANNELS, K=filters.shape[0], HAS_BIAS=bias is not None, SILU=silu, UNIT=unit,
         )  # fmt: skip
 
 
@@ -70,11 +71,12 @@ def weight_gradients(grad: Tensor, x: Tensor, width: int, reverse: bool) -> tupl
     batch, tokens, inner = x.shape
     programs = -(-batch * tokens // (ROWS * TILES))
     partial = torch.empty((programs, width + 1, inner), dtype=torch.float32, device=x.device)
+    image, token, unit = in_units(x.stride(0), x.stride(1))
     with device_of(x):
         conv_weight_kernel[(programs, -(-inner // CHANNELS))](
-            grad, x, partial, grad.stride(0), grad.stride(1), x.stride(0), x.stride(1),
+            grad, x, partial, grad.stride(0), grad.stride(1), image, token,
             batch * tokens, tokens, inner, sign(reverse),
-            BM=ROWS, BE=CHANNELS, K=width, TILES=TILES,
+            BM=ROWS, BE=CHANNELS, K=width, TILES=TILES, UNIT=unit,
         )  # fmt: skip
     return partial[:, :width].sum(0).t().contiguous(), partial[:, width].sum(0)
 
@@ -95,11 +97,12 @@ def conv_backward(
     width = filters.shape[0]
     if silu:
         slope = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        image, token, unit = in_units(x.stride(0), x.stride(1))
         with device_of(x):
             conv_slope_kernel[conv_grid(batch * tokens, inner)](
                 grad, x, filters, filters if bias is None else bias, slope,
-                grad.stride(0), grad.stride(1), x.stride(0), x.stride(1), batch * tokens, tokens, inner,
-                sign(reverse), BM=ROWS, BE=CHANNELS, K=width, HAS_BIAS=bias is not None,
+                grad.stride(0), grad.stride(1), image, token, batch * tokens, tokens, inner,
+                sign(reverse), BM=ROWS, BE=CHANNELS, K=width, HAS_BIAS=bias is not None, UNIT=unit,
             )  # fmt: skip
         grad = slope
     grad_x = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import Gradients, device_of
 from vimtune.ops.gated_norm import GatedNormInputs
-from vimtune.ops.triton.common import next_power_of_2
+from vimtune.ops.triton.common import in_units, next_power_of_2
 from vimtune.ops.triton.gated_norm_kernels import gated_norm_backward_kernel, gated_norm_kernel
 from vimtune.ops.triton.norm import PARTIAL_PROGRAMS
 
@@ -26,9 +26,9 @@ def _tile(width: int) -> tuple[int, int, int]:
     return max(1, NUMBERS // padded), padded, 4 if padded <= NUMBERS else 8
 
 
-def _stride(gate: Tensor) -> int:
-    """The distance of the rows of the gate; of a single row it does not matter."""
-    return gate.stride(-2) if gate.dim() > 1 else 0
+def _stride(gate: Tensor) -> tuple[int, ...]:
+    """The distance of the rows of the gate, and its unit; of a single row it does not matter."""
+    return in_units(gate.stride(-2) if gate.dim() > 1 else 0)
 
 
 def forward(inputs: GatedNormInputs, groups: int, eps: float) -> Tensor:
@@ -37,11 +37,12 @@ def forward(inputs: GatedNormInputs, groups: int, eps: float) -> Tensor:
     width = x.shape[-1] // groups
     num_groups = x.numel() // width
     rows, padded, warps = _tile(width)
+    stride, unit = _stride(gate)
     normed = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     with device_of(x):
         gated_norm_kernel[(-(-num_groups // rows),)](
-            x, gate, weight, normed, num_groups, groups, width, _stride(gate), eps,
-            ROWS=rows, BW=padded, num_warps=warps,
+            x, gate, weight, normed, num_groups, groups, width, stride, eps,
+            ROWS=rows, BW=padded, UNIT=unit, num_warps=warps,
         )  # fmt: skip
     return normed
 
@@ -54,12 +55,13 @@ def backward(grad: Tensor, inputs: GatedNormInputs, groups: int, eps: float, nee
     rows, padded, warps = _tile(width)
     tiles = max(1, -(-num_rows // (rows * PARTIAL_PROGRAMS))) if need_weight else 1
     programs = -(-num_rows // (rows * tiles))
+    stride, unit = _stride(gate)
     grad_x = torch.empty_like(x)
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     partial = x.new_empty((programs, channels) if need_weight else (0,), dtype=torch.float32)
     with device_of(x):
         gated_norm_backward_kernel[(programs, groups)](
-            grad, x, gate, weight, grad_x, grad_gate, partial, num_rows, groups, width, _stride(gate), eps,
-            ROWS=rows, BW=padded, NEED_WEIGHT=need_weight, TILES=tiles, num_warps=warps,
+            grad, x, gate, weight, grad_x, grad_gate, partial, num_rows, groups, width, stride, eps,
+            ROWS=rows, BW=padded, NEED_WEIGHT=need_weight, TILES=tiles, UNIT=unit, num_warps=warps,
         )  # fmt: skip
     return grad_x, grad_gate, partial.sum(0).to(weight.dtype) if need_weight else None

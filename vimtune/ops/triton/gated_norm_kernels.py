@@ -1,5 +1,7 @@
 """The gated RMSNorm in one pass, forward and backward. A program handles ROWS groups of channels at a time.
 
+The stride of the gate's rows is given in units of UNIT numbers (`in_units`).
+
 Shape letters: M rows, g groups of a row, W channels of a group (padded BW).
 """
 
@@ -12,9 +14,10 @@ import triton.language as tl
 @triton.jit
 def gated_norm_kernel(
     x, gate, weight, normed, num_groups, groups, width, gate_stride, eps,
-    ROWS: tl.constexpr, BW: tl.constexpr,
+    ROWS: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """`normed` = u / rms(u) weight for u = x SiLU(gate), of `num_groups` = M g groups."""
+    gate_stride = gate_stride * UNIT
     part = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     w = tl.arange(0, BW)
     mask = (part < num_groups)[:, None] & (w < width)[None, :]
@@ -31,11 +34,13 @@ def gated_norm_kernel(
 def gated_norm_backward_kernel(
     grad, x, gate, weight, grad_x, grad_gate, partial, num_rows, groups, width, gate_stride, eps,
     ROWS: tl.constexpr, BW: tl.constexpr, NEED_WEIGHT: tl.constexpr, TILES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Gradients for TILES tiles of ROWS rows of one group, which is the second index of the program.
 
     Of the weight's gradient it makes a part, `partial` (programs, g W).
     """
+    gate_stride = gate_stride * UNIT
     group = tl.program_id(1)
     w = tl.arange(0, BW)
     channel = group * width + w
