@@ -82,8 +82,9 @@ def test_runs_with_other_settings_are_refused_all_at_once(runs, tmp_path):
 
 
 def test_gpus_that_are_not_there_are_refused_before_any_run(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(ValueError, match="devices = 'cuda:9': this machine has 1 GPUs"):
+    with pytest.raises(ValueError, match="device = 'cuda:9': GPU 9 is asked for and this machine has 1"):
         compare(plan(seeds="0", devices="cuda:0,cuda:9"), tmp_path)
     assert not runs.started
 

@@ -129,6 +129,18 @@ def scan_input(module: nn.Module, path: str) -> ScanInput:
     return ScanInput(columns, declared.directions)
 
 
+def scan_states(mixer: nn.Module, suffix: str = "") -> int:
+    """How many states each channel of a mixer's scan has at present, by the rows of x_proj that read them; 0
+    for a mixer that declares no such rows.
+
+    Args:
+        mixer: the mixer.
+        suffix: what the names of the direction's parameters end with: "", or "_b" for the reverse one.
+    """
+    rows = declaration_of(mixer).rows(mixer).get(f"x_proj{suffix}.weight", {})
+    return int(rows["C"].stop - rows["C"].start) if "C" in rows else 0
+
+
 def consecutive_rows(**sizes: int) -> RowsByName:
     """Rows that follow each other from the first one on, by name and number."""
     ends = accumulate(sizes.values())

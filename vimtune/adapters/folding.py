@@ -105,10 +105,11 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
     for item in (*merged, *folded.values()):
         if not item.value.is_meta and not torch.isfinite(item.value).all():
             raise ValueError(f"adapter {record.name!r} makes {item.path} non-finite; nothing was merged")
-    options = _merged_options(backbone, record)
+    options = _options_of(backbone)
+    merged_options = None if options is None else _merged_options(options, record)
 
     # Nothing above has changed the model.
-    kept = _Kept(state, [], [], _options_of(backbone))
+    kept = _Kept(state, [], [], options)
     lay_down(backbone, state)
     for _, module in adapted_modules(backbone):
         kept.slots.append((module, take_off(module)))
@@ -121,7 +122,7 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
     for item in merged:
         put(item)
     set_num_classes(backbone, record.num_classes)
-    _set_options(backbone, options)
+    _set_options(backbone, merged_options)
     for item in folded.values():  # Only with the options are there all parameters that calls fold into.
         put(item)
     backbone.__dict__.pop(_KEPT, None)
@@ -249,11 +250,8 @@ def _exchange(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
                     module.out_features, module.in_features = module.weight.shape
 
 
-def _merged_options(model: nn.Module, record: AdapterRecord) -> dict[str, Any] | None:
-    """The options with which the merged model would be created; None for models that have none."""
-    options = _options_of(model)
-    if options is None:
-        return None
+def _merged_options(options: dict[str, Any], record: AdapterRecord) -> dict[str, Any]:
+    """The options with which the merged model would be created, from those of the model as it is."""
     for chosen in build_methods(record.method, record.options):
         options = chosen.method.merged_options(options, record.sites[chosen.method.name])
     return options

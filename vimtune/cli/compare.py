@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages, path
+from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.compare.plan import RESERVED, PlanError, PlanOptions, load_plan
 from vimtune.fields import Option, options_of
@@ -40,17 +39,13 @@ def _groups() -> dict[str, dict[str, Option]]:
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     import_packages(prog, arguments)
-    parser = CommandParser(
-        prog=prog,
+    parser, general = build_key_parser(
+        prog,
         usage=f"{prog} [RUN ...] [--config FILE] [--methods ...] [--data ...] [--KEY VALUE ...]",
         description=DESCRIPTION,
-        epilog=EXAMPLES.format(prog=prog),
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
+        epilog=EXAMPLES,
     )
-    general = parser.add_argument_group("general")
     general.add_argument("runs", metavar="RUN", type=path, nargs="*", help="folders of finished runs")
-    general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--config", metavar="FILE", help="plan in YAML: the keys below; a flag wins over it")
     general.add_argument(
         "--output-dir", "-o", metavar="DIR", type=path, help="folder of the comparison (default: in runs/)"

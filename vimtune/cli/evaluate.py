@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages, path
+from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.fields import Option
 
@@ -31,17 +30,13 @@ def _groups() -> dict[str, dict[str, Option]]:
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     import_packages(prog, arguments)
-    parser = CommandParser(
-        prog=prog,
+    parser, general = build_key_parser(
+        prog,
         usage=f"{prog} [--adapter FILE] [--config FILE [--variant X]] [--KEY VALUE ...]",
         description="Score a model on the data of a task. What an adapter was trained on is taken from its "
         "file;\nflags change single values of it.",
-        epilog=EXAMPLES.format(prog=prog),
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
+        epilog=EXAMPLES,
     )
-    general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--adapter", metavar="FILE", type=path, help="adapter file or run folder")
     general.add_argument("--split", metavar="X", help="what is scored: test, val [test]")
     general.add_argument(

@@ -69,6 +69,32 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return super()._format_action_invocation(action)
 
 
+def build_key_parser(
+    prog: str, *, usage: str, description: str, epilog: str
+) -> tuple[CommandParser, argparse._ArgumentGroup]:
+    """The parser of a command that has a flag for every key of a file, and its group "general".
+
+    What is not given on the command line is missing in the result, so that the file or the default decides.
+
+    Args:
+        prog: the command as users type it.
+        usage: what stands in one line above the help.
+        description: what the command does.
+        epilog: examples, in which `{prog}` is the command.
+    """
+    parser = CommandParser(
+        prog=prog,
+        usage=usage,
+        description=description,
+        epilog=epilog.format(prog=prog),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,  # which would stand in a group of its own
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("-h", "--help", action="help", help="show this help and stop")
+    return parser, general
+
+
 def add_common(parser: argparse._ActionsContainer) -> None:
     """Add the flags that every command has."""
     parser.add_argument("--traceback", action="store_true", help="show where an error arose")

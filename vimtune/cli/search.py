@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimtune import parsers
-from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages, path
+from vimtune.cli.parser import CommandParser, add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.fields import Option
 from vimtune.text import quote
@@ -51,18 +51,14 @@ def _groups() -> dict[str, dict[str, Option]]:
 
 
 def _build_parser(prog: str) -> CommandParser:
-    parser = CommandParser(
-        prog=prog,
+    parser, general = build_key_parser(
+        prog,
         usage=f"{prog} --space FILE [--config FILE] [--KEY VALUE ...]",
         description="Search for methods, places, sizes and hyper-parameters that score best on a validation "
         "split.\nThe test split is never opened. What is found is a recipe, best.yaml in the folder of the "
         "search.",
-        epilog=EXAMPLES.format(prog=prog),
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
+        epilog=EXAMPLES,
     )
-    general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--space", metavar="X", help="what is tried: a YAML file, or mambapeft (published)")
     general.add_argument("--trials", metavar="N", help="trials of each step [100]")
     general.add_argument("--workers", metavar="N", help="trials at once, each in a process of its own [1]")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 
 from vimtune.cli.listing import listing
-from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages
+from vimtune.cli.parser import CommandParser, add_common, add_import, build_key_parser, import_packages
 from vimtune.fields import Option, options_of
 from vimtune.recipe import TASK, Recipe, RecipeError, components_of, load_recipe
 from vimtune.tasks import TASKS
@@ -86,16 +86,12 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, declared: Mapping[str, 
 
 def build_train_parser(prog: str) -> CommandParser:
     """Parser whose flags are the recipe's fields, grouped as there; all values stay text."""
-    parser = CommandParser(
-        prog=prog,
+    parser, general = build_key_parser(
+        prog,
         usage=f"{prog} [--config FILE [--variant X]] [--KEY VALUE ...]",
         description=DESCRIPTION,
-        epilog=EXAMPLES.format(prog=prog),
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
+        epilog=EXAMPLES,
     )
-    general = parser.add_argument_group("general")
-    general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--config", metavar="FILE", help="recipe in YAML")
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     general.add_argument(

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vimtune.compare.execution import POLL_SECONDS, Process, Processes, check_gpus
+from vimtune.compare.execution import POLL_SECONDS, Process, Processes
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
@@ -19,6 +19,7 @@ from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
 from vimtune.text import quote
+from vimtune.training.distributed import resolve_device
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
 from vimtune.training.identity import HARMLESS, changed
 from vimtune.training.interrupt import Interrupted, StopRequest
@@ -101,9 +102,14 @@ def _differences(run: RunFolder, wanted: Recipe) -> list[str]:
 def _run_all(
     schedule: Schedule, folder: Path, packages: Sequence[str], stop: StopRequest, console: Console
 ) -> None:
-    """Make all runs that are missing, until a request to stop."""
+    """Make all runs that are missing, until a request to stop.
+
+    Raises:
+        ValueError: this machine does not have one of the devices.
+    """
     options = schedule.plan.options
-    check_gpus(options.devices or [])
+    for device in options.devices or ():
+        resolve_device(device)  # One that is not there is refused before anything is started.
     processes = Processes(options.jobs, options.devices, packages)
     asked = False
     try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from vimtune.compare.plan import Cell
-from vimtune.text import printable, quote, shorten
+from vimtune.text import printable, shorten
 
 LOG_FILE = "log.txt"
 """Name of the file in a run folder that has what the run has printed."""
@@ -124,23 +124,3 @@ class Processes:
             environment.setdefault("OMP_NUM_THREADS", str(share))
             environment.setdefault("TOKENIZERS_PARALLELISM", "false")
         return environment
-
-
-def check_gpus(devices: Sequence[str]) -> None:
-    """Refuse GPUs that are not there before anything is started.
-
-    Raises:
-        ValueError: naming the device, and how many there are.
-    """
-    gpus = [device for device in devices if device.startswith("cuda")]
-    if not gpus:
-        return
-    import torch  # takes longer to import than all that is here
-
-    count = torch.cuda.device_count()
-    for device in gpus:
-        if int(device.partition(":")[2] or 0) >= count:
-            raise ValueError(
-                f"devices = {quote(device)}: this machine has {count} GPUs that torch can use; name those "
-                "that there are, or cpu"
-            )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from vimtune.fields import Count, InnerWidth
-from vimtune.methods.base import Method, option, register_method
+from vimtune.fields import Count
+from vimtune.methods.base import option, register_method
+from vimtune.methods.tokens import TokenTuning
 
 if TYPE_CHECKING:
     from vimtune.adapters.rule import CallRule
@@ -17,19 +17,13 @@ if TYPE_CHECKING:
 
 @register_method("affix")
 @dataclass(frozen=True, kw_only=True)
-class Affix(Method):
+class Affix(TokenTuning):
     """Options of affix tuning; `vimtune.adapters.rules.affix` has the formula."""
 
     summary = "learnt tokens at the start of every scan (Yoshimura et al. 2025)"
     default_targets = "scan()"
-    sized_by = ("num_tokens",)
-    changes_at_start = True
-    training_only = MappingProxyType({"hidden": 0})
 
     num_tokens: Count = option(3, "learnt tokens of each layer and direction")
-    hidden: InnerWidth = option(
-        0, "inner width of an MLP through which the tokens are trained, such as 64; 0 for none"
-    )
 
     def build(self, sites: Sequence[Site]) -> Mapping[str, CallRule]:
         from vimtune.adapters.declarations import scan_input

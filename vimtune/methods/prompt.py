@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vimtune.fields import Count, InnerWidth
-from vimtune.methods.base import Method, option, register_method
+from vimtune.methods.base import register_method
+from vimtune.methods.tokens import TokenTuning
 
 if TYPE_CHECKING:
     from vimtune.adapters.rule import CallRule
@@ -16,19 +15,11 @@ if TYPE_CHECKING:
 
 @register_method("prompt")
 @dataclass(frozen=True, kw_only=True)
-class Prompt(Method):
+class Prompt(TokenTuning):
     """Options of prompt tuning; `vimtune.adapters.rules.prompt` has the formula."""
 
     summary = "learnt tokens beside those of the input (Lester et al. 2021)"
     default_targets = "encode()"
-    sized_by = ("num_tokens",)
-    changes_at_start = True
-    training_only = MappingProxyType({"hidden": 0})
-
-    num_tokens: Count = option(8, "learnt tokens")
-    hidden: InnerWidth = option(
-        0, "inner width of an MLP through which the tokens are trained, such as 64; 0 for none"
-    )
 
     def build_rule(self, site: Site) -> CallRule:
         from vimtune.adapters.declarations import declaration_of

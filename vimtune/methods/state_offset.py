@@ -52,10 +52,9 @@ class StateOffset(Method):
 
 def _largest_rank(site: Site) -> int:
     """The largest rank with which the factors of an offset have fewer numbers than a full one."""
-    from vimtune.adapters.declarations import declaration_of, scan_input
+    from vimtune.adapters.declarations import scan_input, scan_states
 
     width: int = scan_input(site.owner, site.path).width
     # A mixer without such rows, as that of Mamba-2, is refused with the reason when its rule is built.
-    C = declaration_of(site.owner).rows(site.owner).get("x_proj.weight", {}).get("C", slice(0, 1))
-    num_states: int = C.stop - C.start
+    num_states: int = scan_states(site.owner)
     return max(1, (width * num_states - 1) // (width + num_states))

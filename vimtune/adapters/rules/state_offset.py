@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimtune.adapters.declarations import ScanInput, declaration_of
+from vimtune.adapters.declarations import ScanInput, declaration_of, scan_states
 from vimtune.adapters.rule import Call, CallRule
 from vimtune.ops import causal_conv1d
 
@@ -102,10 +102,7 @@ class StateOffsetRule(CallRule):
 
     def states_of_scan(self) -> list[int]:
         """N of each direction, as the mixer has them at present."""
-        mixer: Any = self.place[0]
-        rows = declaration_of(mixer).rows(mixer)
-        found = (rows[f"x_proj{suffix}.weight"]["C"] for suffix in self.suffixes)
-        return [C.stop - C.start for C in found]
+        return [scan_states(self.place[0], suffix) for suffix in self.suffixes]
 
     def outgrown(self) -> str | None:
         present = self.states_of_scan()

@@ -17,11 +17,11 @@ FIRED = tl.constexpr(-2147483648)
 
 
 @triton.jit
-def membrane_kernel(
-    x, start, result, mean, samples, tokens, columns, first, end, places, in_chunks, chunks, tau, threshold,
-    HAS_START: tl.constexpr, HAS_MEAN: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr,
+def places_of_program(
+    samples, columns, first, end, places, in_chunks, ROWS: tl.constexpr, BW: tl.constexpr
 ):  # fmt: skip
-    """`result` (B, L, W) and `mean` (B, c, E), from `x` and the membrane before the first chunk, `start`."""
+    """What a program handles: `sample` and place `k` (ROWS, 1), `column` (1, BW), and (ROWS, BW) each: what
+    exists, which of it are gates, where those are in a tensor (B, c, E), and which of them are in it."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BW + tl.arange(0, BW)[None, :]
     sample, k = row // places, row % places
@@ -29,6 +29,18 @@ def membrane_kernel(
     is_gate = live & (column >= first) & (column < end)
     own = row * (end - first) + column - first
     has_chunk = is_gate & (k < in_chunks)
+    return sample, k, column, live, is_gate, own, has_chunk
+
+
+@triton.jit
+def membrane_kernel(
+    x, start, result, mean, samples, tokens, columns, first, end, places, in_chunks, chunks, tau, threshold,
+    HAS_START: tl.constexpr, HAS_MEAN: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """`result` (B, L, W) and `mean` (B, c, E), from `x` and the membrane before the first chunk, `start`."""
+    sample, k, column, live, is_gate, own, has_chunk = places_of_program(
+        samples, columns, first, end, places, in_chunks, ROWS, BW
+    )
     before = tl.zeros([ROWS, BW], tl.float32)
     if HAS_START:
         before = tl.load(start + own, mask=has_chunk, other=0.0).to(tl.float32)
@@ -56,13 +68,9 @@ def membrane_backward_kernel(
     HAS_MEAN: tl.constexpr, NEED_START: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """`grad_x` (B, L, W) and `grad_start` (B, c, E), from the gradients of both results."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BW + tl.arange(0, BW)[None, :]
-    sample, k = row // places, row % places
-    live = (sample < samples) & (column < columns)
-    is_gate = live & (column >= first) & (column < end)
-    own = row * (end - first) + column - first
-    has_chunk = is_gate & (k < in_chunks)
+    sample, k, column, live, is_gate, own, has_chunk = places_of_program(
+        samples, columns, first, end, places, in_chunks, ROWS, BW
+    )
     shared = tl.zeros([ROWS, BW], tl.float32)
     if HAS_MEAN:
         shared = tl.load(grad_mean + own, mask=has_chunk, other=0.0).to(tl.float32) / chunks
