@@ -57,7 +57,7 @@ class AdditionalScan(Method):
                     f"{self.name} needs x_proj and A_log of a direction together, and {path} is alone among "
                     "the targets"
                 )
-            if site.options:
+            if "num_states" in site.options:
                 raise ValueError(
                     f"num_states of {self.name} is given for {path}, but all layers of a model have equally "
                     "many states: give one number"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from vimtune.fields import Amount, PositiveAmount, options_of
 from vimtune.fields import option as option  # for the files of methods
-from vimtune.fields import options_of
 from vimtune.parsers import excludes
 from vimtune.registry import Registry
 from vimtune.text import quote
@@ -38,6 +38,7 @@ AnyMethod = TypeVar("AnyMethod", bound="Method")
 class Method(ABC):
     """Options of one method. Its fields, stated with `option`, are what `peft_kwargs` takes.
 
+    Every method has those that are stated here, which the optimizer follows; a derived class adds its own.
     Their annotations are the only statement of types and ranges. Recipes and flags parse values by them
     (`vimtune.fields.parser_of`); `resolve_options` compares with them what comes from Python and from files.
 
@@ -70,6 +71,9 @@ class Method(ABC):
     """The options that decide how much it trains, such as ("rank", "block_size"). A budget chooses the value
     of the first one that the user has not given. Empty if nothing but the targets decides. How much is
     trained has to rise with the value of such an option, or to fall with it, among the values that fit."""
+
+    lr_scale: PositiveAmount = option(1.0, "factor of the learning rate of what the method trains")
+    decay_scale: Amount = option(1.0, "factor of the weight decay of what the method trains")
 
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
