@@ -30,6 +30,11 @@ class AdditionalScan(Method):
 
     num_states: Count = option(6, "states beside those that the model has")
 
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        # A scan takes longer by as much as it has states, so a budget at most doubles them.
+        decays = _directions(site.path for site in sites).values()
+        return min((site.weight.shape[1] for site in sites if site.path in decays), default=None)
+
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
     ) -> list[str]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vimtune.fields import Count, InnerWidth
-from vimtune.methods.base import Method, option, register_method
+from vimtune.methods.base import MOST_TOKENS, Method, option, register_method
 
 if TYPE_CHECKING:
     from vimtune.adapters.rule import CallRule
@@ -30,6 +30,9 @@ class Affix(Method):
     hidden: InnerWidth = option(
         0, "inner width of an MLP through which the tokens are trained, such as 64; 0 for none"
     )
+
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        return MOST_TOKENS if option == "num_tokens" else None
 
     def build(self, sites: Sequence[Site]) -> Mapping[str, CallRule]:
         from vimtune.adapters.declarations import scan_input

@@ -94,6 +94,14 @@ class Method(ABC):
         present = [target for target in default if points.has(target)] if self.skips_absent_targets else []
         return points.resolve(present or default, layers)
 
+    @classmethod
+    def sized_with(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `sized_by` that decide how much it trains where these options are given.
+
+        Overridden by methods of which an option may leave the others nothing to decide.
+        """
+        return cls.sized_by
+
     def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
         """Up to which value of an option of `sized_by` more parameters are worth something; a budget chooses
         none beyond it. None if nothing but the range of the option and the sites themselves limits it.
@@ -294,8 +302,8 @@ class ChosenMethod:
 
 
 def sizing_options(spec: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """The options that a budget decides, by their method: of each method the first of `Method.sized_by` that
-    is not given. Methods without such an option are left out.
+    """The options that a budget decides, by their method: of each method the first of `Method.sized_with`
+    that is not given. Methods without such an option are left out.
 
     Raises:
         ValueError: unknown method or option, or no method of the spec has an option left to decide.
@@ -303,12 +311,14 @@ def sizing_options(spec: str, options: Mapping[str, Any]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     reasons = []
     for name, given in split_options(spec, options).items():
-        sized_by = get_method(name).sized_by
+        sized_by = get_method(name).sized_with(given)
         free = [option for option in sized_by if option not in given]
         if free:
             chosen[name] = free[0]
         elif sized_by:
             reasons.append(f"method {name!r} has its size already: leave out {' or '.join(sized_by)}")
+        elif get_method(name).sized_by:
+            reasons.append(f"method {name!r} has one size with the options that are given")
         else:
             reasons.append(f"method {name!r} has no option that decides how much it trains")
     if not chosen:
@@ -333,6 +343,12 @@ def build_methods(spec: str, options: Mapping[str, Any]) -> list[ChosenMethod]:
                 cls(**everywhere, **{field_name: value})
         chosen.append(ChosenMethod(cls(**everywhere), by_target))
     return chosen
+
+
+MOST_TOKENS = 200
+"""So many learnt tokens a budget gives at most: as many as prompts of images (Jia et al. 2022, arXiv
+2203.12119) and prefixes of texts (Li & Liang 2021, arXiv 2101.00190) are published with. They lengthen every
+sequence, so that more of them cost more than what they train is worth."""
 
 
 def check_matrix(method: str, site: Site, rank: int | None = None) -> tuple[int, int]:
