@@ -96,7 +96,7 @@ def fit_to_budget(
     """
     allowed = _allowance(model, head, budget)
     to_choose = sizing_options(spec, options)
-    draft = _without_values(model)
+    draft = without_values(model)
     points, chosen = Points(draft), build_methods(spec, options)
     paths = select_sites(points, [item.method for item in chosen], targets, layers, head)
     sites = {
@@ -135,7 +135,7 @@ def _allowance(model: nn.Module, head: Sequence[str], budget: int | str) -> int:
     return int(backbone * float(budget.rstrip("%")) / 100)
 
 
-def _without_values(model: nn.Module) -> nn.Module:
+def without_values(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device, on which no adapter is in force."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     memo: dict[int, Any] = {}
