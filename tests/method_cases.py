@@ -20,6 +20,7 @@ SMALL = {
 CASES = [
     *((name, {}) for name in list_methods()),
     ("prodial", {"variant": "paper"}),
+    ("prodial", {"variant": "tanh", "train_scale": False, "lr_scale": 0.5}),
     ("prodial", {"block_size": 1}),
     ("lora+bitfit", {}),
     ("full+lora", {}),

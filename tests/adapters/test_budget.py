@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from method_cases import SMALL
 
 import vimtune
+from vimtune import adapters
 from vimtune.adapters.budget import MOST, choose, reach
 from vimtune.fields import options_of
 from vimtune.methods import METHODS, Method
@@ -107,6 +108,36 @@ def test_an_offset_of_states_gets_no_rank_beyond_a_full_one():
     model = vimtune.inject(plain(), "state_offset", budget=10**6)
     full = vimtune.inject(plain(), "state_offset")
     assert trained(model) < trained(full) < trained(vimtune.inject(plain(), "state_offset", h_rank=11))
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "most"),
+    [("prompt", "num_tokens", 200), ("affix", "num_tokens", 200), ("additional_scan", "num_states", 16),
+     ("svp", "width", 16)],
+)  # fmt: skip
+def test_tokens_and_states_that_make_a_model_slow_are_not_chosen_and_that_is_said(
+    method, option, most, caplog
+):
+    caplog.set_level(logging.INFO, "vimtune")
+    model = vimtune.inject(plain(), method, budget=10**7)
+    assert adapters.active_adapter(model).options[method][option] == most
+    assert f"chose {method} with {option} = {most} (the most that a budget gives it), which" in caplog.text
+    vimtune.inject(plain(), method, **{option: most + 1})
+
+
+def test_an_offset_of_outputs_has_one_size():
+    message = "method 'state_offset' has one size with the options that are given. Expected a method whose"
+    for kind in ("y", {"layers.0": "h", "layers.1": "y"}):
+        with pytest.raises(ValueError, match=message):
+            vimtune.inject(plain(), "state_offset", kind=kind, budget="300k")
+    with pytest.raises(RecipeError, match=message):
+        Recipe(peft="state_offset", peft_kwargs="kind=y", budget="300k")
+    both, y = (
+        vimtune.inject(plain(), "lora+state_offset", kind="y", budget=3000),
+        vimtune.inject(plain(), "state_offset", kind="y"),
+    )
+    rank = trained(vimtune.inject(plain(), "lora", rank=1))
+    assert trained(both) == trained(y) + (3000 - trained(y)) // rank * rank
 
 
 def test_several_methods_share_a_budget():

@@ -392,29 +392,57 @@ def test_more_chunks_than_tokens_are_refused(adapted):
         adapted("memba", chunks=18)(images)
 
 
+def membranes_of(z: Tensor, before: Tensor | None, chunks: int) -> tuple[Tensor, Tensor]:
+    """The membranes of gates (B, L, E), token by token, and their mean over the chunks: token t goes on from
+    token t - c, for chunks of c tokens, and the first chunk from `before`."""
+    c = z.shape[1] // chunks
+    u: list[Tensor] = []
+    for t in range(z.shape[1]):
+        start = torch.zeros_like(z[:, 0])
+        if t < chunks * c:
+            start = u[t - c] if t >= c else start if before is None else before[:, t]
+        v = 0.8 * start + z[:, t]
+        u.append(torch.where(v > 0.3, 0.0, v))
+    membranes = torch.stack(u, 1)
+    return membranes, membranes[:, : chunks * c].unflatten(1, (chunks, c)).mean(1)
+
+
 @pytest.mark.parametrize("chunks", [1, 3, 4, 17])
 def test_memba(adapted, head_of, chunks):
-    """The membrane token by token: token t goes on from token t - c, for chunks of c tokens."""
     model = adapted("lora+memba", targets={"lora": "in_proj"}, rank=2, chunks=chunks, tau=0.8, threshold=0.3)
-    handed: list[Tensor] = []
+    handed = None
 
     def mixing(mixer, xz):
+        nonlocal handed
         x, z = xz.chunk(2, -1)
-        c = z.shape[1] // chunks
-        u: list[Tensor] = []
-        for t in range(z.shape[1]):
-            before = torch.zeros_like(z[:, 0])
-            if t < chunks * c:
-                before = u[t - c] if t >= c else handed[-1][:, t] if handed else before
-            v = 0.8 * before + z[:, t]
-            u.append(torch.where(v > 0.3, 0.0, v))
-        membranes = torch.stack(u, 1)
-        handed.append(membranes[:, : chunks * c].unflatten(1, (chunks, c)).mean(1))
+        membranes, handed = membranes_of(z, handed, chunks)
         return mix(mixer, torch.cat([x, membranes], -1))
 
     expected = logits(model, run(model, model._embed(images), mixing), model.cls_position)
     assert not torch.allclose(expected, logits(model, run(model, model._embed(images)), model.cls_position))
     close(model(images), expected)
+
+
+@pytest.mark.parametrize("spec", ["affix+memba", "memba+affix"])
+def test_beside_affix_the_order_says_which_tokens_have_membranes(adapted, spec):
+    model = adapted(spec, num_tokens=2, chunks=4, tau=0.8, threshold=0.3)
+    rules, handed = rules_by_mixer(model, model), None
+
+    def mixing(mixer, xz):
+        nonlocal handed
+        (affix,) = (rule for rule in rules[mixer].rules if hasattr(rule, "table"))
+        x, z = xz.chunk(2, -1)
+        forward, reverse = affix.tokens().unsqueeze(1).expand(-1, len(x), -1, -1)
+        none = torch.zeros_like(forward)
+        if spec == "affix+memba":
+            gates, handed = membranes_of(z, handed, 4)
+            gates = torch.cat([none, gates, none], 1)
+        else:
+            gates, handed = membranes_of(torch.cat([none, z, none], 1), handed, 4)
+        whole = torch.cat([torch.cat([forward, x, reverse.flip(1)], 1), gates], -1)
+        return mix(mixer, whole)[:, 2:-2]
+
+    close(model(images), logits(model, run(model, model._embed(images), mixing), model.cls_position))
 
 
 @pytest.mark.parametrize(

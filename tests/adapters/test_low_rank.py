@@ -223,6 +223,17 @@ def test_b_learns_faster_than_a(method):
     assert all(group["weight_decay"] in (0, 0.1) for group in optimizer.param_groups)
 
 
+def test_the_diagonal_and_the_rows_of_prodial_have_a_learning_rate_of_their_own():
+    model = vimtune.inject(
+        build_test_model(), "prodial", rank=3, lr_ratio=16.0, diagonal_lr_ratio=0.1, lr_scale=2.0
+    )
+    expected = {"branch.lora_A": 2.0, "branch.lora_B": 32.0, "blocks": 0.2, "row_scale": 0.2}
+    adapted = [item for item in adapter_parameters(model) if item.group == "adapter"]
+    assert len(adapted) == 4 * len(expected)
+    for item in adapted:
+        assert item.learning_rate == pytest.approx(expected[item.key.partition("weight.")[2]]), item.key
+
+
 # --- magnitudes
 
 

@@ -139,7 +139,11 @@ def test_features_only_with_an_adapter(images):
             r"block_size 5 does not divide .* width 16 .* possible: 1, 2, 4",
         ),
         ("prodial", {"block_size": 0}, "block_size .*: expected a value greater than or equal to 1 .found 0"),
-        ("prodial", {"variant": "papr"}, "variant .*: expected 'free' or 'paper' .found 'papr'"),
+        (
+            "prodial",
+            {"variant": "papr"},
+            "variant .*: expected 'free', 'exp', 'tanh' or 'paper' .found 'papr'",
+        ),
         ("linear", {"rank": 2}, "no option 'rank'"),
         ("linear", {"targets": "both"}, "takes neither targets"),
         ("full", {"targets": "both"}, "use method 'ft'"),

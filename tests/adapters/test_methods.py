@@ -14,6 +14,7 @@ from vimtune.adapters import adapter_parameters
 from vimtune.adapters.rules.lora import LowRank
 from vimtune.adapters.rules.prodial import ProDiaLRule
 from vimtune.testing import METHOD_CHECKS, MethodCase
+from vimtune.testing.methods import build_test_model
 
 
 @pytest.fixture(params=CASES, ids=label)
@@ -108,18 +109,37 @@ def test_default_diagonal_trains_from_the_very_first_step(plain, images):
     assert len(diagonals) == 4 and all((d != 0).all() for d in diagonals)
 
 
-def test_paper_formula_to_the_letter():
+DIAGONALS = {
+    "free": lambda x: 1 + x,
+    "exp": torch.exp,
+    "tanh": lambda x: 1 + torch.tanh(x),
+    "paper": lambda x: 1 - torch.relu(x),
+}
+"""The diagonal of D_b in each variant of ProDiaL."""
+
+
+@pytest.mark.parametrize("variant", DIAGONALS)
+@pytest.mark.parametrize("train_scale", [True, False])
+def test_formula_of_prodial_to_the_letter(variant, train_scale):
     torch.manual_seed(0)
     weight = torch.randn(6, 8)
-    rule = ProDiaLRule(weight, LowRank(weight, rank=2, scale=8 / 2), block_size=4, variant="paper")
+    rule = ProDiaLRule(weight, LowRank(weight, rank=2, scale=8 / 2), 4, variant, train_scale=train_scale)
+    close(rule.effective_weight(weight), weight)
+    assert sum(parameter.numel() for parameter in rule.parameters()) == 2 * (6 + 8) + 4 * 8 + 6 * train_scale
     with torch.no_grad():
         for parameter in rule.parameters():
             parameter.normal_()
     D_a = torch.block_diag(*rule.blocks)
-    eye = torch.eye(8)
-    D_b = (eye - torch.relu(eye * D_a)) + (torch.block_diag(*[torch.ones(4, 4)] * 2) - eye) * D_a
+    off = 1 - torch.eye(8)
+    D_b = torch.diag(DIAGONALS[variant](D_a.diagonal())) + off * D_a
     eps = (8 / 2) * rule.branch.lora_B @ rule.branch.lora_A
-    close(rule.effective_weight(weight), torch.diag(rule.row_scale) @ weight @ D_b + eps)
+    s = rule.row_scale if train_scale else torch.ones(6)
+    close(rule.effective_weight(weight), torch.diag(s) @ weight @ D_b + eps)
+
+
+def test_prodial_without_factors_of_rows_has_none_to_decay():
+    with pytest.raises(ValueError, match="scale_decay = 2 is for factors s that train"):
+        vimtune.inject(build_test_model(), "prodial", train_scale=False, scale_decay=2.0)
 
 
 @pytest.mark.parametrize(("method", "use_dora"), [("lora", False), ("dora", True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import timm
@@ -235,6 +236,25 @@ def test_places_that_no_matrix_has_are_refused(places):
     state["layers.0.mixer.A_log.places"][[0, -1]] = torch.tensor(places)
     message = "layers.0.mixer.A_log.places are no ascending places in a matrix of 512 entries"
     with pytest.raises(ValueError, match=message):
+        load_adapter_state_dict(model, state)
+
+
+@pytest.mark.parametrize(
+    ("path", "places", "message"),
+    [
+        ("A_log", [0, 1, 2, 3, 16, 17, 18, 32, *range(64, 68)], "are not 4 states of each of 3 channels"),
+        ("A_log", [*range(8), *range(64, 68)], "are not 4 states of each of 3 channels"),
+        ("x_proj.weight.rules.0", [1, 3, 4], "are not the same 3 columns of each of 16 rows"),
+    ],
+)
+def test_places_that_are_no_choice_are_refused(path, places, message):
+    """So many states of each channel are kept, and of B and C the same columns in each row."""
+    model = adapted(depth=1)
+    state = {key: tensor.clone() for key, tensor in adapter_state_dict(model).items()}
+    key = f"layers.0.mixer.{path}.places"
+    load_adapter_state_dict(model, state)
+    state[key][: len(places)] = torch.tensor(places)
+    with pytest.raises(ValueError, match=rf"mixer\.{re.escape(path)}\.places {message}"):
         load_adapter_state_dict(model, state)
 
 

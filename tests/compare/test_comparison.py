@@ -68,6 +68,18 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(runs, tmp_path, capsys)
     assert len(runs.started) == 4
 
 
+def test_draws_of_the_data_are_added_to_what_is_there(runs, tmp_path):
+    few = {"methods": {"lora": {"rank": 2}}, "shots": 1, "seeds": "0"}
+    compare(plan(**few), tmp_path)
+    (row,), _ = compare(plan(**few, data_seeds="0,1"), tmp_path)
+    assert [(cell.seed, cell.data_seed) for cell in runs.started] == [(0, None), (0, 1)]
+    assert len(row.results) == 2 and row.data_differ and row.score.count == 2
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "over the 2 pairs of the seeds (0) and the data seeds (0, 1)." in table
+    (again,), _ = compare(load_plan(tmp_path / "plan.yaml", {}), tmp_path)
+    assert len(runs.started) == 2 and len(again.results) == 2
+
+
 def test_runs_with_other_settings_are_refused_all_at_once(runs, tmp_path):
     compare(plan(seeds="0"), tmp_path)
     with pytest.raises(PlanError) as caught:

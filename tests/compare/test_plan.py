@@ -61,6 +61,23 @@ def test_where_the_learning_rates_come_from():
     assert Plan.from_values({"methods": "lora", "lr": 0.1}).rates("lora", "synthetic_flowers") == [0.1]
 
 
+def test_data_seeds_are_an_axis_of_the_grid(tmp_path):
+    plan = Plan.from_values({**TINY, "methods": "lora", "seeds": "3,4", "data_seeds": "0,7", "shots": 1})
+    cells = plan.cells("lora", "synthetic_flowers", 1e-3)
+    assert [(cell.seed, cell.data_seed) for cell in cells] == [(3, 0), (4, 0), (3, 7), (4, 7)]
+    recipes = [plan.recipe(cell, tmp_path) for cell in cells]
+    assert [(recipe.run.seed, recipe.data.data_seed) for recipe in recipes] == [
+        (3, 0), (4, 0), (3, 7), (4, 7)
+    ]  # fmt: skip
+    assert len({cell.path for cell in cells}) == 4
+    without = Plan.from_values({**TINY, "methods": "lora", "seeds": "3,4", "shots": 1})
+    assert [cell.path for cell in without.cells("lora", "synthetic_flowers", 1e-3)] == [
+        cell.path for cell in cells[:2]
+    ], "runs without data seeds are those of data seed 0"
+    plan.save(tmp_path)
+    assert load_plan(tmp_path / "plan.yaml", {}).data_seeds == [0, 7]
+
+
 def test_flags_and_files_mean_the_same_and_flags_win(tmp_path):
     values = {"methods": {"lora": {"rank": 2}, "full": {}}, "seeds": [0, 1], "lrs": [1e-3, 1e-2], "epochs": 3}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
@@ -119,6 +136,15 @@ def test_all_mistakes_are_reported_at_once_and_shared_ones_once():
             "seeds = '0,0': expected seeds such as 0,1,2, each of them once",
         ),
         ({"methods": "lora", "seeds": "-1"}, "seeds = '-1': expected seeds such as 0,1,2: expected a whole"),
+        (
+            {"methods": "{lora: {data_seed: 3}}", "data_seeds": "0,1"},
+            "methods: lora: data_seed = 3: set by the key data_seeds",
+        ),
+        (
+            {"methods": "lora", "data_seeds": [0, 1], "data_seed": 2},
+            "data_seed = 2: set by the key data_seeds",
+        ),
+        ({"methods": "lora", "data_seeds": "x"}, "data_seeds = 'x': expected seeds such as 0,1,2"),
         ({"methods": "lora", "lr_seeds": "4"}, "lr_seeds: 4 is not among the seeds 0"),
         (
             {"methods": "lora", "lrs": "0"},

@@ -84,3 +84,23 @@ def test_runs_that_are_being_made_are_not_started_again():
     assert second == Cell("lora", DATA, 1e-2, 0)
     plan.running.add(second)
     assert plan.next() is None
+
+
+def test_the_first_draw_of_the_data_chooses_and_all_draws_are_in_the_row():
+    plan = schedule(methods="lora", seeds="0,1", data_seeds="5,6,7", shots=1)
+    order = cells(plan)
+    assert order == [
+        Cell("lora", DATA, 1e-3, 0, 5),
+        Cell("lora", DATA, 1e-2, 0, 5),
+        *(
+            Cell("lora", DATA, 1e-2, seed, draw)
+            for draw in (5, 6, 7)
+            for seed in (0, 1)
+            if (seed, draw) != (0, 5)
+        ),
+    ]
+    assert len(order) == plan.total == 7
+    (row,) = plan.rows()
+    assert len(row.results) == 6 and row.missing == 0 and row.score.count == 6
+    del plan.done[Cell("lora", DATA, 1e-2, 1, 7)]
+    assert plan.rows()[0].missing == 1 and plan.next() == Cell("lora", DATA, 1e-2, 1, 7)

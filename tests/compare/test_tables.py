@@ -10,8 +10,18 @@ import pytest
 from tiny_plans import TINY, result
 
 from vimtune.compare.pictures import draw_pareto, pareto, short_count
+from vimtune.compare.plan import Plan
 from vimtune.compare.results import Row, Spread, rows_of_runs
-from vimtune.compare.tables import best_of, print_rows, to_csv, to_latex, to_markdown, write_tables
+from vimtune.compare.tables import (
+    best_of,
+    print_rows,
+    protocol_of,
+    runs_to_csv,
+    to_csv,
+    to_latex,
+    to_markdown,
+    write_tables,
+)
 from vimtune.console import build_console
 
 ROWS = [
@@ -110,6 +120,44 @@ def test_runs_without_a_plan_are_named_by_what_tells_them_apart():
         ("full", "synthetic_flowers (species=2)", [0]),
         ("full", "synthetic_flowers (species=5)", [0]),
     ]
+
+
+def test_draws_of_the_data_are_averaged_over():
+    def run(top1, seed, draw, source="images"):
+        recipe = {"rank": 2, "data_seed": draw, "shots": 1}
+        return result(top1, seed=seed, recipe=recipe, data={"train": source})
+
+    runs = [run(80 + 2 * seed + draw, seed, draw, f"draw {draw}") for draw in (3, 4) for seed in (0, 1)]
+    (row,) = rows_of_runs(runs[::-1])
+    assert row.score == Spread.of([83, 85, 84, 86]) and row.score.count == 4
+    assert (row.method, row.data, row.seeds, row.data_seeds) == ("lora", "synthetic_flowers", [0, 1], [3, 4])
+    text = to_markdown([row], "")
+    assert "| runs | lr |" in text and "| 4 | 0.001 |" in text and "data seeds draw nothing" not in text
+    line = next(csv.DictReader(io.StringIO(to_csv([row]))))
+    assert (line["runs"], line["seeds"], line["data_seeds"]) == ("4", "2", "2")
+    assert [own["data_seed"] for own in csv.DictReader(io.StringIO(runs_to_csv([row])))] == [
+        "3",
+        "3",
+        "4",
+        "4",
+    ]
+    (same,) = rows_of_runs([run(80, 0, 3), run(80, 0, 4)])
+    assert "The data seeds draw nothing of synthetic_flowers" in to_markdown([same], "")
+
+
+def test_a_run_that_was_made_twice_is_no_second_seed():
+    (row,) = rows_of_runs([result(80), result(80)])
+    assert "| runs | lr |" in to_markdown([row], "") and row.seeds == [0]
+
+
+def test_the_notes_say_over_what_the_means_are():
+    plan = Plan.from_values({"methods": "lora", "seeds": "0,1", "data_seeds": "0,1,2", "lrs": "1e-3,1e-2"})
+    assert protocol_of(plan) == (
+        "For each method on each data set the validation split chooses the learning rate among those of its "
+        "grid (seeds 0, data seed 0); the other seeds and data seeds are run with that one alone. Scores are "
+        "means and standard deviations (n - 1) over the 6 pairs of the seeds (0, 1) and the data seeds "
+        "(0, 1, 2)."
+    )
 
 
 def test_the_terminal_shows_the_same(capsys):

@@ -158,6 +158,33 @@ def test_the_published_winner_is_a_recipe_of_this_space() -> None:
     assert set(refined.parts) == set(winner) and refined.removes
 
 
+def test_the_published_second_step_draws_factors_of_learning_rate_and_decay_for_each_part() -> None:
+    plan = tiny_plan(space=read_space_file("mambapeft"))
+    winner = ("lora_in_proj", "lora_B", "A")
+    refined = plan.space.refine(
+        plan.space.draw(drawn_again({name: name in winner for name in MINIMAL}), plan.base())
+    )
+    ranges = {"lr_scale": (0.1, 5.0), "decay_scale": (0.1, 10.0)}
+    for part in refined.parts.values():
+        assert {key: tuple(part.options[key].ends()) for key in ranges} == ranges
+        assert all(part.options[key].log for key in ranges)
+    drawn = {f"{name}.{key}": low for name in winner for key, (low, _) in ranges.items()}
+    drawn |= {"A.lr_scale": 5.0, "lora_B.decay_scale": 10.0, WITHOUT: NONE}
+    for part in ("lora_in_proj", "lora_B"):
+        drawn |= {f"{part}.rank": 4, f"{part}.alpha": 0.5}
+    values = recipe_values(refined, refined.draw(drawn_again(drawn), plan.base()))
+    assert values["peft_kwargs"] == {
+        "lora": {
+            "rank": {"in_proj": 4, "x_proj[B]": 4},
+            "alpha": {"in_proj": 2.0, "x_proj[B]": 2.0},
+            "lr_scale": {"in_proj": 0.1, "x_proj[B]": 0.1},
+            "decay_scale": {"in_proj": 0.1, "x_proj[B]": 10.0},
+        },
+        "a_tuning": {"lr_scale": 5.0, "decay_scale": 0.1},
+    }
+    plan.final_recipe(refined, refined.draw(drawn_again(drawn), plan.base()))
+
+
 # --- what is wrong
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -171,8 +198,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a switch": ({"parts": {"a": {"method": "lora", "optional": "maybe"}}}, "part a: optional = 'maybe'"),
     "an option": (
         {"parts": {"a": {"method": "lora", "options": {"rnak": 3}}}},
-        "rnak = 3 is not a field of lora: its fields are alpha, dropout, lr_ratio, rank, scaling, start. "
-        "Did you mean 'rank'?",
+        "rnak = 3 is not a field of lora: its fields are alpha, decay_scale, dropout, lr_ratio, lr_scale, "
+        "rank, scaling, start. Did you mean 'rank'?",
     ),
     "a value": (
         {"parts": {"a": {"method": "lora", "options": {"rank": 0}}}},
@@ -226,6 +253,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         "part b: several parts are of method lora, so each of them needs targets",
     ),
     "combine": ({"combine": "all"}, "combine = 'all': expected any or one"),
+    "an option of every part": (
+        {"refine": {"options": {"rank": 3}}},
+        "refine: options: rank = 3 is not a field of every method: its fields are decay_scale, lr_scale.",
+    ),
     "remove of one": ({"combine": "one", "refine": {"remove_one": True}}, "remove_one does not go with"),
 }
 

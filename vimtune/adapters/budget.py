@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -53,11 +53,17 @@ class Fitted:
     """The options of each method as given, and those that were chosen, as `inject` takes them."""
     chosen: Mapping[str, tuple[str, Any]]
     """The option that was chosen for a method, and its value."""
+    limited: Collection[str]
+    """The methods whose option has the largest value that a budget gives it (`Method.size_limit`)."""
     trained: int
     """How many numbers are trained beside the head."""
 
     def __str__(self) -> str:
-        choices = [f"{method} with {name} = {value:g}" for method, (name, value) in self.chosen.items()]
+        choices = [
+            f"{method} with {name} = {value:g}"
+            + (" (the most that a budget gives it)" * (method in self.limited))
+            for method, (name, value) in self.chosen.items()
+        ]
         missed = self.budget - self.trained
         return (
             f"budget of {self.budget:,} parameters beside the head: chose {', '.join(choices)}, which trains "
@@ -90,7 +96,7 @@ def fit_to_budget(
     """
     allowed = _allowance(model, head, budget)
     to_choose = sizing_options(spec, options)
-    draft = _without_values(model)
+    draft = without_values(model)
     points, chosen = Points(draft), build_methods(spec, options)
     paths = select_sites(points, [item.method for item in chosen], targets, layers, head)
     sites = {
@@ -109,7 +115,12 @@ def fit_to_budget(
         values[method.name] = (name, value)
         given[method.name] = {**given[method.name], name: value}
         trained += count
-    return Fitted(allowed, given, values, trained)
+    limited = [
+        method.name
+        for method in waiting
+        if values[method.name][1] == method.size_limit(to_choose[method.name], sites[method.name])
+    ]
+    return Fitted(allowed, given, values, limited, trained)
 
 
 def _allowance(model: nn.Module, head: Sequence[str], budget: int | str) -> int:
@@ -124,7 +135,7 @@ def _allowance(model: nn.Module, head: Sequence[str], budget: int | str) -> int:
     return int(backbone * float(budget.rstrip("%")) / 100)
 
 
-def _without_values(model: nn.Module) -> nn.Module:
+def without_values(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device, on which no adapter is in force."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     memo: dict[int, Any] = {}

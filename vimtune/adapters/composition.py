@@ -47,14 +47,6 @@ class Composition(WeightRule):
         assert total is not None, "it is asked of compositions alone in which a rule perturbs"
         return total
 
-    def decay(self, tensor: str, exempt: bool) -> float:
-        rule, own = _part(self.rules, tensor)
-        return rule.decay(own, exempt)
-
-    def learning_rate(self, tensor: str) -> float:
-        rule, own = _part(self.rules, tensor)
-        return rule.learning_rate(own)
-
     def steps(self) -> list[tuple[WeightRule, Rows]]:
         """(rule, its rows), in the order in which they are applied."""
         return list(zip(cast(Sequence[WeightRule], self.rules), self.rows, strict=True))
@@ -86,23 +78,18 @@ class Nesting(CallRule):
             call = _surrounded(cast(CallRule, rule), call, flow)
         return call(x)
 
-    def decay(self, tensor: str, exempt: bool) -> float:
-        rule, own = _part(self.rules, tensor)
-        return rule.decay(own, exempt)
-
-    def learning_rate(self, tensor: str) -> float:
-        rule, own = _part(self.rules, tensor)
-        return rule.learning_rate(own)
-
 
 def _surrounded(rule: CallRule, call: Call, flow: tuple[dict[str, Tensor], ...]) -> Call:
     return lambda x: rule.around(call, x, *flow)
 
 
-def _part(rules: nn.ModuleList, tensor: str) -> tuple[Rule, str]:
-    """The rule that the tensor "rules.<index>.<name>" belongs to, and its name there."""
-    _, index, own = tensor.split(".", 2)
-    return cast(Rule, rules[int(index)]), own
+def part_of(rule: Rule, tensor: str) -> tuple[Rule, str]:
+    """The single rule that a tensor of `rule` belongs to, and the tensor's name within it: of the composition
+    or nesting that has it as "rules.<index>.<name>", or `rule` itself."""
+    if isinstance(rule, Composition | Nesting):
+        _, index, own = tensor.split(".", 2)
+        return cast(Rule, rule.rules[int(index)]), own
+    return rule, tensor
 
 
 def single_rules(rule: Rule) -> Iterator[Rule]:

@@ -141,7 +141,12 @@ _AS_BEFORE = {"scaling": "standard", "start": "random", "lr_ratio": 1.0}
 """What the methods with low-rank factors did before they had these options."""
 
 NEUTRAL_OPTIONS: dict[str, dict[str, Any]] = {
-    "prodial": {"scale_decay": 0.0, **_AS_BEFORE},
+    "prodial": {
+        "scale_decay": 0.0,
+        "diagonal_lr_ratio": 1.0,
+        "train_scale": True,
+        **_AS_BEFORE,
+    },
     "lora": _AS_BEFORE,
     "dora": {"axis": "output", **_AS_BEFORE},
     "strong": _AS_BEFORE,
@@ -150,6 +155,9 @@ NEUTRAL_OPTIONS: dict[str, dict[str, Any]] = {
     "full": {"start_decay": 0.0},
 }
 """Values of options that came after files of their method had been written: with these it does as before."""
+
+NEUTRAL_OF_ALL: dict[str, Any] = {"lr_scale": 1.0, "decay_scale": 1.0}
+"""The same of the options that every method has."""
 
 
 def write_info(info: AdapterInfo, what: str) -> str:
@@ -179,7 +187,9 @@ def read_info(text: str | None, what: str) -> AdapterInfo:
     # Its content becomes arguments of a function.
     info.model = check_creation(info.model, what, AdapterFileError)
     _check_preprocessing(info, what, AdapterFileError)
-    info.options = {name: NEUTRAL_OPTIONS.get(name, {}) | own for name, own in info.options.items()}
+    info.options = {
+        name: NEUTRAL_OF_ALL | NEUTRAL_OPTIONS.get(name, {}) | own for name, own in info.options.items()
+    }
     try:
         resolve_options(info.method, info.options)
     except ValueError as error:

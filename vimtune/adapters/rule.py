@@ -33,6 +33,13 @@ class Rule(nn.Module):
     """Whether units of the rule may be off for all of some inputs, as behind a relu, so that single entries
     get no gradient from these."""
 
+    lr_scale: float = 1.0
+    """By how much the rule's method is said to multiply the learning rates of its tensors; whoever attaches
+    the rule sets it."""
+
+    decay_scale: float = 1.0
+    """The same of their weight decay."""
+
     def decay(self, tensor: str, exempt: bool) -> float:
         """How strongly weight decay pulls a parameter of this rule to zero.
 
@@ -44,7 +51,7 @@ class Rule(nn.Module):
             exempt: whether the model exempts the base parameter from decay, as Mamba's A_log and D.
 
         Returns:
-            A multiple of the run's weight decay; 0 for none.
+            A multiple of the run's weight decay; 0 for none. It is further multiplied by `decay_scale`.
         """
         return 0.0 if exempt or self.get_parameter(tensor).dim() <= 1 else 1.0
 
@@ -55,7 +62,7 @@ class Rule(nn.Module):
             tensor: name of the parameter within the rule.
 
         Returns:
-            A multiple of the run's learning rate, above 0.
+            A multiple of the run's learning rate, above 0. It is further multiplied by `lr_scale`.
         """
         return 1.0
 

@@ -272,8 +272,35 @@ def attach_rules(
             raise ValueError(
                 f"method {method.name!r} built a {type(rule).__name__} for {path}, expected a {kind.__name__}"
             )
+        own = method.at(by_path[path])
+        rule.lr_scale, rule.decay_scale = own.lr_scale, own.decay_scale
         _attach_rule(points, model, adapter, method, path, rule, accept_idle)
+    _refuse_idle_scales(method, rules)
     return list(rules)
+
+
+def _refuse_idle_scales(method: Method, rules: Mapping[str, Rule]) -> None:
+    """Refuse factors of learning rate and weight decay that no tensor would follow, or only one of several
+    that are given for a tensor."""
+    trained: dict[nn.Parameter, Rule] = {}
+    for path, rule in rules.items():
+        for name, parameter in rule.named_parameters():
+            first = trained.setdefault(parameter, rule)
+            for option in ("lr_scale", "decay_scale"):
+                if getattr(first, option) != getattr(rule, option):
+                    raise ValueError(
+                        f"option {option} of method {method.name!r} is {getattr(first, option):g} and "
+                        f"{getattr(rule, option):g} for {name} of {path}, which several places have in "
+                        "common: give one value"
+                    )
+    for option in () if trained else ("lr_scale", "decay_scale"):
+        given = [getattr(owner, option) for owner in (method, *rules.values())]
+        if value := next((value for value in given if value != 1), None):
+            raise ValueError(
+                f"{option} = {value:g} would have no effect: method {method.name!r} trains nothing beside "
+                "the head, whose learning rate is head_lr. Give it to a method that trains, as in "
+                f"{{lora: {{{option}: {value:g}}}}}, or leave it out"
+            )
 
 
 def build_sites(

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from vimtune.adapters.composition import part_of
 from vimtune.adapters.declarations import is_undecayed
 from vimtune.adapters.manage import AdapterRecord, active_adapter, demand_adapter
 from vimtune.adapters.points import Points
@@ -52,10 +53,10 @@ class AdaptedParameter:
     """"head" or "adapter"."""
     weight_decay: float
     """How strongly weight decay pulls it to zero, as a multiple of the run's; its rule decides
-    (`Rule.decay`)."""
+    (`Rule.decay`), and the option `decay_scale` of its method."""
     learning_rate: float
     """How fast it learns, as a multiple of the run's rate for its group; its rule decides
-    (`Rule.learning_rate`)."""
+    (`Rule.learning_rate`), and the option `lr_scale` of its method."""
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[AdaptedParameter]:
@@ -73,14 +74,15 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> Iterator[Ad
         for own, parameter in rule.named_parameters():
             if parameter not in seen:  # Rules may share tensors.
                 seen.add(parameter)
+                single, inside = part_of(rule, own)
                 yield AdaptedParameter(
                     name=f"{prefix}.{own}",
                     key=join(path, own),
                     parameter=parameter,
                     base_name=path,
                     group="head" if path in record.head else "adapter",
-                    weight_decay=float(rule.decay(own, exempted)),
-                    learning_rate=float(rule.learning_rate(own)),
+                    weight_decay=single.decay_scale * float(single.decay(inside, exempted)),
+                    learning_rate=single.lr_scale * float(single.learning_rate(inside)),
                 )
 
 

@@ -18,6 +18,7 @@ given again. With run folders, nothing is trained: tables of their reports are m
 EXAMPLES = """\
 examples:
   {prog} --methods lora,prodial,full --data flowers,cars --seeds 0,1,2 --lrs 3e-4,1e-3,3e-3
+  {prog} --methods lora,full --shots 16 --seeds 0,1 --data-seeds 0,1,2
   {prog} --methods lora,dora --budget 300k --jobs 4 --devices cuda:0,cuda:1 -o runs/equal
   {prog} --methods '{{lora: {{rank: 8}}, full: {{lrs: [1e-4, 3e-4]}}}}' --epochs 20
   {prog} --config my-plan.yaml

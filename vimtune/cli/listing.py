@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from vimtune.data.datasets import dataset_options, list_datasets
 from vimtune.fields import options_of
-from vimtune.methods import METHODS
+from vimtune.methods import METHODS, Method
 from vimtune.tasks import TASKS
 
 TARGETS = {
@@ -32,7 +32,10 @@ def listing(width: int) -> str:
             f"{title} (--model)": {name: (summary, {}) for name, summary in backbone.known_models().items()}
             for title, backbone in models.items()
         },
-        "Methods (--peft)": {name: (method.summary, _defaults(method)) for name, method in METHODS.items()},
+        "Methods (--peft)": {
+            **{name: (method.summary, _own_defaults(method)) for name, method in METHODS.items()},
+            "any of them": ("options that every method has", _defaults(Method)),
+        },
         "Targets (--targets)": {target: (meaning, {}) for target, meaning in TARGETS.items()},
         "Data sets (--dataset)": {
             name: (summary, dataset_options(name)) for name, summary in list_datasets().items()
@@ -44,6 +47,12 @@ def listing(width: int) -> str:
 
 def _defaults(cls: type) -> dict[str, object]:
     return {name: option.default for name, option in options_of(cls).items()}
+
+
+def _own_defaults(method: type[Method]) -> dict[str, object]:
+    """The options of a method without those that it has as every method has them."""
+    common = _defaults(Method).items()
+    return {name: default for name, default in _defaults(method).items() if (name, default) not in common}
 
 
 def _table(title: str, entries: Mapping[str, Entry], width: int) -> list[str]:

@@ -7,7 +7,8 @@ those do, `results.py` puts together what finished runs have found, `tables.py` 
 
 The protocol: each method is trained on each data set with every learning rate of its grid and every seed of
 `lr_seeds`. The learning rate whose runs score best on the validation split on average, by the epoch that each
-of them keeps, is the one of this method on this data set, and the other seeds are trained with it alone. The
-tables have the scores of the test split of the runs with the chosen learning rates; those of the others are
-never looked at.
+of them keeps, is the one of this method on this data set, and the other seeds are trained with it alone. With
+`data_seeds`, by which few-shot examples and splits are drawn, there is a run for each pair of a seed and a
+data seed; the learning rate is chosen on the first draw. The tables have the scores of the test split of the
+runs with the chosen learning rates; those of the others are never looked at.
 """

@@ -14,7 +14,7 @@ from vimtune.compare.execution import POLL_SECONDS, Process, Processes
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
-from vimtune.compare.tables import print_rows, protocol_of, write_tables
+from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_tables
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
@@ -76,8 +76,7 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
     problems = []
     for method, data in plan.pairs:
         for lr in plan.rates(method, data):
-            for seed in plan.options.seeds:
-                cell = Cell(method, data, lr, seed)
+            for cell in plan.cells(method, data, lr):
                 run = RunFolder(folder / cell.path)
                 if not run.recipe.is_file():
                     continue
@@ -185,7 +184,7 @@ def _show(
             print_line(console, f"left out: {reason}")
         if not results:
             raise ValueError(f"none of the {len(runs)} folders has the report of a finished run")
-        rows, note = rows_of_runs(results), "Runs that differ in nothing but the seed are one row."
+        rows, note = rows_of_runs(results), OF_RUNS
     if output_dir is not None:
         with writing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)

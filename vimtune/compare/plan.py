@@ -6,6 +6,7 @@
       full: {lrs: [1.0e-4, 3.0e-4]}
     data: [flowers, cars]
     seeds: [0, 1, 2]
+    data_seeds: [0, 1]
     lrs: [1.0e-3, 3.0e-3]
     model: vim_tiny_patch16_224
     epochs: 50
@@ -128,6 +129,9 @@ class PlanOptions(Options):
     lr_seeds: list[int] | None = option(
         None, "seeds of the runs that choose (default: the first)", parse=parsers.optional(_SEEDS)
     )
+    data_seeds: list[int] | None = option(
+        None, "seeds of the data (--data-seed), each with every seed", parse=parsers.optional(_SEEDS)
+    )
     jobs: Positive = option(1, "runs at a time on each device")
     devices: list[str] | None = option(
         None, "devices that share the runs: cuda:0,cuda:1", parse=parsers.optional(_DEVICES)
@@ -146,14 +150,19 @@ class Cell:
     """Its peak learning rate."""
     seed: int
     """Its seed."""
+    data_seed: int | None = None
+    """The seed of its data; None where the plan has no list of them."""
 
     @property
     def path(self) -> Path:
-        """Its run folder within that of the comparison."""
-        return Path("runs") / self.data / self.method / f"lr{self.lr!r}-seed{self.seed}"
+        """Its run folder within that of the comparison. What data seed 0 names is what recipes have without
+        one, so that runs of a plan without data seeds are found by one with them."""
+        of_data = f"-data{self.data_seed}" if self.data_seed else ""
+        return Path("runs") / self.data / self.method / f"lr{self.lr!r}-seed{self.seed}{of_data}"
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.data}, lr {self.lr:g}, seed {self.seed}"
+        of_data = "" if self.data_seed is None else f", data seed {self.data_seed}"
+        return f"{self.method} on {self.data}, lr {self.lr:g}, seed {self.seed}{of_data}"
 
 
 @dataclass(frozen=True)
@@ -238,6 +247,23 @@ class Plan:
         """The seeds of the runs that choose the learning rate."""
         return self.options.lr_seeds or self.options.seeds[:1]
 
+    @property
+    def data_seeds(self) -> Sequence[int | None]:
+        """The seeds of the data; one None where the plan has no list of them."""
+        return self.options.data_seeds or [None]
+
+    def cells(self, method: str, data: str, lr: float) -> list[Cell]:
+        """The runs of a method on a data set with one learning rate: every seed with every data seed."""
+        return [
+            Cell(method, data, lr, seed, data_seed)
+            for data_seed in self.data_seeds
+            for seed in self.options.seeds
+        ]
+
+    def choosing_cells(self, method: str, data: str, lr: float) -> list[Cell]:
+        """Those of the runs by which learning rates are compared: they have the first data seed."""
+        return [Cell(method, data, lr, seed, self.data_seeds[0]) for seed in self.lr_seeds]
+
     def rates(self, method: str, data: str) -> list[float]:
         """The learning rates that are tried with a method on a data set."""
         for values in (self.methods[method], self.data[data], {"lrs": self.options.lrs, **self.base}):
@@ -253,7 +279,8 @@ class Plan:
         values.pop("lrs", None)
         if self.options.devices is not None:
             values["device"] = self.options.devices[0].partition(":")[0]
-        return {**values, "lr": cell.lr, "seed": cell.seed}
+        of_data = {} if cell.data_seed is None else {"data_seed": cell.data_seed}
+        return {**values, "lr": cell.lr, "seed": cell.seed, **of_data}
 
     def recipe(self, cell: Cell, folder: Path) -> Recipe:
         """The recipe of a run of the comparison in `folder`."""
@@ -274,17 +301,20 @@ class Plan:
                 yield f"data: {quote(name)} is no data set and no task, and has no key dataset or task.{hint}"
 
     def _grid_problems(self) -> Iterator[str]:
-        """What the lists of seeds, learning rates and devices demand of each other."""
+        """What the lists of seeds, learning rates and devices demand of each other and of other keys."""
         seeds, devices = self.options.seeds, self.options.devices or []
         for seed in self.lr_seeds:
             if seed not in seeds:
                 yield f"lr_seeds: {seed} is not among the seeds {', '.join(map(str, seeds))}"
         if len({device.partition(":")[0] for device in devices}) > 1:
             yield f"devices = {quote(devices)}: expected devices of one kind, so that all runs compare"
-        yield from _rate_problems("", {"lrs": self.options.lrs, **self.base})
+        places = {"": {"lrs": self.options.lrs, **self.base}}
         for kind, entries in (("methods", self.methods), ("data", self.data)):
-            for name, entry in entries.items():
-                yield from _rate_problems(f"{kind}: {name}: ", entry)
+            places |= {f"{kind}: {name}: ": entry for name, entry in entries.items()}
+        for where, entry in places.items():
+            yield from _rate_problems(where, entry)
+            if self.options.data_seeds is not None and "data_seed" in entry:
+                yield f"{where}data_seed = {quote(entry['data_seed'])}: set by the key data_seeds"
 
     def _recipe_problems(self) -> Iterator[str]:
         """What is wrong with the recipes of the runs; what several of them share is said once."""
@@ -298,7 +328,7 @@ class Plan:
     def _problems_of(self, method: str, data: str) -> Iterator[str]:
         rates = self.rates(method, data)
         for lr in rates:
-            values = self.recipe_values(Cell(method, data, lr, self.options.seeds[0]))
+            values = self.recipe_values(self.cells(method, data, lr)[0])
             try:
                 recipe = Recipe.from_values(values)
             except RecipeError as error:

@@ -1,4 +1,4 @@
-"""What the runs of a comparison have found: read from their folders, and put together over the seeds."""
+"""What the runs of a comparison have found: read from their folders, and put together over all seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ from vimtune.training.identity import HARMLESS
 from vimtune.training.report import Report
 
 INCIDENTAL = frozenset(
-    (*HARMLESS, "seed", "device", "threads", "backend", "deterministic", "eval_interval", "compile", "shard")
+    (
+        *HARMLESS,
+        "seed",
+        "data_seed",
+        "device",
+        "threads",
+        "backend",
+        "deterministic",
+        "eval_interval",
+        "compile",
+        "shard",
+    )
 )
 """Keys of recipes by which two runs are not told apart in tables: seeds, places and ways to compute."""
 
@@ -38,6 +49,11 @@ class Result:
     def seed(self) -> int:
         """The seed of the run."""
         return self.recipe.run.seed
+
+    @property
+    def data_seed(self) -> int | None:
+        """The seed of its data; None for a task whose recipes have none."""
+        return getattr(self.recipe.data, "data_seed", None)
 
     @property
     def lr(self) -> float:
@@ -97,12 +113,12 @@ def read_result(folder: Path) -> Result:
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over the seeds."""
+    """A number over several runs: seeds, and seeds of the data."""
 
     mean: float
     """Their mean."""
     deviation: float | None
-    """Their standard deviation (n - 1); None for one seed."""
+    """Their standard deviation (n - 1); None for one run."""
     count: int
     """How many there are."""
 
@@ -131,7 +147,7 @@ class Row:
     data: str
     """Name of the data set."""
     results: tuple[Result, ...]
-    """The finished runs, by seed."""
+    """The finished runs, by data seed and seed."""
     lr: float | None
     """The learning rate; None where it is not known yet."""
     missing: int = 0
@@ -141,8 +157,25 @@ class Row:
 
     @property
     def seeds(self) -> list[int]:
-        """Those of the runs."""
-        return [result.seed for result in self.results]
+        """Those of the runs, each once."""
+        return list(dict.fromkeys(result.seed for result in self.results))
+
+    @property
+    def data_seeds(self) -> list[int | None]:
+        """Those of the runs, each once."""
+        return list(dict.fromkeys(result.data_seed for result in self.results))
+
+    @property
+    def has_a_run_per_seed(self) -> bool:
+        """Whether the number of runs is that of the seeds: not with several data seeds, and not where a run
+        was made twice."""
+        return len(self.results) == len(self.seeds) and len(self.data_seeds) < 2
+
+    @property
+    def data_differ(self) -> bool:
+        """Whether runs with different data seeds had different data, by what their reports say of these."""
+        used = {result.data_seed: tuple(result.report.data.values()) for result in self.results}
+        return len(used) < 2 or len(set(used.values())) > 1
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -156,7 +189,7 @@ class Row:
         return self.results[0].report.split if self.results else ""
 
     def spread(self, of: Callable[[Result], float | None]) -> Spread | None:
-        """A number of each run, over the seeds."""
+        """A number of each run, over all of them."""
         return Spread.of(of(result) for result in self.results)
 
     @property
@@ -189,7 +222,7 @@ class Row:
 
 
 def rows_of_runs(results: Sequence[Result]) -> list[Row]:
-    """The rows of runs that no plan knows: runs that differ in nothing but the seed are one row.
+    """The rows of runs that no plan knows: runs that differ in nothing but seed and data seed are one row.
 
     Rows are called by the method and the data set, and by the settings in which others of the same name
     differ.
@@ -204,7 +237,7 @@ def rows_of_runs(results: Sequence[Result]) -> list[Row]:
     )
     methods = _names([recipe.method.peft for recipe in firsts], list(map(_method_keys, firsts)))
     return [
-        Row(method, name, tuple(sorted(group, key=lambda result: result.seed)), group[0].lr)
+        Row(method, name, tuple(sorted(group, key=lambda run: (run.data_seed or 0, run.seed))), group[0].lr)
         for method, name, group in zip(methods, data, groups.values(), strict=True)
     ]
 

@@ -14,7 +14,7 @@ from vimtune.compare.results import Result, Row
 class Schedule:
     """Where a comparison stands.
 
-    As soon as the learning rate of a method on a data set is known, its other seeds come before everything
+    As soon as the learning rate of a method on a data set is known, its other runs come before everything
     else, so that a comparison that is stopped has whole rows.
     """
 
@@ -37,17 +37,14 @@ class Schedule:
         for method, data in self.plan.pairs:
             lr = self.chosen(method, data)
             if lr is not None:
-                yield from (Cell(method, data, lr, seed) for seed in self.plan.options.seeds)
+                yield from self.plan.cells(method, data, lr)
         for method, data in self.plan.pairs:
             yield from self._grid(method, data)
 
     def _grid(self, method: str, data: str) -> list[Cell]:
         """The runs that choose the learning rate."""
-        return [
-            Cell(method, data, lr, seed)
-            for seed in self.plan.lr_seeds
-            for lr in self.plan.rates(method, data)
-        ]
+        columns = (self.plan.choosing_cells(method, data, lr) for lr in self.plan.rates(method, data))
+        return [cell for row in zip(*columns, strict=True) for cell in row]
 
     def chosen(self, method: str, data: str) -> float | None:
         """The learning rate of a method on a data set; None as long as runs that choose it are not over.
@@ -61,7 +58,7 @@ class Schedule:
             return None
         ranks = {}
         for lr in rates:
-            cells = [Cell(method, data, lr, seed) for seed in self.plan.lr_seeds]
+            cells = self.plan.choosing_cells(method, data, lr)
             if all(cell in self.done for cell in cells):
                 parts = zip(*(self.done[cell].rank for cell in cells), strict=True)
                 ranks[lr] = tuple(statistics.mean(part) for part in parts)
@@ -71,7 +68,7 @@ class Schedule:
     def total(self) -> int:
         """How many runs the whole comparison has."""
         plan = self.plan
-        others = len(plan.options.seeds) - len(plan.lr_seeds)
+        others = len(plan.options.seeds) * len(plan.data_seeds) - len(plan.lr_seeds)
         return sum(len(self._grid(*pair)) + others for pair in plan.pairs)
 
     def rows(self) -> list[Row]:
@@ -79,11 +76,7 @@ class Schedule:
         return [self._row(method, data) for method, data in self.plan.pairs]
 
     def _row(self, method: str, data: str) -> Row:
-        lr, seeds, tried = (
-            self.chosen(method, data),
-            self.plan.options.seeds,
-            len(self.plan.rates(method, data)),
-        )
-        cells = [] if lr is None else [Cell(method, data, lr, seed) for seed in seeds]
-        found = tuple(self.done[cell] for cell in cells if cell in self.done)
-        return Row(method, data, found, lr, len(seeds) - len(found), tried)
+        lr, rates = self.chosen(method, data), self.plan.rates(method, data)
+        cells = self.plan.cells(method, data, rates[0] if lr is None else lr)
+        found = () if lr is None else tuple(self.done[cell] for cell in cells if cell in self.done)
+        return Row(method, data, found, lr, len(cells) - len(found), len(rates))

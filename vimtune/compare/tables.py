@@ -38,19 +38,35 @@ NUMBERS: dict[str, Callable[[Result], float | None]] = {
 """Numbers of a run besides its scores, by their names in CSV files."""
 
 
+OF_RUNS = (
+    "Runs that differ in nothing but the seed and the data seed are one row, of which scores are means and "
+    "standard deviations (n - 1)."
+)
+"""What is said above tables of runs that no plan knows."""
+
+
 def protocol_of(plan: Plan) -> str:
     """How the learning rates of a comparison are chosen, and on what its scores are, in words."""
-    seeds = ", ".join(map(str, plan.options.seeds))
-    words = f"Scores are means and standard deviations (n - 1) over the seeds ({seeds})."
+    chosen_with, over = f"seeds {_listed(plan.lr_seeds)}", f"the seeds ({_listed(plan.options.seeds)})"
+    others = "the other seeds are"
+    if (data_seeds := plan.options.data_seeds) is not None:
+        count = len(data_seeds) * len(plan.options.seeds)
+        over = f"the {count} pairs of {over} and the data seeds ({_listed(data_seeds)})"
+        chosen_with += f", data seed {data_seeds[0]}"
+        others = "the other seeds and data seeds are"
+    words = f"Scores are means and standard deviations (n - 1) over {over}."
     if any(len(plan.rates(*pair)) > 1 for pair in plan.pairs):
-        chosen_with = ", ".join(map(str, plan.lr_seeds))
         words = (
             "For each method on each data set the validation split chooses the learning rate among those of "
-            f"its grid (seeds {chosen_with}); the other seeds are run with that one alone. {words}"
+            f"its grid ({chosen_with}); {others} run with that one alone. {words}"
         )
     if plan.options.jobs > 1:
         words += f" {plan.options.jobs} runs at a time shared a device, which the times include."
     return words
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     return [
         Column("method", lambda row: row.method),
         *_score_columns(rows),
-        Column("seeds", _show_count),
+        Column("seeds" if all(row.has_a_run_per_seed for row in rows) else "runs", _show_count),
         Column("lr", lambda row: NONE if row.lr is None else f"{row.lr:g}"),
         Column("trained", lambda row: NONE if row.parameters is None else f"{row.parameters:,}"),
         *([Column("size", lambda row: row.size or NONE)] if any(row.size for row in rows) else []),
@@ -218,6 +234,11 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
             + (" and learning rates" if any(row.tried > 1 for row in rows if row.data in blind) else "")
             + ", which makes them optimistic."
         )
+    if same := [row.data for row in rows if not row.data_differ]:
+        remarks.append(
+            f"The data seeds draw nothing of {', '.join(dict.fromkeys(same))}, whose data are the same with "
+            "each: such runs are no draws of the data (shots or train_size are), and their spread says less."
+        )
     return remarks
 
 
@@ -244,7 +265,9 @@ def to_csv(rows: Sequence[Row]) -> str:
             "method": csv_cell(printable(row.method)),
             "data": csv_cell(printable(row.data)),
             "lr": row.lr,
-            "seeds": len(row.results),
+            "seeds": len(row.seeds),
+            "data_seeds": len(row.data_seeds),
+            "runs": len(row.results),
             "missing": row.missing,
             "size": csv_cell(row.size),
             "split": row.split,
@@ -272,6 +295,7 @@ def runs_to_csv(rows: Sequence[Row]) -> str:
                     "data": csv_cell(printable(row.data)),
                     "lr": result.lr,
                     "seed": result.seed,
+                    "data_seed": result.data_seed,
                     "split": report.split,
                     **result.scores,
                     "best_epoch": report.best_epoch,

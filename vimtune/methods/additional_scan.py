@@ -30,6 +30,11 @@ class AdditionalScan(Method):
 
     num_states: Count = option(6, "states beside those that the model has")
 
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        # A scan takes longer by as much as it has states, so a budget at most doubles them.
+        decays = _directions(site.path for site in sites).values()
+        return min((site.weight.shape[1] for site in sites if site.path in decays), default=None)
+
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
     ) -> list[str]:
@@ -57,7 +62,7 @@ class AdditionalScan(Method):
                     f"{self.name} needs x_proj and A_log of a direction together, and {path} is alone among "
                     "the targets"
                 )
-            if site.options:
+            if "num_states" in site.options:
                 raise ValueError(
                     f"num_states of {self.name} is given for {path}, but all layers of a model have equally "
                     "many states: give one number"

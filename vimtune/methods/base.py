@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from vimtune.fields import Amount, PositiveAmount, options_of
 from vimtune.fields import option as option  # for the files of methods
-from vimtune.fields import options_of
 from vimtune.parsers import excludes
 from vimtune.registry import Registry
 from vimtune.text import quote
@@ -38,6 +38,7 @@ AnyMethod = TypeVar("AnyMethod", bound="Method")
 class Method(ABC):
     """Options of one method. Its fields, stated with `option`, are what `peft_kwargs` takes.
 
+    Every method has those that are stated here, which the optimizer follows; a derived class adds its own.
     Their annotations are the only statement of types and ranges. Recipes and flags parse values by them
     (`vimtune.fields.parser_of`); `resolve_options` compares with them what comes from Python and from files.
 
@@ -71,6 +72,9 @@ class Method(ABC):
     of the first one that the user has not given. Empty if nothing but the targets decides. How much is
     trained has to rise with the value of such an option, or to fall with it, among the values that fit."""
 
+    lr_scale: PositiveAmount = option(1.0, "factor of the learning rate of what the method trains")
+    decay_scale: Amount = option(1.0, "factor of the weight decay of what the method trains")
+
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
     ) -> list[str]:
@@ -89,6 +93,14 @@ class Method(ABC):
         default = self.default_targets
         present = [target for target in default if points.has(target)] if self.skips_absent_targets else []
         return points.resolve(present or default, layers)
+
+    @classmethod
+    def sized_with(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of `sized_by` that decide how much it trains where these options are given.
+
+        Overridden by methods of which an option may leave the others nothing to decide.
+        """
+        return cls.sized_by
 
     def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
         """Up to which value of an option of `sized_by` more parameters are worth something; a budget chooses
@@ -290,8 +302,8 @@ class ChosenMethod:
 
 
 def sizing_options(spec: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """The options that a budget decides, by their method: of each method the first of `Method.sized_by` that
-    is not given. Methods without such an option are left out.
+    """The options that a budget decides, by their method: of each method the first of `Method.sized_with`
+    that is not given. Methods without such an option are left out.
 
     Raises:
         ValueError: unknown method or option, or no method of the spec has an option left to decide.
@@ -299,12 +311,14 @@ def sizing_options(spec: str, options: Mapping[str, Any]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     reasons = []
     for name, given in split_options(spec, options).items():
-        sized_by = get_method(name).sized_by
+        sized_by = get_method(name).sized_with(given)
         free = [option for option in sized_by if option not in given]
         if free:
             chosen[name] = free[0]
         elif sized_by:
             reasons.append(f"method {name!r} has its size already: leave out {' or '.join(sized_by)}")
+        elif get_method(name).sized_by:
+            reasons.append(f"method {name!r} has one size with the options that are given")
         else:
             reasons.append(f"method {name!r} has no option that decides how much it trains")
     if not chosen:

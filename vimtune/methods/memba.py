@@ -1,4 +1,7 @@
-"""Memba (ICLR 2026, arXiv 2506.18184): a membrane in the place of the gates; `lora+memba` as published."""
+"""Memba (ICLR 2026, arXiv 2506.18184): a membrane in the place of the gates; `lora+memba` as published.
+
+Beside affix name it last, `affix+memba`: the learnt tokens then have no membranes.
+"""
 
 from __future__ import annotations
 

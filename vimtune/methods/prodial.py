@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
+from vimtune.fields import PositiveAmount
 from vimtune.methods.base import check_block_size, option, register_method
 from vimtune.methods.lora import LoRA
 
@@ -30,18 +31,29 @@ class ProDiaL(LoRA):
     block_size: Annotated[int, Ge(1)] = option(
         4, "b, side of the diagonal blocks of prodial; must divide the input width"
     )
-    variant: Literal["free", "paper"] = option(
-        "free", '"free": D_b = I + D_a; "paper": the published formula, whose diagonal never trains'
+    variant: Literal["free", "exp", "tanh", "paper"] = option(
+        "free",
+        '"free": D_b = I + D_a; "exp", "tanh": with e^x, 1 + tanh x for the diagonal of that; "paper": the '
+        "published formula, whose diagonal never trains",
     )
+    train_scale: bool = option(True, "whether the factors s of the rows train; if not they are 1")
     scale_decay: Annotated[float, Ge(0)] = option(
         0.0, "weight decay of s towards 1, as a multiple of the run's; 0 leaves s alone"
     )
+    diagonal_lr_ratio: PositiveAmount = option(
+        1.0, "learning rate of D_b and s as a multiple of that of A; .03 to .1 is worth a try"
+    )
 
     def __post_init__(self) -> None:
+        if self.scale_decay > 0 and not self.train_scale:
+            raise ValueError(
+                f"scale_decay = {self.scale_decay:g} is for factors s that train: leave it out, or let them "
+                "train (train_scale)"
+            )
         if self.variant == "paper" and self.block_size == 1:
             logger.warning(
                 'ProDiaL: in variant "paper" with block_size 1 nothing of D_a ever trains, its diagonal has '
-                'no gradient; variant "free" or larger blocks do'
+                "no gradient; other variants or larger blocks do"
             )
 
     def build_rule(self, site: Site) -> WeightRule:
@@ -49,4 +61,12 @@ class ProDiaL(LoRA):
 
         branch = self.build_branch(site)
         check_block_size(site, self.block_size, site.weight.flatten(1).shape[1])
-        return ProDiaLRule(site.weight, branch, self.block_size, self.variant, self.scale_decay)
+        return ProDiaLRule(
+            site.weight,
+            branch,
+            self.block_size,
+            self.variant,
+            train_scale=self.train_scale,
+            scale_decay=self.scale_decay,
+            lr_ratio=self.diagonal_lr_ratio,
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vimtune.fields import Count
 from vimtune.methods.base import Method, option, register_method
@@ -31,6 +31,12 @@ class StateOffset(Method):
     def __post_init__(self) -> None:
         if self.kind == "y" and self.h_rank is not None:
             raise ValueError(f'h_rank = {self.h_rank} is for kind "h": leave it out, or choose that kind')
+
+    @classmethod
+    def sized_with(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        kind = options.get("kind")
+        kinds = kind.values() if isinstance(kind, Mapping) else [kind]
+        return () if "y" in kinds else cls.sized_by
 
     def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
         return min(_largest_rank(site) for site in sites) if option == "h_rank" else None

@@ -27,6 +27,11 @@ class SVP(Method):
     width: Count = option(64, "inner width of the generator of a layer")
     group_size: Count = option(8, "neighbouring layers that have one generator in common")
 
+    def size_limit(self, option: str, sites: Sequence[Site]) -> int | None:
+        # There is nothing between the two layers of a generator, so that a wider one can do no more.
+        widths = [getattr(site.model, "embed_dim", None) for site in sites]
+        return min((width for width in widths if width), default=None) if option == "width" else None
+
     def select(
         self, points: Points, targets: str | Sequence[str] | None, layers: Sequence[int] | None
     ) -> list[str]:

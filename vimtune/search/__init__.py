@@ -4,6 +4,7 @@
 |---|---|
 | `settings.py`, `space.py` | what may be drawn: ranges and choices, parts of a composition, keys |
 | `reading.py`, `spaces/` | spaces in YAML: how one is read and checked, and those that are published |
+| `fitting.py` | whether the model can have the parts of a space |
 | `composing.py` | from what was drawn to the recipe of a trial |
 | `study.py` | which trials there were, and which one comes next (optuna, in a journal file) |
 | `trial.py`, `workers.py` | one training run, and several of them at once |

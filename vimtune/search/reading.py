@@ -15,8 +15,8 @@
 A part is a method at its places; each trial has it or goes without it, unless `optional` is false. With
 `combine: one` a trial has exactly one of the parts. An option or a key is a value, `{low, high}` with `step`
 for whole numbers or `log`, or `{choose: [...]}`; `times` multiplies it by an option of the same part, or by
-a key of the recipe. With `refine` (options of a part, or `keys` and `remove_one` of the space) there is a
-second step around the best trial.
+a key of the recipe. With `refine` (options of a part; or, of the space, `keys`, `remove_one`, and `options`
+that every part has, such as `lr_scale`) there is a second step around the best trial.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, ClassVar, cast
 
 from vimtune import parsers
 from vimtune.fields import Option, not_an_option, options_of
-from vimtune.methods import METHODS
+from vimtune.methods import METHODS, Method
 from vimtune.recipe import RecipeError
 from vimtune.search.composing import method_keys
 from vimtune.search.settings import Choice, Fixed, Plain, Range, Setting
@@ -47,7 +47,7 @@ _NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
 """What a part may be called: its name is a column of tables."""
 _SPACE_KEYS = ("combine", "keys", "parts", "refine")
 _PART_KEYS = ("method", "optional", "options", "refine", "targets")
-_REFINE_KEYS = ("keys", "remove_one")
+_REFINE_KEYS = ("keys", "options", "remove_one")
 _SETTING_KEYS = ("choose", "high", "log", "low", "step", "times", "value")
 
 Problems = list[str]
@@ -107,7 +107,7 @@ def parse_space(values: Mapping[str, Any], keys: Mapping[str, Option]) -> Space:
     refine = _mapping(values.get("refine", {}), "refine", problems)
     _refuse_unknown("refine", refine, _REFINE_KEYS, problems)
     space = Space(
-        parts=_parts(values.get("parts"), problems),
+        parts=_parts(values.get("parts"), _refined_everywhere(refine.get("options", {}), problems), problems),
         keys=_keys("keys", values.get("keys", {}), keys, problems),
         refined_keys=_keys("refine: keys", refine.get("keys", {}), keys, problems),
         alternatives=_word("combine", values.get("combine", "any"), ("any", "one"), problems) == "one",
@@ -120,7 +120,19 @@ def parse_space(values: Mapping[str, Any], keys: Mapping[str, Option]) -> Space:
     return space
 
 
-def _parts(values: Any, problems: Problems) -> dict[str, Part]:
+def _refined_everywhere(values: Any, problems: Problems) -> dict[str, Setting]:
+    """What the second step draws for every part: options that all methods have."""
+    what, known = "refine: options", options_of(Method)
+
+    def unknown(key: Any, value: Any) -> str:
+        return not_an_option(key, value, "every method", known)
+
+    settings, wrong = _settings(what, values, known, unknown, problems)
+    problems += _wrong_factors(what, settings, known, wrong)
+    return settings
+
+
+def _parts(values: Any, refined: Mapping[str, Setting], problems: Problems) -> dict[str, Part]:
     if not isinstance(values, dict) or not values:
         problems.append(f"parts = {quote(values)}: expected named parts such as {{lora: {{method: lora}}}}")
         return {}
@@ -137,12 +149,14 @@ def _parts(values: Any, problems: Problems) -> dict[str, Part]:
             continue
         if not isinstance(own, dict):
             problems.append(f"part {name} = {quote(own)}: expected a mapping such as {{method: lora}}")
-        elif (part := _part(name, own, problems)) is not None:
+        elif (part := _part(name, own, refined, problems)) is not None:
             parts[name] = part
     return parts
 
 
-def _part(name: str, values: Mapping[str, Any], problems: Problems) -> Part | None:
+def _part(
+    name: str, values: Mapping[str, Any], refined_everywhere: Mapping[str, Setting], problems: Problems
+) -> Part | None:
     what = f"part {name}"
     _refuse_unknown(what, values, _PART_KEYS, problems)
     targets: list[str] = []
@@ -168,7 +182,7 @@ def _part(name: str, values: Mapping[str, Any], problems: Problems) -> Part | No
     problems += _wrong_factors(f"{what}: options", options, known, wrong)
     if refined:
         problems += _wrong_factors(f"{what}: refine", {**options, **refined}, known, wrong | more)
-    return Part(name, method, tuple(targets), optional, options, refined)
+    return Part(name, method, tuple(targets), optional, options, {**refined_everywhere, **refined})
 
 
 def _keys(what: str, values: Any, known: Mapping[str, Option], problems: Problems) -> dict[str, Setting]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe
 from vimtune.search import results
+from vimtune.search.fitting import check_parts
 from vimtune.search.plan import PLAN, Plan
 from vimtune.search.space import Drawn, Space
 from vimtune.search.study import Study, Trial, drawn_again
@@ -72,10 +73,13 @@ def run_search(plan: Plan, folder: Path, workers: int, packages: Sequence[str]) 
 
 
 def begin(plan: Plan, folder: Path) -> None:
-    """Make the folder of a new search, and write its plan there.
+    """Make the folder of a new search, and write its plan there, if the model can have the parts of its
+    space.
 
     Raises:
-        ValueError: the folder holds something already, or cannot be written.
+        SpaceError: it cannot.
+        ValueError: the folder holds something already, or cannot be written; or the data or weights of the
+            recipe cannot be opened.
     """
     shown = printable(str(folder))
     if folder.exists() and not folder.is_dir():
@@ -87,6 +91,8 @@ def begin(plan: Plan, folder: Path) -> None:
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"--output-dir {shown} is not empty: give the name of a new folder")
+    for conflict in check_parts(plan):
+        print_line(build_console(), f"trials with both will fail: {conflict}")
     with writing(folder / PLAN):
         folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder / PLAN)

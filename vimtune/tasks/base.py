@@ -20,6 +20,7 @@ from vimtune.utils import require_summary
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from vimtune.recipe import Recipe
     from vimtune.tasks.job import Job, Trial
@@ -85,6 +86,18 @@ class Task(Options, ABC):
         Raises:
             ValueError: data, weights or settings that do not fit together; the message says which.
         """
+
+    def open_base(self, recipe: Recipe, processes: Processes) -> nn.Module | None:
+        """The model of a recipe without its adapter, with as many outputs as its data ask for, for what is to
+        be known of it before any run.
+
+        Returns:
+            The model on the CPU; None for a task that has no model apart from its adapter, or does not say.
+
+        Raises:
+            ValueError: data or weights that cannot be opened.
+        """
+        return None
 
     def open_trial(
         self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool

@@ -21,6 +21,7 @@ from vimtune.text import quote
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from vimtune.recipe import Recipe
     from vimtune.tasks.images.job import ImageJob
@@ -56,6 +57,12 @@ class Classification(Task):
         from vimtune.tasks.images.job import open_images
 
         return open_images(recipe, self, processes)
+
+    def open_base(self, recipe: Recipe, processes: Processes) -> nn.Module:
+        """The backbone with its weights; see `Task.open_base`."""
+        from vimtune.tasks.images.job import open_base
+
+        return open_base(recipe, processes)
 
     def open_trial(
         self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool

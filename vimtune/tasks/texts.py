@@ -20,6 +20,7 @@ from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings,
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from vimtune.recipe import Recipe
     from vimtune.tasks.merging import Merged
@@ -64,6 +65,12 @@ class TextTask(Task):
         from vimtune.tasks.text.job import open_texts
 
         return open_texts(recipe, self, processes)
+
+    def open_base(self, recipe: Recipe, processes: Processes) -> nn.Module:
+        """The language model with its weights; see `Task.open_base`."""
+        from vimtune.tasks.text.job import open_base
+
+        return open_base(recipe, self, processes)
 
     def open_trial(
         self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool

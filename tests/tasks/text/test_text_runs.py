@@ -63,6 +63,19 @@ def test_every_task_gives_loss_gradients_and_scores(task, head, tmp_path):
     assert (found.scores["acc_norm"] is not None) == with_norm
 
 
+@pytest.mark.parametrize("head", ["likelihood", "classifier"])
+def test_the_model_without_an_adapter_is_that_of_a_run(head, tmp_path):
+    data = write_data("text" if head == "classifier" else "arc_easy", tmp_path)
+    recipe = Recipe(
+        **SETTINGS, task="text" if head == "classifier" else "arc_easy", head=head, data_dir=str(data)
+    )
+    plain = recipe.task.open_base(recipe, Processes())
+    adapted = recipe.task.open(recipe, Processes()).model
+    vimtune.delete_adapter(adapted, "default")
+    assert list(plain.state_dict()) == list(adapted.state_dict()) and not vimtune.list_adapters(plain)
+    assert all(torch.equal(own, adapted.state_dict()[name]) for name, own in plain.state_dict().items())
+
+
 def test_a_run_leaves_a_report_an_adapter_and_the_best_epoch_by_accuracy(tmp_path):
     report = train(recipe("arc_easy", tmp_path, epochs=2))
     assert report.task == "arc_easy" and report.num_examples == 2 and report.rate_unit == "tok"

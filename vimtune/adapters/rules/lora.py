@@ -3,6 +3,10 @@
 W (out, in), A (r, in), B (out, r): r (in + out) numbers for each weight. The factor s is alpha / r; with the
 rank-stabilised scale (Kalajdzievski 2023, arXiv 2312.03732) it is alpha / sqrt(r).
 
+Dropout acts on the input x of A in training, s B A dropout(x), as in the authors' code and HF peft. The
+published code of MambaPEFT (Yoshimura et al. 2025, arXiv 2411.03855) drops some of the r numbers A x instead,
+s B dropout(A x).
+
 The branch may start elsewhere than at a random A beside B = 0:
 
 - At the principal components of W (PiSSA, Meng et al. 2024, arXiv 2404.02948): W' = W - s B_0 A_0 + s B A,

@@ -15,6 +15,11 @@ In a model that reads from the first token to the last neither may be: of a text
 with it, and the mean of a layer tells its first tokens of its last ones, so that the likelihood of a text
 would be that of a model that has read its end. There chunks have a length of their own, and each layer starts
 with 0. A token then depends on those before it alone.
+
+Beside affix the order of the methods decides what is cut into chunks, as each method surrounds those named
+before it. `affix+memba` makes membranes of the tokens of the image or text alone, as `memba` does without
+affix. In `memba+affix` the learnt tokens are there already, with gates of 0, so that they have membranes and
+the chunks are others. Tokens of prompt tuning are among those of the image or text in any order.
 """
 
 from __future__ import annotations

@@ -53,7 +53,11 @@ class SparseRule(WeightRule):
         size = self.shape[0] * self.shape[1]
         if bool((value < 0).any() or (value >= size).any() or (value.diff() <= 0).any()):
             return f"are no ascending places in a matrix of {size} entries"
-        return None
+        return self.misplaced(value)
+
+    def misplaced(self, places: Tensor) -> str | None:
+        """What is wrong with ascending places within the matrix: they have to be such as `select` gives."""
+        raise NotImplementedError
 
 
 class StatesRule(SparseRule):
@@ -71,6 +75,13 @@ class StatesRule(SparseRule):
         self.places.copy_((channels[:, None] * scores.shape[1] + states).flatten())
         return channels
 
+    def misplaced(self, places: Tensor) -> str | None:
+        num_channels, num_states = self.difference.shape
+        channels = places.view(num_channels, num_states) // self.shape[1]
+        if (channels == channels[:, :1]).all() and (channels[:, 0].diff() > 0).all():
+            return None
+        return f"are not {num_states} states of each of {num_channels} channels"
+
 
 class ColumnsRule(SparseRule):
     """Kept columns of rows of x_proj (rows, E): `difference` is (rows, channels)."""
@@ -83,6 +94,13 @@ class ColumnsRule(SparseRule):
         """Keep the columns of these channels (k,)."""
         rows = torch.arange(self.shape[0], device=channels.device)
         self.places.copy_((rows[:, None] * self.shape[1] + channels).flatten())
+
+    def misplaced(self, places: Tensor) -> str | None:
+        rows = torch.arange(self.shape[0], device=places.device)
+        columns = places.view(self.difference.shape) - rows[:, None] * self.shape[1]
+        if (columns == columns[0]).all() and (columns >= 0).all() and (columns < self.shape[1]).all():
+            return None
+        return f"are not the same {columns.shape[1]} columns of each of {columns.shape[0]} rows"
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

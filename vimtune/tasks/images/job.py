@@ -175,6 +175,15 @@ def create_backbone(recipe: Recipe, num_classes: int) -> VisionMamba:
     return model
 
 
+def open_base(recipe: Recipe, processes: Processes) -> VisionMamba:
+    """The backbone for the classes of the training images; see `Task.open_base`."""
+    data, backbone = recipe.data, recipe.backbone
+    assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
+    with processes.main_first():  # may download images and weights
+        train_set = open_dataset(data, "train", image_size(backbone))
+        return create_backbone(recipe, len(train_set.classes))
+
+
 def image_size(backbone: BackboneSettings) -> tuple[int, int]:
     """Height and width of the images: those of the recipe, or the model's own."""
     if isinstance(backbone.img_size, int):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, draw_protocol, draw_shots, open_text, split_off
@@ -16,7 +16,7 @@ from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
 from vimtune.tasks.text.batches import TextBatches
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.lengths import MOST_SHAPES
-from vimtune.tasks.text.models import build_model, open_tokenizer, readers_of
+from vimtune.tasks.text.models import build_base, build_model, open_tokenizer, readers_of
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
 from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer
 from vimtune.training.distributed import Processes
@@ -79,6 +79,14 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
         head=head,
         tallies=loaders.tallies,
     )
+
+
+def open_base(recipe: Recipe, task: TextTask, processes: Processes) -> nn.Module:
+    """The language model with the head that the training texts ask for; see `Task.open_base`."""
+    data, backbone = settings_of(recipe)
+    with processes.main_first():  # may download texts and weights
+        train, _, _ = open_splits(task, replace(data, test=False))
+        return build_base(recipe, backbone, head_of(task, train).outputs, task.pooling)
 
 
 def settings_of(recipe: Recipe) -> tuple[TextDataSettings, LanguageModelSettings]:
