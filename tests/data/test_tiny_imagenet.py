@@ -161,11 +161,11 @@ def test_damaged_packed_files_are_refused(tmp_path: Path) -> None:
         read_packed(tmp_path / "compressed.npz", 3)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("blob.npy", b"not an array")
-    with pytest.raises(DatasetError, match="damaged, or no .npz file of packed images"):
+    with pytest.raises(DatasetError, match=r"damaged, or no \.npz file of packed images"):
         read_packed(path, 3)
     for cut in (0, 10, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:cut])
-        with pytest.raises(DatasetError, match="damaged, or no .npz file of packed images"):
+        with pytest.raises(DatasetError, match=r"damaged, or no \.npz file of packed images"):
             read_packed(path, 3)
     with pytest.raises(DatasetError, match="cannot read"):
         read_packed(tmp_path / "absent.npz", 3)
