@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from vimtune import cli
 from vimtune.adapters import adapter_parameters, check_gradients
 from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
+from vimtune.plugins import import_package
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.images.job import build_model
 from vimtune.training.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+import_package("benchmarks.teacher")  # a config has a model of this package of a user's own
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = [(path, variant) for path in FILES for variant in variants_of(path) or [None]]
 README = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
@@ -50,6 +54,10 @@ every_recipe = pytest.mark.parametrize(
 @every_recipe
 def test_it_loads_and_its_place_tells_what_it_is(path, variant):
     recipe = load_recipe(path, variant=variant)
+    if path.stem == "tiny_imagenet_pretrain":
+        models = {"teacher": "resnet_gn_64", "tiny": "vim_tiny_patch8_64", "nano": "vim_nano_patch8_64"}
+        assert models[variant] == recipe.backbone.model and not recipe.backbone.pretrained
+        return
     assert recipe.backbone.model.startswith(
         {"paper": "vim_tiny_", "mambapeft": "vim_small_", "nano": "vim_nano_", "language": "mamba"}[
             path.stem.split("_")[0]
@@ -116,15 +124,17 @@ def test_the_header_has_command_and_source_of_scores(path):
     assert max(map(len, header)) <= 110
 
 
-def test_every_command_in_the_folder_works(monkeypatch):
+def test_every_command_in_the_folder_works(monkeypatch, tmp_path):
     reached: list[Recipe] = []
     monkeypatch.setattr("vimtune.training.train", reached.append)
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)  # that of an earlier command
+    monkeypatch.chdir(tmp_path)
     texts = [README, *(path.read_text(encoding="utf-8") for path in FILES)]
     commands = [line for text in texts for line in re.findall(r"python train_vim\.py (.*)", text)]
     for command in commands:
         assert cli.train_main(command.split()) == 0
-    assert len(reached) == len(commands) == 13
+    assert len(reached) == len(commands) == 18
 
 
 def row_of(path: Path, variant: str) -> str:

@@ -129,7 +129,9 @@ def test_generated_splits_are_repeatable_disjoint_and_complete(name: str) -> Non
 
 
 def test_the_data_sets_of_vimtune_are_listed() -> None:
-    assert {"flowers", "caltech", "cars", "folder", "synthetic_flowers", "vtab"} <= set(NAMES)
+    assert {"flowers", "caltech", "cars", "folder", "synthetic_flowers", "tiny_imagenet", "vtab"} <= set(
+        NAMES
+    )
     assert set(list_datasets()) == set(DATASETS)
 
 

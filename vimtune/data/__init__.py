@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vimtune.data import caltech, cars, flowers, folder, synthetic, vtab  # noqa: F401  (they register)
+from vimtune.data import (  # noqa: F401  (they register)
+    caltech,
+    cars,
+    flowers,
+    folder,
+    synthetic,
+    tiny_imagenet,
+    vtab,
+)
 from vimtune.data.base import SPLITS, FileDataset, ImageDataset
 from vimtune.data.datasets import (
     DATASETS,

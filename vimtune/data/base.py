@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vimtune.data.errors import ImageReadError
 from vimtune.text import unicode_text
@@ -92,16 +92,31 @@ def _hash_lines(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+class Span(NamedTuple):
+    """The part of a file that is one image, where a file holds many."""
+
+    start: int
+    """Number of bytes before it."""
+    size: int
+    """Number of its bytes."""
+
+    def within(self, path: str) -> str:
+        """The name of this part of the file `path` in messages."""
+        return f"{path} (bytes {self.start} to {self.start + self.size})"
+
+
 class FileDataset(ImageDataset):
     """A data set whose images are files. Subclasses pass what they found to `_set_files`.
 
     Attributes:
         root: folder below which all images lie.
         paths: the file of every image.
+        spans: the part of its file that every image is; None where each has a file of its own.
     """
 
     root: Path
     paths: list[str]
+    spans: list[Span] | None
 
     def _set_files(
         self,
@@ -112,6 +127,7 @@ class FileDataset(ImageDataset):
         classes: Sequence[str],
         source: str,
         notes: Sequence[str] = (),
+        spans: Sequence[Span] | None = None,
     ) -> None:
         """Take the images at `paths`, all of them below the folder `root`; `source` ends with `notes`.
 
@@ -121,6 +137,7 @@ class FileDataset(ImageDataset):
         self.split = split
         self.root = root
         self.paths = list(paths)
+        self.spans = None if spans is None else list(spans)
         self.targets = [int(target) for target in targets]
         self.classes = [unicode_text(name) for name in classes]
         self.source = "; ".join(
@@ -128,31 +145,34 @@ class FileDataset(ImageDataset):
         )
 
     def load(self, index: int) -> Image.Image:
-        """Decode the file of image `index` to RGB."""
+        """Decode image `index` to RGB."""
         from vimtune.data.images import (
             load_image,
         )  # This comes late, because data sets are listed without Pillow.
 
-        return load_image(self.paths[index])
+        return load_image(self.paths[index], None if self.spans is None else self.spans[index])
 
     def describe(self, index: int) -> str:
-        """The path of image `index`."""
-        return self.paths[index]
+        """The path of image `index`, and which part of the file it is."""
+        path = self.paths[index]
+        return path if self.spans is None else self.spans[index].within(path)
 
     def fingerprint(self) -> str:
         """Hash of every image's label, path below the folder of the data, and size in bytes.
 
-        It changes when an image is renamed, moved, added, removed, or replaced by one of another size. A
-        replacement of the same size is not noticed: to read all contents would take as long as an epoch, and
-        the times of modification differ between copies of the same data.
+        Of an image that is a part of a file, the path says which part. The hash changes when an image is
+        renamed, moved, added, removed, or replaced by one of another size. A replacement of the same size is
+        not noticed: to read all contents would take as long as an epoch, and the times of modification differ
+        between copies of the same data.
 
         Raises:
             ImageReadError: an image is gone or cannot be looked at.
         """
         root = os.path.join(self.root, "")
+        sizes = map(_size, self.paths) if self.spans is None else (span.size for span in self.spans)
         return _hash_lines(
-            f"{label} {_size(path)} {path.removeprefix(root)}"
-            for label, path in zip(self.targets, self.paths, strict=True)
+            f"{label} {size} {self.describe(index).removeprefix(root)}"
+            for index, (label, size) in enumerate(zip(self.targets, sizes, strict=True))
         )
 
 

@@ -8,6 +8,7 @@ them do so here, so they agree on what an image is.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import struct
@@ -15,9 +16,11 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import IO
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
+from vimtune.data.base import Span
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.text import printable
 
@@ -99,10 +102,14 @@ _ORIENTATIONS = {
 # --------------------------------------------------------------------------- one image
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
+def load_image(path: str | os.PathLike[str], span: Span | None = None) -> Image.Image:
     """Decode an image file to RGB (see `vimtune.data.pixels`), turned upright as its EXIF data say.
 
     Of several frames the first is taken.
+
+    Args:
+        path: the file.
+        span: the part of it that is the image, where it holds several.
 
     Raises:
         CorruptImageError: damaged, of no format in `FORMATS`, too large, or no regular file.
@@ -110,9 +117,9 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     from vimtune.data.pixels import to_rgb  # This comes late, because data sets are listed without numpy.
 
-    name = os.fspath(path)
+    name = os.fspath(path) if span is None else span.within(os.fspath(path))
     try:
-        image, orientation = _decode(name)
+        image, orientation = _decode(os.fspath(path), span, name)
         try:
             pixels = to_rgb(image)
         except ValueError as error:
@@ -122,17 +129,29 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ImageReadError(name, "not enough memory to decode it") from error
 
 
-def _decode(path: str) -> tuple[Image.Image, int]:
-    """The image in its own mode, and its EXIF orientation."""
+def _decode(path: str, span: Span | None, name: str) -> tuple[Image.Image, int]:
+    """The image in its own mode, and its EXIF orientation; `name` is what messages call it."""
     try:
-        with open(path, "rb", opener=open_regular) as file, Image.open(file, formats=FORMATS) as image:
+        with (
+            open(path, "rb", opener=open_regular) as file,
+            Image.open(file if span is None else _part(file, span), formats=FORMATS) as image,
+        ):
             _check_size(*image.size)
             image.load()
             return image, _orientation(image)
     except _DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in _DECODER_ERRNOS:
-            raise ImageReadError(path, error.strerror or str(error)) from error
-        raise CorruptImageError(path, _reason(error)) from error
+            raise ImageReadError(name, error.strerror or str(error)) from error
+        raise CorruptImageError(name, _reason(error)) from error
+
+
+def _part(file: IO[bytes], span: Span) -> IO[bytes]:
+    """The bytes of a part of a file as a file of their own."""
+    file.seek(span.start)
+    content = file.read(span.size)
+    if len(content) < span.size:
+        raise ValueError("the file ends before the image does")
+    return io.BytesIO(content)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -26,6 +26,7 @@ def path_problems(values: Mapping[str, Any]) -> list[str]:
         "train_file": _file_problem,
         "test_file": _file_problem,
         "checkpoint": _checkpoint_problem,
+        "teacher": _presence_problem,
         "output_dir": _output_problem,
     }
     problems = []
@@ -49,6 +50,10 @@ def _data_dir_problem(path: Path, values: Mapping[str, Any]) -> str | None:
 
 def _file_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     return None if path.is_file() else " is not a file"
+
+
+def _presence_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    return None if path.exists() else " does not exist"
 
 
 def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,7 @@ TASK = Option(
 
 _OWN_PATHS = ("data_dir", "train_file", "test_file", "output_dir", "resume")
 """Keys that name folders and files of the computer on which the run is."""
-_BASE_PATHS = ("checkpoint", "model", "tokenizer")
+_NAMED_PATHS = ("checkpoint", "model", "tokenizer", "teacher")
 """Keys of which a file or folder of that computer may be the value."""
 
 
@@ -178,9 +178,9 @@ class Recipe:
         return values
 
     def to_share(self) -> dict[str, Any]:
-        """`to_dict` for a file that is passed on: no folders of this computer, of base weights their name."""
+        """`to_dict` for a file that is passed on: no folders of this computer, of files their name."""
         values = {name: value for name, value in self.to_dict().items() if name not in _OWN_PATHS}
-        places = {name: values.get(name) for name in _BASE_PATHS}
+        places = {name: values.get(name) for name in _NAMED_PATHS}
         names = {name: Path(place).name for name, place in places.items() if place and os.path.isabs(place)}
         return {**values, **names}
 

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vimtune.fields import options_of
+from vimtune.tasks import TASKS
 from vimtune.text import quote
 from vimtune.utils import suggest
 
@@ -72,6 +74,26 @@ def _sharding(shard: bool, compile: bool) -> Iterable[str]:
         yield "shard does not go with compile: turn one of them off"
 
 
+def _without_teacher(
+    teacher: str | None, teacher_targets: str, teacher_weight: float, teacher_temperature: float
+) -> Iterable[str]:
+    given = {
+        "teacher_targets": teacher_targets,
+        "teacher_weight": teacher_weight,
+        "teacher_temperature": teacher_temperature,
+    }
+    if teacher is None:
+        declared = options_of(TASKS.get("classification"))
+        for name, value in given.items():
+            if value != declared[name].default:
+                yield f"{name} = {value} does nothing without a teacher: give teacher, or leave it out"
+
+
+def _hard_temperature(teacher_targets: str, teacher_temperature: float) -> Iterable[str]:
+    if teacher_targets == "hard" and teacher_temperature != 1:
+        yield f"teacher_temperature = {teacher_temperature:g} does nothing where teacher_targets is hard"
+
+
 def _targets_of_methods(peft: str, targets: Any) -> Iterable[str]:
     return _unknown_methods("targets", targets, peft)
 
@@ -99,6 +121,8 @@ RULES: tuple[Rule, ...] = (
     _warm_up,
     _half_precision,
     _sharding,
+    _without_teacher,
+    _hard_temperature,
     _targets_of_methods,
     _layers_of_methods,
 )

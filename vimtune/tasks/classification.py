@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import parsers
-from vimtune.fields import option
+from vimtune.fields import PositiveAmount, option
 from vimtune.tasks.base import Score, Task, register_task
 from vimtune.tasks.components import PredictOptions
 from vimtune.tasks.images.settings import ImagePredictOptions
@@ -51,6 +51,16 @@ class Classification(Task):
     mixup: Annotated[float, Ge(0)] = option(0.0, "mixup alpha, 0 = off")
     cutmix: Annotated[float, Ge(0)] = option(0.0, "cutmix alpha, 0 = off")
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = option(0.0, "label smoothing of the loss")
+    teacher: str | None = option(
+        None,
+        "learn from this run folder, adapter or merged file as well (distillation)",
+        parse=parsers.optional(parsers.absolute_path),
+    )
+    teacher_targets: Literal["soft", "hard"] = option(
+        "soft", "what the teacher gives: soft (probabilities), hard (its best class)"
+    )
+    teacher_weight: Annotated[float, Gt(0), Le(1)] = option(0.5, "share of the teacher in the loss")
+    teacher_temperature: PositiveAmount = option(1.0, "softens the probabilities of teacher and student")
 
     def open(self, recipe: Recipe, processes: Processes) -> ImageJob:
         """Open the image data set and the model of `recipe`; see `Task.open`."""

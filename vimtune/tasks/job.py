@@ -144,8 +144,9 @@ class Job(ABC):
     """What the outputs of the model mean, such as {"classes": [...]}. A state of a run with others cannot be
     continued."""
     readers: dict[str, str] = field(default_factory=dict)
-    """Hashes of what makes inputs of the examples and comes from a file, such as {"tokenizer": hash}. A state
-    of a run with others is not continued. The adapter file has them, too (`READERS`)."""
+    """Hashes of files besides the base weights on which the training depends: what makes inputs of the
+    examples, such as {"tokenizer": hash}, or answers them, such as a teacher. A state of a run with others is
+    not continued. The adapter file has them, too (`READERS`)."""
     saved_with_adapter: dict[str, Any] = field(default_factory=dict)
     """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
 

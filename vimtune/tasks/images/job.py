@@ -28,12 +28,14 @@ from vimtune.recipe import Recipe
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.confusion import confusion_files
+from vimtune.tasks.images.distillation import TEACHER, Distillation, load_teacher
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
 from vimtune.training.distributed import Processes
+from vimtune.training.precision import build_autocast
 from vimtune.training.report import Report
 from vimtune.training.settings import derive_seed
 
@@ -46,6 +48,8 @@ class ImageJob(Job):
     """Name of each class, by label."""
     mix: BatchMixer
     label_smoothing: float
+    distillation: Distillation | None
+    """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
 
@@ -55,8 +59,11 @@ class ImageJob(Job):
         return {"images": images, "labels": labels}
 
     def loss(self, forward: Forward, tensors: Tensors) -> Tensor:
-        """Cross entropy summed over the images."""
-        return summed_loss(forward(tensors["images"]), tensors["labels"], self.label_smoothing)
+        """Cross entropy summed over the images, with a teacher's part in it where there is one."""
+        images = tensors["images"]
+        logits = forward(images)
+        loss = summed_loss(logits, tensors["labels"], self.label_smoothing)
+        return loss if self.distillation is None else self.distillation.blend(loss, logits, images)
 
     def start_tally(self, loader: Loader) -> ImageTally:
         """An empty tally of right and wrong answers."""
@@ -102,6 +109,15 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         return open_batches(recipe, dataset, transform, processes, shuffle=train)
 
     classes = train_set.classes
+    distillation, readers = None, {}
+    if task.teacher is not None:
+        autocast = build_autocast(recipe.optimisation.amp, processes.device)
+        teacher, readers[TEACHER] = load_teacher(
+            task.teacher, classes, eval_transform, processes.device, autocast
+        )
+        distillation = Distillation(
+            teacher, task.teacher_targets, task.teacher_weight, task.teacher_temperature
+        )
     selection = batches(selection_set, train=False)
     return ImageJob(
         model=model,
@@ -110,10 +126,12 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         final=selection if test_set is None or test_set is selection_set else batches(test_set, train=False),
         usual_count=recipe.optimisation.batch_size,
         outputs={"classes": classes},
+        readers=readers,
         saved_with_adapter={"classes": classes, "preprocessing": eval_transform.config},
         classes=classes,
         mix=BatchMixer(task.mixup, task.cutmix, len(classes)),
         label_smoothing=task.label_smoothing,
+        distillation=distillation,
         counts_all=data.on_corrupt == "error",
     )
 
