@@ -13,6 +13,7 @@ from vimtune.analysis.report import AnalysisReport
 from vimtune.analysis.section import NotApplicable, Section
 from vimtune.analysis.subject import Subject, open_subject
 from vimtune.console import build_console, print_line
+from vimtune.evaluation import check_split
 from vimtune.origin import adapter_path
 from vimtune.output import check_output, write_output
 
@@ -50,6 +51,7 @@ def run_analyze(
     Raises:
         ValueError: the file, the data or the settings do not allow it, or a file cannot be written.
     """
+    check_split(split)
     path = adapter_path(trained)
     files = list(outputs) or [path.with_name(f"{NAME}{suffix}") for suffix in FORMATS]
     for file in files:

@@ -8,8 +8,8 @@ training has used; which group is worth training at the same budget is another q
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -20,102 +20,113 @@ from vimtune.analysis.section import Picture, Section, Table
 from vimtune.analysis.subject import Subject
 from vimtune.training.pictures import picture_style, whole_numbers
 
-OUTSIDE = -1
-"""Stands for the index of a layer where a parameter belongs to none."""
+
+@dataclass(frozen=True)
+class Movement:
+    """How far parameters have moved."""
+
+    change: float = 0.0
+    """Sum of squared changes."""
+    size: float = 0.0
+    """Sum of squares before."""
+    parameters: int = 0
+    """How many numbers they are."""
+
+    def __add__(self, other: Movement) -> Movement:
+        return Movement(
+            self.change + other.change, self.size + other.size, self.parameters + other.parameters
+        )
+
+    @property
+    def relative(self) -> float | None:
+        """||W' - W|| / ||W||; None for what was 0 before."""
+        return math.sqrt(self.change / self.size) if self.size else None
 
 
-def movements(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor]
-) -> dict[str, dict[int, tuple[float, float, int]]]:
-    """Squared change, squared size before, and number of parameters, by group and layer.
+Movements = dict[str, dict[int | None, Movement]]
+"""By group and layer; None stands for what belongs to no layer."""
+
+
+def movements(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Movements:
+    """How far each group of parameters has moved in each layer.
 
     Args:
         before: parameters by path.
         after: the same paths afterwards; a parameter of another shape is left out.
     """
-    found: dict[str, dict[int, tuple[float, float, int]]] = defaultdict(dict)
+    found: Movements = {}
     for path, value in before.items():
         if after[path].shape != value.shape:
             continue
-        layer = layer_of(path)
-        place = OUTSIDE if layer is None else layer
-        change, size, count = found[group_of(path)].get(place, (0.0, 0.0, 0))
         old, new = value.double(), after[path].double()
-        found[group_of(path)][place] = (
-            change + float((new - old).square().sum()),
-            size + float(old.square().sum()),
-            count + value.numel(),
-        )
-    return dict(found)
+        own = Movement(float((new - old).square().sum()), float(old.square().sum()), value.numel())
+        layers = found.setdefault(group_of(path), {})
+        layers[layer_of(path)] = layers.get(layer_of(path), Movement()) + own
+    return found
 
 
 def analyze(subject: Subject) -> Section:
     """The relative change ||W' - W|| / ||W|| of every group, in all and by layer."""
     found = movements(subject.weights_before, subject.weights_after)
-    # The head is another one for every data set, and of no size before training.
-    heads = found.pop("head", {})
-    whole = sum(change for layers in found.values() for change, _, _ in layers.values())
-    numbers: dict[str, dict[str, object]] = {}
-    for group, layers in found.items():
-        change, size, count = (sum(each) for each in zip(*layers.values(), strict=True))
-        numbers[group] = {
-            "parameters": int(count),
-            "relative_change": _relative(change, size),
-            "share_of_change": change / whole if whole else 0.0,
-            "layers": {
-                layer: _relative(own, old) for layer, (own, old, _) in sorted(layers.items()) if layer >= 0
-            },
-        }
-    moved = {group: own for group, own in numbers.items() if own["relative_change"]}
-    rows = [
-        [
-            group,
-            f"{own['parameters']:,}",
-            f"{100 * _number(own['relative_change']):.2f} %",
-            f"{100 * _number(own['share_of_change']):.1f} %",
-        ]
-        for group, own in numbers.items()
-    ]
-    order = sorted(moved, key=lambda group: -_number(moved[group]["relative_change"]))
-    findings = [
-        ", ".join(f"{group} {100 * _number(moved[group]['relative_change']):.2f} %" for group in order)
-        + " of their size: the change of each group that has moved."
-        if moved
-        else "No parameter of the backbone has moved: what was trained is the head, or acts on calls."
-    ]
+    # The head is another one for every data set, and means nothing before training.
+    found.pop("head", None)
+    wholes = {group: sum(layers.values(), Movement()) for group, layers in found.items()}
+    all_change = sum(whole.change for whole in wholes.values())
+    shares = {group: whole.change / all_change if all_change else 0.0 for group, whole in wholes.items()}
+    moved = sorted((group for group, own in wholes.items() if own.change), key=lambda name: -shares[name])
+    drawn = {group: found[group] for group in moved if any(layer is not None for layer in found[group])}
     return Section(
         title="Which parameters have moved",
         explanation="The relative change ||W' - W|| / ||W|| of each group of parameters, where W' is what "
         "the model computes with after training, adapters included. The share is that of the group in the "
         "sum of squared changes; the head, which is new, is left out of both. Methods that act on calls, "
         "such as prompts, move no parameter.",
-        findings=findings,
-        numbers={"groups": numbers, "head_parameters": sum(count for _, _, count in heads.values())},
-        tables=[Table("All layers together", ["group", "parameters", "relative change", "share"], rows)],
+        findings=[
+            f"Relative change: {', '.join(f'{group} {_percent(wholes[group])}' for group in moved)}."
+            if moved
+            else "No parameter of the backbone has moved: what was trained is the head, or acts on calls."
+        ],
+        numbers={
+            group: {
+                "parameters": whole.parameters,
+                "relative_change": whole.relative,
+                "share_of_change": shares[group],
+                "layers": {str(layer): own.relative for layer, own in found[group].items()},
+            }
+            for group, whole in wholes.items()
+        },
+        tables=[
+            Table(
+                "All layers together",
+                ["group", "parameters", "relative change", "share"],
+                [
+                    [group, f"{whole.parameters:,}", _percent(whole), f"{100 * shares[group]:.1f} %"]
+                    for group, whole in wholes.items()
+                ],
+            )
+        ],
         pictures=[
-            Picture("The relative change by layer; groups that have not moved are left out.", _draw(moved))
+            Picture(
+                "The relative change by layer; groups that have not moved are left out.",
+                _draw(drawn),
+            )
         ]
-        if any(own["layers"] for own in moved.values())
+        if drawn
         else [],
     )
 
 
-def _relative(change: float, size: float) -> float | None:
-    return math.sqrt(change / size) if size else None
+def _percent(movement: Movement) -> str:
+    return "-" if movement.relative is None else f"{100 * movement.relative:.2f} %"
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _draw(moved: Mapping[str, Mapping[str, object]]) -> Figure:
+def _draw(moved: Movements) -> Figure:
     with picture_style():
         figure = Figure(figsize=(7, 3.8), layout="constrained")
         axes = figure.add_subplot()
-        for group, own in moved.items():
-            layers = own["layers"]
-            assert isinstance(layers, dict)
-            points = [(layer, 100 * value) for layer, value in layers.items() if value]
+        for group, layers in moved.items():
+            inside = {layer: own.relative for layer, own in layers.items() if layer is not None}
+            points = sorted((layer, 100 * value) for layer, value in inside.items() if value)
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=group)
         axes.set(xlabel="layer", ylabel="||W' - W|| / ||W||, %", yscale="log")

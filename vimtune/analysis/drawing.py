@@ -15,8 +15,8 @@ from vimtune.training.pictures import picture_style, whole_numbers
 def plain_numbers(axis: Axis) -> None:
     """Label a logarithmic axis by plain numbers.
 
-    Our pictures read no text as a formula, and matplotlib would write its powers of ten as formulas. Where few
-    powers of ten are in sight, the numbers between are labelled, too.
+    Our pictures read no text as a formula, and matplotlib would write its powers of ten as formulas. Where
+    few powers of ten are in sight, the numbers between are labelled, too.
     """
     low, high = sorted(axis.get_view_interval())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -14,8 +14,9 @@ Shape letters: B batch, L tokens, E channels, N states, M patches.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
@@ -151,51 +152,49 @@ def analyze(subject: Subject) -> Section:
     old, new = read_maps(before, images), read_maps(after, images)
     # Half the sum of absolute differences: the share of what is read that is now read elsewhere.
     shifts = (new - old).abs().sum(-1).div(2).mean((-2, -1))
-    numbers = [
-        {
-            "layer": layer,
-            "direction": name,
-            "distance": reach.distance,
-            "tokens": reach.tokens,
-            "itself": reach.itself,
-            "shift": float(shifts[layer, direction]),
-        }
+    rows = [
+        (layer, direction, Reach.of(new[layer, number]), float(shifts[layer, number]))
         for layer in range(len(new))
-        for direction, name in enumerate(DIRECTIONS)
-        for reach in [Reach.of(new[layer, direction])]
+        for number, direction in enumerate(DIRECTIONS)
     ]
     chosen = _spread_out(len(new), LAYERS_SHOWN)
-    far = max(numbers, key=lambda own: float(str(own["distance"])))
+    farthest = max(rows, key=lambda row: row[2].distance)
+    moved = shifts.mean(1)
     return Section(
         title="What each token reads from where (scan maps)",
         explanation="The selective scan of a channel is a product with a triangular matrix M over the "
         "tokens; M_ts = C_t exp(A (dt_(s+1) + ... + dt_t)) dt_s B_s is what the output of token t reads of "
         "the input of token s. Shown is the mean of |M| over the channels, as shares that add up to 1 for "
         "each token. The forward direction reads what comes before in the order of rows, the reverse one "
-        "what comes after. Inputs of the scan are mixtures of up to 4 neighbouring tokens already (the "
+        "what comes after. Inputs of the scan are mixtures of neighbouring tokens already (the "
         "convolution).",
         findings=[
-            f"Tokens read at a mean distance of {_mean(numbers, 'distance'):.1f} tokens, effectively "
-            f"{_mean(numbers, 'tokens'):.1f} of them, {100 * _mean(numbers, 'itself'):.0f} % from "
-            f"themselves; farthest in layer {far['layer']}, {far['direction']} ({far['distance']:.1f}).",
-            f"Training has moved {100 * float(shifts.mean()):.1f} % of what is read elsewhere, most in "
-            f"layer {int(shifts.mean(1).argmax())} ({100 * float(shifts.mean(1).max()):.1f} %); "
-            f"{len(images)} images.",
+            f"Tokens read at a mean distance of {_mean(rows, 'distance'):.1f} tokens, effectively "
+            f"{_mean(rows, 'tokens'):.1f} of them, {100 * _mean(rows, 'itself'):.0f} % from themselves; "
+            f"farthest in layer {farthest[0]}, {farthest[1]} ({farthest[2].distance:.1f}).",
+            f"Training has moved {100 * float(moved.mean()):.1f} % of what is read elsewhere, most in layer "
+            f"{int(moved.argmax())} ({100 * float(moved.max()):.1f} %); {len(images)} images.",
         ],
-        numbers={"images": len(images), "layers": numbers},
+        numbers={
+            "images": len(images),
+            "layers": [
+                {"layer": layer, "direction": direction, **asdict(reach), "shift": shift}
+                for layer, direction, reach, shift in rows
+            ],
+        },
         tables=[
             Table(
                 "Means over tokens and images",
                 ["layer", "distance", "effective tokens", "from itself", "moved by training"],
                 [
                     [
-                        f"{own['layer']} {own['direction']}",
-                        f"{own['distance']:.1f}",
-                        f"{own['tokens']:.1f}",
-                        f"{100 * float(str(own['itself'])):.0f} %",
-                        f"{100 * float(str(own['shift'])):.1f} %",
+                        f"{layer} {direction}",
+                        f"{reach.distance:.1f}",
+                        f"{reach.tokens:.1f}",
+                        f"{100 * reach.itself:.0f} %",
+                        f"{100 * shift:.1f} %",
                     ]
-                    for own in numbers
+                    for layer, direction, reach, shift in rows
                 ],
             )
         ],
@@ -217,8 +216,8 @@ def analyze(subject: Subject) -> Section:
     )
 
 
-def _mean(numbers: Sequence[dict[str, object]], name: str) -> float:
-    return sum(float(str(own[name])) for own in numbers) / len(numbers)
+def _mean(rows: Sequence[tuple[int, str, Reach, float]], name: str) -> float:
+    return statistics.mean(getattr(reach, name) for _, _, reach, _ in rows)
 
 
 def _spread_out(total: int, count: int) -> list[int]:
@@ -230,7 +229,8 @@ def _spread_out(total: int, count: int) -> list[int]:
 def as_patch_map(model: VisionMamba, row: Tensor) -> Tensor:
     """What one token reads (L,) over the patches (H', W'), without the class token."""
     place = model.cls_position
-    return torch.cat([row[:place], row[place + 1 :]]).unflatten(0, model.patch_embed.grid_size)
+    patches = torch.cat([row[:place], row[place + 1 :]])
+    return patches.view(model.patch_embed.grid_size)
 
 
 def _draw_tokens(model: VisionMamba, image: Tensor, maps: Tensor, layers: Sequence[int]) -> Figure:
