@@ -86,4 +86,5 @@ class Schedule:
         )
         cells = [] if lr is None else [Cell(method, data, lr, seed) for seed in seeds]
         found = tuple(self.done[cell] for cell in cells if cell in self.done)
-        return Row(method, data, found, lr, len(seeds) - len(found), tried)
+        published = (self.plan.options.published or {}).get(method, {}).get(data)
+        return Row(method, data, found, lr, len(seeds) - len(found), tried, published)
