@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import changed_vim
 from torch import nn
 
+import vimtune
+from vimtune.adapters import active_adapter
 from vimtune.analysis.command import analyze
 from vimtune.analysis.components import movements
 from vimtune.analysis.parameters import GROUPS, OTHERS, effective_parameters, group_of, layer_of
@@ -17,6 +22,10 @@ from vimtune.analysis.registry import ANALYSES, load_analysis, parse_names
 from vimtune.analysis.report import AnalysisReport
 from vimtune.analysis.section import NotApplicable, Section, Table
 from vimtune.analysis.subject import Subject
+from vimtune.compare.plan import load_plan
+from vimtune.recipe import Recipe
+
+COMPONENTS = Path(__file__).resolve().parents[2] / "benchmarks" / "components.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +94,20 @@ def test_names_of_analyses():
     assert parse_names("cost, components") == ["components", "cost"]
     with pytest.raises(ValueError, match="unknown analysis 'csot'"):
         parse_names("csot")
+
+
+def test_the_component_study_trains_what_its_names_say():
+    plan = load_plan(COMPONENTS, {})
+    with torch.device("meta"):
+        model = timm.create_model("vim_nano_patch8_64", num_classes=2, depth=2)
+    for name, entry in plan.methods.items():
+        method = Recipe.from_values(entry).method
+        with torch.device("meta"):
+            adapted = vimtune.inject(
+                copy.deepcopy(model), method.peft, targets=method.targets, **method.method_kwargs
+            )
+        (paths,) = active_adapter(adapted).sites.values()
+        groups = {group_of(path) for path in paths}
+        expected = {"in_proj": "projectors", "out_proj": "projectors", "linear": None}.get(name, name)
+        expected = {"x_proj": "SSM", "dt_proj": "SSM", "A_log": "SSM", "ssm": "SSM"}.get(name, expected)
+        assert groups == ({expected} if expected else set()), name
