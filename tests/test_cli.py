@@ -74,6 +74,7 @@ def test_help_and_list_import_nothing_heavy():
         "assert train_main(['--help']) == main(['--list']) == main([]) == 0\n"
         "assert main(['predict', '--help']) == main(['merge', '--help']) == main(['doctor', '--help']) == 0\n"
         "assert main(['compare', '--help']) == 0 and main(['compare', '--methods', 'lroa']) == 2\n"
+        "assert main(['analyze', '--help']) == 0 and main(['analyze', 'x', '--only', 'csot']) == 2\n"
         "assert main(['train', '--epochs', '0', '--lrr', '1']) == 2\n"
         f"assert not [name for name in {HEAVY} if name in sys.modules], sorted(sys.modules)\n"
     )

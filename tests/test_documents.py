@@ -4,6 +4,7 @@ What a test cannot do within seconds is replaced, and only as stated here:
 
 - Tools of developers (`DEVELOPERS_TOOLS`) are not started; what they name has to exist.
 - What is to be compared is read, and nothing of it is trained.
+- Of the analyses the quickest runs; tests/analysis has the others.
 - Training lasts one epoch on a tiny model (`TINY`); `--dataset flowers`, whose images are not at hand, and
   everything with `--config` end when the recipe is ready; torchrun's processes are one.
 - Searches end when their plan is ready.
@@ -165,6 +166,8 @@ def test_commands(line, here, request, monkeypatch):
         kept = [argument for argument in arguments if "*" not in argument]
         assert cli.main([command, *kept, *folders]) == 0
         return
+    if command == "analyze":
+        arguments += ["--only", "cost"]
     if command != "train":
         if ("--task" in arguments or "runs/my-texts" in arguments) and not HAS_TRANSFORMERS:
             pytest.skip("no transformers 5.21")

@@ -13,6 +13,10 @@ A grid has the key `variants`. Under it stand groups, and in each group the name
 
 `--variant flowers/lora_in` takes one choice of every group, in the order of the groups. The values of the
 choices come before those at the top of the file; no two groups may set the same key.
+
+`vimtune compare --config` takes the whole of a grid that has a group `method`: these are the methods, and the
+choices of the other groups the data. For it the key `published` may have scores that others have published,
+by method and data; it is no key of a recipe.
 """
 
 from __future__ import annotations
@@ -26,6 +30,12 @@ from vimtune.utils import suggest
 
 GRID = "variants"
 """Key under which the groups of a grid stand."""
+
+METHOD = "method"
+"""The group of a grid whose choices are the methods of a comparison."""
+
+PUBLISHED = "published"
+"""Key of a grid under which published scores stand."""
 
 Groups = dict[str, dict[str, dict[str, Any]]]
 """Group -> choice -> the values that it sets."""
@@ -49,6 +59,7 @@ def read_config(path: str | os.PathLike[str], variant: str | None = None) -> dic
             raise ValueError(f"variant = {quote(variant)}: {name} is no grid, it has no key {GRID!r}")
         return values
     groups = _check_groups(values.pop(GRID), name)
+    values.pop(PUBLISHED, None)
     for choice in _choices(variant, groups, name):
         values |= choice
     return values
@@ -67,6 +78,38 @@ def variants_of(path: str | os.PathLike[str]) -> list[str]:
     for choices in _check_groups(values[GRID], quote(os.fspath(path))).values():
         variants = [f"{variant}/{choice}" for variant in variants for choice in choices]
     return [variant.removeprefix("/") for variant in variants]
+
+
+def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The values of the plan of a comparison that a file states.
+
+    A file that is no grid has them as they are. Of a grid the choices of the group `method` are its methods;
+    one choice of every other group, their names joined by "-", is a data set.
+
+    Args:
+        path: a YAML file.
+
+    Raises:
+        ValueError: the file cannot be read or is malformed, or a grid without methods.
+    """
+    values = read_yaml(path)
+    if GRID not in values:
+        return values
+    name = quote(os.fspath(path))
+    groups = _check_groups(values.pop(GRID), name)
+    if METHOD not in groups:
+        raise ValueError(
+            f"{name}: a comparison needs a grid with the group {METHOD!r}; it has {', '.join(groups)}"
+        )
+    methods = groups.pop(METHOD)
+    data: dict[str, dict[str, Any]] = {"": {}}
+    for choices in groups.values():
+        data = {
+            f"{before}-{choice}".removeprefix("-"): {**given, **own}
+            for before, given in data.items()
+            for choice, own in choices.items()
+        }
+    return {**values, "methods": methods, **({"data": data} if groups else {})}
 
 
 def _check_groups(groups: Any, name: str) -> Groups:

@@ -52,8 +52,7 @@ def run_evaluate(
         ValueError: the recipe, the data, the model or the adapter do not allow it, or a file cannot be
             written.
     """
-    if split not in SPLITS:
-        raise ValueError(f"--split {quote(split)}: expected {' or '.join(SPLITS)}.{suggest(split, SPLITS)}")
+    check_split(split)
     file = None if adapter is None else adapter_path(adapter)
     for output in outputs:
         check_output(output, FORMATS, [] if file is None else [file])
@@ -96,6 +95,12 @@ def run_evaluate(
         for output in outputs:
             print_line(console, f"scores written to {output}")
     return 0
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError for a split, given by the flag --split, whose examples cannot be asked for."""
+    if split not in SPLITS:
+        raise ValueError(f"--split {quote(split)}: expected {' or '.join(SPLITS)}.{suggest(split, SPLITS)}")
 
 
 def describe(recipe: Recipe, adapter: Path | None, split: str, source: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ examples:
 """What stands below the options in the help; `{prog}` is the command."""
 
 
-def _groups() -> dict[str, dict[str, Option]]:
+def evaluation_groups() -> dict[str, dict[str, Option]]:
     """The keys of recipes that concern an evaluation, by the title of their group."""
     unused = ("method", "optimisation", "run")
     groups = recipe_groups()
@@ -46,7 +46,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, _groups())
+    add_recipe_flags(parser, evaluation_groups())
     given = vars(parser.parse_strictly(arguments))
     for name in ("traceback", "packages"):
         given.pop(name, None)

@@ -12,7 +12,7 @@
     epochs: 50
 
 Keys that are not those of a plan are keys of the recipes of all its runs. What a data set says comes before
-them, and what a method says before both.
+them, and what a method says before both. A grid of recipes (`vimtune.config_files`) is a plan, too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from vimtune import parsers
+from vimtune.config_files import read_plan
 from vimtune.data.datasets import DATASETS
 from vimtune.fields import Options, Positive, option, options_of, parse_fields
 from vimtune.methods import METHODS
@@ -106,6 +107,28 @@ def _list_of(parse: parsers.Parser, what: str) -> parsers.Parser:
     return parse_list
 
 
+def parse_published(value: Any) -> dict[str, dict[str, float]]:
+    """Published scores by the names of a method and a data set.
+
+    They may have names that a plan lacks, so that a part of a plan can be made with all of them.
+
+    Raises:
+        ValueError: something else.
+    """
+    value = parsers.plain(value)
+    expected = "expected scores by method and data set, such as '{lora: {flowers: 87.3}}'"
+    if not isinstance(value, dict) or not all(isinstance(own, dict) for own in value.values()):
+        raise ValueError(expected)
+    number = parsers.number()
+    try:
+        return {
+            str(name): {str(data): number(score) for data, score in own.items()}
+            for name, own in value.items()
+        }
+    except ValueError as error:
+        raise ValueError(f"{expected}: {error}") from None
+
+
 _SEEDS = _list_of(parsers.integer(0, 2**63 - 1), "seeds such as 0,1,2")
 _RATE = parsers.number(0, above=True)
 _RATES = _list_of(_RATE, "learning rates such as 1e-3,3e-3")
@@ -133,6 +156,11 @@ class PlanOptions(Options):
         None, "seeds of the data (--data-seed), each with every seed", parse=parsers.optional(_SEEDS)
     )
     jobs: Positive = option(1, "runs at a time on each device")
+    published: dict[str, dict[str, float]] | None = option(
+        None,
+        "scores that others have published, to stand beside ours: '{lora: {flowers: 87.3}}'",
+        parse=parsers.optional(parse_published),
+    )
     devices: list[str] | None = option(
         None, "devices that share the runs: cuda:0,cuda:1", parse=parsers.optional(_DEVICES)
     )
@@ -408,7 +436,7 @@ def load_plan(config: str | os.PathLike[str] | None, values: Mapping[str, Any]) 
         PlanError: the file or the values; it has every problem that was found.
     """
     try:
-        stored = {} if config is None else read_values("config", config)
+        stored = {} if config is None else read_values("config", config, read_plan)
     except RecipeError as error:
         raise PlanError(error.problems) from error
     return Plan.from_values({**stored, **values})

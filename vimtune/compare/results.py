@@ -154,6 +154,8 @@ class Row:
     """How many runs are not finished."""
     tried: int = 1
     """Among how many learning rates the validation split has chosen."""
+    published: float | None = None
+    """The most important score as somebody else has published it, where the plan says so."""
 
     @property
     def seeds(self) -> list[int]:

@@ -79,4 +79,5 @@ class Schedule:
         lr, rates = self.chosen(method, data), self.plan.rates(method, data)
         cells = self.plan.cells(method, data, rates[0] if lr is None else lr)
         found = () if lr is None else tuple(self.done[cell] for cell in cells if cell in self.done)
-        return Row(method, data, found, lr, len(cells) - len(found), len(rates))
+        published = (self.plan.options.published or {}).get(method, {}).get(data)
+        return Row(method, data, found, lr, len(cells) - len(found), len(rates), published)

@@ -82,6 +82,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     return [
         Column("method", lambda row: row.method),
         *_score_columns(rows),
+        *([Column("published", _show_published)] if any(row.published is not None for row in rows) else []),
         Column("seeds" if all(row.has_a_run_per_seed for row in rows) else "runs", _show_count),
         Column("lr", lambda row: NONE if row.lr is None else f"{row.lr:g}"),
         Column("trained", lambda row: NONE if row.parameters is None else f"{row.parameters:,}"),
@@ -117,6 +118,10 @@ def _show_score(row: Row, name: str) -> str:
     spread = _score_of(row, name)
     percent = any(score.percent for score in row.scores if score.name == name)
     return NONE if spread is None else spread.show(1 if percent else 3)
+
+
+def _show_published(row: Row) -> str:
+    return NONE if row.published is None else f"{row.published:g}"
 
 
 def _show_count(row: Row) -> str:
@@ -273,6 +278,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "split": row.split,
             "method_parameters": row.parameters,
             "trainable_parameters": row.trainable,
+            **({} if row.published is None else {"published": row.published}),
         }
         spreads = {score.name: _score_of(row, score.name) for score in row.scores}
         spreads |= {name: row.spread(of) for name, of in NUMBERS.items()}

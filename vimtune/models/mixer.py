@@ -185,7 +185,7 @@ class BiMambaMixer(nn.Module):
         zeros = DirectionStart(torch.zeros_like(self.A_log), self.A_log.new_zeros(shape))
         starts = self._starts() or (zeros, zeros)
         values: list[Tensor] = []
-        for own, weights, start in zip(tokens, self._weights(), starts, strict=True):
+        for own, weights, start in zip(tokens, self.direction_weights(), starts, strict=True):
             values += start_behind(own, weights, start)
         return dict(zip(self.starts, values, strict=True))
 
@@ -218,7 +218,7 @@ class BiMambaMixer(nn.Module):
         Returns:
             The input of out_proj, (B, L, E).
         """
-        forward, reverse = self._weights()
+        forward, reverse = self.direction_weights()
         starts = self._starts()
         if starts is None:
             return bidirectional_scan(xz, forward, reverse, self.backend)
@@ -232,7 +232,7 @@ class BiMambaMixer(nn.Module):
             return None
         return DirectionStart(state, tail), DirectionStart(state_b, tail_b)
 
-    def _weights(self) -> tuple[DirectionWeights, DirectionWeights]:
+    def direction_weights(self) -> tuple[DirectionWeights, DirectionWeights]:
         """Weights of the forward and of the reverse direction."""
         # Read here one by one: TorchScript would give a function that reads them modules of one class alone,
         # and the projections that are read are of another class than those that are called.

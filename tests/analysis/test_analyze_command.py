@@ -1,0 +1,80 @@
+"""The command: run folders, adapter files and merged files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import FEW
+
+from vimtune import cli
+from vimtune.merging import merge_to_file
+
+WEIGHTS = "components,transformation"
+"""Analyses that need no images."""
+
+
+def run(*arguments) -> int:
+    return cli.main(["analyze", *map(str, arguments)])
+
+
+def error(capsys) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_run_folder_gets_its_report(run_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    names = "components,gradient,similarity"
+    assert run(folder, "--only", names, "--images", 5, "--batches", 1) == 0
+    out = capsys.readouterr().out
+    assert "Which parameters have moved" in out and f"report written to {folder / 'analysis.html'}" in out
+    values = json.loads((folder / "analysis.json").read_text())
+    assert values["facts"]["method"] == "lora" and values["facts"]["images"] == "5 of split 'test'"
+    assert list(values["analyses"]) == names.split(",")
+    assert values["analyses"]["similarity"]["images"] == 5
+    assert values["analyses"]["gradient"]["batches"] == 1
+    assert (folder / "analysis.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_merged_file_says_the_same_of_the_weights(run_folder, tmp_path):
+    merged, wanted, found = (tmp_path / name for name in ("merged.safetensors", "run.json", "merged.json"))
+    merge_to_file(run_folder, merged, device="cpu", backend="torch")
+    assert run(run_folder, "--only", WEIGHTS, "-o", wanted) == 0
+    # Its base is the random start of the run, which the seed repeats.
+    common = (merged, "--no-pretrained", "--device", "cpu")
+    assert run(*common, "--only", f"{WEIGHTS},similarity", "-o", found) == 0
+    one, other = (json.loads(path.read_text()) for path in (wanted, found))
+    assert other["left_out"]["similarity"].startswith("it needs images")
+    for group, own in one["analyses"]["components"].items():
+        assert other["analyses"]["components"][group]["relative_change"] == pytest.approx(
+            own["relative_change"], rel=1e-3, abs=1e-6
+        )
+    data = ("--dataset", "synthetic_flowers", "--dataset-kwargs", json.dumps(FEW), "--num-workers", 0)
+    assert run(*common, *data, "--only", "similarity,gradient", "--batches", 1, "-o", found) == 0
+    assert list(json.loads(found.read_text())["analyses"]) == ["gradient", "similarity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nothing"], "nothing"),
+        (["{run}", "--only", "csot"], "unknown analysis 'csot'. Did you mean 'cost'?"),
+        (["{run}", "--images", "0"], "--images '0': expected a whole number >= 1"),
+        (["{run}", "-o", "report.pdf"], "expected a name ending in .html or .json"),
+        (["{run}", "--split", "train"], "--split 'train': expected test or val"),
+        (["{run}", "--epochs", "3"], "unknown flag --epochs"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, expected, run_folder, capsys):
+    assert run(*(argument.format(run=run_folder) for argument in arguments)) == 2
+    assert expected in error(capsys)
+    assert not (run_folder / "analysis.html").exists()
+
+
+def test_help_has_the_table(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert "scan_maps" in out and "{" not in out

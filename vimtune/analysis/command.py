@@ -1,0 +1,102 @@
+"""`vimtune analyze`: run the analyses on a trained model, write the report, print what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vimtune.adapters import AdapterFileError
+from vimtune.analysis.registry import load_analysis
+from vimtune.analysis.report import AnalysisReport
+from vimtune.analysis.section import NotApplicable, Section
+from vimtune.analysis.subject import Subject, open_subject
+from vimtune.console import build_console, print_line
+from vimtune.evaluation import check_split
+from vimtune.origin import adapter_path
+from vimtune.output import check_output, write_output
+
+FORMATS: dict[str, Callable[[AnalysisReport], str]] = {
+    ".html": AnalysisReport.to_html,
+    ".json": AnalysisReport.to_json,
+}
+"""How a report is written into a file whose name ends so."""
+
+NAME = "analysis"
+"""Name, without ending, of the files beside the adapter, where no other place is given."""
+
+
+def run_analyze(
+    *,
+    trained: Path,
+    names: Sequence[str],
+    values: Mapping[str, Any],
+    split: str,
+    num_images: int,
+    num_batches: int,
+    outputs: Sequence[Path],
+) -> int:
+    """Analyse a trained model; returns the exit code.
+
+    Args:
+        trained: a run folder, an adapter file or a merged file.
+        names: which analyses of `vimtune.analysis.registry`.
+        values: keys of the recipe, as flags give them.
+        split: "test" or "val", from which images are taken.
+        num_images: at most so many images.
+        num_batches: at most so many training batches.
+        outputs: .html and .json files; two files beside the adapter if there are none.
+
+    Raises:
+        ValueError: the file, the data or the settings do not allow it, or a file cannot be written.
+    """
+    check_split(split)
+    path = adapter_path(trained)
+    files = list(outputs) or [path.with_name(f"{NAME}{suffix}") for suffix in FORMATS]
+    for file in files:
+        check_output(file, FORMATS, [path])
+    console = build_console(is_result=False)
+    try:
+        with open_subject(
+            path, values, split=split, num_images=num_images, num_batches=num_batches
+        ) as subject:
+            report = analyze(subject, names, lambda name: print_line(console, f"{name} ..."))
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
+    for file in files:
+        write_output(file, partial(_write, FORMATS[file.suffix.lower()](report).encode("utf-8")))
+    for section in report.sections.values():
+        print_line(console, section.title)
+        for finding in section.findings:
+            print_line(console, f"  {finding}")
+    for name, why in report.left_out.items():
+        print_line(console, f"left out: {name}: {why}")
+    for file in files:
+        print_line(console, f"report written to {file}")
+    return 0
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def analyze(
+    subject: Subject, names: Sequence[str], tell: Callable[[str], None] = lambda name: None
+) -> AnalysisReport:
+    """Run analyses by name on a subject.
+
+    Args:
+        subject: the model before and after training, with data.
+        names: which analyses of `vimtune.analysis.registry`.
+        tell: called with the name of each before it begins.
+    """
+    sections: dict[str, Section] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        tell(name)
+        try:
+            sections[name] = load_analysis(name)(subject)
+        except NotApplicable as reason:
+            left_out[name] = str(reason)
+    return AnalysisReport(subject.facts, sections, left_out)

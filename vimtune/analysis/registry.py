@@ -1,0 +1,45 @@
+"""The analyses by name. Nothing here imports torch, because `--help` shows this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from vimtune.text import quote
+from vimtune.utils import suggest
+
+if TYPE_CHECKING:
+    from vimtune.analysis.section import Section
+    from vimtune.analysis.subject import Subject
+
+ANALYSES: dict[str, str] = {
+    "components": "how far each group of parameters has moved, layer by layer",
+    "transformation": "T = pinv(W) W' of each adapted projector: near the identity, its change diagonal?",
+    "gradient": "the gradient of T at the identity on training batches: is it diagonal?",
+    "similarity": "CKA of the features of each block before and after",
+    "scan_maps": "what each token reads from where, in both directions of the scans",
+    "cost": "FLOPs with the scan, parameters, memory of activations",
+}
+"""What each analysis is about, in the order of the report. The module of that name in this package has a
+function `analyze`."""
+
+
+def load_analysis(name: str) -> Callable[[Subject], Section]:
+    """The function of an analysis of the table; its module is imported now."""
+    function: Callable[[Subject], Section] = import_module(f"vimtune.analysis.{name}").analyze
+    return function
+
+
+def parse_names(text: str) -> list[str]:
+    """Names of analyses as a flag gives them, "cost,similarity", in the order of the table.
+
+    Raises:
+        ValueError: a name that is not in the table.
+    """
+    given: Sequence[str] = [name.strip() for name in text.split(",")]
+    for name in given:
+        if name not in ANALYSES:
+            hint = suggest(name, ANALYSES)
+            raise ValueError(f"unknown analysis {quote(name)}.{hint} Known: {', '.join(ANALYSES)}")
+    return [name for name in ANALYSES if name in given]

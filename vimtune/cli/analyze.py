@@ -1,0 +1,95 @@
+"""The command `analyze`: what training has done to a model, as one report with pictures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from vimtune import parsers
+from vimtune.analysis.registry import ANALYSES, parse_names
+from vimtune.cli.evaluate import evaluation_groups
+from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages, path
+from vimtune.cli.train import add_recipe_flags
+from vimtune.text import quote
+
+NUM_IMAGES = 256
+"""Images that are looked at unless a flag says otherwise."""
+NUM_BATCHES = 4
+"""Training batches whose gradients are looked at unless a flag says otherwise."""
+
+EXAMPLES = """\
+examples:
+  {prog} runs/my-run
+  {prog} runs/my-run --only components,transformation -o report.html
+  {prog} merged.safetensors --checkpoint base.safetensors --dataset flowers
+
+analyses:
+{analyses}"""
+"""What stands below the options in the help; `{{prog}}` is the command."""
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    table = "\n".join(f"  {name:<15} {summary}" for name, summary in ANALYSES.items())
+    parser = CommandParser(
+        prog=prog,
+        usage=f"{prog} RUN [--only NAMES] [-o FILE] [--KEY VALUE ...]",
+        description="Compare a trained model with what training found: weights, features, scans, cost. "
+        "What it was trained on\nis taken from its file; flags change single values of it. Without -o the "
+        "report is written beside the adapter.",
+        epilog=EXAMPLES.format(prog=prog, analyses=table),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
+    general = parser.add_argument_group("general")
+    general.add_argument("trained", metavar="RUN", type=path, help="run folder, adapter file or merged file")
+    general.add_argument("-h", "--help", action="help", help="show this help and stop")
+    general.add_argument("--only", metavar="NAMES", help="analyses to run, such as cost,similarity [all]")
+    general.add_argument("--split", metavar="X", help="where images are taken from: test, val [test]")
+    general.add_argument("--images", metavar="N", help=f"at most so many images [{NUM_IMAGES}]")
+    general.add_argument("--batches", metavar="N", help=f"at most so many training batches [{NUM_BATCHES}]")
+    general.add_argument(
+        "--output",
+        "-o",
+        metavar="FILE",
+        type=path,
+        action="append",
+        help=".html (pictures) or .json (numbers)",
+    )
+    add_import(general)
+    add_common(general)
+    add_recipe_flags(parser, evaluation_groups())
+    given = vars(parser.parse_strictly(arguments))
+    for name in ("traceback", "packages"):
+        given.pop(name, None)
+    own = {
+        name: given.pop(name, None) for name in ("trained", "only", "split", "images", "batches", "output")
+    }
+    names = list(ANALYSES) if own["only"] is None else parse_names(own["only"])
+    images = _count("images", own["images"], NUM_IMAGES)
+    batches = _count("batches", own["batches"], NUM_BATCHES)
+
+    from vimtune.analysis.command import run_analyze
+
+    return run_analyze(
+        trained=own["trained"],
+        names=names,
+        values=given,
+        split=own["split"] or "test",
+        num_images=images,
+        num_batches=batches,
+        outputs=own["output"] or [],
+    )
+
+
+def _count(flag: str, value: str | None, default: int) -> int:
+    """A number that a flag gives.
+
+    Raises:
+        ValueError: no whole number from 1 on.
+    """
+    try:
+        return default if value is None else int(parsers.integer(1)(value))
+    except ValueError as error:
+        raise ValueError(f"--{flag} {quote(value)}: {error}") from None
