@@ -40,7 +40,7 @@ GOOD = {
     "dataset_kwargs": ({"species": 5}, "species=5"),
     "download": (False, "false"),
     "num_workers": (0, "0"),
-    "cache": (True, "true"),
+    "cache": ("device", "device"),
     "on_corrupt": ("skip", "skip"),
     "augmentation": ("strong", "strong"),
     "transforms": ("torchvision", "torchvision"),
