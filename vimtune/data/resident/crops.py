@@ -104,10 +104,10 @@ def resize_boxes(
     height, width = size
     rows = _weights(boxes.top, boxes.height, in_height, height, interpolation)
     columns = _weights(boxes.left, boxes.width, in_width, width, interpolation, mirrored)
-    planes = pixels.transpose(2, 3).float().reshape(count, in_height * 3, in_width)
-    narrowed = torch.bmm(planes, columns.transpose(1, 2)).view(count, in_height, 3 * width)
-    resized = torch.bmm(rows, narrowed).view(count, height, 3, width).transpose(1, 2)
-    return resized.clamp(0, 255).round().contiguous()
+    planes = pixels.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    narrowed = torch.bmm(planes.view(count, in_height * 3, in_width), columns.transpose(1, 2))
+    resized = torch.bmm(rows, narrowed.view(count, in_height, 3 * width)).clamp_(0, 255).round_()
+    return resized.view(count, height, 3, width).transpose(1, 2).contiguous()
 
 
 def _weights(
@@ -139,7 +139,7 @@ def _weights(
     weights = FILTERS[interpolation](distances)
     inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
     weights *= inside[:, None]
-    return weights / weights.sum(2, keepdim=True)
+    return weights.div_(weights.sum(2, keepdim=True))
 
 
 def _nearest(distance: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ whose setting is the neutral one comes out as it was, to the bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def jitter(
     factors = torch.where(changed, 1 + offsets, 1).gather(1, order)
     turns = torch.where(changed[:, 0], (2 * draws.one() - 1) * hue, 0)
     for place in range(3):
-        images = blend(images, order[:, place], factors[:, place], (BRIGHTNESS, CONTRAST, SATURATION))
+        images = blend(images, order[:, place], factors[:, place])
     return turn_hue(images, turns)
 
 
@@ -124,24 +125,17 @@ def random_operation(images: Tensor, draws: Draws, fill: Tensor) -> Tensor:
     kinds = sum(number * of(name) for number, name in enumerate(names))
     factors = 1 + sum(amount(name, _BLEND) for name in names)
     assert isinstance(kinds, Tensor) and isinstance(factors, Tensor)
-    images = blend(images, kinds, factors, (BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS))
-    for name, change in (
-        ("posterize", posterize),
-        ("solarize", solarize),
-        ("autocontrast", autocontrast),
-        ("equalize", equalize),
-    ):
-        images = torch.where(of(name)[:, None, None, None], change(images), images)
-    return images
+    images = blend(images, kinds, factors, sharpness=True)
+    return look_up(images, {name: of(name) for name in TABLES})
 
 
 def grey(images: Tensor) -> Tensor:
     """Brightness of the pixels: (B, 1, H, W), whole numbers."""
-    red, green, blue = images.unbind(1)
-    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).round()[:, None]
+    red, green, blue = images.split(1, 1)
+    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).round_()
 
 
-def blend(images: Tensor, kinds: Tensor, factors: Tensor, among: tuple[int, ...]) -> Tensor:
+def blend(images: Tensor, kinds: Tensor, factors: Tensor, *, sharpness: bool = False) -> Tensor:
     """Change the distance of each image from what lacks one of its qualities.
 
     That is black for brightness, the mean grey for contrast, the grey image for saturation, and the smoothed
@@ -149,17 +143,17 @@ def blend(images: Tensor, kinds: Tensor, factors: Tensor, among: tuple[int, ...]
 
     Args:
         images: see this module's docstring.
-        kinds: which quality, one of `among` for each image, (B,).
+        kinds: which quality, `BRIGHTNESS` and so on, (B,).
         factors: of the distance; 1 changes nothing, (B,).
-        among: the qualities of this batch; others cost nothing.
+        sharpness: whether that is among them; without, it costs nothing.
     """
     kinds, factors = kinds[:, None, None, None], factors[:, None, None, None]
     greys = grey(images)
     means = (greys.mean((2, 3), keepdim=True) + 0.5).floor()
     others = torch.where(kinds == SATURATION, greys, torch.where(kinds == CONTRAST, means, 0))
-    if SHARPNESS in among:
+    if sharpness:
         others = torch.where(kinds == SHARPNESS, smooth(images), others)
-    return (others + factors * (images - others)).clamp(0, 255).floor()
+    return torch.lerp(others.expand_as(images), images, factors).clamp_(0, 255).floor_()
 
 
 def smooth(images: Tensor) -> Tensor:
@@ -167,7 +161,8 @@ def smooth(images: Tensor) -> Tensor:
     smoothed = images.clone()
     inner = images[:, :, 1:-1, 1:-1]
     if inner.numel():
-        smoothed[:, :, 1:-1, 1:-1] = ((9 * F.avg_pool2d(images, 3, 1) + 4 * inner) / 13).round()
+        mean = F.avg_pool2d(images, 3, 1, divisor_override=13)
+        smoothed[:, :, 1:-1, 1:-1] = mean.add_(inner, alpha=4 / 13).round_()
     return smoothed
 
 
@@ -185,7 +180,7 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     apart = 5 - 2 * torch.arange(3, device=images.device)
     places = (sector[:, None] + 6 * turns[:, None, None, None] + apart[:, None, None]) % 6
     share = torch.minimum(places, 4 - places).clamp(0, 1)
-    return (high[:, None] - chroma[:, None] * share).round()
+    return torch.addcmul(high[:, None], chroma[:, None], share, value=-1).round_()
 
 
 def move(
@@ -206,47 +201,86 @@ def move(
     xx, xy, yx, yy = cosine, shear[0] - sine, shear[1] + sine, cosine
     bx = ((1 - cosine) * width + sine * height) / 2 - shift[0]
     by = ((1 - cosine) * height - sine * width) / 2 - shift[1]
-    # grid_sample counts each side from -1 to 1.
-    xy, yx = xy * (height / width), yx * (width / height)
-    theta = torch.stack(
-        [xx, xy, xx + xy - 1 + bx * (2 / width), yx, yy, yx + yy - 1 + by * (2 / height)], 1
-    ).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    rows = (torch.arange(height, device=images.device) + 0.5)[:, None]
+    columns = torch.arange(width, device=images.device) + 0.5
+    # grid_sample counts each side from -1 to 1. A batched product could be rounded to TF32.
+    grid = torch.stack(
+        [
+            (xx[:, None, None] * columns + (xy[:, None, None] * rows + bx[:, None, None])) * (2 / width) - 1,
+            (yy[:, None, None] * rows + (yx[:, None, None] * columns + by[:, None, None])) * (2 / height) - 1,
+        ],
+        3,
+    )
     # Outside of the images grid_sample finds zeros.
-    return (F.grid_sample(images - fill, grid, align_corners=False) + fill).round()
+    return F.grid_sample(images - fill, grid, align_corners=False).add_(fill).round_()
 
 
-def posterize(images: Tensor) -> Tensor:
+def look_up(images: Tensor, chosen: dict[str, Tensor]) -> Tensor:
+    """Replace the values of each image by those of a table, which is how all changes of single values work.
+
+    Args:
+        images: see this module's docstring.
+        chosen: the images, (B,) bool, to which each of `TABLES` applies; to an image at most one of them.
+    """
+    count, channels = images.shape[:2]
+    values = images.reshape(count * channels, -1).long()
+    one = torch.ones((), dtype=torch.int32, device=images.device)
+    counts = one.new_zeros(count * channels, _LEVELS).scatter_add_(1, values, one.expand_as(values))
+    counts = counts.view(count, channels, _LEVELS)
+    table = _levels(counts).expand(counts.shape)
+    for name, of_images in chosen.items():
+        table = torch.where(of_images[:, None, None], TABLES[name](counts), table)
+    return table.reshape(count * channels, _LEVELS).gather(1, values).view_as(images)
+
+
+def _levels(counts: Tensor) -> Tensor:
+    return torch.arange(_LEVELS, dtype=torch.float32, device=counts.device)
+
+
+def _posterize(counts: Tensor) -> Tensor:
     """Keep the upper bits of each value."""
-    return images - images.remainder(_POSTERIZE_STEP)
+    levels = _levels(counts)
+    return levels - levels.remainder(_POSTERIZE_STEP)
 
 
-def solarize(images: Tensor) -> Tensor:
-    """Invert the values above the threshold."""
-    return torch.where(images >= _SOLARIZE_FROM, 255 - images, images)
+def _solarize(counts: Tensor) -> Tensor:
+    """Invert the values from the threshold on."""
+    levels = _levels(counts)
+    return torch.where(levels >= _SOLARIZE_FROM, 255 - levels, levels)
 
 
-def autocontrast(images: Tensor) -> Tensor:
+def _range(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The darkest and the brightest value of each channel: two tensors (B, 3, 1)."""
+    levels, there = _levels(counts), counts > 0
+    darkest = 255 - (there * (255 - levels)).amax(2, keepdim=True)
+    return darkest, (there * levels).amax(2, keepdim=True)
+
+
+def _autocontrast(counts: Tensor) -> Tensor:
     """Stretch each channel so that its darkest value becomes 0 and its brightest 255."""
-    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    levels, (low, high) = _levels(counts), _range(counts)
     # The small number keeps 254.9999 from being cut to 254.
-    stretched = ((images - low) * (255 / (high - low).clamp(min=1)) + 1e-3).floor()
-    return torch.where(high > low, stretched, images)
+    stretched = ((levels - low) * (255 / (high - low).clamp(min=1)) + 1e-3).floor().clamp(0, 255)
+    return torch.where(high > low, stretched, levels)
 
 
-def equalize(images: Tensor) -> Tensor:
+def _equalize(counts: Tensor) -> Tensor:
     """Spread the values of each channel so that all are about equally frequent, by Pillow's rule."""
-    rows = images.shape[0] * images.shape[1]
-    values = images.reshape(rows, -1).long()
-    places = values + torch.arange(rows, device=images.device)[:, None] * _LEVELS
-    counts = torch.zeros(rows * _LEVELS, dtype=torch.int64, device=images.device)
-    counts = counts.scatter_add_(0, places.flatten(), torch.ones_like(places).flatten()).view(rows, _LEVELS)
-    brightest = counts.gather(1, values.amax(1, keepdim=True))
-    step = (values.shape[1] - brightest) // (_LEVELS - 1)
-    before = counts.cumsum(1) - counts
-    table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=_LEVELS - 1)
-    equalized = table.gather(1, values).view_as(images).float()
-    return torch.where(step.view(*images.shape[:2], 1, 1) > 0, equalized, images)
+    brightest = counts.gather(2, _range(counts)[1].long())
+    step = (counts.sum(2, keepdim=True) - brightest) // (_LEVELS - 1)
+    before = counts.cumsum(2) - counts
+    spread = ((step // 2 + before) // step.clamp(min=1)).clamp(max=_LEVELS - 1).float()
+    return torch.where(step > 0, spread, _levels(counts))
+
+
+TABLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+}
+"""What becomes of the 256 values, by the name of the operation. Each takes how often the values occur in the
+channels of the images, int32 (B, 3, 256), and gives the new values, float32 (B, 3, 256) or (256,)."""
 
 
 def erase(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, fill: Tensor) -> Tensor:
