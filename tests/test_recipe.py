@@ -209,6 +209,13 @@ def test_a_component_built_alone_is_checked():
     assert Classification(mixup="0.5").mixup == 0.5
 
 
+@pytest.mark.parametrize(
+    ("earlier", "now"), [(True, "host"), (False, "none"), ("true", "host"), ("off", "none")]
+)
+def test_a_cache_was_once_either_on_or_off(earlier, now):
+    assert build(cache=earlier).data.cache == now
+
+
 def test_the_tables_of_this_test_cover_every_field():
     assert set(GOOD) == set(BAD) == set(FIELDS)
 

@@ -132,7 +132,8 @@ def random_operation(images: Tensor, draws: Draws, fill: Tensor) -> Tensor:
 def grey(images: Tensor) -> Tensor:
     """Brightness of the pixels: (B, 1, H, W), whole numbers."""
     red, green, blue = images.split(1, 1)
-    return (_LUMA[0] * red).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).round_()
+    sums: Tensor = _LUMA[0] * red
+    return sums.add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2]).round_()
 
 
 def blend(images: Tensor, kinds: Tensor, factors: Tensor, *, sharpness: bool = False) -> Tensor:
