@@ -125,6 +125,15 @@ def test_flags_reach_the_recipe(trained, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("--cache", "host"), ("--no-cache", "none"), ("--cache device", "device"), ("--cache=auto", "auto")],
+)
+def test_a_flag_that_is_a_switch_takes_values_too(trained, flags, expected):
+    assert cli.train_main([*flags.split(), "--epochs", "3"]) == 0
+    assert trained[0].data.cache == expected and trained[0].optimisation.epochs == 3
+
+
 def test_all_mistakes_of_a_command_line_at_once(capsys, tmp_path, trained):
     config = tmp_path / "recipe.yaml"
     config.write_text("epoch: 3\nlr: 0.1\n")

@@ -40,7 +40,7 @@ GOOD = {
     "dataset_kwargs": ({"species": 5}, "species=5"),
     "download": (False, "false"),
     "num_workers": (0, "0"),
-    "cache": (True, "true"),
+    "cache": ("device", "device"),
     "on_corrupt": ("skip", "skip"),
     "augmentation": ("strong", "strong"),
     "transforms": ("torchvision", "torchvision"),
@@ -207,6 +207,13 @@ def test_a_component_built_alone_is_checked():
     with pytest.raises(ValueError, match=r"'light'\?; mixup = -1: expected a number >= 0"):
         Classification(mixup=-1, augmentation="ligth")
     assert Classification(mixup="0.5").mixup == 0.5
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"), [(True, "host"), (False, "none"), ("true", "host"), ("off", "none")]
+)
+def test_a_cache_was_once_either_on_or_off(earlier, now):
+    assert build(cache=earlier).data.cache == now
 
 
 def test_the_tables_of_this_test_cover_every_field():

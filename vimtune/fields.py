@@ -39,15 +39,16 @@ Share = Annotated[float, Ge(0), Lt(1)]
 """A number from 0 to below 1."""
 
 
-def option(default: Any, help: str, *, parse: Parser | None = None) -> Any:
+def option(default: Any, help: str, *, parse: Parser | None = None, switch: bool = False) -> Any:
     """A documented field of a dataclass of options.
 
     Args:
         default: value of the field unless it is given; a list or a mapping is copied for each instance.
         help: what it is, in one line for `--help`.
         parse: reads a value where the annotation alone does not say what is right, such as a path.
+        switch: whether its flag may stand alone and be negated, as that of a bool, beside having a value.
     """
-    metadata = {"help": help, "parse": parse}
+    metadata = {"help": help, "parse": parse, "switch": switch}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -67,6 +68,8 @@ class Option:
     """What it is, in one line for `--help`."""
     parse: Parser
     """Returns a value as the field holds it. Raises ValueError("expected ...") for a value that is wrong."""
+    switch: bool = False
+    """Whether `parse` takes true and false, beside other values."""
 
 
 def options_of(cls: type) -> dict[str, Option]:
@@ -91,7 +94,14 @@ def _read_options(cls: type) -> dict[str, Option]:
             raise ValueError(f"class {cls.__name__}: field {item.name} needs option(default, help)")
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         parse = item.metadata.get("parse") or parser_of(hints[item.name])
-        found[item.name] = Option(item.name, hints[item.name], default, item.metadata["help"], parse)
+        found[item.name] = Option(
+            item.name,
+            hints[item.name],
+            default,
+            item.metadata["help"],
+            parse,
+            item.metadata.get("switch", False),
+        )
     return found
 
 

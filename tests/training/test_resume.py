@@ -32,6 +32,7 @@ EVERYTHING = {
     "grad_accum": 2,
     "weight_decay": 0.1,
     "batch_size": 4,
+    "cache": "device",
 }
 """Whatever has a state or draws random numbers."""
 

@@ -75,7 +75,8 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, declared: Mapping[str, 
     switches = [isinstance(item.default, bool) for item in declared.values()]
     if all(switches):
         group.add_argument(flag, dest=name, help=help, action=argparse.BooleanOptionalAction)
-    elif any(switches):  # to some tasks the flag alone says all, to others it needs a value
+    elif any(switches) or any(item.switch for item in declared.values()):
+        # The flag alone says something, and it may have a value: in all tasks, or in some of them.
         group.add_argument(flag, dest=name, help=help, metavar="X", nargs="?", const="true")
         group.add_argument(
             _flag(f"no_{name}"), dest=name, help=f"{flag} false", action="store_const", const="false"

@@ -40,8 +40,9 @@ from vimtune.data.errors import (
 from vimtune.late_names import late_names
 
 if TYPE_CHECKING:
+    from vimtune.data.image_loader import ImageLoader
     from vimtune.data.images import FoundImages, find_images, load_image
-    from vimtune.data.loader import ImageLoader, create_loader
+    from vimtune.data.loader import create_loader
     from vimtune.data.transforms import Transform, build_transform, model_preprocessing, read_transform
     from vimtune.preprocessing import LIBRARIES, PRESETS
 
@@ -78,7 +79,8 @@ __all__ = [
 
 _HOMES = {
     "vimtune.data.images": ("FoundImages", "find_images", "load_image"),
-    "vimtune.data.loader": ("ImageLoader", "create_loader"),
+    "vimtune.data.image_loader": ("ImageLoader",),
+    "vimtune.data.loader": ("create_loader",),
     "vimtune.data.transforms": ("Transform", "build_transform", "model_preprocessing", "read_transform"),
     "vimtune.preprocessing": ("LIBRARIES", "PRESETS"),
 }

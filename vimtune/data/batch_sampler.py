@@ -17,6 +17,7 @@ class BatchSampler(Sampler[list[Key]]):
         num_batches: batches of a whole epoch.
         epoch: the epoch that is yielded next.
         start_batch: the batch at which it begins.
+        largest_share: images of a whole batch that are this rank's.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class BatchSampler(Sampler[list[Key]]):
         self._rank = rank
         self._world_size = world_size
         self.num_batches = num_images // batch_size if drop_last else -(-num_images // batch_size)
+        self.largest_share = max(1, (rank + 1) * batch_size // world_size - rank * batch_size // world_size)
         self.epoch = 0
         self.start_batch = 0
 
@@ -46,11 +48,16 @@ class BatchSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         """The keys of this rank's samples, batch by batch."""
         epoch = self.epoch
+        for share in self.shares(self.start_batch):
+            yield [Key(epoch, index) for index in share.tolist()]
+
+    def shares(self, start_batch: int) -> Iterator[np.ndarray]:
+        """The indices of this rank's images, batch by batch, from one batch of the epoch on: int64 (b,)."""
         order = np.arange(self._num_images)
         if self._shuffle:
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._num_images)
-        for batch in range(self.start_batch, self.num_batches):
+            order = np.random.default_rng([self._seed, self.epoch]).permutation(self._num_images)
+        for batch in range(start_batch, self.num_batches):
             whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             first = self._rank * len(whole) // self._world_size
             last = (self._rank + 1) * len(whole) // self._world_size
-            yield [Key(epoch, int(index)) for index in whole[first:last]]
+            yield whole[first:last]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,42 +11,20 @@ from torch.utils.data import DataLoader
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError, WorkerError
+from vimtune.data.cache_places import cache_place
+from vimtune.data.image_loader import ImageLoader
+from vimtune.data.resident.augmentation import Augmentation
+from vimtune.data.resident.loader import ResidentLoader
+from vimtune.data.resident.store import DoesNotFitError, fill_store
 from vimtune.data.samples import Batch, Samples, collate
 from vimtune.data.transforms import Transform
-from vimtune.data.workers import death_noticed_later, prepare_worker, worker_context
-from vimtune.text import printable, shorten
+from vimtune.data.workers import death_noticed_later, naming_worker_trouble, prepare_worker, worker_context
 
 logger = logging.getLogger(__name__)
 
-_MAX_CORRUPT_SHARE = 0.5
-"""Share of the images of an epoch that may be left out as corrupt."""
-_ENOUGH_TO_JUDGE = 100
-"""Number of images after which that share counts before the epoch has ended."""
-_WORKER_TROUBLE = (
-    r"DataLoader worker \(pid|Pin memory thread exited|shared memory|ancdata|Too many open files"
-)
-"""What torch says when a worker has died or a batch cannot be sent, as opposed to errors in its code."""
 
-
-class ImageLoader:
-    """Iterates over one epoch of this rank's batches. Made by `create_loader`.
-
-    Iterating yields `(images, labels)`: float32 (b, 3, H, W) and int64 (b,). A global batch is split
-    contiguously over the ranks, so `b` may differ by one between ranks where it does not divide; it may be 0
-    in the last batch of an epoch that is not dropped, or where all images of a rank's share were skipped.
-    Every rank sees the same number of batches.
-
-    Iterating raises, besides what the data set's `load` and the transform do:
-        CorruptImageError: an image is corrupt, and such are not to be left out.
-        TooManyCorruptError: more than half of the images are left out.
-        ImageReadError: the system cannot read an image.
-        WorkerError: a worker died.
-
-    Attributes:
-        num_skipped: corrupt images left out so far, each occurrence counted.
-        skipped_paths: which images were left out.
-    """
+class WorkerLoader(ImageLoader):
+    """Reads batches that processes decode and transform, or this process where there are none."""
 
     def __init__(
         self,
@@ -57,47 +34,9 @@ class ImageLoader:
         on_corrupt: str,
         img_size: tuple[int, int],
     ) -> None:
-        self.num_skipped = 0
-        self.skipped_paths: set[str] = set()
+        super().__init__(samples.dataset, batches, on_corrupt, img_size)
         self._samples = samples
-        self._batches = batches
         self._loader = loader
-        self._on_corrupt = on_corrupt
-        self._img_size = img_size
-
-    @property
-    def dataset(self) -> ImageDataset:
-        """The data set that is read."""
-        return self._samples.dataset
-
-    def set_position(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose what the next iterations yield: the batches of `epoch` from `start_batch` on."""
-        if epoch < 0 or not 0 <= start_batch <= len(self):
-            raise ValueError(
-                f"position epoch={epoch}, start_batch={start_batch} is outside this loader: epochs count "
-                f"from 0, batches from 0 to {len(self)}."
-            )
-        self._batches.epoch = epoch
-        self._batches.start_batch = start_batch
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch."""
-        return self._batches.num_batches
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        whole = self._batches.start_batch == 0
-        seen = left_out = 0
-        last: CorruptImageError | ImageReadError | None = None
-        for images, labels, failures in self._read():
-            for last in failures:
-                self._leave_out(last)
-            seen += len(labels) + len(failures)
-            left_out += len(failures)
-            if seen >= _ENOUGH_TO_JUDGE:
-                self._judge(left_out, seen, last)
-            yield torch.empty(0, 3, *self._img_size) if images is None else images, labels
-        if whole:
-            self._judge(left_out, seen, last)
 
     def close(self) -> None:
         """End the workers. Those that live on until Python exits are waited for `GRACE_SECONDS` there."""
@@ -111,37 +50,10 @@ class ImageLoader:
         if self._loader.num_workers == 0:
             yield from self._loader
             return
-        try:
+        with naming_worker_trouble():
             with death_noticed_later():
                 batches = iter(self._loader)
             yield from batches
-        except (RuntimeError, OSError, EOFError) as error:
-            text = str(error).strip() or type(error).__name__
-            plumbing = not isinstance(error, RuntimeError) and not text.startswith("Caught ")
-            if not plumbing and not re.search(_WORKER_TROUBLE, text):
-                raise
-            reason = printable(shorten(text.splitlines()[-1]))
-            raise WorkerError(
-                f"the processes that prepare images failed ({reason}). Most often memory, shared memory or "
-                f"open files ran out: use fewer --num-workers, a smaller --batch-size, or no --cache."
-            ) from error
-
-    def _leave_out(self, error: CorruptImageError | ImageReadError) -> None:
-        if self._on_corrupt == "error" or isinstance(error, ImageReadError):
-            # It is made anew, because `error` would keep its own frames alive.
-            raise type(error)(error.path, error.reason)
-        self.num_skipped += 1
-        if error.path not in self.skipped_paths:
-            self.skipped_paths.add(error.path)
-            logger.warning("left out corrupt image %s: %s", printable(error.path), error.reason)
-
-    def _judge(self, left_out: int, seen: int, last: CorruptImageError | ImageReadError | None) -> None:
-        if last is not None and left_out > _MAX_CORRUPT_SHARE * seen:
-            raise TooManyCorruptError(
-                f"{left_out} of the {seen} images of {self.dataset.split!r} that were read in this epoch are "
-                f"corrupt, more than {_MAX_CORRUPT_SHARE:.0%}; the last of them: {printable(last.path)} "
-                f"({last.reason})"
-            )
 
 
 def create_loader(
@@ -155,7 +67,8 @@ def create_loader(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
-    cache: bool = False,
+    cache: str | bool = "none",
+    device: torch.device | None = None,
     on_corrupt: str = "error",
     pin_memory: bool = False,
 ) -> ImageLoader:
@@ -170,21 +83,38 @@ def create_loader(
         drop_last: leave out the last batch when it is smaller.
         num_workers: processes that decode; they stay alive between epochs. 0 decodes in this process.
         rank, world_size: which share of each batch is ours.
-        cache: decode every image once, now, and keep it in memory (uint8, full size). The workers are forked
-            and read the same pages. At most half of the free memory is used; what does not fit is decoded
-            each time, with the same result. Every rank keeps its own cache.
+        cache: where decoded images are kept, one of `CACHES`; every rank keeps its own. "host": every image
+            is decoded once, now, and stays in memory (uint8, full size). The workers are forked and read the
+            same pages. At most half of the free memory is used; what does not fit is decoded each time,
+            with the same result. "device": the same on `device`, all of it, and batches are made there; the
+            augmentation is that of `vimtune.data.resident`, whichever library `transform` names. "auto":
+            "device" if that is a GPU and they fit, else "none".
+        device: where batches are wanted; None for the host. Only a cache on the device puts them there.
         on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
             they are more than half of an epoch, or of what was read of it after the first 100 images.
         pin_memory: put batches in page-locked memory for faster copies to a GPU.
 
     Raises:
         ValueError: a value out of range, or settings that give no batch at all.
+        DoesNotFitError: the images do not fit on the device on which they are to be kept.
     """
     _check_settings(dataset, batch_size, drop_last, num_workers, rank, world_size, on_corrupt)
-    samples = Samples(dataset, transform, seed)
-    if cache:
-        samples.fill_cache()
+    place = cache_place(cache)
+    device = device or torch.device("cpu")
     batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
+    if place == "device" or (place == "auto" and device.type == "cuda"):
+        try:
+            store = fill_store(dataset, transform.preprocessing, device, num_workers)
+        except DoesNotFitError as error:
+            if place == "device":
+                raise
+            logger.info("decoded images are not kept: %s", error)
+        else:
+            augmentation = Augmentation(transform.preprocessing, device)
+            return ResidentLoader(dataset, store, augmentation, batches, seed, on_corrupt)
+    samples = Samples(dataset, transform, seed)
+    if place == "host":
+        samples.fill_cache()
     generator = torch.Generator()  # This keeps DataLoader away from torch's global generator.
     generator.manual_seed(seed)
     loader: DataLoader[Any] = DataLoader(
@@ -198,7 +128,7 @@ def create_loader(
         multiprocessing_context=worker_context(num_workers),
         generator=generator,
     )
-    return ImageLoader(samples, batches, loader, on_corrupt, transform.img_size)
+    return WorkerLoader(samples, batches, loader, on_corrupt, transform.img_size)
 
 
 def _check_settings(

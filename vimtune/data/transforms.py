@@ -44,21 +44,25 @@ from vimtune.schema import check
 if TYPE_CHECKING:
     from torch import nn
 
-_PILLOW_FILTERS = {
+PILLOW_FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
 """Pillow's filters by the names of interpolations."""
-_CROP_SCALE = {"light": (0.6, 1.0), "strong": (0.08, 1.0)}
+CROP_SCALE = {"light": (0.6, 1.0), "strong": (0.08, 1.0)}
 """Smallest and largest part of an image's area that a random crop takes, by preset."""
-_JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
+JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
 """How far colours may vary at random, in torchvision's and albumentations' terms."""
-_JITTER_CHANCE = 0.8
+JITTER_CHANCE = 0.8
 """Probability that the colours of an image vary."""
-_ERASE_CHANCE = 0.25
+ERASE_CHANCE = 0.25
 """Probability that a rectangle of an image is erased."""
+ERASE_SCALE = (0.02, 0.33)
+"""Smallest and largest part of an image's area that is erased."""
+ERASE_RATIO = (0.3, 3.3)
+"""Smallest and largest height / width of the rectangle."""
 
 Augmentation = Callable[[Image.Image, int], np.ndarray]
 """Makes uint8 pixels (H, W, 3) out of an image and a seed."""
@@ -83,7 +87,7 @@ class Transform:
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """Return a float32 tensor (3, H, W); a pure function of the image and `seed`."""
         if self._augment is None:
-            pixels = _evaluation_crop(image, self.preprocessing)
+            pixels = evaluation_crop(image, self.preprocessing)
         else:
             pixels = self._augment(image, seed)
         tensor = (
@@ -163,13 +167,13 @@ def model_preprocessing(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _evaluation_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+def evaluation_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and centre-crop; returns uint8 (H, W, 3)."""
     height, width = preprocessing.img_size
     new_h, new_w = _resized_size(image, preprocessing)
     left, top = round((new_w - width) / 2), round((new_h - height) / 2)
     region = (left, top, left + width, top + height)
-    resample = _PILLOW_FILTERS[preprocessing.interpolation]
+    resample = PILLOW_FILTERS[preprocessing.interpolation]
     return _to_array(resize_region(image, (new_w, new_h), region, resample))
 
 
@@ -192,15 +196,20 @@ def _to_array(image: Image.Image) -> np.ndarray:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # This makes a writable copy.
 
 
-def _crop_ratio(img_size: tuple[int, int]) -> tuple[float, float]:
+def crop_ratio(img_size: tuple[int, int]) -> tuple[float, float]:
     """Aspect ratios (width / height) of random crops: within 3:4 and 4:3 of the result's own."""
     aspect = img_size[1] / img_size[0]
     return 3 / 4 * aspect, 4 / 3 * aspect
 
 
+def is_random(preprocessing: Preprocessing) -> bool:
+    """Whether images go through something else than the evaluation pipeline."""
+    return preprocessing.train and preprocessing.preset != "none"
+
+
 def _build_augmentation(preprocessing: Preprocessing) -> Augmentation | None:
     """What a training image goes through instead of the evaluation pipeline, if anything."""
-    if not preprocessing.train or preprocessing.preset == "none":
+    if not is_random(preprocessing):
         return None
     build = _build_albumentations if preprocessing.library == "albumentations" else _build_torchvision
     height, width = preprocessing.img_size
@@ -252,8 +261,8 @@ def _build_albumentations(
     steps = [
         A.RandomResizedCrop(
             size=img_size,
-            scale=_CROP_SCALE[preset],
-            ratio=_crop_ratio(img_size),
+            scale=CROP_SCALE[preset],
+            ratio=crop_ratio(img_size),
             interpolation=flag,
             # Otherwise OpenCV would not anti-alias, which the evaluation pipeline does.
             area_for_downscale="image",
@@ -261,7 +270,7 @@ def _build_albumentations(
         A.HorizontalFlip(p=0.5),
     ]
     if preset == "light":
-        steps.append(A.ColorJitter(**_JITTER, p=_JITTER_CHANCE))
+        steps.append(A.ColorJitter(**JITTER, p=JITTER_CHANCE))
     else:
         warp = {"interpolation": cv2.INTER_LINEAR, "fill": fill, "p": 1.0}
         operations = [
@@ -281,7 +290,7 @@ def _build_albumentations(
             A.NoOp(p=1.0),
         ]
         steps.append(A.SomeOf(operations, n=2, replace=True, p=1.0))
-        steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill=fill, p=_ERASE_CHANCE))
+        steps.append(A.Erasing(scale=ERASE_SCALE, ratio=ERASE_RATIO, fill=fill, p=ERASE_CHANCE))
     return _Albumentations(A.Compose(steps))
 
 
@@ -313,19 +322,19 @@ def _build_torchvision(
         v2.RGB(),
         v2.RandomResizedCrop(
             list(img_size),
-            scale=_CROP_SCALE[preset],
-            ratio=_crop_ratio(img_size),
+            scale=CROP_SCALE[preset],
+            ratio=crop_ratio(img_size),
             interpolation=v2.InterpolationMode(interpolation),
             antialias=True,
         ),
         v2.RandomHorizontalFlip(0.5),
     ]
     if preset == "light":
-        steps += [v2.RandomApply([v2.ColorJitter(**_JITTER)], _JITTER_CHANCE), v2.PILToTensor()]
+        steps += [v2.RandomApply([v2.ColorJitter(**JITTER)], JITTER_CHANCE), v2.PILToTensor()]
     else:
         steps += [
             v2.RandAugment(num_ops=2, magnitude=9, interpolation=v2.InterpolationMode.BILINEAR, fill=fill),
             v2.PILToTensor(),
-            v2.RandomErasing(p=_ERASE_CHANCE, scale=(0.02, 0.33), ratio=(0.3, 3.3), value=fill),
+            v2.RandomErasing(p=ERASE_CHANCE, scale=ERASE_SCALE, ratio=ERASE_RATIO, value=fill),
         ]
     return _Torchvision(v2.Compose(steps))

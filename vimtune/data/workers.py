@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 import sys
 import threading
@@ -10,8 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vimtune.data.errors import WorkerError
+from vimtune.text import printable, shorten
+
 GRACE_SECONDS = 10
 """Seconds for which a worker lives on after SIGTERM."""
+_WORKER_TROUBLE = (
+    r"DataLoader worker \(pid|Pin memory thread exited|shared memory|ancdata|Too many open files"
+)
+"""What torch says when a worker has died or a batch cannot be sent, as opposed to errors in its code."""
 
 
 @contextmanager
@@ -29,6 +37,27 @@ def death_noticed_later() -> Iterator[None]:
     yield
     if signal.getsignal(signal.SIGCHLD) is not former and former is not None:
         signal.signal(signal.SIGCHLD, former)
+
+
+@contextmanager
+def naming_worker_trouble() -> Iterator[None]:
+    """Turn what happens to the workers within the `with` block into a `WorkerError`.
+
+    Raises:
+        WorkerError: a worker died, or the system ran out of something.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:
+        text = str(error).strip() or type(error).__name__
+        plumbing = not isinstance(error, RuntimeError) and not text.startswith("Caught ")
+        if not plumbing and not re.search(_WORKER_TROUBLE, text):
+            raise
+        reason = printable(shorten(text.splitlines()[-1]))
+        raise WorkerError(
+            f"the processes that prepare images failed ({reason}). Most often memory, shared memory or "
+            f"open files ran out: use fewer --num-workers, a smaller --batch-size, or --cache none."
+        ) from error
 
 
 def prepare_worker(worker: int) -> None:

@@ -43,7 +43,6 @@ HARMLESS = (
     "test_file",
     "download",
     "num_workers",
-    "cache",
     "checkpoint",
     "pretrained",
     "output_dir",

@@ -104,9 +104,9 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     train_transform = build_transform(task.augmentation, train=True, **shared)
     eval_transform = build_transform("none", train=False, **shared)
 
-    def batches(dataset: ImageDataset, train: bool) -> ImageBatches:
+    def batches(dataset: ImageDataset, train: bool, once: bool) -> ImageBatches:
         transform = train_transform if train else eval_transform
-        return open_batches(recipe, dataset, transform, processes, shuffle=train)
+        return open_batches(recipe, dataset, transform, processes, shuffle=train, once=once)
 
     classes = train_set.classes
     distillation, readers = None, {}
@@ -118,12 +118,14 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         distillation = Distillation(
             teacher, task.teacher_targets, task.teacher_weight, task.teacher_temperature
         )
-    selection = batches(selection_set, train=False)
+    selection = batches(selection_set, train=False, once=data.evaluated_once)
     return ImageJob(
         model=model,
-        train=batches(train_set, train=True),
+        train=batches(train_set, train=True, once=False),
         selection=selection,
-        final=selection if test_set is None or test_set is selection_set else batches(test_set, train=False),
+        final=selection
+        if test_set is None or test_set is selection_set
+        else batches(test_set, train=False, once=True),
         usual_count=recipe.optimisation.batch_size,
         outputs={"classes": classes},
         readers=readers,
@@ -137,9 +139,18 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
 
 
 def open_batches(
-    recipe: Recipe, dataset: ImageDataset, transform: Transform, processes: Processes, shuffle: bool
+    recipe: Recipe,
+    dataset: ImageDataset,
+    transform: Transform,
+    processes: Processes,
+    *,
+    shuffle: bool,
+    once: bool,
 ) -> ImageBatches:
-    """The batches of a split as a recipe wants them; raises what `create_loader` raises."""
+    """The batches of a split as a recipe wants them; raises what `create_loader` raises.
+
+    A split that is read `once` is not worth a place on the device.
+    """
     data = recipe.data
     assert isinstance(data, DataSettings)
     loader = create_loader(
@@ -152,7 +163,8 @@ def open_batches(
         seed=derive_seed(recipe.run.seed, "data"),
         rank=processes.rank,
         world_size=processes.world_size,
-        cache=data.cache,
+        cache="none" if once and data.cache in ("auto", "device") else data.cache,
+        device=processes.device,
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
     )

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from vimtune import parsers
+from vimtune.data.cache_places import cache_place
 from vimtune.data.datasets import DATASETS, dataset_option_problems
 from vimtune.fields import Positive, Seed, Share, option, options_of
 from vimtune.methods import METHODS
@@ -72,7 +73,12 @@ class DataSettings(DataOptions):
     data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
     download: bool = option(True, "download a data set that is not there yet")
     num_workers: Annotated[int, Ge(0), Le(1024)] = option(2, "processes that prepare images")
-    cache: bool = option(False, "keep decoded images in memory")
+    cache: Literal["auto", "none", "host", "device"] = option(
+        "auto",
+        "keep decoded images: auto (on a GPU with room), none, host, device",
+        parse=cache_place,
+        switch=True,
+    )
     on_corrupt: Literal["error", "skip"] = option("error", "an unreadable image: error (stop), skip (report)")
 
     @property

@@ -37,7 +37,7 @@ def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path |
         model = build_base(info, backbone.checkpoint)
         vimtune.load_adapter(model, adapter, force=force)
     transform = build_transform("none", train=False, **model_preprocessing(model))
-    loader = open_batches(recipe, dataset, transform, processes, shuffle=False)
+    loader = open_batches(recipe, dataset, transform, processes, shuffle=False, once=True)
     expected = len(dataset) if data.on_corrupt == "error" else None
     tally = ImageTally(len(dataset.classes), expected)
     return Trial(model.to(processes.device), loader, tally)

@@ -1,0 +1,106 @@
+"""What every loader of images offers, wherever its batches come from."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+
+from vimtune.data.base import ImageDataset
+from vimtune.data.batch_sampler import BatchSampler
+from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError
+from vimtune.data.samples import Batch
+from vimtune.text import printable
+
+logger = logging.getLogger(__name__)
+
+_MAX_CORRUPT_SHARE = 0.5
+"""Share of the images of an epoch that may be left out as corrupt."""
+_ENOUGH_TO_JUDGE = 100
+"""Number of images after which that share counts before the epoch has ended."""
+
+
+class ImageLoader(ABC):
+    """Iterates over one epoch of this rank's batches. Made by `create_loader`.
+
+    Iterating yields `(images, labels)`: float32 (b, 3, H, W) and int64 (b,). A global batch is split
+    contiguously over the ranks, so `b` may differ by one between ranks where it does not divide; it may be 0
+    in the last batch of an epoch that is not dropped, or where all images of a rank's share were skipped.
+    Every rank sees the same number of batches.
+
+    Iterating raises, besides what the data set's `load` and the transform do:
+        CorruptImageError: an image is corrupt, and such are not to be left out.
+        TooManyCorruptError: more than half of the images are left out.
+        ImageReadError: the system cannot read an image.
+        WorkerError: a worker died.
+
+    Attributes:
+        dataset: the data set that is read.
+        num_skipped: corrupt images left out so far, each occurrence counted.
+        skipped_paths: which images were left out.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batches: BatchSampler, on_corrupt: str, img_size: tuple[int, int]
+    ) -> None:
+        self.dataset = dataset
+        self.num_skipped = 0
+        self.skipped_paths: set[str] = set()
+        self._batches = batches
+        self._on_corrupt = on_corrupt
+        self._img_size = img_size
+
+    def set_position(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose what the next iterations yield: the batches of `epoch` from `start_batch` on."""
+        if epoch < 0 or not 0 <= start_batch <= len(self):
+            raise ValueError(
+                f"position epoch={epoch}, start_batch={start_batch} is outside this loader: epochs count "
+                f"from 0, batches from 0 to {len(self)}."
+            )
+        self._batches.epoch = epoch
+        self._batches.start_batch = start_batch
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return self._batches.num_batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        whole = self._batches.start_batch == 0
+        seen = left_out = 0
+        last: CorruptImageError | ImageReadError | None = None
+        for images, labels, failures in self._read():
+            for last in failures:
+                self._leave_out(last)
+            seen += len(labels) + len(failures)
+            left_out += len(failures)
+            if seen >= _ENOUGH_TO_JUDGE:
+                self._judge(left_out, seen, last)
+            yield torch.empty(0, 3, *self._img_size) if images is None else images, labels
+        if whole:
+            self._judge(left_out, seen, last)
+
+    @abstractmethod
+    def _read(self) -> Iterator[Batch]:
+        """This rank's batches from the position on, with the errors of the images that are missing there."""
+
+    def close(self) -> None:  # noqa: B027 - not every loader has processes
+        """End the processes that prepare images, if there are any."""
+
+    def _leave_out(self, error: CorruptImageError | ImageReadError) -> None:
+        if self._on_corrupt == "error" or isinstance(error, ImageReadError):
+            # It is made anew, because `error` would keep its own frames alive.
+            raise type(error)(error.path, error.reason)
+        self.num_skipped += 1
+        if error.path not in self.skipped_paths:
+            self.skipped_paths.add(error.path)
+            logger.warning("left out corrupt image %s: %s", printable(error.path), error.reason)
+
+    def _judge(self, left_out: int, seen: int, last: CorruptImageError | ImageReadError | None) -> None:
+        if last is not None and left_out > _MAX_CORRUPT_SHARE * seen:
+            raise TooManyCorruptError(
+                f"{left_out} of the {seen} images of {self.dataset.split!r} that were read in this epoch are "
+                f"corrupt, more than {_MAX_CORRUPT_SHARE:.0%}; the last of them: {printable(last.path)} "
+                f"({last.reason})"
+            )
