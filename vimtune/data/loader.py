@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -64,6 +64,7 @@ class ImageLoader:
         self._loader = loader
         self._on_corrupt = on_corrupt
         self._img_size = img_size
+        self._ahead: _Ahead | None = None
 
     @property
     def dataset(self) -> ImageDataset:
@@ -79,6 +80,15 @@ class ImageLoader:
             )
         self._batches.epoch = epoch
         self._batches.start_batch = start_batch
+
+    def read_ahead(self) -> None:
+        """Let the workers begin now with the batches that the next iteration is to yield.
+
+        An iteration that starts at another position begins anew. Without workers nothing happens, and what
+        fails here is told when the batches are asked for.
+        """
+        if self._loader.num_workers > 0 and not self._is_ahead():
+            self._ahead = _Ahead(self._batches.epoch, self._batches.start_batch, self._start())
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
@@ -101,6 +111,7 @@ class ImageLoader:
 
     def close(self) -> None:
         """End the workers. Those that live on until Python exits are waited for `GRACE_SECONDS` there."""
+        self._ahead = None
         iterator = self._loader._iterator
         if iterator is not None:  # DataLoader has no method of its own for this.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
@@ -111,9 +122,12 @@ class ImageLoader:
         if self._loader.num_workers == 0:
             yield from self._loader
             return
+        self.read_ahead()
+        assert self._ahead is not None, "there are workers"
+        batches, self._ahead = self._ahead.batches, None
         try:
-            with death_noticed_later():
-                batches = iter(self._loader)
+            if isinstance(batches, Exception):
+                raise batches
             yield from batches
         except (RuntimeError, OSError, EOFError) as error:
             text = str(error).strip() or type(error).__name__
@@ -125,6 +139,19 @@ class ImageLoader:
                 f"the processes that prepare images failed ({reason}). Most often memory, shared memory or "
                 f"open files ran out: use fewer --num-workers, a smaller --batch-size, or no --cache."
             ) from error
+
+    def _is_ahead(self) -> bool:
+        """Whether the workers are at the batches of the current position already."""
+        position = self._batches.epoch, self._batches.start_batch
+        return self._ahead is not None and self._ahead[:2] == position
+
+    def _start(self) -> Iterator[Batch] | Exception:
+        """Set the workers going from the current position; an error waits until the batches are read."""
+        try:
+            with death_noticed_later():
+                return iter(self._loader)
+        except (RuntimeError, OSError, EOFError) as error:
+            return error
 
     def _leave_out(self, error: CorruptImageError | ImageReadError) -> None:
         if self._on_corrupt == "error" or isinstance(error, ImageReadError):
@@ -142,6 +169,14 @@ class ImageLoader:
                 f"corrupt, more than {_MAX_CORRUPT_SHARE:.0%}; the last of them: {printable(last.path)} "
                 f"({last.reason})"
             )
+
+
+class _Ahead(NamedTuple):
+    """Batches that the workers have begun with before they are read."""
+
+    epoch: int
+    start_batch: int
+    batches: Iterator[Batch] | Exception
 
 
 def create_loader(

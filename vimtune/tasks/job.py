@@ -81,6 +81,13 @@ class Loader(ABC):
                 ends.
         """
 
+    def read_ahead(self) -> None:  # noqa: B027 - most loaders have nobody who could
+        """Learn that the next iteration begins at the current position, though not yet.
+
+        A loader with processes that prepare batches sets them to work, so that the first batches are there
+        when they are asked for. What the iteration yields does not depend on it.
+        """
+
     def left_out(self) -> Collection[str]:
         """Names of the examples that this process has met and left out because they are corrupt."""
         return ()

@@ -104,6 +104,9 @@ class Run:
         """Take the steps of the epoch that are left, and note and show what came of each."""
         loader, progress = self.job.train, self.progress
         loader.set_position(progress.epoch, progress.batch)
+        loader.read_ahead()
+        if self._is_evaluated(progress.epoch + 1):
+            _read_ahead(self.job.selection)
         self.job.model.train()
         shown_count = progress.count
         clock = shown_at = time.monotonic()
@@ -150,6 +153,10 @@ class Run:
         progress, number = self.progress, self.progress.epoch + 1
         if progress.loss_count == 0:
             raise InputError(f"epoch {number}: none of the training {self.task.examples} can be decoded")
+        if number < self.recipe.optimisation.epochs:
+            _read_ahead(self.job.train, number)
+        elif self.job.final is not self.job.selection:
+            _read_ahead(self.job.final)
         record = EpochRecord(
             epoch=number,
             step=progress.step,
@@ -311,3 +318,9 @@ class Run:
         command = f"vimtune train --resume {shlex.quote(str(self.folder.path))}"
         count = self.processes.world_size
         return command if count == 1 else f"torchrun --nproc-per-node {count} --no-python {command}"
+
+
+def _read_ahead(loader: Loader, epoch: int = 0) -> None:
+    """Have the first batches of an epoch prepared while something else is done."""
+    loader.set_position(epoch)
+    loader.read_ahead()

@@ -26,6 +26,10 @@ class ImageBatches(Loader):
         """Choose the epoch and the first batch of the next iteration."""
         self._loader.set_position(epoch, start_batch)
 
+    def read_ahead(self) -> None:
+        """Have the first images of the next iteration prepared while something else is done."""
+        self._loader.read_ahead()
+
     def __len__(self) -> int:
         return len(self._loader)
 
