@@ -174,7 +174,7 @@ def test_cache_changes_nothing_but_the_decoding(workers: int, monkeypatch) -> No
 
 
 def test_cache_stops_at_its_budget(monkeypatch) -> None:
-    monkeypatch.setattr("vimtune.data.samples._free_memory", lambda: 2 * 7 * 16 * 16 * 3)
+    monkeypatch.setattr("vimtune.data.samples.free_memory", lambda: 2 * 7 * 16 * 16 * 3)
     loader = make(cache=True)
     assert len(loader._samples._cached) == 7
     assert_same(epoch(loader), epoch(make()))

@@ -170,7 +170,7 @@ def test_numbers_are_read_when_the_next_passes_are_launched(tiny, late, monkeypa
 
 @pytest.mark.usefixtures("no_pictures")
 def test_what_is_read_next_is_announced_before_other_work(tiny, monkeypatch):
-    """The next epoch and the test images before an evaluation, the images of an evaluation before training."""
+    """The next epoch and the test images before an evaluation, and that one before training."""
     order, ahead, read = [], ImageBatches.read_ahead, ImageBatches.__iter__
 
     def note_ahead(self):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch.utils.data import Dataset
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.data.transforms import Transform
+from vimtune.machine import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
 
     def fill_cache(self) -> None:
         """Decode the images and keep them, in their order, until half of the free memory is used."""
-        budget = _free_memory() * _CACHE_SHARE
+        budget = free_memory() * _CACHE_SHARE
         used = 0
         for index in range(len(self.dataset)):
             try:
@@ -103,16 +102,3 @@ def collate(samples: list[tuple[torch.Tensor, int] | FailedSample]) -> Batch:
     good = [sample for sample in samples if not isinstance(sample, FailedSample)]
     images = torch.stack([image for image, _ in good]) if good else None
     return Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), failures)
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are available now; `sys.maxsize` where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        names = getattr(os, "sysconf_names", {})
-        if "SC_PAGE_SIZE" in names and "SC_PHYS_PAGES" in names:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        return sys.maxsize

@@ -156,6 +156,10 @@ class Job(ABC):
     saved_with_adapter: dict[str, Any] = field(default_factory=dict)
     """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
 
+    def notes(self) -> list[str]:
+        """What a user should know of how the work will be done, a line for each thing; shown at the start."""
+        return []
+
     def expect_replays(self) -> int:
         """Learn before training that its batches will be replayed, from one recording for each shape.
 

@@ -56,6 +56,8 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    local_size: int = 1
+    """How many of the processes are on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -208,11 +210,11 @@ def open_processes(device_name: str, prepare: Callable[[], None] = lambda: None)
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     joins = world_size > 1 and not dist.is_initialized()
     refusal: ValueError | None = None
-    device = torch.device("cpu")
+    device, local_size = torch.device("cpu"), 1
     try:
         prepare()
-        local_rank = _environment("LOCAL_RANK", 0)
-        device = resolve_device(device_name, local_rank, _environment("LOCAL_WORLD_SIZE", world_size))
+        local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", world_size)
+        device = resolve_device(device_name, local_rank, local_size)
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except ValueError as error:
@@ -226,7 +228,7 @@ def open_processes(device_name: str, prepare: Callable[[], None] = lambda: None)
     if rank > 0:  # one process tells what all of them do; warnings pass
         notes.setLevel(max(logging.WARNING, level))
     try:
-        yield Processes(rank, world_size, device)
+        yield Processes(rank, world_size, device, local_size)
     finally:
         notes.setLevel(level)
         if joins:
