@@ -180,6 +180,21 @@ def test_cache_stops_at_its_budget(monkeypatch) -> None:
     assert_same(epoch(loader), epoch(make()))
 
 
+def test_a_process_without_workers_decodes_few_images_once(monkeypatch) -> None:
+    """As many as there is room for; what is kept changes nothing."""
+    ds, calls = flowers(), []
+    expected = [epoch(make(ds, num_workers=1), number) for number in (0, 1)]
+    load = ds.load
+    monkeypatch.setattr(ds, "load", lambda i: calls.append(i) or load(i))
+    for kept in (0, 7, 20):
+        monkeypatch.setattr("vimtune.data.samples._KEPT", kept * 16 * 16 * 3)
+        loader = make(ds)
+        for number in (0, 1):
+            calls.clear()
+            assert_same(epoch(loader, number), expected[number])
+            assert len(calls) == (20 if number == 0 else 20 - kept)
+
+
 class Damaged(ImageDataset):
     """Ten small files of two classes; numbers 2 and 7 are truncated JPEGs."""
 

@@ -203,7 +203,8 @@ def create_loader(
         batch_size: images per batch over all ranks together.
         shuffle: a new permutation each epoch; False keeps the order of the data set.
         drop_last: leave out the last batch when it is smaller.
-        num_workers: processes that decode; they stay alive between epochs. 0 decodes in this process.
+        num_workers: processes that decode; they stay alive between epochs. 0 decodes in this process, which
+            keeps what it has decoded as long as that is little (`Samples.keep_few`).
         rank, world_size: which share of each batch is ours.
         cache: decode every image once, now, and keep it in memory (uint8, full size). The workers are forked
             and read the same pages. At most half of the free memory is used; what does not fit is decoded
@@ -219,6 +220,8 @@ def create_loader(
     samples = Samples(dataset, transform, seed)
     if cache:
         samples.fill_cache()
+    elif num_workers == 0:
+        samples.keep_few()
     batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
     generator = torch.Generator()  # This keeps DataLoader away from torch's global generator.
     generator.manual_seed(seed)

@@ -76,7 +76,7 @@ class DataSettings(DataOptions):
         "processes that prepare images: a number, auto",
         parse=parsers.automatic(parsers.integer(0, 1024)),
     )
-    cache: bool = option(False, "keep decoded images in memory")
+    cache: bool = option(False, "keep decoded images in memory, however many")
     on_corrupt: Literal["error", "skip"] = option("error", "an unreadable image: error (stop), skip (report)")
 
     @property
