@@ -37,7 +37,9 @@ class WorkerCount(NamedTuple):
     reason: str
 
 
-HERE = WorkerCount(0, "as asked for")
+AS_ASKED = "as asked for"
+"""The reason for a number that a user gave."""
+HERE = WorkerCount(0, AS_ASKED)
 """No process besides the one that trains."""
 
 

@@ -119,11 +119,21 @@ class Tally(ABC):
     totals: Tensors
 
     @abstractmethod
-    def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Count one batch. `forward` refuses outputs that are not finite.
+    def judge(self, forward: Forward, tensors: Tensors) -> Tensors:
+        """What the model says of one batch, as tensors where the batch lies; nothing is counted yet.
 
-        It is called equally often for every batch: processes that share the model meet in each call.
+        `forward` notes outputs that are not finite. On a GPU this may be recorded once and replayed, also for
+        another empty tally of the same job, so it must not read values back from the device. It calls
+        `forward` equally often for every batch, because processes that share the model meet in each call.
         """
+
+    @abstractmethod
+    def count(self, judged: Tensors) -> None:
+        """Count one batch: what `judge` returned for it, now in host memory."""
+
+    def add(self, forward: Forward, tensors: Tensors) -> None:
+        """Judge one batch and count it."""
+        self.count({name: tensor.cpu() for name, tensor in self.judge(forward, tensors).items()})
 
     @abstractmethod
     def evaluation(self) -> Evaluation:
@@ -171,6 +181,14 @@ class Job(ABC):
             How many shapes are worth a recording.
         """
         return 1
+
+    def expect_replayed_evaluations(self) -> int:
+        """Learn that batches of evaluations will be replayed, as `expect_replays` does of training.
+
+        Returns:
+            How many shapes are worth a recording: 0, by default, lets them run as they come.
+        """
+        return 0
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Change a batch before it is trained on, as mixup does, by `seed` alone.

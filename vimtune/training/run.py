@@ -18,7 +18,7 @@ from vimtune.tasks.base import Task
 from vimtune.tasks.job import READERS, Evaluation, Job, Loader, Outcome
 from vimtune.training.conclusion import conclude
 from vimtune.training.distributed import PeerLostError, Processes
-from vimtune.training.evaluate import evaluate
+from vimtune.training.evaluate import Replays, evaluate
 from vimtune.training.folder import RunFolder, writing
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.identity import Facts, lasting
@@ -26,6 +26,7 @@ from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted, Stopping, StopRequest
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.precision import Autocast
+from vimtune.training.prefetch import WindowReader
 from vimtune.training.report import Report, describe_method, peak_memory, shared_fields
 from vimtune.training.settling import settle
 from vimtune.training.state import EpochRecord, Progress, RunState, ended, save_run_state, settle_best_adapter
@@ -54,6 +55,10 @@ class Run:
     folder: RunFolder
     tracker: Tracker
     stop: StopRequest
+    evaluated: WindowReader
+    """Brings the batches of evaluations to the device."""
+    replays: Replays | None
+    """Replays the batches of evaluations."""
     total: int
     """How many numbers the plain model has."""
     head: int
@@ -208,6 +213,8 @@ class Run:
                 autocast=self.autocast,
                 placement=self.trained.placement,
                 should_stop=lambda: self.stop.requested,
+                windows=self.evaluated,
+                replays=self.replays,
             )
         except InputError as error:
             raise Stopping(str(error)) from error

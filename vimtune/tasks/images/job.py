@@ -22,7 +22,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.data.subset import draw_protocol, draw_shots
-from vimtune.data.worker_count import WorkerCount, choose_num_workers
+from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
 from vimtune.recipe import Recipe
@@ -59,9 +59,17 @@ class ImageJob(Job):
         return {loader.split: loader.workers for loader in (self.train, self.selection, self.final)}
 
     def notes(self) -> list[str]:
-        """Who prepares the images."""
-        shown = [f"{split} {workers.number} ({workers.reason})" for split, workers in self.workers.items()]
-        return [f"processes that prepare images: {', '.join(shown)}"]
+        """Who prepares the images, where that was not asked for."""
+        shown = [
+            f"{split} {workers.number} ({workers.reason})"
+            for split, workers in self.workers.items()
+            if workers.reason != AS_ASKED
+        ]
+        return [f"processes that prepare images: {', '.join(shown)}"] if shown else []
+
+    def expect_replayed_evaluations(self) -> int:
+        """Whole batches, and the last one of each split."""
+        return 3
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Mix the images of a batch, and their labels into shares (B, C), where the recipe asks for it."""
@@ -150,7 +158,7 @@ def open_batches(
             on_gpu=processes.device.type != "cpu",
         )
     else:
-        workers = WorkerCount(data.num_workers, "as asked for")
+        workers = WorkerCount(data.num_workers, AS_ASKED)
     loader = create_loader(
         dataset,
         transform,
