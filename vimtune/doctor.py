@@ -23,6 +23,7 @@ from torch import Tensor
 from vimtune import __version__, ops
 from vimtune.backends import BACKENDS, REFERENCE
 from vimtune.console import build_console
+from vimtune.machine import usable_cores
 from vimtune.ops import reference
 from vimtune.ops.cpu import build
 from vimtune.text import printable, shorten
@@ -59,8 +60,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def _processor() -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor_name()}, usable cores: {cores}, threads of torch: {torch.get_num_threads()}"
+    return f"{processor_name()}, usable cores: {usable_cores()}, threads of torch: {torch.get_num_threads()}"
 
 
 def _accelerators() -> str:

@@ -156,6 +156,20 @@ def choice(*options: str) -> Parser:
     return parse
 
 
+def automatic(parse: Parser) -> Parser:
+    """Takes the word "auto", or what `parse` takes."""
+
+    def parse_automatic(value: Any) -> Any:
+        if isinstance(value, str) and value.lower() == "auto":
+            return "auto"
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, or auto") from None
+
+    return parse_automatic
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """Options by name, whose values are plain: text, numbers, true, false, nothing, lists and mappings."""
     if isinstance(value, str) and re.match(r"\s*\{", value):

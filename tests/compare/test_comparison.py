@@ -212,7 +212,7 @@ def test_why_a_process_failed_is_what_it_said_last_and_not_what_it_said_before(t
 def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(tmp_path, monkeypatch):
     """A process is not started here: what it would be given is written down."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    monkeypatch.setattr("vimtune.compare.execution.usable_cores", lambda: 9)
     given = []
     ended = SimpleNamespace(poll=lambda: 0, stdin=None, returncode=0)
     monkeypatch.setattr("subprocess.Popen", lambda *_, env, **__: given.append(env) or ended)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 
 import pytest
@@ -111,6 +112,47 @@ def test_an_abandoned_epoch_leaves_no_trace(workers: int) -> None:
     assert_same(epoch(loader, 1), epoch(make(), 1))
 
 
+def test_reading_ahead_changes_nothing() -> None:
+    """Neither at the position that is iterated then, nor at another one."""
+    expected = [epoch(make(), number) for number in (0, 1)]
+    loader = make(num_workers=1)
+    for ahead, number in ((0, 0), (1, 1), (5, 1), (0, 1)):
+        loader.set_position(ahead)
+        for _ in range(2):  # the second time there is nothing to do
+            loader.read_ahead()
+        assert_same(epoch(loader, number), expected[number])
+    loader.read_ahead()
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_begin_when_they_are_told(tmp_path) -> None:
+    ds, painted = flowers(), tmp_path / "painted"
+    load = ds.load
+    ds.load = lambda index: painted.touch() or load(index)
+    alone, loader = make(ds), make(ds, num_workers=1)
+    alone.read_ahead()  # there is nobody who could
+    assert not painted.exists()
+    loader.read_ahead()
+    deadline = time.monotonic() + 60
+    while not painted.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert painted.exists()
+    loader.close()
+
+
+def test_what_fails_ahead_is_told_when_it_is_read(monkeypatch) -> None:
+    def no_more(self, *arguments):
+        raise OSError(24, "Too many open files")
+
+    loader = make(num_workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.data.DataLoader.__iter__", no_more)
+        loader.read_ahead()
+    assert "open files" in str(failure(loader))
+    assert_same(epoch(loader), epoch(make()))  # and tried again
+
+
 def test_unshuffled_order_is_the_data_sets() -> None:
     ds = flowers()
     labels = torch.cat([y for _, y in epoch(make(ds, shuffle=False))])
@@ -132,10 +174,25 @@ def test_cache_changes_nothing_but_the_decoding(workers: int, monkeypatch) -> No
 
 
 def test_cache_stops_at_its_budget(monkeypatch) -> None:
-    monkeypatch.setattr("vimtune.data.samples.free_host_memory", lambda: 2 * 7 * 16 * 16 * 3)
+    monkeypatch.setattr("vimtune.data.samples.free_memory", lambda: 2 * 7 * 16 * 16 * 3)
     loader = make(cache=True)
     assert len(loader._samples._cached) == 7
     assert_same(epoch(loader), epoch(make()))
+
+
+def test_a_process_without_workers_decodes_few_images_once(monkeypatch) -> None:
+    """As many as there is room for; what is kept changes nothing."""
+    ds, calls = flowers(), []
+    expected = [epoch(make(ds, num_workers=1), number) for number in (0, 1)]
+    load = ds.load
+    monkeypatch.setattr(ds, "load", lambda i: calls.append(i) or load(i))
+    for kept in (0, 7, 20):
+        monkeypatch.setattr("vimtune.data.samples._KEPT", kept * 16 * 16 * 3)
+        loader = make(ds)
+        for number in (0, 1):
+            calls.clear()
+            assert_same(epoch(loader, number), expected[number])
+            assert len(calls) == (20 if number == 0 else 20 - kept)
 
 
 class Damaged(ImageDataset):

@@ -367,10 +367,10 @@ def test_damaged_images_are_left_out_or_stop_the_epoch() -> None:
 
 
 def test_what_does_not_fit_is_refused_or_read_again(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("vimtune.data.resident.store.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("vimtune.data.resident.store.room_on", lambda device: 100_000)
     with pytest.raises(DoesNotFitError, match=r"9 images of 'train' .*--cache host"):
         make()
-    monkeypatch.setattr("vimtune.data.resident.store.free_memory", lambda device: 10**9)
+    monkeypatch.setattr("vimtune.data.resident.store.room_on", lambda device: 10**9)
     with caplog.at_level(logging.INFO):
         make()
     assert "train: 9 images are on cpu as uint8" in caplog.text

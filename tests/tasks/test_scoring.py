@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import nn
 from vimtune.tasks.images.scoring import ImageTally, evaluation_of, rank_answers
 from vimtune.tasks.job import Batch
 from vimtune.training import evaluate
+from vimtune.training.evaluate import _Counting
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.precision import build_autocast
 
@@ -100,3 +103,34 @@ def test_non_finite_outputs_are_no_scores():
     logits = torch.tensor([[0.0, float("nan")]])
     with pytest.raises(NonFiniteError, match="in evaluation; first in the input images"):
         score(batches(logits, torch.tensor([0]), 1), 2)
+
+
+def test_late_counting_changes_nothing(monkeypatch):
+    """On a GPU a batch is counted, or found to be not finite, when the next one has been launched."""
+    generator = torch.Generator().manual_seed(2)
+    logits, labels = torch.randn(11, 7, generator=generator), torch.arange(11) % 7
+    at_once = score(batches(logits, labels, 3), 7)
+    order: list[str] = []
+
+    class Late(_Counting):
+        def __init__(self, *arguments, late):
+            super().__init__(*arguments, late=True)
+
+        def add(self, tensors, own):
+            order.append("launched")
+            super().add(tensors, own)
+
+    class Noted(ImageTally):
+        def count(self, judged):
+            order.append("counted")
+            super().count(judged)
+
+    monkeypatch.setattr(sys.modules[_Counting.__module__], "_Counting", Late)
+    monkeypatch.setattr(sys.modules[__name__], "ImageTally", Noted)
+    late = score(batches(logits, labels, 3), 7)
+    assert (late.loss, late.scores, late.count) == (at_once.loss, at_once.scores, at_once.count)
+    assert torch.equal(late.confusion, at_once.confusion)
+    assert order == ["launched", *["launched", "counted"] * 3, "counted"]
+    logits[10] = float("nan")
+    with pytest.raises(NonFiniteError, match="first in the input images"):
+        score(batches(logits, labels, 3), 7)

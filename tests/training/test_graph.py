@@ -177,6 +177,19 @@ def test_replays_change_nothing(tiny, replaying, changes, num_replays):
     assert (eager.top1, eager.loss, eager.warnings) == (replayed.top1, replayed.loss, replayed.warnings)
 
 
+def test_evaluations_are_replayed_with_the_weights_of_their_time(tiny, replaying):
+    """Those of 8, and 2 images: the average of the weights after each epoch, and the saved adapter."""
+    changes = {"epochs": 4, "ema": 0.9}
+    eager = train(tiny("eager", **changes))
+    (recorders, settings) = replaying(), tiny("replayed", **changes)
+    replayed = train(settings)
+    # Of the ten batches, two of each evaluation, the first of each size has run before.
+    assert [recorder.num_judged for recorder in recorders] == [8]
+    assert metrics(eager.run_dir) == metrics(replayed.run_dir)
+    assert (eager.top1, eager.loss, eager.per_class) == (replayed.top1, replayed.loss, replayed.per_class)
+    assert len({record["loss"] for record in replayed.history}) == 4
+
+
 @pytest.mark.parametrize("scale", [2.0**16, 3e38])
 def test_replays_under_loss_scaling(tiny, replaying, monkeypatch, scale):
     def build_scaler(amp, device):
@@ -195,11 +208,12 @@ def test_failed_recording_is_told_once_and_the_run_goes_on(tiny, replaying, caps
     eager = train(tiny("eager"))
     replaying(FailingRecorder)
     other = train(tiny("other"))
+    reason = "operation not permitted when stream is capturing"
     assert other.warnings == [
-        "the CUDA graph could not be recorded, batches run eagerly: "
-        "operation not permitted when stream is capturing"
+        f"the CUDA graph could not be recorded, batches run eagerly: {reason}",
+        f"the CUDA graph of an evaluation could not be recorded, its batches run eagerly: {reason}",
     ]
-    assert capsys.readouterr().out.count("could not be recorded") == 1
+    assert capsys.readouterr().out.count("could not be recorded") == 2
     assert not other.cuda_graph
     assert_same_weights(weights(eager.run_dir), weights(other.run_dir))
 

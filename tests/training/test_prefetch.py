@@ -11,6 +11,7 @@ from tiny_runs import assert_same_weights, metrics, weights
 
 from vimtune.data import CorruptImageError
 from vimtune.recipe import load_recipe
+from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.job import Batch
 from vimtune.training import InputError, Interrupted, train
 from vimtune.training.prefetch import Readback, WindowReader
@@ -165,6 +166,30 @@ def test_numbers_are_read_when_the_next_passes_are_launched(tiny, late, monkeypa
             if not late or number == first + 3:
                 expected.append(("read", number))
     assert order == expected
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_read_next_is_announced_before_other_work(tiny, monkeypatch):
+    """The next epoch and the test images before an evaluation, and that one before training."""
+    order, ahead, read = [], ImageBatches.read_ahead, ImageBatches.__iter__
+
+    def note_ahead(self):
+        order.append(f"ahead {self.split}")
+        return ahead(self)
+
+    def note_read(self):
+        order.append(self.split)
+        return read(self)
+
+    monkeypatch.setattr(ImageBatches, "read_ahead", note_ahead)
+    monkeypatch.setattr(ImageBatches, "__iter__", note_read)
+    train(tiny(epochs=3, eval_interval=2, num_workers=1))
+    assert order == [
+        *["ahead train", "train"],
+        *["ahead train", "ahead train", "ahead val", "train"],
+        *["ahead train", "val", "ahead train", "ahead val", "train"],
+        *["ahead test", "val", "test"],
+    ]
 
 
 @pytest.mark.usefixtures("no_pictures", "late")

@@ -52,6 +52,21 @@ def test_two_processes_give_the_result_of_one(tiny, launch, start, tmp_path):
     assert printed.count("epoch 1/2") == 1
 
 
+@pytest.mark.usefixtures("no_pictures", "fused")
+def test_two_processes_overlap_their_steps_and_wait_for_the_main_one(tiny, fused, tmp_path):
+    fused()
+    one = tiny("one", epochs=2)
+    two = one.replace(output_dir=str(tmp_path / "two"))
+    assert run_two(two, prepare=partial(two_ranks.as_on_gpus, str(tmp_path))) == ["", ""]
+    train(one)
+    assert largest_difference(weights(one.run.output_dir), weights(two.run.output_dir)) < 1e-5
+    expected = [
+        *["passes 0", "passes 1", "read 0", "passes 2", "read 1", "passes 3", "read 2", "read 3"],
+        *["passes 4", "passes 5", "read 4", "passes 6", "read 5", "passes 7", "read 6", "read 7"],
+    ]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [", ".join(expected)] * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

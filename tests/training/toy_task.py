@@ -118,17 +118,23 @@ class Likelihoods(Tally):
         names = ("hits", "norm", "loss", "count")
         self.totals = {name: torch.zeros((), dtype=torch.float64) for name in names}
 
-    def add(self, forward: Forward, tensors: Tensors) -> None:
+    def judge(self, forward: Forward, tensors: Tensors) -> Tensors:
         tokens = tensors["tokens"]
         flat = tokens.flatten(0, 1)
         values = log_likelihoods(forward(flat), flat).view(*tokens.shape[:2], -1)
         answered = torch.arange(1, LENGTH, device=tokens.device) >= tensors["answer_starts"][:, None, None]
         answered = answered & (tokens[..., 1:] != PADDING)
         sums = (values * answered).sum(-1)
-        self.totals["hits"] += float((sums.argmax(1) == 0).sum())
-        self.totals["norm"] += float(((sums / answered.sum(-1)).argmax(1) == 0).sum())
-        self.totals["loss"] -= float(sums[:, 0].double().sum())
-        self.totals["count"] += len(tokens)
+        return {
+            "hits": (sums.argmax(1) == 0).sum(),
+            "norm": ((sums / answered.sum(-1)).argmax(1) == 0).sum(),
+            "loss": -sums[:, 0].double().sum(),
+            "count": torch.ones_like(tokens[:, 0, 0]).sum(),
+        }
+
+    def count(self, judged: Tensors) -> None:
+        for name, value in judged.items():
+            self.totals[name] += value
 
     def evaluation(self) -> Evaluation:
         hits, norm, loss, count = (float(total) for total in self.totals.values())

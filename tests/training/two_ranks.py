@@ -7,7 +7,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +19,9 @@ from vimtune.data import ImageReadError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.models import VisionMamba
 from vimtune.recipe import Recipe
-from vimtune.training import pictures, train
+from vimtune.tasks.images import job as images_job
+from vimtune.training import distributed, pictures, train, trained, trainer
+from vimtune.training.prefetch import WindowReader
 from vimtune.training.stepper import Stepper
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -67,6 +72,48 @@ def cannot_read_in_step_3() -> None:
 
 def cannot_read_in_evaluation() -> None:
     _unreadable("val", 2)
+
+
+def as_on_gpus(folder: str) -> None:
+    """Steps overlap, and the main process opens the data for longer than a collective waits.
+
+    When the passes of a step are launched and when its numbers are read goes to the file `folder`/rank.
+    """
+    distributed.TIMEOUT = timedelta(seconds=8)
+    build, opened, order = trained.build_optimizer, images_job.open_dataset, []
+
+    def fused(*arguments: Any, **options: Any) -> Any:
+        optimizer = build(*arguments, **options)
+        for settings in (optimizer.defaults, *optimizer.param_groups):
+            settings["fused"] = True
+        return optimizer
+
+    class Ahead(WindowReader):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.ahead = True
+
+    def slowly(data: Any, split: str, size: Any) -> Any:
+        if os.environ["RANK"] == "0" and split == "train":
+            time.sleep(10)
+        return opened(data, split, size)
+
+    trained.build_optimizer, trainer.WindowReader, images_job.open_dataset = fused, Ahead, slowly
+    compute, require = Stepper._compute_gradients, Stepper._require_finite
+
+    def note(what: str, number: int) -> None:
+        order.append(f"{what} {number}")
+        Path(folder, os.environ["RANK"]).write_text(", ".join(order))
+
+    def computed(stepper: Stepper, window: Any) -> Any:
+        note("passes", stepper.number)
+        return compute(stepper, window)
+
+    def required(stepper: Stepper, step: Any, epoch: int) -> None:
+        note("read", step.number)
+        require(stepper, step, epoch)
+
+    Stepper._compute_gradients, Stepper._require_finite = computed, required  # type: ignore[method-assign]
 
 
 def register_toy_task() -> None:

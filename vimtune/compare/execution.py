@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from vimtune.compare.plan import Cell
+from vimtune.machine import CORES, usable_cores
 from vimtune.text import printable, shorten
 
 LOG_FILE = "log.txt"
@@ -120,7 +121,8 @@ class Processes:
             listed = [part for part in visible.split(",") if part]
             environment["CUDA_VISIBLE_DEVICES"] = listed[int(index)] if int(index) < len(listed) else index
         if self._all_slots > 1:
-            share = max(1, (os.cpu_count() or 1) // self._all_slots)
+            share = max(1, usable_cores() // self._all_slots)
+            environment[CORES] = str(share)
             environment.setdefault("OMP_NUM_THREADS", str(share))
             environment.setdefault("TOKENIZERS_PARALLELISM", "false")
         return environment

@@ -85,6 +85,9 @@ class ImageLoader(ABC):
     def _read(self) -> Iterator[Batch]:
         """This rank's batches from the position on, with the errors of the images that are missing there."""
 
+    def read_ahead(self) -> None:  # noqa: B027 - not every loader has processes
+        """Let processes begin now with the batches that the next iteration is to yield, if there are any."""
+
     def close(self) -> None:  # noqa: B027 - not every loader has processes
         """End the processes that prepare images, if there are any."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -37,9 +37,20 @@ class WorkerLoader(ImageLoader):
         super().__init__(samples.dataset, batches, on_corrupt, img_size)
         self._samples = samples
         self._loader = loader
+        self._ahead: _Ahead | None = None
+
+    def read_ahead(self) -> None:
+        """Let the workers begin now with the batches that the next iteration is to yield.
+
+        An iteration that starts at another position begins anew. Without workers nothing happens, and what
+        fails here is told when the batches are asked for.
+        """
+        if self._loader.num_workers > 0 and not self._is_ahead():
+            self._ahead = _Ahead(self._batches.epoch, self._batches.start_batch, self._start())
 
     def close(self) -> None:
         """End the workers. Those that live on until Python exits are waited for `GRACE_SECONDS` there."""
+        self._ahead = None
         iterator = self._loader._iterator
         if iterator is not None:  # DataLoader has no method of its own for this.
             iterator._shutdown_workers()  # type: ignore[attr-defined]
@@ -50,10 +61,34 @@ class WorkerLoader(ImageLoader):
         if self._loader.num_workers == 0:
             yield from self._loader
             return
+        self.read_ahead()
+        assert self._ahead is not None, "there are workers"
+        batches, self._ahead = self._ahead.batches, None
         with naming_worker_trouble():
-            with death_noticed_later():
-                batches = iter(self._loader)
+            if isinstance(batches, Exception):
+                raise batches
             yield from batches
+
+    def _is_ahead(self) -> bool:
+        """Whether the workers are at the batches of the current position already."""
+        position = self._batches.epoch, self._batches.start_batch
+        return self._ahead is not None and self._ahead[:2] == position
+
+    def _start(self) -> Iterator[Batch] | Exception:
+        """Set the workers going from the current position; an error waits until the batches are read."""
+        try:
+            with death_noticed_later():
+                return iter(self._loader)
+        except (RuntimeError, OSError, EOFError) as error:
+            return error
+
+
+class _Ahead(NamedTuple):
+    """Batches that the workers have begun with before they are read."""
+
+    epoch: int
+    start_batch: int
+    batches: Iterator[Batch] | Exception
 
 
 def create_loader(
@@ -81,7 +116,8 @@ def create_loader(
         batch_size: images per batch over all ranks together.
         shuffle: a new permutation each epoch; False keeps the order of the data set.
         drop_last: leave out the last batch when it is smaller.
-        num_workers: processes that decode; they stay alive between epochs. 0 decodes in this process.
+        num_workers: processes that decode; they stay alive between epochs. 0 decodes in this process, which
+            keeps what it has decoded as long as that is little (`Samples.keep_few`).
         rank, world_size: which share of each batch is ours.
         cache: where decoded images are kept, one of `CACHES`; every rank keeps its own. "host": every image
             is decoded once, now, and stays in memory (uint8, full size). The workers are forked and read the
@@ -115,6 +151,8 @@ def create_loader(
     samples = Samples(dataset, transform, seed)
     if place == "host":
         samples.fill_cache()
+    elif num_workers == 0:
+        samples.keep_few()
     generator = torch.Generator()  # This keeps DataLoader away from torch's global generator.
     generator.manual_seed(seed)
     loader: DataLoader[Any] = DataLoader(

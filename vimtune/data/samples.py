@@ -12,13 +12,17 @@ from torch.utils.data import Dataset
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, ImageReadError
-from vimtune.data.memory import free_host_memory
 from vimtune.data.transforms import Transform
+from vimtune.machine import free_memory
 
 logger = logging.getLogger(__name__)
 
 _CACHE_SHARE = 0.5
 """Share of the free memory that the cache may take."""
+_KEPT = 128 * 2**20
+"""Bytes of decoded images that are kept without being asked for."""
+_KEPT_SHARE = 0.1
+"""Share of the free memory that they may take."""
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -64,10 +68,11 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
         self._transform = transform
         self._seed = seed
         self._cached: dict[int, np.ndarray[Any, Any]] = {}
+        self._room = 0
 
     def fill_cache(self) -> None:
         """Decode the images and keep them, in their order, until half of the free memory is used."""
-        budget = free_host_memory() * _CACHE_SHARE
+        budget = free_memory() * _CACHE_SHARE
         used = 0
         for index in range(len(self.dataset)):
             try:
@@ -85,6 +90,13 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
             min(used, budget) / 1e6,
         )
 
+    def keep_few(self) -> None:
+        """Keep images as they come, until a little memory is used: a small data set is decoded once.
+
+        For samples that one process makes; in several each would keep images of its own.
+        """
+        self._room = min(_KEPT, int(_KEPT_SHARE * free_memory()))
+
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int] | FailedSample:
         """The image (3, H, W) and its label, or the error with which it could not be read."""
         pixels = self._cached.get(key.image)
@@ -92,6 +104,11 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
             image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
         except (CorruptImageError, ImageReadError) as error:
             return FailedSample(error)
+        if pixels is None and self._room > 0:
+            pixels = np.asarray(image)
+            self._room -= pixels.nbytes
+            if self._room >= 0:
+                self._cached[key.image] = pixels
         tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.image))
         return tensor, self.dataset.label(key.image)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from vimtune.machine import usable_cores
 from vimtune.schema import STRICT, Count
 from vimtune.tasks.base import Score, Task
 
@@ -157,14 +157,14 @@ def _logged(folder: Path) -> Iterator[None]:
         yield
 
 
-def worker_values(values: Mapping[str, Any], index: int, count: int) -> dict[str, Any]:
-    """The recipe for worker `index` of `count`: a GPU of its own where there are several, and a share of the
-    CPU's cores."""
+def worker_values(values: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """The recipe for worker `index`: a GPU of its own where there are several, and a thread for each core
+    that it may use."""
     import torch
 
     own = dict(values)
     if own["device"] in ("auto", "cuda") and torch.cuda.device_count() > 1:
         own["device"] = f"cuda:{index % torch.cuda.device_count()}"
     if own["threads"] is None and not torch.cuda.is_available():
-        own["threads"] = max(1, (os.cpu_count() or 1) // count)
+        own["threads"] = usable_cores()
     return own

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Protocol
 
+from vimtune.machine import CORES, usable_cores
 from vimtune.search.trial import Job, TrialOutcome, run_trial, worker_values
 
 PATIENCE = 120.0
@@ -153,10 +154,11 @@ def _work(connection: Connection, index: int, count: int, packages: list[str]) -
         connection.send(("epoch", (epoch, value)))
         return bool(connection.recv())
 
+    os.environ[CORES] = str(max(1, usable_cores() // count))
     try:
         while True:
             job = connection.recv()
-            own = dataclasses.replace(job, values=worker_values(job.values, index, count))
+            own = dataclasses.replace(job, values=worker_values(job.values, index))
             connection.send(("done", run_trial(own, keep_on)))
     except KeyboardInterrupt:
         with suppress(OSError):

@@ -81,6 +81,13 @@ class Loader(ABC):
                 ends.
         """
 
+    def read_ahead(self) -> None:  # noqa: B027 - most loaders have nobody who could
+        """Learn that the next iteration begins at the current position, though not yet.
+
+        A loader with processes that prepare batches sets them to work, so that the first batches are there
+        when they are asked for. What the iteration yields does not depend on it.
+        """
+
     def left_out(self) -> Collection[str]:
         """Names of the examples that this process has met and left out because they are corrupt."""
         return ()
@@ -112,11 +119,21 @@ class Tally(ABC):
     totals: Tensors
 
     @abstractmethod
-    def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Count one batch. `forward` refuses outputs that are not finite.
+    def judge(self, forward: Forward, tensors: Tensors) -> Tensors:
+        """What the model says of one batch, as tensors where the batch lies; nothing is counted yet.
 
-        It is called equally often for every batch: processes that share the model meet in each call.
+        `forward` notes outputs that are not finite. On a GPU this may be recorded once and replayed, also for
+        another empty tally of the same job, so it must not read values back from the device. It calls
+        `forward` equally often for every batch, because processes that share the model meet in each call.
         """
+
+    @abstractmethod
+    def count(self, judged: Tensors) -> None:
+        """Count one batch: what `judge` returned for it, now in host memory."""
+
+    def add(self, forward: Forward, tensors: Tensors) -> None:
+        """Judge one batch and count it."""
+        self.count({name: tensor.cpu() for name, tensor in self.judge(forward, tensors).items()})
 
     @abstractmethod
     def evaluation(self) -> Evaluation:
@@ -150,6 +167,10 @@ class Job(ABC):
     saved_with_adapter: dict[str, Any] = field(default_factory=dict)
     """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
 
+    def notes(self) -> list[str]:
+        """What a user should know of how the work will be done, a line for each thing; shown at the start."""
+        return []
+
     def expect_replays(self) -> int:
         """Learn before training that its batches will be replayed, from one recording for each shape.
 
@@ -161,6 +182,14 @@ class Job(ABC):
             How many shapes are worth a recording.
         """
         return 1
+
+    def expect_replayed_evaluations(self) -> int:
+        """Learn that batches of evaluations will be replayed, as `expect_replays` does of training.
+
+        Returns:
+            How many shapes are worth a recording: 0, by default, lets them run as they come.
+        """
+        return 0
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Change a batch before it is trained on, as mixup does, by `seed` alone.

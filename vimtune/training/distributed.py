@@ -1,22 +1,27 @@
 """The processes of a run: device choice and the few collectives the trainer needs.
 
-`torchrun` and `accelerate launch` describe the processes in environment variables; without them
+The launcher describes the processes in environment variables (`launch.py`); without them
 the run is one process and every collective here is the identity. Gradients are summed by one flat
 all-reduce per optimizer step rather than by DistributedDataParallel: what an adapter trains is
-small, micro-batches then communicate once, and a process whose share of a batch is empty still
-takes part. A model that is shared out among the processes has ways of its own (`sharding.py`).
+small, micro-batches then communicate once, a process whose share of a batch is empty still
+takes part, and the passes stay what is recorded as a CUDA graph on one GPU. A model that is shared out among
+the processes has ways of its own (`sharding.py`).
+
+What the hosts tell each other travels between the hosts, by gloo, also where NCCL connects the GPUs: nobody
+waits for a GPU in order to know how many images the others have.
 
 No process waits for ever. Before they join, all of them wait `JOIN_TIMEOUT` for each other and tell whether
 they can start. While the run is set up, a process that fails says why where the others exchange their next
-values. Later, a process that died ends the others at their next collective: at once with gloo, whose
-connection breaks; with NCCL when the launcher stops them (torchrun does so within 30 seconds); and after
-`TIMEOUT` where only its machine has fallen silent.
+values; what the main process does before the others, such as a download, may take `MAIN_TIMEOUT`. Later, a
+process that died ends the others at their next collective: at once with gloo, whose connection breaks; with
+NCCL when the launcher stops them (torchrun does so within 30 seconds); and after `TIMEOUT` where only its
+machine has fallen silent.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +35,14 @@ from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from vimtune.text import printable, quote, shorten
+from vimtune.training.launch import Launch, read_launch
 
 JOIN_TIMEOUT = timedelta(minutes=5)
 """How long the processes wait for the last one to start."""
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others; longer than one of them works alone, as in a download."""
+"""How long a process waits for the others in a collective."""
+MAIN_TIMEOUT = timedelta(hours=12)
+"""How long the others wait for what the main process does alone; they notice when it ends."""
 
 
 class ProcessesError(ValueError):
@@ -56,6 +64,12 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    local_size: int = 1
+    """How many of the processes are on this machine."""
+    store: dist.Store | None = None
+    """Where the processes leave each other notes; None where others brought them together."""
+    _turns: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
+    """Numbers the blocks of `main_first`."""
 
     @property
     def is_main(self) -> bool:
@@ -66,9 +80,14 @@ class Processes:
         """Sum of a tensor over all processes, on the device it came from."""
         if self.world_size == 1:
             return tensor
-        total = tensor.to(self.device, copy=True)  # NCCL moves tensors of the GPU only
+        between_hosts = tensor.device.type == "cpu" and "cpu:" in dist.get_backend_config()
+        total = tensor.to(tensor.device if between_hosts else self.device, copy=True)
         _meet(dist.all_reduce, total)
         return total.to(tensor.device)
+
+    def all(self, flag: bool) -> bool:
+        """Whether `flag` is true in every process."""
+        return int(self.sum(torch.tensor(int(flag)))) == self.world_size
 
     def sum_gradients_(self, parameters: Sequence[Tensor]) -> None:
         """Sum `.grad` of `parameters` over all processes; a missing gradient counts as zero."""
@@ -78,8 +97,10 @@ class Processes:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         _meet(dist.all_reduce, flat)
         pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
-        for parameter, gradient, piece in zip(parameters, gradients, pieces, strict=True):
-            parameter.grad = gradient.copy_(piece.view_as(gradient))
+        # Few launches for all tensors: one for each would take longer than the sum itself.
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, by rank.
@@ -130,10 +151,17 @@ class Processes:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Let the main process run the block before the others (for downloads and caches)."""
+        note = f"main process through block {next(self._turns)}"
         if not self.is_main:
+            if self.store is not None:  # which waits longer than a collective
+                _meet(self.store.wait, [note], MAIN_TIMEOUT)
             self.gather(None)
         with self.failing_together():
-            yield
+            try:
+                yield
+            finally:
+                if self.is_main and self.store is not None:
+                    self.store.set(note, "")
         if self.is_main:
             self.gather(None)
 
@@ -160,8 +188,15 @@ def _meet(collective: Callable[..., Any], *arguments: Any) -> None:
         raise PeerLostError from error
 
 
-def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+def resolve_device(
+    name: str, local_rank: int = 0, local_world_size: int = 1, own_gpu: bool = False
+) -> torch.device:
     """The device that a recipe's `device` means for this process.
+
+    Args:
+        name: the recipe's.
+        local_rank, local_world_size: number of the process on this machine, and how many there are.
+        own_gpu: take the only GPU that this process sees for its own, whatever its number.
 
     Raises:
         ValueError: not a device, or one this machine does not have.
@@ -176,7 +211,8 @@ def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) ->
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index is not None and local_world_size > 1:
             raise ValueError(f"device = {name!r} names one GPU for {local_world_size} processes: use cuda")
-        index = local_rank if device.index is None else device.index
+        own = 0 if own_gpu and count == 1 else local_rank
+        index = own if device.index is None else device.index
         if index >= count:
             raise ValueError(f"device = {name!r}: GPU {index} is asked for and this machine has {count}")
         return torch.device("cuda", index)
@@ -185,14 +221,6 @@ def resolve_device(name: str, local_rank: int = 0, local_world_size: int = 1) ->
     if device.type not in ("cpu", "mps"):
         raise ValueError(f"device = {name!r}: expected auto, cpu, cuda, cuda:<index> or mps")
     return device
-
-
-def _environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"environment variable {name} = {text!r}: expected a whole number") from None
 
 
 @contextmanager
@@ -205,14 +233,13 @@ def open_processes(device_name: str, prepare: Callable[[], None] = lambda: None)
         ValueError: from `prepare`, or no such device.
         ProcessesError: another process cannot start, or did not within `JOIN_TIMEOUT`.
     """
-    rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
-    joins = world_size > 1 and not dist.is_initialized()
+    launch = read_launch()
+    joins = launch.world_size > 1 and not dist.is_initialized()
     refusal: ValueError | None = None
-    device = torch.device("cpu")
+    device, store = torch.device("cpu"), None
     try:
         prepare()
-        local_rank = _environment("LOCAL_RANK", 0)
-        device = resolve_device(device_name, local_rank, _environment("LOCAL_WORLD_SIZE", world_size))
+        device = resolve_device(device_name, launch.local_rank, launch.local_size, launch.own_gpu)
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except ValueError as error:
@@ -220,27 +247,31 @@ def open_processes(device_name: str, prepare: Callable[[], None] = lambda: None)
             raise
         refusal = error
     if joins:
-        _join(rank, world_size, "nccl" if device.type == "cuda" else "gloo", refusal)
+        store = _join(launch, device, refusal)
     notes = logging.getLogger("vimtune")
     level = notes.level
-    if rank > 0:  # one process tells what all of them do; warnings pass
+    if launch.rank > 0:  # one process tells what all of them do; warnings pass
         notes.setLevel(max(logging.WARNING, level))
     try:
-        yield Processes(rank, world_size, device)
+        yield Processes(launch.rank, launch.world_size, device, launch.local_size, store)
     finally:
         notes.setLevel(level)
         if joins:
             dist.destroy_process_group()
 
 
-def _join(rank: int, world_size: int, backend: str, refusal: ValueError | None) -> None:
+def _join(launch: Launch, device: torch.device, refusal: ValueError | None) -> dist.Store:
     """Form the group of processes, unless one of them has a `refusal`: then raise it in all of them.
 
     The roll call goes through the store that torch uses to bring the processes together: it needs neither
     a device nor a group yet.
+
+    Returns:
+        The store.
     """
+    rank, world_size = launch.rank, launch.world_size
     try:
-        store, _, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+        store, _, _ = next(rendezvous(launch.meeting, rank=rank, world_size=world_size, timeout=JOIN_TIMEOUT))
         store.set(f"vimtune/refusal/{rank}", "" if refusal is None else str(refusal))
         answers = [store.get(f"vimtune/refusal/{other}").decode() for other in range(world_size)]
         store.set(f"vimtune/heard/{rank}", "")
@@ -249,16 +280,29 @@ def _join(rank: int, world_size: int, backend: str, refusal: ValueError | None) 
     except (RuntimeError, ValueError) as error:  # not there in time, or no address to meet at
         if refusal is not None:
             raise refusal from error
-        reason = shorten(printable(str(error).partition("\n")[0]))
         raise ProcessesError(
             f"process {rank} of {world_size} did not meet the others within "
-            f"{JOIN_TIMEOUT.total_seconds() / 60:g} minutes ({reason})"
+            f"{JOIN_TIMEOUT.total_seconds() / 60:g} minutes ({_reason(error)})"
         ) from error
     _raise_first([answer or None for answer in answers])
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("vimtune/group", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=TIMEOUT,
-    )
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=PrefixStore("vimtune/group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+            device_id=device if on_gpu else None,  # connects the GPUs now, so that a failure shows here
+        )
+    except RuntimeError as error:
+        raise ProcessesError(
+            f"process {rank} of {world_size} on {device} cannot be connected with the others "
+            f"({_reason(error)})"
+        ) from error
+    return PrefixStore("vimtune/notes", store)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error."""
+    return shorten(printable(str(error).partition("\n")[0]))

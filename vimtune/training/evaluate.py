@@ -1,20 +1,38 @@
-"""The evaluation of a model on a split: a task's tally, summed over batches and processes."""
+"""The evaluation of a model on a split: a task's tally, summed over batches and processes.
+
+On a GPU the host counts a batch while the device computes the next one: it never waits for what it has just
+launched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vimtune.tasks.job import Batch, Evaluation, Forward, Tally, Tensors
+from vimtune.tasks.job import Batch, Evaluation, Tally, Tensors
 from vimtune.training.distributed import Processes
-from vimtune.training.guard import NonFiniteError, find_nonfinite, is_finite
+from vimtune.training.graph import BatchGraphs, CaptureError
+from vimtune.training.guard import NonFiniteError, find_nonfinite, finite_flag
 from vimtune.training.inputs import InputError
 from vimtune.training.precision import Autocast, in_precision
+from vimtune.training.prefetch import Arriving, WindowReader
 from vimtune.training.sharding import Placement, Replicated
+
+FINITE = "outputs are finite"
+"""Name, beside those of a tally, of the flag that says so of a batch."""
+
+
+class Replays(NamedTuple):
+    """What replays the batches of evaluations."""
+
+    graphs: BatchGraphs[Tensors]
+    warn: Callable[[str], None]
+    """Told when a graph could not be recorded."""
 
 
 @torch.no_grad()
@@ -27,6 +45,8 @@ def evaluate(
     autocast: Autocast,
     placement: Placement | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    windows: WindowReader | None = None,
+    replays: Replays | None = None,
 ) -> Evaluation | None:
     """Score `model` on this process's share of a split and add up the shares of all processes.
 
@@ -40,6 +60,9 @@ def evaluate(
         autocast: opens the block in which the model runs.
         placement: where the model lies, and the processes of the run; one process by default.
         should_stop: asked before each batch and after the last one.
+        windows: brings batches to the device one by one; made here by default.
+        replays: replays the passes. They are those of one model and one job in all its calls. None runs them
+            one operation after the other.
 
     Returns:
         None, in every process, when `should_stop` became true in any of them, or when the data of another
@@ -51,28 +74,31 @@ def evaluate(
         ValueError: there was nothing to score.
     """
     placement = placement or Replicated(Processes())
+    windows = windows or WindowReader(device, 1)
     processes = placement.processes
-    forward = in_precision(model, autocast)
+    counting = _Counting(model, tally, placement, autocast, replays, late=device.type == "cuda")
 
     stopped = False
     failure: InputError | None = None
     was_training = model.training
     model.eval()
     try:
-        shares, batch = iter(batches), None
+        shares, window = windows.read(batches), None
         while True:
             try:
-                batch = next(shares, None)
+                window = next(shares, None)
             except InputError as error:  # raised below, after the others have been told to stop
                 failure = error
             stopped = placement.any(failure is not None or should_stop())
-            if stopped or batch is None:
+            if stopped or window is None:
                 break
             with placement.meeting():
-                for part in placement.parts([batch]):
-                    tensors = part.batch.to(device).tensors
-                    with nullcontext() if part.own else _uncounted(tally):
-                        tally.add(_checked(forward, model, tensors, placement), tensors)
+                for part in placement.parts(window):
+                    counting.add(part.batch.tensors, part.own)
+            windows.fetch_ahead()
+        if not stopped:
+            with placement.meeting():
+                counting.finish()
     finally:
         model.train(was_training)
     stopped = bool(processes.sum(torch.tensor(int(stopped))))
@@ -88,28 +114,80 @@ def evaluate(
     return evaluation
 
 
-@contextmanager
-def _uncounted(tally: Tally) -> Iterator[None]:
-    """Take back what `tally` counts within the block."""
-    before = {name: total.clone() for name, total in tally.totals.items()}
-    yield
-    for name, total in tally.totals.items():
-        total.copy_(before[name])
+class _Launched(NamedTuple):
+    """A batch that the device works on."""
+
+    tensors: Tensors
+    own: bool
+    judged: Arriving
 
 
-def _checked(forward: Forward, model: nn.Module, tensors: Tensors, placement: Placement) -> Forward:
-    """`forward` that refuses outputs for the batch `tensors` that are not finite."""
+class _Counting:
+    """Launches the passes of an evaluation and counts what comes of them, in their order."""
 
-    def checked(*inputs: Any, **named: Any) -> Any:
-        outputs = forward(*inputs, **named)
-        if placement.any(not is_finite(outputs)):
-            place = find_nonfinite(
-                model, tensors, lambda: forward(*inputs, **named), backward=False, anywhere=placement.any
-            )
+    def __init__(
+        self,
+        model: nn.Module,
+        tally: Tally,
+        placement: Placement,
+        autocast: Autocast,
+        replays: Replays | None,
+        *,
+        late: bool,
+    ) -> None:
+        """`late` counts a batch when the next one has been launched; the rest is as for `evaluate`."""
+        self._model, self._tally, self._placement = model, tally, placement
+        self._forward = in_precision(model, autocast)
+        self._replays, self._late = replays, late
+        self._launched: deque[_Launched] = deque()
+
+    def add(self, tensors: Tensors, own: bool) -> None:
+        """Launch a batch; one that is not `own` is run along with another process and not counted."""
+        self._launched.append(_Launched(tensors, own, Arriving(self._run(tensors))))
+        while len(self._launched) > self._late:
+            self._count(self._launched.popleft())
+
+    def finish(self) -> None:
+        """Count what has been launched."""
+        while self._launched:
+            self._count(self._launched.popleft())
+
+    def _run(self, tensors: Tensors) -> Tensors:
+        if self._replays is not None:
+            try:
+                return self._replays.graphs(self._judge, tensors)
+            except CaptureError as error:
+                self._replays.warn(
+                    f"the CUDA graph of an evaluation could not be recorded, its batches run eagerly: {error}"
+                )
+        return self._judge(tensors)
+
+    def _judge(self, tensors: Tensors) -> Tensors:
+        """What the tally takes, and the flag `FINITE`."""
+        flags: list[Tensor] = []
+
+        def watched(*inputs: Any, **named: Any) -> Any:
+            outputs = self._forward(*inputs, **named)
+            flags.append(finite_flag(outputs, next(iter(tensors.values())).device))
+            return outputs
+
+        judged = self._tally.judge(watched, tensors)
+        return {**judged, FINITE: torch.stack(flags).all()}
+
+    def _count(self, launched: _Launched) -> None:
+        """Wait for the answers to a batch and count them.
+
+        Raises:
+            NonFiniteError: some are not finite.
+        """
+        judged = launched.judged.read()
+        anywhere = self._placement.any
+        if anywhere(not bool(judged.pop(FINITE))):
+            run = partial(self._tally.judge, self._forward, launched.tensors)
+            place = find_nonfinite(self._model, launched.tensors, run, backward=False, anywhere=anywhere)
             raise NonFiniteError(
                 "the model's outputs are not finite in evaluation; first in "
                 f"{place or 'what another process computes'}"
             )
-        return outputs
-
-    return checked
+        if launched.own:
+            self._tally.count(judged)

@@ -1,4 +1,5 @@
-"""Forward and backward of a batch as replays of CUDA graphs, one for each shape of a batch.
+"""The passes of batches as replays of CUDA graphs, one for each shape of a batch: forward and backward in
+training, forward in evaluations.
 
 Started one by one from Python, the kernels of a small model take longer to launch than to run; a
 replay launches all of them at once. What is replayed is what runs eagerly: same kernels, same
@@ -9,8 +10,9 @@ before each replay, so after `torch.manual_seed` a replay draws what the eager b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,8 @@ from torch import Tensor, nn
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Tensors
 
-BatchPass = Callable[[Tensors], Tensor]
-"""Runs a batch: returns its loss and adds the gradients of the loss to those of the parameters."""
+Result = TypeVar("Result", Tensor, Tensors)
+"""What the pass of a batch gives: the loss of a batch of training, or the answers of one of an evaluation."""
 
 
 class CaptureError(RuntimeError):
@@ -47,10 +49,10 @@ def refusals(settings: OptimisationSettings, device: torch.device) -> list[str]:
 class Recorder(Protocol):
     """Where the work of a batch runs before it is recorded, and how it is recorded."""
 
-    def run(self, work: Callable[[], Tensor]) -> Tensor:
+    def run(self, work: Callable[[], Result]) -> Result:
         """Do the work now."""
 
-    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def record(self, work: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         """Record the work without doing it: its result, and a function that does it again.
 
         Raises:
@@ -73,7 +75,7 @@ class CudaRecorder:
         self.kept = 0
         """Bytes that the pool holds."""
 
-    def run(self, work: Callable[[], Tensor]) -> Tensor:
+    def run(self, work: Callable[[], Result]) -> Result:
         """Do the work now, on the stream of the recorder; see `Recorder.run`."""
         caller = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(caller)
@@ -82,7 +84,7 @@ class CudaRecorder:
         caller.wait_stream(self.stream)
         return result
 
-    def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def record(self, work: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         """Record the work as a CUDA graph; see `Recorder.record`."""
         torch.cuda.empty_cache()  # what is reserved from here on, the pool keeps
         before = torch.cuda.memory_reserved(self.device)
@@ -114,15 +116,15 @@ class CudaRecorder:
         return result, graph.replay
 
 
-class BatchGraphs:
+class BatchGraphs(Generic[Result]):
     """Runs batches, those of shapes that keep coming as replays.
 
     The first shape of a batch that has come up `warmup` times before is recorded: the full batch, or
     the only one of a small data set. Where more than one shape is worth it, each of the others is recorded
     when it comes for the second time, until there are `limit` graphs. Batches of any other shape, such as
-    the last of an epoch or one with corrupt images left out, always run eagerly. Both kinds add to the same
-    gradients and may meet in one optimizer step. The graphs know where the gradients lie: they have to be
-    zeroed in place and never replaced.
+    the last of an epoch or one with corrupt images left out, always run eagerly. In training both kinds add
+    to the same gradients and may meet in one optimizer step. The graphs know where weights and gradients lie:
+    they have to be changed in place and never replaced.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class BatchGraphs:
 
         Args:
             recorder: records the passes.
-            parameters: what the passes give gradients to.
+            parameters: what the passes give gradients to; none in evaluations.
             warmup: how often the first shape to be recorded has run before, at least once.
             limit: how many shapes are recorded at most.
         """
@@ -141,10 +143,10 @@ class BatchGraphs:
         self.warmup, self.limit = warmup, limit
         self.num_batches = self.num_replays = 0
         self._seen: dict[_Shape, _Seen] = {}
-        self._recorded: dict[_Shape, _Recorded] = {}
+        self._recorded: dict[_Shape, _Recorded[Result]] = {}
 
-    def __call__(self, run: BatchPass, tensors: Tensors) -> Tensor:
-        """The loss of `run(tensors)`, valid until the next call; `run` is always the same.
+    def __call__(self, run: Callable[[Tensors], Result], tensors: Tensors) -> Result:
+        """What `run(tensors)` gives, valid until the next call; `run` always does the same.
 
         Raises:
             CaptureError: recording failed; the batch was not run. From here on all batches run eagerly:
@@ -164,7 +166,7 @@ class BatchGraphs:
                 return self.recorder.run(partial(run, tensors))
             try:
                 for due in self._due(shape):
-                    self._recorded[due] = self._record(run, self._seen.pop(due).like)
+                    self._recorded[due] = self._record(run, self._seen.pop(due))
             except CaptureError:
                 self._recorded.clear()
                 self.limit = 0
@@ -174,7 +176,7 @@ class BatchGraphs:
             recorded.tensors[name].copy_(tensor)
         recorded.replay()
         self.num_replays += 1
-        return recorded.loss
+        return recorded.result
 
     @property
     def summary(self) -> str:
@@ -192,15 +194,14 @@ class BatchGraphs:
             return [largest, shape]
         return [shape]
 
-    def _record(self, run: BatchPass, like: Tensors) -> _Recorded:
-        """Record the pass of a batch whose tensors are like those given."""
+    def _record(self, run: Callable[[Tensors], Result], like: _Seen) -> _Recorded[Result]:
+        """Record the pass of a batch like one that was seen."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        device = self.parameters[0].device
-        tensors = {name: torch.empty_like(tensor, device=device) for name, tensor in like.items()}
-        loss, replay = self.recorder.record(partial(run, tensors))
-        return _Recorded(tensors, loss, replay)
+        tensors = {name: torch.empty_like(t, device=like.devices[name]) for name, t in like.tensors.items()}
+        result, replay = self.recorder.record(partial(run, tensors))
+        return _Recorded(tensors, result, replay)
 
 
 class _Seen:
@@ -209,15 +210,17 @@ class _Seen:
     def __init__(self, tensors: Tensors) -> None:
         self.times = 0
         """How many batches of it have run."""
-        self.like = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        self.tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
         """Tensors of its sizes and types, without any memory."""
+        self.devices = {name: tensor.device for name, tensor in tensors.items()}
 
 
-class _Recorded(NamedTuple):
+@dataclass(frozen=True)
+class _Recorded(Generic[Result]):
     """A graph, and the tensors that it reads and writes."""
 
     tensors: Tensors
-    loss: Tensor
+    result: Result
     replay: Callable[[], None]
 
 

@@ -83,6 +83,12 @@ def is_finite(value: Any) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in _tensors(value))
 
 
+def finite_flag(value: Any, device: torch.device) -> Tensor:
+    """`is_finite` as a scalar on the device, for which nobody waits."""
+    flags = [torch.isfinite(tensor).all() for tensor in _tensors(value)]
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor) and value.is_floating_point():
         yield value

@@ -35,7 +35,7 @@ class Passes:
         rank: int,
         device: torch.device,
         divisor: int,
-        graphs: BatchGraphs | None,
+        graphs: BatchGraphs[Tensor] | None,
         warn: Callable[[str], None],
     ) -> None:
         """Prepare the passes of a run.

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from vimtune.tasks.job import Batch
+from vimtune.tasks.job import Batch, Tensors
 
 
 class WindowReader:
@@ -78,19 +78,35 @@ class WindowReader:
             tensor.record_stream(current)  # not to be reused for a copy before the computation is through
 
 
+class Arriving:
+    """Tensors on their way from the device; what is launched after them does not delay them."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        """Copy `tensors`, which may be written over by what is launched next."""
+        # To page-locked memory, if they come from a GPU.
+        self._copies = {name: t.to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()}
+        self._arrived = None
+        for tensor in tensors.values():
+            if tensor.is_cuda and self._arrived is None:
+                self._arrived = torch.cuda.Event()
+                self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> Tensors:
+        """Wait for the tensors."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copies
+
+
 class Readback:
-    """A few numbers on their way from the device; what is launched after them does not delay them."""
+    """A few numbers on their way from the device."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
         """The numbers where they were computed, a tensor of one dimension."""
-        self._copy = values.to("cpu", non_blocking=True)  # page-locked, if they come from a GPU
-        self._arrived = torch.cuda.Event() if values.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(values.device))
+        self._arriving = Arriving({"values": values})
 
     def read(self) -> list[float]:
         """Wait for the numbers."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._copy.tolist()
+        numbers: list[float] = self._arriving.read()["values"].tolist()
+        return numbers

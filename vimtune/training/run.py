@@ -18,7 +18,7 @@ from vimtune.tasks.base import Task
 from vimtune.tasks.job import READERS, Evaluation, Job, Loader, Outcome
 from vimtune.training.conclusion import conclude
 from vimtune.training.distributed import PeerLostError, Processes
-from vimtune.training.evaluate import evaluate
+from vimtune.training.evaluate import Replays, evaluate
 from vimtune.training.folder import RunFolder, writing
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.identity import Facts, lasting
@@ -26,6 +26,7 @@ from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted, Stopping, StopRequest
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.precision import Autocast
+from vimtune.training.prefetch import WindowReader
 from vimtune.training.report import Report, describe_method, peak_memory, shared_fields
 from vimtune.training.settling import settle
 from vimtune.training.state import EpochRecord, Progress, RunState, ended, save_run_state, settle_best_adapter
@@ -54,6 +55,10 @@ class Run:
     folder: RunFolder
     tracker: Tracker
     stop: StopRequest
+    evaluated: WindowReader
+    """Brings the batches of evaluations to the device."""
+    replays: Replays | None
+    """Replays the batches of evaluations."""
     total: int
     """How many numbers the plain model has."""
     head: int
@@ -104,6 +109,9 @@ class Run:
         """Take the steps of the epoch that are left, and note and show what came of each."""
         loader, progress = self.job.train, self.progress
         loader.set_position(progress.epoch, progress.batch)
+        loader.read_ahead()
+        if self._is_evaluated(progress.epoch + 1):
+            _read_ahead(self.job.selection)
         self.job.model.train()
         shown_count = progress.count
         clock = shown_at = time.monotonic()
@@ -150,6 +158,10 @@ class Run:
         progress, number = self.progress, self.progress.epoch + 1
         if progress.loss_count == 0:
             raise InputError(f"epoch {number}: none of the training {self.task.examples} can be decoded")
+        if number < self.recipe.optimisation.epochs:
+            _read_ahead(self.job.train, number)
+        elif self.job.final is not self.job.selection:
+            _read_ahead(self.job.final)
         record = EpochRecord(
             epoch=number,
             step=progress.step,
@@ -201,6 +213,8 @@ class Run:
                 autocast=self.autocast,
                 placement=self.trained.placement,
                 should_stop=lambda: self.stop.requested,
+                windows=self.evaluated,
+                replays=self.replays,
             )
         except InputError as error:
             raise Stopping(str(error)) from error
@@ -311,3 +325,9 @@ class Run:
         command = f"vimtune train --resume {shlex.quote(str(self.folder.path))}"
         count = self.processes.world_size
         return command if count == 1 else f"torchrun --nproc-per-node {count} --no-python {command}"
+
+
+def _read_ahead(loader: Loader, epoch: int = 0) -> None:
+    """Have the first batches of an epoch prepared while something else is done."""
+    loader.set_position(epoch)
+    loader.read_ahead()

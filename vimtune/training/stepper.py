@@ -118,7 +118,7 @@ class Stepper(ABC):
         number, trained, processes = self.number, self.trained, self._processes
         lr = set_learning_rate(trained.optimizer, self._schedule, number)
         own_count = sum(batch.count for batch in window)
-        # Several processes wait for each other here, where the device has nothing to do anyway.
+        # Several processes wait for each other here, while the device still works on the step before.
         count = int(processes.sum(torch.tensor(own_count)))
         if count < 0:  # another process could not read its data
             raise Stopping
@@ -203,8 +203,8 @@ class OverlappedStepper(Stepper):
 
     Nothing is changed by numbers that are not finite: the optimizer's kernels skip such an update by
     themselves (`skips_by_itself`), and whatever the numbers say, the passes of the next step change nothing
-    but gradients. With several processes the next passes are not launched early, because the processes meet
-    on the host for them.
+    but gradients. Several processes launch them early if all of them can, because
+    they meet in them.
     """
 
     def _steps(self, windows: Iterator[list[Batch]], epoch: int) -> Iterator[Step]:
@@ -218,7 +218,7 @@ class OverlappedStepper(Stepper):
             follows = not self._stop.requested and self.windows.fetch_ahead()
             skip_unless_finite(self.trained.optimizer, step.numbers.values)
             self._update(step)
-            if follows and self._processes.world_size == 1:
+            if self._processes.all(follows):
                 unread = step
             else:
                 self._require_finite(step, epoch)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 
+from torch import Tensor
+
 import vimtune
 from vimtune import adapters
 from vimtune.console import build_console, print_line
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.recipe.components import OptimisationSettings
-from vimtune.tasks.job import Job
+from vimtune.tasks.job import Job, Tensors
 from vimtune.training.distributed import Processes, open_processes
+from vimtune.training.evaluate import Replays
 from vimtune.training.gradients import FreshGradients, Gradients, StandingGradients
-from vimtune.training.graph import BatchGraphs, CudaRecorder, refusals
+from vimtune.training.graph import BatchGraphs, CudaRecorder, Recorder, refusals
 from vimtune.training.identity import Facts, compare, facts_of_all, settings_of_all
 from vimtune.training.interrupt import StopRequest
 from vimtune.training.optim import CosineSchedule
@@ -116,9 +119,9 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     )
     stack.callback(tracker.close)
     stop = stack.enter_context(StopRequest())
-    replayed = not eager_because
+    recorder = None if eager_because else CudaRecorder(processes.device)
     stepper = _stepper(
-        optimisation, recipe.run.seed, job, trained, schedule, processes, stop, tracker, autocast, replayed
+        optimisation, recipe.run.seed, job, trained, schedule, processes, stop, tracker, autocast, recorder
     )
     run = Run(
         recipe=recipe,
@@ -134,6 +137,8 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
         folder=folder,
         tracker=tracker,
         stop=stop,
+        evaluated=WindowReader(processes.device, 1),
+        replays=None if recorder is None else _replays(job, recorder, tracker),
         total=sizes.total,
         head=sizes.head,
     )
@@ -200,17 +205,17 @@ def _stepper(
     stop: StopRequest,
     tracker: Tracker,
     autocast: Autocast,
-    replayed: bool,
+    recorder: Recorder | None,
 ) -> Stepper:
-    """The steps of a run, from where `tracker` stands, with batches `replayed` as CUDA graphs or not."""
+    """The steps of a run, from where `tracker` stands; `recorder` records the passes of its batches."""
     parameters = list(trained.parameters.values())
     gradients: Gradients = FreshGradients(parameters)
-    graphs = None
-    if replayed:
+    graphs: BatchGraphs[Tensor] | None = None
+    if recorder is not None:
         gradients = StandingGradients(parameters, one_batch=settings.grad_accum == 1)
         # The first step is over before: gradients still absent after it are those of dead tensors.
         graphs = BatchGraphs(
-            CudaRecorder(processes.device),
+            recorder,
             parameters,
             warmup=settings.grad_accum + 1,
             limit=job.expect_replays(),
@@ -244,11 +249,23 @@ def _stepper(
     )
 
 
+def _replays(job: Job, recorder: Recorder, tracker: Tracker) -> Replays | None:
+    """What replays the batches of evaluations; None where none is worth it.
+
+    They share the memory of the graphs of training, with which they take turns.
+    """
+    limit = job.expect_replayed_evaluations()
+    graphs: BatchGraphs[Tensors] = BatchGraphs(recorder, (), warmup=1, limit=limit)
+    return Replays(graphs, tracker.warn) if limit > 0 else None
+
+
 def _introduce(run: Run, eager_because: list[str]) -> None:
     """Say what the run works on, and with what."""
     recipe, tracker, progress = run.recipe, run.tracker, run.progress
     for loader in run.job.loaders:
         tracker.message(f"{loader.split}: {loader.source}")
+    for note in run.job.notes():
+        tracker.message(note)
     trainable, total = run.trained.count, run.total
     device, world_size = run.processes.device, run.processes.world_size
     tracker.message(

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, DatasetError, ImageReadError
-from vimtune.data.memory import free_host_memory
 from vimtune.data.resident.augmentation import stored_pixels
 from vimtune.data.workers import death_noticed_later, naming_worker_trouble, prepare_worker, worker_context
+from vimtune.machine import free_memory
 from vimtune.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def fill_store(
         WorkerError: a process that decodes died.
     """
     started = time.monotonic()
-    free = free_memory(device)
+    free = room_on(device)
     allowed = int(SHARE * free)
     expected = _expected_bytes(dataset, preprocessing)
     _require_room(expected, allowed, free, dataset, device)
@@ -122,12 +122,12 @@ def fill_store(
     return store
 
 
-def free_memory(device: torch.device) -> int:
+def room_on(device: torch.device) -> int:
     """Bytes that are free on a device; those of the host where the device shares its memory."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    return free_host_memory()
+    return free_memory()
 
 
 def _expected_bytes(dataset: ImageDataset, preprocessing: Preprocessing) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
+from vimtune.data.worker_count import HERE, WorkerCount
 from vimtune.tasks.job import Batch, Loader
 from vimtune.training.inputs import InputError, one_line
 
@@ -12,8 +13,10 @@ from vimtune.training.inputs import InputError, one_line
 class ImageBatches(Loader):
     """The batches of an `ImageLoader`, as tensors "images" (b, 3, H, W) and "labels" (b,)."""
 
-    def __init__(self, loader: ImageLoader) -> None:
+    def __init__(self, loader: ImageLoader, workers: WorkerCount = HERE) -> None:
+        """`workers` says how many processes the loader has, and why."""
         self._loader = loader
+        self.workers = workers
         self.dataset = loader.dataset
         self.split, self.source = loader.dataset.split, loader.dataset.source
         self.num_examples = len(loader.dataset)
@@ -25,6 +28,10 @@ class ImageBatches(Loader):
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch and the first batch of the next iteration."""
         self._loader.set_position(epoch, start_batch)
+
+    def read_ahead(self) -> None:
+        """Have the first images of the next iteration prepared while something else is done."""
+        self._loader.read_ahead()
 
     def __len__(self) -> int:
         return len(self._loader)

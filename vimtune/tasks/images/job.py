@@ -22,6 +22,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.data.subset import draw_protocol, draw_shots
+from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
 from vimtune.recipe import Recipe
@@ -44,6 +45,9 @@ from vimtune.training.settings import derive_seed
 class ImageJob(Job):
     """An image classifier on its data."""
 
+    train: ImageBatches
+    selection: ImageBatches
+    final: ImageBatches
     classes: list[str]
     """Name of each class, by label."""
     mix: BatchMixer
@@ -52,6 +56,24 @@ class ImageJob(Job):
     """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
+
+    @property
+    def workers(self) -> dict[str, WorkerCount]:
+        """The processes that prepare the images of each split."""
+        return {loader.split: loader.workers for loader in (self.train, self.selection, self.final)}
+
+    def notes(self) -> list[str]:
+        """Who prepares the images, where that was not asked for."""
+        shown = [
+            f"{split} {workers.number} ({workers.reason})"
+            for split, workers in self.workers.items()
+            if workers.reason != AS_ASKED
+        ]
+        return [f"processes that prepare images: {', '.join(shown)}"] if shown else []
+
+    def expect_replayed_evaluations(self) -> int:
+        """Whole batches, and the last one of each split."""
+        return 3
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Mix the images of a batch, and their labels into shares (B, C), where the recipe asks for it."""
@@ -71,7 +93,8 @@ class ImageJob(Job):
 
     def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
         """The report with accuracy per class and the most confused classes."""
-        return build_image_report(shared, outcome, self.classes)
+        numbers = {split: workers.number for split, workers in self.workers.items()}
+        return build_image_report(shared, outcome, self.classes, numbers)
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture."""
@@ -153,13 +176,25 @@ def open_batches(
     """
     data = recipe.data
     assert isinstance(data, DataSettings)
+    batch_size = recipe.optimisation.batch_size
+    if data.num_workers == "auto":
+        workers = choose_num_workers(
+            dataset,
+            transform,
+            batch_size=batch_size,
+            world_size=processes.world_size,
+            local_size=processes.local_size,
+            on_gpu=processes.device.type != "cpu",
+        )
+    else:
+        workers = WorkerCount(data.num_workers, AS_ASKED)
     loader = create_loader(
         dataset,
         transform,
-        batch_size=recipe.optimisation.batch_size,
+        batch_size=batch_size,
         shuffle=shuffle,
         drop_last=False,
-        num_workers=data.num_workers,
+        num_workers=workers.number,
         seed=derive_seed(recipe.run.seed, "data"),
         rank=processes.rank,
         world_size=processes.world_size,
@@ -168,7 +203,7 @@ def open_batches(
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
     )
-    return ImageBatches(loader)
+    return ImageBatches(loader, workers)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:

@@ -39,6 +39,8 @@ class ImageReport(Report):
     best_top1: float
     last_top1: float
     images_per_second: float
+    num_workers: dict[str, int] | None = None
+    """How many processes prepared the images of each split; None in reports of earlier versions."""
 
     def scores_by_name(self) -> dict[str, float | None]:
         """Top-1 and top-5."""
@@ -67,13 +69,19 @@ class ImageReport(Report):
             title = ""
 
 
-def build_image_report(shared: Mapping[str, Any], outcome: Outcome, classes: Sequence[str]) -> ImageReport:
+def build_image_report(
+    shared: Mapping[str, Any],
+    outcome: Outcome,
+    classes: Sequence[str],
+    num_workers: dict[str, int] | None = None,
+) -> ImageReport:
     """The report of a run.
 
     Args:
         shared: values of the fields of `Report`.
         outcome: what the run has reached; its evaluation is an `ImageEvaluation`.
         classes: C names.
+        num_workers: how many processes prepared the images of each split.
     """
     found = outcome.evaluation
     assert isinstance(found, ImageEvaluation), "the tally of images gives one"
@@ -88,6 +96,7 @@ def build_image_report(shared: Mapping[str, Any], outcome: Outcome, classes: Seq
         best_top1=_percent(outcome.best),
         last_top1=_percent(outcome.last),
         images_per_second=outcome.rate,
+        num_workers=num_workers,
     )
 
 

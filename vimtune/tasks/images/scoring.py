@@ -64,15 +64,28 @@ class ImageTally(Tally):
             "loss": torch.zeros((), dtype=torch.float64),
         }
 
-    def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Count the answers to "images" (B, 3, H, W), whose classes are "labels" (B,)."""
-        labels, num_classes = tensors["labels"], self.num_classes
+    def judge(self, forward: Forward, tensors: Tensors) -> Tensors:
+        """Look at the answers to "images" (B, 3, H, W), whose classes are "labels" (B,).
+
+        Returns:
+            "pairs" (B,), the places of true class and answer in the flat confusion matrix; "top5_hits" and
+            "loss", scalars summed over the images.
+        """
+        labels = tensors["labels"]
         logits = forward(tensors["images"]).float()
-        self.totals["loss"] += F.cross_entropy(logits, labels, reduction="sum").item()
         predicted, ranks = rank_answers(logits, labels)
-        self.totals["top5_hits"] += int((ranks < TOP).sum())
-        pairs = (labels * num_classes + predicted).cpu()
-        self.totals["confusion"] += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, -1)
+        return {
+            "pairs": labels * self.num_classes + predicted,
+            "top5_hits": (ranks < TOP).sum(),
+            "loss": F.cross_entropy(logits, labels, reduction="sum"),
+        }
+
+    def count(self, judged: Tensors) -> None:
+        """Add a batch to the sums."""
+        self.totals["loss"] += judged["loss"]
+        self.totals["top5_hits"] += judged["top5_hits"]
+        counts = torch.bincount(judged["pairs"], minlength=self.num_classes**2)
+        self.totals["confusion"] += counts.view(self.num_classes, -1)
 
     def evaluation(self) -> ImageEvaluation:
         """The scores of what was counted."""

@@ -72,7 +72,11 @@ class DataSettings(DataOptions):
     dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
     data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
     download: bool = option(True, "download a data set that is not there yet")
-    num_workers: Annotated[int, Ge(0), Le(1024)] = option(2, "processes that prepare images")
+    num_workers: Annotated[int, Ge(0), Le(1024)] | Literal["auto"] = option(
+        "auto",
+        "processes that prepare images: a number, auto",
+        parse=parsers.automatic(parsers.integer(0, 1024)),
+    )
     cache: Literal["auto", "none", "host", "device"] = option(
         "auto",
         "keep decoded images: auto (on a GPU with room), none, host, device",

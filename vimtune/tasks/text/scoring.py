@@ -122,10 +122,10 @@ class ChoiceTally(Tally):
             "rows": torch.zeros(count, dtype=torch.int64),
         }
 
-    def note(self, values: Tensor, slots: Tensor) -> None:
-        """Add each of `values` (B,) to its slot, one of `slots` (B,)."""
-        slots = slots.cpu()
-        self.totals["values"].index_add_(0, slots, values.detach().double().cpu())
+    def count(self, judged: Tensors) -> None:
+        """Add each of "values" (B,) to its slot, one of "slots" (B,)."""
+        slots = judged["slots"]
+        self.totals["values"].index_add_(0, slots, judged["values"].double())
         self.totals["rows"].index_add_(0, slots, torch.ones_like(slots))
 
     def judged(self) -> tuple[Judged, ...]:
@@ -151,11 +151,16 @@ class ChoiceTally(Tally):
 class LikelihoodTally(ChoiceTally):
     """Sums the log-likelihoods of the tokens of every choice."""
 
-    def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Note the rows that `row_losses` reads; "slots" (B,) say where they belong."""
-        self.note(-row_losses(forward, tensors), tensors["slots"])
-        counts = (tensors["labels"] != IGNORED).sum(1).cpu()
-        self.totals["tokens"].index_add_(0, tensors["slots"].cpu(), counts)
+    def judge(self, forward: Forward, tensors: Tensors) -> Tensors:
+        """Score the rows that `row_losses` reads; "slots" (B,) say where they belong."""
+        tokens = (tensors["labels"] != IGNORED).sum(1)
+        values = -row_losses(forward, tensors).detach()
+        return {"values": values, "tokens": tokens, "slots": tensors["slots"]}
+
+    def count(self, judged: Tensors) -> None:
+        """Add log-likelihoods, and the number of tokens that they are made of."""
+        super().count(judged)
+        self.totals["tokens"].index_add_(0, judged["slots"], judged["tokens"])
 
     def evaluation(self) -> TextEvaluation:
         """Accuracies, and the loss of the right answers per token."""
@@ -169,8 +174,8 @@ class LikelihoodTally(ChoiceTally):
 class HeadTally(ChoiceTally):
     """Notes what a classification head says of every choice."""
 
-    def add(self, forward: Forward, tensors: Tensors) -> None:
-        """Note the outputs (B, C) for the rows of a batch.
+    def judge(self, forward: Forward, tensors: Tensors) -> Tensors:
+        """Score the rows of a batch: outputs (B, C).
 
         Args:
             forward: calls the model.
@@ -179,7 +184,7 @@ class HeadTally(ChoiceTally):
         """
         outputs = head_outputs(forward, tensors)
         slots = tensors["slots"][:, None] + torch.arange(outputs.shape[1], device=outputs.device)
-        self.note(outputs.flatten(), slots.flatten())
+        return {"values": outputs.detach().flatten(), "slots": slots.flatten()}
 
     def evaluation(self) -> TextEvaluation:
         """Accuracy, and the cross entropy of the right choice per example."""
