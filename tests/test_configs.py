@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -19,12 +22,25 @@ from vimtune.adapters import adapter_parameters, check_gradients
 from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.strict_yaml import read_yaml
 from vimtune.tasks.images.job import build_model
 from vimtune.training.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-RECIPES = [(path, variant) for path in FILES for variant in variants_of(path) or [None]]
+parsed = cache(read_yaml)
+
+
+@contextmanager
+def each_file_parsed_once() -> Iterator[None]:
+    """Parsing a grid for each of its variants anew would be most of the time that it takes to load them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vimtune.config_files.read_yaml", lambda path: copy.deepcopy(parsed(path)))
+        yield
+
+
+with each_file_parsed_once():
+    RECIPES = [(path, variant) for path in FILES for variant in variants_of(path) or [None]]
 README = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 
 
@@ -42,6 +58,21 @@ SCORES = {name: scores(name) for name in ("language", "mambapeft", "paper", "nan
 PLACES = ("both", "in", "out")
 NUM_CLASSES = {"cars": 196, "caltech": 102, "flowers": 102, "synthetic_flowers": 16}
 
+
+@cache
+def recipe_of(path: Path, variant: str | None) -> Recipe:
+    """One recipe of the configs."""
+    with each_file_parsed_once():
+        return load_recipe(path, variant=variant)
+
+
+@cache
+def values_of(path: Path) -> list[dict[str, Any]]:
+    """What a config says in each of its variants."""
+    with each_file_parsed_once():
+        return [read_config(path, variant) for owner, variant in RECIPES if owner == path]
+
+
 every_recipe = pytest.mark.parametrize(
     ("path", "variant"), RECIPES, ids=[f"{path.stem} {variant or ''}".strip() for path, variant in RECIPES]
 )
@@ -49,7 +80,7 @@ every_recipe = pytest.mark.parametrize(
 
 @every_recipe
 def test_it_loads_and_its_place_tells_what_it_is(path, variant):
-    recipe = load_recipe(path, variant=variant)
+    recipe = recipe_of(path, variant)
     assert recipe.backbone.model.startswith(
         {"paper": "vim_tiny_", "mambapeft": "vim_small_", "nano": "vim_nano_", "language": "mamba"}[
             path.stem.split("_")[0]
@@ -80,7 +111,7 @@ def test_it_loads_and_its_place_tells_what_it_is(path, variant):
 def test_it_says_only_what_is_not_a_default(path):
     # A key with the default's value is allowed where it names the variant.
     naming = {"dataset", "task", "model", "peft", "targets", "rank", "augmentation", "batch_size"}
-    values = [read_config(path, variant) for variant in variants_of(path) or [None]]
+    values = values_of(path)
     for key in set().union(*values) - naming:
         if key in ("lr", "weight_decay"):  # set in each config, so that methods can be compared by reading
             continue
@@ -177,7 +208,7 @@ def number_trained_of_language_model(model: str, method: str, targets: str | Non
 
 @pytest.mark.parametrize("row", SCORES["language"])
 def test_the_number_of_trained_parameters_of_language_models(row):
-    recipe = load_recipe(ROOT / "configs" / "language.yaml", variant=f"arc_easy/{row}")
+    recipe = recipe_of(ROOT / "configs" / "language.yaml", f"arc_easy/{row}")
     options = json.dumps(recipe.method.method_kwargs)
     trained = number_trained_of_language_model(
         recipe.backbone.model, recipe.method.peft, recipe.method.targets, options
@@ -195,7 +226,7 @@ def test_the_number_of_trained_parameters_of_language_models(row):
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path, variant):
-    recipe = load_recipe(path, variant=variant)
+    recipe = recipe_of(path, variant)
     trained = number_trained(recipe)
     method = variant.rpartition("/")[2]
     cells = SCORES[path.stem][method]
@@ -209,7 +240,7 @@ def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path,
 
 @pytest.mark.parametrize("variant", SCORES["mambapeft"])
 def test_the_number_of_trained_parameters_of_mambapeft(variant):
-    recipe = load_recipe(ROOT / "configs" / "mambapeft.yaml", variant=variant)
+    recipe = recipe_of(ROOT / "configs" / "mambapeft.yaml", variant)
     with torch.device("meta"):
         adapted = vimtune.inject(
             copy.deepcopy(plain_model(recipe.backbone.model)),
@@ -226,7 +257,7 @@ def distinct() -> dict[str, Recipe]:
     on the tiny model."""
     recipes = {}
     for path, variant in RECIPES:
-        recipe = load_recipe(path, variant=variant)
+        recipe = recipe_of(path, variant)
         if recipe.task.name != "classification":
             continue
         method = {name: getattr(recipe.method, name) for name in ("peft", "targets", "layers")}
