@@ -196,11 +196,16 @@ def number_trained(recipe: Recipe) -> int:
 
 
 @cache
-def number_trained_of_language_model(model: str, method: str, targets: str | None, options: str) -> int:
-    pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+def plain_language_model(name: str) -> torch.nn.Module:
     from vimtune.language import create_language_model
 
-    plain = create_language_model(model, pretrained=False, device="meta")
+    return create_language_model(name, pretrained=False, device="meta")
+
+
+@cache
+def number_trained_of_language_model(model: str, method: str, targets: str | None, options: str) -> int:
+    pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+    plain = copy.deepcopy(plain_language_model(model))
     with torch.device("meta"):
         adapted = vimtune.inject(plain, method, targets=targets, **json.loads(options))
     return vimtune.summary(adapted).trainable
