@@ -6,7 +6,7 @@ from vimtune.fields import options_of
 from vimtune.methods import get_method, list_methods
 from vimtune.testing.methods import disturb
 
-__all__ = ["CASES", "COMPOSITIONS", "SMALL", "disturb", "label", "options_for"]
+__all__ = ["CASES", "COMPILED", "COMPILED_WITHIN", "COMPOSITIONS", "SMALL", "disturb", "label", "options_for"]
 
 # Options small enough for test_vim, whose narrowest target is 16 wide.
 SMALL = {
@@ -34,6 +34,17 @@ CASES = [
     ("parallel_adapter", {"dropout": 0.5}),
     ("ia3", {"side": "input"}),
 ]
+COMPILED = ("ia3+c3a", "lora+sdt", "additional_scan+sdt", "prompt+affix", "lora+memba", "svp+prompt+ia3")
+"""Compositions that stand for all where the compiler takes them, which costs a second for each layer."""
+
+COMPILED_WITHIN = {
+    **{method: "full" for method in ("linear", "ft", "bitfit")},
+    **{method: "ssm" for method in ("a_tuning", "d_tuning", "bias_tuning")},
+    **{method: composition for composition in COMPILED for method in composition.split("+")},
+}
+"""Methods all of whose rules the compiler sees in a larger one or in a composition: the same classes of rules
+at the same places."""
+
 COMPOSITIONS: list[tuple[str, dict]] = [
     # Weights of the projectors, added to and multiplied in both orders.
     ("lora+bitfit", {}),

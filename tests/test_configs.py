@@ -6,8 +6,11 @@ import copy
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -21,6 +24,7 @@ from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
 from vimtune.plugins import import_package
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.strict_yaml import read_yaml
 from vimtune.tasks.images.job import build_model
 from vimtune.training.optim import build_optimizer
 
@@ -28,7 +32,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 import_package("benchmarks.teacher")  # a config has a model of this package of a user's own
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-RECIPES = [(path, variant) for path in FILES for variant in variants_of(path) or [None]]
+parsed = cache(read_yaml)
+
+
+@contextmanager
+def each_file_parsed_once() -> Iterator[None]:
+    """Parsing a grid for each of its variants anew would be most of the time that it takes to load them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vimtune.config_files.read_yaml", lambda path: copy.deepcopy(parsed(path)))
+        yield
+
+
+with each_file_parsed_once():
+    RECIPES = [(path, variant) for path in FILES for variant in variants_of(path) or [None]]
 README = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 
 
@@ -46,6 +62,21 @@ SCORES = {name: scores(name) for name in ("language", "mambapeft", "paper", "nan
 PLACES = ("both", "in", "out")
 NUM_CLASSES = {"cars": 196, "caltech": 102, "flowers": 102, "synthetic_flowers": 16}
 
+
+@cache
+def recipe_of(path: Path, variant: str | None) -> Recipe:
+    """One recipe of the configs."""
+    with each_file_parsed_once():
+        return load_recipe(path, variant=variant)
+
+
+@cache
+def values_of(path: Path) -> list[dict[str, Any]]:
+    """What a config says in each of its variants."""
+    with each_file_parsed_once():
+        return [read_config(path, variant) for owner, variant in RECIPES if owner == path]
+
+
 every_recipe = pytest.mark.parametrize(
     ("path", "variant"), RECIPES, ids=[f"{path.stem} {variant or ''}".strip() for path, variant in RECIPES]
 )
@@ -53,7 +84,7 @@ every_recipe = pytest.mark.parametrize(
 
 @every_recipe
 def test_it_loads_and_its_place_tells_what_it_is(path, variant):
-    recipe = load_recipe(path, variant=variant)
+    recipe = recipe_of(path, variant)
     if path.stem == "tiny_imagenet_pretrain":
         models = {"teacher": "resnet_gn_64", "tiny": "vim_tiny_patch8_64", "nano": "vim_nano_patch8_64"}
         assert models[variant] == recipe.backbone.model and not recipe.backbone.pretrained
@@ -88,7 +119,7 @@ def test_it_loads_and_its_place_tells_what_it_is(path, variant):
 def test_it_says_only_what_is_not_a_default(path):
     # A key with the default's value is allowed where it names the variant.
     naming = {"dataset", "task", "model", "peft", "targets", "rank", "augmentation", "batch_size"}
-    values = [read_config(path, variant) for variant in variants_of(path) or [None]]
+    values = values_of(path)
     for key in set().union(*values) - naming:
         if key in ("lr", "weight_decay"):  # set in each config, so that methods can be compared by reading
             continue
@@ -175,11 +206,16 @@ def number_trained(recipe: Recipe) -> int:
 
 
 @cache
-def number_trained_of_language_model(model: str, method: str, targets: str | None, options: str) -> int:
-    pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+def plain_language_model(name: str) -> torch.nn.Module:
     from vimtune.language import create_language_model
 
-    plain = create_language_model(model, pretrained=False, device="meta")
+    return create_language_model(name, pretrained=False, device="meta")
+
+
+@cache
+def number_trained_of_language_model(model: str, method: str, targets: str | None, options: str) -> int:
+    pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+    plain = copy.deepcopy(plain_language_model(model))
     with torch.device("meta"):
         adapted = vimtune.inject(plain, method, targets=targets, **json.loads(options))
     return vimtune.summary(adapted).trainable
@@ -187,7 +223,7 @@ def number_trained_of_language_model(model: str, method: str, targets: str | Non
 
 @pytest.mark.parametrize("row", SCORES["language"])
 def test_the_number_of_trained_parameters_of_language_models(row):
-    recipe = load_recipe(ROOT / "configs" / "language.yaml", variant=f"arc_easy/{row}")
+    recipe = recipe_of(ROOT / "configs" / "language.yaml", f"arc_easy/{row}")
     options = json.dumps(recipe.method.method_kwargs)
     trained = number_trained_of_language_model(
         recipe.backbone.model, recipe.method.peft, recipe.method.targets, options
@@ -205,7 +241,7 @@ def test_the_number_of_trained_parameters_of_language_models(row):
     ids=lambda value: value.stem if isinstance(value, Path) else value,
 )
 def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path, variant):
-    recipe = load_recipe(path, variant=variant)
+    recipe = recipe_of(path, variant)
     trained = number_trained(recipe)
     method = variant.rpartition("/")[2]
     cells = SCORES[path.stem][method]
@@ -219,7 +255,7 @@ def test_the_number_of_trained_parameters_is_the_one_stated_and_the_papers(path,
 
 @pytest.mark.parametrize("variant", SCORES["mambapeft"])
 def test_the_number_of_trained_parameters_of_mambapeft(variant):
-    recipe = load_recipe(ROOT / "configs" / "mambapeft.yaml", variant=variant)
+    recipe = recipe_of(ROOT / "configs" / "mambapeft.yaml", variant)
     with torch.device("meta"):
         adapted = vimtune.inject(
             copy.deepcopy(plain_model(recipe.backbone.model)),
@@ -236,7 +272,7 @@ def distinct() -> dict[str, Recipe]:
     on the tiny model."""
     recipes = {}
     for path, variant in RECIPES:
-        recipe = load_recipe(path, variant=variant)
+        recipe = recipe_of(path, variant)
         if recipe.task.name != "classification":
             continue
         method = {name: getattr(recipe.method, name) for name in ("peft", "targets", "layers")}

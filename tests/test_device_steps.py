@@ -23,6 +23,10 @@ from vimtune.data import build_transform, create_dataset
 
 NUM_CLASSES = 8
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+STEPS = {"cpu": 50, "cuda": 100}
+"""How many steps are followed."""
+LEARNT = {"cpu": 0.9, "cuda": 0.65}
+"""Below which part of its first value the loss has to be in the end."""
 
 on_each_device = pytest.mark.parametrize("device", ["cpu", ON_GPU])
 
@@ -146,7 +150,8 @@ def follow(
 
 
 TOLERANCES = {"none": (1e-3, 1e-2), "bf16": (0.04, 0.1)}
-"""Of each loss, absolute; of the weights, relative to the way they have come.
+"""Of each loss, absolute; of the weights, relative to the way they have come. Both for a hundred steps, with
+which they grow.
 
 On a CPU fp32 differs by up to 4e-7 and 1e-6, bf16 by 0.014 and 0.043. A scan that halves the gradient of B
 or C, or takes a fifth off that of u, makes 0.1 to 0.3 of the latter.
@@ -155,21 +160,31 @@ or C, or takes a fifth off that of u, makes 0.1 to 0.3 of the latter.
 
 @on_each_device
 @pytest.mark.parametrize(("method", "lr"), [("full", 1e-3), ("prodial", 3e-3)])
-def test_a_hundred_steps_follow_the_fp32_reference(flowers, device, method, lr):
-    expected = follow(flowers, method, device, lr=lr, amp="none", backend="reference", steps=100)
-    assert expected.losses[-4:].mean() < 0.65 * expected.losses[:4].mean()
+def test_many_steps_follow_the_fp32_reference(flowers, device, method, lr):
+    steps = STEPS[device]
+    expected = follow(flowers, method, device, lr=lr, amp="none", backend="reference", steps=steps)
+    assert expected.losses[-4:].mean() < LEARNT[device] * expected.losses[:4].mean()
     for amp, (loss_tolerance, distance_tolerance) in TOLERANCES.items():
-        actual = follow(flowers, method, device, lr=lr, amp=amp, backend="auto", steps=100)
+        actual = follow(flowers, method, device, lr=lr, amp=amp, backend="auto", steps=steps)
         worst = (actual.losses - expected.losses).abs().max()
         apart = (actual.distance - expected.distance).norm() / expected.distance.norm()
         print(f"{device} {method} {amp}: losses {worst:.1e}, weights {apart:.1e}")
-        assert worst <= loss_tolerance, amp
-        assert apart <= distance_tolerance, amp
+        assert worst <= loss_tolerance * steps / 100, amp
+        assert apart <= distance_tolerance * steps / 100, amp
 
 
-@on_each_device
-@pytest.mark.parametrize("method", ["full", "prodial"])
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("device", "method", "amp"),
+    [
+        ("cpu", "full", "fp16"),
+        ("cpu", "prodial", "bf16"),
+        *(
+            pytest.param("cuda", method, amp, marks=pytest.mark.gpu)
+            for method in ("full", "prodial")
+            for amp in ("bf16", "fp16")
+        ),
+    ],
+)
 def test_no_nan_under_amp(flowers, device, method, amp):
     """At many times the learning rate, too. A step that fp16's loss scaling skips leaves the weights as
     they are, so learning shows that few are."""
@@ -217,7 +232,8 @@ def check_compiled_step(flowers: tuple[Tensor, Tensor], device: str, method: str
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("method", list_methods())
 def test_same_step_same_gradients_bit_for_bit(flowers, device, method, amp):
-    images, labels = (tensor.to(device) for tensor in flowers)
+    # Kernels of a GPU need enough images that blocks race for the order of their sums.
+    images, labels = (tensor[: 64 if device == "cuda" else 8].to(device) for tensor in flowers)
     model = move_off_the_start(build(method, device))
     runs = [gradients(model, images, labels, amp) for _ in range(3)]
     for name, first in runs[0].items():

@@ -103,7 +103,7 @@ def test_values_and_gradients(case, amp):
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_a_step_of_the_model(case, amp):
-    model = build(case[0], **case[1]).eval()
+    model = build(case[0], depth=2, **case[1]).eval()
     results = []
     for block in (nullcontext(), shared_effective_weights(model)):
         model.zero_grad()
@@ -470,10 +470,10 @@ def test_switching_disabling_and_merging_within():
     close(model(images()), default)
 
 
-@pytest.mark.parametrize("method", BATCHED)
-def test_compile_and_trace_see_the_single_rules(method, monkeypatch):
+def test_the_compiler_sees_the_single_rules(monkeypatch):
+    """Whatever the method: what it sees is the call of the model."""
     torch._dynamo.reset()
-    model = build(method, depth=2).eval()
+    model = build("prodial", depth=2).eval()
     expected = model(images())
 
     def run(x):
@@ -491,6 +491,13 @@ def test_compile_and_trace_see_the_single_rules(method, monkeypatch):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with shared_effective_weights(model):
         close(compiled(images()), expected)
+
+
+@pytest.mark.parametrize("method", BATCHED)
+def test_tracing_sees_the_single_rules(method):
+    model = build(method, depth=2).eval()
+    expected = model(images())
+    with shared_effective_weights(model):
         traced = torch.jit.trace(Sharing(model), images(), check_trace=False)
     close(traced(images()), expected)
     disturb(model)

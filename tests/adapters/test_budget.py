@@ -59,7 +59,7 @@ def test_every_method_says_by_which_options_it_is_sized(name):
 @pytest.mark.parametrize(("name", "option"), SIZED)
 def test_the_value_that_trains_as_much_as_a_budget_is_found(name, option):
     is_share = isinstance(options_of(METHODS.get(name))[option].default, float)
-    counts = [with_value(name, option, value) for value in ([0.3, 0.5, 0.8] if is_share else range(1, 9))]
+    counts = [with_value(name, option, value) for value in ([0.3, 0.5, 0.8] if is_share else (1, 2, 4, 5, 8))]
     counts = [count for count in counts if count is not None]
     assert len(set(counts)) > 1
     for count in counts:

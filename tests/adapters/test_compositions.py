@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from method_cases import COMPOSITIONS, options_for
+from method_cases import COMPILED, COMPOSITIONS, options_for
 
 import vimtune
 from vimtune.adapters import CallRule, Method, register_method
@@ -30,8 +30,6 @@ CHEAP = (
     checks.check_several_adapters,
     checks.check_summary,
 )
-COMPILED = ("ia3+c3a", "lora+sdt", "additional_scan+sdt", "prompt+affix", "lora+memba", "svp+prompt+ia3")
-"""The compiler takes a second for each layer, so a few stand for all."""
 
 
 def case_of(composition: tuple[str, dict], depth: int = 1) -> MethodCase:

@@ -7,14 +7,16 @@ import copy
 import pytest
 import timm
 import torch
-from method_cases import CASES, disturb, label, options_for
+from method_cases import CASES, COMPILED_WITHIN, COMPOSITIONS, disturb, label, options_for
 
 import vimtune
 from vimtune.adapters import adapter_parameters
+from vimtune.adapters.composition import single_rules
 from vimtune.adapters.rules.lora import LowRank
 from vimtune.adapters.rules.prodial import ProDiaLRule
+from vimtune.adapters.slots import iter_slots
 from vimtune.testing import METHOD_CHECKS, MethodCase
-from vimtune.testing.methods import build_test_model
+from vimtune.testing.methods import build_test_model, check_compiling
 
 
 @pytest.fixture(params=CASES, ids=label)
@@ -38,10 +40,40 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_every_method(check, case):
-    method, options = case
-    check(MethodCase(method, options))
+def is_compiled_elsewhere(case: tuple[str, dict]) -> bool:
+    """Whether the compiler sees the rules of a case within another one, or in `test_compositions.py`."""
+    method, extra = case
+    return "+" in method or (not extra and method in COMPILED_WITHIN)
+
+
+@pytest.mark.parametrize(
+    ("check", "named"),
+    [
+        pytest.param(check, case, id=f"{check.__name__.removeprefix('check_')}-{label(case)}")
+        for check in METHOD_CHECKS
+        for case in CASES
+        if check is not check_compiling or not is_compiled_elsewhere(case)
+    ],
+)
+def test_every_method(check, named):
+    method, extra = named
+    check(MethodCase(method, options_for(method, extra)))
+
+
+def test_what_is_not_compiled_alone_is_compiled_within_another():
+    extras = dict(COMPOSITIONS)
+
+    def rules(method: str) -> set[tuple[type, str, str]]:
+        """The class of every rule, with the module and the name at which it stands."""
+        model = MethodCase(method, options_for(method, extras.get(method, {}))).adapted()
+        return {
+            (type(rule), path.rpartition(".")[2].removesuffix("_b"), name)
+            for path, _, name, slot in iter_slots(model)
+            for rule in single_rules(slot.rule)
+        }
+
+    for method, whole in COMPILED_WITHIN.items():
+        assert rules(method) <= rules(whole), method
 
 
 def test_called_layers_keep_to_the_dtype_of_autocast(plain, case):

@@ -32,12 +32,11 @@ def plan(**changes):
 
 
 @pytest.fixture
-def runs(monkeypatch):
+def runs(monkeypatch, no_pictures, each_flower_is_painted_once):
     """The runs that were made; they share this process."""
     made = InProcess()
     monkeypatch.setattr(command, "Processes", made)
     monkeypatch.setattr(command, "POLL_SECONDS", 0)
-    monkeypatch.setattr("vimtune.training.pictures.save_picture", lambda figure, path: path.touch())
     return made
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import pytest
 from tiny_language import transformers
 
@@ -37,9 +40,13 @@ COUNTS = [
 ]
 
 
+@cache
+def plain(name):
+    return create_language_model(name, pretrained=False, device="meta")
+
+
 def adapted(name, method, targets, options):
-    model = create_language_model(name, pretrained=False, device="meta")
-    return vimtune.inject(model, method, targets=targets, **options)
+    return vimtune.inject(copy.deepcopy(plain(name)), method, targets=targets, **options)
 
 
 @pytest.mark.parametrize(("name", "method", "targets", "options", "count", "stated"), COUNTS)

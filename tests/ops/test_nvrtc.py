@@ -206,13 +206,16 @@ def test_what_is_covered():
     ]
 
 
-@pytest.mark.parametrize("directions, fp16, trained", [(2, 0, 0), (2, 1, 1), (1, 0, 1)])
-def test_source_compiles_without_a_gpu(directions, fp16, trained, nvrtc):
+@pytest.mark.parametrize(
+    "directions, fp16, trained, architecture",
+    [(2, 0, 0, "sm_90"), (2, 1, 1, "sm_80"), (1, 0, 1, "sm_80"), (1, 1, 0, "sm_90")],
+)
+def test_source_compiles_without_a_gpu(directions, fp16, trained, architecture, nvrtc):
     sizes = ("DIRECTIONS", directions), ("WIDTH", 40), ("COLUMNS", 48)
     constants = (*sizes, ("FP16", fp16), ("SEGMENTED", trained))
-    assert_compiles(scan.FORWARD, constants)
-    assert_compiles(scan.FROM, constants)
-    assert_compiles(scan.BACKWARD, (*constants, ("TRAINED", trained)))
+    assert_compiles(scan.FORWARD, constants, [architecture])
+    assert_compiles(scan.FROM, constants, [architecture])
+    assert_compiles(scan.BACKWARD, (*constants, ("TRAINED", trained)), [architecture])
 
 
 def test_compile_errors_are_one_line(nvrtc):

@@ -25,21 +25,21 @@ def build(batch, tokens, inner, rank, dtype, directions=2, width=4):
     return normal(batch, tokens, 2 * inner).to(dtype), normal(batch, tokens, inner).to(dtype), weights
 
 
-@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
-    "directions, batch, tokens, inner, segments, dtype",
+    "directions, batch, tokens, inner, segments, dtype, trained",
     [
-        (2, 2, 37, 72, 1, torch.bfloat16),
-        (2, 1, 37, 72, 3, torch.float16),
-        (2, 1, 70, 136, 2, torch.bfloat16),
-        (2, 3, 2, 64, 1, torch.float16),
-        (1, 2, 37, 72, 1, torch.bfloat16),
-        (1, 1, 70, 72, 3, torch.float16),
+        (2, 2, 37, 72, 1, torch.bfloat16, False),
+        (2, 1, 37, 72, 3, torch.float16, True),
+        (2, 1, 70, 136, 2, torch.bfloat16, True),
+        (2, 3, 2, 64, 1, torch.float16, False),
+        (1, 2, 37, 72, 1, torch.bfloat16, True),
+        (1, 1, 70, 72, 3, torch.float16, False),
     ],
 )
 def test_the_order_of_threads_and_blocks_changes_no_bit(
     directions, batch, tokens, inner, segments, dtype, trained, in_both_orders, monkeypatch
 ):
+    """Every pair of directions, dtype, one segment or several, and what is trained."""
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
     xz, grad, weights = build(batch, tokens, inner, 5, dtype, directions)
 
@@ -56,8 +56,15 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch, tokens, inner, segments", [(2, 1, 8, 1), (2, 37, 72, 1), (1, 70, 72, 3)])
+@pytest.mark.parametrize(
+    "batch, tokens, inner, segments, dtype",
+    [
+        (2, 1, 8, 1, torch.bfloat16),
+        (2, 37, 72, 1, torch.float16),
+        (1, 70, 72, 3, torch.bfloat16),
+        (1, 70, 72, 3, torch.float16),
+    ],
+)
 def test_a_prompt_gives_the_last_state_as_well(device, batch, tokens, inner, segments, dtype, monkeypatch):
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
     xz, _, (weights,) = build(batch, tokens, inner, 5, dtype, directions=1)

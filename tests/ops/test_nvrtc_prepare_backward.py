@@ -79,20 +79,22 @@ def check(device, batch, tokens, inner, rank, width, bias, dtype, trained, direc
         assert found[0].numel() == found[1].numel() == 0
 
 
-@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
-    "batch, tokens, inner, rank, width, bias, dtype",
+    "batch, tokens, inner, rank, width, bias, dtype, trained",
     [
-        (1, 1, 8, 3, 4, True, torch.bfloat16),
-        (2, 2, 40, 12, 2, False, torch.float16),
-        (1, 3, 64, 3, 4, True, torch.float16),
-        (2, 7, 72, 17, 4, False, torch.bfloat16),
-        (1, 33, 40, 24, 1, True, torch.bfloat16),
-        (1, 65, 72, 33, 4, True, torch.float16),
-        (2, 59, 8, 3, 7, True, torch.bfloat16),
-        (5, 1, 72, 3, 4, True, torch.bfloat16),
-        (3, 31, 72, 3, 4, True, torch.float16),
-        (2, 9, 40, 70, 8, True, torch.bfloat16),
+        (1, 1, 8, 3, 4, True, torch.bfloat16, False),
+        (1, 1, 8, 3, 4, True, torch.bfloat16, True),
+        (2, 2, 40, 12, 2, False, torch.float16, True),
+        (1, 3, 64, 3, 4, True, torch.float16, False),
+        (2, 7, 72, 17, 4, False, torch.bfloat16, False),
+        (1, 33, 40, 24, 1, True, torch.bfloat16, True),
+        (1, 65, 72, 33, 4, True, torch.float16, True),
+        (2, 59, 8, 3, 7, True, torch.bfloat16, True),
+        (5, 1, 72, 3, 4, True, torch.bfloat16, True),
+        (3, 31, 72, 3, 4, True, torch.float16, False),
+        (3, 31, 72, 3, 4, True, torch.float16, True),
+        (2, 9, 40, 70, 8, True, torch.bfloat16, False),
+        (2, 9, 40, 70, 8, True, torch.bfloat16, True),
     ],
 )
 def test_gradients(device, batch, tokens, inner, rank, width, bias, dtype, trained):
@@ -166,11 +168,14 @@ def test_gradients_with_little_shared_memory(directions, limit, on_cpu, monkeypa
     check("cpu", 1, 30, 424, 12, 4, True, torch.bfloat16, True, directions)
 
 
-@pytest.mark.parametrize("directions, fp16, trained", [(2, 0, 0), (2, 1, 1), (1, 0, 1)])
-def test_sources_compile_without_a_gpu(directions, fp16, trained, nvrtc):
+@pytest.mark.parametrize(
+    "directions, fp16, trained, architecture",
+    [(2, 0, 0, "sm_90"), (2, 1, 1, "sm_80"), (1, 0, 1, "sm_80"), (1, 1, 0, "sm_90")],
+)
+def test_sources_compile_without_a_gpu(directions, fp16, trained, architecture, nvrtc):
     rows = prepare_backward.ROWS_TRAINED if trained else prepare_backward.ROWS_FROZEN
     common = (("WIDTH", 40), ("COLUMNS", 48), ("WARPS", 1), ("FP16", fp16))
-    assert_compiles(prepare_backward.PROJECT, (*common, ("BLOCKS", 1)))
+    assert_compiles(prepare_backward.PROJECT, (*common, ("BLOCKS", 1)), [architecture])
     convolve = (
         *common,
         ("DIRECTIONS", directions),
@@ -178,4 +183,4 @@ def test_sources_compile_without_a_gpu(directions, fp16, trained, nvrtc):
         ("ROWS", rows),
         ("TRAINED", trained),
     )
-    assert_compiles(prepare_backward.CONVOLVE, convolve)
+    assert_compiles(prepare_backward.CONVOLVE, convolve, [architecture])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from recorders import RepeatingRecorder
 from tiny_runs import TINY
 
 from vimtune.data import CorruptImageError
-from vimtune.data.synthetic import SyntheticFlowers, scene
+from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe
 from vimtune.training import trained, trainer
 from vimtune.training.optim import build_optimizer
@@ -45,21 +44,8 @@ def tiny(tmp_path: Path) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def each_flower_is_painted_once() -> Iterator[None]:
-    """Runs of the same recipe see the same images; painting them is a quarter of the time of a tiny run.
-
-    A test gets a copy, so that none spoils an image for another. Processes that a run starts paint anew.
-    """
-    paint = functools.lru_cache(maxsize=2000)(scene.render_flower)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scene, "render_flower", lambda *place: paint(*place).copy())
-        yield
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the drawing out, a third of the time of a tiny run."""
-    monkeypatch.setattr("vimtune.training.pictures.save_picture", lambda figure, path: path.touch())
+def images_of_runs(each_flower_is_painted_once: None) -> None:
+    """Runs of the same recipe see the same images; processes that a run starts paint anew."""
 
 
 @pytest.fixture

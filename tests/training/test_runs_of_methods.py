@@ -83,7 +83,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(case, recipe_of, straight, m
 @pytest.mark.parametrize("cases", [METHODS, COMPOSITIONS], ids=["methods", "compositions"])
 def test_two_processes_end_as_one(cases, recipe_of, straight):
     recipes = [recipe_of("two", case) for case in cases]
-    assert run_two(*recipes, prepare=two_ranks.without_pictures) == ["", ""]
+    assert run_two(*recipes, prepare=two_ranks.quickly) == ["", ""]
     for case, recipe in zip(cases, recipes, strict=True):
         difference = largest_difference(state_of(recipe.run.output_dir), straight(case))
         assert difference < 1e-5, f"{label(case)}: {difference:.1e}"

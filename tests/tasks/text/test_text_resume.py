@@ -18,6 +18,8 @@ from vimtune.recipe import Recipe, load_recipe
 from vimtune.tensor_file import read_tensors
 from vimtune.training import Interrupted, train
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 EVERYTHING = {"epochs": 2, "grad_accum": 2, "ema": 0.9, "weight_decay": 0.1, "dropout": 0.2}
 """Whatever has a state or draws random numbers."""
 

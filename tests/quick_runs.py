@@ -1,0 +1,31 @@
+"""What is left out of tiny runs, half of whose time it would be: drawing, and painting images anew."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+NO_PICTURES: dict[str, Callable[..., Any]] = {
+    "vimtune.training.pictures.save_picture": lambda figure, path: path.touch(),
+    "vimtune.training.pictures.draw_learning_curve": lambda *what: None,
+    "vimtune.tasks.images.confusion.draw_confusion_matrix": lambda *what: None,
+}
+"""Functions by their full names, and what stands in for them. The files of the pictures are there, empty."""
+
+
+def painting_once() -> dict[str, Callable[..., Any]]:
+    """The same for the function that paints flowers. Each caller gets a copy, so that none spoils an image of
+    another."""
+    from vimtune.data.synthetic import scene
+
+    paint = functools.lru_cache(maxsize=2000)(scene.render_flower)
+    return {"vimtune.data.synthetic.scene.render_flower": lambda *place: paint(*place).copy()}
+
+
+def replace_in_process(functions: dict[str, Callable[..., Any]]) -> None:
+    """Put these functions in the place of those of the same names until the process ends."""
+    for name, function in functions.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(importlib.import_module(module), attribute, function)
