@@ -61,7 +61,7 @@ COMPOSITIONS: list[tuple[str, dict]] = [
     ("lora+sdt", {"targets": {"lora": "out_proj"}}),
     ("sdt+lora", {"targets": {"lora": "x_proj[B],x_proj[C]"}}),
     ("lora+ssm", {}),
-    ("lora+a_tuning+d_tuning", {}),
+    ("lora+a_tuning+d_tuning", {"a_tuning": {"lr_scale": 0.5, "decay_scale": 3.0}}),
     ("bias_tuning+conv1d_tuning+prodial", {}),
     ("lora+additional_scan", {"targets": {"lora": "out_proj"}}),
     ("additional_scan+sdt", {}),

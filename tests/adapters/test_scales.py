@@ -31,6 +31,7 @@ def of_single(methods, options, scales):
 def test_what_a_method_trains_follows_its_factors_and_nothing_else_does(case):
     spec, options = case[0], options_for(*case)
     names = [name for name in spec.split("+") if name not in WITHOUT_TENSORS]
+    options = of_single(names, options, {"lr_scale": 1.0, "decay_scale": 1.0})
     before = multiples(vimtune.inject(build_test_model(1), spec, **options))
     scaled = of_single(names[-1:], options, {"lr_scale": 0.5, "decay_scale": 3.0})
     after = multiples(vimtune.inject(build_test_model(1), spec, **scaled))
@@ -94,6 +95,7 @@ def test_one_tensor_has_one_factor():
 def test_recipes_take_them_as_other_options():
     recipe = Recipe(peft="lora+a_tuning", peft_kwargs="{lora: {lr_scale: 5}, a_tuning: {decay_scale: 0}}")
     assert recipe.method.peft_kwargs == {"lora": {"lr_scale": 5.0}, "a_tuning": {"decay_scale": 0.0}}
-    assert Recipe(peft="prodial", peft_kwargs="lr_scale=in_proj=2").method.peft_kwargs
+    by_target = Recipe(peft="prodial", peft_kwargs="{lr_scale: in_proj=2}").method.peft_kwargs
+    assert by_target == {"lr_scale": {"in_proj": 2.0}}
     with pytest.raises(RecipeError, match="lr_scale = 0: expected a number > 0"):
         Recipe(peft="lora", peft_kwargs="lr_scale=0")
