@@ -13,7 +13,7 @@ import torch
 import vimtune
 from vimtune.adapters import read_adapter_info
 from vimtune.merged import MergedInfo, read_merged, write_merged
-from vimtune.models import create_listed_model
+from vimtune.models import MODELS, create_listed_model
 from vimtune.ops import use_backend
 from vimtune.origin import find_base
 from vimtune.output import OutputError, check_output, write_output
@@ -66,7 +66,7 @@ def merge_images(
     expected = predictor.logits(images)
     merged: Any = vimtune.merge(predictor.model).to(dtype_of(precision))
     written = MergedInfo(
-        model=info.model["name"],
+        model=MODELS.get(info.model["name"]).architecture,
         options={**merged.creation["kwargs"], "num_classes": merged.num_classes},
         classes=info.classes,
         preprocessing=predictor.transform.config,
