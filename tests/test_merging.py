@@ -341,3 +341,27 @@ def test_a_folder_is_no_output(tmp_path, adapter, capsys):
     errors = capsys.readouterr().err
     assert "it is a folder" in errors and "not a writable folder" in errors
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_half_of_the_bits_are_half_of_the_file_and_enough(tmp_path, made, adapter, precision, dtype, capsys):
+    output = tmp_path / "half.safetensors"
+    assert cli.main(["merge", str(adapter), "-o", str(output), "--precision", precision]) == 0
+    whole, half = load_file(made / "merged.safetensors"), load_file(output)
+    assert all(torch.equal(half[name], tensor.to(dtype)) for name, tensor in whole.items())
+    sizes = [path.stat().st_size for path in (output, made / "merged.safetensors")]
+    assert sizes[0] < 0.6 * sizes[1]
+    predictor = load_predictor(output, device="cpu")
+    assert predictor.classes[1] == "species 1"
+    assert all(parameter.dtype == torch.float32 for parameter in predictor.model.parameters())
+
+
+def test_weights_that_half_precision_cannot_hold_are_refused(tmp_path, capsys):
+    trained = make_adapter(tmp_path / "adapter.safetensors", peft="full")
+    with torch.no_grad():
+        trained.norm_f.weight.fill_(1e6)
+        trained.head.weight.mul_(1e-6)
+    vimtune.save_adapter(trained, tmp_path / "adapter.safetensors", classes=[str(i) for i in range(SPECIES)])
+    output = tmp_path / "half.safetensors"
+    assert cli.main(["merge", str(tmp_path), "-o", str(output), "--precision", "fp16"]) == 2
+    assert capsys.readouterr().err.startswith("error: ") and not output.exists()

@@ -72,6 +72,10 @@ GOOD = {
     "clip_grad": (0.0, "0"),
     "grad_accum": (2, "2"),
     "label_smoothing": (0.1, ".1"),
+    "teacher": (os.path.abspath("runs/teacher"), "runs/teacher"),
+    "teacher_targets": ("hard", "hard"),
+    "teacher_weight": (0.7, ".7"),
+    "teacher_temperature": (2.0, "2"),
     "ema": (0.99, "0.99"),
     "early_stop": (3, "3"),
     "amp": ("bf16", "bf16"),
@@ -135,6 +139,10 @@ BAD = {
     "clip_grad": [-1],
     "grad_accum": [0],
     "label_smoothing": [1.0],
+    "teacher": [3, ""],
+    "teacher_targets": ["softer"],
+    "teacher_weight": [0, 1.1],
+    "teacher_temperature": [0, -1],
     "ema": [1.0],
     "early_stop": [-1],
     "amp": ["fp8"],
@@ -160,6 +168,8 @@ def build(**values):
     """A recipe of `values`, with what they need to go together."""
     if values.get("eval_split") == "val":
         values.setdefault("train_split", "train")
+    if any(name.startswith("teacher_") for name in values):
+        values.setdefault("teacher", "runs/teacher")
     return Recipe.from_values(values)
 
 

@@ -17,7 +17,7 @@ from vimtune.console import build_console, print_line
 from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, given_base
 from vimtune.predict import task_of
-from vimtune.tasks.merging import Merged
+from vimtune.tasks.merging import Merged, Precision
 from vimtune.text import quote
 from vimtune.training.distributed import resolve_device
 
@@ -32,6 +32,7 @@ def merge_to_file(
     device: str = "auto",
     backend: str = "auto",
     force: bool = False,
+    precision: Precision = "fp32",
 ) -> Merged:
     """Write merged weights, read them back, and check that they compute what base and adapter do.
 
@@ -45,6 +46,7 @@ def merge_to_file(
         device: "auto", "cpu", "cuda", "cuda:<index>" or "mps".
         backend: scan backend, see `vimtune.ops`.
         force: merge although the base weights differ from those that the adapter was trained on.
+        precision: type of the weights that are written, "fp32", "fp16" or "bf16".
 
     Raises:
         ValueError: the adapter cannot be loaded, or the result cannot be written there.
@@ -55,14 +57,25 @@ def merge_to_file(
         raise ValueError(f"{quote(str(path))} is merged already: there is no adapter in it")
     task = task_of(read_adapter_info(path))
     base = given_base(checkpoint, model, tokenizer)
-    return task.merge(path, Path(parsers.path(output)), base, resolve_device(device), backend, force)
+    return task.merge(
+        path, Path(parsers.path(output)), base, resolve_device(device), backend, force, precision
+    )
 
 
 def run_merge(
-    *, adapter: Path, output: Path, base: Mapping[str, Any], device: str, backend: str, force: bool
+    *,
+    adapter: Path,
+    output: Path,
+    base: Mapping[str, Any],
+    device: str,
+    backend: str,
+    force: bool,
+    precision: Precision,
 ) -> int:
     """`vimtune merge`: write the weights, print the proof. Returns the exit code."""
-    merged = merge_to_file(adapter, output, **base, device=device, backend=backend, force=force)
+    merged = merge_to_file(
+        adapter, output, **base, device=device, backend=backend, force=force, precision=precision
+    )
     method, proof, console = read_adapter_info(adapter_path(adapter)).method, merged.proof, build_console()
     print_line(console, f"{merged.model} with {method} merged into {output}")
     print_line(

@@ -14,6 +14,7 @@ import vimtune  # noqa: F401  (registers the models)
 from vimtune import ops
 from vimtune.models import VisionMamba, list_models, resize_pos_embed
 from vimtune.models.vim import default_cfgs
+from vimtune.models.weights import WEIGHTS
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "vim_reference_small.safetensors"
 NAMES = [*timm.list_models("vim_*"), "test_vim"]
@@ -64,7 +65,7 @@ def test_nano_has_about_a_million_parameters():
 
 
 def test_every_model_is_listed():
-    assert set(list_models()) == set(NAMES)
+    assert set(list_models()) == {*NAMES, *(weights.name for weights in WEIGHTS)}
     assert all(list_models().values())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from vimtune.cli.parser import (
     BASE,
@@ -13,6 +14,7 @@ from vimtune.cli.parser import (
     import_packages,
     path,
 )
+from vimtune.tasks.merging import Precision
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:
@@ -31,6 +33,12 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         required=True,
         help="what is written: a .safetensors file, or for a language model a folder",
     )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="type of the weights that are written: fp32, fp16 (half the size), bf16 [fp32]",
+    )
     add_model_options(parser)
     add_import(parser)
     add_common(parser)
@@ -45,4 +53,5 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         device=options.device,
         backend=options.backend,
         force=options.force,
+        precision=options.precision,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vimtune.data.errors import ImageReadError
+from vimtune.image_kinds import ImageKind
 from vimtune.text import unicode_text
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class ImageDataset(ABC):
     Attributes:
         name: the registry's name.
         summary: one line for tables.
+        kind: what kind of images they are, which is compared with that of the weights at the start.
         split: one of `SPLITS`.
         classes: human-readable class names; label `i` means `classes[i]`.
         targets: the label of every image.
@@ -47,6 +49,7 @@ class ImageDataset(ABC):
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    kind: ClassVar[ImageKind] = "photographs"
 
     split: str
     classes: list[str]

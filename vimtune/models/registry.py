@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.registry import Registry
 from vimtune.text import quote
 from vimtune.utils import suggest
@@ -37,6 +38,12 @@ class ModelEntry:
     """Gives the dataclass whose fields are the options that files and recipes may set."""
     origin: str = "vimtune.models.vim"
     """Where it is defined: another definition may not take its name, a new version of the same may."""
+
+    @property
+    def architecture(self) -> str:
+        """The name without the tag that says with which weights the model begins."""
+        weights = weights_of(self.name)
+        return self.name if weights is None else weights.model
 
 
 MODELS: Registry[ModelEntry] = Registry("model")
@@ -87,6 +94,10 @@ VIM_MODELS = (
 
 for _entry in VIM_MODELS:
     MODELS.add(_entry.name, _entry)
+for _weights in WEIGHTS:
+    _plain = next(_entry for _entry in VIM_MODELS if _entry.name == _weights.model)
+    _summary = f"{_weights.model} with weights of {_weights.summary}"
+    MODELS.add(_weights.name, dataclasses.replace(_plain, name=_weights.name, summary=_summary))
 
 
 def register_model(name: str, *, summary: str, options: type) -> None:

@@ -11,7 +11,6 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -44,6 +43,7 @@ from vimtune.models.layers import Block, Blocks, PatchEmbed, RMSNorm, at_least_f
 from vimtune.models.mixer import BiMambaMixer
 from vimtune.models.options import OPTIONS, ModelOptions
 from vimtune.models.registry import VIM_MODELS, ModelEntry
+from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.ops import backend_names, bidirectional_scan, bidirectional_scan_from, with_chosen_backend
 from vimtune.schema import check
 from vimtune.text import quote
@@ -435,7 +435,8 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     _check_options(kwargs)
     _check_feature_class(kwargs)
     out_indices = kwargs.pop("out_indices", 3)
-    with pretrained_loading(variant, pretrained):
+    name = _name_with_tag(variant, kwargs.get("pretrained_cfg"))
+    with pretrained_loading(name, pretrained):
         model = build_model_with_cfg(
             VisionMamba,
             variant,
@@ -446,7 +447,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
         )
     backbone: Any = model.model if kwargs.get("features_only") else model
     _mention_unseen_pixels(backbone.patch_embed)
-    backbone.creation = {"name": variant, "kwargs": backbone.options}
+    backbone.creation = {"name": name, "kwargs": backbone.options}
     owners: tuple[Any, ...] = (model, backbone)
     for owner in owners:  # Each has a dictionary of its own, from which timm reads what images to prepare.
         owner.pretrained_cfg["input_size"] = (backbone.in_chans, *backbone.patch_embed.img_size)
@@ -459,6 +460,13 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             **(peft_options["peft_kwargs"] or {}),
         )
     return model
+
+
+def _name_with_tag(variant: str, tag: Any) -> str:
+    """The name by which a model with these weights can be created again: with a tag where one was asked for
+    that is among ours."""
+    name = f"{variant}.{tag}"
+    return name if isinstance(tag, str) and weights_of(name) is not None else variant
 
 
 def _check_feature_class(options: Mapping[str, Any]) -> None:
@@ -548,9 +556,14 @@ def _small_image_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**{"input_size": (3, 64, 64), "crop_pct": 1.0, "crop_mode": "squash", **kwargs})
 
 
-def _embedded(filename: str) -> str:
-    """Weights that ship with the package."""
-    return str(Path(__file__).parent / "weights" / filename)
+def _small_image_cfgs(model: str) -> dict[str, dict[str, Any]]:
+    """The configuration of a model for each of its weights that this project publishes, or one without."""
+    published = {
+        weights.name: _small_image_cfg(file=str(weights.path), num_classes=weights.num_classes)
+        for weights in WEIGHTS
+        if weights.model == model
+    }
+    return published or {model: _small_image_cfg()}
 
 
 default_cfgs = generate_default_cfgs(
@@ -560,10 +573,8 @@ default_cfgs = generate_default_cfgs(
         "vim_small_patch16_224.in1k": _hub("Vim-small-midclstok", "vim_s_midclstok_80p5acc.pth"),
         "vim_small_patch16_stride8_224.in1k": _hub("Vim-small-midclstok", "vim_s_midclstok_ft_81p6acc.pth"),
         "vim_base_patch16_224.in1k": _hub("Vim-base-midclstok", "vim_b_midclstok_81p9acc.pth"),
-        "vim_tiny_patch8_64": _small_image_cfg(),
-        "vim_nano_patch8_64.synthetic_flowers": _small_image_cfg(
-            file=_embedded("vim_nano_patch8_64.synthetic_flowers.safetensors"), num_classes=512
-        ),
+        **_small_image_cfgs("vim_tiny_patch8_64"),
+        **_small_image_cfgs("vim_nano_patch8_64"),
         "test_vim": _small_image_cfg(input_size=(3, 32, 32), num_classes=10),
     }
 )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vimtune.recipe import Recipe
     from vimtune.tasks.job import Job, Trial
-    from vimtune.tasks.merging import Merged
+    from vimtune.tasks.merging import Merged, Precision
     from vimtune.tasks.predictor import Predictor
     from vimtune.training.distributed import Processes
     from vimtune.training.report import Report
@@ -157,6 +157,7 @@ class Task(Options, ABC):
         device: torch.device,
         backend: str,
         force: bool,
+        precision: Precision,
     ) -> Merged:
         """Fold an adapter of this task into its base weights, write them, and prove that nothing changed.
 
@@ -167,6 +168,7 @@ class Task(Options, ABC):
             device: where it computes.
             backend: scan backend, see `vimtune.ops`.
             force: use the adapter although base weights or tokenizer are others.
+            precision: type of the weights that are written.
 
         Raises:
             ValueError: weights or an adapter that do not fit, a place that cannot be written, or a task that

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vimtune.tasks.images.predictor import ImagePredictor
     from vimtune.tasks.images.report import ImageReport
     from vimtune.tasks.job import Trial
-    from vimtune.tasks.merging import Merged
+    from vimtune.tasks.merging import Merged, Precision
     from vimtune.training.distributed import Processes
 
 
@@ -108,11 +108,12 @@ class Classification(Task):
         device: torch.device,
         backend: str,
         force: bool,
+        precision: Precision,
     ) -> Merged:
         """Write plain weights that timm loads; see `Task.merge`."""
         from vimtune.tasks.images.merging import merge_images
 
-        return merge_images(adapter, output, _checkpoint_of(base), device, backend, force)
+        return merge_images(adapter, output, _checkpoint_of(base), device, backend, force, precision)
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-TOLERANCE = 1e-3
-"""Largest logit error that fp32 rounding explains, relative to the largest logit."""
+Precision = Literal["fp32", "fp16", "bf16"]
+"""In which type weights are written."""
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest logit error that rounding explains, relative to the largest logit, by the type of the weights."""
 
 
 class MergeError(ValueError):
@@ -39,7 +42,14 @@ class Merged:
     """Python that loads them."""
 
 
-def prove(found: Tensor, expected: Tensor, inputs: str) -> MergeProof:
+def dtype_of(precision: Precision) -> torch.dtype:
+    """The type of torch that is called by this name."""
+    import torch  # This comes late, because `--help` does without torch.
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def prove(found: Tensor, expected: Tensor, inputs: str, precision: Precision = "fp32") -> MergeProof:
     """Compare the logits of a merged model with those before.
 
     Raises:
@@ -48,7 +58,7 @@ def prove(found: Tensor, expected: Tensor, inputs: str) -> MergeProof:
     found, expected = found.float().cpu(), expected.float().cpu()
     error = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
     proof = MergeProof(error, expected.abs().max().item(), inputs)
-    if error <= TOLERANCE * max(proof.max_logit, 1.0):
+    if error <= TOLERANCES[precision] * max(proof.max_logit, 1.0):
         return proof
     raise MergeError(
         f"the merged model differs: maximum logit error {error:.1e} at logits up to {proof.max_logit:.1f}; "

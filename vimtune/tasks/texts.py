@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vimtune.recipe import Recipe
-    from vimtune.tasks.merging import Merged
+    from vimtune.tasks.merging import Merged, Precision
     from vimtune.tasks.text.job import TextJob
     from vimtune.tasks.text.trial import TextTrial
     from vimtune.training.distributed import Processes
@@ -100,11 +100,12 @@ class TextTask(Task):
         device: torch.device,
         backend: str,
         force: bool,
+        precision: Precision,
     ) -> Merged:
         """Write a folder that transformers loads; see `Task.merge`."""
         from vimtune.tasks.text.merging import merge_texts
 
-        return merge_texts(self, adapter, output, base, device, backend, force)
+        return merge_texts(self, adapter, output, base, device, backend, force, precision)
 
 
 @register_task("arc_easy")

@@ -57,6 +57,18 @@ def test_a_folder_that_transformers_loads(family, method, rank, tmp_path, capsys
     vimtune.inject(again, "lora", rank=2)
 
 
+def test_a_folder_of_half_the_size(run, tmp_path):
+    folders = {precision: tmp_path / precision for precision in ("fp32", "fp16")}
+    for precision, folder in folders.items():
+        assert merge(run, folder, "--precision", precision) == 0
+    whole, half = (create_language_model(str(folder)).state_dict() for folder in folders.values())
+    assert whole.keys() == half.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(half[name].float(), tensor, rtol=1e-3, atol=1e-6)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in folders.values()]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
 def test_a_place_that_is_taken_and_one_that_cannot_be(run, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")

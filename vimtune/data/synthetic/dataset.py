@@ -38,6 +38,7 @@ class SyntheticFlowers(ImageDataset):
     """
 
     summary = "embedded generator of fine-grained flowers (no files; any number of species)"
+    kind = "generated drawings"
 
     def __init__(
         self,

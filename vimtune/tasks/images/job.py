@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from vimtune.data.subset import draw_protocol, draw_shots
 from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
+from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.recipe import Recipe
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
@@ -39,6 +41,8 @@ from vimtune.training.distributed import Processes
 from vimtune.training.precision import build_autocast
 from vimtune.training.report import Report
 from vimtune.training.settings import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -121,6 +125,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
                 f"the classes of {dataset.split!r} ({len(dataset.classes)}) are not those of "
                 f"{train_set.split!r} ({len(train_set.classes)}): {dataset.source}; {train_set.source}"
             )
+    _mention_other_kind(backbone, train_set)
     with processes.main_first():  # may download weights
         model = build_model(recipe, len(train_set.classes))
     shared = {**model_preprocessing(model), "img_size": img_size, "library": task.transforms}
@@ -158,6 +163,24 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         label_smoothing=task.label_smoothing,
         distillation=distillation,
         counts_all=data.on_corrupt == "error",
+    )
+
+
+def _mention_other_kind(backbone: BackboneSettings, dataset: ImageDataset) -> None:
+    """Warn where the weights at the start have seen another kind of images than those of the data set."""
+    weights = weights_of(backbone.model) if backbone.pretrained and backbone.checkpoint is None else None
+    if weights is None or weights.trained_on == dataset.kind:
+        return
+    others = [
+        each.name for each in WEIGHTS if each.model == weights.model and each.trained_on == dataset.kind
+    ]
+    better = f"--model {others[0]}" if others else "--checkpoint with weights of such images"
+    logger.warning(
+        "the weights %s have seen %s, and these images are %s, for which their features say little: use %s",
+        weights.name,
+        weights.trained_on,
+        dataset.kind,
+        better,
     )
 
 

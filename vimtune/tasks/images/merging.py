@@ -13,12 +13,12 @@ import torch
 import vimtune
 from vimtune.adapters import read_adapter_info
 from vimtune.merged import MergedInfo, read_merged, write_merged
-from vimtune.models import create_listed_model
+from vimtune.models import MODELS, create_listed_model
 from vimtune.ops import use_backend
 from vimtune.origin import find_base
 from vimtune.output import OutputError, check_output, write_output
 from vimtune.tasks.images.predictor import load_image_predictor
-from vimtune.tasks.merging import Merged, prove
+from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
 from vimtune.text import quote
 
 NUM_IMAGES = 8
@@ -26,7 +26,13 @@ NUM_IMAGES = 8
 
 
 def merge_images(
-    adapter: Path, output: Path, checkpoint: Path | None, device: torch.device, backend: str, force: bool
+    adapter: Path,
+    output: Path,
+    checkpoint: Path | None,
+    device: torch.device,
+    backend: str,
+    force: bool,
+    precision: Precision,
 ) -> Merged:
     """Write the merged weights as plain safetensors and check the file that was written.
 
@@ -40,6 +46,7 @@ def merge_images(
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
         force: merge although the base weights differ from those that the adapter was trained on.
+        precision: type of the weights in the file.
 
     Raises:
         ValueError: the adapter cannot be loaded, or `output` cannot be a weights file.
@@ -57,9 +64,9 @@ def merge_images(
     shape = (NUM_IMAGES, config["input_size"][0], *predictor.transform.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = predictor.logits(images)
-    merged: Any = vimtune.merge(predictor.model)
+    merged: Any = vimtune.merge(predictor.model).to(dtype_of(precision))
     written = MergedInfo(
-        model=info.model["name"],
+        model=MODELS.get(info.model["name"]).architecture,
         options={**merged.creation["kwargs"], "num_classes": merged.num_classes},
         classes=info.classes,
         preprocessing=predictor.transform.config,
@@ -71,7 +78,8 @@ def merge_images(
         fresh, _ = read_merged(temporary)
         fresh = fresh.to(predictor.device).eval()
         with torch.no_grad(), use_backend(backend):
-            proof = prove(fresh(images.to(predictor.device)), expected, f"{NUM_IMAGES} replayed images")
+            logits = fresh(images.to(predictor.device))
+        proof = prove(logits, expected, f"{NUM_IMAGES} replayed images", precision)
         results.append(Merged(written.model, proof, _loading_code(output, written)))
 
     write_output(output, write)

@@ -17,7 +17,7 @@ from vimtune.adapters import read_adapter_info
 from vimtune.ops import use_backend
 from vimtune.origin import load_trained
 from vimtune.output import write_folder
-from vimtune.tasks.merging import Merged, prove
+from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
 from vimtune.tasks.text.job import settings_of
 from vimtune.tasks.text.models import language_model, open_tokenizer
 from vimtune.tasks.text.predictor import recipe_for
@@ -38,6 +38,7 @@ def merge_texts(
     device: torch.device,
     backend: str,
     force: bool,
+    precision: Precision,
 ) -> Merged:
     """Write the merged model and its tokenizer; the arguments are those of `Task.merge`.
 
@@ -64,15 +65,16 @@ def merge_texts(
     tokens = torch.randint(model.config.vocab_size, SHAPE, generator=generator).to(device)
     with torch.no_grad(), use_backend(backend):
         expected = model(tokens, use_cache=False).logits
-    vimtune.merge(model)
+    vimtune.merge(model).to(dtype_of(precision))
     results: list[Merged] = []
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        plain = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         with torch.no_grad():
-            proof = prove(plain(tokens).logits, expected, f"{SHAPE[0]} x {SHAPE[1]} random tokens")
+            logits = plain(tokens).logits
+        proof = prove(logits, expected, f"{SHAPE[0]} x {SHAPE[1]} random tokens", precision)
         call = f"transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})"
         results.append(Merged(backbone.model, proof, f"import transformers\nmodel = {call}"))
 

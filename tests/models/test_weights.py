@@ -1,0 +1,107 @@
+"""The published weights: files, cards and names, and what is said of weights that do not suit the data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import vimtune
+from vimtune.data import create_dataset, dataset_class
+from vimtune.models import MODELS, weights
+from vimtune.models.checkpoint import CheckpointError
+from vimtune.models.weights import REPOSITORY, WEIGHTS, Weights, weights_of
+from vimtune.recipe import Recipe
+from vimtune.tasks.images import job
+
+LIMITS = {True: 3_000_000, False: 14_000_000}
+"""Largest file in the package, and beside it in the repository, in bytes."""
+
+every_weights = pytest.mark.parametrize("published", WEIGHTS, ids=lambda published: published.name)
+
+
+@every_weights
+def test_the_file_is_the_one_that_was_published(published: Weights) -> None:
+    assert hashlib.sha256(published.path.read_bytes()).hexdigest() == published.sha256
+    assert published.path.stat().st_size <= LIMITS[published.packaged]
+    with safe_open(published.path, "pt") as file:
+        assert file.get_tensor("head.weight").shape[0] == published.num_classes
+        classes = json.loads((file.metadata() or {}).get("classes", "null"))
+    assert classes is None or len(classes) == published.num_classes
+
+
+@every_weights
+def test_it_has_a_card_with_data_recipe_and_licence(published: Weights) -> None:
+    text = published.card.read_text(encoding="utf-8")
+    assert text.startswith(f"# {published.name}\n") and published.sha256 in text
+    for title in ("Data", "Recipe", "Scores", "Licence", "Not for"):
+        assert f"\n## {title}\n" in text
+
+
+def test_every_card_belongs_to_weights() -> None:
+    assert {path.name for path in REPOSITORY.glob("*.md")} == {each.card.name for each in WEIGHTS}
+
+
+@every_weights
+def test_it_is_a_model_of_this_name(published: Weights) -> None:
+    assert published.name in MODELS and MODELS.get(published.name).architecture == published.model
+    model = timm.create_model(published.name, pretrained=True)
+    assert model.num_classes == published.num_classes and model.creation["name"] == published.name
+    assert weights_of(published.name) is published
+
+
+def test_the_plain_name_means_the_first_weights() -> None:
+    for model in {published.model for published in WEIGHTS}:
+        first = next(published for published in WEIGHTS if published.model == model)
+        assert weights_of(model) is first
+        assert timm.get_pretrained_cfg(model).tag == first.tag
+    assert weights_of("vim_tiny_patch16_224") is None and weights_of("vim_nano_patch8_64.other") is None
+
+
+def test_an_adapter_remembers_the_tag_of_its_base(tmp_path: Path) -> None:
+    name = WEIGHTS[0].name
+    model = timm.create_model(name, pretrained=True, num_classes=3, peft="bitfit")
+    vimtune.save_adapter(model, tmp_path / "a.safetensors", classes=["a", "b", "c"])
+    assert vimtune.read_adapter_info(tmp_path / "a.safetensors").model["name"] == name
+    again = timm.create_model(WEIGHTS[0].model, pretrained=True, num_classes=3)
+    vimtune.load_adapter(again, tmp_path / "a.safetensors")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images), again.eval()(images))
+
+
+def test_a_file_that_is_not_there_is_one_clear_message(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(weights, "_PACKAGE", tmp_path)
+    overlay = {"file": str(tmp_path / "absent.safetensors")}
+    with pytest.raises(CheckpointError, match=r"are not at .*weights/ of the repository"):
+        timm.create_model(WEIGHTS[0].name, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def mentions(caplog: pytest.LogCaptureFixture, kind: str, **changes: object) -> list[str]:
+    """What is said before a run on images of a kind begins."""
+    caplog.clear()
+    dataset = create_dataset("synthetic_flowers", "train")
+    dataset.kind = kind
+    job._mention_other_kind(Recipe(**{"model": WEIGHTS[0].name, **changes}).backbone, dataset)
+    return [record.message for record in caplog.records]
+
+
+def test_weights_of_another_kind_of_images_are_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    (said,) = mentions(caplog, "photographs")
+    assert "have seen generated drawings, and these images are photographs" in said
+    assert not mentions(caplog, "generated drawings")
+    assert not mentions(caplog, "photographs", pretrained=False)
+    assert not mentions(caplog, "photographs", checkpoint="file.pth")
+    assert not mentions(caplog, "photographs", model="vim_tiny_patch16_224")
+    assert dataset_class("folder").kind == "photographs"
+
+
+def test_other_weights_of_the_model_are_named_where_they_suit(caplog, monkeypatch) -> None:
+    other = Weights("vim_nano_patch8_64", "photos", "photos", "photographs", 10, "", packaged=True)
+    monkeypatch.setattr(job, "WEIGHTS", (*WEIGHTS, other))
+    (said,) = mentions(caplog, "photographs")
+    assert said.endswith("use --model vim_nano_patch8_64.photos")
