@@ -217,7 +217,7 @@ def analyze(subject: Subject) -> Section:
 
 
 def _mean(rows: Sequence[tuple[int, str, Reach, float]], name: str) -> float:
-    return statistics.mean(getattr(reach, name) for _, _, reach, _ in rows)
+    return float(statistics.mean(getattr(reach, name) for _, _, reach, _ in rows))
 
 
 def _spread_out(total: int, count: int) -> list[int]:
