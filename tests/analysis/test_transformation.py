@@ -78,7 +78,7 @@ def test_factors_of_columns_and_rows_are_told_apart():
 def test_a_random_change_is_near_the_identity_and_not_diagonal(shape):
     """The measure that a small change meets by chance, and the one that it does not."""
     weight = matrix(*shape)
-    changed = random_change(weight, 0.01 * float(weight.norm()), seed=5)
+    changed = weight + random_change(shape, 0.01 * float(weight.norm()), seed=5)
     assert float((changed - weight).norm()) == pytest.approx(0.01 * float(weight.norm()))
     found = measure(0, "in_proj", weight, changed)
     numbers = DiagonalNumbers.of(found.found.nearest)
