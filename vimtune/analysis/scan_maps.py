@@ -41,7 +41,7 @@ LAYERS_SHOWN = 4
 """Layers whose maps the pictures show."""
 LARGEST = 2**24
 """Numbers of a piece of a matrix that are held at a time; more channels are done one after the other."""
-IMAGES, PAIRS = 8, 2**17
+IMAGES, PAIRS = 4, 2**17
 """At most so many images, and so many pairs of tokens of all images together, but for one image: the matrices
 of an image of 224 pixels take a CPU half a minute."""
 
