@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from vimtune.analysis.diagonal import DiagonalShare, diagonal_share
@@ -321,7 +322,9 @@ def _draw_parts(measured: Sequence[Measured]) -> Figure:
                 axes.set_title(f"{name}, layer {each.layer}", fontsize=10)
                 axes.set_xticks([])
                 axes.set_yticks([])
-            plain_numbers(figure.colorbar(picture, ax=list(line), shrink=0.8).ax.yaxis)
+            bar = figure.colorbar(picture, ax=list(line), shrink=0.8, format=lambda value, _: f"{value:.1g}")
+            bar.set_ticks([-top, -top / 10, 0, top / 10, top])
+            bar.minorticks_off()
         return figure
 
 
@@ -342,6 +345,7 @@ def _draw_distribution(measured: Sequence[Measured]) -> Figure:
                 )
             axes.set(title=name, xlabel="entry of the change of T", ylabel="density", yscale="log")
             plain_numbers(axes.yaxis)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         return figure
