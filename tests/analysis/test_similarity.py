@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vimtune.analysis.similarity import block_features, gram_matrices, minibatch_cka, unbiased_hsic
+from vimtune.analysis.similarity import MinibatchCka, block_features, gram_matrices, unbiased_hsic
 
 
 def features(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def minibatch_cka(pairs) -> torch.Tensor:
+    """CKA of minibatches, each a pair of features (F, n, P)."""
+    found = MinibatchCka()
+    for pair in pairs:
+        found.add(*pair)
+    return found.value()
 
 
 def hsic_of_definition(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -59,7 +67,8 @@ def test_rotation_and_scale_do_not_matter_and_chance_is_near_0():
 
 def test_features_are_those_of_all_blocks(subject):
     patches, classes = block_features(subject.before, subject.batches[0])
-    assert patches.shape == (3, 5, 16 * 16) and classes.shape == (3, 5, 16)
+    assert [each.shape for each in patches] == [(5, 16 * 16)] * 3
+    assert [each.shape for each in classes] == [(5, 16)] * 3
     torch.testing.assert_close(
         subject.before.norm_f(classes[-1]),
         subject.before.forward_features(subject.batches[0])[:, subject.before.cls_position],

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from vimtune.analysis.diagonal import diagonal_share
-from vimtune.analysis.gradient import transformation_gradients
+from vimtune.analysis.gradient import (
+    transformation_gradient,
+    transformation_gradients,
+    with_head_of,
+)
 from vimtune.analysis.transformation import (
     DiagonalNumbers,
     measure,
@@ -78,7 +82,7 @@ def test_factors_of_columns_and_rows_are_told_apart():
 def test_a_random_change_is_near_the_identity_and_not_diagonal(shape):
     """The measure that a small change meets by chance, and the one that it does not."""
     weight = matrix(*shape)
-    changed = random_change(weight, 0.01 * float(weight.norm()), seed=5)
+    changed = weight + random_change(shape, 0.01 * float(weight.norm()), seed=5)
     assert float((changed - weight).norm()) == pytest.approx(0.01 * float(weight.norm()))
     found = measure(0, "in_proj", weight, changed)
     numbers = DiagonalNumbers.of(found.found.nearest)
@@ -108,10 +112,24 @@ def test_sizes_of_rows_and_columns_explain_a_product():
     assert diagonal_share(torch.eye(4)).excess == pytest.approx(4)
 
 
+def test_gradients_of_a_model_are_those_of_autograd(subject):
+    """With W T in the place of the weight of a projector."""
+    model = with_head_of(subject)
+    (found, _) = transformation_gradients(model, subject.losses())
+    assert len(found) == 2 * len(model.layers)
+    path = "layers.1.mixer.out_proj.weight"
+    identity = torch.eye(32, requires_grad=True)
+    changed = {path: dict(model.named_parameters())[path].detach() @ identity}
+    loss = next(subject.losses())(lambda images: torch.func.functional_call(model, changed, images))
+    (wanted,) = torch.autograd.grad(loss, identity)
+    torch.testing.assert_close(found[path].float(), wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(model.head.weight, subject.weights_after["head.weight"])
+
+
 def test_the_gradient_of_the_transformation_is_that_of_autograd():
     weight, inputs = matrix(6, 4), matrix(5, 4, seed=1)
     identity = torch.eye(4, dtype=torch.double, requires_grad=True)
     (wanted,) = torch.autograd.grad(F.linear(inputs, weight @ identity).square().sum(), identity)
     leaf = weight.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(F.linear(inputs, leaf).square().sum(), leaf)
-    torch.testing.assert_close(transformation_gradients(weight, gradient), wanted)
+    torch.testing.assert_close(transformation_gradient(weight, gradient), wanted)

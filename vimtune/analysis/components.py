@@ -42,6 +42,11 @@ class Movement:
         """||W' - W|| / ||W||; None for what was 0 before."""
         return math.sqrt(self.change / self.size) if self.size else None
 
+    @property
+    def step(self) -> float:
+        """Root mean square of the changes of single numbers."""
+        return math.sqrt(self.change / self.parameters) if self.parameters else 0.0
+
 
 Movements = dict[str, dict[int | None, Movement]]
 """By group and layer; None stands for what belongs to no layer."""
@@ -79,7 +84,8 @@ def analyze(subject: Subject) -> Section:
         title="Which parameters have moved",
         explanation="The relative change ||W' - W|| / ||W|| of each group of parameters, where W' is what "
         "the model computes with after training, adapters included. The share is that of the group in the "
-        "sum of squared changes; the head, which is new, is left out of both. Methods that act on calls, "
+        "sum of squared changes, the change of a number is its root mean square, which optimisers like Adam "
+        "make much the same for all; the head, which is new, is left out of both. Methods that act on calls, "
         "such as prompts, move no parameter.",
         findings=[
             f"Relative change: {', '.join(f'{group} {_percent(wholes[group])}' for group in moved)}."
@@ -90,6 +96,7 @@ def analyze(subject: Subject) -> Section:
             group: {
                 "parameters": whole.parameters,
                 "relative_change": whole.relative,
+                "rms_change": whole.step,
                 "share_of_change": shares[group],
                 "layers": {str(layer): own.relative for layer, own in found[group].items()},
             }
@@ -98,9 +105,15 @@ def analyze(subject: Subject) -> Section:
         tables=[
             Table(
                 "All layers together",
-                ["group", "parameters", "relative change", "share"],
+                ["group", "parameters", "relative change", "change of a number", "share"],
                 [
-                    [group, f"{whole.parameters:,}", _percent(whole), f"{100 * shares[group]:.1f} %"]
+                    [
+                        group,
+                        f"{whole.parameters:,}",
+                        _percent(whole),
+                        f"{whole.step:.2e}",
+                        f"{100 * shares[group]:.1f} %",
+                    ]
                     for group, whole in wholes.items()
                 ],
             )

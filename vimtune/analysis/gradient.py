@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,40 +17,46 @@ from torch import Tensor, nn
 from vimtune.adapters.manage import head_parameters
 from vimtune.analysis.diagonal import DiagonalShare, diagonal_share
 from vimtune.analysis.drawing import draw_concentration
-from vimtune.analysis.parameters import PROJECTORS, layer_of
+from vimtune.analysis.parameters import PROJECTORS, projector_of
 from vimtune.analysis.section import NotApplicable, Picture, Section, Table
-from vimtune.analysis.subject import Subject
+from vimtune.analysis.subject import Loss, Subject
 
 
-def transformation_gradients(weight: Tensor, gradient: Tensor) -> Tensor:
+def transformation_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
     """dL/dT (I, I) at T = I, of W (O, I) and dL/dW (O, I)."""
     return weight.double().T @ gradient.double()
 
 
-def analyze(subject: Subject) -> Section:
-    """The share of the diagonal in the squared gradients of training batches."""
-    model = with_head_of(subject)
-    projectors = {
-        path: parameter
-        for path, parameter in model.named_parameters()
-        if path.endswith(".weight") and path.split(".")[-2] in PROJECTORS and layer_of(path) is not None
-    }
+def transformation_gradients(model: nn.Module, losses: Iterable[Loss]) -> Iterator[dict[str, Tensor]]:
+    """dL/dT of every projector for each loss, by the path of the weight.
+
+    Raises:
+        NotApplicable: the model has no projectors.
+    """
+    projectors = {path: weight for path, weight in model.named_parameters() if projector_of(path) is not None}
     if not projectors:
         raise NotApplicable("the model has no in_proj and no out_proj")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in projectors.values():
-        parameter.requires_grad_(True)
+    model.requires_grad_(False)
+    for weight in projectors.values():
+        weight.requires_grad_(True)
+    for loss in losses:
+        gradients = torch.autograd.grad(loss(model), list(projectors.values()))
+        yield {
+            path: transformation_gradient(weight.detach(), gradient)
+            for (path, weight), gradient in zip(projectors.items(), gradients, strict=True)
+        }
+
+
+def analyze(subject: Subject) -> Section:
+    """The share of the diagonal in the squared gradients of training batches."""
     squares: dict[str, Tensor] = {}
     totals: dict[str, Tensor] = {}
     count = 0
-    for loss in subject.losses():
-        gradients = torch.autograd.grad(loss(model), list(projectors.values()))
-        for (path, weight), gradient in zip(projectors.items(), gradients, strict=True):
-            own = transformation_gradients(weight.detach(), gradient)
-            squares[path] = squares.get(path, 0) + own.square()
-            totals[path] = totals.get(path, 0) + own
+    for gradients in transformation_gradients(with_head_of(subject), subject.losses()):
         count += 1
+        for path, own in gradients.items():
+            squares[path] = squares.get(path, torch.zeros_like(own)) + own.square()
+            totals[path] = totals.get(path, torch.zeros_like(own)) + own
     if not count:
         raise NotApplicable("it needs training batches: name a data set with --dataset")
     single = _shares(squares)
@@ -129,10 +136,10 @@ def _shares(squares: dict[str, Tensor]) -> dict[str, list[tuple[int, DiagonalSha
     """Those of all projectors, by name and layer; without those whose gradient is 0."""
     found: dict[str, list[tuple[int, DiagonalShare]]] = {name: [] for name in PROJECTORS}
     for path, own in squares.items():
-        layer = layer_of(path)
-        assert layer is not None, "only these were taken"
-        if (share := diagonal_share(own, seed=layer)) is not None:
-            found[path.split(".")[-2]].append((layer, share))
+        place = projector_of(path)
+        assert place is not None, "only these were taken"
+        if (share := diagonal_share(own, seed=place[0])) is not None:
+            found[place[1]].append((place[0], share))
     return {name: own for name, own in found.items() if own}
 
 

@@ -45,6 +45,12 @@ def layer_of(path: str) -> int | None:
     return None if found is None else int(found.group(1))
 
 
+def projector_of(path: str) -> tuple[int, str] | None:
+    """Layer and name of the projector whose weight the parameter `path` is; None for any other one."""
+    layer, (*_, name, leaf) = layer_of(path), ("", *path.split("."))
+    return None if layer is None or name not in PROJECTORS or leaf != "weight" else (layer, name)
+
+
 @torch.no_grad()
 def effective_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The value of every parameter as the model computes with it in evaluation, rules of the active adapter
@@ -70,9 +76,6 @@ def changed_projectors(
         Layer, name ("in_proj" or "out_proj"), weight before and weight after, both (out, in).
     """
     for path, weight in before.items():
-        name = path.removesuffix(".weight").rpartition(".")[2]
-        layer = layer_of(path)
-        if layer is None or name not in PROJECTORS or not path.endswith(".weight"):
-            continue
-        if after[path].shape == weight.shape and not torch.equal(after[path], weight):
-            yield layer, name, weight, after[path]
+        place = projector_of(path)
+        if place is not None and after[path].shape == weight.shape and not torch.equal(after[path], weight):
+            yield *place, weight, after[path]

@@ -41,8 +41,9 @@ LAYERS_SHOWN = 4
 """Layers whose maps the pictures show."""
 LARGEST = 2**24
 """Numbers of a piece of a matrix that are held at a time; more channels are done one after the other."""
-IMAGES = 8
-"""Images over which the numbers are means, because the matrices of one take a while."""
+IMAGES, PAIRS = 4, 2**17
+"""At most so many images, and so many pairs of tokens of all images together, but for one image: the matrices
+of an image of 224 pixels take a CPU half a minute."""
 
 
 def scan_matrix(
@@ -148,7 +149,8 @@ class Reach:
 def analyze(subject: Subject) -> Section:
     """Maps of the trained model for one image, and how they differ from those before training."""
     before, after = subject.vims()
-    images = torch.cat(subject.images())[:IMAGES]
+    tokens = before.patch_embed.num_patches + 1
+    images = torch.cat(subject.images())[: max(1, min(IMAGES, PAIRS // tokens**2))]
     old, new = read_maps(before, images), read_maps(after, images)
     # Half the sum of absolute differences: the share of what is read that is now read elsewhere.
     shifts = (new - old).abs().sum(-1).div(2).mean((-2, -1))
@@ -217,7 +219,7 @@ def analyze(subject: Subject) -> Section:
 
 
 def _mean(rows: Sequence[tuple[int, str, Reach, float]], name: str) -> float:
-    return statistics.mean(getattr(reach, name) for _, _, reach, _ in rows)
+    return float(statistics.mean(getattr(reach, name) for _, _, reach, _ in rows))
 
 
 def _spread_out(total: int, count: int) -> list[int]:

@@ -25,10 +25,10 @@ FEWEST = 4
 """The unbiased HSIC needs at least so many images in a minibatch."""
 
 
-def gram_matrices(features: Tensor) -> Tensor:
-    """(F, n, P) to X X^T without its diagonal, (F, n, n), in double precision."""
-    grams = features.double() @ features.double().transpose(1, 2)
-    return grams * (1 - torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device))
+def gram_matrices(features: Iterable[Tensor]) -> Tensor:
+    """F sets of features (n, P) to X X^T without its diagonal, (F, n, n), in double precision."""
+    wide = (each.double() for each in features)
+    return torch.stack([(each @ each.T).fill_diagonal_(0) for each in wide])
 
 
 def unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
@@ -50,49 +50,53 @@ def unbiased_hsic(first: Tensor, second: Tensor) -> Tensor:
     return (traces + sums - 2 / (count - 2) * rows @ others.T) / (count * (count - 3))
 
 
-def minibatch_cka(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """CKA of each pair of sets of features, over minibatches.
+class MinibatchCka:
+    """CKA of each pair of sets of features, from minibatches that are added one by one."""
 
-    Args:
-        pairs: for each minibatch features (F, n, P) and (G, n, Q) of the same images; n may differ.
+    def __init__(self) -> None:
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
-    Returns:
-        (F, G) on the CPU. It is NaN where features do not differ between images. Being unbiased, it may lie a
-        little below 0 or above 1.
+    def add(self, first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
+        """Add a minibatch: F sets (n, P) and G sets (n, Q) of features of the same n images.
 
-    Raises:
-        ValueError: there is no minibatch, or one has fewer than `FEWEST` images.
-    """
-    cross, own, others = 0.0 * torch.empty(0), torch.empty(0), torch.empty(0)
-    for number, (first, second) in enumerate(pairs):
+        Raises:
+            ValueError: fewer than `FEWEST` images.
+        """
         left, right = gram_matrices(first), gram_matrices(second)
         found = (
             unbiased_hsic(left, right),
             unbiased_hsic(left, left).diagonal(),
             unbiased_hsic(right, right).diagonal(),
         )
-        if number == 0:
-            cross, own, others = (torch.zeros_like(each) for each in found)
-        cross, own, others = (total + each for total, each in zip((cross, own, others), found, strict=True))
-    if not cross.numel():
-        raise ValueError("CKA of no images: expected at least one minibatch")
-    return (cross / torch.outer(own.clamp(min=0).sqrt(), others.clamp(min=0).sqrt())).cpu()
+        before = self._sums or tuple(torch.zeros_like(each) for each in found)
+        cross, own, others = (total + each for total, each in zip(before, found, strict=True))
+        self._sums = cross, own, others
+
+    def value(self) -> Tensor:
+        """CKA (F, G) on the CPU. It is NaN where features do not differ between images. Being unbiased, it
+        may lie a little below 0 or above 1.
+
+        Raises:
+            ValueError: there was no minibatch.
+        """
+        if self._sums is None:
+            raise ValueError("CKA of no images: expected at least one minibatch")
+        cross, own, others = self._sums
+        return (cross / torch.outer(own.clamp(min=0).sqrt(), others.clamp(min=0).sqrt())).cpu()
 
 
 @torch.no_grad()
-def block_features(model: VisionMamba, images: Tensor) -> tuple[Tensor, Tensor]:
+def block_features(model: VisionMamba, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of all blocks for images (n, C, H, W).
 
     Returns:
-        All patch tokens of an image as one feature (F, n, M D), and the class token (F, n, D).
+        For each block all patch tokens of an image as one feature (n, M D), and the class token (n, D).
     """
     maps = model.forward_intermediates(
         images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
     )
     assert isinstance(maps, list)
-    return torch.stack([patches.flatten(1) for patches, _ in maps]), torch.stack(
-        [cls[:, 0] for _, cls in maps]
-    )
+    return [patches.flatten(1) for patches, _ in maps], [token[:, 0] for _, token in maps]
 
 
 def analyze(subject: Subject) -> Section:
@@ -101,9 +105,12 @@ def analyze(subject: Subject) -> Section:
     batches = [images for images in subject.images() if len(images) >= FEWEST]
     if not batches:
         raise NotApplicable(f"it needs at least {FEWEST} images at a time: raise --images or --batch-size")
-    features = [(block_features(before, images), block_features(after, images)) for images in batches]
-    patches = minibatch_cka((old[0], new[0]) for old, new in features)
-    classes = minibatch_cka((old[1], new[1]) for old, new in features)
+    of_patches, of_classes = MinibatchCka(), MinibatchCka()
+    for images in batches:
+        old, new = block_features(before, images), block_features(after, images)
+        of_patches.add(old[0], new[0])
+        of_classes.add(old[1], new[1])
+    patches, classes = of_patches.value(), of_classes.value()
     same = patches.diagonal().tolist(), classes.diagonal().tolist()
     count = sum(map(len, batches))
     return Section(

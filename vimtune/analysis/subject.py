@@ -23,6 +23,7 @@ from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.images.job import create_backbone
 from vimtune.tasks.job import Forward, Job, Loader, Tensors
 from vimtune.training.distributed import Processes, open_processes
+from vimtune.training.report import device_name, versions
 from vimtune.training.settings import derive_seed, process_settings
 
 Loss = Callable[[Forward], Tensor]
@@ -114,6 +115,9 @@ def open_subject(
             "model": recipe.backbone.model,
             "method": "merged weights" if method is None else method.method,
             **subject.facts,
+            "seed": str(recipe.run.seed),
+            "device": device_name(processes.device),
+            "versions": ", ".join(f"{name} {number}" for name, number in versions(recipe.task).items()),
         }
         yield subject
 

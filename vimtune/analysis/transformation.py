@@ -23,11 +23,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from vimtune.analysis.diagonal import DiagonalShare, diagonal_share
@@ -94,36 +95,49 @@ class Transformation:
     """Share of ||W' - W||^2 that a factor for each row reaches, the s of ProDiaL; by chance 1 / I."""
 
 
-def pseudo_inverse(weight: Tensor) -> tuple[Tensor, int, float]:
-    """Moore-Penrose inverse of W (O, I) in double precision.
+class PseudoInverse(NamedTuple):
+    """The Moore-Penrose inverse of a weight W."""
+
+    value: Tensor
+    """pinv(W), (I, O), in double precision."""
+    rank: int
+    """r."""
+    condition: float
+    """Largest over smallest singular value that is not 0."""
+
+
+def pseudo_inverse(weight: Tensor) -> PseudoInverse:
+    """The inverse of W (O, I).
 
     Singular values below eps max(O, I) times the largest one, with the eps of fp32, in which weights are
     kept, count as 0.
-
-    Returns:
-        pinv(W) (I, O), the rank, and the condition number of what is not 0.
     """
     left, sizes, right = torch.linalg.svd(weight.double(), full_matrices=False)
     kept = sizes > torch.finfo(torch.float32).eps * max(weight.shape) * sizes.max()
     rank = int(kept.sum())
     if rank == 0:
-        return torch.zeros(weight.shape[::-1], dtype=torch.double), 0, float("nan")
+        return PseudoInverse(torch.zeros(weight.shape[::-1], dtype=torch.double), 0, float("nan"))
     left, sizes, right = left[:, kept], sizes[kept], right[kept]
-    return (right.T / sizes) @ left.T, rank, float(sizes[0] / sizes[-1])
+    return PseudoInverse((right.T / sizes) @ left.T, rank, float(sizes[0] / sizes[-1]))
 
 
-def transformation_of(weight: Tensor, changed: Tensor) -> Transformation:
-    """T of W (O, I) and W' (O, I), which differ; computed in double precision on the CPU."""
+def transformation_of(
+    weight: Tensor, changed: Tensor, inverse: PseudoInverse | None = None
+) -> Transformation:
+    """T of W (O, I) and W' (O, I), which differ; computed in double precision on the CPU.
+
+    `inverse` is that of W, if it is at hand.
+    """
     weight, changed = weight.double().cpu(), changed.double().cpu()
     change = changed - weight
-    inverse, rank, condition = pseudo_inverse(weight)
-    moved = inverse @ change
+    inverse = inverse or pseudo_inverse(weight)
+    moved = inverse.value @ change
     energy = change.square().sum()
     return Transformation(
-        rank=rank,
-        condition=condition,
+        rank=inverse.rank,
+        condition=inverse.condition,
         relative_change=float(change.norm() / weight.norm()),
-        plain=inverse @ changed,
+        plain=inverse.value @ changed,
         nearest=torch.eye(weight.shape[1], dtype=torch.double) + moved,
         explained=float((weight @ moved).square().sum() / energy),
         by_columns=_reached(weight, change, 0, energy),
@@ -138,10 +152,10 @@ def _reached(weight: Tensor, change: Tensor, dim: int, energy: Tensor) -> float:
     return float(torch.where(sizes > 0, products / sizes, 0.0).sum() / energy)
 
 
-def random_change(weight: Tensor, size: float, seed: int) -> Tensor:
-    """W plus independent normal numbers, scaled to the size ||W' - W||."""
-    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    return weight.double().cpu() + noise * (size / float(noise.norm()))
+def random_change(shape: Sequence[int], size: float, seed: int) -> Tensor:
+    """Independent normal numbers in the place of W' - W, of the same size ||W' - W||."""
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    return noise * (size / float(noise.norm()))
 
 
 @dataclass(frozen=True)
@@ -182,17 +196,17 @@ class Measured:
 
 def measure(layer: int, name: str, weight: Tensor, changed: Tensor) -> Measured | None:
     """One projector with its controls; None where the change lies beside all that a T reaches."""
-    found = transformation_of(weight, changed)
+    inverse = pseudo_inverse(weight.cpu())
+    found = transformation_of(weight, changed, inverse)
     identity = torch.eye(weight.shape[1], dtype=torch.double)
     share = diagonal_share((found.nearest - identity).square(), seed=layer)
     if share is None:
         return None
     size = found.relative_change * float(weight.double().norm())
-    controls = [
-        DiagonalNumbers.of(transformation_of(weight, random_change(weight, size, seed)).nearest)
-        for seed in range(CONTROLS)
-    ]
-    energy = statistics.mean(control.off_diagonal_energy for control in controls)
+    controls = (random_change(weight.shape, size, seed) for seed in range(CONTROLS))
+    energy = statistics.mean(
+        DiagonalNumbers.of(identity + inverse.value @ change).off_diagonal_energy for change in controls
+    )
     return Measured(layer, name, (weight.shape[0], weight.shape[1]), found, share, energy)
 
 
@@ -308,7 +322,9 @@ def _draw_parts(measured: Sequence[Measured]) -> Figure:
                 axes.set_title(f"{name}, layer {each.layer}", fontsize=10)
                 axes.set_xticks([])
                 axes.set_yticks([])
-            plain_numbers(figure.colorbar(picture, ax=list(line), shrink=0.8).ax.yaxis)
+            bar = figure.colorbar(picture, ax=list(line), shrink=0.8, format=lambda value, _: f"{value:.1g}")
+            bar.set_ticks([-top, -top / 10, 0, top / 10, top])
+            bar.minorticks_off()
         return figure
 
 
@@ -329,6 +345,7 @@ def _draw_distribution(measured: Sequence[Measured]) -> Figure:
                 )
             axes.set(title=name, xlabel="entry of the change of T", ylabel="density", yscale="log")
             plain_numbers(axes.yaxis)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         return figure

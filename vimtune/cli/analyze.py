@@ -25,7 +25,7 @@ examples:
 
 analyses:
 {analyses}"""
-"""What stands below the options in the help; `{{prog}}` is the command."""
+"""What stands below the options in the help; `{prog}` is the command, `{analyses}` the table of them."""
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:

@@ -121,7 +121,7 @@ def _show_score(row: Row, name: str) -> str:
 
 
 def _show_published(row: Row) -> str:
-    return NONE if row.published is None else f"{row.published:g}"
+    return NONE if row.published is None else f"{row.published:.{2 if row.scores[0].percent else 3}f}"
 
 
 def _show_count(row: Row) -> str:
