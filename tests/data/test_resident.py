@@ -11,10 +11,12 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from vimtune.data import CorruptImageError, ImageDataset, build_transform, create_dataset, create_loader
+from vimtune.data.loader import WorkerLoader
 from vimtune.data.resident import crops, operations
 from vimtune.data.resident.augmentation import Augmentation, stored_pixels
 from vimtune.data.resident.crops import Boxes, draw_boxes, resize_boxes
 from vimtune.data.resident.draws import Draws, uniforms
+from vimtune.data.resident.loader import ResidentLoader
 from vimtune.data.resident.store import DoesNotFitError
 from vimtune.data.transforms import CROP_SCALE
 
@@ -398,6 +400,18 @@ def test_resuming_is_exact_to_the_bit() -> None:
             assert torch.equal(one, other)
 
 
+def test_batches_that_are_made_ahead_are_those_of_their_position() -> None:
+    loader = make()
+    loader._together = 1
+    loader.set_position(1, 1)
+    loader.read_ahead()
+    assert_same(epoch(loader, 2), epoch(make(), 2))
+    loader.set_position(3, 2)
+    loader.read_ahead()
+    assert_same(epoch(loader, 3, 2), epoch(make(), 3)[2:])
+    assert epoch(loader, 3, 3) == []
+
+
 def test_global_random_state_is_left_alone() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -424,6 +438,19 @@ def test_what_does_not_fit_is_refused_or_read_again(monkeypatch, caplog) -> None
         make()
     assert "train: 9 images are on cpu as uint8" in caplog.text
     assert "1.0 GB free" in caplog.text
+
+
+def test_auto_keeps_on_a_gpu_what_fits_in_every_rank(monkeypatch, caplog) -> None:
+    assert isinstance(make(cache="auto"), WorkerLoader)
+    monkeypatch.setattr("vimtune.data.loader._is_gpu", lambda device: True)
+    assert isinstance(make(cache="auto"), ResidentLoader)
+    asked: list[bool] = []
+    assert isinstance(make(cache="auto", agree=lambda fits: asked.append(fits)), WorkerLoader)
+    monkeypatch.setattr("vimtune.data.resident.store.SHARE", 0)
+    with caplog.at_level(logging.INFO):
+        assert isinstance(make(cache="auto", agree=lambda fits: asked.append(fits)), WorkerLoader)
+    assert asked == [True, False]
+    assert "decoded images are not kept: the 9 images of 'train'" in caplog.text
 
 
 def test_a_data_set_of_the_registry_is_kept_on_the_device() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,6 +69,7 @@ def create_loader(
     world_size: int = 1,
     cache: str | bool = "none",
     device: torch.device | None = None,
+    agree: Callable[[bool], bool] = bool,
     on_corrupt: str = "error",
     pin_memory: bool = False,
 ) -> ImageLoader:
@@ -90,6 +91,8 @@ def create_loader(
             augmentation is that of `vimtune.data.resident`, whichever library `transform` names. "auto":
             "device" if that is a GPU and they fit, else "none".
         device: where batches are wanted; None for the host. Only a cache on the device puts them there.
+        agree: is told whether the images fit where "auto" is to keep them, and says whether they do so in
+            all ranks; alone each rank decides for itself.
         on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
             they are more than half of an epoch, or of what was read of it after the first 100 images.
         pin_memory: put batches in page-locked memory for faster copies to a GPU.
@@ -102,16 +105,18 @@ def create_loader(
     place = cache_place(cache)
     device = device or torch.device("cpu")
     batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
-    if place == "device" or (place == "auto" and device.type == "cuda"):
+    store = None
+    if place == "device":
+        store = fill_store(dataset, transform.preprocessing, device, num_workers)
+    elif place == "auto" and _is_gpu(device):
         try:
             store = fill_store(dataset, transform.preprocessing, device, num_workers)
         except DoesNotFitError as error:
-            if place == "device":
-                raise
             logger.info("decoded images are not kept: %s", error)
-        else:
-            augmentation = Augmentation(transform.preprocessing, device)
-            return ResidentLoader(dataset, store, augmentation, batches, seed, on_corrupt)
+        store = store if agree(store is not None) else None
+    if store is not None:
+        augmentation = Augmentation(transform.preprocessing, device)
+        return ResidentLoader(dataset, store, augmentation, batches, seed, on_corrupt)
     samples = Samples(dataset, transform, seed)
     if place == "host":
         samples.fill_cache()
@@ -129,6 +134,11 @@ def create_loader(
         generator=generator,
     )
     return WorkerLoader(samples, batches, loader, on_corrupt, transform.img_size)
+
+
+def _is_gpu(device: torch.device) -> bool:
+    """Whether a device is worth being augmented on."""
+    return device.type == "cuda"
 
 
 def _check_settings(
