@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.cache_places import cache_place
+from vimtune.data.cache_places import Agreement, cache_place
 from vimtune.data.image_loader import ImageLoader
 from vimtune.data.resident.augmentation import Augmentation
 from vimtune.data.resident.loader import ResidentLoader
@@ -69,7 +69,7 @@ def create_loader(
     world_size: int = 1,
     cache: str | bool = "none",
     device: torch.device | None = None,
-    agree: Callable[[bool], bool] = bool,
+    agree: Agreement = bool,
     on_corrupt: str = "error",
     pin_memory: bool = False,
 ) -> ImageLoader:
@@ -91,8 +91,7 @@ def create_loader(
             augmentation is that of `vimtune.data.resident`, whichever library `transform` names. "auto":
             "device" if that is a GPU and they fit, else "none".
         device: where batches are wanted; None for the host. Only a cache on the device puts them there.
-        agree: is told whether the images fit where "auto" is to keep them, and says whether they do so in
-            all ranks; alone each rank decides for itself.
+        agree: decides for "auto" where there are several ranks; by default each decides for itself.
         on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
             they are more than half of an epoch, or of what was read of it after the first 100 images.
         pin_memory: put batches in page-locked memory for faster copies to a GPU.
