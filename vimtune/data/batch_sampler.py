@@ -48,14 +48,14 @@ class BatchSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         """The keys of this rank's samples, batch by batch."""
         epoch = self.epoch
-        for share in self.shares(self.start_batch):
+        for share in self.shares(epoch, self.start_batch):
             yield [Key(epoch, index) for index in share.tolist()]
 
-    def shares(self, start_batch: int) -> Iterator[np.ndarray]:
-        """The indices of this rank's images, batch by batch, from one batch of the epoch on: int64 (b,)."""
+    def shares(self, epoch: int, start_batch: int) -> Iterator[np.ndarray]:
+        """The indices of this rank's images, batch by batch, from one batch of an epoch on: int64 (b,)."""
         order = np.arange(self._num_images)
         if self._shuffle:
-            order = np.random.default_rng([self._seed, self.epoch]).permutation(self._num_images)
+            order = np.random.default_rng([self._seed, epoch]).permutation(self._num_images)
         for batch in range(start_batch, self.num_batches):
             whole = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             first = self._rank * len(whole) // self._world_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from vimtune import parsers
@@ -9,6 +10,9 @@ from vimtune import parsers
 CACHES = ("auto", "none", "host", "device")
 """Nowhere, in the memory of the host, or on the device that trains, which then augments them, too. "auto" is
 the device where that is a GPU with room for them, and else nowhere."""
+
+Agreement = Callable[[bool], bool]
+"""Is told in every rank whether the images fit there, and says whether they fit in all of them."""
 
 
 def cache_place(value: Any) -> str:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.cache_places import cache_place
+from vimtune.data.cache_places import Agreement, cache_place
 from vimtune.data.image_loader import ImageLoader
 from vimtune.data.resident.augmentation import Augmentation
 from vimtune.data.resident.loader import ResidentLoader
@@ -104,6 +104,7 @@ def create_loader(
     world_size: int = 1,
     cache: str | bool = "none",
     device: torch.device | None = None,
+    agree: Agreement = bool,
     on_corrupt: str = "error",
     pin_memory: bool = False,
 ) -> ImageLoader:
@@ -126,6 +127,7 @@ def create_loader(
             augmentation is that of `vimtune.data.resident`, whichever library `transform` names. "auto":
             "device" if that is a GPU and they fit, else "none".
         device: where batches are wanted; None for the host. Only a cache on the device puts them there.
+        agree: decides for "auto" where there are several ranks; by default each decides for itself.
         on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
             they are more than half of an epoch, or of what was read of it after the first 100 images.
         pin_memory: put batches in page-locked memory for faster copies to a GPU.
@@ -138,16 +140,18 @@ def create_loader(
     place = cache_place(cache)
     device = device or torch.device("cpu")
     batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
-    if place == "device" or (place == "auto" and device.type == "cuda"):
+    store = None
+    if place == "device":
+        store = fill_store(dataset, transform.preprocessing, device, num_workers)
+    elif place == "auto" and _is_gpu(device):
         try:
             store = fill_store(dataset, transform.preprocessing, device, num_workers)
         except DoesNotFitError as error:
-            if place == "device":
-                raise
             logger.info("decoded images are not kept: %s", error)
-        else:
-            augmentation = Augmentation(transform.preprocessing, device)
-            return ResidentLoader(dataset, store, augmentation, batches, seed, on_corrupt)
+        store = store if agree(store is not None) else None
+    if store is not None:
+        augmentation = Augmentation(transform.preprocessing, device)
+        return ResidentLoader(dataset, store, augmentation, batches, seed, on_corrupt)
     samples = Samples(dataset, transform, seed)
     if place == "host":
         samples.fill_cache()
@@ -167,6 +171,11 @@ def create_loader(
         generator=generator,
     )
     return WorkerLoader(samples, batches, loader, on_corrupt, transform.img_size)
+
+
+def _is_gpu(device: torch.device) -> bool:
+    """Whether a device is worth being augmented on."""
+    return device.type == "cuda"
 
 
 def _check_settings(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,27 +41,58 @@ class ResidentLoader(ImageLoader):
     ) -> None:
         super().__init__(dataset, batches, on_corrupt, augmentation.img_size)
         self._store, self._augmentation, self._seed = store, augmentation, seed
+        self._ahead: _Ahead | None = None
         self._labels = torch.tensor(dataset.targets, dtype=torch.int64, device=store.device)
         self._unread = np.isin(np.arange(len(dataset)), list(store.failures))
         of_an_image = 3 * 4 * max(store.largest[0] * store.largest[1], self._img_size[0] * self._img_size[1])
         self._together = max(1, _BYTES_AT_ONCE // (of_an_image * batches.largest_share))
 
+    def read_ahead(self) -> None:
+        """Launch the first batches that the next iteration is to yield, while something else is done.
+
+        An iteration that starts at another position begins anew.
+        """
+        position = self._batches.epoch, self._batches.start_batch
+        if self._ahead is None or self._ahead[:2] != position:
+            groups = self._groups(*position)
+            self._ahead = _Ahead(*position, next(groups, []), groups)
+
+    def close(self) -> None:
+        """Forget batches that were made ahead."""
+        self._ahead = None
+
     def _read(self) -> Iterator[Batch]:
-        number = self._batches.start_batch // self._together * self._together
-        shares = self._batches.shares(number)
+        self.read_ahead()
+        assert self._ahead is not None
+        ahead, self._ahead = self._ahead, None
+        for group in chain([ahead.first], ahead.others):
+            yield from group
+
+    def _groups(self, epoch: int, start_batch: int) -> Iterator[list[Batch]]:
+        """The batches from a position to the end of the epoch, those that are made together in one list."""
+        number = start_batch // self._together * self._together
+        shares = self._batches.shares(epoch, number)
         while group := list(islice(shares, self._together)):
-            readable = [share[~self._unread[share]] for share in group]
-            sizes = [len(share) for share in readable]
-            images, labels = self._make(np.concatenate(readable))
-            parts = zip(group, images.split(sizes), labels.split(sizes), strict=True)
-            for share, own_images, own_labels in parts:
-                if number >= self._batches.start_batch:
-                    failures = [self._store.failures[index] for index in share[self._unread[share]].tolist()]
-                    yield Batch(own_images, own_labels, failures)
-                number += 1
+            yield self._make(epoch, group)[max(0, start_batch - number) :]
+            number += len(group)
+
+    def _make(self, epoch: int, shares: list[np.ndarray]) -> list[Batch]:
+        """Batches of the images with the given indices, (b,) each."""
+        readable = [share[~self._unread[share]] for share in shares]
+        sizes = [len(share) for share in readable]
+        images, labels = self._augmented(epoch, np.concatenate(readable))
+        parts = zip(shares, images.split(sizes), labels.split(sizes), strict=True)
+        return [
+            Batch(
+                own,
+                own_labels,
+                [self._store.failures[index] for index in share[self._unread[share]].tolist()],
+            )
+            for share, own, own_labels in parts
+        ]
 
     @torch.no_grad()
-    def _make(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _augmented(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """The model's input (b, 3, H, W) of images, augmented for the epoch, and their labels (b,)."""
         device = self._store.device
         places = torch.from_numpy(indices)
@@ -68,5 +100,16 @@ class ResidentLoader(ImageLoader):
         labels = self._labels[places]
         if not len(indices):
             return torch.empty(0, 3, *self._img_size, device=device), labels
-        table = uniforms(self._seed, self._batches.epoch, places, self._augmentation.num_draws)
+        table = uniforms(self._seed, epoch, places, self._augmentation.num_draws)
         return self._augmentation(*self._store.read(places), Draws(table)), labels
+
+
+class _Ahead(NamedTuple):
+    """Batches that were launched before they are asked for."""
+
+    epoch: int
+    start_batch: int
+    first: list[Batch]
+    """The first group of batches."""
+    others: Iterator[list[Batch]]
+    """The groups that are made when their turn comes."""

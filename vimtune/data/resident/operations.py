@@ -23,6 +23,13 @@ _LEVELS = 256
 
 BRIGHTNESS, CONTRAST, SATURATION, SHARPNESS = range(4)
 """What `blend` changes."""
+_BLENDS = {
+    "brightness": BRIGHTNESS,
+    "contrast": CONTRAST,
+    "saturation": SATURATION,
+    "sharpness": SHARPNESS,
+}
+"""Operations that are blends."""
 
 _OPERATIONS = (
     "identity",
@@ -121,10 +128,11 @@ def random_operation(images: Tensor, draws: Draws, fill: Tensor) -> Tensor:
         angle=amount("rotate", _ANGLE),
         fill=fill,
     )
-    names = ("brightness", "contrast", "saturation", "sharpness")  # in the order of the constants
-    kinds = sum(number * of(name) for number, name in enumerate(names))
-    factors = 1 + sum(amount(name, _BLEND) for name in names)
-    assert isinstance(kinds, Tensor) and isinstance(factors, Tensor)
+    kinds = torch.zeros_like(chosen)
+    factors = torch.ones_like(sign)
+    for name, kind in _BLENDS.items():
+        kinds = torch.where(of(name), kind, kinds)
+        factors = factors + amount(name, _BLEND)
     images = blend(images, kinds, factors, sharpness=True)
     return look_up(images, {name: of(name) for name in TABLES})
 

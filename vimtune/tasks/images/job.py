@@ -223,6 +223,7 @@ def open_batches(
         world_size=processes.world_size,
         cache="none" if once and data.cache in ("auto", "device") else data.cache,
         device=processes.device,
+        agree=lambda fits: all(processes.gather(fits)),
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
     )

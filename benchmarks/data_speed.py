@@ -1,0 +1,243 @@
+"""Time training from images against the bare training step, and reading JPEG files against timm's loader.
+
+    python benchmarks/data_speed.py                                      # generated flowers
+    python benchmarks/data_speed.py --dataset flowers --data-dir data --model vim_tiny_patch8_64
+    python benchmarks/data_speed.py --device cpu --epochs 3 --batch-size 16 --steps 2 --jpegs 64 \
+        --dataset-kwargs species=4,train_per_species=8
+
+Rows of training, all with the same recipe:
+
+    bare       the step as one CUDA graph on one batch that lies on the device (see gpu_train.py)
+    none       whole runs of `vimtune.training`: images are decoded in every epoch,
+    host       or once, and kept in host memory,
+    device     or once, and kept and augmented on the device
+
+img/s of a run are those between the ends of the first and of the last epoch but one, which is all that an
+epoch takes but for an evaluation: its steps, the state that is saved, and the way to the next epoch.
+"start s" is the time until the first step is done: opening data and model, decoding, recording a graph.
+
+Rows of reading, at 224 px from a folder of JPEG files of 500 x 375 pixels that the script makes:
+
+    decode     `vimtune.data.load_image` in one process, so what a core decodes
+    ours       an epoch of our loader, preset light, with --num-workers processes
+    timm       an epoch of timm's loader with the same crops, flips and colours
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from gpu_train import time_bare_step
+from PIL import Image
+
+from vimtune.data import build_transform, create_dataset, create_loader, load_image
+from vimtune.recipe import Recipe
+from vimtune.tasks.images.job import image_size, open_dataset
+from vimtune.tasks.images.settings import BackboneSettings, DataSettings
+from vimtune.training import train
+from vimtune.training.stepper import Stepper
+
+CACHES = ("device", "host", "none")
+JPEG_SIDE = 224
+CLASSES = 4
+DECODED = 200
+"""Files that are decoded to see how fast a core is."""
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    options = parse_options()
+    on_gpu = torch.cuda.is_available() and options.device != "cpu"
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(
+        f"{name}, torch {torch.__version__}, {options.dataset}, {options.model}, {options.method}, "
+        f"batch {options.batch_size}, {options.augmentation}, amp {options.amp}, "
+        f"{options.num_workers} workers"
+    )
+    print(f"{'what':>8} {'img/s':>9} {'of bare':>8} {'start s':>8}")
+    rows = []
+    for measure in (time_training, time_reading):
+        for row in measure(options):
+            rows.append(row)
+            share = f"{row['of_bare']:8.0%}" if "of_bare" in row else " " * 8
+            start = f"{row['start']:8.1f}" if "start" in row else ""
+            print(f"{row['what']:>8} {row['images_per_second']:9.0f} {share} {start}", flush=True)
+    if options.output:
+        Path(options.output).write_text(
+            json.dumps({"device": name, "torch": torch.__version__, "options": vars(options), "rows": rows})
+        )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", default="synthetic_flowers")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--dataset-kwargs", default={}, help="as vimtune train takes them")
+    parser.add_argument("--model", default="vim_nano_patch8_64")
+    parser.add_argument("--method", default="prodial")
+    parser.add_argument("--augmentation", default="light")
+    parser.add_argument("--amp", default="none")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=12, help="of each run; at least 3")
+    parser.add_argument("--caches", nargs="*", default=CACHES, choices=CACHES)
+    parser.add_argument("--jpegs", type=int, default=1000, help="files of the folder; 0 leaves reading out")
+    parser.add_argument("--steps", type=int, default=50, help="bare steps")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="JSON file for the rows")
+    options = parser.parse_args()
+    if options.epochs < 3:
+        parser.error("--epochs must be at least 3: the first and the last one are not timed")
+    return options
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def time_training(options: argparse.Namespace) -> Iterator[Row]:
+    """The bare step, and a run with each cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "dataset": options.dataset,
+            "data_dir": options.data_dir,
+            "dataset_kwargs": options.dataset_kwargs,
+            "download": False,
+            "test": False,
+            "model": options.model,
+            "pretrained": False,
+            "peft": options.method,
+            "augmentation": options.augmentation,
+            "amp": options.amp,
+            "batch_size": options.batch_size,
+            "num_workers": options.num_workers,
+            "epochs": options.epochs,
+            "eval_interval": options.epochs,
+            "device": options.device,
+        }
+        bare = time_bare_step(options, Recipe(**values, cache="none"), "bare")
+        rate = 1e3 * options.batch_size / bare["step_ms"]
+        yield {"what": "bare", "images_per_second": rate}
+        for cache in options.caches:
+            row = time_run(Recipe(**values, cache=cache, output_dir=str(Path(folder, cache))))
+            yield {"what": cache, "of_bare": row["images_per_second"] / rate, **row}
+
+
+def time_run(recipe: Recipe) -> Row:
+    """Images per second between the ends of epochs, and the seconds until the first step was done."""
+    started = time.perf_counter()
+    ends: list[float] = []
+    first_step: list[float] = []
+    update = Stepper._update
+
+    def timed_update(stepper: Stepper, step: Any) -> None:
+        update(stepper, step)
+        if not first_step:
+            step.numbers.read()
+            first_step.append(time.perf_counter())
+
+    Stepper._update = timed_update  # type: ignore[method-assign]
+    try:
+        with redirect_stdout(io.StringIO()):
+            train(recipe, lambda record: ends.append(time.perf_counter()))
+    finally:
+        Stepper._update = update  # type: ignore[method-assign]
+    assert isinstance(recipe.data, DataSettings) and isinstance(recipe.backbone, BackboneSettings)
+    images = len(open_dataset(recipe.data, recipe.data.train_split, image_size(recipe.backbone)))
+    # The last epoch ends with an evaluation.
+    seconds = (ends[-2] - ends[0]) / (len(ends) - 2)
+    return {"images_per_second": images / seconds, "start": first_step[0] - started}
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def time_reading(options: argparse.Namespace) -> Iterator[Row]:
+    """What a core decodes, and an epoch of our loader and of timm's."""
+    if options.jpegs < 1:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = make_jpegs(Path(folder), options.jpegs)
+        started = time.perf_counter()
+        for file in files[:DECODED]:
+            load_image(file)
+        rate = len(files[:DECODED]) / (time.perf_counter() - started)
+        yield {"what": "decode", "images_per_second": rate}
+        readers: dict[str, Callable[[argparse.Namespace, str], Any]] = {
+            "ours": our_loader,
+            "timm": timm_loader,
+        }
+        for what, reader in readers.items():
+            loader = reader(options, folder)
+            count_images(loader)  # The first epoch starts the workers.
+            started = time.perf_counter()
+            count = count_images(loader)
+            yield {"what": what, "images_per_second": count / (time.perf_counter() - started)}
+
+
+def make_jpegs(folder: Path, number: int) -> list[Path]:
+    """Write JPEG files of smooth noise with some grain, in folders of classes."""
+    generator = np.random.default_rng(0)
+    files = []
+    for index in range(number):
+        coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+        grainy = smooth + generator.integers(-8, 9, smooth.shape, dtype=np.int16)
+        file = folder / "train" / f"class{index % CLASSES}" / f"{index}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(file, quality=90)
+        files.append(file)
+    return files
+
+
+def our_loader(options: argparse.Namespace, folder: str) -> Any:
+    """Our loader, which leaves the batches in host memory."""
+    return create_loader(
+        create_dataset("folder", "train", folder),
+        build_transform("light", (JPEG_SIDE, JPEG_SIDE), train=True),
+        batch_size=options.batch_size,
+        shuffle=True,
+        drop_last=False,
+        num_workers=options.num_workers,
+        seed=0,
+    )
+
+
+def timm_loader(options: argparse.Namespace, folder: str) -> Any:
+    """timm's loader with what preset "light" does, and batches in host memory, too."""
+    return timm.data.create_loader(
+        timm.data.create_dataset("", root=str(Path(folder, "train"))),
+        input_size=(3, JPEG_SIDE, JPEG_SIDE),
+        batch_size=options.batch_size,
+        is_training=True,
+        scale=(0.6, 1.0),
+        color_jitter=(0.2, 0.2, 0.2, 0.02),
+        color_jitter_prob=0.8,
+        interpolation="bicubic",
+        num_workers=options.num_workers,
+        persistent_workers=options.num_workers > 0,
+        use_prefetcher=False,
+        device=torch.device("cpu"),
+    )
+
+
+def count_images(loader: Any) -> int:
+    """Read an epoch."""
+    return sum(len(labels) for _, labels in loader)
+
+
+if __name__ == "__main__":
+    main()
