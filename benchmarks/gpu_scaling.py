@@ -61,7 +61,8 @@ def main() -> None:
         f"{options.rounds} rounds"
     )
     print(
-        f"{'model':24} {'method':8} {'way':>9} {'GPUs':>4} {'img/s/GPU':>9} {'ms/step':>8} {'spread':>7} {'efficiency':>10}"
+        f"{'model':24} {'method':8} {'way':>9} {'GPUs':>4} {'img/s/GPU':>9} {'ms/step':>8} {'spread':>7} "
+        f"{'efficiency':>10}"
     )
     rows: list[Row] = []
     for case in options.cases:
