@@ -150,29 +150,7 @@ def measure(options: argparse.Namespace, model: str, batch_size: int) -> Iterato
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            recipe = Recipe(
-                dataset="synthetic_flowers",
-                dataset_kwargs={
-                    "species": NUM_CLASSES,
-                    "train_per_species": 1,
-                    "val_per_species": 1,
-                    "test_per_species": 1,
-                },
-                num_workers=0,
-                augmentation="none",
-                transforms="torchvision",
-                model=model,
-                pretrained=False,
-                peft=options.method,
-                epochs=1,
-                warmup_epochs=0,
-                batch_size=batch_size,
-                amp=options.amp,
-                cuda_graph=cuda_graph,
-                device=options.device,
-                output_dir=str(Path(folder, "run")),
-                log_interval=max(1, options.steps // NUM_RECORDS),
-            )
+            recipe = recipe_of(options, model, batch_size, options.method, cuda_graph, folder)
             row = task(options, recipe, what)
         yield {
             "model": model,
@@ -184,6 +162,35 @@ def measure(options: argparse.Namespace, model: str, batch_size: int) -> Iterato
             "seconds": time.perf_counter() - started,
             **row,
         }
+
+
+def recipe_of(
+    options: argparse.Namespace, model: str, batch_size: int, method: str, cuda_graph: str, folder: str
+) -> Recipe:
+    """A run of `options.steps` steps on hardly any images of its own; its folder lies in `folder`."""
+    return Recipe(
+        dataset="synthetic_flowers",
+        dataset_kwargs={
+            "species": NUM_CLASSES,
+            "train_per_species": 1,
+            "val_per_species": 1,
+            "test_per_species": 1,
+        },
+        num_workers=0,
+        augmentation="none",
+        transforms="torchvision",
+        model=model,
+        pretrained=False,
+        peft=method,
+        epochs=1,
+        warmup_epochs=0,
+        batch_size=batch_size,
+        amp=options.amp,
+        cuda_graph=cuda_graph,
+        device=options.device,
+        output_dir=str(Path(folder, "run")),
+        log_interval=max(1, options.steps // NUM_RECORDS),
+    )
 
 
 def time_bare_step(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
@@ -237,7 +244,9 @@ def time_trainer(options: argparse.Namespace, recipe: Recipe, what: str) -> Row:
     def with_one_batch(task: Classification, recipe: Recipe, processes: Processes) -> ImageJob:
         job = open_images(recipe, task, processes)
         place = processes.device if what == "resident" else torch.device("cpu")
-        job.train = OneBatch(job, recipe.optimisation.batch_size, options.steps, place)
+        job.train = OneBatch(
+            job, recipe.optimisation.batch_size // processes.world_size, options.steps, place
+        )
         return job
 
     with (

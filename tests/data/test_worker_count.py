@@ -75,6 +75,8 @@ def test_the_number_follows_from_cores_work_and_memory(on, cores, options, numbe
 
 
 def test_the_reason_names_what_limits_the_number(on):
+    assert str(on(1)) == "this process alone (1 core)"
+    assert str(on(2)).startswith("1 process (") and str(on(4)).startswith("3 processes (")
     assert on(8).reason == "8 cores, 5.0 ms an image"
     assert on(16, count=300).reason == "16 cores, 5.0 ms an image, batches of an epoch"
     assert on(16, free=1000).reason == "16 cores, 5.0 ms an image, memory for batches"

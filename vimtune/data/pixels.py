@@ -25,7 +25,7 @@ _COUNT_TO_65535 = ("PNG", "PPM")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert `image`, of any mode, to mode RGB (see this module's docstring).
+    """Convert `image`, of any mode, to mode RGB (see this module's docstring); it is returned if it is so.
 
     Raises:
         ValueError: a mode that Pillow cannot convert, or no finite number in the image.
@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _from_lab(image)
     if image.has_transparency_data:
         return _over_white(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
 
 
 def _over_white(image: Image.Image) -> Image.Image:

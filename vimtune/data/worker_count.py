@@ -36,6 +36,12 @@ class WorkerCount(NamedTuple):
     number: int
     reason: str
 
+    def __str__(self) -> str:
+        """The number in words, such as "this process alone (2 cores)"."""
+        several = "process" if self.number == 1 else "processes"
+        who = f"{self.number} {several}" if self.number else "this process alone"
+        return f"{who} ({self.reason})"
+
 
 AS_ASKED = "as asked for"
 """The reason for a number that a user gave."""

@@ -54,11 +54,15 @@ class Loader(ABC):
         split: name of the split, such as "val".
         source: one line saying which data are really used.
         num_examples: how many examples the split holds.
+        num_workers: how many processes prepare its batches.
+        reading: how its examples are read, in a few words, where that was chosen and not asked for.
     """
 
     split: str
     source: str
     num_examples: int
+    num_workers: int = 0
+    reading: str = ""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -166,10 +170,6 @@ class Job(ABC):
     not continued. The adapter file has them, too (`READERS`)."""
     saved_with_adapter: dict[str, Any] = field(default_factory=dict)
     """Arguments of `vimtune.save_adapter` that let the file be used without the recipe of the run."""
-
-    def notes(self) -> list[str]:
-        """What a user should know of how the work will be done, a line for each thing; shown at the start."""
-        return []
 
     def expect_replays(self) -> int:
         """Learn before training that its batches will be replayed, from one recording for each shape.

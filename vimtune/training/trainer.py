@@ -263,9 +263,9 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
     """Say what the run works on, and with what."""
     recipe, tracker, progress = run.recipe, run.tracker, run.progress
     for loader in run.job.loaders:
-        tracker.message(f"{loader.split}: {loader.source}")
-    for note in run.job.notes():
-        tracker.message(note)
+        tracker.message(
+            f"{loader.split}: {loader.source}" + (f"; {loader.reading}" if loader.reading else "")
+        )
     trainable, total = run.trained.count, run.total
     device, world_size = run.processes.device, run.processes.world_size
     tracker.message(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
-from vimtune.data.worker_count import HERE, WorkerCount
+from vimtune.data.worker_count import AS_ASKED, HERE, WorkerCount
 from vimtune.tasks.job import Batch, Loader
 from vimtune.training.inputs import InputError, one_line
 
@@ -16,7 +16,9 @@ class ImageBatches(Loader):
     def __init__(self, loader: ImageLoader, workers: WorkerCount = HERE) -> None:
         """`workers` says how many processes the loader has, and why."""
         self._loader = loader
-        self.workers = workers
+        self.num_workers = workers.number
+        if workers.reason != AS_ASKED:
+            self.reading = f"images prepared by {workers}"
         self.dataset = loader.dataset
         self.split, self.source = loader.dataset.split, loader.dataset.source
         self.num_examples = len(loader.dataset)

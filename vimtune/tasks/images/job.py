@@ -49,9 +49,6 @@ logger = logging.getLogger(__name__)
 class ImageJob(Job):
     """An image classifier on its data."""
 
-    train: ImageBatches
-    selection: ImageBatches
-    final: ImageBatches
     classes: list[str]
     """Name of each class, by label."""
     mix: BatchMixer
@@ -60,20 +57,6 @@ class ImageJob(Job):
     """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
-
-    @property
-    def workers(self) -> dict[str, WorkerCount]:
-        """The processes that prepare the images of each split."""
-        return {loader.split: loader.workers for loader in (self.train, self.selection, self.final)}
-
-    def notes(self) -> list[str]:
-        """Who prepares the images, where that was not asked for."""
-        shown = [
-            f"{split} {workers.number} ({workers.reason})"
-            for split, workers in self.workers.items()
-            if workers.reason != AS_ASKED
-        ]
-        return [f"processes that prepare images: {', '.join(shown)}"] if shown else []
 
     def expect_replayed_evaluations(self) -> int:
         """Whole batches, and the last one of each split."""
@@ -97,8 +80,8 @@ class ImageJob(Job):
 
     def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
         """The report with accuracy per class and the most confused classes."""
-        numbers = {split: workers.number for split, workers in self.workers.items()}
-        return build_image_report(shared, outcome, self.classes, numbers)
+        num_workers = {loader.split: loader.num_workers for loader in self.loaders}
+        return build_image_report(shared, outcome, self.classes, num_workers)
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture."""
