@@ -11,22 +11,23 @@ from kernel_checks import TOLERANCES, ZERO_A, assert_close, assert_compiles
 from vimtune.ops import reference
 from vimtune.ops.nvrtc import runtime, scan
 
-NUM_STATES = scan.NUM_STATES
 
-
-def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, directions=2) -> dict:
+def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, directions=2, num_states=16) -> dict:
     generator = torch.Generator().manual_seed(tokens + inner)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
     delta = torch.nn.functional.softplus(normal(directions, batch, tokens, inner) - 2) * delta_scale
-    columns = 2 * NUM_STATES + 16
+    padded = scan.padded_states(num_states)
+    columns = normal(directions, batch, tokens, 2 * padded + 16)
+    for first in (0, padded):
+        columns[..., first + num_states : first + padded] = 0
     inputs = {
         "u": normal(directions, batch, tokens, inner).to(dtype),
         "delta": delta.clamp(max=6e4).half(),
-        "projections": normal(directions, batch, tokens, columns).to(dtype),
-        "A_log": [torch.rand(inner, NUM_STATES, generator=generator) * 3 for _ in range(directions)],
+        "projections": columns.to(dtype),
+        "A_log": [torch.rand(inner, num_states, generator=generator) * 3 for _ in range(directions)],
         "D": [normal(inner) for _ in range(directions)],
         "xz": normal(batch, tokens, 2 * inner).to(dtype),
     }
@@ -40,17 +41,19 @@ def with_room(inputs: dict) -> scan.ScanInputs:
     """With room for what the forward keeps."""
     directions, batch, tokens, inner = inputs["u"].shape
     dtype, device = inputs["u"].dtype, inputs["u"].device
-    ends = torch.empty(scan.ends_shape(directions, batch, tokens, inner, device, True), device=device)
+    num_states = inputs["A_log"][0].shape[1]
+    ends_shape = scan.ends_shape(directions, batch, tokens, inner, num_states, device, True)
+    ends = torch.empty(ends_shape, device=device)
     mean = torch.empty(scan.mean_shape(batch, tokens, inner, dtype, True), dtype=dtype, device=device)
     return scan.ScanInputs(**inputs, ends=ends, mean=mean)
 
 
 def definition(u, delta, projections, A_log, D, xz):
     """What the kernels compute, by the reference in fp64. `delta` is before softplus here."""
-    z = xz[..., xz.shape[-1] // 2 :]
-    total = 0
+    z, num_states = xz[..., xz.shape[-1] // 2 :], A_log[0].shape[1]
+    padded, total = scan.padded_states(num_states), 0
     for d in range(len(u)):
-        B, C = projections[d, ..., :NUM_STATES], projections[d, ..., NUM_STATES : 2 * NUM_STATES]
+        B, C = (projections[d, ..., first : first + num_states] for first in (0, padded))
         total = total + reference.selective_scan(
             u[d], delta[d], -A_log[d].exp(), B, C, D[d], z, None, True, bool(d)
         )
@@ -72,35 +75,35 @@ def exact(inputs: dict) -> dict:
 
 @pytest.mark.parametrize("segments, trained", [(1, False), (2, True), (5, True)])
 @pytest.mark.parametrize(
-    "directions, batch, tokens, inner, dtype, delta_scale",
+    "directions, batch, tokens, inner, dtype, delta_scale, num_states",
     [
-        (2, 1, 1, 64, torch.bfloat16, 1.0),
-        (2, 1, 2, 8, torch.float16, 1.0),
-        (2, 2, 7, 40, torch.bfloat16, 1.0),
-        (2, 1, 18, 72, torch.float16, 1.0),
-        (2, 1, 65, 64, torch.bfloat16, 1.0),
-        (2, 1, 33, 64, torch.bfloat16, 100.0),
-        (2, 1, 33, 64, torch.bfloat16, 1e-3),
-        (2, 1, 63, 8, torch.float16, 1.0),
-        (2, 1, 197, 40, torch.bfloat16, 1.0),
-        (2, 1, 500, 8, torch.bfloat16, 1.0),
-        (2, 1, 730, 8, torch.float16, 0.1),
-        (1, 1, 1, 40, torch.bfloat16, 1.0),
-        (1, 2, 7, 40, torch.bfloat16, 1.0),
-        (1, 1, 18, 72, torch.float16, 1.0),
-        (1, 1, 33, 40, torch.bfloat16, 100.0),
-        (1, 3, 65, 72, torch.float16, 1e-3),
-        (1, 1, 197, 40, torch.bfloat16, 1.0),
+        (2, 1, 1, 64, torch.bfloat16, 1.0, 16),
+        (2, 1, 2, 8, torch.float16, 1.0, 1),
+        (2, 2, 7, 40, torch.bfloat16, 1.0, 16),
+        (2, 1, 18, 72, torch.float16, 1.0, 22),
+        (2, 1, 65, 64, torch.bfloat16, 1.0, 16),
+        (2, 1, 33, 64, torch.bfloat16, 100.0, 16),
+        (2, 1, 33, 64, torch.bfloat16, 1e-3, 16),
+        (2, 1, 63, 8, torch.float16, 1.0, 16),
+        (2, 1, 197, 40, torch.bfloat16, 1.0, 16),
+        (2, 1, 500, 8, torch.bfloat16, 1.0, 16),
+        (2, 1, 730, 8, torch.float16, 0.1, 16),
+        (1, 1, 1, 40, torch.bfloat16, 1.0, 16),
+        (1, 2, 7, 40, torch.bfloat16, 1.0, 9),
+        (1, 1, 18, 72, torch.float16, 1.0, 32),
+        (1, 1, 33, 40, torch.bfloat16, 100.0, 16),
+        (1, 3, 65, 72, torch.float16, 1e-3, 16),
+        (1, 1, 197, 40, torch.bfloat16, 1.0, 16),
     ],
 )
 def test_scan_and_its_gradients(
-    device, directions, batch, tokens, inner, dtype, delta_scale, segments, trained, monkeypatch
+    device, directions, batch, tokens, inner, dtype, delta_scale, num_states, segments, trained, monkeypatch
 ):
     if tokens < segments:
         pytest.skip("fewer tokens than segments")
     span = -(-tokens // segments)
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: -(-tokens // span))
-    inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale, directions)
+    inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale, directions, num_states)
     leaves = exact(inputs)
     expected = definition(**leaves)
     grad = torch.randn(batch, tokens, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -121,9 +124,11 @@ def test_scan_and_its_gradients(
     assert_close(found.delta, grad_delta, tolerance, "delta")
     assert_close(found_xz[..., inner:], grad_xz[..., inner:], tolerance, "gate")
     assert not found_xz[..., :inner].any(), "the other half is not the scan's"
-    BC = found.BC.sum(1)
-    assert_close(BC[..., :NUM_STATES], grad_projections[..., :NUM_STATES], tolerance, "B")
-    assert_close(BC[..., NUM_STATES:], grad_projections[..., NUM_STATES : 2 * NUM_STATES], tolerance, "C")
+    BC, padded = found.BC.sum(1), scan.padded_states(num_states)
+    for label, first in (("B", 0), ("C", padded)):
+        own = slice(first, first + num_states)
+        assert_close(BC[..., own], grad_projections[..., own], tolerance, label)
+        assert not BC[..., first + num_states : first + padded].any(), "padding"
     if trained:
         assert_close(
             found.A, torch.stack(vectors[:directions]), tolerance, "A_log", floor=ZERO_A / directions
@@ -198,20 +203,21 @@ def test_half_the_directions_leave_room_for_twice_the_images(card):
 
 
 def test_what_is_covered():
-    assert not scan.refusals(torch.bfloat16, 384, 16)
-    assert scan.refusals(torch.float32, 388, 8) == [
+    assert not any(scan.refusals(torch.bfloat16, 384, num_states) for num_states in (1, 16, 22, 32))
+    assert scan.refusals(torch.float32, 388, 33) == [
         "activations are torch.float32, the kernels have bf16 and fp16",
         "inner width 388 is no multiple of 8",
-        "states are 8, the kernels have 16",
+        "33 states are more than the 32 of the kernels",
     ]
 
 
 @pytest.mark.parametrize(
-    "directions, fp16, trained, architecture",
-    [(2, 0, 0, "sm_90"), (2, 1, 1, "sm_80"), (1, 0, 1, "sm_80"), (1, 1, 0, "sm_90")],
+    "directions, states, fp16, trained, architecture",
+    [(2, 16, 0, 0, "sm_90"), (2, 16, 1, 1, "sm_80"), (1, 22, 0, 1, "sm_80"), (1, 16, 1, 0, "sm_90")],
 )
-def test_source_compiles_without_a_gpu(directions, fp16, trained, architecture, nvrtc):
-    sizes = ("DIRECTIONS", directions), ("WIDTH", 40), ("COLUMNS", 48)
+def test_source_compiles_without_a_gpu(directions, states, fp16, trained, architecture, nvrtc):
+    columns = 2 * scan.padded_states(states) + 16
+    sizes = ("DIRECTIONS", directions), ("STATES", states), ("WIDTH", 40), ("COLUMNS", columns)
     constants = (*sizes, ("FP16", fp16), ("SEGMENTED", trained))
     assert_compiles(scan.FORWARD, constants, [architecture])
     assert_compiles(scan.FROM, constants, [architecture])

@@ -11,37 +11,39 @@ from vimtune.ops import DirectionStart, DirectionWeights, dispatch, reference
 from vimtune.ops.nvrtc import mixer, scan
 
 
-def build(batch, tokens, inner, rank, dtype, directions=2, width=4):
+def build(batch, tokens, inner, rank, dtype, directions=2, width=4, num_states=16):
     generator = torch.Generator().manual_seed(tokens)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    around = build_weights(inner, rank, width, True, seed=tokens, directions=directions)
+    around = build_weights(inner, rank, width, True, "cpu", tokens, num_states, directions)
     weights = [
-        DirectionWeights(*(each[d] for each in around.values()), 0.5 * normal(inner, 16), normal(inner))
+        DirectionWeights(
+            *(each[d] for each in around.values()), 0.5 * normal(inner, num_states), normal(inner)
+        )
         for d in range(directions)
     ]
     return normal(batch, tokens, 2 * inner).to(dtype), normal(batch, tokens, inner).to(dtype), weights
 
 
 @pytest.mark.parametrize(
-    "directions, batch, tokens, inner, segments, dtype, trained",
+    "directions, batch, tokens, inner, segments, num_states, dtype, trained",
     [
-        (2, 2, 37, 72, 1, torch.bfloat16, False),
-        (2, 1, 37, 72, 3, torch.float16, True),
-        (2, 1, 70, 136, 2, torch.bfloat16, True),
-        (2, 3, 2, 64, 1, torch.float16, False),
-        (1, 2, 37, 72, 1, torch.bfloat16, True),
-        (1, 1, 70, 72, 3, torch.float16, False),
+        (2, 2, 37, 72, 1, 16, torch.bfloat16, False),
+        (2, 1, 37, 72, 3, 22, torch.float16, True),
+        (2, 1, 70, 136, 2, 16, torch.bfloat16, True),
+        (2, 3, 2, 64, 1, 16, torch.float16, False),
+        (1, 2, 37, 72, 1, 16, torch.bfloat16, True),
+        (1, 1, 70, 72, 3, 5, torch.float16, False),
     ],
 )
 def test_the_order_of_threads_and_blocks_changes_no_bit(
-    directions, batch, tokens, inner, segments, dtype, trained, in_both_orders, monkeypatch
+    directions, batch, tokens, inner, segments, num_states, dtype, trained, in_both_orders, monkeypatch
 ):
     """Every pair of directions, dtype, one segment or several, and what is trained."""
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
-    xz, grad, weights = build(batch, tokens, inner, 5, dtype, directions)
+    xz, grad, weights = build(batch, tokens, inner, 5, dtype, directions, num_states=num_states)
 
     def run():
         results = mixer.forward(xz, weights, True)
@@ -57,21 +59,23 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
 
 
 @pytest.mark.parametrize(
-    "batch, tokens, inner, segments, dtype",
+    "batch, tokens, inner, segments, states, dtype",
     [
-        (2, 1, 8, 1, torch.bfloat16),
-        (2, 37, 72, 1, torch.float16),
-        (1, 70, 72, 3, torch.bfloat16),
-        (1, 70, 72, 3, torch.float16),
+        (2, 1, 8, 1, 16, torch.bfloat16),
+        (2, 37, 72, 1, 16, torch.float16),
+        (1, 70, 72, 3, 16, torch.bfloat16),
+        (1, 70, 72, 3, 22, torch.float16),
     ],
 )
-def test_a_prompt_gives_the_last_state_as_well(device, batch, tokens, inner, segments, dtype, monkeypatch):
+def test_a_prompt_gives_the_last_state_as_well(
+    device, batch, tokens, inner, segments, states, dtype, monkeypatch
+):
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
-    xz, _, (weights,) = build(batch, tokens, inner, 5, dtype, directions=1)
+    xz, _, (weights,) = build(batch, tokens, inner, 5, dtype, directions=1, num_states=states)
     xz, own = xz.to(device), DirectionWeights(*(weight.to(device) for weight in weights))
     exact = DirectionWeights(*(weight.double() for weight in weights))
     u = reference.causal_conv1d(xz.cpu().double()[..., :inner], exact.conv_weight, exact.conv_bias, True)
-    dt, B, C = (u @ exact.x_proj.t()).split([5, 16, 16], dim=-1)
+    dt, B, C = (u @ exact.x_proj.t()).split([5, states, states], dim=-1)
     given = (u, dt @ exact.dt_proj.t(), -exact.A_log.exp(), B, C, exact.D, xz.cpu().double()[..., inner:])
     expected, state = reference.stateful_scan(*given, exact.dt_bias, True)
     out, last = ops.causal_prompt(xz, own, backend="nvrtc")
@@ -81,20 +85,22 @@ def test_a_prompt_gives_the_last_state_as_well(device, batch, tokens, inner, seg
 
 
 @pytest.mark.parametrize(
-    "batch, tokens, inner, width, segments, dtype",
+    "batch, tokens, inner, width, segments, states, dtype",
     [
-        (2, 1, 8, 4, 1, torch.bfloat16),
-        (2, 2, 72, 6, 1, torch.float16),
-        (1, 37, 72, 4, 1, torch.bfloat16),
-        (1, 70, 72, 4, 3, torch.float16),
-        (2, 16, 64, 1, 1, torch.bfloat16),
+        (2, 1, 8, 4, 1, 16, torch.bfloat16),
+        (2, 2, 72, 6, 1, 16, torch.float16),
+        (1, 37, 72, 4, 1, 16, torch.bfloat16),
+        (1, 70, 72, 4, 3, 22, torch.float16),
+        (2, 16, 64, 1, 1, 16, torch.bfloat16),
     ],
 )
-def test_directions_begin_with_a_state(device, batch, tokens, inner, width, segments, dtype, monkeypatch):
+def test_directions_begin_with_a_state(
+    device, batch, tokens, inner, width, segments, states, dtype, monkeypatch
+):
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: segments)
-    xz, _, weights = build(batch, tokens, inner, 5, dtype, width=width)
+    xz, _, weights = build(batch, tokens, inner, 5, dtype, width=width, num_states=states)
     generator = torch.Generator().manual_seed(1)
-    shapes = (inner, 16), (inner, width - 1)
+    shapes = (inner, states), (inner, width - 1)
     starts = [DirectionStart(*(torch.randn(*s, generator=generator) for s in shapes)) for _ in range(2)]
     exact = [type(part)(*(tensor.double() for tensor in part)) for part in (*weights, *starts)]
     expected = ops.bidirectional_scan_from(xz.double(), *exact, backend="reference")

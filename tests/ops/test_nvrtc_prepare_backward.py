@@ -9,26 +9,27 @@ import torch.nn.functional as F
 from kernel_checks import TOLERANCES, assert_close, assert_compiles
 
 from vimtune.ops import reference
-from vimtune.ops.nvrtc import prepare, prepare_backward, runtime
-
-NUM_STATES = 16
+from vimtune.ops.nvrtc import prepare, prepare_backward, runtime, scan
 
 
-def build_weights(inner, rank, width, bias, dtype, directions=2) -> dict:
+def build_weights(inner, rank, width, bias, dtype, directions=2, num_states=16) -> dict:
     """The projections already as activations of this dtype can be."""
-    weights = kernel_checks.build_weights(inner, rank, width, bias, seed=inner + rank, directions=directions)
+    sizes = inner, rank, width, bias, "cpu", inner + rank, num_states, directions
+    weights = kernel_checks.build_weights(*sizes)
     for name in ("x_proj", "dt_proj"):
         weights[name] = [w.to(dtype).float() for w in weights[name]]
     return weights
 
 
 def build_gradients(
-    batch, tokens, inner, dtype, directions=2
+    batch, tokens, inner, dtype, directions=2, num_states=16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad_u, grad_delta and partial_BC."""
+    """grad_u, grad_delta and partial_BC, which is zero in the padding of states."""
     generator = torch.Generator().manual_seed(tokens)
     both = torch.randn(2, directions, batch, tokens, inner, generator=generator).to(dtype)
-    partial = torch.randn(directions, -(-inner // 64), batch, tokens, 2 * NUM_STATES, generator=generator)
+    padding = scan.padded_states(num_states) - num_states
+    shape = directions, -(-inner // 64), batch, tokens, 2, num_states
+    partial = F.pad(torch.randn(shape, generator=generator), (0, padding)).flatten(-2)
     return both[0], both[1], partial.to(dtype)
 
 
@@ -44,7 +45,10 @@ def definition(x, weights, grad_u, grad_delta, partial_BC) -> tuple[torch.Tensor
         y = reference.causal_conv1d(x, own["conv_weight"], bias, False, bool(d))
         u = F.silu(y)
         rank = own["dt_proj"].shape[1]
-        dt, BC = (u @ own["x_proj"].t()).split([rank, 2 * NUM_STATES], dim=-1)
+        num_states = (own["x_proj"].shape[0] - rank) // 2
+        padding = scan.padded_states(num_states) - num_states
+        dt, B, C = (u @ own["x_proj"].t()).split([rank, num_states, num_states], dim=-1)
+        BC = torch.cat([F.pad(B, (0, padding)), F.pad(C, (0, padding))], dim=-1)
         loss = loss + (u * grad_u[d]).sum() + (BC * partial_BC[d].sum(0)).sum()
         loss = loss + (dt @ own["dt_proj"].t() * grad_delta[d]).sum()
         projections += [BC, dt]
@@ -55,9 +59,9 @@ def definition(x, weights, grad_u, grad_delta, partial_BC) -> tuple[torch.Tensor
     return grad_x, gp, torch.stack([torch.cat([w.t(), b[None]]) for w, b in pairs[len(grad_u) :]])
 
 
-def check(device, batch, tokens, inner, rank, width, bias, dtype, trained, directions=2):
-    weights = build_weights(inner, rank, width, bias, dtype, directions)
-    gradients = build_gradients(batch, tokens, inner, dtype, directions)
+def check(device, batch, tokens, inner, rank, width, bias, dtype, trained, directions=2, num_states=16):
+    weights = build_weights(inner, rank, width, bias, dtype, directions, num_states)
+    gradients = build_gradients(batch, tokens, inner, dtype, directions, num_states)
     xz = torch.randn(batch, tokens, 2 * inner, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = definition(xz[..., :inner], weights, *(g.double() for g in gradients))
 
@@ -72,8 +76,9 @@ def check(device, batch, tokens, inner, rank, width, bias, dtype, trained, direc
     assert_close(grad_xz[..., :inner], expected[0], tolerance, "x")
     assert (grad_xz[..., inner:] == 7).all(), "the other half is not this kernel's"
     if trained:
-        assert_close(found[0][..., : 2 * NUM_STATES + rank], expected[1], tolerance, "projections")
-        assert not found[0][..., 2 * NUM_STATES + rank :].any(), "padding"
+        used = 2 * scan.padded_states(num_states) + rank
+        assert_close(found[0][..., :used], expected[1], tolerance, "projections")
+        assert not found[0][..., used:].any(), "padding"
         assert_close(found[1], expected[2], tolerance, "filters")
     else:
         assert found[0].numel() == found[1].numel() == 0
@@ -103,15 +108,17 @@ def test_gradients(device, batch, tokens, inner, rank, width, bias, dtype, train
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize(
-    "batch, tokens, inner, rank, width, bias, dtype",
+    "batch, tokens, inner, rank, width, bias, num_states, dtype",
     [
-        (2, 2, 40, 12, 2, False, torch.float16),
-        (3, 31, 72, 3, 4, True, torch.float16),
-        (1, 65, 72, 33, 4, False, torch.bfloat16),
+        (2, 2, 40, 12, 2, False, 22, torch.float16),
+        (3, 31, 72, 3, 4, True, 7, torch.float16),
+        (1, 65, 72, 33, 4, False, 32, torch.bfloat16),
     ],
 )
-def test_gradients_of_one_direction(device, batch, tokens, inner, rank, width, bias, dtype, trained):
-    check(device, batch, tokens, inner, rank, width, bias, dtype, trained, directions=1)
+def test_gradients_of_one_direction(
+    device, batch, tokens, inner, rank, width, bias, num_states, dtype, trained
+):
+    check(device, batch, tokens, inner, rank, width, bias, dtype, trained, 1, num_states)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +164,8 @@ def test_little_shared_memory_means_fewer_warps_and_none_that_nothing_is_covered
         monkeypatch.setattr(runtime, "shared_memory", lambda device, limit=limit: limit * 1024)
         cpu = torch.device("cpu")
         found.append(prepare_backward._most_warps(directions, prepare_backward.ROWS_TRAINED, 48, cpu))
-        assert bool(prepare_backward.refusals(directions, 12, cpu)) == (limit in (24, 12))
-        assert prepare_backward.refusals(directions, 1025, cpu)
+        assert bool(prepare_backward.refusals(directions, 12, 16, cpu)) == (limit in (24, 12))
+        assert prepare_backward.refusals(directions, 1025, 16, cpu)
     assert found == [6, 3, 0, 6, 0]
 
 
@@ -174,7 +181,7 @@ def test_gradients_with_little_shared_memory(directions, limit, on_cpu, monkeypa
 )
 def test_sources_compile_without_a_gpu(directions, fp16, trained, architecture, nvrtc):
     rows = prepare_backward.ROWS_TRAINED if trained else prepare_backward.ROWS_FROZEN
-    common = (("WIDTH", 40), ("COLUMNS", 48), ("WARPS", 1), ("FP16", fp16))
+    common = (("STATES", 16), ("WIDTH", 40), ("COLUMNS", 48), ("WARPS", 1), ("FP16", fp16))
     assert_compiles(prepare_backward.PROJECT, (*common, ("BLOCKS", 1)), [architecture])
     convolve = (
         *common,

@@ -163,7 +163,7 @@ def direction_weights(generator, inner, states, rank, width, bias):
         ("triton", 2, 8, 4, 1, 4, True, torch.float16),
         ("triton", 1, 24, 16, 3, 4, True, torch.float16),
         ("nvrtc", 19, 72, 16, 5, 4, True, torch.bfloat16),
-        ("nvrtc", 6, 8, 16, 17, 3, False, torch.float16),
+        ("nvrtc", 6, 8, 22, 17, 3, False, torch.float16),
         ("nvrtc", 1, 200, 16, 7, 4, True, torch.float16),
         ("nvrtc", 3, 9, 7, 2, 4, True, torch.bfloat16),  # sizes that only Triton has
     ],

@@ -24,7 +24,7 @@ from vimtune.ops.triton.backend import TritonBackend
 
 
 class NvrtcMixer(MixerKernels):
-    """The kernels of `nvrtc/mixer.py`, for bf16 and fp16 activations and 16 states."""
+    """The kernels of `nvrtc/mixer.py`, for bf16 and fp16 activations and up to 32 states."""
 
     def refusals(self, inputs: MixerInputs) -> list[str]:
         return mixer.refusals(inputs.xz, inputs.directions)
@@ -129,7 +129,8 @@ class NvrtcBackend(Backend):
 @cache
 def _compile_errors(major: int, minor: int) -> list[str]:
     """Why NVRTC does not compile for this compute capability; empty if it does."""
-    constants = (("DIRECTIONS", 2), ("WIDTH", 384), ("COLUMNS", 48), ("FP16", 0), ("SEGMENTED", 0))
+    sizes = ("DIRECTIONS", 2), ("STATES", 16), ("WIDTH", 384), ("COLUMNS", 48)
+    constants = (*sizes, ("FP16", 0), ("SEGMENTED", 0))
     try:
         runtime.compile_source(scan.FORWARD, constants, f"sm_{major}{minor}")
     except runtime.CompileError as error:

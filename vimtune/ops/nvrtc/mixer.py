@@ -38,14 +38,16 @@ def refusals(xz: Tensor, weights: Weights) -> list[str]:
     return [
         *scan.refusals(xz.dtype, inner, num_states),
         *prepare.refusals(inner, weights[0].conv_weight.shape[1]),
-        *prepare_backward.refusals(len(weights), weights[0].dt_proj.shape[1], xz.device),
+        *prepare_backward.refusals(len(weights), weights[0].dt_proj.shape[1], num_states, xz.device),
     ]
 
 
 def shapes(xz: Tensor, weights: Weights, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of what is kept for the backward beside the result: B | C | dt_r in the dtype of `xz`, and an
     fp32 buffer (see `_Kept`)."""
-    projections = len(weights), *xz.shape[:2], prepare.columns(weights[0].dt_proj.shape[1])
+    num_states = weights[0].A_log.shape[1]
+    num_columns = prepare.columns(weights[0].dt_proj.shape[1], num_states)
+    projections = len(weights), *xz.shape[:2], num_columns
     return projections, (sum(_sizes(_shapes(xz, weights, save), xz.dtype)) if save else 0,)
 
 
@@ -102,7 +104,7 @@ def backward(
         grad_projections.flatten(1, -2),
     )
     return grad_xz if need_xz else None, parameter_gradients(
-        parts, needs, weights, u, projections, scan.NUM_STATES
+        parts, needs, weights, u, projections, packed.padded_states()
     )
 
 
@@ -153,11 +155,12 @@ class _Shapes(NamedTuple):
 
 def _shapes(xz: Tensor, weights: Weights, save: bool) -> _Shapes:
     """Shapes of what is kept; `save` says whether a backward pass follows."""
-    batch, tokens, twice = xz.shape
+    batch, tokens, _ = xz.shape
+    inner, num_states = weights[0].A_log.shape
     return _Shapes(
         (prepare.packed_size(_weight_sizes(weights)),),
-        scan.ends_shape(len(weights), batch, tokens, twice // 2, xz.device, backward=save),
-        scan.mean_shape(batch, tokens, twice // 2, xz.dtype, backward=save),
+        scan.ends_shape(len(weights), batch, tokens, inner, num_states, xz.device, backward=save),
+        scan.mean_shape(batch, tokens, inner, xz.dtype, backward=save),
     )
 
 
@@ -175,7 +178,8 @@ def _kept_in(buffer: Tensor, parts: _Shapes, dtype: torch.dtype) -> _Kept:
 def _weight_sizes(weights: Weights) -> prepare.WeightSizes:
     """Sizes of the weights that are packed."""
     inner, rank = weights[0].dt_proj.shape
-    return prepare.WeightSizes(len(weights), inner, rank, weights[0].conv_weight.shape[1])
+    num_states, width = weights[0].A_log.shape[1], weights[0].conv_weight.shape[1]
+    return prepare.WeightSizes(len(weights), inner, rank, num_states, width)
 
 
 def _scan_inputs(

@@ -7,7 +7,7 @@
 // all channels (not if B | C | dt_r are known). Their result is, as it lies in registers, an operand of the product
 // with dt_proj.
 //
-// Compile-time constants: WIDTH (E, a multiple of 8), COLUMNS (P = 2 N + padded rank), FILTER (K), FP16, PROJECT
+// Compile-time constants: those of sizes.cuh (P = 2 N + padded rank), FILTER (K), FP16, PROJECT
 // (compute `projections`, otherwise read them), START (the convolution begins with given inputs, otherwise, and where it
 // is not defined, with zeros). Shapes for d directions, contiguous unless said otherwise, W = E
 // rounded up to 64: x (B, L, E) with rows 2 E apart, u, delta (d, B, L, E), projections (d, B, L, P), and of
@@ -55,9 +55,9 @@ extern "C" __global__ void __launch_bounds__(64) pack_weights(
     const float* x_proj = direction ? x_proj1 : x_proj0;
     const float* dt_proj = direction ? dt_proj1 : dt_proj0;
 
-    // x_proj has the rows dt_r | B | C.
-    const int source = row < 2 * N ? rank + row : row - 2 * N;
-    const bool used = live && (row < 2 * N || source < rank);
+    // x_proj has the rows dt_r | B | C, and no padding.
+    const int source = row < N ? rank + row : row < 2 * N ? rank + row - (N - STATES) : row - 2 * N;
+    const bool used = live && (row < N ? row < STATES : row < 2 * N ? row < N + STATES : source < rank);
     const half_word value = rounded(used ? x_proj[source * WIDTH + channel] : 0.0f);
     // u comes with pairs of neighbours, a gradient of time steps with eight neighbours.
     proj[summed_index(direction, channel, row, COLUMNS, channel % 8 / 2, channel % 32 / 8 * 2 + channel % 2)] = value;

@@ -1,7 +1,7 @@
 """Launches of the kernels of prepare.cu: convolution, x_proj and time steps of one direction or both.
 
-Shape letters: d directions, B batch, L tokens, E inner width (W rounded up to 64), R dt rank (padded),
-K filter width, P = 2 N + R columns of `projections`.
+Shape letters: d directions, B batch, L tokens, E inner width (W rounded up to 64), N states (padded NP), R dt
+rank (padded), K filter width, P = 2 NP + R columns of `projections`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vimtune.ops.backend import device_of
 from vimtune.ops.nvrtc import runtime
-from vimtune.ops.nvrtc.scan import NUM_STATES, for_kernels
+from vimtune.ops.nvrtc.scan import for_kernels, padded_states
 
 SOURCE = "prepare.cu"
 """File with the kernels."""
@@ -46,15 +46,24 @@ class PackedWeights(NamedTuple):
     dt_t: Tensor
     tails: Tensor | None = None
 
+    def padded_states(self) -> int:
+        """NP."""
+        return (self.proj.shape[1] - self.dt.shape[1]) // 2
+
 
 def padded_width(inner: int) -> int:
     """W, the inner width rounded up to what a block handles at a time."""
     return -(-inner // 64) * 64
 
 
-def columns(rank: int) -> int:
-    """P, given dt_proj's rank."""
-    return 2 * NUM_STATES + max(16, 1 << (rank - 1).bit_length())
+def padded_rank(rank: int) -> int:
+    """What dt_r has of each row, given dt_proj's rank."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def columns(rank: int, num_states: int) -> int:
+    """P, given dt_proj's rank and N."""
+    return 2 * padded_states(num_states) + padded_rank(rank)
 
 
 def refusals(inner: int, width: int) -> list[str]:
@@ -68,11 +77,12 @@ def refusals(inner: int, width: int) -> list[str]:
 
 
 class WeightSizes(NamedTuple):
-    """Sizes of the weights that are packed: number of directions, E, R as it is, K."""
+    """Sizes of the weights that are packed: number of directions, E, R as it is, N, K."""
 
     directions: int
     inner: int
     rank: int
+    num_states: int
     width: int
 
 
@@ -94,9 +104,9 @@ def packed_in(buffer: Tensor, sizes: WeightSizes, dtype: torch.dtype) -> PackedW
 
 def _part_sizes(sizes: WeightSizes) -> list[int]:
     """How many fp32 numbers each part of packed weights takes, in the order of the buffer."""
-    vector, num_columns = sizes.directions * padded_width(sizes.inner), columns(sizes.rank)
+    vector, rows = sizes.directions * padded_width(sizes.inner), padded_rank(sizes.rank)
     # Two numbers of a matrix take the place of one in fp32.
-    matrices = [rows * vector // 2 for rows in (num_columns, num_columns - 2 * NUM_STATES)]
+    matrices = [each * vector // 2 for each in (columns(sizes.rank, sizes.num_states), rows)]
     return [sizes.width * vector, *[vector] * 2, *[matrices[0]] * 2, *[matrices[1]] * 2]
 
 
@@ -117,7 +127,8 @@ def pack_weights(
     """
     inner, width = conv_weight[0].shape
     rank, device = dt_proj[0].shape[1], x_proj[0].device
-    sizes, num_columns = WeightSizes(len(conv_weight), inner, rank, width), columns(rank)
+    num_states = (x_proj[0].shape[0] - rank) // 2
+    sizes = WeightSizes(len(conv_weight), inner, rank, num_states, width)
     if buffer is None:
         buffer = torch.empty(packed_size(sizes), dtype=torch.float32, device=device)
     packed = packed_in(buffer, sizes, dtype)
@@ -132,7 +143,9 @@ def pack_weights(
         packed = packed._replace(tails=torch.empty(shape, dtype=dtype, device=device))
         outputs += [*for_kernels(tails), cast(Tensor, packed.tails)]
     with device_of(inputs[0]):
-        kernel = _kernel("pack_weights", inner, num_columns, width, dtype, False, bool(tails), device)
+        num_columns = packed.proj.shape[1]
+        numbers = inner, num_states, num_columns, width
+        kernel = _kernel("pack_weights", *numbers, dtype, False, bool(tails), device)
         grid = (padded_width(inner) // 64, sizes.directions * num_columns, 1)
         kernel(grid, 64, [*inputs, *outputs, rank, int(conv_bias[0] is not None)])
     return packed
@@ -151,13 +164,14 @@ def prepare(
     batch, tokens, inner = x.shape
     directions, width, _ = weights.filters.shape
     num_columns, project = weights.proj.shape[1], projections is None
+    numbers = inner, weights.padded_states(), num_columns, width
     u = torch.empty((directions, batch, tokens, inner), dtype=x.dtype, device=x.device)
     delta = torch.empty_like(u, dtype=torch.float16)
     if projections is None:
         projections = torch.empty((directions, batch, tokens, num_columns), dtype=x.dtype, device=x.device)
     with device_of(x):
         started = weights.tails is not None
-        kernel = _kernel("prepare", inner, num_columns, width, x.dtype, project, started, x.device)
+        kernel = _kernel("prepare", *numbers, x.dtype, project, started, x.device)
         kernel(
             (directions, -(-tokens // ROWS), batch),
             32,
@@ -174,6 +188,7 @@ def prepare(
 def _kernel(
     name: str,
     inner: int,
+    num_states: int,
     num_columns: int,
     width: int,
     dtype: torch.dtype,
@@ -182,8 +197,9 @@ def _kernel(
     device: torch.device,
 ) -> runtime.Kernel:
     """A kernel of prepare.cu for these sizes; with `project` it computes B | C | dt_r, else it reads them.
-    If `started`, the convolution begins with given inputs."""
+    If `started`, the convolution begins with given inputs. Only `pack_weights` tells states from padding."""
     constants = [
+        ("STATES", num_states),
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
         ("FILTER", width),

@@ -11,7 +11,7 @@
 // a lane with two channels. One window of K rows of x serves both directions: at x_t it ends in token t of direction 0
 // and begins with token t - K + 1 of direction 1.
 //
-// Compile-time constants: DIRECTIONS (d, 1 or 2), WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), FILTER (K),
+// Compile-time constants: DIRECTIONS (d, 1 or 2), STATES, WIDTH (E), COLUMNS (P: B | C | dt_r, all padded), FILTER (K),
 // ROWS (a multiple of 16), WARPS (of a block), FP16 (activations are fp16, otherwise bf16), TRAINED (write the
 // gradients of the filters).
 // Shapes, all contiguous unless said otherwise, with W = E rounded up to a multiple of 64 and zeros in between, and the

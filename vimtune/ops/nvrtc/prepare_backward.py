@@ -1,7 +1,7 @@
 """Launches of the kernels of project_gradients.cu and prepare_backward.cu, which say what they do.
 
-Shape letters: d directions, B batch, L tokens, E inner width (W rounded up to 64), K filter width, P columns
-of B | C | dt_r.
+Shape letters: d directions, B batch, L tokens, E inner width (W rounded up to 64), NP padded number of
+states, K filter width, P columns of B | C | dt_r.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ CHANNELS, PADDING = 64, 8
 """Channels of a warp, and numbers between rows in shared memory."""
 
 
-def refusals(directions: int, rank: int, device: torch.device) -> list[str]:
+def refusals(directions: int, rank: int, num_states: int, device: torch.device) -> list[str]:
     """Reasons why there are no kernels for this dt rank on this device, whatever `prepare` takes."""
-    if _most_warps(directions, ROWS_TRAINED, columns(rank), device) > 0:
+    if _most_warps(directions, ROWS_TRAINED, columns(rank, num_states), device) > 0:
         return []
     return [f"dt rank {rank} needs more shared memory than the device has"]
 
@@ -47,7 +47,7 @@ def prepare_backward(
     Args:
         grad_u: gradient of the convolved inputs (d, B, L, E).
         grad_delta: gradient of the time steps before softplus (d, B, L, E).
-        partial_BC: gradient of B | C in parts to be added up, (d, blocks, B, L, 32).
+        partial_BC: gradient of B | C in parts to be added up, (d, blocks, B, L, 2 NP).
         x: input of the convolutions.
         weights: see `prepare.pack_weights`.
         grad_x: written.
@@ -69,6 +69,7 @@ def prepare_backward(
     shape = batch * tiles if need_weights else 0, directions, width + 1, padded
     partial_filters = torch.empty(shape, dtype=torch.float32, device=grad_u.device)
     common = (
+        ("STATES", weights.padded_states()),
         ("WIDTH", inner),
         ("COLUMNS", num_columns),
         ("WARPS", warps),

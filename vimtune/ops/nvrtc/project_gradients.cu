@@ -2,9 +2,9 @@
 //
 // A warp finds 16 rows of one direction, of whatever images, alone.
 //
-// Compile-time constants: WIDTH (E), COLUMNS (P: B | C | dt_r, the latter padded), BLOCKS (of partial_BC), WARPS (of a
+// Compile-time constants: STATES, WIDTH (E), COLUMNS (P: B | C | dt_r, all padded), BLOCKS (of partial_BC), WARPS (of a
 // block), FP16 (activations are fp16, otherwise bf16). Shapes, contiguous, the direction as first index: grad_delta
-// (d, B, L, E), partial_BC (d, BLOCKS, B, L, 32), gp (d, B, L, P), dt_t as packed by prepare.cu.
+// (d, B, L, E), partial_BC (d, BLOCKS, B, L, 2 N), gp (d, B, L, P), dt_t as packed by prepare.cu.
 
 #include "sizes.cuh"
 
@@ -76,26 +76,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT / WARPS) proje
     const half_word *row0 = row + min(upper, last) * WIDTH, *row1 = row + min(lower, last) * WIDTH;
     Gradients gradients(row0, row1);
 
-    const half_word* source = partial_BC + ((long)direction * (BLOCKS - 1) * rows + index) * VECTORS + part * 8;
-    // These are the sums for two rows.
-    Eight totals[2] = {};
+    half_word* out = gp + index * COLUMNS;
+    // The lane has eight columns of each 32.
+#pragma unroll
+    for (int first_column = 0; first_column < VECTORS; first_column += 32) {
+        const int column = first_column + part * 8;
+        if (VECTORS % 32 != 0 && column >= VECTORS) break;
+        const half_word* source = partial_BC + ((long)direction * (BLOCKS - 1) * rows + index) * VECTORS + column;
+        // These are the sums for two rows.
+        Eight totals[2] = {};
 #pragma unroll 6
-    for (int block = 0; block < BLOCKS; block++) {
+        for (int block = 0; block < BLOCKS; block++) {
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const Words values = *(const Words*)(source + min(k ? lower : upper, last) * VECTORS);
+                const word pairs[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) totals[k].pairs[j] = totals[k].pairs[j] + activation(pairs[j]);
+            }
+            source += (long)rows * VECTORS;
+        }
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const Words values = *(const Words*)(source + min(k ? lower : upper, last) * VECTORS);
-            const word pairs[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-            for (int j = 0; j < 4; j++) totals[k].pairs[j] = totals[k].pairs[j] + activation(pairs[j]);
+            const int row = k ? lower : upper;
+            const Words values = totals[k].words();
+            if (row <= last) *(Words*)(out + row * COLUMNS + column) = values;
         }
-        source += (long)rows * VECTORS;
-    }
-    half_word* out = gp + index * COLUMNS;
-#pragma unroll
-    for (int k = 0; k < 2; k++) {
-        const int row = k ? lower : upper;
-        const Words values = totals[k].words();
-        if (row <= last) *(Words*)(out + row * COLUMNS + part * 8) = values;
     }
 
 #pragma unroll 1

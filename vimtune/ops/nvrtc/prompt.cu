@@ -1,4 +1,4 @@
-// The scan's forward pass in one direction, which also gives the state behind the last token, `last` (B, E, N). See
+// The scan's forward pass in one direction, which also gives the state behind the last token, `last` (B, E, S). See
 // scan.cuh for the method and the shapes.
 
 #include "scan_forward.cuh"
@@ -10,12 +10,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_prompt(
 ) {
     const Tensors tensors = {u, delta, vectors, gate, out, mean, batch};
     const Place at(total, span);
-    Pair state[N];
+    Pair state[STATES];
     scan_tokens(tensors, at, A_log0, A_log1, D0, D1, nullptr, ends, state);
     if (!at.live || blockIdx.z != gridDim.z - 1) return;
-    float* row = last + ((long)at.image * WIDTH + at.channel) * N;
-    for (int n = 0; n < N; n++) {
+    float* row = last + ((long)at.image * WIDTH + at.channel) * STATES;
+    for (int n = 0; n < STATES; n++) {
         row[n] = state[n].a;
-        row[N + n] = state[n].b;
+        row[STATES + n] = state[n].b;
     }
 }

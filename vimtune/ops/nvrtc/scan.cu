@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_ends(
     // No segment follows the last one, so nobody asks for its state.
     if (blockIdx.z == (reverse ? 0 : gridDim.z - 1)) return;
     const long own = at.row(batch);
-    Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
+    Pair decay[STATES], state[STATES], elapsed = {0.0f, 0.0f};
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     clear(state);
 
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_ends(
         elapsed = elapsed + dt;
         each_four(step, [&](int n, const float (&b)[4], const float (&)[4]) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < live(n); j++) {
                 state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
             }
         });
@@ -46,6 +46,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_forward(
 ) {
     const Tensors tensors = {u, delta, vectors, gate, out, mean, batch};
     const Place at(total, span);
-    Pair state[N];
+    Pair state[STATES];
     scan_tokens(tensors, at, A_log0, A_log1, D0, D1, nullptr, ends, state);
 }

@@ -1,4 +1,4 @@
-// Selective scan in one direction or both, N = 16 states: what forward (scan.cu) and backward (scan_backward.cu) share.
+// Selective scan in one direction or both: what forward (scan.cu) and backward (scan_backward.cu) share.
 //
 // A block owns one image and 64 channels: its first warp scans from the first token to the last, its second
 // warp, which only a scan in both directions has, the other way. A thread owns two neighbouring channels with all their
@@ -15,10 +15,10 @@
 // decay over a segment being exp(A sum dt). scan_ends_backward does the same for the gradients of the states.
 //
 // Compile-time constants: DIRECTIONS (d, 1 or 2), WIDTH (E), COLUMNS (of a row of `vectors`: B_t, C_t, then anything),
-// FP16 (activations are fp16, otherwise bf16), SEGMENTED.
-// Shapes, all contiguous unless said otherwise: u, delta (d, B, L, E), vectors (d, B, L, COLUMNS), A_log (E, N), D (E),
-// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (d, B, S, E, ENTRY) fp32
-// for S segments of `span` tokens. First index: direction. Of A_log and D a kernel takes two, those of direction 0 and
+// FP16 (activations are fp16, otherwise bf16), SEGMENTED, and those of sizes.cuh.
+// Shapes, all contiguous unless said otherwise: u, delta (d, B, L, E), vectors (d, B, L, COLUMNS), A_log (E, S), D (E),
+// gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (d, B, segments, E, ENTRY)
+// fp32 for segments of `span` tokens. First index: direction. Of A_log and D a kernel takes two, those of direction 0 and
 // of direction 1, of which a scan in one direction reads the first.
 
 #include "sizes.cuh"
@@ -51,7 +51,7 @@ struct Place {
     // These give the row of the block's first token among those of all images, or of all images and directions.
     __device__ long image_row() const { return (long)image * total + begin; }
     __device__ long row(int batch) const { return ((long)direction * batch + image) * total + begin; }
-    // Says where this thread's channels are in a segment, in tensors (d, B, S, E).
+    // Says where this thread's channels are in a segment, in tensors (d, B, segments, E).
     __device__ long in_segment(int batch, int segment) const {
         return (((long)direction * batch + image) * gridDim.z + segment) * WIDTH + channel;
     }
@@ -148,26 +148,37 @@ struct Results {
     }
 };
 
-// Vectors puts B_t and C_t into shared memory as fp32. A lane brings eight values of one token.
+// Vectors puts B_t and C_t into shared memory as fp32. A lane brings eight values of one token in each of ROUNDS rounds,
+// which have ROWS tokens. Where these take fewer than 32 lanes, the others bring what nobody needs.
 struct Vectors {
     static constexpr int SIZE = STAGE * 2 * N;
+    static constexpr int LANES = 2 * N / 8, ROUNDS = (STAGE * LANES + 31) / 32, ROWS = STAGE / ROUNDS;
     const half_word* source;
     const int tokens;
-    Words ahead;
+    Words ahead[ROUNDS];
 
     __device__ Vectors(const half_word* rows, const Order& order)
-        : source(rows + lane() % 4 * 8), tokens(order.tokens) {}
+        : source(rows + lane() % LANES * 8), tokens(order.tokens) {}
     // Starts to load the stage whose lowest token this is.
     __device__ void load(int token) {
-        // Beyond the sequence any token will do, because nobody looks at it.
-        token = max(0, min(token + lane() / 4, tokens - 1));
-        ahead = *(const Words*)(source + (long)token * COLUMNS);
+#pragma unroll
+        for (int k = 0; k < ROUNDS; k++) {
+            // Beyond the sequence any token will do, because nobody looks at it.
+            const int row = max(0, min(token + lane() / LANES + k * ROWS, tokens - 1));
+            ahead[k] = *(const Words*)(source + (long)row * COLUMNS);
+        }
     }
     __device__ void unpack(float* tile, const Order& order) const {
-        const Pair p = activation(ahead.x), q = activation(ahead.y), r = activation(ahead.z), s = activation(ahead.w);
-        Quad* place = (Quad*)(tile + order.within_stage(lane() / 4) * 2 * N + lane() % 4 * 8);
-        place[0] = {p.a, p.b, q.a, q.b};
-        place[1] = {r.a, r.b, s.a, s.b};
+        if (ROWS * LANES < 32 && lane() >= ROWS * LANES) return;
+#pragma unroll
+        for (int k = 0; k < ROUNDS; k++) {
+            const Words v = ahead[k];
+            const Pair p = activation(v.x), q = activation(v.y), r = activation(v.z), s = activation(v.w);
+            const int row = order.within_stage(lane() / LANES + k * ROWS);
+            Quad* place = (Quad*)(tile + row * 2 * N + lane() % LANES * 8);
+            place[0] = {p.a, p.b, q.a, q.b};
+            place[1] = {r.a, r.b, s.a, s.b};
+        }
     }
 };
 
@@ -215,7 +226,8 @@ __device__ inline void sweep(
     wait_for_copies();
 }
 
-// Calls `use(n, B_t[n .. n + 3], C_t[n .. n + 3])` for all states, four at a time.
+// Calls `use(n, B_t[n .. n + 3], C_t[n .. n + 3])` for all states and those of the padding, four at a time. There are
+// states n + j for j < `live(n)`.
 template <typename Use>
 __device__ inline void each_four(const Step& step, Use use) {
     const Quad *B = step.B(), *C = step.C();
@@ -227,10 +239,12 @@ __device__ inline void each_four(const Step& step, Use use) {
     }
 }
 
+__device__ inline constexpr int live(int n) { return STATES - n < 4 ? STATES - n : 4; }
+
 __device__ inline void nothing() {}
 
-__device__ inline void clear(Pair (&state)[N]) {
-    for (int n = 0; n < N; n++) state[n] = {0.0f, 0.0f};
+__device__ inline void clear(Pair (&state)[STATES]) {
+    for (int n = 0; n < STATES; n++) state[n] = {0.0f, 0.0f};
 }
 
 // The backward divides the forward's result by the gate (`gate_slope`), which therefore must not be zero. So it adds a
@@ -245,40 +259,40 @@ __device__ inline Pair load_skip(const float* D, const Place& at) {
 }
 
 // Loads A log2(e), so that exp2(dt * decay) is the decay of a step.
-__device__ inline void load_decay(Pair (&decay)[N], const float* A_log, const Place& at) {
-    const float* row = A_log + (at.live ? at.channel : 0) * N;
-    for (int n = 0; n < N; n++) {
-        decay[n] = {-LOG2E * exp2_fast(LOG2E * row[n]), -LOG2E * exp2_fast(LOG2E * row[N + n])};
+__device__ inline void load_decay(Pair (&decay)[STATES], const float* A_log, const Place& at) {
+    const float* row = A_log + (at.live ? at.channel : 0) * STATES;
+    for (int n = 0; n < STATES; n++) {
+        decay[n] = {-LOG2E * exp2_fast(LOG2E * row[n]), -LOG2E * exp2_fast(LOG2E * row[STATES + n])};
     }
 }
 
-// Starts with the states `first` (E, N), or zeros where that is null, and passes them through the segments before this
+// Starts with the states `first` (E, S), or zeros where that is null, and passes them through the segments before this
 // block's, or from the last segment on through those behind it.
 __device__ inline void enter(
-    Pair (&state)[N], const Pair (&decay)[N], const float* first, const float* ends, const Place& at, int batch,
+    Pair (&state)[STATES], const Pair (&decay)[STATES], const float* first, const float* ends, const Place& at, int batch,
     bool from_last
 ) {
     clear(state);
     if (first && at.live) {
-        const float* row = first + at.channel * N;
-        for (int n = 0; n < N; n++) state[n] = {row[n], row[N + n]};
+        const float* row = first + at.channel * STATES;
+        for (int n = 0; n < STATES; n++) state[n] = {row[n], row[STATES + n]};
     }
     if (!SEGMENTED) return;
     const int mine = blockIdx.z, step = from_last ? -1 : 1;
     for (int segment = from_last ? gridDim.z - 1 : 0; at.live && segment != mine; segment += step) {
         const float* entry = ends + at.in_segment(batch, segment) * ENTRY;
         const Pair elapsed = {entry[N], entry[ENTRY + N]};
-        for (int n = 0; n < N; n++) {
+        for (int n = 0; n < STATES; n++) {
             state[n] = exp2_fast(elapsed * decay[n]) * state[n] + Pair{entry[n], entry[ENTRY + n]};
         }
     }
 }
 
 #if SEGMENTED
-__device__ inline void leave(const Pair (&state)[N], Pair elapsed, float* ends, const Place& at, int batch) {
+__device__ inline void leave(const Pair (&state)[STATES], Pair elapsed, float* ends, const Place& at, int batch) {
     float* entry = ends + at.in_segment(batch, blockIdx.z) * ENTRY;
     if (!at.live) return;
-    for (int n = 0; n < N; n++) {
+    for (int n = 0; n < STATES; n++) {
         entry[n] = state[n].a;
         entry[ENTRY + n] = state[n].b;
     }

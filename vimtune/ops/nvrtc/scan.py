@@ -1,6 +1,7 @@
 """Launches of the kernels of scan.cu, prompt.cu, scan_from.cu and scan_backward.cu; scan.cuh has the method.
 
-Shape letters: d directions, B batch, L tokens, E inner width, N states, P columns of `projections`.
+Shape letters: d directions, B batch, L tokens, E inner width, N states (padded NP), P columns of
+`projections`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ FROM = "scan_from.cu"
 """File with the kernel of a forward pass that begins with given states."""
 BACKWARD = "scan_backward.cu"
 """File with the kernels of the backward pass."""
-NUM_STATES = 16
-"""Number of states, the only one that the kernels have."""
+MAX_STATES = 32
+"""Most states of a channel that the kernels take: all of them have a place in a thread's registers."""
+STATES_MULTIPLE = 8
+"""Rows have B and C padded to a multiple of so many states, that of the pieces in which threads read them."""
 CHANNELS = 64
 """Number of channels of a block."""
 WARP = 32
 """Number of threads of a warp; a block has a warp for each direction."""
 SCHEDULERS = 4
 """Number of schedulers of a multiprocessor, each with warps of its own."""
-ENTRY = NUM_STATES + 4
-"""How many numbers `ends` has of a channel."""
 SHORTEST_SEGMENT = 128
 """Fewest tokens of a segment."""
 
@@ -47,7 +48,7 @@ class ScanInputs(NamedTuple):
 
     u: convolved inputs (d, B, L, E).
     delta: time steps after softplus (d, B, L, E), fp16.
-    projections: B | C | anything (d, B, L, P), in the dtype of `u`.
+    projections: B | C | anything (d, B, L, P), in the dtype of `u`; B and C with zeros behind, NP each.
     A_log: (E, N) of each direction.
     D: (E,) of each direction.
     xz: output of in_proj (B, L, 2 E), whose second half is the gate.
@@ -77,6 +78,10 @@ class ScanInputs(NamedTuple):
         """D as the kernels take it."""
         return for_kernels(self.D)
 
+    def num_states(self) -> int:
+        """N."""
+        return self.A_log[0].shape[1]
+
     def segments(self) -> int:
         """Number of segments into which sequences are cut."""
         return self.ends.shape[2] if self.ends.numel() > 0 else 1
@@ -84,7 +89,7 @@ class ScanInputs(NamedTuple):
 
 class ScanGradients(NamedTuple):
     """Gradients of u and of the time step before softplus (d, B, L, E), of B | C in parts to be added
-    up (d, blocks, B, L, 2 N), and if asked for of A_log (d, E, N), D and the time step's bias (d, E)."""
+    up (d, blocks, B, L, 2 NP), and if asked for of A_log (d, E, N), D and the time step's bias (d, E)."""
 
     u: Tensor
     delta: Tensor
@@ -101,9 +106,14 @@ def refusals(dtype: torch.dtype, inner: int, num_states: int) -> list[str]:
         reasons.append(f"activations are {dtype}, the kernels have bf16 and fp16")
     if inner % 8 != 0:
         reasons.append(f"inner width {inner} is no multiple of 8")
-    if num_states != NUM_STATES:
-        reasons.append(f"states are {num_states}, the kernels have {NUM_STATES}")
+    if num_states > MAX_STATES:
+        reasons.append(f"{num_states} states are more than the {MAX_STATES} of the kernels")
     return reasons
+
+
+def padded_states(num_states: int) -> int:
+    """NP, what B and C have of each row."""
+    return -(-num_states // STATES_MULTIPLE) * STATES_MULTIPLE
 
 
 def for_kernels(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -137,11 +147,21 @@ def num_segments(
 
 
 def ends_shape(
-    directions: int, batch: int, tokens: int, inner: int, device: torch.device, backward: bool
+    directions: int,
+    batch: int,
+    tokens: int,
+    inner: int,
+    num_states: int,
+    device: torch.device,
+    backward: bool,
 ) -> tuple[int, ...]:
-    """Shape of what a scan in segments finds out about their ends; (0,) where there is only one."""
+    """Shape of what a scan in segments finds out about their ends; (0,) where there is only one.
+
+    Of a channel these are its states, the sum of its time steps, and padding.
+    """
     segments = num_segments(directions, batch, tokens, inner, device, backward)
-    return (directions, batch, segments, inner, ENTRY) if segments > 1 else (0,)
+    entry = padded_states(num_states) + 4
+    return (directions, batch, segments, inner, entry) if segments > 1 else (0,)
 
 
 def _needs_mean(dtype: torch.dtype) -> bool:
@@ -168,7 +188,7 @@ def scan_prompt(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Gated result of a scan in one direction (B, L, E), and the state behind the last token (B, E, N)."""
     out, arguments = _before_forward(inputs)
     batch, _, inner = out.shape
-    last = torch.empty((batch, inner, NUM_STATES), dtype=torch.float32, device=out.device)
+    last = torch.empty((batch, inner, inputs.num_states()), dtype=torch.float32, device=out.device)
     _launch("scan_prompt", inputs, PROMPT, [*arguments, last])
     return out, last
 
@@ -199,7 +219,7 @@ def scan_backward(
     """
     u, delta, projections, ends = inputs.u, inputs.delta, inputs.projections, inputs.ends
     directions, batch, tokens, inner = u.shape
-    blocks, segments = -(-inner // CHANNELS), inputs.segments()
+    blocks, segments, num_states = -(-inner // CHANNELS), inputs.segments(), inputs.num_states()
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32, wanted: bool = True) -> Tensor:
         return torch.empty(shape if wanted else (0,), dtype=dtype, device=u.device)
@@ -207,8 +227,8 @@ def scan_backward(
     found = ScanGradients(
         scratch(*u.shape, dtype=u.dtype),
         scratch(*u.shape, dtype=u.dtype),
-        scratch(directions, blocks, batch, tokens, 2 * NUM_STATES, dtype=u.dtype),
-        scratch(directions, batch, segments, inner, NUM_STATES, wanted=need_parameters),
+        scratch(directions, blocks, batch, tokens, 2 * padded_states(num_states), dtype=u.dtype),
+        scratch(directions, batch, segments, inner, num_states, wanted=need_parameters),
         scratch(directions, batch, segments, inner, wanted=need_parameters),
         scratch(directions, batch, segments, inner, wanted=need_parameters),
     )
@@ -237,6 +257,7 @@ def _launch(
     directions, batch, tokens, inner = u.shape
     constants = [
         ("DIRECTIONS", directions),
+        ("STATES", inputs.num_states()),
         ("WIDTH", inner),
         ("COLUMNS", inputs.projections.shape[-1]),
         ("FP16", int(u.dtype == torch.float16)),

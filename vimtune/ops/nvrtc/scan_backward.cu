@@ -22,8 +22,8 @@
 #include "scan.cuh"
 
 // As many blocks as shall fit on a multiprocessor: eight or twelve warps, which leaves 255 or 168 registers for a
-// thread.
-constexpr int MAX_BLOCKS = (TRAINED ? 8 : 12) / DIRECTIONS;
+// thread. (Ten leave no more than twelve, because registers belong to a quarter of the multiprocessor.)
+constexpr int MAX_BLOCKS = (TRAINED || N > 24 ? 8 : 12) / DIRECTIONS;
 
 // Computes sigmoid(x) / d, of which z times is what the result has of each direction's y.
 constexpr float COUNT = DIRECTIONS;
@@ -44,28 +44,32 @@ __device__ inline Pair gate_slope(Pair z, Pair open) {
 }
 
 // ChannelSums adds up N values a step over the channels of a warp, for two steps at once. In shared memory each four
-// states of a step have a plane of all lanes, of which a lane adds up eight. (Matrix units would take half the
+// states of a step have a plane of all lanes. Of eight planes in a ROUND a lane adds up eight lanes of one. (Matrix units would take half the
 // instructions, but an H200 lowers its clock by 8 % while they are in use.)
 struct ChannelSums {
-    static constexpr int STEPS = 2, PLANES = STEPS * N / 4;
+    static constexpr int STEPS = 2, PLANES = STEPS * N / 4, ROUNDS = (PLANES + 7) / 8;
     // A plane has 32 Quads and room for one more, so that eight planes begin in different banks.
     static constexpr int PLANE = 32 + 1;
     static constexpr int SIZE = PLANES * PLANE;
-    static_assert(PLANES == 8, "a lane for each plane and group of eight lanes");
     Quad* shared;
-    half_word* out;
+    half_word* out[ROUNDS];
     const Range all;
     const int stride;
-    // The lane stores a sum of this token.
-    int token;
+    // In each round the lane stores a sum of this token.
+    int token[ROUNDS];
 
     // `rows` has N values of each token.
     __device__ ChannelSums(Quad* shared, half_word* rows, const Order& order)
         : shared(shared), all({0, order.tokens}), stride(order.along(STEPS)) {
-        const int plane = lane() % PLANES;
-        token = order.stage(0) + order.within_stage(plane / (N / 4));
-        out = rows + (long)token * 2 * N + plane % (N / 4) * 4 + lane() / 8 % 2 * 2 + lane() / 16;
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+            const int own = plane(round);
+            token[round] = order.stage(0) + order.within_stage(own / (N / 4));
+            out[round] = rows + (long)token[round] * 2 * N + own % (N / 4) * 4 + lane() / 8 % 2 * 2 + lane() / 16;
+        }
     }
+    // Gives the lane's plane. Where a round has fewer than eight, several lanes do and store the same.
+    static __device__ int plane(int round) { return min(round * 8 + lane() % 8, PLANES - 1); }
     // Takes the values of states n to n + 3 of this lane's channels.
     __device__ void add(int step, int n, const float (&part)[4]) const {
         shared[(step * (N / 4) + n / 4) * PLANE + lane()] = {part[0], part[1], part[2], part[3]};
@@ -73,19 +77,27 @@ struct ChannelSums {
     // Stores the sums of these steps.
     __device__ void store() {
         sync_warp();
-        const Quad* first = shared + lane() % PLANES * PLANE + lane() / 8 * 8;
-        Quad sum = first[0];
-        for (int k = 1; k < 8; k++) sum = sum + first[k];
+        Quad sums[ROUNDS];
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+            const Quad* first = shared + plane(round) * PLANE + lane() / 8 * 8;
+            sums[round] = first[0];
+            for (int k = 1; k < 8; k++) sums[round] = sums[round] + first[k];
+        }
         sync_warp();
         // The sums over the four groups of lanes remain: a lane keeps two of its sums, then one, and gets the others'
         // parts of it.
         const bool second = lane() & 8, odd = lane() & 16;
-        const Pair low = {sum.x, sum.y}, high = {sum.z, sum.w}, given = second ? low : high;
-        const Pair half = (second ? high : low) + Pair{exchanged(given.a, 8), exchanged(given.b, 8)};
-        const float total = (odd ? half.b : half.a) + exchanged(odd ? half.a : half.b, 16);
-        if (all.has(token)) *out = rounded(total);
-        token += stride;
-        out += stride * 2 * N;
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+            const Quad sum = sums[round];
+            const Pair low = {sum.x, sum.y}, high = {sum.z, sum.w}, given = second ? low : high;
+            const Pair half = (second ? high : low) + Pair{exchanged(given.a, 8), exchanged(given.b, 8)};
+            const float total = (odd ? half.b : half.a) + exchanged(odd ? half.a : half.b, 16);
+            if (all.has(token[round])) *out[round] = rounded(total);
+            token[round] += stride;
+            out[round] += stride * 2 * N;
+        }
     }
 };
 
@@ -102,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_ends_back
     // No segment precedes the first one, so nobody asks for its gradient.
     if (blockIdx.z == (reverse ? gridDim.z - 1 : 0)) return;
     const long own = at.row(batch), image = at.image_row();
-    Pair decay[N], state[N], elapsed = {0.0f, 0.0f};
+    Pair decay[STATES], state[STATES], elapsed = {0.0f, 0.0f};
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     clear(state);
 
@@ -118,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_ends_back
         elapsed = elapsed + dt;
         each_four(step, [&](int n, const float (&)[4], const float (&c)[4]) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < live(n); j++) {
                 state[n + j] = exp2_fast(dt * decay[n + j]) * (c[j] * dy + state[n + j]);
             }
         });
@@ -150,18 +162,18 @@ struct Tensors {
 // This is what a thread knows during a sweep and hands on to the next one.
 struct Known {
     // The states in one sweep, and their gradients in the other.
-    Pair state[N];
+    Pair state[STATES];
     // <A, w_t> log2(e), the term in which states and their gradients meet.
     Pair mixed = {};
 #if TRAINED
     // `elapsed` is T_t.
-    Pair elapsed = {}, grad_A[N] = {}, grad_D = {}, grad_bias = {};
+    Pair elapsed = {}, grad_A[STATES] = {}, grad_D = {}, grad_bias = {};
 #endif
 };
 
 // Follows the states from the first step to the last, and finds the gradients of C and of the gate, and the scalars.
 __device__ inline void sweep_states(
-    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Known& now
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[STATES], Known& now
 ) {
     const int tokens = at.tokens;
     // Each direction finds the gradient of the gate for this many of the tokens that it visits first: its share in
@@ -193,9 +205,9 @@ __device__ inline void sweep_states(
         const Pair weighted = now.elapsed * dy;
 #endif
         each_four(step, [&](int n, const float (&b)[4], const float (&c)[4]) {
-            float part[4];
+            float part[4] = {};
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < live(n); j++) {
                 Pair& s = now.state[n + j];
                 s = exp2_fast(dt * decay[n + j]) * s + b[j] * input;
                 const Pair seen = c[j] * s;
@@ -216,7 +228,7 @@ __device__ inline void sweep_states(
 
 // Follows the gradients of the states from the last step to the first, and finds all that remains.
 __device__ inline void sweep_gradients(
-    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Known& now
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[STATES], Pair skip, Known& now
 ) {
     const long own = at.row(tensors.batch);
     const Order order = {at.tokens, !at.direction};
@@ -238,9 +250,9 @@ __device__ inline void sweep_gradients(
         now.elapsed = now.elapsed - dt;
 #endif
         each_four(step, [&](int n, const float (&b)[4], const float (&c)[4]) {
-            float part[4];
+            float part[4] = {};
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < live(n); j++) {
                 const Pair h = c[j] * dy + now.state[n + j];
                 const Pair felt = b[j] * h;
                 through = through + felt;
@@ -268,8 +280,8 @@ __device__ inline void sweep_gradients(
     sweep<ChannelSums::STEPS>(mine, order, 0, at.tokens, vectors, visit, finish, us, dts, past_terms);
 }
 
-// `partial_BC` (d, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (d, B, S, E, N), `partial_D` and `partial_bias`
-// (d, B, S, E) are to be added up over blocks, or batch and segments.
+// `partial_BC` (d, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (d, B, segments, E, S), `partial_D` and
+// `partial_bias` (d, B, segments, E) are to be added up over blocks, or batch and segments.
 extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, const half_word* result,
@@ -284,15 +296,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     const Place at(total, span);
     Memory& mine = shared[at.direction];
     const bool reverse = at.direction;
-    Pair decay[N];
+    Pair decay[STATES];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     Known now;
     enter(now.state, decay, nullptr, ends, at, batch, reverse);
     sweep_states(tensors, at, mine, decay, now);
 
-    Pair behind[N];
+    Pair behind[STATES];
     enter(behind, decay, nullptr, grad_ends, at, batch, !reverse);
-    for (int n = 0; n < N; n++) {
+    for (int n = 0; n < STATES; n++) {
 #if SEGMENTED
         // Behind the segment w is the product of what both sweeps hold there.
         const Pair w = behind[n] * now.state[n];
@@ -309,10 +321,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     if (at.live) {
         const long channel = at.in_segment(batch, blockIdx.z);
         // The gradient of A_log is A times that of A.
-        for (int n = 0; n < N; n++) {
+        for (int n = 0; n < STATES; n++) {
             const Pair value = LN2 * decay[n] * now.grad_A[n];
-            partial_A[channel * N + n] = value.a;
-            partial_A[(channel + 1) * N + n] = value.b;
+            partial_A[channel * STATES + n] = value.a;
+            partial_A[(channel + 1) * STATES + n] = value.b;
         }
         *(Pair*)(partial_D + channel) = now.grad_D;
         *(Pair*)(partial_bias + channel) = now.grad_bias;

@@ -3,8 +3,9 @@
 
 #include "scan.cuh"
 
-// As many blocks as shall fit on a multiprocessor: twelve warps, which leaves 168 registers for a thread.
-constexpr int MAX_BLOCKS = 12 / DIRECTIONS;
+// As many blocks as shall fit on a multiprocessor: twelve warps, which leaves 168 registers for a thread, or eight, which
+// leaves 255 for more states.
+constexpr int MAX_BLOCKS = (N <= 24 ? 12 : 8) / DIRECTIONS;
 
 // A warp has this in shared memory: a stream for what another direction has left, and three more.
 typedef Shared<2 + DIRECTIONS, 0> Memory;
@@ -20,7 +21,7 @@ struct Tensors {
 // that direction has left. With one direction the second half is all.
 template <bool SECOND>
 __device__ inline void sweep_half(
-    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[N], Pair skip, Pair (&state)[N]
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[STATES], Pair skip, Pair (&state)[STATES]
 ) {
     const int middle = at.middle(), begin = SECOND ? middle : 0, end = SECOND ? at.tokens : middle;
     const long own = at.row(tensors.batch), image = at.image_row();
@@ -38,7 +39,7 @@ __device__ inline void sweep_half(
         Pair y = skip * ut;
         each_four(step, [&](int n, const float (&b)[4], const float (&c)[4]) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; j < live(n); j++) {
                 state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
                 y = y + c[j] * state[n + j];
             }
@@ -64,12 +65,12 @@ __device__ inline void sweep_half(
 // where that is null, and leaves the state behind its last token.
 __device__ inline void scan_tokens(
     const Tensors& tensors, const Place& at, const float* A_log0, const float* A_log1, const float* D0, const float* D1,
-    const float* first, const float* ends, Pair (&state)[N]
+    const float* first, const float* ends, Pair (&state)[STATES]
 ) {
     __shared__ Memory shared[DIRECTIONS];
     Memory& mine = shared[at.direction];
     const bool reverse = at.direction;
-    Pair decay[N];
+    Pair decay[STATES];
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     enter(state, decay, first, ends, at, tensors.batch, reverse);
     const Pair skip = load_skip(reverse ? D1 : D0, at);

@@ -1,4 +1,4 @@
-// The scan's forward pass where each direction begins with given states, `first0` and `first1` (E, N). See scan.cuh for
+// The scan's forward pass where each direction begins with given states, `first0` and `first1` (E, S). See scan.cuh for
 // the method and the shapes.
 
 #include "scan_forward.cuh"
@@ -10,6 +10,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_from(
 ) {
     const Tensors tensors = {u, delta, vectors, gate, out, mean, batch};
     const Place at(total, span);
-    Pair state[N];
+    Pair state[STATES];
     scan_tokens(tensors, at, A_log0, A_log1, D0, D1, at.direction ? first1 : first0, ends, state);
 }
