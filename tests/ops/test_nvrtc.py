@@ -12,7 +12,9 @@ from vimtune.ops import reference
 from vimtune.ops.nvrtc import runtime, scan
 
 
-def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, directions=2, num_states=16) -> dict:
+def build_inputs(
+    batch, tokens, inner, dtype, device, delta_scale=1.0, directions=2, num_states=16, offset=False
+) -> dict:
     generator = torch.Generator().manual_seed(tokens + inner)
 
     def normal(*shape):
@@ -30,6 +32,7 @@ def build_inputs(batch, tokens, inner, dtype, device, delta_scale=1.0, direction
         "A_log": [torch.rand(inner, num_states, generator=generator) * 3 for _ in range(directions)],
         "D": [normal(inner) for _ in range(directions)],
         "xz": normal(batch, tokens, 2 * inner).to(dtype),
+        "offsets": [normal(inner, num_states) for _ in range(directions * offset)],
     }
     return {
         name: [x.to(device) for x in value] if isinstance(value, list) else value.to(device)
@@ -48,7 +51,7 @@ def with_room(inputs: dict) -> scan.ScanInputs:
     return scan.ScanInputs(**inputs, ends=ends, mean=mean)
 
 
-def definition(u, delta, projections, A_log, D, xz):
+def definition(u, delta, projections, A_log, D, xz, offsets):
     """What the kernels compute, by the reference in fp64. `delta` is before softplus here."""
     z, num_states = xz[..., xz.shape[-1] // 2 :], A_log[0].shape[1]
     padded, total = scan.padded_states(num_states), 0
@@ -57,6 +60,8 @@ def definition(u, delta, projections, A_log, D, xz):
         total = total + reference.selective_scan(
             u[d], delta[d], -A_log[d].exp(), B, C, D[d], z, None, True, bool(d)
         )
+        if offsets:
+            total = total + C @ offsets[d].t() * torch.nn.functional.silu(z)
     return total / len(u)
 
 
@@ -73,7 +78,7 @@ def exact(inputs: dict) -> dict:
     return wide
 
 
-@pytest.mark.parametrize("segments, trained", [(1, False), (2, True), (5, True)])
+@pytest.mark.parametrize("segments, trained, offset", [(1, False, False), (2, True, True), (5, True, False)])
 @pytest.mark.parametrize(
     "directions, batch, tokens, inner, dtype, delta_scale, num_states",
     [
@@ -97,17 +102,29 @@ def exact(inputs: dict) -> dict:
     ],
 )
 def test_scan_and_its_gradients(
-    device, directions, batch, tokens, inner, dtype, delta_scale, num_states, segments, trained, monkeypatch
+    device,
+    directions,
+    batch,
+    tokens,
+    inner,
+    dtype,
+    delta_scale,
+    num_states,
+    segments,
+    trained,
+    offset,
+    monkeypatch,
 ):
     if tokens < segments:
         pytest.skip("fewer tokens than segments")
     span = -(-tokens // segments)
     monkeypatch.setattr(scan, "num_segments", lambda *sizes: -(-tokens // span))
-    inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale, directions, num_states)
+    inputs = build_inputs(batch, tokens, inner, dtype, device, delta_scale, directions, num_states, offset)
     leaves = exact(inputs)
     expected = definition(**leaves)
     grad = torch.randn(batch, tokens, inner, generator=torch.Generator().manual_seed(0)).to(dtype)
-    flat = [leaves["u"], leaves["delta"], leaves["projections"], leaves["xz"], *leaves["A_log"], *leaves["D"]]
+    flat = [leaves["u"], leaves["delta"], leaves["projections"], leaves["xz"]]
+    flat += [*leaves["A_log"], *leaves["D"], *leaves["offsets"]]
     grad_u, grad_delta, grad_projections, grad_xz, *vectors = torch.autograd.grad(
         expected, flat, grad.double()
     )
@@ -133,10 +150,12 @@ def test_scan_and_its_gradients(
         assert_close(
             found.A, torch.stack(vectors[:directions]), tolerance, "A_log", floor=ZERO_A / directions
         )
-        assert_close(found.D, torch.stack(vectors[directions:]), tolerance, "D")
+        assert_close(found.D, torch.stack(vectors[directions : 2 * directions]), tolerance, "D")
         assert_close(found.bias, grad_delta.sum((1, 2)), tolerance, "bias")
     else:
         assert found.A.numel() == found.D.numel() == found.bias.numel() == 0
+    if offset:
+        assert_close(found.offset, torch.stack(vectors[2 * directions :]), tolerance, "offset")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,7 +237,7 @@ def test_what_is_covered():
 def test_source_compiles_without_a_gpu(directions, states, fp16, trained, architecture, nvrtc):
     columns = 2 * scan.padded_states(states) + 16
     sizes = ("DIRECTIONS", directions), ("STATES", states), ("WIDTH", 40), ("COLUMNS", columns)
-    constants = (*sizes, ("FP16", fp16), ("SEGMENTED", trained))
+    constants = (*sizes, ("FP16", fp16), ("SEGMENTED", trained), ("OFFSET", fp16))
     assert_compiles(scan.FORWARD, constants, [architecture])
     assert_compiles(scan.FROM, constants, [architecture])
     assert_compiles(scan.BACKWARD, (*constants, ("TRAINED", trained)), [architecture])

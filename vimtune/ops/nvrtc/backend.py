@@ -130,7 +130,7 @@ class NvrtcBackend(Backend):
 def _compile_errors(major: int, minor: int) -> list[str]:
     """Why NVRTC does not compile for this compute capability; empty if it does."""
     sizes = ("DIRECTIONS", 2), ("STATES", 16), ("WIDTH", 384), ("COLUMNS", 48)
-    constants = (*sizes, ("FP16", 0), ("SEGMENTED", 0))
+    constants = (*sizes, ("FP16", 0), ("SEGMENTED", 0), ("OFFSET", 0))
     try:
         runtime.compile_source(scan.FORWARD, constants, f"sm_{major}{minor}")
     except runtime.CompileError as error:

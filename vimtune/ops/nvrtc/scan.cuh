@@ -15,11 +15,12 @@
 // decay over a segment being exp(A sum dt). scan_ends_backward does the same for the gradients of the states.
 //
 // Compile-time constants: DIRECTIONS (d, 1 or 2), WIDTH (E), COLUMNS (of a row of `vectors`: B_t, C_t, then anything),
-// FP16 (activations are fp16, otherwise bf16), SEGMENTED, and those of sizes.cuh.
+// FP16 (activations are fp16, otherwise bf16), SEGMENTED, OFFSET (C_t reads the sum of the state and an offset, one for all
+// tokens), and those of sizes.cuh.
 // Shapes, all contiguous unless said otherwise: u, delta (d, B, L, E), vectors (d, B, L, COLUMNS), A_log (E, S), D (E),
 // gate and its gradient (B, L, E) with rows 2 E apart, out and its gradient (B, L, E), ends (d, B, segments, E, ENTRY)
-// fp32 for segments of `span` tokens. First index: direction. Of A_log and D a kernel takes two, those of direction 0 and
-// of direction 1, of which a scan in one direction reads the first.
+// fp32 for segments of `span` tokens, offset (E, S). First index: direction. Of A_log, D and offset a kernel takes two,
+// those of direction 0 and of direction 1, of which a scan in one direction reads the first.
 
 #include "sizes.cuh"
 
@@ -247,6 +248,14 @@ __device__ inline void clear(Pair (&state)[STATES]) {
     for (int n = 0; n < STATES; n++) state[n] = {0.0f, 0.0f};
 }
 
+// Stores what a thread has for the states of its two channels.
+__device__ inline void store(const Pair (&values)[STATES], float* rows) {
+    for (int n = 0; n < STATES; n++) {
+        rows[n] = values[n].a;
+        rows[STATES + n] = values[n].b;
+    }
+}
+
 // The backward divides the forward's result by the gate (`gate_slope`), which therefore must not be zero. So it adds a
 // number that changes no gate above 1e-10 in fp32, and that is not minus any bf16 number.
 __device__ inline Pair nonzero(Pair gate) {
@@ -257,6 +266,18 @@ __device__ inline Pair nonzero(Pair gate) {
 __device__ inline Pair load_skip(const float* D, const Place& at) {
     return at.live ? Pair{D[at.channel], D[at.channel + 1]} : Pair{0.0f, 0.0f};
 }
+
+// Offset is what C reads beside the states.
+struct Offset {
+    Pair values[OFFSET ? STATES : 1];
+
+    __device__ Offset(const float* offset, const Place& at) {
+        const float* row = offset + (at.live ? at.channel : 0) * STATES;
+        for (int n = 0; n < STATES && OFFSET; n++) values[n] = {row[n], row[STATES + n]};
+    }
+    // Gives what C reads of the n-th state.
+    __device__ Pair beside(Pair state, int n) const { return OFFSET ? state + values[n] : state; }
+};
 
 // Loads A log2(e), so that exp2(dt * decay) is the decay of a step.
 __device__ inline void load_decay(Pair (&decay)[STATES], const float* A_log, const Place& at) {

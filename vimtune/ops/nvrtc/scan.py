@@ -55,6 +55,7 @@ class ScanInputs(NamedTuple):
     ends: of segments (`ends_shape`, fp32), which says how many they are; the forward writes it.
     mean: of the directions before the gate (B, L, E), which the forward writes for the backward; empty
         where no backward follows or the result will do (`mean_shape`).
+    offsets: (E, N) of each direction, what C reads beside the states; without any it reads them alone.
     """
 
     u: Tensor
@@ -65,6 +66,7 @@ class ScanInputs(NamedTuple):
     xz: Tensor
     ends: Tensor
     mean: Tensor
+    offsets: Sequence[Tensor] = ()
 
     def gate(self) -> Tensor:
         """z, the second half of `xz`."""
@@ -89,7 +91,8 @@ class ScanInputs(NamedTuple):
 
 class ScanGradients(NamedTuple):
     """Gradients of u and of the time step before softplus (d, B, L, E), of B | C in parts to be added
-    up (d, blocks, B, L, 2 NP), and if asked for of A_log (d, E, N), D and the time step's bias (d, E)."""
+    up (d, blocks, B, L, 2 NP), if asked for of A_log (d, E, N), D and the time step's bias (d, E), and of
+    offsets if there are some (d, E, N)."""
 
     u: Tensor
     delta: Tensor
@@ -97,6 +100,7 @@ class ScanGradients(NamedTuple):
     A: Tensor
     D: Tensor
     bias: Tensor
+    offset: Tensor
 
 
 def refusals(dtype: torch.dtype, inner: int, num_states: int) -> list[str]:
@@ -180,7 +184,7 @@ def mean_shape(batch: int, tokens: int, inner: int, dtype: torch.dtype, backward
 def scan_forward(inputs: ScanInputs) -> Tensor:
     """Gated average of the directions (B, L, E)."""
     out, arguments = _before_forward(inputs)
-    _launch("scan_forward", inputs, FORWARD, arguments)
+    _launch("scan_forward", inputs, FORWARD, arguments, offsets=_offsets(inputs))
     return out
 
 
@@ -189,14 +193,14 @@ def scan_prompt(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     out, arguments = _before_forward(inputs)
     batch, _, inner = out.shape
     last = torch.empty((batch, inner, inputs.num_states()), dtype=torch.float32, device=out.device)
-    _launch("scan_prompt", inputs, PROMPT, [*arguments, last])
+    _launch("scan_prompt", inputs, PROMPT, [*arguments, last], offsets=_offsets(inputs))
     return out, last
 
 
 def scan_from(inputs: ScanInputs, states: Sequence[Tensor]) -> Tensor:
     """Gated average of the directions (B, L, E), each of which begins with its state (E, N)."""
     out, arguments = _before_forward(inputs)
-    _launch("scan_from", inputs, FROM, [*arguments, *for_kernels(states)])
+    _launch("scan_from", inputs, FROM, [*arguments, *for_kernels(states)], offsets=_offsets(inputs))
     return out
 
 
@@ -231,6 +235,7 @@ def scan_backward(
         scratch(directions, batch, segments, inner, num_states, wanted=need_parameters),
         scratch(directions, batch, segments, inner, wanted=need_parameters),
         scratch(directions, batch, segments, inner, wanted=need_parameters),
+        scratch(directions, batch, segments, inner, num_states, wanted=bool(inputs.offsets)),
     )
     terms, grad_ends = scratch(*u.shape, 2), torch.empty_like(ends)
     decays, gate = inputs.decays(), inputs.gate()
@@ -243,16 +248,36 @@ def scan_backward(
         *(found.u, found.delta, grad_xz[..., inner:], found.BC, terms, found.A, found.D, found.bias),
         *(ends, grad_ends),
     ]
-    _launch("scan_backward", inputs, BACKWARD, arguments, need_parameters)
-    if not need_parameters:
-        return found
-    return found._replace(A=found.A.sum((1, 2)), D=found.D.sum((1, 2)), bias=found.bias.sum((1, 2)))
+    offsets = [*_offsets(inputs), found.offset]
+    _launch("scan_backward", inputs, BACKWARD, arguments, need_parameters, offsets)
+    if need_parameters:
+        found = found._replace(A=found.A.sum((1, 2)), D=found.D.sum((1, 2)), bias=found.bias.sum((1, 2)))
+    return found._replace(offset=found.offset.sum((1, 2))) if inputs.offsets else found
+
+
+def _offsets(inputs: ScanInputs) -> list[Tensor]:
+    """Offsets as kernels take them, which read nothing of empty tensors."""
+    return for_kernels(inputs.offsets or [inputs.D[0].new_empty(0)])
 
 
 def _launch(
-    name: str, inputs: ScanInputs, source: str, arguments: Sequence[Tensor], trained: bool | None = None
+    name: str,
+    inputs: ScanInputs,
+    source: str,
+    arguments: Sequence[Tensor],
+    trained: bool | None = None,
+    offsets: Sequence[Tensor] = (),
 ) -> None:
-    """Launch a kernel of the file `source`; those of the backward know whether weights are `trained`."""
+    """Launch a kernel of the file `source`.
+
+    Args:
+        name: that of the kernel.
+        inputs: for the sizes.
+        source: the file.
+        arguments: what it takes before the sizes.
+        trained: whether gradients of weights are wanted, which kernels of the backward know.
+        offsets: what it takes behind the sizes.
+    """
     u, segments = inputs.u, inputs.segments()
     directions, batch, tokens, inner = u.shape
     constants = [
@@ -262,10 +287,12 @@ def _launch(
         ("COLUMNS", inputs.projections.shape[-1]),
         ("FP16", int(u.dtype == torch.float16)),
         ("SEGMENTED", int(segments > 1)),
+        ("OFFSET", int(bool(inputs.offsets))),
     ]
     if trained is not None:
         constants.append(("TRAINED", int(trained)))
     with device_of(u):
         kernel = runtime.load_kernel(source, name, tuple(constants), u.device.index)
         grid = (-(-inner // CHANNELS), batch, segments)
-        kernel(grid, WARP * directions, [*arguments, batch, tokens, -(-tokens // segments)])
+        span = -(-tokens // segments)
+        kernel(grid, WARP * directions, [*arguments, batch, tokens, span, *offsets])

@@ -17,6 +17,9 @@
 //
 //     dA = sum_t T_t (dy_t C_t s_t - dt_t u_t B_t h_t),  T_t = dt_1 + .. + dt_t
 //
+// C_t also reads an offset h' (E, S), if there is one: y_t = <C_t, s_t + h'> + D u_t, hence dh' = sum_t dy_t C_t, and
+// dC_t = sum_e dy_t (s_t + h').
+//
 // One more compile-time constant: TRAINED (gradients of A_log, D and the time step's bias are wanted).
 
 #include "scan.cuh"
@@ -169,11 +172,15 @@ struct Known {
     // `elapsed` is T_t.
     Pair elapsed = {}, grad_A[STATES] = {}, grad_D = {}, grad_bias = {};
 #endif
+#if OFFSET
+    Pair grad_offset[STATES] = {};
+#endif
 };
 
 // Follows the states from the first step to the last, and finds the gradients of C and of the gate, and the scalars.
 __device__ inline void sweep_states(
-    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[STATES], Known& now
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[STATES], const Offset& offset,
+    Known& now
 ) {
     const int tokens = at.tokens;
     // Each direction finds the gradient of the gate for this many of the tokens that it visits first: its share in
@@ -215,7 +222,8 @@ __device__ inline void sweep_states(
 #if TRAINED
                 now.grad_A[n + j] = now.grad_A[n + j] + weighted * seen;
 #endif
-                part[j] = s.a * dy.a + s.b * dy.b;
+                const Pair read = offset.beside(s, n + j);
+                part[j] = read.a * dy.a + read.b * dy.b;
             }
             over.add(k, n, part);
         });
@@ -260,6 +268,9 @@ __device__ inline void sweep_gradients(
 #if TRAINED
                 now.grad_A[n + j] = now.grad_A[n + j] - weighted * felt;
 #endif
+#if OFFSET
+                now.grad_offset[n + j] = now.grad_offset[n + j] + c[j] * dy;
+#endif
                 part[j] = h.a * input.a + h.b * input.b;
                 now.state[n + j] = exp2_fast(dt * decay[n + j]) * h;
             }
@@ -281,13 +292,14 @@ __device__ inline void sweep_gradients(
 }
 
 // `partial_BC` (d, blocks, B, L, 2 N) and, if TRAINED, `partial_A` (d, B, segments, E, S), `partial_D` and
-// `partial_bias` (d, B, segments, E) are to be added up over blocks, or batch and segments.
+// `partial_bias` (d, B, segments, E), and if OFFSET `partial_offset` (d, B, segments, E, S), are to be added up over
+// blocks, or batch and segments.
 extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     const half_word* grad, const half_word* u, const half_word* delta, const half_word* vectors, const float* A_log0,
     const float* A_log1, const float* D0, const float* D1, const half_word* gate, const half_word* result,
     half_word* grad_u, half_word* grad_delta, half_word* grad_gate, half_word* partial_BC, float* scalars,
     float* partial_A, float* partial_D, float* partial_bias, const float* ends, const float* grad_ends, int batch,
-    int total, int span
+    int total, int span, const float* offset0, const float* offset1, float* partial_offset
 ) {
     __shared__ Memory shared[DIRECTIONS];
     const Tensors tensors = {
@@ -300,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     load_decay(decay, reverse ? A_log1 : A_log0, at);
     Known now;
     enter(now.state, decay, nullptr, ends, at, batch, reverse);
-    sweep_states(tensors, at, mine, decay, now);
+    sweep_states(tensors, at, mine, decay, Offset(reverse ? offset1 : offset0, at), now);
 
     Pair behind[STATES];
     enter(behind, decay, nullptr, grad_ends, at, batch, !reverse);
@@ -317,17 +329,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MAX_BLOCKS) scan_backward(
     }
     sync_warp();
     sweep_gradients(tensors, at, mine, decay, load_skip(reverse ? D1 : D0, at), now);
+    if (!at.live) return;
+    const long channel = at.in_segment(batch, blockIdx.z);
 #if TRAINED
-    if (at.live) {
-        const long channel = at.in_segment(batch, blockIdx.z);
-        // The gradient of A_log is A times that of A.
-        for (int n = 0; n < STATES; n++) {
-            const Pair value = LN2 * decay[n] * now.grad_A[n];
-            partial_A[channel * STATES + n] = value.a;
-            partial_A[(channel + 1) * STATES + n] = value.b;
-        }
-        *(Pair*)(partial_D + channel) = now.grad_D;
-        *(Pair*)(partial_bias + channel) = now.grad_bias;
-    }
+    // The gradient of A_log is A times that of A.
+    for (int n = 0; n < STATES; n++) now.grad_A[n] = LN2 * decay[n] * now.grad_A[n];
+    store(now.grad_A, partial_A + channel * STATES);
+    *(Pair*)(partial_D + channel) = now.grad_D;
+    *(Pair*)(partial_bias + channel) = now.grad_bias;
+#endif
+#if OFFSET
+    store(now.grad_offset, partial_offset + channel * STATES);
 #endif
 }

@@ -21,7 +21,8 @@ struct Tensors {
 // that direction has left. With one direction the second half is all.
 template <bool SECOND>
 __device__ inline void sweep_half(
-    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[STATES], Pair skip, Pair (&state)[STATES]
+    const Tensors& tensors, const Place& at, Memory& mine, const Pair (&decay)[STATES], Pair skip, const Offset& offset,
+    Pair (&state)[STATES]
 ) {
     const int middle = at.middle(), begin = SECOND ? middle : 0, end = SECOND ? at.tokens : middle;
     const long own = at.row(tensors.batch), image = at.image_row();
@@ -41,7 +42,7 @@ __device__ inline void sweep_half(
 #pragma unroll
             for (int j = 0; j < live(n); j++) {
                 state[n + j] = exp2_fast(dt * decay[n + j]) * state[n + j] + b[j] * input;
-                y = y + c[j] * state[n + j];
+                y = y + c[j] * offset.beside(state[n + j], n + j);
             }
         });
         if (SECOND) {
@@ -65,7 +66,7 @@ __device__ inline void sweep_half(
 // where that is null, and leaves the state behind its last token.
 __device__ inline void scan_tokens(
     const Tensors& tensors, const Place& at, const float* A_log0, const float* A_log1, const float* D0, const float* D1,
-    const float* first, const float* ends, Pair (&state)[STATES]
+    const float* first, const float* ends, const Offset& offset, Pair (&state)[STATES]
 ) {
     __shared__ Memory shared[DIRECTIONS];
     Memory& mine = shared[at.direction];
@@ -75,8 +76,8 @@ __device__ inline void scan_tokens(
     enter(state, decay, first, ends, at, tensors.batch, reverse);
     const Pair skip = load_skip(reverse ? D1 : D0, at);
     if (DIRECTIONS == 2) {
-        sweep_half<false>(tensors, at, mine, decay, skip, state);
+        sweep_half<false>(tensors, at, mine, decay, skip, offset, state);
         sync_block();
     }
-    sweep_half<true>(tensors, at, mine, decay, skip, state);
+    sweep_half<true>(tensors, at, mine, decay, skip, offset, state);
 }
