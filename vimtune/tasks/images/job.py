@@ -62,6 +62,10 @@ class ImageJob(Job):
         """An empty tally of right and wrong answers."""
         return ImageTally(len(self.classes), loader.num_examples if self.counts_all else None)
 
+    def expect_replays(self) -> int:
+        """Two: whole batches and the last one of an epoch, which unreplayed takes as long as several others."""
+        return 2
+
     def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
         """The report with accuracy per class and the most confused classes."""
         return build_image_report(shared, outcome, self.classes)
