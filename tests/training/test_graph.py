@@ -159,9 +159,9 @@ def test_a_failed_recording_has_not_run_the_batch():
 @pytest.mark.parametrize(
     ("changes", "num_replays"),
     [
-        ({}, 7),  # 9 batches of 8 images, 3 single images
-        ({"grad_accum": 3}, 5),  # windows of 8 + 8 + 8 and 1
-        ({"grad_accum": 2, "batch_size": 7, **MIXED}, 6),  # windows of 7 + 7 and 7 + 4; odd, mixed
+        ({}, 9),  # 9 batches of 8 images, 3 single images; two and one of them run before they are recorded
+        ({"grad_accum": 3}, 7),  # windows of 8 + 8 + 8 and 1
+        ({"grad_accum": 2, "batch_size": 7, **MIXED}, 8),  # windows of 7 + 7 and 7 + 4; odd, mixed
         ({"batch_size": 32}, 1),  # one batch of 25 an epoch
     ],
     ids=str,

@@ -175,8 +175,7 @@ class Job(ABC):
         """Learn before training that its batches will be replayed, from one recording for each shape.
 
         A job whose batches come in many shapes brings those of `train` to few of them here, by padding that
-        changes no loss and no count. The default changes nothing: of a job whose batches have one shape,
-        all but the last of an epoch, that one is recorded.
+        changes no loss and no count. The default changes nothing, and one shape is recorded.
 
         Returns:
             How many shapes are worth a recording.

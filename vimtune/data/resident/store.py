@@ -25,11 +25,11 @@ from vimtune.preprocessing import Preprocessing
 logger = logging.getLogger(__name__)
 
 SHARE = 0.25
-"""Share of a device's free memory that the images of one split may take."""
+"""Share of a device's free memory that the images of one split may take; twice that while they come in."""
 _SAMPLE = 32
 """Images whose mean size tells how much all of them will take."""
-_AT_A_TIME = 64
-"""Images that a worker sends together."""
+_AT_A_TIME = 16
+"""Images that a worker sends together; a few such pieces of each worker wait in shared memory."""
 
 
 class DoesNotFitError(DatasetError):
@@ -96,18 +96,18 @@ def fill_store(
     allowed = int(SHARE * free)
     expected = _expected_bytes(dataset, preprocessing)
     _require_room(expected, allowed, free, dataset, device)
-    pieces, taken = [], 0
+    taken = 0
+    pixels: list[Tensor] = []
+    sizes: list[np.ndarray] = []
+    failures: dict[int, CorruptImageError | ImageReadError] = {}
     for piece in _decode(_Decoded(dataset, preprocessing), num_workers):
         taken += piece.pixels.nbytes
         _require_room(taken, allowed, free, dataset, device)
-        pieces.append(piece)
-    pixels = torch.empty(taken // 3, 3, dtype=torch.uint8, device=device)
-    first = 0
-    for piece in pieces:
-        pixels[first : first + len(piece.pixels)] = piece.pixels.to(device)
-        first += len(piece.pixels)
-    failures = {index: error for piece in pieces for index, error in piece.failures.items()}
-    store = ImageStore(pixels, np.concatenate([piece.sizes for piece in pieces]), failures)
+        # Copied at once, because the shared memory through which it comes is often small.
+        pixels.append(piece.pixels.to(device, copy=True))
+        sizes.append(piece.sizes)
+        failures |= piece.failures
+    store = ImageStore(torch.cat(pixels), np.concatenate(sizes), failures)
     logger.info(
         "%s: %d images are on %s as uint8 and augmented there (%.1f MB of %.1f GB free; up to %d x %d px; "
         "decoded in %.1f s)",

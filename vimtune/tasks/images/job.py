@@ -78,6 +78,10 @@ class ImageJob(Job):
         """An empty tally of right and wrong answers."""
         return ImageTally(len(self.classes), loader.num_examples if self.counts_all else None)
 
+    def expect_replays(self) -> int:
+        """Two: whole batches and the last one of an epoch, which by itself takes as long as several others."""
+        return 2
+
     def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
         """The report with accuracy per class and the most confused classes."""
         num_workers = {loader.split: loader.num_workers for loader in self.loaders}
