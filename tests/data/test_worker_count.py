@@ -41,7 +41,14 @@ def on(monkeypatch):
         monkeypatch.setattr(worker_count, "usable_cores", lambda: cores)
         monkeypatch.setattr(worker_count, "free_memory", lambda: free)
         monkeypatch.setattr(worker_count, "free_shared_memory", lambda: shared)
-        settings = {"batch_size": 64, "world_size": 1, "local_size": 1, "on_gpu": True, **options}
+        settings = {
+            "batch_size": 64,
+            "world_size": 1,
+            "local_size": 1,
+            "on_gpu": True,
+            "cached": False,
+            **options,
+        }
         return choose_num_workers(dataset or Pictures(count), TRANSFORM, **settings)
 
     return choose
@@ -87,7 +94,21 @@ def test_the_reason_names_what_limits_the_number(on):
 @pytest.mark.parametrize(("count", "asked"), [(1, [0] * 5), (9, [0, 2, 4, 6, 8])])
 def test_a_few_images_from_all_over_the_data_are_timed(count, asked):
     dataset = Pictures(count)
-    assert worker_count._seconds_per_image(dataset, TRANSFORM) > 0
+    assert worker_count._seconds_per_image(dataset, TRANSFORM, False) > 0
     assert dataset.asked == asked
-    assert worker_count._seconds_per_image(Pictures(9, frozenset({0, 4})), TRANSFORM) > 0
-    assert worker_count._seconds_per_image(Pictures(1, frozenset({0})), TRANSFORM) == 0
+    assert worker_count._seconds_per_image(Pictures(9, frozenset({0, 4})), TRANSFORM, False) > 0
+    assert worker_count._seconds_per_image(Pictures(1, frozenset({0})), TRANSFORM, False) == 0
+
+
+def test_of_cached_images_decoding_takes_no_time(monkeypatch):
+    """On a clock that each look at a picture sets forward by a second, and nothing else."""
+    now = [0.0]
+    monkeypatch.setattr(worker_count.time, "perf_counter", lambda: now[0])
+
+    class Slow(Pictures):
+        def load(self, index: int) -> Image.Image:
+            now[0] += 1
+            return super().load(index)
+
+    assert worker_count._seconds_per_image(Slow(9), TRANSFORM, False) == 1
+    assert worker_count._seconds_per_image(Slow(9), TRANSFORM, True) == 0

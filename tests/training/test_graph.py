@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from recorders import FailingRecorder, RepeatingRecorder
 from tiny_runs import assert_same_weights, largest_difference, metrics, weights
@@ -14,10 +15,14 @@ from torch import nn
 from vimtune import adapters
 from vimtune.recipe import Recipe, RecipeError, load_recipe
 from vimtune.tasks.classification import Classification
+from vimtune.tasks.images.scoring import ImageTally
+from vimtune.tasks.job import Batch
 from vimtune.training import Interrupted, train, trained
+from vimtune.training.evaluate import Replays, evaluate
 from vimtune.training.gradients import StandingGradients, put_gradients
 from vimtune.training.graph import BatchGraphs, CaptureError, CudaRecorder, refusals
 from vimtune.training.guard import NonFiniteError
+from vimtune.training.precision import build_autocast
 from vimtune.training.state import load_run_state
 from vimtune.training.stepper import Stepper
 
@@ -410,3 +415,30 @@ def test_on_a_gpu_a_resumed_run_continues_as_if_it_had_not_stopped(tiny):
     train(recipe)
     report = train(load_recipe(None, {"resume": recipe.run.output_dir, "epochs": "6"}))
     assert largest_difference(whole[1], weights(report.run_dir)) < 1e-6
+
+
+@gpu
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_on_a_gpu_replayed_evaluations_have_the_scores_of_eager_ones(amp):
+    """Whatever weights are written in place meanwhile, and with a last batch that is smaller."""
+    model = timm.create_model("vim_nano_patch8_64", num_classes=7).to(CUDA)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(27, 3, 64, 64, generator=generator).pin_memory()
+    labels = torch.randint(0, 7, (27,), generator=generator).pin_memory()
+    batches = [
+        Batch({"images": x, "labels": y}, len(x))
+        for x, y in zip(images.split(8), labels.split(8), strict=True)
+    ]
+    graphs = BatchGraphs(CudaRecorder(CUDA), (), warmup=1, limit=3)
+    common = {"device": CUDA, "autocast": build_autocast(amp, CUDA)}
+    losses = set()
+    for _ in range(3):
+        eager = evaluate(model, batches, ImageTally(7, 27), **common)
+        replayed = evaluate(model, batches, ImageTally(7, 27), **common, replays=Replays(graphs, pytest.fail))
+        assert (eager.loss, eager.scores) == (replayed.loss, replayed.scores)
+        assert torch.equal(eager.confusion, replayed.confusion)
+        losses.add(eager.loss)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.02)
+    assert graphs.num_replays == 10 and len(losses) == 3  # the first batch of each size ran before

@@ -57,6 +57,7 @@ def choose_num_workers(
     world_size: int,
     local_size: int,
     on_gpu: bool,
+    cached: bool,
 ) -> WorkerCount:
     """Choose for one loader of one process of a run.
 
@@ -67,13 +68,14 @@ def choose_num_workers(
         world_size: processes of the run.
         local_size: those of them on this machine, which share its cores and its memory.
         on_gpu: whether the model computes elsewhere than on the cores.
+        cached: whether images are decoded before the epochs begin.
     """
     cores = usable_cores() // local_size
     most = min(MOST, cores - 1 if on_gpu else cores // CORES_OF_A_HELPER)
     shown = f"{cores} core{'s' if cores != 1 else ''}{' a process' if local_size > 1 else ''}"
     if most < 1:
         return WorkerCount(0, shown)
-    seconds = _seconds_per_image(dataset, transform)
+    seconds = _seconds_per_image(dataset, transform, cached)
     shown = f"{shown}, {1000 * seconds:.1f} ms an image"
     if seconds * len(dataset) / world_size < WORTH_A_START:
         return WorkerCount(0, f"{shown}, {len(dataset)} images")
@@ -89,8 +91,9 @@ def choose_num_workers(
     return WorkerCount(limits[reason], reason)
 
 
-def _seconds_per_image(dataset: ImageDataset, transform: Transform) -> float:
-    """How long decoding and transforming take, at the median of a few images from all over the data.
+def _seconds_per_image(dataset: ImageDataset, transform: Transform, cached: bool) -> float:
+    """How long decoding, unless images are `cached`, and transforming take: the median of a few images from
+    all over the data.
 
     What cannot be read is reported when its turn comes.
     """
@@ -98,7 +101,9 @@ def _seconds_per_image(dataset: ImageDataset, transform: Transform) -> float:
     for probe in range(PROBES + 1):
         start = time.perf_counter()
         try:
-            transform(dataset.load(probe * (len(dataset) - 1) // PROBES))
+            image = dataset.load(probe * (len(dataset) - 1) // PROBES)
+            start = time.perf_counter() if cached else start
+            transform(image)
         except (CorruptImageError, ImageReadError):
             continue
         times.append(time.perf_counter() - start)

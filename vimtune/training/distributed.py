@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -153,8 +154,8 @@ class Processes:
         """Let the main process run the block before the others (for downloads and caches)."""
         note = f"main process through block {next(self._turns)}"
         if not self.is_main:
-            if self.store is not None:  # which waits longer than a collective
-                _meet(self.store.wait, [note], MAIN_TIMEOUT)
+            if self.store is not None:
+                _meet(_wait_for, self.store, note)
             self.gather(None)
         with self.failing_together():
             try:
@@ -176,6 +177,21 @@ def _raise_first(errors: Sequence[str | None]) -> None:
     for rank, error in enumerate(errors):
         if error is not None:
             raise ProcessesError(f"process {rank}: {error}")
+
+
+def _wait_for(store: dist.Store, note: str) -> None:
+    """Wait for a note, longer than a collective does.
+
+    It is asked for again and again: one long question would keep those of torch's own threads waiting.
+
+    Raises:
+        RuntimeError: the process with the store has ended, or there is no note after `MAIN_TIMEOUT`.
+    """
+    deadline = time.monotonic() + MAIN_TIMEOUT.total_seconds()
+    while not store.check([note]):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no {note} within {MAIN_TIMEOUT}")
+        time.sleep(0.05)
 
 
 def _meet(collective: Callable[..., Any], *arguments: Any) -> None:

@@ -195,6 +195,7 @@ def open_batches(
             world_size=processes.world_size,
             local_size=processes.local_size,
             on_gpu=processes.device.type != "cpu",
+            cached=data.cache,
         )
     else:
         workers = WorkerCount(data.num_workers, AS_ASKED)
