@@ -232,10 +232,10 @@ def check_compiled_step(flowers: tuple[Tensor, Tensor], device: str, method: str
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 @pytest.mark.parametrize("method", list_methods())
 def test_same_step_same_gradients_bit_for_bit(flowers, device, method, amp):
-    # Kernels of a GPU need enough images that blocks race for the order of their sums.
-    images, labels = (tensor[: 64 if device == "cuda" else 8].to(device) for tensor in flowers)
+    images, labels = (tensor.to(device) for tensor in flowers)
     model = move_off_the_start(build(method, device))
-    runs = [gradients(model, images, labels, amp) for _ in range(3)]
+    # One thread of a CPU has one order; the blocks of a GPU may by chance keep theirs once.
+    runs = [gradients(model, images, labels, amp) for _ in range(3 if device == "cuda" else 2)]
     for name, first in runs[0].items():
         assert all(torch.equal(run[name], first) for run in runs[1:]), name
     other = gradients(model, images.flip(0), labels, amp)
