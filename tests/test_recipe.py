@@ -649,7 +649,7 @@ def test_a_name_that_is_not_utf8_survives_the_file(tmp_path):
         ({"peft_kwargs": {"rank": "two"}}, "peft_kwargs: rank = 'two': expected a whole number"),
         ({"peft_kwargs": {"rank": True}}, "rank = True: expected a whole number"),
         ({"peft_kwargs": {"alpha": [1]}}, "alpha = [1]: expected a number > 0"),
-        ({"peft_kwargs": {"variant": 3}}, "variant = 3: expected one of free, paper"),
+        ({"peft_kwargs": {"variant": 3}}, "variant = 3: expected one of free, exp, tanh, paper"),
         (
             {"peft": "lora+ft", "peft_kwargs": {"lora": {"rank": {}}}},
             "rank = {}: expected a mapping from targets",

@@ -26,7 +26,7 @@ from vimtune.adapters import (
     list_methods,
 )
 from vimtune.adapters.identity import _first_format_hash
-from vimtune.adapters.info import NEUTRAL_OPTIONS
+from vimtune.adapters.info import NEUTRAL_OF_ALL, NEUTRAL_OPTIONS
 from vimtune.methods.bitfit import BitFit
 from vimtune.training.report import describe_method
 
@@ -147,7 +147,7 @@ def test_version_2_means_what_it_meant(case, path):
         name: {
             key: value
             for key, value in own.items()
-            if (key, value) not in NEUTRAL_OPTIONS.get(name, {}).items()
+            if (key, value) not in {**NEUTRAL_OF_ALL, **NEUTRAL_OPTIONS.get(name, {})}.items()
         }
         for name, own in info.options.items()
     }
