@@ -168,7 +168,7 @@ def test_commands(line, here, request, monkeypatch):
         assert cli.main([command, *kept, *folders]) == 0
         return
     if command == "analyze":
-        arguments += ["--only", "cost"]
+        arguments += ["--only", "cost"]  # the last one counts
     if command != "train":
         if ("--task" in arguments or "runs/my-texts" in arguments) and not HAS_TRANSFORMERS:
             pytest.skip("no transformers 5.21")

@@ -10,6 +10,8 @@ from conftest import FEW
 
 from vimtune import cli
 from vimtune.merging import merge_to_file
+from vimtune.recipe import Recipe
+from vimtune.training import train
 
 WEIGHTS = "components,transformation"
 """Analyses that need no images."""
@@ -78,3 +80,23 @@ def test_help_has_the_table(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
     assert "scan_maps" in out and "{" not in out
+
+
+def test_runs_on_texts_are_analysed_where_it_is_about_weights(tmp_path):
+    pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+    from text_runs import SETTINGS, write_data
+
+    data = write_data("arc_easy", tmp_path / "data")
+    recipe = Recipe(
+        task="arc_easy", data_dir=str(data), output_dir=str(tmp_path / "run"), **{**SETTINGS, "lr": 0.05}
+    )
+    train(recipe)
+    output = tmp_path / "found.json"
+    assert run(tmp_path / "run", "--batches", 1, "-o", output) == 0
+    values = json.loads(output.read_text())
+    assert list(values["analyses"]) == ["components", "transformation", "gradient"]
+    assert values["left_out"]["scan_maps"].startswith("it is about Vision Mamba")
+    assert {own["projector"] for own in values["analyses"]["gradient"]["projectors"]} == {
+        "in_proj",
+        "out_proj",
+    }

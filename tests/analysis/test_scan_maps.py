@@ -7,9 +7,13 @@ import copy
 import pytest
 import torch
 from conftest import changed_vim
+from method_cases import options_for
 
 import vimtune
+from vimtune.analysis.components import movements
+from vimtune.analysis.parameters import effective_parameters
 from vimtune.analysis.scan_maps import Reach, as_patch_map, read_maps, scan_matrix
+from vimtune.methods import list_methods
 from vimtune.ops import reference
 
 
@@ -60,3 +64,11 @@ def test_reach():
     found = Reach.of(maps)
     assert found.distance == pytest.approx((0 + 0.5 + 1) / 3)
     assert found.tokens == pytest.approx((1 + 2 + 2) / 3) and found.itself == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_every_method_can_be_looked_at(method):
+    before, after = changed_vim(method, **options_for(method, {}))
+    maps = read_maps(after, torch.randn(1, 3, 32, 32))
+    assert maps.shape[0] == 3 and maps.isfinite().all()
+    assert movements(effective_parameters(before), effective_parameters(after))
