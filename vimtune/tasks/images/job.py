@@ -79,7 +79,7 @@ class ImageJob(Job):
         return ImageTally(len(self.classes), loader.num_examples if self.counts_all else None)
 
     def expect_replays(self) -> int:
-        """Two: whole batches and the last one of an epoch, which by itself takes as long as several others."""
+        """Whole batches, and the last one of an epoch, which eagerly takes as long as several others."""
         return 2
 
     def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
