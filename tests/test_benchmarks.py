@@ -400,3 +400,15 @@ def test_whole_comparison_on_the_cpu(tmp_path):
     report = json.loads((tmp_path / "gpu_step.json").read_text())
     assert len(report["rows"]) == 8 and all(len(row["samples"]) == 2 for row in report["rows"])
     assert report["ceilings"].keys() == {"bytes", "matmul_flops", "exponentials", "instructions"}
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_without_gpus(tmp_path):
+    command = [sys.executable, "gpu_scaling.py", "--device", "cpu", "--amp", "none", "--gpus", "1", "2"]
+    command += ["--cases", "vim_nano_patch8_64:2", "--methods", "lora", "--steps", "4", "--rounds", "1"]
+    subprocess.run([*command, "--output", str(tmp_path / "scaling.json")], cwd=BENCHMARKS, check=True)
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    assert [(row["gpus"], row["way"]) for row in rows] == [
+        (count, way) for count in (1, 2) for way in ("sum", "ddp", "trainer")
+    ]
+    assert all(row["images_per_second_per_gpu"] > 0 for row in rows)

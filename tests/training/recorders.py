@@ -16,6 +16,7 @@ class RepeatingRecorder:
     """Replays by doing the recorded call again; like a graph it needs the gradients where they were."""
 
     def __init__(self, device: torch.device) -> None:
+        self.broken = False
         self.num_warm = self.num_replays = self.num_judged = 0
         """Batches that ran before, replayed ones of training, and those of evaluations."""
         self.recorded: list[int] = []
@@ -58,4 +59,5 @@ class FailingRecorder(RepeatingRecorder):
     """Cannot record anything."""
 
     def record(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        self.broken = True
         raise CaptureError("operation not permitted when stream is capturing")

@@ -157,8 +157,10 @@ class _Counting:
             try:
                 return self._replays.graphs(self._judge, tensors)
             except CaptureError as error:
+                which = "all" if self._replays.graphs.recorder.broken else "its"
                 self._replays.warn(
-                    f"the CUDA graph of an evaluation could not be recorded, its batches run eagerly: {error}"
+                    "the CUDA graph of an evaluation could not be recorded, "
+                    f"{which} batches run eagerly: {error}"
                 )
         return self._judge(tensors)
 

@@ -49,6 +49,10 @@ def refusals(settings: OptimisationSettings, device: torch.device) -> list[str]:
 class Recorder(Protocol):
     """Where the work of a batch runs before it is recorded, and how it is recorded."""
 
+    broken: bool
+    """Whether what was recorded must not be replayed any more: a failed recording has taken the generator of
+    random numbers away from it."""
+
     def run(self, work: Callable[[], Result]) -> Result:
         """Do the work now."""
 
@@ -72,6 +76,7 @@ class CudaRecorder:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.broken = False
         self.kept = 0
         """Bytes that the pool holds."""
 
@@ -103,6 +108,7 @@ class CudaRecorder:
             # The generator may take itself to be recording still. Graphs that were recorded before stay with
             # its old state, which nobody seeds from here on.
             generator.graphsafe_set_state(drawn)
+            self.broken = True
             raise CaptureError(_first_cause(error)) from error
         grown = torch.cuda.memory_reserved(self.device) - before
         self.kept += grown
@@ -154,6 +160,8 @@ class BatchGraphs(Generic[Result]):
                 `CudaRecorder.record`).
         """
         self.num_batches += 1
+        if self.recorder.broken:  # perhaps by others who record with it
+            self._give_up()
         shape = _shape(tensors)
         if shape not in self._recorded:
             if len(self._recorded) >= self.limit:
@@ -168,8 +176,7 @@ class BatchGraphs(Generic[Result]):
                 for due in self._due(shape):
                     self._recorded[due] = self._record(run, self._seen.pop(due))
             except CaptureError:
-                self._recorded.clear()
-                self.limit = 0
+                self._give_up()
                 raise
         recorded = self._recorded[shape]
         for name, tensor in tensors.items():
@@ -183,6 +190,11 @@ class BatchGraphs(Generic[Result]):
         """What was recorded and how often it was replayed, in a few words."""
         shapes = f"{len(self._recorded)} shapes" if len(self._recorded) != 1 else "1 shape"
         return f"{shapes} of batches recorded, {self.num_replays:,} of {self.num_batches:,} batches replayed"
+
+    def _give_up(self) -> None:
+        """Run all batches eagerly from here on."""
+        self._recorded.clear()
+        self.limit = 0
 
     def _due(self, shape: _Shape) -> list[_Shape]:
         """What is recorded now that `shape` has come again: before it the largest shape that has come so far,
@@ -213,6 +225,7 @@ class _Seen:
         self.tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
         """Tensors of its sizes and types, without any memory."""
         self.devices = {name: tensor.device for name, tensor in tensors.items()}
+        """Where they lie."""
 
 
 @dataclass(frozen=True)

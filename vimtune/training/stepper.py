@@ -203,8 +203,7 @@ class OverlappedStepper(Stepper):
 
     Nothing is changed by numbers that are not finite: the optimizer's kernels skip such an update by
     themselves (`skips_by_itself`), and whatever the numbers say, the passes of the next step change nothing
-    but gradients. Several processes launch them early if all of them can, because
-    they meet in them.
+    but gradients. Several processes launch them early if all of them can, because they meet in them.
     """
 
     def _steps(self, windows: Iterator[list[Batch]], epoch: int) -> Iterator[Step]:
