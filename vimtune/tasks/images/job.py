@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -31,6 +32,7 @@ from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.confusion import confusion_files
 from vimtune.tasks.images.distillation import TEACHER, Distillation, load_teacher
+from vimtune.tasks.images.gallery import write_gallery
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
@@ -78,9 +80,17 @@ class ImageJob(Job):
         return build_image_report(shared, outcome, self.classes)
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
-        """The confusion matrix as a table and as a picture."""
+        """The confusion matrix as a table and as a picture, and images with right and wrong answers."""
         assert isinstance(evaluation, ImageEvaluation) and isinstance(report, ImageReport)
-        return confusion_files(evaluation.confusion, self.classes, report)
+        prepared = self.saved_with_adapter["preprocessing"]
+        picture = partial(
+            write_gallery,
+            gallery=evaluation.gallery,
+            classes=self.classes,
+            mean=prepared["mean"],
+            std=prepared["std"],
+        )
+        return {**confusion_files(evaluation.confusion, self.classes, report), "examples.png": picture}
 
 
 def open_images(recipe: Recipe, task: Classification, processes: Processes) -> ImageJob:

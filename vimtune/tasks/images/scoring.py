@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimtune.tasks.images.examples import Gallery
 from vimtune.tasks.job import Evaluation, Forward, Tally, Tensors
 
 TOP = 5
@@ -21,6 +22,8 @@ class ImageEvaluation(Evaluation):
 
     confusion: Tensor
     """Counts of images by true class and answer, `confusion[true, predicted]`, (C, C) int64."""
+    gallery: Gallery
+    """Some of the images that this process has scored."""
 
     @property
     def per_class(self) -> list[float | None]:
@@ -29,14 +32,18 @@ class ImageEvaluation(Evaluation):
         return [100.0 * r / t if t else None for r, t in zip(right, total, strict=True)]
 
 
-def evaluation_of(confusion: Tensor, top5_hits: int, loss: float) -> ImageEvaluation:
+def evaluation_of(
+    confusion: Tensor, top5_hits: int, loss: float, gallery: Gallery | None = None
+) -> ImageEvaluation:
     """The scores that follow from counts.
 
     Args:
         confusion: counts of images by true class and answer, (C, C).
         top5_hits: number of images whose class was among the five best answers.
         loss: cross entropy summed over the images.
+        gallery: some of the images; none by default.
     """
+    gallery = Gallery(len(confusion)) if gallery is None else gallery
     count = int(confusion.sum())
     right = int(confusion.diag().sum())
     scores = {
@@ -44,7 +51,7 @@ def evaluation_of(confusion: Tensor, top5_hits: int, loss: float) -> ImageEvalua
         # Of five classes or fewer every answer would be among the best five.
         "top5": 100.0 * top5_hits / max(1, count) if len(confusion) > TOP else None,
     }
-    return ImageEvaluation(loss / max(1, count), scores, count, confusion)
+    return ImageEvaluation(loss / max(1, count), scores, count, confusion, gallery)
 
 
 class ImageTally(Tally):
@@ -58,6 +65,7 @@ class ImageTally(Tally):
             expected: how many images all processes together have to count; None if some may be left out.
         """
         self.num_classes, self.expected = num_classes, expected
+        self.gallery = Gallery(num_classes)
         self.totals = {
             "confusion": torch.zeros(num_classes, num_classes, dtype=torch.int64),
             "top5_hits": torch.zeros((), dtype=torch.int64),
@@ -70,6 +78,7 @@ class ImageTally(Tally):
         logits = forward(tensors["images"]).float()
         self.totals["loss"] += F.cross_entropy(logits, labels, reduction="sum").item()
         predicted, ranks = rank_answers(logits, labels)
+        self.gallery.add(tensors["images"], labels, predicted)
         self.totals["top5_hits"] += int((ranks < TOP).sum())
         pairs = (labels * num_classes + predicted).cpu()
         self.totals["confusion"] += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, -1)
@@ -77,7 +86,9 @@ class ImageTally(Tally):
     def evaluation(self) -> ImageEvaluation:
         """The scores of what was counted."""
         totals = self.totals
-        found = evaluation_of(totals["confusion"], int(totals["top5_hits"]), float(totals["loss"]))
+        found = evaluation_of(
+            totals["confusion"], int(totals["top5_hits"]), float(totals["loss"]), self.gallery
+        )
         assert self.expected in (None, found.count), "an evaluation counts every image exactly once"
         return found
 
