@@ -194,7 +194,7 @@ class Run:
         self.tracker.show_evaluation(loader.split)
         try:
             found = evaluate(
-                self.job.model,
+                self.job.forwarded,
                 loader,
                 self.job.start_tally(loader),
                 device=self.processes.device,

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vimtune
 from vimtune.data import (
@@ -23,7 +23,9 @@ from vimtune.data import (
     create_loader,
     model_preprocessing,
 )
+from vimtune.data.batch_sampler import BatchSampler
 from vimtune.data.subset import draw_protocol, draw_shots
+from vimtune.methods import METHODS
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
 from vimtune.models.weights import WEIGHTS, weights_of
@@ -32,6 +34,7 @@ from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.confusion import confusion_files
 from vimtune.tasks.images.distillation import TEACHER, Distillation, load_teacher
+from vimtune.tasks.images.features import FeatureBatches, ImagesOrFeatures, repeats_its_features
 from vimtune.tasks.images.gallery import write_gallery
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
@@ -58,6 +61,13 @@ class ImageJob(Job):
     """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
+    features: ImagesOrFeatures | None = None
+    """The model where it gets features that were computed once in the place of images."""
+
+    @property
+    def forwarded(self) -> nn.Module:
+        """The model, or what takes features in its place."""
+        return self.model if self.features is None else self.features
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Mix the images of a batch, and their labels into shares (B, C), where the recipe asks for it."""
@@ -133,12 +143,23 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         distillation = Distillation(
             teacher, task.teacher_targets, task.teacher_weight, task.teacher_temperature
         )
-    selection = batches(selection_set, train=False)
+    final_set = selection_set if test_set is None else test_set
+    features = _features_once(recipe, task, model, processes)
+    if features is None:
+        train = batches(train_set, train=True)
+        selection: Loader = batches(selection_set, train=False)
+        final = selection if final_set is selection_set else batches(final_set, train=False)
+    else:
+        train, selection = (
+            open_features(recipe, dataset, eval_transform, processes, features, shuffle=dataset is train_set)
+            for dataset in (train_set, selection_set)
+        )
+        final = batches(final_set, train=False)
     return ImageJob(
         model=model,
-        train=batches(train_set, train=True),
+        train=train,
         selection=selection,
-        final=selection if test_set is None or test_set is selection_set else batches(test_set, train=False),
+        final=final,
         usual_count=recipe.optimisation.batch_size,
         outputs={"classes": classes},
         readers=readers,
@@ -148,7 +169,36 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         label_smoothing=task.label_smoothing,
         distillation=distillation,
         counts_all=data.on_corrupt == "error",
+        features=features,
     )
+
+
+def _features_once(
+    recipe: Recipe, task: Classification, model: VisionMamba, processes: Processes
+) -> ImagesOrFeatures | None:
+    """The model as one that takes features, where those of an image are the same in every epoch."""
+    data = recipe.data
+    assert isinstance(data, DataSettings)
+    always_alike = task.augmentation == "none" and not (task.mixup or task.cutmix or task.teacher)
+    one_process = processes.world_size == 1 and not recipe.optimisation.shard
+    head_alone = all(METHODS.get(name).trains_head_only for name in recipe.method.peft.split("+"))
+    once = always_alike and one_process and head_alone and data.on_corrupt == "error"
+    return ImagesOrFeatures(model) if once and repeats_its_features(model) else None
+
+
+def open_features(
+    recipe: Recipe,
+    dataset: ImageDataset,
+    transform: Transform,
+    processes: Processes,
+    model: ImagesOrFeatures,
+    shuffle: bool,
+) -> FeatureBatches:
+    """The batches of a split as those of `open_batches`, with features in the place of images."""
+    images = open_batches(recipe, dataset, transform, processes, shuffle=False)
+    seed = derive_seed(recipe.run.seed, "data")
+    order = BatchSampler(len(dataset), recipe.optimisation.batch_size, shuffle, False, seed, 0, 1)
+    return FeatureBatches(images, order, model, build_autocast(recipe.optimisation.amp, processes.device))
 
 
 def _mention_other_kind(backbone: BackboneSettings, dataset: ImageDataset) -> None:
