@@ -146,7 +146,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     final_set = selection_set if test_set is None else test_set
     features = _features_once(recipe, task, model, processes)
     if features is None:
-        train = batches(train_set, train=True)
+        train: Loader = batches(train_set, train=True)
         selection: Loader = batches(selection_set, train=False)
         final = selection if final_set is selection_set else batches(final_set, train=False)
     else:
