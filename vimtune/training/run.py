@@ -104,7 +104,7 @@ class Run:
         """Take the steps of the epoch that are left, and note and show what came of each."""
         loader, progress = self.job.train, self.progress
         loader.set_position(progress.epoch, progress.batch)
-        self.job.model.train()
+        self.trained.set_training_mode()
         shown_count = progress.count
         clock = shown_at = time.monotonic()
         for step in self.stepper.steps(loader, progress.epoch):

@@ -25,10 +25,16 @@ def repeats_its_features(model: Any) -> bool:
     """Whether a model that is not trained gives an image the same features in training mode every time, and
     has timm's way to get them."""
     options = getattr(model, "creation", {}).get("kwargs", {})
-    draws = any(value for name, value in options.items() if "drop" in name)
-    looks_at_batches = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    asked_to_draw = any(value for name, value in options.items() if "drop" in name)
+    # Dropout of torch has its probability in `p`, stochastic depth of timm in `drop_prob`.
+    draws = any(
+        (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+        or getattr(module, "drop_prob", 0)
+        or isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for module in model.modules()
+    )
     has_features = hasattr(model, "forward_features") and hasattr(model, "forward_head")
-    return has_features and not draws and not looks_at_batches
+    return has_features and not asked_to_draw and not draws
 
 
 class ImagesOrFeatures(nn.Module):
