@@ -177,6 +177,16 @@ def test_replays_change_nothing(tiny, replaying, changes, num_replays):
     assert (eager.top1, eager.loss, eager.warnings) == (replayed.top1, replayed.loss, replayed.warnings)
 
 
+def test_a_teacher_answers_within_the_replays(tiny, replaying):
+    teacher = train(tiny("teacher", epochs=1)).run_dir
+    eager = train(tiny("eager", teacher=teacher, **MIXED))
+    replaying()
+    replayed = train(tiny("replayed", teacher=teacher, **MIXED))
+    assert replayed.cuda_graph and not eager.cuda_graph
+    assert_same_weights(weights(eager.run_dir), weights(replayed.run_dir))
+    assert metrics(eager.run_dir) == metrics(replayed.run_dir)
+
+
 @pytest.mark.parametrize("scale", [2.0**16, 3e38])
 def test_replays_under_loss_scaling(tiny, replaying, monkeypatch, scale):
     def build_scaler(amp, device):
