@@ -202,9 +202,12 @@ def open_features(
 
 
 def _mention_other_kind(backbone: BackboneSettings, dataset: ImageDataset) -> None:
-    """Warn where the weights at the start have seen another kind of images than those of the data set."""
+    """Warn where the weights at the start have seen drawings alone, and the data set has photographs.
+
+    Nothing is said the other way round: features of photographs are a start for drawings.
+    """
     weights = weights_of(backbone.model) if backbone.pretrained and backbone.checkpoint is None else None
-    if weights is None or weights.trained_on == dataset.kind:
+    if weights is None or weights.trained_on in (dataset.kind, "photographs"):
         return
     others = [
         each.name for each in WEIGHTS if each.model == weights.model and each.trained_on == dataset.kind
