@@ -51,10 +51,10 @@ def train(folder: Path, **changes: Any) -> Report:
 
 def test_it_ends_where_training_on_images_does(tmp_path: Path, counted: list[int], monkeypatch) -> None:
     quick = train(tmp_path / "quick")
-    assert sum(counted) == 15 + 6  # each image to train on, and to select by, once in three epochs
+    assert sum(counted) == 15 + 6 + 6  # each image of each split once in three epochs
     monkeypatch.setattr(image_job, "repeats_its_features", lambda model: False)
     slow = train(tmp_path / "slow")
-    assert sum(counted) == 15 + 6
+    assert sum(counted) == 15 + 6 + 6
     for before, after in zip(slow.history, quick.history, strict=True):
         assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-5)
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
@@ -80,7 +80,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, counted:
     ]
 
 
-def test_without_a_test_split_the_result_is_that_of_images(tmp_path: Path, counted: list[int]) -> None:
+def test_without_a_test_split_nothing_is_computed_again(tmp_path: Path, counted: list[int]) -> None:
     report = train(tmp_path / "run", test=False)
     assert report.split == "val" and report.num_images == 6 and sum(counted) == 21
 

@@ -1,69 +1,62 @@
-"""Images with right and wrong answers: which are kept, and the picture of them."""
+"""Images with right and wrong answers: which are chosen, and the picture of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vimtune.tasks.images.examples import KEPT, Gallery
+from vimtune.data import ImageDataset
+from vimtune.tasks.images.examples import KEPT, Example, Examples
 from vimtune.tasks.images.gallery import MAX_NAME, draw_gallery, write_gallery
 from vimtune.text import shorten
 
-STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
 
+class Greys(ImageDataset):
+    """Images whose pixels are their number."""
 
-def fill(gallery: Gallery, labels: list[int], predicted: list[int], batch: int = 7) -> Gallery:
-    """Show a gallery images whose pixels are their number, in batches."""
-    for start in range(0, len(labels), batch):
-        part = slice(start, start + batch)
-        count = len(labels[part])
-        images = torch.arange(start, start + count).float().view(-1, 1, 1, 1).expand(-1, 3, 4, 6)
-        gallery.add(images, torch.tensor(labels[part]), torch.tensor(predicted[part]))
-    return gallery
+    def __init__(self, classes: list[str]) -> None:
+        self.classes = classes
+        self.targets = [0] * 200
+
+    def load(self, index: int) -> Image.Image:
+        return Image.new("RGB", (300, 200), (index,) * 3)
+
+    def describe(self, index: int) -> str:
+        return str(index)
 
 
 @pytest.mark.parametrize(("num_classes", "of_each"), [(2, 8), (5, 4), (16, 1), (40, 1)])
-def test_the_first_of_every_class_are_kept(num_classes: int, of_each: int) -> None:
-    labels = sorted(list(range(num_classes)) * 20)  # as in a folder, one class after the other
-    predicted = [label if index % 2 else (label + 1) % num_classes for index, label in enumerate(labels)]
-    gallery = fill(Gallery(num_classes), labels, predicted)
-    for kept, parity in ((gallery.right, 1), (gallery.wrong, 0)):
+def test_the_first_of_every_class_are_chosen(num_classes: int, of_each: int) -> None:
+    labels = torch.arange(num_classes).repeat_interleave(20)  # as in a folder, one class after the other
+    predicted = torch.where(torch.arange(len(labels)) % 2 == 1, labels, (labels + 1) % num_classes)
+    examples = Examples(num_classes)
+    for pairs in (labels * num_classes + predicted).split(7):
+        examples.add(pairs)
+    for right in (True, False):
         expected: list[int] = []
         for label in range(num_classes):
-            own = [i for i, other in enumerate(labels) if other == label and i % 2 == parity]
-            expected += own[:of_each]
-        assert [int(example.image.flatten()[0]) for example in kept] == expected[:KEPT]
-        assert all(labels[int(e.image[0, 0, 0])] == e.label for e in kept)
-        assert all((e.label == e.predicted) == bool(parity) for e in kept)
+            expected += [20 * label + 2 * number + right for number in range(of_each)]
+        chosen = [each for each in examples.chosen if each.right is right]
+        assert [each.position for each in chosen] == expected[:KEPT]
+        assert all(each.label == labels[each.position] for each in chosen)
+        assert all(each.predicted == predicted[each.position] for each in chosen)
 
 
-def texts(gallery: Gallery, classes: list[str]) -> list[str]:
-    (axes,) = draw_gallery(gallery, classes, **STATISTICS).axes
-    return [text.get_text() for text in axes.texts]
-
-
-def test_the_picture_says_answers_and_true_classes() -> None:
-    gallery = fill(Gallery(3), [0, 1, 2], [0, 2, 2])
+def test_the_picture_shows_images_answers_and_true_classes() -> None:
     long = "dog" * 20
+    examples = [Example(0, 0, 0), Example(2, 1, 2), Example(1, 2, 2)]
+    (axes,) = draw_gallery(examples, Greys(["rose", "$x_1$", long]), [7, 8, 9]).axes
     short = shorten(long, MAX_NAME)
-    assert texts(gallery, ["rose", "$x_1$", long]) == ["rose", short, f"{short}\nis $x_1$"]
+    assert [text.get_text() for text in axes.texts] == ["rose", short, f"{short}\nis $x_1$"]
+    shown = [np.unique(image.get_array()).tolist() for image in axes.images]
+    assert shown == [[7], [8], [9]] and max(axes.images[0].get_array().shape) == 224
 
 
-@pytest.mark.parametrize("answers", [[], [0], [1]])
-def test_few_images_are_a_picture_too(answers: list[int], tmp_path: Path) -> None:
-    gallery = fill(Gallery(2), [0] * len(answers), answers)
-    write_gallery(tmp_path / "examples.png", gallery, ["a", "b"], **STATISTICS)
+@pytest.mark.parametrize("examples", [[], [Example(0, 0, 0)], [Example(0, 0, 1)]])
+def test_few_images_are_a_picture_too(examples: list[Example], tmp_path: Path) -> None:
+    write_gallery(tmp_path / "examples.png", examples, Greys(["a", "b"]), [0])
     assert Image.open(tmp_path / "examples.png").width > 500
-
-
-def test_pixels_are_those_of_the_image() -> None:
-    image = torch.rand(3, 4, 4)
-    mean, std = (torch.tensor(STATISTICS[name]).view(3, 1, 1) for name in ("mean", "std"))
-    gallery = Gallery(2)
-    gallery.add(((image - mean) / std)[None], torch.tensor([0]), torch.tensor([0]))
-    (axes,) = draw_gallery(gallery, ["a", "b"], **STATISTICS).axes
-    shown = torch.from_numpy(axes.images[0].get_array().data)
-    assert torch.allclose(shown, image.permute(1, 2, 0), atol=1e-6)

@@ -69,6 +69,7 @@ class FeatureBatches(Loader):
             model: gives the features, on the device where it then is.
             autocast: opens the block in which it computes.
         """
+        self.dataset = images.dataset
         self.split, self.source, self.num_examples = images.split, images.source, images.num_examples
         self._images, self._order, self._model, self._autocast = images, order, model, autocast
         self._found: tuple[Tensor, Tensor] | None = None

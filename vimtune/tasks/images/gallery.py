@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from vimtune.data import ImageDataset
 from vimtune.tasks.images.confusion import class_labels
-from vimtune.tasks.images.examples import Gallery
+from vimtune.tasks.images.examples import Example
 from vimtune.text import shorten
 from vimtune.training import pictures
 
@@ -23,56 +22,46 @@ HEIGHT = 1.25
 """Height of an image with the text below it, as a multiple of its width."""
 MARGIN = 0.02
 """Empty border of an image, likewise."""
+MAX_SIDE = 224
+"""Pixels to which larger images are reduced."""
 MAX_NAME = 22
 """Characters of a class name for which there is room below an image."""
 
 
-def draw_gallery(
-    gallery: Gallery, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
-) -> Figure:
+def draw_gallery(examples: Sequence[Example], dataset: ImageDataset, indices: Sequence[int]) -> Figure:
     """Images with the answers below them; wrong answers are red, with the true class below.
 
     Images that are not square are shown as squares.
 
     Args:
-        gallery: the images.
-        classes: C names.
-        mean: that of each channel by which the images are normalised.
-        std: likewise.
+        examples: which images, and the answers.
+        dataset: has the images and the names of the classes.
+        indices: the image of the data set at each position of the examples.
     """
-    names = [shorten(name, MAX_NAME) for name in class_labels(classes)]
-    lines = [
-        kept[start : start + COLUMNS]
-        for kept in (gallery.right, gallery.wrong)
-        for start in range(0, len(kept), COLUMNS)
-    ]
+    names = [shorten(name, MAX_NAME) for name in class_labels(dataset.classes)]
+    kinds = ([each for each in examples if each.right is right] for right in (True, False))
+    rows = [kind[start : start + COLUMNS] for kind in kinds for start in range(0, len(kind), COLUMNS)]
     with pictures.picture_style():
         # One axes for all images is drawn many times as fast as one for each.
-        figure = Figure(figsize=(COLUMNS * TILE, HEIGHT * TILE * max(1, len(lines))))
+        figure = Figure(figsize=(COLUMNS * TILE, HEIGHT * TILE * max(1, len(rows))))
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
         axes.set_axis_off()
-        for row, line in enumerate(lines):
+        for row, line in enumerate(rows):
             for left, example in enumerate(line):
                 top = HEIGHT * row
-                right = example.label == example.predicted
-                text = names[example.predicted] + ("" if right else f"\nis {names[example.label]}")
+                image = dataset.load(indices[example.position])
+                image.thumbnail((MAX_SIDE, MAX_SIDE))
                 place = (left + MARGIN, left + 1 - MARGIN, top + 1 - MARGIN, top + MARGIN)
-                axes.imshow(_pixels(example.image, mean, std), extent=place, interpolation="nearest")
-                color = "black" if right else "tab:red"
+                axes.imshow(np.asarray(image), extent=place, interpolation="nearest")
+                text = names[example.predicted] + ("" if example.right else f"\nis {names[example.label]}")
+                color = "black" if example.right else "tab:red"
                 axes.text(left + 0.5, top + 1, text, ha="center", va="top", fontsize=7, color=color)
-        axes.set(xlim=(0, COLUMNS), ylim=(HEIGHT * max(1, len(lines)), 0), aspect="auto")
+        axes.set(xlim=(0, COLUMNS), ylim=(HEIGHT * max(1, len(rows)), 0), aspect="auto")
         return figure
 
 
-def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """A normalised image (3, H, W) as pixels (H, W, 3) from 0 to 1."""
-    scale, shift = (torch.tensor(list(values)).view(3, 1, 1) for values in (std, mean))
-    pixels: np.ndarray = (image * scale + shift).clamp(0, 1).permute(1, 2, 0).numpy()
-    return pixels
-
-
 def write_gallery(
-    path: Path, gallery: Gallery, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
+    path: Path, examples: Sequence[Example], dataset: ImageDataset, indices: Sequence[int]
 ) -> None:
     """Write the picture of `draw_gallery` to a PNG file."""
-    pictures.save_picture(draw_gallery(gallery, classes, mean, std), path)
+    pictures.save_picture(draw_gallery(examples, dataset, indices), path)

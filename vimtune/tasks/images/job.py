@@ -61,6 +61,8 @@ class ImageJob(Job):
     """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
+    world_size: int
+    """How many processes share the batches."""
     features: ImagesOrFeatures | None = None
     """The model where it gets features that were computed once in the place of images."""
 
@@ -92,14 +94,13 @@ class ImageJob(Job):
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture, and images with right and wrong answers."""
         assert isinstance(evaluation, ImageEvaluation) and isinstance(report, ImageReport)
-        prepared = self.saved_with_adapter["preprocessing"]
-        picture = partial(
-            write_gallery,
-            gallery=evaluation.gallery,
-            classes=self.classes,
-            mean=prepared["mean"],
-            std=prepared["std"],
-        )
+        assert isinstance(self.final, ImageBatches | FeatureBatches)
+        dataset, left_out = self.final.dataset, self.final.left_out()
+        # The results are written by the process that has scored the first share of each batch.
+        order = BatchSampler(len(dataset), self.usual_count, False, False, 0, 0, self.world_size)
+        indices = [key.image for keys in order for key in keys]
+        scored = [index for index in indices if not left_out or dataset.describe(index) not in left_out]
+        picture = partial(write_gallery, examples=evaluation.examples, dataset=dataset, indices=scored)
         return {**confusion_files(evaluation.confusion, self.classes, report), "examples.png": picture}
 
 
@@ -129,7 +130,11 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     train_transform = build_transform(task.augmentation, train=True, **shared)
     eval_transform = build_transform("none", train=False, **shared)
 
-    def batches(dataset: ImageDataset, train: bool) -> ImageBatches:
+    features = _features_once(recipe, task, model, processes)
+
+    def batches(dataset: ImageDataset, train: bool) -> Loader:
+        if features is not None:
+            return open_features(recipe, dataset, eval_transform, processes, features, shuffle=train)
         transform = train_transform if train else eval_transform
         return open_batches(recipe, dataset, transform, processes, shuffle=train)
 
@@ -143,23 +148,12 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         distillation = Distillation(
             teacher, task.teacher_targets, task.teacher_weight, task.teacher_temperature
         )
-    final_set = selection_set if test_set is None else test_set
-    features = _features_once(recipe, task, model, processes)
-    if features is None:
-        train: Loader = batches(train_set, train=True)
-        selection: Loader = batches(selection_set, train=False)
-        final = selection if final_set is selection_set else batches(final_set, train=False)
-    else:
-        train, selection = (
-            open_features(recipe, dataset, eval_transform, processes, features, shuffle=dataset is train_set)
-            for dataset in (train_set, selection_set)
-        )
-        final = batches(final_set, train=False)
+    selection = batches(selection_set, train=False)
     return ImageJob(
         model=model,
-        train=train,
+        train=batches(train_set, train=True),
         selection=selection,
-        final=final,
+        final=selection if test_set is None or test_set is selection_set else batches(test_set, train=False),
         usual_count=recipe.optimisation.batch_size,
         outputs={"classes": classes},
         readers=readers,
@@ -169,6 +163,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         label_smoothing=task.label_smoothing,
         distillation=distillation,
         counts_all=data.on_corrupt == "error",
+        world_size=processes.world_size,
         features=features,
     )
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimtune.tasks.images.examples import Gallery
+from vimtune.tasks.images.examples import Example, Examples
 from vimtune.tasks.job import Evaluation, Forward, Tally, Tensors
 
 TOP = 5
@@ -22,7 +22,7 @@ class ImageEvaluation(Evaluation):
 
     confusion: Tensor
     """Counts of images by true class and answer, `confusion[true, predicted]`, (C, C) int64."""
-    gallery: Gallery
+    examples: Sequence[Example] = ()
     """Some of the images that this process has scored."""
 
     @property
@@ -33,7 +33,7 @@ class ImageEvaluation(Evaluation):
 
 
 def evaluation_of(
-    confusion: Tensor, top5_hits: int, loss: float, gallery: Gallery | None = None
+    confusion: Tensor, top5_hits: int, loss: float, examples: Sequence[Example] = ()
 ) -> ImageEvaluation:
     """The scores that follow from counts.
 
@@ -41,9 +41,8 @@ def evaluation_of(
         confusion: counts of images by true class and answer, (C, C).
         top5_hits: number of images whose class was among the five best answers.
         loss: cross entropy summed over the images.
-        gallery: some of the images; none by default.
+        examples: some of the images.
     """
-    gallery = Gallery(len(confusion)) if gallery is None else gallery
     count = int(confusion.sum())
     right = int(confusion.diag().sum())
     scores = {
@@ -51,7 +50,7 @@ def evaluation_of(
         # Of five classes or fewer every answer would be among the best five.
         "top5": 100.0 * top5_hits / max(1, count) if len(confusion) > TOP else None,
     }
-    return ImageEvaluation(loss / max(1, count), scores, count, confusion, gallery)
+    return ImageEvaluation(loss / max(1, count), scores, count, confusion, examples)
 
 
 class ImageTally(Tally):
@@ -65,7 +64,7 @@ class ImageTally(Tally):
             expected: how many images all processes together have to count; None if some may be left out.
         """
         self.num_classes, self.expected = num_classes, expected
-        self.gallery = Gallery(num_classes)
+        self.examples = Examples(num_classes)
         self.totals = {
             "confusion": torch.zeros(num_classes, num_classes, dtype=torch.int64),
             "top5_hits": torch.zeros((), dtype=torch.int64),
@@ -78,16 +77,16 @@ class ImageTally(Tally):
         logits = forward(tensors["images"]).float()
         self.totals["loss"] += F.cross_entropy(logits, labels, reduction="sum").item()
         predicted, ranks = rank_answers(logits, labels)
-        self.gallery.add(tensors["images"], labels, predicted)
         self.totals["top5_hits"] += int((ranks < TOP).sum())
         pairs = (labels * num_classes + predicted).cpu()
+        self.examples.add(pairs)
         self.totals["confusion"] += torch.bincount(pairs, minlength=num_classes**2).view(num_classes, -1)
 
     def evaluation(self) -> ImageEvaluation:
         """The scores of what was counted."""
         totals = self.totals
         found = evaluation_of(
-            totals["confusion"], int(totals["top5_hits"]), float(totals["loss"]), self.gallery
+            totals["confusion"], int(totals["top5_hits"]), float(totals["loss"]), self.examples.chosen
         )
         assert self.expected in (None, found.count), "an evaluation counts every image exactly once"
         return found
