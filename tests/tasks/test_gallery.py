@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,14 @@ import torch
 from PIL import Image
 
 from vimtune.data import ImageDataset
+from vimtune.recipe import Recipe
+from vimtune.tasks.images import job as image_job
 from vimtune.tasks.images.examples import KEPT, Example, Examples
 from vimtune.tasks.images.gallery import MAX_NAME, draw_gallery, write_gallery
+from vimtune.tasks.images.report import ImageReport
+from vimtune.tasks.images.scoring import evaluation_of
 from vimtune.text import shorten
+from vimtune.training.distributed import Processes
 
 
 class Greys(ImageDataset):
@@ -60,3 +66,24 @@ def test_the_picture_shows_images_answers_and_true_classes() -> None:
 def test_few_images_are_a_picture_too(examples: list[Example], tmp_path: Path) -> None:
     write_gallery(tmp_path / "examples.png", examples, Greys(["a", "b"]), [0])
     assert Image.open(tmp_path / "examples.png").width > 500
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, [0, 1, 2, 3, 4, 5, 6, 8, 9]), (2, [0, 1, 4, 5, 8])])
+def test_positions_are_those_of_the_images_that_the_main_process_has_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int, expected: list[int]
+) -> None:
+    for number in range(20):
+        path = tmp_path / "test" / f"class {number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+    for split in ("train", "val"):
+        shutil.copytree(tmp_path / "test", tmp_path / split)
+    values = {"model": "test_vim", "pretrained": False, "batch_size": 4, "num_workers": 0, "device": "cpu"}
+    recipe = Recipe(dataset="folder", data_dir=str(tmp_path), **values)
+    job = recipe.task.open(recipe, Processes())
+    job.world_size = world_size
+    monkeypatch.setattr(job.final, "left_out", lambda: {job.final.dataset.describe(7)})
+    found = evaluation_of(torch.eye(2, dtype=torch.int64), top5_hits=2, loss=1.0)
+    monkeypatch.setattr(image_job, "confusion_files", lambda *_: {})
+    picture = job.result_files(ImageReport.__new__(ImageReport), found)["examples.png"]
+    assert picture.keywords["indices"][: len(expected)] == expected
