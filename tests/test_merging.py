@@ -353,6 +353,12 @@ def test_half_of_the_bits_are_half_of_the_file_and_enough(tmp_path, made, adapte
     assert sizes[0] < 0.6 * sizes[1]
     predictor = load_predictor(output, device="cpu")
     assert predictor.classes[1] == "species 1"
+    # Such a file is what `pretrained=True` of a model in the table of weights reads.
+    published = {"file": str(output), "num_classes": SPECIES}
+    model = timm.create_model(
+        "test_vim", pretrained=True, pretrained_cfg_overlay=published, num_classes=SPECIES
+    )
+    assert torch.equal(model.head.weight, predictor.model.head.weight)
     assert all(parameter.dtype == torch.float32 for parameter in predictor.model.parameters())
 
 

@@ -1,6 +1,7 @@
 """What kinds of images there are: data sets and published weights state theirs, so that they can be compared.
 
-Features of drawings say little about photographs, so weights of the one kind are a poor start on the other.
+Features of drawings say little about photographs, so weights that have seen nothing else are a poor start
+there.
 """
 
 from __future__ import annotations

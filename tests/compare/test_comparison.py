@@ -171,6 +171,13 @@ def test_the_plan_of_the_language_tasks_is_one(monkeypatch):
     assert heads == {"classifier"}
 
 
+def test_the_plan_of_the_quickstart_is_one():
+    plan = load_plan(ROOT / "benchmarks" / "quickstart.yaml", {})
+    probe, adapter = (plan.recipe(Cell(*pair, 1e-3, 0), ROOT) for pair in plan.pairs)
+    assert probe.method.peft == "linear" and probe.task.augmentation == "none"  # its features repeat
+    assert adapter.method.peft == "prodial" and probe.backbone == adapter.backbone
+
+
 def test_reports_are_not_trusted(runs, tmp_path):
     compare(plan(seeds="0", methods="linear"), tmp_path)
     report = tmp_path / Cell("linear", DATA, 1e-3, 0).path / "report.json"

@@ -105,3 +105,5 @@ def test_other_weights_of_the_model_are_named_where_they_suit(caplog, monkeypatc
     monkeypatch.setattr(job, "WEIGHTS", (*WEIGHTS, other))
     (said,) = mentions(caplog, "photographs")
     assert said.endswith("use --model vim_nano_patch8_64.photos")
+    monkeypatch.setattr(job, "weights_of", lambda name: other)
+    assert not mentions(caplog, "generated drawings")  # for which photographs are a start

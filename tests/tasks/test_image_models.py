@@ -8,10 +8,12 @@ from typing import Annotated
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from annotated_types import Ge
 from torch import nn
 
 import vimtune
+from vimtune.data import create_dataset
 from vimtune.models import register_model
 from vimtune.models.registry import MODELS
 from vimtune.schema import STRICT
@@ -79,6 +81,39 @@ def test_the_size_is_passed_as_the_model_takes_it(register, annotation, given, e
     register(annotation)
     model = job.build_model(recipe(img_size=given), 3)
     assert model.img_size == expected and model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+
+
+class NormedNet(Net):
+    """The same with batch normalisation, which has running statistics."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.norm = nn.BatchNorm2d(3)
+        self.norm.running_mean.fill_(0.3)
+
+    def forward(self, images):
+        return super().forward(self.norm(images))
+
+
+@pytest.mark.parametrize("peft", ["full", "linear"])
+def test_an_adapter_file_answers_as_the_run_did_with_running_statistics(
+    register, monkeypatch, tmp_path, peft
+):
+    register(int)
+    monkeypatch.setitem(globals(), "Net", NormedNet)
+    kinds = {"species": 2, "train_per_species": 4, "val_per_species": 2, "test_per_species": 4}
+    values = {"dataset_kwargs": kinds, "num_workers": 0, "epochs": 2, "lr": 0.05, "device": "cpu"}
+    report = vimtune.train(
+        vimtune.Recipe(
+            model="sized_net", pretrained=False, peft=peft, output_dir=str(tmp_path / "run"), **values
+        )
+    )
+    predictor = vimtune.load_predictor(tmp_path / "run", device="cpu")
+    assert torch.equal(predictor.model.norm.running_mean, torch.full((3,), 0.3))
+    test = create_dataset("synthetic_flowers", "test", img_size=(48, 40), **kinds)
+    images = torch.stack([predictor.transform(test.load(index)) for index in range(len(test))])
+    loss = F.cross_entropy(predictor.logits(images), torch.tensor(test.targets))
+    assert loss.item() == pytest.approx(report.loss, rel=1e-5)
 
 
 def test_a_size_that_the_model_cannot_take(register):

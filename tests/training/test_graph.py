@@ -205,6 +205,16 @@ def test_evaluations_are_replayed_with_the_weights_of_their_time(tiny, replaying
     assert len({record["loss"] for record in replayed.history}) == 4
 
 
+def test_a_teacher_answers_within_the_replays(tiny, replaying):
+    teacher = train(tiny("teacher", epochs=1)).run_dir
+    eager = train(tiny("eager", teacher=teacher, **MIXED))
+    replaying()
+    replayed = train(tiny("replayed", teacher=teacher, **MIXED))
+    assert replayed.cuda_graph and not eager.cuda_graph
+    assert_same_weights(weights(eager.run_dir), weights(replayed.run_dir))
+    assert metrics(eager.run_dir) == metrics(replayed.run_dir)
+
+
 @pytest.mark.parametrize("scale", [2.0**16, 3e38])
 def test_replays_under_loss_scaling(tiny, replaying, monkeypatch, scale):
     def build_scaler(amp, device):

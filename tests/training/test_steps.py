@@ -56,6 +56,7 @@ def test_run_folder_is_complete(plain):
         "learning_curve.png",
         "confusion_matrix.png",
         "confusion_matrix.csv",
+        "examples.png",
     }
     assert load_recipe(folder / "recipe.yaml", {"resume": str(folder)}).run.output_dir == str(folder)
 

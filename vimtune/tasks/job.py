@@ -228,6 +228,12 @@ class Job(ABC):
         return {}
 
     @property
+    def forwarded(self) -> nn.Module:
+        """What batches go through to become outputs: the model itself, unless a job hands some of them to a
+        part of it."""
+        return self.model
+
+    @property
     def loaders(self) -> list[Loader]:
         """The different ones among `train`, `selection` and `final`."""
         return list(dict.fromkeys([self.train, self.selection, self.final]))

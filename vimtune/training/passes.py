@@ -57,7 +57,7 @@ class Passes:
         self._job, self._scaler, self._autocast = job, scaler, autocast
         self._seed, self._rank, self._device = seed, rank, device
         self._divisor, self._warn = divisor, warn
-        self._forward = in_precision(torch.compile(job.model) if compiled else job.model, autocast)
+        self._forward = in_precision(torch.compile(job.forwarded) if compiled else job.forwarded, autocast)
 
     @property
     def replayed(self) -> bool:
@@ -98,7 +98,7 @@ class Passes:
 
         `anywhere` is that of `vimtune.training.guard.find_nonfinite`.
         """
-        forward = in_precision(self._job.model, self._autocast)
+        forward = in_precision(self._job.forwarded, self._autocast)
 
         def repeat() -> Tensor:
             return self._job.loss(forward, self._prepare(batch, step, micro))

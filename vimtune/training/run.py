@@ -112,7 +112,7 @@ class Run:
         loader.read_ahead()
         if self._is_evaluated(progress.epoch + 1):
             _read_ahead(self.job.selection)
-        self.job.model.train()
+        self.trained.set_training_mode()
         shown_count = progress.count
         clock = shown_at = time.monotonic()
         for step in self.stepper.steps(loader, progress.epoch):
@@ -206,7 +206,7 @@ class Run:
         self.tracker.show_evaluation(loader.split)
         try:
             found = evaluate(
-                self.job.model,
+                self.job.forwarded,
                 loader,
                 self.job.start_tally(loader),
                 device=self.processes.device,

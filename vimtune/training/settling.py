@@ -32,7 +32,7 @@ def settle(trained: Trained, loader: Loader, passes: Passes, processes: Processe
     """
     if not adapters.settles(trained.model):
         return
-    trained.model.train()
+    trained.set_training_mode()
     adapters.settle(trained.model, _training_passes(trained.model, loader, passes, processes, stop))
     for parameter in trained.parameters.values():
         parameter.grad = None

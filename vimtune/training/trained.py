@@ -37,6 +37,17 @@ class Trained:
     placement: Placement
     """Where the model lies; of a sharded one all tensors here are pieces."""
 
+    def set_training_mode(self) -> None:
+        """Put the model into training mode, but for its batch normalisation.
+
+        The running means and variances there are the base model's and in no adapter file. They stay what
+        they are and are used in training as in evaluation, so that what is trained is what the file gives.
+        """
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                module.eval()
+
     @property
     def count(self) -> int:
         """How many numbers are trained."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vimtune
 from vimtune.data import (
@@ -22,8 +23,10 @@ from vimtune.data import (
     create_loader,
     model_preprocessing,
 )
+from vimtune.data.batch_sampler import BatchSampler
 from vimtune.data.subset import draw_protocol, draw_shots
 from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
+from vimtune.methods import METHODS
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
 from vimtune.models.weights import WEIGHTS, weights_of
@@ -32,6 +35,8 @@ from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.confusion import confusion_files
 from vimtune.tasks.images.distillation import TEACHER, Distillation, load_teacher
+from vimtune.tasks.images.features import FeatureBatches, ImagesOrFeatures, repeats_its_features
+from vimtune.tasks.images.gallery import write_gallery
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
@@ -57,6 +62,15 @@ class ImageJob(Job):
     """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
+    world_size: int
+    """How many processes share the batches."""
+    features: ImagesOrFeatures | None = None
+    """The model where it gets features that were computed once in the place of images."""
+
+    @property
+    def forwarded(self) -> nn.Module:
+        """The model, or what takes features in its place."""
+        return self.model if self.features is None else self.features
 
     def expect_replayed_evaluations(self) -> int:
         """Whole batches, and the last one of each split."""
@@ -88,9 +102,16 @@ class ImageJob(Job):
         return build_image_report(shared, outcome, self.classes, num_workers)
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
-        """The confusion matrix as a table and as a picture."""
+        """The confusion matrix as a table and as a picture, and images with right and wrong answers."""
         assert isinstance(evaluation, ImageEvaluation) and isinstance(report, ImageReport)
-        return confusion_files(evaluation.confusion, self.classes, report)
+        assert isinstance(self.final, ImageBatches | FeatureBatches)
+        dataset, left_out = self.final.dataset, self.final.left_out()
+        # The results are written by the process that has scored the first share of each batch.
+        order = BatchSampler(len(dataset), self.usual_count, False, False, 0, 0, self.world_size)
+        indices = [key.image for keys in order for key in keys]
+        scored = [index for index in indices if not left_out or dataset.describe(index) not in left_out]
+        picture = partial(write_gallery, examples=evaluation.examples, dataset=dataset, indices=scored)
+        return {**confusion_files(evaluation.confusion, self.classes, report), "examples.png": picture}
 
 
 def open_images(recipe: Recipe, task: Classification, processes: Processes) -> ImageJob:
@@ -119,7 +140,11 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     train_transform = build_transform(task.augmentation, train=True, **shared)
     eval_transform = build_transform("none", train=False, **shared)
 
-    def batches(dataset: ImageDataset, train: bool, once: bool) -> ImageBatches:
+    features = _features_once(recipe, task, model, processes)
+
+    def batches(dataset: ImageDataset, train: bool, once: bool) -> Loader:
+        if features is not None:
+            return open_features(recipe, dataset, eval_transform, processes, features, shuffle=train)
         transform = train_transform if train else eval_transform
         return open_batches(recipe, dataset, transform, processes, shuffle=train, once=once)
 
@@ -150,13 +175,46 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         label_smoothing=task.label_smoothing,
         distillation=distillation,
         counts_all=data.on_corrupt == "error",
+        world_size=processes.world_size,
+        features=features,
     )
 
 
+def _features_once(
+    recipe: Recipe, task: Classification, model: VisionMamba, processes: Processes
+) -> ImagesOrFeatures | None:
+    """The model as one that takes features, where those of an image are the same in every epoch."""
+    data = recipe.data
+    assert isinstance(data, DataSettings)
+    always_alike = task.augmentation == "none" and not (task.mixup or task.cutmix or task.teacher)
+    one_process = processes.world_size == 1 and not recipe.optimisation.shard
+    head_alone = all(METHODS.get(name).trains_head_only for name in recipe.method.peft.split("+"))
+    once = always_alike and one_process and head_alone and data.on_corrupt == "error"
+    return ImagesOrFeatures(model) if once and repeats_its_features(model) else None
+
+
+def open_features(
+    recipe: Recipe,
+    dataset: ImageDataset,
+    transform: Transform,
+    processes: Processes,
+    model: ImagesOrFeatures,
+    shuffle: bool,
+) -> FeatureBatches:
+    """The batches of a split as those of `open_batches`, with features in the place of images."""
+    images = open_batches(recipe, dataset, transform, processes, shuffle=False, once=True)
+    seed = derive_seed(recipe.run.seed, "data")
+    order = BatchSampler(len(dataset), recipe.optimisation.batch_size, shuffle, False, seed, 0, 1)
+    return FeatureBatches(images, order, model, build_autocast(recipe.optimisation.amp, processes.device))
+
+
 def _mention_other_kind(backbone: BackboneSettings, dataset: ImageDataset) -> None:
-    """Warn where the weights at the start have seen another kind of images than those of the data set."""
+    """Warn where the weights at the start have seen drawings alone, and the data set has photographs.
+
+    Nothing is said the other way round: features of photographs are a start for drawings.
+    """
     weights = weights_of(backbone.model) if backbone.pretrained and backbone.checkpoint is None else None
-    if weights is None or weights.trained_on == dataset.kind:
+    if weights is None or weights.trained_on in (dataset.kind, "photographs"):
         return
     others = [
         each.name for each in WEIGHTS if each.model == weights.model and each.trained_on == dataset.kind

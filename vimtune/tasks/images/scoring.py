@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimtune.tasks.images.examples import Example, Examples
 from vimtune.tasks.job import Evaluation, Forward, Tally, Tensors
 
 TOP = 5
@@ -21,6 +22,8 @@ class ImageEvaluation(Evaluation):
 
     confusion: Tensor
     """Counts of images by true class and answer, `confusion[true, predicted]`, (C, C) int64."""
+    examples: Sequence[Example] = ()
+    """Some of the images that this process has scored."""
 
     @property
     def per_class(self) -> list[float | None]:
@@ -29,13 +32,16 @@ class ImageEvaluation(Evaluation):
         return [100.0 * r / t if t else None for r, t in zip(right, total, strict=True)]
 
 
-def evaluation_of(confusion: Tensor, top5_hits: int, loss: float) -> ImageEvaluation:
+def evaluation_of(
+    confusion: Tensor, top5_hits: int, loss: float, examples: Sequence[Example] = ()
+) -> ImageEvaluation:
     """The scores that follow from counts.
 
     Args:
         confusion: counts of images by true class and answer, (C, C).
         top5_hits: number of images whose class was among the five best answers.
         loss: cross entropy summed over the images.
+        examples: some of the images.
     """
     count = int(confusion.sum())
     right = int(confusion.diag().sum())
@@ -44,7 +50,7 @@ def evaluation_of(confusion: Tensor, top5_hits: int, loss: float) -> ImageEvalua
         # Of five classes or fewer every answer would be among the best five.
         "top5": 100.0 * top5_hits / max(1, count) if len(confusion) > TOP else None,
     }
-    return ImageEvaluation(loss / max(1, count), scores, count, confusion)
+    return ImageEvaluation(loss / max(1, count), scores, count, confusion, examples)
 
 
 class ImageTally(Tally):
@@ -58,6 +64,7 @@ class ImageTally(Tally):
             expected: how many images all processes together have to count; None if some may be left out.
         """
         self.num_classes, self.expected = num_classes, expected
+        self.examples = Examples(num_classes)
         self.totals = {
             "confusion": torch.zeros(num_classes, num_classes, dtype=torch.int64),
             "top5_hits": torch.zeros((), dtype=torch.int64),
@@ -84,13 +91,16 @@ class ImageTally(Tally):
         """Add a batch to the sums."""
         self.totals["loss"] += judged["loss"]
         self.totals["top5_hits"] += judged["top5_hits"]
+        self.examples.add(judged["pairs"])
         counts = torch.bincount(judged["pairs"], minlength=self.num_classes**2)
         self.totals["confusion"] += counts.view(self.num_classes, -1)
 
     def evaluation(self) -> ImageEvaluation:
         """The scores of what was counted."""
         totals = self.totals
-        found = evaluation_of(totals["confusion"], int(totals["top5_hits"]), float(totals["loss"]))
+        found = evaluation_of(
+            totals["confusion"], int(totals["top5_hits"]), float(totals["loss"]), self.examples.chosen
+        )
         assert self.expected in (None, found.count), "an evaluation counts every image exactly once"
         return found
 
