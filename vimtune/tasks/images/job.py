@@ -253,7 +253,7 @@ def open_batches(
             world_size=processes.world_size,
             local_size=processes.local_size,
             on_gpu=processes.device.type != "cpu",
-            cached=data.cache,
+            cached=data.cache == "host",
         )
     else:
         workers = WorkerCount(data.num_workers, AS_ASKED)
