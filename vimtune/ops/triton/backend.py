@@ -180,6 +180,9 @@ class TritonConvolution(ConvKernels):
 class TritonMixer(MixerKernels):
     """The kernels of a mixer as a whole, launched by `triton/mixer.py`."""
 
+    def refusals(self, inputs: MixerInputs) -> list[str]:
+        return _mixer_refusals(inputs.xz)
+
     def shapes(self, inputs: MixerInputs, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         from vimtune.ops.triton import mixer
 
@@ -206,10 +209,20 @@ class TritonMixer(MixerKernels):
 class TritonStart(StartKernels):
     """The kernels of a mixer as a whole whose directions begin with a state."""
 
+    def refusals(self, inputs: StartInputs) -> list[str]:
+        return _mixer_refusals(inputs.xz)
+
     def forward(self, inputs: StartInputs) -> Tensor:
         from vimtune.ops.triton import mixer
 
         return mixer.forward(inputs.xz, inputs.directions, False, inputs.starts)[0]
+
+
+def _mixer_refusals(xz: Tensor) -> list[str]:
+    """Why the kernels of a mixer as a whole do not take `xz`."""
+    if xz.dtype == torch.float64:
+        return ["xz is float64, of which the kernels would need more shared memory than there is"]
+    return []
 
 
 class TritonNorm(NormKernels):
