@@ -13,7 +13,7 @@ from vimtune.schema import STRICT
 from vimtune.text import quote
 from vimtune.utils import suggest
 
-PRESETS = ("none", "light", "strong")
+PRESETS = ("none", "light", "medium", "strong")
 """Strengths of augmentation."""
 LIBRARIES = ("albumentations", "torchvision")
 """Libraries that can draw and apply the augmentation."""

@@ -18,7 +18,7 @@ from vimtune.data.resident.crops import Boxes, draw_boxes, resize_boxes
 from vimtune.data.resident.draws import Draws, uniforms
 from vimtune.data.resident.loader import ResidentLoader
 from vimtune.data.resident.store import DoesNotFitError
-from vimtune.data.transforms import CROP_SCALE
+from vimtune.data.transforms import CHANGES
 
 CPU = torch.device("cpu")
 SIZE = (16, 16)
@@ -141,7 +141,7 @@ def test_boxes_have_the_shares_and_shapes_that_were_asked_for() -> None:
     assert abs(middle[0] - 150) < 2 and abs(middle[1] - 200) < 2
 
 
-@pytest.mark.parametrize("scale", CROP_SCALE.values())
+@pytest.mark.parametrize("scale", [changes.crop_scale for changes in CHANGES.values()])
 def test_boxes_are_distributed_as_those_of_torchvision(scale: tuple[float, float]) -> None:
     """Large boxes often do not fit, and are drawn again."""
     from torchvision.transforms import v2
@@ -272,7 +272,7 @@ def test_the_hue_turns_as_in_hsv() -> None:
 # --------------------------------------------------------------------------- presets
 
 
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("preset", CHANGES)
 @pytest.mark.parametrize("library", ["torchvision", "albumentations"])
 def test_presets_agree_in_distribution_with_those_of_the_host(preset: str, library: str) -> None:
     """Mean image, spread of the images, mean and spread of brightness, and contrast.
@@ -288,7 +288,8 @@ def test_presets_agree_in_distribution_with_those_of_the_host(preset: str, libra
     draws = Draws(uniforms(0, 0, torch.arange(count), augmentation.num_draws))
     ours = augmentation(stored.expand(count, -1, -1, -1), *sizes, draws)
     assert ours.shape == host.shape and ours.dtype == host.dtype
-    tolerance = 0.2 if (preset, library) == ("strong", "albumentations") else 0.07
+    # Colours of "medium" vary twice as far as those of "light", so the means of two samples do, too.
+    tolerance = {"medium": 0.14, "strong": 0.2 if library == "albumentations" else 0.07}.get(preset, 0.07)
     spread = host.std(0)
     # The mean over the pixels of what are standard normal numbers but for the other kernels is 0.8.
     errors = (ours.mean(0) - host.mean(0)).abs() / (spread * (2 / count) ** 0.5)
@@ -312,7 +313,7 @@ def augmented(image: np.ndarray, preset: str, count: int) -> Tensor:
     return augmentation(stored, *sizes, Draws(numbers))
 
 
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("preset", CHANGES)
 def test_half_of_the_images_are_mirrored(preset: str) -> None:
     ramp = np.tile(np.arange(0, 240, 6, dtype=np.uint8)[None, :, None], (40, 1, 3))
     grey = augmented(ramp, preset, 1000).mean(1)
@@ -335,7 +336,7 @@ def test_as_much_is_erased_as_on_the_host() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("preset", CHANGES)
 def test_a_gpu_makes_the_same_images_and_the_host_never_waits(preset: str) -> None:
     loader = make(preset, device=torch.device("cuda", 0))
     list(loader)  # libraries start with the first batch
@@ -353,7 +354,7 @@ def test_a_gpu_makes_the_same_images_and_the_host_never_waits(preset: str) -> No
 def test_large_images_are_stored_no_larger_than_the_smallest_crop_needs() -> None:
     strong = build_transform("strong", (16, 16), train=True).preprocessing
     shape = stored_pixels(photo(300, 400), strong).shape
-    assert shape == (57, 76, 3) and shape[0] * CROP_SCALE["strong"][0] ** 0.5 >= 16
+    assert shape == (57, 76, 3) and shape[0] * CHANGES["strong"].crop_scale[0] ** 0.5 >= 16
     assert stored_pixels(photo(20, 30), strong).shape == (20, 30, 3)
     assert stored_pixels(photo(60, 400), strong).shape == (17, 114, 3)
     assert stored_pixels(photo(300, 400), build_transform("none", (16, 18)).preprocessing).shape == (
@@ -374,7 +375,7 @@ def test_what_is_not_random_is_the_same_to_the_bit(preset: str, train: bool) -> 
         assert torch.equal(ours, host) and torch.equal(labels, host_labels)
 
 
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("preset", CHANGES)
 def test_the_batch_does_not_matter(preset: str, monkeypatch) -> None:
     """Neither resuming, nor ranks, nor workers, nor how many batches are made together change an image."""
     whole = epoch(make(preset), 1)

@@ -105,7 +105,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("preset", ["light", "medium", "strong"])
 @pytest.mark.parametrize("shape", [(3000, 1), (1, 3000), (1, 1), (40_000, 2)])
 def test_training_takes_extreme_shapes_too(shape, preset: str, library: str) -> None:
     transform = build_transform(preset, (32, 32), train=True, library=library)

@@ -62,7 +62,7 @@ def test_flip_does_not_depend_on_the_crop(library: str) -> None:
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("preset", ["light", "medium", "strong"])
 def test_libraries_agree_in_distribution(preset: str) -> None:
     means, stds = [], []
     for library in LIBRARIES:
@@ -74,7 +74,7 @@ def test_libraries_agree_in_distribution(preset: str) -> None:
     torch.testing.assert_close(stds[0], stds[1], atol=0.15, rtol=0)
 
 
-@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("preset", ["light", "medium", "strong"])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
 def test_evaluation_is_the_same_for_both_libraries_and_presets(preset: str, crop_pct: float) -> None:
     outputs = [

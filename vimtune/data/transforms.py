@@ -1,4 +1,4 @@
-"""Image preprocessing: one evaluation pipeline, three training presets in two libraries.
+"""Image preprocessing: one evaluation pipeline, four training presets in two libraries.
 
 H, W: height and width of the model's input.
 
@@ -6,6 +6,8 @@ H, W: height and width of the model's input.
 |---|---|
 | none   | the evaluation pipeline, no randomness |
 | light  | crop of 60-100 % of the area, resize, horizontal flip, mild colour jitter with 80 % chance |
+| medium | crop of 25-100 % of the area, resize, flip, colour jitter with 80 % chance, and with 25 %   |
+|        | chance a rectangle of 2-33 % of the area erased to the mean colour                          |
 | strong | crop of 8-100 % of the area, resize, flip, two random operations as in RandAugment (magnitude |
 |        | 9 of 30), and with 25 % chance a rectangle of 2-33 % of the area erased to the mean colour |
 
@@ -30,7 +32,8 @@ import dataclasses
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,10 +54,6 @@ PILLOW_FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 """Pillow's filters by the names of interpolations."""
-CROP_SCALE = {"light": (0.6, 1.0), "strong": (0.08, 1.0)}
-"""Smallest and largest part of an image's area that a random crop takes, by preset."""
-JITTER = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}
-"""How far colours may vary at random, in torchvision's and albumentations' terms."""
 JITTER_CHANCE = 0.8
 """Probability that the colours of an image vary."""
 ERASE_CHANCE = 0.25
@@ -63,6 +62,30 @@ ERASE_SCALE = (0.02, 0.33)
 """Smallest and largest part of an image's area that is erased."""
 ERASE_RATIO = (0.3, 3.3)
 """Smallest and largest height / width of the rectangle."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a preset does to a training image between the crop and the normalisation, in this order."""
+
+    crop_scale: tuple[float, float]
+    """Smallest and largest part of the area that the random crop takes."""
+    jitter: Mapping[str, float] | None = None
+    """How far colours may vary at random, in torchvision's and albumentations' terms."""
+    operations: int = 0
+    """How many operations of RandAugment follow."""
+    erases: bool = False
+    """Whether a rectangle may be erased."""
+
+
+CHANGES: Mapping[str, Changes] = {
+    "light": Changes((0.6, 1.0), {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.02}),
+    "medium": Changes(
+        (0.25, 1.0), {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.0}, erases=True
+    ),
+    "strong": Changes((0.08, 1.0), operations=2, erases=True),
+}
+"""The presets with augmentation."""
 
 Augmentation = Callable[[Image.Image, int], np.ndarray]
 """Makes uint8 pixels (H, W, 3) out of an image and a seed."""
@@ -114,7 +137,7 @@ def build_transform(
     """Build the preprocessing of one split.
 
     Args:
-        preset: "none", "light" or "strong" (see the table in this module's docstring).
+        preset: "none", "light", "medium" or "strong" (see the table in this module's docstring).
         img_size: (H, W) of the result.
         mean, std: per RGB channel, of values in [0, 1].
         train: False gives the evaluation pipeline whatever the preset.
@@ -258,10 +281,11 @@ def _build_albumentations(
         "lanczos": cv2.INTER_LANCZOS4,
     }[interpolation]
     fill = tuple(round(255 * value) for value in mean)
+    changes = CHANGES[preset]
     steps = [
         A.RandomResizedCrop(
             size=img_size,
-            scale=CROP_SCALE[preset],
+            scale=changes.crop_scale,
             ratio=crop_ratio(img_size),
             interpolation=flag,
             # Otherwise OpenCV would not anti-alias, which the evaluation pipeline does.
@@ -269,9 +293,9 @@ def _build_albumentations(
         ),
         A.HorizontalFlip(p=0.5),
     ]
-    if preset == "light":
-        steps.append(A.ColorJitter(**JITTER, p=JITTER_CHANCE))
-    else:
+    if changes.jitter:
+        steps.append(A.ColorJitter(**changes.jitter, p=JITTER_CHANCE))
+    if changes.operations:
         warp = {"interpolation": cv2.INTER_LINEAR, "fill": fill, "p": 1.0}
         operations = [
             A.Affine(rotate=(-9, 9), **warp),
@@ -289,7 +313,8 @@ def _build_albumentations(
             A.Equalize(p=1.0),
             A.NoOp(p=1.0),
         ]
-        steps.append(A.SomeOf(operations, n=2, replace=True, p=1.0))
+        steps.append(A.SomeOf(operations, n=changes.operations, replace=True, p=1.0))
+    if changes.erases:
         steps.append(A.Erasing(scale=ERASE_SCALE, ratio=ERASE_RATIO, fill=fill, p=ERASE_CHANCE))
     return _Albumentations(A.Compose(steps))
 
@@ -318,23 +343,24 @@ def _build_torchvision(
     from torchvision.transforms import v2
 
     fill = [round(255 * value) for value in mean]
+    changes = CHANGES[preset]
     steps = [
         v2.RGB(),
         v2.RandomResizedCrop(
             list(img_size),
-            scale=CROP_SCALE[preset],
+            scale=changes.crop_scale,
             ratio=crop_ratio(img_size),
             interpolation=v2.InterpolationMode(interpolation),
             antialias=True,
         ),
         v2.RandomHorizontalFlip(0.5),
     ]
-    if preset == "light":
-        steps += [v2.RandomApply([v2.ColorJitter(**JITTER)], JITTER_CHANCE), v2.PILToTensor()]
-    else:
-        steps += [
-            v2.RandAugment(num_ops=2, magnitude=9, interpolation=v2.InterpolationMode.BILINEAR, fill=fill),
-            v2.PILToTensor(),
-            v2.RandomErasing(p=ERASE_CHANCE, scale=ERASE_SCALE, ratio=ERASE_RATIO, value=fill),
-        ]
+    if changes.jitter:
+        steps.append(v2.RandomApply([v2.ColorJitter(**changes.jitter)], JITTER_CHANCE))
+    if changes.operations:
+        filling = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": fill}
+        steps.append(v2.RandAugment(num_ops=changes.operations, magnitude=9, **filling))
+    steps.append(v2.PILToTensor())
+    if changes.erases:
+        steps.append(v2.RandomErasing(p=ERASE_CHANCE, scale=ERASE_SCALE, ratio=ERASE_RATIO, value=fill))
     return _Torchvision(v2.Compose(steps))

@@ -44,7 +44,9 @@ class Classification(Task):
     scores = (Score("top1", "top-1"), Score("top5", "top-5"))
     predict_options: ClassVar[type[PredictOptions]] = ImagePredictOptions
 
-    augmentation: Literal["none", "light", "strong"] = option("light", "augmentation: none, light, strong")
+    augmentation: Literal["none", "light", "medium", "strong"] = option(
+        "light", "augmentation: none, light, medium, strong"
+    )
     transforms: Literal["albumentations", "torchvision"] = option(
         "albumentations", "library of the transforms: albumentations, torchvision"
     )

@@ -18,11 +18,10 @@ from torch import Tensor
 from vimtune.data.resident import crops, operations
 from vimtune.data.resident.draws import Draws
 from vimtune.data.transforms import (
-    CROP_SCALE,
+    CHANGES,
     ERASE_CHANCE,
     ERASE_RATIO,
     ERASE_SCALE,
-    JITTER,
     JITTER_CHANCE,
     PILLOW_FILTERS,
     crop_ratio,
@@ -39,7 +38,7 @@ def stored_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarra
     """What is stored of a decoded image: uint8 (height, width, 3)."""
     if not is_random(preprocessing):
         return evaluation_crop(image, preprocessing)
-    shorter = math.ceil(max(preprocessing.img_size) / math.sqrt(CROP_SCALE[preprocessing.preset][0]))
+    shorter = math.ceil(max(preprocessing.img_size) / math.sqrt(CHANGES[preprocessing.preset].crop_scale[0]))
     factor = min(1.0, shorter / min(image.size), _LONGEST * shorter / max(image.size))
     if factor < 1:
         reduced = max(1, round(image.width * factor)), max(1, round(image.height * factor))
@@ -63,10 +62,14 @@ class Augmentation:
         """Random numbers that an image needs."""
         if not is_random(self._preprocessing):
             return 0
-        crop = crops.DRAWS_OF_A_BOX + 1
-        if self._preprocessing.preset == "light":
-            return crop + operations.DRAWS_OF_JITTER
-        return crop + 2 * operations.DRAWS_OF_AN_OPERATION + crops.DRAWS_OF_A_BOX + 1
+        changes = CHANGES[self._preprocessing.preset]
+        return (
+            crops.DRAWS_OF_A_BOX
+            + 1
+            + (operations.DRAWS_OF_JITTER if changes.jitter else 0)
+            + changes.operations * operations.DRAWS_OF_AN_OPERATION
+            + (crops.DRAWS_OF_A_BOX + 1 if changes.erases else 0)
+        )
 
     def __call__(self, pixels: Tensor, heights: Tensor, widths: Tensor, draws: Draws) -> Tensor:
         """The model's input.
@@ -81,8 +84,13 @@ class Augmentation:
         """
         if is_random(self._preprocessing):
             images = self._crop(pixels, heights, widths, draws)
-            light = self._preprocessing.preset == "light"
-            images = self._jitter(images, draws) if light else self._change(images, draws)
+            changes = CHANGES[self._preprocessing.preset]
+            if changes.jitter:
+                images = operations.jitter(images, draws, **changes.jitter, chance=JITTER_CHANCE)
+            for _ in range(changes.operations):
+                images = operations.random_operation(images, draws, self._fill)
+            if changes.erases:
+                images = self._erase(images, draws)
         else:
             images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         return images.div_(255).sub_(self._mean).div_(self._std)
@@ -91,19 +99,14 @@ class Augmentation:
         """Random boxes, resized to the model's input and mirrored with even chances."""
         settings = self._preprocessing
         ratio = crop_ratio(self.img_size)
-        drawn, fitting = crops.draw_boxes(draws, heights, widths, CROP_SCALE[settings.preset], ratio)
+        drawn, fitting = crops.draw_boxes(draws, heights, widths, CHANGES[settings.preset].crop_scale, ratio)
         middle = crops.middle_boxes(heights, widths, ratio)
         boxes = crops.Boxes(*(torch.where(fitting, a, b) for a, b in zip(drawn, middle, strict=True)))
         mirrored = draws.one() < 0.5
         return crops.resize_boxes(pixels, boxes, self.img_size, settings.interpolation, mirrored)
 
-    def _jitter(self, images: Tensor, draws: Draws) -> Tensor:
-        return operations.jitter(images, draws, **JITTER, chance=JITTER_CHANCE)
-
-    def _change(self, images: Tensor, draws: Draws) -> Tensor:
-        """Two operations of RandAugment, and with some chance a rectangle without content."""
-        for _ in range(2):
-            images = operations.random_operation(images, draws, self._fill)
+    def _erase(self, images: Tensor, draws: Draws) -> Tensor:
+        """With some chance a rectangle of an image gets the mean colour."""
         height, width = self.img_size
         # A rectangle as large as the image in one direction is drawn again.
         box, fitting = crops.draw_boxes(
