@@ -22,6 +22,7 @@ from vimtune import cli
 from vimtune.adapters import adapter_parameters, check_gradients
 from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
+from vimtune.models.registry import MODELS
 from vimtune.plugins import import_package
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.strict_yaml import read_yaml
@@ -30,7 +31,20 @@ from vimtune.training.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
-import_package("benchmarks.teacher")  # a config has a model of this package of a user's own
+TEACHER = "resnet_gn_64"
+"""A model of a package of a user's own, which a config names."""
+import_package("benchmarks.teacher")
+_TEACHER_ENTRY = MODELS._things.pop(TEACHER)  # other tests go through all models
+
+
+@contextmanager
+def teacher_known() -> Iterator[None]:
+    """The model is registered for a while."""
+    MODELS.add(TEACHER, _TEACHER_ENTRY)
+    yield
+    MODELS._things.pop(TEACHER)
+
+
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 parsed = cache(read_yaml)
 
@@ -82,11 +96,18 @@ every_recipe = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def configs_have_their_teacher() -> Iterator[None]:
+    """For all tests of this file."""
+    with teacher_known():
+        yield
+
+
 @every_recipe
 def test_it_loads_and_its_place_tells_what_it_is(path, variant):
     recipe = recipe_of(path, variant)
     if path.stem == "tiny_imagenet_pretrain":
-        models = {"teacher": "resnet_gn_64", "tiny": "vim_tiny_patch8_64", "nano": "vim_nano_patch8_64"}
+        models = {"teacher": TEACHER, "tiny": "vim_tiny_patch8_64", "nano": "vim_nano_patch8_64"}
         assert models[variant] == recipe.backbone.model and not recipe.backbone.pretrained
         return
     assert recipe.backbone.model.startswith(
@@ -292,7 +313,8 @@ def distinct() -> dict[str, Recipe]:
     return recipes
 
 
-DISTINCT = distinct()
+with teacher_known():
+    DISTINCT = distinct()
 
 
 @pytest.mark.parametrize("recipe", DISTINCT.values(), ids=list(DISTINCT))

@@ -44,6 +44,7 @@ def refused(model, message, method="lora", **options):
 
 FIELDS = [(name, field) for name, method in METHODS.items() for field in options_of(method)]
 VALUES = {
+    bool: ("true", 1, None, 0.5),
     int: ("2", 2.5, True, None, [2], 0, -1),
     float: ("x", True, None, float("nan"), float("inf"), 1j, 10**400, -1),
     str: (3, True, None, ["free"], "fre"),

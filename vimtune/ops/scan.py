@@ -213,8 +213,13 @@ def stateful_scan(
             )
     if state is None:
         state = torch.zeros(u.shape[0], u.shape[-1], A.shape[-1], dtype=_state_dtype(u), device=u.device)
-    tensors = u, delta, A, B, C, D, z, delta_bias, state
-    out, last, _ = run("stateful_scan", *tensors, delta_softplus, reverse, backend, torch.is_grad_enabled())
+    if not torch.jit.is_scripting():
+        tensors = u, delta, A, B, C, D, z, delta_bias, state
+        found = run("stateful_scan", *tensors, delta_softplus, reverse, backend, torch.is_grad_enabled())
+        return found[0], found[1]
+    out, last, _ = torch.ops.vimtune.stateful_scan(
+        u, delta, A, B, C, D, z, delta_bias, state, delta_softplus, reverse, backend, torch.is_grad_enabled()
+    )
     return out, last
 
 
