@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from changed_models import FEW, changed_vim
 
-import vimtune
-from vimtune.adapters import adapter_parameters
 from vimtune.analysis.subject import Loss, Subject
 from vimtune.recipe import Recipe
 from vimtune.training import train
-
-FEW = {"species": 3, "train_per_species": 4, "val_per_species": 2, "test_per_species": 2}
-"""Generated flowers, of which 6 are test images."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,17 +21,6 @@ def coarse_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vimtune.analysis.report.DPI", 10)
         yield
-
-
-def changed_vim(method: str = "lora", **options) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A random Vim, and the same under an adapter whose tensors are off their start."""
-    torch.manual_seed(0)
-    before = timm.create_model("test_vim", num_classes=5).eval()
-    after = vimtune.inject(copy.deepcopy(before), method, **options).eval()
-    with torch.no_grad():
-        for entry in adapter_parameters(after):
-            entry.parameter.add_(0.02 * torch.randn_like(entry.parameter))
-    return before, after
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import changed_vim
+from changed_models import changed_vim
 from torch import nn
 
 import vimtune

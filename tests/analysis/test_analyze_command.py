@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import FEW
+from changed_models import FEW
 
 from vimtune import cli
 from vimtune.merging import merge_to_file

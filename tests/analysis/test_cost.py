@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import changed_vim
+from changed_models import changed_vim
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import changed_vim
+from changed_models import changed_vim
 from method_cases import options_for
 
 import vimtune
