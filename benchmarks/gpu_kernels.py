@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace, backend: str) -> None:
         return mixer.forward(xz, weights, True)
 
     def backward(needed: bool) -> Callable[[], object]:
-        results, needs = forward(), [[needed] * 7] * 2
+        results, needs = forward(), [[needed] * len(weights[0])] * 2
         return lambda: mixer.backward(grad, xz, results, weights, True, needs)
 
     print(f"\n{backend}: forward {graph_time(forward)}")

@@ -10,7 +10,7 @@ from vimtune import cli
 from vimtune.language import create_language_model
 from vimtune.testing.methods import disturb
 
-METHODS = ("affix", "lora+memba", "state_offset")
+METHODS = ("affix", "lora+memba")
 
 
 @pytest.fixture(scope="module", params=METHODS)

@@ -22,6 +22,7 @@ def direction(generator, dtype):
         (INNER,),
         (INNER, STATES),
         (INNER,),
+        (INNER, STATES),
     ]
     tensors = [torch.randn(*shape, generator=generator, dtype=dtype) / 2 for shape in shapes]
     return ops.DirectionWeights(*(tensor.requires_grad_() for tensor in tensors))

@@ -47,6 +47,7 @@ def build(tokens, inner, states, width, dtype=torch.float32, bias=True, batch=2)
             normal(inner) - 2,
             normal(inner, states, scale=0.5),
             normal(inner),
+            normal(inner, states) if bias else None,
         )
 
     def start():
@@ -80,7 +81,8 @@ def by_loops(xz, weights, start, reverse):
             dt, B, C = (weights.x_proj @ u).split([RANK, A.shape[1], A.shape[1]])
             step = F.softplus(weights.dt_proj @ dt + weights.dt_bias)
             state = torch.exp(step[:, None] * A) * state + (step * u)[:, None] * B
-            out[sample, t] = (state @ C + weights.D * u) * F.silu(z)
+            read = state if weights.offset is None else state + weights.offset
+            out[sample, t] = (read @ C + weights.D * u) * F.silu(z)
     return out
 
 
@@ -106,11 +108,11 @@ def test_gradients_are_those_of_the_definition(backend):
     given = build(6, 8, 4, 4)
 
     def gradients(given, backend):
-        leaves = [given[0], *(tensor for part in given[1:] for tensor in part)]
+        leaves = [given[0], *(tensor for part in given[1:] for tensor in part if tensor is not None)]
         leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         xz, *rest = leaves
-        parts = [DirectionWeights(*rest[:7]), DirectionWeights(*rest[7:14])]
-        starts = [DirectionStart(*rest[14:16]), DirectionStart(*rest[16:])]
+        parts = [DirectionWeights(*rest[:8]), DirectionWeights(*rest[8:16])]
+        starts = [DirectionStart(*rest[16:18]), DirectionStart(*rest[18:])]
         out = ops.bidirectional_scan_from(xz, *parts, *starts, backend=backend)
         return torch.autograd.grad(out.double().square().sum(), leaves)
 

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from vimtune import ops
 from vimtune.models.mixer import BiMambaMixer
-from vimtune.ops.mixer import NUM_WEIGHTS
 
 HINT = 'use_backend("reference")'
 HAS_TRITON = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,13 +33,14 @@ def scan_tensors():
     return [u, delta, -normal(E, N).exp(), B_, C, normal(E), z, normal(E, seed=1)]
 
 
-def weights_of_directions():
-    shapes = ((E, K), (E,), (R + 2 * N, E), (E, R), (E,), (E, N), (E,))
-    return [normal(*shape, seed=seed) / 2 for seed in (0, 9) for shape in shapes]
+def weights_of_directions(directions=2, offset=False):
+    shapes = ((E, K), (E,), (R + 2 * N, E), (E, R), (E,), (E, N), (E,), *[(E, N)] * offset)
+    return [normal(*shape, seed=seed) / 2 for seed in (0, 9)[:directions] for shape in shapes]
 
 
 def both_directions(function, xz, *weights):
-    directions = [ops.DirectionWeights(*half) for half in (weights[:NUM_WEIGHTS], weights[NUM_WEIGHTS:])]
+    half = len(weights) // 2
+    directions = [ops.DirectionWeights(*own) for own in (weights[:half], weights[half:])]
     return function(xz, *directions)
 
 
@@ -139,7 +139,7 @@ CASES = {
     "causal_mixer triton": (
         partial(one_direction, partial(ops.causal_mixer, backend="triton")),
         partial(one_direction, partial(ops.causal_mixer, backend="reference")),
-        lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS]],
+        lambda: [normal(B, L, 2 * E), *weights_of_directions(1)],
     ),
     "scaled_block_product nvrtc": (
         partial(ops.scaled_block_product, backend="nvrtc"),
@@ -341,16 +341,16 @@ ARGUMENTS = {
     "causal_conv1d_backward": lambda: [
         *(normal(B, L, E), normal(B, L, E), normal(E, K), normal(E), True, False, "torch", [True] * 3)
     ],
-    "bidirectional_scan": lambda: [normal(B, L, 2 * E), *weights_of_directions(), True, "triton"],
+    "bidirectional_scan": lambda: [normal(B, L, 2 * E), *weights_of_directions(2, True), True, "triton"],
     "bidirectional_scan_from": lambda: [
-        *(normal(B, L, 2 * E), *weights_of_directions()),
+        *(normal(B, L, 2 * E), *weights_of_directions(2, True)),
         *(normal(E, N), normal(E, K - 1), normal(E, N), normal(E, K - 1), "torch"),
     ],
-    "causal_mixer": lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS], True, "triton"],
-    "causal_prompt": lambda: [normal(B, L, 2 * E), *weights_of_directions()[:NUM_WEIGHTS], "nvrtc"],
+    "causal_mixer": lambda: [normal(B, L, 2 * E), *weights_of_directions(1, True), True, "triton"],
+    "causal_prompt": lambda: [normal(B, L, 2 * E), *weights_of_directions(1, True), "nvrtc"],
     "mixer_backward": lambda: [
         *(normal(B, L, E), normal(B, L, 2 * E), normal(B, L, E), normal(2, B, L, 4), normal(4)),
-        *(weights_of_directions(), [True] * 15, "triton"),
+        *(weights_of_directions(2, True), [True] * 17, "triton"),
     ],
     "add_rms_norm": lambda: [normal(B, L, E), normal(B, L, E), normal(E), 1e-5, torch.float32, "triton"],
     "add_rms_norm_backward": lambda: [

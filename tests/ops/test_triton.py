@@ -182,7 +182,7 @@ def test_mixer(backend, tokens, inner, states, rank, width, bias, dtype, labels,
     def apply(function):
         def call(**flat):
             directions = [
-                ops.DirectionWeights(*(flat[f"{label}.{name}"] for name in ops.DirectionWeights._fields))
+                ops.DirectionWeights(*(flat.get(f"{label}.{name}") for name in ops.DirectionWeights._fields))
                 for label in labels
             ]
             return function(flat["xz"], *directions)
@@ -215,7 +215,7 @@ def test_segments_of_a_sequence_reach_the_backward(directions, name, request, mo
     generator = torch.Generator().manual_seed(8)
     xz = normal(generator, 1, 11, 16, dtype=torch.bfloat16).requires_grad_()
     own = [direction_weights(generator, 8, 16, 2, 4, True) for _ in range(directions)]
-    weights = [x for direction in own for x in direction.values()]
+    weights = [x for direction in own for x in ops.DirectionWeights(**direction)]
     grad = normal(generator, 1, 11, 8, dtype=torch.bfloat16)
     results = []
     for segments in (1, 3):
@@ -305,13 +305,14 @@ def test_a_label_that_is_no_token_gives_no_number():
 def test_custom_ops_are_registered_correctly():
     generator = torch.Generator().manual_seed(4)
     xz = normal(generator, 1, 3, 16).requires_grad_()
-    weights = [x for _ in range(2) for x in direction_weights(generator, 8, 4, 2, 4, True).values()]
+    own = [direction_weights(generator, 8, 4, 2, 4, True) for _ in range(2)]
+    weights = [x for direction in own for x in ops.DirectionWeights(**direction)]
     torch.library.opcheck(
         torch.ops.vimtune.bidirectional_scan, (xz, *weights, True, "triton"), test_utils=AUTOGRAD_OPCHECKS
     )
     with torch.no_grad():
         kept = torch.ops.vimtune.bidirectional_scan(xz, *weights, True, "triton")
-    for needs in ([True] * 15, [True] + 7 * [False, True]):
+    for needs in ([True] * 17, [True] + 8 * [False, True]):
         torch.library.opcheck(
             torch.ops.vimtune.mixer_backward,
             (kept[0], xz.detach(), *kept, weights, needs, "triton"),

@@ -158,17 +158,18 @@ class CallRule(Rule):
     before, and which of them are padding."""
 
     innermost: ClassVar[bool] = False
-    """Whether the rule computes a part of the call once more, from what the call is given: then no other rule
-    may stand between the two and change it."""
+    """Whether no other rule may stand between this one and the call: it computes a part of the call once
+    more, from what that is given, or gives it more than the first argument."""
 
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         """What the call gives under this rule.
 
         Args:
             call: the call without this rule. It takes `x`, changed or not, and gives what the plain model
-                would; it may be called once, several times or not at all. Where a language model generates
-                text token by token, `x` are the new tokens alone: what a rule does to one of them must not
-                depend on others, and it cannot add any.
+                would; it may be called once, several times or not at all. To an `innermost` rule it is the
+                plain call, which takes its options by name, too: `scan` of a mixer has `offsets`. Where a
+                language model generates text token by token, `x` are the new tokens alone: what a rule does
+                to one of them must not depend on others, and it cannot add any.
             x: the first argument. Of a linear layer it is the input (..., in), of a mixer's `scan` the output
                 of in_proj (B, L, 2 E), of a model's `encode` the tokens (B, L, D).
             flow: for calls that have it one mapping, the same for all layers of a forward pass, in which a

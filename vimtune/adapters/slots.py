@@ -216,10 +216,10 @@ def _adapted_call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         if check_mixing is not None and slot.rule is not None and slot.rule.mixes_tokens:
             check_mixing(*rest, **options)
 
-        def run_plain(changed: Any) -> Any:
+        def run_plain(changed: Any, **added: Any) -> Any:
             if check_change is not None:
                 check_change(x, changed, *rest, **options)
-            return plain(module, changed, shared, *rest, **options)
+            return plain(module, changed, shared, *rest, **options, **added)
 
         return slot.run(run_plain, x, shared)
 

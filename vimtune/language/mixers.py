@@ -45,6 +45,7 @@ from vimtune.ops import (
     stateful_scan,
 )
 from vimtune.ops.gated_norm import gated_rms_norm
+from vimtune.ops.mixer import add_offset
 from vimtune.ops.ssd_mixer import forward_inputs, split_projected
 
 NO_TIME = -1e4
@@ -152,6 +153,7 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
         flow: dict[str, Tensor] | None = None,
         cache: Cache | None = None,
         mask: Tensor | None = None,
+        offsets: tuple[Tensor] | None = None,
     ) -> Tensor:
         """All that lies between the projections.
 
@@ -162,6 +164,7 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
             flow: what earlier layers hand on; transformers' layers hand on nothing.
             cache: as in `FastMixer.forward`.
             mask: (B, L, 1), False at padding.
+            offsets: what C reads beside the states, (E, N), of the only direction.
 
         Returns:
             The input of out_proj, (B, L, E), in the dtype of `xz`.
@@ -172,8 +175,9 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
         require_plain(self, "conv1d", nn.Conv1d.forward)
         require_plain(self, "dt_proj", nn.Linear.forward)
         x_proj_is_read = may_be_read(self.x_proj, nn.Linear.forward)
+        offset = None if offsets is None else offsets[0]
         if mask is None and x_proj_is_read:
-            found = self._scan_in_one(xz, cache)
+            found = self._scan_in_one(xz, self.weights()._replace(offset=offset), cache)
             if found is not None:
                 return found
         x, z = xz.chunk(2, dim=-1)
@@ -185,29 +189,31 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
         if mask is not None:
             delta = delta.masked_fill(~mask, NO_TIME)
         A, bias = -torch.exp(self.A_log.float()), self.dt_proj.bias
+        state = None if cache is None else state_before(self, cache)
         if cache is None:
-            return selective_scan(u, delta, A, B, C, self.D, z, bias, True, backend=self.backend)
-        state = state_before(self, cache)
-        if state is not None and u.shape[1] == 1:
+            y = selective_scan(u, delta, A, B, C, self.D, z, bias, True, backend=self.backend)
+        elif state is not None and u.shape[1] == 1:
             now = (u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D, z[:, 0], bias, True, state)
             y, state = scan_step(*now)
             y = y[:, None]
         else:
             y, state = stateful_scan(u, delta, A, B, C, self.D, z, bias, True, state, self.backend)
-        cache.update_recurrent_state(state, self.layer_idx)
-        return y
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
+        return y if offset is None else add_offset(y, C, offset, z)
 
-    def _scan_in_one(self, xz: Tensor, cache: Cache | None) -> Tensor | None:
+    def _scan_in_one(self, xz: Tensor, weights: DirectionWeights, cache: Cache | None) -> Tensor | None:
         """The same in one operation, where there is one: without a cache, for a prompt, and for one token.
 
         Args:
             xz: the output of in_proj, (B, L, 2 E).
+            weights: those between the projections.
             cache: brought up to date if there is a result.
         """
         if cache is None:
-            return causal_mixer(xz, self.weights(), self.backend)
+            return causal_mixer(xz, weights, self.backend)
         if cache.get_recurrent_state(self.layer_idx) is None:
-            found = causal_prompt(xz, self.weights(), self.backend)
+            found = causal_prompt(xz, weights, self.backend)
             if found is None:
                 return None
             y, last = found
@@ -218,7 +224,7 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
         places = states_of_a_step(self, cache, xz)
         if places is None:
             return None
-        step = causal_step(xz[:, 0], *places, self.weights(), self.backend)
+        step = causal_step(xz[:, 0], *places, weights, self.backend)
         return None if step is None else step[:, None]
 
     def weights(self) -> DirectionWeights:

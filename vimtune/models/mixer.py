@@ -206,7 +206,12 @@ class BiMambaMixer(nn.Module):
         """Tokens (B, L, D) to (B, L, D); `flow` is what earlier layers hand on (see `VisionMamba.encode`)."""
         return self.out_proj(self.scan(self.in_proj(hidden), flow))
 
-    def scan(self, xz: Tensor, flow: dict[str, Tensor] | None = None) -> Tensor:
+    def scan(
+        self,
+        xz: Tensor,
+        flow: dict[str, Tensor] | None = None,
+        offsets: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """All that lies between the projections, in both directions.
 
         Rules of adapters may surround it (`adapter_calls`).
@@ -214,11 +219,12 @@ class BiMambaMixer(nn.Module):
         Args:
             xz: the output of in_proj, (B, L, 2 E).
             flow: what earlier layers hand on; the scan itself has no use for it.
+            offsets: what C reads beside the states in the forward and in the reverse direction, (E, N) each.
 
         Returns:
             The input of out_proj, (B, L, E).
         """
-        forward, reverse = self.direction_weights()
+        forward, reverse = self.direction_weights(offsets)
         starts = self._starts()
         if starts is None:
             return bidirectional_scan(xz, forward, reverse, self.backend)
@@ -232,8 +238,10 @@ class BiMambaMixer(nn.Module):
             return None
         return DirectionStart(state, tail), DirectionStart(state_b, tail_b)
 
-    def direction_weights(self) -> tuple[DirectionWeights, DirectionWeights]:
-        """Weights of the forward and of the reverse direction."""
+    def direction_weights(
+        self, offsets: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[DirectionWeights, DirectionWeights]:
+        """Weights of the forward and of the reverse direction, with the offsets of `scan`."""
         # Read here one by one: TorchScript would give a function that reads them modules of one class alone,
         # and the projections that are read are of another class than those that are called.
         forward = DirectionWeights(
@@ -244,6 +252,7 @@ class BiMambaMixer(nn.Module):
             self.dt_proj.bias,
             self.A_log,
             self.D,
+            None if offsets is None else offsets[0],
         )
         reverse = DirectionWeights(
             self.conv1d_b.weight.squeeze(1),
@@ -253,5 +262,6 @@ class BiMambaMixer(nn.Module):
             self.dt_proj_b.bias,
             self.A_b_log,
             self.D_b,
+            None if offsets is None else offsets[1],
         )
         return forward, reverse

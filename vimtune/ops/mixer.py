@@ -36,13 +36,14 @@ from vimtune.ops.operation import (
 )
 from vimtune.ops.scan import selective_scan, selective_scan_from
 
-NUM_WEIGHTS = 7
+NUM_WEIGHTS = 8
 """Number of weights of one direction."""
 
 
 class DirectionWeights(NamedTuple):
     """Weights of one direction: conv_weight (E, K), conv_bias (E,) or None, x_proj (R + 2 N, E) with rows
-    dt | B | C, dt_proj (E, R), dt_bias (E,), A_log (E, N), D (E,)."""
+    dt | B | C, dt_proj (E, R), dt_bias (E,), A_log (E, N), D (E,), offset (E, N) or None, which C reads
+    beside the state: it adds C_t offset to the result of token t before the gate."""
 
     conv_weight: Tensor
     conv_bias: Tensor | None
@@ -51,6 +52,7 @@ class DirectionWeights(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
+    offset: Tensor | None = None
 
 
 class DirectionStart(NamedTuple):
@@ -198,10 +200,32 @@ def one_direction(
         )
     delta, A, B, C = scan_parameters(u, weights)
     if start is None:
-        return selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
-    return selective_scan_from(
-        start.state, u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend
-    )
+        gated = selective_scan(u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend)
+    else:
+        gated = selective_scan_from(
+            start.state, u, delta, A, B, C, weights.D, z, weights.dt_bias, True, reverse, backend
+        )
+    offset = weights.offset
+    return gated if offset is None else add_offset(gated, C, offset, z)
+
+
+def add_offset(gated: Tensor, C: Tensor, offset: Tensor, z: Tensor) -> Tensor:
+    """What a gated scan gives where C reads an offset beside the state.
+
+    Args:
+        gated: the result without it, (B, L, E).
+        C: (B, L, N).
+        offset: (E, N).
+        z: the gate (B, L, E).
+    """
+    return torch.addcmul(gated, F.silu(z), F.linear(C, offset.to(C.dtype)))
+
+
+def offset_refusals(*directions: DirectionWeights) -> list[str]:
+    """The reason of kernels that know no offsets, where a direction has one."""
+    if all(own.offset is None for own in directions):
+        return []
+    return ["C reads an offset beside the state, which the kernels do not know"]
 
 
 def scan_parameters(u: Tensor, weights: DirectionWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -237,6 +261,7 @@ def check_mixer(xz: Tensor, forward: DirectionWeights, reverse: DirectionWeights
             dt_bias=(weights.dt_bias, (inner,)),
             A_log=(weights.A_log, (inner, states)),
             D=(weights.D, (inner,)),
+            offset=(weights.offset, (inner, states)),
         )
 
 
@@ -258,6 +283,7 @@ def _bidirectional_scan(
     dt_bias0: Tensor,
     A_log0: Tensor,
     D0: Tensor,
+    offset0: Optional[Tensor],  # noqa: UP045
     conv_weight1: Tensor,
     conv_bias1: Optional[Tensor],  # noqa: UP045
     x_proj1: Tensor,
@@ -265,12 +291,13 @@ def _bidirectional_scan(
     dt_bias1: Tensor,
     A_log1: Tensor,
     D1: Tensor,
+    offset1: Optional[Tensor],  # noqa: UP045
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and what the backward pass needs."""
-    forward = conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0
-    reverse = conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1
+    forward = conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0, offset0
+    reverse = conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1, offset1
     return _run(xz, [*forward, *reverse], save, backend)
 
 
@@ -284,11 +311,12 @@ def _causal_mixer(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    offset: Optional[Tensor],  # noqa: UP045
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and what the backward pass needs."""
-    return _run(xz, [conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D], save, backend)
+    return _run(xz, [conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, offset], save, backend)
 
 
 def _run(
@@ -339,7 +367,7 @@ def _backward(
     inputs = _contiguous(xz, weights)
     _, kernels = find_kernels(MixerKernels, backend, xz.device, inputs)
     grad_xz, by_direction = kernels.backward(
-        grad.to(xz.dtype).contiguous(), inputs, (out, projections, states), need_xz, _by_sevens(wanted)
+        grad.to(xz.dtype).contiguous(), inputs, (out, projections, states), need_xz, _of_directions(wanted)
     )
     return as_list([grad_xz, *chain.from_iterable(by_direction)], xz)
 
@@ -382,14 +410,14 @@ for _operation in (_bidirectional_scan, _causal_mixer):
     _operation.register_vmap(partial(_one_by_one, _operation))
 
 
-def _by_sevens(values: Sequence[Any]) -> list[Sequence[Any]]:
+def _of_directions(values: Sequence[Any]) -> list[Sequence[Any]]:
     """What belongs to the weights of each direction, out of one list for all of them."""
     return [values[first : first + NUM_WEIGHTS] for first in range(0, len(values), NUM_WEIGHTS)]
 
 
 def _by_direction(weights: Sequence[Any]) -> tuple[DirectionWeights, ...]:
     """The weights of each direction out of one list."""
-    return tuple(DirectionWeights(*own) for own in _by_sevens(weights))
+    return tuple(DirectionWeights(*own) for own in _of_directions(weights))
 
 
 def _contiguous(xz: Tensor, weights: Sequence[Tensor | None]) -> MixerInputs:

@@ -22,7 +22,7 @@ Weights = Sequence[DirectionWeights]
 Needs = Sequence[Sequence[bool]]
 """For each direction, for each weight in the order of `DirectionWeights`, whether its gradient is wanted."""
 
-CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, D = range(len(DirectionWeights._fields))
+CONV_WEIGHT, CONV_BIAS, X_PROJ, DT_PROJ, DT_BIAS, A_LOG, D, OFFSET = range(len(DirectionWeights._fields))
 """Places of the weights in `DirectionWeights`."""
 
 
@@ -44,6 +44,8 @@ class ParameterGradients:
     """(d, E)"""
     projections: Tensor | None
     """Gradients of B | C | dt_r (d, B L, P)."""
+    offset: Tensor | None = None
+    """(d, E, N)"""
 
 
 def any_needs(needs: Needs, *places: int) -> bool:
@@ -110,4 +112,6 @@ def _of_one_direction(
     found[DT_BIAS] = gradients.dt_bias[index] if wanted[DT_BIAS] else None
     found[A_LOG] = gradients.A_log[index] if wanted[A_LOG] else None
     found[D] = gradients.D[index] if wanted[D] else None
+    if wanted[OFFSET] and gradients.offset is not None:
+        found[OFFSET] = gradients.offset[index]
     return found

@@ -161,6 +161,7 @@ def _scan_from(
     dt_bias0: Tensor,
     A_log0: Tensor,
     D0: Tensor,
+    offset0: Optional[Tensor],  # noqa: UP045
     conv_weight1: Tensor,
     conv_bias1: Optional[Tensor],  # noqa: UP045
     x_proj1: Tensor,
@@ -168,6 +169,7 @@ def _scan_from(
     dt_bias1: Tensor,
     A_log1: Tensor,
     D1: Tensor,
+    offset1: Optional[Tensor],  # noqa: UP045
     state0: Tensor,
     tail0: Tensor,
     state1: Tensor,
@@ -175,8 +177,8 @@ def _scan_from(
     backend: str,
 ) -> Tensor:
     """The result."""
-    forward = conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0
-    reverse = conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1
+    forward = conv_weight0, conv_bias0, x_proj0, dt_proj0, dt_bias0, A_log0, D0, offset0
+    reverse = conv_weight1, conv_bias1, x_proj1, dt_proj1, dt_bias1, A_log1, D1, offset1
     inputs = _inputs(*_contiguous(xz, *forward, *reverse, state0, tail0, state1, tail1))
     if xz.numel() == 0:
         return xz.new_empty((*xz.shape[:2], xz.shape[2] // 2))

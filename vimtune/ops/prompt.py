@@ -69,10 +69,11 @@ def _prompt(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    offset: Optional[Tensor],  # noqa: UP045
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The result and the last state."""
-    weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D)
+    weights = (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, offset)
     own = DirectionWeights(*(None if weight is None else weight.contiguous() for weight in weights))  # type: ignore[arg-type]
     inputs = MixerInputs(xz.contiguous(), (own,))
     return find_kernels(PromptKernels, backend, xz.device, inputs)[1].forward(inputs)
@@ -88,6 +89,7 @@ def _(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    offset: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     batch, tokens, twice = xz.shape

@@ -11,9 +11,8 @@ V (r, N) random.
 Trained are, of Vim-tiny, for h 294,912 and for y 9,216 numbers. A plain mixer has no such term, so that
 neither merges.
 
-The kernels of a mixer read C_t where it is made, so that h computes it a second time, by one convolution and
-a projection of N rows for each direction. As states of the scan itself, N further ones that never decay,
-begun with h' and read by C_t, the offset would double what is most of the work.
+h acts inside the scan, where C_t is at hand: the kernels of a mixer add h' to the state that C_t reads
+(`vimtune.ops.DirectionWeights`).
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimtune.adapters.declarations import ScanInput, declaration_of, scan_states
+from vimtune.adapters.declarations import ScanInput, scan_states
 from vimtune.adapters.rule import Call, CallRule
-from vimtune.ops import causal_conv1d
 
 if TYPE_CHECKING:
     from vimtune.adapters.sites import Site
@@ -81,7 +79,6 @@ class StateOffsetRule(CallRule):
         rank: r; None for a full h'.
     """
 
-    mixes_tokens = True
     innermost = True
 
     def __init__(self, site: Site, scan: ScanInput, suffixes: Sequence[str], rank: int | None) -> None:
@@ -95,10 +92,7 @@ class StateOffsetRule(CallRule):
         )
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
-        inner, z = x.chunk(2, -1)
-        C = torch.cat([self.projection(inner, suffix) for suffix in self.suffixes], -1)
-        offsets = torch.cat([offset() for offset in self.offsets], 1) / len(self.suffixes)
-        return torch.addcmul(call(x), F.silu(z), F.linear(C, offsets.to(C.dtype)))
+        return call(x, offsets=tuple(offset() for offset in self.offsets))
 
     def states_of_scan(self) -> list[int]:
         """N of each direction, as the mixer has them at present."""
@@ -112,18 +106,3 @@ class StateOffsetRule(CallRule):
             f"it has offsets of {self.num_states[0]} states, and the scan has {present[0]}: name the method "
             "that adds states before state_offset"
         )
-
-    def projection(self, inner: Tensor, suffix: str) -> Tensor:
-        """C_t of one direction for all tokens, (B, L, N) in token order, from the x part (B, L, E)."""
-        mixer: Any = self.place[0]
-        conv, x_proj = getattr(mixer, f"conv1d{suffix}"), getattr(mixer, f"x_proj{suffix}")
-        rows = declaration_of(mixer).rows(mixer)[f"x_proj{suffix}.weight"]["C"]
-        u = causal_conv1d(
-            inner,
-            conv.weight.squeeze(1),
-            conv.bias,
-            silu=True,
-            reverse=suffix == "_b",
-            backend=mixer.backend,
-        )
-        return F.linear(u, x_proj.weight[rows].to(u.dtype))

@@ -23,7 +23,7 @@ from vimtune.ops.cpu.build import BuildError, find_compiler, load_library
 from vimtune.ops.cpu.library import Library, empty
 from vimtune.ops.cpu.selftest import check_library
 from vimtune.ops.eager import EagerConvolution, EagerScan
-from vimtune.ops.mixer import DirectionStart, DirectionWeights, scan_parameters
+from vimtune.ops.mixer import DirectionStart, DirectionWeights, offset_refusals, scan_parameters
 from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions
 
@@ -95,7 +95,7 @@ class CpuStart(StartKernels):
         self._library = library
 
     def refusals(self, inputs: StartInputs) -> list[str]:
-        return _dtype_refusals(inputs.xz)
+        return [*offset_refusals(*inputs.directions), *_dtype_refusals(inputs.xz)]
 
     def forward(self, inputs: StartInputs) -> Tensor:
         directions = zip(inputs.directions, inputs.starts, (False, True), strict=True)

@@ -35,7 +35,9 @@ from vimtune.ops.nvrtc import prepare, prepare_backward, scan
 def refusals(xz: Tensor, weights: Weights) -> list[str]:
     """Reasons why there are no kernels for these activations (B, L, 2 E) and weights."""
     inner, num_states = weights[0].A_log.shape
+    with_offset = len(_offsets(weights))
     return [
+        *(["one of two directions has an offset"] if with_offset not in (0, len(weights)) else []),
         *scan.refusals(xz.dtype, inner, num_states),
         *prepare.refusals(inner, weights[0].conv_weight.shape[1]),
         *prepare_backward.refusals(len(weights), weights[0].dt_proj.shape[1], num_states, xz.device),
@@ -102,6 +104,7 @@ def backward(
         grad_filters[..., :-1, :].transpose(-1, -2),
         grad_filters[..., -1, :],
         grad_projections.flatten(1, -2),
+        found.offset if inputs.offsets else None,
     )
     return grad_xz if need_xz else None, parameter_gradients(
         parts, needs, weights, u, projections, packed.padded_states()
@@ -195,4 +198,10 @@ def _scan_inputs(
         xz,
         kept.ends,
         kept.mean,
+        _offsets(weights),
     )
+
+
+def _offsets(weights: Weights) -> list[Tensor]:
+    """The offsets of the directions that have one."""
+    return [own.offset for own in weights if own.offset is not None]

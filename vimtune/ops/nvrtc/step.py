@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from vimtune.ops.backend import device_of
-from vimtune.ops.mixer import DirectionWeights
+from vimtune.ops.mixer import DirectionWeights, offset_refusals
 from vimtune.ops.nvrtc import runtime
-from vimtune.ops.ssd_mixer import SsdWeights
 from vimtune.ops.step import StepInputs
 
 SOURCE = "step.cu"
@@ -25,7 +24,8 @@ THREADS = 512
 def refusals(inputs: StepInputs) -> list[str]:
     """Reasons why the kernel does not take these tensors."""
     named = zip(DirectionWeights._fields, inputs.weights, strict=True)
-    reasons = dtype_refusals(inputs.xz.dtype, inputs.recent.dtype, inputs.state.dtype, named)
+    reasons = offset_refusals(inputs.weights)
+    reasons += dtype_refusals(inputs.xz.dtype, inputs.recent.dtype, inputs.state.dtype, named)
     needed, available = _shared_memory(inputs.weights), runtime.shared_memory(inputs.xz.device)
     if needed > available:
         reasons.append(f"inner width {len(inputs.weights.D)} needs {needed} of {available} bytes")
@@ -52,9 +52,12 @@ def dtype_refusals(
     return reasons
 
 
-def for_kernels(weights: DirectionWeights | SsdWeights) -> list[Tensor]:
-    """Weights as the kernels take them; that of the convolution stands for a bias that is not there."""
-    return [weights.conv_weight if weight is None else weight.contiguous() for weight in weights]
+def for_kernels(weights: Sequence[Tensor | None]) -> list[Tensor]:
+    """Weights as the kernels take them; the first, that of the convolution, stands for a bias that is not
+    there."""
+    first = weights[0]
+    assert first is not None
+    return [(first if weight is None else weight).contiguous() for weight in weights]
 
 
 def halves(weights: Sequence[Tensor]) -> int:
@@ -66,7 +69,7 @@ def mixer_step(inputs: StepInputs) -> Tensor:
     """The gated result (B, E); `recent` and `state` are brought up to date in place."""
     xz, recent, state, weights = inputs
     inner, num_states = weights.A_log.shape
-    own = for_kernels(weights)
+    own = for_kernels(weights[:-1])  # There is no offset.
     constants = (
         ("WIDTH", inner),
         ("STATES", num_states),

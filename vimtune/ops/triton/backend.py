@@ -18,7 +18,7 @@ from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cross_entropy import LossInputs, LossKernels
 from vimtune.ops.gated_norm import GatedNormInputs, GatedNormKernels
 from vimtune.ops.membrane import MembraneInputs, MembraneKernels, MembraneOptions
-from vimtune.ops.mixer import MixerInputs, MixerKernels
+from vimtune.ops.mixer import MixerInputs, MixerKernels, offset_refusals
 from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
@@ -181,7 +181,7 @@ class TritonMixer(MixerKernels):
     """The kernels of a mixer as a whole, launched by `triton/mixer.py`."""
 
     def refusals(self, inputs: MixerInputs) -> list[str]:
-        return _mixer_refusals(inputs.xz)
+        return [*offset_refusals(*inputs.directions), *_mixer_refusals(inputs.xz)]
 
     def shapes(self, inputs: MixerInputs, save: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
         from vimtune.ops.triton import mixer
@@ -210,7 +210,7 @@ class TritonStart(StartKernels):
     """The kernels of a mixer as a whole whose directions begin with a state."""
 
     def refusals(self, inputs: StartInputs) -> list[str]:
-        return _mixer_refusals(inputs.xz)
+        return [*offset_refusals(*inputs.directions), *_mixer_refusals(inputs.xz)]
 
     def forward(self, inputs: StartInputs) -> Tensor:
         from vimtune.ops.triton import mixer
