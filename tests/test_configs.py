@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,35 +15,19 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from teacher_model import TEACHER, teacher_known
 
 import vimtune
 from vimtune import cli
 from vimtune.adapters import adapter_parameters, check_gradients
 from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
-from vimtune.models.registry import MODELS
-from vimtune.plugins import import_package
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.strict_yaml import read_yaml
 from vimtune.tasks.images.job import build_model
 from vimtune.training.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-TEACHER = "resnet_gn_64"
-"""A model of a package of a user's own, which a config names."""
-import_package("benchmarks.teacher")
-_TEACHER_ENTRY = MODELS._things.pop(TEACHER)  # other tests go through all models
-
-
-@contextmanager
-def teacher_known() -> Iterator[None]:
-    """The model is registered for a while."""
-    MODELS.add(TEACHER, _TEACHER_ENTRY)
-    yield
-    MODELS._things.pop(TEACHER)
-
-
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 parsed = cache(read_yaml)
 

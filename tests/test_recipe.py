@@ -109,7 +109,7 @@ BAD = {
     "num_workers": [-1, 1.5, "two", True, None],
     "cache": ["2"],
     "on_corrupt": ["ignore"],
-    "augmentation": ["medium"],
+    "augmentation": ["heavy"],
     "transforms": ["kornia"],
     "mixup": [-0.1, "x", float("nan")],
     "cutmix": [-1, float("inf")],
