@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vimtune.adapters import AdapterFileError
 from vimtune.console import build_console, neutral, print_line
 from vimtune.origin import adapter_path, recipe_of_adapter
 from vimtune.output import check_output, write_output
@@ -64,10 +63,7 @@ def run_evaluate(
         open_processes(recipe.run.device) as processes,
         process_settings(recipe.run, processes.device),
     ):
-        try:
-            trial = recipe.task.open_trial(recipe, processes, split, file, recipe.run.force)
-        except AdapterFileError as error:
-            raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
+        trial = recipe.task.open_trial(recipe, processes, split, file, recipe.run.force)
         try:
             found = evaluate(
                 trial.model,

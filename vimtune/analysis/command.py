@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vimtune.adapters import AdapterFileError
 from vimtune.analysis.registry import load_analysis
 from vimtune.analysis.report import AnalysisReport
 from vimtune.analysis.section import NotApplicable, Section
@@ -57,13 +56,8 @@ def run_analyze(
     for file in files:
         check_output(file, FORMATS, [path])
     console = build_console(is_result=False)
-    try:
-        with open_subject(
-            path, values, split=split, num_images=num_images, num_batches=num_batches
-        ) as subject:
-            report = analyze(subject, names, lambda name: print_line(console, f"{name} ..."))
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
+    with open_subject(path, values, split=split, num_images=num_images, num_batches=num_batches) as subject:
+        report = analyze(subject, names, lambda name: print_line(console, f"{name} ..."))
     for file in files:
         write_output(file, partial(_write, FORMATS[file.suffix.lower()](report).encode("utf-8")))
     for section in report.sections.values():

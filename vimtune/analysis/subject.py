@@ -172,8 +172,9 @@ def _losses(recipe: Recipe, processes: Processes, count: int) -> Iterator[Loss]:
     """The first training batches of a run, augmented as there, as functions that give their mean loss."""
     job = recipe.task.open(recipe, processes)
     try:
-        job.train.set_position(0)
-        for number, batch in zip(range(count), job.train, strict=False):
+        loader = job.train.originals
+        loader.set_position(0)
+        for number, batch in zip(range(count), loader, strict=False):
             tensors: Tensors = batch.to(processes.device).tensors
             prepared = job.prepare(tensors, derive_seed(recipe.run.seed, "analysis", number))
             yield partial(_mean_loss, job, prepared, batch.count)

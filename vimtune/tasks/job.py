@@ -85,6 +85,12 @@ class Loader(ABC):
                 ends.
         """
 
+    @property
+    def originals(self) -> Loader:
+        """The batches of the same examples as the whole model takes them, in the same order: these, unless
+        they hold what a part of the model has made of the examples already."""
+        return self
+
     def read_ahead(self) -> None:  # noqa: B027 - most loaders have nobody who could
         """Learn that the next iteration begins at the current position, though not yet.
 

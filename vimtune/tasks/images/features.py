@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ class FeatureBatches(Loader):
         """Prepare to compute the features of a split when they are first needed.
 
         Args:
-            images: all images of the split in the order of the data set, none left out.
+            images: all images of the split in the same batches, none left out.
             order: which of them make which batch.
             model: gives the features, on the device where it then is.
             autocast: opens the block in which it computes.
@@ -74,6 +75,11 @@ class FeatureBatches(Loader):
         self.num_workers, self.reading = images.num_workers, images.reading
         self._images, self._order, self._model, self._autocast = images, order, model, autocast
         self._found: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def originals(self) -> Loader:
+        """The images."""
+        return self._images
 
     def fingerprint(self) -> str:
         """A hash that changes when the images of the split do."""
@@ -102,7 +108,7 @@ class FeatureBatches(Loader):
 
     @torch.no_grad()
     def _compute(self) -> tuple[Tensor, Tensor]:
-        """The features of all images, (number of images, D), and their labels."""
+        """The features (number of images, D) and the labels of all images in the order of the data set."""
         device = next(self._model.parameters()).device
         compute = in_precision(self._model.features, self._autocast)
         features, labels = [], []
@@ -113,7 +119,9 @@ class FeatureBatches(Loader):
             labels.append(tensors["labels"])
         self._images.close()
         logger.info("features of %d images of %r computed once", self.num_examples, self.split)
-        return torch.cat(features), torch.cat(labels)
+        read = np.concatenate(list(self._order.shares(epoch=0, start_batch=0)))
+        places = torch.from_numpy(read).to(device).argsort()
+        return torch.cat(features)[places], torch.cat(labels)[places]
 
     def close(self) -> None:
         """End the processes that prepare images."""

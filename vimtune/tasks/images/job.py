@@ -202,7 +202,7 @@ def open_features(
     shuffle: bool,
 ) -> FeatureBatches:
     """The batches of a split as those of `open_batches`, with features in the place of images."""
-    images = open_batches(recipe, dataset, transform, processes, shuffle=False, once=True)
+    images = open_batches(recipe, dataset, transform, processes, shuffle=shuffle, once=True)
     seed = derive_seed(recipe.run.seed, "data")
     order = BatchSampler(len(dataset), recipe.optimisation.batch_size, shuffle, False, seed, 0, 1)
     return FeatureBatches(images, order, model, build_autocast(recipe.optimisation.amp, processes.device))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import vimtune
 from vimtune.adapters import read_adapter_info
 from vimtune.data import build_transform, model_preprocessing
+from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
 from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import build_base
@@ -35,7 +35,7 @@ def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path |
                 f"({len(dataset.classes)}): {dataset.source}"
             )
         model = build_base(info, backbone.checkpoint)
-        vimtune.load_adapter(model, adapter, force=force)
+        load_trained(model, adapter, force)
     transform = build_transform("none", train=False, **model_preprocessing(model))
     loader = open_batches(recipe, dataset, transform, processes, shuffle=False, once=True)
     expected = len(dataset) if data.on_corrupt == "error" else None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import vimtune
 from vimtune.adapters import read_adapter_info
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, open_text
+from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
 from vimtune.tasks.job import Evaluation, Trial
 from vimtune.tasks.text.job import Loaders, head_of, open_splits, open_test, settings_of
@@ -60,7 +60,7 @@ def open_trial(
     head = head_of(task, texts)
     model = build_base(recipe, backbone, head.outputs, task.pooling)
     if adapter is not None:
-        vimtune.load_adapter(model, adapter, force=force)
+        load_trained(model, adapter, force)
     tokenizer = open_tokenizer(backbone, model, info, force)
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
     loader = loaders.scoring(texts)
