@@ -44,7 +44,7 @@ def test_published_scores_are_those_of_the_readme(paper):
     assert set(paper.methods) == set(stated) and set(paper.data) == {"cars", "caltech", "flowers"}
 
 
-def test_a_stand_in_of_the_grid_runs_and_shows_published_scores(paper, tmp_path, monkeypatch):
+def test_a_stand_in_of_the_grid_runs_and_shows_published_scores(paper, tmp_path, monkeypatch, capsys):
     """A method of the grid on a few generated images that go by the name of Flowers-102."""
     monkeypatch.setattr("vimtune.compare.command.Processes", InProcess())
     monkeypatch.setattr("vimtune.compare.command.POLL_SECONDS", 0)
@@ -55,6 +55,7 @@ def test_a_stand_in_of_the_grid_runs_and_shows_published_scores(paper, tmp_path,
     plan = Plan.from_values({**values, "methods": {"prodial_in": paper.methods["prodial_in"]}})
     rows, failed = compare(plan, tmp_path / "compared")
     assert not failed and [row.published for row in rows] == [85.97]
+    assert "published scores without a run here (47): full on cars, " in capsys.readouterr().out
     table = (tmp_path / "compared" / "table.md").read_text()
     assert "| published |" in table and re.search(r"\| prodial\\_in \| .* \| 85\.97 \|", table)
     assert load_plan(tmp_path / "compared" / "plan.yaml", {}).to_dict() == plan.to_dict()

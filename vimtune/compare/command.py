@@ -18,7 +18,7 @@ from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_table
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
-from vimtune.text import quote
+from vimtune.text import printable, quote, shorten
 from vimtune.training.distributed import resolve_device
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
 from vimtune.training.identity import HARMLESS, changed
@@ -55,6 +55,9 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
             console, f"comparison of {schedule.total} runs, {len(schedule.done)} are finished: {folder}"
         )
         print_line(console, protocol_of(plan))
+        if others := plan.published_elsewhere:
+            shown = printable(shorten(", ".join(others)))
+            print_line(console, f"published scores without a run here ({len(others)}): {shown}")
         _run_all(schedule, folder, packages, stop, console)
         rows = schedule.rows()
         _conclude(rows, folder, protocol_of(plan), schedule.failed, console)

@@ -271,6 +271,20 @@ class Plan:
         return [(method, data) for data in self.data for method in self.methods]
 
     @property
+    def published_elsewhere(self) -> list[str]:
+        """Methods on data sets, "lora on flowers", that have published scores and no run here.
+
+        A part of a plan has them, and so has a plan with a misspelt name.
+        """
+        stated = self.options.published or {}
+        return [
+            f"{method} on {data}"
+            for method, scores in stated.items()
+            for data in scores
+            if (method, data) not in self.pairs
+        ]
+
+    @property
     def lr_seeds(self) -> list[int]:
         """The seeds of the runs that choose the learning rate."""
         return self.options.lr_seeds or self.options.seeds[:1]
