@@ -276,13 +276,9 @@ class Plan:
 
         A part of a plan has them, and so has a plan with a misspelt name.
         """
-        stated = self.options.published or {}
-        return [
-            f"{method} on {data}"
-            for method, scores in stated.items()
-            for data in scores
-            if (method, data) not in self.pairs
-        ]
+        stated, here = self.options.published or {}, set(self.pairs)
+        pairs = [(method, data) for method, scores in stated.items() for data in scores]
+        return [f"{method} on {data}" for method, data in pairs if (method, data) not in here]
 
     @property
     def lr_seeds(self) -> list[int]:
