@@ -269,7 +269,7 @@ def open_batches(
         world_size=processes.world_size,
         cache="none" if once and data.cache in ("auto", "device") else data.cache,
         device=processes.device,
-        agree=lambda fits: all(processes.gather(fits)),
+        agree=processes.all,
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
     )
