@@ -180,8 +180,9 @@ class MambaSsm(Backend):
 
 @pytest.fixture
 def stand_in(backends, monkeypatch):
-    """What has been called of a module in the place of mamba-ssm's."""
+    """What has been called of a module in the place of mamba-ssm's, which may take fp32."""
     calls = []
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     monkeypatch.setitem(sys.modules, cuda.SSD_MODULE, mamba_ssm(calls))
     cuda._ssd_import_errors.cache_clear()
     backends(MambaSsm())
@@ -226,9 +227,19 @@ def test_tensors_that_do_not_fit_are_named():
         ops.ssd(**{**values, "B": torch.zeros(BATCH, 4, 3, STATES)})
 
 
+def test_kernels_of_mamba_ssm_take_fp32_where_tf32_is_allowed(monkeypatch):
+    monkeypatch.setattr(cuda, "_ssd_import_errors", list)
+    kernels = cuda.CudaSsd()
+    single = SsdInputs(**tensors(3, 1, torch.float32))
+    assert "set_float32_matmul_precision" in kernels.refusals(single)[0]
+    assert not kernels.refusals(SsdInputs(**tensors(3, 1, torch.bfloat16)))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert not kernels.refusals(single)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_of_mamba_ssm(dtype):
+def test_kernels_of_mamba_ssm(dtype, monkeypatch):
     pytest.importorskip("mamba_ssm")
     if "cuda" not in {row.name for row in ops.backend_report("cuda") if row.available}:
         pytest.skip("the backend cuda is not available here")
@@ -248,6 +259,7 @@ def test_kernels_of_mamba_ssm(dtype):
         "state": normal(2, 8, 64, 128).float(),
     }
     exact = results_and_gradients(reference.ssd, {name: value.double() for name, value in values.items()})
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     for backend in ("cuda", "torch"):
         found = results_and_gradients(ops.ssd, values, backend=backend)
         for value, other in zip(found, exact, strict=True):

@@ -139,7 +139,7 @@ class CudaSsd(SsdKernels):
     """The scan of Mamba-2 of mamba-ssm, written in Triton. Its backward pass begins with the inputs."""
 
     def refusals(self, inputs: SsdInputs) -> list[str]:
-        return _dtype_refusals(inputs.x) or _ssd_errors()
+        return _dtype_refusals(inputs.x) or _precision_refusals(inputs.x) or _ssd_errors()
 
     def forward(self, inputs: SsdInputs, options: SsdOptions) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         x, *others = _ssd_arguments(inputs)
@@ -217,6 +217,19 @@ class CudaBackend(Backend):
 def _dtype_refusals(activations: Tensor) -> list[str]:
     """The kernels have fp32, bf16 and fp16."""
     return ["fp64 is more than the kernels have"] if activations.dtype == torch.float64 else []
+
+
+def _precision_refusals(activations: Tensor) -> list[str]:
+    """Triton multiplies matrices of fp32 in TF32, where torch does so only if it is told."""
+    if activations.dtype == torch.float32 and not _tf32_is_accepted():
+        return ["fp32 would be rounded to TF32: torch.set_float32_matmul_precision('high') accepts that"]
+    return []
+
+
+@constant_for_compiler
+def _tf32_is_accepted() -> bool:
+    """Whether products of fp32 may be rounded to TF32."""
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _half_like(x: Tensor, weight: Tensor) -> Tensor:
