@@ -18,7 +18,7 @@ from vimtune.analysis.parameters import effective_parameters
 from vimtune.analysis.section import NotApplicable
 from vimtune.merged import is_merged_file, read_merged, read_merged_info
 from vimtune.models import VisionMamba
-from vimtune.origin import recipe_of_adapter
+from vimtune.origin import check_replaced, recipe_of_adapter
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.images.job import create_backbone
 from vimtune.tasks.job import Forward, Job, Loader, Tensors
@@ -148,6 +148,7 @@ def _with_data(
     if merged:
         after, _ = read_merged(path)
     else:
+        check_replaced(after, path, recipe.run.force)
         before = copy.deepcopy(after)
         for name in list_adapters(before):
             delete_adapter(before, name)

@@ -300,6 +300,7 @@ class Run:
                 extra=self._kept_in_adapter(),
                 tensors=tensors,
                 base=self.facts.base,
+                replaced=self.facts.replaced,
             )
 
     def _kept_in_adapter(self) -> dict[str, Any]:
