@@ -18,6 +18,7 @@ from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import read_result
+from vimtune.tasks.classification import Classification
 from vimtune.training.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,24 @@ def test_gpus_that_are_not_there_are_refused_before_any_run(runs, tmp_path, monk
     with pytest.raises(ValueError, match="device = 'cuda:9': GPU 9 is asked for and this machine has 1"):
         compare(plan(seeds="0", devices="cuda:0,cuda:9"), tmp_path)
     assert not runs.started
+
+
+def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
+    values = {"dataset_kwargs": {}, "download": False, "data_dir": str(tmp_path), "seeds": "0"}
+    data = {"flowers": {}, "cars": {}, "made": {"dataset": DATA, "dataset_kwargs": TINY["dataset_kwargs"]}}
+    with pytest.raises(PlanError) as caught:
+        compare(plan(**values, data=data), tmp_path / "out")
+    first, second = caught.value.problems
+    assert first.startswith("data: flowers: ") and second.startswith("data: cars: ")
+    assert not runs.started and not (tmp_path / "out" / "plan.yaml").exists()
+    # What is finished needs its data no more.
+    made = {"data": {"made": data["made"]}, "methods": "linear"}
+    compare(plan(**{**values, **made}), tmp_path / "out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classification, "check_data", lambda *_: pytest.fail("nothing is to be run"))
+        compare(plan(**{**values, **made}), tmp_path / "out")
+    assert len(runs.started) == 1
 
 
 def test_equal_budgets(runs, tmp_path):

@@ -81,6 +81,13 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
     )
 
 
+def check_data(recipe: Recipe, task: TextTask, processes: Processes) -> None:
+    """Open all texts of a run; see `Task.check_data`."""
+    data, _ = settings_of(recipe)
+    with processes.main_first():  # may download texts
+        open_splits(task, data)
+
+
 def open_base(recipe: Recipe, task: TextTask, processes: Processes) -> nn.Module:
     """The language model with the head that the training texts ask for; see `Task.open_base`."""
     data, backbone = settings_of(recipe)
