@@ -22,6 +22,7 @@ from vimtune.adapters import (
     read_adapter_info,
     replaced_paths,
 )
+from vimtune.merged import is_merged_file, read_merged_info
 from vimtune.recipe import complete_stored
 from vimtune.schema import STRICT, Count, check
 from vimtune.strict_yaml import read_yaml
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 NOT_OF_ADAPTER = ("output_dir", "resume", "force")
 """Keys of a run's recipe that say nothing about what it trained."""
+
+NOT_OF_BASE = ("num_classes", "img_size", "drop_path_rate", "initial_state")
+"""Options of a merged model that its base gets otherwise, or that merging has added."""
 
 
 def adapter_path(path: str | os.PathLike[str]) -> Path:
@@ -105,6 +109,24 @@ def find_base(path: Path, info: AdapterInfo) -> Path | None:
         f"the adapter was trained on the weights in {quote(places[0].name)}, and they are not at their "
         "former place; give their present place with --checkpoint"
     )
+
+
+def recipe_of_trained(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter file or a merged file says of the recipe of its run; `given` goes before it.
+
+    Raises:
+        ValueError: neither, or base weights of an adapter that are not where they were.
+    """
+    return recipe_of_merged(path) if is_merged_file(path) else recipe_of_adapter(path, given)
+
+
+def recipe_of_merged(path: Path) -> dict[str, Any]:
+    """The keys of the recipe that a merged file states: its model with the sizes of its base. Of its data it
+    says nothing."""
+    info = read_merged_info(path)
+    options = {name: value for name, value in info.options.items() if name not in NOT_OF_BASE}
+    size = {"img_size": info.options["img_size"]} if "img_size" in info.options else {}
+    return {"model": info.model, "model_kwargs": options, **size}
 
 
 def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class Task(Options, ABC):
             recipe: which data and which model.
             processes: those of the command.
             split: "val" or "test".
-            adapter: an adapter file for the model; None for the model itself.
+            adapter: an adapter file for the model, or a merged file, which holds one; None for that of the
+                recipe itself.
             force: use the adapter although base weights or tokenizer are others.
 
         Raises:
