@@ -18,7 +18,7 @@ from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_table
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
-from vimtune.text import printable, quote, shorten
+from vimtune.text import counted, printable, quote, shorten
 from vimtune.training.distributed import Processes as OneProcess
 from vimtune.training.distributed import resolve_device
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
@@ -55,7 +55,8 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         with writing(folder):
             plan.save(folder)
         print_line(
-            console, f"comparison of {schedule.total} runs, {len(schedule.done)} are finished: {folder}"
+            console,
+            f"comparison of {counted(schedule.total, 'runs')}, {len(schedule.done)} finished: {folder}",
         )
         print_line(console, protocol_of(plan))
         if others := plan.published_elsewhere:
@@ -150,7 +151,9 @@ def _run_all(
                 schedule.running.add(cell)
             if stop.requested and not asked:
                 asked = True
-                print_line(console, f"stopping; {len(processes.running)} runs save their states")
+                print_line(
+                    console, f"stopping; saving the states of {counted(len(processes.running), 'runs')}"
+                )
                 processes.ask_to_stop()
             for ended in processes.ended():
                 schedule.running.discard(ended.cell)
@@ -211,7 +214,7 @@ def _show(
         for reason in left_out:
             print_line(console, f"left out: {reason}")
         if not results:
-            raise ValueError(f"none of the {len(runs)} folders has the report of a finished run")
+            raise ValueError(f"none of {counted(len(runs), 'folders')} has the report of a finished run")
         rows, note = rows_of_runs(results), OF_RUNS
     if output_dir is not None:
         with writing(output_dir):

@@ -181,7 +181,15 @@ def _features_once(
     one_process = processes.world_size == 1 and not recipe.optimisation.shard
     head_alone = all(METHODS.get(name).trains_head_only for name in recipe.method.peft.split("+"))
     once = always_alike and one_process and head_alone and data.on_corrupt == "error"
-    return ImagesOrFeatures(model) if once and repeats_its_features(model) else None
+    if not (once and repeats_its_features(model)):
+        return None
+    if data.cache in ("host", "device"):
+        logger.warning(
+            "the features of an image are computed once, because the head alone is trained and nothing is "
+            "drawn for it: images are read once and none is kept, so cache = %r has no effect",
+            data.cache,
+        )
+    return ImagesOrFeatures(model)
 
 
 def open_features(
@@ -231,7 +239,7 @@ def open_batches(
 ) -> ImageBatches:
     """The batches of a split as a recipe wants them; raises what `create_loader` raises.
 
-    A split that is read `once` is not worth a place on the device.
+    Of a split that is read `once` no images are kept.
     """
     data = recipe.data
     assert isinstance(data, DataSettings)
@@ -244,7 +252,7 @@ def open_batches(
             world_size=processes.world_size,
             local_size=processes.local_size,
             on_gpu=processes.device.type != "cpu",
-            cached=data.cache == "host",
+            cached=data.cache == "host" and not once,
         )
     else:
         workers = WorkerCount(data.num_workers, AS_ASKED)
@@ -258,7 +266,8 @@ def open_batches(
         seed=derive_seed(recipe.run.seed, "data"),
         rank=processes.rank,
         world_size=processes.world_size,
-        cache="none" if once and data.cache in ("auto", "device") else data.cache,
+        cache=data.cache,
+        once=once,
         device=processes.device,
         agree=processes.all,
         on_corrupt=data.on_corrupt,
