@@ -13,17 +13,18 @@ import pytest
 from tiny_plans import TINY, InProcess
 
 from vimtune import cli
-from vimtune.compare import command
+from vimtune.compare import command, quickstart
 from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import read_result
+from vimtune.recipe import Recipe
 from vimtune.tasks.classification import Classification
 from vimtune.training.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "synthetic_flowers"
-FILES = {"table.md", "table.csv", "runs.csv", "table.tex", "pareto.png", "plan.yaml", "runs"}
+FILES = {"table.md", "table.csv", "runs.csv", "table.tex", "pareto.png", "curves.png", "plan.yaml", "runs"}
 
 
 def plan(**changes):
@@ -190,11 +191,24 @@ def test_the_plan_of_the_language_tasks_is_one(monkeypatch):
     assert heads == {"classifier"}
 
 
-def test_the_plan_of_the_quickstart_is_one():
-    plan = load_plan(ROOT / "benchmarks" / "quickstart.yaml", {})
+def test_without_any_flag_the_quickstart_is_compared(runs, tmp_path, monkeypatch, capsys):
+    plan = load_plan(quickstart.PLAN, {})
     probe, adapter = (plan.recipe(Cell(*pair, 1e-3, 0), ROOT) for pair in plan.pairs)
     assert probe.method.peft == "linear" and probe.task.augmentation == "none"  # its features repeat
-    assert adapter.method.peft == "prodial" and probe.backbone == adapter.backbone
+    assert adapter.method.peft == "prodial" and probe.backbone == adapter.backbone == Recipe().backbone
+    small = {name: {**own, "epochs": 1} for name, own in plan.methods.items()}
+    monkeypatch.setattr(quickstart, "load_plan", lambda *_: Plan.from_values({**TINY, "methods": small}))
+    monkeypatch.chdir(tmp_path)
+    assert cli.train_main([]) == 0
+    out = capsys.readouterr().out
+    assert [cell.method for cell in runs.started] == ["linear", "prodial"]
+    for shown in ("top-1 (test), %", "trained", "training", "adapter", "Each score is that of one run"):
+        assert shown in out
+    folder = Path("runs") / "quickstart"
+    assert f"scores in training: {folder / 'curves.png'}\n" in out and (folder / "curves.png").is_file()
+    (line,) = [line for line in out.splitlines() if line.startswith("its adapter: ")]
+    assert Path(line.removeprefix("its adapter: ")).is_file()
+    assert f"{Path(line.removeprefix('its adapter: ')).with_name('examples.png')}\n" in out
 
 
 def test_reports_are_not_trusted(runs, tmp_path):
