@@ -11,9 +11,10 @@ r adapter rank, a bytes of an activation.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from torch import nn
+from vimtune.analysis.cost import Sizes, layer_operations, model_operations
+from vimtune.models import VisionMamba
 
 TRAINING = ("frozen", "lora", "dora", "prodial", "full")
 """Methods whose backward passes through the whole backbone."""
@@ -31,42 +32,25 @@ class VimShape:
     """Sizes of a step."""
 
     batch: int
-    tokens: int
-    width: int
-    inner: int
-    states: int
-    dt_rank: int
-    filter_width: int
-    depth: int
-    num_classes: int
-    patch_values: int
-    """Numbers in a patch, 3 P P."""
+    model: Sizes
+    """Those of the model, with the states that an adapter adds."""
     pixel_values: int
     """Numbers in an image."""
 
     @classmethod
-    def of(cls, model: nn.Module, batch: int, num_classes: int) -> VimShape:
-        mixer, patches = model.layers[0].mixer, model.patch_embed
-        filters = patches.proj.weight
-        height, width = patches.img_size
+    def of(cls, model: VisionMamba, batch: int, num_classes: int) -> VimShape:
+        states = model.layers[0].mixer.A_log.shape[1]
+        height, width = model.patch_embed.img_size
         return cls(
             batch=batch,
-            tokens=patches.num_patches + 1,
-            width=model.embed_dim,
-            inner=mixer.D.shape[0],
-            states=mixer.A_log.shape[1],
-            dt_rank=mixer.dt_rank,
-            filter_width=mixer.conv1d.weight.shape[-1],
-            depth=len(model.layers),
-            num_classes=num_classes,
-            patch_values=filters[0].numel(),
-            pixel_values=filters.shape[1] * height * width,
+            model=replace(Sizes.of(model), states=states, num_classes=num_classes),
+            pixel_values=model.in_chans * height * width,
         )
 
     @property
     def rows(self) -> int:
         """T."""
-        return self.batch * self.tokens
+        return self.batch * self.model.tokens
 
 
 @dataclass(frozen=True)
@@ -97,13 +81,11 @@ def count_step(
 
 def count_matmul_flops(shape: VimShape, method: str, rank: int) -> float:
     """Two for each multiplication with its addition."""
-    D, E, T = shape.width, shape.inner, shape.rows
-    projectors = ((D, 2 * E), (E, D))  # in_proj, out_proj: (in, out)
-    inside = 2 * (E * (shape.dt_rank + 2 * shape.states) + shape.dt_rank * E)  # x_proj, dt_proj; 2 directions
-    layers = 2 * T * shape.depth * (sum(i * o for i, o in projectors) + inside)
-    patches = 2 * shape.batch * (shape.tokens - 1) * shape.patch_values * D
-    head = 2 * shape.batch * D * shape.num_classes
-    flops = patches + layers + head
+    sizes = shape.model
+    D, E, T = sizes.width, sizes.inner, shape.rows
+    layers = shape.batch * sizes.depth * layer_operations(sizes).products
+    head = 2 * shape.batch * D * sizes.num_classes
+    flops = forward = shape.batch * model_operations(sizes).products
     if method == "forward":
         return flops
     flops += head  # gradient of its weight
@@ -111,11 +93,12 @@ def count_matmul_flops(shape: VimShape, method: str, rank: int) -> float:
         return flops
     flops += head + layers  # gradients of the inputs
     if method == "full":
-        return flops + patches + layers  # of the weights
+        return flops + forward - head  # of the weights
     if method in LOW_RANK:
         flops -= 2 * T * D * 2 * E  # nothing is trained before the first in_proj
+        projectors = ((D, 2 * E), (E, D))  # in_proj, out_proj: (in, out)
         # (x A^T) and (dy B) with their products, or the gradient of the whole matrix where that is less.
-        flops += T * shape.depth * sum(min(4 * rank * (i + o), 2 * i * o) for i, o in projectors)
+        flops += T * sizes.depth * sum(min(4 * rank * (i + o), 2 * i * o) for i, o in projectors)
     return flops
 
 
@@ -124,18 +107,20 @@ def count_exponentials(shape: VimShape, method: str) -> float:
 
     A backward makes them once more: a mixer that kept them would move 2 N numbers for each it computes.
     """
-    forward = shape.depth * shape.rows * shape.inner * (2 * shape.states + 7)
+    sizes = shape.model
+    forward = sizes.depth * shape.rows * sizes.inner * (2 * sizes.states + 7)
     return forward * (2 if method in TRAINING else 1)
 
 
 def count_instructions(shape: VimShape, method: str) -> float:
     """Those of the scan and of the convolution (K forward; K again and K for its adjoint backward)."""
-    rows = 2 * shape.depth * shape.rows * shape.inner
-    per_row = shape.states * SCAN_FORWARD + shape.filter_width
+    sizes = shape.model
+    rows = 2 * sizes.depth * shape.rows * sizes.inner
+    per_row = sizes.states * SCAN_FORWARD + sizes.filter_width
     if method in TRAINING:
-        per_row += shape.states * SCAN_BACKWARD + 2 * shape.filter_width
+        per_row += sizes.states * SCAN_BACKWARD + 2 * sizes.filter_width
     if method == "full":  # dA and the gradient of the filter
-        per_row += shape.states + shape.filter_width
+        per_row += sizes.states + sizes.filter_width
     return rows * per_row
 
 
@@ -150,14 +135,14 @@ def count_bytes(shape: VimShape, method: str, trained: int, total: int, activati
     Beside the layers: images (fp32), all parameters once, and for what is trained 28 bytes a number:
     parameter and AdamW's two moments read and written, the gradient read.
     """
-    D, E, a = shape.width, shape.inner, activation_bytes
+    D, E, a = shape.model.width, shape.model.inner, activation_bytes
     per_row = 8 * D + 4 * a * D + 6 * a * E
     if method in TRAINING:
         per_row += 12 * D + 4 * a * D + 8 * a * E
     if method in TRAINING and method != "frozen":
         per_row += a * (D + E)
     return (
-        shape.depth * shape.rows * per_row
+        shape.model.depth * shape.rows * per_row
         + 4 * shape.batch * shape.pixel_values
         + 4 * total
         + (0 if method == "forward" else 28 * trained)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ import timm.data
 import torch
 from gpu_train import time_bare_step
 from PIL import Image
+from rows import write_rows
 
 from vimtune.data import build_transform, create_dataset, create_loader, load_image
 from vimtune.recipe import Recipe
@@ -74,10 +74,7 @@ def main() -> None:
             share = f"{row['of_bare']:8.0%}" if "of_bare" in row else " " * 8
             start = f"{row['start']:8.1f}" if "start" in row else ""
             print(f"{row['what']:>8} {row['images_per_second']:9.0f} {share} {start}", flush=True)
-    if options.output:
-        Path(options.output).write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "options": vars(options), "rows": rows})
-        )
+    write_rows(options.output, name, rows, options=vars(options))
 
 
 def parse_options() -> argparse.Namespace:

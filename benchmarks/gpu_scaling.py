@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from gpu_train import CASES, WARMUP_STEPS, random_batch, recipe_of, time_trainer
+from rows import write_rows
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,10 +94,7 @@ def main() -> None:
                         f"{max(times) - min(times):7.2f} {shown:>10}",
                         flush=True,
                     )
-    if options.output:
-        Path(options.output).write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "rows": rows})
-        )
+    write_rows(options.output, name, rows)
 
 
 def parse_options() -> argparse.Namespace:

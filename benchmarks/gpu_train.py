@@ -32,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from rows import write_rows
 from torch import Tensor
 
 from vimtune.recipe import Recipe
@@ -114,10 +115,7 @@ def main() -> None:
                 f"{row['last_loss']:10.6f} {row['seconds']:5.1f} {' '.join(row['warnings'])}",
                 flush=True,
             )
-    if options.output:
-        Path(options.output).write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "rows": rows})
-        )
+    write_rows(options.output, name, rows)
 
 
 def parse_options() -> argparse.Namespace:

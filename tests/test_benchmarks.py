@@ -58,7 +58,7 @@ def test_matmul_flops_are_those_that_torch_counts(method):
 def test_low_rank_gradients_take_the_cheaper_way():
     model = timm.create_model("vim_tiny_patch16_224", num_classes=102, depth=1)
     shape = VimShape.of(model, 2, 102)
-    assert shape.rows == 2 * 197 and shape.inner == 384 and shape.dt_rank == 12
+    assert shape.rows == 2 * 197 and shape.model.inner == 384 and shape.model.dt_rank == 12
     flops = {rank: count_matmul_flops(shape, "lora", rank) for rank in (1, 16, 400)}
     frozen, full = (count_matmul_flops(shape, method, 16) for method in ("frozen", "full"))
     assert flops[1] < flops[16] < flops[400] < full

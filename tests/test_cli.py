@@ -100,8 +100,8 @@ def test_list_shows_everything_there_is(capsys):
             assert f"{name}=" in text
 
 
-def test_without_arguments_the_default_recipe_is_trained(trained):
-    assert cli.train_main([]) == 0
+def test_with_a_flag_the_rest_of_the_recipe_is_the_default(trained):
+    assert cli.train_main(["--epochs", "10"]) == 0
     assert trained == [Recipe()]
 
 

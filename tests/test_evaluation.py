@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from vimtune import cli
+from vimtune.merging import merge_to_file
 from vimtune.recipe import Recipe
 from vimtune.tasks import Task
 from vimtune.training import train
@@ -99,7 +100,7 @@ def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
     assert found["acc"] == report.scores["acc"] and found["loss"] == pytest.approx(report.loss)
 
 
-def test_images_are_scored_with_and_without_an_adapter(tmp_path):
+def test_images_are_scored_with_and_without_an_adapter(tmp_path, capsys):
     report = train(Recipe(**IMAGES, output_dir=str(tmp_path / "run")))
     output = tmp_path / "scores.json"
     assert run("--adapter", tmp_path / "run", "-o", output) == 0
@@ -110,6 +111,17 @@ def test_images_are_scored_with_and_without_an_adapter(tmp_path):
     values = ("--dataset-kwargs", few, "--model", "test_vim", "--no-pretrained", "--num-workers", 0)
     assert run(*values, "-o", output) == 0
     assert json.loads(output.read_text())["adapter"] is None
+    # A merged file is taken like the adapter, as predict takes it; it does not say which data were its own.
+    merged = tmp_path / "merged.safetensors"
+    merge_to_file(tmp_path / "run", merged, device="cpu", backend="torch")
+    data = ("--dataset", "synthetic_flowers", "--dataset-kwargs", few, "--num-workers", 0)
+    assert run("--adapter", merged, *data, "-o", output) == 0
+    found = json.loads(output.read_text())
+    assert found["top1"] == report.top1 and found["loss"] == pytest.approx(report.loss, rel=1e-4)
+    assert found["model"] == "test_vim" and found["adapter"] == str(merged)
+    assert run("--adapter", merged) == 2 and "name them with --dataset" in error(capsys)
+    assert run("--adapter", merged, *data, "--checkpoint", merged) == 2
+    assert "drop --checkpoint" in error(capsys)
 
 
 @pytest.mark.parametrize(

@@ -436,7 +436,7 @@ def test_no_image_at_all_is_not_passed_over_in_silence(tmp_path, adapter, caplog
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(b"no photo")
     assert cli.main(["predict", str(photo), "--adapter", str(adapter), "--on-corrupt", choice]) == 1
-    assert "1 of 1 images could not be read" in caplog.text
+    assert "1 of 1 image could not be read" in caplog.text
 
 
 @pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (OSError(errno.EIO, "bad disk"), 2)])

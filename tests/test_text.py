@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vimtune.text import csv_cell, printable, quote, shorten, unicode_text
+from vimtune.text import counted, csv_cell, printable, quote, shorten, unicode_text
 
 
 @pytest.mark.parametrize("text", ["rose", "Löwenzahn", "桜", "été d'or", "👩‍🌾", "$x_1$", "[red]"])
@@ -50,3 +50,19 @@ def test_shorten_keeps_both_ends():
 def test_a_cell_is_never_a_formula(text):
     assert csv_cell(text) == f"'{text}"
     assert csv_cell("rose") == "rose"
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "expected"),
+    [
+        (1, "corrupt images", "1 corrupt image"),
+        (0, "images", "0 images"),
+        (1024, "batches", "1,024 batches"),
+        (1, "batches", "1 batch"),
+        (1, "classes", "1 class"),
+        (1, "processes", "1 process"),
+        (1, "examples", "1 example"),
+    ],
+)
+def test_one_is_counted_in_the_singular(number, what, expected):
+    assert counted(number, what) == expected

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vimtune.console import build_console, neutral, print_line
-from vimtune.origin import adapter_path, recipe_of_adapter
+from vimtune.merged import is_merged_file
+from vimtune.origin import adapter_path, recipe_of_trained
 from vimtune.output import check_output, write_output
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.schema import finite_json
@@ -43,7 +44,7 @@ def run_evaluate(
     Args:
         values: keys of the recipe, as flags give them.
         config, variant: the recipe that they change; not with an adapter, which has its own.
-        adapter: an adapter file or a run folder.
+        adapter: an adapter file, a run folder or a merged file.
         split: one of `SPLITS`.
         outputs: .csv or .json files.
 
@@ -57,7 +58,11 @@ def run_evaluate(
         check_output(output, FORMATS, [] if file is None else [file])
     if file is not None and config is not None:
         raise ValueError("--config and --adapter: an adapter has a recipe of its own; change it by flags")
-    stored = {} if file is None else recipe_of_adapter(file, values)
+    if file is not None and is_merged_file(file) and "dataset" not in values:
+        raise ValueError(
+            f"{quote(str(file))} is a merged file, which says nothing of its data: name them with --dataset"
+        )
+    stored = {} if file is None else recipe_of_trained(file, values)
     recipe = load_recipe(config, {**stored, **values}, variant)
     with (
         open_processes(recipe.run.device) as processes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +14,28 @@ from annotated_types import Len
 from torch import nn
 
 from vimtune import parsers
-from vimtune.adapters import AdapterFileError, AdapterInfo, load_adapter, read_adapter_info
+from vimtune.adapters import (
+    AdapterFileError,
+    AdapterInfo,
+    has_replaced,
+    load_adapter,
+    read_adapter_info,
+    replaced_paths,
+)
+from vimtune.merged import is_merged_file, read_merged_info
 from vimtune.recipe import complete_stored
 from vimtune.schema import STRICT, Count, check
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import quote
 from vimtune.training.folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 NOT_OF_ADAPTER = ("output_dir", "resume", "force")
 """Keys of a run's recipe that say nothing about what it trained."""
+
+NOT_OF_BASE = ("num_classes", "img_size", "drop_path_rate", "initial_state")
+"""Options of a merged model that its base gets otherwise, or that merging has added."""
 
 
 def adapter_path(path: str | os.PathLike[str]) -> Path:
@@ -97,6 +111,24 @@ def find_base(path: Path, info: AdapterInfo) -> Path | None:
     )
 
 
+def recipe_of_trained(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter file or a merged file says of the recipe of its run; `given` goes before it.
+
+    Raises:
+        ValueError: neither, or base weights of an adapter that are not where they were.
+    """
+    return recipe_of_merged(path) if is_merged_file(path) else recipe_of_adapter(path, given)
+
+
+def recipe_of_merged(path: Path) -> dict[str, Any]:
+    """The keys of the recipe that a merged file states: its model with the sizes of its base. Of its data it
+    says nothing."""
+    info = read_merged_info(path)
+    options = {name: value for name, value in info.options.items() if name not in NOT_OF_BASE}
+    size = {"img_size": info.options["img_size"]} if "img_size" in info.options else {}
+    return {"model": info.model, "model_kwargs": options, **size}
+
+
 def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with which an adapter was trained, and where its base weights are now.
 
@@ -131,3 +163,34 @@ def load_trained(model: nn.Module, adapter: Path, force: bool) -> None:
         load_adapter(model, adapter, force=force)
     except AdapterFileError as error:
         raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
+
+
+def check_replaced(model: nn.Module, adapter: Path, force: bool) -> None:
+    """Check that the base weights which an adapter replaces are those that its training began with.
+
+    Its answers do not depend on them, so `load_trained` accepts any. What training has changed does.
+
+    Args:
+        model: a model with the adapter on its base weights.
+        adapter: the file of the adapter.
+        force: accept others.
+
+    Raises:
+        AdapterFileError: they are others.
+    """
+    info, replaced = read_adapter_info(adapter), replaced_paths(model)
+    if not replaced or force:
+        return
+    shown = f"{quote(replaced[0])} and {len(replaced) - 1} more" if replaced[1:] else quote(replaced[0])
+    if not info.replaced_origin:
+        logger.warning(
+            "%s was written by an earlier version, which did not note the weights that an adapter replaces: "
+            "whether %s are here what training began with cannot be told",
+            quote(str(adapter)),
+            shown,
+        )
+    elif not has_replaced(model, info.replaced_hash, info.replaced_origin):
+        raise AdapterFileError(
+            f"{quote(str(adapter))} was trained on other base weights: what it replaces ({shown}) is not as "
+            "it was at the start of training. Give those weights with --checkpoint, or insist with --force"
+        )

@@ -27,7 +27,7 @@ from vimtune.results import FORMATS, Answer, print_answers, write_answers
 from vimtune.schema import Name, check
 from vimtune.tasks import TASKS, PredictOptions, Task
 from vimtune.tasks.predictor import LeftOut, Predictor
-from vimtune.text import printable, quote
+from vimtune.text import counted, printable, quote
 from vimtune.training.distributed import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ def run_predict(
     chosen = _options_of(task, options)
     asked = task.read_inputs(inputs, classes)
     predictor = task.open_predictor(path, given_base(**base), resolve_device(device), backend, force)
+    nouns = f"{predictor.kind.noun}s"
     left_out: list[LeftOut] = []
     answers: list[Answer] = []
     try:
@@ -142,10 +143,9 @@ def run_predict(
         if answers and outputs and not isinstance(error, predictor.all_or_nothing):
             _write_all(outputs, answers, predictor)
             logger.warning(
-                "stopped after %d of %d %ss; those are written",
+                "stopped after %d of %s; those are written",
                 len(answers),
-                len(asked),
-                predictor.kind.noun,
+                counted(len(asked), nouns),
             )
         raise
     _write_all(outputs, answers, predictor)
@@ -154,9 +154,9 @@ def run_predict(
     console = build_console(is_result=not outputs)
     print_answers(answers, predictor.kind, console)
     for output in outputs:
-        print_line(console, f"{len(answers)} predictions written to {output}")
+        print_line(console, f"{counted(len(answers), 'predictions')} written to {output}")
     if left_out:
-        logger.warning("%d of %d %ss could not be read", len(left_out), len(asked), predictor.kind.noun)
+        logger.warning("%d of %s could not be read", len(left_out), counted(len(asked), nouns))
     passed_over = answers and all(missing.accepted for missing in left_out)
     return 1 if left_out and not passed_over else 0
 

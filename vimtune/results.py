@@ -24,7 +24,7 @@ from rich.text import Text
 
 from vimtune.console import print_line
 from vimtune.output import write_output
-from vimtune.text import csv_cell, printable, shorten
+from vimtune.text import counted, csv_cell, printable, shorten
 
 SHOWN = 40
 """Rows of the printed table; the files written hold all of them."""
@@ -224,4 +224,4 @@ def print_answers(answers: Sequence[Answer], kind: type[Answer], console: Consol
         console.print(build_table(answers, kind))
     if len(answers) > SHOWN:
         more = len(answers) - SHOWN
-        print_line(console, f"... and {more} more {kind.noun}s; --output writes all of them")
+        print_line(console, f"... and {counted(more, f'more {kind.noun}s')}; --output writes all of them")

@@ -73,6 +73,18 @@ def quote(value: Any, limit: int = MAX_QUOTE) -> str:
         return f"a {type(value).__name__} with a very large number in it"
 
 
+def counted(number: int, what: str) -> str:
+    """A number and what is counted, such as "1 image", "1,024 images" or "0 classes".
+
+    Args:
+        number: how many.
+        what: their name in the plural.
+    """
+    if number == 1:
+        what = what.removesuffix("es" if what.endswith(("sses", "ches", "shes")) else "s")
+    return f"{number:,} {what}"
+
+
 def csv_cell(text: str) -> str:
     """`text` as a cell of a CSV file that a spreadsheet takes for text and never for a formula.
 

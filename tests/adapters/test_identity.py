@@ -19,6 +19,7 @@ import vimtune
 from vimtune import cli
 from vimtune.adapters import AdapterFileError, base_identity, base_parameters, has_base
 from vimtune.models import VisionMamba, checkpoint, checkpoint_filter_fn, create_listed_model, vim
+from vimtune.origin import check_replaced
 from vimtune.predict import load_predictor
 
 SMALL = {"num_classes": 5, "depth": 2}
@@ -346,3 +347,33 @@ def test_creation_and_loading_hash_nothing_in_the_ordinary_case(monkeypatch, wei
     model.load_state_dict(load_file(weights))
     model.to("cpu", torch.float32)
     create().double()
+
+
+# --- what an adapter replaces
+
+
+def test_weights_that_an_adapter_replaces_have_an_identity_of_their_own(tmp_path, weights, caplog):
+    path = tmp_path / "adapter.safetensors"
+    trained = vimtune.inject(vimtune.load_checkpoint(create(1, num_classes=3), weights), "bitfit")
+    vimtune.save_adapter(trained, path)
+    again = vimtune.load_checkpoint(create(2), weights).bfloat16()
+    vimtune.load_adapter(again, path)
+    check_replaced(again, path, force=False)  # heads and dtypes do not count
+    with torch.no_grad():
+        dict(base_parameters(again))["layers.1.mixer.conv1d.bias"][0] += 1
+    with pytest.raises(AdapterFileError, match=r"'layers\.0\.mixer\.conv1d\.bias' and \d+ more\) is not"):
+        check_replaced(again, path, force=False)
+    check_replaced(again, path, force=True)
+    vimtune.load_adapter(again, path)
+    forget_replaced(path)
+    check_replaced(again, path, force=False)
+    assert "written by an earlier version" in caplog.messages[-1]
+
+
+def forget_replaced(path):
+    """Make of an adapter file one of version 4."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    info = json.loads(metadata["info"])
+    del info["replaced_hash"], info["replaced_origin"]
+    save_file(load_file(path), path, {**metadata, "info": json.dumps({**info, "version": 4})})

@@ -289,7 +289,7 @@ def test_options_by_target(tmp_path):
     vimtune.save_adapter(model, tmp_path / "a.safetensors")
     other = build_test_model()
     info = vimtune.load_adapter(other, tmp_path / "a.safetensors")
-    assert info.options == active_adapter(model).options and info.version == 4
+    assert info.options == active_adapter(model).options and info.version == 5
     assert torch.equal(other.eval()(images()), model.eval()(images()))
 
 

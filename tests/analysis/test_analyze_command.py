@@ -51,6 +51,21 @@ def test_a_head_that_was_trained_on_features_is_analysed_on_images(tmp_path):
     assert values["analyses"]["gradient"]["batches"] == 2
 
 
+def test_a_base_that_differs_in_what_the_adapter_replaces_is_refused(tmp_path, capsys):
+    folder, merged = tmp_path / "run", tmp_path / "merged.safetensors"
+    small = {"model": "test_vim", "pretrained": False, "dataset_kwargs": FEW, "batch_size": 6, "epochs": 1}
+    here = {"num_workers": 0, "device": "cpu", "backend": "torch", "output_dir": str(folder)}
+    train(Recipe(peft="bitfit", lr=0.05, **small, **here))
+    merge_to_file(folder, merged, device="cpu", backend="torch")
+    only = ("--only", "components")
+    assert run(folder, *only) == 0
+    assert run(folder, *only, "--checkpoint", merged) == 2
+    assert "was trained on other base weights: what it replaces ('layers.0.mixer" in error(capsys)
+    # What it computes is the same on either, and whoever insists is told that nothing has moved.
+    assert run(folder, *only, "--checkpoint", merged, "--force") == 0
+    assert cli.main(["evaluate", "--adapter", str(folder), "--checkpoint", str(merged)]) == 0
+
+
 def test_a_merged_file_says_the_same_of_the_weights(run_folder, tmp_path):
     merged, wanted, found = (tmp_path / name for name in ("merged.safetensors", "run.json", "merged.json"))
     merge_to_file(run_folder, merged, device="cpu", backend="torch")

@@ -9,14 +9,17 @@ from changed_models import changed_vim
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import vimtune
 from vimtune.analysis.cost import (
     Sizes,
+    analyze,
     bytes_per_image,
     kept_bytes,
     layer_operations,
     model_operations,
     scan_operations,
 )
+from vimtune.analysis.subject import Subject
 
 
 @pytest.mark.parametrize("options", [{}, {"img_size": 48, "patch_size": 16, "stride": 8, "d_state": 5}])
@@ -74,6 +77,16 @@ def test_what_autograd_keeps_is_counted_once():
     images = torch.randn(3, 4)
     assert kept_bytes(model, images) == 4 * 3 * 8  # the result of relu, for relu and for the layer behind it
     assert kept_bytes(model.requires_grad_(False), images) == 0
+
+
+def test_of_a_merged_file_is_not_said_what_was_trained():
+    before, after = changed_vim("lora", rank=2)
+    section = analyze(Subject(before, after))
+    assert section.numbers["parameters"]["trainable"] == vimtune.summary(after).trainable
+    section = analyze(Subject(before, vimtune.merge(after)))
+    assert section.numbers["parameters"]["trainable"] is None
+    assert list(section.numbers["activation_bytes_per_image"]) == ["full fine-tuning"]
+    assert "of which a merged file does not say which were trained" in section.findings[1]
 
 
 def test_an_adapter_keeps_less_than_full_training():

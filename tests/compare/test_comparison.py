@@ -13,16 +13,18 @@ import pytest
 from tiny_plans import TINY, InProcess
 
 from vimtune import cli
-from vimtune.compare import command
+from vimtune.compare import command, quickstart
 from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import read_result
+from vimtune.recipe import Recipe
+from vimtune.tasks.classification import Classification
 from vimtune.training.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "synthetic_flowers"
-FILES = {"table.md", "table.csv", "runs.csv", "table.tex", "pareto.png", "plan.yaml", "runs"}
+FILES = {"table.md", "table.csv", "runs.csv", "table.tex", "pareto.png", "curves.png", "plan.yaml", "runs"}
 
 
 def plan(**changes):
@@ -50,7 +52,7 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(runs, tmp_path, capsys)
     finished = {cell: (tmp_path / cell.path / "report.json").stat().st_mtime_ns for cell in runs.started}
     runs.dies_at = None
     assert cli.main(["compare", "--resume", str(tmp_path)]) == 0
-    assert "comparison of 3 runs, 2 are finished" in capsys.readouterr().out
+    assert "comparison of 3 runs, 2 finished" in capsys.readouterr().out
     assert len(runs.started) == len(set(runs.started)) == 3
     assert all(
         (tmp_path / cell.path / "report.json").stat().st_mtime_ns == when for cell, when in finished.items()
@@ -98,6 +100,24 @@ def test_gpus_that_are_not_there_are_refused_before_any_run(runs, tmp_path, monk
     with pytest.raises(ValueError, match="device = 'cuda:9': GPU 9 is asked for and this machine has 1"):
         compare(plan(seeds="0", devices="cuda:0,cuda:9"), tmp_path)
     assert not runs.started
+
+
+def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
+    values = {"dataset_kwargs": {}, "download": False, "data_dir": str(tmp_path), "seeds": "0"}
+    data = {"flowers": {}, "cars": {}, "made": {"dataset": DATA, "dataset_kwargs": TINY["dataset_kwargs"]}}
+    with pytest.raises(PlanError) as caught:
+        compare(plan(**values, data=data), tmp_path / "out")
+    first, second = caught.value.problems
+    assert first.startswith("data: flowers: ") and second.startswith("data: cars: ")
+    assert not runs.started and not (tmp_path / "out" / "plan.yaml").exists()
+    # What is finished needs its data no more.
+    made = {"data": {"made": data["made"]}, "methods": "linear"}
+    compare(plan(**{**values, **made}), tmp_path / "out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Classification, "check_data", lambda *_: pytest.fail("nothing is to be run"))
+        compare(plan(**{**values, **made}), tmp_path / "out")
+    assert len(runs.started) == 1
 
 
 def test_equal_budgets(runs, tmp_path):
@@ -157,7 +177,7 @@ def test_tables_of_finished_runs(runs, tmp_path, capsys):
     assert cli.main(["compare", *folders, "--epochs", "3"]) == 2
     assert cli.main(["compare", "--resume", str(tmp_path / "tables")]) == 2
     shown = capsys.readouterr().err
-    for part in ("none of the 1 folders", "expected no other flags than --output-dir", "has no plan.yaml"):
+    for part in ("none of 1 folder has", "expected no other flags than --output-dir", "has no plan.yaml"):
         assert part in shown
 
 
@@ -171,11 +191,24 @@ def test_the_plan_of_the_language_tasks_is_one(monkeypatch):
     assert heads == {"classifier"}
 
 
-def test_the_plan_of_the_quickstart_is_one():
-    plan = load_plan(ROOT / "benchmarks" / "quickstart.yaml", {})
+def test_without_any_flag_the_quickstart_is_compared(runs, tmp_path, monkeypatch, capsys):
+    plan = load_plan(quickstart.PLAN, {})
     probe, adapter = (plan.recipe(Cell(*pair, 1e-3, 0), ROOT) for pair in plan.pairs)
     assert probe.method.peft == "linear" and probe.task.augmentation == "none"  # its features repeat
-    assert adapter.method.peft == "prodial" and probe.backbone == adapter.backbone
+    assert adapter.method.peft == "prodial" and probe.backbone == adapter.backbone == Recipe().backbone
+    small = {name: {**own, "epochs": 1} for name, own in plan.methods.items()}
+    monkeypatch.setattr(quickstart, "load_plan", lambda *_: Plan.from_values({**TINY, "methods": small}))
+    monkeypatch.chdir(tmp_path)
+    assert cli.train_main([]) == 0
+    out = capsys.readouterr().out
+    assert [cell.method for cell in runs.started] == ["linear", "prodial"]
+    for shown in ("top-1 (test), %", "trained", "training", "adapter", "Each score is that of one run"):
+        assert shown in out
+    folder = Path("runs") / "quickstart"
+    assert f"scores in training: {folder / 'curves.png'}\n" in out and (folder / "curves.png").is_file()
+    (line,) = [line for line in out.splitlines() if line.startswith("its adapter: ")]
+    assert Path(line.removeprefix("its adapter: ")).is_file()
+    assert f"{Path(line.removeprefix('its adapter: ')).with_name('examples.png')}\n" in out
 
 
 def test_reports_are_not_trusted(runs, tmp_path):

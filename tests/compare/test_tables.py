@@ -9,7 +9,7 @@ import re
 import pytest
 from tiny_plans import TINY, result
 
-from vimtune.compare.pictures import draw_pareto, pareto, short_count
+from vimtune.compare.pictures import draw_curves, draw_pareto, pareto, short_count
 from vimtune.compare.plan import Plan
 from vimtune.compare.results import Row, Spread, rows_of_runs
 from vimtune.compare.tables import (
@@ -99,6 +99,7 @@ def test_pictures_of_one_size_of_one_method_and_of_nothing(tmp_path):
     many = [Row(f"m{n}", "x", (result(50 + n),), 1e-3) for n in range(25)]
     for number, rows in enumerate((ROWS, many, ROWS[3:], ROWS[4:])):
         save_picture(draw_pareto(rows), tmp_path / f"{number}.png")
+        assert draw_curves(rows).axes
         assert (tmp_path / f"{number}.png").stat().st_size > 1000
     figure = draw_pareto(many)
     assert len(figure.legends[0].get_texts()) == 25

@@ -99,5 +99,5 @@ def test_caltech_split_file_is_what_the_seed_draws() -> None:
 
 def test_incomplete_caltech_names_a_missing_image(tmp_path) -> None:
     (tmp_path / "101_ObjectCategories" / "ant").mkdir(parents=True)
-    with pytest.raises(DatasetError, match=r"2550 of 2550 images are missing, e\.g\. .*image_"):
+    with pytest.raises(DatasetError, match=r"2550 of 2,550 images missing, e\.g\. .*image_"):
         create_dataset("caltech", "train", tmp_path, download=False)

@@ -195,6 +195,18 @@ def test_a_process_without_workers_decodes_few_images_once(monkeypatch) -> None:
             assert len(calls) == (20 if number == 0 else 20 - kept)
 
 
+def test_of_images_that_are_read_once_none_is_kept(monkeypatch) -> None:
+    ds, calls = flowers(), []
+    load = ds.load
+    monkeypatch.setattr(ds, "load", lambda i: calls.append(i) or load(i))
+    for cache in ("none", "host", "device"):
+        loader = make(ds, cache=cache, once=True)
+        assert not calls
+        epoch(loader), epoch(loader)
+        assert len(calls) == 40
+        calls.clear()
+
+
 class Damaged(ImageDataset):
     """Ten small files of two classes; numbers 2 and 7 are truncated JPEGs."""
 

@@ -437,7 +437,7 @@ def test_what_does_not_fit_is_refused_or_read_again(monkeypatch, caplog) -> None
     monkeypatch.setattr("vimtune.data.resident.store.room_on", lambda device: 10**9)
     with caplog.at_level(logging.INFO):
         make()
-    assert "train: 9 images are on cpu as uint8" in caplog.text
+    assert "train: 9 images on cpu as uint8" in caplog.text
     assert "1.0 GB free" in caplog.text
 
 

@@ -176,7 +176,7 @@ def test_damaged_packed_files_are_refused(tmp_path: Path) -> None:
     [
         ("val/val_annotations.txt", "val_100.JPEG\tn99999999\n", "'n99999999' is no class"),
         ("val/val_annotations.txt", "../wnids.txt\tn01443537\n", "where the name of a file belongs"),
-        ("val/val_annotations.txt", "val_1.JPEG\tn01443537\n", "incomplete: 1 of 1 images are missing"),
+        ("val/val_annotations.txt", "val_1.JPEG\tn01443537\n", "incomplete: 1 of 1 image missing"),
         ("val/val_annotations.txt", "val_100.JPEG\n", "row 1 has 1 columns instead of 2"),
         ("words.txt", "n01443537\tgoldfish\n", "has no name for 'n01629819'"),
         ("wnids.txt", "n01443537\nn01443537\n", "names a class twice"),

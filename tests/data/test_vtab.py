@@ -92,7 +92,7 @@ def test_a_wrong_line_is_named_with_file_and_line(folder: Path, line: str, messa
 def test_lists_that_do_not_fit_together_are_refused(folder: Path) -> None:
     lists = {name: (folder / name).read_text() for name in LISTS}
     (folder / "test.txt").write_text(lists["test.txt"] + "images/val 0.png 0\n")
-    with pytest.raises(DatasetError, match=r"1 images are in val200\.txt and in test\.txt, such as 'images/"):
+    with pytest.raises(DatasetError, match=r"1 image both in val200\.txt and in test\.txt, such as 'images/"):
         vtab("train", folder)
     (folder / "test.txt").write_text(lists["test.txt"])
     (folder / "train800val200.txt").write_text(lists["train800.txt"])
@@ -109,7 +109,7 @@ def test_what_is_no_list_is_refused(folder: Path, tmp_path: Path) -> None:
         vtab("val", folder)
     (folder / "val200.txt").write_text("images/gone.png 0\n")
     (folder / "train800val200.txt").unlink()
-    with pytest.raises(DatasetError, match=r"1 of 1 images are missing, e\.g\. .*gone\.png"):
+    with pytest.raises(DatasetError, match=r"1 of 1 image missing, e\.g\. .*gone\.png"):
         vtab("val", folder)
     with pytest.raises(DatasetError, match=r"task 'cifr' of VTAB-1k is not in .*Did you mean 'cifar'"):
         vtab("train", tmp_path, task="cifr")

@@ -66,6 +66,12 @@ def test_it_ends_where_training_on_images_does(tmp_path: Path, counted: list[int
     assert quick.top1 == slow.top1 and (tmp_path / "quick" / "examples.png").exists()
 
 
+def test_a_cache_that_has_no_effect_is_mentioned(tmp_path: Path, counted: list[int], caplog) -> None:
+    train(tmp_path / "run", cache="device", epochs=1)
+    (said,) = [record.message for record in caplog.records if "no effect" in record.message]
+    assert "images are read once and none is kept, so cache = 'device' has no effect" in said
+
+
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, counted: list[int]) -> None:
     whole = train(tmp_path / "whole")
 

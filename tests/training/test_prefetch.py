@@ -224,7 +224,7 @@ def test_a_corrupt_image_stops_the_run_at_its_step(tiny, damaged):
     assert [record["step"] for record in metrics(recipe.run.output_dir)] == [1, 2]
     damaged(in_the_third_batch)  # which counts from the start again
     report = train(tiny("skipped", on_corrupt="skip", epochs=1))
-    assert report.warnings == ["train: 1 corrupt images left out"]
+    assert report.warnings == ["train: 1 corrupt image left out"]
     assert Path(report.run_dir, "report.json").exists()
 
 

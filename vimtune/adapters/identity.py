@@ -9,6 +9,10 @@ them. So it holds their identity, twice:
   were loaded, before they were resized or rounded, or the state of the random generator and what was
   created with it.
 
+Parameters that the adapter replaces as a whole (those of bitfit, everything under full fine-tuning) do not
+count: what it computes does not depend on them. What training has made of them does. They have an identity
+of their own, for whoever compares the model after training with the one before it.
+
 Either one suffices to recognise the weights. An origin is only ever claimed for a value that is still
 the one that came from there: the model remembers what a value was made from together with the hash of
 that value, and whatever changed it since, be it training, `load_state_dict` or a hand, the parameter's
@@ -184,7 +188,18 @@ def base_identity(model: nn.Module, name: str | None = None) -> BaseIdentity:
     not count: the adapter does not depend on them.
     """
     model = unwrap(model)
-    parameters = _foundation(model, name)
+    return _identity(model, _foundation(model, name))
+
+
+def replaced_identity(model: nn.Module, name: str | None = None) -> BaseIdentity:
+    """Identity of the base weights that the active adapter, or the one named, replaces as a whole: those that
+    it was trained away from. The head, whose outputs are others, is not among them."""
+    model = unwrap(model)
+    return _identity(model, _replaced(model, name))
+
+
+def _identity(model: nn.Module, parameters: list[tuple[str, nn.Parameter]]) -> BaseIdentity:
+    """Identity of some of a model's base parameters."""
     sources: _Sources = model.__dict__.get(_SOURCES, _Sources())
     seed = sources.seed
     drawn = {path: p.dtype for path, p in parameters if path in sources.drawn}
@@ -212,7 +227,22 @@ def has_base(model: nn.Module, bits: str, origin: str, name: str | None = None) 
     """
     if not origin:
         return _first_format_hash(unwrap(model), name) == bits
-    found = base_identity(model, name)
+    return _is_one_of(base_identity(model, name), bits, origin)
+
+
+def replaced_paths(model: nn.Module, name: str | None = None) -> list[str]:
+    """Paths of the parameters that the active adapter, or the one named, replaces as a whole, without the
+    head's."""
+    return [path for path, _ in _replaced(unwrap(model), name)]
+
+
+def has_replaced(model: nn.Module, bits: str, origin: str, name: str | None = None) -> bool:
+    """Whether the base weights that an adapter of `model` replaces are those with this identity."""
+    return _is_one_of(replaced_identity(model, name), bits, origin)
+
+
+def _is_one_of(found: BaseIdentity, bits: str, origin: str) -> bool:
+    """Whether one of its two hashes is that of an identity."""
     return found.origin == origin or found.bits == bits
 
 
@@ -238,12 +268,24 @@ def architecture_differences(saved: Mapping[str, Any], model: nn.Module) -> list
 def _foundation(model: nn.Module, name: str | None) -> list[tuple[str, nn.Parameter]]:
     """(path, base parameter) of all that the adapter does not replace as a whole, sorted."""
     _, record = demand_adapter(model, name)
-    replaced = {
+    replaced = _replaced_paths(model, record.name)
+    return sorted((path, p) for path, p in base_parameters(model) if path not in replaced)
+
+
+def _replaced(model: nn.Module, name: str | None) -> list[tuple[str, nn.Parameter]]:
+    """(path, base parameter) of all that the adapter replaces as a whole besides the head, sorted."""
+    _, record = demand_adapter(model, name)
+    replaced = _replaced_paths(model, record.name) - set(record.head)
+    return sorted((path, p) for path, p in base_parameters(model) if path in replaced)
+
+
+def _replaced_paths(model: nn.Module, name: str) -> set[str]:
+    """Paths of the parameters that an adapter replaces as a whole."""
+    return {
         path
         for path, _, _, slot in iter_weight_slots(model)
-        if record.name in slot and isinstance(slot[record.name], Tuned)
+        if name in slot and isinstance(slot[name], Tuned)
     }
-    return sorted((path, p) for path, p in base_parameters(model) if path not in replaced)
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -21,8 +21,10 @@ from vimtune.utils import suggest
 
 FORMAT = "vimtune-adapter"
 """The format that an adapter file states in its metadata, by which it is recognised."""
-VERSION = 4
+VERSION = 5
 """Version of the files that are written.
+
+Version 4 did not know which weights an adapter replaces, and is the same otherwise.
 
 Version 2 knew no rows, calls and options by target, and is the same otherwise. In version 3 the target of an
 option meant one direction of a scan ("x_proj"), which now means both; `load_adapter` reads it so.
@@ -86,6 +88,11 @@ class AdapterInfo:
     """Version of the format. Version 1 has a schema of its own, `_Version1`."""
     base_origin: Annotated[str, Len(0, 200)] = ""
     """`BaseIdentity.origin`."""
+    replaced_hash: Annotated[str, Len(0, 200)] = ""
+    """The same as `base_hash` of the weights that the adapter replaces (`replaced_identity`); empty in files
+    before version 5."""
+    replaced_origin: Annotated[str, Len(0, 200)] = ""
+    """Their origin."""
 
     def __post_init__(self) -> None:
         names = method_names(self.method)

@@ -11,7 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vimtune.adapters.identity import BaseIdentity, architecture_differences, base_identity, has_base
+from vimtune.adapters.identity import (
+    BaseIdentity,
+    architecture_differences,
+    base_identity,
+    has_base,
+    replaced_identity,
+)
 from vimtune.adapters.info import (
     BOTH_DIRECTIONS,
     FORMAT,
@@ -52,6 +58,7 @@ def save_adapter(
     extra: dict[str, Any] | None = None,
     tensors: dict[str, Tensor] | None = None,
     base: BaseIdentity | None = None,
+    replaced: BaseIdentity | None = None,
 ) -> AdapterInfo:
     """Write the active adapter, or the one named, to one safetensors file; atomically.
 
@@ -65,6 +72,7 @@ def save_adapter(
         tensors: values to write instead of the present ones, e.g. an average over training; keys as
             in `adapter_state_dict`.
         base: identity of the base weights (`base_identity`), for those who know it; found out if None.
+        replaced: likewise, of the weights that the adapter replaces (`replaced_identity`).
 
     Raises:
         ValueError: no such adapter, class names that do not match the head, or anything else that could not
@@ -76,6 +84,7 @@ def save_adapter(
     values = own if tensors is None else tensors
     check_tensors(values, own)
     base = base_identity(model, record.name) if base is None else base
+    replaced = replaced_identity(model, record.name) if replaced is None else replaced
     info = AdapterInfo(
         method=record.method,
         options=record.options,
@@ -84,6 +93,8 @@ def save_adapter(
         num_classes=record.num_classes,
         base_hash=base.bits,
         base_origin=base.origin,
+        replaced_hash=replaced.bits,
+        replaced_origin=replaced.origin,
         model=getattr(model, "creation", {}),
         classes=classes or [],
         preprocessing=preprocessing or {},

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vimtune.adapters import summary
+from vimtune.adapters import active_adapter, summary
 from vimtune.analysis.section import Section, Table
 from vimtune.analysis.subject import Subject
 from vimtune.models import VisionMamba
@@ -155,18 +155,28 @@ def analyze(subject: Subject) -> Section:
     before, after = subject.vims()
     sizes = Sizes.of(before)
     layer, whole = layer_operations(sizes), model_operations(sizes)
+    # A merged file does not say what was trained.
     counts = summary(after)
+    trainable = None if active_adapter(after) is None else counts.trainable
     image = subject.batches[0][0] if subject.batches else _random_image(before)
     full = copy.deepcopy(before).requires_grad_(True)
-    memory = {
-        "as it was trained": bytes_per_image(after, image),
-        "full fine-tuning": bytes_per_image(full, image),
-    }
+    memory = {"full fine-tuning": bytes_per_image(full, image)}
+    said = (
+        f"{counts.total:,} parameters, of which a merged file does not say which were trained; full "
+        f"fine-tuning keeps {_mebibytes(memory['full fine-tuning'])} MiB for an image."
+    )
+    if trainable is not None:
+        memory["as it was trained"] = bytes_per_image(after, image)
+        said = (
+            f"{trainable:,} of {counts.total:,} parameters were trained, {counts.head:,} of them in the "
+            f"head; training keeps {_mebibytes(memory['as it was trained'])} MiB for an image, full "
+            f"fine-tuning {_mebibytes(memory['full fine-tuning'])}."
+        )
     numbers: dict[str, Any] = {
         "sizes": asdict(sizes),
         "layer": {**asdict(layer), "total": layer.total},
         "model": {**asdict(whole), "total": whole.total},
-        "parameters": {"total": counts.total, "trainable": counts.trainable, "head": counts.head},
+        "parameters": {"total": counts.total, "trainable": trainable, "head": counts.head},
         "activation_bytes_per_image": memory,
     }
     return Section(
@@ -180,9 +190,7 @@ def analyze(subject: Subject) -> Section:
         findings=[
             f"{whole.total / 1e9:.3f} GFLOP for an image: {_share(whole.products, whole)} products of "
             f"matrices, {_share(whole.scan, whole)} scans, {_share(whole.rest, whole)} all else.",
-            f"{counts.trainable:,} of {counts.total:,} parameters were trained, {counts.head:,} of them in "
-            f"the head; training keeps {memory['as it was trained'] / 2**20:.2f} MiB for an image, full "
-            f"fine-tuning {memory['full fine-tuning'] / 2**20:.2f}.",
+            said,
         ],
         numbers=numbers,
         tables=[
@@ -204,6 +212,11 @@ def analyze(subject: Subject) -> Section:
 def _random_image(model: VisionMamba) -> Tensor:
     shape = model.in_chans, *model.patch_embed.img_size
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.cls_token.device)
+
+
+def _mebibytes(count: int) -> str:
+    """A number of bytes in units of 2^20."""
+    return f"{count / 2**20:.2f}"
 
 
 def _share(part: int, whole: Operations) -> str:

@@ -20,6 +20,7 @@ from vimtune.analysis.drawing import draw_concentration
 from vimtune.analysis.parameters import PROJECTORS, projector_of
 from vimtune.analysis.section import NotApplicable, Picture, Section, Table
 from vimtune.analysis.subject import Loss, Subject
+from vimtune.text import counted
 
 
 def transformation_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -148,6 +149,6 @@ def _finding(name: str, own: list[tuple[int, DiagonalShare]], count: int) -> str
     return (
         f"{name}: the diagonal has {statistics.mean(concentrations):.2f} times its share by chance in the "
         f"squared gradient of T (from {min(concentrations):.2f} to {max(concentrations):.2f} in {len(own)} "
-        f"layers, {count} batches), {statistics.mean(share.excess for _, share in own):.2f} times what the "
-        "sizes of rows and columns explain."
+        f"layers, {counted(count, 'batches')}), {statistics.mean(share.excess for _, share in own):.2f} "
+        "times what the sizes of rows and columns explain."
     )

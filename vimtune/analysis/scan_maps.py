@@ -33,6 +33,7 @@ from vimtune.models import BiMambaMixer, VisionMamba
 from vimtune.models.layers import Block
 from vimtune.ops import DirectionWeights, causal_conv1d
 from vimtune.ops.mixer import scan_parameters
+from vimtune.text import counted
 from vimtune.training.pictures import picture_style, whole_numbers
 
 DIRECTIONS = ("forward", "reverse")
@@ -175,7 +176,7 @@ def analyze(subject: Subject) -> Section:
             f"{_mean(rows, 'tokens'):.1f} of them, {100 * _mean(rows, 'itself'):.0f} % from themselves; "
             f"farthest in layer {farthest[0]}, {farthest[1]} ({farthest[2].distance:.1f}).",
             f"Training has moved {100 * float(moved.mean()):.1f} % of what is read elsewhere, most in layer "
-            f"{int(moved.argmax())} ({100 * float(moved.max()):.1f} %); {len(images)} images.",
+            f"{int(moved.argmax())} ({100 * float(moved.max()):.1f} %); {counted(len(images), 'images')}.",
         ],
         numbers={
             "images": len(images),

@@ -19,6 +19,7 @@ from torch import Tensor
 from vimtune.analysis.section import NotApplicable, Picture, Section, Table
 from vimtune.analysis.subject import Subject
 from vimtune.models import VisionMamba
+from vimtune.text import counted
 from vimtune.training.pictures import picture_style, whole_numbers
 
 FEWEST = 4
@@ -122,7 +123,7 @@ def analyze(subject: Subject) -> Section:
         findings=[
             f"The patch tokens of a block have CKA {min(same[0]):.3f} (block {same[0].index(min(same[0]))}) "
             f"to {max(same[0]):.3f} with those before training, after the last block {same[0][-1]:.3f}; the "
-            f"class token has {same[1][-1]:.3f} there ({count} images)."
+            f"class token has {same[1][-1]:.3f} there ({counted(count, 'images')})."
         ],
         numbers={
             "images": count,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from vimtune.adapters import active_adapter, delete_adapter, list_adapters
 from vimtune.analysis.parameters import effective_parameters
 from vimtune.analysis.section import NotApplicable
-from vimtune.merged import is_merged_file, read_merged, read_merged_info
+from vimtune.merged import is_merged_file, read_merged
 from vimtune.models import VisionMamba
-from vimtune.origin import recipe_of_adapter
+from vimtune.origin import check_replaced, recipe_of_trained
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.images.job import create_backbone
 from vimtune.tasks.job import Forward, Job, Loader, Tensors
@@ -28,9 +28,6 @@ from vimtune.training.settings import derive_seed, process_settings
 
 Loss = Callable[[Forward], Tensor]
 """The mean loss of one training batch, a scalar, as a function of whatever calls the model."""
-
-_NOT_OF_BASE = ("num_classes", "img_size", "drop_path_rate", "initial_state")
-"""Options of a merged model that its base gets otherwise, or that merging has added."""
 
 
 @dataclass
@@ -96,8 +93,7 @@ def open_subject(
         ValueError: no such file, or weights, data and settings that do not fit together.
     """
     merged = is_merged_file(path)
-    stored = _recipe_of_merged(path) if merged else recipe_of_adapter(path, values)
-    recipe = load_recipe(None, {**stored, **values})
+    recipe = load_recipe(None, {**recipe_of_trained(path, values), **values})
     with open_processes(recipe.run.device) as processes, process_settings(recipe.run, processes.device):
         if processes.world_size > 1:
             raise ValueError("an analysis is the work of one process: start it without torchrun")
@@ -122,14 +118,6 @@ def open_subject(
         yield subject
 
 
-def _recipe_of_merged(path: Path) -> dict[str, Any]:
-    """The keys of the recipe that a merged file states: its model with the sizes of its base."""
-    info = read_merged_info(path)
-    options = {name: value for name, value in info.options.items() if name not in _NOT_OF_BASE}
-    size = {"img_size": info.options["img_size"]} if "img_size" in info.options else {}
-    return {"model": info.model, "model_kwargs": options, **size}
-
-
 def _with_data(
     path: Path,
     recipe: Recipe,
@@ -148,6 +136,7 @@ def _with_data(
     if merged:
         after, _ = read_merged(path)
     else:
+        check_replaced(after, path, recipe.run.force)
         before = copy.deepcopy(after)
         for name in list_adapters(before):
             delete_adapter(before, name)

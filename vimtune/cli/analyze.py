@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from vimtune import parsers
 from vimtune.analysis.registry import ANALYSES, parse_names
 from vimtune.cli.evaluate import evaluation_groups
-from vimtune.cli.parser import CommandParser, add_common, add_import, import_packages, path
+from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags
 from vimtune.text import quote
 
@@ -24,27 +23,23 @@ examples:
   {prog} merged.safetensors --checkpoint base.safetensors --dataset flowers
 
 analyses:
-{analyses}"""
-"""What stands below the options in the help; `{prog}` is the command, `{analyses}` the table of them."""
+"""
+"""What stands below the options in the help, before the table of analyses; `{prog}` is the command."""
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     import_packages(prog, arguments)
     table = "\n".join(f"  {name:<15} {summary}" for name, summary in ANALYSES.items())
-    parser = CommandParser(
-        prog=prog,
+    parser, general = build_key_parser(
+        prog,
         usage=f"{prog} RUN [--only NAMES] [-o FILE] [--KEY VALUE ...]",
         description="Compare a trained model with what training found: weights, features, scans, cost. "
         "What it was trained on\nis taken from its file; flags change single values of it. Without -o the "
         "report is written beside the adapter.",
-        epilog=EXAMPLES.format(prog=prog, analyses=table),
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
+        epilog=EXAMPLES + table,
     )
-    general = parser.add_argument_group("general")
     general.add_argument("trained", metavar="RUN", type=path, help="run folder, adapter file or merged file")
-    general.add_argument("-h", "--help", action="help", help="show this help and stop")
     general.add_argument("--only", metavar="NAMES", help="analyses to run, such as cost,similarity [all]")
     general.add_argument("--split", metavar="X", help="where images are taken from: test, val [test]")
     general.add_argument("--images", metavar="N", help=f"at most so many images [{NUM_IMAGES}]")

@@ -15,7 +15,8 @@ EXAMPLES = """\
 examples:
   {prog} --task arc_easy --model state-spaces/mamba-130m-hf
   {prog} --adapter runs/my-run
-  {prog} --adapter runs/my-run --split val -o scores.json"""
+  {prog} --adapter runs/my-run --split val -o scores.json
+  {prog} --adapter merged.safetensors --dataset flowers"""
 """What stands below the options in the help; `{prog}` is the command."""
 
 
@@ -34,10 +35,12 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         prog,
         usage=f"{prog} [--adapter FILE] [--config FILE [--variant X]] [--KEY VALUE ...]",
         description="Score a model on the data of a task. What an adapter was trained on is taken from its "
-        "file;\nflags change single values of it.",
+        "file;\nflags change single values of it, and name the data of a merged file.",
         epilog=EXAMPLES,
     )
-    general.add_argument("--adapter", metavar="FILE", type=path, help="adapter file or run folder")
+    general.add_argument(
+        "--adapter", metavar="FILE", type=path, help="adapter file, run folder or merged file"
+    )
     general.add_argument("--split", metavar="X", help="what is scored: test, val [test]")
     general.add_argument(
         "--output", "-o", metavar="FILE", type=path, action="append", help="also write .csv or .json"

@@ -13,8 +13,9 @@ from vimtune.recipe import TASK, Recipe, RecipeError, components_of, load_recipe
 from vimtune.tasks import TASKS
 
 DESCRIPTION = """\
-Fine-tune a Vision Mamba. Without arguments: a few minutes on embedded data.
-Every flag below is also a key of the YAML file; a flag wins over the file."""
+Fine-tune a Vision Mamba. Without any flag, ProDiaL is compared with a
+linear probe on embedded data, in three minutes. Every flag below is also
+a key of the YAML file; a flag wins over the file."""
 """What `--help` says above the options."""
 
 EXAMPLES = """\
@@ -137,6 +138,10 @@ def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | No
 
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
+    if not arguments:
+        from vimtune.compare.quickstart import run_quickstart
+
+        return run_quickstart()
     import_packages(prog, arguments)
     recipe = _read_recipe(build_train_parser(prog), arguments)
     if recipe is None:

@@ -18,7 +18,8 @@ from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_table
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
-from vimtune.text import printable, quote, shorten
+from vimtune.text import counted, printable, quote, shorten
+from vimtune.training.distributed import Processes as OneProcess
 from vimtune.training.distributed import resolve_device
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
 from vimtune.training.identity import HARMLESS, changed
@@ -41,7 +42,8 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         A row for each method on each data set, and why runs failed, which are missing in their rows.
 
     Raises:
-        ValueError: the folder holds runs with other settings, is in use, or cannot be written.
+        ValueError: the folder holds runs with other settings, is in use, or cannot be written; or data of a
+            run cannot be opened. No run has been started then.
         Interrupted: Ctrl-C or SIGTERM; runs have saved their states, and the tables have what there is.
     """
     console = build_console()
@@ -49,10 +51,12 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         folder.mkdir(parents=True, exist_ok=True)
     with hold(RunFolder(folder)), StopRequest() as stop:
         schedule = Schedule(plan, _finished(plan, folder))
+        _check_data(schedule, folder)
         with writing(folder):
             plan.save(folder)
         print_line(
-            console, f"comparison of {schedule.total} runs, {len(schedule.done)} are finished: {folder}"
+            console,
+            f"comparison of {counted(schedule.total, 'runs')}, {len(schedule.done)} finished: {folder}",
         )
         print_line(console, protocol_of(plan))
         if others := plan.published_elsewhere:
@@ -91,6 +95,28 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
     return found
 
 
+def _check_data(schedule: Schedule, folder: Path) -> None:
+    """Open the data of all runs that are to be made, and fetch what may be fetched.
+
+    Raises:
+        PlanError: it has a line for each data set that cannot be opened.
+    """
+    checked: set[str] = set()
+    problems: dict[str, None] = {}
+    for cell in schedule.startable():
+        recipe = schedule.plan.recipe(cell, folder)
+        data = f"{recipe.task.name} {recipe.data}"  # A method may have data of its own.
+        if data in checked:
+            continue
+        checked.add(data)
+        try:
+            recipe.task.check_data(recipe, OneProcess())
+        except ValueError as error:
+            problems[f"data: {cell.data}: {' '.join(str(error).split())}"] = None
+    if problems:
+        raise PlanError(list(problems))
+
+
 def _differences(run: RunFolder, wanted: Recipe) -> list[str]:
     """In what the recipe of a run folder differs from the one that is wanted there, a line each."""
     try:
@@ -125,7 +151,9 @@ def _run_all(
                 schedule.running.add(cell)
             if stop.requested and not asked:
                 asked = True
-                print_line(console, f"stopping; {len(processes.running)} runs save their states")
+                print_line(
+                    console, f"stopping; saving the states of {counted(len(processes.running), 'runs')}"
+                )
                 processes.ask_to_stop()
             for ended in processes.ended():
                 schedule.running.discard(ended.cell)
@@ -186,7 +214,7 @@ def _show(
         for reason in left_out:
             print_line(console, f"left out: {reason}")
         if not results:
-            raise ValueError(f"none of the {len(runs)} folders has the report of a finished run")
+            raise ValueError(f"none of {counted(len(runs), 'folders')} has the report of a finished run")
         rows, note = rows_of_runs(results), OF_RUNS
     if output_dir is not None:
         with writing(output_dir):

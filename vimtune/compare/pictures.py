@@ -1,9 +1,10 @@
-"""The picture of a comparison: score over trained parameters, and which methods no other one beats."""
+"""The pictures of a comparison: scores as they rose in training, and score over trained parameters with the
+methods that no other one beats."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -23,10 +24,35 @@ MARKERS = "osD^vP*X<>"
 """Marks of the methods; with ten colours they tell a hundred of them apart."""
 
 
+Looks = Mapping[str, dict[str, Any]]
+"""Mark and colour of each method, as `Axes.errorbar` takes them."""
+
+
 def draw_pareto(rows: Sequence[Row]) -> Figure:
     """For each data set the most important score, with its deviation over the seeds, over the trained
     parameters. The head counts here, because no method trains without it. The line joins the methods than
     which no other one is better with as few parameters."""
+    return _panels(rows, lambda row: row.score is not None and bool(row.trainable), _draw_points)
+
+
+def draw_curves(rows: Sequence[Row]) -> Figure:
+    """For each data set the most important score on the selection split while each run was trained, over the
+    share of its epochs."""
+    return _panels(rows, lambda row: bool(row.results), _draw_curves)
+
+
+def _panels(
+    rows: Sequence[Row],
+    has_something: Callable[[Row], bool],
+    draw: Callable[[Axes, Sequence[Row], Looks], dict[str, Any]],
+) -> Figure:
+    """A picture with a panel for each data set.
+
+    Args:
+        rows: those of the comparison.
+        has_something: which of them are drawn.
+        draw: draws those of one data set, and gives what is drawn by method, for the legend.
+    """
     names = list(dict.fromkeys(row.data for row in rows))
     across = min(ACROSS, len(names))
     down = math.ceil(len(names) / across)
@@ -37,9 +63,9 @@ def draw_pareto(rows: Sequence[Row]) -> Figure:
         for number, name in enumerate(names, 1):
             axes = figure.add_subplot(down, across, number)
             axes.set_title(shorten(printable(name), 2 * MAX_NAME))
-            own = [row for row in rows if row.data == name and row.score is not None and row.trainable]
+            own = [row for row in rows if row.data == name and has_something(row)]
             if own:
-                handles |= _draw(axes, own, looks)
+                handles |= draw(axes, own, looks)
             else:
                 axes.set_axis_off()
         if handles:
@@ -61,7 +87,25 @@ def _looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _draw(axes: Axes, rows: Sequence[Row], looks: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _draw_curves(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any]:
+    """Draw a line for each run of one data set; see `_panels`."""
+    score, handles = rows[0].scores[0], {}
+    for row in rows:
+        for result in row.results:
+            curve = [(100 * share, value) for share, value in result.curve(score.name)]
+            if curve:
+                look = looks[row.method]
+                (handles[row.method],) = axes.plot(
+                    *zip(*curve, strict=True), look["fmt"], color=look["color"], linestyle="-", markersize=3
+                )
+    split = "/".join(dict.fromkeys(result.report.selection_split for row in rows for result in row.results))
+    axes.set(xlabel="epochs, %", ylabel=f"{score.title} ({split}){', %' if score.percent else ''}")
+    axes.set_xlim(0, 102)
+    axes.grid(alpha=0.3)
+    return handles
+
+
+def _draw_points(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any]:
     """Draw the points of one data set, and the line of those that nobody beats.
 
     Returns:

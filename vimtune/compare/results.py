@@ -79,6 +79,20 @@ class Result:
         scores = {score.name: values.get(score.name) for score in task.scores}
         return task.rank(check(float, values.get("loss"), f"the loss of {what}"), scores)
 
+    def curve(self, score: str) -> list[tuple[float, float]]:
+        """A score on the selection split as it rose: for every epoch that was evaluated the share of epochs
+        that are over then, and the score.
+
+        Raises:
+            ValueError: the history in the report has another form.
+        """
+        what = f"the history of {quote(self.report.run_dir)}"
+        evaluated = [record for record in self.report.history if record.get(score) is not None]
+        return [
+            (check(int, record.get("epoch"), what) / self.report.epochs, check(float, record[score], what))
+            for record in evaluated
+        ]
+
     @property
     def method_parameters(self) -> int | None:
         """How many numbers are trained beside the head; None in reports of earlier versions."""

@@ -29,8 +29,12 @@ class Schedule:
 
     def next(self) -> Cell | None:
         """The next run to be started; None if there is none at present."""
+        return next(self.startable(), None)
+
+    def startable(self) -> Iterator[Cell]:
+        """The runs that can be started at present, in their order; some may come twice."""
         known = self.done.keys() | self.failed.keys() | self.running
-        return next((cell for cell in self._cells() if cell not in known), None)
+        return (cell for cell in self._cells() if cell not in known)
 
     def _cells(self) -> Iterator[Cell]:
         """The runs that can be made with what is known now."""

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vimtune.compare.pictures import draw_pareto
+from vimtune.compare.pictures import draw_curves, draw_pareto
 from vimtune.compare.plan import Plan
 from vimtune.compare.results import Result, Row, Spread
 from vimtune.console import neutral, print_line
@@ -38,6 +38,9 @@ NUMBERS: dict[str, Callable[[Result], float | None]] = {
 """Numbers of a run besides its scores, by their names in CSV files."""
 
 
+CURVES = "curves.png"
+"""Name of the picture of the scores in training."""
+
 OF_RUNS = (
     "Runs that differ in nothing but the seed and the data seed are one row, of which scores are means and "
     "standard deviations (n - 1)."
@@ -55,6 +58,8 @@ def protocol_of(plan: Plan) -> str:
         chosen_with += f", data seed {data_seeds[0]}"
         others = "the other seeds and data seeds are"
     words = f"Scores are means and standard deviations (n - 1) over {over}."
+    if len(plan.options.seeds) * len(plan.data_seeds) == 1:
+        words = f"Each score is that of one run, with seed {plan.options.seeds[0]}."
     if any(len(plan.rates(*pair)) > 1 for pair in plan.pairs):
         words = (
             "For each method on each data set the validation split chooses the learning rate among those of "
@@ -185,7 +190,7 @@ def details(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
 
 
 def write_tables(rows: Sequence[Row], folder: Path, note: str, failures: Sequence[str]) -> list[str]:
-    """Write all tables and the picture of a comparison, each file whole or not at all.
+    """Write all tables and the pictures of a comparison, each file whole or not at all.
 
     Args:
         rows: those of the comparison.
@@ -207,8 +212,10 @@ def write_tables(rows: Sequence[Row], folder: Path, note: str, failures: Sequenc
     }
     for name, text in texts.items():
         write_output(folder / name, partial(_write, text))
-    save_picture(draw_pareto(rows), folder / "pareto.png")
-    return [*texts, "pareto.png"]
+    pictures = {"pareto.png": draw_pareto, CURVES: draw_curves}
+    for name, draw in pictures.items():
+        save_picture(draw(rows), folder / name)
+    return [*texts, *pictures]
 
 
 def _write(text: str, path: Path) -> None:

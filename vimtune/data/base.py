@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from vimtune.data.errors import ImageReadError
 from vimtune.image_kinds import ImageKind
-from vimtune.text import unicode_text
+from vimtune.text import counted, unicode_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -144,7 +144,10 @@ class FileDataset(ImageDataset):
         self.targets = [int(target) for target in targets]
         self.classes = [unicode_text(name) for name in classes]
         self.source = "; ".join(
-            [f"{source}, {len(self.paths)} images of {len(self.classes)} classes", *notes]
+            [
+                f"{source}, {counted(len(self.paths), 'images')} of {counted(len(self.classes), 'classes')}",
+                *notes,
+            ]
         )
 
     def load(self, index: int) -> Image.Image:

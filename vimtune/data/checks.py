@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vimtune.data.errors import DatasetError
-from vimtune.text import printable, quote
+from vimtune.text import counted, printable, quote
 
 
 def whole_numbers(values: Any, low: int, high: int, what: str) -> list[int]:
@@ -35,7 +35,7 @@ def check_files_exist(paths: Sequence[str], what: str, advice: str) -> None:
     missing = [p for p in paths if os.path.basename(p) not in present[os.path.dirname(p)]]
     if missing:
         raise DatasetError(
-            f"{what} is incomplete: {len(missing)} of {len(paths)} images are missing, "
+            f"{what} is incomplete: {len(missing)} of {counted(len(paths), 'images')} missing, "
             f"e.g. {printable(missing[0])}. {advice}"
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from vimtune.data.checks import check_files_exist
 from vimtune.data.errors import DatasetError, MissingSplitError
-from vimtune.text import printable, quote
+from vimtune.text import counted, printable, quote
 from vimtune.utils import read_regular_file
 
 FILES = {
@@ -169,8 +169,8 @@ def _refuse_shared(root: Path, splits: dict[str, list[ListedImage]]) -> None:
         shared = {image.path for image in splits.get(one, ())} & {i.path for i in splits.get(other, ())}
         if shared:
             raise DatasetError(
-                f"{shown}: {len(shared)} images are in {FILES[one]} and in {FILES[other]}, such as "
-                f"{quote(min(shared))}: expected every image in one of them."
+                f"{shown}: {counted(len(shared), 'images')} both in {FILES[one]} and in {FILES[other]}, such "
+                f"as {quote(min(shared))}: expected every image in one of them."
             )
     if not all(part in splits for part in (*_TOGETHER, "train+val")):
         return

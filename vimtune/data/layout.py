@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vimtune.data.errors import DatasetError
 from vimtune.data.images import EXTENSIONS, FoundImages, describe_left_out, find_images
-from vimtune.text import printable, quote
+from vimtune.text import counted, printable, quote
 
 LAYOUT = (
     "Expected <data-dir>/<class>/*.jpg (split for you), or <data-dir>/train/<class>/*.jpg with val/ and "
@@ -192,7 +192,8 @@ def _read_divided(root: Path, tree: _Folder, folders: dict[str, str]) -> Layout:
         folder = tree.folders[name]
         if not folder.filled():  # Competitions publish such test images without labels.
             layout.notes["train"].append(
-                f"not used: {len(folder.below)} images in {printable(name)}/, which has no class folders"
+                f"not used: {counted(len(folder.below), 'images')} in {printable(name)}/, which has no class "
+                "folders"
             )
             continue
         if extra := sorted(set(folder.filled()) - set(layout.classes)):

@@ -103,6 +103,7 @@ def create_loader(
     rank: int = 0,
     world_size: int = 1,
     cache: str | bool = "none",
+    once: bool = False,
     device: torch.device | None = None,
     agree: Agreement = bool,
     on_corrupt: str = "error",
@@ -118,7 +119,7 @@ def create_loader(
         shuffle: a new permutation each epoch; False keeps the order of the data set.
         drop_last: leave out the last batch when it is smaller.
         num_workers: processes that decode; they stay alive between epochs. 0 decodes in this process, which
-            keeps what it has decoded as long as that is little (`Samples.keep_few`).
+            keeps what it has decoded as long as that is little (`Samples.keep_few`) and read again.
         rank, world_size: which share of each batch is ours.
         cache: where decoded images are kept, one of `CACHES`; every rank keeps its own. "host": every image
             is decoded once, now, and stays in memory (uint8, full size). The workers are forked and read the
@@ -126,6 +127,7 @@ def create_loader(
             with the same result. "device": the same on `device`, all of it, and batches are made there; the
             augmentation is that of `vimtune.data.resident`, whichever library `transform` names. "auto":
             "device" if that is a GPU and they fit, else "none".
+        once: the images are read a single time, so none is kept, whatever `cache` says.
         device: where batches are wanted; None for the host. Only a cache on the device puts them there.
         agree: decides for "auto" where there are several ranks; by default each decides for itself.
         on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
@@ -137,25 +139,26 @@ def create_loader(
         DoesNotFitError: the images do not fit on the device on which they are to be kept.
     """
     _check_settings(dataset, batch_size, drop_last, num_workers, rank, world_size, on_corrupt)
-    place = cache_place(cache)
+    place = "none" if once else cache_place(cache)
     device = device or torch.device("cpu")
     batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
     store = None
-    if place == "device":
-        store = fill_store(dataset, transform.preprocessing, device, num_workers)
-    elif place == "auto" and _is_gpu(device):
+    if place == "device" or (place == "auto" and _is_gpu(device)):
         try:
             store = fill_store(dataset, transform.preprocessing, device, num_workers)
         except DoesNotFitError as error:
+            if place == "device":
+                raise
             logger.info("decoded images are not kept: %s", error)
-        store = store if agree(store is not None) else None
+        if place == "auto" and not agree(store is not None):
+            store = None
     if store is not None:
         augmentation = Augmentation(transform.preprocessing, device)
         return ResidentLoader(dataset, store, augmentation, batches, seed, on_corrupt)
     samples = Samples(dataset, transform, seed)
     if place == "host":
         samples.fill_cache()
-    elif num_workers == 0:
+    elif num_workers == 0 and not once:
         samples.keep_few()
     generator = torch.Generator()  # This keeps DataLoader away from torch's global generator.
     generator.manual_seed(seed)

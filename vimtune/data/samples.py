@@ -14,6 +14,7 @@ from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.data.transforms import Transform
 from vimtune.machine import free_memory
+from vimtune.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,9 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
                 break
             self._cached[index] = pixels
         logger.info(
-            "cached %d of %d decoded images (%.0f MB)",
+            "cached %d of %s (%.0f MB)",
             len(self._cached),
-            len(self.dataset),
+            counted(len(self.dataset), "decoded images"),
             min(used, budget) / 1e6,
         )
 

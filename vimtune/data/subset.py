@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vimtune.data.base import ImageDataset
 from vimtune.data.drawing import draw_of_each_class, draw_some, protocol_sizes
 from vimtune.data.errors import DatasetError
+from vimtune.text import counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,8 +45,8 @@ class DrawnImages(ImageDataset):
         self.targets = [dataset.label(index) for dataset, index in self._places]
         sources = " and ".join(dataset.source for dataset, _ in parts)
         lacking = len(self.classes) - len(set(self.targets))
-        none = f", none of {lacking} classes" if lacking else ""
-        self.source = f"{len(self.targets)} images{none}, {how}, of: {sources}"
+        none = f", none of {counted(lacking, 'classes')}" if lacking else ""
+        self.source = f"{counted(len(self.targets), 'images')}{none}, {how}, of: {sources}"
 
     def load(self, index: int) -> Image.Image:
         """Decode image `index` to RGB."""

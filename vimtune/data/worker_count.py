@@ -15,6 +15,7 @@ from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.data.transforms import Transform
 from vimtune.machine import free_memory, free_shared_memory, usable_cores
+from vimtune.text import counted
 
 MOST = 16
 """Processes of a loader, at most: more of them wait for memory and disk."""
@@ -38,8 +39,7 @@ class WorkerCount(NamedTuple):
 
     def __str__(self) -> str:
         """The number in words, such as "this process alone (2 cores)"."""
-        several = "process" if self.number == 1 else "processes"
-        who = f"{self.number} {several}" if self.number else "this process alone"
+        who = counted(self.number, "processes") if self.number else "this process alone"
         return f"{who} ({self.reason})"
 
 
@@ -72,13 +72,13 @@ def choose_num_workers(
     """
     cores = usable_cores() // local_size
     most = min(MOST, cores - 1 if on_gpu else cores // CORES_OF_A_HELPER)
-    shown = f"{cores} core{'s' if cores != 1 else ''}{' a process' if local_size > 1 else ''}"
+    shown = f"{counted(cores, 'cores')}{' a process' if local_size > 1 else ''}"
     if most < 1:
         return WorkerCount(0, shown)
     seconds = _seconds_per_image(dataset, transform, cached)
     shown = f"{shown}, {1000 * seconds:.1f} ms an image"
     if seconds * len(dataset) / world_size < WORTH_A_START:
-        return WorkerCount(0, f"{shown}, {len(dataset)} images")
+        return WorkerCount(0, f"{shown}, {counted(len(dataset), 'images')}")
     height, width = transform.img_size
     waiting = WAITING * -(-batch_size // world_size) * 3 * height * width * 4
     room = int(MEMORY_SHARE * min(free_memory(), free_shared_memory()) / local_size / waiting)

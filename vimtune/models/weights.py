@@ -72,6 +72,14 @@ WEIGHTS = (
 """All weights; of a model's several the first ones are those of its plain name."""
 
 
+DEFAULT_MODEL = next(
+    (weights.name for weights in WEIGHTS if weights.packaged and weights.trained_on == "photographs"),
+    WEIGHTS[0].model,
+)
+"""The model with which recipes begin: one whose weights come with the package and have seen photographs, for
+features of photographs are a start for drawings, too; while there are none, that of the first weights."""
+
+
 def weights_of(name: str) -> Weights | None:
     """The weights that a model's name stands for, with or without a tag; None if there are none here."""
     return next((weights for weights in WEIGHTS if name in (weights.model, weights.name)), None)

@@ -206,26 +206,23 @@ def _concerns_nobody(inputs: Sequence[Any]) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    return all(map(_is_plain_for_autograd if torch.is_grad_enabled() else _is_plain, inputs))
+    differentiates = torch.is_grad_enabled()
+    return all(_is_plain(value, differentiates) for value in inputs)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether an argument of an operation is nothing but numbers, on a device that computes with them."""
+def _is_plain(value: Any, differentiates: bool) -> bool:
+    """Whether an argument of an operation is nothing but numbers, on a device that computes with them, and
+    autograd, where it `differentiates`, has nothing to do with it."""
     kind = type(value)
     if kind in _PLAIN_VALUES:
         return True
     if kind in _PLAIN_TENSORS:
+        if differentiates and value.requires_grad:
+            return False
         # A batch of gradients (is_grads_batched) is of an ordinary class and says that it is on a CPU or GPU.
         keys = torch._C._dispatch_keys(value)
         return keys.has(torch._C.DispatchKey.CPU) or keys.has(torch._C.DispatchKey.CUDA)
-    return kind in (list, tuple) and all(map(_is_plain, value))
-
-
-def _is_plain_for_autograd(value: Any) -> bool:
-    """Whether an argument is plain, and autograd has nothing to do with it."""
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain_for_autograd, value))
-    return _is_plain(value) and not (isinstance(value, Tensor) and value.requires_grad)
+    return isinstance(value, (list, tuple)) and all(_is_plain(part, differentiates) for part in value)
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from vimtune.console import neutral
 from vimtune.search.space import Drawn
 from vimtune.search.study import Trial
 from vimtune.tasks.base import Score
-from vimtune.text import csv_cell, printable
+from vimtune.text import counted, csv_cell, printable
 from vimtune.training.folder import writing
 from vimtune.utils import atomic_write
 
@@ -76,7 +76,7 @@ def to_markdown(trials: Sequence[Trial], drawn: Describe, score: Score) -> str:
         last = (describe(drawn(trial)) + printable(reason)).replace("|", "\\|")
         lines.append("| " + " | ".join([*_cells(trial, score), last]) + " |")
     if len(trials) > LISTED:
-        lines += ["", f"{len(trials) - LISTED} more trials are in trials.csv."]
+        lines += ["", f"{counted(len(trials) - LISTED, 'more trials')}: see trials.csv."]
     return "\n".join(lines) + "\n"
 
 

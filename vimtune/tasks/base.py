@@ -87,6 +87,14 @@ class Task(Options, ABC):
             ValueError: data, weights or settings that do not fit together; the message says which.
         """
 
+    def check_data(self, recipe: Recipe, processes: Processes) -> None:
+        """Open all data that a run of the recipe reads, without a model, before anything is trained: missing
+        files are fetched now, or refused now. By default nothing is done, and the run finds out itself.
+
+        Raises:
+            ValueError: data that cannot be opened; the message says why.
+        """
+
     def open_base(self, recipe: Recipe, processes: Processes) -> nn.Module | None:
         """The model of a recipe without its adapter, with as many outputs as its data ask for, for what is to
         be known of it before any run.
@@ -108,7 +116,8 @@ class Task(Options, ABC):
             recipe: which data and which model.
             processes: those of the command.
             split: "val" or "test".
-            adapter: an adapter file for the model; None for the model itself.
+            adapter: an adapter file for the model, or a merged file, which holds one; None for that of the
+                recipe itself.
             force: use the adapter although base weights or tokenizer are others.
 
         Raises:

@@ -70,6 +70,12 @@ class Classification(Task):
 
         return open_images(recipe, self, processes)
 
+    def check_data(self, recipe: Recipe, processes: Processes) -> None:
+        """Open all splits; see `Task.check_data`."""
+        from vimtune.tasks.images.job import open_splits
+
+        open_splits(recipe, processes)
+
     def open_base(self, recipe: Recipe, processes: Processes) -> nn.Module:
         """The backbone with its weights; see `Task.open_base`."""
         from vimtune.tasks.images.job import open_base

@@ -66,6 +66,12 @@ class TextTask(Task):
 
         return open_texts(recipe, self, processes)
 
+    def check_data(self, recipe: Recipe, processes: Processes) -> None:
+        """Open all texts; see `Task.check_data`."""
+        from vimtune.tasks.text.job import check_data
+
+        check_data(recipe, self, processes)
+
     def open_base(self, recipe: Recipe, processes: Processes) -> nn.Module:
         """The language model with its weights; see `Task.open_base`."""
         from vimtune.tasks.text.job import open_base

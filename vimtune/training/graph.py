@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Tensors
+from vimtune.text import counted
 
 Result = TypeVar("Result", Tensor, Tensors)
 """What the pass of a batch gives: the loss of a batch of training, or the answers of one of an evaluation."""
@@ -188,7 +189,7 @@ class BatchGraphs(Generic[Result]):
     @property
     def summary(self) -> str:
         """What was recorded and how often it was replayed, in a few words."""
-        shapes = f"{len(self._recorded)} shapes" if len(self._recorded) != 1 else "1 shape"
+        shapes = counted(len(self._recorded), "shapes")
         return f"{shapes} of batches recorded, {self.num_replays:,} of {self.num_batches:,} batches replayed"
 
     def _give_up(self) -> None:

@@ -74,6 +74,9 @@ class Facts:
     base_hash: str
     base_origin: str = ""
     """Empty in states of earlier versions, whose `base_hash` is of the first format."""
+    replaced_hash: str = ""
+    """Empty in states of earlier versions, as is `replaced_origin`."""
+    replaced_origin: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     processes: Count | None = None
@@ -83,6 +86,11 @@ class Facts:
     def base(self) -> BaseIdentity:
         """Identity of the base weights."""
         return BaseIdentity(origin=self.base_origin, bits=self.base_hash)
+
+    @property
+    def replaced(self) -> BaseIdentity:
+        """Identity of the base weights that the adapter replaces."""
+        return BaseIdentity(origin=self.replaced_origin, bits=self.replaced_hash)
 
 
 def lasting(recipe: Recipe) -> Recipe:
@@ -104,7 +112,7 @@ def facts_of_all(facts: Facts, step: int) -> dict[str, Any]:
         **{f"the {name}": meanings for name, meanings in facts.outputs.items()},
         **splits,
         **{f"the {name}": reader for name, reader in facts.readers.items()},
-        "the base weights": facts.base_origin,
+        "the base weights": [facts.base_origin, facts.replaced_origin],
         "the step of the state": step,
     }
 

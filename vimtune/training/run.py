@@ -16,6 +16,7 @@ from vimtune import adapters
 from vimtune.recipe import Recipe
 from vimtune.tasks.base import Task
 from vimtune.tasks.job import READERS, Evaluation, Job, Loader, Outcome
+from vimtune.text import counted
 from vimtune.training.conclusion import conclude
 from vimtune.training.distributed import PeerLostError, Processes
 from vimtune.training.evaluate import Replays, evaluate
@@ -240,7 +241,8 @@ class Run:
                 found = self._evaluate(job.final)
         for loader in job.loaders:
             if number := len(set().union(*self.processes.gather(set(loader.left_out())))):
-                self.tracker.warn(f"{loader.split}: {number} corrupt {self.task.examples} left out")
+                corrupt = counted(number, f"corrupt {self.task.examples}")
+                self.tracker.warn(f"{loader.split}: {corrupt} left out")
         progress.seconds = self._seconds()
         best, last = progress.best, progress.evaluated[-1]
         assert best is not None, "the last epoch of a run is evaluated"
@@ -300,6 +302,7 @@ class Run:
                 extra=self._kept_in_adapter(),
                 tensors=tensors,
                 base=self.facts.base,
+                replaced=self.facts.replaced,
             )
 
     def _kept_in_adapter(self) -> dict[str, Any]:

@@ -158,12 +158,14 @@ def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:
 
 def _facts(recipe: Recipe, job: Job, processes: Processes) -> Facts:
     """What the weights will depend on besides the recipe."""
-    base = adapters.base_identity(job.model)
+    base, replaced = adapters.base_identity(job.model), adapters.replaced_identity(job.model)
     return Facts(
         outputs=job.outputs,
         train_examples=job.train.num_examples,
         base_hash=base.bits,
         base_origin=base.origin,
+        replaced_hash=replaced.bits,
+        replaced_origin=replaced.origin,
         versions=versions(recipe.task),
         data={loader.split: loader.fingerprint() for loader in job.loaders},
         processes=processes.world_size,
@@ -177,7 +179,10 @@ def _compare(recipe: Recipe, saved: RunState, facts: Facts, job: Job) -> list[st
     Raises:
         ResumeError: it is a state of another run.
     """
-    same_base = adapters.has_base(job.model, saved.facts.base_hash, saved.facts.base_origin)
+    base, replaced = saved.facts.base, saved.facts.replaced
+    same_base = adapters.has_base(job.model, base.bits, base.origin)
+    if replaced.origin:
+        same_base &= adapters.has_replaced(job.model, replaced.bits, replaced.origin)
     notes = compare(saved.recipe, saved.facts, recipe, facts, same_base)
     check_place(saved.progress, len(job.train))
     return notes

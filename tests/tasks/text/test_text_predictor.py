@@ -180,7 +180,7 @@ def test_what_was_cut_is_said(tmp_path, caplog):
     data = write_data("text", tmp_path / "data")
     make_adapter(tmp_path / "run", task="text", head="classifier", data_dir=str(data), max_length=8)
     assert predict("much longer than that", "short", "--adapter", tmp_path / "run") == 0
-    assert "1 sequences longer than 8 tokens have lost their beginning" in caplog.text
+    assert "beginnings of 1 sequence cut off, which had more than 8 tokens" in caplog.text
 
 
 def test_long_texts_are_no_names_of_files(labelled, tmp_path):

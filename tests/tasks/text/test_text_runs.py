@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_one_line_and_no_folder_is_left(
 
 def test_cut_sequences_are_counted_in_the_report(tmp_path):
     report = train(recipe("arc_easy", tmp_path, max_length=16))
-    assert "9 sequences longer than 16 tokens have lost their beginning" in report.data["train"]
+    assert "beginnings of 9 sequences cut off, which had more than 16 tokens" in report.data["train"]
     assert json.loads((tmp_path / "run" / "report.json").read_text())["data"] == report.data
 
 

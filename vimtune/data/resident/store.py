@@ -21,6 +21,7 @@ from vimtune.data.resident.augmentation import stored_pixels
 from vimtune.data.workers import death_noticed_later, naming_worker_trouble, prepare_worker, worker_context
 from vimtune.machine import free_memory
 from vimtune.preprocessing import Preprocessing
+from vimtune.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -109,10 +110,10 @@ def fill_store(
         failures |= piece.failures
     store = ImageStore(torch.cat(pixels), np.concatenate(sizes), failures)
     logger.info(
-        "%s: %d images are on %s as uint8 and augmented there (%.1f MB of %.1f GB free; up to %d x %d px; "
+        "%s: %s on %s as uint8 and augmented there (%.1f MB of %.1f GB free; up to %d x %d px; "
         "decoded in %.1f s)",
         dataset.split,
-        len(dataset) - len(failures),
+        counted(len(dataset) - len(failures), "images"),
         device,
         taken / 1e6,
         free / 1e9,

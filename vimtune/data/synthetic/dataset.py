@@ -11,7 +11,7 @@ from annotated_types import Ge, Le
 from vimtune.data.base import ImageDataset
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.text import quote
+from vimtune.text import counted, quote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,7 +88,8 @@ class SyntheticFlowers(ImageDataset):
         self.classes = [species_name(seed, n) for n in range(species_offset, species_offset + species)]
         self.source = (
             f"generated flowers, {split} split, seed {seed}, species {species_offset} to "
-            f"{species_offset + species - 1}, {len(self.targets)} images of {species} classes"
+            f"{species_offset + species - 1}, {counted(len(self.targets), 'images')} of "
+            f"{counted(species, 'classes')}"
         )
 
     def _locate(self, index: int) -> tuple[int, str, int]:

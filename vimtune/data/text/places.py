@@ -11,7 +11,7 @@ from vimtune.data.errors import DatasetError, MissingSplitError
 from vimtune.data.text.examples import Example, TextSplit
 from vimtune.data.text.lines import Line, read_lines
 from vimtune.schema import parse_json
-from vimtune.text import printable, quote
+from vimtune.text import counted, printable, quote
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TextFormat:
             examples = tuple(by_class(line, known) for line in lines)
         else:
             examples = tuple(map(self.read, lines))
-        shown = [f"{self.name}, {source}, {len(examples):,} examples", self.note(lines)]
+        shown = [f"{self.name}, {source}, {counted(len(examples), 'examples')}", self.note(lines)]
         return TextSplit(name, examples, "; ".join(filter(None, shown)), known or self.classes)
 
 

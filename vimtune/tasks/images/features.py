@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vimtune.data.batch_sampler import BatchSampler
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.job import Batch, Loader
+from vimtune.text import counted
 from vimtune.training.precision import Autocast, in_precision
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,8 @@ class FeatureBatches(Loader):
             features.append(compute(tensors["images"]))
             labels.append(tensors["labels"])
         self._images.close()
-        logger.info("features of %d images of %r computed once", self.num_examples, self.split)
+        images = counted(self.num_examples, "images")
+        logger.info("features of %s of %r computed once", images, self.split)
         read = np.concatenate(list(self._order.shares(epoch=0, start_batch=0)))
         places = torch.from_numpy(read).to(device).argsort()
         return torch.cat(features)[places], torch.cat(labels)[places]

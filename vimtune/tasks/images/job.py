@@ -123,16 +123,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     data, backbone = recipe.data, recipe.backbone
     assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
     img_size = image_size(backbone)
-    with processes.main_first():
-        train_set = open_dataset(data, data.train_split, img_size)
-        selection_set = open_dataset(data, data.selection_split, img_size)
-        test_set = _open_test(data, selection_set, img_size)
-    for dataset in (selection_set, test_set):
-        if dataset is not None and dataset.classes != train_set.classes:
-            raise ValueError(
-                f"the classes of {dataset.split!r} ({len(dataset.classes)}) are not those of "
-                f"{train_set.split!r} ({len(train_set.classes)}): {dataset.source}; {train_set.source}"
-            )
+    train_set, selection_set, test_set = open_splits(recipe, processes)
     _mention_other_kind(backbone, train_set)
     with processes.main_first():  # may download weights
         model = build_model(recipe, len(train_set.classes))
@@ -190,7 +181,15 @@ def _features_once(
     one_process = processes.world_size == 1 and not recipe.optimisation.shard
     head_alone = all(METHODS.get(name).trains_head_only for name in recipe.method.peft.split("+"))
     once = always_alike and one_process and head_alone and data.on_corrupt == "error"
-    return ImagesOrFeatures(model) if once and repeats_its_features(model) else None
+    if not (once and repeats_its_features(model)):
+        return None
+    if data.cache in ("host", "device"):
+        logger.warning(
+            "the features of an image are computed once, because the head alone is trained and nothing is "
+            "drawn for it: images are read once and none is kept, so cache = %r has no effect",
+            data.cache,
+        )
+    return ImagesOrFeatures(model)
 
 
 def open_features(
@@ -240,7 +239,7 @@ def open_batches(
 ) -> ImageBatches:
     """The batches of a split as a recipe wants them; raises what `create_loader` raises.
 
-    A split that is read `once` is not worth a place on the device.
+    Of a split that is read `once` no images are kept.
     """
     data = recipe.data
     assert isinstance(data, DataSettings)
@@ -253,7 +252,7 @@ def open_batches(
             world_size=processes.world_size,
             local_size=processes.local_size,
             on_gpu=processes.device.type != "cpu",
-            cached=data.cache == "host",
+            cached=data.cache == "host" and not once,
         )
     else:
         workers = WorkerCount(data.num_workers, AS_ASKED)
@@ -267,7 +266,8 @@ def open_batches(
         seed=derive_seed(recipe.run.seed, "data"),
         rank=processes.rank,
         world_size=processes.world_size,
-        cache="none" if once and data.cache in ("auto", "device") else data.cache,
+        cache=data.cache,
+        once=once,
         device=processes.device,
         agree=processes.all,
         on_corrupt=data.on_corrupt,
@@ -339,6 +339,32 @@ def _size_option(model: str, size: tuple[int, int]) -> int | tuple[int, int]:
     annotation = get_type_hints(MODELS.get(model).load_options()).get("img_size")
     takes_number = annotation in (int, int | None)
     return size[0] if takes_number and size[0] == size[1] else size
+
+
+def open_splits(
+    recipe: Recipe, processes: Processes
+) -> tuple[ImageDataset, ImageDataset, ImageDataset | None]:
+    """The images to train on, those that select the best epoch, and those that are scored in the end: the
+    second ones once more, or None where the data set has none or the recipe wants none.
+
+    Raises:
+        DatasetError: images that are missing or wrong, or fewer than the recipe wants to draw.
+        ValueError: splits with other classes.
+    """
+    data, backbone = recipe.data, recipe.backbone
+    assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
+    img_size = image_size(backbone)
+    with processes.main_first():  # may download images
+        train = open_dataset(data, data.train_split, img_size)
+        selection = open_dataset(data, data.selection_split, img_size)
+        test = _open_test(data, selection, img_size)
+    for dataset in (selection, test):
+        if dataset is not None and dataset.classes != train.classes:
+            raise ValueError(
+                f"the classes of {dataset.split!r} ({len(dataset.classes)}) are not those of "
+                f"{train.split!r} ({len(train.classes)}): {dataset.source}; {train.source}"
+            )
+    return train, selection, test
 
 
 def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:

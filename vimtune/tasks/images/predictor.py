@@ -177,6 +177,32 @@ def build_base(info: AdapterInfo, checkpoint: str | Path | None = None) -> Visio
     return model if checkpoint is None else load_checkpoint(model, checkpoint, head=False)
 
 
+def open_trained(
+    path: Path, checkpoint: str | Path | None, force: bool
+) -> tuple[VisionMamba, list[str], dict[str, Any]]:
+    """The model of an adapter file or a merged file, and the classes and the preprocessing that it states.
+
+    Args:
+        path: the file.
+        checkpoint: base weights of the adapter; None for those of its model. A merged file has its own.
+        force: use the adapter although the base weights differ from those that it was trained on.
+
+    Raises:
+        ValueError: no such file, or weights that do not fit.
+    """
+    if is_merged_file(path):
+        if checkpoint is not None:
+            raise ValueError(
+                f"{quote(str(path))} is a merged file with weights of its own: drop --checkpoint"
+            )
+        model, merged = read_merged(path)
+        return model, merged.classes, merged.preprocessing
+    info = read_adapter_info(path)
+    model = build_base(info, checkpoint)
+    load_trained(model, path, force)
+    return model, info.classes, info.preprocessing
+
+
 def load_image_predictor(
     path: Path, *, checkpoint: Path | None, device: torch.device, backend: str, force: bool
 ) -> ImagePredictor:
@@ -193,28 +219,19 @@ def load_image_predictor(
         ValueError: no such file, base weights that are missing or others than it was trained on, or parts
             that do not fit together.
     """
-    if is_merged_file(path):
-        if checkpoint is not None:
-            raise ValueError(
-                f"{quote(str(path))} is a merged file with weights of its own: drop --checkpoint"
-            )
-        model, merged = read_merged(path)
-        classes, preprocessing = merged.classes, merged.preprocessing
-    else:
-        info = read_adapter_info(path)
-        model = build_base(info, find_base(path, info) if checkpoint is None else checkpoint)
-        load_trained(model, path, force)
-        classes, preprocessing = info.classes, info.preprocessing
+    if not is_merged_file(path) and checkpoint is None:
+        checkpoint = find_base(path, read_adapter_info(path))
+    model, classes, preprocessing = open_trained(path, checkpoint, force)
     return ImagePredictor(
         model=model.to(device).eval(),
-        transform=_transform_for(model, preprocessing, path),
+        transform=transform_for(model, preprocessing, path),
         classes=_classes_for(model, classes, path),
         device=device,
         backend=backend,
     )
 
 
-def _transform_for(model: VisionMamba, config: dict[str, Any], path: Path) -> Transform:
+def transform_for(model: VisionMamba, config: dict[str, Any], path: Path) -> Transform:
     """The preprocessing that the file `path` states; the model's own if it states none."""
     own = model_preprocessing(model)
     size = tuple(own["img_size"])

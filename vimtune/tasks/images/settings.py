@@ -19,6 +19,7 @@ from vimtune.data.datasets import DATASETS, dataset_option_problems
 from vimtune.fields import Positive, Seed, Share, option, options_of
 from vimtune.methods import METHODS
 from vimtune.models.registry import MODELS, check_model_options, list_models
+from vimtune.models.weights import DEFAULT_MODEL
 from vimtune.tasks.components import (
     SHOTS,
     TEST,
@@ -117,7 +118,7 @@ class DataSettings(DataOptions):
 class BackboneSettings(BackboneOptions):
     """The model that is adapted, and the weights from which it starts."""
 
-    model: str = option("vim_nano_patch8_64", "model (see --list)", parse=MODELS.parse)
+    model: str = option(DEFAULT_MODEL, "model (see --list)", parse=MODELS.parse)
     pretrained: bool = option(True, "start from the model's published weights")
     checkpoint: str | None = option(
         None, "start from this .pth/.safetensors file instead", parse=parsers.optional(parsers.absolute_path)

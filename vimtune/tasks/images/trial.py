@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vimtune.adapters import read_adapter_info
 from vimtune.data import build_transform, model_preprocessing
-from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
 from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
-from vimtune.tasks.images.predictor import build_base
+from vimtune.tasks.images.predictor import open_trained, transform_for
 from vimtune.tasks.images.scoring import ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.tasks.job import Trial
@@ -27,16 +25,15 @@ def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path |
     dataset = open_dataset(data, split, image_size(backbone))
     if adapter is None:
         model = create_backbone(recipe, len(dataset.classes))
+        transform = build_transform("none", train=False, **model_preprocessing(model))
     else:
-        info = read_adapter_info(adapter)
-        if info.classes and info.classes != dataset.classes:
+        model, classes, preprocessing = open_trained(adapter, backbone.checkpoint, force)
+        if classes and classes != dataset.classes:
             raise ValueError(
-                f"the classes of the adapter ({len(info.classes)}) are not those of the images "
+                f"the classes of the adapter ({len(classes)}) are not those of the images "
                 f"({len(dataset.classes)}): {dataset.source}"
             )
-        model = build_base(info, backbone.checkpoint)
-        load_trained(model, adapter, force)
-    transform = build_transform("none", train=False, **model_preprocessing(model))
+        transform = transform_for(model, preprocessing, adapter)
     loader = open_batches(recipe, dataset, transform, processes, shuffle=False, once=True)
     expected = len(dataset) if data.on_corrupt == "error" else None
     tally = ImageTally(len(dataset.classes), expected)

@@ -19,6 +19,7 @@ from vimtune.tasks.text.lengths import MOST_SHAPES
 from vimtune.tasks.text.models import build_base, build_model, open_tokenizer, readers_of
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
 from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer
+from vimtune.text import counted
 from vimtune.training.distributed import Processes
 from vimtune.training.settings import derive_seed
 
@@ -79,6 +80,13 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
         head=head,
         tallies=loaders.tallies,
     )
+
+
+def check_data(recipe: Recipe, task: TextTask, processes: Processes) -> None:
+    """Open all texts of a run; see `Task.check_data`."""
+    data, _ = settings_of(recipe)
+    with processes.main_first():  # may download texts
+        open_splits(task, data)
 
 
 def open_base(recipe: Recipe, task: TextTask, processes: Processes) -> nn.Module:
@@ -193,7 +201,8 @@ class Loaders:
     def _loader(
         self, split: TextSplit, items: Sequence[Item], encoder: Encoder, shuffle: bool
     ) -> TextBatches:
-        cut = f"; {encoder.cut:,} sequences longer than {self.max_length:,} tokens have lost their beginning"
+        sequences = counted(encoder.cut, "sequences")
+        cut = f"; beginnings of {sequences} cut off, which had more than {self.max_length:,} tokens"
         return TextBatches(
             split.name,
             split.source + (cut if encoder.cut else ""),

@@ -30,7 +30,7 @@ from vimtune.tasks.text.job import settings_of
 from vimtune.tasks.text.models import build_base, language_model, open_tokenizer
 from vimtune.tasks.text.settings import LanguageModelSettings, TextPredictOptions
 from vimtune.tasks.text.tokens import Encoder
-from vimtune.text import quote
+from vimtune.text import counted, quote
 
 if TYPE_CHECKING:
     from vimtune.tasks.texts import TextTask
@@ -109,7 +109,9 @@ class TextPredictor(Predictor):
             yield from found
         if encoder.cut:
             logger.warning(
-                "%d sequences longer than %d tokens have lost their beginning", encoder.cut, self.max_length
+                "beginnings of %s cut off, which had more than %d tokens",
+                counted(encoder.cut, "sequences"),
+                self.max_length,
             )
 
     @abstractmethod
