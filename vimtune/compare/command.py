@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vimtune.compare.execution import POLL_SECONDS, Process, Processes
+from vimtune.compare.execution import POLL_SECONDS, Processes, StartedRun
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
@@ -137,14 +137,14 @@ def _run_all(
         processes.kill()
 
 
-def _take(schedule: Schedule, run: Process, stopping: bool, console: Console) -> None:
+def _take(schedule: Schedule, run: StartedRun, stopping: bool, console: Console) -> None:
     """Note and say how a run has ended."""
     place = f"[{len(schedule.done) + len(schedule.failed) + 1}/{schedule.total}] {run.cell}"
-    if run.process.returncode == 0:
+    if run.code == 0:
         result = schedule.done[run.cell] = read_result(run.folder)
         took = duration(time.monotonic() - run.started)
         print_line(console, f"{place}: {result.report.selected_by()}, {took}")
-    elif not (stopping and run.process.returncode in (130, -15)):
+    elif not (stopping and run.code in (130, -15)):
         schedule.failed[run.cell] = run.failure()
         print_line(console, f"{place} failed: {schedule.failed[run.cell]}")
 
