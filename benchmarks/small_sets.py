@@ -10,7 +10,7 @@ vegetables and packages in shops, in the official splits (2,640 images for train
 for the test). `rsscn7` takes one of https://github.com/palewithout/RSSCN7: 7 kinds of land seen from above,
 400 images each. The latter has no official split. As in its literature half of the images are for the test,
 here those with an even number, which are spread evenly over the four scales of the data set; of the others
-those whose number ends in 5 are for validation. Both become folders that `--dataset folder` reads. `copy`
+every second one is for validation. Both become folders that `--dataset folder` reads. `copy`
 keeps the layout of a data set and everything in it that is no image. Scores on such copies do not compare
 with published ones of the originals.
 """
@@ -79,7 +79,7 @@ def rsscn7(checkout: Path) -> Files:
     for folder in sorted(path for path in checkout.iterdir() if path.is_dir() and path.name[0] in "abcdefg"):
         for path in sorted(folder.glob("*.jpg")):
             number = int(path.stem[1:])
-            split = "test" if number % 2 == 0 else "val" if number % 10 == 5 else "train"
+            split = ("test", "train", "test", "val")[number % 4]
             yield path, Path(split) / folder.name[1:] / path.name
 
 
