@@ -21,11 +21,13 @@ from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import read_result
+from vimtune.methods import METHODS
 from vimtune.training.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "synthetic_flowers"
-FILES = {"table.md", "table.csv", "runs.csv", "table.tex", "pareto.png", "plan.yaml", "runs"}
+TABLES = {"table.md", "table.csv", "runs.csv", "rates.csv", "paired.csv", "table.tex", "pareto.png"}
+FILES = TABLES | {"plan.yaml", "runs"}
 
 
 def plan(**changes):
@@ -172,6 +174,24 @@ def test_the_plan_of_the_language_tasks_is_one(monkeypatch):
     assert {recipe.task.name for recipe in recipes} >= {"arc_easy", "winogrande", "text"}
     heads = {recipe.task.head for recipe in recipes if recipe.method.peft == "linear"}
     assert heads == {"classifier"}
+
+
+@pytest.mark.parametrize(
+    "name, methods",
+    [("image_methods", 29), ("image_budget", 16), ("compositions", 17), ("prodial_ablation", 38)],
+)
+def test_the_plans_of_the_tables_are_some(name, methods, monkeypatch):
+    monkeypatch.setattr("vimtune.compare.plan.path_problems", lambda values: [])  # the images are not at hand
+    plan = load_plan(ROOT / "benchmarks" / f"{name}.yaml", {})
+    assert len(plan.methods) == methods and set(plan.data) >= {"flowers", "cars", "rsscn7", "caltech"}
+    method, data = plan.pairs[0]
+    recipe = plan.recipe(plan.cells(method, data, plan.rates(method, data)[0])[0], ROOT)
+    assert recipe.run.eval_interval > recipe.optimisation.epochs and not recipe.run.pictures
+    if name == "image_methods":  # every method but the one that trains nothing by itself
+        trained = {part for own in plan.methods.values() for part in own["peft"].split("+")}
+        assert trained == set(METHODS)
+    if name == "prodial_ablation":
+        assert not recipe.data.test
 
 
 def test_the_plan_of_the_quickstart_is_one():

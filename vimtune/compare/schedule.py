@@ -80,4 +80,7 @@ class Schedule:
         cells = self.plan.cells(method, data, rates[0] if lr is None else lr)
         found = () if lr is None else tuple(self.done[cell] for cell in cells if cell in self.done)
         published = (self.plan.options.published or {}).get(method, {}).get(data)
-        return Row(method, data, found, lr, len(cells) - len(found), len(rates), published)
+        others = tuple(
+            self.done[cell] for cell in self._grid(method, data) if cell.lr != lr and cell in self.done
+        )
+        return Row(method, data, found, lr, len(cells) - len(found), len(rates), published, others)
