@@ -5,9 +5,9 @@
 Each line of its standard input is a run folder, as a JSON string. The run is continued as `vimtune train
 --resume FOLDER` does, from the beginning where there is only the recipe, and what it prints is appended to
 `LOG_FILE` there. Then a line with the exit code goes to standard output. So the next run finds the imports,
-the context of the GPU and the compiled kernels that runs before it have needed, while everything that decides
-its result is its own. After a run that has failed the process ends, since memory that ran out or an error of
-the GPU may stay behind. Packages are those that `--import` names.
+the context of the GPU, the compiled kernels and the decoded images that runs before it have needed, while
+everything that decides its result is its own. After a run that has failed the process ends, since memory that
+ran out or an error of the GPU may stay behind. Packages are those that `--import` names.
 
 When standard input ends, because the comparison is stopped or was killed, a run saves its state and ends as
 after Ctrl-C.
@@ -27,17 +27,26 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from vimtune import cli
+from vimtune.machine import free_memory
 
+KEPT_BYTES = 2**30
+"""Decoded images that a process keeps for its next runs, where they go to a device as they are."""
+KEPT_SHARE = 0.01
+"""Share of the free memory that they may take, of which other processes of a comparison want as much."""
 LOG_FILE = "log.txt"
 """Name of the file in a run folder that has what the run has printed."""
 
 
 def main(packages: Sequence[str]) -> int:
     """Make the runs that are asked for; returns the exit code, that of a run that failed."""
-    answers = os.dup(sys.stdout.fileno())  # From now on standard output is that of the runs.
+    answers = os.dup(1)
+    os.dup2(2, 1)  # Nothing else goes there.
     orders = _Orders()
     threading.Thread(target=orders.read, args=(sys.stdin.fileno(),), daemon=True).start()
     imports = [part for package in packages for part in ("--import", package)]
+    from vimtune.data.resident.store import keep_decoded  # Late, since the comparison reads this module, too.
+
+    keep_decoded(min(KEPT_BYTES, int(KEPT_SHARE * free_memory())))
     while (folder := orders.next()) is not None:
         with _printing_into(Path(folder) / LOG_FILE):
             code = cli.main(["train", "--resume", folder, *imports])

@@ -240,7 +240,8 @@ def open_batches(
 ) -> ImageBatches:
     """The batches of a split as a recipe wants them; raises what `create_loader` raises.
 
-    A split that is read `once` is not worth a place on the device.
+    A split that is read `once` is not worth a place on the device, unless the recipe asks for that place; it
+    then gets one if there is room.
     """
     data = recipe.data
     assert isinstance(data, DataSettings)
@@ -267,7 +268,7 @@ def open_batches(
         seed=derive_seed(recipe.run.seed, "data"),
         rank=processes.rank,
         world_size=processes.world_size,
-        cache="none" if once and data.cache in ("auto", "device") else data.cache,
+        cache={"auto": "none", "device": "auto"}.get(data.cache, data.cache) if once else data.cache,
         device=processes.device,
         agree=processes.all,
         on_corrupt=data.on_corrupt,
