@@ -94,6 +94,7 @@ GOOD = {
     "force": (True, "yes"),
     "log_interval": (1, "1"),
     "eval_interval": (2, "2"),
+    "pictures": (False, "no"),
 }
 
 BAD = {
@@ -161,6 +162,7 @@ BAD = {
     "force": [None, "very"],
     "log_interval": [0],
     "eval_interval": [0],
+    "pictures": [None, "some"],
 }
 
 

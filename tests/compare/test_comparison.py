@@ -5,26 +5,40 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_plans import TINY, InProcess
 
 from vimtune import cli
-from vimtune.compare import command, quickstart
+from vimtune.compare import command, execution, quickstart
 from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import read_result
+from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
 from vimtune.tasks.classification import Classification
 from vimtune.training.interrupt import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "synthetic_flowers"
-FILES = {"table.md", "table.csv", "runs.csv", "table.tex", "pareto.png", "curves.png", "plan.yaml", "runs"}
+TABLES = {
+    "table.md",
+    "table.csv",
+    "runs.csv",
+    "rates.csv",
+    "paired.csv",
+    "table.tex",
+    "pareto.png",
+    "curves.png",
+}
+FILES = TABLES | {"plan.yaml", "runs"}
 
 
 def plan(**changes):
@@ -191,6 +205,24 @@ def test_the_plan_of_the_language_tasks_is_one(monkeypatch):
     assert heads == {"classifier"}
 
 
+@pytest.mark.parametrize(
+    "name, methods",
+    [("image_methods", 29), ("image_budget", 16), ("compositions", 17), ("prodial_ablation", 38)],
+)
+def test_the_plans_of_the_tables_are_some(name, methods, monkeypatch):
+    monkeypatch.setattr("vimtune.compare.plan.path_problems", lambda values: [])  # the images are not at hand
+    plan = load_plan(ROOT / "benchmarks" / f"{name}.yaml", {})
+    assert len(plan.methods) == methods and set(plan.data) >= {"flowers", "cars", "rsscn7", "caltech"}
+    method, data = plan.pairs[0]
+    recipe = plan.recipe(plan.cells(method, data, plan.rates(method, data)[0])[0], ROOT)
+    assert recipe.run.eval_interval > recipe.optimisation.epochs and not recipe.run.pictures
+    if name == "image_methods":  # every method but the one that trains nothing by itself
+        trained = {part for own in plan.methods.values() for part in own["peft"].split("+")}
+        assert trained == set(METHODS)
+    if name == "prodial_ablation":
+        assert not recipe.data.test
+
+
 def test_without_any_flag_the_quickstart_is_compared(runs, tmp_path, monkeypatch, capsys):
     plan = load_plan(quickstart.PLAN, {})
     probe, adapter = (plan.recipe(Cell(*pair, 1e-3, 0), ROOT) for pair in plan.pairs)
@@ -235,56 +267,134 @@ def test_reports_are_not_trusted(runs, tmp_path):
     assert read_result(report.parent).method_parameters is None
 
 
-def test_why_a_process_failed_is_what_it_said_last_and_not_what_it_said_before(tmp_path, monkeypatch):
-    ended = SimpleNamespace(poll=lambda: 2, stdin=None, returncode=2)
-    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: ended)
-    reasons = []
-    for text in ("error: first\n", "epoch 1\nerror: the \x1b[31msecond\nhint\n", "epoch 1\n"):
-        processes = Processes(1, None, [])
-        processes.start(Cell("lora", DATA, 1e-3, 0), tmp_path)
-        with open(tmp_path / "log.txt", "a") as log:
-            log.write(text)
-        reasons += [run.failure() for run in processes.ended()]
-    assert reasons == ["first", "the \\x1b[31msecond", "it ended with code 2"]
+WORKER = """
+import json, os, signal, sys
+for line in sys.stdin:
+    folder = json.loads(line)
+    with open(f"{folder}/log.txt", "a") as log:
+        print(os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ["OMP_NUM_THREADS"], file=log)
+    with open(f"{folder}/asked") as asked:
+        what = asked.read()
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "fail":
+        print("error: the \\x1b[31msecond\\nhint", file=open(f"{folder}/log.txt", "a"))
+    code = 2 if what == "fail" else 0
+    print(code, flush=True)
+    if code:
+        sys.exit(code)
+"""
+"""Stands in for `vimtune.compare.worker`: what it does is written in the run folder."""
 
 
-def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(tmp_path, monkeypatch):
-    """A process is not started here: what it would be given is written down."""
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """Give a run to `Processes` whose workers do what is written in its folder, and wait for it."""
+    monkeypatch.setattr(execution, "WORKER", (sys.executable, "-c", WORKER))
+
+    def run(processes, number, asked):
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        (folder / "asked").write_text(asked)
+        processes.start(Cell("lora", DATA, 1e-3, number), folder)
+        return folder
+
+    def wait(processes):
+        until = time.monotonic() + 30
+        ended = []
+        while processes.running and time.monotonic() < until:
+            ended += processes.ended()
+            time.sleep(0.002)
+        return ended
+
+    return SimpleNamespace(run=run, wait=wait)
+
+
+def said(folder):
+    return (folder / "log.txt").read_text().split()
+
+
+def test_a_process_makes_one_run_after_the_other_until_one_fails(scripted, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "log.txt").write_text("error: first\n")
+    processes = Processes(1, None, [])
+    codes, processes_of_runs, reasons = [], [], []
+    for number, asked in enumerate(["", "", "fail", "die", "", ""]):
+        folder = scripted.run(processes, number, asked)
+        assert not processes.has_room
+        (run,) = scripted.wait(processes)
+        assert processes.has_room
+        codes.append(run.code)
+        processes_of_runs.append(said(folder)[-3 if asked != "fail" else -7])
+        reasons += [run.failure()] if run.code else []
+    processes.kill()
+    assert codes == [0, 0, 2, -9, 0, 0]
+    first, second, third, fourth, fifth, sixth = processes_of_runs
+    assert (
+        first == second == third != fourth != fifth == sixth
+    )  # Only what has failed takes its process along.
+    assert reasons == ["the \\x1b[31msecond", "it ended with code -9"]
+
+
+def test_a_process_that_died_between_two_runs_is_replaced(scripted, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes = Processes(1, None, [])
+    scripted.run(processes, 0, "")
+    (run,) = scripted.wait(processes)
+    run.slot.worker.kill()
+    run.slot.worker.wait()
+    scripted.run(processes, 1, "")
+    (run,) = scripted.wait(processes)
+    processes.kill()
+    assert run.code == 0
+
+
+def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(scripted, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("vimtune.compare.execution.usable_cores", lambda: 9)
-    given = []
-    ended = SimpleNamespace(poll=lambda: 0, stdin=None, returncode=0)
-    monkeypatch.setattr("subprocess.Popen", lambda *_, env, **__: given.append(env) or ended)
     for visible, expected in ((None, ["0", "1"]), ("5,7", ["5", "7"])):
-        given.clear()
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         processes = Processes(2, ["cuda:0", "cuda:1"], [])
+        folders = []
         while processes.has_room:
-            processes.start(Cell("lora", DATA, 1e-3, len(given)), tmp_path)
-        assert [env["CUDA_VISIBLE_DEVICES"] for env in given] == expected * 2
-        assert {env["OMP_NUM_THREADS"] for env in given} == {"2"}
-        assert len(list(processes.ended())) == 4 and processes.has_room
+            folders.append(scripted.run(processes, len(folders), ""))
+        assert len(scripted.wait(processes)) == 4
+        processes.kill()
+        assert [said(folder)[-2] for folder in folders] == expected * 2
+        assert {said(folder)[-1] for folder in folders} == {"2"}
 
 
 def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_path):
-    """The pipe that ends here ends also when the comparison is killed."""
+    """The pipe that ends here ends also when the comparison is killed. The run that stops has a process that
+    has made another one before, and it comes out as without that."""
+    short = plan(methods={"lora": {"rank": 2, "dropout": 0.1}}, seeds="0")
     asked = plan(methods="lora", seeds="0", lr=1e-2, epochs=20)
-    cell = Cell("lora", DATA, 1e-2, 0)
-    folder = tmp_path / cell.path
-    folder.mkdir(parents=True)
-    asked.recipe(cell, tmp_path).save(folder / "recipe.yaml")
+    cells = [(short, Cell("lora", DATA, 1e-3, 0)), (asked, Cell("lora", DATA, 1e-2, 0))]
     processes = Processes(1, None, [])
-    processes.start(cell, folder)
-    assert not processes.has_room
     until = time.monotonic() + 120
-    while not (folder / "checkpoint.safetensors").exists() and time.monotonic() < until:
-        time.sleep(0.02)
+    for made, cell in cells:
+        folder = tmp_path / cell.path
+        folder.mkdir(parents=True)
+        made.recipe(cell, tmp_path).save(folder / "recipe.yaml")
+        processes.start(cell, folder)
+        assert not processes.has_room
+        awaited = "report.json" if made is short else "checkpoint.safetensors"
+        while not (folder / awaited).exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        while made is short and not (ended := list(processes.ended())):
+            time.sleep(0.02)
+    assert ended[0].code == 0 and ended[0].slot.worker is processes.running[0].slot.worker
     processes.ask_to_stop()
-    processes.running[0].process.wait(60)
-    (ended,) = processes.ended()
-    assert ended.process.returncode == 130 and processes.has_room
+    processes.running[0].slot.worker.wait()
+    (stopped,) = processes.ended()
+    assert stopped.code == 130 and processes.has_room
     assert not (folder / "report.json").exists()
     ((row,), _) = compare(asked, tmp_path)
     assert row.results[0].report.epochs == 20 and len(runs.started) == 1
+    compare(asked, tmp_path / "alone")
+    files = [at / cells[1][1].path / "adapter.safetensors" for at in (tmp_path, tmp_path / "alone")]
+    first, second = map(load_file, files)
+    assert all(torch.equal(first[name], second[name]) for name in first | second)

@@ -61,7 +61,8 @@ def test_equal_scores_are_told_apart_by_the_loss_and_then_by_the_order():
     assert plan.chosen("lora", DATA) == 1e-3
     better = result(val=50)
     better.report.history[0]["loss"] = 0.1
-    plan.done[high] = better
+    plan = schedule(methods="lora")
+    plan.done |= {low: result(val=50), high: better}
     assert plan.chosen("lora", DATA) == 1e-2
 
 

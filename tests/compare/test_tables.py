@@ -80,7 +80,8 @@ def test_latex_has_as_many_cells_as_columns():
 def test_the_best_row_is_none_where_splits_differ():
     first, second = (Row(name, "x", (result(score),), 1e-3) for name, score in (("a", 1), ("b", 2)))
     assert best_of([first, second]) == [second] and best_of([first]) == []
-    other = Row("c", "x", (result(3, split="val"),), 1e-3)
+    epochs = [{"epoch": n, "loss": 1.0, "top1": 3.0, "top5": None} for n in (1, 2)]
+    other = Row("c", "x", (result(3, split="val", history=epochs),), 1e-3)
     assert best_of([first, second, other]) == []
     assert "which makes them optimistic" in to_markdown([other], "")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vimtune.compare.execution import LOG_FILE
 from vimtune.compare.plan import Cell
 from vimtune.compare.results import Result
+from vimtune.compare.worker import LOG_FILE
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.images.report import ImageReport
 from vimtune.training import train
@@ -64,10 +64,9 @@ class InProcess:
             code = 2
         else:
             train(load_recipe(None, {"resume": str(folder)}))
-        process = SimpleNamespace(returncode=code)
         failure = "the loss is not finite"
         self.waiting.append(
-            SimpleNamespace(cell=cell, folder=folder, process=process, started=0.0, failure=lambda: failure)
+            SimpleNamespace(cell=cell, folder=folder, code=code, started=0.0, failure=lambda: failure)
         )
 
     def ended(self) -> Iterator[Any]:

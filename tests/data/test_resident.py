@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vimtune.data import CorruptImageError, ImageDataset, build_transform, create_dataset, create_loader
 from vimtune.data.loader import WorkerLoader
-from vimtune.data.resident import crops, operations
+from vimtune.data.resident import crops, operations, store
 from vimtune.data.resident.augmentation import Augmentation, stored_pixels
 from vimtune.data.resident.crops import Boxes, draw_boxes, resize_boxes
 from vimtune.data.resident.draws import Draws, uniforms
@@ -459,3 +459,36 @@ def test_a_data_set_of_the_registry_is_kept_on_the_device() -> None:
     images, labels = epoch(make(dataset=flowers, batch_size=6))[0]
     assert images.shape == (6, 3, *SIZE) and sorted(labels.tolist()) == [0, 0, 1, 1, 2, 2]
     assert torch.isfinite(images).all()
+
+
+def test_what_this_process_has_decoded_is_kept_where_it_is_told_to(monkeypatch) -> None:
+    loads = []
+
+    class Counted(Photos):
+        def load(self, index: int) -> Image.Image:
+            loads.append(index)
+            return super().load(index)
+
+    def decoded(damaged: tuple[int, ...] = (), **changes) -> int:
+        """How many images are decoded for an epoch, which is the same whatever is kept."""
+        options = {**changes, "on_corrupt": "skip"}
+        monkeypatch.setattr(store, "_KEPT", forgetful)
+        expected = epoch(make(dataset=Photos(damaged), **options), 2)
+        monkeypatch.setattr(store, "_KEPT", kept)
+        loads.clear()
+        assert_same(epoch(make(dataset=Counted(damaged), **options), 2), expected)
+        return len(loads)
+
+    kept, forgetful = store._Kept(), store._Kept()
+    all_of_them = decoded()
+    assert decoded() == all_of_them > 0
+    store.keep_decoded(2**20)
+    assert decoded() == all_of_them and decoded() == 0
+    assert decoded(preset="light") > 0 == decoded(preset="light")  # Other settings store other pixels.
+    assert decoded(train=False) > 0 == decoded(train=False)
+    kept = store._Kept()
+    monkeypatch.setattr(store, "_KEPT", kept)
+    store.keep_decoded(2**20)
+    assert decoded(damaged=(4,)) == decoded(damaged=(4,)) > 0  # What could not be read may be mended.
+    store.keep_decoded(100)  # no room for all of them
+    assert decoded() == decoded() == all_of_them

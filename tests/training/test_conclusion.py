@@ -31,8 +31,11 @@ def stored(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_bytes())
 
 
-def finish(folder: Path, counts: torch.Tensor = CONFUSION, classes: list[str] = CLASSES) -> Report:
+def finish(
+    folder: Path, counts: torch.Tensor = CONFUSION, classes: list[str] = CLASSES, pictures: bool = True
+) -> Report:
     report, outcome = report_of(counts, classes, folder), outcome_of(counts)
+    report.recipe["pictures"] = pictures
     console, task = build_console(), outcome.task
     tracker = Tracker(RunFolder(folder), console, task, is_main=True, epochs=1, total_steps=4)
     files = confusion_files(counts, classes, report)
@@ -57,6 +60,16 @@ def test_everything_is_written(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "dog taken for cat: 2 of 4" in text and "warning" not in text
     assert text.splitlines()[-1] == f"run folder: {tmp_path}"
+
+
+def test_pictures_are_left_out_where_nobody_will_look_at_them(tmp_path):
+    assert finish(tmp_path, pictures=False).warnings == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "confusion_matrix.csv",
+        "metrics.jsonl",
+        "report.json",
+        "tensorboard",
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Comparisons: methods by data sets by seeds, each with the learning rate that a validation split chooses.
 
 `plan.py` says what is compared, `cells.py` what a single run of it is, `schedule.py` which run comes next and
-which learning rate is taken, `execution.py` starts the runs as processes of their own, `worker.py` is what
+which learning rate is taken, `execution.py` has them made by processes of their own, `worker.py` is what
 those do, `results.py` puts together what finished runs have found, `tables.py` and `pictures.py` show it, and
 `command.py` does all of it for the command line.
 

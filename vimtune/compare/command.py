@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vimtune.compare.execution import POLL_SECONDS, Process, Processes
+from vimtune.compare.execution import POLL_SECONDS, Processes, StartedRun
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
@@ -64,7 +64,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
             print_line(console, f"published scores without a run here ({len(others)}): {shown}")
         _run_all(schedule, folder, packages, stop, console)
         rows = schedule.rows()
-        _conclude(rows, folder, protocol_of(plan), schedule.failed, console)
+        _conclude(rows, folder, protocol_of(plan), schedule.failed, console, plan.reference)
         if stop.requested:
             go_on = f"vimtune compare --resume {shlex.quote(str(folder))}"
             print_line(console, "stopped; what is finished is kept, go on with:")
@@ -165,28 +165,33 @@ def _run_all(
         processes.kill()
 
 
-def _take(schedule: Schedule, run: Process, stopping: bool, console: Console) -> None:
+def _take(schedule: Schedule, run: StartedRun, stopping: bool, console: Console) -> None:
     """Note and say how a run has ended."""
     place = f"[{len(schedule.done) + len(schedule.failed) + 1}/{schedule.total}] {run.cell}"
-    if run.process.returncode == 0:
+    if run.code == 0:
         result = schedule.done[run.cell] = read_result(run.folder)
         took = duration(time.monotonic() - run.started)
         print_line(console, f"{place}: {result.report.selected_by()}, {took}")
-    elif not (stopping and run.process.returncode in (130, -15)):
+    elif not (stopping and run.code in (130, -15)):
         schedule.failed[run.cell] = run.failure()
         print_line(console, f"{place} failed: {schedule.failed[run.cell]}")
 
 
 def _conclude(
-    rows: Sequence[Row], folder: Path | None, note: str, failed: Mapping[Cell, str], console: Console
+    rows: Sequence[Row],
+    folder: Path | None,
+    note: str,
+    failed: Mapping[Cell, str],
+    console: Console,
+    reference: str | None,
 ) -> None:
     """Print the tables and, where there is anything in them, write them into a folder."""
     failures = [f"{cell}: {reason}" for cell, reason in failed.items()]
-    print_rows(rows, console)
+    print_rows(rows, console, reference)
     for failure in failures:
         print_line(console, f"failed: {failure}")
     if folder is not None and any(row.results for row in rows):
-        written = write_tables(rows, folder, note, failures)
+        written = write_tables(rows, folder, note, failures, reference)
         print_line(console, f"written to {folder}: {', '.join(written)}")
 
 
@@ -200,9 +205,10 @@ def _show(
     """Make the tables of runs that are finished; folders without a report are named and left out."""
     if values or config is not None or resume is not None:
         raise ValueError("with run folders nothing is trained: expected no other flags than --output-dir")
-    console = build_console(is_result=output_dir is None)
+    console, reference = build_console(is_result=output_dir is None), None
     if len(runs) == 1 and (runs[0] / PLAN_FILE).is_file():
         plan = load_plan(runs[0] / PLAN_FILE, {})
+        reference = plan.reference
         rows, note = Schedule(plan, _finished(plan, runs[0])).rows(), protocol_of(plan)
     else:
         results, left_out = [], []
@@ -219,7 +225,7 @@ def _show(
     if output_dir is not None:
         with writing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
-    _conclude(rows, output_dir, note, {}, console)
+    _conclude(rows, output_dir, note, {}, console, reference)
     return 0
 
 

@@ -1,56 +1,135 @@
-"""Runs as processes of their own: a few at a time on each device, stopped and continued without loss.
+"""Runs in processes beside the comparison: a few at a time on each device, stopped and continued.
 
-Each run has a process, so that its memory is measured from zero, and that one that fails or is killed takes
-no other with it.
+To start takes longer than to train a small data set on a GPU: libraries are imported and kernels compiled.
+So a process that has made a run takes the next one. A run that fails or is killed ends its process and takes
+no other run with it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from queue import Empty, SimpleQueue
 
 from vimtune.compare.plan import Cell
+from vimtune.compare.worker import LOG_FILE
 from vimtune.machine import CORES, usable_cores
 from vimtune.text import printable, shorten
 
-LOG_FILE = "log.txt"
-"""Name of the file in a run folder that has what the run has printed."""
-
 POLL_SECONDS = 0.05
-"""How often the processes are asked whether they have ended."""
+"""How often is asked whether runs have ended."""
+WORKER = (sys.executable, "-m", "vimtune.compare.worker")
+"""The command that starts a worker; the packages follow."""
+
+
+class Worker:
+    """A process that makes one run after the other; see `vimtune.compare.worker`."""
+
+    def __init__(self, environment: Mapping[str, str], packages: Sequence[str], log: Path) -> None:
+        """Start it.
+
+        Args:
+            environment: its environment variables.
+            packages: what it imports before anything else.
+            log: gets what it prints before it makes a run.
+        """
+        with open(log, "ab") as errors:
+            self._process = subprocess.Popen(
+                [*WORKER, *packages],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the comparison, which stops its runs itself.
+            )
+        self._codes: SimpleQueue[int] = SimpleQueue()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def order(self, folder: Path) -> None:
+        """Have it make the run in a folder."""
+        assert self._process.stdin is not None, "it is a pipe"
+        with suppress(BrokenPipeError):  # It may have ended, which `code` will say.
+            self._process.stdin.write(f"{json.dumps(str(folder))}\n".encode())
+            self._process.stdin.flush()
+
+    def code(self) -> int | None:
+        """The exit code of its run; None as long as that goes on. Without its process no run goes on."""
+        ended = self._process.poll()
+        if ended is not None:
+            self._listener.join(1.0)  # What it has said before may still be on its way.
+        try:
+            return self._codes.get_nowait()
+        except Empty:
+            return ended
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can take a run."""
+        return self._process.poll() is None
+
+    def dismiss(self) -> None:
+        """Have it end; a run saves its state first."""
+        assert self._process.stdin is not None, "it is a pipe"
+        with suppress(BrokenPipeError):  # It may have ended without reading what it was told.
+            self._process.stdin.close()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._process.wait()
+
+    def _listen(self) -> None:
+        """Note the exit codes of its runs, until it has ended."""
+        assert self._process.stdout is not None, "it is a pipe"
+        for line in self._process.stdout:
+            self._codes.put(int(line))
 
 
 @dataclass
-class Process:
+class StartedRun:
     """A run that has been started."""
 
     cell: Cell
     folder: Path
     """The folder of the run."""
-    device: str | None
-    """The device that it occupies, if devices were named."""
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
+    slot: Slot
+    """Where it is made."""
     log_start: int
     """Where in the log this session of the run begins."""
     started: float = field(default_factory=time.monotonic)
     """When it began."""
+    code: int | None = None
+    """Its exit code; None as long as it goes on."""
 
     def failure(self) -> str:
         """Why it failed: the last line of what it has printed, where that is an error."""
         said_now = (self.folder / LOG_FILE).read_bytes()[self.log_start :]
         lines = said_now.decode("utf-8", "replace").splitlines()
         said = next((line for line in reversed(lines) if line.startswith("error: ")), None)
-        reason = (
-            f"it ended with code {self.process.returncode}" if said is None else said.removeprefix("error: ")
-        )
+        reason = f"it ended with code {self.code}" if said is None else said.removeprefix("error: ")
         return printable(shorten(reason, 300))
+
+
+@dataclass
+class Slot:
+    """Room for one run at a time."""
+
+    device: str | None
+    """The device of its runs, if devices were named."""
+    worker: Worker | None = None
+    """The process that has made its last run and can take another."""
 
 
 class Processes:
@@ -62,58 +141,66 @@ class Processes:
         Args:
             jobs: how many at a time on each device.
             devices: those that share the runs; None for the one that their recipes name.
-            packages: what each run imports before anything else.
+            packages: what each process imports before anything else.
         """
         named: Sequence[str | None] = devices or [None]
-        self._slots = [*named] * jobs
-        self._all_slots, self._packages = len(self._slots), packages
-        self.running: list[Process] = []
+        self._free = [Slot(device) for _ in range(jobs) for device in named]
+        self._all_slots, self._packages = len(self._free), packages
+        self.running: list[StartedRun] = []
 
     @property
     def has_room(self) -> bool:
         """Whether another run can be started."""
-        return bool(self._slots)
+        return bool(self._free)
 
     def start(self, cell: Cell, folder: Path) -> None:
         """Start or continue the run in a folder that has its recipe."""
-        device = self._slots.pop(0)
-        log = open(folder / LOG_FILE, "ab")  # noqa: SIM115 - it is closed when the run has ended
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vimtune.compare.worker", str(folder), *self._packages],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=self._environment(device),
-            start_new_session=True,  # Ctrl-C is for the comparison, which stops its runs itself.
-        )
-        self.running.append(Process(cell, folder, device, process, log, log.tell()))
+        slot, log = self._free.pop(0), folder / LOG_FILE
+        log_start = log.stat().st_size if log.exists() else 0
+        if slot.worker is None or not slot.worker.is_alive:
+            slot.worker = Worker(self._environment(slot.device), self._packages, log)
+        slot.worker.order(folder)
+        self.running.append(StartedRun(cell, folder, slot, log_start))
 
-    def ended(self) -> Iterator[Process]:
+    def ended(self) -> Iterator[StartedRun]:
         """Those of the runs that have ended by now."""
-        for run in [run for run in self.running if run.process.poll() is not None]:
+        for run in list(self.running):
+            worker = run.slot.worker
+            assert worker is not None, "it makes the run"
+            run.code = worker.code()
+            if run.code is None:
+                continue
             self.running.remove(run)
-            self._slots.append(run.device)
-            run.log.close()
-            if run.process.stdin is not None:
-                run.process.stdin.close()
+            if run.code == 0:
+                self._free.insert(
+                    0, run.slot
+                )  # A process that is there comes before those yet to be started.
+            else:
+                worker.dismiss()
+                self._free.append(Slot(run.slot.device))
             yield run
 
     def ask_to_stop(self) -> None:
-        """Have every run save its state and end."""
-        for run in self.running:
-            if run.process.stdin is not None:
-                run.process.stdin.close()
+        """Have every run save its state and end, and every process with it."""
+        for worker in self._workers():
+            worker.dismiss()
 
     def kill(self) -> None:
-        """End every run at once; what it has saved before stays."""
-        for run in self.running:
-            run.process.kill()
-        for run in self.running:
-            run.process.wait()
-        list(self.ended())
+        """End every process at once; what its run has saved before stays."""
+        workers = self._workers()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.wait()
+            worker.dismiss()
+        self.running.clear()
+
+    def _workers(self) -> list[Worker]:
+        slots = [*self._free, *(run.slot for run in self.running)]
+        return [slot.worker for slot in slots if slot.worker is not None]
 
     def _environment(self, device: str | None) -> Mapping[str, str]:
-        """The environment of a run: it sees its GPU alone, and takes its share of the processor."""
+        """The environment of a process: it sees its GPU alone, and takes its share of the processor."""
         environment = dict(os.environ)
         kind, _, index = (device or "").partition(":")
         if kind == "cuda" and index:

@@ -1,5 +1,5 @@
-"""The pictures of a comparison: scores as they rose in training, and score over trained parameters with the
-methods that no other one beats."""
+"""The pictures of a comparison: scores as they rose in training, score over trained parameters with the
+methods that no other one beats, and the differences from one of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from vimtune.compare.paired import Difference
 from vimtune.compare.results import Row
 from vimtune.text import printable, shorten
 from vimtune.training.pictures import picture_style
@@ -75,15 +76,64 @@ def _panels(
         return figure
 
 
-def _looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Mark and colour of each method, the same on all data sets."""
+def draw_differences(differences: Sequence[Difference]) -> Figure:
+    """How far all other methods are from one of them: the mean over the data sets with its standard error,
+    where there are several, and a small mark for each data set.
+
+    Args:
+        differences: those from one method, at least one.
+    """
+    data = list(dict.fromkeys(each.data for each in differences if each.data is not None))
+    means = {each.method: each for each in differences if each.data is None or len(data) == 1}
+    methods = list(dict.fromkeys(each.method for each in differences))
+    methods.sort(key=lambda method: means[method].mean if method in means else -math.inf)
+    places = {method: place for place, method in enumerate(methods)}
+    looks = _looks(data)
+    with picture_style():
+        figure = Figure(figsize=(7.5, 1.8 + 0.27 * len(methods)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color="0.6", linewidth=1, zorder=0)
+        for name in data if len(data) > 1 else ():
+            own = [each for each in differences if each.data == name]
+            marks = {"marker": looks[name]["fmt"], "color": looks[name]["color"]}
+            axes.scatter(
+                [each.mean for each in own],
+                [places[each.method] for each in own],
+                s=14,
+                alpha=0.6,
+                label=shorten(printable(name), MAX_NAME),
+                **marks,
+            )
+        for each in means.values():
+            axes.errorbar(
+                each.mean,
+                places[each.method],
+                xerr=each.error,
+                fmt="|",
+                color="0.1",
+                markersize=11,
+                capsize=3,
+            )
+        axes.set_yticks(range(len(methods)), [shorten(printable(method), MAX_NAME) for method in methods])
+        axes.set_ylim(-0.6, len(methods) - 0.4)
+        against = shorten(printable(differences[0].against), MAX_NAME)
+        over = "mean and data sets" if len(data) > 1 else shorten(printable(data[0]), MAX_NAME)
+        axes.set_xlabel(f"difference from {against}, with standard error ({over})")
+        axes.grid(alpha=0.3, axis="x")
+        if len(data) > 1:
+            figure.legend(loc="outside lower center", ncols=4)
+        return figure
+
+
+def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Mark and colour of each name, the same in all parts of a picture."""
     colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]  # a map of a list
     return {
-        method: {
+        name: {
             "fmt": MARKERS[(number + number // 10) % len(MARKERS)],
             "color": colors[number % len(colors)],
         }
-        for number, method in enumerate(methods)
+        for number, name in enumerate(names)
     }
 
 

@@ -129,6 +129,7 @@ def parse_published(value: Any) -> dict[str, dict[str, float]]:
         raise ValueError(f"{expected}: {error}") from None
 
 
+_NAME_OF_ONE = parsers.optional(parsers.text)
 _SEEDS = _list_of(parsers.integer(0, 2**63 - 1), "seeds such as 0,1,2")
 _RATE = parsers.number(0, above=True)
 _RATES = _list_of(_RATE, "learning rates such as 1e-3,3e-3")
@@ -160,6 +161,9 @@ class PlanOptions(Options):
         None,
         "scores that others have published, to stand beside ours: '{lora: {flowers: 87.3}}'",
         parse=parsers.optional(parse_published),
+    )
+    reference: str | None = option(
+        None, "method with which the others are compared run by run (default: the first)", parse=_NAME_OF_ONE
     )
     devices: list[str] | None = option(
         None, "devices that share the runs: cuda:0,cuda:1", parse=parsers.optional(_DEVICES)
@@ -271,6 +275,11 @@ class Plan:
         return [(method, data) for data in self.data for method in self.methods]
 
     @property
+    def reference(self) -> str:
+        """The method with which the others are compared run by run."""
+        return self.options.reference or next(iter(self.methods))
+
+    @property
     def published_elsewhere(self) -> list[str]:
         """Methods on data sets, "lora on flowers", that have published scores and no run here.
 
@@ -331,6 +340,8 @@ class Plan:
         for name, entry in self.methods.items():
             if "peft" not in entry:
                 yield f"methods: {quote(name)} is no method, and has no key peft.{suggest(name, METHODS)}"
+        if (reference := self.options.reference) is not None and reference not in self.methods:
+            yield f"reference = {quote(reference)} is none of the methods.{suggest(reference, self.methods)}"
         if "dataset" in self.base or "task" in self.base:
             return
         for name, entry in self.data.items():

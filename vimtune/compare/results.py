@@ -72,12 +72,31 @@ class Result:
         Raises:
             ValueError: the report says nothing of that epoch.
         """
-        task, number = self.recipe.task, self.report.best_epoch
-        what = f"epoch {number} in the history of {quote(self.report.run_dir)}"
-        record = next((record for record in self.report.history if record.get("epoch") == number), {})
-        values = check(dict[str, float | None], record, what)
-        scores = {score.name: values.get(score.name) for score in task.scores}
-        return task.rank(check(float, values.get("loss"), f"the loss of {what}"), scores)
+        values = self.selected
+        return self.recipe.task.rank(check(float, values.pop("loss"), f"the loss of {self._kept}"), values)
+
+    @property
+    def selected(self) -> dict[str, float | None]:
+        """The scores of the kept epoch on the selection split, and the loss; None for what the report does
+        not say.
+
+        Raises:
+            ValueError: it says something else there.
+        """
+        history, number = self.report.history, self.report.best_epoch
+        record = next((record for record in history if record.get("epoch") == number), {})
+        values = check(dict[str, float | None], record, self._kept)
+        return {name: values.get(name) for name in (*(s.name for s in self.recipe.task.scores), "loss")}
+
+    @property
+    def _kept(self) -> str:
+        """The kept epoch in messages."""
+        return f"epoch {self.report.best_epoch} in the history of {quote(self.report.run_dir)}"
+
+    @property
+    def had_a_choice(self) -> bool:
+        """Whether several epochs were evaluated, of which the best is kept."""
+        return sum(record.get("loss") is not None for record in self.report.history) > 1
 
     def curve(self, score: str) -> list[tuple[float, float]]:
         """A score on the selection split as it rose: for every epoch that was evaluated the share of epochs
@@ -170,6 +189,8 @@ class Row:
     """Among how many learning rates the validation split has chosen."""
     published: float | None = None
     """The most important score as somebody else has published it, where the plan says so."""
+    others: tuple[Result, ...] = ()
+    """The finished runs with learning rates that were not chosen, or not yet."""
 
     @property
     def seeds(self) -> list[int]:

@@ -26,6 +26,8 @@ class Schedule:
     """Why runs failed."""
     running: set[Cell] = field(default_factory=set)
     """The runs that have been started and have not ended."""
+    _chosen: dict[tuple[str, str], float] = field(default_factory=dict)
+    """The learning rates that are known: runs that are over do not change them any more."""
 
     def next(self) -> Cell | None:
         """The next run to be started; None if there is none at present."""
@@ -55,6 +57,13 @@ class Schedule:
 
         One at which a run has failed is out, unless it is the only one.
         """
+        lr = self._chosen.get((method, data))
+        if lr is None and (lr := self._choose(method, data)) is not None:
+            self._chosen[method, data] = lr
+        return lr
+
+    def _choose(self, method: str, data: str) -> float | None:
+        """The learning rate that the runs choose which are over by now."""
         rates = self.plan.rates(method, data)
         if len(rates) == 1:
             return rates[0]
@@ -84,4 +93,7 @@ class Schedule:
         cells = self.plan.cells(method, data, rates[0] if lr is None else lr)
         found = () if lr is None else tuple(self.done[cell] for cell in cells if cell in self.done)
         published = (self.plan.options.published or {}).get(method, {}).get(data)
-        return Row(method, data, found, lr, len(cells) - len(found), len(rates), published)
+        others = tuple(
+            self.done[cell] for cell in self._grid(method, data) if cell.lr != lr and cell in self.done
+        )
+        return Row(method, data, found, lr, len(cells) - len(found), len(rates), published, others)

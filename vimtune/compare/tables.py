@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vimtune.compare.pictures import draw_curves, draw_pareto
+from vimtune.compare.paired import Difference, all_differences, differences_from
+from vimtune.compare.pictures import draw_curves, draw_differences, draw_pareto
 from vimtune.compare.plan import Plan
 from vimtune.compare.results import Result, Row, Spread
 from vimtune.console import neutral, print_line
@@ -180,6 +181,39 @@ def overview(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
     return ["method", *groups, "mean"], lines
 
 
+PAIRED = (
+    "Means over pairs of runs with the same seed, ± their standard error; that of the last column takes the "
+    "data sets as given. The errors say nothing of what other test images would change."
+)
+"""What is said above a table of differences."""
+
+
+def _differences(rows: Sequence[Row], reference: str | None) -> list[Difference]:
+    """The differences of all methods from one of them, the first if none is named; none of them where no
+    method has several runs to tell an error from."""
+    if not rows:
+        return []
+    found = differences_from(rows, reference or rows[0].method)
+    return found if any(each.error is not None for each in found) else []
+
+
+def _title_of(differences: Sequence[Difference]) -> str:
+    return f"Difference from {differences[0].against}"
+
+
+def paired(differences: Sequence[Difference]) -> tuple[Cells, list[Cells]]:
+    """Methods by data sets with the differences from one method: the heading, and a line for each other
+    method."""
+    data = list(dict.fromkeys(each.data for each in differences if each.data is not None))
+    columns: list[str | None] = [*data, *([None] if any(each.data is None for each in differences) else [])]
+    shown = {(each.method, each.data): each.show(2) for each in differences}
+    lines = [
+        [method, *(shown.get((method, name), NONE) for name in columns)]
+        for method in dict.fromkeys(each.method for each in differences)
+    ]
+    return ["method", *("mean" if name is None else name for name in columns)], lines
+
+
 def details(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
     """The table about one data set: the heading, and a line for each method."""
     shown = columns(rows)
@@ -189,14 +223,17 @@ def details(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
 # --- files
 
 
-def write_tables(rows: Sequence[Row], folder: Path, note: str, failures: Sequence[str]) -> list[str]:
-    """Write all tables and the pictures of a comparison, each file whole or not at all.
+def write_tables(
+    rows: Sequence[Row], folder: Path, note: str, failures: Sequence[str], reference: str | None = None
+) -> list[str]:
+    """Write all tables and pictures of a comparison, each file whole or not at all.
 
     Args:
         rows: those of the comparison.
         folder: where the files go.
         note: what is said above the tables.
         failures: a line for each run that failed.
+        reference: the method from which the differences of the others are shown; None for the first.
 
     Returns:
         The names of the files.
@@ -205,16 +242,20 @@ def write_tables(rows: Sequence[Row], folder: Path, note: str, failures: Sequenc
         OutputError: the system refuses to write.
     """
     texts = {
-        "table.md": to_markdown(rows, note, failures),
+        "table.md": to_markdown(rows, note, failures, reference),
         "table.csv": to_csv(rows),
         "runs.csv": runs_to_csv(rows),
+        "rates.csv": rates_to_csv(rows),
+        "paired.csv": paired_to_csv(rows),
         "table.tex": to_latex(rows),
     }
     for name, text in texts.items():
         write_output(folder / name, partial(_write, text))
-    pictures = {"pareto.png": draw_pareto, CURVES: draw_curves}
-    for name, draw in pictures.items():
-        save_picture(draw(rows), folder / name)
+    pictures = {"pareto.png": draw_pareto(rows), CURVES: draw_curves(rows)}
+    if differences := _differences(rows, reference):
+        pictures["paired.png"] = draw_differences(differences)
+    for name, picture in pictures.items():
+        save_picture(picture, folder / name)
     return [*texts, *pictures]
 
 
@@ -222,12 +263,18 @@ def _write(text: str, path: Path) -> None:
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def to_markdown(rows: Sequence[Row], note: str, failures: Sequence[str] = ()) -> str:
-    """Everything: the note, the overview of several data sets, a table for each of them, and what failed."""
+def to_markdown(
+    rows: Sequence[Row], note: str, failures: Sequence[str] = (), reference: str | None = None
+) -> str:
+    """Everything: the note, the overview of several data sets, the differences from the reference, a table
+    for each data set, and what failed."""
     parts = ["# Comparison", note, *_remarks(rows)]
     groups = by_data(rows)
     if len(groups) > 1:
         parts.append(_markdown(*overview(rows), {}))
+    if differences := _differences(rows, reference):
+        title = f"## {_escape_markdown(_title_of(differences))}"
+        parts += [title, PAIRED, _markdown(*paired(differences), {})]
     for name, group in groups.items():
         bold = {group.index(row): 1 for row in best_of(group)}
         parts += [f"## {_escape_markdown(name)}", _markdown(*details(group), bold)]
@@ -239,12 +286,14 @@ def to_markdown(rows: Sequence[Row], note: str, failures: Sequence[str] = ()) ->
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader of the tables has to know besides."""
     remarks = ["Trained parameters do not count the head; `with head` does."]
-    blind = [row.data for row in rows if any(r.report.split == r.report.selection_split for r in row.results)]
-    if blind:
+    own = [row for row in rows if any(r.report.split == r.report.selection_split for r in row.results)]
+    blind = [row.data for row in own]
+    chosen = ["epochs"] if any(result.had_a_choice for row in own for result in row.results) else []
+    chosen += ["learning rates"] if any(row.tried > 1 for row in own) else []
+    if chosen:
         remarks.append(
-            f"Of {', '.join(dict.fromkeys(blind))} the split of the scores also chose the epochs"
-            + (" and learning rates" if any(row.tried > 1 for row in rows if row.data in blind) else "")
-            + ", which makes them optimistic."
+            f"Of {', '.join(dict.fromkeys(blind))} the split of the scores also chose the "
+            f"{' and '.join(chosen)}, which makes them optimistic."
         )
     if same := [row.data for row in rows if not row.data_differ]:
         remarks.append(
@@ -311,10 +360,13 @@ def runs_to_csv(rows: Sequence[Row]) -> str:
                     "data_seed": result.data_seed,
                     "split": report.split,
                     **result.scores,
+                    "selection_split": report.selection_split,
+                    **{f"selection_{name}": value for name, value in result.selected.items()},
                     "best_epoch": report.best_epoch,
                     "method_parameters": result.method_parameters,
                     "trainable_parameters": report.trainable_parameters,
                     "train_seconds": report.train_seconds,
+                    "seconds": report.seconds,
                     "peak_memory_mib": report.peak_memory,
                     "peak_memory_of": report.peak_memory_of,
                     "adapter_bytes": report.adapter_bytes,
@@ -322,6 +374,43 @@ def runs_to_csv(rows: Sequence[Row]) -> str:
                     "run_dir": csv_cell(printable(report.run_dir)),
                 }
             )
+    return _csv(lines)
+
+
+def rates_to_csv(rows: Sequence[Row]) -> str:
+    """A line for each run of each learning rate with its scores on the selection split, by which learning
+    rates are chosen."""
+    lines = []
+    for row in rows:
+        for result in sorted((*row.others, *row.results), key=lambda result: result.lr):
+            lines.append(
+                {
+                    "method": csv_cell(printable(row.method)),
+                    "data": csv_cell(printable(row.data)),
+                    "lr": result.lr,
+                    "chosen": row.lr == result.lr,
+                    "seed": result.seed,
+                    "data_seed": result.data_seed,
+                    "split": result.report.selection_split,
+                    **result.selected,
+                }
+            )
+    return _csv(lines)
+
+
+def paired_to_csv(rows: Sequence[Row]) -> str:
+    """A line for each two methods on each data set with their difference, and one for its mean over all."""
+    lines = [
+        {
+            "method": csv_cell(printable(each.method)),
+            "against": csv_cell(printable(each.against)),
+            "data": "" if each.data is None else csv_cell(printable(each.data)),
+            "pairs": each.pairs,
+            "difference": each.mean,
+            "standard_error": each.error,
+        }
+        for each in all_differences(rows)
+    ]
     return _csv(lines)
 
 
@@ -366,11 +455,14 @@ def _escape_latex(text: str) -> str:
 # --- on the terminal
 
 
-def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """Print the overview of several data sets, and the table about each of them."""
+def print_rows(rows: Sequence[Row], console: Console, reference: str | None = None) -> None:
+    """Print the overview of several data sets, the differences from the reference, and the table about each
+    data set."""
     groups = by_data(rows)
     if len(groups) > 1:
         _print_table("all data sets", *overview(rows), console)
+    if differences := _differences(rows, reference):
+        _print_table(f"{_title_of(differences)}, ± standard error", *paired(differences), console)
     for name, group in groups.items():
         _print_table(name, *details(group), console)
     for remark in _remarks(rows):

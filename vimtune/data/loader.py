@@ -127,7 +127,8 @@ def create_loader(
             with the same result. "device": the same on `device`, all of it, and batches are made there; the
             augmentation is that of `vimtune.data.resident`, whichever library `transform` names. "auto":
             "device" if that is a GPU and they fit, else "none".
-        once: the images are read a single time, so none is kept, whatever `cache` says.
+        once: the images are read a single time, so none is kept; with "device" they are if they fit, because
+            a process that goes on to another run finds them there.
         device: where batches are wanted; None for the host. Only a cache on the device puts them there.
         agree: decides for "auto" where there are several ranks; by default each decides for itself.
         on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
@@ -139,7 +140,9 @@ def create_loader(
         DoesNotFitError: the images do not fit on the device on which they are to be kept.
     """
     _check_settings(dataset, batch_size, drop_last, num_workers, rank, world_size, on_corrupt)
-    place = "none" if once else cache_place(cache)
+    place = cache_place(cache)
+    if once:
+        place = "auto" if place == "device" else "none"
     device = device or torch.device("cpu")
     batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
     store = None

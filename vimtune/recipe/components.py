@@ -134,3 +134,4 @@ class RunSettings(Options):
     force: bool = option(False, "resume although data, tokenizer or base weights have changed")
     log_interval: Positive = option(10, "steps between two log lines")
     eval_interval: Positive = option(1, "epochs between two evaluations")
+    pictures: bool = option(True, "draw the pictures of the run folder when the run has ended")

@@ -75,9 +75,10 @@ def _decorate(
         score = outcome.task.scores[0] if outcome.task.scores else None
         pictures.save_picture(pictures.draw_learning_curve(report, score), path)
 
-    for path, make in {folder.path / name: make for name, make in files.items()}.items():
-        yield from _attempt(path.name, partial(_renew, path, make))
-    yield from _attempt(folder.learning_curve.name, partial(_renew, folder.learning_curve, draw_curve))
+    paths = {folder.path / name: make for name, make in files.items()} | {folder.learning_curve: draw_curve}
+    for path, make in paths.items():
+        if report.recipe["pictures"] or path.suffix != pictures.SUFFIX:
+            yield from _attempt(path.name, partial(_renew, path, make))
     settings = {name: value for name, value in report.recipe.items() if name not in NOT_COMPARED}
     yield from _attempt(
         "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report, outcome))

@@ -49,6 +49,7 @@ HARMLESS = (
     "resume",
     "force",
     "log_interval",
+    "pictures",
     "cuda_graph",
 )
 """May change without a word: no influence on the weights (another base is found by its identity)."""

@@ -26,6 +26,8 @@ from vimtune.utils import atomic_write
 if TYPE_CHECKING:
     from vimtune.training.report import Report
 
+SUFFIX = ".png"
+"""How the names of all pictures of a run folder end."""
 MAX_MARKED_EPOCHS = 40
 """More epochs than this are drawn as a line without a mark for each."""
 

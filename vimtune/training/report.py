@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -261,18 +260,6 @@ def versions(task: Task) -> dict[str, str]:
         "torch": torch.__version__,
         **{package: version(package) for package in task.packages},
     }
-
-
-def peak_memory(device: torch.device) -> tuple[float | None, str]:
-    """Most memory used so far in MiB, and whose: the GPU's allocations, or this process as a whole."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20, "GPU allocations"
-    if sys.platform == "win32":
-        return None, "not measured on Windows"
-    import resource  # does not exist on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10), "process"
 
 
 def device_name(device: torch.device) -> str:

@@ -25,10 +25,11 @@ from vimtune.training.guard import NonFiniteError
 from vimtune.training.identity import Facts, lasting
 from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted, Stopping, StopRequest
+from vimtune.training.memory import peak_memory
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.precision import Autocast
 from vimtune.training.prefetch import WindowReader
-from vimtune.training.report import Report, describe_method, peak_memory, shared_fields
+from vimtune.training.report import Report, describe_method, shared_fields
 from vimtune.training.settling import settle
 from vimtune.training.state import EpochRecord, Progress, RunState, ended, save_run_state, settle_best_adapter
 from vimtune.training.stepper import Step, Stepper

@@ -20,6 +20,7 @@ from vimtune.training.gradients import FreshGradients, Gradients, StandingGradie
 from vimtune.training.graph import BatchGraphs, CudaRecorder, Recorder, refusals
 from vimtune.training.identity import Facts, compare, facts_of_all, settings_of_all
 from vimtune.training.interrupt import StopRequest
+from vimtune.training.memory import restart_peak
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.passes import Passes
 from vimtune.training.precision import Autocast, build_autocast
@@ -63,6 +64,7 @@ def train(recipe: Recipe, after_epoch: AfterEpoch | None = None) -> Report:
         process_settings(recipe.run, processes.device),
         ExitStack() as stack,
     ):
+        restart_peak(processes.device)
         with processes.failing_together():
             processes.demand_same(settings_of_all(recipe))
             with processes.main_first():  # it locks the folder

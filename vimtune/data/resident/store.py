@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,19 +95,25 @@ def fill_store(
     started = time.monotonic()
     free = room_on(device)
     allowed = int(SHARE * free)
-    expected = _expected_bytes(dataset, preprocessing)
-    _require_room(expected, allowed, free, dataset, device)
+    kept = _KEPT.find(dataset, preprocessing)
+    if kept is None:
+        _require_room(_expected_bytes(dataset, preprocessing), allowed, free, dataset, device)
     taken = 0
     pixels: list[Tensor] = []
     sizes: list[np.ndarray] = []
     failures: dict[int, CorruptImageError | ImageReadError] = {}
-    for piece in _decode(_Decoded(dataset, preprocessing), num_workers):
+    pieces: list[_Piece] = []
+    for piece in _decode(_Decoded(dataset, preprocessing), num_workers) if kept is None else kept:
         taken += piece.pixels.nbytes
         _require_room(taken, allowed, free, dataset, device)
+        if kept is None and taken <= _KEPT.room:
+            pieces.append(piece)
         # Copied at once, because the shared memory through which it comes is often small.
         pixels.append(piece.pixels.to(device, copy=True))
         sizes.append(piece.sizes)
         failures |= piece.failures
+    if kept is None and taken <= _KEPT.room and not failures:
+        _KEPT.put(dataset, preprocessing, pieces)
     store = ImageStore(torch.cat(pixels), np.concatenate(sizes), failures)
     logger.info(
         "%s: %s on %s as uint8 and augmented there (%.1f MB of %.1f GB free; up to %d x %d px; "
@@ -160,6 +166,45 @@ class _Piece(NamedTuple):
     """int64 (n, 2), height and width of each."""
     failures: dict[int, CorruptImageError | ImageReadError]
     """Why images could not be read, by their indices."""
+
+
+class _Kept:
+    """What has been decoded in this process, for further stores with the same images; nothing until
+    `keep_decoded` gives it room."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        """Bytes of images that may still be kept."""
+        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
+
+    def find(self, dataset: ImageDataset, preprocessing: Preprocessing) -> list[_Piece] | None:
+        """The images of a data set, if they are here."""
+        return self._pieces.get(self._key(dataset, preprocessing)) if self._pieces else None
+
+    def put(self, dataset: ImageDataset, preprocessing: Preprocessing, pieces: Sequence[_Piece]) -> None:
+        """Keep the images of a data set, which are less than `room`."""
+        pixels = torch.cat([piece.pixels for piece in pieces])  # a copy: pieces may lie in shared memory
+        self.room -= pixels.nbytes
+        sizes = np.concatenate([piece.sizes for piece in pieces])
+        self._pieces[self._key(dataset, preprocessing)] = [_Piece(pixels, sizes, {})]
+
+    @staticmethod
+    def _key(dataset: ImageDataset, preprocessing: Preprocessing) -> tuple[str, str]:
+        return dataset.fingerprint(), repr(preprocessing)
+
+
+_KEPT = _Kept()
+
+
+def keep_decoded(limit: int) -> None:
+    """From now on keep the images that stores of this process have decoded, for others with the same images.
+
+    They are known by the fingerprint of their data set. For a process that makes one run after the other.
+
+    Args:
+        limit: bytes that they may take; those that come later are decoded each time.
+    """
+    _KEPT.room = limit
 
 
 class _Decoded(Dataset[tuple[int, Any]]):

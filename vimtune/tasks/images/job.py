@@ -239,7 +239,8 @@ def open_batches(
 ) -> ImageBatches:
     """The batches of a split as a recipe wants them; raises what `create_loader` raises.
 
-    Of a split that is read `once` no images are kept.
+    A split that is read `once` is not worth a place on the device, unless the recipe asks for that place; it
+    then gets one if there is room.
     """
     data = recipe.data
     assert isinstance(data, DataSettings)
