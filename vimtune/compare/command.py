@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vimtune.compare.execution import POLL_SECONDS, Process, Processes
+from vimtune.compare.execution import LOG_FILE, POLL_SECONDS, Process, Processes
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
@@ -151,6 +151,7 @@ def _run_all(
                     run.mkdir(parents=True, exist_ok=True)
                     schedule.plan.recipe(cell, folder).save(RunFolder(run).recipe)
                 processes.start(cell, run)
+                print_line(console, f"{cell}: started, its log is {run / LOG_FILE}")
                 schedule.running.add(cell)
             if stop.requested and not asked:
                 asked = True
