@@ -116,6 +116,13 @@ def test_gpus_that_are_not_there_are_refused_before_any_run(runs, tmp_path, monk
     assert not runs.started
 
 
+def test_a_comparison_is_no_work_of_several_processes(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="start it without torchrun"):
+        compare(plan(), tmp_path / "out")
+    assert not runs.started and not (tmp_path / "out").exists()
+
+
 def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
     values = {"dataset_kwargs": {}, "download": False, "data_dir": str(tmp_path), "seeds": "0"}
     data = {"flowers": {}, "cars": {}, "made": {"dataset": DATA, "dataset_kwargs": TINY["dataset_kwargs"]}}

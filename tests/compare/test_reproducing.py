@@ -84,7 +84,14 @@ def test_stand_ins_with_the_shapes_of_the_paper(paper, tmp_path, monkeypatch):
         if not weights.exists():
             torch.save({"model": timm.create_model(model, num_classes=1000).state_dict()}, weights)
         data[name] = {**own, **stand_in, "checkpoint": str(weights)}
-    few = {"epochs": 1, "warmup_epochs": 0, "eval_interval": 1, "num_workers": 0, "device": "cpu"}
+    few = {
+        "epochs": 1,
+        "warmup_epochs": 0,
+        "eval_interval": 1,
+        "num_workers": 0,
+        "device": "cpu",
+        "threads": 1,
+    }
     methods = {name: paper.methods[name] for name in ("linear", "prodial_both")}
     values = {**paper.to_dict(), **few, "amp": "none", "seeds": [0], "data": data, "methods": methods}
     rows, failed = compare(Plan.from_values(values), tmp_path / "compared")

@@ -81,6 +81,13 @@ def test_a_file_that_is_not_there_is_one_clear_message(monkeypatch, tmp_path: Pa
         timm.create_model(WEIGHTS[0].name, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+def test_recipes_begin_with_weights_of_photographs_where_some_come_with_the_package() -> None:
+    begins = weights_of(Recipe().backbone.model)
+    assert begins is not None and begins.packaged
+    packaged = {each.trained_on for each in WEIGHTS if each.packaged}
+    assert begins.trained_on == "photographs" or "photographs" not in packaged
+
+
 def mentions(caplog: pytest.LogCaptureFixture, kind: str, **changes: object) -> list[str]:
     """What is said before a run on images of a kind begins."""
     caplog.clear()
@@ -102,7 +109,7 @@ def test_weights_of_another_kind_of_images_are_mentioned(caplog: pytest.LogCaptu
 
 def test_other_weights_of_the_model_are_named_where_they_suit(caplog, monkeypatch) -> None:
     other = Weights("vim_nano_patch8_64", "photos", "photos", "photographs", 10, "", packaged=True)
-    monkeypatch.setattr(job, "WEIGHTS", (*WEIGHTS, other))
+    monkeypatch.setattr(job, "WEIGHTS", (WEIGHTS[0], other))
     (said,) = mentions(caplog, "photographs")
     assert said.endswith("use --model vim_nano_patch8_64.photos")
     monkeypatch.setattr(job, "weights_of", lambda name: other)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vimtune.compare.execution import POLL_SECONDS, Processes, StartedRun
+from vimtune.compare.execution import LOG_FILE, POLL_SECONDS, Processes, StartedRun
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
@@ -24,6 +24,7 @@ from vimtune.training.distributed import resolve_device
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
 from vimtune.training.identity import HARMLESS, changed
 from vimtune.training.interrupt import Interrupted, StopRequest
+from vimtune.training.launch import read_launch
 from vimtune.training.tracking import duration
 
 MAY_CHANGE = frozenset((*HARMLESS, "device", "threads"))
@@ -42,10 +43,12 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         A row for each method on each data set, and why runs failed, which are missing in their rows.
 
     Raises:
-        ValueError: the folder holds runs with other settings, is in use, or cannot be written; or data of a
-            run cannot be opened. No run has been started then.
+        ValueError: the folder holds runs with other settings, is in use, or cannot be written; data of a run
+            cannot be opened; or there are several processes. No run has been started then.
         Interrupted: Ctrl-C or SIGTERM; runs have saved their states, and the tables have what there is.
     """
+    if read_launch().world_size > 1:
+        raise ValueError("a comparison starts the processes of its runs itself: start it without torchrun")
     console = build_console()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +151,7 @@ def _run_all(
                     run.mkdir(parents=True, exist_ok=True)
                     schedule.plan.recipe(cell, folder).save(RunFolder(run).recipe)
                 processes.start(cell, run)
+                print_line(console, f"{cell}: started, its log is {run / LOG_FILE}")
                 schedule.running.add(cell)
             if stop.requested and not asked:
                 asked = True
