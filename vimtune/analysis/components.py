@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vimtune.analysis.drawing import plain_numbers
 from vimtune.analysis.parameters import group_of, layer_of
-from vimtune.analysis.section import Picture, Section, Table
 from vimtune.analysis.subject import Subject
+from vimtune.pages.section import Picture, Section, Table
 from vimtune.training.pictures import picture_style, whole_numbers
 
 

@@ -27,12 +27,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vimtune.analysis.drawing import plain_numbers
-from vimtune.analysis.section import Picture, Section, Table
 from vimtune.analysis.subject import Subject
 from vimtune.models import BiMambaMixer, VisionMamba
 from vimtune.models.layers import Block
 from vimtune.ops import DirectionWeights, causal_conv1d
 from vimtune.ops.mixer import scan_parameters
+from vimtune.pages.section import Picture, Section, Table
 from vimtune.training.pictures import picture_style, whole_numbers
 
 DIRECTIONS = ("forward", "reverse")

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from vimtune.adapters import active_adapter, delete_adapter, list_adapters
 from vimtune.analysis.parameters import effective_parameters
-from vimtune.analysis.section import NotApplicable
 from vimtune.merged import is_merged_file, read_merged, read_merged_info
 from vimtune.models import VisionMamba
 from vimtune.origin import recipe_of_adapter
@@ -31,6 +30,10 @@ Loss = Callable[[Forward], Tensor]
 
 _NOT_OF_BASE = ("num_classes", "img_size", "drop_path_rate", "initial_state")
 """Options of a merged model that its base gets otherwise, or that merging has added."""
+
+
+class NotApplicable(ValueError):
+    """An analysis has nothing to say of this model or these data; the message says why."""
 
 
 @dataclass
