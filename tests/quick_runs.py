@@ -10,7 +10,7 @@ from typing import Any
 NO_PICTURES: dict[str, Callable[..., Any]] = {
     "vimtune.training.pictures.save_picture": lambda figure, path: path.touch(),
     "vimtune.training.pictures.draw_learning_curve": lambda *what: None,
-    "vimtune.tasks.images.confusion.draw_confusion_matrix": lambda *what: None,
+    "vimtune.tasks.classes.confusion.draw_confusion_matrix": lambda *what: None,
 }
 """Functions by their full names, and what stands in for them. The files of the pictures are there, empty."""
 

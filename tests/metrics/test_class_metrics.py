@@ -63,6 +63,17 @@ def test_nothing_has_no_score() -> None:
     assert (own.precision, own.recall, own.f1, macro_f1([own])) == (None, None, None, None)
 
 
+@pytest.mark.parametrize("number", [2, 5, 40])
+def test_most_confused_pairs_are_those_with_most_wrong_answers(number: int) -> None:
+    counts = torch.randint(0, 5, (number, number), generator=torch.Generator().manual_seed(number))
+    found = most_confused(counts, 10)
+    wrong = [int(counts[i, j]) for i in range(number) for j in range(number) if i != j]
+    assert [pair.count for pair in found] == [n for n in sorted(wrong, reverse=True)[:10] if n]
+    for pair in found:
+        assert pair.true != pair.answer and pair.count == counts[pair.true, pair.answer]
+        assert pair.of == counts[pair.true].sum()
+
+
 def test_pairs_come_by_their_number() -> None:
     confusion = torch.tensor([[5, 1, 0], [2, 0, 2], [0, 3, 4]])
     found = most_confused(confusion, 3)

@@ -14,9 +14,8 @@ from nasty import NASTY_NAMES
 from tiny_runs import outcome_of, report_of
 
 from vimtune.console import build_console
-from vimtune.tasks.images import confusion
-from vimtune.tasks.images.confusion import confusion_files, write_confusion_table
-from vimtune.tasks.images.scoring import most_confused
+from vimtune.tasks.classes import confusion
+from vimtune.tasks.classes.confusion import confusion_files, write_confusion_table
 from vimtune.training import OutputError, conclusion, pictures
 from vimtune.training.conclusion import conclude
 from vimtune.training.folder import RunFolder
@@ -35,7 +34,7 @@ def finish(folder: Path, counts: torch.Tensor = CONFUSION, classes: list[str] = 
     report, outcome = report_of(counts, classes, folder), outcome_of(counts)
     console, task = build_console(), outcome.task
     tracker = Tracker(RunFolder(folder), console, task, is_main=True, epochs=1, total_steps=4)
-    files = confusion_files(counts, classes, report)
+    files = confusion_files(counts, classes, "a title")
     return conclude(report, outcome, files, RunFolder(folder), tracker)
 
 
@@ -151,23 +150,6 @@ def test_the_final_table_is_complete_on_every_terminal(monkeypatch, width, encod
     for word in ("58.33", "trainable", "100", "1,000", "test_vim,", "lora", r"ros\udce9"):
         assert word in words
     assert width < 60 or all(len(line) <= width for line in lines[:-1])
-
-
-@pytest.mark.parametrize("number", [2, 5, 40])
-def test_most_confused_pairs_are_those_with_most_wrong_answers(number):
-    counts = torch.randint(0, 5, (number, number), generator=torch.Generator().manual_seed(number))
-    names = [f"class {index}" for index in range(number)]
-    found = most_confused(counts, names, 10)
-    wrong = [int(counts[i, j]) for i in range(number) for j in range(number) if i != j]
-    assert [pair["images"] for pair in found] == [n for n in sorted(wrong, reverse=True)[:10] if n]
-    for pair in found:
-        true, predicted = names.index(pair["true"]), names.index(pair["predicted"])
-        assert true != predicted and pair["images"] == counts[true, predicted]
-        assert pair["of"] == counts[true].sum()
-
-
-def test_no_confusion_is_listed_where_all_is_right():
-    assert most_confused(torch.eye(4, dtype=torch.int64), list("abcd"), 10) == []
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vimtune.tasks.images.scoring import ImageEvaluation, most_confused
+from vimtune.metrics.classes import most_confused
+from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Outcome
 from vimtune.text import shorten
 from vimtune.training.report import Report
@@ -90,7 +91,15 @@ def build_image_report(
         top1=_percent(found.scores),
         top5=found.scores["top5"],
         per_class=dict(zip(classes, found.per_class, strict=True)),
-        most_confused=most_confused(found.confusion, classes, MOST_CONFUSED),
+        most_confused=[
+            {
+                "true": classes[pair.true],
+                "predicted": classes[pair.answer],
+                "images": pair.count,
+                "of": pair.of,
+            }
+            for pair in most_confused(found.confusion, MOST_CONFUSED)
+        ],
         num_images=found.count,
         num_classes=len(classes),
         best_top1=_percent(outcome.best),

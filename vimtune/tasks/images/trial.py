@@ -37,7 +37,6 @@ def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path |
         model = build_base(info, backbone.checkpoint)
         load_trained(model, adapter, force)
     transform = build_transform("none", train=False, **model_preprocessing(model))
-    loader = open_batches(recipe, dataset, transform, processes, shuffle=False, once=True)
-    expected = len(dataset) if data.on_corrupt == "error" else None
-    tally = ImageTally(len(dataset.classes), expected)
+    loader = open_batches(recipe, dataset, transform, processes, train=False, once=True)
+    tally = ImageTally(len(dataset.classes), len(dataset), complete=data.on_corrupt == "error")
     return Trial(model.to(processes.device), loader, tally)
