@@ -142,11 +142,13 @@ def _with_data(
     num_images: int,
     num_batches: int,
 ) -> Subject:
-    trial = recipe.task.open_trial(recipe, processes, split, None if merged else path, recipe.run.force)
+    options = recipe.task.evaluate_options(calibrate=False)
+    adapter = None if merged else path
+    trial = recipe.task.open_trial(recipe, processes, split, adapter, options, recipe.run.force)
     try:
         images = _take_images(trial.loader, num_images, processes.device)
     finally:
-        trial.loader.close()
+        trial.close()
     before, after = trial.model, trial.model
     if merged:
         after, _ = read_merged(path)

@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vimtune.tasks.details import Details
 
 if TYPE_CHECKING:
     import torch
@@ -250,7 +252,15 @@ class Job(ABC):
             loader.close()
 
 
-@dataclass
+class Scoring(NamedTuple):
+    """A split that is to be scored."""
+
+    loader: Loader
+    tally: Tally
+    """An empty one."""
+
+
+@dataclass(kw_only=True)
 class Trial:
     """A task's model on a split whose scores are asked for, without any training."""
 
@@ -259,6 +269,27 @@ class Trial:
     loader: Loader
     tally: Tally
     """An empty one."""
+    held_out: Scoring | None = None
+    """The validation split, where something is to be fitted to it, such as a temperature. Where it is scored
+    itself, it has the very loader and tally of this trial."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the scores has to know, in whole sentences."""
+
+    def close(self) -> None:
+        """Give back what the loaders hold."""
+        self.loader.close()
+        if self.held_out is not None:
+            self.held_out.loader.close()
+
+    def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> Details:
+        """What there is to say beyond the scores.
+
+        Args:
+            evaluation: of the split.
+            held_out: of the validation split, where the trial has one.
+        """
+        del evaluation, held_out
+        return Details()
 
     def examples(self, evaluation: Evaluation) -> list[dict[str, Any]]:
         """What was found for every single example, as plain values; nothing by default."""

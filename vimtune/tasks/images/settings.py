@@ -25,6 +25,7 @@ from vimtune.tasks.components import (
     TRAIN_SIZE,
     BackboneOptions,
     DataOptions,
+    EvaluateOptions,
     PredictOptions,
     ProtocolSize,
 )
@@ -145,6 +146,20 @@ class BackboneSettings(BackboneOptions):
         if "model" in values:
             problems += _model_problems(values["model"], given)
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEvaluateOptions(EvaluateOptions):
+    """How a model is scored on images."""
+
+    title: ClassVar[str] = "evaluation of images"
+
+    folder: str | None = option(
+        None,
+        "score all images of this folder, <class>/*, instead of a split",
+        parse=parsers.optional(parsers.absolute_path),
+    )
+    flip: bool = option(False, "average the probabilities of each image and its mirror image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,89 @@
-"""An image classifier, with an adapter or without, on images to be scored."""
+"""An image classifier, with an adapter or without, on images to be scored. B batch, C classes."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from vimtune.adapters import read_adapter_info
-from vimtune.data import build_transform, model_preprocessing
+from vimtune.data import DatasetError, ImageDataset, build_transform, model_preprocessing
+from vimtune.data.labelled_folder import LabelledFolder
+from vimtune.data.matching import Matched, match_classes
+from vimtune.merged import is_merged_file, read_merged
 from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
+from vimtune.tasks.classes.details import ClassDetails, Temperature, temperature_of
+from vimtune.tasks.images.details import image_examples
 from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import build_base
-from vimtune.tasks.images.scoring import ImageTally
-from vimtune.tasks.images.settings import BackboneSettings, DataSettings
-from vimtune.tasks.job import Trial
+from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
+from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
+from vimtune.tasks.job import Evaluation, Scoring, Trial
 from vimtune.training.distributed import Processes
 
+logger = logging.getLogger(__name__)
 
-def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool) -> Trial:
+HELD_OUT = "val"
+"""The split to which temperatures are fitted."""
+
+
+class WithFlips(nn.Module):
+    """A classifier that looks at every image and at its mirror image.
+
+    The probabilities of both are averaged; the outputs are their logarithms, which are logits as good as any.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) in fp32 for images (B, 3, H, W)."""
+        found = [self.model(each).float().log_softmax(1) for each in (images, images.flip(-1))]
+        return torch.logaddexp(*found) - torch.log(torch.tensor(2.0, device=images.device))
+
+
+@dataclass
+class ImageTrial(Trial):
+    """An image classifier on images."""
+
+    dataset: ImageDataset
+    """The images."""
+    no_temperature: str
+    """Why there is no validation split to fit a temperature to, where there is none."""
+
+    def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> ClassDetails:
+        """Classes, confusions, calibration and mistakes."""
+        assert isinstance(evaluation, ImageEvaluation)
+        temperature = Temperature(None, self.no_temperature)
+        if held_out is not None:
+            assert isinstance(held_out, ImageEvaluation)
+            temperature = temperature_of(held_out.answers, HELD_OUT, "images", self.loader.split)
+        return ClassDetails(
+            evaluation.answers,
+            self.dataset.classes,
+            self.loader.split,
+            image_examples(self.dataset),
+            temperature,
+            self.notes,
+        )
+
+
+def open_trial(
+    recipe: Recipe,
+    processes: Processes,
+    split: str,
+    adapter: Path | None,
+    options: ImageEvaluateOptions,
+    force: bool,
+) -> ImageTrial:
     """Open the images of a split and the model; the arguments are those of `Task.open_trial`.
 
     Raises:
@@ -24,19 +91,89 @@ def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path |
     """
     data, backbone = recipe.data, recipe.backbone
     assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
-    dataset = open_dataset(data, split, image_size(backbone))
-    if adapter is None:
-        model = create_backbone(recipe, len(dataset.classes))
+    if options.folder is None:
+        dataset = open_dataset(data, split, image_size(backbone))
     else:
-        info = read_adapter_info(adapter)
-        if info.classes and info.classes != dataset.classes:
-            raise ValueError(
-                f"the classes of the adapter ({len(info.classes)}) are not those of the images "
-                f"({len(dataset.classes)}): {dataset.source}"
-            )
-        model = build_base(info, backbone.checkpoint)
-        load_trained(model, adapter, force)
+        dataset = LabelledFolder(Path(options.folder))
+    model, classes = _open_model(recipe, dataset, adapter, force)
+    matched = match_classes(dataset, classes)
+    notes = matched.notes()
+    for note in notes if processes.is_main else []:
+        logger.warning("%s", note)
     transform = build_transform("none", train=False, **model_preprocessing(model))
-    loader = open_batches(recipe, dataset, transform, processes, train=False, once=True)
-    tally = ImageTally(len(dataset.classes), len(dataset), complete=data.on_corrupt == "error")
-    return Trial(model.to(processes.device), loader, tally)
+    held_out, why = _open_held_out(recipe, data, matched, classes, options)
+    complete = data.on_corrupt == "error"
+
+    def scoring(images: ImageDataset) -> Scoring:
+        loader = open_batches(recipe, images, transform, processes, train=False, once=True)
+        return Scoring(loader, ImageTally(len(classes), len(images), complete))
+
+    own = scoring(matched.dataset)
+    other = own if held_out is matched.dataset else None if held_out is None else scoring(held_out)
+    model = model.to(processes.device)
+    return ImageTrial(
+        model=WithFlips(model) if options.flip else model,
+        loader=own.loader,
+        tally=own.tally,
+        held_out=other,
+        notes=notes,
+        dataset=matched.dataset,
+        no_temperature=why,
+    )
+
+
+def _open_model(
+    recipe: Recipe, dataset: ImageDataset, adapter: Path | None, force: bool
+) -> tuple[Any, list[str]]:
+    """The model on the CPU, and the names of its classes: those of its file, or else those of the images.
+
+    Raises:
+        ValueError: weights or an adapter that do not fit, or classes without names of another number.
+    """
+    backbone = recipe.backbone
+    checkpoint = None if backbone.checkpoint is None else Path(backbone.checkpoint)
+    if adapter is not None:
+        info = read_adapter_info(adapter)
+        model, named = build_base(info, checkpoint), info.classes
+        load_trained(model, adapter, force)
+    elif checkpoint is not None and is_merged_file(checkpoint):
+        model, merged = read_merged(checkpoint)
+        named = merged.classes
+    else:
+        model, named = create_backbone(recipe, len(dataset.classes)), []
+    if not named and model.num_classes != len(dataset.classes):
+        raise DatasetError(
+            f"the model has {model.num_classes} classes without names, and the images have "
+            f"{len(dataset.classes)} classes: {dataset.source}"
+        )
+    return model, list(named) or list(dataset.classes)
+
+
+def _open_held_out(
+    recipe: Recipe,
+    data: DataSettings,
+    scored: Matched,
+    classes: Sequence[str],
+    options: ImageEvaluateOptions,
+) -> tuple[ImageDataset | None, str]:
+    """The images to which a temperature is fitted; None where there are none, and why."""
+    if not options.calibrate:
+        return None, "none was asked for"
+    if data.train_split == "train+val" and data.selection_split != HELD_OUT:
+        return None, f"the images of {HELD_OUT!r} were trained on"
+    if scored.dataset.split == HELD_OUT:
+        return scored.dataset, ""
+    try:
+        # What is wanted beside the scores is not worth a download.
+        at_hand = dataclasses.replace(data, download=False)
+        backbone = recipe.backbone
+        assert isinstance(backbone, BackboneSettings)
+        matched = match_classes(open_dataset(at_hand, HELD_OUT, image_size(backbone)), classes)
+    except DatasetError as error:
+        return None, f"there is no validation split ({error})"
+    if matched.unknown:
+        return (
+            None,
+            f"the validation split has classes that the model does not know ({matched.dataset.source})",
+        )
+    return matched.dataset, ""
