@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from nasty import NASTY_NAMES
+from PIL import Image
 from tiny_runs import outcome_of, report_of
 
 from vimtune.console import build_console
-from vimtune.tasks.classes import confusion
+from vimtune.tasks.classes import confusion, details
 from vimtune.tasks.classes.confusion import confusion_files, write_confusion_table
+from vimtune.tasks.classes.details import ClassDetails, Examples, Temperature
+from vimtune.tasks.job import Outcome
 from vimtune.training import OutputError, conclusion, pictures
 from vimtune.training.conclusion import conclude
 from vimtune.training.folder import RunFolder
@@ -35,7 +38,15 @@ def finish(folder: Path, counts: torch.Tensor = CONFUSION, classes: list[str] = 
     console, task = build_console(), outcome.task
     tracker = Tracker(RunFolder(folder), console, task, is_main=True, epochs=1, total_steps=4)
     files = confusion_files(counts, classes, "a title")
-    return conclude(report, outcome, files, RunFolder(folder), tracker)
+    return conclude(report, outcome, details_of(outcome, classes), files, RunFolder(folder), tracker)
+
+
+def details_of(outcome: Outcome, classes: list[str]) -> ClassDetails:
+    examples = Examples(
+        "path", "images", lambda index: f"{index}.jpg", lambda index: Image.new("RGB", (9, 9))
+    )
+    temperature = Temperature(None, "nobody asked")
+    return ClassDetails(outcome.evaluation.answers, classes, "test", examples, temperature)
 
 
 def raising(error: Exception):
@@ -52,6 +63,7 @@ def test_everything_is_written(tmp_path, capsys):
         "confusion_matrix.csv",
         "confusion_matrix.png",
         "learning_curve.png",
+        "report.html",
     }
     text = capsys.readouterr().out
     assert "dog taken for cat: 2 of 4" in text and "warning" not in text
@@ -63,6 +75,7 @@ def test_everything_is_written(tmp_path, capsys):
     [
         ((confusion, "draw_confusion_matrix"), "confusion_matrix.png"),
         ((pictures, "draw_learning_curve"), "learning_curve.png"),
+        ((details, "draw_reliability"), "report.html"),
         ((confusion, "write_confusion_table"), "confusion_matrix.csv"),
         ((Tracker, "record_result"), "final scores in TensorBoard"),
     ],

@@ -53,6 +53,7 @@ def test_run_folder_is_complete(plain):
         "metrics.jsonl",
         "tensorboard",
         "report.json",
+        "report.html",
         "learning_curve.png",
         "confusion_matrix.png",
         "confusion_matrix.csv",

@@ -92,7 +92,7 @@ def match_classes(dataset: ImageDataset, classes: Sequence[str]) -> Matched:
     if not labels:
         raise DatasetError(
             f"the model knows none of the classes of the images: it has {name_some(classes)}; the images "
-            f"have {name_some(dataset.classes)} ({dataset.source}). Name folders as the model names its classes"
+            f"have {name_some(dataset.classes)} ({dataset.source}). Name folders as the model does"
         )
     counts = Counter(dataset.targets)
     others = [label for label in range(len(dataset.classes)) if label not in labels]

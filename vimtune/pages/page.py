@@ -33,7 +33,8 @@ text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; } th:f
 text-align: left; } .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; } .facts
 td:first-child { white-space: nowrap; } figure { margin: 1.2rem 0; } figcaption { color: #555; font-size:
 13px; } img { max-width: 100%; } .photos { display: flex; flex-wrap: wrap; gap: .8rem; } .photos figure {
-margin: 0; width: 160px; } .photos figcaption { overflow-wrap: anywhere; line-height: 1.3; }
+margin: 0; width: 160px; } .photos img { width: 100%; } .photos figcaption {
+overflow-wrap: anywhere; line-height: 1.3; }
 """
 """The look of the page."""
 

@@ -230,6 +230,11 @@ class Job(ABC):
 
         return ScoreReport(**shared, **ScoreReport.values(outcome))
 
+    def details(self, outcome: Outcome) -> Details:
+        """What the report's page says beyond the scores; nothing by default."""
+        del outcome
+        return Details()
+
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """Further files of the result: their names in the run folder, and functions that write them."""
         del report, evaluation
@@ -311,3 +316,6 @@ class Outcome:
     """Scores on the split `selection` in the last epoch that was evaluated."""
     rate: float
     """What was trained on per second, in the task's unit, over all processes."""
+    selection: Evaluation | None = None
+    """Scores of the saved adapter on the split `selection`; None where the run was continued after its best
+    epoch, and knows only the scores themselves."""

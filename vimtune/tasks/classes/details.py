@@ -34,6 +34,8 @@ from vimtune.text import shorten
 if TYPE_CHECKING:
     from PIL import Image
 
+HELD_OUT = "val"
+"""The split to which temperatures are fitted: it is neither trained on nor the one whose scores are told."""
 CONFUSED = 20
 """Pairs of classes that files and pages list."""
 SHOWN_CONFUSED = 3

@@ -25,7 +25,7 @@ def draw_reliability(found: Mapping[str, Sequence[Bin]]) -> Figure:
             confidence, accuracy = ([100 * x for x in xs] for xs in _points(filled))
             upper.plot(confidence, accuracy, marker="o", markersize=4, label=name)
         upper.set(ylabel="right answers (%)", xlim=(0, 100), ylim=(0, 100))
-        upper.legend(loc="upper left")
+        upper.legend(loc="best")
         first = next(iter(found.values()))
         middles = [50 * (own.low + own.high) for own in first]
         lower.bar(middles, [own.count for own in first], width=90 / max(1, len(first)), color="tab:blue")

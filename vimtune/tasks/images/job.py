@@ -32,8 +32,10 @@ from vimtune.models.registry import MODELS
 from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.recipe import Recipe
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
+from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Temperature, temperature_of
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
+from vimtune.tasks.images.details import image_examples
 from vimtune.tasks.images.distillation import TEACHER, Distillation, load_teacher
 from vimtune.tasks.images.examples import choose_examples
 from vimtune.tasks.images.features import FeatureBatches, ImagesOrFeatures, repeats_its_features
@@ -99,6 +101,21 @@ class ImageJob(Job):
         """The report with accuracy per class and the most confused classes."""
         num_workers = {loader.split: loader.num_workers for loader in self.loaders}
         return build_image_report(shared, outcome, self.classes, num_workers)
+
+    def details(self, outcome: Outcome) -> ClassDetails:
+        """Classes, confusions, calibration and mistakes."""
+        found, held_out = outcome.evaluation, outcome.selection
+        assert isinstance(found, ImageEvaluation) and isinstance(self.final, ImageBatches | FeatureBatches)
+        temperature = Temperature(
+            None, "the run was continued after its best epoch (vimtune evaluate fits one)"
+        )
+        if self.selection.split != HELD_OUT:
+            temperature = Temperature(None, f"the run has kept no split {HELD_OUT!r} apart")
+        elif held_out is not None:
+            assert isinstance(held_out, ImageEvaluation)
+            temperature = temperature_of(held_out.answers, HELD_OUT, "images", self.final.split)
+        examples = image_examples(self.final.dataset)
+        return ClassDetails(found.answers, self.classes, self.final.split, examples, temperature)
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture, and images with right and wrong answers."""

@@ -19,7 +19,7 @@ from vimtune.data.matching import Matched, match_classes
 from vimtune.merged import is_merged_file, read_merged
 from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
-from vimtune.tasks.classes.details import ClassDetails, Temperature, temperature_of
+from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Temperature, temperature_of
 from vimtune.tasks.images.details import image_examples
 from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import build_base
@@ -29,9 +29,6 @@ from vimtune.tasks.job import Evaluation, Scoring, Trial
 from vimtune.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT = "val"
-"""The split to which temperatures are fitted."""
 
 
 class WithFlips(nn.Module):

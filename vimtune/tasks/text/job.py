@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, draw_protocol, draw_shots, open_text, split_off
 from vimtune.recipe import Recipe
-from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
+from vimtune.tasks.details import Details
+from vimtune.tasks.job import Forward, Job, Loader, Outcome, Tally, Tensors
 from vimtune.tasks.text.batches import TextBatches
+from vimtune.tasks.text.details import text_details
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.lengths import MOST_SHAPES
 from vimtune.tasks.text.models import build_base, build_model, open_tokenizer, readers_of
@@ -34,6 +36,13 @@ class TextJob(Job):
     head: Head
     tallies: dict[str, Callable[[], Tally]]
     """Makes an empty tally for the evaluation of a split, by its name."""
+    scored: TextSplit
+    """The texts of `final`."""
+
+    def details(self, outcome: Outcome) -> Details:
+        """Those of a classifier, or the mistakes."""
+        why = "the run was continued after its best epoch (vimtune evaluate fits one)"
+        return text_details(self.scored, outcome.evaluation, outcome.selection, why)
 
     def expect_replays(self) -> int:
         """Pad training batches to the lengths of their groups, of which there are few."""
@@ -78,6 +87,7 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
         saved_with_adapter=dict(outputs or ({"classes": list(train.classes)} if train.classes else {})),
         head=head,
         tallies=loaders.tallies,
+        scored=val if test is None else test,
     )
 
 
