@@ -127,7 +127,7 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
 
 
 def test_nasty_names_end_in_a_result(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("vimtune.training.pictures.FALLBACK_FONTS", ())
+    monkeypatch.setattr("vimtune.pages.style.FALLBACK_FONTS", ())
     classes = list(NASTY_NAMES)
     counts = torch.ones(len(classes), len(classes), dtype=torch.int64)
     assert finish(tmp_path, counts, classes).warnings == []

@@ -126,7 +126,7 @@ def test_labels_are_short_and_neutral():
 
 
 def test_names_without_a_font_are_numbered(monkeypatch):
-    monkeypatch.setattr("vimtune.training.pictures.FALLBACK_FONTS", ())
+    monkeypatch.setattr("vimtune.pages.style.FALLBACK_FONTS", ())
     names = ["rose", "\u685c", "été"]
     assert undrawable(names) == [1] and class_labels(names) == ["rose", "class 1", "été"]
     axes = draw_confusion_matrix(torch.eye(3, dtype=torch.int64), names, "a title").axes[0]

@@ -33,7 +33,7 @@ from vimtune.models.layers import Block
 from vimtune.ops import DirectionWeights, causal_conv1d
 from vimtune.ops.mixer import scan_parameters
 from vimtune.pages.section import Picture, Section, Table
-from vimtune.training.pictures import picture_style, whole_numbers
+from vimtune.pages.style import picture_style, whole_numbers
 
 DIRECTIONS = ("forward", "reverse")
 """The directions of a mixer, in the order of its weights."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from vimtune.analysis.subject import NotApplicable, Subject
 from vimtune.models import VisionMamba
 from vimtune.pages.section import Picture, Section, Table
-from vimtune.training.pictures import picture_style, whole_numbers
+from vimtune.pages.style import picture_style, whole_numbers
 
 FEWEST = 4
 """The unbiased HSIC needs at least so many images in a minibatch."""

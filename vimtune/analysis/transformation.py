@@ -36,7 +36,7 @@ from vimtune.analysis.drawing import draw_concentration, plain_numbers
 from vimtune.analysis.parameters import PROJECTORS, changed_projectors
 from vimtune.analysis.subject import NotApplicable, Subject
 from vimtune.pages.section import Picture, Section, Table
-from vimtune.training.pictures import picture_style
+from vimtune.pages.style import picture_style
 
 CONTROLS = 4
 """Random changes with which a change is compared."""

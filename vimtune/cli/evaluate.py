@@ -17,7 +17,7 @@ examples:
   {prog} --task arc_easy --model state-spaces/mamba-130m-hf
   {prog} --adapter runs/my-run
   {prog} --adapter runs/my-run -o page.html --mistakes mistakes.csv
-  {prog} --adapter runs/my-run --folder my/photos --flip
+  {prog} --adapter runs/my-run --folder my/images --flip
   {prog} --adapter runs/my-run --split val -o scores.json"""
 """What stands below the options in the help; `{prog}` is the command."""
 

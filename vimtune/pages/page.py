@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vimtune.pages.section import Photo, Picture, Section, Table
+from vimtune.pages.style import picture_style
 from vimtune.text import printable
-from vimtune.training.pictures import picture_style
 
 DPI = 110
 """Dots per inch of the pictures."""

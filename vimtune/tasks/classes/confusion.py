@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
+from vimtune.pages.style import font_families, picture_style, whole_numbers
 from vimtune.text import csv_cell, printable, shorten
 from vimtune.training import pictures
 from vimtune.training.folder import writing
@@ -76,7 +77,7 @@ def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str)
         classes: C names.
         title: stands above it.
     """
-    with pictures.picture_style():
+    with picture_style():
         number = len(classes)
         shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
         named, counted = number <= MAX_NAMED_CLASSES, number <= MAX_COUNTED_CLASSES
@@ -93,8 +94,8 @@ def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str)
             axes.set_xticks(range(number), names, rotation=90, fontsize=8)
             axes.set_yticks(range(number), names, fontsize=8)
         else:
-            axes.xaxis.set_major_locator(pictures.whole_numbers())
-            axes.yaxis.set_major_locator(pictures.whole_numbers())
+            axes.xaxis.set_major_locator(whole_numbers())
+            axes.yaxis.set_major_locator(whole_numbers())
         if counted:
             _write_counts(axes, confusion, shares)
         axes.set_title(title)
@@ -116,7 +117,7 @@ def undrawable(classes: Sequence[str]) -> list[int]:
     shown = [printable(name) for name in classes]
     if all(map(str.isascii, shown)):
         return []
-    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in pictures.font_families()]
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in font_families()]
     known = {character for font in fonts for character in font.get_charmap()}
     return [index for index, name in enumerate(shown) if not known.issuperset(map(ord, name))]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from vimtune.metrics.calibration import Bin
-from vimtune.training.pictures import picture_style
+from vimtune.pages.style import picture_style
 
 
 def draw_reliability(found: Mapping[str, Sequence[Bin]]) -> Figure:

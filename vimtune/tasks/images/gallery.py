@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vimtune.data import ImageDataset
+from vimtune.pages.style import picture_style
 from vimtune.tasks.classes.confusion import class_labels
 from vimtune.tasks.images.examples import Example
 from vimtune.text import shorten
@@ -40,7 +41,7 @@ def draw_gallery(examples: Sequence[Example], dataset: ImageDataset) -> Figure:
     names = [shorten(name, MAX_NAME) for name in class_labels(dataset.classes)]
     kinds = ([each for each in examples if each.right is right] for right in (True, False))
     rows = [kind[start : start + COLUMNS] for kind in kinds for start in range(0, len(kind), COLUMNS)]
-    with pictures.picture_style():
+    with picture_style():
         # One axes for all images is drawn many times as fast as one for each.
         figure = Figure(figsize=(COLUMNS * TILE, HEIGHT * TILE * max(1, len(rows))))
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
