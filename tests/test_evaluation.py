@@ -200,7 +200,7 @@ def test_a_folder_is_scored_by_the_names_of_its_classes(images, photos, tmp_path
         assert Path(row["path"]).parent.name == row["true"]
 
 
-def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path):
+def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path, capsys):
     """In whatever order: they are matched by name."""
     merged, output = tmp_path / "merged.safetensors", tmp_path / "scores.json"
     assert cli.main(["merge", str(images[0]), "-o", str(merged)]) == 0
@@ -210,6 +210,9 @@ def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path):
     recalls = {own["class"]: own["recall"] for own in found["classes"]}
     known = {name: value for name, value in images[1].per_class.items() if recalls[name] is not None}
     assert {name: recalls[name] for name in known} == known and len(known) == 2
+    capsys.readouterr()
+    assert run(*model[2:], "--folder", photos, "-o", output) == 2
+    assert "holds a test_vim, and the model is 'vim_nano_patch8_64': add --model test_vim" in error(capsys)
 
 
 def test_mirrored_images_count_alike(images, photos, tmp_path):
@@ -261,6 +264,7 @@ def test_folders_that_cannot_be_scored(classes, expected, images, tmp_path, caps
     [
         (["--split", "train"], "--split 'train': expected test or val"),
         (["-o", "scores.txt"], "expected a name ending in .csv or .html or .json"),
+        (["--folder", "x", "--split", "val"], "--split 'val': all images of the folder are scored"),
         (["--mistakes", "mistakes.json"], "expected a name ending in .csv"),
         (["--adapter", "{run}", "--flip"], "flip = True is not a field of evaluations of task 'arc_easy'"),
         (["--adapter", "{run}", "--config", "x.yaml"], "an adapter has a recipe of its own"),

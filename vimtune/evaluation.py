@@ -30,7 +30,7 @@ def run_evaluate(
     config: str | None,
     variant: str | None,
     adapter: Path | None,
-    split: str,
+    split: str | None,
     options: Mapping[str, Any],
     outputs: Sequence[Path],
     mistakes: Path | None,
@@ -41,7 +41,7 @@ def run_evaluate(
         values: keys of the recipe, as flags give them.
         config, variant: the recipe that they change; not with an adapter, which has its own.
         adapter: an adapter file or a run folder.
-        split: one of `SPLITS`.
+        split: one of `SPLITS`; None for the first of them.
         options: values of the task's `evaluate_options`, as flags give them.
         outputs: .csv, .html or .json files.
         mistakes: a .csv file for the wrong answers.
@@ -50,7 +50,8 @@ def run_evaluate(
         ValueError: the recipe, the data, the model or the adapter do not allow it, or a file cannot be
             written.
     """
-    check_split(split)
+    if split is not None:
+        check_split(split)
     file = None if adapter is None else adapter_path(adapter)
     sources = [] if file is None else [file]
     for output in outputs:
@@ -63,12 +64,14 @@ def run_evaluate(
     recipe = load_recipe(config, {**stored, **values}, variant)
     task = recipe.task
     chosen = task.evaluate_options.build(options, f"evaluations of task {quote(task.name)}")
+    if split is not None:
+        chosen.check_split(split)
     given = {name: getattr(chosen, name) for name in options}
     with (
         open_processes(recipe.run.device) as processes,
         process_settings(recipe.run, processes.device),
     ):
-        trial = task.open_trial(recipe, processes, split, file, chosen, recipe.run.force)
+        trial = task.open_trial(recipe, processes, split or SPLITS[0], file, chosen, recipe.run.force)
         try:
             found, held_out = _score(trial, recipe, processes)
         finally:

@@ -57,7 +57,7 @@ def test_numbers_are_those_of_the_metrics(details: ClassDetails) -> None:
 def test_the_page_shows_the_mistakes(details: ClassDetails) -> None:
     page = Page("c", "t", details.rows(), details.sections()).to_html()
     assert page.count("data:image/jpeg") == 2 and 'title="4.jpg"' in page and "Beware." in page
-    assert "temperature</td><td>2.000, by hand" in page and "1 classes have no images" in page
+    assert "temperature</td><td>2.000, by hand" in page and "Of 4 classes 1 have no images." in page
 
 
 def test_answers_that_are_all_right_are_a_page_too(details: ClassDetails) -> None:

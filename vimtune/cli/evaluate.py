@@ -75,7 +75,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         config=own["config"],
         variant=own["variant"],
         adapter=own["adapter"],
-        split=own["split"] or "test",
+        split=own["split"],
         options={name: value for name, value in given.items() if name in how},
         outputs=own["output"] or [],
         mistakes=own["mistakes"],

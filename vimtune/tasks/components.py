@@ -73,6 +73,13 @@ class EvaluateOptions(Options):
 
     calibrate: bool = option(True, "fit a temperature to the validation split, where there is one")
 
+    def check_split(self, split: str) -> None:
+        """Look at a split that a user has named.
+
+        Raises:
+            ValueError: these options say already what is scored.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(Options):

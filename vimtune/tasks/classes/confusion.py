@@ -23,8 +23,8 @@ MAX_COUNTED_CLASSES = 20
 """Of more classes than this, the numbers in the cells of a confusion matrix cannot be read."""
 MAX_NAME = 28
 """Characters of a class name that are shown."""
-CONFUSION_PICTURE = "confusion_matrix.png"
-"""Name of the picture in a run folder."""
+CONFUSION_PICTURE, CONFUSION_TABLE = "confusion_matrix.png", "confusion_matrix.csv"
+"""Names of the picture and of the table in a run folder."""
 
 
 def confusion_files(
@@ -38,7 +38,7 @@ def confusion_files(
         title: stands above the picture.
     """
     return {
-        "confusion_matrix.csv": lambda path: write_confusion_table(confusion, classes, path),
+        CONFUSION_TABLE: lambda path: write_confusion_table(confusion, classes, path),
         CONFUSION_PICTURE: lambda path: pictures.save_picture(
             draw_confusion_matrix(confusion, classes, title), path
         ),
@@ -66,16 +66,19 @@ def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path)
         atomic_write(path, write)
 
 
-def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str) -> Figure:
+def draw_confusion_matrix(
+    confusion: Tensor, classes: Sequence[str], title: str, numbered_in: str = CONFUSION_TABLE
+) -> Figure:
     """Share of each true class (row) that was given each answer (column).
 
     Few classes have their counts of examples in the cells. Where names cannot be read or drawn, numbers in
-    the order of the data set stand for them, as in confusion_matrix.csv.
+    the order of the data set stand for them.
 
     Args:
         confusion: counts of examples, (C, C).
         classes: C names.
         title: stands above it.
+        numbered_in: where a reader finds what the numbers mean.
     """
     with picture_style():
         number = len(classes)
@@ -88,7 +91,7 @@ def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], title: str)
         figure = Figure(figsize=(side + 1.6, side + 0.8), layout="constrained")
         axes = figure.add_subplot()
         picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-        hint = " (numbers: see confusion_matrix.csv)" if numbered else ""
+        hint = f" (numbers: see {numbered_in})" if numbered else ""
         axes.set(xlabel=f"predicted class{hint}", ylabel=f"true class{hint}")
         if named:
             axes.set_xticks(range(number), names, rotation=90, fontsize=8)

@@ -247,8 +247,9 @@ class ClassDetails(Details):
         load, key = self.examples.load, self.examples.key
         photos, rows = [], []
         for row, index in worst:
-            said = f"{shorten(row['predicted'], MAX_NAME)} {100 * row['probability']:.0f} %"
-            true = f"{shorten(row['true'], MAX_NAME)} {100 * row['true_probability']:.2g} %"
+            said = f"{shorten(row['predicted'], MAX_NAME)} {100 * row['probability']:.0f}\N{NO-BREAK SPACE}%"
+            share = 100 * row["true_probability"]
+            true = f"{shorten(row['true'], MAX_NAME)} {share:.1f}\N{NO-BREAK SPACE}%"
             if load is not None:
                 photos.append(Photo(partial(load, index), [said, f"is {true}"], row[key]))
             else:
@@ -273,7 +274,7 @@ class ClassDetails(Details):
         confusion, plural = self.answers.confusion, self.examples.plural
         title = confusion_title(confusion, self.split, plural)
         if drawn is None:
-            figure: Any = draw_confusion_matrix(confusion, self.classes, title)
+            figure: Any = draw_confusion_matrix(confusion, self.classes, title, "class by class")
         else:
             figure = drawn / CONFUSION_PICTURE
         first = next(iter(self.confused), None)
@@ -304,35 +305,32 @@ class ClassDetails(Details):
         )
 
     def _class_section(self) -> Section:
-        rows = sorted(
-            zip(self.classes, self.by_class, strict=True),
-            key=lambda row: (row[1].f1 is None, row[1].f1 or 0.0),
-        )
-        empty = sum(own.examples == 0 for own in self.by_class)
-        weakest = [
-            f"{shorten(name, MAX_NAME)} ({own.f1:.1f} %)" for name, own in rows[:3] if own.f1 is not None
-        ]
+        numbered = enumerate(zip(self.classes, self.by_class, strict=True))
+        rows = sorted(numbered, key=lambda row: (row[1][1].f1 is None, row[1][1].f1 or 0.0))
+        empty, plural = sum(own.examples == 0 for own in self.by_class), self.examples.plural
+        weakest = [f"{shorten(name, MAX_NAME)} ({_percent(own.f1)})" for _, (name, own) in rows[:3]]
         return Section(
             title="Class by class",
-            explanation=f"Precision is the share that is right of the {self.examples.plural} that were taken "
+            explanation=f"Precision is the share that is right of the {plural} that were taken "
             "for a class, recall the share that is right of those that are of it.",
             findings=[
                 f"The lowest F1 have {', '.join(weakest)}.",
-                *([f"{empty} classes have no {self.examples.plural}."] if empty else []),
+                *([f"Of {len(rows):,} classes {empty:,} have no {plural}."] if empty else []),
             ],
             numbers={},
             tables=[
                 Table(
                     "The weakest class first",
-                    ["class", self.examples.plural, "answers", "precision", "recall", "F1"],
+                    ["class", "number", plural, "answers", "precision", "recall", "F1"],
                     [
                         [
                             shorten(name, MAX_NAME),
+                            str(number),
                             f"{own.examples:,}",
                             f"{own.answers:,}",
                             *map(_percent, (own.precision, own.recall, own.f1)),
                         ]
-                        for name, own in rows
+                        for number, (name, own) in rows
                     ],
                 )
             ],

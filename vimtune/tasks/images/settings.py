@@ -161,6 +161,15 @@ class ImageEvaluateOptions(EvaluateOptions):
     )
     flip: bool = option(False, "average the probabilities of each image and its mirror image")
 
+    def check_split(self, split: str) -> None:
+        """Look at a split that a user has named.
+
+        Raises:
+            ValueError: a folder is scored, which has none.
+        """
+        if self.folder is not None:
+            raise ValueError(f"--split {quote(split)}: all images of the folder are scored; leave it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePredictOptions(PredictOptions):

@@ -16,7 +16,8 @@ from vimtune.adapters import read_adapter_info
 from vimtune.data import DatasetError, ImageDataset, build_transform, model_preprocessing
 from vimtune.data.labelled_folder import LabelledFolder
 from vimtune.data.matching import Matched, match_classes
-from vimtune.merged import is_merged_file, read_merged
+from vimtune.merged import MergedFileError, is_merged_file, read_merged
+from vimtune.models import MODELS
 from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
 from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Temperature, temperature_of
@@ -26,6 +27,7 @@ from vimtune.tasks.images.predictor import build_base
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
 from vimtune.tasks.job import Evaluation, Scoring, Trial
+from vimtune.text import quote
 from vimtune.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -135,7 +137,12 @@ def _open_model(
         load_trained(model, adapter, force)
     elif checkpoint is not None and is_merged_file(checkpoint):
         model, merged = read_merged(checkpoint)
-        named = merged.classes
+        named, known = merged.classes, MODELS.get(backbone.model)
+        if known.architecture != merged.model:
+            raise MergedFileError(
+                f"{quote(str(checkpoint))} holds a {merged.model}, and the model is {quote(backbone.model)}: "
+                f"add --model {merged.model}"
+            )
     else:
         model, named = create_backbone(recipe, len(dataset.classes)), []
     if not named and model.num_classes != len(dataset.classes):
