@@ -183,8 +183,14 @@ def test_a_temperature_for_the_validation_split_says_so(images, tmp_path):
 
 def test_a_folder_is_scored_by_the_names_of_its_classes(images, photos, tmp_path, caplog):
     folder, report = images
+    (next(photos.glob("coral*")) / "bad.png").write_bytes(b"no image")
     output, wrong = tmp_path / "scores.json", tmp_path / "mistakes.csv"
-    assert run("--adapter", folder, "--folder", photos, "-o", output, "--mistakes", wrong) == 0
+    assert (
+        run(
+            "--adapter", folder, "--folder", photos, "--on-corrupt", "skip", "-o", output, "--mistakes", wrong
+        )
+        == 0
+    )
     found = json.loads(output.read_text())
     first, *others = report.per_class
     assert found["split"] == "folder" and found["count"] == 4
@@ -193,8 +199,9 @@ def test_a_folder_is_scored_by_the_names_of_its_classes(images, photos, tmp_path
     assert found["notes"] == [
         "Left out: 2 images of classes that the model does not know ('unknown').",
         f"The data have no class '{first}', which the model knows.",
+        "Left out because they cannot be decoded: 1 of 5 images.",
     ]
-    assert all(note in caplog.text for note in found["notes"])
+    assert all(note in caplog.text for note in found["notes"][:2])
     assert found["temperature_origin"].startswith("fitted to the 6 images of 'val'")
     for row in csv.DictReader(wrong.open(newline="")):
         assert Path(row["path"]).parent.name == row["true"]

@@ -65,13 +65,16 @@ class ImageTrial(Trial):
         if held_out is not None:
             assert isinstance(held_out, ImageEvaluation)
             temperature = temperature_of(held_out.answers, HELD_OUT, "images", self.loader.split)
+        whole, notes = len(self.dataset), list(self.notes)
+        if unread := whole - evaluation.count:
+            notes.append(f"Left out because they cannot be decoded: {unread:,} of {whole:,} images.")
         return ClassDetails(
             evaluation.answers,
             self.dataset.classes,
             self.loader.split,
             image_examples(self.dataset),
             temperature,
-            self.notes,
+            notes,
         )
 
 
