@@ -118,6 +118,7 @@ def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
     assert ("classes" in found) == (task != "piqa")
     if task != "piqa":
         assert "fitted to the" in found["temperature_origin"] and found["macro_f1"] is not None
+        assert "The confusion matrix." in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")

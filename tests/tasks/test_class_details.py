@@ -12,7 +12,7 @@ from PIL import Image
 
 from vimtune.metrics.calibration import HIGHEST
 from vimtune.pages.page import Page
-from vimtune.tasks.classes import details as module
+from vimtune.tasks.classes import page as module
 from vimtune.tasks.classes.answers import answers_of
 from vimtune.tasks.classes.details import ClassDetails, Examples, Temperature, temperature_of
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import outcome_of, report_of
 
 from vimtune.console import build_console
-from vimtune.tasks.classes import confusion, details
+from vimtune.tasks.classes import confusion, page
 from vimtune.tasks.classes.confusion import confusion_files, write_confusion_table
 from vimtune.tasks.classes.details import ClassDetails, Examples, Temperature
 from vimtune.tasks.job import Outcome
@@ -75,7 +75,7 @@ def test_everything_is_written(tmp_path, capsys):
     [
         ((confusion, "draw_confusion_matrix"), "confusion_matrix.png"),
         ((pictures, "draw_learning_curve"), "learning_curve.png"),
-        ((details, "draw_reliability"), "report.html"),
+        ((page, "draw_reliability"), "report.html"),
         ((confusion, "write_confusion_table"), "confusion_matrix.csv"),
         ((Tracker, "record_result"), "final scores in TensorBoard"),
     ],

@@ -5,5 +5,6 @@
 | `answers.py` | what a classifier has said of every example, and what follows from it |
 | `confusion.py` | the confusion matrix as a table and as a picture |
 | `reliability.py` | the picture of the calibration |
-| `details.py` | what an evaluation says in files and on a page: classes, confusions, calibration, mistakes |
+| `details.py` | what an evaluation says: classes, confusions, calibration, mistakes |
+| `page.py` | the same as a page |
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,8 @@ from vimtune.metrics.calibration import (
     reliability,
 )
 from vimtune.metrics.classes import ClassScores, Confusion, macro_f1, most_confused, score_classes
-from vimtune.pages.section import Photo, Picture, Section, Table
+from vimtune.pages.section import Section
 from vimtune.tasks.classes.answers import ClassAnswers
-from vimtune.tasks.classes.confusion import CONFUSION_PICTURE, confusion_title, draw_confusion_matrix
-from vimtune.tasks.classes.reliability import draw_reliability
 from vimtune.tasks.details import Details
 from vimtune.text import shorten
 
@@ -36,16 +34,14 @@ if TYPE_CHECKING:
 
 HELD_OUT = "val"
 """The split to which temperatures are fitted: it is neither trained on nor the one whose scores are told."""
+CONTINUED = "the run was continued after its best epoch (vimtune evaluate fits one)"
+"""Why a run has no temperature, although it has kept such a split apart."""
 CONFUSED = 20
 """Pairs of classes that files and pages list."""
 SHOWN_CONFUSED = 3
 """Pairs that the final table shows."""
-WORST = 24
-"""Mistakes that a page shows."""
 MAX_NAME = 40
 """Characters of a class name in tables."""
-MAX_TEXT = 200
-"""Characters of a text in the table of mistakes."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ class ClassDetails(Details):
         yield "temperature", f"{'none' if value is None else f'{value:.3f}'}, {self.temperature.origin}"
         title = "most confused"
         for pair in self.confused[:SHOWN_CONFUSED]:
-            true, answer = self._name(pair.true), self._name(pair.answer)
+            true, answer = self.short_name(pair.true), self.short_name(pair.answer)
             yield title, f"{true} taken for {answer}: {pair.count} of {pair.of}"
             title = ""
 
@@ -200,9 +196,10 @@ class ClassDetails(Details):
     def mistakes(self) -> list[dict[str, Any]]:
         """Every wrong answer: which example, its class, the answer, the probabilities of both, the loss, and
         the place of its class among the answers (2 is the second one)."""
-        return [self._mistake(place) for place in self.wrong]
+        return [self.mistake(place) for place in self.wrong]
 
-    def _mistake(self, place: int) -> dict[str, Any]:
+    def mistake(self, place: int) -> dict[str, Any]:
+        """One of `mistakes`, by its place among the answers."""
         loss = float(self.answers.losses[place])
         return {
             self.examples.key: self.examples.name(int(self.answers.indices[place])),
@@ -216,156 +213,12 @@ class ClassDetails(Details):
 
     def sections(self, drawn: Path | None = None) -> list[Section]:
         """Scores, classes, confusions, calibration, mistakes."""
-        return [
-            self._score_section(),
-            self._mistake_section(),
-            self._confusion_section(drawn),
-            self._class_section(),
-            self._calibration_section(),
-        ]
+        from vimtune.tasks.classes.page import (
+            class_sections,  # This comes late: drawing takes long to import.
+        )
 
-    def _name(self, number: int) -> str:
+        return class_sections(self, drawn)
+
+    def short_name(self, number: int) -> str:
+        """Name of a class for tables."""
         return shorten(self.classes[number], MAX_NAME)
-
-    def _score_section(self) -> Section:
-        count, right = len(self.answers), int(self.answers.right.sum())
-        share = 100.0 * right / max(1, count)
-        f1 = macro_f1(self.by_class)
-        of = "" if f1 is None else f" Macro F1 is {f1:.2f} %."
-        plural = self.examples.plural
-        return Section(
-            title="Scores",
-            explanation="Top-1 is the share of right answers. F1 of a class is the harmonic mean of its "
-            "precision and its recall, and macro F1 the mean over the classes, in which a small class counts "
-            "as much as a large one. Classes that nothing is of and nothing was taken for do not count.",
-            findings=[f"Of {count:,} {plural} {right:,} are right: top-1 is {share:.2f} %.{of}", *self.notes],
-            numbers={},
-        )
-
-    def _mistake_section(self) -> Section:
-        worst = [(self._mistake(place), int(self.answers.indices[place])) for place in self.wrong[:WORST]]
-        load, key = self.examples.load, self.examples.key
-        photos, rows = [], []
-        for row, index in worst:
-            said = f"{shorten(row['predicted'], MAX_NAME)} {100 * row['probability']:.0f}\N{NO-BREAK SPACE}%"
-            share = 100 * row["true_probability"]
-            true = f"{shorten(row['true'], MAX_NAME)} {share:.1f}\N{NO-BREAK SPACE}%"
-            if load is not None:
-                photos.append(Photo(partial(load, index), [said, f"is {true}"], row[key]))
-            else:
-                rows.append([shorten(row[key], MAX_TEXT), said, true])
-        count, plural = len(self.wrong), self.examples.plural
-        table = Table("The worst mistakes", ["text", "answer", "is"], rows)
-        return Section(
-            title="The worst mistakes",
-            explanation="Wrong answers, those first in which the true class has the lowest probability. "
-            "Below each stand the answer with its probability, and the true class with the probability that "
-            "the model gave it. Such a list shows wrong labels, too.",
-            findings=[
-                f"{count:,} of {len(self.answers):,} {plural} have a wrong answer"
-                + (f"; {len(worst)} of them are shown." if len(worst) < count else ".")
-            ],
-            numbers={},
-            photos=photos,
-            tables=[table] if rows else [],
-        )
-
-    def _confusion_section(self, drawn: Path | None) -> Section:
-        confusion, plural = self.answers.confusion, self.examples.plural
-        title = confusion_title(confusion, self.split, plural)
-        if drawn is None:
-            figure: Any = draw_confusion_matrix(confusion, self.classes, title, "class by class")
-        else:
-            figure = drawn / CONFUSION_PICTURE
-        first = next(iter(self.confused), None)
-        return Section(
-            title="What is taken for what",
-            explanation=f"Rows are true classes, columns are answers; a cell has the share of the {plural} "
-            "of its row. All that is right lies on the diagonal.",
-            findings=["Nothing is taken for anything else."]
-            if first is None
-            else [
-                f"Most often {self._name(first.true)} is taken for {self._name(first.answer)}: {first.count} "
-                f"of {first.of} times."
-            ],
-            numbers={},
-            pictures=[Picture("The confusion matrix.", figure)],
-            tables=[
-                Table(
-                    f"The most confused pairs, at most {CONFUSED}",
-                    ["true class", "answer", plural, "of"],
-                    [
-                        [self._name(pair.true), self._name(pair.answer), f"{pair.count:,}", f"{pair.of:,}"]
-                        for pair in self.confused
-                    ],
-                )
-            ]
-            if self.confused
-            else [],
-        )
-
-    def _class_section(self) -> Section:
-        numbered = enumerate(zip(self.classes, self.by_class, strict=True))
-        rows = sorted(numbered, key=lambda row: (row[1][1].f1 is None, row[1][1].f1 or 0.0))
-        empty, plural = sum(own.examples == 0 for own in self.by_class), self.examples.plural
-        weakest = [f"{shorten(name, MAX_NAME)} ({_percent(own.f1)})" for _, (name, own) in rows[:3]]
-        return Section(
-            title="Class by class",
-            explanation=f"Precision is the share that is right of the {plural} that were taken "
-            "for a class, recall the share that is right of those that are of it.",
-            findings=[
-                f"The lowest F1 have {', '.join(weakest)}.",
-                *([f"Of {len(rows):,} classes {empty:,} have no {plural}."] if empty else []),
-            ],
-            numbers={},
-            tables=[
-                Table(
-                    "The weakest class first",
-                    ["class", "number", plural, "answers", "precision", "recall", "F1"],
-                    [
-                        [
-                            shorten(name, MAX_NAME),
-                            str(number),
-                            f"{own.examples:,}",
-                            f"{own.answers:,}",
-                            *map(_percent, (own.precision, own.recall, own.f1)),
-                        ]
-                        for number, (name, own) in rows
-                    ],
-                )
-            ],
-        )
-
-    def _calibration_section(self) -> Section:
-        lines = {"as it is": self.bins}
-        value, error = self.temperature.value, calibration_error(self.bins)
-        found = [f"The expected calibration error (ECE) is {error:.2f} %."]
-        if self.calibrated_bins is None or value is None:
-            found.append(f"There is no temperature: {self.temperature.origin}.")
-        else:
-            lines["with the temperature"] = self.calibrated_bins
-            better = calibration_error(self.calibrated_bins)
-            found.append(
-                f"The temperature is {value:.3f}, {self.temperature.origin}. With it the error is "
-                f"{better:.2f} %: the model is {'too sure' if value > 1 else 'not sure enough'} as it is."
-            )
-        return Section(
-            title="Calibration",
-            explanation="A model is calibrated if, of the answers that it gives with probability 80 %, 80 % "
-            f"are right. Answers are put into {len(self.bins)} intervals of probability; the ECE is the mean "
-            "distance of probability and share of right answers there, weighted by the answers (Guo et al. "
-            "2017). To divide the logits by the temperature before the softmax changes no answer.",
-            findings=found,
-            numbers={},
-            pictures=[
-                Picture(
-                    "Share of right answers by their probability. Below the dotted line the model is too "
-                    "sure. The bars count the answers.",
-                    draw_reliability(lines),
-                )
-            ],
-        )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} %"

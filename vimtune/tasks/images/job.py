@@ -32,10 +32,10 @@ from vimtune.models.registry import MODELS
 from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.recipe import Recipe
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
-from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Temperature, temperature_of
+from vimtune.tasks.classes.details import CONTINUED, HELD_OUT, ClassDetails
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
-from vimtune.tasks.images.details import image_examples
+from vimtune.tasks.images.details import image_details
 from vimtune.tasks.images.distillation import TEACHER, Distillation, load_teacher
 from vimtune.tasks.images.examples import choose_examples
 from vimtune.tasks.images.features import FeatureBatches, ImagesOrFeatures, repeats_its_features
@@ -104,18 +104,11 @@ class ImageJob(Job):
 
     def details(self, outcome: Outcome) -> ClassDetails:
         """Classes, confusions, calibration and mistakes."""
-        found, held_out = outcome.evaluation, outcome.selection
-        assert isinstance(found, ImageEvaluation) and isinstance(self.final, ImageBatches | FeatureBatches)
-        temperature = Temperature(
-            None, "the run was continued after its best epoch (vimtune evaluate fits one)"
-        )
+        assert isinstance(self.final, ImageBatches | FeatureBatches)
+        held_out, why = outcome.selection, CONTINUED
         if self.selection.split != HELD_OUT:
-            temperature = Temperature(None, f"the run has kept no split {HELD_OUT!r} apart")
-        elif held_out is not None:
-            assert isinstance(held_out, ImageEvaluation)
-            temperature = temperature_of(held_out.answers, HELD_OUT, "images", self.final.split)
-        examples = image_examples(self.final.dataset)
-        return ClassDetails(found.answers, self.classes, self.final.split, examples, temperature)
+            held_out, why = None, f"the run has kept no split {HELD_OUT!r} apart"
+        return image_details(self.final.dataset, outcome.evaluation, held_out, why)
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture, and images with right and wrong answers."""

@@ -20,11 +20,11 @@ from vimtune.merged import MergedFileError, is_merged_file, read_merged
 from vimtune.models import MODELS
 from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
-from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Temperature, temperature_of
-from vimtune.tasks.images.details import image_examples
+from vimtune.tasks.classes.details import HELD_OUT, ClassDetails
+from vimtune.tasks.images.details import image_details
 from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import build_base
-from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
+from vimtune.tasks.images.scoring import ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
 from vimtune.tasks.job import Evaluation, Scoring, Trial
 from vimtune.text import quote
@@ -60,22 +60,7 @@ class ImageTrial(Trial):
 
     def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> ClassDetails:
         """Classes, confusions, calibration and mistakes."""
-        assert isinstance(evaluation, ImageEvaluation)
-        temperature = Temperature(None, self.no_temperature)
-        if held_out is not None:
-            assert isinstance(held_out, ImageEvaluation)
-            temperature = temperature_of(held_out.answers, HELD_OUT, "images", self.loader.split)
-        whole, notes = len(self.dataset), list(self.notes)
-        if unread := whole - evaluation.count:
-            notes.append(f"Left out because they cannot be decoded: {unread:,} of {whole:,} images.")
-        return ClassDetails(
-            evaluation.answers,
-            self.dataset.classes,
-            self.loader.split,
-            image_examples(self.dataset),
-            temperature,
-            notes,
-        )
+        return image_details(self.dataset, evaluation, held_out, self.no_temperature, self.notes)
 
 
 def open_trial(

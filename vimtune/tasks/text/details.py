@@ -13,7 +13,8 @@ import torch
 from vimtune.data.text import TextSplit
 from vimtune.pages.section import Section, Table
 from vimtune.tasks.classes.answers import ClassAnswers, answers_of
-from vimtune.tasks.classes.details import MAX_TEXT, WORST, ClassDetails, Examples, Temperature, temperature_of
+from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Examples, Temperature, temperature_of
+from vimtune.tasks.classes.page import MAX_TEXT, WORST
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation
 from vimtune.tasks.text.scoring import Judged, TextEvaluation
@@ -35,16 +36,17 @@ def text_details(
     if split.classes:
         temperature = Temperature(None, no_temperature)
         if held_out is not None:
-            temperature = temperature_of(_answers(held_out), "val", "texts", split.name)
+            temperature = temperature_of(class_answers(held_out), HELD_OUT, "texts", split.name)
         examples = Examples("text", "texts", lambda index: split.examples[index].contexts[0])
-        return ClassDetails(_answers(evaluation), split.classes, split.name, examples, temperature)
+        return ClassDetails(class_answers(evaluation), split.classes, split.name, examples, temperature)
     if any(len(example.choices) < 2 for example in split.examples):
         return Details()
     return ChoiceDetails(split, evaluation.judged)
 
 
-def _answers(evaluation: Evaluation) -> ClassAnswers:
-    """Answers whose logits are the log-likelihoods of the choices, or what a classification head says."""
+def class_answers(evaluation: Evaluation) -> ClassAnswers:
+    """The answers to texts that have the same classes. What a head says of them, or their log-likelihoods,
+    are the logits."""
     assert isinstance(evaluation, TextEvaluation)
     logits = torch.tensor([judged.log_likelihoods for judged in evaluation.judged])
     return answers_of(logits, torch.tensor([judged.answer for judged in evaluation.judged]))
