@@ -265,7 +265,7 @@ class Scoring(NamedTuple):
     """An empty one."""
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Trial:
     """A task's model on a split whose scores are asked for, without any training."""
 

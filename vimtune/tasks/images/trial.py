@@ -49,7 +49,7 @@ class WithFlips(nn.Module):
         return torch.logaddexp(*found) - torch.log(torch.tensor(2.0, device=images.device))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ImageTrial(Trial):
     """An image classifier on images."""
 
