@@ -5,13 +5,20 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from quick_runs import NO_PICTURES
+from torch import nn
 
 from vimtune import cli
+from vimtune.data import create_dataset
 from vimtune.merging import merge_to_file
 from vimtune.recipe import Recipe
-from vimtune.tasks import Task
+from vimtune.tasks import EvaluateOptions, Task
+from vimtune.tasks.images.trial import WithFlips
 from vimtune.training import train
 from vimtune.training.distributed import Processes
 
@@ -80,6 +87,16 @@ def test_a_file_that_is_passed_on_needs_its_data_named(texts, tmp_path, capsys):
     assert json.loads(output.read_text())["loss"] == pytest.approx(report.loss)
 
 
+def test_texts_have_mistakes_too(texts, tmp_path):
+    folder, report = texts
+    wrong, page = tmp_path / "mistakes.csv", tmp_path / "page.html"
+    assert run("--adapter", folder / "run", "--mistakes", wrong, "-o", page) == 0
+    rows = list(csv.DictReader(wrong.open(newline="")))
+    assert len(rows) == round(2 * (1 - report.scores["acc"] / 100))
+    assert all(row["true"] != row["predicted"] and float(row["margin"]) >= 0 for row in rows)
+    assert "The worst mistakes" in page.read_text()
+
+
 def test_without_an_adapter_the_model_itself_is_scored(texts, tmp_path):
     folder, report = texts
     output = tmp_path / "scores.json"
@@ -98,22 +115,148 @@ def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
     assert run("--adapter", tmp_path / "run", "-o", output) == 0
     found = json.loads(output.read_text())
     assert found["acc"] == report.scores["acc"] and found["loss"] == pytest.approx(report.loss)
+    # Texts that have the same classes are scored like images, others have their mistakes alone.
+    assert ("classes" in found) == (task != "piqa")
+    if task != "piqa":
+        assert "fitted to the" in found["temperature_origin"] and found["macro_f1"] is not None
+        assert "The confusion matrix." in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_images_are_scored_with_and_without_an_adapter(tmp_path, capsys):
-    report = train(Recipe(**IMAGES, output_dir=str(tmp_path / "run")))
-    output = tmp_path / "scores.json"
-    assert run("--adapter", tmp_path / "run", "-o", output) == 0
-    found = json.loads(output.read_text())
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """The folder and the report of a run on images."""
+    folder = tmp_path_factory.mktemp("images") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in NO_PICTURES.items():
+            patch.setattr(name, function)
+        return folder, train(Recipe(**IMAGES, output_dir=str(folder)))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """The test images of that run in folders of their classes, one of which the run does not know."""
+    dataset = create_dataset("synthetic_flowers", "test", img_size=(32, 32), **IMAGES["dataset_kwargs"])
+    for index in range(len(dataset)):
+        name = dataset.classes[dataset.label(index)] if dataset.label(index) else "unknown"
+        path = tmp_path / "photos" / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dataset.load(index).save(path)
+    return tmp_path / "photos"
+
+
+def test_everything_about_images_is_written(images, tmp_path, no_pictures, capsys):
+    folder, report = images
+    outputs = [tmp_path / f"scores{suffix}" for suffix in (".json", ".html", ".csv")]
+    wrong = tmp_path / "mistakes.csv"
+    flags = [flag for output in outputs for flag in ("-o", output)]
+    assert run("--adapter", folder, *flags, "--mistakes", wrong) == 0
+    found = json.loads(outputs[0].read_text())
     assert found["top1"] == report.top1 and found["count"] == report.num_images
     assert found["loss"] == pytest.approx(report.loss)
+    assert (found["macro_f1"], found["ece"]) == (report.macro_f1, pytest.approx(report.ece))
+    assert [own["class"] for own in found["classes"]] == list(report.per_class)
+    assert [own["recall"] for own in found["classes"]] == list(report.per_class.values())
+    assert found["temperature"] > 0
+    assert found["temperature_origin"].startswith("fitted to the 6 images of 'val'")
+    assert found["calibrated_loss"] is not None
+    (row,) = csv.DictReader(outputs[2].open(newline=""))
+    assert float(row["macro_f1"]) == pytest.approx(report.macro_f1)
+    mistakes = list(csv.DictReader(wrong.open(newline="")))
+    assert len(mistakes) == round(report.num_images * (1 - report.top1 / 100)) > 0
+    losses = [float(each["loss"]) for each in mistakes]
+    assert losses == sorted(losses, reverse=True) and all(x["true"] != x["predicted"] for x in mistakes)
+    page = outputs[1].read_text()
+    assert page.startswith("<!DOCTYPE html>") and page.count("data:image/jpeg") == len(mistakes)
+    own = (folder / "report.html").read_text()
+    assert own.count("data:image/jpeg") == len(mistakes) and f"{found['temperature']:.3f}, fitted" in own
+    assert "macro F1 (test)" in capsys.readouterr().out
+
+
+def test_a_temperature_for_the_validation_split_says_so(images, tmp_path):
+    output = tmp_path / "scores.json"
+    assert run("--adapter", images[0], "--split", "val", "-o", output) == 0
+    assert "which are the ones that are scored here" in json.loads(output.read_text())["temperature_origin"]
+    assert run("--adapter", images[0], "--no-calibrate", "-o", output) == 0
+    found = json.loads(output.read_text())
+    assert found["temperature"] is None and found["temperature_origin"] == "none was asked for"
+    assert run("--adapter", images[0], "--train-split", "train+val", "-o", output) == 0
+    assert "were trained on" in json.loads(output.read_text())["temperature_origin"]
+
+
+def test_a_folder_is_scored_by_the_names_of_its_classes(images, photos, tmp_path, caplog):
+    folder, report = images
+    (next(photos.glob("coral*")) / "bad.png").write_bytes(b"no image")
+    output, wrong = tmp_path / "scores.json", tmp_path / "mistakes.csv"
+    assert (
+        run(
+            "--adapter", folder, "--folder", photos, "--on-corrupt", "skip", "-o", output, "--mistakes", wrong
+        )
+        == 0
+    )
+    found = json.loads(output.read_text())
+    first, *others = report.per_class
+    assert found["split"] == "folder" and found["count"] == 4
+    recalls = {own["class"]: own["recall"] for own in found["classes"]}
+    assert recalls == {first: None, **{name: report.per_class[name] for name in others}}
+    assert found["notes"] == [
+        "Left out: 2 images of classes that the model does not know ('unknown').",
+        f"The data have no class '{first}', which the model knows.",
+        "Left out because they cannot be decoded: 1 of 5 images.",
+    ]
+    assert all(note in caplog.text for note in found["notes"][:2])
+    assert found["temperature_origin"].startswith("fitted to the 6 images of 'val'")
+    for row in csv.DictReader(wrong.open(newline="")):
+        assert Path(row["path"]).parent.name == row["true"]
+
+
+def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path, capsys):
+    """In whatever order: they are matched by name."""
+    merged, output = tmp_path / "merged.safetensors", tmp_path / "scores.json"
+    assert cli.main(["merge", str(images[0]), "-o", str(merged)]) == 0
+    model = ("--model", "test_vim", "--checkpoint", merged)
+    assert run(*model, "--folder", photos, "--device", "cpu", "-o", output) == 0
+    found = json.loads(output.read_text())
+    recalls = {own["class"]: own["recall"] for own in found["classes"]}
+    known = {name: value for name, value in images[1].per_class.items() if recalls[name] is not None}
+    assert {name: recalls[name] for name in known} == known and len(known) == 2
+    capsys.readouterr()
+    assert run(*model[2:], "--folder", photos, "-o", output) == 2
+    assert "holds a test_vim, and the model is 'vim_nano_patch8_64': add --model test_vim" in error(capsys)
+
+
+def test_mirrored_images_count_alike(images, photos, tmp_path):
+    output = tmp_path / "scores.json"
+    assert run("--adapter", images[0], "--folder", photos, "--flip", "-o", output) == 0
+    found = json.loads(output.read_text())
+    assert found["flip"] is True and found["folder"] == str(photos)
+
+    class Rows(nn.Module):
+        """Takes the first row of an image for its logits."""
+
+        def forward(self, images):
+            return images[:, 0, 0]
+
+    inputs = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    outputs = WithFlips(Rows())(inputs)
+    both = (inputs[:, 0, 0].softmax(1) + inputs[:, 0, 0].flip(1).softmax(1)) / 2
+    assert torch.allclose(outputs.softmax(1), both, atol=1e-6)
+    assert torch.allclose(outputs, WithFlips(Rows())(inputs.flip(-1)))
+
+
+def test_images_are_scored_without_an_adapter(tmp_path):
+    output = tmp_path / "scores.json"
     few = json.dumps(IMAGES["dataset_kwargs"])
     values = ("--dataset-kwargs", few, "--model", "test_vim", "--no-pretrained", "--num-workers", 0)
     assert run(*values, "-o", output) == 0
     assert json.loads(output.read_text())["adapter"] is None
-    # A merged file is taken like the adapter, as predict takes it; it does not say which data were its own.
+
+
+def test_a_merged_file_is_taken_like_the_adapter(images, tmp_path, capsys):
+    """As predict takes it; it does not say which data were its own."""
+    folder, report = images
+    few, output = json.dumps(IMAGES["dataset_kwargs"]), tmp_path / "scores.json"
     merged = tmp_path / "merged.safetensors"
-    merge_to_file(tmp_path / "run", merged, device="cpu", backend="torch")
+    merge_to_file(folder, merged, device="cpu", backend="torch")
     data = ("--dataset", "synthetic_flowers", "--dataset-kwargs", few, "--num-workers", 0)
     assert run("--adapter", merged, *data, "-o", output) == 0
     found = json.loads(output.read_text())
@@ -125,10 +268,30 @@ def test_images_are_scored_with_and_without_an_adapter(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        ([], "has no images"),
+        (["strange", "odd"], "the model knows none of the classes of the images"),
+    ],
+)
+def test_folders_that_cannot_be_scored(classes, expected, images, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for name in classes:
+        (tmp_path / "photos" / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / "1.png")
+    output = tmp_path / "page.html"
+    assert run("--adapter", images[0], "--folder", tmp_path / "photos", "-o", output) == 2
+    assert expected in error(capsys) and not output.exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--split", "train"], "--split 'train': expected test or val"),
-        (["-o", "scores.txt"], "expected a name ending in .csv or .json"),
+        (["-o", "scores.txt"], "expected a name ending in .csv or .html or .json"),
+        (["--folder", "x", "--split", "val"], "--split 'val': all images of the folder are scored"),
+        (["--mistakes", "mistakes.json"], "expected a name ending in .csv"),
+        (["--adapter", "{run}", "--flip"], "flip = True is not a field of evaluations of task 'arc_easy'"),
         (["--adapter", "{run}", "--config", "x.yaml"], "an adapter has a recipe of its own"),
         (["--adapter", "nothing"], "nothing"),
         (["--adapter", "{run}", "-o", "{run}/adapter.json/x.json"], "is not a writable folder"),
@@ -156,6 +319,6 @@ def test_a_task_may_only_train():
             raise NotImplementedError
 
     with pytest.raises(ValueError, match="task 'closed' has no evaluation apart from training"):
-        Closed().open_trial(Recipe(), Processes(), "test", None, force=False)
+        Closed().open_trial(Recipe(), Processes(), "test", None, EvaluateOptions(), force=False)
     with pytest.raises(ValueError, match="task 'closed' has no answers to single inputs"):
         Closed().read_inputs(["x"], [])

@@ -12,7 +12,7 @@ import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -176,8 +176,29 @@ def parse_fields(cls: type, values: Mapping[str, Any]) -> tuple[dict[str, Any], 
     return parsed, problems
 
 
+AnyOptions = TypeVar("AnyOptions", bound="Options")
+"""Any class of options."""
+
+
 class Options:
     """Base of frozen dataclasses whose fields are options. Building one checks its values."""
+
+    @classmethod
+    def build(cls: type[AnyOptions], given: Mapping[str, Any], owner: str) -> AnyOptions:
+        """An instance with the given values, of which all have to be options of this class.
+
+        Args:
+            given: values by name.
+            owner: whose options these are, for messages.
+
+        Raises:
+            ValueError: a value that is wrong, or an option that the class does not have.
+        """
+        known = options_of(cls)
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(not_an_option(name, value, owner, known))
+        return cls(**given)
 
     @classmethod
     def handed_on_problems(cls, values: Mapping[str, Any]) -> list[str]:

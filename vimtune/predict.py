@@ -18,14 +18,14 @@ from typing import Any
 
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.console import build_console, print_line
-from vimtune.fields import not_an_option, options_of
+from vimtune.fields import options_of
 from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, given_base
 from vimtune.output import check_output
 from vimtune.recipe import TASK
 from vimtune.results import FORMATS, Answer, print_answers, write_answers
 from vimtune.schema import Name, check
-from vimtune.tasks import TASKS, PredictOptions, Task
+from vimtune.tasks import TASKS, Task
 from vimtune.tasks.predictor import LeftOut, Predictor
 from vimtune.text import counted, printable, quote
 from vimtune.training.distributed import resolve_device
@@ -130,7 +130,7 @@ def run_predict(
     for output in outputs:
         check_output(output, FORMATS, _files([*inputs, path, base.get("checkpoint")]))
     task, classes = _task_and_classes(path)
-    chosen = _options_of(task, options)
+    chosen = task.predict_options.build(options, f"predictions of task {quote(task.name)}")
     asked = task.read_inputs(inputs, classes)
     predictor = task.open_predictor(path, given_base(**base), resolve_device(device), backend, force)
     nouns = f"{predictor.kind.noun}s"
@@ -164,19 +164,6 @@ def run_predict(
 def _files(names: Sequence[str | Path | None]) -> list[Path]:
     """What among arguments is a file or a folder; others may be texts."""
     return [Path(name) for name in names if name is not None and os.path.exists(name)]
-
-
-def _options_of(task: Task, given: Mapping[str, Any]) -> PredictOptions:
-    """The options of a task for its answers.
-
-    Raises:
-        ValueError: a value that is wrong, or an option that the task does not have.
-    """
-    known = options_of(task.predict_options)
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(not_an_option(name, value, f"predictions of task {quote(task.name)}", known))
-    return task.predict_options(**given)
 
 
 def _write_all(outputs: Sequence[Path], answers: Sequence[Answer], predictor: Predictor) -> None:

@@ -19,7 +19,7 @@ from vimtune.training import train
 def coarse_pictures() -> Iterator[None]:
     """Drawing is most of the time of a report, and nobody looks at these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vimtune.analysis.report.DPI", 10)
+        patch.setattr("vimtune.pages.page.DPI", 10)
         yield
 
 

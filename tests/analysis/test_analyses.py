@@ -20,9 +20,9 @@ from vimtune.analysis.components import movements
 from vimtune.analysis.parameters import GROUPS, OTHERS, effective_parameters, group_of, layer_of
 from vimtune.analysis.registry import ANALYSES, load_analysis, parse_names
 from vimtune.analysis.report import AnalysisReport
-from vimtune.analysis.section import NotApplicable, Section, Table
-from vimtune.analysis.subject import Subject
+from vimtune.analysis.subject import NotApplicable, Subject
 from vimtune.compare.plan import load_plan
+from vimtune.pages.section import Section, Table
 from vimtune.recipe import Recipe
 
 COMPONENTS = Path(__file__).resolve().parents[2] / "benchmarks" / "components.yaml"

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vimtune.tasks.images.scoring import ImageTally, evaluation_of, rank_answers
+from vimtune.tasks.classes.answers import answers_of, rank_answers
+from vimtune.tasks.images.scoring import ImageTally, evaluation_of
 from vimtune.tasks.job import Batch
 from vimtune.training import evaluate
 from vimtune.training.evaluate import _Counting
@@ -29,13 +30,15 @@ class Answers(nn.Module):
 def batches(logits, labels, size):
     for start in range(0, len(logits), size):
         part = logits[start : start + size].reshape(-1, logits.shape[1], 1, 1)
-        yield Batch({"images": part, "labels": labels[start : start + size]}, len(part))
+        places = torch.arange(start, start + len(part))
+        yield Batch({"images": part, "labels": labels[start : start + size], "places": places}, len(part))
 
 
 def score(batches, num_classes, model=None, **options):
     autocast = build_autocast("none", CPU)
     model = Answers() if model is None else model
-    return evaluate(model, batches, ImageTally(num_classes), device=CPU, autocast=autocast, **options)
+    tally = ImageTally(num_classes, 30, complete=False)
+    return evaluate(model, batches, tally, device=CPU, autocast=autocast, **options)
 
 
 @pytest.mark.parametrize("classes", [2, 5, 6, 9])
@@ -65,7 +68,8 @@ def test_scores_equal_their_definitions(classes):
 
 
 def test_class_without_images_has_no_score():
-    assert evaluation_of(torch.tensor([[3, 1], [0, 0]]), 4, 0.0).per_class == [75.0, None]
+    answers = answers_of(torch.eye(2)[[0, 0, 0, 1]], torch.zeros(4, dtype=torch.int64))
+    assert evaluation_of(answers, 0.0).per_class == [75.0, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,7 +93,8 @@ def test_equal_logits_are_no_success():
 
 @pytest.mark.parametrize("num_batches", [0, 2])
 def test_a_split_without_images_has_no_score(num_batches):
-    nothing = Batch({"images": torch.zeros(0, 3, 1, 1), "labels": torch.zeros(0, dtype=torch.int64)}, 0)
+    none = torch.zeros(0, dtype=torch.int64)
+    nothing = Batch({"images": torch.zeros(0, 3, 1, 1), "labels": none, "places": none}, 0)
     with pytest.raises(ValueError, match="there is nothing to score"):
         score([nothing] * num_batches, 3)
 

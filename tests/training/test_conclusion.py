@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from nasty import NASTY_NAMES
+from PIL import Image
 from tiny_runs import outcome_of, report_of
 
 from vimtune.console import build_console
-from vimtune.tasks.images import confusion
-from vimtune.tasks.images.confusion import confusion_files, write_confusion_table
-from vimtune.tasks.images.scoring import most_confused
+from vimtune.tasks.classes import confusion, page
+from vimtune.tasks.classes.confusion import confusion_files, write_confusion_table
+from vimtune.tasks.classes.details import ClassDetails, Examples, Temperature
+from vimtune.tasks.job import Outcome
 from vimtune.training import OutputError, conclusion, pictures
 from vimtune.training.conclusion import conclude
 from vimtune.training.folder import RunFolder
@@ -38,8 +40,16 @@ def finish(
     report.recipe["pictures"] = pictures
     console, task = build_console(), outcome.task
     tracker = Tracker(RunFolder(folder), console, task, is_main=True, epochs=1, total_steps=4)
-    files = confusion_files(counts, classes, report)
-    return conclude(report, outcome, files, RunFolder(folder), tracker)
+    files = confusion_files(counts, classes, "a title")
+    return conclude(report, outcome, details_of(outcome, classes), files, RunFolder(folder), tracker)
+
+
+def details_of(outcome: Outcome, classes: list[str]) -> ClassDetails:
+    examples = Examples(
+        "path", "images", lambda index: f"{index}.jpg", lambda index: Image.new("RGB", (9, 9))
+    )
+    temperature = Temperature(None, "nobody asked")
+    return ClassDetails(outcome.evaluation.answers, classes, "test", examples, temperature)
 
 
 def raising(error: Exception):
@@ -56,6 +66,7 @@ def test_everything_is_written(tmp_path, capsys):
         "confusion_matrix.csv",
         "confusion_matrix.png",
         "learning_curve.png",
+        "report.html",
     }
     text = capsys.readouterr().out
     assert "dog taken for cat: 2 of 4" in text and "warning" not in text
@@ -77,6 +88,7 @@ def test_pictures_are_left_out_where_nobody_will_look_at_them(tmp_path):
     [
         ((confusion, "draw_confusion_matrix"), "confusion_matrix.png"),
         ((pictures, "draw_learning_curve"), "learning_curve.png"),
+        ((page, "draw_reliability"), "report.html"),
         ((confusion, "write_confusion_table"), "confusion_matrix.csv"),
         ((Tracker, "record_result"), "final scores in TensorBoard"),
     ],
@@ -128,7 +140,7 @@ def test_a_result_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
 
 
 def test_nasty_names_end_in_a_result(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("vimtune.training.pictures.FALLBACK_FONTS", ())
+    monkeypatch.setattr("vimtune.pages.style.FALLBACK_FONTS", ())
     classes = list(NASTY_NAMES)
     counts = torch.ones(len(classes), len(classes), dtype=torch.int64)
     assert finish(tmp_path, counts, classes).warnings == []
@@ -164,23 +176,6 @@ def test_the_final_table_is_complete_on_every_terminal(monkeypatch, width, encod
     for word in ("58.33", "trainable", "100", "1,000", "test_vim,", "lora", r"ros\udce9"):
         assert word in words
     assert width < 60 or all(len(line) <= width for line in lines[:-1])
-
-
-@pytest.mark.parametrize("number", [2, 5, 40])
-def test_most_confused_pairs_are_those_with_most_wrong_answers(number):
-    counts = torch.randint(0, 5, (number, number), generator=torch.Generator().manual_seed(number))
-    names = [f"class {index}" for index in range(number)]
-    found = most_confused(counts, names, 10)
-    wrong = [int(counts[i, j]) for i in range(number) for j in range(number) if i != j]
-    assert [pair["images"] for pair in found] == [n for n in sorted(wrong, reverse=True)[:10] if n]
-    for pair in found:
-        true, predicted = names.index(pair["true"]), names.index(pair["predicted"])
-        assert true != predicted and pair["images"] == counts[true, predicted]
-        assert pair["of"] == counts[true].sum()
-
-
-def test_no_confusion_is_listed_where_all_is_right():
-    assert most_confused(torch.eye(4, dtype=torch.int64), list("abcd"), 10) == []
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

@@ -444,9 +444,10 @@ def test_on_a_gpu_replayed_evaluations_have_the_scores_of_eager_ones(amp):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(27, 3, 64, 64, generator=generator).pin_memory()
     labels = torch.randint(0, 7, (27,), generator=generator).pin_memory()
+    places = torch.arange(27).pin_memory()
     batches = [
-        Batch({"images": x, "labels": y}, len(x))
-        for x, y in zip(images.split(8), labels.split(8), strict=True)
+        Batch({"images": x, "labels": y, "places": z}, len(x))
+        for x, y, z in zip(images.split(8), labels.split(8), places.split(8), strict=True)
     ]
     graphs = BatchGraphs(CudaRecorder(CUDA), (), warmup=1, limit=3)
     common = {"device": CUDA, "autocast": build_autocast(amp, CUDA)}

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_runs import report_of
 
 from vimtune.tasks.base import Score
-from vimtune.tasks.images.confusion import MAX_NAME, class_labels, draw_confusion_matrix, undrawable
+from vimtune.tasks.classes.confusion import MAX_NAME, class_labels, draw_confusion_matrix, undrawable
 from vimtune.training.pictures import draw_learning_curve, save_picture
 from vimtune.training.report import Report
 
@@ -83,7 +83,7 @@ def test_learning_curve_of_losses_of_zero():
 @pytest.mark.parametrize("classes", [1, 2, 20, 30, 31, 102])
 def test_confusion_matrix_is_readable(classes):
     confusion = torch.diag(torch.arange(classes)) * 3
-    figure = drawn(draw_confusion_matrix(confusion, [f"class {i}" for i in range(classes)], report()))
+    figure = drawn(draw_confusion_matrix(confusion, [f"class {i}" for i in range(classes)], "a title"))
     axes = figure.axes[0]
     shown = axes.get_images()[0].get_array()
     assert shown[0, 0] == 0  # a class without images
@@ -102,7 +102,7 @@ def test_confusion_matrix_is_readable(classes):
 
 
 def test_numbers_contrast_with_their_cells():
-    axes = draw_confusion_matrix(torch.tensor([[9, 1], [5, 5]]), ["a", "b"], report()).axes[0]
+    axes = draw_confusion_matrix(torch.tensor([[9, 1], [5, 5]]), ["a", "b"], "a title").axes[0]
     assert [text.get_color() for text in axes.texts] == ["white", "black", "black", "black"]
 
 
@@ -111,7 +111,7 @@ def test_names_are_taken_as_they_are(tmp_path):
     confusion = torch.ones(number, number, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_picture(draw_confusion_matrix(confusion, NASTY_NAMES, report()), tmp_path / "matrix.png")
+        save_picture(draw_confusion_matrix(confusion, NASTY_NAMES, "a title"), tmp_path / "matrix.png")
         curve = draw_learning_curve(report(model="vim$_{x", method="lora$^"), TOP1)
         save_picture(curve, tmp_path / "curve.png")
     for name in ("matrix.png", "curve.png"):
@@ -126,10 +126,10 @@ def test_labels_are_short_and_neutral():
 
 
 def test_names_without_a_font_are_numbered(monkeypatch):
-    monkeypatch.setattr("vimtune.training.pictures.FALLBACK_FONTS", ())
+    monkeypatch.setattr("vimtune.pages.style.FALLBACK_FONTS", ())
     names = ["rose", "\u685c", "été"]
     assert undrawable(names) == [1] and class_labels(names) == ["rose", "class 1", "été"]
-    axes = draw_confusion_matrix(torch.eye(3, dtype=torch.int64), names, report()).axes[0]
+    axes = draw_confusion_matrix(torch.eye(3, dtype=torch.int64), names, "a title").axes[0]
     assert axes.get_xlabel() == "predicted class (numbers: see confusion_matrix.csv)"
 
 

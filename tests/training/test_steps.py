@@ -53,6 +53,7 @@ def test_run_folder_is_complete(plain):
         "metrics.jsonl",
         "tensorboard",
         "report.json",
+        "report.html",
         "learning_curve.png",
         "confusion_matrix.png",
         "confusion_matrix.csv",
@@ -72,7 +73,7 @@ def test_saved_adapter_gives_the_reported_scores(plain):
         dataset, transform, batch_size=3, shuffle=False, drop_last=False, num_workers=0, seed=0
     )
     cpu = torch.device("cpu")
-    batches = ImageBatches(loader)
+    batches = ImageBatches(loader, numbered=True)
     scores = evaluate(model, batches, ImageTally(5, 10), device=cpu, autocast=build_autocast("none", cpu))
     assert info.classes == dataset.classes == list(plain.per_class)
     assert scores.scores == {"top1": plain.top1, "top5": plain.top5} and scores.count == plain.num_images

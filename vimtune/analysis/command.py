@@ -9,12 +9,12 @@ from typing import Any
 
 from vimtune.analysis.registry import load_analysis
 from vimtune.analysis.report import AnalysisReport
-from vimtune.analysis.section import NotApplicable, Section
-from vimtune.analysis.subject import Subject, open_subject
+from vimtune.analysis.subject import NotApplicable, Subject, open_subject
 from vimtune.console import build_console, print_line
 from vimtune.evaluation import check_split
 from vimtune.origin import adapter_path
 from vimtune.output import check_output, write_output
+from vimtune.pages.section import Section
 
 FORMATS: dict[str, Callable[[AnalysisReport], str]] = {
     ".html": AnalysisReport.to_html,

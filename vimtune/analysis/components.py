@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vimtune.analysis.drawing import plain_numbers
 from vimtune.analysis.parameters import group_of, layer_of
-from vimtune.analysis.section import Picture, Section, Table
 from vimtune.analysis.subject import Subject
-from vimtune.training.pictures import picture_style, whole_numbers
+from vimtune.pages.section import Picture, Section, Table
+from vimtune.pages.style import picture_style, whole_numbers
 
 
 @dataclass(frozen=True)

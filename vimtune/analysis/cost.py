@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from vimtune.adapters import active_adapter, summary
-from vimtune.analysis.section import Section, Table
 from vimtune.analysis.subject import Subject
 from vimtune.models import VisionMamba
+from vimtune.pages.section import Section, Table
 
 
 @dataclass(frozen=True)

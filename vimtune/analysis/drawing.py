@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from vimtune.analysis.diagonal import DiagonalShare
-from vimtune.training.pictures import picture_style, whole_numbers
+from vimtune.pages.style import picture_style, whole_numbers
 
 
 def plain_numbers(axis: Axis) -> None:

@@ -18,8 +18,8 @@ from vimtune.adapters.manage import head_parameters
 from vimtune.analysis.diagonal import DiagonalShare, diagonal_share
 from vimtune.analysis.drawing import draw_concentration
 from vimtune.analysis.parameters import PROJECTORS, projector_of
-from vimtune.analysis.section import NotApplicable, Picture, Section, Table
-from vimtune.analysis.subject import Loss, Subject
+from vimtune.analysis.subject import Loss, NotApplicable, Subject
+from vimtune.pages.section import Picture, Section, Table
 from vimtune.text import counted
 
 

@@ -10,8 +10,8 @@ from vimtune.text import quote
 from vimtune.utils import suggest
 
 if TYPE_CHECKING:
-    from vimtune.analysis.section import Section
     from vimtune.analysis.subject import Subject
+    from vimtune.pages.section import Section
 
 ANALYSES: dict[str, str] = {
     "components": "how far each group of parameters has moved, layer by layer",

@@ -27,14 +27,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vimtune.analysis.drawing import plain_numbers
-from vimtune.analysis.section import Picture, Section, Table
 from vimtune.analysis.subject import Subject
 from vimtune.models import BiMambaMixer, VisionMamba
 from vimtune.models.layers import Block
 from vimtune.ops import DirectionWeights, causal_conv1d
 from vimtune.ops.mixer import scan_parameters
+from vimtune.pages.section import Picture, Section, Table
+from vimtune.pages.style import picture_style, whole_numbers
 from vimtune.text import counted
-from vimtune.training.pictures import picture_style, whole_numbers
 
 DIRECTIONS = ("forward", "reverse")
 """The directions of a mixer, in the order of its weights."""

@@ -16,11 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vimtune.analysis.section import NotApplicable, Picture, Section, Table
-from vimtune.analysis.subject import Subject
+from vimtune.analysis.subject import NotApplicable, Subject
 from vimtune.models import VisionMamba
+from vimtune.pages.section import Picture, Section, Table
+from vimtune.pages.style import picture_style, whole_numbers
 from vimtune.text import counted
-from vimtune.training.pictures import picture_style, whole_numbers
 
 FEWEST = 4
 """The unbiased HSIC needs at least so many images in a minibatch."""

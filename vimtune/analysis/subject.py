@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from vimtune.adapters import active_adapter, delete_adapter, list_adapters
 from vimtune.analysis.parameters import effective_parameters
-from vimtune.analysis.section import NotApplicable
 from vimtune.merged import is_merged_file, read_merged
 from vimtune.models import VisionMamba
 from vimtune.origin import check_replaced, recipe_of_trained
@@ -28,6 +27,10 @@ from vimtune.training.settings import derive_seed, process_settings
 
 Loss = Callable[[Forward], Tensor]
 """The mean loss of one training batch, a scalar, as a function of whatever calls the model."""
+
+
+class NotApplicable(ValueError):
+    """An analysis has nothing to say of this model or these data; the message says why."""
 
 
 @dataclass
@@ -127,11 +130,13 @@ def _with_data(
     num_images: int,
     num_batches: int,
 ) -> Subject:
-    trial = recipe.task.open_trial(recipe, processes, split, None if merged else path, recipe.run.force)
+    options = recipe.task.evaluate_options(calibrate=False)
+    adapter = None if merged else path
+    trial = recipe.task.open_trial(recipe, processes, split, adapter, options, recipe.run.force)
     try:
         images = _take_images(trial.loader, num_images, processes.device)
     finally:
-        trial.loader.close()
+        trial.close()
     before, after = trial.model, trial.model
     if merged:
         after, _ = read_merged(path)

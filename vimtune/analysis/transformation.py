@@ -34,9 +34,9 @@ from torch import Tensor
 from vimtune.analysis.diagonal import DiagonalShare, diagonal_share
 from vimtune.analysis.drawing import draw_concentration, plain_numbers
 from vimtune.analysis.parameters import PROJECTORS, changed_projectors
-from vimtune.analysis.section import NotApplicable, Picture, Section, Table
-from vimtune.analysis.subject import Subject
-from vimtune.training.pictures import picture_style
+from vimtune.analysis.subject import NotApplicable, Subject
+from vimtune.pages.section import Picture, Section, Table
+from vimtune.pages.style import picture_style
 
 CONTROLS = 4
 """Random changes with which a change is compared."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
-from vimtune.fields import Option
+from vimtune.fields import Option, options_of
+from vimtune.tasks import TASKS, EvaluateOptions
 
 SHARED = ("batch_size", "amp", "seed", "device", "backend", "threads", "force")
 """Keys beside those of the data, the model and the task that concern an evaluation."""
@@ -15,6 +16,8 @@ EXAMPLES = """\
 examples:
   {prog} --task arc_easy --model state-spaces/mamba-130m-hf
   {prog} --adapter runs/my-run
+  {prog} --adapter runs/my-run -o page.html --mistakes mistakes.csv
+  {prog} --adapter runs/my-run --folder my/images --flip
   {prog} --adapter runs/my-run --split val -o scores.json
   {prog} --adapter merged.safetensors --dataset flowers"""
 """What stands below the options in the help; `{prog}` is the command."""
@@ -28,14 +31,24 @@ def evaluation_groups() -> dict[str, dict[str, Option]]:
     return {**{title: items for title, items in groups.items() if title not in unused}, "run": shared}
 
 
+def _option_groups() -> dict[str, dict[str, Option]]:
+    """The options of the evaluations of every task, by the title of their group."""
+    classes: list[type[EvaluateOptions]] = [
+        EvaluateOptions,
+        *(task.evaluate_options for _, task in TASKS.items()),
+    ]
+    return {options.title: options_of(options) for options in classes}
+
+
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     import_packages(prog, arguments)
     parser, general = build_key_parser(
         prog,
         usage=f"{prog} [--adapter FILE] [--config FILE [--variant X]] [--KEY VALUE ...]",
-        description="Score a model on the data of a task. What an adapter was trained on is taken from its "
-        "file;\nflags change single values of it, and name the data of a merged file.",
+        description="Score a model on the data of a task: scores, classes, confusions, calibration, "
+        "mistakes.\nWhat an adapter was trained on is taken from its file; flags change single values of it, "
+        "and\nname the data of a merged file.",
         epilog=EXAMPLES,
     )
     general.add_argument(
@@ -43,25 +56,31 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     general.add_argument("--split", metavar="X", help="what is scored: test, val [test]")
     general.add_argument(
-        "--output", "-o", metavar="FILE", type=path, action="append", help="also write .csv or .json"
+        "--output", "-o", metavar="FILE", type=path, action="append", help="also write .html, .json or .csv"
     )
+    general.add_argument("--mistakes", metavar="FILE", type=path, help="write wrong answers as .csv")
     general.add_argument("--config", metavar="FILE", help="recipe in YAML")
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, evaluation_groups())
+    options = _option_groups()
+    add_recipe_flags(parser, {**options, **evaluation_groups()})
     given = vars(parser.parse_strictly(arguments))
     for name in ("traceback", "packages"):
         given.pop(name, None)
-    own = {name: given.pop(name, None) for name in ("adapter", "split", "output", "config", "variant")}
+    names = ("adapter", "split", "output", "mistakes", "config", "variant")
+    own = {name: given.pop(name, None) for name in names}
+    how = {name for items in options.values() for name in items}
 
     from vimtune.evaluation import run_evaluate
 
     return run_evaluate(
-        values=given,
+        values={name: value for name, value in given.items() if name not in how},
         config=own["config"],
         variant=own["variant"],
         adapter=own["adapter"],
-        split=own["split"] or "test",
+        split=own["split"],
+        options={name: value for name, value in given.items() if name in how},
         outputs=own["output"] or [],
+        mistakes=own["mistakes"],
     )

@@ -10,11 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from vimtune.compare.execution import LOG_FILE, POLL_SECONDS, Processes, StartedRun
+from vimtune.compare.execution import POLL_SECONDS, Processes, StartedRun
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
 from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_tables
+from vimtune.compare.worker import LOG_FILE
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values

@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from vimtune.compare.paired import Difference
 from vimtune.compare.results import Row
+from vimtune.pages.style import picture_style
 from vimtune.text import printable, shorten
-from vimtune.training.pictures import picture_style
 
 ACROSS = 3
 """Data sets side by side."""

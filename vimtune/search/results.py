@@ -132,7 +132,7 @@ def draw_trials(trials: Sequence[Trial], winner: Trial | None, score: Score, tit
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    from vimtune.training.pictures import picture_style, whole_numbers
+    from vimtune.pages.style import picture_style, whole_numbers
 
     with picture_style():
         figure = Figure(figsize=(10, 4.4), layout="constrained")

@@ -6,8 +6,9 @@ below. Importing this package does not import torch.
 
 from vimtune.tasks import classification, texts  # noqa: F401  (they register themselves)
 from vimtune.tasks.base import TASKS, Score, Task, register_task
-from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
-from vimtune.tasks.job import Batch, Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors, Trial
+from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
+from vimtune.tasks.details import Details
+from vimtune.tasks.job import Batch, Evaluation, Forward, Job, Loader, Outcome, Scoring, Tally, Tensors, Trial
 from vimtune.tasks.predictor import Predictor
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "BackboneOptions",
     "Batch",
     "DataOptions",
+    "Details",
+    "EvaluateOptions",
     "Evaluation",
     "Forward",
     "Job",
@@ -23,6 +26,7 @@ __all__ = [
     "PredictOptions",
     "Predictor",
     "Score",
+    "Scoring",
     "Tally",
     "Task",
     "Tensors",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vimtune.fields import Options, options_of
 from vimtune.registry import Registry
-from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
+from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.utils import require_summary
 
@@ -74,6 +74,8 @@ class Task(Options, ABC):
     """The component of its recipes that says which model is adapted."""
     predict_options: ClassVar[type[PredictOptions]] = PredictOptions
     """The options of `vimtune predict` for its adapters."""
+    evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
+    """The options of `vimtune evaluate`."""
 
     packages: ClassVar[tuple[str, ...]] = ("timm", "torchvision")
     """Distributions besides torch whose versions a report names, because results depend on them; like the
@@ -108,7 +110,13 @@ class Task(Options, ABC):
         return None
 
     def open_trial(
-        self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        split: str,
+        adapter: Path | None,
+        options: EvaluateOptions,
+        force: bool,
     ) -> Trial:
         """Open a split and a model to score it, for `vimtune evaluate`.
 
@@ -118,6 +126,7 @@ class Task(Options, ABC):
             split: "val" or "test".
             adapter: an adapter file for the model, or a merged file, which holds one; None for that of the
                 recipe itself.
+            options: how it is scored, an instance of `evaluate_options`.
             force: use the adapter although base weights or tokenizer are others.
 
         Raises:

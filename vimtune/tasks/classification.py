@@ -15,8 +15,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from vimtune import parsers
 from vimtune.fields import PositiveAmount, option
 from vimtune.tasks.base import Score, Task, register_task
-from vimtune.tasks.components import PredictOptions
-from vimtune.tasks.images.settings import ImagePredictOptions
+from vimtune.tasks.components import EvaluateOptions, PredictOptions
+from vimtune.tasks.images.settings import ImageEvaluateOptions, ImagePredictOptions
 from vimtune.text import quote
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Classification(Task):
     examples = "images"
     scores = (Score("top1", "top-1"), Score("top5", "top-5"))
     predict_options: ClassVar[type[PredictOptions]] = ImagePredictOptions
+    evaluate_options: ClassVar[type[EvaluateOptions]] = ImageEvaluateOptions
 
     augmentation: Literal["none", "light", "medium", "strong"] = option(
         "light", "augmentation: none, light, medium, strong"
@@ -83,12 +84,19 @@ class Classification(Task):
         return open_base(recipe, processes)
 
     def open_trial(
-        self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        split: str,
+        adapter: Path | None,
+        options: EvaluateOptions,
+        force: bool,
     ) -> Trial:
         """Open the images to score and the model; see `Task.open_trial`."""
         from vimtune.tasks.images.trial import open_trial
 
-        return open_trial(recipe, processes, split, adapter, force)
+        assert isinstance(options, ImageEvaluateOptions)
+        return open_trial(recipe, processes, split, adapter, options, force)
 
     def read_inputs(self, inputs: Sequence[str], classes: Sequence[str]) -> list[Path]:
         """The images among files and folders; see `Task.read_inputs`."""

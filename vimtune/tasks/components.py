@@ -1,5 +1,5 @@
-"""What the components `data` and `backbone` of a recipe owe, and what the options of `vimtune predict` do,
-whichever task they belong to. Without torch."""
+"""What the components `data` and `backbone` of a recipe owe, and what the options of `vimtune predict` and
+`vimtune evaluate` do, whichever task they belong to. Without torch."""
 
 from __future__ import annotations
 
@@ -62,6 +62,23 @@ class BackboneOptions(Options, ABC):
     @abstractmethod
     def known_models(cls) -> Mapping[str, str]:
         """Names of the models that `--list` shows, with a line about each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Options):
+    """How a model is scored by `vimtune evaluate`. Derived classes are frozen dataclasses."""
+
+    title: ClassVar[str] = "evaluation"
+    """What `--help` calls these options."""
+
+    calibrate: bool = option(True, "fit a temperature to the validation split, where there is one")
+
+    def check_split(self, split: str) -> None:
+        """Look at a split that a user has named.
+
+        Raises:
+            ValueError: these options say already what is scored.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vimtune.tasks.details import Details
 
 if TYPE_CHECKING:
     import torch
@@ -228,6 +230,11 @@ class Job(ABC):
 
         return ScoreReport(**shared, **ScoreReport.values(outcome))
 
+    def details(self, outcome: Outcome) -> Details:
+        """What the report's page says beyond the scores; nothing by default."""
+        del outcome
+        return Details()
+
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """Further files of the result: their names in the run folder, and functions that write them."""
         del report, evaluation
@@ -250,6 +257,14 @@ class Job(ABC):
             loader.close()
 
 
+class Scoring(NamedTuple):
+    """A split that is to be scored."""
+
+    loader: Loader
+    tally: Tally
+    """An empty one."""
+
+
 @dataclass
 class Trial:
     """A task's model on a split whose scores are asked for, without any training."""
@@ -259,6 +274,27 @@ class Trial:
     loader: Loader
     tally: Tally
     """An empty one."""
+    held_out: Scoring | None = None
+    """The validation split, where something is to be fitted to it, such as a temperature. Where it is scored
+    itself, it has the very loader and tally of this trial."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the scores has to know, in whole sentences."""
+
+    def close(self) -> None:
+        """Give back what the loaders hold."""
+        self.loader.close()
+        if self.held_out is not None:
+            self.held_out.loader.close()
+
+    def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> Details:
+        """What there is to say beyond the scores.
+
+        Args:
+            evaluation: of the split.
+            held_out: of the validation split, where the trial has one.
+        """
+        del evaluation, held_out
+        return Details()
 
     def examples(self, evaluation: Evaluation) -> list[dict[str, Any]]:
         """What was found for every single example, as plain values; nothing by default."""
@@ -280,3 +316,6 @@ class Outcome:
     """Scores on the split `selection` in the last epoch that was evaluated."""
     rate: float
     """What was trained on per second, in the task's unit, over all processes."""
+    selection: Evaluation | None = None
+    """Scores of the saved adapter on the split `selection`; None where the run was continued after its best
+    epoch, and knows only the scores themselves."""

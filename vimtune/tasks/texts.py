@@ -14,7 +14,7 @@ from vimtune.data import text
 from vimtune.data.text import Example, TextFormat
 from vimtune.fields import option
 from vimtune.tasks.base import Score, Task, register_task
-from vimtune.tasks.components import BackboneOptions, DataOptions, PredictOptions
+from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
 from vimtune.tasks.predictor import Predictor
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings, TextPredictOptions
 
@@ -79,12 +79,18 @@ class TextTask(Task):
         return open_base(recipe, self, processes)
 
     def open_trial(
-        self, recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool
+        self,
+        recipe: Recipe,
+        processes: Processes,
+        split: str,
+        adapter: Path | None,
+        options: EvaluateOptions,
+        force: bool,
     ) -> TextTrial:
         """Open the texts to score and the language model; see `Task.open_trial`."""
         from vimtune.tasks.text.trial import open_trial
 
-        return open_trial(recipe, self, processes, split, adapter, force)
+        return open_trial(recipe, self, processes, split, adapter, options, force)
 
     def read_inputs(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str] | list[Example]:
         """The texts or questions among arguments, files and standard input; see `Task.read_inputs`."""

@@ -8,13 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from vimtune.output import OutputError
+from vimtune.pages.page import Page
+from vimtune.pages.section import Picture, Section
+from vimtune.tasks.details import Details
 from vimtune.tasks.job import Outcome
 from vimtune.text import shorten
 from vimtune.training import pictures
-from vimtune.training.folder import RunFolder
+from vimtune.training.folder import RunFolder, writing
 from vimtune.training.identity import HARMLESS
 from vimtune.training.report import Report, print_report, write_report
 from vimtune.training.tracking import Tracker
+from vimtune.utils import atomic_write
 
 Files = Mapping[str, Callable[[Path], None]]
 """Names of files in the run folder, and functions that write them."""
@@ -26,7 +30,9 @@ NOT_COMPARED = frozenset(HARMLESS) - {"checkpoint", "pretrained"}
 """Settings without influence on the scores, which TensorBoard's table of runs leaves out."""
 
 
-def conclude(report: Report, outcome: Outcome, files: Files, folder: RunFolder, tracker: Tracker) -> Report:
+def conclude(
+    report: Report, outcome: Outcome, details: Details, files: Files, folder: RunFolder, tracker: Tracker
+) -> Report:
     """Write, draw and print the result of a run, and close its tracker.
 
     report.json comes first, and with it the run is finished: when something after it fails, only that
@@ -35,6 +41,7 @@ def conclude(report: Report, outcome: Outcome, files: Files, folder: RunFolder, 
     Args:
         report: the result.
         outcome: what it was made from.
+        details: what the page says beyond the scores.
         files: what the task adds to the run folder: names of files, and functions that write them.
         folder: that of the run.
         tracker: shows the report and records the final scores.
@@ -46,7 +53,7 @@ def conclude(report: Report, outcome: Outcome, files: Files, folder: RunFolder, 
         OutputError: report.json cannot be written.
     """
     write_report(report, folder)
-    problems = list(_decorate(report, outcome, files, folder, tracker))
+    problems = list(_decorate(report, outcome, details, files, folder, tracker))
     tracker.close()
     if problems:
         report = dataclasses.replace(report, warnings=[*report.warnings, *problems])
@@ -67,7 +74,7 @@ def final_scores(report: Report, outcome: Outcome) -> dict[str, float | None]:
 
 
 def _decorate(
-    report: Report, outcome: Outcome, files: Files, folder: RunFolder, tracker: Tracker
+    report: Report, outcome: Outcome, details: Details, files: Files, folder: RunFolder, tracker: Tracker
 ) -> Iterator[str]:
     """Do everything that is not the result itself; yield a line for each part that did not succeed."""
 
@@ -79,10 +86,33 @@ def _decorate(
     for path, make in paths.items():
         if report.recipe["pictures"] or path.suffix != pictures.SUFFIX:
             yield from _attempt(path.name, partial(_renew, path, make))
+    if report.recipe["pictures"]:
+        write_page = partial(_write_page, report=report, details=details, folder=folder)
+        yield from _attempt(folder.page.name, partial(_renew, folder.page, write_page))
     settings = {name: value for name, value in report.recipe.items() if name not in NOT_COMPARED}
     yield from _attempt(
         "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report, outcome))
     )
+
+
+def _write_page(path: Path, report: Report, details: Details, folder: RunFolder) -> None:
+    """Write the result as one page, with the pictures that were drawn before."""
+    curve = Section(
+        title="Learning curve",
+        explanation="Losses and the score by which the best epoch was chosen, epoch by epoch.",
+        findings=[f"The best epoch is {report.best_epoch} of {report.epochs} ({report.selected_by()})."],
+        numbers={},
+        pictures=[Picture("The dotted line marks the best epoch.", folder.learning_curve)],
+    )
+    sections = [curve, *details.sections(folder.path)]
+    html = Page("vimtune train", f"{report.model}, {report.method}", report.rows(), sections).to_html()
+    content = html.encode("utf-8", "backslashreplace")
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    with writing(path):
+        atomic_write(path, write)
 
 
 def _renew(path: Path, make: Callable[[Path], None]) -> None:

@@ -76,6 +76,11 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
+    def page(self) -> Path:
+        """The result with its pictures, for a browser."""
+        return self.path / "report.html"
+
+    @property
     def learning_curve(self) -> Path:
         """Losses and the most important score over the epochs."""
         return self.path / "learning_curve.png"

@@ -1,23 +1,16 @@
-"""Drawing: the style of all pictures of a run, how they are saved, and the learning curve.
-
-Matplotlib's objects are used directly: pyplot would keep a list of figures for the whole process.
-"""
+"""The pictures of a run: how they are saved, and the learning curve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
-from matplotlib.ticker import MaxNLocator
 
+from vimtune.pages.style import picture_style, whole_numbers
 from vimtune.tasks.base import Score
 from vimtune.text import shorten
 from vimtune.training.folder import writing
@@ -30,22 +23,6 @@ SUFFIX = ".png"
 """How the names of all pictures of a run folder end."""
 MAX_MARKED_EPOCHS = 40
 """More epochs than this are drawn as a line without a mark for each."""
-
-FALLBACK_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK KR",
-    "WenQuanYi Micro Hei",
-    "Hiragino Sans",
-    "PingFang SC",
-    "Apple SD Gothic Neo",
-    "Yu Gothic",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Nirmala UI",
-    "Arial Unicode MS",
-)
-"""Fonts with many scripts, one of which most systems have, for names that DejaVu Sans cannot show."""
 
 
 def draw_learning_curve(report: Report, score: Score | None) -> Figure:
@@ -92,26 +69,7 @@ def save_picture(figure: Figure, path: Path) -> None:
         atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
-def font_families() -> list[str]:
-    """The fonts of pictures that this system has, in the order in which they are asked for a character."""
-    installed = {font.name for font in fontManager.ttflist}
-    return ["DejaVu Sans", *(family for family in FALLBACK_FONTS if family in installed)]
-
-
-@contextmanager
-def picture_style() -> Iterator[None]:
-    """Matplotlib's own style, whatever the user has set, and no name is read as a formula."""
-    changes = {"text.parse_math": False, "font.family": font_families()}
-    with matplotlib.style.context(["default", changes]):
-        yield
-
-
 def _top_of(axes: Axes) -> float:
     """Upper limit of an axis from 0 that holds a bit more than the curves, also when they are 0."""
     highest = axes.dataLim.ymax
     return 1.05 * highest if math.isfinite(highest) and highest > 0 else 1.0
-
-
-def whole_numbers() -> MaxNLocator:
-    """Ticks for an axis of whole numbers."""
-    return MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)

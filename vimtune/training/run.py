@@ -69,6 +69,8 @@ class Run:
     """Called after each epoch whose state was saved."""
     last_evaluation: Evaluation | None = None
     """That of the epoch before, of the weights that the model had then."""
+    best_evaluation: Evaluation | None = None
+    """That of the best epoch, if it was in this session."""
     started: float = field(default_factory=time.monotonic)
     """When this session of the run began."""
 
@@ -195,6 +197,7 @@ class Run:
         best = self.progress.best
         if best is None or self._rank(record) > self._rank(best):
             self.progress.best_epoch, self.progress.stale_evaluations = record.epoch, 0
+            self.best_evaluation = self.last_evaluation
             self._save_next_adapter()
         else:
             self.progress.stale_evaluations += 1
@@ -247,7 +250,9 @@ class Run:
         progress.seconds = self._seconds()
         best, last = progress.best, progress.evaluated[-1]
         assert best is not None, "the last epoch of a run is evaluated"
-        outcome = Outcome(self.task, found, best.scores or {}, last.scores or {}, self._rate())
+        outcome = Outcome(
+            self.task, found, best.scores or {}, last.scores or {}, self._rate(), self.best_evaluation
+        )
         shared = shared_fields(
             recipe,
             progress,
@@ -268,7 +273,7 @@ class Run:
         report = job.build_report(shared, outcome)
         if self.processes.is_main:
             files = job.result_files(report, found)
-            report = conclude(report, outcome, files, self.folder, self.tracker)
+            report = conclude(report, outcome, job.details(outcome), files, self.folder, self.tracker)
         return report
 
     def _known_evaluation(self, adapter: Mapping[str, Tensor]) -> Evaluation | None:

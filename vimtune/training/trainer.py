@@ -40,9 +40,9 @@ def train(recipe: Recipe, after_epoch: AfterEpoch | None = None) -> Report:
     """Fine-tune as `recipe` says and leave a run folder behind.
 
     The folder holds recipe.yaml, adapter.safetensors (the best), checkpoint.safetensors (the last
-    state, for `resume`), metrics.jsonl, tensorboard/, report.json, learning_curve.png, and what the task
-    adds: confusion_matrix.png, confusion_matrix.csv and examples.png. Under torchrun all processes call this
-    with the same recipe; only the first one writes and prints.
+    state, for `resume`), metrics.jsonl, tensorboard/, report.json, report.html, learning_curve.png, and what
+    the task adds: confusion_matrix.png, confusion_matrix.csv and examples.png. Under torchrun all processes
+    call this with the same recipe; only the first one writes and prints.
 
     Args:
         recipe: the settings.

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import Tensor
+from vimtune.tasks.classes.answers import ClassAnswers
 
 KEPT = 16
 """Images that are shown of those with right answers, and of those with wrong ones."""
@@ -16,8 +16,8 @@ KEPT = 16
 class Example:
     """An image that was scored."""
 
-    position: int
-    """Number of the image in the order in which this process has scored them."""
+    index: int
+    """Number of the image in its split."""
     label: int
     """Its class."""
     predicted: int
@@ -29,29 +29,18 @@ class Example:
         return self.label == self.predicted
 
 
-class Examples:
-    """Chooses the first images that were answered right, and the first that were not, of as many classes as
-    possible."""
-
-    def __init__(self, num_classes: int) -> None:
-        """No images yet, of C classes."""
-        self.chosen: list[Example] = []
-        self._num_classes = num_classes
-        self._of_each_class = math.ceil(KEPT / num_classes)
-        self._seen = 0
-        self._kept: Counter[bool] = Counter()
-        self._kept_of_class: Counter[tuple[bool, int]] = Counter()
-
-    def add(self, pairs: Tensor) -> None:
-        """Look at the answers of a batch: class * C + answer of each image (B,), on the CPU."""
-        first = self._seen
-        self._seen += len(pairs)
-        if self._kept[True] == self._kept[False] == KEPT:
-            return
-        for position, pair in enumerate(pairs.tolist(), first):
-            example = Example(position, *divmod(pair, self._num_classes))
-            kind = example.right, example.label
-            if self._kept[example.right] < KEPT and self._kept_of_class[kind] < self._of_each_class:
-                self._kept[example.right] += 1
-                self._kept_of_class[kind] += 1
-                self.chosen.append(example)
+def choose_examples(answers: ClassAnswers) -> list[Example]:
+    """The first images with right answers and the first with wrong ones, of as many classes as possible."""
+    of_each_class = math.ceil(KEPT / answers.logits.shape[1])
+    kept: Counter[bool] = Counter()
+    kept_of_class: Counter[tuple[bool, int]] = Counter()
+    chosen = []
+    rows = zip(answers.indices.tolist(), answers.labels.tolist(), answers.predicted.tolist(), strict=True)
+    for row in rows:
+        example = Example(*row)
+        kind = example.right, example.label
+        if kept[example.right] < KEPT and kept_of_class[kind] < of_each_class:
+            kept[example.right] += 1
+            kept_of_class[kind] += 1
+            chosen.append(example)
+    return chosen

@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vimtune.data import ImageDataset
-from vimtune.tasks.images.confusion import class_labels
+from vimtune.pages.style import picture_style
+from vimtune.tasks.classes.confusion import class_labels
 from vimtune.tasks.images.examples import Example
 from vimtune.text import shorten
 from vimtune.training import pictures
@@ -28,7 +29,7 @@ MAX_NAME = 22
 """Characters of a class name for which there is room below an image."""
 
 
-def draw_gallery(examples: Sequence[Example], dataset: ImageDataset, indices: Sequence[int]) -> Figure:
+def draw_gallery(examples: Sequence[Example], dataset: ImageDataset) -> Figure:
     """Images with the answers below them; wrong answers are red, with the true class below.
 
     Images that are not square are shown as squares.
@@ -36,12 +37,11 @@ def draw_gallery(examples: Sequence[Example], dataset: ImageDataset, indices: Se
     Args:
         examples: which images, and the answers.
         dataset: has the images and the names of the classes.
-        indices: the image of the data set at each position of the examples.
     """
     names = [shorten(name, MAX_NAME) for name in class_labels(dataset.classes)]
     kinds = ([each for each in examples if each.right is right] for right in (True, False))
     rows = [kind[start : start + COLUMNS] for kind in kinds for start in range(0, len(kind), COLUMNS)]
-    with pictures.picture_style():
+    with picture_style():
         # One axes for all images is drawn many times as fast as one for each.
         figure = Figure(figsize=(COLUMNS * TILE, HEIGHT * TILE * max(1, len(rows))))
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
@@ -49,7 +49,7 @@ def draw_gallery(examples: Sequence[Example], dataset: ImageDataset, indices: Se
         for row, line in enumerate(rows):
             for left, example in enumerate(line):
                 top = HEIGHT * row
-                image = dataset.load(indices[example.position])
+                image = dataset.load(example.index)
                 image.thumbnail((MAX_SIDE, MAX_SIDE))
                 place = (left + MARGIN, left + 1 - MARGIN, top + 1 - MARGIN, top + MARGIN)
                 axes.imshow(np.asarray(image), extent=place, interpolation="nearest")
@@ -60,8 +60,6 @@ def draw_gallery(examples: Sequence[Example], dataset: ImageDataset, indices: Se
         return figure
 
 
-def write_gallery(
-    path: Path, examples: Sequence[Example], dataset: ImageDataset, indices: Sequence[int]
-) -> None:
+def write_gallery(path: Path, examples: Sequence[Example], dataset: ImageDataset) -> None:
     """Write the picture of `draw_gallery` to a PNG file."""
-    pictures.save_picture(draw_gallery(examples, dataset, indices), path)
+    pictures.save_picture(draw_gallery(examples, dataset), path)

@@ -31,10 +31,13 @@ from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
 from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.recipe import Recipe
+from vimtune.tasks.classes.confusion import confusion_files, confusion_title
+from vimtune.tasks.classes.details import CONTINUED, HELD_OUT, ClassDetails
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
-from vimtune.tasks.images.confusion import confusion_files
+from vimtune.tasks.images.details import image_details
 from vimtune.tasks.images.distillation import TEACHER, Distillation, load_teacher
+from vimtune.tasks.images.examples import choose_examples
 from vimtune.tasks.images.features import FeatureBatches, ImagesOrFeatures, repeats_its_features
 from vimtune.tasks.images.gallery import write_gallery
 from vimtune.tasks.images.mixing import BatchMixer, summed_loss
@@ -62,8 +65,6 @@ class ImageJob(Job):
     """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
-    world_size: int
-    """How many processes share the batches."""
     features: ImagesOrFeatures | None = None
     """The model where it gets features that were computed once in the place of images."""
 
@@ -90,7 +91,7 @@ class ImageJob(Job):
 
     def start_tally(self, loader: Loader) -> ImageTally:
         """An empty tally of right and wrong answers."""
-        return ImageTally(len(self.classes), loader.num_examples if self.counts_all else None)
+        return ImageTally(len(self.classes), loader.num_examples, complete=self.counts_all)
 
     def expect_replays(self) -> int:
         """Whole batches, and the last one of an epoch, which eagerly takes as long as several others."""
@@ -101,17 +102,22 @@ class ImageJob(Job):
         num_workers = {loader.split: loader.num_workers for loader in self.loaders}
         return build_image_report(shared, outcome, self.classes, num_workers)
 
+    def details(self, outcome: Outcome) -> ClassDetails:
+        """Classes, confusions, calibration and mistakes."""
+        assert isinstance(self.final, ImageBatches | FeatureBatches)
+        held_out, why = outcome.selection, CONTINUED
+        if self.selection.split != HELD_OUT:
+            held_out, why = None, f"the run has kept no split {HELD_OUT!r} apart"
+        return image_details(self.final.dataset, outcome.evaluation, held_out, why)
+
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture, and images with right and wrong answers."""
-        assert isinstance(evaluation, ImageEvaluation) and isinstance(report, ImageReport)
+        assert isinstance(evaluation, ImageEvaluation)
         assert isinstance(self.final, ImageBatches | FeatureBatches)
-        dataset, left_out = self.final.dataset, self.final.left_out()
-        # The results are written by the process that has scored the first share of each batch.
-        order = BatchSampler(len(dataset), self.usual_count, False, False, 0, 0, self.world_size)
-        indices = [key.image for keys in order for key in keys]
-        scored = [index for index in indices if not left_out or dataset.describe(index) not in left_out]
-        picture = partial(write_gallery, examples=evaluation.examples, dataset=dataset, indices=scored)
-        return {**confusion_files(evaluation.confusion, self.classes, report), "examples.png": picture}
+        examples = choose_examples(evaluation.answers)
+        picture = partial(write_gallery, examples=examples, dataset=self.final.dataset)
+        title = confusion_title(evaluation.confusion, report.split, "images")
+        return {**confusion_files(evaluation.confusion, self.classes, title), "examples.png": picture}
 
 
 def open_images(recipe: Recipe, task: Classification, processes: Processes) -> ImageJob:
@@ -135,9 +141,9 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
 
     def batches(dataset: ImageDataset, train: bool, once: bool) -> Loader:
         if features is not None:
-            return open_features(recipe, dataset, eval_transform, processes, features, shuffle=train)
+            return open_features(recipe, dataset, eval_transform, processes, features, train=train)
         transform = train_transform if train else eval_transform
-        return open_batches(recipe, dataset, transform, processes, shuffle=train, once=once)
+        return open_batches(recipe, dataset, transform, processes, train=train, once=once)
 
     classes = train_set.classes
     distillation, readers = None, {}
@@ -166,7 +172,6 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         label_smoothing=task.label_smoothing,
         distillation=distillation,
         counts_all=data.on_corrupt == "error",
-        world_size=processes.world_size,
         features=features,
     )
 
@@ -198,12 +203,12 @@ def open_features(
     transform: Transform,
     processes: Processes,
     model: ImagesOrFeatures,
-    shuffle: bool,
+    train: bool,
 ) -> FeatureBatches:
     """The batches of a split as those of `open_batches`, with features in the place of images."""
-    images = open_batches(recipe, dataset, transform, processes, shuffle=shuffle, once=True)
+    images = open_batches(recipe, dataset, transform, processes, train=train, once=True)
     seed = derive_seed(recipe.run.seed, "data")
-    order = BatchSampler(len(dataset), recipe.optimisation.batch_size, shuffle, False, seed, 0, 1)
+    order = BatchSampler(len(dataset), recipe.optimisation.batch_size, train, False, seed, 0, 1)
     return FeatureBatches(images, order, model, build_autocast(recipe.optimisation.amp, processes.device))
 
 
@@ -234,12 +239,13 @@ def open_batches(
     transform: Transform,
     processes: Processes,
     *,
-    shuffle: bool,
+    train: bool,
     once: bool,
 ) -> ImageBatches:
     """The batches of a split as a recipe wants them; raises what `create_loader` raises.
 
-    A split that is read `once` is not worth a place on the device, unless the recipe asks for that place; it
+    Those to `train` on come in another order in every epoch, and those to score say which images they hold. A
+    split that is read `once` is not worth a place on the device, unless the recipe asks for that place; it
     then gets one if there is room.
     """
     data = recipe.data
@@ -261,7 +267,7 @@ def open_batches(
         dataset,
         transform,
         batch_size=batch_size,
-        shuffle=shuffle,
+        shuffle=train,
         drop_last=False,
         num_workers=workers.number,
         seed=derive_seed(recipe.run.seed, "data"),
@@ -274,7 +280,7 @@ def open_batches(
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
     )
-    return ImageBatches(loader, workers)
+    return ImageBatches(loader, workers, numbered=not train)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:

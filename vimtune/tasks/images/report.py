@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vimtune.tasks.images.scoring import ImageEvaluation, most_confused
+from vimtune.metrics.calibration import calibration_error, reliability
+from vimtune.metrics.classes import macro_f1, most_confused, score_classes
+from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Outcome
 from vimtune.text import shorten
 from vimtune.training.report import Report
@@ -41,6 +43,10 @@ class ImageReport(Report):
     images_per_second: float
     num_workers: dict[str, int] | None = None
     """How many processes prepared the images of each split; None in reports of earlier versions."""
+    macro_f1: float | None = None
+    """Mean F1 of the classes, in percent; None in reports of earlier versions."""
+    ece: float | None = None
+    """Expected calibration error, in percent; None in reports of earlier versions."""
 
     def scores_by_name(self) -> dict[str, float | None]:
         """Top-1 and top-5."""
@@ -90,13 +96,23 @@ def build_image_report(
         top1=_percent(found.scores),
         top5=found.scores["top5"],
         per_class=dict(zip(classes, found.per_class, strict=True)),
-        most_confused=most_confused(found.confusion, classes, MOST_CONFUSED),
+        most_confused=[
+            {
+                "true": classes[pair.true],
+                "predicted": classes[pair.answer],
+                "images": pair.count,
+                "of": pair.of,
+            }
+            for pair in most_confused(found.confusion, MOST_CONFUSED)
+        ],
         num_images=found.count,
         num_classes=len(classes),
         best_top1=_percent(outcome.best),
         last_top1=_percent(outcome.last),
         images_per_second=outcome.rate,
         num_workers=num_workers,
+        macro_f1=macro_f1(score_classes(found.confusion)),
+        ece=calibration_error(reliability(found.answers.confidence(), found.answers.right)),
     )
 
 

@@ -1,15 +1,14 @@
-"""Scores of a classifier: right answers, counted by true class and answer. B batch, C classes."""
+"""Scores of a classifier of images: what it says of every image of a split. B batch, N images, C classes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimtune.tasks.images.examples import Example, Examples
+from vimtune.tasks.classes.answers import ClassAnswers, rank_answers
 from vimtune.tasks.job import Evaluation, Forward, Tally, Tensors
 
 TOP = 5
@@ -20,10 +19,13 @@ TOP = 5
 class ImageEvaluation(Evaluation):
     """Scores over all images of a split."""
 
-    confusion: Tensor
-    """Counts of images by true class and answer, `confusion[true, predicted]`, (C, C) int64."""
-    examples: Sequence[Example] = ()
-    """Some of the images that this process has scored."""
+    answers: ClassAnswers
+    """What was said of every image."""
+
+    @property
+    def confusion(self) -> Tensor:
+        """Counts of images by true class and answer, `confusion[true, predicted]`, (C, C) int64."""
+        return self.answers.confusion
 
     @property
     def per_class(self) -> list[float | None]:
@@ -32,42 +34,41 @@ class ImageEvaluation(Evaluation):
         return [100.0 * r / t if t else None for r, t in zip(right, total, strict=True)]
 
 
-def evaluation_of(
-    confusion: Tensor, top5_hits: int, loss: float, examples: Sequence[Example] = ()
-) -> ImageEvaluation:
-    """The scores that follow from counts.
+def evaluation_of(answers: ClassAnswers, loss: float) -> ImageEvaluation:
+    """The scores that follow from answers.
 
     Args:
-        confusion: counts of images by true class and answer, (C, C).
-        top5_hits: number of images whose class was among the five best answers.
+        answers: what was said of every image.
         loss: cross entropy summed over the images.
-        examples: some of the images.
     """
-    count = int(confusion.sum())
-    right = int(confusion.diag().sum())
+    count = len(answers)
+    hits = int((answers.ranks < TOP).sum())
     scores = {
-        "top1": 100.0 * right / max(1, count),
+        "top1": 100.0 * int(answers.right.sum()) / max(1, count),
         # Of five classes or fewer every answer would be among the best five.
-        "top5": 100.0 * top5_hits / max(1, count) if len(confusion) > TOP else None,
+        "top5": 100.0 * hits / max(1, count) if answers.logits.shape[1] > TOP else None,
     }
-    return ImageEvaluation(loss / max(1, count), scores, count, confusion, examples)
+    return ImageEvaluation(loss / max(1, count), scores, count, answers)
 
 
 class ImageTally(Tally):
-    """Counts answers and sums the cross entropy."""
+    """Notes the answers to every image at its place in the split, wherever it is scored, and sums the cross
+    entropy."""
 
-    def __init__(self, num_classes: int, expected: int | None = None) -> None:
+    def __init__(self, num_classes: int, num_images: int, complete: bool = True) -> None:
         """An empty tally.
 
         Args:
             num_classes: C.
-            expected: how many images all processes together have to count; None if some may be left out.
+            num_images: N, how many images the split has.
+            complete: whether all of them have to be scored; else some may be left out.
         """
-        self.num_classes, self.expected = num_classes, expected
-        self.examples = Examples(num_classes)
+        self.num_classes, self.complete = num_classes, complete
         self.totals = {
-            "confusion": torch.zeros(num_classes, num_classes, dtype=torch.int64),
-            "top5_hits": torch.zeros((), dtype=torch.int64),
+            "times": torch.zeros(num_images, dtype=torch.int64),
+            "pairs": torch.zeros(num_images, dtype=torch.int64),
+            "ranks": torch.zeros(num_images, dtype=torch.int64),
+            "logits": torch.zeros(num_images, num_classes),
             "loss": torch.zeros((), dtype=torch.float64),
         }
 
@@ -75,78 +76,35 @@ class ImageTally(Tally):
         """Look at the answers to "images" (B, 3, H, W), whose classes are "labels" (B,).
 
         Returns:
-            "pairs" (B,), the places of true class and answer in the flat confusion matrix; "top5_hits" and
-            "loss", scalars summed over the images.
+            "places" (B,), the numbers of the images in the split, as they were given; "pairs" (B,), the
+            places of true class and answer in the flat confusion matrix; "ranks" (B,); "logits" (B, C); and
+            "loss", a scalar summed over the images.
         """
         labels = tensors["labels"]
         logits = forward(tensors["images"]).float()
         predicted, ranks = rank_answers(logits, labels)
         return {
+            "places": tensors["places"],
             "pairs": labels * self.num_classes + predicted,
-            "top5_hits": (ranks < TOP).sum(),
+            "ranks": ranks,
+            "logits": logits,
             "loss": F.cross_entropy(logits, labels, reduction="sum"),
         }
 
     def count(self, judged: Tensors) -> None:
-        """Add a batch to the sums."""
+        """Note a batch."""
+        places = judged["places"]
         self.totals["loss"] += judged["loss"]
-        self.totals["top5_hits"] += judged["top5_hits"]
-        self.examples.add(judged["pairs"])
-        counts = torch.bincount(judged["pairs"], minlength=self.num_classes**2)
-        self.totals["confusion"] += counts.view(self.num_classes, -1)
+        self.totals["times"].index_add_(0, places, torch.ones_like(places))
+        for name in ("pairs", "ranks", "logits"):
+            self.totals[name][places] = judged[name]
 
     def evaluation(self) -> ImageEvaluation:
-        """The scores of what was counted."""
-        totals = self.totals
-        found = evaluation_of(
-            totals["confusion"], int(totals["top5_hits"]), float(totals["loss"]), self.examples.chosen
-        )
-        assert self.expected in (None, found.count), "an evaluation counts every image exactly once"
-        return found
-
-
-def rank_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The best class of each image, and how many classes come before the right one.
-
-    Among classes of equal logits the one of lowest index comes first, on every device; in bf16 such ties are
-    common.
-
-    Args:
-        logits: (B, C).
-        labels: (B,), the right classes.
-
-    Returns:
-        Two int64 tensors (B,).
-    """
-    index = torch.arange(logits.shape[1], device=logits.device)
-    highest = logits.amax(1, keepdim=True)
-    predicted = torch.where(logits == highest, index, logits.shape[1]).amin(1)
-    own = logits.gather(1, labels[:, None])
-    before = (logits > own) | ((logits == own) & (index < labels[:, None]))
-    return predicted, before.sum(1)
-
-
-def most_confused(confusion: Tensor, classes: Sequence[str], limit: int) -> list[dict[str, object]]:
-    """The pairs of classes with the most wrong answers, the most frequent first.
-
-    Args:
-        confusion: counts of images by true class and answer, (C, C).
-        classes: C names.
-        limit: the most pairs that are returned.
-
-    Returns:
-        Mappings: of the `of` images of the class `true`, `images` were taken for the class `predicted`.
-    """
-    wrong = confusion - confusion.diag().diag()
-    order = wrong.flatten().sort(descending=True, stable=True).indices[:limit]
-    pairs = [divmod(place, len(classes)) for place in order.tolist()]
-    return [
-        {
-            "true": classes[true],
-            "predicted": classes[predicted],
-            "images": int(wrong[true, predicted]),
-            "of": int(confusion[true].sum()),
-        }
-        for true, predicted in pairs
-        if wrong[true, predicted] > 0
-    ]
+        """The scores of what was noted."""
+        totals, times = self.totals, self.totals["times"]
+        assert not (times > 1).any(), "an evaluation counts no image twice"
+        assert not self.complete or bool(times.all()), "an evaluation counts every image"
+        indices = times.nonzero()[:, 0]
+        pairs, ranks, logits = (totals[name][indices] for name in ("pairs", "ranks", "logits"))
+        answers = ClassAnswers(indices, pairs // self.num_classes, pairs % self.num_classes, ranks, logits)
+        return evaluation_of(answers, float(totals["loss"]))

@@ -26,6 +26,7 @@ from vimtune.tasks.components import (
     TRAIN_SIZE,
     BackboneOptions,
     DataOptions,
+    EvaluateOptions,
     PredictOptions,
     ProtocolSize,
 )
@@ -146,6 +147,29 @@ class BackboneSettings(BackboneOptions):
         if "model" in values:
             problems += _model_problems(values["model"], given)
         return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEvaluateOptions(EvaluateOptions):
+    """How a model is scored on images."""
+
+    title: ClassVar[str] = "evaluation of images"
+
+    folder: str | None = option(
+        None,
+        "score all images of this folder, <class>/*, instead of a split",
+        parse=parsers.optional(parsers.absolute_path),
+    )
+    flip: bool = option(False, "average the probabilities of each image and its mirror image")
+
+    def check_split(self, split: str) -> None:
+        """Look at a split that a user has named.
+
+        Raises:
+            ValueError: a folder is scored, which has none.
+        """
+        if self.folder is not None:
+            raise ValueError(f"--split {quote(split)}: all images of the folder are scored; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

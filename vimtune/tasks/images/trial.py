@@ -1,20 +1,74 @@
-"""An image classifier, with an adapter or without, on images to be scored."""
+"""An image classifier, with an adapter or without, on images to be scored. B batch, C classes."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vimtune.data import build_transform, model_preprocessing
+import torch
+from torch import Tensor, nn
+
+from vimtune.data import DatasetError, ImageDataset, Transform, build_transform, model_preprocessing
+from vimtune.data.labelled_folder import LabelledFolder
+from vimtune.data.matching import Matched, match_classes
+from vimtune.merged import MergedFileError, is_merged_file, read_merged_info
+from vimtune.models import MODELS
 from vimtune.recipe import Recipe
+from vimtune.tasks.classes.details import HELD_OUT, ClassDetails
+from vimtune.tasks.images.details import image_details
 from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import open_trained, transform_for
 from vimtune.tasks.images.scoring import ImageTally
-from vimtune.tasks.images.settings import BackboneSettings, DataSettings
-from vimtune.tasks.job import Trial
+from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
+from vimtune.tasks.job import Evaluation, Scoring, Trial
+from vimtune.text import quote
 from vimtune.training.distributed import Processes
 
+logger = logging.getLogger(__name__)
 
-def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path | None, force: bool) -> Trial:
+
+class WithFlips(nn.Module):
+    """A classifier that looks at every image and at its mirror image.
+
+    The probabilities of both are averaged; the outputs are their logarithms, which are logits as good as any.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) in fp32 for images (B, 3, H, W)."""
+        found = [self.model(each).float().log_softmax(1) for each in (images, images.flip(-1))]
+        return torch.logaddexp(*found) - torch.log(torch.tensor(2.0, device=images.device))
+
+
+@dataclass(kw_only=True)
+class ImageTrial(Trial):
+    """An image classifier on images."""
+
+    dataset: ImageDataset
+    """The images."""
+    no_temperature: str
+    """Why there is no validation split to fit a temperature to, where there is none."""
+
+    def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> ClassDetails:
+        """Classes, confusions, calibration and mistakes."""
+        return image_details(self.dataset, evaluation, held_out, self.no_temperature, self.notes)
+
+
+def open_trial(
+    recipe: Recipe,
+    processes: Processes,
+    split: str,
+    adapter: Path | None,
+    options: ImageEvaluateOptions,
+    force: bool,
+) -> ImageTrial:
     """Open the images of a split and the model; the arguments are those of `Task.open_trial`.
 
     Raises:
@@ -22,19 +76,96 @@ def open_trial(recipe: Recipe, processes: Processes, split: str, adapter: Path |
     """
     data, backbone = recipe.data, recipe.backbone
     assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
-    dataset = open_dataset(data, split, image_size(backbone))
-    if adapter is None:
-        model = create_backbone(recipe, len(dataset.classes))
+    if options.folder is None:
+        dataset = open_dataset(data, split, image_size(backbone))
+    else:
+        dataset = LabelledFolder(Path(options.folder))
+    model, classes, transform = _open_model(recipe, dataset, adapter, force)
+    matched = match_classes(dataset, classes)
+    notes = matched.notes()
+    for note in notes if processes.is_main else []:
+        logger.warning("%s", note)
+    held_out, why = _open_held_out(recipe, data, matched, classes, options)
+    complete = data.on_corrupt == "error"
+
+    def scoring(images: ImageDataset) -> Scoring:
+        loader = open_batches(recipe, images, transform, processes, train=False, once=True)
+        return Scoring(loader, ImageTally(len(classes), len(images), complete))
+
+    own = scoring(matched.dataset)
+    other = own if held_out is matched.dataset else None if held_out is None else scoring(held_out)
+    model = model.to(processes.device)
+    return ImageTrial(
+        model=WithFlips(model) if options.flip else model,
+        loader=own.loader,
+        tally=own.tally,
+        held_out=other,
+        notes=notes,
+        dataset=matched.dataset,
+        no_temperature=why,
+    )
+
+
+def _open_model(
+    recipe: Recipe, dataset: ImageDataset, adapter: Path | None, force: bool
+) -> tuple[Any, list[str], Transform]:
+    """The model on the CPU, the names of its classes, and how an image becomes its input.
+
+    The names are those of its file, or else those of the images.
+
+    Raises:
+        ValueError: weights or an adapter that do not fit, or classes without names of another number.
+    """
+    backbone = recipe.backbone
+    file = adapter
+    if file is None and backbone.checkpoint is not None and is_merged_file(Path(backbone.checkpoint)):
+        file, known = Path(backbone.checkpoint), MODELS.get(backbone.model)
+        merged = read_merged_info(file)
+        if known.architecture != merged.model:
+            raise MergedFileError(
+                f"{quote(str(file))} holds a {merged.model}, and the model is {quote(backbone.model)}: "
+                f"add --model {merged.model}"
+            )
+    if file is None:
+        model, named = create_backbone(recipe, len(dataset.classes)), list[str]()
         transform = build_transform("none", train=False, **model_preprocessing(model))
     else:
-        model, classes, preprocessing = open_trained(adapter, backbone.checkpoint, force)
-        if classes and classes != dataset.classes:
-            raise ValueError(
-                f"the classes of the adapter ({len(classes)}) are not those of the images "
-                f"({len(dataset.classes)}): {dataset.source}"
-            )
-        transform = transform_for(model, preprocessing, adapter)
-    loader = open_batches(recipe, dataset, transform, processes, shuffle=False, once=True)
-    expected = len(dataset) if data.on_corrupt == "error" else None
-    tally = ImageTally(len(dataset.classes), expected)
-    return Trial(model.to(processes.device), loader, tally)
+        base = None if adapter is None else backbone.checkpoint
+        model, named, preprocessing = open_trained(file, base, force)
+        transform = transform_for(model, preprocessing, file)
+    if not named and model.num_classes != len(dataset.classes):
+        raise DatasetError(
+            f"the model has {model.num_classes} classes without names, and the images have "
+            f"{len(dataset.classes)} classes: {dataset.source}"
+        )
+    return model, named or list(dataset.classes), transform
+
+
+def _open_held_out(
+    recipe: Recipe,
+    data: DataSettings,
+    scored: Matched,
+    classes: Sequence[str],
+    options: ImageEvaluateOptions,
+) -> tuple[ImageDataset | None, str]:
+    """The images to which a temperature is fitted; None where there are none, and why."""
+    if not options.calibrate:
+        return None, "none was asked for"
+    if data.train_split == "train+val" and data.selection_split != HELD_OUT:
+        return None, f"the images of {HELD_OUT!r} were trained on"
+    if scored.dataset.split == HELD_OUT:
+        return scored.dataset, ""
+    try:
+        # What is wanted beside the scores is not worth a download.
+        at_hand = dataclasses.replace(data, download=False)
+        backbone = recipe.backbone
+        assert isinstance(backbone, BackboneSettings)
+        matched = match_classes(open_dataset(at_hand, HELD_OUT, image_size(backbone)), classes)
+    except DatasetError as error:
+        return None, f"there is no validation split ({error})"
+    if matched.unknown:
+        return (
+            None,
+            f"the validation split has classes that the model does not know ({matched.dataset.source})",
+        )
+    return matched.dataset, ""

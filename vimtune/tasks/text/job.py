@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, draw_protocol, draw_shots, open_text, split_off
 from vimtune.recipe import Recipe
-from vimtune.tasks.job import Forward, Job, Loader, Tally, Tensors
+from vimtune.tasks.classes.confusion import confusion_files, confusion_title
+from vimtune.tasks.classes.details import CONTINUED
+from vimtune.tasks.details import Details
+from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors
 from vimtune.tasks.text.batches import TextBatches
+from vimtune.tasks.text.details import class_answers, text_details
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.lengths import MOST_SHAPES
 from vimtune.tasks.text.models import build_base, build_model, open_tokenizer, readers_of
@@ -21,6 +26,7 @@ from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
 from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer
 from vimtune.text import counted
 from vimtune.training.distributed import Processes
+from vimtune.training.report import Report
 from vimtune.training.settings import derive_seed
 
 if TYPE_CHECKING:
@@ -35,6 +41,20 @@ class TextJob(Job):
     head: Head
     tallies: dict[str, Callable[[], Tally]]
     """Makes an empty tally for the evaluation of a split, by its name."""
+    scored: TextSplit
+    """The texts of `final`."""
+
+    def details(self, outcome: Outcome) -> Details:
+        """Those of a classifier, or the mistakes."""
+        return text_details(self.scored, outcome.evaluation, outcome.selection, CONTINUED)
+
+    def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
+        """The confusion matrix as a table and as a picture, where all texts have the same classes."""
+        if not self.scored.classes:
+            return {}
+        confusion = class_answers(evaluation).confusion
+        title = confusion_title(confusion, report.split, "texts")
+        return confusion_files(confusion, self.scored.classes, title)
 
     def expect_replays(self) -> int:
         """Pad training batches to the lengths of their groups, of which there are few."""
@@ -79,6 +99,7 @@ def open_texts(recipe: Recipe, task: TextTask, processes: Processes) -> TextJob:
         saved_with_adapter=dict(outputs or ({"classes": list(train.classes)} if train.classes else {})),
         head=head,
         tallies=loaders.tallies,
+        scored=val if test is None else test,
     )
 
 

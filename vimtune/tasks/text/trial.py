@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimtune.adapters import read_adapter_info
-from vimtune.data import MissingSplitError
+from vimtune.data import DatasetError, MissingSplitError
 from vimtune.data.text import TextSplit, open_text
 from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
-from vimtune.tasks.job import Evaluation, Trial
+from vimtune.tasks.components import EvaluateOptions
+from vimtune.tasks.details import Details
+from vimtune.tasks.job import Evaluation, Scoring, Trial
+from vimtune.tasks.text.details import text_details
 from vimtune.tasks.text.job import Loaders, head_of, open_splits, open_test, settings_of
 from vimtune.tasks.text.models import build_base, open_tokenizer
 from vimtune.tasks.text.scoring import TextEvaluation
@@ -23,11 +26,18 @@ if TYPE_CHECKING:
     from vimtune.tasks.texts import TextTask
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TextTrial(Trial):
     """A language model on texts."""
 
     split: TextSplit
+    """The texts."""
+    no_temperature: str
+    """Why there is no validation split to fit a temperature to, where there is none."""
+
+    def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> Details:
+        """Those of a classifier, or the mistakes."""
+        return text_details(self.split, evaluation, held_out, self.no_temperature)
 
     def examples(self, evaluation: Evaluation) -> list[dict[str, Any]]:
         """The log-likelihood of each choice, and what was chosen."""
@@ -45,7 +55,13 @@ class TextTrial(Trial):
 
 
 def open_trial(
-    recipe: Recipe, task: TextTask, processes: Processes, split: str, adapter: Path | None, force: bool
+    recipe: Recipe,
+    task: TextTask,
+    processes: Processes,
+    split: str,
+    adapter: Path | None,
+    options: EvaluateOptions,
+    force: bool,
 ) -> TextTrial:
     """Open the texts of a split and the model; the arguments are those of `Task.open_trial`.
 
@@ -63,8 +79,37 @@ def open_trial(
         load_trained(model, adapter, force)
     tokenizer = open_tokenizer(backbone, model, info, force)
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
-    loader = loaders.scoring(texts)
-    return TextTrial(model.to(processes.device), loader, loaders.tallies[texts.name](), texts)
+    own = Scoring(loaders.scoring(texts), loaders.tallies[texts.name]())
+    other, why = _open_held_out(task, data, texts, options)
+    held_out = None
+    if other is not None:
+        held_out = own if other is texts else Scoring(loaders.scoring(other), loaders.tallies[other.name]())
+    return TextTrial(
+        model=model.to(processes.device),
+        loader=own.loader,
+        tally=own.tally,
+        held_out=held_out,
+        split=texts,
+        no_temperature=why,
+    )
+
+
+def _open_held_out(
+    task: TextTask, data: TextDataSettings, texts: TextSplit, options: EvaluateOptions
+) -> tuple[TextSplit | None, str]:
+    """The texts to which a temperature is fitted; None where there are none, and why."""
+    if not options.calibrate or not texts.classes:
+        return None, "none was asked for"
+    if texts.name == "val":
+        return texts, ""
+    try:
+        # What is wanted beside the scores is not worth a download.
+        _, found, _ = open_splits(task, replace(data, test=False, download=False))
+    except DatasetError as error:
+        return None, f"there is no validation split ({error})"
+    if found.classes != texts.classes:
+        return None, f"the validation split has other classes ({found.source})"
+    return found, ""
 
 
 def _open(task: TextTask, data: TextDataSettings, split: str, classes: Sequence[str] | None) -> TextSplit:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
-from vimtune.tasks.images.report import ImageReport
+from vimtune.pages.style import font_families, picture_style, whole_numbers
 from vimtune.text import csv_cell, printable, shorten
 from vimtune.training import pictures
 from vimtune.training.folder import writing
@@ -23,28 +23,36 @@ MAX_COUNTED_CLASSES = 20
 """Of more classes than this, the numbers in the cells of a confusion matrix cannot be read."""
 MAX_NAME = 28
 """Characters of a class name that are shown."""
+CONFUSION_PICTURE, CONFUSION_TABLE = "confusion_matrix.png", "confusion_matrix.csv"
+"""Names of the picture and of the table in a run folder."""
 
 
 def confusion_files(
-    confusion: Tensor, classes: Sequence[str], report: ImageReport
+    confusion: Tensor, classes: Sequence[str], title: str
 ) -> dict[str, Callable[[Path], None]]:
     """The confusion matrix of a result: names of files, and functions that write them.
 
     Args:
-        confusion: counts of images by true class and answer, (C, C).
+        confusion: counts of examples by true class and answer, (C, C).
         classes: C names.
-        report: the result.
+        title: stands above the picture.
     """
     return {
-        "confusion_matrix.csv": lambda path: write_confusion_table(confusion, classes, path),
-        "confusion_matrix.png": lambda path: pictures.save_picture(
-            draw_confusion_matrix(confusion, classes, report), path
+        CONFUSION_TABLE: lambda path: write_confusion_table(confusion, classes, path),
+        CONFUSION_PICTURE: lambda path: pictures.save_picture(
+            draw_confusion_matrix(confusion, classes, title), path
         ),
     }
 
 
+def confusion_title(confusion: Tensor, split: str, examples: str) -> str:
+    """What stands above the picture: how many `examples`, such as "images", of a split were right."""
+    right, count = int(confusion.diag().sum()), int(confusion.sum())
+    return f"{split}: {100.0 * right / max(1, count):.1f} % of {count:,} {examples} right"
+
+
 def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Write counts of images as CSV: a row for each true class, a column for each answer."""
+    """Write counts of examples as CSV: a row for each true class, a column for each answer."""
     names = [csv_cell(printable(name)) for name in classes]
 
     def write(temporary: Path) -> None:
@@ -58,17 +66,21 @@ def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path)
         atomic_write(path, write)
 
 
-def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: ImageReport) -> Figure:
+def draw_confusion_matrix(
+    confusion: Tensor, classes: Sequence[str], title: str, numbered_in: str = CONFUSION_TABLE
+) -> Figure:
     """Share of each true class (row) that was given each answer (column).
 
-    Few classes have their counts of images in the cells. Where names cannot be read or drawn, numbers in
-    the order of the data set stand for them, as in confusion_matrix.csv.
+    Few classes have their counts of examples in the cells. Where names cannot be read or drawn, numbers in
+    the order of the data set stand for them.
 
     Args:
-        confusion: counts of images, (C, C).
+        confusion: counts of examples, (C, C).
         classes: C names.
+        title: stands above it.
+        numbered_in: where a reader finds what the numbers mean.
     """
-    with pictures.picture_style():
+    with picture_style():
         number = len(classes)
         shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
         named, counted = number <= MAX_NAMED_CLASSES, number <= MAX_COUNTED_CLASSES
@@ -79,17 +91,17 @@ def draw_confusion_matrix(confusion: Tensor, classes: Sequence[str], report: Ima
         figure = Figure(figsize=(side + 1.6, side + 0.8), layout="constrained")
         axes = figure.add_subplot()
         picture = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-        hint = " (numbers: see confusion_matrix.csv)" if numbered else ""
+        hint = f" (numbers: see {numbered_in})" if numbered else ""
         axes.set(xlabel=f"predicted class{hint}", ylabel=f"true class{hint}")
         if named:
             axes.set_xticks(range(number), names, rotation=90, fontsize=8)
             axes.set_yticks(range(number), names, fontsize=8)
         else:
-            axes.xaxis.set_major_locator(pictures.whole_numbers())
-            axes.yaxis.set_major_locator(pictures.whole_numbers())
+            axes.xaxis.set_major_locator(whole_numbers())
+            axes.yaxis.set_major_locator(whole_numbers())
         if counted:
             _write_counts(axes, confusion, shares)
-        axes.set_title(f"{report.split}: {report.top1:.1f} % of {report.num_images:,} images right")
+        axes.set_title(title)
         figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the true class")
         return figure
 
@@ -108,16 +120,16 @@ def undrawable(classes: Sequence[str]) -> list[int]:
     shown = [printable(name) for name in classes]
     if all(map(str.isascii, shown)):
         return []
-    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in pictures.font_families()]
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in font_families()]
     known = {character for font in fonts for character in font.get_charmap()}
     return [index for index, name in enumerate(shown) if not known.issuperset(map(ord, name))]
 
 
 def _write_counts(axes: Axes, confusion: Tensor, shares: Tensor) -> None:
-    """The number of images in each cell that has any, light on dark and dark on light."""
+    """The number of examples in each cell that has any, light on dark and dark on light."""
     for true, row in enumerate(confusion.tolist()):
-        for predicted, images in enumerate(row):
-            if images:
+        for predicted, count in enumerate(row):
+            if count:
                 color = "white" if shares[true, predicted] > 0.5 else "black"
-                size = 8 if images < 1000 else 6
-                axes.text(predicted, true, str(images), ha="center", va="center", color=color, fontsize=size)
+                size = 8 if count < 1000 else 6
+                axes.text(predicted, true, str(count), ha="center", va="center", color=color, fontsize=size)

@@ -1,0 +1,10 @@
+"""Metrics: formulas that turn answers of a model into numbers, as functions of tensors.
+
+| file | what |
+|---|---|
+| `classes.py` | precision, recall and F1 of each class, their mean, the most confused pairs |
+| `calibration.py` | whether probabilities are to be believed: reliability, calibration error, temperature |
+
+Which of them a task reports is said by its details (`vimtune.tasks.details`). A metric of another kind of
+answer is a file beside these.
+"""

@@ -1,0 +1,224 @@
+"""What an evaluation of a classifier says of classes, confusions, calibration and mistakes.
+
+N examples, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vimtune.metrics.calibration import (
+    HIGHEST,
+    LOWEST,
+    Bin,
+    calibration_error,
+    fit_temperature,
+    mean_loss,
+    reliability,
+)
+from vimtune.metrics.classes import ClassScores, Confusion, macro_f1, most_confused, score_classes
+from vimtune.pages.section import Section
+from vimtune.tasks.classes.answers import ClassAnswers
+from vimtune.tasks.details import Details
+from vimtune.text import shorten
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+HELD_OUT = "val"
+"""The split to which temperatures are fitted: it is neither trained on nor the one whose scores are told."""
+CONTINUED = "the run was continued after its best epoch (vimtune evaluate fits one)"
+"""Why a run has no temperature, although it has kept such a split apart."""
+CONFUSED = 20
+"""Pairs of classes that files and pages list."""
+SHOWN_CONFUSED = 3
+"""Pairs that the final table shows."""
+MAX_NAME = 40
+"""Characters of a class name in tables."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What the examples of a split are called, and how they are shown."""
+
+    key: str
+    """What names an example in files: "path" or "text"."""
+    plural: str
+    """What they are called, such as "images"."""
+    name: Callable[[int], str]
+    """Names an example by its number in the split."""
+    load: Callable[[int], Image.Image] | None = None
+    """Gives an image by its number in the split; None for texts."""
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """The temperature of a classifier, and where it comes from."""
+
+    value: float | None
+    """None where there is nothing that it could be fitted to."""
+    origin: str
+    """Half a sentence: to what it was fitted, or why it was not."""
+
+
+def temperature_of(answers: ClassAnswers, split: str, plural: str, scored: str) -> Temperature:
+    """The temperature that fits the examples of a split.
+
+    Args:
+        answers: those to the examples, at least one.
+        split: its name.
+        plural: what the examples are called.
+        scored: the split whose scores are told.
+    """
+    origin = f"fitted to the {len(answers):,} {plural} of {split!r}"
+    if split == scored:
+        origin += ", which are the ones that are scored here: expect a little less of others"
+    value = fit_temperature(answers.logits, answers.labels)
+    if value in (LOWEST, HIGHEST):
+        origin += "; it lies at the end of what was searched"
+    return Temperature(value, origin)
+
+
+@dataclass(frozen=True)
+class ClassDetails(Details):
+    """What an evaluation of a classifier says."""
+
+    answers: ClassAnswers
+    """What was said of every example."""
+    classes: Sequence[str]
+    """C names."""
+    split: str
+    """The split that was scored."""
+    examples: Examples
+    """What was scored."""
+    temperature: Temperature
+    """What the logits would have to be divided by."""
+    notes: Sequence[str] = ()
+    """What a reader of the scores has to know, such as which examples were left out."""
+
+    @cached_property
+    def by_class(self) -> list[ClassScores]:
+        """Precision, recall and counts of every class."""
+        return score_classes(self.answers.confusion)
+
+    @cached_property
+    def confused(self) -> list[Confusion]:
+        """The most confused pairs of classes."""
+        return most_confused(self.answers.confusion, CONFUSED)
+
+    @cached_property
+    def bins(self) -> list[Bin]:
+        """Answers by their probability."""
+        return reliability(self.confidence, self.answers.right)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """Probability of each answer, (N,)."""
+        return self.answers.confidence()
+
+    @cached_property
+    def calibrated_bins(self) -> list[Bin] | None:
+        """The same with the temperature; None where there is none."""
+        value = self.temperature.value
+        return None if value is None else reliability(self.answers.confidence(value), self.answers.right)
+
+    @cached_property
+    def wrong(self) -> list[int]:
+        """Places among the answers of the wrong ones, the least probable true class first."""
+        losses = self.answers.losses.masked_fill(self.answers.right, -1.0)
+        order: list[int] = losses.argsort(descending=True, stable=True).tolist()
+        return order[: len(self.answers) - int(self.answers.right.sum())]
+
+    def scores(self) -> dict[str, float | None]:
+        """Macro F1 and the calibration error, in percent; the temperature, and error and loss with it."""
+        value, bins = self.temperature.value, self.calibrated_bins
+        labels, logits = self.answers.labels, self.answers.logits
+        return {
+            "macro_f1": macro_f1(self.by_class),
+            "ece": calibration_error(self.bins),
+            "temperature": value,
+            "calibrated_ece": None if bins is None else calibration_error(bins),
+            "calibrated_loss": None if value is None else mean_loss(logits, labels, value),
+        }
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Macro F1, calibration, and the most confused classes."""
+        f1 = macro_f1(self.by_class)
+        yield f"macro F1 ({self.split})", "none" if f1 is None else f"{f1:.2f} %"
+        error = f"{calibration_error(self.bins):.2f} %"
+        if self.calibrated_bins is not None:
+            error += f"; {calibration_error(self.calibrated_bins):.2f} % with the temperature"
+        yield f"calibration error ({self.split})", error
+        value = self.temperature.value
+        yield "temperature", f"{'none' if value is None else f'{value:.3f}'}, {self.temperature.origin}"
+        title = "most confused"
+        for pair in self.confused[:SHOWN_CONFUSED]:
+            true, answer = self.short_name(pair.true), self.short_name(pair.answer)
+            yield title, f"{true} taken for {answer}: {pair.count} of {pair.of}"
+            title = ""
+
+    def numbers(self) -> dict[str, Any]:
+        """Every class, the most confused pairs, and the reliability, as plain values."""
+        plain = ("low", "high", "count", "confidence", "accuracy")
+        return {
+            "temperature_origin": self.temperature.origin,
+            "notes": list(self.notes),
+            "classes": [
+                {
+                    "class": name,
+                    "count": own.examples,
+                    "answers": own.answers,
+                    "precision": own.precision,
+                    "recall": own.recall,
+                    "f1": own.f1,
+                }
+                for name, own in zip(self.classes, self.by_class, strict=True)
+            ],
+            "most_confused": [
+                {
+                    "true": self.classes[pair.true],
+                    "predicted": self.classes[pair.answer],
+                    "count": pair.count,
+                    "of": pair.of,
+                }
+                for pair in self.confused
+            ],
+            "reliability": [{name: getattr(own, name) for name in plain} for own in self.bins],
+        }
+
+    def mistakes(self) -> list[dict[str, Any]]:
+        """Every wrong answer: which example, its class, the answer, the probabilities of both, the loss, and
+        the place of its class among the answers (2 is the second one)."""
+        return [self.mistake(place) for place in self.wrong]
+
+    def mistake(self, place: int) -> dict[str, Any]:
+        """One of `mistakes`, by its place among the answers."""
+        loss = float(self.answers.losses[place])
+        return {
+            self.examples.key: self.examples.name(int(self.answers.indices[place])),
+            "true": self.classes[int(self.answers.labels[place])],
+            "predicted": self.classes[int(self.answers.predicted[place])],
+            "probability": float(self.confidence[place]),
+            "true_probability": math.exp(-loss),
+            "loss": loss,
+            "true_rank": int(self.answers.ranks[place]) + 1,
+        }
+
+    def sections(self, drawn: Path | None = None) -> list[Section]:
+        """Scores, classes, confusions, calibration, mistakes."""
+        from vimtune.tasks.classes.page import (
+            class_sections,  # This comes late: drawing takes long to import.
+        )
+
+        return class_sections(self, drawn)
+
+    def short_name(self, number: int) -> str:
+        """Name of a class for tables."""
+        return shorten(self.classes[number], MAX_NAME)

@@ -1,0 +1,43 @@
+"""What an evaluation says beyond its scores: in the final table, in files, and on a page.
+
+A task says here which metrics it has (`vimtune.metrics` has formulas). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vimtune.pages.section import Section
+
+
+class Details:
+    """What an evaluation says beyond its scores. This one says nothing; a task derives classes with more."""
+
+    def scores(self) -> dict[str, float | None]:
+        """Further numbers of the whole split by name, such as "macro_f1"; None for one without a value."""
+        return {}
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Lines of the final table: names and values."""
+        return iter(())
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything that was measured beside `scores`, as plain values for JSON."""
+        return {}
+
+    def mistakes(self) -> Sequence[dict[str, Any]] | None:
+        """A mapping for each wrong answer, all with the same keys, the worst one first; None for a task whose
+        answers are not right or wrong."""
+        return None
+
+    def sections(self, drawn: Path | None = None) -> list[Section]:
+        """The page below its facts.
+
+        Args:
+            drawn: a run folder, some of whose pictures need not be drawn again.
+        """
+        del drawn
+        return []

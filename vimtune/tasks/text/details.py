@@ -1,0 +1,98 @@
+"""What an evaluation of texts says beyond its scores: where all texts have the same classes that of any
+classifier, else its mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vimtune.data.text import TextSplit
+from vimtune.pages.section import Section, Table
+from vimtune.tasks.classes.answers import ClassAnswers, answers_of
+from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Examples, Temperature, temperature_of
+from vimtune.tasks.classes.page import MAX_TEXT, WORST
+from vimtune.tasks.details import Details
+from vimtune.tasks.job import Evaluation
+from vimtune.tasks.text.scoring import Judged, TextEvaluation
+from vimtune.text import shorten
+
+
+def text_details(
+    split: TextSplit, evaluation: Evaluation, held_out: Evaluation | None, no_temperature: str
+) -> Details:
+    """The details of an evaluation.
+
+    Args:
+        split: the texts that were scored.
+        evaluation: of these.
+        held_out: of the validation split, to which a temperature is fitted where texts have classes.
+        no_temperature: why there is none.
+    """
+    assert isinstance(evaluation, TextEvaluation)
+    if split.classes:
+        temperature = Temperature(None, no_temperature)
+        if held_out is not None:
+            temperature = temperature_of(class_answers(held_out), HELD_OUT, "texts", split.name)
+        examples = Examples("text", "texts", lambda index: split.examples[index].contexts[0])
+        return ClassDetails(class_answers(evaluation), split.classes, split.name, examples, temperature)
+    if any(len(example.choices) < 2 for example in split.examples):
+        return Details()
+    return ChoiceDetails(split, evaluation.judged)
+
+
+def class_answers(evaluation: Evaluation) -> ClassAnswers:
+    """The answers to texts that have the same classes. What a head says of them, or their log-likelihoods,
+    are the logits."""
+    assert isinstance(evaluation, TextEvaluation)
+    logits = torch.tensor([judged.log_likelihoods for judged in evaluation.judged])
+    return answers_of(logits, torch.tensor([judged.answer for judged in evaluation.judged]))
+
+
+@dataclass(frozen=True)
+class ChoiceDetails(Details):
+    """The wrong answers to questions of which each has its own choices."""
+
+    split: TextSplit
+    """The questions."""
+    judged: Sequence[Judged]
+    """What was said of each."""
+
+    def mistakes(self) -> list[dict[str, Any]]:
+        """Every wrong answer: the question, the right choice, the likeliest one, and by how much the latter's
+        log-likelihood is higher."""
+        wrong = [
+            {
+                "text": example.contexts[0],
+                "true": example.choices[own.answer],
+                "predicted": example.choices[own.predicted],
+                "margin": own.log_likelihoods[own.predicted] - own.log_likelihoods[own.answer],
+            }
+            for example, own in zip(self.split.examples, self.judged, strict=True)
+            if own.predicted != own.answer
+        ]
+        return sorted(wrong, key=lambda row: -row["margin"])
+
+    def sections(self, drawn: Path | None = None) -> list[Section]:
+        """The worst mistakes."""
+        del drawn
+        wrong = self.mistakes()
+        names = ("text", "predicted", "true")
+        rows = [
+            [*(shorten(row[n], MAX_TEXT) for n in names), f"{row['margin']:.2f}"] for row in wrong[:WORST]
+        ]
+        return [
+            Section(
+                title="The worst mistakes",
+                explanation="Questions whose likeliest choice is wrong, those first in which its "
+                "log-likelihood lies highest above that of the right one.",
+                findings=[f"{len(wrong):,} of {len(self.judged):,} questions have a wrong answer."],
+                numbers={},
+                tables=[Table("The worst mistakes", ["text", "answer", "is", "margin"], rows)]
+                if rows
+                else [],
+            )
+        ]
