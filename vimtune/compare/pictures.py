@@ -21,6 +21,12 @@ ACROSS = 3
 """Data sets side by side."""
 MAX_NAME = 30
 """Characters of a name that are shown."""
+CHARACTERS_PER_INCH = 11
+"""About as many characters of the legend stand in an inch."""
+MARK_WIDTH = 8
+"""Characters that the mark before a name and the gap behind it take."""
+LINE_HEIGHT = 0.21
+"""Inches of a line of the legend."""
 MARKERS = "osD^vP*X<>"
 """Marks of the methods; with ten colours they tell a hundred of them apart."""
 
@@ -72,7 +78,10 @@ def _panels(
         if handles:
             # Names beside the points would run into each other, above all at equal budgets.
             labels = [shorten(printable(method), MAX_NAME) for method in handles]
-            figure.legend(handles.values(), labels, loc="outside lower center", ncols=2 + 2 * across)
+            room = CHARACTERS_PER_INCH * figure.get_figwidth()
+            columns = max(1, int(room / (max(map(len, labels)) + MARK_WIDTH)))
+            figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns)
+            figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * math.ceil(len(labels) / columns))
         return figure
 
 

@@ -74,6 +74,11 @@ def test_the_model_without_an_adapter_is_that_of_a_run(head, tmp_path):
     vimtune.delete_adapter(adapted, "default")
     assert list(plain.state_dict()) == list(adapted.state_dict()) and not vimtune.list_adapters(plain)
     assert all(torch.equal(own, adapted.state_dict()[name]) for name, own in plain.state_dict().items())
+    # Whether the texts are there can be asked without a model.
+    recipe.task.check_data(recipe, Processes())
+    gone = recipe.replace(data_dir=str(tmp_path / "gone"), download=False)
+    with pytest.raises(ValueError, match="gone"):
+        gone.task.check_data(gone, Processes())
 
 
 def test_a_run_leaves_a_report_an_adapter_and_the_best_epoch_by_accuracy(tmp_path):
