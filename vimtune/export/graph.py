@@ -18,6 +18,10 @@ BACKEND = "torch"
 """The backend under which a model is traced: it composes every mixer of the same few operations, whatever
 this machine has kernels for."""
 
+ORIGINS = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+"""What torch notes at each node about where it comes from: as much as the graph itself, with files of this
+computer by name."""
+
 
 def trace(model: nn.Module, image: Sequence[int], recurrence: Recurrence) -> ExportedProgram:
     """The graph of a model, which takes images (B, C, H, W) for any B.
@@ -37,5 +41,6 @@ def trace(model: nn.Module, image: Sequence[int], recurrence: Recurrence) -> Exp
         program = traced.run_decompositions(operations(recurrence))
     program.example_inputs = None  # They would be written, too.
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # It names files of this computer.
+        for name in ORIGINS:
+            node.meta.pop(name, None)
     return program

@@ -27,11 +27,12 @@ visited last (B, N, E)."""
 def chunked_recurrence(
     state: Tensor, dt: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """A `Recurrence` in operations of torch alone, of which there are some 6 sqrt(L) in the place of 4 L.
+    """A `Recurrence` in operations of torch alone, some 3 sqrt(L) of them in the place of 3 L.
 
-    All chunks are visited at once, each from zeros, for the state that it leaves behind; then one after the
-    other, for the states before them; then all at once again, each from its own. No exponent is positive, so
-    nothing overflows, however long the sequence is.
+    The tokens are cut into about as many chunks as a chunk has tokens. What each chunk adds to the state is
+    known at once; a loop over the chunks gives the states before them, a loop over the tokens of a chunk, all
+    chunks together, the states within them. No exponent is positive, so nothing overflows, however long the
+    sequence is. In memory are three tensors (B, L, N, E).
     """
     if reverse:
         dt, x, B, C = (tensor.flip(1) for tensor in (dt, x, B, C))
@@ -39,28 +40,20 @@ def chunked_recurrence(
     size = math.isqrt(tokens - 1) + 1
     count = -(-tokens // size)
     # Tokens that fill the last chunk have time steps of 0: they leave the state as it is.
-    rows = [
-        F.pad(tensor, (0, 0, 0, count * size - tokens)).unflatten(1, (count, size))
-        for tensor in (dt, x, B, C)
-    ]
-    whole = torch.exp(rows[0].sum(2).unsqueeze(2) * A)  # (B, G, N, E)
-    steps, inputs = ([row.unsqueeze(2) for row in tensor.unbind(2)] for tensor in rows[:2])  # (B, G, 1, E)
-    into = [row.unsqueeze(3) for row in rows[2].unbind(2)]  # (B, G, N, 1)
-    out = [row.unsqueeze(2) for row in rows[3].unbind(2)]  # (B, G, 1, N)
-    decays = [torch.exp(step * A) for step in steps]
-    added = [value * row for value, row in zip(inputs, into, strict=True)]
+    padding = (0, 0, 0, count * size - tokens)
+    dt, x, B, C = (F.pad(tensor, padding).unflatten(1, (count, size)) for tensor in (dt, x, B, C))
+    elapsed = dt.cumsum(2).unsqueeze(3)  # (B, G, T, 1, E), since the chunk began
+    whole = elapsed[:, :, -1:]
+    added = x.unsqueeze(3) * B.unsqueeze(4)  # (B, G, T, N, E)
+    behind = (torch.exp((whole - elapsed) * A) * added).sum(2)  # (B, G, N, E)
 
-    behind = added[0]
-    for decay, more in zip(decays[1:], added[1:], strict=True):
-        behind = torch.addcmul(more, decay, behind)
     before = [state]
-    for decay, own in zip(whole.unbind(1), behind.unbind(1), strict=True):
+    for decay, own in zip(torch.exp(whole.squeeze(2) * A).unbind(1), behind.unbind(1), strict=True):
         before.append(torch.addcmul(own, decay, before[-1]))
-    states, results = torch.stack(before[:-1], 1), []
-    for decay, more, row in zip(decays, added, out, strict=True):
-        states = torch.addcmul(more, decay, states)
-        results.append(row @ states)
-    y = torch.cat(results, 2).flatten(1, 2)[:, :tokens]
+    states = [torch.stack(before[:-1], 1)]
+    for decay, own in zip(torch.exp(dt.unsqueeze(3) * A).unbind(2), added.unbind(2), strict=True):
+        states.append(torch.addcmul(own, decay, states[-1]))
+    y = (C.unsqueeze(3) @ torch.stack(states[1:], 2)).squeeze(3).flatten(1, 2)[:, :tokens]
     return y.flip(1) if reverse else y, before[-1]
 
 

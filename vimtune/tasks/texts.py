@@ -97,9 +97,9 @@ class TextTask(Task):
     def export(self, source: Path, output: Path, base: Mapping[str, Any], force: bool) -> Exported:
         """Refuse, with the reason; see `Task.export`."""
         raise ValueError(
-            f"{quote(str(source))} is an adapter of texts, and models of images alone are exported: a language "
-            "model hands states from token to token, which one graph does not hold. vimtune merge writes a "
-            "folder that plain transformers loads"
+            f"{quote(str(source))} is an adapter of texts, and only models of images are exported: a "
+            "language model hands states from token to token, which one graph does not hold. vimtune merge "
+            "writes a folder that plain transformers loads"
         )
 
     def merge(
