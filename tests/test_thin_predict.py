@@ -20,15 +20,6 @@ UNNEEDED = {
     "optuna",
     "transformers",
 }
-    "albumentations",
-    "albucore",
-    "cv2",
-    "scipy",
-    "tensorboard",
-    "matplotlib",
-    "optuna",
-    "transformers",
-}
 """Packages that the thin installation in README leaves out, or that come with one that it leaves out."""
 
 SCRIPT = """
