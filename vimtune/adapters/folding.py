@@ -96,9 +96,10 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
             back bit by bit. This takes the memory of the changed weights once more.
 
     Raises:
-        UnmergeableError: a rule cannot be expressed by weights; the model is then as it was.
-        ValueError: no adapter is active, two rules fold into the same parameter, a merged weight is not
-            finite, or the model is under DistributedDataParallel; the model is then as it was.
+        UnmergeableError: a rule cannot be expressed by weights, or two rules fold into the same parameter;
+            the model is then as it was.
+        ValueError: no adapter is active, a merged weight is not finite, or the model is under
+            DistributedDataParallel; the model is then as it was.
     """
     backbone = unwrap(model, retrains=True)
     state = adapter_state(backbone)
@@ -203,8 +204,7 @@ def _folded_calls(model: nn.Module, record: AdapterRecord) -> dict[str, _Merged]
     """What the rules for calls leave behind, by the paths of parameters.
 
     Raises:
-        UnmergeableError: no parameter can express a rule.
-        ValueError: two rules fold into the same one.
+        UnmergeableError: no parameter can express a rule, or two rules fold into the same one.
     """
     folded: dict[str, _Merged] = {}
     for path, owner, name, slot in iter_slots(model):
@@ -219,7 +219,7 @@ def _folded_calls(model: nn.Module, record: AdapterRecord) -> dict[str, _Merged]
             for parameter, value in values.items():
                 place = join(path, parameter)
                 if place in folded:
-                    raise ValueError(
+                    raise UnmergeableError(
                         f"two rules of adapter {record.name!r} ({record.method}) fold into {place}; nothing "
                         "was merged. Keep the adapter beside the model"
                     )

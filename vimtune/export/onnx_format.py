@@ -87,6 +87,7 @@ class OnnxFormat(ExportFormat):
     packages = ("onnx", "onnxscript", "onnxruntime")
 
     def write(self, model: nn.Module, image: Sequence[int], about: About, path: Path) -> None:
+        """Trace the model and let torch write it in ONNX's operators; see `ExportFormat.write`."""
         import onnx
 
         program = trace(model, image, onnx_recurrence)
@@ -101,6 +102,7 @@ class OnnxFormat(ExportFormat):
         path.write_bytes(proto.SerializeToString())
 
     def open(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """A session of onnxruntime; see `ExportFormat.open`."""
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])

@@ -17,11 +17,13 @@ class Pt2Format(ExportFormat):
     """Files `.pt2` of `torch.export.save`; what they say about the model are extra files inside."""
 
     def write(self, model: nn.Module, image: Sequence[int], about: About, path: Path) -> None:
+        """Trace the model and save the graph; see `ExportFormat.write`."""
         program = trace(model, image, chunked_recurrence)
         with path.open("wb") as file:  # Of a name torch would demand that it ends in .pt2.
             torch.export.save(program, file, extra_files=about.metadata())
 
     def open(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """The module of the graph; see `ExportFormat.open`."""
         with path.open("rb") as file:
             module = torch.export.load(file).module()
 

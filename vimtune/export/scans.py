@@ -100,6 +100,7 @@ def operations(recurrence: Recurrence) -> dict[Any, Callable[..., Any]]:
         backend: str,
         save: bool,
     ) -> tuple[Tensor, Tensor]:
+        """What `vimtune::selective_scan` returns: the result, and no states."""
         return scan(u, delta, A, B, C, D, z, delta_bias, None, softplus, reverse)[0], u.new_empty(0)
 
     def stateful_scan(
@@ -117,6 +118,7 @@ def operations(recurrence: Recurrence) -> dict[Any, Callable[..., Any]]:
         backend: str,
         save: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `vimtune::stateful_scan` returns: the result, the last state, and no other states."""
         return *scan(u, delta, A, B, C, D, z, delta_bias, state, softplus, reverse), u.new_empty(0)
 
     ops: Any = torch.ops.vimtune
