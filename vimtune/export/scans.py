@@ -27,33 +27,40 @@ visited last (B, N, E)."""
 def chunked_recurrence(
     state: Tensor, dt: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """A `Recurrence` in operations of torch alone, some 3 sqrt(L) of them in the place of 3 L.
+    """A `Recurrence` in operations of torch alone, some 5 sqrt(L) of them in the place of 6 L.
 
-    The tokens are cut into about as many chunks as a chunk has tokens. What each chunk adds to the state is
-    known at once; a loop over the chunks gives the states before them, a loop over the tokens of a chunk, all
-    chunks together, the states within them. No exponent is positive, so nothing overflows, however long the
-    sequence is. In memory are three tensors (B, L, N, E).
+    The tokens are cut into chunks. A loop over the tokens of a chunk, all chunks together, gives the states
+    that they leave behind where they begin with zeros; one over the chunks, the states with which they do
+    begin; the first one once more, the states within them. The exponents are not positive, so nothing
+    overflows, however long the sequence is. No tensor has all states of all tokens: in pieces that fit a
+    cache a CPU computes the same in half the time.
     """
     if reverse:
         dt, x, B, C = (tensor.flip(1) for tensor in (dt, x, B, C))
     tokens = dt.shape[1]
-    size = math.isqrt(tokens - 1) + 1
+    size = max(
+        math.isqrt(tokens // 4), 1
+    )  # A step within the chunks takes four times what one over them does.
     count = -(-tokens // size)
     # Tokens that fill the last chunk have time steps of 0: they leave the state as it is.
     padding = (0, 0, 0, count * size - tokens)
     dt, x, B, C = (F.pad(tensor, padding).unflatten(1, (count, size)) for tensor in (dt, x, B, C))
-    elapsed = dt.cumsum(2).unsqueeze(3)  # (B, G, T, 1, E), since the chunk began
-    whole = elapsed[:, :, -1:]
-    added = x.unsqueeze(3) * B.unsqueeze(4)  # (B, G, T, N, E)
-    behind = (torch.exp((whole - elapsed) * A) * added).sum(2)  # (B, G, N, E)
+    decays = [torch.exp(step * A) for step in dt.unsqueeze(3).unbind(2)]  # T times (B, G, N, E)
+    pairs = zip(x.unsqueeze(3).unbind(2), B.unsqueeze(4).unbind(2), strict=True)
+    added = [value * row for value, row in pairs]
 
+    behind = added[0]
+    for decay, own in zip(decays[1:], added[1:], strict=True):
+        behind = torch.addcmul(own, decay, behind)
     before = [state]
-    for decay, own in zip(torch.exp(whole.squeeze(2) * A).unbind(1), behind.unbind(1), strict=True):
+    whole = torch.exp(dt.sum(2, keepdim=True) * A)
+    for decay, own in zip(whole.unbind(1), behind.unbind(1), strict=True):
         before.append(torch.addcmul(own, decay, before[-1]))
-    states = [torch.stack(before[:-1], 1)]
-    for decay, own in zip(torch.exp(dt.unsqueeze(3) * A).unbind(2), added.unbind(2), strict=True):
-        states.append(torch.addcmul(own, decay, states[-1]))
-    y = (C.unsqueeze(3) @ torch.stack(states[1:], 2)).squeeze(3).flatten(1, 2)[:, :tokens]
+    states, results = torch.stack(before[:-1], 1), []
+    for decay, own, row in zip(decays, added, C.unsqueeze(3).unbind(2), strict=True):
+        states = torch.addcmul(own, decay, states)
+        results.append(row @ states)
+    y = torch.cat(results, 2).flatten(1, 2)[:, :tokens]
     return y.flip(1) if reverse else y, before[-1]
 
 
