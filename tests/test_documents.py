@@ -32,6 +32,7 @@ import vimtune
 from vimtune import cli, language
 from vimtune.cli import compare
 from vimtune.cli.train import EXAMPLES
+from vimtune.data import build_transform, load_image
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
 from vimtune.search.plan import Plan
@@ -131,6 +132,7 @@ def test_the_documents_have_what_this_test_looks_for():
     assert len(COMMANDS) >= 18 and len(FLAGS) >= 3
     assert [(name, language) for name, language, _ in BLOCKS if language] == [
         ("README.md", "python"),
+        ("README.md", "python"),
         ("README.md", "yaml"),
         ("README.md", "python"),
         ("CONTRIBUTING.md", "python"),
@@ -167,6 +169,8 @@ def test_commands(line, here, request, monkeypatch):
         kept = [argument for argument in arguments if "*" not in argument]
         assert cli.main([command, *kept, *folders]) == 0
         return
+    if command == "export":
+        pytest.skip("test_the_onnxruntime_of_the_readme runs it")
     if command == "analyze":
         arguments += ["--only", "cost"]  # the last one counts
     if command != "train":
@@ -199,7 +203,7 @@ def test_flags_in_the_text(flags, here, recipes):
 
 
 def test_the_python_of_the_readme(here):
-    body, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    body, _, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
     body = body.replace("pretrained=True", "pretrained=False")
     before, save, after = body.partition("vimtune.save_adapter")
     assert save
@@ -217,11 +221,42 @@ def test_the_python_of_the_readme(here):
 
 def test_the_language_models_of_the_readme(here):
     transformers = pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
-    _, body = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    _, _, body = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
     changed = body.replace("state-spaces/mamba-130m-hf", "mamba_tiny")
     assert changed != body
     exec(changed, {"vimtune": vimtune})
     assert type(transformers.AutoModelForCausalLM.from_pretrained("merged")).__name__ == "MambaForCausalLM"
+
+
+def test_the_onnxruntime_of_the_readme(here, capsys):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnx
+
+    (line,) = (without_comment(line) for line in COMMANDS if line.startswith("vimtune export"))
+    assert cli.main(shlex.split(line)[1:]) == 0
+    _, body, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    for name, (width, height) in {"wide": (90, 61), "tall": (57, 200)}.items():
+        coarse = Image.effect_noise((7, 5), 90).convert("RGB")
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(f"{name}.png")
+    predictor = vimtune.load_predictor("runs/my-run")
+    capsys.readouterr()
+    exec(body, {})
+    (found,) = predictor.predict(["photo.jpg"])
+    assert capsys.readouterr().out.strip() == found.classes[0]
+
+    file = onnx.load("flowers.onnx")
+    (stated,) = (each for each in file.metadata_props if each.key == "preprocessing")
+    for change in ({}, {"crop_mode": "center", "crop_pct": 0.875, "interpolation": "bilinear"}):
+        how = json.loads(stated.value) | change
+        stated.value = json.dumps(how)
+        onnx.save(file, "flowers.onnx")
+        for name in ("wide.png", "tall.png"):
+            namespace: dict = {}
+            exec(body.replace("photo.jpg", name), namespace)
+            expected = build_transform(**how)(load_image(name))
+            # Pillow rounds once for each of two steps where one step would do.
+            torch.testing.assert_close(torch.from_numpy(namespace["images"])[0], expected, rtol=0, atol=0.03)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
-from vimtune.console import build_console, print_line
 from vimtune.fields import options_of
 from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, given_base
@@ -126,6 +125,8 @@ def run_predict(
         ValueError: an input, an option, the model or the adapter does not allow it, or a file cannot be
             written.
     """
+    from vimtune.console import build_console, print_line  # `load_predictor` prints nothing.
+
     path = adapter_path(adapter)
     for output in outputs:
         check_output(output, FORMATS, _files([*inputs, path, base.get("checkpoint")]))

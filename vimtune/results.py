@@ -16,15 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from vimtune.console import print_line
 from vimtune.output import write_output
 from vimtune.text import counted, csv_cell, printable, shorten
+
+if TYPE_CHECKING:  # Answers are made, and written to files, without the library that draws on terminals.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 SHOWN = 40
 """Rows of the printed table; the files written hold all of them."""
@@ -196,6 +196,8 @@ def write_answers(output: Path, answers: Sequence[Answer], kind: type[Answer]) -
 
 def build_table(answers: Sequence[Answer], kind: type[Answer]) -> Table:
     """Inputs and answers: at most `SHOWN` rows, without columns in which nothing stands."""
+    from rich.table import Table
+
     shown = answers[:SHOWN]
     heading, names = kind.column([answer.input for answer in shown])
     cells = [answer.cells() for answer in shown]
@@ -213,11 +215,15 @@ def build_table(answers: Sequence[Answer], kind: type[Answer]) -> Table:
 
 def _plain(text: str) -> Text:
     """`text` for rich, which parses markup and emoji codes in a str, but not in this."""
+    from rich.text import Text
+
     return Text(printable(text))
 
 
 def print_answers(answers: Sequence[Answer], kind: type[Answer], console: Console) -> None:
     """Print the table, and how many inputs it leaves out."""
+    from vimtune.console import print_line
+
     if not console.is_terminal:
         console.width = max(console.width, ROOM)
     if answers:

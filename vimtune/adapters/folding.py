@@ -38,6 +38,11 @@ from vimtune.methods import build_methods
 Model = TypeVar("Model", bound=nn.Module)
 """A model of any class, for functions that give back the model they got."""
 
+
+class UnmergeableError(ValueError):
+    """No weight can express what an adapter does; the model is as it was."""
+
+
 _KEPT = "_vimtune_merged"
 """Attribute of a reversibly merged model under which its adapters wait."""
 
@@ -91,9 +96,10 @@ def merge(model: Model, *, reversible: bool = False) -> Model:
             back bit by bit. This takes the memory of the changed weights once more.
 
     Raises:
-        ValueError: no adapter is active, a rule cannot be expressed by weights, two rules fold into the same
-            parameter, a merged weight is not finite, or the model is under DistributedDataParallel; the model
-            is then as it was.
+        UnmergeableError: a rule cannot be expressed by weights, or two rules fold into the same parameter;
+            the model is then as it was.
+        ValueError: no adapter is active, a merged weight is not finite, or the model is under
+            DistributedDataParallel; the model is then as it was.
     """
     backbone = unwrap(model, retrains=True)
     state = adapter_state(backbone)
@@ -182,7 +188,7 @@ def _merged_weights(model: nn.Module, record: AdapterRecord) -> list[_Merged]:
     """The values of all parameters with rules.
 
     Raises:
-        ValueError: no weight can express a rule.
+        UnmergeableError: no weight can express a rule.
     """
     merged = []
     for path, owner, name, slot in iter_weight_slots(model):
@@ -198,7 +204,7 @@ def _folded_calls(model: nn.Module, record: AdapterRecord) -> dict[str, _Merged]
     """What the rules for calls leave behind, by the paths of parameters.
 
     Raises:
-        ValueError: no parameter can express a rule, or two rules fold into the same one.
+        UnmergeableError: no parameter can express a rule, or two rules fold into the same one.
     """
     folded: dict[str, _Merged] = {}
     for path, owner, name, slot in iter_slots(model):
@@ -213,7 +219,7 @@ def _folded_calls(model: nn.Module, record: AdapterRecord) -> dict[str, _Merged]
             for parameter, value in values.items():
                 place = join(path, parameter)
                 if place in folded:
-                    raise ValueError(
+                    raise UnmergeableError(
                         f"two rules of adapter {record.name!r} ({record.method}) fold into {place}; nothing "
                         "was merged. Keep the adapter beside the model"
                     )
@@ -222,8 +228,8 @@ def _folded_calls(model: nn.Module, record: AdapterRecord) -> dict[str, _Merged]
 
 
 def _refuse(rule: Rule, where: str, record: AdapterRecord) -> NoReturn:
-    """Raise ValueError for a rule that cannot be merged."""
-    raise ValueError(
+    """Raise UnmergeableError for a rule that cannot be merged."""
+    raise UnmergeableError(
         f"adapter {record.name!r} ({record.method}) has a {type(rule).__name__} at {where}, "
         "which no weight can express; nothing was merged. Keep the adapter beside the model"
     )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vimtune.recipe import Recipe
+    from vimtune.tasks.exporting import Exported
     from vimtune.tasks.job import Job, Trial
     from vimtune.tasks.merging import Merged, Precision
     from vimtune.tasks.predictor import Predictor
@@ -194,6 +195,22 @@ class Task(Options, ABC):
             MergeError: what was written computes something else; nothing is left behind.
         """
         raise ValueError(f"task {self.name!r} has no merged weights: use vimtune.merge from Python")
+
+    def export(self, source: Path, output: Path, base: Mapping[str, Any], force: bool) -> Exported:
+        """Write a model of this task for programs that do without this package, and check the file.
+
+        Args:
+            source: an adapter file, a merged file, or a plain checkpoint whose model `base` names.
+            output: the file, whose name says in which format it is (`vimtune.export.formats`).
+            base: as for `open_predictor`.
+            force: use the adapter although base weights are others.
+
+        Raises:
+            ValueError: weights or an adapter that do not fit, a place that cannot be written, a package that
+                is missing, or a task that has no such thing.
+            ExportError: the file computes something else; nothing is left behind.
+        """
+        raise ValueError(f"task {self.name!r} has no exported form: vimtune merge writes plain weights")
 
     def rank(self, loss: float, scores: Mapping[str, float | None]) -> tuple[float, ...]:
         """What selects the best epoch: of two evaluations the one with the larger tuple is the better one.

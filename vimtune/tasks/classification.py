@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vimtune.recipe import Recipe
+    from vimtune.tasks.exporting import Exported
     from vimtune.tasks.images.job import ImageJob
     from vimtune.tasks.images.predictor import ImagePredictor
     from vimtune.tasks.images.report import ImageReport
@@ -130,6 +131,12 @@ class Classification(Task):
         from vimtune.tasks.images.merging import merge_images
 
         return merge_images(adapter, output, _checkpoint_of(base), device, backend, force, precision)
+
+    def export(self, source: Path, output: Path, base: Mapping[str, Any], force: bool) -> Exported:
+        """Write a graph from images to logits; see `Task.export`."""
+        from vimtune.tasks.images.exporting import export_images
+
+        return export_images(source, output, base, force)
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""

@@ -17,12 +17,14 @@ from vimtune.tasks.base import Score, Task, register_task
 from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
 from vimtune.tasks.predictor import Predictor
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings, TextPredictOptions
+from vimtune.text import quote
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from vimtune.recipe import Recipe
+    from vimtune.tasks.exporting import Exported
     from vimtune.tasks.merging import Merged, Precision
     from vimtune.tasks.text.job import TextJob
     from vimtune.tasks.text.trial import TextTrial
@@ -103,6 +105,14 @@ class TextTask(Task):
         from vimtune.tasks.text.predictor import open_predictor
 
         return open_predictor(self, adapter, base, device, backend, force)
+
+    def export(self, source: Path, output: Path, base: Mapping[str, Any], force: bool) -> Exported:
+        """Refuse, with the reason; see `Task.export`."""
+        raise ValueError(
+            f"{quote(str(source))} is an adapter of texts, and only models of images are exported: a "
+            "language model hands states from token to token, which one graph does not hold. vimtune merge "
+            "writes a folder that plain transformers loads"
+        )
 
     def merge(
         self,

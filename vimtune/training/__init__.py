@@ -1,12 +1,23 @@
-"""The training run: `train(recipe)` does everything and returns a `Report`."""
+"""The training run: `train(recipe)` does everything and returns a `Report`.
 
+What records and draws a run is imported when a run begins: whoever predicts needs other parts of this room,
+such as the choice of the device, and does without the libraries for plots and event logs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vimtune.late_names import late_names
 from vimtune.output import OutputError
-from vimtune.training.evaluate import evaluate
+from vimtune.training.evaluate import evaluate  # not late, because its module has the same name
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted
-from vimtune.training.report import Report, ScoreReport
-from vimtune.training.trainer import train
+
+if TYPE_CHECKING:
+    from vimtune.training.report import Report, ScoreReport
+    from vimtune.training.trainer import train
 
 __all__ = [
     "InputError",
@@ -18,3 +29,11 @@ __all__ = [
     "evaluate",
     "train",
 ]
+
+_HOMES = {
+    "vimtune.training.report": ("Report", "ScoreReport"),
+    "vimtune.training.trainer": ("train",),
+}
+"""Modules that define the names that come late."""
+
+__getattr__, __dir__ = late_names(__name__, _HOMES)
