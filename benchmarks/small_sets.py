@@ -1,4 +1,4 @@
-"""Make copies of image data sets whose images have a short side of 64 pixels, for benchmarks/methods.yaml.
+"""Make copies of image data sets with a short side of 64 pixels, for benchmarks/image_methods.yaml.
 
     python benchmarks/small_sets.py groceries CHECKOUT sets/groceries
     python benchmarks/small_sets.py rsscn7 CHECKOUT sets/rsscn7

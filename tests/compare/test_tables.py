@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 from tiny_plans import TINY, result
@@ -24,6 +26,7 @@ from vimtune.compare.tables import (
 )
 from vimtune.console import build_console
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ROWS = [
     Row("lora", "flowers", (result(80, seed=0), result(82, seed=1)), 1e-3, 1, 2),
     Row("full", "flowers", (result(81.5, trained=50_000, seed=0),), 1e-4),
@@ -160,6 +163,40 @@ def test_the_notes_say_over_what_the_means_are():
         "means and standard deviations (n - 1) over the 6 pairs of the seeds (0, 1) and the data seeds "
         "(0, 1, 2)."
     )
+
+
+def test_the_published_tables_have_a_line_for_each_run(tmp_path, monkeypatch, capsys):
+    rejected = (result(95, val=60.12345, lr=1e-2),)
+    rows = [
+        Row(
+            "lora",
+            "x",
+            (result(80.00009, val=70), result(82, val=71, seed=1)),
+            1e-3,
+            tried=2,
+            others=rejected,
+        ),
+        Row("full", "x", (result(81, val=72), result(84, val=70, seed=1)), 1e-3),
+    ]
+    (tmp_path / "native").mkdir()
+    write_tables(rows, tmp_path / "native", "", [])
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path / "native"), str(tmp_path / "published")])
+    runpy.run_path(str(BENCHMARKS / "image_tables.py"), run_name="__main__")
+    first, *others = csv.DictReader(io.StringIO((tmp_path / "published" / "native.csv").read_text()))
+    assert first == {
+        **{"method": "lora", "data": "x", "lr": "0.001", "seed": "0", "chosen": "True"},
+        **{"val": "70.0", "test": "80.000", "parameters": "900", "seconds": "2.0"},
+    }
+    assert [(line["chosen"], line["val"], line["test"]) for line in others[:2]] == [
+        ("True", "71.0", "82"),
+        ("False", "60.123", ""),
+    ]
+    assert len(others) == 4 and (tmp_path / "published" / "native_paired.png").exists()
+    paired = (tmp_path / "published" / "native_paired.csv").read_text().splitlines()
+    assert paired[1] == "full,lora,x,2,1.500,0.500"
+    monkeypatch.setattr("sys.argv", ["", str(tmp_path), str(tmp_path / "published")])
+    with pytest.raises(SystemExit, match="is no comparison that has tables"):
+        runpy.run_path(str(BENCHMARKS / "image_tables.py"), run_name="__main__")
 
 
 def test_the_terminal_shows_the_same(capsys):

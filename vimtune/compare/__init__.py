@@ -1,9 +1,9 @@
 """Comparisons: methods by data sets by seeds, each with the learning rate that a validation split chooses.
 
-`plan.py` says what is compared, `cells.py` what a single run of it is, `schedule.py` which run comes next and
-which learning rate is taken, `execution.py` has them made by processes of their own, `worker.py` is what
-those do, `results.py` puts together what finished runs have found, `tables.py` and `pictures.py` show it, and
-`command.py` does all of it for the command line.
+`plan.py` says what is compared and what a single run of it is, `schedule.py` which run comes next and which
+learning rate is taken, `execution.py` has runs made by processes of their own, `worker.py` is what those do,
+`results.py` puts together what finished runs have found, `paired.py` compares methods run by run, `tables.py`
+and `pictures.py` show it, and `command.py` does all of it for the command line.
 
 The protocol: each method is trained on each data set with every learning rate of its grid and every seed of
 `lr_seeds`. The learning rate whose runs score best on the validation split on average, by the epoch that each
