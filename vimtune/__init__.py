@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         WeightRule,
         delete_adapter,
         disabled,
+        forward_mixed,
         inject,
         list_adapters,
         load_adapter,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         set_adapter,
         summary,
         unmerge,
+        using,
     )
     from vimtune.data import ImageDataset, create_dataset, list_datasets, register_dataset
     from vimtune.fields import option
@@ -54,8 +56,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "vimtune.adapters": (
         "AdapterFileError", "AdapterInfo", "AdapterSummary", "CallRule", "Rule", "Site", "WeightRule",
-        "delete_adapter", "disabled", "inject", "list_adapters", "load_adapter", "merge", "read_adapter_info",
-        "save_adapter", "set_adapter", "summary", "unmerge",
+        "delete_adapter", "disabled", "forward_mixed", "inject", "list_adapters", "load_adapter", "merge",
+        "read_adapter_info", "save_adapter", "set_adapter", "summary", "unmerge", "using",
     ),
     "vimtune.data": ("ImageDataset", "create_dataset", "list_datasets", "register_dataset"),
     "vimtune.fields": ("option",),
@@ -86,6 +88,7 @@ __all__ = [
     "create_dataset",
     "delete_adapter",
     "disabled",
+    "forward_mixed",
     "inject",
     "list_adapters",
     "list_datasets",
@@ -107,6 +110,7 @@ __all__ = [
     "summary",
     "train",
     "unmerge",
+    "using",
 ]
 
 __getattr__, __dir__ = late_names(__name__, _HOMES)

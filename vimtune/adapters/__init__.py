@@ -29,6 +29,7 @@ from vimtune.adapters.manage import (
     list_adapters,
     set_adapter,
 )
+from vimtune.adapters.mixing import forward_mixed, using
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
 from vimtune.adapters.settling import TrainingBatches, settle, settles
 from vimtune.adapters.simplifying import simplify
@@ -71,6 +72,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "each_tensor",
+    "forward_mixed",
     "get_method",
     "has_base",
     "has_call_rules",
@@ -97,4 +99,5 @@ __all__ = [
     "simplify",
     "summary",
     "unmerge",
+    "using",
 ]

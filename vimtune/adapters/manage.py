@@ -41,6 +41,7 @@ from vimtune.adapters.slots import (
     attach,
     base_parameters,
     base_value,
+    choice,
     detach,
     has_rules,
     iter_slots,
@@ -78,6 +79,11 @@ class AdapterRecord:
     """Outputs of the adapter's head."""
     head: list[str]
     """Paths of the head's parameters."""
+
+    @property
+    def surrounds_calls(self) -> bool:
+        """Whether it has rules for calls."""
+        return any(path.endswith(CALL) for paths in self.sites.values() for path in paths)
 
 
 @dataclass
@@ -361,8 +367,7 @@ def activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
         slot.active = name
         for adapter, rule in slot.items():
             rule.requires_grad_(adapter == name)
-    sites = {} if name is None else state.records[name].sites
-    state.surrounds_calls = any(path.endswith(CALL) for paths in sites.values() for path in paths)
+    state.surrounds_calls = name is not None and state.records[name].surrounds_calls
     set_num_classes(model, state.num_classes if name is None else state.records[name].num_classes)
 
 
@@ -427,6 +432,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def has_call_rules(model: nn.Module) -> bool:
     """Whether rules of the active adapter of a model (no wrapper) surround calls."""
     state = adapter_state(model)
+    chosen = choice.get()
+    if chosen is not None and chosen.model is model:
+        return chosen.surrounds_calls
     return state is not None and state.surrounds_calls
 
 

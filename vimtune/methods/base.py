@@ -74,7 +74,7 @@ class Method(ABC):
 
     peft_type: ClassVar[str | None] = None
     """The type under which HF peft has the method, such as "LORA"; `vimtune.exchange.peft` translates. None
-    for a method that HF peft does not have. Each class states it for itself: a derived method is another one."""
+    for a method that HF peft does not have. A class states it for itself: a derived method is another one."""
 
     lr_scale: PositiveAmount = option(1.0, "factor of the learning rate of what the method trains")
     decay_scale: Amount = option(1.0, "factor of the weight decay of what the method trains")
