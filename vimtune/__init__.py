@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Rule,
         Site,
         WeightRule,
+        combine,
         delete_adapter,
         disabled,
         forward_mixed,
@@ -56,8 +57,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "vimtune.adapters": (
         "AdapterFileError", "AdapterInfo", "AdapterSummary", "CallRule", "Rule", "Site", "WeightRule",
-        "delete_adapter", "disabled", "forward_mixed", "inject", "list_adapters", "load_adapter", "merge",
-        "read_adapter_info", "save_adapter", "set_adapter", "summary", "unmerge", "using",
+        "combine", "delete_adapter", "disabled", "forward_mixed", "inject", "list_adapters", "load_adapter",
+        "merge", "read_adapter_info", "save_adapter", "set_adapter", "summary", "unmerge", "using",
     ),
     "vimtune.data": ("ImageDataset", "create_dataset", "list_datasets", "register_dataset"),
     "vimtune.fields": ("option",),
@@ -85,6 +86,7 @@ __all__ = [
     "Site",
     "Task",
     "WeightRule",
+    "combine",
     "create_dataset",
     "delete_adapter",
     "disabled",

@@ -4,6 +4,7 @@ them.
 The methods, which choose sites and build rules, are in `vimtune.methods`.
 """
 
+from vimtune.adapters.arithmetic import combine
 from vimtune.adapters.batched import shared_effective_weights
 from vimtune.adapters.folding import merge, unmerge
 from vimtune.adapters.identity import (
@@ -69,6 +70,7 @@ __all__ = [
     "base_identity",
     "base_parameters",
     "check_gradients",
+    "combine",
     "delete_adapter",
     "disabled",
     "each_tensor",

@@ -182,10 +182,16 @@ class WeightSlot(Slot):
             return rule.effective_weight(weight)
 
     @torch.no_grad()
-    def evaluated(self, weight: Tensor) -> Tensor:
-        """The value of `weight` in evaluation, whatever mode the rule is in; detached."""
+    def evaluated(self, weight: Tensor, adapter: str | None = None) -> Tensor:
+        """The value of `weight` in evaluation, whatever mode the rule is in; detached.
+
+        Args:
+            weight: the frozen weight.
+            adapter: under which adapter, which has a rule here; under the rule in force if None.
+        """
+        rule = self.rule if adapter is None else self[adapter]
         with in_evaluation(self):
-            return self.effective(weight)
+            return self.effective_under(cast("WeightRule | None", rule), weight)
 
     def factor(self, weight: Tensor) -> Tensor:
         """The value of `weight` for one product: under autocast already in its dtype, if at hand."""

@@ -25,7 +25,7 @@ from vimtune.adapters.manage import (
 )
 from vimtune.adapters.points import Points
 from vimtune.adapters.rule import CallRule, Tuned, WeightRule
-from vimtune.adapters.sites import find_backbone
+from vimtune.adapters.sites import find_backbone, one_or_by_site
 from vimtune.adapters.slots import iter_slots, join, point_path
 from vimtune.adapters.store import added, free_name
 from vimtune.adapters.tensors import adapter_state_dict, load_adapter_state_dict
@@ -336,8 +336,7 @@ def _record(model: nn.Module, translated: Translated, head: Mapping[str, Tensor]
     options: dict[str, Any] = {}
     for field in next(iter(translated.options.values())):
         values = {join(path, "weight"): own[field] for path, own in translated.options.items()}
-        first = next(iter(values.values()))
-        options[field] = first if all(value == first for value in values.values()) else values
+        options[field] = one_or_by_site(values)
     outputs = {len(tensor) for tensor in head.values() if tensor.dim()}
     if len(outputs) > 1:
         raise ValueError(f"its head has tensors of {' and '.join(map(str, sorted(outputs)))} outputs")
