@@ -82,6 +82,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     return [
         Column("method", lambda row: row.method),
         *_score_columns(rows),
+        *([Column("soup", _show_soup)] if any(row.soup for row in rows) else []),
         *([Column("published", _show_published)] if any(row.published is not None for row in rows) else []),
         Column("seeds" if all(row.has_a_run_per_seed for row in rows) else "runs", _show_count),
         Column("lr", lambda row: NONE if row.lr is None else f"{row.lr:g}"),
@@ -122,6 +123,10 @@ def _show_score(row: Row, name: str) -> str:
 
 def _show_published(row: Row) -> str:
     return NONE if row.published is None else f"{row.published:.{2 if row.scores[0].percent else 3}f}"
+
+
+def _show_soup(row: Row) -> str:
+    return NONE if row.soup is None else row.soup.show(1 if row.scores[0].percent else 3)
 
 
 def _show_count(row: Row) -> str:
@@ -232,6 +237,8 @@ def to_markdown(rows: Sequence[Row], note: str, failures: Sequence[str] = ()) ->
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader of the tables has to know besides."""
     remarks = ["Trained parameters do not count the head; `with head` does."]
+    if any(row.soup for row in rows):
+        remarks.append("`soup` is the score of one adapter, the average of those of all seeds.")
     blind = [row.data for row in rows if any(r.report.split == r.report.selection_split for r in row.results)]
     if blind:
         remarks.append(
@@ -279,6 +286,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "method_parameters": row.parameters,
             "trainable_parameters": row.trainable,
             **({} if row.published is None else {"published": row.published}),
+            **({} if row.soup is None else {"soup_mean": row.soup.mean, "soup_sd": row.soup.deviation}),
         }
         spreads = {score.name: _score_of(row, score.name) for score in row.scores}
         spreads |= {name: row.spread(of) for name, of in NUMBERS.items()}
