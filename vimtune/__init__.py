@@ -43,7 +43,10 @@ if TYPE_CHECKING:
         unmerge,
         using,
     )
+    from vimtune.combining import combine_files
     from vimtune.data import ImageDataset, create_dataset, list_datasets, register_dataset
+    from vimtune.exchange.hub import convert, pull, push
+    from vimtune.exchange.peft.files import load_peft, save_peft
     from vimtune.fields import option
     from vimtune.methods import Method, list_methods, register_method
     from vimtune.models import list_models, load_checkpoint, register_model
@@ -61,6 +64,9 @@ _HOMES = {
         "merge", "read_adapter_info", "save_adapter", "set_adapter", "summary", "unmerge", "using",
     ),
     "vimtune.data": ("ImageDataset", "create_dataset", "list_datasets", "register_dataset"),
+    "vimtune.combining": ("combine_files",),
+    "vimtune.exchange.hub": ("convert", "pull", "push"),
+    "vimtune.exchange.peft.files": ("load_peft", "save_peft"),
     "vimtune.fields": ("option",),
     "vimtune.methods": ("Method", "list_methods", "register_method"),
     "vimtune.models": ("list_models", "load_checkpoint", "register_model"),
@@ -87,6 +93,8 @@ __all__ = [
     "Task",
     "WeightRule",
     "combine",
+    "combine_files",
+    "convert",
     "create_dataset",
     "delete_adapter",
     "disabled",
@@ -98,16 +106,20 @@ __all__ = [
     "list_models",
     "load_adapter",
     "load_checkpoint",
+    "load_peft",
     "load_predictor",
     "load_recipe",
     "merge",
     "option",
+    "pull",
+    "push",
     "read_adapter_info",
     "register_dataset",
     "register_method",
     "register_model",
     "register_task",
     "save_adapter",
+    "save_peft",
     "set_adapter",
     "summary",
     "train",

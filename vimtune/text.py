@@ -73,6 +73,11 @@ def quote(value: Any, limit: int = MAX_QUOTE) -> str:
         return f"a {type(value).__name__} with a very large number in it"
 
 
+def escape_markdown(text: str) -> str:
+    """`text` on one line of a Markdown document that shows it as it is."""
+    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", printable(text))
+
+
 def csv_cell(text: str) -> str:
     """`text` as a cell of a CSV file that a spreadsheet takes for text and never for a formula.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from vimtune.compare.plan import Plan
 from vimtune.compare.results import Result, Row, Spread
 from vimtune.console import neutral, print_line
 from vimtune.output import write_output
-from vimtune.text import csv_cell, printable, shorten
+from vimtune.text import csv_cell, escape_markdown, printable, shorten
 from vimtune.training.pictures import save_picture
 from vimtune.training.tracking import duration
 
@@ -228,9 +227,9 @@ def to_markdown(rows: Sequence[Row], note: str, failures: Sequence[str] = ()) ->
         parts.append(_markdown(*overview(rows), {}))
     for name, group in groups.items():
         bold = {group.index(row): 1 for row in best_of(group)}
-        parts += [f"## {_escape_markdown(name)}", _markdown(*details(group), bold)]
+        parts += [f"## {escape_markdown(name)}", _markdown(*details(group), bold)]
     if failures:
-        parts += ["## Failed", "\n".join(f"- {_escape_markdown(failure)}" for failure in failures)]
+        parts += ["## Failed", "\n".join(f"- {escape_markdown(failure)}" for failure in failures)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -258,15 +257,11 @@ def _markdown(heading: Cells, lines: Sequence[Cells], bold: Mapping[int, int]) -
     """A table; `bold` names the column of a line that is set off."""
     table = [heading, ["---", *["---:"] * (len(heading) - 1)]]
     for number, line in enumerate(lines):
-        cells = [_escape_markdown(cell) for cell in line]
+        cells = [escape_markdown(cell) for cell in line]
         if number in bold:
             cells[bold[number]] = f"**{cells[bold[number]]}**"
         table.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-
-
-def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", printable(text))
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -75,6 +75,8 @@ class Task(Options, ABC):
     predict_options: ClassVar[type[PredictOptions]] = PredictOptions
     """The options of `vimtune predict` for its adapters."""
 
+    hub_task: ClassVar[str | None] = None
+    """What the Hugging Face hub calls such a task, "image-classification"; None if it has no name for it."""
     packages: ClassVar[tuple[str, ...]] = ("timm", "torchvision")
     """Distributions besides torch whose versions a report names, because results depend on them; like the
     components above those of images, unless a task has others."""
@@ -174,6 +176,25 @@ class Task(Options, ABC):
             ValueError: weights or an adapter that do not fit, a place that cannot be written, or a task that
                 has no such thing.
             MergeError: what was written computes something else; nothing is left behind.
+        """
+        raise ValueError(f"task {self.name!r} has no merged weights: use vimtune.merge from Python")
+
+    def merge_to_share(
+        self,
+        adapter: Path,
+        folder: Path,
+        base: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+        force: bool,
+    ) -> str:
+        """`merge` into an empty folder that is passed on, in the form in which others load it from the hub.
+
+        Returns:
+            Python that loads it, in which "{place}" stands for the repository.
+
+        Raises:
+            ValueError: as `merge`.
         """
         raise ValueError(f"task {self.name!r} has no merged weights: use vimtune.merge from Python")
 
