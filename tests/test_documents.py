@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -96,6 +97,7 @@ def workplace(tmp_path_factory) -> Path:
         patch.chdir(folder)
         command = f"train --dataset folder --data-dir my/images --output-dir runs/my-run --peft lora {TINY}"
         assert cli.main(command.split()) == 0
+        shutil.copytree("runs/my-run", "runs/my-other-run")
         if HAS_TRANSFORMERS:
             texts = [{"text": "warm", "label": "summer"}, {"text": "cold", "label": "winter"}] * 2
             for split in ("train", "test"):
@@ -130,6 +132,7 @@ def without_comment(line: str) -> str:
 def test_the_documents_have_what_this_test_looks_for():
     assert len(COMMANDS) >= 18 and len(FLAGS) >= 3
     assert [(name, language) for name, language, _ in BLOCKS if language] == [
+        ("README.md", "python"),
         ("README.md", "python"),
         ("README.md", "yaml"),
         ("README.md", "python"),
@@ -167,6 +170,8 @@ def test_commands(line, here, request, monkeypatch):
         kept = [argument for argument in arguments if "*" not in argument]
         assert cli.main([command, *kept, *folders]) == 0
         return
+    if command in ("push", "pull"):  # They would ask for a network.
+        monkeypatch.setattr(f"vimtune.exchange.hub.{command}", lambda *_, **__: here)
     if command == "analyze":
         arguments += ["--only", "cost"]  # the last one counts
     if command != "train":
@@ -196,7 +201,7 @@ def test_flags_in_the_text(flags, here, recipes):
 
 
 def test_the_python_of_the_readme(here):
-    body, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    body, *_ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
     body = body.replace("pretrained=True", "pretrained=False")
     before, save, after = body.partition("vimtune.save_adapter")
     assert save
@@ -212,9 +217,21 @@ def test_the_python_of_the_readme(here):
     assert namespace["vimtune"].list_adapters(namespace["model"]) == ["default"]
 
 
+def test_many_adapters_of_the_readme(here):
+    _, body, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    model = timm.create_model("test_vim", num_classes=5)
+    for name in ("flowers", "pets"):
+        vimtune.inject(model, "lora", name=name, rank=2)
+    namespace = {"vimtune": vimtune, "model": model.eval(), "images": torch.randn(3, 3, 32, 32)}
+    exec(body, namespace)
+    assert [len(row) for row in namespace["logits"]] == [5, 5, 5]
+    names = ["flowers", "pets", "both", "without_pets", "from_peft"]
+    assert vimtune.list_adapters(model) == names
+
+
 def test_the_language_models_of_the_readme(here):
     transformers = pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
-    _, body = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    *_, body = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
     changed = body.replace("state-spaces/mamba-130m-hf", "mamba_tiny")
     assert changed != body
     exec(changed, {"vimtune": vimtune})

@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from adapter_files import make_adapter, rewrite, write_photos
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from stand_in_hub import stand_in
 
 import vimtune
@@ -36,7 +36,8 @@ def hub(monkeypatch, tmp_path):
     with stand_in() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # the latter in earlier versions
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)

@@ -177,7 +177,14 @@ def pull(
     forms = [FORMATS.get(to)] if to is not None else [form for _, form in FORMATS.items()]
     patterns = [CARD, *(pattern for form in forms for pattern in form.files)]
     with _asking(f"download of {quote(repository)}"):
-        found = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        found = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+        )
     names = sorted(path.name for path in found.iterdir() if path.is_file())
     if not any(name.endswith(".safetensors") for name in names):
         known = ", ".join(dict.fromkeys(pattern for form in forms for pattern in form.files))
