@@ -92,14 +92,34 @@ def test_threads_choose_for_themselves(model):
 
 def test_a_block_of_one_thread_has_its_adapter(model):
     inputs = images(1)
-    active = model(inputs)
+    active, (other,), (base,) = (
+        model(inputs),
+        *(one_by_one(model, inputs, [name]) for name in ("other", None)),
+    )
     with torch.no_grad(), using(model, "other"), ThreadPoolExecutor(1) as pool:
         elsewhere = pool.submit(lambda: model(inputs)).result()
-        close(model(inputs)[..., :7], one_by_one(model, inputs, ["other"])[0][None])
+        close(model(inputs)[0], other)
         with using(model, None):
-            close(model(inputs), one_by_one(model, inputs, [None])[0][None])
+            close(model(inputs)[0], base)
     close(elsewhere, active)
     close(model(inputs), active, 0)
+
+
+def test_adapters_do_not_change_within_a_block(model):
+    model = copy.deepcopy(model)
+    changes = [
+        lambda: vimtune.merge(model),
+        lambda: vimtune.set_adapter(model, "small"),
+        lambda: vimtune.inject(model, "linear", name="new"),
+        lambda: vimtune.disabled(model).__enter__(),
+    ]
+    for change in changes:
+        with (
+            using(model, "other"),
+            pytest.raises(ValueError, match="within `using`, which has chosen 'other'"),
+        ):
+            change()
+    assert vimtune.adapters.active_adapter(model).name == "around"
 
 
 def test_adapters_that_come_and_go(model):

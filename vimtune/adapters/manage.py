@@ -45,6 +45,7 @@ from vimtune.adapters.slots import (
     detach,
     has_rules,
     iter_slots,
+    refuse_within_choice,
     rule_prefixes,
     slots_of,
 )
@@ -378,8 +379,12 @@ def disabled(model: Model) -> Iterator[Model]:
     Afterwards, also after an exception, the adapter that was active before is active again and its tensors
     require a gradient as they did, unless it was deleted meanwhile. As with `set_adapter` all threads that
     use the model see the base model.
+
+    Raises:
+        ValueError: the present thread is within `using`.
     """
     backbone = unwrap(model)
+    refuse_within_choice(backbone)
     state = adapter_state(backbone)
     if state is None:
         yield model

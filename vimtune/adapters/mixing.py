@@ -101,7 +101,8 @@ def forward_mixed(model: nn.Module, inputs: Tensor, adapters: Sequence[Name], **
 @contextmanager
 def using(model: nn.Module, name: Name) -> Iterator[None]:
     """Within the block the present thread runs a model under one adapter, or without, whatever adapter is
-    active. Other threads, and what requires a gradient, do not change.
+    active. Other threads, and what requires a gradient, do not change; nor can adapters be
+    injected, switched or merged within the block.
 
     Args:
         model: a model with adapters, which has not gone through torch.compile.
@@ -227,9 +228,10 @@ class _Mixture(Choice):
         rank, (rows, columns) = max(ranks), weight.flatten(1).shape
         nothing = weight.new_zeros(rows, rank), weight.new_zeros(rank, columns)
         filled = [nothing if found is None else _padded(*found, rank) for found in factors]
-        places = self._places(x.device)
-        ups = torch.stack([up.T for up, _ in filled])[places]
-        downs = torch.stack([down.T for _, down in filled])[places]
+        ups, downs = (torch.stack([pair[which].T for pair in filled]) for which in (0, 1))
+        if len(self.groups) < self.num_rows:
+            places = self._places(x.device)
+            ups, downs = ups[places], downs[places]
         tokens = x.reshape(len(x), -1, x.shape[-1])
         added = torch.bmm(torch.bmm(tokens, downs.to(x.dtype)), ups.to(x.dtype))
         return result + added.view(result.shape).to(result.dtype)

@@ -92,6 +92,21 @@ def choice_for(slot: Slot) -> Choice | None:
     return found if found is not None and slot in found.slots else None
 
 
+def refuse_within_choice(model: nn.Module) -> None:
+    """Refuse what changes adapters where the present thread has chosen one for itself: it would see the rules
+    of that one, whatever adapter is active.
+
+    Raises:
+        ValueError: such a choice is in force for the model.
+    """
+    chosen = choice.get()
+    if chosen is not None and chosen.model is model:
+        raise ValueError(
+            f"adapters do not change within `using`, which has chosen {chosen.adapter!r} for this thread: "
+            "end its block first"
+        )
+
+
 def is_recorded() -> bool:
     """Whether the present computation is being compiled, exported or traced, and so has to stand for later
     ones."""

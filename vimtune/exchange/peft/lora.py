@@ -105,7 +105,7 @@ class LoRAForm(PeftForm):
         settings = {
             "r": rank,
             "lora_alpha": alpha,
-            "lora_dropout": max(dropouts),
+            "lora_dropout": max(dropouts),  # one for all, which matters only where training goes on
             "use_dora": kinds == {True},
             "rank_pattern": {path: own for path, own in ranks.items() if own != rank},
             "alpha_pattern": {path: own for path, own in alphas.items() if own != alpha},
