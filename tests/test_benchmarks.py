@@ -412,3 +412,16 @@ def test_scaling_is_measured_without_gpus(tmp_path):
         (count, way) for count in (1, 2) for way in ("sum", "ddp", "trainer")
     ]
     assert all(row["images_per_second_per_gpu"] > 0 for row in rows)
+
+
+# --- mixed batches ------------------------------------------------------------------------------
+
+
+def test_mixed_batches_are_measured(monkeypatch, capsys):
+    import mixed_batches
+
+    sizes = ["--model", "test_vim", "--rounds", "1", "--adapters", "2", "--batch-size", "3", "--threads", "2"]
+    monkeypatch.setattr(sys, "argv", ["mixed_batches.py", *sizes])
+    mixed_batches.main()
+    printed = capsys.readouterr().out
+    assert printed.count("of the speed of one") == 6 and printed.count("2 threads") == 2

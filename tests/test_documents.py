@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -97,6 +98,7 @@ def workplace(tmp_path_factory) -> Path:
         patch.chdir(folder)
         command = f"train --dataset folder --data-dir my/images --output-dir runs/my-run --peft lora {TINY}"
         assert cli.main(command.split()) == 0
+        shutil.copytree("runs/my-run", "runs/my-other-run")
         if HAS_TRANSFORMERS:
             texts = [{"text": "warm", "label": "summer"}, {"text": "cold", "label": "winter"}] * 2
             for split in ("train", "test"):
@@ -171,6 +173,8 @@ def test_commands(line, here, request, monkeypatch):
         return
     if command == "export":
         pytest.skip("test_the_onnxruntime_of_the_readme runs it")
+    if command in ("push", "pull"):  # They would ask for a network.
+        monkeypatch.setattr(f"vimtune.exchange.hub.{command}", lambda *_, **__: here)
     if command == "analyze":
         arguments += ["--only", "cost"]  # the last one counts
     if command != "train":
@@ -202,8 +206,18 @@ def test_flags_in_the_text(flags, here, recipes):
     )
 
 
+def python_with(part: str) -> str:
+    """The block of Python in README that has `part` in it."""
+    (body,) = (
+        body
+        for name, language, body in BLOCKS
+        if (name, language) == ("README.md", "python") and part in body
+    )
+    return body
+
+
 def test_the_python_of_the_readme(here):
-    body, _, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    body = python_with("timm.create_model")
     body = body.replace("pretrained=True", "pretrained=False")
     before, save, after = body.partition("vimtune.save_adapter")
     assert save
@@ -219,9 +233,21 @@ def test_the_python_of_the_readme(here):
     assert namespace["vimtune"].list_adapters(namespace["model"]) == ["default"]
 
 
+def test_many_adapters_of_the_readme(here):
+    body = python_with("forward_mixed")
+    model = timm.create_model("test_vim", num_classes=5)
+    for name in ("flowers", "pets"):
+        vimtune.inject(model, "lora", name=name, rank=2)
+    namespace = {"vimtune": vimtune, "model": model.eval(), "images": torch.randn(3, 3, 32, 32)}
+    exec(body, namespace)
+    assert [len(row) for row in namespace["logits"]] == [5, 5, 5]
+    names = ["flowers", "pets", "both", "without_pets", "from_peft"]
+    assert vimtune.list_adapters(model) == names
+
+
 def test_the_language_models_of_the_readme(here):
     transformers = pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
-    _, _, body = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    body = python_with("create_language_model")
     changed = body.replace("state-spaces/mamba-130m-hf", "mamba_tiny")
     assert changed != body
     exec(changed, {"vimtune": vimtune})
@@ -235,7 +261,7 @@ def test_the_onnxruntime_of_the_readme(here, capsys):
 
     (line,) = (without_comment(line) for line in COMMANDS if line.startswith("vimtune export"))
     assert cli.main(shlex.split(line)[1:]) == 0
-    _, body, _ = (body for name, language, body in BLOCKS if (name, language) == ("README.md", "python"))
+    body = python_with("onnxruntime")
     for name, (width, height) in {"wide": (90, 61), "tall": (57, 200)}.items():
         coarse = Image.effect_noise((7, 5), 90).convert("RGB")
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(f"{name}.png")

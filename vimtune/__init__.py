@@ -28,8 +28,10 @@ if TYPE_CHECKING:
         Rule,
         Site,
         WeightRule,
+        combine,
         delete_adapter,
         disabled,
+        forward_mixed,
         inject,
         list_adapters,
         load_adapter,
@@ -39,8 +41,12 @@ if TYPE_CHECKING:
         set_adapter,
         summary,
         unmerge,
+        using,
     )
+    from vimtune.combining import combine_files
     from vimtune.data import ImageDataset, create_dataset, list_datasets, register_dataset
+    from vimtune.exchange.hub import convert, pull, push
+    from vimtune.exchange.peft.files import load_peft, save_peft
     from vimtune.fields import option
     from vimtune.methods import Method, list_methods, register_method
     from vimtune.models import list_models, load_checkpoint, register_model
@@ -54,10 +60,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "vimtune.adapters": (
         "AdapterFileError", "AdapterInfo", "AdapterSummary", "CallRule", "Rule", "Site", "WeightRule",
-        "delete_adapter", "disabled", "inject", "list_adapters", "load_adapter", "merge", "read_adapter_info",
-        "save_adapter", "set_adapter", "summary", "unmerge",
+        "combine", "delete_adapter", "disabled", "forward_mixed", "inject", "list_adapters", "load_adapter",
+        "merge", "read_adapter_info", "save_adapter", "set_adapter", "summary", "unmerge", "using",
     ),
     "vimtune.data": ("ImageDataset", "create_dataset", "list_datasets", "register_dataset"),
+    "vimtune.combining": ("combine_files",),
+    "vimtune.exchange.hub": ("convert", "pull", "push"),
+    "vimtune.exchange.peft.files": ("load_peft", "save_peft"),
     "vimtune.fields": ("option",),
     "vimtune.methods": ("Method", "list_methods", "register_method"),
     "vimtune.models": ("list_models", "load_checkpoint", "register_model"),
@@ -83,9 +92,13 @@ __all__ = [
     "Site",
     "Task",
     "WeightRule",
+    "combine",
+    "combine_files",
+    "convert",
     "create_dataset",
     "delete_adapter",
     "disabled",
+    "forward_mixed",
     "inject",
     "list_adapters",
     "list_datasets",
@@ -93,20 +106,25 @@ __all__ = [
     "list_models",
     "load_adapter",
     "load_checkpoint",
+    "load_peft",
     "load_predictor",
     "load_recipe",
     "merge",
     "option",
+    "pull",
+    "push",
     "read_adapter_info",
     "register_dataset",
     "register_method",
     "register_model",
     "register_task",
     "save_adapter",
+    "save_peft",
     "set_adapter",
     "summary",
     "train",
     "unmerge",
+    "using",
 ]
 
 __getattr__, __dir__ = late_names(__name__, _HOMES)

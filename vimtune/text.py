@@ -85,6 +85,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}"
 
 
+def escape_markdown(text: str) -> str:
+    """`text` on one line of a Markdown document that shows it as it is."""
+    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", printable(text))
+
+
 def csv_cell(text: str) -> str:
     """`text` as a cell of a CSV file that a spreadsheet takes for text and never for a formula.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tiny_plans import TINY, InProcess
@@ -405,3 +406,26 @@ def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_pa
     files = [at / cells[1][1].path / "adapter.safetensors" for at in (tmp_path, tmp_path / "alone")]
     first, second = map(load_file, files)
     assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
+def test_adapters_of_all_seeds_make_a_soup(runs, tmp_path, capsys):
+    """Only seeds that share their base weights average: those of `linear` do, those of `lora` drew theirs."""
+    torch.save(timm.create_model("test_vim").state_dict(), tmp_path / "base.pth")
+    asked = plan(
+        methods={"linear": {"checkpoint": str(tmp_path / "base.pth")}, "lora": {"rank": 2}}, soups=True
+    )
+    folder = tmp_path / "compared"
+    rows, _ = compare(asked, folder)
+    by_method = {row.method: row for row in rows}
+    (scores,) = by_method["linear"].soups
+    assert scores.keys() == by_method["linear"].results[0].scores.keys() and not by_method["lora"].soups
+    printed = capsys.readouterr().out
+    assert "no soup of lora on synthetic_flowers" in printed and "other base weights" in printed
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert "| soup |" in table and "the average of those of all seeds" in table
+    soup = folder / "soups" / DATA / "linear-lr0.001"
+    written = (soup / "adapter.safetensors").stat().st_mtime_ns
+    # What is there is not made again, and is shown without training.
+    again, _ = compare(asked, folder)
+    assert cli.main(["compare", str(folder)]) == 0 and "soup" in capsys.readouterr().out
+    assert again[0].soups == rows[0].soups and (soup / "adapter.safetensors").stat().st_mtime_ns == written

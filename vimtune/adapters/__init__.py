@@ -4,6 +4,7 @@ them.
 The methods, which choose sites and build rules, are in `vimtune.methods`.
 """
 
+from vimtune.adapters.arithmetic import combine
 from vimtune.adapters.batched import shared_effective_weights
 from vimtune.adapters.folding import merge, unmerge
 from vimtune.adapters.identity import (
@@ -32,6 +33,7 @@ from vimtune.adapters.manage import (
     list_adapters,
     set_adapter,
 )
+from vimtune.adapters.mixing import forward_mixed, using
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
 from vimtune.adapters.settling import TrainingBatches, settle, settles
 from vimtune.adapters.simplifying import simplify
@@ -71,9 +73,11 @@ __all__ = [
     "base_identity",
     "base_parameters",
     "check_gradients",
+    "combine",
     "delete_adapter",
     "disabled",
     "each_tensor",
+    "forward_mixed",
     "get_method",
     "has_base",
     "has_call_rules",
@@ -103,4 +107,5 @@ __all__ = [
     "simplify",
     "summary",
     "unmerge",
+    "using",
 ]

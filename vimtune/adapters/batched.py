@@ -92,16 +92,16 @@ def _groups(modules: nn.Module) -> Iterable[list[_Member]]:
     """Parameters below `modules` that can be computed together, two or more in a group."""
     groups: dict[Hashable, list[_Member]] = {}
     for path, owner, parameter, slot in iter_weight_slots(modules):
-        rule, weight = slot.rule, base_value(owner, parameter)
-        if rule is None or find_ahead(rule, weight) is not None:
-            continue
-        called = is_factor(owner, parameter)
-        traits: list[Hashable] = [_INDEX.sub("*", path), called]
-        tensors: dict[str, Tensor] = {}
-        if _inspect(rule, "", traits, tensors) and _can_stack(weight, *tensors.values()):
-            traits += [_traits(tensor) for tensor in (weight, *tensors.values())]
-            member = _Member(rule, weight, tensors, called)
-            groups.setdefault(tuple(traits), []).append(member)
+        weight, called = base_value(owner, parameter), is_factor(owner, parameter)
+        for rule in slot.rules_in_force:
+            traits: list[Hashable] = [_INDEX.sub("*", path), called]
+            tensors: dict[str, Tensor] = {}
+            if find_ahead(rule, weight) is not None or not _inspect(rule, "", traits, tensors):
+                continue
+            if _can_stack(weight, *tensors.values()):
+                traits += [_traits(tensor) for tensor in (weight, *tensors.values())]
+                member = _Member(rule, weight, tensors, called)
+                groups.setdefault(tuple(traits), []).append(member)
     return (members for members in groups.values() if len(members) > 1)
 
 

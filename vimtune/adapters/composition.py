@@ -35,6 +35,16 @@ class Composition(WeightRule):
             weight = _apply_rule(rule, rows, weight)
         return weight
 
+    def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        ups, downs = [], []
+        for rule, rows in self.steps():
+            first, end = (0, weight.shape[0]) if rows is None else rows
+            if (found := rule.low_rank(weight[first:end])) is None:
+                return None
+            ups.append(F.pad(found[0], (0, 0, first, weight.shape[0] - end)))
+            downs.append(found[1])
+        return torch.cat(ups, 1), torch.cat(downs)
+
     def perturbation(self, x: Tensor, weight: Tensor) -> Tensor:
         total = None
         for rule, rows in self.steps():

@@ -1,10 +1,10 @@
 """What a module declares to adapters beside its parameters: named rows, calls, weights that are only read,
-parameters that do not decay, parameters that are copies for a second direction, and from which ends it reads
-its tokens.
+parameters that do not decay, parameters that are copies for a second direction, from which ends it reads its
+tokens, and whether its layers keep the examples of a batch apart.
 
 A module of this package declares it itself, with `named_rows`, `adapter_calls`, `weight_is_read`,
-`undecayed`, `reverse_copies` and `directions`. For classes of other packages it stands in one table here, to
-which `declare` adds.
+`undecayed`, `reverse_copies`, `directions` and `batch_first`. For classes of other packages it stands in one
+table here, to which `declare` adds.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Declaration:
     directions: int = 0
     """In how many directions its calls go through the tokens: 1 from the first to the last, 2 for both; 0 if
     they do not."""
+    batch_first: bool = False
+    """Whether all that linear layers within the module are given has the examples of a batch as its first
+    dimension, so that each of them may have an adapter of its own in a mixed batch."""
 
 
 _FOREIGN: dict[str, Declaration] = {}
@@ -75,6 +78,7 @@ def declaration_of(module: nn.Module) -> Declaration:
             calls,
             reverse_copies=copies,
             directions=getattr(type(module), "directions", 0),
+            batch_first=getattr(type(module), "batch_first", False),
         )
     return next(_foreign_declarations(module), Declaration())
 
@@ -192,4 +196,8 @@ declare(
     "vimtune.language.mixers.FastMamba2Mixer",
     Declaration(_rows_of_mamba2, calls=("scan",), has_fixed_sizes=True, directions=1),
 )
+for _family in ("mamba", "mamba2"):
+    _class = f"{_family.capitalize()}PreTrainedModel"
+    declare(f"transformers.models.{_family}.modeling_{_family}.{_class}", Declaration(batch_first=True))
+declare("timm.models.vision_transformer.VisionTransformer", Declaration(batch_first=True))
 declare("timm.layers.attention.Attention", Declaration(_rows_of_attention, has_fixed_sizes=True))

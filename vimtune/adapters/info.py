@@ -157,6 +157,7 @@ NEUTRAL_OPTIONS: dict[str, dict[str, Any]] = {
     "lora": _AS_BEFORE,
     "dora": {"axis": "output", **_AS_BEFORE},
     "strong": _AS_BEFORE,
+    "oft": {"series": None},
     "ft": {"start_decay": 0.0},
     "bitfit": {"start_decay": 0.0},
     "full": {"start_decay": 0.0},

@@ -41,9 +41,11 @@ from vimtune.adapters.slots import (
     attach,
     base_parameters,
     base_value,
+    choice,
     detach,
     has_rules,
     iter_slots,
+    refuse_within_choice,
     rule_prefixes,
     slots_of,
 )
@@ -78,6 +80,11 @@ class AdapterRecord:
     """Outputs of the adapter's head."""
     head: list[str]
     """Paths of the head's parameters."""
+
+    @property
+    def surrounds_calls(self) -> bool:
+        """Whether it has rules for calls."""
+        return any(path.endswith(CALL) for paths in self.sites.values() for path in paths)
 
 
 @dataclass
@@ -361,8 +368,7 @@ def activate(model: nn.Module, state: AdapterState, name: str | None) -> None:
         slot.active = name
         for adapter, rule in slot.items():
             rule.requires_grad_(adapter == name)
-    sites = {} if name is None else state.records[name].sites
-    state.surrounds_calls = any(path.endswith(CALL) for paths in sites.values() for path in paths)
+    state.surrounds_calls = name is not None and state.records[name].surrounds_calls
     set_num_classes(model, state.num_classes if name is None else state.records[name].num_classes)
 
 
@@ -373,8 +379,12 @@ def disabled(model: Model) -> Iterator[Model]:
     Afterwards, also after an exception, the adapter that was active before is active again and its tensors
     require a gradient as they did, unless it was deleted meanwhile. As with `set_adapter` all threads that
     use the model see the base model.
+
+    Raises:
+        ValueError: the present thread is within `using`.
     """
     backbone = unwrap(model)
+    refuse_within_choice(backbone)
     state = adapter_state(backbone)
     if state is None:
         yield model
@@ -427,6 +437,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def has_call_rules(model: nn.Module) -> bool:
     """Whether rules of the active adapter of a model (no wrapper) surround calls."""
     state = adapter_state(model)
+    chosen = choice.get()
+    if chosen is not None and chosen.model is model:
+        return chosen.surrounds_calls
     return state is not None and state.surrounds_calls
 
 

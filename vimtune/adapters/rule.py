@@ -133,6 +133,22 @@ class WeightRule(Rule):
         """The value that takes the place of `weight`, which is the value so far; may have another shape."""
         raise NotImplementedError
 
+    def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The difference that the rule adds to a weight, whatever its values, where it is a product of two
+        factors: W' = W + U D.
+
+        With it adapters are added exactly (`vimtune.adapters.arithmetic`), rows of a mixed batch share the
+        product with W (`vimtune.adapters.mixing`), and HF peft's files hold the rule as LoRA.
+
+        Args:
+            weight: W, for its shape; as a matrix it is `weight.flatten(1)`, (out, in).
+
+        Returns:
+            U (out, r) and D (r, in), all scales included; None for a rule that does not add, or adds
+            something else.
+        """
+        return None
+
     def perturbation(self, x: Tensor, weight: Tensor) -> Tensor:
         """What training adds to the output of a linear layer that multiplies by the effective weight.
 

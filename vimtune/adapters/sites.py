@@ -228,6 +228,12 @@ def options_by_site(
     return options
 
 
+def one_or_by_site(values: Mapping[str, Any]) -> Any:
+    """An option as `inject` takes it, from its values by the paths of sites: one value if all are equal."""
+    first = next(iter(values.values()))
+    return first if all(value == first for value in values.values()) else dict(values)
+
+
 # --- from sites to rules
 
 

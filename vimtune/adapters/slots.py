@@ -11,7 +11,7 @@ The rules of a module lie in its child "adapters", by the name of the parameter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -49,6 +49,62 @@ class Ahead:
 computed_ahead: ContextVar[dict[WeightRule, Ahead] | None] = ContextVar("computed_ahead", default=None)
 """Values computed ahead, by rule. They belong to the present thread and lie on no module, so that copies and
 state dicts have no part in them."""
+
+
+class Choice:
+    """Which adapter acts in one call of a model, whatever adapter is the active one (`mixing.py`).
+
+    It holds in the thread that makes the call, and for the slots of that model alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, slots: Collection[Slot], adapter: str | None, surrounds_calls: bool
+    ) -> None:
+        """Choose one adapter.
+
+        Args:
+            model: the model, no wrapper.
+            slots: its slots.
+            adapter: its name; None for the plain model.
+            surrounds_calls: whether it has rules for calls.
+        """
+        self.model = model
+        self.slots = slots
+        self.adapter = adapter
+        self.surrounds_calls = surrounds_calls
+
+    def rules(self, slot: Slot) -> list[Any]:
+        """The rules of a slot whose effective values are needed."""
+        return [slot[self.adapter]] if self.adapter is not None and self.adapter in slot else []
+
+    def product(self, layer: nn.Linear, x: Tensor) -> Tensor | None:
+        """What a linear layer with rules gives for x; None if it is what a single rule makes of it."""
+        return None
+
+
+choice: ContextVar[Choice | None] = ContextVar("choice", default=None)
+"""The choice in force in the present thread."""
+
+
+def choice_for(slot: Slot) -> Choice | None:
+    """The choice in force, if it concerns a slot."""
+    found = None if is_recorded() else choice.get()
+    return found if found is not None and slot in found.slots else None
+
+
+def refuse_within_choice(model: nn.Module) -> None:
+    """Refuse what changes adapters where the present thread has chosen one for itself: it would see the rules
+    of that one, whatever adapter is active.
+
+    Raises:
+        ValueError: such a choice is in force for the model.
+    """
+    chosen = choice.get()
+    if chosen is not None and chosen.model is model:
+        raise ValueError(
+            f"adapters do not change within `using`, which has chosen {chosen.adapter!r} for this thread: "
+            "end its block first"
+        )
 
 
 def is_recorded() -> bool:
@@ -89,9 +145,19 @@ class Slot(nn.ModuleDict):
     @property
     def rule(self) -> Any:
         """The `Rule` in force; None if there is none."""
-        if self.active is None or self.active not in self:
+        chosen = choice_for(self)
+        name = self.active if chosen is None else chosen.adapter
+        if name is None or name not in self:
             return None
-        return self[self.active]
+        return self[name]
+
+    @property
+    def rules_in_force(self) -> list[Any]:
+        """The rules of which the present call needs the effective values: several where it mixes adapters."""
+        chosen = choice_for(self)
+        if chosen is not None:
+            return chosen.rules(self)
+        return [] if self.rule is None else [self.rule]
 
 
 class WeightSlot(Slot):
@@ -117,7 +183,11 @@ class WeightSlot(Slot):
 
     def effective(self, weight: Tensor) -> Tensor:
         """The value of `weight` for whoever reads it."""
-        rule: WeightRule | None = self.rule
+        return self.effective_under(self.rule, weight)
+
+    @staticmethod
+    def effective_under(rule: WeightRule | None, weight: Tensor) -> Tensor:
+        """The value of `weight` under a rule, if there is one."""
         if rule is None:
             return weight
         ahead = find_ahead(rule, weight)
@@ -127,10 +197,16 @@ class WeightSlot(Slot):
             return rule.effective_weight(weight)
 
     @torch.no_grad()
-    def evaluated(self, weight: Tensor) -> Tensor:
-        """The value of `weight` in evaluation, whatever mode the rule is in; detached."""
+    def evaluated(self, weight: Tensor, adapter: str | None = None) -> Tensor:
+        """The value of `weight` in evaluation, whatever mode the rule is in; detached.
+
+        Args:
+            weight: the frozen weight.
+            adapter: under which adapter, which has a rule here; under the rule in force if None.
+        """
+        rule = self.rule if adapter is None else self[adapter]
         with in_evaluation(self):
-            return self.effective(weight)
+            return self.effective_under(cast("WeightRule | None", rule), weight)
 
     def factor(self, weight: Tensor) -> Tensor:
         """The value of `weight` for one product: under autocast already in its dtype, if at hand."""
@@ -190,6 +266,9 @@ def _effective_property(name: str) -> property:
 
 def _adapted_linear(module: nn.Linear, x: Tensor) -> Tensor:
     slot, weight = cast(WeightSlot, slots_of(module)["weight"]), base_value(module, "weight")
+    chosen = choice_for(slot)
+    if chosen is not None and (mixed := chosen.product(module, x)) is not None:
+        return mixed
     result = F.linear(x, slot.factor(weight), module.bias)
     rule: WeightRule | None = slot.rule
     if rule is not None and rule.training and rule.perturbs:

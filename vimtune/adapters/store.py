@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,10 @@ def load_adapter(
             f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
             f"{'; '.join(differences)}. Create that model, or pass force=True"
         )
-    before = active_adapter(model)
-    name = _free_name(list_adapters(model)) if name is None else check_name(model, name)
+    name = free_name(model) if name is None else check_name(model, name)
     with _refusing(path):
-        # Version 1 accepted dropout where it has no effect; the outputs of such an adapter are right without.
-        add_adapter(model, _record(model, info, tensors, name), accept_idle=True)
-    try:
+        record = _record(model, info, tensors, name)
+    with added(model, record, partial(_refusing, path)):
         if not force and not has_base(model, info.base_hash, info.base_origin, name):
             of = f" of {info.model['name']}" if info.model else ""
             raise AdapterFileError(
@@ -183,11 +182,33 @@ def load_adapter(
             )
         with _refusing(path):
             load_adapter_state_dict(model, tensors, name)
+    return info
+
+
+@contextmanager
+def added(
+    model: nn.Module,
+    record: AdapterRecord,
+    refusing: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[None]:
+    """Within the block the model has the adapter that a file describes, for whoever gives it its values;
+    where the block fails, the model is as it was.
+
+    Args:
+        model: the backbone, no wrapper.
+        record: the adapter.
+        refusing: surrounds what may find that the file does not fit the model.
+    """
+    before = active_adapter(model)
+    with refusing():
+        # Files may have dropout where it has no effect; the outputs of such an adapter are right without.
+        add_adapter(model, record, accept_idle=True)
+    try:
+        yield
     except BaseException:  # Whatever it is, it goes on, but the model is as it was.
-        delete_adapter(model, name)
+        delete_adapter(model, record.name)
         set_adapter(model, None if before is None else before.name)
         raise
-    return info
 
 
 @contextmanager
@@ -199,7 +220,9 @@ def _refusing(path: str | Path) -> Iterator[None]:
         raise AdapterFileError(f"{printable(str(path))} does not fit the model: {error}") from error
 
 
-def _free_name(taken: list[str]) -> str:
+def free_name(model: nn.Module) -> str:
+    """The first of "default", "default_2", ... that no adapter of a model (no wrapper) has."""
+    taken = list_adapters(model)
     candidates = ["default", *(f"default_{index}" for index in range(2, len(taken) + 3))]
     return next(candidate for candidate in candidates if candidate not in taken)
 

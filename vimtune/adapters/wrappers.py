@@ -11,7 +11,7 @@ import sys
 
 from torch import nn
 
-from vimtune.adapters.slots import adapted_modules
+from vimtune.adapters.slots import adapted_modules, refuse_within_choice
 
 RECORD = "_vimtune_adapters"
 """Attribute of an adapted model under which its adapters are recorded."""
@@ -46,7 +46,8 @@ def unwrap(model: nn.Module, *, retrains: bool = False) -> nn.Module:
 
     Raises:
         ValueError: `model` contains a model with adapters somewhere below it, or is a part of one, or is
-            a wrapper that cannot be seen through.
+            a wrapper that cannot be seen through; or the present thread is within `using`, and the caller is
+            about to change what is trained.
     """
     while (name := _wrapped(model)) is not None:
         if retrains and _is_a(model, _DISTRIBUTED):
@@ -57,6 +58,8 @@ def unwrap(model: nn.Module, *, retrains: bool = False) -> nn.Module:
         model = model.get_submodule(name)
     if RECORD not in vars(model):
         _refuse_hidden_adapters(model)
+    elif retrains:
+        refuse_within_choice(model)
     return model
 
 

@@ -1,5 +1,4 @@
-"""The commands: `vimtune train | compare | search | evaluate | analyze | predict | merge | export |
-doctor`, and `train_vim.py`.
+"""The commands, `vimtune train | compare | search | evaluate | ...`, and `train_vim.py`.
 
 Each command is a file beside this one. Only what it needs is imported, when it runs: `--help` and `--list`
 answer without torch. How a command may end is said in `vimtune.exits`.
@@ -11,7 +10,21 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vimtune import __version__
-from vimtune.cli import analyze, compare, doctor, evaluate, export, merge, predict, search, train
+from vimtune.cli import (
+    analyze,
+    combine,
+    compare,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    merge,
+    predict,
+    pull,
+    push,
+    search,
+    train,
+)
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
 from vimtune.text import quote
 from vimtune.utils import suggest
@@ -23,8 +36,12 @@ COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
     "evaluate": ("score a model on the data of a task, with an adapter or without", evaluate.run),
     "analyze": ("what training has changed: weights, features, scans, cost", analyze.run),
     "predict": ("classes, choices and completions with an adapter file", predict.run),
+    "combine": ("average, add or subtract adapters", combine.run),
     "merge": ("fold an adapter into a plain checkpoint, and prove it", merge.run),
     "export": ("write a model for onnxruntime and other programs", export.run),
+    "convert": ("write an adapter as others read it: HF peft, timm, transformers", convert.run),
+    "push": ("upload an adapter or a merged model to the Hugging Face hub", push.run),
+    "pull": ("download one from there", pull.run),
     "doctor": ("check this machine and every scan backend", doctor.run),
 }
 """The commands by name: the line that `--help` shows and the function that runs it."""

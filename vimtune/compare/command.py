@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vimtune.compare.execution import POLL_SECONDS, Processes, StartedRun
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Result, Row, read_result, rows_of_runs
 from vimtune.compare.schedule import Schedule
+from vimtune.compare.soups import soup_of
 from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_tables
 from vimtune.compare.worker import LOG_FILE
 from vimtune.console import build_console, print_line
@@ -67,7 +69,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
             shown = printable(shorten(", ".join(others)))
             print_line(console, f"published scores without a run here ({len(others)}): {shown}")
         _run_all(schedule, folder, packages, stop, console)
-        rows = schedule.rows()
+        rows = _with_soups(schedule, folder, console, make=not stop.requested)
         _conclude(rows, folder, protocol_of(plan), schedule.failed, console, plan.reference)
         if stop.requested:
             go_on = f"vimtune compare --resume {shlex.quote(str(folder))}"
@@ -170,6 +172,38 @@ def _run_all(
         processes.kill()
 
 
+def _with_soups(schedule: Schedule, folder: Path, console: Console, make: bool) -> list[Row]:
+    """The rows of a comparison, with the scores of the averages over seeds where the plan asks for them.
+
+    Adapters that do not average are no failure: the row has no such score, and a line says why.
+    """
+    rows = schedule.rows()
+    if not schedule.plan.options.soups:
+        return rows
+    return [
+        dataclasses.replace(row, soups=tuple(_soups(row, schedule, folder, console, make))) for row in rows
+    ]
+
+
+def _soups(
+    row: Row, schedule: Schedule, folder: Path, console: Console, make: bool
+) -> Iterator[Mapping[str, float | None]]:
+    """The scores of the averages of a row, one for each data seed."""
+    if row.lr is None or row.missing or len(row.seeds) < 2:
+        return
+    groups: dict[int | None, dict[Cell, Result]] = {}
+    for cell in schedule.plan.cells(row.method, row.data, row.lr):
+        groups.setdefault(cell.data_seed, {})[cell] = schedule.done[cell]
+    for runs in groups.values():
+        try:
+            scores = soup_of(runs, folder, make)
+        except ValueError as error:
+            print_line(console, f"no soup of {row.method} on {row.data}: {printable(str(error))}")
+            return
+        if scores is not None:
+            yield scores
+
+
 def _take(schedule: Schedule, run: StartedRun, stopping: bool, console: Console) -> None:
     """Note and say how a run has ended."""
     place = f"[{len(schedule.done) + len(schedule.failed) + 1}/{schedule.total}] {run.cell}"
@@ -214,7 +248,8 @@ def _show(
     if len(runs) == 1 and (runs[0] / PLAN_FILE).is_file():
         plan = load_plan(runs[0] / PLAN_FILE, {})
         reference = plan.reference
-        rows, note = Schedule(plan, _finished(plan, runs[0])).rows(), protocol_of(plan)
+        rows = _with_soups(Schedule(plan, _finished(plan, runs[0])), runs[0], console, make=False)
+        note = protocol_of(plan)
     else:
         results, left_out = [], []
         for run in runs:

@@ -156,6 +156,7 @@ class PlanOptions(Options):
     data_seeds: list[int] | None = option(
         None, "seeds of the data (--data-seed), each with every seed", parse=parsers.optional(_SEEDS)
     )
+    soups: bool = option(False, "also score the average of the adapters of all seeds")
     jobs: Positive = option(1, "runs at a time on each device")
     published: dict[str, dict[str, float]] | None = option(
         None,

@@ -191,6 +191,8 @@ class Row:
     """The most important score as somebody else has published it, where the plan says so."""
     others: tuple[Result, ...] = ()
     """The finished runs with learning rates that were not chosen, or not yet."""
+    soups: tuple[Mapping[str, float | None], ...] = ()
+    """Scores of the averages of the adapters of all seeds, for each data seed, where the plan asks for it."""
 
     @property
     def seeds(self) -> list[int]:
@@ -233,6 +235,11 @@ class Row:
     def score(self) -> Spread | None:
         """The most important score that the data have."""
         return self.spread(lambda result: result.scores.get(self.scores[0].name))
+
+    @property
+    def soup(self) -> Spread | None:
+        """The most important score of the averages over seeds."""
+        return Spread.of(scores.get(self.scores[0].name) for scores in self.soups)
 
     @property
     def parameters(self) -> int | None:

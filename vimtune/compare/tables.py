@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from vimtune.compare.plan import Plan
 from vimtune.compare.results import Result, Row, Spread
 from vimtune.console import neutral, print_line
 from vimtune.output import write_output
-from vimtune.text import csv_cell, printable, shorten
+from vimtune.text import csv_cell, escape_markdown, printable, shorten
 from vimtune.training.pictures import save_picture
 from vimtune.training.tracking import duration
 
@@ -88,6 +87,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     return [
         Column("method", lambda row: row.method),
         *_score_columns(rows),
+        *([Column("soup", _show_soup)] if any(row.soup for row in rows) else []),
         *([Column("published", _show_published)] if any(row.published is not None for row in rows) else []),
         Column("seeds" if all(row.has_a_run_per_seed for row in rows) else "runs", _show_count),
         Column("lr", lambda row: NONE if row.lr is None else f"{row.lr:g}"),
@@ -128,6 +128,10 @@ def _show_score(row: Row, name: str) -> str:
 
 def _show_published(row: Row) -> str:
     return NONE if row.published is None else f"{row.published:.{2 if row.scores[0].percent else 3}f}"
+
+
+def _show_soup(row: Row) -> str:
+    return NONE if row.soup is None else row.soup.show(1 if row.scores[0].percent else 3)
 
 
 def _show_count(row: Row) -> str:
@@ -273,19 +277,21 @@ def to_markdown(
     if len(groups) > 1:
         parts.append(_markdown(*overview(rows), {}))
     if differences := _differences(rows, reference):
-        title = f"## {_escape_markdown(_title_of(differences))}"
+        title = f"## {escape_markdown(_title_of(differences))}"
         parts += [title, PAIRED, _markdown(*paired(differences), {})]
     for name, group in groups.items():
         bold = {group.index(row): 1 for row in best_of(group)}
-        parts += [f"## {_escape_markdown(name)}", _markdown(*details(group), bold)]
+        parts += [f"## {escape_markdown(name)}", _markdown(*details(group), bold)]
     if failures:
-        parts += ["## Failed", "\n".join(f"- {_escape_markdown(failure)}" for failure in failures)]
+        parts += ["## Failed", "\n".join(f"- {escape_markdown(failure)}" for failure in failures)]
     return "\n\n".join(parts) + "\n"
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader of the tables has to know besides."""
     remarks = ["Trained parameters do not count the head; `with head` does."]
+    if any(row.soup for row in rows):
+        remarks.append("`soup` is the score of one adapter, the average of those of all seeds.")
     own = [row for row in rows if any(r.report.split == r.report.selection_split for r in row.results)]
     blind = [row.data for row in own]
     chosen = ["epochs"] if any(result.had_a_choice for row in own for result in row.results) else []
@@ -307,15 +313,11 @@ def _markdown(heading: Cells, lines: Sequence[Cells], bold: Mapping[int, int]) -
     """A table; `bold` names the column of a line that is set off."""
     table = [heading, ["---", *["---:"] * (len(heading) - 1)]]
     for number, line in enumerate(lines):
-        cells = [_escape_markdown(cell) for cell in line]
+        cells = [escape_markdown(cell) for cell in line]
         if number in bold:
             cells[bold[number]] = f"**{cells[bold[number]]}**"
         table.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-
-
-def _escape_markdown(text: str) -> str:
-    return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", printable(text))
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -335,6 +337,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             "method_parameters": row.parameters,
             "trainable_parameters": row.trainable,
             **({} if row.published is None else {"published": row.published}),
+            **({} if row.soup is None else {"soup_mean": row.soup.mean, "soup_sd": row.soup.deviation}),
         }
         spreads = {score.name: _score_of(row, score.name) for score in row.scores}
         spreads |= {name: row.spread(of) for name, of in NUMBERS.items()}

@@ -72,6 +72,10 @@ class Method(ABC):
     of the first one that the user has not given. Empty if nothing but the targets decides. How much is
     trained has to rise with the value of such an option, or to fall with it, among the values that fit."""
 
+    peft_type: ClassVar[str | None] = None
+    """The type under which HF peft has the method, such as "LORA"; `vimtune.exchange.peft` translates. None
+    for a method that HF peft does not have. A class states it for itself: a derived method is another one."""
+
     lr_scale: PositiveAmount = option(1.0, "factor of the learning rate of what the method trains")
     decay_scale: Amount = option(1.0, "factor of the weight decay of what the method trains")
 
@@ -182,6 +186,8 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
         options = options_of(cls)
         if unknown := [option for option in cls.sized_by if option not in options]:
             raise ValueError(f"method {name!r}: sized_by names {quote(unknown[0])}, which is no option of it")
+        if "peft_type" not in vars(cls):
+            cls.peft_type = None
         METHODS.add(name, cls)
         cls.name = name
         return cls

@@ -24,6 +24,7 @@ class C3A(Method):
 
     summary = "block-circulant update of the projectors (Chen et al. 2024)"
     sized_by = ("block_size",)
+    peft_type = "C3A"
 
     block_size: Annotated[int, Ge(1)] | None = option(
         None, "b, side of the circulant blocks; must divide both sides; the largest possible if none"

@@ -19,6 +19,7 @@ class DoRA(LoRA):
     """Options of DoRA; `vimtune.adapters.rules.dora` has the formula."""
 
     summary = "low-rank update of the directions, free magnitude of each row (Liu et al. 2024)"
+    peft_type = "LORA"
     adds_up = False  # a magnitude of rows would scale what the whole one has made of them
 
     axis: Literal["output", "input"] = option(

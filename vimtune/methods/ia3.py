@@ -22,6 +22,7 @@ class IA3(Method):
 
     summary = "one factor per output or input of the projectors (Liu et al. 2022)"
     sized_by = ()
+    peft_type = "IA3"
 
     side: Literal["output", "input"] = option("output", "what has a factor each: the outputs or the inputs")
 

@@ -29,6 +29,7 @@ class LoRA(Method):
 
     summary = "low-rank update of the projectors (Hu et al. 2021)"
     adds_up = True
+    peft_type = "LORA"
     sized_by: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: Annotated[int, Ge(1)] = option(16, "rank r of the update B A; by target: in_proj=8,x_proj[B]=4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from vimtune.methods.base import Method, check_block_size, check_matrix, option, register_method
 
@@ -24,10 +24,16 @@ class OFT(Method):
 
     summary = "rotation of blocks of inputs of the projectors (Qiu et al. 2023)"
     sized_by = ("block_size",)
+    peft_type = "OFT"
 
     block_size: Annotated[int, Ge(2)] | None = option(
         None,
         "b, inputs that are rotated together; must divide the width; the largest possible up to 32 if none",
+    )
+
+    series: Annotated[int, Ge(4), Le(64)] | None = option(
+        None,
+        "terms of a series in the place of the exact rotation, as HF peft has it (5); none: exact",
     )
 
     def build_rule(self, site: Site) -> WeightRule:
@@ -43,4 +49,4 @@ class OFT(Method):
                 "block_size, or choose other targets"
             )
         check_block_size(site, size, columns)
-        return OFTRule(site.weight, size)
+        return OFTRule(site.weight, size, self.series)

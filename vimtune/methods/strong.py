@@ -15,5 +15,6 @@ class Strong(LoRA):
     """Options of the Strong baseline, which are those of LoRA."""
 
     summary = "LoRA on in_proj, out_proj and all x_proj, on embeddings of tokens (Halloran et al. 2024)"
+    peft_type = "LORA"
     default_targets = ("in_proj", "out_proj", "x_proj", "embeddings")
     skips_absent_targets = True  # a Vim has no embeddings of tokens, Mamba-2 no x_proj

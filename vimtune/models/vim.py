@@ -108,6 +108,8 @@ class VisionMamba(nn.Module):
     """Methods that rules of adapters may surround."""
     directions: ClassVar[int] = 2
     """The blocks go through the tokens in both directions."""
+    batch_first: ClassVar[bool] = True
+    """All layers are given (B, ...)."""
 
     def __init__(
         self,

@@ -78,6 +78,8 @@ class Task(Options, ABC):
     evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
     """The options of `vimtune evaluate`."""
 
+    hub_task: ClassVar[str | None] = None
+    """What the Hugging Face hub calls such a task, "image-classification"; None if it has no name for it."""
     packages: ClassVar[tuple[str, ...]] = ("timm", "torchvision")
     """Distributions besides torch whose versions a report names, because results depend on them; like the
     components above those of images, unless a task has others."""
@@ -211,6 +213,25 @@ class Task(Options, ABC):
             ExportError: the file computes something else; nothing is left behind.
         """
         raise ValueError(f"task {self.name!r} has no exported form: vimtune merge writes plain weights")
+
+    def merge_to_share(
+        self,
+        adapter: Path,
+        folder: Path,
+        base: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+        force: bool,
+    ) -> str:
+        """`merge` into an empty folder that is passed on, in the form in which others load it from the hub.
+
+        Returns:
+            Python that loads it, in which "{place}" stands for the repository.
+
+        Raises:
+            ValueError: as `merge`.
+        """
+        raise ValueError(f"task {self.name!r} has no merged weights: use vimtune.merge from Python")
 
     def rank(self, loss: float, scores: Mapping[str, float | None]) -> tuple[float, ...]:
         """What selects the best epoch: of two evaluations the one with the larger tuple is the better one.

@@ -45,6 +45,7 @@ class Classification(Task):
     scores = (Score("top1", "top-1"), Score("top5", "top-5"))
     predict_options: ClassVar[type[PredictOptions]] = ImagePredictOptions
     evaluate_options: ClassVar[type[EvaluateOptions]] = ImageEvaluateOptions
+    hub_task = "image-classification"
 
     augmentation: Literal["none", "light", "medium", "strong"] = option(
         "light", "augmentation: none, light, medium, strong"
@@ -137,6 +138,20 @@ class Classification(Task):
         from vimtune.tasks.images.exporting import export_images
 
         return export_images(source, output, base, force)
+
+    def merge_to_share(
+        self,
+        adapter: Path,
+        folder: Path,
+        base: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+        force: bool,
+    ) -> str:
+        """Write plain weights and the configuration by which timm loads them; see `Task.merge_to_share`."""
+        from vimtune.tasks.images.merging import merge_for_timm
+
+        return merge_for_timm(adapter, folder, _checkpoint_of(base), device, backend, force)
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""

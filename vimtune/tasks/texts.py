@@ -46,6 +46,7 @@ class TextTask(Task):
     backbone_options: ClassVar[type[BackboneOptions]] = LanguageModelSettings
     predict_options: ClassVar[type[PredictOptions]] = TextPredictOptions
     packages = ("transformers", "tokenizers")
+    hub_task = "text-generation"
     form: ClassVar[TextFormat]
     """The data set."""
 
@@ -128,6 +129,19 @@ class TextTask(Task):
         from vimtune.tasks.text.merging import merge_texts
 
         return merge_texts(self, adapter, output, base, device, backend, force, precision)
+
+    def merge_to_share(
+        self,
+        adapter: Path,
+        folder: Path,
+        base: Mapping[str, Any],
+        device: torch.device,
+        backend: str,
+        force: bool,
+    ) -> str:
+        """Write a model of transformers; see `Task.merge_to_share`."""
+        self.merge(adapter, folder, base, device, backend, force, "fp32")
+        return 'import transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained("{place}")'
 
 
 @register_task("arc_easy")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vimtune import adapters
 from vimtune.adapters.composition import single_rules
-from vimtune.adapters.slots import iter_slots, iter_weight_slots, slots_of
+from vimtune.adapters.slots import base_value, iter_slots, iter_weight_slots, slots_of
 from vimtune.backends import REFERENCE
 from vimtune.ops import backend_report
 
@@ -439,7 +439,7 @@ def check_copies(case: MethodCase) -> None:
 
 
 def check_several_adapters(case: MethodCase) -> None:
-    """Two adapters of the method on one model do not disturb each other."""
+    """Two adapters of the method on one model do not disturb each other, nor do they in one batch."""
     model = case.trained()
     first = case.run(model)
     torch.manual_seed(2)
@@ -451,8 +451,24 @@ def check_several_adapters(case: MethodCase) -> None:
     close(case.run(model), first, 0)
     adapters.set_adapter(model, "second")
     close(case.run(model), second, 0)
+    inputs, *others = case.build_inputs()
+    if not others:
+        names = [("default", "second")[row % 2] for row in range(len(inputs))]
+        for row, found in enumerate(adapters.forward_mixed(model, inputs, names)):
+            close(found, (first, second)[row % 2][row], 1e-4)
     adapters.delete_adapter(model, "default")
     close(case.run(model), second, 0)
+
+
+def check_low_rank(case: MethodCase) -> None:
+    """What a rule says to be the low-rank difference that it adds is this difference."""
+    model = case.trained()
+    for _, owner, name, slot in iter_weight_slots(model):
+        weight = base_value(owner, name)
+        if slot.rule is None or (found := slot.rule.low_rank(weight)) is None:
+            continue
+        with torch.no_grad():
+            close(weight.flatten(1) + found[0] @ found[1], slot.evaluated(weight).flatten(1))
 
 
 def check_summary(case: MethodCase) -> None:
@@ -494,6 +510,7 @@ METHOD_CHECKS: tuple[Callable[[MethodCase], None], ...] = (
     check_tracing,
     check_copies,
     check_several_adapters,
+    check_low_rank,
     check_summary,
 )
 """All checks of a method, each a function of a `MethodCase`."""

@@ -42,6 +42,9 @@ class DoRARule(LoRARule):
         scale = self.direction_scale(updated)
         return ((scale[:, None] if self.axis == "output" else scale) * updated).view_as(weight)
 
+    def low_rank(self, weight: Tensor) -> None:
+        return None  # the magnitudes multiply W, too
+
     def perturbation(self, x: Tensor, weight: Tensor) -> Tensor:
         with exact(weight), torch.no_grad():
             updated = weight + self.branch.matrix()

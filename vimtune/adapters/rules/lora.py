@@ -88,6 +88,13 @@ class LowRank(nn.Module):
             return product
         return product - (self.scale * self.start_B) @ self.start_A
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """U (out, k) and D (k, in) with U D = eps; k is r, or 2 r where the start is taken off again."""
+        if self.start_A is None or self.start_B is None:
+            return self.scale * self.lora_B, self.lora_A
+        up = torch.cat([self.scale * self.lora_B, -self.scale * self.start_B], 1)
+        return up, torch.cat([self.lora_A, self.start_A])
+
     def perturbation(
         self, x: Tensor, row_scale: Tensor | None = None, column_scale: Tensor | None = None
     ) -> Tensor:
@@ -130,6 +137,9 @@ class LoRARule(WeightRule):
     def effective_weight(self, weight: Tensor) -> Tensor:
         matrix = weight.flatten(1)
         return (self.main_weight(matrix) + self.branch.matrix()).view_as(weight)
+
+    def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.branch.factors()
 
     def perturbation(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.branch.perturbation(x)

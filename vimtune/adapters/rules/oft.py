@@ -2,8 +2,12 @@
 
     R_i = (I - Q_i) (I + Q_i)^-1,    Q_i = U_i - U_i^T
 
-with U_i strictly upper triangular (Cayley). The rotation is exact, not the truncated series that HF peft
-computes unless told otherwise, and its sign is that of HF peft's exact one.
+with U_i strictly upper triangular (Cayley). The rotation is exact, and its sign is that of HF peft's exact
+one. Unless told otherwise HF peft computes a truncated series, of n terms with n = 5,
+
+    R_i = I + 2 Q_i + 2 Q_i^2 + ... + 2 Q_i^(n-2) + Q_i^(n-1)
+
+which is about a rotation for small Q_i, by the opposite angles. It is here for the files of HF peft.
 """
 
 from __future__ import annotations
@@ -17,10 +21,17 @@ from vimtune.ops.block_product import scaled_block_product
 
 class OFTRule(WeightRule):
     """`angles` (n, b (b - 1) / 2) are the entries of U_1 to U_n, row by row; zero at the start.
-    in (b - 1) / 2 numbers."""
+    in (b - 1) / 2 numbers.
 
-    def __init__(self, weight: Tensor, block_size: int) -> None:
+    Args:
+        weight: W.
+        block_size: b.
+        series: how many terms of the series are computed; None for the exact rotation.
+    """
+
+    def __init__(self, weight: Tensor, block_size: int, series: int | None = None) -> None:
         super().__init__()
+        self.series = series
         columns = weight.flatten(1).shape[1]
         row, column = torch.triu_indices(block_size, block_size, 1, device=weight.device)
         self.block_size = block_size
@@ -36,6 +47,8 @@ class OFTRule(WeightRule):
         upper = angles.new_zeros(count, size * size).scatter(1, self.places.expand(count, -1), angles)
         upper = upper.view(count, size, size)
         identity = torch.eye(size, dtype=angles.dtype, device=angles.device)
+        if self.series is not None:
+            return _truncated(upper.mT - upper, self.series)  # R^T is the series of Q^T = -Q
         # R^T = (I - Q)^-1 (I + Q) = 2 (I - Q)^-1 - I
         return 2 * (invert(identity - (upper - upper.mT)) - identity)
 
@@ -43,6 +56,15 @@ class OFTRule(WeightRule):
         matrix = weight.flatten(1)
         ones = matrix.new_ones(matrix.shape[0])
         return scaled_block_product(matrix, ones, self.change().to(weight.dtype)).view_as(weight)
+
+
+def _truncated(matrices: Tensor, terms: int) -> Tensor:
+    """2 M + 2 M^2 + ... + 2 M^(n-2) + M^(n-1) of matrices M (n, b, b)."""
+    power, total = matrices, 2 * matrices
+    for exponent in range(2, terms):
+        power = power @ matrices
+        total = total + (2 if exponent < terms - 1 else 1) * power
+    return total
 
 
 def invert(matrices: Tensor) -> Tensor:

@@ -73,6 +73,9 @@ class ProDiaLRule(LoRARule):
         else:
             self.row_scale = nn.Parameter(weight.new_ones(rows))
 
+    def low_rank(self, weight: Tensor) -> None:
+        return None  # s and D_b multiply W
+
     def decay(self, tensor: str, exempt: bool) -> float:
         return self.scale_decay if tensor == "row_scale_offset" else super().decay(tensor, exempt)
 

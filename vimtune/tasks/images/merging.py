@@ -5,6 +5,7 @@ Shape letters: B batch, C classes.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from vimtune.adapters import read_adapter_info
 from vimtune.merged import MergedInfo, read_merged, write_merged
 from vimtune.models import MODELS, create_listed_model
 from vimtune.ops import use_backend
-from vimtune.origin import find_base
+from vimtune.origin import MERGED, find_base
 from vimtune.output import OutputError, check_output, write_output
+from vimtune.preprocessing import Preprocessing
+from vimtune.schema import check
 from vimtune.tasks.images.predictor import load_image_predictor
 from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
 from vimtune.text import quote
@@ -86,6 +89,53 @@ def merge_images(
     return results[0]
 
 
+def merge_for_timm(
+    adapter: Path, folder: Path, checkpoint: Path | None, device: torch.device, backend: str, force: bool
+) -> str:
+    """Write model.safetensors and config.json, as `timm.create_model("hf-hub:user/name")` reads them.
+
+    Args:
+        adapter: the file.
+        folder: an empty folder.
+        checkpoint, device, backend, force: as for `merge_images`.
+
+    Returns:
+        Python that loads them, with "{place}" for the repository.
+
+    Raises:
+        ValueError: as `merge_images`.
+    """
+    merge_images(adapter, folder / MERGED, checkpoint, device, backend, force, "fp32")
+    model, info = read_merged(folder / MERGED)
+    settings = check(Preprocessing, info.preprocessing, "the preprocessing")
+    config: Any = model.pretrained_cfg
+    # timm rounds its own way, which differs by a pixel at most.
+    crop_mode = "center" if settings.crop_mode == "center_rounded" else settings.crop_mode
+    pretrained = {
+        "input_size": [config["input_size"][0], *settings.img_size],
+        "fixed_input_size": True,
+        **{name: getattr(settings, name) for name in ("mean", "std", "interpolation", "crop_pct")},
+        "crop_mode": crop_mode,
+        "num_classes": model.num_classes,
+        "first_conv": config["first_conv"],
+        "classifier": config["classifier"],
+        "custom_load": False,
+        **({"label_names": info.classes} if info.classes else {}),
+    }
+    values = {
+        "architecture": info.model,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": {
+            name: value for name, value in _unusual_options(info).items() if name != "num_classes"
+        },
+        "pretrained_cfg": pretrained,
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    return 'import timm, vimtune\nmodel = timm.create_model("hf-hub:{place}", pretrained=True)'
+
+
 def _is_utf8(path: Path) -> bool:
     try:
         str(path).encode("utf-8")
@@ -96,11 +146,13 @@ def _is_utf8(path: Path) -> bool:
 
 def _loading_code(path: Path, info: MergedInfo) -> str:
     """Python that loads a merged file as a plain model, with timm's own loader."""
-    with torch.device("meta"):  # Only the options are of interest.
-        usual = create_listed_model(info.model, {}).creation["kwargs"]
-    options = {
-        name: value for name, value in info.options.items() if name not in usual or value != usual[name]
-    }
-    arguments = {"checkpoint_path": str(path), **options}
+    arguments = {"checkpoint_path": str(path), **_unusual_options(info)}
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f"import timm, vimtune\nmodel = timm.create_model({info.model!r}, {shown})"
+
+
+def _unusual_options(info: MergedInfo) -> dict[str, Any]:
+    """The options of a merged model in which it differs from what its name stands for."""
+    with torch.device("meta"):  # Only the options are of interest.
+        usual = create_listed_model(info.model, {}).creation["kwargs"]
+    return {name: value for name, value in info.options.items() if name not in usual or value != usual[name]}

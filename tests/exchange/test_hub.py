@@ -1,0 +1,174 @@
+"""convert, push and pull, against a stand-in for the hub, and what timm and HF peft make of the result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from adapter_files import make_adapter, rewrite, write_photos
+from huggingface_hub import constants, file_download
+from stand_in_hub import stand_in
+
+import vimtune
+from vimtune import cli
+from vimtune.exchange.hub import HubError
+from vimtune.exchange.local_paths import without_paths
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run folder without a report, and its model."""
+    folder = tmp_path_factory.mktemp("made") / "my-run"
+    folder.mkdir()
+    model = make_adapter(folder / "adapter.safetensors", rank=2)
+    rewrite(folder / "adapter.safetensors", lambda info: info["extra"].update(log=str(folder / "log.txt")))
+    return folder, model
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The stand-in, which huggingface_hub takes for the hub, and an empty cache."""
+    with stand_in() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):  # the latter in earlier versions
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+        yield served
+
+
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def card_of(folder: Path) -> tuple[dict, str]:
+    _, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_an_adapter_goes_to_the_hub_and_back(tmp_path, made, hub, capsys):
+    folder, model = made
+    assert cli.main(["push", str(folder), "me/flowers", "--private"]) == 0
+    assert f"uploaded to {hub.url}/me/flowers" in capsys.readouterr().out
+    assert (
+        hub.files["me/flowers"].keys() == {"adapter.safetensors", "README.md"} and hub.private["me/flowers"]
+    )
+    assert str(folder.parent).encode() not in b"".join(hub.files["me/flowers"].values())
+    hub.files["me/flowers"]["evil.py"] = b"raise SystemExit"
+    assert cli.main(["pull", "me/flowers", "-o", str(tmp_path / "pulled")]) == 0
+    assert sorted(path.name for path in (tmp_path / "pulled").iterdir()) == [
+        "README.md",
+        "adapter.safetensors",
+    ]
+    predictor = vimtune.load_predictor(tmp_path / "pulled")
+    torch.testing.assert_close(predictor.logits(images()), model(images()), rtol=0, atol=1e-6)
+    photos = [str(path) for path in write_photos(tmp_path / "photos")]
+    assert cli.main(["predict", *photos, "--adapter", str(tmp_path / "pulled")]) == 0
+    meta, text = card_of(tmp_path / "pulled")
+    assert meta["library_name"] == "vimtune" and meta["pipeline_tag"] == "image-classification"
+    assert "lora" in meta["tags"] and "species 3" in text and "rank: 2" in text
+    assert re.search(r'pull\("me/flowers"', text)
+
+
+def test_without_a_network(tmp_path, made, hub, monkeypatch):
+    folder, _ = made
+    vimtune.push(folder, "me/flowers")
+    vimtune.pull("me/flowers", tmp_path / "first")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.asked.clear()
+    vimtune.pull("me/flowers", tmp_path / "second")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, and it has not been downloaded before"):
+        vimtune.pull("me/others", tmp_path / "third")
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set, and 'me/flowers' is to be uploaded"):
+        vimtune.push(folder, "me/flowers")
+    assert not hub.asked and not (tmp_path / "third").exists()
+    first, second = (tmp_path / name / "adapter.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("source", ["hf-hub", "local-dir"])
+def test_timm_loads_merged_models_by_itself(tmp_path, hub, source, monkeypatch):
+    trained = make_adapter(tmp_path / "adapter.safetensors", rank=2, img_size=48)
+    if source == "hf-hub":
+        vimtune.push(tmp_path / "adapter.safetensors", "me/merged", to="merged")
+        assert hub.files["me/merged"].keys() == {"config.json", "model.safetensors", "README.md"}
+        assert (
+            b'timm.create_model("hf-hub:me/merged", pretrained=True)' in hub.files["me/merged"]["README.md"]
+        )
+        place = "me/merged"
+    else:
+        place = vimtune.convert(tmp_path / "adapter.safetensors", tmp_path / "merged", to="merged")
+        assert vimtune.load_predictor(place).classes[3] == "species 3"
+    model = timm.create_model(f"{source}:{place}", pretrained=True).eval()
+    batch = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(model(batch), trained(batch), rtol=1e-4, atol=1e-4)
+    assert model.pretrained_cfg["label_names"][3] == "species 3" and model.num_classes == 5
+    config = timm.data.resolve_model_data_config(model)
+    own = vimtune.read_adapter_info(tmp_path / "adapter.safetensors").preprocessing
+    assert list(config["input_size"][1:]) == own["img_size"] == [48, 48]
+    assert [list(config["mean"]), config["crop_pct"]] == [own["mean"], own["crop_pct"]]
+
+
+def test_the_format_of_peft(tmp_path, made, hub):
+    folder, model = made
+    assert cli.main(["convert", str(folder), "-o", str(tmp_path / "peft"), "--to", "peft"]) == 0
+    names = {path.name for path in (tmp_path / "peft").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert card_of(tmp_path / "peft")[0]["library_name"] == "peft"
+    base = timm.create_model("test_vim", num_classes=5)
+    base.load_state_dict({key: value for key, value in model.state_dict().items() if ".adapters." not in key})
+    vimtune.load_peft(base.eval(), tmp_path / "peft")
+    torch.testing.assert_close(base(images()), model(images()))
+
+
+def test_the_card_of_a_run_has_its_scores(tmp_path, no_pictures, each_flower_is_painted_once):
+    sizes = "dataset_kwargs={species: 2, train_per_species: 2, val_per_species: 1, test_per_species: 1}"
+    settings = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --num-workers 0 --device cpu"
+    arguments = ["train", *settings.split(), "--dataset-kwargs", sizes.partition("=")[2]]
+    assert cli.main([*arguments, "--output-dir", str(tmp_path / "run"), "--peft", "lora", "--rank", "2"]) == 0
+    vimtune.convert(tmp_path / "run", tmp_path / "out")
+    meta, text = card_of(tmp_path / "out")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    (entry,) = meta["model-index"]
+    found = {metric["type"]: metric["value"] for part in entry["results"] for metric in part["metrics"]}
+    assert found["top1"] == report["top1"]
+    assert f"| top-1 | {report['top1']:.2f} % |" in text and f"{report['trainable_parameters']:,} of" in text
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_mistakes(tmp_path, made, hub, capsys):
+    folder, _ = made
+    hub.refuses = True
+    with pytest.raises(HubError, match=r"upload to 'me/x' failed \(.*401.*\): check the name, the net"):
+        vimtune.push(folder, "me/x")
+    with pytest.raises(HubError, match="download of 'me/nothing' failed"):
+        vimtune.pull("me/nothing", tmp_path / "out")
+    hub.files["me/code"] = {"run.py": b"", "README.md": b"x"}
+    with pytest.raises(ValueError, match=r"'me/code' has no adapter and no weights: expected adapter\.safe"):
+        vimtune.pull("me/code", tmp_path / "out")
+    for name in ("../x", "a/b/c", "", "https://x/y"):
+        with pytest.raises(ValueError, match="expected the name of a user and of a model"):
+            vimtune.pull(name, tmp_path / "out")
+    make_adapter(tmp_path / "adapter.safetensors", peft="prodial", rank=2)
+    assert cli.main(["convert", str(tmp_path), "-o", str(tmp_path / "out"), "--to", "peft"]) == 2
+    assert "method 'prodial' does not exist in HF peft" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_of_this_computer(tmp_path):
+    (tmp_path / "here").mkdir()
+    given = {
+        "a": ["/home/me/x.pth", "C:\\Users\\me\\x.pth", "~/x", "vim/tiny", "1/2", "in_proj", "a\nb/c", "/"],
+        str(tmp_path / "here"): {"n": 3, "t": None},
+    }
+    assert without_paths(given) == {
+        "a": ["x.pth", "x.pth", "x", "vim/tiny", "1/2", "in_proj", "a\nb/c", "/"],
+        "here": {"n": 3, "t": None},
+    }

@@ -1,0 +1,79 @@
+"""combine: adapter files that are sums of others, from Python and on the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from adapter_files import make_adapter, rewrite, write_photos
+
+import vimtune
+from vimtune import cli
+from vimtune.combining import combine_files
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two runs from the same base weights, and their models."""
+    folder = tmp_path_factory.mktemp("made")
+    models = []
+    for number in (1, 2):
+        (folder / f"run{number}").mkdir()
+        models.append(
+            make_adapter(folder / f"run{number}" / "adapter.safetensors", scale=0.05 * number, rank=2)
+        )
+    return folder, models
+
+
+def logits(path):
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    return vimtune.load_predictor(path).logits(images)
+
+
+def test_the_average_of_two_runs(tmp_path, made, capsys):
+    folder, models = made
+    output = tmp_path / "soup.safetensors"
+    assert cli.main(["combine", str(folder / "run1"), str(folder / "run2"), "-o", str(output)]) == 0
+    assert "2 adapters combined (exact) into" in capsys.readouterr().out
+    info = vimtune.read_adapter_info(output)
+    assert info.method == "lora" and info.options["lora"]["rank"] == 4 and len(info.classes) == 5
+    assert [part["weight"] for part in info.extra["combined"]["adapters"]] == [0.5, 0.5]
+    assert str(folder) not in json.dumps(info.extra)
+    states = [vimtune.merge(model).state_dict() for model in models]
+    expected = models[0]
+    expected.load_state_dict({key: (states[0][key] + states[1][key]) / 2 for key in states[0]})
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(logits(output), expected(images), rtol=1e-4, atol=1e-4)
+    photos = [str(path) for path in write_photos(tmp_path / "photos")]
+    assert cli.main(["predict", *photos, "--adapter", str(output)]) == 0
+
+
+def test_an_adapter_minus_itself_is_its_base_with_its_head(tmp_path, made):
+    folder, _ = made
+    run = folder / "run1"
+    shutil.copytree(run, tmp_path / "again")
+    output = tmp_path / "none.safetensors"
+    info = combine_files([run, tmp_path / "again"], output, weights=[1, -1], head=run)
+    assert info.method == "lora" and (logits(output) - logits(run)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{0}/run1", "{0}/run2", "--weights", "1"], "1 weights for 2 adapters"),
+        (["{0}/run1", "{0}/run2", "--weights", "1,x"], "one for each adapter"),
+        (["{0}/run1", "{0}/run2", "--weights", "1,1"], "do not average: the coefficients sum to 2"),
+        (["{0}/run1", "{0}/run2", "--head", "{0}/run3/adapter.safetensors"], "expected one of the adapters"),
+        (["{0}/run1", "{1}/other"], "has other classes than"),
+    ],
+)
+def test_mistakes(tmp_path, made, capsys, arguments, message):
+    folder, _ = made
+    shutil.copytree(folder / "run2", tmp_path / "other")
+    rewrite(tmp_path / "other" / "adapter.safetensors", lambda info: info["classes"].reverse())
+    output = tmp_path / "soup.safetensors"
+    given = [argument.format(folder, tmp_path) for argument in arguments]
+    assert cli.main(["combine", *given, "-o", str(output)]) == 2
+    assert message in capsys.readouterr().err and not output.exists()

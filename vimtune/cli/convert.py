@@ -1,0 +1,51 @@
+"""The command `convert`: an adapter as it is passed on, in one of several formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vimtune.cli.parser import (
+    BASE,
+    CommandParser,
+    add_common,
+    add_import,
+    add_model_options,
+    import_packages,
+    path,
+)
+from vimtune.exchange.formats import FORMATS
+
+
+def add_format(parser: CommandParser) -> None:
+    """Add the flag that names a format."""
+    shown = "; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items())
+    parser.add_argument("--to", choices=list(FORMATS), default="vimtune", help=f"{shown} [vimtune]")
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    parser = CommandParser(
+        prog=prog,
+        description="Write an adapter as it is passed on: its files in a format that others read, a card.\n"
+        "Nothing in them names a folder of this computer.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", type=path, help="adapter file or run folder")
+    parser.add_argument("--output", "-o", metavar="DIR", type=path, required=True, help="a new folder")
+    add_format(parser)
+    add_model_options(parser)
+    add_import(parser)
+    add_common(parser)
+    options = parser.parse_strictly(arguments)
+
+    from vimtune.exchange.hub import run_convert
+
+    return run_convert(
+        adapter=options.adapter,
+        folder=options.output,
+        to=options.to,
+        device=options.device,
+        backend=options.backend,
+        force=options.force,
+        **{name: getattr(options, name) for name in BASE},
+    )

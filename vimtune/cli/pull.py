@@ -1,0 +1,29 @@
+"""The command `pull`: an adapter or a merged model from the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vimtune.cli.parser import CommandParser, add_common, path
+from vimtune.exchange.formats import FORMATS
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = CommandParser(
+        prog=prog,
+        description="Download an adapter or a merged model from the Hugging Face hub.\n"
+        "With HF_HUB_OFFLINE what was downloaded before is used.",
+    )
+    parser.add_argument("repository", metavar="USER/NAME", help="where it is")
+    parser.add_argument("--output", "-o", metavar="DIR", type=path, required=True, help="a new folder")
+    parser.add_argument("--revision", metavar="X", help="a branch, tag or commit")
+    parser.add_argument("--to", choices=list(FORMATS), help="the files of this format alone")
+    add_common(parser)
+    options = parser.parse_strictly(arguments)
+
+    from vimtune.exchange.hub import run_pull
+
+    return run_pull(
+        repository=options.repository, folder=options.output, revision=options.revision, to=options.to
+    )

@@ -1,0 +1,171 @@
+"""The model card of an adapter: what it is, how it scored, how it is loaded, how it was trained.
+
+It is made from the adapter file and, where the adapter lies in its run folder, from the report of the run.
+All texts of others in it are written so that Markdown shows them as they are, and none is a path of the
+computer that it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from vimtune import __version__
+from vimtune.adapters import AdapterInfo
+from vimtune.compare.results import Result, read_result
+from vimtune.exchange.formats import Format
+from vimtune.exchange.local_paths import without_paths
+from vimtune.models.weights import weights_of
+from vimtune.predict import task_of
+from vimtune.text import escape_markdown, shorten
+from vimtune.training.folder import RunFolder
+
+MAX_CLASSES = 100
+"""Names of classes that a card lists."""
+
+
+def write_card(info: AdapterInfo, adapter: Path, form: Format, loading_code: str, place: str) -> str:
+    """The text of a README.md.
+
+    Args:
+        info: what the adapter file says about itself.
+        adapter: the file; beside it in a run folder there may be a report.
+        form: in which format it is passed on.
+        loading_code: Python that loads it, with "{place}" for the repository.
+        place: name of the repository, or of the folder.
+    """
+    result = _result_beside(adapter)
+    task = task_of(info)
+    title = place.rpartition("/")[2]
+    recipe = info.extra.get("recipe", {})
+    recipe = without_paths(recipe) if isinstance(recipe, dict) else {}
+    parts = [
+        f"---\n{_metadata(info, result, form, title, task.hub_task, recipe)}\n---",
+        f"# {escape_markdown(title)}",
+        f"{escape_markdown(_sentence(info, recipe))} Made by vimtune {__version__}.",
+        _table(("", ""), _facts(info, result)),
+    ]
+    if result is not None:
+        parts += ["## Scores", _table(("score", escape_markdown(result.report.split)), _scores(result))]
+    parts += ["## Use", f"```python\n{loading_code.replace('{place}', place)}\n```"]
+    if info.classes:
+        shown = ", ".join(escape_markdown(shorten(name, 80)) for name in info.classes[:MAX_CLASSES])
+        more = len(info.classes) - MAX_CLASSES
+        parts += ["## Classes", shown + (f", and {more} more" if more > 0 else "")]
+    if recipe:
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).replace("```", "'''")
+        parts += ["## Training", f"```yaml\n{text.strip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _result_beside(adapter: Path) -> Result | None:
+    """The result of the run in whose folder an adapter lies; None where there is none that can be read."""
+    if adapter != RunFolder(adapter.parent).adapter:
+        return None
+    try:
+        return read_result(adapter.parent)
+    except ValueError:
+        return None
+
+
+def _metadata(
+    info: AdapterInfo,
+    result: Result | None,
+    form: Format,
+    title: str,
+    hub_task: str | None,
+    recipe: Mapping[str, Any],
+) -> str:
+    """The YAML by which the hub finds and shows it."""
+    found = []
+    if result is not None:
+        source = str(recipe.get("dataset") or recipe.get("task") or "own data")
+        found = [
+            EvalResult(
+                task_type=hub_task or "other",
+                dataset_type=source,
+                dataset_name=source,
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in result.report.scores_by_name().items()
+            if value is not None
+        ]
+    data = ModelCardData(
+        library_name=form.library_of(info),
+        tags=["vimtune", "mamba", *info.method.split("+")],
+        pipeline_tag=hub_task,
+        base_model=_base_of(info, recipe),
+        model_name=title if found else None,
+        eval_results=found or None,
+        ignore_metadata_errors=True,
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _base_of(info: AdapterInfo, recipe: Mapping[str, Any]) -> str | None:
+    """Name of the base model on the hub, if it has one."""
+    name = info.model.get("name") if info.model else recipe.get("model")
+    if not isinstance(name, str) or recipe.get("checkpoint"):
+        return None
+    if info.model:
+        return _published(name) if recipe.get("pretrained", True) else None
+    return name if "/" in name else None
+
+
+def _published(name: str) -> str | None:
+    """The repository of the weights that a model of images has by itself."""
+    if weights_of(name) is not None:
+        return None  # They come with vimtune.
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    return None if config is None else config.hf_hub_id
+
+
+def _sentence(info: AdapterInfo, recipe: Mapping[str, Any]) -> str:
+    model = info.model.get("name") if info.model else recipe.get("model")
+    data = recipe.get("dataset") or recipe.get("task")
+    trained = f", trained on {data}" if isinstance(data, str) else ""
+    return f"Adapter ({info.method}) of {model or 'a model'}{trained}."
+
+
+def _facts(info: AdapterInfo, result: Result | None) -> Iterator[tuple[str, str]]:
+    yield "method", info.method
+    for method, options in info.options.items():
+        shown = ", ".join(f"{name}={_short(value)}" for name, value in options.items())
+        if shown:
+            yield f"options of {method}", shorten(shown, 400)
+    if info.model:
+        yield "model", str(info.model["name"])
+    if info.num_classes:
+        yield "classes", str(info.num_classes)
+    if result is not None:
+        report = result.report
+        trained, total = report.trainable_parameters, report.total_parameters
+        yield "trained parameters", f"{trained:,} of {total:,} ({100 * trained / total:.2f} %)"
+        yield "epochs", f"{report.epochs}, the best one is {report.best_epoch} (by {report.selected_by()})"
+        yield "versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())
+
+
+def _short(value: Any) -> str:
+    return "by target" if isinstance(value, dict) else str(value)
+
+
+def _scores(result: Result) -> Iterator[tuple[str, str]]:
+    for score in result.recipe.task.scores:
+        value = result.report.scores_by_name().get(score.name)
+        if value is not None:
+            yield score.title, score.show(value)
+    if result.report.loss is not None:
+        yield "loss", f"{result.report.loss:.4f}"
+
+
+def _table(heading: tuple[str, str], rows: Iterator[tuple[str, str]]) -> str:
+    lines = [f"| {heading[0]} | {heading[1]} |", "|---|---|"]
+    lines += [f"| {escape_markdown(name)} | {escape_markdown(value)} |" for name, value in rows]
+    return "\n".join(lines)

@@ -1,0 +1,241 @@
+"""Adapters and merged models on the Hugging Face hub: `vimtune convert`, `push` and `pull`.
+
+`convert` writes the folder that `push` uploads. Where HF_HUB_OFFLINE is set nothing is asked of the network:
+`pull` finds what has been downloaded before, `push` refuses. HF_ENDPOINT, HF_TOKEN and HF_HOME mean what they
+mean to huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from vimtune import parsers
+from vimtune.adapters import read_adapter_info
+from vimtune.console import build_console, print_line
+from vimtune.exchange.card import write_card
+from vimtune.exchange.formats import FORMATS, Source
+from vimtune.exchange.local_paths import clean_json
+from vimtune.merged import is_merged_file
+from vimtune.origin import adapter_path, given_base
+from vimtune.output import write_folder
+from vimtune.text import printable, quote, shorten
+from vimtune.training.distributed import resolve_device
+
+CARD = "README.md"
+"""Name of the model card."""
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+"""The name of a repository: a user or an organisation, and a name."""
+
+
+class HubError(ValueError):
+    """The hub cannot be reached, or refuses; the message has its reason."""
+
+
+def convert(
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    to: str = "vimtune",
+    place: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    force: bool = False,
+) -> Path:
+    """Write an adapter as it is passed on: the files of a format, and a model card.
+
+    Args:
+        adapter: the file, or the folder of a run, whose report the card then has.
+        folder: a folder that is empty or not there yet.
+        to: the format, one of `vimtune.exchange.formats.FORMATS`: "vimtune", "peft", "merged".
+        place: name of the repository that the card speaks of; that of the folder if None.
+        checkpoint, model, tokenizer: where the base weights are now, as for `load_predictor`.
+        device: "auto", "cpu", "cuda", "cuda:<index>" or "mps".
+        backend: scan backend, see `vimtune.ops`.
+        force: use the adapter although its base weights are others.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the format cannot express the adapter, its base weights are not to be had, or the folder
+            cannot be written. Nothing is left behind then.
+    """
+    path, target = adapter_path(adapter), Path(parsers.path(folder))
+    form = FORMATS.get(to)
+    if is_merged_file(path):
+        raise ValueError(f"{quote(str(path))} is merged already: give the adapter that it was made from")
+    info = read_adapter_info(path)
+    base = given_base(checkpoint, model, tokenizer)
+    source = Source(path, info, base, resolve_device(device), backend, force)
+
+    def write(temporary: Path) -> None:
+        code = form.write(source, temporary)
+        clean_json(temporary)
+        card = write_card(info, path, form, code, place or target.name)
+        (temporary / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+    write_folder(target, write)
+    return target
+
+
+def push(
+    adapter: str | os.PathLike[str],
+    repository: str,
+    *,
+    to: str = "vimtune",
+    private: bool = False,
+    message: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    force: bool = False,
+) -> str:
+    """Upload an adapter, or a model that is merged from it, to the hub.
+
+    Args:
+        adapter: the file, or the folder of a run.
+        repository: "user/name"; it is made where there is none.
+        to: the format, as for `convert`.
+        private: whether a new repository is private.
+        message: title of the commit.
+        checkpoint, model, tokenizer, device, backend, force: as for `convert`.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        HubError: the hub cannot be reached, or refuses, as without a token.
+        ValueError: as `convert`, or no name of a repository.
+    """
+    _check_repository(repository)
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(
+            f"HF_HUB_OFFLINE is set, and {quote(repository)} is to be uploaded: unset it, or write the "
+            "folder with vimtune convert and upload it later"
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = convert(
+            adapter,
+            Path(temporary) / "files",
+            to=to,
+            place=repository,
+            checkpoint=checkpoint,
+            model=model,
+            tokenizer=tokenizer,
+            device=device,
+            backend=backend,
+            force=force,
+        )
+        api = HfApi()
+        with _asking(f"upload to {quote(repository)}"):
+            url = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=url.repo_id, folder_path=folder, commit_message=message or f"Upload by vimtune ({to})"
+            )
+    return str(url)
+
+
+def pull(
+    repository: str, folder: str | os.PathLike[str], *, revision: str | None = None, to: str | None = None
+) -> Path:
+    """Download an adapter or a merged model that `push` has uploaded, or an adapter of HF peft.
+
+    Of the repository the files of the known formats are taken and nothing else. What comes from it is read as
+    strictly as any other file, when it is used.
+
+    Args:
+        repository: "user/name".
+        folder: a folder that is empty or not there yet.
+        revision: a branch, tag or commit.
+        to: the format that is wanted, where a repository has several.
+
+    Returns:
+        The folder.
+
+    Raises:
+        HubError: the hub cannot be reached, there is no such repository, or with HF_HUB_OFFLINE it has not
+            been downloaded before.
+        ValueError: no name of a repository, one without files of a known format, or a folder that cannot be
+            written.
+    """
+    _check_repository(repository)
+    target = Path(parsers.path(folder))
+    forms = [FORMATS.get(to)] if to is not None else [form for _, form in FORMATS.items()]
+    patterns = [CARD, *(pattern for form in forms for pattern in form.files)]
+    with _asking(f"download of {quote(repository)}"):
+        found = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
+        )
+    names = sorted(path.name for path in found.iterdir() if path.is_file())
+    if not any(name.endswith(".safetensors") for name in names):
+        known = ", ".join(dict.fromkeys(pattern for form in forms for pattern in form.files))
+        raise ValueError(f"repository {quote(repository)} has no adapter and no weights: expected {known}")
+
+    def write(temporary: Path) -> None:
+        for name in names:
+            shutil.copyfile(found / name, temporary / name)
+
+    write_folder(target, write)
+    return target
+
+
+def _check_repository(name: str) -> None:
+    if not isinstance(name, str) or not _REPOSITORY.fullmatch(name):
+        raise ValueError(f"repository = {quote(name)}: expected the name of a user and of a model, user/name")
+
+
+@contextmanager
+def _asking(what: str) -> Iterator[None]:
+    """Errors of the hub within the block say what was asked."""
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = printable(shorten(lines[0], 300))
+        if constants.HF_HUB_OFFLINE:
+            reason = f"HF_HUB_OFFLINE is set, and it has not been downloaded before: {reason}"
+        raise HubError(
+            f"the {what} failed ({reason}): check the name, the network, and the token (hf auth login, "
+            "HF_TOKEN)"
+        ) from error
+
+
+def run_convert(**options: object) -> int:
+    """`vimtune convert`: write the folder, say what is in it. Returns the exit code."""
+    folder = convert(**options)  # type: ignore[arg-type]
+    console = build_console()
+    print_line(console, f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return 0
+
+
+def run_push(**options: object) -> int:
+    """`vimtune push`: upload, print the address. Returns the exit code."""
+    print_line(build_console(), f"uploaded to {push(**options)}")  # type: ignore[arg-type]
+    return 0
+
+
+def run_pull(**options: object) -> int:
+    """`vimtune pull`: download, say what there is. Returns the exit code."""
+    folder = pull(**options)  # type: ignore[arg-type]
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print_line(build_console(), f"downloaded to {folder}: {names}")
+    return 0
