@@ -375,6 +375,19 @@ def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(scripted
         assert {said(folder)[-1] for folder in folders} == {"2"}
 
 
+def test_a_process_that_is_told_to_stop_while_it_starts_makes_no_run(tmp_path):
+    asked = plan(methods="lora", seeds="0", epochs=100_000)
+    cell = Cell("lora", DATA, 1e-3, 0)
+    (tmp_path / cell.path).mkdir(parents=True)
+    asked.recipe(cell, tmp_path).save(tmp_path / cell.path / "recipe.yaml")
+    processes = Processes(1, None, [])
+    processes.start(cell, tmp_path / cell.path)
+    processes.ask_to_stop()
+    processes.running[0].slot.worker.wait()
+    (ended,) = processes.ended()
+    assert ended.code == -signal.SIGTERM
+
+
 def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_path):
     """The pipe that ends here ends also when the comparison is killed. The run that stops has a process that
     has made another one before, and it comes out as without that."""

@@ -38,48 +38,32 @@ LOG_FILE = "log.txt"
 
 
 def main(packages: Sequence[str]) -> int:
-    """Make the runs that are asked for; returns the exit code, that of a run that failed."""
+    """Make the runs that are asked for, until one fails; returns its exit code."""
     answers = os.dup(1)
     os.dup2(2, 1)  # Nothing else goes there.
-    orders = _Orders()
-    threading.Thread(target=orders.read, args=(sys.stdin.fileno(),), daemon=True).start()
+    folders: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_read, args=(sys.stdin.fileno(), folders), daemon=True).start()
     imports = [part for package in packages for part in ("--import", package)]
     from vimtune.data.resident.store import keep_decoded  # Late, since the comparison reads this module, too.
 
     keep_decoded(min(KEPT_BYTES, int(KEPT_SHARE * free_memory())))
-    while (folder := orders.next()) is not None:
+    while True:
+        folder = folders.get()
         with _printing_into(Path(folder) / LOG_FILE):
             code = cli.main(["train", "--resume", folder, *imports])
-        orders.running = False
         os.write(answers, f"{code}\n".encode())
         if code != 0:
             return code
         _forget()
-    return 0
 
 
-class _Orders:
-    """The runs that are asked for, as a thread reads them from a pipe."""
-
-    def __init__(self) -> None:
-        self.running = False
-        """Whether a run is being made."""
-        self._folders: SimpleQueue[str | None] = SimpleQueue()
-
-    def next(self) -> str | None:
-        """Wait for the next run; its folder, or None if there is none to come."""
-        folder = self._folders.get()
-        self.running = folder is not None
-        return folder
-
-    def read(self, descriptor: int) -> None:
-        """Note what comes through a pipe, and when nobody holds its other end, ask a run to stop."""
-        with open(descriptor, encoding="utf-8", closefd=False) as lines:
-            for line in lines:
-                self._folders.put(json.loads(line))
-        self._folders.put(None)
-        if self.running:
-            os.kill(os.getpid(), signal.SIGTERM)
+def _read(descriptor: int, folders: SimpleQueue[str]) -> None:
+    """Note which runs are asked for through a pipe, and when nobody holds its other end, ask this process to
+    stop. It then ends at once where no run is there to save its state."""
+    with open(descriptor, encoding="utf-8", closefd=False) as lines:
+        for line in lines:
+            folders.put(json.loads(line))
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
