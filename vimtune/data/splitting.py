@@ -13,7 +13,7 @@ def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: i
     independently, so adding images to one class does not move the others.
 
     Args:
-        targets: class of every image.
+        targets: class of every image; -1 stands for images of no class.
         fractions: share of each drawn part, in (0, 1), sum below 1.
         seed: the split is a pure function of `targets`, `fractions` and `seed`.
 
@@ -26,7 +26,8 @@ def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: i
     labels = np.asarray(targets)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        order = np.random.default_rng([seed, int(label)]).permutation(members)
+        # Seeds are not negative: the images of no class have the last one of 32 bits.
+        order = np.random.default_rng([seed, int(label) % 2**32]).permutation(members)
         left = len(order)
         for part, fraction in zip(parts, fractions, strict=False):
             minimum = 1 if len(order) > len(fractions) and fraction > 0 else 0

@@ -42,8 +42,11 @@ class DrawnImages(ImageDataset):
         self._parts = parts
         self._places = [(dataset, index) for dataset, indices in parts for index in indices]
         self.targets = [dataset.label(index) for dataset, index in self._places]
+        if first.tags is not None:
+            self.tags = [dataset.tags[index] for dataset, index in self._places if dataset.tags is not None]
         sources = " and ".join(dataset.source for dataset, _ in parts)
-        lacking = len(self.classes) - len(set(self.targets))
+        used = set(self.targets) if self.tags is None else {tag for tags in self.tags for tag in tags}
+        lacking = len(self.classes) - len(used)
         none = f", none of {lacking} classes" if lacking else ""
         self.source = f"{len(self.targets)} images{none}, {how}, of: {sources}"
 
@@ -67,8 +70,13 @@ def draw_shots(dataset: ImageDataset, shots: int, seed: int) -> DrawnImages:
     """`shots` images of each class of a split.
 
     Raises:
-        DatasetError: a class has fewer.
+        DatasetError: a class has fewer, or images have several labels.
     """
+    if dataset.tags is not None:
+        raise DatasetError(
+            f"shots = {shots} draws by the one class of an image, and these have several: give train_size "
+            f"({dataset.source})"
+        )
     indices = draw_of_each_class(dataset.targets, dataset.classes, shots, seed, dataset.source)
     return DrawnImages(dataset.split, [(dataset, indices)], f"{shots} of each class drawn with seed {seed}")
 

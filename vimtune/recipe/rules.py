@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vimtune.data.datasets import DATASETS
 from vimtune.fields import options_of
 from vimtune.tasks import TASKS
 from vimtune.text import quote
@@ -45,8 +46,8 @@ def _without_test(test: bool, train_split: str, eval_split: str | None) -> Itera
 
 
 def _folder(dataset: str, data_dir: str | None) -> Iterable[str]:
-    if dataset == "folder" and data_dir is None:
-        yield "dataset = 'folder' needs data_dir: the folder with one subfolder per class"
+    if DATASETS.get(dataset).needs_data_dir and data_dir is None:
+        yield f"dataset = {dataset!r} needs data_dir: the folder of your images"
 
 
 def _automatic_resume(resume: str | None, output_dir: str | None) -> Iterable[str]:

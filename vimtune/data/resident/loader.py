@@ -16,7 +16,7 @@ from vimtune.data.image_loader import ImageLoader
 from vimtune.data.resident.augmentation import Augmentation
 from vimtune.data.resident.draws import Draws, uniforms
 from vimtune.data.resident.store import ImageStore
-from vimtune.data.samples import Batch
+from vimtune.data.samples import Batch, targets_of
 
 _BYTES_AT_ONCE = 64 * 2**20
 """Batches are made together as long as their images have fewer bytes in fp32: a small batch keeps a GPU busy
@@ -42,7 +42,7 @@ class ResidentLoader(ImageLoader):
         super().__init__(dataset, batches, on_corrupt, augmentation.img_size)
         self._store, self._augmentation, self._seed = store, augmentation, seed
         self._ahead: _Ahead | None = None
-        self._labels = torch.tensor(dataset.targets, dtype=torch.int64, device=store.device)
+        self._labels = targets_of(dataset, range(len(dataset))).to(store.device)
         self._unread = np.isin(np.arange(len(dataset)), list(store.failures))
         of_an_image = 3 * 4 * max(store.largest[0] * store.largest[1], self._img_size[0] * self._img_size[1])
         self._together = max(1, _BYTES_AT_ONCE // (of_an_image * batches.largest_share))
