@@ -19,15 +19,10 @@ from vimtune.schema import STRICT, Count, check
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import quote
 from vimtune.training.folder import RunFolder
+from vimtune.training.folder import adapter_path as adapter_path
 
 NOT_OF_ADAPTER = ("output_dir", "resume", "force")
 """Keys of a run's recipe that say nothing about what it trained."""
-
-
-def adapter_path(path: str | os.PathLike[str]) -> Path:
-    """The adapter file that `path` means: a file, or the one in a run folder; `~` is the home folder."""
-    found = Path(parsers.path(path))
-    return RunFolder(found).adapter if found.is_dir() else found
 
 
 @dataclass(frozen=True, kw_only=True)

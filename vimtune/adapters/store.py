@@ -152,25 +152,16 @@ def load_adapter(
     """
     model = find_backbone(model)
     info, tensors = read_adapter(path)
-    differences = architecture_differences(info.model, model)
-    if differences and not force:
-        raise AdapterFileError(
-            f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
-            f"{'; '.join(differences)}. Create that model, or pass force=True"
-        )
+    demand_architecture(model, path, info, force)
     before = active_adapter(model)
     name = _free_name(list_adapters(model)) if name is None else check_name(model, name)
-    with _refusing(path):
+    with refusing(path):
         # Version 1 accepted dropout where it has no effect; the outputs of such an adapter are right without.
         add_adapter(model, _record(model, info, tensors, name), accept_idle=True)
     try:
         if not force and not has_base(model, info.base_hash, info.base_origin, name):
-            of = f" of {info.model['name']}" if info.model else ""
-            raise AdapterFileError(
-                f"{printable(str(path))} was trained on other base weights{of} than this model has. Load the "
-                "same pretrained weights first, or pass force=True"
-            )
-        with _refusing(path):
+            raise other_base(path, info)
+        with refusing(path):
             load_adapter_state_dict(model, tensors, name)
     except BaseException:  # Whatever it is, it goes on, but the model is as it was.
         delete_adapter(model, name)
@@ -179,8 +170,31 @@ def load_adapter(
     return info
 
 
+def demand_architecture(model: nn.Module, path: str | Path, info: AdapterInfo, force: bool) -> None:
+    """Make sure that a model is built like the one of an adapter file, unless that is forced.
+
+    Raises:
+        AdapterFileError: it is not; the message says in what it differs.
+    """
+    differences = architecture_differences(info.model, model)
+    if differences and not force:
+        raise AdapterFileError(
+            f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
+            f"{'; '.join(differences)}. Create that model, or pass force=True"
+        )
+
+
+def other_base(path: str | Path, info: AdapterInfo) -> AdapterFileError:
+    """The refusal of an adapter file for the base weights of a model."""
+    of = f" of {info.model['name']}" if info.model else ""
+    return AdapterFileError(
+        f"{printable(str(path))} was trained on other base weights{of} than this model has. Load the "
+        "same pretrained weights first, or pass force=True"
+    )
+
+
 @contextmanager
-def _refusing(path: str | Path) -> Iterator[None]:
+def refusing(path: str | Path) -> Iterator[None]:
     """Errors within the block are those of the file at `path`."""
     try:
         yield

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from vimtune import parsers
 from vimtune.output import WRITING_ERRORS, OutputError, refusal
 from vimtune.text import printable, shorten
 
@@ -90,6 +91,12 @@ class RunFolder:
         """Says in one line who locked the folder last. It is a file of its own, because a process that waits
         for a lock may empty the locked file."""
         return self.path / ".holder"
+
+
+def adapter_path(path: str | os.PathLike[str]) -> Path:
+    """The adapter file that `path` means: a file, or the one in a run folder; `~` is the home folder."""
+    found = Path(parsers.path(path))
+    return RunFolder(found).adapter if found.is_dir() else found
 
 
 def create_unused(path: Path) -> Path:
