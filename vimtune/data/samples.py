@@ -26,9 +26,10 @@ _KEPT_SHARE = 0.1
 """Share of the free memory that they may take."""
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed of the augmentation of image `index` in one epoch: a number of 63 well-mixed bits."""
-    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def sample_seed(seed: int, epoch: int, draw: int) -> int:
+    """Seed of the augmentation of a draw of one epoch (see `BatchSampler`), which is the index of an image
+    where none comes twice: a number of 63 well-mixed bits."""
+    return int(np.random.SeedSequence([seed, epoch, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Key(NamedTuple):
@@ -38,6 +39,8 @@ class Key(NamedTuple):
     """Number of the epoch, from 0."""
     image: int
     """Index of the image in the data set."""
+    turn: int = 0
+    """How often it came before in the epoch, which changes its augmentation."""
 
 
 class FailedSample(NamedTuple):
@@ -121,7 +124,8 @@ class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
             self._room -= pixels.nbytes
             if self._room >= 0:
                 self._cached[key.image] = pixels
-        tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.image))
+        draw = key.image + key.turn * len(self.dataset)
+        tensor = self._transform(image, sample_seed(self._seed, key.epoch, draw))
         return tensor, targets_of(self.dataset, [key.image])[0]
 
 

@@ -40,6 +40,11 @@ def _few_examples(shots: int | None, train_size: int | None) -> Iterable[str]:
         yield f"shots = {shots} and train_size = {train_size} both say what is trained on: give one of them"
 
 
+def _evened_twice(balanced: bool, class_weights: Any) -> Iterable[str]:
+    if balanced and class_weights == "balanced":
+        yield "balanced and class_weights = 'balanced' both make up for unequal classes: give one of them"
+
+
 def _without_test(test: bool, train_split: str, eval_split: str | None) -> Iterable[str]:
     if not test and (train_split == "train+val" or eval_split == "test"):
         yield "test = false leaves nothing to score: train on train alone and select by val"
@@ -115,6 +120,7 @@ def _unknown_methods(key: str, by_method: Any, peft: str) -> list[str]:
 RULES: tuple[Rule, ...] = (
     _evaluated_split,
     _few_examples,
+    _evened_twice,
     _without_test,
     _folder,
     _automatic_resume,

@@ -16,7 +16,7 @@ from vimtune import parsers
 from vimtune.fields import PositiveAmount, option
 from vimtune.tasks.base import Score, Task, register_task
 from vimtune.tasks.components import PredictOptions
-from vimtune.tasks.images.settings import ImagePredictOptions
+from vimtune.tasks.images.settings import ImagePredictOptions, parse_class_weights
 from vimtune.text import quote
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ class Classification(Task):
     )
     mixup: Annotated[float, Ge(0)] = option(0.0, "mixup alpha, 0 = off")
     cutmix: Annotated[float, Ge(0)] = option(0.0, "cutmix alpha, 0 = off")
+    class_weights: str | dict[str, Any] = option(
+        "none",
+        "weights in the loss: none, balanced (by the numbers of images), cat=2,dog=0.5",
+        parse=parse_class_weights,
+    )
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = option(0.0, "label smoothing of the loss")
     teacher: str | None = option(
         None,

@@ -19,6 +19,7 @@ IDENTITY = (
     "dataset_kwargs",
     "data_seed",
     "train_split",
+    "balanced",
     "shots",
     "train_size",
     "val_share",

@@ -41,6 +41,7 @@ from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
+from vimtune.tasks.images.weighting import class_weights
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
 from vimtune.training.distributed import Processes
 from vimtune.training.precision import build_autocast
@@ -58,6 +59,8 @@ class ImageJob(Job):
     """Name of each class, by label."""
     mix: BatchMixer
     label_smoothing: float
+    class_weights: Tensor | None
+    """Weight of each class in the loss, (C,); None where all are alike."""
     distillation: Distillation | None
     """How a teacher takes part in the loss."""
     counts_all: bool
@@ -85,7 +88,7 @@ class ImageJob(Job):
         """Cross entropy summed over the images, with a teacher's part in it where there is one."""
         images = tensors["images"]
         logits = forward(images)
-        loss = summed_loss(logits, tensors["labels"], self.label_smoothing)
+        loss = summed_loss(logits, tensors["labels"], self.label_smoothing, self.class_weights)
         return loss if self.distillation is None else self.distillation.blend(loss, logits, images)
 
     def start_tally(self, loader: Loader) -> ImageTally:
@@ -149,6 +152,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         return open_batches(recipe, dataset, transform, processes, shuffle=train, once=once)
 
     classes = train_set.classes
+    weights = class_weights(task.class_weights, train_set.targets, classes)
     distillation, readers = None, {}
     if task.teacher is not None:
         autocast = build_autocast(recipe.optimisation.amp, processes.device)
@@ -173,6 +177,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         classes=classes,
         mix=BatchMixer(task.mixup, task.cutmix, len(classes)),
         label_smoothing=task.label_smoothing,
+        class_weights=None if weights is None else weights.to(processes.device),
         distillation=distillation,
         counts_all=data.on_corrupt == "error",
         world_size=processes.world_size,
@@ -189,6 +194,7 @@ def _features_once(
     always_alike = task.augmentation == "none" and not (task.mixup or task.cutmix or task.teacher)
     one_process = processes.world_size == 1 and not recipe.optimisation.shard
     head_alone = all(METHODS.get(name).trains_head_only for name in recipe.method.peft.split("+"))
+    always_alike &= not data.balanced  # An epoch would not have the features of all images.
     once = always_alike and one_process and head_alone and data.on_corrupt == "error"
     return ImagesOrFeatures(model) if once and repeats_its_features(model) else None
 
@@ -272,6 +278,7 @@ def open_batches(
         agree=processes.all,
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
+        balanced=shuffle and data.balanced,
     )
     return ImageBatches(loader, workers)
 
