@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
 from vimtune.data.base import ImageDataset
@@ -83,6 +85,11 @@ class ImageLoader(ABC):
             yield images, labels
         if whole:
             self._judge(left_out, seen, last)
+
+    def shares(self) -> Iterator[np.ndarray[Any, Any]]:
+        """Which images of the data set the next iteration reads, batch by batch: int64 (b,) with the corrupt
+        ones."""
+        return self._batches.shares(self._batches.epoch, self._batches.start_batch)
 
     @abstractmethod
     def _read(self) -> Iterator[Batch]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+import numpy as np
+import torch
+
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
 from vimtune.data.worker_count import AS_ASKED, HERE, WorkerCount
 from vimtune.tasks.job import Batch, Loader
@@ -11,11 +14,20 @@ from vimtune.training.inputs import InputError, one_line
 
 
 class ImageBatches(Loader):
-    """The batches of an `ImageLoader`, as tensors "images" (b, 3, H, W) and "labels" (b,)."""
+    """The batches of an `ImageLoader`, as tensors "images" (b, 3, H, W) and "labels" (b,).
 
-    def __init__(self, loader: ImageLoader, workers: WorkerCount = HERE) -> None:
-        """`workers` says how many processes the loader has, and why."""
-        self._loader = loader
+    Where images are scored, "places" (b,) are their numbers in the split.
+    """
+
+    def __init__(self, loader: ImageLoader, workers: WorkerCount = HERE, *, numbered: bool = False) -> None:
+        """Batches.
+
+        Args:
+            loader: makes them.
+            workers: how many processes the loader has, and why.
+            numbered: whether batches have "places".
+        """
+        self._loader, self._numbered = loader, numbered
         self.num_workers = workers.number
         if workers.reason != AS_ASKED:
             self.reading = f"images prepared by {workers}"
@@ -46,12 +58,25 @@ class ImageBatches(Loader):
             TooManyCorruptError: what was trained since the last state is not worth a new one.
         """
         try:
+            shares = self._loader.shares() if self._numbered else None
             for images, labels in self._loader:
-                yield Batch({"images": images, "labels": labels}, len(images))
+                tensors = {"images": images, "labels": labels}
+                if shares is not None:
+                    tensors["places"] = self._places(next(shares), labels)
+                yield Batch(tensors, len(images))
         except TooManyCorruptError:
             raise
         except (CorruptImageError, DatasetError, OSError) as error:
             raise InputError(one_line(error)) from error
+
+    def _places(self, share: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
+        """The numbers of the images of a batch with these labels, of which `share` was read."""
+        if len(labels) < len(share):
+            skipped = self._loader.skipped_paths
+            share = np.array([place for place in share if self.dataset.describe(place) not in skipped])
+        assert len(labels) == len(share), "what is not in a batch was left out"
+        places = torch.from_numpy(share.astype(np.int64))
+        return places.pin_memory() if labels.is_pinned() else places
 
     def left_out(self) -> Collection[str]:
         """Paths of the corrupt images that this process has met and left out."""

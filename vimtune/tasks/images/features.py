@@ -104,7 +104,8 @@ class FeatureBatches(Loader):
         features, labels = self._found
         for keys in self._order:
             chosen = torch.tensor([key.image for key in keys], device=features.device)
-            yield Batch({"images": features[chosen], "labels": labels[chosen]}, len(keys))
+            tensors = {"images": features[chosen], "labels": labels[chosen], "places": chosen}
+            yield Batch(tensors, len(keys))
 
     @torch.no_grad()
     def _compute(self) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
+from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.images.weighting import class_weights
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
 from vimtune.training.distributed import Processes
@@ -53,16 +54,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ImageJob(Job):
-    """An image classifier on its data."""
+    """A model with an output for each class, on its images."""
 
     classes: list[str]
     """Name of each class, by label."""
-    mix: BatchMixer
-    label_smoothing: float
-    class_weights: Tensor | None
-    """Weight of each class in the loss, (C,); None where all are alike."""
-    distillation: Distillation | None
-    """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
     world_size: int
@@ -75,9 +70,30 @@ class ImageJob(Job):
         """The model, or what takes features in its place."""
         return self.model if self.features is None else self.features
 
+    def expect_replays(self) -> int:
+        """Whole batches, and the last one of an epoch, which eagerly takes as long as several others."""
+        return 2
+
     def expect_replayed_evaluations(self) -> int:
         """Whole batches, and the last one of each split."""
         return 3
+
+    def prepare(self, tensors: Tensors, seed: int) -> Tensors:
+        """The images and their labels; nothing else of a batch is trained on."""
+        del seed
+        return {"images": tensors["images"], "labels": tensors["labels"]}
+
+
+@dataclass(kw_only=True)
+class ClassJob(ImageJob):
+    """An image classifier on its data."""
+
+    mix: BatchMixer
+    label_smoothing: float
+    class_weights: Tensor | None
+    """Weight of each class in the loss, (C,); None where all are alike."""
+    distillation: Distillation | None
+    """How a teacher takes part in the loss."""
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Mix the images of a batch, and their labels into shares (B, C), where the recipe asks for it."""
@@ -94,10 +110,6 @@ class ImageJob(Job):
     def start_tally(self, loader: Loader) -> ImageTally:
         """An empty tally of right and wrong answers."""
         return ImageTally(len(self.classes), loader.num_examples if self.counts_all else None)
-
-    def expect_replays(self) -> int:
-        """Whole batches, and the last one of an epoch, which eagerly takes as long as several others."""
-        return 2
 
     def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
         """The report with accuracy per class and the most confused classes."""
@@ -117,7 +129,21 @@ class ImageJob(Job):
         return {**confusion_files(evaluation.confusion, self.classes, report), "examples.png": picture}
 
 
-def open_images(recipe: Recipe, task: Classification, processes: Processes) -> ImageJob:
+@dataclass(frozen=True)
+class OpenedImages:
+    """What a task of images makes a job of."""
+
+    recipe: Recipe
+    processes: Processes
+    train_set: ImageDataset
+    """The images to train on."""
+    transform: Transform
+    """How an image becomes an input of the model, without augmentation."""
+    shared: dict[str, Any]
+    """Values of the fields of `ImageJob`."""
+
+
+def open_images(recipe: Recipe, task: ImageTask, processes: Processes) -> ImageJob:
     """Open the data, create the model, inject the adapter, build the loaders.
 
     Raises:
@@ -130,6 +156,7 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         train_set = open_dataset(data, data.train_split, img_size)
         selection_set = open_dataset(data, data.selection_split, img_size)
         test_set = _open_test(data, selection_set, img_size)
+    demand_labels(task, train_set)
     for dataset in (selection_set, test_set):
         if dataset is not None and dataset.classes != train_set.classes:
             raise ValueError(
@@ -139,62 +166,91 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     _mention_other_kind(backbone, train_set)
     with processes.main_first():  # may download weights
         model = build_model(recipe, len(train_set.classes))
-    shared = {**model_preprocessing(model), "img_size": img_size, "library": task.transforms}
-    train_transform = build_transform(task.augmentation, train=True, **shared)
-    eval_transform = build_transform("none", train=False, **shared)
+    preprocessing = {**model_preprocessing(model), "img_size": img_size, "library": task.transforms}
+    train_transform = build_transform(task.augmentation, train=True, **preprocessing)
+    eval_transform = build_transform("none", train=False, **preprocessing)
 
     features = _features_once(recipe, task, model, processes)
 
     def batches(dataset: ImageDataset, train: bool, once: bool) -> Loader:
         if features is not None:
-            return open_features(recipe, dataset, eval_transform, processes, features, shuffle=train)
+            return open_features(recipe, dataset, eval_transform, processes, features, train=train)
         transform = train_transform if train else eval_transform
-        return open_batches(recipe, dataset, transform, processes, shuffle=train, once=once)
+        return open_batches(recipe, dataset, transform, processes, train=train, once=once)
 
     classes = train_set.classes
-    weights = class_weights(task.class_weights, train_set.targets, classes)
+    selection = batches(selection_set, train=False, once=data.evaluated_once)
+    shared = {
+        "model": model,
+        "train": batches(train_set, train=True, once=False),
+        "selection": selection,
+        "final": selection
+        if test_set is None or test_set is selection_set
+        else batches(test_set, train=False, once=True),
+        "usual_count": recipe.optimisation.batch_size,
+        "outputs": {"classes": classes},
+        "saved_with_adapter": {"classes": classes, "preprocessing": eval_transform.config},
+        "classes": classes,
+        "counts_all": data.on_corrupt == "error",
+        "world_size": processes.world_size,
+        "features": features,
+    }
+    return task.build_job(OpenedImages(recipe, processes, train_set, eval_transform, shared))
+
+
+def build_class_job(opened: OpenedImages, task: Classification) -> ClassJob:
+    """The job of a classifier on what was opened, with its teacher if it has one.
+
+    Raises:
+        ValueError: a teacher or class weights that do not fit the classes.
+    """
+    device, classes = opened.processes.device, opened.train_set.classes
+    weights = class_weights(task.class_weights, opened.train_set.targets, classes)
     distillation, readers = None, {}
     if task.teacher is not None:
-        autocast = build_autocast(recipe.optimisation.amp, processes.device)
-        teacher, readers[TEACHER] = load_teacher(
-            task.teacher, classes, eval_transform, processes.device, autocast
-        )
+        autocast = build_autocast(opened.recipe.optimisation.amp, device)
+        teacher, readers[TEACHER] = load_teacher(task.teacher, classes, opened.transform, device, autocast)
         distillation = Distillation(
             teacher, task.teacher_targets, task.teacher_weight, task.teacher_temperature
         )
-    selection = batches(selection_set, train=False, once=data.evaluated_once)
-    return ImageJob(
-        model=model,
-        train=batches(train_set, train=True, once=False),
-        selection=selection,
-        final=selection
-        if test_set is None or test_set is selection_set
-        else batches(test_set, train=False, once=True),
-        usual_count=recipe.optimisation.batch_size,
-        outputs={"classes": classes},
+    return ClassJob(
+        **opened.shared,
         readers=readers,
-        saved_with_adapter={"classes": classes, "preprocessing": eval_transform.config},
-        classes=classes,
         mix=BatchMixer(task.mixup, task.cutmix, len(classes)),
         label_smoothing=task.label_smoothing,
-        class_weights=None if weights is None else weights.to(processes.device),
+        class_weights=None if weights is None else weights.to(device),
         distillation=distillation,
-        counts_all=data.on_corrupt == "error",
-        world_size=processes.world_size,
-        features=features,
     )
 
 
+def demand_labels(task: ImageTask, dataset: ImageDataset) -> None:
+    """Make sure that images have as many labels as a task wants.
+
+    Raises:
+        ValueError: they have several where the task wants one, or the other way round.
+    """
+    if task.several_labels and dataset.tags is None:
+        raise ValueError(
+            f"task {task.name!r} needs images that may have several labels, and these have one each: give a "
+            f"data set csv the option separator, or use task classification ({dataset.source})"
+        )
+    if dataset.tags is not None and not task.several_labels:
+        raise ValueError(
+            f"these images may have several labels, and task {task.name!r} knows one for each: use task "
+            f"multilabel ({dataset.source})"
+        )
+
+
 def _features_once(
-    recipe: Recipe, task: Classification, model: VisionMamba, processes: Processes
+    recipe: Recipe, task: ImageTask, model: VisionMamba, processes: Processes
 ) -> ImagesOrFeatures | None:
     """The model as one that takes features, where those of an image are the same in every epoch."""
     data = recipe.data
     assert isinstance(data, DataSettings)
-    always_alike = task.augmentation == "none" and not (task.mixup or task.cutmix or task.teacher)
+    # A balanced epoch would not have the features of all images.
+    always_alike = task.repeats_itself and not data.balanced
     one_process = processes.world_size == 1 and not recipe.optimisation.shard
     head_alone = all(METHODS.get(name).trains_head_only for name in recipe.method.peft.split("+"))
-    always_alike &= not data.balanced  # An epoch would not have the features of all images.
     once = always_alike and one_process and head_alone and data.on_corrupt == "error"
     return ImagesOrFeatures(model) if once and repeats_its_features(model) else None
 
@@ -205,12 +261,12 @@ def open_features(
     transform: Transform,
     processes: Processes,
     model: ImagesOrFeatures,
-    shuffle: bool,
+    train: bool,
 ) -> FeatureBatches:
     """The batches of a split as those of `open_batches`, with features in the place of images."""
-    images = open_batches(recipe, dataset, transform, processes, shuffle=shuffle, once=True)
+    images = open_batches(recipe, dataset, transform, processes, train=train, once=True)
     seed = derive_seed(recipe.run.seed, "data")
-    order = BatchSampler(len(dataset), recipe.optimisation.batch_size, shuffle, False, seed, 0, 1)
+    order = BatchSampler(len(dataset), recipe.optimisation.batch_size, train, False, seed, 0, 1)
     return FeatureBatches(images, order, model, build_autocast(recipe.optimisation.amp, processes.device))
 
 
@@ -241,12 +297,13 @@ def open_batches(
     transform: Transform,
     processes: Processes,
     *,
-    shuffle: bool,
+    train: bool,
     once: bool,
 ) -> ImageBatches:
     """The batches of a split as a recipe wants them; raises what `create_loader` raises.
 
-    A split that is read `once` is not worth a place on the device.
+    Those to `train` on come in another order in every epoch, and those to score say which images they hold. A
+    split that is read `once` is not worth a place on the device.
     """
     data = recipe.data
     assert isinstance(data, DataSettings)
@@ -267,7 +324,7 @@ def open_batches(
         dataset,
         transform,
         batch_size=batch_size,
-        shuffle=shuffle,
+        shuffle=train,
         drop_last=False,
         num_workers=workers.number,
         seed=derive_seed(recipe.run.seed, "data"),
@@ -278,9 +335,9 @@ def open_batches(
         agree=processes.all,
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
-        balanced=shuffle and data.balanced,
+        balanced=train and data.balanced,
     )
-    return ImageBatches(loader, workers)
+    return ImageBatches(loader, workers, numbered=not train)
 
 
 def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:

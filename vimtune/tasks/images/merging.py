@@ -33,6 +33,7 @@ def merge_images(
     backend: str,
     force: bool,
     precision: Precision,
+    task: str,
 ) -> Merged:
     """Write the merged weights as plain safetensors and check the file that was written.
 
@@ -47,6 +48,7 @@ def merge_images(
         backend: scan backend, see `vimtune.ops`.
         force: merge although the base weights differ from those that the adapter was trained on.
         precision: type of the weights in the file.
+        task: name of the task of which the adapter is.
 
     Raises:
         ValueError: the adapter cannot be loaded, or `output` cannot be a weights file.
@@ -70,6 +72,7 @@ def merge_images(
         options={**merged.creation["kwargs"], "num_classes": merged.num_classes},
         classes=info.classes,
         preprocessing=predictor.transform.config,
+        task=task,
     )
     results: list[Merged] = []
 

@@ -54,6 +54,7 @@ class ImagePredictor(Predictor):
         classes: names of the classes, one for each output.
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
+        several_labels: whether each class has a probability of its own, because an image may have several.
     """
 
     kind: ClassVar[type[Answer]] = Prediction
@@ -64,6 +65,7 @@ class ImagePredictor(Predictor):
     classes: list[str]
     device: torch.device
     backend: str = "auto"
+    several_labels: bool = False
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -132,10 +134,11 @@ class ImagePredictor(Predictor):
                     f"the model's outputs for {quote(path)} are not finite: the adapter or its base weights "
                     "are damaged or diverged; train again, or give other base weights with --checkpoint"
                 )
-        best = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]), dim=1)
+        probabilities = logits.sigmoid() if self.several_labels else logits.softmax(dim=1)
+        best = probabilities.topk(min(top_k, logits.shape[1]), dim=1)
         rows = zip(inputs, best.values.tolist(), best.indices.tolist(), strict=True)
-        for (path, _), probabilities, indices in rows:
-            yield Prediction(path, indices, [self.classes[i] for i in indices], probabilities)
+        for (path, _), shares, indices in rows:
+            yield Prediction(path, indices, [self.classes[i] for i in indices], shares)
 
     def answers(
         self, inputs: Sequence[Any], options: PredictOptions, leave_out: Callable[[LeftOut], None]
@@ -178,7 +181,13 @@ def build_base(info: AdapterInfo, checkpoint: str | Path | None = None) -> Visio
 
 
 def load_image_predictor(
-    path: Path, *, checkpoint: Path | None, device: torch.device, backend: str, force: bool
+    path: Path,
+    *,
+    checkpoint: Path | None,
+    device: torch.device,
+    backend: str,
+    force: bool,
+    several_labels: bool = False,
 ) -> ImagePredictor:
     """Build everything that an adapter file or a merged file describes.
 
@@ -188,6 +197,7 @@ def load_image_predictor(
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
         force: use the adapter although the base weights differ from those that it was trained on.
+        several_labels: whether an image may have several labels.
 
     Raises:
         ValueError: no such file, base weights that are missing or others than it was trained on, or parts
@@ -211,6 +221,7 @@ def load_image_predictor(
         classes=_classes_for(model, classes, path),
         device=device,
         backend=backend,
+        several_labels=several_labels,
     )
 
 
