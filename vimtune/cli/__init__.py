@@ -1,5 +1,5 @@
-"""The commands: `vimtune train | compare | search | evaluate | analyze | predict | merge | doctor`, and
-`train_vim.py`.
+"""The commands: `vimtune train | compare | search | evaluate | analyze | predict | embed | merge | doctor`,
+and `train_vim.py`.
 
 Each command is a file beside this one. Only what it needs is imported, when it runs: `--help` and `--list`
 answer without torch. How a command may end is said in `vimtune.exits`.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vimtune import __version__
-from vimtune.cli import analyze, compare, doctor, evaluate, merge, predict, search, train
+from vimtune.cli import analyze, compare, doctor, embed, evaluate, merge, predict, search, train
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
 from vimtune.text import quote
 from vimtune.utils import suggest
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
     "evaluate": ("score a model on the data of a task, with an adapter or without", evaluate.run),
     "analyze": ("what training has changed: weights, features, scans, cost", analyze.run),
     "predict": ("classes, choices and completions with an adapter file", predict.run),
+    "embed": ("images as vectors, and their nearest neighbours", embed.run),
     "merge": ("fold an adapter into a plain checkpoint, and prove it", merge.run),
     "doctor": ("check this machine and every scan backend", doctor.run),
 }

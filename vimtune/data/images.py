@@ -16,14 +16,18 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from vimtune.data.base import Span
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.text import printable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels: 512 MiB as RGB. Larger ones are refused unread."""
@@ -152,34 +156,69 @@ def load_image(path: str | os.PathLike[str], span: Span | None = None) -> Image.
         CorruptImageError: damaged, of no format in `FORMATS`, too large, or no regular file.
         ImageReadError: missing, or the system cannot read it.
     """
-    from vimtune.data.pixels import to_rgb  # This comes late, because data sets are listed without numpy.
-
     name = os.fspath(path) if span is None else span.within(os.fspath(path))
+    with _naming_trouble(name), open(path, "rb", opener=open_regular) as file:
+        return _decode(file if span is None else _part(file, span))
+
+
+def read_picture(picture: bytes | Image.Image | np.ndarray, name: str) -> Image.Image:
+    """The same for an image that is in memory already.
+
+    Args:
+        picture: the content of a file; an image of Pillow; or an array, uint8 (H, W), (H, W, 3) or (H, W, 4),
+            or uint16 (H, W).
+        name: what messages call it.
+
+    Raises:
+        CorruptImageError: it cannot be decoded, or is an array of another kind.
+        ImageReadError: there is not enough memory.
+    """
+    with _naming_trouble(name):
+        if isinstance(picture, bytes):
+            return _decode(io.BytesIO(picture))
+        return _upright(picture if isinstance(picture, Image.Image) else _from_array(picture))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    kinds = {"uint8": (1, 3, 4), "uint16": (1,)}
+    if array.ndim not in (2, 3) or channels not in kinds.get(str(array.dtype), ()) or not array.size:
+        raise ValueError(
+            f"an array of {array.dtype} {array.shape}: expected uint8 (height, width), (height, width, 3) or "
+            "(height, width, 4), or uint16 (height, width)"
+        )
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array)
+
+
+@contextmanager
+def _naming_trouble(name: str) -> Iterator[None]:
+    """Errors of decoders within the block become those of the image `name`."""
     try:
-        image, orientation = _decode(os.fspath(path), span, name)
-        try:
-            pixels = to_rgb(image)
-        except ValueError as error:
-            raise CorruptImageError(name, str(error)) from error
-        return pixels.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else pixels
+        yield
     except MemoryError as error:
         raise ImageReadError(name, "not enough memory to decode it") from error
-
-
-def _decode(path: str, span: Span | None, name: str) -> tuple[Image.Image, int]:
-    """The image in its own mode, and its EXIF orientation; `name` is what messages call it."""
-    try:
-        with open(path, "rb", opener=open_regular) as file:
-            content = file if span is None else _part(file, span)
-            _require_readable(content)
-            with Image.open(content, formats=FORMATS) as image:
-                _check_size(*image.size)
-                image.load()
-                return image, _orientation(image)
     except _DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in _DECODER_ERRNOS:
             raise ImageReadError(name, error.strerror or str(error)) from error
         raise CorruptImageError(name, _reason(error)) from error
+
+
+def _decode(file: IO[bytes]) -> Image.Image:
+    """The image in a file, as RGB and upright."""
+    _require_readable(file)
+    with Image.open(file, formats=FORMATS) as image:
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as RGB, turned as its EXIF data say."""
+    from vimtune.data.pixels import to_rgb  # This comes late, because data sets are listed without numpy.
+
+    _check_size(*image.size)
+    image.load()
+    orientation = _orientation(image)
+    pixels = to_rgb(image)
+    return pixels.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else pixels
 
 
 def _require_readable(file: IO[bytes]) -> None:

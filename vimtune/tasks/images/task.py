@@ -91,7 +91,7 @@ class ImageTask(Task):
 
     def read_inputs(self, inputs: Sequence[str], classes: Sequence[str]) -> list[Path]:
         """The images among files and folders; see `Task.read_inputs`."""
-        from vimtune.tasks.images.predictor import find_images
+        from vimtune.tasks.images.inputs import find_images
 
         del classes
         return find_images([Path(parsers.path(each)) for each in inputs])
