@@ -40,6 +40,16 @@ def _few_examples(shots: int | None, train_size: int | None) -> Iterable[str]:
         yield f"shots = {shots} and train_size = {train_size} both say what is trained on: give one of them"
 
 
+def _folds_of_few(folds: int | None, shots: int | None, train_size: int | None) -> Iterable[str]:
+    if folds is not None and (shots is not None or train_size is not None):
+        yield f"folds = {folds} divides all images to learn from: leave out shots and train_size"
+
+
+def _folds_without_validation(folds: int | None, train_split: str, eval_split: str | None) -> Iterable[str]:
+    if folds is not None and (train_split != "train" or eval_split == "test"):
+        yield f"folds = {folds} holds out val: use train_split = 'train', and eval_split = 'val'"
+
+
 def _evened_twice(balanced: bool, class_weights: Any) -> Iterable[str]:
     if balanced and class_weights == "balanced":
         yield "balanced and class_weights = 'balanced' both make up for unequal classes: give one of them"
@@ -120,6 +130,8 @@ def _unknown_methods(key: str, by_method: Any, peft: str) -> list[str]:
 RULES: tuple[Rule, ...] = (
     _evaluated_split,
     _few_examples,
+    _folds_of_few,
+    _folds_without_validation,
     _evened_twice,
     _without_test,
     _folder,

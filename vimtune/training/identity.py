@@ -22,6 +22,7 @@ IDENTITY = (
     "balanced",
     "shots",
     "train_size",
+    "folds",
     "val_share",
     "max_length",
     "model",

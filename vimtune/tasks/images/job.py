@@ -24,7 +24,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.subset import draw_protocol, draw_shots
+from vimtune.data.subset import draw_protocol, draw_shots, take_fold
 from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.methods import METHODS
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
@@ -412,17 +412,22 @@ def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> I
         DatasetError: what `create_dataset` raises, or there are fewer images than the recipe wants to draw.
     """
 
+    # With folds, data seeds count through the parts of one draw before they begin another.
+    seed, fold = divmod(data.data_seed, data.folds or 1)
+
     def whole(part: str) -> ImageDataset:
         return create_dataset(
             data.dataset,
             part,
             data.data_dir,
-            seed=data.data_seed,
+            seed=seed,
             img_size=img_size,
             download=data.download,
             **data.dataset_kwargs,
         )
 
+    if data.folds is not None and split in ("train", "val"):
+        return take_fold(whole("train+val"), split, data.folds, fold, seed)
     if data.train_size is not None and split != "test":
         return draw_protocol(whole, split, data.train_size, data.data_seed)
     if data.shots is not None and split == data.train_split:

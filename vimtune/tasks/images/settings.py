@@ -87,6 +87,9 @@ class DataSettings(DataOptions):
     )
     shots: Positive | None = option(None, SHOTS)
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
+    folds: Annotated[int, Ge(2), Le(1000)] | None = option(
+        None, "k-fold: each data_seed holds out another of so many parts of train and val"
+    )
     test: bool = option(True, TEST)
     balanced: bool = option(False, "train on every class equally often, whatever number of images it has")
     dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
