@@ -59,7 +59,11 @@ def _presence_problem(path: Path, values: Mapping[str, Any]) -> str | None:
 
 def _beginning_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     """A run that goes on needs no longer what it began with."""
-    return None if values.get("resume") is not None else _presence_problem(path, values)
+    if values.get("resume") is not None:
+        return None
+    if path.is_dir():
+        return None if (path / "adapter.safetensors").is_file() else " has no adapter.safetensors"
+    return _file_problem(path, values) if path.exists() else " does not exist"
 
 
 def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:
