@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ class ImagePredictor(Predictor):
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
         several_labels: whether each class has a probability of its own, because an image may have several.
-        digest: hash of what the weights come from, by which embeddings of another model are known.
+        origin: what the weights come from: files, and names of models.
     """
 
     kind: ClassVar[type[Answer]] = Prediction
@@ -62,7 +63,17 @@ class ImagePredictor(Predictor):
     device: torch.device
     backend: str = "auto"
     several_labels: bool = False
-    digest: str = ""
+    origin: Sequence[str | Path] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of what the weights come from, by which embeddings of another model are known."""
+        found = hashlib.sha256()
+        for part in self.origin:
+            found.update(
+                hashlib.sha256(part.encode() if isinstance(part, str) else part.read_bytes()).digest()
+            )
+        return found.hexdigest()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -249,7 +260,7 @@ def load_image_predictor(
         device=device,
         backend=backend,
         several_labels=several_labels,
-        digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+        origin=[path],
     )
 
 
@@ -295,15 +306,13 @@ def load_backbone(
         ValueError: no such model, or its weights are not to be had.
     """
     model: VisionMamba = create_listed_model(MODELS.parse(name), {}, pretrained=checkpoint is None)
-    digest = hashlib.sha256(name.encode())
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, head=False)
-        digest.update(checkpoint.read_bytes())
     return ImagePredictor(
         model=model.to(device).eval(),
         transform=build_transform(**model_preprocessing(model)),
         classes=[str(index) for index in range(model.num_classes)],
         device=device,
         backend=backend,
-        digest=digest.hexdigest(),
+        origin=[name] if checkpoint is None else [name, checkpoint],
     )
