@@ -88,6 +88,9 @@ def workplace(tmp_path_factory) -> Path:
     for name, color in (("rose", "red"), ("violet", "blue")):
         for index in range(8):
             image(folder / "my" / "images" / name / f"{index}.png", color)
+            image(folder / "my" / "photos" / f"{name}{index}.png", color)
+    rows = [f"{name}{index}.png,{name}" for name in ("rose", "violet") for index in range(8)]
+    (folder / "my" / "photos" / "labels.csv").write_text("\n".join(["path,label", *rows]))
     choices = {"text": ["red", "blue"], "label": ["A", "B"]}
     question = {"id": "1", "question": "Which is a colour of roses?", "choices": choices, "answerKey": "A"}
     for split in ("train", "test"):
@@ -99,6 +102,12 @@ def workplace(tmp_path_factory) -> Path:
         command = f"train --dataset folder --data-dir my/images --output-dir runs/my-run --peft lora {TINY}"
         assert cli.main(command.split()) == 0
         shutil.copytree("runs/my-run", "runs/my-other-run")
+        assert (
+            cli.main(
+                ["embed", "my/images", "--adapter", "runs/my-run", "--device", "cpu", "-o", "images.npz"]
+            )
+            == 0
+        )
         if HAS_TRANSFORMERS:
             texts = [{"text": "warm", "label": "summer"}, {"text": "cold", "label": "winter"}] * 2
             for split in ("train", "test"):
@@ -192,7 +201,7 @@ def test_commands(line, here, request, monkeypatch):
         assert cli.main([command, *arguments]) == 0 and len(reached) == 1
     else:
         small = "--dataset-kwargs species=3,train_per_species=4,val_per_species=2,test_per_species=2"
-        data = [] if "folder" in arguments else small.split()
+        data = [] if {"folder", "csv"} & set(arguments) else small.split()
         method = [] if "--rank" in arguments or "--peft" in arguments else ["--peft", "lora"]
         assert cli.main([command, *arguments, *TINY.split(), *data, *method]) == 0
         assert "report.json" in {path.name for path in here.glob("runs/*/*")}

@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -31,7 +32,8 @@ from vimtune.data import (
 )
 from vimtune.predict import load_predictor, run_predict
 from vimtune.results import SHOWN
-from vimtune.tasks.images.predictor import ImagePredictor, find_images
+from vimtune.tasks.images.inputs import find_images
+from vimtune.tasks.images.predictor import ImagePredictor
 from vimtune.text import printable
 
 
@@ -425,7 +427,7 @@ def test_what_the_system_cannot_read_is_never_passed_over_in_silence(
             raise ImageReadError(str(path), "Permission denied")
         return load_image(path)
 
-    monkeypatch.setattr("vimtune.tasks.images.predictor.load_image", load)
+    monkeypatch.setattr("vimtune.data.images.load_image", load)
     flags = ["--adapter", str(adapter), "--on-corrupt", choice]
     assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == 1
     assert "1.png: Permission denied" in caplog.text and "2.png" in capsys.readouterr().out
@@ -585,3 +587,61 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, adapter, monkeypat
     assert error.startswith("error: cannot write") and "No space left" in error
     assert output.read_text() == "before"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+# --------------------------------------------------------------------------- inputs from Python
+
+
+def test_images_may_be_files_folders_bytes_images_and_arrays(images, adapter):
+    predictor = load_predictor(adapter, device="cpu", backend="torch")
+    path = next(iter(sorted(images.rglob("*.png"))))
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+        inputs = [
+            path,
+            path.read_bytes(),
+            image,
+            pixels,
+            np.dstack([pixels, np.full(pixels.shape[:2], 255, "u1")]),
+        ]
+        found = list(predictor.predict(inputs))
+        single = [
+            next(iter(predictor.predict(each))) for each in (str(path), path.read_bytes(), image, pixels)
+        ]
+    assert [answer.path for answer in found] == [str(path), *(f"inputs[{number}]" for number in range(1, 5))]
+    for answer in (*found, *single):
+        assert answer.probabilities == pytest.approx(found[0].probabilities, abs=1e-6)
+    assert [answer.path for answer in predictor.predict(images)] == [
+        str(path) for path in sorted(images.rglob("*.*")) if path.suffix != ".txt"
+    ]
+    assert len(list(predictor.predict(np.stack([pixels, pixels])))) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (b"nothing", r"inputs\[1\].*known format"),
+        (np.zeros((2, 3, 9), "u1"), "array of uint8"),
+        (3, "is a int"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_its_place(images, adapter, wrong, told):
+    predictor = load_predictor(adapter, device="cpu", backend="torch")
+    good = next(iter(images.rglob("*.png")))
+    with pytest.raises(ValueError, match=told):
+        list(predictor.predict([good, wrong]))
+
+
+def test_a_bad_image_of_a_folder_is_left_out_with_a_warning_and_one_by_itself_is_not(
+    tmp_path, adapter, caplog
+):
+    folder = with_a_bad_photo(tmp_path)
+    predictor = load_predictor(adapter, device="cpu", backend="torch")
+    found = list(predictor.predict(folder))
+    assert found and "left out" in caplog.text
+    bad = next(Path(path) for path in find_images([folder]) if str(path) not in [each.path for each in found])
+    with pytest.raises(CorruptImageError):
+        list(predictor.predict([folder, bad]))
+    told = []
+    assert len(list(predictor.predict([folder, bad], on_corrupt=told.append))) == len(found)
+    assert len(told) == 2

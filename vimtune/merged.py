@@ -1,8 +1,9 @@
 """A merged file: plain weights, and in the metadata what it takes to build their model and to feed it.
 
 The tensors are those of the model's `state_dict`, so that every reader of safetensors can use them.
-The metadata are "model" (a name of the registry) and, as JSON, "options" (of its creation), "classes"
-and "preprocessing". Files written before there were "options" have none.
+The metadata are "model" (a name of the registry), "task" and, as JSON, "options" (of its creation), "classes"
+and "preprocessing". Files written before there were "options" or "task" have none; their task is
+classification.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class MergedInfo:
     """Names of the classes, one for each output of the head, or none."""
     preprocessing: dict[str, Any]
     """How images become inputs; see `vimtune.data.read_transform`."""
+    task: Name = "classification"
+    """What the model was trained for."""
 
 
 def is_merged_file(path: Path) -> bool:
@@ -62,7 +65,8 @@ def write_merged(path: Path, tensors: dict[str, Tensor], info: MergedInfo) -> No
     parts = {"options": info.options, "classes": info.classes, "preprocessing": info.preprocessing}
     metadata = {name: json.dumps(value) for name, value in parts.items()}
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(values, path, metadata={"format": "pt", "model": info.model, **metadata})
+    names = {"format": "pt", "model": info.model, "task": info.task}
+    save_file(values, path, metadata={**names, **metadata})
 
 
 def read_merged_info(path: Path) -> MergedInfo:
@@ -84,9 +88,8 @@ def read_merged_info(path: Path) -> MergedInfo:
         sizes = {"num_classes": len(parts["classes"])} if isinstance(parts["classes"], list) else {}
         known = parts["preprocessing"] if isinstance(parts["preprocessing"], dict) else {}
         parts["options"] = sizes | {name: known[name] for name in ("img_size",) if name in known}
-    return check(
-        MergedInfo, {"model": metadata.get("model"), **parts}, f"metadata of {shown}", MergedFileError
-    )
+    names = {name: metadata[name] for name in ("model", "task") if name in metadata}
+    return check(MergedInfo, {**names, **parts}, f"metadata of {shown}", MergedFileError)
 
 
 def read_merged(path: Path) -> tuple[VisionMamba, MergedInfo]:

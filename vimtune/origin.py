@@ -28,28 +28,15 @@ from vimtune.schema import STRICT, Count, check
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import quote
 from vimtune.training.folder import RunFolder
+from vimtune.training.folder import adapter_path as adapter_path
 
 logger = logging.getLogger(__name__)
 
-MERGED = "model.safetensors"
-"""Name of the weights in a folder as timm and the hub have it."""
 NOT_OF_ADAPTER = ("output_dir", "resume", "force")
 """Keys of a run's recipe that say nothing about what it trained."""
 
 NOT_OF_BASE = ("num_classes", "img_size", "drop_path_rate", "initial_state")
 """Options of a merged model that its base gets otherwise, or that merging has added."""
-
-
-def adapter_path(path: str | os.PathLike[str]) -> Path:
-    """The adapter file that `path` means: a file, or the one in a run folder; `~` is the home folder.
-
-    A folder with nothing but a merged model, as timm has it, means its weights.
-    """
-    found = Path(parsers.path(path))
-    if not found.is_dir():
-        return found
-    own, merged = RunFolder(found).adapter, found / MERGED
-    return merged if merged.is_file() and not own.exists() else own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,8 @@ MAX_OPTIONS = 8192
 
 
 def _yaml_value(text: str) -> Any:
+    if text and not re.search(r"[\w\s\[\]{}\"'~]", text):
+        return text  # Signs alone, such as a separator, are no values of YAML, though some begin one.
     try:
         value = parse_yaml(text)
     except YAMLTextError as error:

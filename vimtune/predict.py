@@ -18,7 +18,7 @@ from typing import Any
 
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.fields import options_of
-from vimtune.merged import is_merged_file
+from vimtune.merged import is_merged_file, read_merged_info
 from vimtune.origin import adapter_path, given_base
 from vimtune.output import check_output
 from vimtune.recipe import TASK
@@ -90,7 +90,7 @@ def load_predictor(
 def _task_and_classes(path: Path) -> tuple[Task, list[str]]:
     """The task of an adapter file or a merged file, and the names of its classes."""
     if is_merged_file(path):
-        return TASKS.get(TASK.default)(), []
+        return TASKS.get(read_merged_info(path).task)(), []
     info = read_adapter_info(path)
     return task_of(info), info.classes
 

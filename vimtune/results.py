@@ -125,6 +125,43 @@ class Prediction(Ranking):
         return f"{cls.noun} in {folder}", [os.path.relpath(path, folder) for path in inputs]
 
 
+@dataclass(frozen=True)
+class Neighbours(Answer):
+    """The images that are most like one image, the most similar first."""
+
+    key = "path"
+    noun = "image"
+    headings = ("nearest", "", "then")
+
+    paths: list[str]
+    """The images."""
+    cosines: list[float]
+    """Cosine of the features of each with those of the image, from -1 to 1."""
+
+    def record(self) -> dict[str, Any]:
+        """The images with their similarity."""
+        rows = zip(self.paths, self.cosines, strict=True)
+        return {"neighbours": [{"path": path, "cosine": cosine} for path, cosine in rows]}
+
+    def columns(self) -> dict[str, str]:
+        """path1, cosine1, path2, cosine2, ..."""
+        found: dict[str, str] = {}
+        for rank, (path, cosine) in enumerate(zip(self.paths, self.cosines, strict=True), 1):
+            found |= {f"path{rank}": path, f"cosine{rank}": f"{cosine:.6f}"}
+        return found
+
+    def cells(self) -> tuple[str, ...]:
+        """The nearest image, its similarity, then the others."""
+        rows = list(zip(self.paths, self.cosines, strict=True))
+        first = (rows[0][0], f"{rows[0][1]:.3f}") if rows else ("none", "")
+        return (*first, ", ".join(f"{path} {cosine:.3f}" for path, cosine in rows[1:]))
+
+    @classmethod
+    def column(cls, inputs: Sequence[str]) -> tuple[str, list[str]]:
+        """Paths as those of predictions."""
+        return Prediction.column(inputs)
+
+
 class Choice(Ranking):
     """The most probable classes of one text, or the most probable answers to a question, best first."""
 

@@ -353,17 +353,17 @@ def test_a_class_without_images_in_its_own_split_is_told(tmp_path) -> None:
 def test_what_is_left_out_is_counted_and_named(tmp_path) -> None:
     for split in ("train", "test"):
         fill_classes(tmp_path / split, 4)
-    for name in ("train/a/1.heic", "train/a/2.HEIC", "test/b/3.heic", "train/b/x.cr2", "train/loose.png"):
+    for name in ("train/a/1.orf", "train/a/2.ORF", "test/b/3.orf", "train/b/x.cr2", "train/loose.png"):
         (tmp_path / name).touch()
     (tmp_path / "top.png").touch()
     train, test = (create_dataset("folder", split, tmp_path).source for split in ("train", "test"))
-    assert "2 .heic (such as train/a/1.heic)" in train and "1 .cr2" in train
+    assert "2 .orf (such as train/a/1.orf)" in train and "1 .cr2" in train
     assert "2 beside the class folders (such as top.png)" in train
-    assert "1 .heic (such as test/b/3.heic)" in test and ".cr2" not in test
-    for name in ("only/1.heic", "only/2.heic"):
+    assert "1 .orf (such as test/b/3.orf)" in test and ".cr2" not in test
+    for name in ("only/1.orf", "only/2.orf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    with pytest.raises(DatasetError, match=r"no images; left out: 2 \.heic"):
+    with pytest.raises(DatasetError, match=r"no images; left out: 2 \.orf"):
         create_dataset("folder", "train", tmp_path / "only")
 
 

@@ -63,7 +63,7 @@ def test_every_extension_opens_what_pillow_writes_under_it(extension: str, tmp_p
 
 
 @pytest.mark.parametrize("value", range(1, 9))
-@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif", "x.avif"])
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tif", "x.avif", "x.heic"])
 def test_exif_orientation_is_followed(value: int, name: str, tmp_path) -> None:
     """The stored pixels are those of a camera that was turned; the image is upright again."""
     if os.path.splitext(name)[1] not in images.EXTENSIONS:
@@ -83,7 +83,7 @@ def test_exif_orientation_is_followed(value: int, name: str, tmp_path) -> None:
     }[value]
     exif = Image.Exif()
     exif[EXIF_ORIENTATION] = value
-    path = saved(tmp_path, turned, name, exif=exif)
+    path = saved(tmp_path, turned, name, exif=exif.tobytes())
     loaded = load_image(path)
     assert loaded.size == (48, 32)
     corners = [loaded.getpixel(at) for at in ((6, 4), (42, 4), (6, 28))]
@@ -284,6 +284,45 @@ def test_postscript_named_jpg_starts_no_interpreter(tmp_path, monkeypatch) -> No
         load_image(path)
 
 
+HEIF_HEADER = b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(60)
+"""How a photo of a phone begins; the rest is not one."""
+
+
+def lacking(monkeypatch, name: str) -> None:
+    """Pillow as it is where neither it nor a plug-in reads the format `name`."""
+    monkeypatch.setattr(images, "FORMATS", tuple(each for each in images.FORMATS if each != name))
+    own = images._FORMATS[name]
+    monkeypatch.setattr(images, "EXTENSIONS", tuple(each for each in images.EXTENSIONS if each not in own))
+    monkeypatch.setattr(images, "_UNREADABLE", dict.fromkeys(own, name))
+
+
+@pytest.mark.parametrize("name", ["x.heic", "x.jpg"])
+def test_a_missing_plug_in_is_named_whatever_the_image_is_called(name: str, tmp_path, monkeypatch) -> None:
+    lacking(monkeypatch, "HEIF")
+    (tmp_path / name).write_bytes(HEIF_HEADER)
+    with pytest.raises(CorruptImageError, match="pip install pillow-heif"):
+        load_image(tmp_path / name)
+
+
+def test_a_missing_plug_in_is_named_where_images_are_left_out_for_it(tmp_path, monkeypatch) -> None:
+    for name in ("HEIF", "AVIF"):
+        lacking(monkeypatch, name)
+        (extension,) = images._FORMATS[name][:1]
+        touch(tmp_path / f"x{extension.upper()}")
+        text = images.describe_left_out(find_images(tmp_path).left_out, tmp_path)
+        assert f"pip install {images._PLUGINS[name][1]}" in text and f"x{extension.upper()}" in text
+
+
+@pytest.mark.parametrize(("name", "named"), [("HEIF", "pillow-heif"), ("WEBP", "pillow")])
+def test_a_format_is_readable_where_a_part_or_a_plug_in_is_there(name: str, named: str, monkeypatch) -> None:
+    loaded = []
+    monkeypatch.setattr(images.importlib, "import_module", loaded.append)
+    assert images._is_readable("JPEG") and not loaded
+    monkeypatch.setattr(images.features, "check", lambda part: False)
+    assert images._is_readable(name) == (name == "HEIF") and named in images.cure(name)
+    assert len(loaded) == (name == "HEIF")
+
+
 @pytest.mark.parametrize("extension", [".tga", ".ico", ".psd", ".pdf"])
 def test_only_listed_formats_are_opened(extension: str, tmp_path) -> None:
     content = io.BytesIO()
@@ -401,22 +440,20 @@ def touch(*paths: Path) -> None:
 
 def test_images_are_found_in_sorted_order_and_the_rest_is_told(tmp_path) -> None:
     touch(*(tmp_path / n for n in ("b/2.JPG", "b/1.png", "a/deep/er/x.jfif", "top.gif", "a/y.jp2")))
-    touch(*(tmp_path / n for n in ("a/1.heic", "a/2.HEIC", "b/raw.cr2", "b/noname", "notes.txt", "README")))
+    touch(*(tmp_path / n for n in ("a/1.orf", "a/2.ORF", "b/raw.cr2", "b/noname", "notes.txt", "README")))
     (tmp_path / "empty").mkdir()
     found = find_images(tmp_path)
     expected = ["a/deep/er/x.jfif", "a/y.jp2", "b/1.png", "b/2.JPG", "top.gif"]
-    assert names(found.paths, tmp_path) == [
-        name for name in expected if name[-4:] in images.EXTENSIONS or True
-    ]
+    assert names(found.paths, tmp_path) == expected
     assert names(found.folders, tmp_path) == ["a", "a/deep", "a/deep/er", "b", "empty"]
     told = {reason: names(paths, tmp_path) for reason, paths in found.left_out.items()}
     assert told == {
         ".cr2": ["b/raw.cr2"],
-        ".heic": ["a/1.heic", "a/2.HEIC"],
+        ".orf": ["a/1.orf", "a/2.ORF"],
         "without an extension": ["b/noname"],
     }
     text = images.describe_left_out(found.left_out, tmp_path)
-    assert "2 .heic (such as a/1.heic)" in text and "1 .cr2" in text
+    assert "2 .orf (such as a/1.orf)" in text and "1 .cr2" in text
 
 
 @pytest.mark.parametrize(

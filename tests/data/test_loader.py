@@ -26,6 +26,7 @@ from vimtune.data import (
     create_loader,
     load_image,
 )
+from vimtune.data.batch_sampler import BatchSampler
 
 SIZE = (16, 16)
 
@@ -419,3 +420,60 @@ def test_workers_outlive_a_signal_to_the_process_group(number: int) -> None:
     assert len(list(batches)) == len(loader) - 1
     assert_same(epoch(loader, 1), expected)
     assert {worker.pid for worker in multiprocessing.active_children()} == {worker.pid for worker in before}
+
+
+# --------------------------------------------------------------------------- balanced epochs
+
+
+class Uneven(ImageDataset):
+    """Images of 1, 4 and 15 of three classes, each of a colour of its own."""
+
+    def __init__(self) -> None:
+        self.split, self.source, self.classes = "train", "uneven", ["a", "b", "c"]
+        self.targets = [0] + [1] * 4 + [2] * 15
+
+    def load(self, index: int) -> Image.Image:
+        noise = torch.randint(0, 255, (24, 24, 3), generator=torch.Generator().manual_seed(index))
+        return Image.fromarray(noise.to(torch.uint8).numpy())
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+
+def test_a_balanced_epoch_has_equally_many_of_each_class_and_uses_all_it_can() -> None:
+    sampler = BatchSampler(20, 6, True, False, 3, 0, 1, Uneven().targets)
+    seen: set[int] = set()
+    for number in range(12):
+        keys = [key for batch in epoch_keys(sampler, number) for key in batch]
+        assert len(keys) == 20 and len(set(keys)) == 20
+        counts = Counter(Uneven().targets[key.image] for key in keys)
+        assert sorted(counts.values()) == [6, 7, 7]
+        times = Counter(key.image for key in keys)
+        assert times[0] == counts[0] and {times[image] for image in range(1, 5)} <= {1, 2}
+        assert all(times[image] <= 1 for image in range(5, 20))
+        assert all(key.turn < times[key.image] for key in keys)
+        seen |= times.keys()
+    assert seen == set(range(20))
+    assert epoch_keys(sampler, 1) == epoch_keys(sampler, 1) != epoch_keys(sampler, 2)
+
+
+def epoch_keys(sampler: BatchSampler, number: int, start: int = 0) -> list:
+    sampler.epoch, sampler.start_batch = number, start
+    return list(sampler)
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+def test_balanced_batches_are_those_of_any_ranks_and_positions_and_repeats_are_augmented_anew(cache) -> None:
+    options = {"balanced": True, "cache": cache}
+    whole = epoch(make(Uneven(), **options), 2)
+    assert_same(epoch(make(Uneven(), **options), 2, 2), whole[2:])
+    ranks = [epoch(make(Uneven(), **options, rank=rank, world_size=2), 2) for rank in range(2)]
+    joined = [
+        tuple(torch.cat(parts) for parts in zip(one, two, strict=True))
+        for one, two in zip(*ranks, strict=True)
+    ]
+    for (x, y), (p, q) in zip(joined, whole, strict=True):
+        assert torch.allclose(x, p, atol=1e-4) and torch.equal(y, q)
+    images, labels = (torch.cat(parts) for parts in zip(*whole, strict=True))
+    rare = images[labels == 0]  # One image, and as many augmentations of it as it comes.
+    assert len(rare) >= 6 and len({tuple(image.flatten().tolist()) for image in rare}) == len(rare)

@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 
 from vimtune.data import DatasetError, create_dataset
+from vimtune.data.splitting import stratified_folds
 from vimtune.data.subset import draw_protocol, draw_shots
+from vimtune.recipe import Recipe, RecipeError
 from vimtune.tasks.images.job import open_dataset
 from vimtune.tasks.images.settings import DataSettings
 
@@ -85,3 +87,44 @@ def test_a_recipe_draws_the_splits_that_it_learns_from_and_no_others() -> None:
         "shots of both": [30, 12, 6, 6],
         "size": [16, 4, 20, 6],
     }
+
+
+# --------------------------------------------------------------------------- folds
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_are_all_images_once_with_the_same_share_of_every_class(folds: int) -> None:
+    targets = [0] * 11 + [1] * 4 + [2] * 7 + [-1] * 3
+    parts = stratified_folds(targets, folds, seed=4)
+    assert sorted(index for part in parts for index in part) == list(range(25))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for label in (-1, 0, 1, 2):
+        counts = [sum(targets[index] == label for index in part) for part in parts]
+        assert max(counts) - min(counts) <= 1
+    assert parts == stratified_folds(targets, folds, seed=4) != stratified_folds(targets, folds, seed=5)
+
+
+def test_data_seeds_go_through_the_folds_and_then_draw_others() -> None:
+    def opened(split: str, seed: int):
+        options = {"species": 3, "train_per_species": 4, "val_per_species": 2, "test_per_species": 1}
+        recipe = Recipe(dataset_kwargs=options, folds=3, data_seed=seed)
+        return open_dataset(recipe.data, split, (16, 16))
+
+    held_out = [names(opened("val", seed)) for seed in range(3)]
+    assert [len(part) for part in held_out] == [6, 6, 6] and len(set().union(*held_out)) == 18
+    for seed, part in enumerate(held_out):
+        train = names(opened("train", seed))
+        assert not train & part and train | part == set().union(*held_out)
+        assert not names(opened("test", seed)) & (train | part)
+    assert len({frozenset(names(opened("test", seed))) for seed in range(3)}) == 1
+    assert "fold 2 of 3" in opened("val", 1).source
+    assert opened("val", 3).fingerprint() not in [opened("val", seed).fingerprint() for seed in range(3)]
+
+
+def test_folds_take_all_images_and_hold_out_val() -> None:
+    for changes in ({"shots": 2}, {"train_size": 10}, {"train_split": "train+val"}, {"eval_split": "test"}):
+        with pytest.raises(RecipeError, match="folds = 3"):
+            Recipe(folds=3, **changes)
+    with pytest.raises(DatasetError, match="lower folds"):
+        options = {"species": 2, "train_per_species": 1, "val_per_species": 1, "test_per_species": 1}
+        open_dataset(Recipe(dataset_kwargs=options, folds=9).data, "val", (16, 16))

@@ -6,6 +6,7 @@ The methods, which choose sites and build rules, are in `vimtune.methods`.
 
 from vimtune.adapters.arithmetic import combine
 from vimtune.adapters.batched import shared_effective_weights
+from vimtune.adapters.continuing import start_from
 from vimtune.adapters.folding import merge, unmerge
 from vimtune.adapters.identity import (
     BaseIdentity,
@@ -105,6 +106,7 @@ __all__ = [
     "share_sources",
     "shared_effective_weights",
     "simplify",
+    "start_from",
     "summary",
     "unmerge",
     "using",

@@ -164,23 +164,14 @@ def load_adapter(
     """
     model = find_backbone(model)
     info, tensors = read_adapter(path)
-    differences = architecture_differences(info.model, model)
-    if differences and not force:
-        raise AdapterFileError(
-            f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
-            f"{'; '.join(differences)}. Create that model, or pass force=True"
-        )
+    demand_architecture(model, path, info, force)
     name = free_name(model) if name is None else check_name(model, name)
-    with _refusing(path):
+    with refusing(path):
         record = _record(model, info, tensors, name)
-    with added(model, record, partial(_refusing, path)):
+    with added(model, record, partial(refusing, path)):
         if not force and not has_base(model, info.base_hash, info.base_origin, name):
-            of = f" of {info.model['name']}" if info.model else ""
-            raise AdapterFileError(
-                f"{printable(str(path))} was trained on other base weights{of} than this model has. Load the "
-                "same pretrained weights first, or pass force=True"
-            )
-        with _refusing(path):
+            raise other_base(path, info)
+        with refusing(path):
             load_adapter_state_dict(model, tensors, name)
     return info
 
@@ -189,7 +180,7 @@ def load_adapter(
 def added(
     model: nn.Module,
     record: AdapterRecord,
-    refusing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    blaming: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[None]:
     """Within the block the model has the adapter that a file describes, for whoever gives it its values;
     where the block fails, the model is as it was.
@@ -197,10 +188,10 @@ def added(
     Args:
         model: the backbone, no wrapper.
         record: the adapter.
-        refusing: surrounds what may find that the file does not fit the model.
+        blaming: surrounds what may find that the file does not fit the model.
     """
     before = active_adapter(model)
-    with refusing():
+    with blaming():
         # Files may have dropout where it has no effect; the outputs of such an adapter are right without.
         add_adapter(model, record, accept_idle=True)
     try:
@@ -211,8 +202,31 @@ def added(
         raise
 
 
+def demand_architecture(model: nn.Module, path: str | Path, info: AdapterInfo, force: bool) -> None:
+    """Make sure that a model is built like the one of an adapter file, unless that is forced.
+
+    Raises:
+        AdapterFileError: it is not; the message says in what it differs.
+    """
+    differences = architecture_differences(info.model, model)
+    if differences and not force:
+        raise AdapterFileError(
+            f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
+            f"{'; '.join(differences)}. Create that model, or pass force=True"
+        )
+
+
+def other_base(path: str | Path, info: AdapterInfo) -> AdapterFileError:
+    """The refusal of an adapter file for the base weights of a model."""
+    of = f" of {info.model['name']}" if info.model else ""
+    return AdapterFileError(
+        f"{printable(str(path))} was trained on other base weights{of} than this model has. Load the "
+        "same pretrained weights first, or pass force=True"
+    )
+
+
 @contextmanager
-def _refusing(path: str | Path) -> Iterator[None]:
+def refusing(path: str | Path) -> Iterator[None]:
     """Errors within the block are those of the file at `path`."""
     try:
         yield

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vimtune import parsers
 from vimtune.analysis.registry import ANALYSES, parse_names
 from vimtune.cli.evaluate import evaluation_groups
-from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
+from vimtune.cli.parser import (
+    add_common,
+    add_import,
+    build_key_parser,
+    import_packages,
+    path,
+    whole_number,
+)
 from vimtune.cli.train import add_recipe_flags
-from vimtune.text import quote
 
 NUM_IMAGES = 256
 """Images that are looked at unless a flag says otherwise."""
@@ -62,8 +67,8 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         name: given.pop(name, None) for name in ("trained", "only", "split", "images", "batches", "output")
     }
     names = list(ANALYSES) if own["only"] is None else parse_names(own["only"])
-    images = _count("images", own["images"], NUM_IMAGES)
-    batches = _count("batches", own["batches"], NUM_BATCHES)
+    images = whole_number("images", own["images"] or NUM_IMAGES)
+    batches = whole_number("batches", own["batches"] or NUM_BATCHES)
 
     from vimtune.analysis.command import run_analyze
 
@@ -76,15 +81,3 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         num_batches=batches,
         outputs=own["output"] or [],
     )
-
-
-def _count(flag: str, value: str | None, default: int) -> int:
-    """A number that a flag gives.
-
-    Raises:
-        ValueError: no whole number from 1 on.
-    """
-    try:
-        return default if value is None else int(parsers.integer(1)(value))
-    except ValueError as error:
-        raise ValueError(f"--{flag} {quote(value)}: {error}") from None

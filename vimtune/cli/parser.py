@@ -136,6 +136,18 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{quote(text)}: {error}") from error
 
 
+def whole_number(name: str, value: str | int) -> int:
+    """The number that the flag of `name` gives.
+
+    Raises:
+        ValueError: no whole number from 1 on.
+    """
+    try:
+        return int(parsers.integer(1)(value))
+    except ValueError as error:
+        raise ValueError(f"--{name.replace('_', '-')} {quote(str(value))}: {error}") from None
+
+
 BASE = ("checkpoint", "model", "tokenizer")
 """Flags that say where the base weights of an adapter are now; `add_model_options` adds them."""
 

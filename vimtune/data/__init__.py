@@ -15,6 +15,7 @@ from vimtune.data import (  # noqa: F401  (they register)
     flowers,
     folder,
     synthetic,
+    table,
     tiny_imagenet,
     vtab,
 )

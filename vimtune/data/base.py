@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test", "train+val")
 
 
 class ImageDataset(ABC):
-    """Images with integer labels.
+    """Images with integer labels: one for each, or where `tags` are set any number of them.
 
     What a data set owes (tests/data/test_data_registry.py holds every registered one to it):
 
@@ -40,28 +40,38 @@ class ImageDataset(ABC):
     Attributes:
         name: the registry's name.
         summary: one line for tables.
+        needs_data_dir: whether the user has to say where the files are, because there is no usual place.
         kind: what kind of images they are, which is compared with that of the weights at the start.
         split: one of `SPLITS`.
         classes: human-readable class names; label `i` means `classes[i]`.
-        targets: the label of every image.
+        targets: the label of every image; where it may have several, the rarest of them, by which images are
+            drawn and balanced, and -1 for none.
+        tags: all labels of every image where it may have several, in ascending order; None where each has
+            one.
         source: one line saying which data are really used, with the number of images and classes.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     kind: ClassVar[ImageKind] = "photographs"
+    needs_data_dir: ClassVar[bool] = False
 
     split: str
     classes: list[str]
     targets: list[int]
+    tags: list[tuple[int, ...]] | None = None
     source: str
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def label(self, index: int) -> int:
-        """Class index of image `index`."""
+        """Class index of image `index`; of several the one that `targets` has."""
         return self.targets[index]
+
+    def labels_text(self, index: int) -> str:
+        """All class indices of image `index` for a fingerprint."""
+        return str(self.label(index)) if self.tags is None else ",".join(map(str, self.tags[index]))
 
     @abstractmethod
     def load(self, index: int) -> Image.Image:
@@ -82,7 +92,7 @@ class ImageDataset(ABC):
         where the data lie nor on the options that led to the split. This default is a hash of `describe` and
         `label` of every image; a generator adds to it what its images depend on.
         """
-        return _hash_lines(f"{self.label(i)} {self.describe(i)}" for i in range(len(self)))
+        return _hash_lines(f"{self.labels_text(i)} {self.describe(i)}" for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source})"
@@ -131,6 +141,7 @@ class FileDataset(ImageDataset):
         source: str,
         notes: Sequence[str] = (),
         spans: Sequence[Span] | None = None,
+        tags: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         """Take the images at `paths`, all of them below the folder `root`; `source` ends with `notes`.
 
@@ -142,6 +153,7 @@ class FileDataset(ImageDataset):
         self.paths = list(paths)
         self.spans = None if spans is None else list(spans)
         self.targets = [int(target) for target in targets]
+        self.tags = None if tags is None else list(tags)
         self.classes = [unicode_text(name) for name in classes]
         self.source = "; ".join(
             [
@@ -177,8 +189,8 @@ class FileDataset(ImageDataset):
         root = os.path.join(self.root, "")
         sizes = map(_size, self.paths) if self.spans is None else (span.size for span in self.spans)
         return _hash_lines(
-            f"{label} {size} {self.describe(index).removeprefix(root)}"
-            for index, (label, size) in enumerate(zip(self.targets, sizes, strict=True))
+            f"{self.labels_text(index)} {size} {self.describe(index).removeprefix(root)}"
+            for index, size in enumerate(sizes)
         )
 
 

@@ -165,7 +165,8 @@ def _refuse_degenerate(dataset: ImageDataset) -> None:
         raise DatasetError(f"the data set is empty: {dataset.source}.")
     if len(dataset.classes) < 2:
         raise DatasetError(f"a classifier needs at least 2 classes: {dataset.source}.")
-    lowest, highest = min(dataset.targets), max(dataset.targets)
+    labels = dataset.targets if dataset.tags is None else [0, *(tag for tags in dataset.tags for tag in tags)]
+    lowest, highest = min(labels), max(labels)
     if lowest < 0 or highest >= len(dataset.classes):
         raise DatasetError(
             f"labels {lowest} to {highest} do not fit {len(dataset.classes)} classes: {dataset.source}."

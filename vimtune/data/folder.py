@@ -27,6 +27,7 @@ class Folder(FileDataset):
     """
 
     summary = "your own images: one folder per class, with or without train/val/test"
+    needs_data_dir = True
 
     def __init__(
         self,

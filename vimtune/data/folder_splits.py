@@ -1,7 +1,8 @@
-"""The splits of a folder of images: those that it has, and those that are drawn."""
+"""The splits of a user's own images: those that they have, and those that are drawn."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +22,25 @@ class FoundSplit:
     images: list[tuple[str, int]]
     """Path and label of every image."""
     classes: list[str]
-    """Names of the class folders; label `i` means `classes[i]`."""
+    """Names of the classes; label `i` means `classes[i]`."""
     source: str
     """Which images these are, in words."""
     notes: list[str]
     """What else is to be said about them, such as files that were left out."""
+    tags: list[tuple[int, ...]] | None = None
+    """All labels of every image where it may have several, else None."""
 
 
 def find_split(
-    data_dir: Path | None, split: str, *, val_fraction: float, test_fraction: float, seed: int
+    data_dir: Path | None,
+    split: str,
+    *,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    kind: str = "folder",
+    expected: str = LAYOUT,
+    read: Callable[[Path], Layout] = read_layout,
 ) -> FoundSplit:
     """Read the folder `data_dir` and take or draw one split of it.
 
@@ -39,23 +50,26 @@ def find_split(
         val_fraction: share of the images that "val" gets where it is drawn.
         test_fraction: share of the images that "test" gets where it is drawn.
         seed: fixes what is drawn.
+        kind: name of the data set.
+        expected: sentences that tell the user what is understood.
+        read: says what is in the folder.
 
     Raises:
         DatasetError: no folder, fractions that leave nothing, or a layout that is not understood.
         MissingSplitError: the folder has no such split, or it is empty.
     """
     if data_dir is None:
-        raise DatasetError(f"the data set 'folder' needs data_dir. {LAYOUT} {EMBEDDED_ALTERNATIVE}")
+        raise DatasetError(f"the data set {kind!r} needs data_dir. {expected} {EMBEDDED_ALTERNATIVE}")
     shown = printable(str(data_dir))
     if not data_dir.is_dir():
         problem = "is no folder" if data_dir.exists() else "does not exist"
-        raise DatasetError(f"data_dir {shown!r} {problem}. {LAYOUT} {EMBEDDED_ALTERNATIVE}")
+        raise DatasetError(f"data_dir {shown!r} {problem}. {expected} {EMBEDDED_ALTERNATIVE}")
     if val_fraction + test_fraction >= 1:
         raise DatasetError(
             f"val_fraction={val_fraction} + test_fraction={test_fraction} leave no train images."
         )
-    layout = read_layout(data_dir)
-    if layout.folders:
+    layout = read(data_dir)
+    if layout.names:
         images, how, notes = _own_split(layout, split, val_fraction, seed, shown)
     else:
         fractions = {"val": val_fraction, "test": test_fraction}
@@ -66,26 +80,27 @@ def find_split(
         raise MissingSplitError(
             f"the {split!r} split of {shown} is empty ({how}). Add images or raise {split}_fraction."
         )
-    source = f"folder {shown}, {split} split ({how})"
-    return FoundSplit(data_dir, images, layout.classes, source, [*notes, *_lacking(layout, images)])
+    source = f"{kind} {shown}, {split} split ({how})"
+    tags = None if layout.tags is None else [layout.tags[path] for path, _ in images]
+    return FoundSplit(data_dir, images, layout.classes, source, [*notes, *_lacking(layout, images)], tags)
 
 
 def _own_split(
     layout: Layout, split: str, val_fraction: float, seed: int, shown: str
 ) -> tuple[list[tuple[str, int]], str, list[str]]:
-    """Take or draw a split of a folder that has folders for splits.
+    """Take or draw a split of images that are divided already.
 
     Returns:
         (images, where they come from, notes).
     """
-    if split == "test" and "test" not in layout.folders:
+    names = layout.names
+    if split == "test" and "test" not in names:
         unused = "".join(f"; {note}" for note in layout.notes["train"])
-        raise MissingSplitError(f"{shown} has no test folder{unused}. {LAYOUT}")
-    names = {part: f"{printable(folder)}/" for part, folder in layout.folders.items()}
-    if split == "test" or (split != "train+val" and "val" in layout.folders):
+        raise MissingSplitError(f"{shown} has {layout.missing.format(split=split, unused=unused)}")
+    if split == "test" or (split != "train+val" and "val" in names):
         return layout.parts[split], f"as in {names[split]}", layout.notes[split]
     if split == "train+val":
-        parts = [part for part in ("train", "val") if part in layout.folders]
+        parts = [part for part in ("train", "val") if part in names]
         images = [image for part in parts for image in layout.parts[part]]
         return (
             images,
@@ -107,6 +122,6 @@ def _draw(
 
 def _lacking(layout: Layout, images: list[tuple[str, int]]) -> list[str]:
     """A note about the classes of which `images` has none, if there are such."""
-    used = {label for _, label in images}
+    used = {label for path, own in images for label in (layout.tags[path] if layout.tags else (own,))}
     names = [name for label, name in enumerate(layout.classes) if label not in used]
     return [f"no images of {name_some(names)}"] if names else []

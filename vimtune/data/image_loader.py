@@ -13,7 +13,7 @@ import torch
 from vimtune.data.base import ImageDataset
 from vimtune.data.batch_sampler import BatchSampler
 from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError
-from vimtune.data.samples import Batch
+from vimtune.data.samples import Batch, targets_of
 from vimtune.text import printable
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,8 @@ _ENOUGH_TO_JUDGE = 100
 class ImageLoader(ABC):
     """Iterates over one epoch of this rank's batches. Made by `create_loader`.
 
-    Iterating yields `(images, labels)`: float32 (b, 3, H, W) and int64 (b,). A global batch is split
+    Iterating yields `(images, labels)`: float32 (b, 3, H, W) and what `targets_of` gives for them, such as
+    int64 (b,). A global batch is split
     contiguously over the ranks, so `b` may differ by one between ranks where it does not divide; it may be 0
     in the last batch of an epoch that is not dropped, or where all images of a rank's share were skipped.
     Every rank sees the same number of batches.
@@ -79,7 +80,9 @@ class ImageLoader(ABC):
             left_out += len(failures)
             if seen >= _ENOUGH_TO_JUDGE:
                 self._judge(left_out, seen, last)
-            yield torch.empty(0, 3, *self._img_size) if images is None else images, labels
+            if images is None:
+                images, labels = torch.empty(0, 3, *self._img_size), targets_of(self.dataset, [])
+            yield images, labels
         if whole:
             self._judge(left_out, seen, last)
 

@@ -8,6 +8,7 @@ them do so here, so they agree on what an image is.
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import stat
@@ -15,14 +16,18 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from vimtune.data.base import Span
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.text import printable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, in pixels: 512 MiB as RGB. Larger ones are refused unread."""
@@ -39,21 +44,57 @@ _FORMATS: dict[str, tuple[str, ...]] = {
     "GIF": (".gif",),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
     "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
 }
 """The usual extensions of each format, by Pillow's name of it."""
 _OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}
 """Pillow's names of the parts that these formats need and that a build of Pillow may lack."""
+_PLUGINS = {
+    "AVIF": ("pillow_avif", "pillow-avif-plugin"),
+    "HEIF": ("pillow_heif.HeifImagePlugin", "pillow-heif"),
+}
+"""Plug-ins that read what a build of Pillow does not: the module that tells Pillow of itself when it is
+imported, and the distribution that has it."""
+_BRANDS = {
+    "AVIF": {b"avif", b"avis"},
+    "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"},
+}
+"""Formats that are kept in one kind of container (ISO 14496-12), and the four bytes after a length and the
+letters "ftyp" by which a file of each is known."""
 
 
-def _is_there(part: str) -> bool:
-    return part in (*features.modules, *features.codecs) and bool(features.check(part))
+def _is_readable(name: str) -> bool:
+    """Whether a format can be read here, by Pillow itself or by a plug-in, which is then loaded."""
+    if name not in (*_OPTIONAL, *_PLUGINS):
+        return True
+    part = _OPTIONAL.get(name)
+    if part in (*features.modules, *features.codecs) and features.check(part):
+        return True
+    if name not in _PLUGINS:
+        return False
+    try:
+        importlib.import_module(_PLUGINS[name][0])
+    except ImportError:  # `cure` names what is missing where such an image is met.
+        return False
+    return True
 
 
-FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or _is_there(_OPTIONAL[name]))
+FORMATS = tuple(name for name in _FORMATS if _is_readable(name))
 """Formats that are opened here, by Pillow's names. The content of a file decides, not its extension."""
 
 EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])
 """Endings of file names that mark an image, in lower case."""
+
+_UNREADABLE = {extension: name for name in _FORMATS if name not in FORMATS for extension in _FORMATS[name]}
+"""Formats that cannot be read here, by the endings of their files."""
+
+
+def cure(name: str) -> str:
+    """What to do to read a format that cannot be read here, by Pillow's name of it."""
+    if name in _PLUGINS:
+        return f"{name} images need a plug-in: pip install {_PLUGINS[name][1]}"
+    return f"this build of Pillow reads no {name} images: pip install --force-reinstall pillow"
+
 
 # Systems and tools write these folders beside the data. The names are in lower case.
 _SYSTEM_FOLDERS = {
@@ -115,34 +156,84 @@ def load_image(path: str | os.PathLike[str], span: Span | None = None) -> Image.
         CorruptImageError: damaged, of no format in `FORMATS`, too large, or no regular file.
         ImageReadError: missing, or the system cannot read it.
     """
-    from vimtune.data.pixels import to_rgb  # This comes late, because data sets are listed without numpy.
-
     name = os.fspath(path) if span is None else span.within(os.fspath(path))
+    with _naming_trouble(name), open(path, "rb", opener=open_regular) as file:
+        return _decode(file if span is None else _part(file, span))
+
+
+def read_picture(picture: bytes | Image.Image | np.ndarray, name: str) -> Image.Image:
+    """The same for an image that is in memory already.
+
+    Args:
+        picture: the content of a file; an image of Pillow; or an array, uint8 (H, W), (H, W, 3) or (H, W, 4),
+            or uint16 (H, W).
+        name: what messages call it.
+
+    Raises:
+        CorruptImageError: it cannot be decoded, or is an array of another kind.
+        ImageReadError: there is not enough memory.
+    """
+    with _naming_trouble(name):
+        if isinstance(picture, bytes):
+            return _decode(io.BytesIO(picture))
+        return _upright(picture if isinstance(picture, Image.Image) else _from_array(picture))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    kinds = {"uint8": (1, 3, 4), "uint16": (1,)}
+    if array.ndim not in (2, 3) or channels not in kinds.get(str(array.dtype), ()) or not array.size:
+        raise ValueError(
+            f"an array of {array.dtype} {array.shape}: expected uint8 (height, width), (height, width, 3) or "
+            "(height, width, 4), or uint16 (height, width)"
+        )
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array)
+
+
+@contextmanager
+def _naming_trouble(name: str) -> Iterator[None]:
+    """Errors of decoders within the block become those of the image `name`."""
     try:
-        image, orientation = _decode(os.fspath(path), span, name)
-        try:
-            pixels = to_rgb(image)
-        except ValueError as error:
-            raise CorruptImageError(name, str(error)) from error
-        return pixels.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else pixels
+        yield
     except MemoryError as error:
         raise ImageReadError(name, "not enough memory to decode it") from error
-
-
-def _decode(path: str, span: Span | None, name: str) -> tuple[Image.Image, int]:
-    """The image in its own mode, and its EXIF orientation; `name` is what messages call it."""
-    try:
-        with (
-            open(path, "rb", opener=open_regular) as file,
-            Image.open(file if span is None else _part(file, span), formats=FORMATS) as image,
-        ):
-            _check_size(*image.size)
-            image.load()
-            return image, _orientation(image)
     except _DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.errno not in _DECODER_ERRNOS:
             raise ImageReadError(name, error.strerror or str(error)) from error
         raise CorruptImageError(name, _reason(error)) from error
+
+
+def _decode(file: IO[bytes]) -> Image.Image:
+    """The image in a file, as RGB and upright."""
+    _require_readable(file)
+    with Image.open(file, formats=FORMATS) as image:
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as RGB, turned as its EXIF data say."""
+    from vimtune.data.pixels import to_rgb  # This comes late, because data sets are listed without numpy.
+
+    _check_size(*image.size)
+    image.load()
+    orientation = _orientation(image)
+    pixels = to_rgb(image)
+    return pixels.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else pixels
+
+
+def _require_readable(file: IO[bytes]) -> None:
+    """Make sure that an image is not of a format for which a plug-in is missing, whatever its file is called.
+
+    Phones and messengers give images of HEIF the ending of a JPEG.
+
+    Raises:
+        ValueError: it is; the message names the plug-in.
+    """
+    begin = file.read(12)
+    file.seek(0)
+    for name, brands in _BRANDS.items():
+        if name not in FORMATS and begin[4:8] == b"ftyp" and begin[8:12] in brands:
+            raise ValueError(cure(name))
 
 
 def _part(file: IO[bytes], span: Span) -> IO[bytes]:
@@ -299,6 +390,8 @@ class _Walk:
             self.images[real] = path
         elif extension in EXTENSIONS:
             self.left_out["not a file"].append(path)
+        elif extension in _UNREADABLE:
+            self.left_out[f"{extension}, as {cure(_UNREADABLE[extension])}"].append(path)
         elif extension not in _COMPANIONS and stem not in _COMPANION_NAMES:
             self.left_out[printable(extension) or "without an extension"].append(path)
 

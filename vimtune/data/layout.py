@@ -51,12 +51,20 @@ class Layout:
         parts: for each split that has a folder of its own, (path, label) of its images, sorted by class and
             path. An undivided folder has the one part "all".
         folders: split -> name of its folder.
+        names: split -> what messages call the place of its images, such as "train/".
+        tags: of images that may have several labels: path -> the labels. The label in `parts` is then the
+            rarest of them, by which images are drawn, or -1 for an image without any.
+        missing: what is said where a split is asked for that is not there, with "{split}" for its name and
+            "{unused}" for notes on what is not used.
         notes: split (or "all") -> what is to be said about the part, such as files left out.
     """
 
     classes: list[str]
     parts: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     folders: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, tuple[int, ...]] | None = None
+    missing: str = f"no {{split}} folder{{unused}}. {LAYOUT}"
     notes: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -202,7 +210,7 @@ def _read_divided(root: Path, tree: _Folder, folders: dict[str, str]) -> Layout:
                 f"{_show(root / name)} must have the classes of {_show(train)}: missing "
                 f"{name_some(missing) or 'none'}, extra {name_some(extra)}."
             )
-        layout.folders[split] = name
+        layout.folders[split], layout.names[split] = name, f"{printable(name)}/"
         layout.parts[split] = folder.labelled(layout.classes)
     return layout
 

@@ -108,6 +108,7 @@ def create_loader(
     agree: Agreement = bool,
     on_corrupt: str = "error",
     pin_memory: bool = False,
+    balanced: bool = False,
 ) -> ImageLoader:
     """Build a loader.
 
@@ -134,6 +135,7 @@ def create_loader(
         on_corrupt: "error" raises `CorruptImageError`, "skip" leaves such images out of their batch, unless
             they are more than half of an epoch, or of what was read of it after the first 100 images.
         pin_memory: put batches in page-locked memory for faster copies to a GPU.
+        balanced: show every class equally often in an epoch, which is as long as without; needs `shuffle`.
 
     Raises:
         ValueError: a value out of range, or settings that give no batch at all.
@@ -144,7 +146,8 @@ def create_loader(
     if once:
         place = "auto" if place == "device" else "none"
     device = device or torch.device("cpu")
-    batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size)
+    labels = dataset.targets if balanced else None
+    batches = BatchSampler(len(dataset), batch_size, shuffle, drop_last, seed, rank, world_size, labels)
     store = None
     if place == "device" or (place == "auto" and _is_gpu(device)):
         try:

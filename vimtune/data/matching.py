@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import DatasetError
 from vimtune.data.layout import name_some
+from vimtune.text import counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,7 +21,7 @@ class Relabelled(ImageDataset):
     """Images of a data set with labels of another list of classes."""
 
     def __init__(self, dataset: ImageDataset, classes: Sequence[str], labels: dict[int, int]) -> None:
-        """The images whose classes are known.
+        """The images whose classes are known; of images that may have several labels all, with those known.
 
         Args:
             dataset: has the images.
@@ -28,10 +29,14 @@ class Relabelled(ImageDataset):
             labels: the new label of each class of the data set that is known.
         """
         self._dataset = dataset
-        self._indices = [index for index in range(len(dataset)) if dataset.label(index) in labels]
-        self.split, self.classes = dataset.split, list(classes)
-        self.targets = [labels[dataset.label(index)] for index in self._indices]
-        self.source = dataset.source
+        self.split, self.classes, self.source = dataset.split, list(classes), dataset.source
+        if dataset.tags is None:
+            self._indices = [index for index in range(len(dataset)) if dataset.label(index) in labels]
+            self.targets = [labels[dataset.label(index)] for index in self._indices]
+        else:
+            self._indices = list(range(len(dataset)))
+            self.targets = [labels.get(dataset.label(index), -1) for index in self._indices]
+            self.tags = [tuple(sorted(labels[tag] for tag in tags if tag in labels)) for tags in dataset.tags]
 
     def load(self, index: int) -> Image.Image:
         """Decode image `index` to RGB."""
@@ -43,7 +48,7 @@ class Relabelled(ImageDataset):
 
     def fingerprint(self) -> str:
         """Hash of the data set, of the images that are left of it, and of their labels."""
-        parts = (self._dataset.fingerprint(), self._indices, self.targets)
+        parts = (self._dataset.fingerprint(), self._indices, self.targets, self.tags)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -54,7 +59,7 @@ class Matched:
     dataset: ImageDataset
     """Its images of classes that the model knows."""
     unknown: dict[str, int]
-    """Classes that the model does not know, and how many images of them were left out."""
+    """Classes that the model does not know, and how many images of them, or labels, were left out."""
     absent: list[str]
     """Classes of the model that the data set does not have."""
 
@@ -62,8 +67,9 @@ class Matched:
         """What has to be said about it, in whole sentences."""
         found = []
         if self.unknown:
-            count, names = sum(self.unknown.values()), name_some(self.unknown)
-            found.append(f"Left out: {count:,} images of classes that the model does not know ({names}).")
+            what = "images" if self.dataset.tags is None else "labels"
+            count, names = counted(sum(self.unknown.values()), what), name_some(self.unknown)
+            found.append(f"Left out: {count} of classes that the model does not know ({names}).")
         if self.absent:
             found.append(f"The data have no class {name_some(self.absent)}, which the model knows.")
         return found
@@ -94,7 +100,8 @@ def match_classes(dataset: ImageDataset, classes: Sequence[str]) -> Matched:
             f"the model knows none of the classes of the images: it has {name_some(classes)}; the images "
             f"have {name_some(dataset.classes)} ({dataset.source}). Name folders as the model does"
         )
-    counts = Counter(dataset.targets)
+    tags = dataset.tags
+    counts = Counter(dataset.targets if tags is None else (tag for own in tags for tag in own))
     others = [label for label in range(len(dataset.classes)) if label not in labels]
     unknown = {dataset.classes[label]: counts[label] for label in others if counts[label]}
     known = set(dataset.classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +27,10 @@ _KEPT_SHARE = 0.1
 """Share of the free memory that they may take."""
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed of the augmentation of image `index` in one epoch: a number of 63 well-mixed bits."""
-    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def sample_seed(seed: int, epoch: int, draw: int) -> int:
+    """Seed of the augmentation of a draw of one epoch (see `BatchSampler`), which is the index of an image
+    where none comes twice: a number of 63 well-mixed bits."""
+    return int(np.random.SeedSequence([seed, epoch, draw]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Key(NamedTuple):
@@ -38,6 +40,8 @@ class Key(NamedTuple):
     """Number of the epoch, from 0."""
     image: int
     """Index of the image in the data set."""
+    turn: int = 0
+    """How often it came before in the epoch, which changes its augmentation."""
 
 
 class FailedSample(NamedTuple):
@@ -50,18 +54,29 @@ class FailedSample(NamedTuple):
     """Why it could not be read; the error names the image."""
 
 
+def targets_of(dataset: ImageDataset, indices: Sequence[int]) -> torch.Tensor:
+    """What a model is to answer to images: int64 (b,), their classes; where they may have several labels
+    float32 (b, C), 1 for each label that an image has."""
+    if dataset.tags is None:
+        return torch.tensor([dataset.label(index) for index in indices], dtype=torch.int64)
+    answers = torch.zeros(len(indices), len(dataset.classes))
+    for row, index in enumerate(indices):
+        answers[row, list(dataset.tags[index])] = 1.0
+    return answers
+
+
 class Batch(NamedTuple):
     """What a worker sends to the main process."""
 
     images: torch.Tensor | None
     """Float32 (b, 3, H, W); None where no image could be read."""
     labels: torch.Tensor
-    """Int64 (b,)."""
+    """What `targets_of` gives for them; empty of any shape where no image could be read."""
     failures: list[CorruptImageError | ImageReadError]
     """Errors of the images that could not be read and are not among `images`."""
 
 
-class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
+class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
     """Decodes and transforms single images, in the process that asks for them."""
 
     def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
@@ -98,8 +113,8 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
         """
         self._room = min(_KEPT, int(_KEPT_SHARE * free_memory()))
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int] | FailedSample:
-        """The image (3, H, W) and its label, or the error with which it could not be read."""
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor] | FailedSample:
+        """The image (3, H, W) and its row of `targets_of`, or the error with which it could not be read."""
         pixels = self._cached.get(key.image)
         try:
             image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
@@ -110,13 +125,16 @@ class Samples(Dataset["tuple[torch.Tensor, int] | FailedSample"]):
             self._room -= pixels.nbytes
             if self._room >= 0:
                 self._cached[key.image] = pixels
-        tensor = self._transform(image, sample_seed(self._seed, key.epoch, key.image))
-        return tensor, self.dataset.label(key.image)
+        draw = key.image + key.turn * len(self.dataset)
+        tensor = self._transform(image, sample_seed(self._seed, key.epoch, draw))
+        return tensor, targets_of(self.dataset, [key.image])[0]
 
 
-def collate(samples: list[tuple[torch.Tensor, int] | FailedSample]) -> Batch:
+def collate(samples: list[tuple[torch.Tensor, torch.Tensor] | FailedSample]) -> Batch:
     """Stack the samples of a batch and put the failed ones aside."""
     failures = [sample.error for sample in samples if isinstance(sample, FailedSample)]
     good = [sample for sample in samples if not isinstance(sample, FailedSample)]
-    images = torch.stack([image for image, _ in good]) if good else None
-    return Batch(images, torch.tensor([label for _, label in good], dtype=torch.int64), failures)
+    if not good:
+        return Batch(None, torch.empty(0, dtype=torch.int64), failures)
+    images, labels = (torch.stack(parts) for parts in zip(*good, strict=True))
+    return Batch(images, labels, failures)

@@ -1,4 +1,4 @@
-"""Few images of a data set: so many of each class, or so many in all with the protocol of VTAB-1k."""
+"""Some images of a data set: so many of each class, so many in all as VTAB-1k has them, or a fold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vimtune.data.base import ImageDataset
 from vimtune.data.drawing import draw_of_each_class, draw_some, protocol_sizes
 from vimtune.data.errors import DatasetError
+from vimtune.data.splitting import stratified_folds
 from vimtune.text import counted
 
 if TYPE_CHECKING:
@@ -43,8 +44,11 @@ class DrawnImages(ImageDataset):
         self._parts = parts
         self._places = [(dataset, index) for dataset, indices in parts for index in indices]
         self.targets = [dataset.label(index) for dataset, index in self._places]
+        if first.tags is not None:
+            self.tags = [dataset.tags[index] for dataset, index in self._places if dataset.tags is not None]
         sources = " and ".join(dataset.source for dataset, _ in parts)
-        lacking = len(self.classes) - len(set(self.targets))
+        used = set(self.targets) if self.tags is None else {tag for tags in self.tags for tag in tags}
+        lacking = len(self.classes) - len(used)
         none = f", none of {counted(lacking, 'classes')}" if lacking else ""
         self.source = f"{counted(len(self.targets), 'images')}{none}, {how}, of: {sources}"
 
@@ -68,8 +72,13 @@ def draw_shots(dataset: ImageDataset, shots: int, seed: int) -> DrawnImages:
     """`shots` images of each class of a split.
 
     Raises:
-        DatasetError: a class has fewer.
+        DatasetError: a class has fewer, or images have several labels.
     """
+    if dataset.tags is not None:
+        raise DatasetError(
+            f"shots = {shots} draws by the one class of an image, and these have several: give train_size "
+            f"({dataset.source})"
+        )
     indices = draw_of_each_class(dataset.targets, dataset.classes, shots, seed, dataset.source)
     return DrawnImages(dataset.split, [(dataset, indices)], f"{shots} of each class drawn with seed {seed}")
 
@@ -100,3 +109,27 @@ def draw_protocol(open_split: Callable[[str], ImageDataset], split: str, size: i
             )
         parts.append((dataset, sorted(draw_some(len(dataset), sizes[name], seed))))
     return DrawnImages(split, parts, f"for train_size {size} drawn with seed {seed}")
+
+
+def take_fold(pool: ImageDataset, split: str, folds: int, fold: int, seed: int) -> DrawnImages:
+    """A split of k-fold cross-validation: one of the parts of the images to learn from is "val", the others
+    together are "train".
+
+    Args:
+        pool: the images to learn from, such as the split "train+val".
+        split: "train" or "val".
+        folds: number of parts, each with the same share of every class.
+        fold: which of them is "val", from 0 on.
+        seed: of the draw of the parts.
+
+    Raises:
+        DatasetError: there are fewer images than parts.
+    """
+    parts = stratified_folds(pool.targets, folds, seed)
+    if empty := [number for number, part in enumerate(parts) if not part]:
+        raise DatasetError(
+            f"folds = {folds} leaves {len(empty)} parts without images: lower folds ({pool.source})"
+        )
+    chosen = [part for number, part in enumerate(parts) if (number == fold) == (split == "val")]
+    how = f"fold {fold + 1} of {folds} drawn with seed {seed}"
+    return DrawnImages(split, [(pool, sorted(index for part in chosen for index in part))], how)

@@ -4,6 +4,7 @@
 |---|---|
 | `classes.py` | precision, recall and F1 of each class, their mean, the most confused pairs |
 | `calibration.py` | whether probabilities are to be believed: reliability, calibration error, temperature |
+| `ranking.py` | average precision of each class |
 
 Which of them a task reports is said by its details (`vimtune.tasks.details`). A metric of another kind of
 answer is a file beside these.

@@ -69,6 +69,11 @@ class MethodSettings(Options):
         parse=parsers.optional(parsers.parameter_budget),
     )
     peft_kwargs: dict[str, Any] = option({}, "further options of the method, such as variant=paper")
+    init_adapter: str | None = option(
+        None,
+        "begin with this run folder or adapter, its model and its method",
+        parse=parsers.optional(parsers.absolute_path),
+    )
 
     @property
     def method_kwargs(self) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from typing import Any
 
 from vimtune import parsers
 from vimtune.config_files import read_config
+from vimtune.fields import options_of
+from vimtune.recipe.components import MethodSettings
 from vimtune.recipe.earlier import complete_stored
 from vimtune.recipe.paths import path_problems
-from vimtune.recipe.recipe import Recipe, RecipeError
+from vimtune.recipe.recipe import TASK, Recipe, RecipeError
 from vimtune.strict_yaml import read_yaml
+from vimtune.tasks import TASKS
 from vimtune.text import quote
 
 
@@ -26,8 +29,9 @@ def load_recipe(
 
     With `resume` among the values, the recipe of that run comes before `config`, and its folder is
     the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. With
-    `resume` = "auto" that run is the one in `output_dir`, if there is one. A relative path is relative
-    to the working directory, in a file, too. Paths are checked as well. `variant` names one recipe of a file
+    `resume` = "auto" that run is the one in `output_dir`, if there is one. With `init_adapter`, task,
+    model and method of that adapter come first in a new run. A relative path is relative to the working
+    directory, in a file, too. Paths are checked as well. `variant` names one recipe of a file
     that is a grid of them (`vimtune.config_files`).
 
     Raises:
@@ -38,6 +42,7 @@ def load_recipe(
     values = {} if config is None else read_values("config", config, partial(read_config, variant=variant))
     values |= overrides or {}
     problems: list[str] = []
+    resumed: dict[str, Any] = {}
     try:
         resumed = _resumed(values)
     except RecipeError as error:
@@ -45,6 +50,8 @@ def load_recipe(
     else:
         values = resumed | values
     problems += path_problems(values)
+    if not resumed and values.get("init_adapter") is not None and not problems:
+        values = _continued(values) | values
     try:
         recipe = Recipe.from_values(values)
     except RecipeError as error:
@@ -70,6 +77,26 @@ def read_values(
         return read(path)
     except ValueError as error:
         raise RecipeError([str(error)]) from error
+
+
+def _continued(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Task, model and method of the adapter that `init_adapter` names; not the method where another one is
+    asked for.
+
+    Raises:
+        RecipeError: it is no adapter, or its base weights are not where they were.
+    """
+    from vimtune.origin import adapter_path, recipe_of_adapter  # These come late, because they need torch.
+
+    try:
+        stored = recipe_of_adapter(adapter_path(values["init_adapter"]), values)
+        task = TASKS.get(str(values.get(TASK.name, stored.get(TASK.name, TASK.default))))
+    except ValueError as error:
+        raise RecipeError([f"init_adapter = {quote(values['init_adapter'])}: {error}"]) from error
+    keys = {TASK.name, *options_of(task.backbone_options)}
+    if values.get("peft") in (None, stored.get("peft")):
+        keys |= options_of(MethodSettings).keys()
+    return {name: value for name, value in stored.items() if name in keys}
 
 
 def _resumed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def path_problems(values: Mapping[str, Any]) -> list[str]:
         "test_file": _file_problem,
         "checkpoint": _checkpoint_problem,
         "teacher": _presence_problem,
+        "init_adapter": _beginning_problem,
         "output_dir": _output_problem,
     }
     problems = []
@@ -54,6 +55,15 @@ def _file_problem(path: Path, values: Mapping[str, Any]) -> str | None:
 
 def _presence_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     return None if path.exists() else " does not exist"
+
+
+def _beginning_problem(path: Path, values: Mapping[str, Any]) -> str | None:
+    """A run that goes on needs no longer what it began with."""
+    if values.get("resume") is not None:
+        return None
+    if path.is_dir():
+        return None if (path / "adapter.safetensors").is_file() else " has no adapter.safetensors"
+    return _file_problem(path, values) if path.exists() else " does not exist"
 
 
 def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vimtune.data.datasets import DATASETS
 from vimtune.fields import options_of
 from vimtune.tasks import TASKS
 from vimtune.text import quote
@@ -39,14 +40,29 @@ def _few_examples(shots: int | None, train_size: int | None) -> Iterable[str]:
         yield f"shots = {shots} and train_size = {train_size} both say what is trained on: give one of them"
 
 
+def _folds_of_few(folds: int | None, shots: int | None, train_size: int | None) -> Iterable[str]:
+    if folds is not None and (shots is not None or train_size is not None):
+        yield f"folds = {folds} divides all images to learn from: leave out shots and train_size"
+
+
+def _folds_without_validation(folds: int | None, train_split: str, eval_split: str | None) -> Iterable[str]:
+    if folds is not None and (train_split != "train" or eval_split == "test"):
+        yield f"folds = {folds} holds out val: use train_split = 'train', and eval_split = 'val'"
+
+
+def _evened_twice(balanced: bool, class_weights: Any) -> Iterable[str]:
+    if balanced and class_weights == "balanced":
+        yield "balanced and class_weights = 'balanced' both make up for unequal classes: give one of them"
+
+
 def _without_test(test: bool, train_split: str, eval_split: str | None) -> Iterable[str]:
     if not test and (train_split == "train+val" or eval_split == "test"):
         yield "test = false leaves nothing to score: train on train alone and select by val"
 
 
 def _folder(dataset: str, data_dir: str | None) -> Iterable[str]:
-    if dataset == "folder" and data_dir is None:
-        yield "dataset = 'folder' needs data_dir: the folder with one subfolder per class"
+    if DATASETS.get(dataset).needs_data_dir and data_dir is None:
+        yield f"dataset = {dataset!r} needs data_dir: the folder of your images"
 
 
 def _automatic_resume(resume: str | None, output_dir: str | None) -> Iterable[str]:
@@ -114,6 +130,9 @@ def _unknown_methods(key: str, by_method: Any, peft: str) -> list[str]:
 RULES: tuple[Rule, ...] = (
     _evaluated_split,
     _few_examples,
+    _folds_of_few,
+    _folds_without_validation,
+    _evened_twice,
     _without_test,
     _folder,
     _automatic_resume,

@@ -4,7 +4,7 @@ A new task is one file beside these with a class under `@register_task("name")`,
 below. Importing this package does not import torch.
 """
 
-from vimtune.tasks import classification, texts  # noqa: F401  (they register themselves)
+from vimtune.tasks import classification, multilabel, texts  # noqa: F401  (they register themselves)
 from vimtune.tasks.base import TASKS, Score, Task, register_task
 from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
 from vimtune.tasks.details import Details

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from vimtune import parsers
 from vimtune.output import WRITING_ERRORS, OutputError, refusal
 from vimtune.text import printable, shorten
 
@@ -32,6 +33,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 class FolderInUseError(ValueError):
     """Another run works in the folder."""
+
+
+MERGED = "model.safetensors"
+"""Name of the weights in a folder as timm and the hub have it."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,18 @@ class RunFolder:
         """Says in one line who locked the folder last. It is a file of its own, because a process that waits
         for a lock may empty the locked file."""
         return self.path / ".holder"
+
+
+def adapter_path(path: str | os.PathLike[str]) -> Path:
+    """The adapter file that `path` means: a file, or the one in a run folder; `~` is the home folder.
+
+    A folder with nothing but a merged model, as timm has it, means its weights.
+    """
+    found = Path(parsers.path(path))
+    if not found.is_dir():
+        return found
+    own, merged = RunFolder(found).adapter, found / MERGED
+    return merged if merged.is_file() and not own.exists() else own
 
 
 def create_unused(path: Path) -> Path:

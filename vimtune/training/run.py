@@ -80,7 +80,7 @@ class Run:
     def complete(self) -> Report:
         """Train the epochs that are left, then score the best adapter and write the report."""
         try:
-            if self.progress.step == 0:
+            if self.progress.step == 0 and self.settles:
                 settle(self.trained, self.job.train, self.stepper.passes, self.processes, self.stop)
             while not ended(self.recipe.optimisation, self.progress):
                 self._train_epoch()
@@ -106,6 +106,12 @@ class Run:
                 ) from error
             self._save()
             raise PeerLostError(f"; {self._how_to_continue()}") from error
+
+    @property
+    def settles(self) -> bool:
+        """Whether the method chooses from training batches before the first step; an adapter that the run
+        begins with has chosen already."""
+        return self.recipe.method.init_adapter is None and adapters.settles(self.trained.model)
 
     # --- an epoch -----------------------------------------------------------------------------
 

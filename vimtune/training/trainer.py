@@ -16,6 +16,7 @@ from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Job, Tensors
 from vimtune.training.distributed import Processes, open_processes
 from vimtune.training.evaluate import Replays
+from vimtune.training.folder import adapter_path
 from vimtune.training.gradients import FreshGradients, Gradients, StandingGradients
 from vimtune.training.graph import BatchGraphs, CudaRecorder, Recorder, refusals
 from vimtune.training.identity import Facts, compare, facts_of_all, settings_of_all
@@ -99,6 +100,10 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     placement = build_placement(optimisation, processes)
     job = task.open(recipe, processes)
     stack.callback(job.close)
+    if recipe.method.init_adapter is not None and start.saved is None:
+        classes = job.saved_with_adapter.get("classes")
+        file = adapter_path(recipe.method.init_adapter)
+        adapters.start_from(job.model, file, classes=classes, force=recipe.run.force)
     sizes = vimtune.summary(job.model)
     facts = _facts(recipe, job, processes)
     notes = [] if start.saved is None else _compare(recipe, start.saved, facts, job)
@@ -282,7 +287,7 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
         + (f", {world_size} processes" if world_size > 1 else "")
         + (" that share the model" if recipe.optimisation.shard else "")
     )
-    if progress.step == 0 and adapters.settles(run.trained.model):
+    if progress.step == 0 and run.settles:
         tracker.message("before the first step the method chooses from training batches")
     if device.type == "cuda":
         reasons = "; ".join(eager_because)

@@ -16,7 +16,7 @@ from vimtune.data.image_loader import ImageLoader
 from vimtune.data.resident.augmentation import Augmentation
 from vimtune.data.resident.draws import Draws, uniforms
 from vimtune.data.resident.store import ImageStore
-from vimtune.data.samples import Batch
+from vimtune.data.samples import Batch, targets_of
 
 _BYTES_AT_ONCE = 64 * 2**20
 """Batches are made together as long as their images have fewer bytes in fp32: a small batch keeps a GPU busy
@@ -42,7 +42,7 @@ class ResidentLoader(ImageLoader):
         super().__init__(dataset, batches, on_corrupt, augmentation.img_size)
         self._store, self._augmentation, self._seed = store, augmentation, seed
         self._ahead: _Ahead | None = None
-        self._labels = torch.tensor(dataset.targets, dtype=torch.int64, device=store.device)
+        self._labels = targets_of(dataset, range(len(dataset))).to(store.device)
         self._unread = np.isin(np.arange(len(dataset)), list(store.failures))
         of_an_image = 3 * 4 * max(store.largest[0] * store.largest[1], self._img_size[0] * self._img_size[1])
         self._together = max(1, _BYTES_AT_ONCE // (of_an_image * batches.largest_share))
@@ -77,30 +77,32 @@ class ResidentLoader(ImageLoader):
             number += len(group)
 
     def _make(self, epoch: int, shares: list[np.ndarray]) -> list[Batch]:
-        """Batches of the images with the given indices, (b,) each."""
-        readable = [share[~self._unread[share]] for share in shares]
+        """Batches of the given draws (see `BatchSampler`), (b,) each."""
+        images = [share % len(self.dataset) for share in shares]
+        readable = [share[~self._unread[own]] for share, own in zip(shares, images, strict=True)]
         sizes = [len(share) for share in readable]
-        images, labels = self._augmented(epoch, np.concatenate(readable))
-        parts = zip(shares, images.split(sizes), labels.split(sizes), strict=True)
+        pixels, labels = self._augmented(epoch, np.concatenate(readable))
+        parts = zip(images, pixels.split(sizes), labels.split(sizes), strict=True)
         return [
             Batch(
                 own,
                 own_labels,
-                [self._store.failures[index] for index in share[self._unread[share]].tolist()],
+                [self._store.failures[index] for index in indices[self._unread[indices]].tolist()],
             )
-            for share, own, own_labels in parts
+            for indices, own, own_labels in parts
         ]
 
     @torch.no_grad()
-    def _augmented(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The model's input (b, 3, H, W) of images, augmented for the epoch, and their labels (b,)."""
+    def _augmented(self, epoch: int, draws: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The model's input (b, 3, H, W) of images, augmented for the epoch, and their labels (b, ...)."""
         device = self._store.device
-        places = torch.from_numpy(indices)
-        places = (places.pin_memory() if device.type == "cuda" else places).to(device, non_blocking=True)
+        drawn = torch.from_numpy(draws)
+        drawn = (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
+        places = drawn % len(self.dataset)
         labels = self._labels[places]
-        if not len(indices):
+        if not len(draws):
             return torch.empty(0, 3, *self._img_size, device=device), labels
-        table = uniforms(self._seed, epoch, places, self._augmentation.num_draws)
+        table = uniforms(self._seed, epoch, drawn, self._augmentation.num_draws)
         return self._augmentation(*self._store.read(places), Draws(table)), labels
 
 

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -75,8 +76,13 @@ class Line:
         return self.with_field(name, value) if self.field(name) in (None, "") else self
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path, delimiters: str = ",") -> list[Line]:
     """All entries of a file of JSON Lines or, where its name ends in .csv, of CSV with a header.
+
+    Args:
+        path: the file.
+        delimiters: signs that may stand between the cells of CSV: the one that the header has most often, and
+            of several the first.
 
     Raises:
         DatasetError: no such file, a line that is no text, no JSON or no row, or no entry at all.
@@ -89,7 +95,8 @@ def read_lines(path: Path) -> list[Line]:
             raise DatasetError(f"{shown} is not a regular file: expected JSON Lines or CSV")
         with open(path, "rb") as file:
             texts = _decoded(shown, file)
-            lines = list(_rows(shown, texts) if path.suffix.lower() == ".csv" else _objects(texts))
+            is_csv = path.suffix.lower() == ".csv"
+            lines = list(_rows(shown, texts, delimiters) if is_csv else _objects(texts))
     except OSError as error:
         raise DatasetError(f"cannot read {shown}: {error.strerror}") from error
     if not lines:
@@ -136,9 +143,11 @@ def _objects(texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
             yield Line(place, parse_json(text.rstrip("\r\n"), place, DatasetError))
 
 
-def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
+def _rows(shown: str, texts: Iterator[tuple[str, str]], delimiters: str) -> Iterator[Line]:
     """The entries of CSV, whose first row names the fields. A row may go over several lines."""
-    reader = csv.reader((text for _, text in texts), strict=True)
+    _, first = next(texts, ("", ""))
+    rest = (text for _, text in texts)
+    reader = csv.reader(chain([first], rest), strict=True, delimiter=max(delimiters, key=first.count))
     header: list[str] = []
     begin = 1
     while True:

@@ -24,7 +24,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.subset import draw_protocol, draw_shots
+from vimtune.data.subset import draw_protocol, draw_shots, take_fold
 from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.methods import METHODS
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
@@ -44,6 +44,8 @@ from vimtune.tasks.images.mixing import BatchMixer, summed_loss
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import ImageEvaluation, ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
+from vimtune.tasks.images.task import ImageTask
+from vimtune.tasks.images.weighting import class_weights
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
 from vimtune.training.distributed import Processes
 from vimtune.training.precision import build_autocast
@@ -55,14 +57,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ImageJob(Job):
-    """An image classifier on its data."""
+    """A model with an output for each class, on its images."""
 
     classes: list[str]
     """Name of each class, by label."""
-    mix: BatchMixer
-    label_smoothing: float
-    distillation: Distillation | None
-    """How a teacher takes part in the loss."""
     counts_all: bool
     """Whether no image may be left out."""
     features: ImagesOrFeatures | None = None
@@ -73,9 +71,30 @@ class ImageJob(Job):
         """The model, or what takes features in its place."""
         return self.model if self.features is None else self.features
 
+    def expect_replays(self) -> int:
+        """Whole batches, and the last one of an epoch, which eagerly takes as long as several others."""
+        return 2
+
     def expect_replayed_evaluations(self) -> int:
         """Whole batches, and the last one of each split."""
         return 3
+
+    def prepare(self, tensors: Tensors, seed: int) -> Tensors:
+        """The images and their labels; nothing else of a batch is trained on."""
+        del seed
+        return {"images": tensors["images"], "labels": tensors["labels"]}
+
+
+@dataclass(kw_only=True)
+class ClassJob(ImageJob):
+    """An image classifier on its data."""
+
+    mix: BatchMixer
+    label_smoothing: float
+    class_weights: Tensor | None
+    """Weight of each class in the loss, (C,); None where all are alike."""
+    distillation: Distillation | None
+    """How a teacher takes part in the loss."""
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """Mix the images of a batch, and their labels into shares (B, C), where the recipe asks for it."""
@@ -86,16 +105,12 @@ class ImageJob(Job):
         """Cross entropy summed over the images, with a teacher's part in it where there is one."""
         images = tensors["images"]
         logits = forward(images)
-        loss = summed_loss(logits, tensors["labels"], self.label_smoothing)
+        loss = summed_loss(logits, tensors["labels"], self.label_smoothing, self.class_weights)
         return loss if self.distillation is None else self.distillation.blend(loss, logits, images)
 
     def start_tally(self, loader: Loader) -> ImageTally:
         """An empty tally of right and wrong answers."""
         return ImageTally(len(self.classes), loader.num_examples, complete=self.counts_all)
-
-    def expect_replays(self) -> int:
-        """Whole batches, and the last one of an epoch, which eagerly takes as long as several others."""
-        return 2
 
     def build_report(self, shared: Mapping[str, Any], outcome: Outcome) -> ImageReport:
         """The report with accuracy per class and the most confused classes."""
@@ -120,7 +135,21 @@ class ImageJob(Job):
         return {**confusion_files(evaluation.confusion, self.classes, title), "examples.png": picture}
 
 
-def open_images(recipe: Recipe, task: Classification, processes: Processes) -> ImageJob:
+@dataclass(frozen=True)
+class OpenedImages:
+    """What a task of images makes a job of."""
+
+    recipe: Recipe
+    processes: Processes
+    train_set: ImageDataset
+    """The images to train on."""
+    transform: Transform
+    """How an image becomes an input of the model, without augmentation."""
+    shared: dict[str, Any]
+    """Values of the fields of `ImageJob`."""
+
+
+def open_images(recipe: Recipe, task: ImageTask, processes: Processes) -> ImageJob:
     """Open the data, create the model, inject the adapter, build the loaders.
 
     Raises:
@@ -129,13 +158,13 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
     data, backbone = recipe.data, recipe.backbone
     assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
     img_size = image_size(backbone)
-    train_set, selection_set, test_set = open_splits(recipe, processes)
+    train_set, selection_set, test_set = open_splits(recipe, task, processes)
     _mention_other_kind(backbone, train_set)
     with processes.main_first():  # may download weights
         model = build_model(recipe, len(train_set.classes))
-    shared = {**model_preprocessing(model), "img_size": img_size, "library": task.transforms}
-    train_transform = build_transform(task.augmentation, train=True, **shared)
-    eval_transform = build_transform("none", train=False, **shared)
+    preprocessing = {**model_preprocessing(model), "img_size": img_size, "library": task.transforms}
+    train_transform = build_transform(task.augmentation, train=True, **preprocessing)
+    eval_transform = build_transform("none", train=False, **preprocessing)
 
     features = _features_once(recipe, task, model, processes)
 
@@ -146,43 +175,75 @@ def open_images(recipe: Recipe, task: Classification, processes: Processes) -> I
         return open_batches(recipe, dataset, transform, processes, train=train, once=once)
 
     classes = train_set.classes
+    selection = batches(selection_set, train=False, once=data.evaluated_once)
+    shared = {
+        "model": model,
+        "train": batches(train_set, train=True, once=False),
+        "selection": selection,
+        "final": selection
+        if test_set is None or test_set is selection_set
+        else batches(test_set, train=False, once=True),
+        "usual_count": recipe.optimisation.batch_size,
+        "outputs": {"classes": classes},
+        "saved_with_adapter": {"classes": classes, "preprocessing": eval_transform.config},
+        "classes": classes,
+        "counts_all": data.on_corrupt == "error",
+        "features": features,
+    }
+    return task.build_job(OpenedImages(recipe, processes, train_set, eval_transform, shared))
+
+
+def build_class_job(opened: OpenedImages, task: Classification) -> ClassJob:
+    """The job of a classifier on what was opened, with its teacher if it has one.
+
+    Raises:
+        ValueError: a teacher or class weights that do not fit the classes.
+    """
+    device, classes = opened.processes.device, opened.train_set.classes
+    weights = class_weights(task.class_weights, opened.train_set.targets, classes)
     distillation, readers = None, {}
     if task.teacher is not None:
-        autocast = build_autocast(recipe.optimisation.amp, processes.device)
-        teacher, readers[TEACHER] = load_teacher(
-            task.teacher, classes, eval_transform, processes.device, autocast
-        )
+        autocast = build_autocast(opened.recipe.optimisation.amp, device)
+        teacher, readers[TEACHER] = load_teacher(task.teacher, classes, opened.transform, device, autocast)
         distillation = Distillation(
             teacher, task.teacher_targets, task.teacher_weight, task.teacher_temperature
         )
-    selection = batches(selection_set, train=False, once=data.evaluated_once)
-    return ImageJob(
-        model=model,
-        train=batches(train_set, train=True, once=False),
-        selection=selection,
-        final=selection
-        if test_set is None or test_set is selection_set
-        else batches(test_set, train=False, once=True),
-        usual_count=recipe.optimisation.batch_size,
-        outputs={"classes": classes},
+    return ClassJob(
+        **opened.shared,
         readers=readers,
-        saved_with_adapter={"classes": classes, "preprocessing": eval_transform.config},
-        classes=classes,
         mix=BatchMixer(task.mixup, task.cutmix, len(classes)),
         label_smoothing=task.label_smoothing,
+        class_weights=None if weights is None else weights.to(device),
         distillation=distillation,
-        counts_all=data.on_corrupt == "error",
-        features=features,
     )
 
 
+def demand_labels(task: ImageTask, dataset: ImageDataset) -> None:
+    """Make sure that images have as many labels as a task wants.
+
+    Raises:
+        ValueError: they have several where the task wants one, or the other way round.
+    """
+    if task.several_labels and dataset.tags is None:
+        raise ValueError(
+            f"task {task.name!r} needs images that may have several labels, and these have one each: give a "
+            f"data set csv the option separator, or use task classification ({dataset.source})"
+        )
+    if dataset.tags is not None and not task.several_labels:
+        raise ValueError(
+            f"these images may have several labels, and task {task.name!r} knows one for each: use task "
+            f"multilabel ({dataset.source})"
+        )
+
+
 def _features_once(
-    recipe: Recipe, task: Classification, model: VisionMamba, processes: Processes
+    recipe: Recipe, task: ImageTask, model: VisionMamba, processes: Processes
 ) -> ImagesOrFeatures | None:
     """The model as one that takes features, where those of an image are the same in every epoch."""
     data = recipe.data
     assert isinstance(data, DataSettings)
-    always_alike = task.augmentation == "none" and not (task.mixup or task.cutmix or task.teacher)
+    # A balanced epoch would not have the features of all images.
+    always_alike = task.repeats_itself and not data.balanced
     one_process = processes.world_size == 1 and not recipe.optimisation.shard
     head_alone = all(METHODS.get(name).trains_head_only for name in recipe.method.peft.split("+"))
     once = always_alike and one_process and head_alone and data.on_corrupt == "error"
@@ -279,6 +340,7 @@ def open_batches(
         agree=processes.all,
         on_corrupt=data.on_corrupt,
         pin_memory=processes.device.type == "cuda",
+        balanced=train and data.balanced,
     )
     return ImageBatches(loader, workers, numbered=not train)
 
@@ -349,14 +411,14 @@ def _size_option(model: str, size: tuple[int, int]) -> int | tuple[int, int]:
 
 
 def open_splits(
-    recipe: Recipe, processes: Processes
+    recipe: Recipe, task: ImageTask, processes: Processes
 ) -> tuple[ImageDataset, ImageDataset, ImageDataset | None]:
     """The images to train on, those that select the best epoch, and those that are scored in the end: the
     second ones once more, or None where the data set has none or the recipe wants none.
 
     Raises:
         DatasetError: images that are missing or wrong, or fewer than the recipe wants to draw.
-        ValueError: splits with other classes.
+        ValueError: splits with other classes, or images with more or fewer labels than the task wants.
     """
     data, backbone = recipe.data, recipe.backbone
     assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
@@ -365,6 +427,7 @@ def open_splits(
         train = open_dataset(data, data.train_split, img_size)
         selection = open_dataset(data, data.selection_split, img_size)
         test = _open_test(data, selection, img_size)
+    demand_labels(task, train)
     for dataset in (selection, test):
         if dataset is not None and dataset.classes != train.classes:
             raise ValueError(
@@ -381,17 +444,22 @@ def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> I
         DatasetError: what `create_dataset` raises, or there are fewer images than the recipe wants to draw.
     """
 
+    # With folds, data seeds count through the parts of one draw before they begin another.
+    seed, fold = divmod(data.data_seed, data.folds or 1)
+
     def whole(part: str) -> ImageDataset:
         return create_dataset(
             data.dataset,
             part,
             data.data_dir,
-            seed=data.data_seed,
+            seed=seed,
             img_size=img_size,
             download=data.download,
             **data.dataset_kwargs,
         )
 
+    if data.folds is not None and split in ("train", "val"):
+        return take_fold(whole("train+val"), split, data.folds, fold, seed)
     if data.train_size is not None and split != "test":
         return draw_protocol(whole, split, data.train_size, data.data_seed)
     if data.shots is not None and split == data.train_split:

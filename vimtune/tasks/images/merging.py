@@ -16,13 +16,14 @@ from vimtune.adapters import read_adapter_info
 from vimtune.merged import MergedInfo, read_merged, write_merged
 from vimtune.models import MODELS, create_listed_model
 from vimtune.ops import use_backend
-from vimtune.origin import MERGED, find_base
+from vimtune.origin import find_base
 from vimtune.output import OutputError, check_output, write_output
 from vimtune.preprocessing import Preprocessing
 from vimtune.schema import check
 from vimtune.tasks.images.predictor import load_image_predictor
 from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
 from vimtune.text import quote
+from vimtune.training.folder import MERGED
 
 NUM_IMAGES = 8
 """Random images on which the merged model has to compute what base and adapter do."""
@@ -36,6 +37,7 @@ def merge_images(
     backend: str,
     force: bool,
     precision: Precision,
+    task: str,
 ) -> Merged:
     """Write the merged weights as plain safetensors and check the file that was written.
 
@@ -50,6 +52,7 @@ def merge_images(
         backend: scan backend, see `vimtune.ops`.
         force: merge although the base weights differ from those that the adapter was trained on.
         precision: type of the weights in the file.
+        task: name of the task of which the adapter is.
 
     Raises:
         ValueError: the adapter cannot be loaded, or `output` cannot be a weights file.
@@ -73,6 +76,7 @@ def merge_images(
         options={**merged.creation["kwargs"], "num_classes": merged.num_classes},
         classes=info.classes,
         preprocessing=predictor.transform.config,
+        task=task,
     )
     results: list[Merged] = []
 
@@ -90,14 +94,20 @@ def merge_images(
 
 
 def merge_for_timm(
-    adapter: Path, folder: Path, checkpoint: Path | None, device: torch.device, backend: str, force: bool
+    adapter: Path,
+    folder: Path,
+    checkpoint: Path | None,
+    device: torch.device,
+    backend: str,
+    force: bool,
+    task: str,
 ) -> str:
     """Write model.safetensors and config.json, as `timm.create_model("hf-hub:user/name")` reads them.
 
     Args:
         adapter: the file.
         folder: an empty folder.
-        checkpoint, device, backend, force: as for `merge_images`.
+        checkpoint, device, backend, force, task: as for `merge_images`.
 
     Returns:
         Python that loads them, with "{place}" for the repository.
@@ -105,7 +115,7 @@ def merge_for_timm(
     Raises:
         ValueError: as `merge_images`.
     """
-    merge_images(adapter, folder / MERGED, checkpoint, device, backend, force, "fp32")
+    merge_images(adapter, folder / MERGED, checkpoint, device, backend, force, "fp32", task)
     model, info = read_merged(folder / MERGED)
     settings = check(Preprocessing, info.preprocessing, "the preprocessing")
     config: Any = model.pretrained_cfg

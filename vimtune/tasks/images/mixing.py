@@ -39,10 +39,15 @@ class BatchMixer:
         return torch.cat([mixed, images[even:]]), torch.cat([targets, rest])
 
 
-def summed_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Cross entropy summed over the batch, in fp32; `targets` are labels (B,) or shares (B, C).
+def summed_loss(
+    logits: Tensor, targets: Tensor, label_smoothing: float, weights: Tensor | None = None
+) -> Tensor:
+    """Cross entropy summed over the batch, in fp32; `targets` are labels (B,) or shares (B, C), and `weights`
+    (C,) those of the classes.
 
     A sum rather than a mean: parts of a batch, on several processes or in several micro-batches,
     then add up to the whole whatever their sizes.
     """
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="sum")
+    return F.cross_entropy(
+        logits.float(), targets, weight=weights, label_smoothing=label_smoothing, reduction="sum"
+    )

@@ -5,11 +5,12 @@ A merged file (`vimtune merge`) serves as well. Shape letters: B batch, C classe
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,26 +23,21 @@ from vimtune.data import (
     ImageReadError,
     Transform,
     build_transform,
-    images,
-    load_image,
     model_preprocessing,
     read_transform,
 )
+from vimtune.embeddings import Embeddings
 from vimtune.merged import is_merged_file, read_merged
-from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
+from vimtune.models import MODELS, VisionMamba, create_listed_model, load_checkpoint
 from vimtune.ops import use_backend
 from vimtune.origin import Origin, find_base, load_trained
 from vimtune.results import Answer, Prediction
 from vimtune.tasks.components import PredictOptions
+from vimtune.tasks.images.inputs import Asked, Picture, Unreadable, asked_about, leave_out_of_folder
 from vimtune.tasks.images.settings import ImagePredictOptions
 from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
 from vimtune.text import quote
 from vimtune.training.settings import derive_seed
-
-logger = logging.getLogger(__name__)
-
-Unreadable = CorruptImageError | ImageReadError
-"""Why there is no prediction for an image."""
 
 
 @dataclass
@@ -54,6 +50,8 @@ class ImagePredictor(Predictor):
         classes: names of the classes, one for each output.
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
+        several_labels: whether each class has a probability of its own, because an image may have several.
+        origin: what the weights come from: files, and names of models.
     """
 
     kind: ClassVar[type[Answer]] = Prediction
@@ -64,6 +62,18 @@ class ImagePredictor(Predictor):
     classes: list[str]
     device: torch.device
     backend: str = "auto"
+    several_labels: bool = False
+    origin: Sequence[str | Path] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of what the weights come from, by which embeddings of another model are known."""
+        found = hashlib.sha256()
+        for part in self.origin:
+            found.update(
+                hashlib.sha256(part.encode() if isinstance(part, str) else part.read_bytes()).digest()
+            )
+        return found.hexdigest()
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -72,70 +82,91 @@ class ImagePredictor(Predictor):
             logits: Tensor = self.model(images.to(self.device))
         return logits.float().cpu()
 
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) preprocessed images -> (B, D) fp32 features before the head, on the CPU."""
+        with use_backend(self.backend):
+            found: Any = self.model.forward_features(images.to(self.device))
+            features: Tensor = self.model.forward_head(found, pre_logits=True)
+        return features.float().cpu()
+
     def predict(
         self,
-        paths: Sequence[str | os.PathLike[str]],
+        inputs: Picture | Iterable[Picture],
         *,
         top_k: int = 3,
         batch_size: int = 32,
         on_corrupt: Callable[[Unreadable], None] | None = None,
     ) -> Iterator[Prediction]:
-        """Classify image files, in order.
+        """Classify images, in order.
 
         Args:
-            paths: image files.
+            inputs: one image or several: paths of files, of folders, whose images are classified in sorted
+                order, bytes, images of Pillow, arrays (see `Picture`). What has no path is called by its
+                place, such as "inputs[2]".
             top_k: classes per image; all of them if there are fewer.
             batch_size: images that go through the model together.
-            on_corrupt: called for an image that cannot be decoded or read, which is then left out.
+            on_corrupt: called for an image that cannot be decoded or read, which is then left out. None
+                leaves out those of folders, with a warning.
 
         Raises:
-            CorruptImageError: an image cannot be decoded, and `on_corrupt` is None.
-            ImageReadError: the system cannot read one, and `on_corrupt` is None.
-            ValueError: `top_k` or `batch_size` is no whole number from 1 on, or the model's outputs for an
-                image are not finite.
+            CorruptImageError: an image that was named by itself cannot be decoded, and `on_corrupt` is None.
+            ImageReadError: the system cannot read one, likewise.
+            ValueError: an input that is no picture, `top_k` or `batch_size` is no whole number from 1 on, or
+                the model's outputs for an image are not finite.
         """
         check_counts(top_k=top_k, batch_size=batch_size)
-        return self._predict([os.fspath(path) for path in paths], top_k, batch_size, on_corrupt)
+        batches = self._read(asked_about(inputs), batch_size, on_corrupt)
+        return (answer for batch in batches for answer in self._classify(batch, top_k))
 
-    def _predict(
+    def embed(
         self,
-        paths: list[str],
-        top_k: int,
-        batch_size: int,
-        on_corrupt: Callable[[Unreadable], None] | None,
-    ) -> Iterator[Prediction]:
+        inputs: Picture | Iterable[Picture],
+        *,
+        batch_size: int = 32,
+        on_corrupt: Callable[[Unreadable], None] | None = None,
+    ) -> Embeddings:
+        """The features of images before the head of the model; arguments and errors as for `predict`."""
+        check_counts(batch_size=batch_size)
+        names: list[str] = []
+        found: list[Tensor] = []
+        for batch in self._read(asked_about(inputs), batch_size, on_corrupt):
+            found.append(self.features(torch.stack([image for _, image in batch])))
+            names += [name for name, _ in batch]
+            _demand_finite(found[-1], names[-len(batch) :])
+        vectors = torch.cat(found) if found else torch.zeros(0, self.model.num_features)
+        return Embeddings(names, vectors.numpy(), self.digest)
+
+    def _read(
+        self, asked: list[Asked], batch_size: int, on_corrupt: Callable[[Unreadable], None] | None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Batches of the images that can be read, as inputs of the model with their names."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(paths), batch_size):
-                batch = paths[start : start + batch_size]
+            for start in range(0, len(asked), batch_size):
+                batch = asked[start : start + batch_size]
                 inputs: list[tuple[str, Tensor]] = []
-                for path, image in zip(batch, pool.map(self._read, batch), strict=True):
+                for each, image in zip(batch, pool.map(self._prepare, batch), strict=True):
                     if isinstance(image, Tensor):
-                        inputs.append((path, image))
+                        inputs.append((each.name, image))
                     elif on_corrupt is None:
-                        raise image
+                        leave_out_of_folder(each, image)
                     else:
                         on_corrupt(image)
                 if inputs:
-                    yield from self._classify(inputs, top_k)
+                    yield inputs
 
-    def _read(self, path: str) -> Tensor | Unreadable:
-        try:
-            return self.transform(load_image(path))
-        except (CorruptImageError, ImageReadError) as error:
-            return error
+    def _prepare(self, asked: Asked) -> Tensor | Unreadable:
+        image = asked.read()
+        return image if isinstance(image, Exception) else self.transform(image)
 
     def _classify(self, inputs: list[tuple[str, Tensor]], top_k: int) -> Iterator[Prediction]:
         logits = self.logits(torch.stack([image for _, image in inputs]))
-        for (path, _), finite in zip(inputs, logits.isfinite().all(dim=1).tolist(), strict=True):
-            if not finite:
-                raise ValueError(
-                    f"the model's outputs for {quote(path)} are not finite: the adapter or its base weights "
-                    "are damaged or diverged; train again, or give other base weights with --checkpoint"
-                )
-        best = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]), dim=1)
+        _demand_finite(logits, [name for name, _ in inputs])
+        probabilities = logits.sigmoid() if self.several_labels else logits.softmax(dim=1)
+        best = probabilities.topk(min(top_k, logits.shape[1]), dim=1)
         rows = zip(inputs, best.values.tolist(), best.indices.tolist(), strict=True)
-        for (path, _), probabilities, indices in rows:
-            yield Prediction(path, indices, [self.classes[i] for i in indices], probabilities)
+        for (name, _), shares, indices in rows:
+            yield Prediction(name, indices, [self.classes[i] for i in indices], shares)
 
     def answers(
         self, inputs: Sequence[Any], options: PredictOptions, leave_out: Callable[[LeftOut], None]
@@ -153,6 +184,16 @@ class ImagePredictor(Predictor):
             batch_size=options.batch_size,
             on_corrupt=None if options.on_corrupt == "error" else note,
         )
+
+
+def _demand_finite(outputs: Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError, with the name of the image, if outputs of the model (B, ...) are not finite."""
+    for name, finite in zip(names, outputs.isfinite().all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"the model's outputs for {quote(name)} are not finite: the adapter or its base weights "
+                "are damaged or diverged; train again, or give other base weights with --checkpoint"
+            )
 
 
 def build_base(info: AdapterInfo, checkpoint: str | Path | None = None) -> VisionMamba:
@@ -204,7 +245,13 @@ def open_trained(
 
 
 def load_image_predictor(
-    path: Path, *, checkpoint: Path | None, device: torch.device, backend: str, force: bool
+    path: Path,
+    *,
+    checkpoint: Path | None,
+    device: torch.device,
+    backend: str,
+    force: bool,
+    several_labels: bool = False,
 ) -> ImagePredictor:
     """Build everything that an adapter file or a merged file describes.
 
@@ -214,6 +261,7 @@ def load_image_predictor(
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
         force: use the adapter although the base weights differ from those that it was trained on.
+        several_labels: whether an image may have several labels.
 
     Raises:
         ValueError: no such file, base weights that are missing or others than it was trained on, or parts
@@ -228,6 +276,8 @@ def load_image_predictor(
         classes=_classes_for(model, classes, path),
         device=device,
         backend=backend,
+        several_labels=several_labels,
+        origin=[path],
     )
 
 
@@ -258,26 +308,28 @@ def _classes_for(model: VisionMamba, classes: list[str], path: Path) -> list[str
     return classes or [str(index) for index in range(model.num_classes)]
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
-    """Image files among `inputs`; folders are searched as those of training data are, in sorted order.
+def load_backbone(
+    name: str, *, checkpoint: Path | None, device: torch.device, backend: str
+) -> ImagePredictor:
+    """A model without any adapter, for its features.
+
+    Args:
+        name: a registered model.
+        checkpoint: its weights; those that are published for it if None.
+        device: where it computes.
+        backend: scan backend, see `vimtune.ops`.
 
     Raises:
-        ValueError: a path that does not exist, or a folder without images.
+        ValueError: no such model, or its weights are not to be had.
     """
-    found: list[Path] = []
-    for path in inputs:
-        shown = quote(str(path))
-        if path.is_dir():
-            inside = images.find_images(path)
-            left_out = images.describe_left_out(inside.left_out, path)
-            if not inside.paths:
-                also = f" It has {left_out}." if left_out else ""
-                raise ValueError(f"no images in {shown}.{also} Image types: {' '.join(images.EXTENSIONS)}")
-            if left_out:
-                logger.warning("left out in %s: %s", shown, left_out)
-            found += map(Path, inside.paths)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise ValueError(f"no such image or folder: {shown}")
-    return found
+    model: VisionMamba = create_listed_model(MODELS.parse(name), {}, pretrained=checkpoint is None)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, head=False)
+    return ImagePredictor(
+        model=model.to(device).eval(),
+        transform=build_transform(**model_preprocessing(model)),
+        classes=[str(index) for index in range(model.num_classes)],
+        device=device,
+        backend=backend,
+        origin=[name] if checkpoint is None else [name, checkpoint],
+    )

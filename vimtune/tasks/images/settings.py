@@ -32,6 +32,25 @@ from vimtune.tasks.components import (
 )
 from vimtune.text import quote
 
+EVENED = "balanced"
+"""The class weights that make up for the numbers of images."""
+
+
+def parse_class_weights(value: Any) -> str | dict[str, float]:
+    """ "none", `EVENED`, or the weight of each class that has another one than 1.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value in ("none", EVENED):
+        return str(value)
+    try:
+        weights = parsers.mapping(value)
+        return {name: parsers.number(0, above=True)(weight) for name, weight in weights.items()}
+    except ValueError:
+        raise ValueError(f"expected none, {EVENED}, or weights above 0 such as cat=2,dog=0.5") from None
+
+
 RESERVED = {
     "dataset_kwargs": {
         "name": "the key dataset",
@@ -70,7 +89,11 @@ class DataSettings(DataOptions):
     )
     shots: Positive | None = option(None, SHOTS)
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
+    folds: Annotated[int, Ge(2), Le(1000)] | None = option(
+        None, "k-fold: each data_seed holds out another of so many parts of train and val"
+    )
     test: bool = option(True, TEST)
+    balanced: bool = option(False, "train on every class equally often, whatever number of images it has")
     dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
     data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
     download: bool = option(True, "download a data set that is not there yet")

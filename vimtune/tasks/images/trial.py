@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.data import DatasetError, ImageDataset, Transform, build_transform, model_preprocessing
@@ -18,12 +20,12 @@ from vimtune.data.matching import Matched, match_classes
 from vimtune.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.models import MODELS
 from vimtune.recipe import Recipe
-from vimtune.tasks.classes.details import HELD_OUT, ClassDetails
-from vimtune.tasks.images.details import image_details
-from vimtune.tasks.images.job import create_backbone, image_size, open_batches, open_dataset
+from vimtune.tasks.classes.details import HELD_OUT
+from vimtune.tasks.details import Details
+from vimtune.tasks.images.job import create_backbone, demand_labels, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import open_trained, transform_for
-from vimtune.tasks.images.scoring import ImageTally
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
+from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.job import Evaluation, Scoring, Trial
 from vimtune.text import quote
 from vimtune.training.distributed import Processes
@@ -34,42 +36,49 @@ logger = logging.getLogger(__name__)
 class WithFlips(nn.Module):
     """A classifier that looks at every image and at its mirror image.
 
-    The probabilities of both are averaged; the outputs are their logarithms, which are logits as good as any.
+    The probabilities of both are averaged; the outputs are logits that stand for the means.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, several_labels: bool = False) -> None:
+        """Wrap a classifier; with `several_labels` each of its outputs has a probability of its own."""
         super().__init__()
-        self.model = model
+        self.model, self.several_labels = model, several_labels
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, C) in fp32 for images (B, 3, H, W)."""
-        found = [self.model(each).float().log_softmax(1) for each in (images, images.flip(-1))]
-        return torch.logaddexp(*found) - torch.log(torch.tensor(2.0, device=images.device))
+        found = [self.model(each).float() for each in (images, images.flip(-1))]
+        if self.several_labels:
+            yes, no = (torch.logaddexp(*(F.logsigmoid(sign * each) for each in found)) for sign in (1, -1))
+            return yes - no
+        return torch.logaddexp(*(each.log_softmax(1) for each in found)) - math.log(2)
 
 
 @dataclass(kw_only=True)
 class ImageTrial(Trial):
     """An image classifier on images."""
 
+    task: ImageTask
+    """What is asked."""
     dataset: ImageDataset
     """The images."""
     no_temperature: str
     """Why there is no validation split to fit a temperature to, where there is none."""
 
-    def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> ClassDetails:
-        """Classes, confusions, calibration and mistakes."""
-        return image_details(self.dataset, evaluation, held_out, self.no_temperature, self.notes)
+    def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> Details:
+        """What the task says beyond its scores."""
+        return self.task.build_details(self.dataset, evaluation, held_out, self.no_temperature, self.notes)
 
 
 def open_trial(
     recipe: Recipe,
+    task: ImageTask,
     processes: Processes,
     split: str,
     adapter: Path | None,
     options: ImageEvaluateOptions,
     force: bool,
 ) -> ImageTrial:
-    """Open the images of a split and the model; the arguments are those of `Task.open_trial`.
+    """Open the images of a split and the model for a task; the others are arguments of `Task.open_trial`.
 
     Raises:
         ValueError: data, weights or an adapter that do not fit; the message says which.
@@ -80,27 +89,29 @@ def open_trial(
         dataset = open_dataset(data, split, image_size(backbone))
     else:
         dataset = LabelledFolder(Path(options.folder))
+    demand_labels(task, dataset)
     model, classes, transform = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)
     notes = matched.notes()
     for note in notes if processes.is_main else []:
         logger.warning("%s", note)
-    held_out, why = _open_held_out(recipe, data, matched, classes, options)
+    held_out, why = _open_held_out(recipe, task, data, matched, classes, options)
     complete = data.on_corrupt == "error"
 
     def scoring(images: ImageDataset) -> Scoring:
         loader = open_batches(recipe, images, transform, processes, train=False, once=True)
-        return Scoring(loader, ImageTally(len(classes), len(images), complete))
+        return Scoring(loader, task.start_tally(len(classes), len(images), complete))
 
     own = scoring(matched.dataset)
     other = own if held_out is matched.dataset else None if held_out is None else scoring(held_out)
     model = model.to(processes.device)
     return ImageTrial(
-        model=WithFlips(model) if options.flip else model,
+        model=WithFlips(model, task.several_labels) if options.flip else model,
         loader=own.loader,
         tally=own.tally,
         held_out=other,
         notes=notes,
+        task=task,
         dataset=matched.dataset,
         no_temperature=why,
     )
@@ -143,13 +154,14 @@ def _open_model(
 
 def _open_held_out(
     recipe: Recipe,
+    task: ImageTask,
     data: DataSettings,
     scored: Matched,
     classes: Sequence[str],
     options: ImageEvaluateOptions,
 ) -> tuple[ImageDataset | None, str]:
     """The images to which a temperature is fitted; None where there are none, and why."""
-    if not options.calibrate:
+    if not options.calibrate or task.several_labels:
         return None, "none was asked for"
     if data.train_split == "train+val" and data.selection_split != HELD_OUT:
         return None, f"the images of {HELD_OUT!r} were trained on"

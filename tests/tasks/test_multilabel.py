@@ -1,0 +1,150 @@
+"""Images with any number of labels, from a table to answers."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vimtune import load_predictor
+from vimtune.merging import run_merge
+from vimtune.recipe import Recipe, RecipeError
+from vimtune.tasks.images.tags import TagTally, binary_losses, positive_weights, tag_evaluation
+from vimtune.training import train
+from vimtune.training.distributed import Processes
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty images, each a mean of the colours that its labels say."""
+    folder, chance = tmp_path_factory.mktemp("tags"), random.Random(0)
+    rows = []
+    for number in range(40):
+        own = [name for name in COLOURS if chance.random() < 0.5]
+        colour = tuple(max([0, *(COLOURS[name][band] for name in own)]) for band in range(3))
+        Image.new("RGB", (32, 32), colour).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,{'|'.join(own)}")
+    (folder / "labels.csv").write_text("\n".join(["file,tags", *rows]))
+    return folder
+
+
+def recipe(data, folder, **changes) -> Recipe:
+    values = {
+        "task": "multilabel",
+        "dataset": "csv",
+        "data_dir": str(data),
+        "dataset_kwargs": {"separator": "|"},
+        "augmentation": "none",
+        "model": "test_vim",
+        "model_kwargs": {"depth": 2},
+        "pretrained": False,
+        "peft": "lora",
+        "num_workers": 0,
+        "batch_size": 8,
+        "device": "cpu",
+        "backend": "torch",
+        "epochs": 1,
+        "output_dir": str(folder),
+    }
+    return Recipe(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return train(recipe(data, tmp_path_factory.mktemp("run") / "run", epochs=6, lr=1e-2))
+
+
+def test_it_learns_what_each_image_shows_and_reports_every_class(run) -> None:
+    assert run.scores["map"] > 80 and set(run.per_class) == set(COLOURS)
+    known = [value for value in run.per_class.values() if value is not None]
+    assert run.scores["map"] == pytest.approx(sum(known) / len(known))
+    with open(f"{run.run_dir}/classes.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == sorted(COLOURS)
+    assert any(name.startswith("lowest AP") for name, _ in run.rows())
+
+
+def test_each_class_has_a_probability_of_its_own_also_when_merged(run, data, tmp_path) -> None:
+    merged = tmp_path / "merged.safetensors"
+    base = {"checkpoint": None, "model": None, "tokenizer": None}
+    options = {"device": "cpu", "backend": "torch", "force": False, "precision": "fp32"}
+    assert run_merge(adapter=Path(run.run_dir), output=merged, base=base, **options) == 0
+    white = data / "white.png"
+    Image.new("RGB", (32, 32), "white").save(white)
+    found = [
+        next(iter(load_predictor(path, device="cpu", backend="torch").predict([white], top_k=3)))
+        for path in (run.run_dir, merged)
+    ]
+    assert sum(found[0].probabilities) > 1.5  # White is all of them; a softmax would share 1 out.
+    assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-4)
+
+
+def test_a_run_that_was_stopped_is_continued_to_the_same_end(data, tmp_path) -> None:
+    whole = train(recipe(data, tmp_path / "whole", epochs=2, balanced=True))
+    part = recipe(data, tmp_path / "part", epochs=2, balanced=True)
+
+    def stop(record) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(part, after_epoch=stop)
+    again = train(part.replace(resume=str(tmp_path / "part"), output_dir=str(tmp_path / "part")))
+    assert again.loss == whole.loss and again.scores == whole.scores
+
+
+def test_task_and_data_have_to_fit(data, tmp_path) -> None:
+    for changes, told in (
+        ({"task": "classification"}, "use task multilabel"),
+        ({"dataset": "synthetic_flowers", "dataset_kwargs": {}, "data_dir": None}, "option separator"),
+    ):
+        values = recipe(data, tmp_path / "x", **changes)
+        with pytest.raises(ValueError, match=told):
+            values.task.open(values, Processes())
+    with pytest.raises(RecipeError, match="option of task classification"):
+        recipe(data, tmp_path / "x", mixup=0.1)
+    values = recipe(data, tmp_path / "x", shots=2)
+    with pytest.raises(ValueError, match="give train_size"):
+        values.task.open(values, Processes())
+
+
+def test_the_loss_is_the_mean_over_classes_and_the_sum_over_images() -> None:
+    torch.manual_seed(0)
+    logits, weights = torch.randn(5, 3), torch.tensor([1.0, 2.0, 5.0])
+    targets = (torch.rand(5, 3) > 0.5).float()
+    chances = torch.sigmoid(logits.double())
+    expected = 0.0
+    for row in range(5):
+        for column in range(3):
+            p, own = float(chances[row, column]), float(targets[row, column])
+            expected -= float(weights[column]) * own * torch.tensor(p).log().item() / 3
+            expected -= (1 - own) * torch.tensor(1 - p).log().item() / 3
+    assert binary_losses(logits, targets, weights).item() == pytest.approx(expected, rel=1e-5)
+    assert positive_weights([(0,), (0, 1), (), (0,)], 3).tolist() == pytest.approx([1 / 3, 3.0, 1.0])
+
+
+def test_an_evaluation_is_the_same_however_the_images_are_shared_out() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(7, 4), (torch.rand(7, 4) > 0.6).float()
+    labels[:, 3] = 0
+    order = torch.randperm(7)
+    parts = [TagTally(4, 7) for _ in range(2)]
+    for tally, places in zip(parts, (order[:3], order[3:]), strict=True):
+        for share in places.split(2):
+            tally.add(
+                lambda images: images, {"images": logits[share], "labels": labels[share], "places": share}
+            )
+    for name, total in parts[0].totals.items():
+        total += parts[1].totals[name]
+    found, whole = parts[0].evaluation(), tag_evaluation(logits, labels, 0.0)
+    assert found.scores == whole.scores and found.per_class == whole.per_class and found.count == 7
+    assert found.per_class[3] is None and found.loss == pytest.approx(
+        binary_losses(logits, labels).item() / 7
+    )
+    has, says, right = whole.counts.sum(0).tolist()
+    assert whole.scores["f1"] == pytest.approx(200 * right / (has + says))

@@ -1,0 +1,54 @@
+"""Runs that begin with an adapter of another run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import TINY, assert_same_weights, weights
+
+from vimtune.adapters import read_adapter
+from vimtune.recipe import RecipeError, load_recipe
+from vimtune.training import train
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+DATA = {key: TINY[key] for key in ("dataset", "num_workers", "batch_size", "device", "backend", "threads")}
+FEWER = {**TINY["dataset_kwargs"], "species": 4}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("first") / "run"
+    train(load_recipe(None, {**TINY, "rank": 3, "epochs": 1, "test": False, "output_dir": str(folder)}))
+    return str(folder)
+
+
+def test_a_run_has_model_method_and_values_of_its_adapter_and_goes_on_without_it(first, tmp_path) -> None:
+    given = {**DATA, "dataset_kwargs": FEWER, "init_adapter": first, "epochs": 1, "lr": 1e-12, "test": False}
+    # With another number of classes a random start is another one; published weights would be the same.
+    recipe = load_recipe(None, {**given, "output_dir": str(tmp_path / "run"), "force": True})
+    assert (recipe.method.peft, recipe.method.rank, recipe.backbone.model) == ("lora", 3, "test_vim")
+    train(recipe)
+    info, old = read_adapter(f"{first}/adapter.safetensors")
+    _, new = read_adapter(tmp_path / "run" / "adapter.safetensors")
+    for key, value in new.items():
+        kept = old[key][:4] if key.startswith("head.") else old[key]
+        assert torch.allclose(value, kept, atol=1e-8), key
+    assert info.classes[:4] == read_adapter(tmp_path / "run" / "adapter.safetensors")[0].classes
+    # The state holds all that is needed to go on.
+    gone = {"resume": str(tmp_path / "run"), "init_adapter": str(tmp_path / "gone"), "epochs": 2}
+    before = weights(tmp_path / "run")
+    train(load_recipe(None, gone))
+    assert weights(tmp_path / "run").keys() == before.keys()
+    with pytest.raises(AssertionError):  # Adam's steps are as long at any gradient, so something has moved.
+        assert_same_weights(weights(tmp_path / "run"), before)
+
+
+def test_another_method_is_taken_as_given_and_a_wrong_file_is_one_line(first, tmp_path) -> None:
+    recipe = load_recipe(None, {"init_adapter": first, "peft": "bitfit"})
+    assert recipe.method.peft == "bitfit" and recipe.method.rank is None
+    (tmp_path / "x.safetensors").write_bytes(b"no adapter")
+    for path in (tmp_path, tmp_path / "x.safetensors", tmp_path / "none"):
+        with pytest.raises(RecipeError, match="init_adapter") as error:
+            load_recipe(None, {"init_adapter": str(path)})
+        assert "\n" not in str(error.value)

@@ -1,0 +1,66 @@
+"""Images with any number of labels each: every class is a question of its own.
+
+This file holds what can be said without torch; `vimtune.tasks.images` does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from vimtune.fields import option
+from vimtune.tasks.base import Score, register_task
+from vimtune.tasks.images.task import ImageTask
+
+if TYPE_CHECKING:
+    from vimtune.data import ImageDataset
+    from vimtune.tasks.images.job import OpenedImages
+    from vimtune.tasks.images.tags import TagDetails, TagJob, TagReport, TagTally
+    from vimtune.tasks.job import Evaluation
+
+
+@register_task("multilabel")
+@dataclass(frozen=True, kw_only=True)
+class MultiLabel(ImageTask):
+    """Say of each image which of the data set's classes it shows: several, one or none."""
+
+    summary = "any number of classes for every image (data set csv); scores: mAP, F1"
+    scores = (Score("map", "mAP"), Score("f1", "F1"))
+    several_labels = True
+
+    class_weights: Literal["none", "balanced"] = option(
+        "none", "weights of the images that have a label: none, balanced (as much as those without it)"
+    )
+
+    def build_job(self, opened: OpenedImages) -> TagJob:
+        """The job with binary cross entropy; see `ImageTask.build_job`."""
+        from vimtune.tasks.images.tags import build_tag_job
+
+        return build_tag_job(opened, self)
+
+    def start_tally(self, num_classes: int, num_images: int, complete: bool) -> TagTally:
+        """An empty tally of probabilities and labels; see `ImageTask.start_tally`."""
+        from vimtune.tasks.images.tags import TagTally
+
+        return TagTally(num_classes, num_images, complete)
+
+    def build_details(
+        self,
+        dataset: ImageDataset,
+        evaluation: Evaluation,
+        held_out: Evaluation | None,
+        no_temperature: str,
+        notes: Sequence[str] = (),
+    ) -> TagDetails:
+        """The average precision of every class; see `ImageTask.build_details`."""
+        from vimtune.tasks.images.tags import TagDetails, TagEvaluation
+
+        assert isinstance(evaluation, TagEvaluation)
+        return TagDetails(evaluation, dataset.classes, notes)
+
+    def report_type(self) -> type[TagReport]:
+        """The report with the average precision of each class."""
+        from vimtune.tasks.images.tags import TagReport
+
+        return TagReport
