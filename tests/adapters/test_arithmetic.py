@@ -39,12 +39,17 @@ ADAPTERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def model():
+    """A model with all of them, of which the last one is active; tests leave it as it was."""
+    return with_adapters(**ADAPTERS, p=("prompt", {}), g=("additional_scan", {"num_states": 2}))
+
+
 @pytest.mark.parametrize(
     "coefficients",
     [{"a": 0.25, "b": 0.75}, {"a": 1.0, "b": -1.0}, {"a": 0.5, "c": 0.7, "d": -2}, {"b": -1}, {"d": 3.0}],
 )
-def test_sums_are_those_of_the_weights(tmp_path, coefficients):
-    model = with_adapters(**ADAPTERS)
+def test_sums_are_those_of_the_weights(model, coefficients):
     base = weights(model, None)
     parts = {name: weights(model, name) for name in coefficients}
     head = next(iter(coefficients))
@@ -58,10 +63,19 @@ def test_sums_are_those_of_the_weights(tmp_path, coefficients):
             close(
                 found[path], value + sum(c * (parts[name][path] - value) for name, c in coefficients.items())
             )
-    vimtune.save_adapter(model, tmp_path / "sum.safetensors", name="sum")
+    vimtune.delete_adapter(model, "sum")
+    vimtune.set_adapter(model, "g")
+
+
+def test_sums_have_files_like_others(tmp_path, model):
+    vimtune.combine(model, {"a": 0.5, "c": 0.7, "d": -2}, name="sum", head="a")
+    vimtune.save_adapter(model, tmp_path / "sum.safetensors")
     again = build_test_model().eval()
-    vimtune.load_adapter(again, tmp_path / "sum.safetensors")
+    info = vimtune.load_adapter(again, tmp_path / "sum.safetensors")
+    assert info.method == "ft" and info.num_classes == 3
     close(again(images()), model(images()), 0)
+    vimtune.delete_adapter(model, "sum")
+    vimtune.set_adapter(model, "g")
 
 
 def test_low_rank_adapters_stay_low_rank():
@@ -119,8 +133,7 @@ def test_tensors_of_prompts_average():
         ({"g": 1.0}, {}, "changes the size of"),
     ],
 )
-def test_what_does_not_sum_is_refused(coefficients, options, message):
-    model = with_adapters(**ADAPTERS, p=("prompt", {}), g=("additional_scan", {"num_states": 2}))
+def test_what_does_not_sum_is_refused(model, coefficients, options, message):
     before = vimtune.list_adapters(model)
     with pytest.raises(ValueError, match=message):
         vimtune.combine(model, coefficients, **{"name": "sum", **options})

@@ -128,6 +128,7 @@ def test_the_format_of_peft(tmp_path, made, hub):
     torch.testing.assert_close(base(images()), model(images()))
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run_has_its_scores(tmp_path, no_pictures, each_flower_is_painted_once):
     sizes = "dataset_kwargs={species: 2, train_per_species: 2, val_per_species: 1, test_per_species: 1}"
     settings = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --num-workers 0 --device cpu"
