@@ -38,7 +38,7 @@ def trace(model: nn.Module, image: Sequence[int], recurrence: Recurrence) -> Exp
         traced = torch.export.export(
             model, (torch.zeros(2, *image),), dynamic_shapes=({0: Dim("batch")},), strict=False
         )
-        program = traced.run_decompositions(operations(recurrence))
+        program: ExportedProgram = traced.run_decompositions(operations(recurrence))
     program.example_inputs = None  # They would be written, too.
     for node in program.graph.nodes:
         for name in ORIGINS:
