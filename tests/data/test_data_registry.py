@@ -118,7 +118,7 @@ def test_generated_splits_are_repeatable_disjoint_and_complete(name: str) -> Non
     for split, ds in parts.items():
         again = create_dataset(name, split, img_size=(16, 16))
         assert ds.split == split and ds.classes == parts["train"].classes
-        assert str(len(ds)) in ds.source and str(len(ds.classes)) in ds.source
+        assert f"{len(ds):,} " in ds.source and str(len(ds.classes)) in ds.source
         assert again.targets == ds.targets and again.fingerprint() == ds.fingerprint()
         assert again.load(len(ds) - 1).tobytes() == ds.load(len(ds) - 1).tobytes()
         assert ds.load(0).mode == "RGB"

@@ -38,7 +38,7 @@ def test_counts_classes_and_disjoint_splits(real) -> None:
         assert len(set(ds.classes)) == CLASSES[name]
         assert all(len(c) > 2 and "_" not in c for c in ds.classes)
         assert set(ds.targets) == set(range(CLASSES[name])) or ds.split == "val"
-        assert str(len(ds)) in ds.source and str(folder) in ds.source
+        assert f"{len(ds):,} images" in ds.source and str(folder) in ds.source
     train, val, test = (set(splits[s].paths) for s in ("train", "val", "test"))
     assert not (train & val or train & test or val & test)
     assert train | val == set(splits["train+val"].paths)
