@@ -6,6 +6,8 @@ every scan of the model is a call of it.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,8 +93,9 @@ class OnnxFormat(ExportFormat):
         import onnx
 
         program = trace(model, image, onnx_recurrence)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # They concern names that torch gives and takes itself.
+        # Warnings concern names that torch gives and takes itself; older versions of onnxscript print, too.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             converted: Any = torch.onnx.export(program, dynamo=True, verbose=False)
         proto: onnx.ModelProto = converted.model_proto
         _add_function(proto)
