@@ -144,6 +144,7 @@ def test_the_documents_have_what_this_test_looks_for():
     assert [(name, language) for name, language, _ in BLOCKS if language] == [
         ("README.md", "python"),
         ("README.md", "python"),
+        ("README.md", "python"),
         ("README.md", "yaml"),
         ("README.md", "python"),
         ("CONTRIBUTING.md", "python"),
