@@ -66,8 +66,12 @@ GOOD = {
     "lr": (0.002, "2e-3"),
     "min_lr": (1e-5, "1e-5"),
     "head_lr": (0.01, "1e-2"),
+    "max_steps": (100, "100"),
+    "opt": ("lion", "Lion"),
     "weight_decay": (0.05, "0.05"),
     "betas": ([0.9, 0.95], "0.9,0.95"),
+    "momentum": (0.8, ".8"),
+    "layer_decay": (0.7, "0.7"),
     "warmup_epochs": (0.5, "0.5"),
     "clip_grad": (0.0, "0"),
     "grad_accum": (2, "2"),
@@ -133,8 +137,12 @@ BAD = {
     "lr": [0, -1e-3, "fast", None, float("nan")],
     "min_lr": [-1],
     "head_lr": [0],
+    "max_steps": [0, 1.5],
+    "opt": ["adafactor", "adamx", None],
     "weight_decay": [-0.1],
     "betas": [[0.9], [0.9, 1.0], 3, "a,b"],
+    "momentum": [0, 1, "fast"],
+    "layer_decay": [0, 1.1],
     "warmup_epochs": [-1],
     "clip_grad": [-1],
     "grad_accum": [0],
@@ -170,6 +178,8 @@ def build(**values):
         values.setdefault("train_split", "train")
     if any(name.startswith("teacher_") for name in values):
         values.setdefault("teacher", "runs/teacher")
+    if "momentum" in values:
+        values.setdefault("opt", "sgd")
     return Recipe.from_values(values)
 
 

@@ -31,6 +31,7 @@ IDENTITY = (
     "targets",
     "layers",
     "method_kwargs",
+    "opt",
     "batch_size",
     "grad_accum",
     "seed",
