@@ -1,9 +1,9 @@
-"""The table of optimizers that a run can use: what each is called, and what belongs to its state. Without torch.
+"""The table of optimizers that a run can use: what each is called, what belongs to its state. Without torch.
 
-An optimizer is here when a run with it continues exactly from its saved state, lowers the loss, and works with
-pieces of tensors (`--shard`); `tests/training/test_optimizers.py` holds every entry to that. They are built by
-timm's factory, by timm's names, but for those whose package is named (`vimtune.training.optim`). To add one is
-a line in the table.
+An optimizer is here when a run with it continues exactly from its saved state, lowers the loss, changes
+weights in place, and works with pieces of tensors (`--shard`); `tests/training/test_optimizers.py` holds
+every entry to that. They are built by timm's factory, by timm's names, but for those whose package is named
+(`vimtune.training.optim`). To add one is an entry in the table.
 """
 
 from __future__ import annotations

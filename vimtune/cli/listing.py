@@ -26,7 +26,7 @@ Entry = tuple[str, Mapping[str, object]]
 
 
 def listing(width: int) -> str:
-    """Models, methods, targets, data sets, optimizers and tasks with their options, as text of `width` columns."""
+    """What is registered, by kind, and its options, as text of `width` columns."""
     models = {task.backbone_options.models_title: task.backbone_options for _, task in TASKS.items()}
     tables: dict[str, Mapping[str, Entry]] = {
         **{

@@ -80,8 +80,8 @@ def _optimizer(
     for name, value in {"ema": ema, "min_lr": min_lr}.items():
         if value > 0:
             yield (
-                f"{name} = {value:g} does not go with opt = {quote(opt)}, which averages the weights itself at "
-                "a constant learning rate: leave it out"
+                f"{name} = {value:g} does not go with opt = {quote(opt)}, which averages the weights itself "
+                "at a constant learning rate: leave it out"
             )
 
 

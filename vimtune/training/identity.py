@@ -21,6 +21,7 @@ IDENTITY = (
     "train_split",
     "shots",
     "train_size",
+    "limit",
     "val_share",
     "max_length",
     "model",

@@ -1,4 +1,4 @@
-"""Layer-wise decay of the learning rate: blocks near the input, whose features fit most data, learn slower."""
+"""Layer-wise decay of the learning rate: blocks near the input, whose features are general, learn slower."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def layer_rates(
     """The multiple of the learning rate of each point that a rule acts on.
 
     It is `layer_decay` to the power of the number of layers above that of the point. Layers are those of timm
-    (`group_matcher`), or where a model has none the stem, each block, and what follows: the multiple of the head
-    is 1. A call belongs to the layer of its module, and one of the whole model, such as prompts beside its
-    input, to the stem.
+    (`group_matcher`), or where a model has none the stem, each block, and what follows; the multiple of the
+    head is 1. A call belongs to the layer of its module, and one of the whole model, such as prompts beside
+    its input, to the stem.
 
     Args:
         model: has the adapter.
@@ -38,13 +38,16 @@ def layer_rates(
 
 def _layers(model: nn.Module) -> dict[str, int]:
     """The number of the layer of every parameter of the base, by its path."""
-    if hasattr(model, "group_matcher"):
-        groups = group_parameters(model, model.group_matcher())
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is not None:
+        groups = group_parameters(model, matcher())
         return {path: number for number, members in groups.items() for path in members}
     modules = {module: name for name, module in model.named_modules()}
     blocks = [f"{modules[block]}." for block in blocks_of(model)]
     numbers, passed = {}, False
-    for path, _ in base_parameters(model):  # in the order of their definition: what comes after the blocks is above them
+    for path, _ in base_parameters(
+        model
+    ):  # in the order of definition: what comes after the blocks is above them
         inside = [number for number, block in enumerate(blocks, 1) if path.startswith(block)]
         passed = passed or bool(inside)
         numbers[path] = inside[0] if inside else passed * (len(blocks) + 1)

@@ -26,8 +26,8 @@ def build_optimizer(
     momentum: float | None = None,
     layer_rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimizer with one group for each learning rate (of the head or the adapter, and its multiples), each
-    weight decay, and where the optimizer treats matrices apart, for these and for the rest.
+    """An optimizer with one group for each learning rate (of the head or the adapter, and its multiples) and
+    each weight decay, and where it treats matrices apart, for these and for the rest.
 
     Each group keeps the peak of the run's rate as `peak_lr`, and its own multiple of it as `lr_multiple`;
     `set_learning_rate` follows the curve from there. The weight decay of a tensor is `weight_decay` times the

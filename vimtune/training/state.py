@@ -49,8 +49,8 @@ from vimtune.utils import atomic_write
 FORMAT = "vimtune run state 2"
 """What the metadata of a state call its format."""
 Layout = Mapping[str, bool]
-"""What belongs to the optimizer's state of one parameter: name -> whether it has the parameter's shape, or is a
-number (`OptimizerKind.layout`)."""
+"""What belongs to the optimizer's state of one parameter: name -> whether it has the parameter's shape, or is
+a number (`OptimizerKind.layout`)."""
 
 _OF_GROUPS = {number for kind in OPTIMIZERS.values() for number in kind.group_numbers}
 """The numbers that optimizers keep for a group of parameters."""
@@ -409,4 +409,11 @@ def _epoch_of(adapter: Path) -> int | None:
 def ended(settings: OptimisationSettings, progress: Progress) -> bool:
     """Whether a run that stands at `progress` has trained all it should."""
     exhausted = 0 < settings.early_stop <= progress.stale_evaluations
-    return progress.epoch >= settings.epochs or exhausted
+    between_epochs = progress.batch == 0  # the epoch of the last step is over when its end was seen to
+    done = progress.epoch >= settings.epochs or (between_epochs and steps_used_up(settings, progress))
+    return done or exhausted
+
+
+def steps_used_up(settings: OptimisationSettings, progress: Progress) -> bool:
+    """Whether a run has taken as many optimizer steps as it may."""
+    return settings.max_steps is not None and progress.step >= settings.max_steps

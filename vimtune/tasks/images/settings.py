@@ -20,6 +20,7 @@ from vimtune.fields import Positive, Seed, Share, option, options_of
 from vimtune.methods import METHODS
 from vimtune.models.registry import MODELS, check_model_options, list_models
 from vimtune.tasks.components import (
+    LIMIT,
     SHOTS,
     TEST,
     TRAIN_SIZE,
@@ -68,6 +69,7 @@ class DataSettings(DataOptions):
     )
     shots: Positive | None = option(None, SHOTS)
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
+    limit: Positive | None = option(None, LIMIT)
     test: bool = option(True, TEST)
     dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
     data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
