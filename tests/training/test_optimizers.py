@@ -197,8 +197,8 @@ def test_matrices_are_the_weights_of_linear_layers_and_their_factors() -> None:
         f"layers.{block}.mixer.{name}.weight" for block in range(3) for name in ("in_proj", "out_proj")
     }
     trained = Training.start("muon").trained
-    fallback = {p: group["use_fallback"] for group in trained.optimizer.param_groups for p in group["params"]}
-    assert [key for key, p in trained.parameters.items() if not fallback[p]] == ["inner.weight.value"]
+    matrix = {p: group["use_muon"] for group in trained.optimizer.param_groups for p in group["params"]}
+    assert [key for key, p in trained.parameters.items() if matrix[p]] == ["inner.weight.value"]
 
 
 def test_layers_learn_slower_towards_the_input() -> None:

@@ -71,7 +71,7 @@ def build_optimizer(
                 "peak_lr": head_lr if group == "head" and head_lr is not None else lr,
                 "lr_multiple": rate,
                 "weight_decay": weight_decay * decay,
-                **({} if kind.matrix_tensors is None else {"use_fallback": not matrix}),
+                **({} if kind.matrix_tensors is None else {"use_muon": matrix}),
             }
             for (group, decay, rate, matrix), members in groups.items()
         ],
