@@ -36,6 +36,7 @@ GOOD = {
     "eval_split": ("test", "test"),
     "shots": (4, "4"),
     "train_size": (1000, "1000"),
+    "limit": (100, "100"),
     "test": (False, "no"),
     "dataset_kwargs": ({"species": 5}, "species=5"),
     "download": (False, "false"),
@@ -66,8 +67,12 @@ GOOD = {
     "lr": (0.002, "2e-3"),
     "min_lr": (1e-5, "1e-5"),
     "head_lr": (0.01, "1e-2"),
+    "max_steps": (100, "100"),
+    "opt": ("lion", "Lion"),
     "weight_decay": (0.05, "0.05"),
     "betas": ([0.9, 0.95], "0.9,0.95"),
+    "momentum": (0.8, ".8"),
+    "layer_decay": (0.7, "0.7"),
     "warmup_epochs": (0.5, "0.5"),
     "clip_grad": (0.0, "0"),
     "grad_accum": (2, "2"),
@@ -108,6 +113,7 @@ BAD = {
     "eval_split": ["train"],
     "shots": [0, "all"],
     "train_size": [1, 2.5],
+    "limit": [0, "half"],
     "test": [None, "once"],
     "dataset_kwargs": ["text", [1], "{a: [}"],
     "download": ["maybe", 1, None],
@@ -138,8 +144,12 @@ BAD = {
     "lr": [0, -1e-3, "fast", None, float("nan")],
     "min_lr": [-1],
     "head_lr": [0],
+    "max_steps": [0, 1.5],
+    "opt": ["adafactor", "adamx", None],
     "weight_decay": [-0.1],
     "betas": [[0.9], [0.9, 1.0], 3, "a,b"],
+    "momentum": [0, 1, "fast"],
+    "layer_decay": [0, 1.1],
     "warmup_epochs": [-1],
     "clip_grad": [-1],
     "grad_accum": [0],
@@ -180,6 +190,8 @@ def build(**values):
         values.setdefault("train_split", "train")
     if any(name.startswith("teacher_") for name in values):
         values.setdefault("teacher", "runs/teacher")
+    if "momentum" in values:
+        values.setdefault("opt", "sgd")
     return Recipe.from_values(values)
 
 

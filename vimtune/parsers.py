@@ -363,7 +363,7 @@ def layers(value: Any) -> list[int]:
 
 
 def betas(value: Any) -> list[float]:
-    """The two decay rates of AdamW."""
+    """The two decay rates of an optimizer."""
     value = _unbracket(value)
     parts = value.split(",") if isinstance(value, str) else value
     parse = number(0, 1, below=True)

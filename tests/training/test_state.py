@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from tiny_runs import TINY, assert_same_weights, metrics, weights
 
 import vimtune
+from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.training import NonFiniteError, OutputError, run, train
 from vimtune.training.identity import ResumeError
@@ -323,9 +324,10 @@ def test_tensors_are_checked(altered, name, kind):
 
     good = load_run_state(altered(lambda values, tensors: None))
     parameters = {key: torch.nn.Parameter(tensor) for key, tensor in good.adapter.items()}
-    check_tensors(good, good.adapter, parameters)
+    layouts = dict.fromkeys(parameters, OPTIMIZERS["adamw"].layout(matrix=False))
+    check_tensors(good, good.adapter, parameters, layouts)
     with pytest.raises(ResumeError, match="does not fit this run") as error:
-        check_tensors(load_run_state(altered(change)), good.adapter, parameters)
+        check_tensors(load_run_state(altered(change)), good.adapter, parameters, layouts)
     assert keys[0] in str(error.value)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from vimtune.data.datasets import dataset_options, list_datasets
 from vimtune.fields import options_of
 from vimtune.methods import METHODS, Method
+from vimtune.optimizers import list_optimizers
 from vimtune.tasks import TASKS
 
 TARGETS = {
@@ -25,7 +26,7 @@ Entry = tuple[str, Mapping[str, object]]
 
 
 def listing(width: int) -> str:
-    """Models, methods, targets, data sets and tasks with their options, as text of `width` columns."""
+    """What is registered, by kind, and its options, as text of `width` columns."""
     models = {task.backbone_options.models_title: task.backbone_options for _, task in TASKS.items()}
     tables: dict[str, Mapping[str, Entry]] = {
         **{
@@ -40,6 +41,7 @@ def listing(width: int) -> str:
         "Data sets (--dataset)": {
             name: (summary, dataset_options(name)) for name, summary in list_datasets().items()
         },
+        "Optimizers (--opt)": {name: (summary, {}) for name, summary in list_optimizers().items()},
         "Tasks (--task)": {name: (task.summary, _defaults(task)) for name, task in TASKS.items()},
     }
     return "\n\n".join("\n".join(_table(title, entries, width)) for title, entries in tables.items())

@@ -83,6 +83,14 @@ def draw_shots(dataset: ImageDataset, shots: int, seed: int) -> DrawnImages:
     return DrawnImages(dataset.split, [(dataset, indices)], f"{shots} of each class drawn with seed {seed}")
 
 
+def draw_at_most(dataset: ImageDataset, limit: int, seed: int) -> ImageDataset:
+    """At most `limit` images of a split, in its order; all of it where it has no more."""
+    if len(dataset) <= limit:
+        return dataset
+    indices = sorted(draw_some(len(dataset), limit, seed))
+    return DrawnImages(dataset.split, [(dataset, indices)], f"for limit {limit} drawn with seed {seed}")
+
+
 def draw_protocol(open_split: Callable[[str], ImageDataset], split: str, size: int, seed: int) -> DrawnImages:
     """A split of the protocol that has `size` images to learn from: of 1000, 800 to train on and 200 to
     select by.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import parsers
 from vimtune.backends import AUTO, OWN, REFERENCE, backend_names
@@ -30,6 +30,7 @@ from vimtune.fields import (
 from vimtune.methods import METHODS
 from vimtune.methods.lora import LoRA
 from vimtune.methods.prodial import ProDiaL
+from vimtune.optimizers import parse_optimizer
 
 
 def _method_spec(value: Any) -> str:
@@ -97,12 +98,22 @@ class OptimisationSettings(Options):
     """How the weights are trained."""
 
     epochs: Positive = option(10, "passes over the training data")
+    max_steps: Positive | None = option(None, "end after so many optimizer steps, before --epochs if need be")
     batch_size: Positive = option(64, "images or texts per step, over all processes together")
     lr: PositiveAmount = option(1e-3, "peak learning rate")
     min_lr: Amount = option(0.0, "learning rate at the end of the cosine")
     head_lr: PositiveAmount | None = option(None, "peak learning rate of the head (default: that of --lr)")
-    weight_decay: Amount = option(0.01, "AdamW weight decay")
-    betas: list[float] = option([0.9, 0.999], "AdamW betas", parse=parsers.betas)
+    opt: str = option("adamw", "optimizer (see --list)", parse=parse_optimizer)
+    weight_decay: Amount = option(0.01, "weight decay")
+    betas: list[float] | None = option(
+        None, "betas of the optimizer (default: its own)", parse=parsers.optional(parsers.betas)
+    )
+    momentum: Annotated[float, Gt(0), Lt(1)] | None = option(
+        None, "momentum of sgd and muon (default: its own)"
+    )
+    layer_decay: Annotated[float, Gt(0), Le(1)] = option(
+        1.0, "learning rate of each block as a multiple of that of the next one"
+    )
     warmup_epochs: Amount = option(1.0, "epochs of linear warm-up")
     clip_grad: Amount = option(1.0, "largest gradient norm, 0 = no clipping")
     grad_accum: Positive = option(1, "batches whose gradients make one update")

@@ -12,6 +12,7 @@ from typing import Any
 
 from vimtune.data.datasets import DATASETS
 from vimtune.fields import options_of
+from vimtune.optimizers import OPTIMIZERS
 from vimtune.tasks import TASKS
 from vimtune.text import quote
 from vimtune.utils import suggest
@@ -80,6 +81,26 @@ def _warm_up(epochs: int, warmup_epochs: float) -> Iterable[str]:
         yield f"warmup_epochs = {warmup_epochs:g} is longer than the run (epochs = {epochs})"
 
 
+def _optimizer(
+    opt: str, betas: list[float] | None, momentum: float | None, ema: float, min_lr: float
+) -> Iterable[str]:
+    kind = OPTIMIZERS[opt]
+    if betas is not None and kind.betas is None:
+        yield f"betas = {betas} does nothing with opt = {quote(opt)}, which has none: leave it out"
+    if momentum is not None and kind.momentum is None:
+        yield f"momentum = {momentum:g} does nothing with opt = {quote(opt)}, which has none: leave it out"
+    if not kind.averages:
+        return
+    if betas is not None and betas[0] == 0:
+        yield f"betas = {betas} leaves nothing for opt = {quote(opt)} to average: give a first one above 0"
+    for name, value in {"ema": ema, "min_lr": min_lr}.items():
+        if value > 0:
+            yield (
+                f"{name} = {value:g} does not go with opt = {quote(opt)}, which averages the weights itself "
+                "at a constant learning rate: leave it out"
+            )
+
+
 def _half_precision(amp: str, device: str) -> Iterable[str]:
     if amp == "fp16" and device == "cpu":
         yield "amp = 'fp16' needs a GPU: use bf16 or none on the CPU"
@@ -138,6 +159,7 @@ RULES: tuple[Rule, ...] = (
     _automatic_resume,
     _learning_rates,
     _warm_up,
+    _optimizer,
     _half_precision,
     _sharding,
     _without_teacher,

@@ -16,6 +16,8 @@ SHOTS = "train on so many examples of each class, drawn by data_seed"
 """What `--help` says of the key `shots`."""
 TRAIN_SIZE = "draw so many examples, such as 1000: 4/5 to train on, 1/5 to select by"
 """What `--help` says of the key `train_size`."""
+LIMIT = "use at most so many examples of each split, drawn by data_seed"
+"""What `--help` says of the key `limit`."""
 TEST = "score the test split in the end; without, it is not opened"
 """What `--help` says of the key `test`."""
 

@@ -24,7 +24,7 @@ from vimtune.tasks.base import TASKS, Task
 from vimtune.tasks.job import Outcome
 from vimtune.training.distributed import Processes
 from vimtune.training.folder import RunFolder, writing
-from vimtune.training.state import Progress
+from vimtune.training.state import Progress, steps_used_up
 from vimtune.training.tracking import duration
 from vimtune.utils import atomic_write, processor_name
 
@@ -217,7 +217,8 @@ def shared_fields(
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch,
         "steps": progress.step,
-        "stopped_early": progress.epoch < recipe.optimisation.epochs,
+        "stopped_early": progress.epoch < recipe.optimisation.epochs
+        and not steps_used_up(recipe.optimisation, progress),
         "trainable_parameters": trainable,
         "head_parameters": head,
         "total_parameters": total,

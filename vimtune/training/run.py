@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ import vimtune
 from vimtune import adapters
 from vimtune.recipe import Recipe
 from vimtune.tasks.base import Task
-from vimtune.tasks.job import READERS, Evaluation, Job, Loader, Outcome
+from vimtune.tasks.job import READERS, Batch, Evaluation, Job, Loader, Outcome
 from vimtune.text import counted
 from vimtune.training.conclusion import conclude
 from vimtune.training.distributed import PeerLostError, Processes
@@ -31,7 +32,15 @@ from vimtune.training.precision import Autocast
 from vimtune.training.prefetch import WindowReader
 from vimtune.training.report import Report, describe_method, shared_fields
 from vimtune.training.settling import settle
-from vimtune.training.state import EpochRecord, Progress, RunState, ended, save_run_state, settle_best_adapter
+from vimtune.training.state import (
+    EpochRecord,
+    Progress,
+    RunState,
+    ended,
+    save_run_state,
+    settle_best_adapter,
+    steps_used_up,
+)
 from vimtune.training.stepper import Step, Stepper
 from vimtune.training.tracking import Tracker
 from vimtune.training.trained import Trained
@@ -125,14 +134,15 @@ class Run:
         self.trained.set_training_mode()
         shown_count = progress.count
         clock = shown_at = time.monotonic()
-        for step in self.stepper.steps(loader, progress.epoch):
+        for step in self.stepper.steps(self._batches_left(), progress.epoch):
             loss_sum, wishes, norm = step.numbers.read()
             now = time.monotonic()
             self._advance(step, loss_sum, now - clock)
             clock = now
             loss = loss_sum / max(1, step.count)
             self.tracker.show_step(progress.epoch, progress.step, loss, step.lr, self._rate())
-            if progress.step % self.recipe.run.log_interval == 0 or progress.batch == len(loader):
+            last = progress.batch == len(loader) or steps_used_up(self.recipe.optimisation, progress)
+            if progress.step % self.recipe.run.log_interval == 0 or last:
                 rate = (progress.count - shown_count) / max(1e-9, now - shown_at)
                 shown_count, shown_at = progress.count, now
                 self.tracker.record_step(
@@ -148,6 +158,14 @@ class Run:
             if wishes > 0:
                 raise Stopping
             del step  # and with it its batches: others are about to be fetched
+
+    def _batches_left(self) -> Iterable[Batch]:
+        """The batches of this epoch that are left, none of them beyond the last step of the run."""
+        settings = self.recipe.optimisation
+        if settings.max_steps is None:
+            return self.job.train
+        steps = max(0, settings.max_steps - self.progress.step)
+        return islice(self.job.train, steps * settings.grad_accum)
 
     def _advance(self, step: Step, loss_sum: float, seconds: float) -> None:
         """Count a step that is done and took `seconds`."""
@@ -168,7 +186,7 @@ class Run:
         progress, number = self.progress, self.progress.epoch + 1
         if progress.loss_count == 0:
             raise InputError(f"epoch {number}: none of the training {self.task.examples} can be decoded")
-        if number < self.recipe.optimisation.epochs:
+        if not self._is_last(number):
             _read_ahead(self.job.train, number)
         elif self.job.final is not self.job.selection:
             _read_ahead(self.job.final)
@@ -194,9 +212,14 @@ class Run:
 
     def _is_evaluated(self, number: int) -> bool:
         """Whether the selection split is scored after epoch `number`, counted from 1 on."""
-        if number == self.recipe.optimisation.epochs:
+        if self._is_last(number):
             return True
         return not self.recipe.data.evaluated_once and number % self.recipe.run.eval_interval == 0
+
+    def _is_last(self, number: int) -> bool:
+        """Whether no epoch follows after epoch `number`, unless the run stops early."""
+        settings = self.recipe.optimisation
+        return number == settings.epochs or steps_used_up(settings, self.progress)
 
     def _select(self, record: EpochRecord) -> None:
         """Make an epoch that was just evaluated the best one, if it is."""

@@ -12,7 +12,14 @@ from vimtune.training.distributed import Processes
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
 from vimtune.training.identity import HARMLESS, ResumeError, changed, lasting
 from vimtune.training.report import Report, read_report
-from vimtune.training.state import Progress, RunState, ended, load_run_state, settle_best_adapter
+from vimtune.training.state import (
+    Progress,
+    RunState,
+    ended,
+    load_run_state,
+    settle_best_adapter,
+    steps_used_up,
+)
 from vimtune.utils import remove_temporaries
 
 
@@ -66,9 +73,7 @@ def find_start(recipe: Recipe, stack: ExitStack | None) -> Start:
         done = saved.progress.epoch
         finished = f"{printable(str(folder.path))} is finished after {done} epochs"
         if not automatic:
-            whole = done >= recipe.optimisation.epochs
-            more = "raise --epochs to train longer" if whole else "it stopped early"
-            raise ResumeError(f"{finished}: {more}")
+            raise ResumeError(f"{finished}: {_how_to_train_longer(recipe, saved.progress)}")
         names = [name for name in recipe.to_dict() if name not in HARMLESS]
         if others := changed(saved.recipe, recipe, names):
             listed = "; ".join(f"{name} was {was} and is now {now}" for name, was, now in others)
@@ -107,6 +112,14 @@ def prepare_folder(
         with writing(folder.recipe):
             lasting(recipe).replace(output_dir=str(folder.path)).save(folder.recipe)
     return folder
+
+
+def _how_to_train_longer(recipe: Recipe, progress: Progress) -> str:
+    """What to do about a run that has ended."""
+    if steps_used_up(recipe.optimisation, progress):
+        return "raise --max-steps to train longer"
+    whole = progress.epoch >= recipe.optimisation.epochs
+    return "raise --epochs to train longer" if whole else "it stopped early"
 
 
 def _claim_new_folder(recipe: Recipe, stack: ExitStack) -> RunFolder:

@@ -34,6 +34,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vimtune.adapters import AdapterFileError, read_adapter_info
+from vimtune.optimizers import NEVER_NEGATIVE, OPTIMIZERS
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.schema import STRICT, Count, check, load_json, parse_json
@@ -47,8 +48,14 @@ from vimtune.utils import atomic_write
 
 FORMAT = "vimtune run state 2"
 """What the metadata of a state call its format."""
-OPTIMIZER_SLOTS = ("step", "exp_avg", "exp_avg_sq")
-"""AdamW's tensors for each parameter."""
+Layout = Mapping[str, bool]
+"""What belongs to the optimizer's state of one parameter: name -> whether it has the parameter's shape, or is
+a number (`OptimizerKind.layout`)."""
+
+_OF_GROUPS = {number for kind in OPTIMIZERS.values() for number in kind.group_numbers}
+"""The numbers that optimizers keep for a group of parameters."""
+_NUMBERS = {"step": torch.zeros(())} | {name: torch.zeros((), dtype=torch.float64) for name in _OF_GROUPS}
+"""What a number in the optimizer's state looks like, by its name."""
 
 NotNegative = Annotated[float, Ge(0)]
 """A number that is not negative."""
@@ -139,7 +146,7 @@ class ScalerState:
 
 @dataclass
 class RunState:
-    """Contents of a checkpoint; `optimizer` maps tensor name to AdamW's tensors for it."""
+    """Contents of a checkpoint; `optimizer` maps tensor name to the optimizer's tensors for it."""
 
     recipe: Recipe
     facts: Facts
@@ -270,7 +277,10 @@ def check_place(progress: Progress, batches: int) -> None:
 
 
 def check_tensors(
-    state: RunState, adapter: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
+    state: RunState,
+    adapter: Mapping[str, Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    layouts: Mapping[str, Layout],
 ) -> None:
     """Compare the tensors of `state` with those of the run that is about to continue it.
 
@@ -280,6 +290,7 @@ def check_tensors(
         state: what was read.
         adapter: all tensors of the run's adapter.
         parameters: those of them that are trained.
+        layouts: what the optimizer keeps for each of these.
 
     Raises:
         ResumeError: a tensor is missing, surplus, of another shape or type, or not finite.
@@ -290,8 +301,8 @@ def check_tensors(
     # Steps that fp16's scaler skips leave the optimizer without tensors.
     if state.optimizer or (state.progress.step > 0 and not state.scaler):
         for name, parameter in parameters.items():
-            moments = {f"optimizer/{name}/{slot}": parameter for slot in OPTIMIZER_SLOTS}
-            expected |= moments | {f"optimizer/{name}/step": torch.zeros(())}
+            for slot, shaped in layouts[name].items():
+                expected[f"optimizer/{name}/{slot}"] = parameter if shaped else _NUMBERS[slot]
     found = _flat(state)
     problems = [f"{quote(key)} is missing" for key in expected if key not in found]
     problems += [f"{quote(key)} is not expected" for key in found if key not in expected]
@@ -305,8 +316,8 @@ def check_tensors(
         elif not is_finite(tensor):
             problems.append(f"{quote(key)} is not finite ({describe(tensor)})")
         elif (
-            key.endswith(("/step", "/exp_avg_sq"))
-            and key.startswith("optimizer/")
+            key.startswith("optimizer/")
+            and key.rpartition("/")[2] in NEVER_NEGATIVE
             and bool((tensor < 0).any())
         ):
             problems.append(f"{quote(key)} is negative")
@@ -316,22 +327,53 @@ def check_tensors(
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout]
 ) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's tensors by parameter name; empty before the first step."""
-    return {name: dict(optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state}
+    """The optimizer's state by parameter name; empty before the first step.
+
+    A number that belongs to a group of parameters is there for each of them, because groups have no names.
+    """
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    return {
+        name: {
+            slot: optimizer.state[p][slot] if slot in optimizer.state[p] else _number(groups[p][slot])
+            for slot in layouts[name]
+        }
+        for name, p in parameters.items()
+        if optimizer.state.get(p)
+    }
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
+    layouts: Mapping[str, Layout],
     saved: Mapping[str, dict[str, Tensor]],
 ) -> None:
-    """Put the tensors of `optimizer_tensors` back."""
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        ResumeError: the parameters of a group have different numbers where these are the group's.
+    """
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {i: saved[names[p]] for i, p in enumerate(ordered) if names[p] in saved}
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, p in enumerate(ordered):
+        if slots := saved.get(names[p]):
+            state[number] = {slot: tensor for slot, tensor in slots.items() if slot not in _OF_GROUPS}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for group in optimizer.param_groups:
+        members = [saved[names[p]] for p in group["params"] if names[p] in saved]
+        for slot in _OF_GROUPS & set(group) if members else ():
+            first, *others = [float(slots[slot]) for slots in members]
+            if any(other != first for other in others):
+                raise ResumeError(f"the saved state has several values of {slot} for one group of parameters")
+            group[slot] = type(group[slot])(first)
+
+
+def _number(value: float) -> Tensor:
+    """A number of a group of parameters as a state holds it, exactly."""
+    return torch.tensor(float(value), dtype=torch.float64)
 
 
 def settle_best_adapter(folder: RunFolder, best_epoch: int) -> bool:
@@ -367,4 +409,11 @@ def _epoch_of(adapter: Path) -> int | None:
 def ended(settings: OptimisationSettings, progress: Progress) -> bool:
     """Whether a run that stands at `progress` has trained all it should."""
     exhausted = 0 < settings.early_stop <= progress.stale_evaluations
-    return progress.epoch >= settings.epochs or exhausted
+    between_epochs = progress.batch == 0  # the epoch of the last step is over when its end was seen to
+    done = progress.epoch >= settings.epochs or (between_epochs and steps_used_up(settings, progress))
+    return done or exhausted
+
+
+def steps_used_up(settings: OptimisationSettings, progress: Progress) -> bool:
+    """Whether a run has taken as many optimizer steps as it may."""
+    return settings.max_steps is not None and progress.step >= settings.max_steps

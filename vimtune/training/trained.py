@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from vimtune import adapters
 from vimtune.adapters.tensors import check_tensors as check_adapter_tensors
 from vimtune.adapters.tensors import check_values
+from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.training.identity import ResumeError
-from vimtune.training.optim import WeightAverage, build_optimizer
+from vimtune.training.layers import layer_rates
+from vimtune.training.optim import Average, OptimizerAverage, WeightAverage, build_optimizer, is_matrix
 from vimtune.training.precision import build_scaler
 from vimtune.training.sharding import Placement, piece
 from vimtune.training.state import RunState, check_tensors, optimizer_tensors, restore_optimizer
@@ -32,7 +34,9 @@ class Trained:
     parameters: dict[str, nn.Parameter]
     """The trained tensors by their names in adapter files."""
     optimizer: torch.optim.Optimizer
-    average: WeightAverage | None
+    layouts: dict[str, dict[str, bool]]
+    """What the optimizer keeps for each parameter, see `OptimizerKind.layout`."""
+    average: Average | None
     scaler: torch.amp.GradScaler
     placement: Placement
     """Where the model lies; of a sharded one all tensors here are pieces."""
@@ -69,11 +73,12 @@ class Trained:
 
     def tensors(self) -> dict[str, Any]:
         """The fields `adapter`, `optimizer`, `ema` and `scaler` of a `RunState`; like `adapter`."""
-        gather, optimizer = self.placement.gather, optimizer_tensors(self.optimizer, self.parameters)
+        gather = self.placement.gather
+        optimizer = optimizer_tensors(self.optimizer, self.parameters, self.layouts)
         return {
             "adapter": self.adapter(),
             "optimizer": {name: gather(slots) for name, slots in optimizer.items()},
-            "ema": gather(self.average.tensors) if self.average else {},
+            "ema": gather(self.average.saved()) if self.average else {},
             "scaler": self.scaler.state_dict(),
         }
 
@@ -83,7 +88,7 @@ class Trained:
         Raises:
             ResumeError: its tensors are not those of this run.
         """
-        check_tensors(saved, adapters.adapter_state_dict(self.model, TRAINED), self.parameters)
+        check_tensors(saved, adapters.adapter_state_dict(self.model, TRAINED), self.parameters, self.layouts)
         try:
             check_values(self.model, saved.adapter, TRAINED)
         except ValueError as error:
@@ -93,7 +98,7 @@ class Trained:
             name: {slot: self._share(name, tensor) for slot, tensor in slots.items()}
             for name, slots in saved.optimizer.items()
         }
-        restore_optimizer(self.optimizer, self.parameters, optimizer)
+        restore_optimizer(self.optimizer, self.parameters, self.layouts, optimizer)
         if self.average is not None:
             averages = saved.ema or saved.adapter
             self.average.restore({name: self._share(name, averages[name]) for name in self.parameters})
@@ -148,11 +153,20 @@ def build_trained(settings: OptimisationSettings, model: nn.Module, placement: P
     parameters: dict[str, nn.Parameter] = {entry.key: entry.parameter for entry in entries}
     optimizer = build_optimizer(
         entries,
+        name=settings.opt,
         lr=settings.lr,
         head_lr=settings.head_lr,
         weight_decay=settings.weight_decay,
-        betas=(settings.betas[0], settings.betas[1]),
+        betas=None if settings.betas is None else (settings.betas[0], settings.betas[1]),
+        momentum=settings.momentum,
+        layer_rates=layer_rates(model, entries, settings.layer_decay) if settings.layer_decay < 1 else None,
     )
-    average = WeightAverage(parameters, settings.ema) if settings.ema > 0 else None
+    kind = OPTIMIZERS[settings.opt]
+    layouts = {entry.key: kind.layout(is_matrix(entry)) for entry in entries}
+    average: Average | None = None
+    if kind.averages:
+        average = OptimizerAverage(parameters, optimizer)
+    elif settings.ema > 0:
+        average = WeightAverage(parameters, settings.ema)
     scaler = build_scaler(settings.amp, placement.processes.device)
-    return Trained(model, parameters, optimizer, average, scaler, placement)
+    return Trained(model, parameters, optimizer, layouts, average, scaler, placement)

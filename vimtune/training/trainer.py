@@ -11,6 +11,7 @@ import vimtune
 from vimtune import adapters
 from vimtune.console import build_console, print_line
 from vimtune.ops import resolved_backend
+from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe import Recipe
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Job, Tensors
@@ -118,7 +119,7 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
         build_console(quiet=not processes.is_main),
         task,
         is_main=processes.is_main,
-        epochs=optimisation.epochs,
+        epochs=math.ceil(schedule.total_steps / _steps_per_epoch(optimisation, len(job.train))),
         total_steps=schedule.total_steps,
         first_step=progress.step,
         keep_bytes=progress.metrics_bytes,
@@ -154,13 +155,26 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
 
 
 def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:
-    """The learning rate over the steps of a run whose epochs have so many batches."""
-    steps_per_epoch = math.ceil(batches / settings.grad_accum)
+    """The learning rate over the steps of a run whose epochs have so many batches.
+
+    Where `max_steps` ends the run before, the warm-up has the share of it that it has of all epochs.
+    """
+    steps_per_epoch = _steps_per_epoch(settings, batches)
+    total = steps_per_epoch * settings.epochs
+    warmup = steps_per_epoch * settings.warmup_epochs
+    if settings.max_steps is not None and settings.max_steps < total:
+        total, warmup = settings.max_steps, warmup * settings.max_steps / total
     return CosineSchedule(
-        total_steps=steps_per_epoch * settings.epochs,
-        warmup_steps=round(steps_per_epoch * settings.warmup_epochs),
+        total_steps=total,
+        warmup_steps=round(warmup),
         min_lr=settings.min_lr,
+        constant=OPTIMIZERS[settings.opt].averages,
     )
+
+
+def _steps_per_epoch(settings: OptimisationSettings, batches: int) -> int:
+    """How many optimizer steps so many batches make."""
+    return math.ceil(batches / settings.grad_accum)
 
 
 def _facts(recipe: Recipe, job: Job, processes: Processes) -> Facts:

@@ -113,6 +113,14 @@ def draw_protocol(split: TextSplit, size: int, seed: int) -> tuple[TextSplit, Te
     return _part(split, split.name, sorted(train), how), _part(split, "val", sorted(val), how)
 
 
+def draw_at_most(split: TextSplit, limit: int, seed: int) -> TextSplit:
+    """At most `limit` examples, in the order of the split; all of it where it has no more."""
+    if len(split.examples) <= limit:
+        return split
+    drawn = sorted(draw_some(len(split.examples), limit, seed))
+    return _part(split, split.name, drawn, f"for limit {limit} drawn with seed {seed}")
+
+
 def draw_shots(split: TextSplit, shots: int, seed: int) -> TextSplit:
     """Draw `shots` examples of each class.
 

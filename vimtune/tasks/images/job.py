@@ -24,7 +24,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.subset import draw_protocol, draw_shots, take_fold
+from vimtune.data.subset import draw_at_most, draw_protocol, draw_shots, take_fold
 from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.methods import METHODS
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
@@ -458,13 +458,16 @@ def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> I
             **data.dataset_kwargs,
         )
 
+    dataset: ImageDataset
     if data.folds is not None and split in ("train", "val"):
-        return take_fold(whole("train+val"), split, data.folds, fold, seed)
-    if data.train_size is not None and split != "test":
-        return draw_protocol(whole, split, data.train_size, data.data_seed)
-    if data.shots is not None and split == data.train_split:
-        return draw_shots(whole(split), data.shots, data.data_seed)
-    return whole(split)
+        dataset = take_fold(whole("train+val"), split, data.folds, fold, seed)
+    elif data.train_size is not None and split != "test":
+        dataset = draw_protocol(whole, split, data.train_size, data.data_seed)
+    elif data.shots is not None and split == data.train_split:
+        dataset = draw_shots(whole(split), data.shots, data.data_seed)
+    else:
+        dataset = whole(split)
+    return dataset if data.limit is None else draw_at_most(dataset, data.limit, data.data_seed)
 
 
 def _open_test(data: DataSettings, selection: ImageDataset, img_size: tuple[int, int]) -> ImageDataset | None:

@@ -21,6 +21,7 @@ from vimtune.methods import METHODS
 from vimtune.models.registry import MODELS, check_model_options, list_models
 from vimtune.models.weights import DEFAULT_MODEL
 from vimtune.tasks.components import (
+    LIMIT,
     SHOTS,
     TEST,
     TRAIN_SIZE,
@@ -92,6 +93,7 @@ class DataSettings(DataOptions):
     folds: Annotated[int, Ge(2), Le(1000)] | None = option(
         None, "k-fold: each data_seed holds out another of so many parts of train and val"
     )
+    limit: Positive | None = option(None, LIMIT)
     test: bool = option(True, TEST)
     balanced: bool = option(False, "train on every class equally often, whatever number of images it has")
     dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from vimtune.data import MissingSplitError
-from vimtune.data.text import TextSplit, draw_protocol, draw_shots, open_text, split_off
+from vimtune.data.text import TextSplit, draw_at_most, draw_protocol, draw_shots, open_text, split_off
 from vimtune.recipe import Recipe
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
 from vimtune.tasks.classes.details import CONTINUED
@@ -141,6 +141,8 @@ def open_splits(task: TextTask, data: TextDataSettings) -> tuple[TextSplit, Text
         train, val = draw_protocol(whole, data.train_size, data.data_seed)
     if data.shots is not None:
         train = draw_shots(train, data.shots, data.data_seed)
+    if data.limit is not None:
+        train, val = (draw_at_most(split, data.limit, data.data_seed) for split in (train, val))
     if not data.test:
         return train, val, None
     try:
@@ -158,7 +160,7 @@ def open_test(task: TextTask, data: TextDataSettings, classes: Sequence[str] | N
     Raises:
         DatasetError: a file that is missing or wrong.
     """
-    return open_text(
+    test = open_text(
         task.form,
         "test",
         folder=data.data_dir,
@@ -166,6 +168,7 @@ def open_test(task: TextTask, data: TextDataSettings, classes: Sequence[str] | N
         download=data.download,
         classes=classes,
     )
+    return test if data.limit is None else draw_at_most(test, data.limit, data.data_seed)
 
 
 def head_of(task: TextTask, train: TextSplit) -> Head:

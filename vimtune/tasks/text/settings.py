@@ -14,6 +14,7 @@ from vimtune import parsers
 from vimtune.fields import Positive, Seed, option
 from vimtune.language import LANGUAGE_MODELS, language_models
 from vimtune.tasks.components import (
+    LIMIT,
     SHOTS,
     TEST,
     TRAIN_SIZE,
@@ -56,6 +57,7 @@ class TextDataSettings(DataOptions):
     )
     shots: Positive | None = option(None, SHOTS)
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
+    limit: Positive | None = option(None, LIMIT)
     test: bool = option(True, TEST)
     max_length: Annotated[int, Ge(8), Le(2**20)] = option(
         2048, "tokens of a sequence; the beginning of longer ones is cut"
