@@ -116,7 +116,7 @@ def test_a_run_on_no_image_is_an_error(tiny, monkeypatch, split, expected):
 
     def corrupt(dataset, index):
         if dataset.split == split:
-            raise CorruptImageError(f"{index}.png", "damaged")
+            raise CorruptImageError(dataset.describe(index), "damaged")
         return load(dataset, index)
 
     monkeypatch.setattr(SyntheticFlowers, "load", corrupt)

@@ -78,7 +78,7 @@ class ImageDataset(ABC):
         """Decode image `index` to RGB.
 
         Raises:
-            CorruptImageError: the file cannot be read or decoded.
+            CorruptImageError: the file cannot be read or decoded; `path` is what `describe` says.
         """
 
     @abstractmethod
