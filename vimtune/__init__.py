@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from vimtune.tasks import Predictor, Task, register_task
     from vimtune.training import Report, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "vimtune.adapters": (

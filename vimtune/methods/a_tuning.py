@@ -3,6 +3,8 @@
 A_log (E, N) is the logarithm of -A; delta starts at 0, so that weight decay, ten times the run's as
 published, pulls towards the pretrained value. On Vim both directions are trained, 294,912 numbers of Vim-
 tiny; in Mamba-2 A_log (H,) has one number for each head.
+
+Use it beside LoRA, or in a search over parts, to let each channel forget at another pace.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Additional-scan (MambaPEFT, arXiv 2411.03855): more states for every channel of a scan."""
+"""Additional-scan (MambaPEFT, arXiv 2411.03855): more states for every channel of a scan.
+
+Use it where more memory in the scans is worth a slower model: the states stay after merging.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Affix tuning (MambaPEFT, arXiv 2411.03855): learnt tokens at the start of the scans of every layer."""
+"""Affix tuning (MambaPEFT, arXiv 2411.03855): learnt tokens at the start of the scans of every layer.
+
+Use it for learnt tokens that cost nothing later: merging folds them into the states with which scans
+begin.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 b (E,) is the bias of the time steps, that of dt_proj; in Mamba-2 it is dt_bias (H,). No other bias is
 trained. delta starts at 0, so that weight decay, a hundred times the run's as published, pulls towards the
 pretrained value. On Vim both directions are trained, 18,432 numbers of Vim-tiny.
+
+Use it beside LoRA, or in a search over parts: it changes how long steps are, with very few numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): every bias."""
+"""BitFit (Ben Zaken et al. 2021, arXiv 2106.10199): every bias.
+
+Use it where the adapter has to be small and simple: no rank, no place to choose, half a percent of the
+numbers.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""C3A (Chen et al. 2024, arXiv 2407.19342): W' = W + M / in with a block-circulant M."""
+"""C3A (Chen et al. 2024, arXiv 2407.19342): W' = W + M / in with a block-circulant M.
+
+Use it for a change of full rank in a small file. It wants larger learning rates than LoRA.
+"""
 
 from __future__ import annotations
 

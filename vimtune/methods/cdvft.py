@@ -1,4 +1,7 @@
-"""CDVFT (Ding et al. 2025, arXiv 2505.00580): W' = W + diag(a_2) M diag(a_1) with a block-circulant M."""
+"""CDVFT (Ding et al. 2025, arXiv 2505.00580): W' = W + diag(a_2) M diag(a_1) with a block-circulant M.
+
+Use it for a change of full rank in a small file, at learning rates that are usual.
+"""
 
 from __future__ import annotations
 

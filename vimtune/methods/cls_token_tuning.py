@@ -2,6 +2,8 @@
 
 c (1, 1, D) is the class token; delta starts at 0, so that weight decay, ten times the run's as published,
 pulls towards the pretrained value. These are 192 numbers of Vim-tiny.
+
+Use it beside other methods, as searches do: alone it trains too little to adapt much.
 """
 
 from __future__ import annotations

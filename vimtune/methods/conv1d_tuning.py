@@ -3,6 +3,8 @@
 W (E, 1, K) holds the filters of the causal convolution before a scan; their bias is not trained. delta
 starts at 0, so that weight decay, ten times the run's as published, pulls towards the pretrained value. On
 Vim both directions are trained, 73,728 numbers of Vim-tiny.
+
+Use it beside LoRA, or in a search over parts, where local patterns of the new images differ.
 """
 
 from __future__ import annotations

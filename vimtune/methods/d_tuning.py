@@ -3,6 +3,9 @@
 D (E,) is the weight of a scan's input in its output; delta starts at 0, so that weight decay, ten times the
 run's as published, pulls towards the pretrained value. On Vim both directions are trained, 18,432 numbers
 of Vim-tiny; in Mamba-2 D (H,) has one number for each head.
+
+Use it beside LoRA, or in a search over parts: it changes how much of a token passes a scan by, with very
+few numbers.
 """
 
 from __future__ import annotations

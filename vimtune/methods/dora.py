@@ -1,4 +1,8 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): low rank for the direction of each row, a free magnitude."""
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): low rank for the direction of each row, a free magnitude.
+
+Use it in the place of LoRA where a low rank is to come closer to full training; it trains one number more
+for each output.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fine-tuning of whole parameters, or rows of them: those of the projectors unless told otherwise."""
+"""Fine-tuning of whole parameters, or rows of them: those of the projectors unless told otherwise.
+
+Use it to train chosen parameters as they are, in studies of where to adapt, or beside another method.
+"""
 
 from __future__ import annotations
 

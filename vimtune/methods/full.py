@@ -1,4 +1,8 @@
-"""Full fine-tuning: every parameter is trained."""
+"""Full fine-tuning: every parameter is trained.
+
+Use it for the score by which adapters are measured, or where there are many examples. Its file is as large
+as the model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""IA3 (Liu et al. 2022, arXiv 2205.05638): one factor for each output, or each input, of a weight."""
+"""IA3 (Liu et al. 2022, arXiv 2205.05638): one factor for each output, or each input, of a weight.
+
+Use it where the adapter has to be as small as can be, or examples are very few.
+"""
 
 from __future__ import annotations
 

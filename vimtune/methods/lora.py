@@ -1,4 +1,8 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): W' = W + s B A, s = alpha / r."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): W' = W + s B A, s = alpha / r.
+
+Use it as the first adapter and as the yardstick of the others: it merges, it is among the fastest to
+train, and most papers compare with it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Memba (ICLR 2026, arXiv 2506.18184): a membrane in the place of the gates; `lora+memba` as published.
 
 Beside affix name it last, `affix+memba`: the learnt tokens then have no membranes.
+
+Use it beside LoRA, `lora+memba`, as published. It has nothing to train by itself and does not merge.
 """
 
 from __future__ import annotations

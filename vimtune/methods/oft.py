@@ -1,4 +1,7 @@
-"""OFT (Qiu et al. 2023, arXiv 2306.07280): W' = W R^T with a block-diagonal rotation R."""
+"""OFT (Qiu et al. 2023, arXiv 2306.07280): W' = W R^T with a block-diagonal rotation R.
+
+Use it where the rows of a weight are to keep their lengths: it rotates them, and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Parallel adapter (He et al. 2022, arXiv 2110.04366): a bottleneck beside out_proj, as MambaPEFT (Yoshimura
-et al. 2025, arXiv 2411.03855) has it."""
+et al. 2025, arXiv 2411.03855) has it.
+
+Use it where a branch with a nonlinearity is wanted and the model need not be merged.
+"""
 
 from __future__ import annotations
 

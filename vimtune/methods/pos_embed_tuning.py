@@ -2,6 +2,8 @@
 
 P (1, L, D) has a vector for each of the L tokens; delta starts at 0, so that weight decay pulls towards the
 pretrained value. These are 37,824 numbers of Vim-tiny.
+
+Use it beside other methods where objects stand elsewhere than in the images of the pretraining.
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
 """ProDiaL (Ham et al. 2025, arXiv 2411.15224): W' = s W D_b + (alpha / r) B A on the projectors of every
-block."""
+block.
+
+Use it in the place of LoRA on projectors: it may scale and mix neighbouring inputs as well, trains
+somewhat more numbers at the same rank, and takes the same time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): learnt tokens beside those of the input."""
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): learnt tokens beside those of the input.
+
+Use it where all weights have to stay untouched, on any model with tokens. It does not merge.
+"""
 
 from __future__ import annotations
 

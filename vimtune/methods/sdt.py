@@ -1,6 +1,9 @@
 """SDT, sparse dimension tuning (Galim et al. 2025, arXiv 2410.09016): a few channels and states of the SSM.
 
 With LoRA on out_proj, "lora+sdt", it is SDLoRA.
+
+Use it beside LoRA, `lora+sdt`, where a few numbers are to change the scan; a short training before the run
+chooses them.
 """
 
 from __future__ import annotations

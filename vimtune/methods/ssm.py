@@ -6,6 +6,8 @@ A_log (E, N), D (E,) and the bias b (E,) of the time steps; in Mamba-2 all three
 its H heads. These are A-, D- and bias-tuning of MambaPEFT (Yoshimura et al. 2025, arXiv 2411.03855) in one,
 with decay towards the pretrained values as strong as there. On Vim both directions are trained, 331,776
 numbers of Vim-tiny.
+
+Use it to train the scan itself, mostly beside LoRA: `lora+ssm`. It merges into a plain model.
 """
 
 from __future__ import annotations

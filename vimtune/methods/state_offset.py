@@ -1,4 +1,7 @@
-"""State-offset tuning (Kang et al. 2025, arXiv 2503.03499): a learnt term beside the state of every scan."""
+"""State-offset tuning (Kang et al. 2025, arXiv 2503.03499): a learnt term beside the state of every scan.
+
+Use it for a direct handle on the state of every scan, in few numbers. It does not merge.
+"""
 
 from __future__ import annotations
 

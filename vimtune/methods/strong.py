@@ -1,5 +1,9 @@
 """The "Strong" baseline (Halloran et al. 2024, arXiv 2406.00209): LoRA on in_proj, out_proj and x_proj, and
-on the embedding of a language model."""
+on the embedding of a language model.
+
+Use it where the projections to the parameters of the scan are to change, too, and as the baseline of the
+ProDiaL paper.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Selective visual prompting (Yao et al. 2025, arXiv 2412.08947): prompts made from the tokens of a Vim."""
+"""Selective visual prompting (Yao et al. 2025, arXiv 2412.08947): prompts made from the tokens of a Vim.
+
+Use it for prompts that depend on the image, on a Vim. It takes longer than LoRA and does not merge.
+"""
 
 from __future__ import annotations
 
