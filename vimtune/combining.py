@@ -57,7 +57,9 @@ def combine_files(
         how: what is summed, see `vimtune.adapters.arithmetic`.
         head: the one of `adapters` whose head and class names the result has; None for the average of heads
             of the same classes.
-        checkpoint, model, tokenizer: where the base weights are now, as for `load_predictor`.
+        checkpoint: where the base weights of an adapter of images are now, as for `load_predictor`.
+        model: where the base model of an adapter of texts is now, as there.
+        tokenizer: where its tokenizer is now, as there.
         device: "auto", "cpu", "cuda", "cuda:<index>" or "mps".
         backend: scan backend, see `vimtune.ops`.
         force: take adapters although their base weights are others.

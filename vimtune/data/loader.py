@@ -121,7 +121,8 @@ def create_loader(
         drop_last: leave out the last batch when it is smaller.
         num_workers: processes that decode; they stay alive between epochs. 0 decodes in this process, which
             keeps what it has decoded as long as that is little (`Samples.keep_few`) and read again.
-        rank, world_size: which share of each batch is ours.
+        rank: which share of each batch is ours.
+        world_size: how many shares there are.
         cache: where decoded images are kept, one of `CACHES`; every rank keeps its own. "host": every image
             is decoded once, now, and stays in memory (uint8, full size). The workers are forked and read the
             same pages. At most half of the free memory is used; what does not fit is decoded each time,

@@ -139,7 +139,8 @@ def build_transform(
     Args:
         preset: "none", "light", "medium" or "strong" (see the table in this module's docstring).
         img_size: (H, W) of the result.
-        mean, std: per RGB channel, of values in [0, 1].
+        mean: per RGB channel, of values in [0, 1].
+        std: per RGB channel, of values in [0, 1].
         train: False gives the evaluation pipeline whatever the preset.
         crop_pct: share of the resized image that the evaluation crop keeps, in (0, 1].
         crop_mode: "center", "squash" or "center_rounded" (see the second table there). None means what it

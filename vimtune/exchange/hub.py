@@ -60,7 +60,9 @@ def convert(
         folder: a folder that is empty or not there yet.
         to: the format, one of `vimtune.exchange.formats.FORMATS`: "vimtune", "peft", "merged".
         place: name of the repository that the card speaks of; that of the folder if None.
-        checkpoint, model, tokenizer: where the base weights are now, as for `load_predictor`.
+        checkpoint: where the base weights of an adapter of images are now, as for `load_predictor`.
+        model: where the base model of an adapter of texts is now, as there.
+        tokenizer: where its tokenizer is now, as there.
         device: "auto", "cpu", "cuda", "cuda:<index>" or "mps".
         backend: scan backend, see `vimtune.ops`.
         force: use the adapter although its base weights are others.
@@ -112,7 +114,12 @@ def push(
         to: the format, as for `convert`.
         private: whether a new repository is private.
         message: title of the commit.
-        checkpoint, model, tokenizer, device, backend, force: as for `convert`.
+        checkpoint: where the base weights of an adapter of images are now, as for `load_predictor`.
+        model: where the base model of an adapter of texts is now, as there.
+        tokenizer: where its tokenizer is now, as there.
+        device: "auto", "cpu", "cuda", "cuda:<index>" or "mps".
+        backend: scan backend, see `vimtune.ops`.
+        force: use the adapter although its base weights are others.
 
     Returns:
         The address of the repository.
