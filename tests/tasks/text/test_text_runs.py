@@ -153,7 +153,7 @@ def test_the_scorer_is_the_language_model(tmp_path):
         (
             "arc_easy",
             {"img_size": 64},
-            r"img_size = 64 is an option of task classification and multilabel( and continuation)?, and task is",
+            r"img_size = 64 is an option of task classification and multilabel( and continuation)?",
         ),
         ("classification", {"max_length": 64}, "max_length = 64 is an option of task arc_easy"),
         ("arc_easy", {"head": "linear"}, "expected one of likelihood, classifier"),
