@@ -252,6 +252,8 @@ def test_corrupt_images_are_skipped_counted_and_named_once(workers: int, tmp_pat
     assert loader.num_skipped == 4
     assert loader.skipped_paths == {str(tmp_path / "2.jpg"), str(tmp_path / "7.jpg")}
     assert sum("2.jpg" in record.message for record in caplog.records) == 1
+    loader.set_position(0, 1)
+    assert [places.tolist() for _, _, places in loader.numbered()] == [[4, 5, 6], [8, 9]]
 
 
 def test_a_batch_of_corrupt_images_is_empty_but_shaped(tmp_path) -> None:

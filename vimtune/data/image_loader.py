@@ -13,7 +13,7 @@ import torch
 from vimtune.data.base import ImageDataset
 from vimtune.data.batch_sampler import BatchSampler
 from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError
-from vimtune.data.samples import Batch, targets_of
+from vimtune.data.samples import Batch, FailedSample, targets_of
 from vimtune.text import printable
 
 logger = logging.getLogger(__name__)
@@ -70,11 +70,22 @@ class ImageLoader(ABC):
         return self._batches.num_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((images, labels) for images, labels, _ in self._judged())
+
+    def numbered(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray[Any, Any]]]:
+        """Iterate with the places of the images in the data set, int64 (b,), behind the labels."""
+        shares = self._batches.shares(self._batches.epoch, self._batches.start_batch)
+        for share, (images, labels, failures) in zip(shares, self._judged(), strict=True):
+            read, missing = share % len(self.dataset), [sample.image for sample in failures]
+            yield images, labels, read[np.isin(read, missing, invert=True)].astype(np.int64)
+
+    def _judged(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[FailedSample]]]:
+        """The batches with what is missing in them, which is counted and limited."""
         whole = self._batches.start_batch == 0
         seen = left_out = 0
         last: CorruptImageError | ImageReadError | None = None
         for images, labels, failures in self._read():
-            for last in failures:
+            for _, last in failures:
                 self._leave_out(last)
             seen += len(labels) + len(failures)
             left_out += len(failures)
@@ -82,18 +93,13 @@ class ImageLoader(ABC):
                 self._judge(left_out, seen, last)
             if images is None:
                 images, labels = torch.empty(0, 3, *self._img_size), targets_of(self.dataset, [])
-            yield images, labels
+            yield images, labels, failures
         if whole:
             self._judge(left_out, seen, last)
 
-    def shares(self) -> Iterator[np.ndarray[Any, Any]]:
-        """Which images of the data set the next iteration reads, batch by batch: int64 (b,) with the corrupt
-        ones."""
-        return self._batches.shares(self._batches.epoch, self._batches.start_batch)
-
     @abstractmethod
     def _read(self) -> Iterator[Batch]:
-        """This rank's batches from the position on, with the errors of the images that are missing there."""
+        """This rank's batches from the position on, with the images that are missing there."""
 
     def read_ahead(self) -> None:  # noqa: B027 - not every loader has processes
         """Let processes begin now with the batches that the next iteration is to yield, if there are any."""

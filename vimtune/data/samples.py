@@ -50,8 +50,10 @@ class FailedSample(NamedTuple):
     It is passed on as a value, because DataLoader cannot raise every error of a worker again.
     """
 
+    image: int
+    """Index of the image in the data set."""
     error: CorruptImageError | ImageReadError
-    """Why it could not be read; the error names the image."""
+    """Why it could not be read; the error has the name of the image."""
 
 
 def targets_of(dataset: ImageDataset, indices: Sequence[int]) -> torch.Tensor:
@@ -72,8 +74,8 @@ class Batch(NamedTuple):
     """Float32 (b, 3, H, W); None where no image could be read."""
     labels: torch.Tensor
     """What `targets_of` gives for them; empty of any shape where no image could be read."""
-    failures: list[CorruptImageError | ImageReadError]
-    """Errors of the images that could not be read and are not among `images`."""
+    failures: list[FailedSample]
+    """The images that could not be read and are not among `images`."""
 
 
 class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
@@ -119,7 +121,7 @@ class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
         try:
             image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
         except (CorruptImageError, ImageReadError) as error:
-            return FailedSample(error)
+            return FailedSample(key.image, error)
         if pixels is None and self._room > 0:
             pixels = np.asarray(image)
             self._room -= pixels.nbytes
@@ -132,7 +134,7 @@ class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
 
 def collate(samples: list[tuple[torch.Tensor, torch.Tensor] | FailedSample]) -> Batch:
     """Stack the samples of a batch and put the failed ones aside."""
-    failures = [sample.error for sample in samples if isinstance(sample, FailedSample)]
+    failures = [sample for sample in samples if isinstance(sample, FailedSample)]
     good = [sample for sample in samples if not isinstance(sample, FailedSample)]
     if not good:
         return Batch(None, torch.empty(0, dtype=torch.int64), failures)

@@ -16,7 +16,7 @@ from vimtune.data.image_loader import ImageLoader
 from vimtune.data.resident.augmentation import Augmentation
 from vimtune.data.resident.draws import Draws, uniforms
 from vimtune.data.resident.store import ImageStore
-from vimtune.data.samples import Batch, targets_of
+from vimtune.data.samples import Batch, FailedSample, targets_of
 
 _BYTES_AT_ONCE = 64 * 2**20
 """Batches are made together as long as their images have fewer bytes in fp32: a small batch keeps a GPU busy
@@ -87,7 +87,10 @@ class ResidentLoader(ImageLoader):
             Batch(
                 own,
                 own_labels,
-                [self._store.failures[index] for index in indices[self._unread[indices]].tolist()],
+                [
+                    FailedSample(index, self._store.failures[index])
+                    for index in indices[self._unread[indices]].tolist()
+                ],
             )
             for indices, own, own_labels in parts
         ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-import numpy as np
 import torch
 
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
@@ -58,25 +57,18 @@ class ImageBatches(Loader):
             TooManyCorruptError: what was trained since the last state is not worth a new one.
         """
         try:
-            shares = self._loader.shares() if self._numbered else None
-            for images, labels in self._loader:
-                tensors = {"images": images, "labels": labels}
-                if shares is not None:
-                    tensors["places"] = self._places(next(shares), labels)
-                yield Batch(tensors, len(images))
+            if self._numbered:
+                for images, labels, numbers in self._loader.numbered():
+                    places = torch.from_numpy(numbers)
+                    places = places.pin_memory() if labels.is_pinned() else places
+                    yield Batch({"images": images, "labels": labels, "places": places}, len(images))
+            else:
+                for images, labels in self._loader:
+                    yield Batch({"images": images, "labels": labels}, len(images))
         except TooManyCorruptError:
             raise
         except (CorruptImageError, DatasetError, OSError) as error:
             raise InputError(one_line(error)) from error
-
-    def _places(self, share: np.ndarray, labels: torch.Tensor) -> torch.Tensor:
-        """The numbers of the images of a batch with these labels, of which `share` was read."""
-        if len(labels) < len(share):
-            skipped = self._loader.skipped_paths
-            share = np.array([place for place in share if self.dataset.describe(place) not in skipped])
-        assert len(labels) == len(share), "what is not in a batch was left out"
-        places = torch.from_numpy(share.astype(np.int64))
-        return places.pin_memory() if labels.is_pinned() else places
 
     def left_out(self) -> Collection[str]:
         """Paths of the corrupt images that this process has met and left out."""
