@@ -424,4 +424,4 @@ def test_mixed_batches_are_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mixed_batches.py", *sizes])
     mixed_batches.main()
     printed = capsys.readouterr().out
-    assert printed.count("of the speed of one") == 6 and printed.count("2 threads") == 2
+    assert printed.count("of the speed of one") == 6 and printed.count("  2 threads: ") == 2

@@ -53,7 +53,10 @@ COMMANDS = [
 ]
 FLAGS = sorted({flags for text in DOCUMENTS.values() for flags in re.findall(r"`(--[a-z-]+ [^`]+)`", text)})
 DEVELOPERS_TOOLS = ("pip", "python -m venv", ".", "pre-commit", "pytest", "python tests/")
-TINY = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --num-workers 0 --device cpu"
+TINY = (
+    "--model test_vim --model-kwargs depth=1 --no-pretrained --epochs 1 --warmup-epochs 0 --num-workers 0 "
+    "--device cpu"
+)
 
 TINY_TEXTS = "--model mamba_tiny --peft lora --rank 2 --epochs 1 --device cpu"
 try:

@@ -164,7 +164,7 @@ class Calm(Classification):
 
 TINY = (
     "--model small_net --no-pretrained --epochs 1 --warmup-epochs 0 --batch-size 4 --device cpu "
-    "--transforms torchvision"
+    "--transforms torchvision --no-pictures"
 )
 COMMAND = "import sys; sys.path.remove(''); from vimtune.cli import main; sys.exit(main())"
 """What the installed command `vimtune` does."""

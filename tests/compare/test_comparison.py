@@ -391,8 +391,8 @@ def test_a_process_that_is_told_to_stop_while_it_starts_makes_no_run(tmp_path):
 def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_path):
     """The pipe that ends here ends also when the comparison is killed. The run that stops has a process that
     has made another one before, and it comes out as without that."""
-    short = plan(methods={"lora": {"rank": 2, "dropout": 0.1}}, seeds="0")
-    asked = plan(methods="lora", seeds="0", lr=1e-2, epochs=20)
+    short = plan(methods={"lora": {"rank": 2, "dropout": 0.1}}, seeds="0", pictures=False)
+    asked = plan(methods="lora", seeds="0", lr=1e-2, epochs=20, pictures=False)
     cells = [(short, Cell("lora", DATA, 1e-3, 0)), (asked, Cell("lora", DATA, 1e-2, 0))]
     processes = Processes(1, None, [])
     until = time.monotonic() + 120

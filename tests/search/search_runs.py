@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
     "device": "cpu",
     "backend": "torch",
     "threads": 1,
+    "pictures": False,
 }
 """12 training images, 2 steps an epoch."""
 
@@ -49,12 +50,13 @@ def tiny_plan(trials: int = 3, space: dict[str, Any] | None = None, **changes: A
 def flags(folder: Path, space: Path, **more: Any) -> list[str]:
     """The flags of `vimtune search` for a small search into `folder`."""
     space.write_text(yaml.safe_dump(SPACE))
-    given = {**TINY, "pretrained": "no", "space": space, "output_dir": folder, **more}
+    given = {**TINY, "space": space, "output_dir": folder, **more}
     words = []
     for name, value in given.items():
-        text = (
-            yaml.safe_dump(value, default_flow_style=True).strip() if isinstance(value, dict) else str(value)
-        )
-        words.append(f"--{'no-' if value == 'no' else ''}{name.replace('_', '-')}")
-        words += [] if value == "no" else [text]
+        flag = name.replace("_", "-")
+        if value is False:
+            words.append(f"--no-{flag}")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True) if isinstance(value, dict) else str(value)
+            words += [f"--{flag}", text.strip()]
     return words

@@ -41,7 +41,7 @@ from vimtune.adapters.slots import (
     attach,
     base_parameters,
     base_value,
-    choice,
+    choice_to_follow,
     detach,
     has_rules,
     iter_slots,
@@ -437,7 +437,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def has_call_rules(model: nn.Module) -> bool:
     """Whether rules of the active adapter of a model (no wrapper) surround calls."""
     state = adapter_state(model)
-    chosen = choice.get()
+    chosen = choice_to_follow()
     if chosen is not None and chosen.model is model:
         return chosen.surrounds_calls
     return state is not None and state.surrounds_calls

@@ -86,9 +86,18 @@ choice: ContextVar[Choice | None] = ContextVar("choice", default=None)
 """The choice in force in the present thread."""
 
 
+def choice_to_follow() -> Choice | None:
+    """The choice in force for what a model computes now.
+
+    What is recorded follows none: it has to stand for later computations, and torch.compile cannot read a
+    ContextVar before torch 2.14.
+    """
+    return None if is_recorded() else choice.get()
+
+
 def choice_for(slot: Slot) -> Choice | None:
     """The choice in force, if it concerns a slot."""
-    found = None if is_recorded() else choice.get()
+    found = choice_to_follow()
     return found if found is not None and slot in found.slots else None
 
 
