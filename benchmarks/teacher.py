@@ -4,8 +4,8 @@
         --variant teacher
 
 It is a model of a user's own package: importing this module makes it known to recipes, commands and files.
-`resnet_gn_64` is timm's ResNet with three changes. It reduces images of 64 pixels twofold before its first
-stage, where ResNet reduces its larger ones fourfold. It has group normalisation (Wu & He 2018, arXiv
+`resnet_gn_64` is timm's ResNet with three changes. Its first stage sees the images of 64 pixels in full,
+where ResNet reduces its larger ones fourfold before. It has group normalisation (Wu & He 2018, arXiv
 1803.08494), whose whole state are its parameters, where ResNet has running statistics. And it standardises
 the weights of its convolutions (Qiao et al. 2019, arXiv 1903.10520), with which group normalisation learns
 about as well as batch normalisation does.
@@ -52,7 +52,7 @@ default_cfgs = generate_default_cfgs(
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
             "num_classes": 200,
-            "first_conv": "conv1.0",
+            "first_conv": "conv1",
             "classifier": "fc",
         }
     }
@@ -78,11 +78,10 @@ def resnet_gn_64(pretrained: bool = False, layers: tuple[int, ...] = (2, 2, 2, 2
         pretrained,
         block=BasicBlock,
         layers=tuple(layers),
-        stem_type="deep",
-        stem_width=32,
         norm_layer=Norm,
         **kwargs,
     )
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, padding=1, bias=False)
     model.maxpool = nn.Sequential()
     standardise(model)
     return model
