@@ -26,7 +26,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None and (
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON, reason="needs Triton and a GPU, or TRITON_INTERPRET=1 set before Python starts"
 )
-TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 0.1}
+TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 0.1}
+"""Relative errors; on an H200 gradients of small biases differ by up to 3.0e-6."""
 
 
 @pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])

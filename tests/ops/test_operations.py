@@ -108,6 +108,7 @@ def run_gated_norm(x, wide, weight, backend, groups=1):
 
 def run_membrane(x, start, backend, chunks=4, handed_on=True):
     """The gates are the middle of `x`. The start is a result, too, so that it always has a gradient."""
+    chunks = None if chunks is None else min(chunks, x.shape[1])  # each has at least a token
     begin = None if chunks is None or not handed_on else start[:, : x.shape[1] // chunks]
     width = start.shape[2]
     options = {"first": width // 2, "width": width, "chunks": chunks, "length": 3, "tau": 0.5}

@@ -68,6 +68,15 @@ WEIGHTS = (
         "cb3650099476ab97baf8609179ac13d2d4ec16d853e48f15876a09962ff9163b",
         packaged=True,
     ),
+    Weights(
+        "vim_nano_patch8_64",
+        "tiny_in200",
+        "the 200 classes of Tiny-ImageNet",
+        "photographs",
+        200,
+        "4f76211e4f9829dfe71bf41f78b3dda1635457958010d2d08d5592f43c9959e3",
+        packaged=True,
+    ),
 )
 """All weights; of a model's several the first ones are those of its plain name."""
 
