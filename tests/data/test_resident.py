@@ -52,6 +52,9 @@ class Photos(ImageDataset):
         return f"photo {index}"
 
 
+SPLITS = ("train", "val", "test")
+
+
 def make(preset: str = "strong", dataset: ImageDataset | None = None, train: bool = True, **changes):
     options = {"batch_size": 4, "shuffle": True, "drop_last": False, "num_workers": 0, "seed": 3} | changes
     transform = build_transform(preset, SIZE, train=train, crop_pct=0.9)
@@ -493,3 +496,32 @@ def test_what_this_process_has_decoded_is_kept_where_it_is_told_to(monkeypatch) 
     assert decoded(damaged=(4,)) == decoded(damaged=(4,)) > 0  # What could not be read may be mended.
     store.keep_decoded(100)  # no room for all of them
     assert decoded() == decoded() == all_of_them
+
+
+def test_what_was_used_last_is_kept(monkeypatch) -> None:
+    monkeypatch.setattr(store, "_KEPT", store._Kept())
+    train, val, test = (
+        create_dataset(
+            "synthetic_flowers",
+            split,
+            img_size=SIZE,
+            species=2,
+            **{f"{name}_per_species": 2 for name in SPLITS},
+        )
+        for split in SPLITS
+    )
+
+    def decoded(dataset: ImageDataset) -> int:
+        """How many images a new store decodes; four, or none if they are kept."""
+        with monkeypatch.context() as patch:
+            loads = []
+            patch.setattr(
+                dataset, "load", lambda index: loads.append(index) or type(dataset).load(dataset, index)
+            )
+            make(preset="none", dataset=dataset)
+            return len(set(loads))
+
+    store.keep_decoded(2 * 4 * SIZE[0] * SIZE[1] * 3)  # room for two of the three
+    assert [decoded(split) for split in (train, val, train)] == [4, 4, 0]
+    assert decoded(test) == 4  # The images of "val" go, which were not used for longest.
+    assert [decoded(split) for split in (train, test, val)] == [0, 0, 4]

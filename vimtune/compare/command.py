@@ -30,8 +30,9 @@ from vimtune.training.interrupt import Interrupted, StopRequest
 from vimtune.training.launch import read_launch
 from vimtune.training.tracking import duration
 
-MAY_CHANGE = frozenset((*HARMLESS, "device", "threads"))
-"""Keys of recipes that a comparison may have otherwise when it is continued."""
+MAY_CHANGE = frozenset((*HARMLESS, "device", "threads")) - {"checkpoint", "pretrained"}
+"""Keys of recipes that a comparison may have otherwise when it is continued. The weights from which runs
+begin are none of them: a run that goes on knows its own, and a finished one does not say which it had."""
 
 
 def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[list[Row], Mapping[Cell, str]]:
@@ -246,7 +247,7 @@ def _show(
         raise ValueError("with run folders nothing is trained: expected no other flags than --output-dir")
     console, reference = build_console(is_result=output_dir is None), None
     if len(runs) == 1 and (runs[0] / PLAN_FILE).is_file():
-        plan = load_plan(runs[0] / PLAN_FILE, {})
+        plan = load_plan(runs[0] / PLAN_FILE, {}, check_paths=False)
         reference = plan.reference
         rows = _with_soups(Schedule(plan, _finished(plan, runs[0])), runs[0], console, make=False)
         note = protocol_of(plan)

@@ -32,7 +32,7 @@ from vimtune.config_files import read_plan
 from vimtune.data.datasets import DATASETS
 from vimtune.fields import Options, Positive, option, options_of, parse_fields
 from vimtune.methods import METHODS
-from vimtune.recipe import Recipe, RecipeError, keys_of, path_problems
+from vimtune.recipe import Recipe, RecipeError, absolute_paths, keys_of, path_problems
 from vimtune.recipe.files import read_values
 from vimtune.tasks import TASKS
 from vimtune.text import quote
@@ -208,8 +208,12 @@ class Plan:
     """The keys of recipes that all runs have, as they were given."""
 
     @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Plan:
-        """The plan of values of its keys, as YAML or flags give them.
+    def from_values(cls, values: Mapping[str, Any], *, check_paths: bool = True) -> Plan:
+        """The plan of values of its keys, as YAML or flags give them; its paths become absolute.
+
+        Args:
+            values: the keys.
+            check_paths: whether data and weights have to be there, which only runs need.
 
         Raises:
             PlanError: everything that is wrong with the plan and with the recipes of its runs.
@@ -226,11 +230,12 @@ class Plan:
         problems += more
         for kind in ("methods", "data"):
             for name, entry in (parsed.get(kind) or {}).items():
-                parsed[kind][name], more = _without_wrong_keys(entry, f"{kind}: {name}: ", RESERVED, ["lrs"])
+                entry, more = _without_wrong_keys(entry, f"{kind}: {name}: ", RESERVED, ["lrs"])
+                parsed[kind][name] = absolute_paths(entry)
                 problems += more
-        plan = cls(PlanOptions(**parsed), base)
+        plan = cls(PlanOptions(**parsed), absolute_paths(base))
         problems += plan._name_problems()
-        problems += [*plan._grid_problems()] or plan._recipe_problems()
+        problems += [*plan._grid_problems()] or plan._recipe_problems(check_paths)
         if problems:
             raise PlanError(problems)
         return plan
@@ -366,16 +371,16 @@ class Plan:
             if self.options.data_seeds is not None and "data_seed" in entry:
                 yield f"{where}data_seed = {quote(entry['data_seed'])}: set by the key data_seeds"
 
-    def _recipe_problems(self) -> Iterator[str]:
+    def _recipe_problems(self, check_paths: bool) -> Iterator[str]:
         """What is wrong with the recipes of the runs; what several of them share is said once."""
         found: dict[str, list[tuple[str, str]]] = {}
         for pair in self.pairs:
-            for problem in dict.fromkeys(self._problems_of(*pair)):
+            for problem in dict.fromkeys(self._problems_of(*pair, check_paths)):
                 found.setdefault(problem, []).append(pair)
         for problem, pairs in found.items():
             yield f"{self._whose(pairs)}{problem}"
 
-    def _problems_of(self, method: str, data: str) -> Iterator[str]:
+    def _problems_of(self, method: str, data: str, check_paths: bool) -> Iterator[str]:
         rates = self.rates(method, data)
         for lr in rates:
             values = self.recipe_values(self.cells(method, data, lr)[0])
@@ -384,7 +389,8 @@ class Plan:
             except RecipeError as error:
                 yield from error.problems
                 continue
-            yield from path_problems(values)
+            if check_paths:
+                yield from path_problems(values)
             if len(rates) > 1 and recipe.data.selection_split == "test":
                 yield (
                     "the test split would choose the learning rate (train_split, eval_split): give one "
@@ -451,8 +457,10 @@ def _rate_problems(where: str, values: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where}lr and lrs are given: lr is one learning rate, lrs are several to choose from"
 
 
-def load_plan(config: str | os.PathLike[str] | None, values: Mapping[str, Any]) -> Plan:
-    """The plan of a YAML file, if one is given, and of flags, which win over it.
+def load_plan(
+    config: str | os.PathLike[str] | None, values: Mapping[str, Any], *, check_paths: bool = True
+) -> Plan:
+    """The plan of a YAML file, if one is given, and of flags, which win over it; see `Plan.from_values`.
 
     Raises:
         PlanError: the file or the values; it has every problem that was found.
@@ -461,4 +469,4 @@ def load_plan(config: str | os.PathLike[str] | None, values: Mapping[str, Any]) 
         stored = {} if config is None else read_values("config", config, read_plan)
     except RecipeError as error:
         raise PlanError(error.problems) from error
-    return Plan.from_values({**stored, **values})
+    return Plan.from_values({**stored, **values}, check_paths=check_paths)

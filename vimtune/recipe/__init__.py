@@ -8,7 +8,7 @@ are reported together. Nothing here imports torch, so `--help` and a misspelt fl
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.earlier import complete_stored
 from vimtune.recipe.files import load_recipe
-from vimtune.recipe.paths import RUN_FILES, path_problems
+from vimtune.recipe.paths import RUN_FILES, absolute_paths, path_problems
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError, components_of, keys_of
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 
@@ -22,6 +22,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RunSettings",
+    "absolute_paths",
     "complete_stored",
     "components_of",
     "keys_of",

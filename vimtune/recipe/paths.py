@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,8 @@ def path_problems(values: Mapping[str, Any]) -> list[str]:
     What is read must exist; `output_dir` must be writable and, unless the run is resumed, must not hold the
     results of another run. With several processes, call it before the first of them writes.
     """
-    checks = {
-        "data_dir": _data_dir_problem,
-        "train_file": _file_problem,
-        "test_file": _file_problem,
-        "checkpoint": _checkpoint_problem,
-        "teacher": _presence_problem,
-        "init_adapter": _beginning_problem,
-        "output_dir": _output_problem,
-    }
     problems = []
-    for name, check in checks.items():
+    for name, check in _CHECKS.items():
         try:
             path = parsers.optional(parsers.path)(values.get(name))
             problem = None if path is None else check(Path(path), values)
@@ -42,6 +34,18 @@ def path_problems(values: Mapping[str, Any]) -> list[str]:
         if problem is not None:
             problems.append(f"{name} = {quote(path)}{problem}")
     return problems
+
+
+def absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of a recipe with the folders and files that they name made independent of the working directory.
+
+    What is no path stays as it is: the field's own parser says what is wrong with it.
+    """
+    result = dict(values)
+    for name in _CHECKS.keys() & values.keys():
+        with suppress(ValueError):
+            result[name] = parsers.optional(parsers.absolute_path)(values[name])
+    return result
 
 
 def _data_dir_problem(path: Path, values: Mapping[str, Any]) -> str | None:
@@ -96,3 +100,15 @@ def _is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+_CHECKS = {
+    "data_dir": _data_dir_problem,
+    "train_file": _file_problem,
+    "test_file": _file_problem,
+    "checkpoint": _checkpoint_problem,
+    "teacher": _presence_problem,
+    "init_adapter": _beginning_problem,
+    "output_dir": _output_problem,
+}
+"""Keys that name a folder or a file, each with what is asked of it."""

@@ -106,13 +106,13 @@ def fill_store(
     for piece in _decode(_Decoded(dataset, preprocessing), num_workers) if kept is None else kept:
         taken += piece.pixels.nbytes
         _require_room(taken, allowed, free, dataset, device)
-        if kept is None and taken <= _KEPT.room:
+        if kept is None and taken <= _KEPT.limit:
             pieces.append(piece)
         # Copied at once, because the shared memory through which it comes is often small.
         pixels.append(piece.pixels.to(device, copy=True))
         sizes.append(piece.sizes)
         failures |= piece.failures
-    if kept is None and taken <= _KEPT.room and not failures:
+    if kept is None and taken <= _KEPT.limit and not failures:
         _KEPT.put(dataset, preprocessing, pieces)
     store = ImageStore(torch.cat(pixels), np.concatenate(sizes), failures)
     logger.info(
@@ -170,23 +170,34 @@ class _Piece(NamedTuple):
 
 class _Kept:
     """What has been decoded in this process, for further stores with the same images; nothing until
-    `keep_decoded` gives it room."""
+    `keep_decoded` gives it room. Data sets that were used last stay: a comparison makes all runs on one data
+    set before it goes to the next."""
 
     def __init__(self) -> None:
-        self.room = 0
-        """Bytes of images that may still be kept."""
-        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
+        self.limit = 0
+        """Bytes that all images may take."""
+        self._pieces: dict[tuple[str, str], _Piece] = {}
+        """Those of each data set, the one that was used last at the end."""
 
     def find(self, dataset: ImageDataset, preprocessing: Preprocessing) -> list[_Piece] | None:
         """The images of a data set, if they are here."""
-        return self._pieces.get(self._key(dataset, preprocessing)) if self._pieces else None
+        if not self._pieces:
+            return None  # A fingerprint takes a while.
+        key = self._key(dataset, preprocessing)
+        piece = self._pieces.pop(key, None)
+        if piece is None:
+            return None
+        self._pieces[key] = piece
+        return [piece]
 
     def put(self, dataset: ImageDataset, preprocessing: Preprocessing, pieces: Sequence[_Piece]) -> None:
-        """Keep the images of a data set, which are less than `room`."""
+        """Keep the images of a data set, which take no more than `limit`, and give up for them those that
+        were not used for longest."""
         pixels = torch.cat([piece.pixels for piece in pieces])  # a copy: pieces may lie in shared memory
-        self.room -= pixels.nbytes
         sizes = np.concatenate([piece.sizes for piece in pieces])
-        self._pieces[self._key(dataset, preprocessing)] = [_Piece(pixels, sizes, {})]
+        self._pieces[self._key(dataset, preprocessing)] = _Piece(pixels, sizes, {})
+        while sum(piece.pixels.nbytes for piece in self._pieces.values()) > self.limit:
+            del self._pieces[next(iter(self._pieces))]
 
     @staticmethod
     def _key(dataset: ImageDataset, preprocessing: Preprocessing) -> tuple[str, str]:
@@ -202,9 +213,9 @@ def keep_decoded(limit: int) -> None:
     They are known by the fingerprint of their data set. For a process that makes one run after the other.
 
     Args:
-        limit: bytes that they may take; those that come later are decoded each time.
+        limit: bytes that they may take; for more, those that were not used for longest are given up.
     """
-    _KEPT.room = limit
+    _KEPT.limit = limit
 
 
 class _Decoded(Dataset[tuple[int, Any]]):
