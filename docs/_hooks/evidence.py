@@ -2,7 +2,10 @@
 
 A file of scores has a line for each run, with the columns `method`, `data`, `lr` and `seed`, the score on the
 images or texts that chose the learning rate (`val` or `val_acc`), that on the test split (`test` or `acc`,
-in percent) and, if there were several, the `model`.
+in percent; empty in all lines where the test stayed closed) and, if there were several, the `model`. `chosen`
+says whether a line has the learning rate that was chosen; without it the first seed has chosen. Beside
+NAME.csv may lie NAME_paired.csv, whose first lines have the differences from the method that all others are
+compared with, and pictures.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 """Where results lie."""
 TEST, CHOOSING = ("test", "acc"), ("val", "val_acc")
 """Columns of scores: on the test split, and on what the learning rate was chosen by."""
+PICTURES = ("{}.png", "{}_paired.png")
+"""Pictures that may lie beside the file of this name."""
 Run = dict[str, str]
 """A line of a file."""
 
@@ -60,10 +65,56 @@ def all_scores() -> str:
             f"## {scores.title}",
             f"From [{address}]({address}).",
             write_table(["method", *scores.data], rows),
+            *_differences(scores.path.with_name(f"{scores.path.stem}_paired.csv")),
         ]
-        for picture in sorted(scores.path.parent.glob(f"{scores.path.stem}*.png")):
-            parts.append(f"![{picture.stem}](benchmarks/results/{picture.name})")
+        for name in (form.format(scores.path.stem) for form in PICTURES):
+            if scores.path.with_name(name).exists():
+                parts.append(f"![{Path(name).stem}](benchmarks/results/{name})")
     return "\n\n".join(parts)
+
+
+def _differences(path: Path) -> Iterator[str]:
+    """The table of all differences from the method with which the first line of a file compares."""
+    if not path.exists():
+        return
+    lines = _read(path)
+    if not lines or not any(line["standard_error"] for line in lines):
+        return
+    against = lines[0]["against"]
+    own = [line for line in lines if line["against"] == against]
+    data = list(dict.fromkeys(line["data"] for line in own))
+    by_method: dict[str, dict[str, Run]] = {}
+    for line in own:
+        by_method.setdefault(line["method"], {})[line["data"]] = line
+    yield (
+        f"Differences from `{against}` in points: means over pairs of runs with the same seed, ± their "
+        "standard error. A mean over the data sets of less than two standard errors may be chance."
+    )
+    heading = ["method", *(name or "mean" for name in data), *(["in standard errors"] if "" in data else [])]
+    yield write_table(
+        heading,
+        [
+            [
+                f"`{method}`",
+                *(_difference(found.get(name)) for name in data),
+                *([_in_errors(found.get(""))] if "" in data else []),
+            ]
+            for method, found in by_method.items()
+        ],
+    )
+
+
+def _difference(line: Run | None) -> str:
+    if line is None:
+        return "-"
+    error = f" ± {float(line['standard_error']):.2f}" if line["standard_error"] else ""
+    return f"{float(line['difference']):+.2f}{error}"
+
+
+def _in_errors(line: Run | None) -> str:
+    if line is None or not float(line["standard_error"] or 0):
+        return "-"
+    return f"{float(line['difference']) / float(line['standard_error']):+.1f}"
 
 
 def about(method: str) -> str:
@@ -89,17 +140,23 @@ def read_scores() -> tuple[Scores, ...]:
 
 def _read_scores() -> Iterator[Scores]:
     for path in sorted((BENCHMARKS / "results").glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+        lines = _read(path)
         columns = lines[0].keys() if lines else ()
         test = next((name for name in TEST if name in columns), None)
         choosing = next((name for name in CHOOSING if name in columns), None)
         if test is None or choosing is None or not {"method", "data", "lr", "seed"} <= set(columns):
             continue
+        closed = not any(line[test] for line in lines)
         for model in dict.fromkeys(line.get("model") for line in lines):
-            runs = [line for line in lines if line.get("model") == model and line[test] and line[choosing]]
-            title = ", ".join(filter(None, [path.stem.replace("_", " ").capitalize(), model]))
-            yield Scores(path, title, _by_method(runs, test, choosing))
+            runs = [line for line in lines if line.get("model") == model and line[choosing]]
+            split = "validation split" if closed else None
+            title = ", ".join(filter(None, [path.stem.replace("_", " ").capitalize(), model, split]))
+            yield Scores(path, title, _by_method(runs, choosing if closed else test, choosing))
+
+
+def _read(path: Path) -> list[Run]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _by_method(runs: Sequence[Run], test: str, choosing: str) -> dict[str, dict[str, list[float]]]:
@@ -114,9 +171,12 @@ def _by_method(runs: Sequence[Run], test: str, choosing: str) -> dict[str, dict[
 
 
 def _at_the_best_rate(runs: Sequence[Run], test: str, choosing: str) -> list[float]:
-    first = min(int(run["seed"]) for run in runs)
-    best = max((run for run in runs if int(run["seed"]) == first), key=lambda run: float(run[choosing]))
-    return [float(run[test]) for run in runs if run["lr"] == best["lr"]]
+    chosen = [run for run in runs if run.get("chosen") == "True"]
+    if "chosen" not in runs[0]:
+        first = min(int(run["seed"]) for run in runs)
+        best = max((run for run in runs if int(run["seed"]) == first), key=lambda run: float(run[choosing]))
+        chosen = [run for run in runs if run["lr"] == best["lr"]]
+    return [float(run[test]) for run in chosen if run[test]]
 
 
 def _shown(scores: Sequence[float]) -> str:
