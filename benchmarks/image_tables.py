@@ -3,9 +3,11 @@
     python benchmarks/image_tables.py runs/native runs/budget benchmarks/results
 
 The last argument is the folder for the files, the others are folders of comparisons, whose names the files
-get. NAME.csv has a line for each run: method, data set, learning rate, seed, whether the validation images
-have chosen this rate, top-1 on them in %, top-1 on the test images of the chosen rates in %, numbers trained
-beside the head, and seconds. NAME_paired.csv has the differences of any two methods with standard errors.
+get; their tables are made anew. With the files in benchmarks/results, `mkdocs build` makes the page of scores
+(docs/evidence.md) of them. NAME.csv has a line for each run: method, data set, learning rate, seed, whether
+the validation images have chosen this rate, top-1 on them in %, top-1 on the test images of the chosen rates
+in %, numbers trained beside the head, and seconds. NAME_paired.csv has the differences of any two methods
+with standard errors.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from vimtune.compare.command import run_compare
+from vimtune.compare.plan import PLAN_FILE
 
 SCORE = "top1"
 DIGITS = 3
@@ -32,10 +37,16 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         try:
+            if (folder / PLAN_FILE).is_file():  # It may have been stopped, or come from another machine.
+                run_compare(
+                    runs=[folder], values={}, config=None, output_dir=folder, resume=None, packages=[]
+                )
             write(target / f"{folder.name}.csv", cells(folder))
             write(target / f"{folder.name}_paired.csv", read(folder / "paired.csv"))
         except FileNotFoundError as error:
             sys.exit(f"error: {error.filename} is missing: {folder} is no comparison that has tables")
+        except ValueError as error:
+            sys.exit(f"error: {error}")
         for name, copy in PICTURES.items():
             if (folder / name).exists():
                 shutil.copyfile(folder / name, target / copy.format(folder.name))

@@ -48,7 +48,7 @@ def test_scores_are_those_of_the_chosen_rate(page):
         native_csv=RUNS, native_png="", native_paired_csv=PAIRED, native2_png="", native_paired_png=""
     )
     # The first seed found both rates equally good; the file says which one was chosen.
-    assert "| `lora` | 72.0 ± 2.8 |" in text and "| `full` | - |" in text
+    assert "| `lora` | 72.0 ± 2.8 | 72.0 | 900 |" in text and "| `full` | - | - | - |" in text
     pictures = [line for line in text.splitlines() if line.startswith("![")]
     assert pictures == [
         "![native](benchmarks/results/native.png)",
@@ -64,7 +64,7 @@ def test_scores_of_a_closed_test_are_those_of_the_validation_split(page):
     closed = RUNS.replace(",70.0,900", ",,").replace(",74.0,900", ",,")
     text = page(ablation_csv=closed)
     assert "## Ablation, validation split" in text and "Differences" not in text
-    assert "| `lora` | 61.0 ± 1.4 |" in text and "| `full` | 61.5* |" in text
+    assert "| `lora` | 61.0 ± 1.4 | 61.0 | - |" in text and "| `full` | 61.5* | 61.5 | - |" in text
 
 
 def test_without_a_word_on_it_the_first_seed_has_chosen(page):

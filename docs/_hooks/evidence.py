@@ -24,6 +24,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 """Where results lie."""
 TEST, CHOOSING = ("test", "acc"), ("val", "val_acc")
 """Columns of scores: on the test split, and on what the learning rate was chosen by."""
+TRAINED = ("parameters", "trained")
+"""Columns with the numbers that are trained beside the head."""
 PICTURES = ("{}.png", "{}_paired.png")
 """Pictures that may lie beside the file of this name."""
 Run = dict[str, str]
@@ -44,6 +46,8 @@ class Scores:
     """What it is about."""
     by_method: dict[str, dict[str, list[float]]]
     """Method -> data set -> scores of the seeds in percent."""
+    trained: dict[str, str]
+    """Method -> how many numbers it trains beside the head, where the file says so."""
 
     @property
     def data(self) -> list[str]:
@@ -54,17 +58,26 @@ class Scores:
         """What the line of a method has, by data set."""
         return [_shown(self.by_method[method].get(name, ())) for name in self.data]
 
+    def mean(self, method: str) -> str:
+        """The mean of a method over all data sets."""
+        found = [self.by_method[method].get(name) for name in self.data]
+        means = [statistics.mean(scores) for scores in found if scores]
+        return f"{statistics.mean(means):.1f}" if len(means) == len(found) else "-"
+
 
 def all_scores() -> str:
     """A table for each file and model."""
     parts = []
     for scores in read_scores():
-        rows = [[f"`{method}`", *scores.cells(method)] for method in scores.by_method]
+        rows = [
+            [f"`{method}`", *scores.cells(method), scores.mean(method), scores.trained.get(method, "-")]
+            for method in scores.by_method
+        ]
         address = f"benchmarks/results/{scores.path.name}"
         parts += [
             f"## {scores.title}",
             f"From [{address}]({address}).",
-            write_table(["method", *scores.data], rows),
+            write_table(["method", *scores.data, "mean", "trained"], rows),
             *_differences(scores.path.with_name(f"{scores.path.stem}_paired.csv")),
         ]
         for name in (form.format(scores.path.stem) for form in PICTURES):
@@ -151,7 +164,8 @@ def _read_scores() -> Iterator[Scores]:
             runs = [line for line in lines if line.get("model") == model and line[choosing]]
             split = "validation split" if closed else None
             title = ", ".join(filter(None, [path.stem.replace("_", " ").capitalize(), model, split]))
-            yield Scores(path, title, _by_method(runs, choosing if closed else test, choosing))
+            by_method = _by_method(runs, choosing if closed else test, choosing)
+            yield Scores(path, title, by_method, _trained(runs))
 
 
 def _read(path: Path) -> list[Run]:
@@ -168,6 +182,16 @@ def _by_method(runs: Sequence[Run], test: str, choosing: str) -> dict[str, dict[
         method: {data: _at_the_best_rate(same, test, choosing) for data, same in by_data.items()}
         for method, by_data in found.items()
     }
+
+
+def _trained(runs: Sequence[Run]) -> dict[str, str]:
+    """How many numbers each method trains beside the head: on data sets that give it several sizes, all."""
+    column = next((name for name in TRAINED if runs and name in runs[0]), None)
+    sizes: dict[str, dict[int, None]] = {}
+    for run in runs if column is not None else ():
+        if run[column]:
+            sizes.setdefault(run["method"], {})[int(run[column])] = None
+    return {method: ", ".join(f"{size:,}" for size in found) for method, found in sizes.items()}
 
 
 def _at_the_best_rate(runs: Sequence[Run], test: str, choosing: str) -> list[float]:

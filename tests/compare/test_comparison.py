@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import signal
 import sys
 import time
@@ -198,6 +199,20 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(runs, tmp_path, monkeypatch, cap
         compare(plan(), tmp_path)
     assert capsys.readouterr().out.endswith(f"go on with:\n  vimtune compare --resume {tmp_path}\n")
     assert len(runs.started) == 1 and "1 of 2" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_what_is_published_comes_from_the_runs_alone(runs, tmp_path, monkeypatch):
+    folder = tmp_path / "native"
+    compare(plan(lrs="1e-3,1e-2"), folder)
+    for path in folder.iterdir():  # as it comes from another machine
+        if path.is_file() and path.name != "plan.yaml":
+            path.unlink()
+    monkeypatch.setattr("sys.argv", ["", str(folder), str(tmp_path / "results")])
+    runpy.run_path(str(ROOT / "benchmarks" / "image_tables.py"), run_name="__main__")
+    names = {"native.csv", "native_paired.csv", "native.png", "native_paired.png"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == names
+    lines = (tmp_path / "results" / "native.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3 and sum(",True," in line for line in lines) == 2 * 2
 
 
 def test_tables_of_finished_runs(runs, tmp_path, capsys):

@@ -188,8 +188,9 @@ def _draw_points(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any
     )
     axes.margins(x=0.12, y=0.12)
     _label_sizes(axes, [row.trainable for row in rows if row.trainable])
-    if score.percent and axes.get_ylim()[1] > 100:  # A deviation may reach further, a score cannot.
-        axes.set_ylim(top=101)
+    if score.percent:  # A deviation may reach further, a score cannot.
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(bottom, -1), min(top, 101))
     axes.grid(alpha=0.3)
     return handles
 
