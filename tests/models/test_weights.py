@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,12 +19,15 @@ import vimtune
 from vimtune.data import create_dataset, dataset_class
 from vimtune.models import MODELS, weights
 from vimtune.models.checkpoint import CheckpointError
+from vimtune.models.fetching import ADDRESS, file_of
 from vimtune.models.weights import REPOSITORY, WEIGHTS, Weights, weights_of
 from vimtune.recipe import Recipe
 from vimtune.tasks.images import job
 
 LIMITS = {True: 3_000_000, False: 14_000_000}
 """Largest file in the package, and beside it in the repository, in bytes."""
+
+IN_PACKAGE = Path(weights.__file__).parent / "weights"
 
 every_weights = pytest.mark.parametrize("published", WEIGHTS, ids=lambda published: published.name)
 
@@ -74,11 +81,75 @@ def test_an_adapter_remembers_the_tag_of_its_base(tmp_path: Path) -> None:
     assert torch.equal(model.eval()(images), again.eval()(images))
 
 
-def test_a_file_that_is_not_there_is_one_clear_message(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(weights, "_PACKAGE", tmp_path)
-    overlay = {"file": str(tmp_path / "absent.safetensors")}
-    with pytest.raises(CheckpointError, match=r"are not at .*weights/ of the repository"):
-        timm.create_model(WEIGHTS[0].name, pretrained=True, pretrained_cfg_overlay=overlay)
+@pytest.fixture
+def serve_folder() -> Iterator[Callable[[Path], str]]:
+    """Serves the files of a folder on this machine, and gives their address."""
+    servers = []
+
+    def serve(folder: Path) -> str:
+        handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path: Path) -> Weights:
+    """Weights whose file is not beside the package; torch.hub keeps its own in a new folder."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv(ADDRESS, raising=False)
+    monkeypatch.setattr(weights, "_PACKAGE", tmp_path / "nowhere")
+    return WEIGHTS[0]
+
+
+def test_a_file_that_is_not_there_is_one_clear_message(elsewhere: Weights) -> None:
+    with pytest.raises(CheckpointError, match=f"are not at .*weights/ of the repository.*{ADDRESS}"):
+        timm.create_model(elsewhere.name, pretrained=True)
+    timm.create_model(elsewhere.name, pretrained=False)
+
+
+def test_a_file_that_is_not_there_is_downloaded_once(elsewhere: Weights, monkeypatch, serve_folder) -> None:
+    monkeypatch.setenv(ADDRESS, f"{serve_folder(IN_PACKAGE)}/")
+    first = timm.create_model(elsewhere.name, pretrained=True)
+    monkeypatch.setenv(ADDRESS, "http://127.0.0.1:9/")  # where nobody answers, and nobody is asked
+    again = timm.create_model(elsewhere.name, pretrained=True)
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+    kept = file_of(elsewhere)
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"has SHA-256 .*delete it"):
+        timm.create_model(elsewhere.name, pretrained=True)
+
+
+def test_another_file_at_the_address_is_not_kept(
+    elsewhere: Weights, monkeypatch, serve_folder, tmp_path
+) -> None:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / elsewhere.path.name).write_bytes(b"something else")
+    monkeypatch.setenv(ADDRESS, serve_folder(tmp_path / "served"))
+    with pytest.raises(CheckpointError, match="is not the file of the weights"):
+        timm.create_model(elsewhere.name, pretrained=True)
+    assert not list((tmp_path / "torch").rglob("*.safetensors"))
+    monkeypatch.setenv(ADDRESS, serve_folder(tmp_path))
+    with pytest.raises(CheckpointError, match=r"could not be downloaded from .*404"):
+        timm.create_model(elsewhere.name, pretrained=True)
+
+
+@pytest.mark.parametrize("address", ["file:///etc", "/weights", "ftp://host/weights"])
+def test_an_address_is_one_of_the_web(elsewhere: Weights, monkeypatch, address: str) -> None:
+    monkeypatch.setenv(ADDRESS, address)
+    with pytest.raises(CheckpointError, match=r"expected an address that begins with https"):
+        timm.create_model(elsewhere.name, pretrained=True)
+
+
+def test_a_file_that_the_caller_names_is_taken(elsewhere: Weights) -> None:
+    path = IN_PACKAGE / elsewhere.path.name
+    timm.create_model(elsewhere.name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
 
 
 def test_recipes_begin_with_weights_of_photographs_where_some_come_with_the_package() -> None:

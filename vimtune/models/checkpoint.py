@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
 from vimtune.models.options import ARCHITECTURE, MAX_PATCHES, ModelOptions
 from vimtune.models.registry import VIM_MODELS, check_model_options
-from vimtune.models.weights import weights_of
 from vimtune.schema import parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote
@@ -369,12 +368,6 @@ def pretrained_loading(variant: str, pretrained: bool) -> Iterator[None]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             yield
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        ours = weights_of(variant)
-        if ours is not None and not ours.path.is_file():
-            raise CheckpointError(
-                f"the weights {ours.name} are not at {printable(str(ours.path))}: they lie in the folder "
-                f"weights/ of the repository; run from a checkout of it, or {advice}"
-            ) from error
         raise CheckpointError(
             f"the pretrained weights of {variant} could not be downloaded ({_first_line(error)}); {advice}"
         ) from error

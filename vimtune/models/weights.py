@@ -69,6 +69,15 @@ WEIGHTS = (
         packaged=True,
     ),
     Weights(
+        "vim_tiny_patch8_64",
+        "tiny_in200",
+        "the 200 classes of Tiny-ImageNet",
+        "photographs",
+        200,
+        "9a01f90aab199a6b557d0f06badafb88df2fa5d5b6486e0b80eefe62d5a97d4f",
+        packaged=False,
+    ),
+    Weights(
         "vim_nano_patch8_64",
         "tiny_in200",
         "the 200 classes of Tiny-ImageNet",

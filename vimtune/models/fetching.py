@@ -1,0 +1,62 @@
+"""Published weights that are not beside the package: where to they are downloaded, and from where."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+from pathlib import Path
+
+import torch
+
+from vimtune.models.checkpoint import CheckpointError
+from vimtune.models.weights import Weights
+from vimtune.text import printable, quote
+
+ADDRESS = "VIMTUNE_WEIGHTS_URL"
+"""Environment variable with the address of a folder that has the files of `weights/`, such as the raw files
+of a repository or a mirror within a company. There is no other: nothing is fetched that was not asked for."""
+
+
+def file_of(weights: Weights) -> Path:
+    """The file of published weights: beside the package, or else among the weights that torch.hub keeps,
+    where it is downloaded to from the address in the environment.
+
+    Raises:
+        CheckpointError: it is nowhere and no address is given, or what is found there is another file.
+    """
+    if weights.path.is_file():
+        return weights.path
+    path = Path(torch.hub.get_dir()) / "checkpoints" / weights.path.name
+    if not path.is_file():
+        _download(weights, path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != weights.sha256:
+        raise CheckpointError(
+            f"{printable(str(path))} has SHA-256 {found}, expected {weights.sha256}, that of the weights "
+            f"{weights.name}: delete it, and it is downloaded again"
+        )
+    return path
+
+
+def _download(weights: Weights, path: Path) -> None:
+    address = os.environ.get(ADDRESS, "")
+    if not address:
+        raise CheckpointError(
+            f"the weights {weights.name} are not at {printable(str(weights.path))}: they lie in the folder "
+            f"weights/ of the repository. Run from a checkout of it, let the environment variable {ADDRESS} "
+            "say at which address that folder can be downloaded, use pretrained=False, or load a file with "
+            "vimtune.load_checkpoint (--checkpoint on the command line)"
+        )
+    if not address.startswith(("https://", "http://")):
+        raise CheckpointError(f"{ADDRESS} = {quote(address)}: expected an address that begins with https://")
+    url = f"{address.rstrip('/')}/{path.name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=weights.sha256, progress=False)
+    except (urllib.error.URLError, OSError) as error:
+        raise CheckpointError(
+            f"the weights {weights.name} could not be downloaded from {url} ({error})"
+        ) from error
+    except RuntimeError as error:  # the hash is another
+        raise CheckpointError(f"{url} is not the file of the weights {weights.name} ({error})") from error
