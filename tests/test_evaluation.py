@@ -255,7 +255,8 @@ def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path, capsys):
     assert {name: recalls[name] for name in known} == known and len(known) == 2
     capsys.readouterr()
     assert run(*model[2:], "--folder", photos, "-o", output) == 2
-    assert "holds a test_vim, and the model is 'vim_nano_patch8_64': add --model test_vim" in error(capsys)
+    default = Recipe().backbone.model
+    assert f"holds a test_vim, and the model is {default!r}: add --model test_vim" in error(capsys)
 
 
 def test_mirrored_images_count_alike(images, photos, tmp_path):
