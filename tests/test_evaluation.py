@@ -123,6 +123,40 @@ def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """A folder with the data of three tasks, and with runs with classification heads on two of them."""
+    folder = tmp_path_factory.mktemp("heads")
+    for task in ("piqa", "boolq", "text"):
+        data = write_data(task, folder / task)
+        if task != "boolq":
+            values = {**SETTINGS, "task": task, "data_dir": str(data), "head": "classifier"}
+            train(Recipe(**values, pictures=False, output_dir=str(folder / f"run-{task}")))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("run-text --task boolq --data-dir boolq", "head for ['summer', 'winter'], and BoolQ"),
+        ("run-text --task boolq --data-dir boolq", "needs one of ['no', 'yes']"),
+        ("run-text --task piqa --data-dir piqa", "needs one that rates choices"),
+        ("run-piqa --task text --data-dir text", "has a head that rates choices"),
+        ("run-text --head likelihood", "a head of 2 outputs, and the model has none"),
+    ],
+)
+def test_heads_answer_no_other_questions_than_their_own(arguments, expected, heads, monkeypatch, capsys):
+    monkeypatch.chdir(heads)
+    assert run("--adapter", *arguments.split(), "--device", "cpu") == 2
+    found = error(capsys)
+    assert expected in found and "--force" not in found
+
+
+def test_an_adapter_without_a_head_has_no_classifier(texts, capsys):
+    assert run("--adapter", texts[0] / "run", "--head", "classifier") == 2
+    assert "it has no head, and the model has one" in error(capsys)
+
+
+@pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """The folder and the report of a run on images."""
     folder = tmp_path_factory.mktemp("images") / "run"
@@ -221,7 +255,8 @@ def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path, capsys):
     assert {name: recalls[name] for name in known} == known and len(known) == 2
     capsys.readouterr()
     assert run(*model[2:], "--folder", photos, "-o", output) == 2
-    assert "holds a test_vim, and the model is 'vim_nano_patch8_64': add --model test_vim" in error(capsys)
+    default = Recipe().backbone.model
+    assert f"holds a test_vim, and the model is {default!r}: add --model test_vim" in error(capsys)
 
 
 def test_mirrored_images_count_alike(images, photos, tmp_path):

@@ -17,6 +17,7 @@ from vimtune import parsers
 from vimtune.adapters import (
     AdapterFileError,
     AdapterInfo,
+    OtherBaseError,
     has_replaced,
     load_adapter,
     read_adapter_info,
@@ -149,15 +150,15 @@ def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def load_trained(model: nn.Module, adapter: Path, force: bool) -> None:
-    """`vimtune.load_adapter` for a command: a refusal says which flags help.
+    """`vimtune.load_adapter` for a command: the refusal of a base says which flags help.
 
     Raises:
         AdapterFileError: the adapter does not fit the model, or was trained on other base weights.
     """
     try:
         load_adapter(model, adapter, force=force)
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{error} (on the command line: --checkpoint, or --force)") from error
+    except OtherBaseError as error:
+        raise OtherBaseError(f"{error} (on the command line: --checkpoint, or --force)") from error
 
 
 def check_replaced(model: nn.Module, adapter: Path, force: bool) -> None:

@@ -177,6 +177,16 @@ def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(arguments, mess
     assert list(model.state_dict()) == before and not vimtune.list_adapters(model)
 
 
+def test_a_budget_that_others_use_up_names_them():
+    taken = trained(vimtune.inject(plain(), "bitfit"))
+    message = (
+        rf"budget = {taken + 7}, of which the other methods take {taken:,}, is too small: method 'lora' has "
+        "7 parameters of it and trains at least"
+    )
+    with pytest.raises(ValueError, match=message):
+        vimtune.inject(plain(), "lora+bitfit", budget=taken + 7)
+
+
 def test_counting_leaves_model_and_random_numbers_alone():
     model = vimtune.inject(plain(), "lora", rank=2)
     torch.manual_seed(0)

@@ -72,6 +72,20 @@ def test_what_does_not_fit_is_refused_and_the_model_stays(path) -> None:
         assert all(torch.equal(value, before[key]) for key, value in adapter_state_dict(model).items())
 
 
+def test_a_head_is_in_the_file_and_in_the_model_or_in_neither(path, tmp_path) -> None:
+    vimtune.save_adapter(adapted(0, rank=2), tmp_path / "headless.safetensors")
+    for file, num_classes, told in (
+        (path, 0, "it has a head of 4 outputs, and the model has none: create the model with a head"),
+        (tmp_path / "headless.safetensors", 4, "it has no head, and the model has one: create"),
+    ):
+        with pytest.raises(AdapterFileError, match=told):
+            start_from(adapted(num_classes, rank=2), file, classes=OLD)
+        model = adapted(num_classes, rank=2)
+        with pytest.raises(AdapterFileError, match=told):
+            vimtune.load_adapter(model, file, name="another", force=True)
+        assert vimtune.list_adapters(model) == ["default"]
+
+
 def test_other_base_weights_are_refused_unless_forced(path) -> None:
     model = adapted(4, rank=2)
     with torch.no_grad():

@@ -219,7 +219,9 @@ def test_tables_of_finished_runs(runs, tmp_path, capsys):
     compare(plan(), tmp_path / "one")
     folders = [str(path.parent) for path in sorted((tmp_path / "one").rglob("report.json"))]
     capsys.readouterr()
-    assert cli.main(["compare", *folders, str(tmp_path), "-o", str(tmp_path / "tables")]) == 0
+    (tmp_path / "again").symlink_to(folders[0])
+    twice = [*folders, folders[0] + "/.", str(tmp_path / "again"), str(tmp_path)]
+    assert cli.main(["compare", *twice, "-o", str(tmp_path / "tables")]) == 0
     out = capsys.readouterr().out
     assert f"left out: {str(tmp_path)!r} has no report.json" in out
     assert (tmp_path / "tables" / "pareto.png").is_file()

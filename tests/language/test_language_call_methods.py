@@ -9,6 +9,7 @@ from tiny_language import FAMILIES, both_models, cached, tokens, transformers
 
 import vimtune
 from vimtune.adapters import check_gradients
+from vimtune.adapters.rules.affix import AffixRule
 from vimtune.language import pooled_classifier
 from vimtune.testing.methods import disturb
 
@@ -67,11 +68,14 @@ def test_prompts_are_in_the_states_that_decoding_goes_on_from(family):
     close(torch.cat([first, *rest], 1), expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_texts_of_several_lengths_are_generated_as_each_alone(family):
-    """Padding on the left does not come between the prompts and a text."""
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("mamba", "prompt"), ("mamba2", "prompt"), ("mamba", "affix"), ("mamba", "lora+affix")],
+)
+def test_texts_of_several_lengths_are_generated_as_each_alone(family, method):
+    """Padding on the left does not come between the learnt tokens and a text."""
     _, model = both_models(family)
-    adapt(model, "prompt", num_tokens=3)
+    adapt(model, method, num_tokens=3)
     rows = [tokens()[0, :2], tokens()[1, :7], tokens()[2, :5]]
     ids = torch.stack([torch.cat([torch.zeros(7 - len(row), dtype=row.dtype), row]) for row in rows])
     mask = torch.tensor([[0] * (7 - len(row)) + [1] * len(row) for row in rows])
@@ -151,25 +155,46 @@ def test_no_token_knows_of_later_ones(method, options):
     close(whole(model, ids[:, :12]), expected)
 
 
-@pytest.mark.parametrize(("method", "options"), SCANS)
-def test_what_single_tokens_do_not_tell_is_refused(method, options):
+@pytest.mark.parametrize(("method", "options"), [case for case in SCANS if case[0] != "memba"])
+def test_states_and_padding_are_followed(method, options):
+    """Learnt tokens are in the states with which decoding goes on, and offsets alike for every token."""
     _, model = both_models("mamba")
     adapt(model, method, **options)
-    if method == "state_offset":  # Each token has its own gate and C, and an offset that is always the same.
-        expected = whole(model, tokens())
-        first, cache = cached(model, tokens()[:, :18])
-        rest = [cached(model, part, cache)[0] for part in tokens()[:, 18:].split([2, 1], 1)]
-        close(torch.cat([first, *rest], 1), expected)
-        padded = torch.nn.functional.pad(tokens(), (2, 0))
-        mask = torch.nn.functional.pad(torch.ones_like(tokens()), (2, 0))
-        close(model(padded, use_cache=False, attention_mask=mask).logits[:, 2:], expected)
-        return
-    with pytest.raises(ValueError, match=r"a rule at scan\(\) makes .* use_cache=False"):
+    expected = whole(model, tokens())
+    first, cache = cached(model, tokens()[:, :16])
+    rest = [cached(model, part, cache)[0] for part in tokens()[:, 16:].split([1, 3, 1], 1)]
+    close(torch.cat([first, *rest], 1), expected)
+    for pad in ((2, 0), (0, 2), (3, 1)):
+        mask = torch.nn.functional.pad(torch.ones_like(tokens()), pad)
+        padded = torch.nn.functional.pad(tokens(), pad)
+        found, cache = cached(model, padded, attention_mask=mask)
+        close(found[:, pad[0] : pad[0] + 21], expected)
+        longer = torch.cat([tokens(), tokens()[:, :2]], 1)
+        more = torch.nn.functional.pad(mask, (0, 2), value=1)
+        behind = cached(model, tokens()[:, :2], cache, attention_mask=more)[0]
+        close(behind, whole(model, longer)[:, 21:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_single_tokens_do_not_tell_is_refused(family):
+    _, model = both_models(family)
+    adapt(model, "memba", chunk_length=5, tau=0.8, threshold=0.2)
+    with pytest.raises(ValueError, match=r"a rule at scan\(\) makes .* use_cache=False .*config.use_cache"):
         cached(model, tokens())
     padded = torch.ones_like(tokens())
     padded[0, 0] = 0
     with pytest.raises(ValueError, match=r"a rule at scan\(\) makes .* no attention_mask"):
         model(tokens(), use_cache=False, attention_mask=padded)
+
+
+def test_a_rule_that_adds_tokens_within_a_text_is_refused(monkeypatch):
+    """As one of a user's own does that knows nothing of kept states."""
+    monkeypatch.delattr(AffixRule, "around_rest")
+    _, model = both_models("mamba")
+    adapt(model, "affix", num_tokens=2)
+    _, cache = cached(model, tokens())
+    with pytest.raises(ValueError, match=r"makes 3 tokens of 1 that go on with a text .* around_rest"):
+        cached(model, tokens()[:, :1], cache)
 
 
 @pytest.mark.parametrize(

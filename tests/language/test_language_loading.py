@@ -10,11 +10,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from text_runs import SETTINGS, write_data
 from tiny_language import FAMILIES, original_files, slow_model, tokens
 
 import vimtune.language as language
+from vimtune import cli
 from vimtune.language import create_language_model, language_models, load_tokenizer
 from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
+from vimtune.recipe import Recipe
+from vimtune.training import train
 
 close = torch.testing.assert_close
 family_wise = pytest.mark.parametrize("family", FAMILIES)
@@ -299,6 +303,31 @@ def test_what_to_install(found, monkeypatch):
     expected = f'need transformers 5.21 or newer, and {said}: pip install "vimtune[text]"'
     with pytest.raises(ValueError, match=re.escape(expected)):
         language.create_language_model  # noqa: B018 - loading it is the test
+
+
+def test_every_command_says_what_to_install(tmp_path, monkeypatch, capsys):
+    """Before it imports anything of transformers: `require_transformers` stands first in every way in."""
+    data = write_data("text", tmp_path / "data")
+    values = {**SETTINGS, "task": "text", "data_dir": str(data), "pictures": False}
+    train(Recipe(**values, output_dir=str(tmp_path / "run")))
+    monkeypatch.setattr(language, "MIN_TRANSFORMERS", (999, 0))
+    monkeypatch.chdir(tmp_path)
+    base = "--task text --data-dir data --model mamba_tiny"
+    capsys.readouterr()
+    for line in (
+        f"train {base} --output-dir run2",
+        f"evaluate {base}",
+        "evaluate --adapter run --data-dir data",
+        "predict words --adapter run",
+        "merge run -o merged",
+        "convert run -o converted --to peft",
+        "convert run -o converted --to merged",
+        "combine run run -o sum.safetensors",
+        "analyze run -o page.html",
+    ):
+        assert cli.main(line.split()) == 2
+        (message,) = [said for said in capsys.readouterr().err.splitlines() if said.startswith("error: ")]
+        assert message.startswith("error: language models need transformers 999.0 or newer, and "), line
 
 
 def test_the_extra_asks_for_what_the_message_says():

@@ -277,6 +277,8 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch) ->
     space.write_text(yaml.safe_dump(SPACE))
     for key in ("train-split train+val", "eval-split test"):
         assert "a search trains on train and scores on val" in fails(capsys, *given, *f"--{key}".split())
+    ignored = fails(capsys, *given, "--lr", "0.1")
+    assert "--lr '0.1' would have no effect: the space draws lr in every trial. Leave the flag out" in ignored
     space.write_text(yaml.safe_dump({**SPACE, "more": 1}))
     assert "the space: unknown key 'more'" in fails(capsys, *given)
     assert not folder.exists(), "nothing is left behind"

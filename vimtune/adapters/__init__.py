@@ -23,7 +23,7 @@ from vimtune.adapters.identity import (
     share_sources,
 )
 from vimtune.adapters.info import FORMAT as ADAPTER_FORMAT
-from vimtune.adapters.info import AdapterFileError, AdapterInfo
+from vimtune.adapters.info import AdapterFileError, AdapterInfo, OtherBaseError
 from vimtune.adapters.manage import (
     active_adapter,
     delete_adapter,
@@ -63,6 +63,7 @@ __all__ = [
     "CallRule",
     "DeadAdapterError",
     "Method",
+    "OtherBaseError",
     "Rule",
     "Site",
     "TrainingBatches",

@@ -111,7 +111,8 @@ def fit_to_budget(
     for number, method in enumerate(waiting):
         share = (allowed - trained) // (len(waiting) - number)
         name = to_choose[method.name]
-        value, count = _fit(method, name, sites[method.name], share, f"budget = {quote(budget)}")
+        taken = f", of which the other methods take {trained:,}," if trained else ""
+        value, count = _fit(method, name, sites[method.name], share, f"budget = {quote(budget)}{taken}")
         values[method.name] = (name, value)
         given[method.name] = {**given[method.name], name: value}
         trained += count

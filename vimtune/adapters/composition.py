@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -85,12 +85,17 @@ class Nesting(CallRule):
 
     def around(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
         for rule in self.rules:
-            call = _surrounded(cast(CallRule, rule), call, flow)
+            call = _surrounded(cast(CallRule, rule).around, call, flow)
+        return call(x)
+
+    def around_rest(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
+        for rule in self.rules:
+            call = _surrounded(cast(CallRule, rule).around_rest, call, flow)
         return call(x)
 
 
-def _surrounded(rule: CallRule, call: Call, flow: tuple[dict[str, Tensor], ...]) -> Call:
-    return lambda x: rule.around(call, x, *flow)
+def _surrounded(around: Callable[..., Any], call: Call, flow: tuple[dict[str, Tensor], ...]) -> Call:
+    return lambda x: around(call, x, *flow)
 
 
 def part_of(rule: Rule, tensor: str) -> tuple[Rule, str]:

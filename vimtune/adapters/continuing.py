@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vimtune.adapters.identity import has_base
 from vimtune.adapters.info import AdapterFileError, AdapterInfo
 from vimtune.adapters.manage import demand_adapter
-from vimtune.adapters.store import demand_architecture, other_base, read_adapter, refusing
+from vimtune.adapters.store import check_head, demand_architecture, other_base, read_adapter, refusing
 from vimtune.adapters.tensors import adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.text import printable, quote
@@ -54,6 +54,7 @@ def start_from(
         raise other_base(path, info)
     own = adapter_state_dict(model, record.name)
     with refusing(path):
+        check_head(info, tensors, record.head)
         for key in (f"{head}.value" for head in record.head):
             if key in tensors:
                 tensors[key] = _rows_by_name(tensors[key], own[key], info.classes, classes)

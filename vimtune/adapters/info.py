@@ -37,6 +37,10 @@ class AdapterFileError(ValueError):
     """A file that is no adapter, is damaged, or belongs to another base model."""
 
 
+class OtherBaseError(AdapterFileError):
+    """A file that belongs to another base model, which whoever insists on it may load."""
+
+
 SitePath = Annotated[str, Len(1, 1000)]
 """Dotted path of a parameter, or a target."""
 ClassCount = Annotated[int, Ge(0), Le(10**7)]

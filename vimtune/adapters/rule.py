@@ -183,9 +183,8 @@ class CallRule(Rule):
         Args:
             call: the call without this rule. It takes `x`, changed or not, and gives what the plain model
                 would; it may be called once, several times or not at all. To an `innermost` rule it is the
-                plain call, which takes its options by name, too: `scan` of a mixer has `offsets`. Where a
-                language model generates text token by token, `x` are the new tokens alone: what a rule does
-                to one of them must not depend on others, and it cannot add any.
+                plain call, which takes its options by name, too: `scan` of a mixer has `offsets`. Tokens that
+                a rule adds in a language model stand before the others.
             x: the first argument. Of a linear layer it is the input (..., in), of a mixer's `scan` the output
                 of in_proj (B, L, 2 E), of a model's `encode` the tokens (B, L, D).
             flow: for calls that have it one mapping, the same for all layers of a forward pass, in which a
@@ -198,6 +197,15 @@ class CallRule(Rule):
             `each_tensor` treats them alike.
         """
         raise NotImplementedError
+
+    def around_rest(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
+        """The same where the call goes on with a text of which states are kept, as a language model does that
+        writes token by token.
+
+        Here `x` are the new tokens alone: what a rule does to one of them must not depend on others, and it
+        cannot add any. Overridden by rules that put tokens before a text, which are in its states then.
+        """
+        return self.around(call, x, *flow)
 
     def fold(self, owner: nn.Module) -> Mapping[str, Tensor] | None:
         """What remains of the rule in the plain model into which an adapter is merged.

@@ -231,10 +231,12 @@ class WeightSlot(Slot):
 class CallSlot(Slot):
     """The slot of a call; its rules are `CallRule`s."""
 
-    def run(self, call: Callable[[Any], Any], x: Any, *flow: dict[str, Tensor]) -> Any:
-        """`call(x)` under the rule in force."""
+    def run(self, call: Callable[[Any], Any], x: Any, *flow: dict[str, Tensor], begins: bool = True) -> Any:
+        """`call(x)` under the rule in force; `begins` is false where it goes on with kept states."""
         rule: CallRule | None = self.rule
-        return call(x) if rule is None else rule.around(call, x, *flow)
+        if rule is None:
+            return call(x)
+        return rule.around(call, x, *flow) if begins else rule.around_rest(call, x, *flow)
 
 
 def has_rules(module: nn.Module) -> bool:
@@ -301,6 +303,7 @@ def _adapted_call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         slot, shared = cast(CallSlot, slots_of(module)[name]), {} if flow is None else flow
         # Of modules that do not take every change:
         check_change, check_mixing = (getattr(module, f"check_{what}", None) for what in ("change", "mixing"))
+        begins = getattr(module, "begins", None)
         if check_mixing is not None and slot.rule is not None and slot.rule.mixes_tokens:
             check_mixing(*rest, **options)
 
@@ -309,7 +312,7 @@ def _adapted_call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
                 check_change(x, changed, *rest, **options)
             return plain(module, changed, shared, *rest, **options, **added)
 
-        return slot.run(run_plain, x, shared)
+        return slot.run(run_plain, x, shared, begins=begins is None or begins(*rest, **options))
 
     return call
 

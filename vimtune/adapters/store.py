@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from vimtune.adapters.info import (
     FORMAT,
     AdapterFileError,
     AdapterInfo,
+    OtherBaseError,
     read_info,
     write_info,
 )
@@ -45,7 +46,7 @@ from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_ada
 from vimtune.adapters.wrappers import unwrap
 from vimtune.methods import build_methods
 from vimtune.tensor_file import read_metadata, read_tensors
-from vimtune.text import printable, quote
+from vimtune.text import counted, printable, quote
 from vimtune.utils import atomic_write, suggest
 
 
@@ -206,23 +207,45 @@ def demand_architecture(model: nn.Module, path: str | Path, info: AdapterInfo, f
     """Make sure that a model is built like the one of an adapter file, unless that is forced.
 
     Raises:
-        AdapterFileError: it is not; the message says in what it differs.
+        OtherBaseError: it is not; the message says in what it differs.
     """
     differences = architecture_differences(info.model, model)
     if differences and not force:
-        raise AdapterFileError(
+        raise OtherBaseError(
             f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
             f"{'; '.join(differences)}. Create that model, or pass force=True"
         )
 
 
-def other_base(path: str | Path, info: AdapterInfo) -> AdapterFileError:
+def other_base(path: str | Path, info: AdapterInfo) -> OtherBaseError:
     """The refusal of an adapter file for the base weights of a model."""
     of = f" of {info.model['name']}" if info.model else ""
-    return AdapterFileError(
+    return OtherBaseError(
         f"{printable(str(path))} was trained on other base weights{of} than this model has. Load the "
         "same pretrained weights first, or pass force=True"
     )
+
+
+def check_head(info: AdapterInfo, tensors: Mapping[str, Tensor], head: Sequence[str]) -> None:
+    """Compare a file with a model in whether they have a classification head; its size does not matter.
+
+    Args:
+        info, tensors: what the file holds.
+        head: paths of the parameters of the model's head; none for a model without one.
+
+    Raises:
+        ValueError: one of the two has a head alone.
+    """
+    if info.num_classes and not head:
+        raise ValueError(
+            f"it has a head of {counted(info.num_classes, 'outputs')}, and the model has none: create the "
+            "model with a head (language tasks: head = 'classifier')"
+        )
+    if head and not any(f"{path}.value" in tensors for path in head):
+        raise ValueError(
+            "it has no head, and the model has one: create the model without (language tasks: head = "
+            "'likelihood')"
+        )
 
 
 @contextmanager
@@ -248,6 +271,7 @@ def _record(model: nn.Module, info: AdapterInfo, tensors: dict[str, Tensor], nam
         ValueError: parameters that the model does not have, or a head of another size than the file says.
     """
     head = head_parameters(model)
+    check_head(info, tensors, head)
     num_classes = info.num_classes or base_num_classes(model)
     # This is checked before a head of that size is made.
     for path in head if num_classes != base_num_classes(model) else ():

@@ -144,6 +144,12 @@ def _planned(prog: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> tup
         seed=_number(own, "search_seed", 0, 0, 2**63 - 1),
         prune=own.get("prune", True),
     )
+    for key, setting in plan.space.keys.items():
+        if key in given and setting.times != key:  # A range of factors multiplies what is given.
+            raise ValueError(
+                f"--{key.replace('_', '-')} {quote(given[key])} would have no effect: the space draws {key} "
+                "in every trial. Leave the flag out, or take the key out of the space"
+            )
     return plan, own.get("output_dir") or Path(f"runs/search-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 

@@ -253,7 +253,8 @@ def _show(
         note = protocol_of(plan)
     else:
         results, left_out = [], []
-        for run in runs:
+        # A run that is named twice is no second one: the spread would be that of fewer runs.
+        for run in {run.resolve(): run for run in runs}.values():
             try:
                 results.append(read_result(run))
             except ValueError as error:

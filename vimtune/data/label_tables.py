@@ -40,8 +40,6 @@ _TABLES_OF_SPLITS = {
     "test": ("test.csv",),
 }
 """Names of files that have the images of one split."""
-_DELIMITERS = ",;\t"
-"""Signs that may separate the columns."""
 _PATHS = (
     *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_name"),
     *("image_id", "img", "img_path", "photo", "id"),
@@ -93,7 +91,7 @@ def read_tables(root: Path, *, file: str | None, images: str | None, columns: Co
         DatasetError: no file, one that is not understood, or images that are not there.
         ImageReadError: a folder cannot be read.
     """
-    tables = {split: read_lines(path, _DELIMITERS) for path, split in _find(root, file).items()}
+    tables = {split: read_lines(path) for path, split in _find(root, file).items()}
     base = root if images is None else _below(root, images, "images")
     if not base.is_dir():
         raise DatasetError(f"images = {quote(images)} is no folder in {_show(root)}. {EXPECTED}")

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from vimtune.adapters.rule import each_tensor
+from vimtune.language.padding import behind_padding, in_order
 
 
 class EncodingModel:
@@ -68,28 +68,10 @@ class EncodingModel:
         if mask is None or mask.shape[1] == tokens.shape[1]:
             return plain.forward(inputs_embeds=tokens, **options)
         added = tokens.shape[1] - mask.shape[1]
-        order = _behind_padding(mask, added)
+        order = behind_padding(mask, added)
         options["attention_mask"] = F.pad(mask, (added, 0), value=1).gather(1, order)
-        result = plain.forward(inputs_embeds=_in_order(tokens, order), **options)
-        return each_tensor(result, lambda output: _in_order(output, order.argsort(1)))
-
-
-def _behind_padding(mask: Tensor, added: int) -> Tensor:
-    """Places (B, n + L) of tokens, the first n of which are to stand behind the padding on the left.
-
-    Args:
-        mask: (B, L), 0 at padding.
-        added: n.
-    """
-    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-    places = torch.arange(mask.shape[1] + added, device=mask.device)
-    moved = torch.where(places < padding, places + added, places - padding)
-    return torch.where(places < padding + added, moved, places)
-
-
-def _in_order(tokens: Tensor, order: Tensor) -> Tensor:
-    """Tokens (B, L, D) in the order of their places (B, L)."""
-    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+        result = plain.forward(inputs_embeds=in_order(tokens, order), **options)
+        return each_tensor(result, lambda output: in_order(output, order.argsort(1)))
 
 
 class MambaModel(EncodingModel, modeling_mamba.MambaModel):  # type: ignore[misc]  # transformers is untyped

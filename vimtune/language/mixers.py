@@ -27,6 +27,7 @@ from transformers import Cache
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
+from vimtune.language.padding import behind_padding, in_order
 from vimtune.language.refusals import StatesRefused, may_be_read, refuse_packing, require_plain
 from vimtune.ops import (
     DirectionWeights,
@@ -88,12 +89,15 @@ class FastMixer:
         result: Tensor = self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
         return result
 
+    def begins(self, cache: Cache | None = None, mask: Tensor | None = None) -> bool:
+        """Whether tokens are the first of their text; the arguments are those of `scan`."""
+        return cache is None or cache.get_recurrent_state(self.layer_idx) is None
+
     def check_change(
         self, given: Tensor, changed: Tensor, cache: Cache | None = None, mask: Tensor | None = None
     ) -> None:
-        """Refuse what a rule around `scan` hands on, if cache and mask do not fit it.
-
-        Tokens that it adds would enter the states again with each token that is decoded.
+        """Refuse tokens that a rule around `scan` adds to those of a text that has begun: they would enter
+        the states again with each token that is decoded.
 
         Args:
             given: the first argument of `scan`, (B, L, channels).
@@ -101,13 +105,12 @@ class FastMixer:
             cache, mask: those of `scan`.
 
         Raises:
-            StatesRefused: the number of tokens has changed, and there is a cache or a mask.
+            StatesRefused: the number of tokens has changed within a text.
         """
-        if changed.shape[1] != given.shape[1] and (cache is not None or mask is not None):
+        if changed.shape[1] != given.shape[1] and not self.begins(cache, mask):
             raise StatesRefused(
-                f"a rule at scan() makes {changed.shape[1]} tokens instead of {given.shape[1]} of a "
-                "sequence, which neither cached decoding nor masks of padding can follow: give "
-                "use_cache=False and no attention_mask"
+                f"a rule at scan() makes {changed.shape[1]} tokens of {given.shape[1]} that go on with a "
+                "text of which states are kept: let its around_rest leave them alone, or give use_cache=False"
             )
 
     def check_mixing(self, cache: Cache | None = None, mask: Tensor | None = None) -> None:
@@ -122,18 +125,45 @@ class FastMixer:
         if cache is not None or mask is not None:
             raise StatesRefused(
                 "a rule at scan() makes each token depend on those before it, which it does not know in "
-                "cached decoding, nor which of them are padding: give use_cache=False and no attention_mask"
+                "cached decoding, nor which of them are padding: give use_cache=False (or set "
+                "model.config.use_cache = False) and no attention_mask"
             )
 
-    @abstractmethod
     def scan(
         self,
         projected: Tensor,
         flow: dict[str, Tensor] | None = None,
         cache: Cache | None = None,
         mask: Tensor | None = None,
+        **more: Any,
     ) -> Tensor:
-        """All that lies between the projections: the output of in_proj to the input of out_proj."""
+        """All that lies between the projections: the output of in_proj to the input of out_proj.
+
+        Rules of adapters may surround it.
+
+        Args:
+            projected: the output of in_proj, (B, L, channels). A rule may put n more tokens before the first
+                ones of a text, also where that is padded on the left: padding is then moved before those, so
+                that nothing lies between them and the text.
+            flow: what earlier layers hand on; transformers' layers hand on nothing.
+            cache: as in `forward`.
+            mask: (B, L, 1), False at padding, whatever a rule adds.
+            more: further arguments of `scan_in_order`.
+
+        Returns:
+            The input of out_proj, (B, n + L, E), in the order and the dtype of `projected`.
+        """
+        added = 0 if mask is None else projected.shape[1] - mask.shape[1]
+        if mask is None or added == 0:
+            return self.scan_in_order(projected, cache, mask, **more)
+        order = behind_padding(mask[..., 0], added)
+        mask = in_order(F.pad(mask, (0, 0, added, 0), value=True), order)
+        result = self.scan_in_order(in_order(projected, order), cache, mask, **more)
+        return in_order(result, order.argsort(1))
+
+    @abstractmethod
+    def scan_in_order(self, projected: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        """The same with a mask of all tokens, (B, L, 1)."""
 
 
 class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transformers is untyped
@@ -147,21 +177,17 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
     The number of states is that of `A_log`.
     """
 
-    def scan(
+    def scan_in_order(
         self,
         xz: Tensor,
-        flow: dict[str, Tensor] | None = None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
+        cache: Cache | None,
+        mask: Tensor | None,
         offsets: tuple[Tensor] | None = None,
     ) -> Tensor:
         """All that lies between the projections.
 
-        Rules of adapters may surround it.
-
         Args:
             xz: the output of in_proj, (B, L, 2 E).
-            flow: what earlier layers hand on; transformers' layers hand on nothing.
             cache: as in `FastMixer.forward`.
             mask: (B, L, 1), False at padding.
             offsets: what C reads beside the states, (E, N), of the only direction.
@@ -243,17 +269,13 @@ class FastMambaMixer(FastMixer, MambaMixer):  # type: ignore[misc]  # transforme
 class FastMamba2Mixer(FastMixer, Mamba2Mixer):  # type: ignore[misc]  # transformers is untyped
     """Mixer of a Mamba-2 layer, (B, L, D) to (B, L, D); its inside is defined by `vimtune.ops.ssd_mixer`."""
 
-    def scan(
-        self,
-        projected: Tensor,
-        flow: dict[str, Tensor] | None = None,
-        cache: Cache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """All that lies between the projections; the arguments but one are those of `FastMambaMixer.scan`.
+    def scan_in_order(self, projected: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        """All that lies between the projections.
 
         Args:
             projected: the output of in_proj with its rows z | x | B | C | dt, (B, L, 2 E + 2 G N + H).
+            cache: as in `FastMixer.forward`.
+            mask: (B, L, 1), False at padding.
 
         Returns:
             The input of out_proj, (B, L, E), in the dtype of `projected`.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from vimtune.data import text
 from vimtune.data.text import Example, TextFormat
 from vimtune.fields import option
+from vimtune.language import require_transformers
 from vimtune.tasks.base import Score, Task, register_task
 from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
 from vimtune.tasks.predictor import Predictor
@@ -65,18 +66,21 @@ class TextTask(Task):
 
     def open(self, recipe: Recipe, processes: Processes) -> TextJob:
         """Open the texts and the language model of `recipe`; see `Task.open`."""
+        require_transformers()
         from vimtune.tasks.text.job import open_texts
 
         return open_texts(recipe, self, processes)
 
     def check_data(self, recipe: Recipe, processes: Processes) -> None:
         """Open all texts; see `Task.check_data`."""
+        require_transformers()
         from vimtune.tasks.text.job import check_data
 
         check_data(recipe, self, processes)
 
     def open_base(self, recipe: Recipe, processes: Processes) -> nn.Module:
         """The language model with its weights; see `Task.open_base`."""
+        require_transformers()
         from vimtune.tasks.text.job import open_base
 
         return open_base(recipe, self, processes)
@@ -91,6 +95,7 @@ class TextTask(Task):
         force: bool,
     ) -> TextTrial:
         """Open the texts to score and the language model; see `Task.open_trial`."""
+        require_transformers()
         from vimtune.tasks.text.trial import open_trial
 
         return open_trial(recipe, self, processes, split, adapter, options, force)
@@ -103,6 +108,7 @@ class TextTask(Task):
         self, adapter: Path, base: Mapping[str, Any], device: torch.device, backend: str, force: bool
     ) -> Predictor:
         """Create the language model with an adapter; see `Task.open_predictor`."""
+        require_transformers()
         from vimtune.tasks.text.predictor import open_predictor
 
         return open_predictor(self, adapter, base, device, backend, force)
@@ -126,6 +132,7 @@ class TextTask(Task):
         precision: Precision,
     ) -> Merged:
         """Write a folder that transformers loads; see `Task.merge`."""
+        require_transformers()
         from vimtune.tasks.text.merging import merge_texts
 
         return merge_texts(self, adapter, output, base, device, backend, force, precision)

@@ -157,10 +157,11 @@ def test_a_csv_that_is_wrong(content, expected, tmp_path):
         read(OWN, path)
 
 
-def test_csv_and_json_lines_say_the_same(tmp_path):
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_and_json_lines_say_the_same(delimiter, tmp_path):
     rows = [{"text": 'good, "very"\ngood', "label": "yes"}, {"text": "bad", "label": "no"}]
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, ["text", "label"])
+        writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
     by_csv = open_text(OWN, "train", file=tmp_path / "a.csv")

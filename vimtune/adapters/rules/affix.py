@@ -67,6 +67,10 @@ class AffixRule(CallRule):
         result: Tensor = call(torch.cat(parts, 1))
         return result.narrow(1, num_tokens, x.shape[1])
 
+    def around_rest(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Tensor:
+        result: Tensor = call(x)  # What the tokens have left behind is in the states with which it goes on.
+        return result
+
     def fold(self, owner: nn.Module) -> Mapping[str, Tensor] | None:
         """What the tokens leave behind in the mixer, if its scans can begin with it, as those of Vim."""
         starts_behind = getattr(owner, "starts_behind", None)

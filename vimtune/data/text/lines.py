@@ -20,6 +20,8 @@ LINE = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 """Endings of the files that can be read; a .json file has a JSON text in every line, too."""
+DELIMITERS = ",;\t"
+"""Signs that may stand between the cells of CSV. Where numbers have commas, spreadsheets write semicolons."""
 
 
 class _NotBlank:
@@ -76,13 +78,10 @@ class Line:
         return self.with_field(name, value) if self.field(name) in (None, "") else self
 
 
-def read_lines(path: Path, delimiters: str = ",") -> list[Line]:
+def read_lines(path: Path) -> list[Line]:
     """All entries of a file of JSON Lines or, where its name ends in .csv, of CSV with a header.
 
-    Args:
-        path: the file.
-        delimiters: signs that may stand between the cells of CSV: the one that the header has most often, and
-            of several the first.
+    Of the `DELIMITERS` the one that the header has most often stands between the cells, of several the first.
 
     Raises:
         DatasetError: no such file, a line that is no text, no JSON or no row, or no entry at all.
@@ -96,7 +95,7 @@ def read_lines(path: Path, delimiters: str = ",") -> list[Line]:
         with open(path, "rb") as file:
             texts = _decoded(shown, file)
             is_csv = path.suffix.lower() == ".csv"
-            lines = list(_rows(shown, texts, delimiters) if is_csv else _objects(texts))
+            lines = list(_rows(shown, texts) if is_csv else _objects(texts))
     except OSError as error:
         raise DatasetError(f"cannot read {shown}: {error.strerror}") from error
     if not lines:
@@ -143,11 +142,11 @@ def _objects(texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
             yield Line(place, parse_json(text.rstrip("\r\n"), place, DatasetError))
 
 
-def _rows(shown: str, texts: Iterator[tuple[str, str]], delimiters: str) -> Iterator[Line]:
+def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
     """The entries of CSV, whose first row names the fields. A row may go over several lines."""
     _, first = next(texts, ("", ""))
     rest = (text for _, text in texts)
-    reader = csv.reader(chain([first], rest), strict=True, delimiter=max(delimiters, key=first.count))
+    reader = csv.reader(chain([first], rest), strict=True, delimiter=max(DELIMITERS, key=first.count))
     header: list[str] = []
     begin = 1
     while True:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimtune.adapters import read_adapter_info
+from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.data import DatasetError, MissingSplitError
 from vimtune.data.text import TextSplit, open_text
 from vimtune.origin import load_trained
@@ -16,10 +16,19 @@ from vimtune.tasks.components import EvaluateOptions
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation, Scoring, Trial
 from vimtune.tasks.text.details import text_details
-from vimtune.tasks.text.job import Loaders, head_of, open_splits, open_test, settings_of
+from vimtune.tasks.text.heads import Head, RatingHead
+from vimtune.tasks.text.job import (
+    Loaders,
+    head_of,
+    names_of_outputs,
+    open_splits,
+    open_test,
+    settings_of,
+)
 from vimtune.tasks.text.models import build_base, open_tokenizer
 from vimtune.tasks.text.scoring import TextEvaluation
 from vimtune.tasks.text.settings import TextDataSettings
+from vimtune.text import quote
 from vimtune.training.distributed import Processes
 
 if TYPE_CHECKING:
@@ -72,8 +81,12 @@ def open_trial(
     info = None if adapter is None else read_adapter_info(adapter)
     if info is None and task.head == "classifier":
         raise ValueError("head = 'classifier' is trained with an adapter: give its file with --adapter")
-    texts = _open(task, data, split, (info and info.classes) or None)
+    # What rates choices names no classes of texts.
+    classes = None if info is None or info.num_classes == RatingHead.outputs else info.classes
+    texts = _open(task, data, split, classes or None)
     head = head_of(task, texts)
+    if adapter is not None and info is not None and info.num_classes and head.outputs is not None:
+        _demand_outputs(info, adapter, head, texts)
     model = build_base(recipe, backbone, head.outputs, task.pooling)
     if adapter is not None:
         load_trained(model, adapter, force)
@@ -91,6 +104,20 @@ def open_trial(
         held_out=held_out,
         split=texts,
         no_temperature=why,
+    )
+
+
+def _demand_outputs(info: AdapterInfo, adapter: Path, head: Head, texts: TextSplit) -> None:
+    """Raise AdapterFileError for an adapter whose head does not answer with the choices of the texts."""
+    wanted = names_of_outputs(head, texts)
+    if info.num_classes == len(wanted) and info.classes in ([], wanted):
+        return
+    rates = info.num_classes == RatingHead.outputs
+    has = "a head that rates choices" if rates else f"a head for {quote(info.classes or info.num_classes)}"
+    needed = f"of {quote(wanted)}" if texts.classes else "that rates choices"
+    raise AdapterFileError(
+        f"{quote(str(adapter))} has {has}, and {texts.source} needs one {needed}: score it on texts like "
+        "those of its run, or give an adapter of these"
     )
 
 
