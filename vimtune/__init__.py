@@ -48,12 +48,13 @@ if TYPE_CHECKING:
     from vimtune.exchange.hub import convert, pull, push
     from vimtune.exchange.peft.files import load_peft, save_peft
     from vimtune.fields import option
+    from vimtune.loggers import Logger, register_logger
     from vimtune.methods import Method, list_methods, register_method
     from vimtune.models import list_models, load_checkpoint, register_model
     from vimtune.predict import load_predictor
     from vimtune.recipe import Recipe, RecipeError, load_recipe
     from vimtune.tasks import Predictor, Task, register_task
-    from vimtune.training import Report, train
+    from vimtune.training import Callback, Report, train
 
 __version__ = "0.2.0"
 
@@ -68,12 +69,13 @@ _HOMES = {
     "vimtune.exchange.hub": ("convert", "pull", "push"),
     "vimtune.exchange.peft.files": ("load_peft", "save_peft"),
     "vimtune.fields": ("option",),
+    "vimtune.loggers": ("Logger", "register_logger"),
     "vimtune.methods": ("Method", "list_methods", "register_method"),
     "vimtune.models": ("list_models", "load_checkpoint", "register_model"),
     "vimtune.predict": ("load_predictor",),
     "vimtune.recipe": ("Recipe", "RecipeError", "load_recipe"),
     "vimtune.tasks": ("Predictor", "Task", "register_task"),
-    "vimtune.training": ("Report", "train"),
+    "vimtune.training": ("Callback", "Report", "train"),
 }  # fmt: skip
 """Modules that define the names of this package."""
 
@@ -82,7 +84,9 @@ __all__ = [
     "AdapterInfo",
     "AdapterSummary",
     "CallRule",
+    "Callback",
     "ImageDataset",
+    "Logger",
     "Method",
     "Predictor",
     "Recipe",
@@ -115,6 +119,7 @@ __all__ = [
     "push",
     "read_adapter_info",
     "register_dataset",
+    "register_logger",
     "register_method",
     "register_model",
     "register_task",

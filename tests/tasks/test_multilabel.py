@@ -14,7 +14,7 @@ from vimtune import load_predictor
 from vimtune.merging import run_merge
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.tasks.images.tags import TagTally, binary_losses, positive_weights, tag_evaluation
-from vimtune.training import train
+from vimtune.training import Callback, train
 from vimtune.training.distributed import Processes
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -89,11 +89,12 @@ def test_a_run_that_was_stopped_is_continued_to_the_same_end(data, tmp_path) -> 
     whole = train(recipe(data, tmp_path / "whole", epochs=2, balanced=True))
     part = recipe(data, tmp_path / "part", epochs=2, balanced=True)
 
-    def stop(record) -> None:
-        raise KeyboardInterrupt
+    class Stop(Callback):
+        def on_epoch(self, session, epoch) -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(part, after_epoch=stop)
+        train(part, callbacks=[Stop()])
     again = train(part.replace(resume=str(tmp_path / "part"), output_dir=str(tmp_path / "part")))
     assert again.loss == whole.loss and again.scores == whole.scores
 

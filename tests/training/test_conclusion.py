@@ -12,7 +12,7 @@ import pytest
 import torch
 from nasty import NASTY_NAMES
 from PIL import Image
-from tiny_runs import outcome_of, report_of
+from tiny_runs import logged_run, outcome_of, report_of
 
 from vimtune.console import build_console
 from vimtune.tasks.classes import confusion, page
@@ -22,6 +22,7 @@ from vimtune.tasks.job import Outcome
 from vimtune.training import OutputError, conclusion, pictures
 from vimtune.training.conclusion import conclude
 from vimtune.training.folder import RunFolder
+from vimtune.training.logs import Logs
 from vimtune.training.report import Report, print_report, write_report
 from vimtune.training.tracking import Tracker
 
@@ -39,9 +40,12 @@ def finish(
     report, outcome = report_of(counts, classes, folder), outcome_of(counts)
     report.recipe["pictures"] = pictures
     console, task = build_console(), outcome.task
-    tracker = Tracker(RunFolder(folder), console, task, is_main=True, epochs=1, total_steps=4)
+    tracker = Tracker(console, task, epochs=1, total_steps=4)
+    logs = Logs(tracker.warn)
+    logs.open(["tensorboard"], logged_run(folder))
     files = confusion_files(counts, classes, "a title")
-    return conclude(report, outcome, details_of(outcome, classes), files, RunFolder(folder), tracker)
+    details = details_of(outcome, classes)
+    return conclude(report, outcome, details, files, RunFolder(folder), tracker, logs)
 
 
 def details_of(outcome: Outcome, classes: list[str]) -> ClassDetails:
@@ -90,7 +94,7 @@ def test_pictures_are_left_out_where_nobody_will_look_at_them(tmp_path):
         ((pictures, "draw_learning_curve"), "learning_curve.png"),
         ((page, "draw_reliability"), "report.html"),
         ((confusion, "write_confusion_table"), "confusion_matrix.csv"),
-        ((Tracker, "record_result"), "final scores in TensorBoard"),
+        ((Logs, "write_result"), "final scores in the logs"),
     ],
 )
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from vimtune import adapters
 from vimtune.optimizers import NEVER_NEGATIVE, OPTIMIZERS, parse_optimizer
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.recipe.components import OptimisationSettings
-from vimtune.training import train
+from vimtune.training import Callback, EpochRecord, Session, train
 from vimtune.training.distributed import Processes
 from vimtune.training.identity import ResumeError
 from vimtune.training.layers import layer_rates
@@ -290,14 +290,15 @@ def test_a_run_that_was_stopped_goes_on_with_its_optimizer_to_its_last_step(tiny
     class Enough(Exception):
         pass
 
-    def stop(record: Any) -> None:
-        raise Enough
+    class Stop(Callback):
+        def on_epoch(self, session: Session, epoch: EpochRecord) -> None:
+            raise Enough
 
     report = train(tiny("whole", **changes))
     assert (report.steps, report.epochs, report.stopped_early) == (6, 2, False)
     assert "20 images" in report.data["train"] and "for limit 20 drawn" in report.data["train"]
     with pytest.raises(Enough):
-        train(tiny("parts", **changes), after_epoch=stop)
+        train(tiny("parts", **changes), callbacks=[Stop()])
     train(tiny("parts", resume="auto", **changes))
     with pytest.raises(ValueError, match="opt was"):
         train(tiny("parts", resume="auto", **{**changes, "opt": "adamw", "max_steps": 7}))

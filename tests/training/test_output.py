@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
-import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import largest_file
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -26,9 +25,7 @@ from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.report import ImageReport
 from vimtune.training import OutputError, Report, train
-from vimtune.training.folder import RunFolder
 from vimtune.training.identity import Facts
-from vimtune.training.records import EventLog, MetricsLog
 from vimtune.training.state import EpochRecord, Progress, RunState, load_run_state, save_run_state
 from vimtune.training.tracking import Tracker, duration
 
@@ -123,7 +120,7 @@ SCORED = replace(EPOCH, loss=1.5, scores={"top1": 75.0, "top5": 90.0})
 
 
 @pytest.fixture
-def on_terminal(tmp_path, monkeypatch, capsys):
+def on_terminal(monkeypatch, capsys):
     """`on_terminal(width, action)`: what the terminal shows while and after `action(tracker)`."""
 
     def show(width: int, action: Callable[[Tracker], None]) -> tuple[str, list[str]]:
@@ -131,9 +128,7 @@ def on_terminal(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", str(width))
         console = build_console()
         assert console.is_terminal and console.width == width
-        tracker = Tracker(
-            RunFolder(tmp_path), console, Classification(), is_main=True, epochs=2, total_steps=8
-        )
+        tracker = Tracker(console, Classification(), epochs=2, total_steps=8)
         action(tracker)
         tracker.close()
         raw = capsys.readouterr().out
@@ -160,7 +155,7 @@ def screen(raw: str) -> list[str]:
 def test_progress_bar_on_a_terminal(on_terminal):
     def act(tracker):
         tracker.show_step(0, 3, 1.25, 1e-3, 512.0)
-        tracker.record_epoch(EPOCH, "val")
+        tracker.show_epoch(EPOCH, "val")
         tracker.show_evaluation("test")
         tracker.message("the end")
 
@@ -174,7 +169,7 @@ def test_progress_bar_on_a_terminal(on_terminal):
 def test_status_lines_fit_the_terminal(on_terminal, width):
     def act(tracker):
         tracker.show_step(0, 3, 1.25, 1e-3, 512.0)
-        tracker.record_epoch(SCORED, "val")
+        tracker.show_epoch(SCORED, "val")
 
     raw, left = on_terminal(width, act)
     (line,) = left
@@ -193,26 +188,13 @@ def test_status_lines_fit_the_terminal(on_terminal, width):
     assert ("\u2501" in raw) == (width >= 48)  # the bar
 
 
-def test_other_processes_are_silent(tmp_path, capsys):
-    tracker = Tracker(
-        RunFolder(tmp_path), build_console(True), Classification(), is_main=False, epochs=2, total_steps=8
-    )
+def test_other_processes_are_silent(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    tracker = Tracker(build_console(True), Classification(), epochs=2, total_steps=8)
     tracker.message("hello")
-    tracker.record_step({"step": 1, "loss": 1.0})
-    assert tracker.sync() == 0
+    tracker.show_step(0, 3, 1.25, 1e-3, 512.0)
     tracker.close()
-    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """The system refuses to let any file grow beyond `num_bytes`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().out == ""
 
 
 def state_of(value: float, size: int) -> RunState:
@@ -231,50 +213,6 @@ def test_full_disk_keeps_the_former_checkpoint(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
     state = load_run_state(path)
     assert state.progress.step == 1 and torch.equal(state.adapter["w"], torch.ones(100))
-
-
-def test_full_disk_ends_the_events_where_it_is_met(tmp_path, capfd):
-    log = EventLog(RunFolder(tmp_path))
-    log.write_scalars({"train/loss": 1.0}, 1)
-    with largest_file(150), pytest.raises(OutputError, match=r"cannot write .*tensorboard: File too large"):
-        for step in range(2, 9):
-            log.write_scalars({"train/loss": 1.0}, step)
-    log.write_scalars({"train/loss": 2.0}, 9)
-    log.close()
-    values = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
-    assert values[0].step == 1 and values[-1].step == 9 and len(values) < 9
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_session_that_resumes_hides_later_events(tmp_path):
-    folder = RunFolder(tmp_path)
-    for first, steps in ((0, range(1, 7)), (3, range(4, 9))):
-        log = EventLog(folder, first)
-        for step in steps:
-            log.write_scalars({"train/loss": float(first)}, step)
-        log.close()
-    values = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("train/loss")
-    assert [(value.step, value.value) for value in values] == [
-        *((step, 0.0) for step in (1, 2, 3)),
-        *((step, 3.0) for step in (4, 5, 6, 7, 8)),
-    ]
-
-
-def test_numbers_that_are_not_finite_are_null(tmp_path):
-    log = MetricsLog(RunFolder(tmp_path))
-    log.write({"step": 1, "grad_norm": float("inf"), "loss": float("nan"), "more": [{"a": -float("inf")}]})
-    log.close()
-    assert metrics(tmp_path) == [{"step": 1, "grad_norm": None, "loss": None, "more": [{"a": None}]}]
-
-
-def test_full_disk_leaves_no_half_line(tmp_path):
-    log = MetricsLog(RunFolder(tmp_path))
-    log.write({"step": 1})
-    with largest_file(20), pytest.raises(OutputError):
-        log.write({"step": 2, "text": "x" * 100})
-    log.write({"step": 3})
-    log.close()
-    assert [record["step"] for record in metrics(tmp_path)] == [1, 3]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -315,10 +253,9 @@ def test_folder_that_cannot_be_made(tiny, tmp_path, monkeypatch):
         train(tiny())
 
 
-def test_a_repeated_warning_is_shown_and_recorded_once(tmp_path, capsys):
+def test_a_repeated_warning_is_shown_and_recorded_once(capsys):
     kept = ["seen before the run was resumed"]
-    settings = {"is_main": True, "epochs": 1, "total_steps": 1, "warnings": kept}
-    tracker = Tracker(RunFolder(tmp_path), build_console(), Classification(), **settings)
+    tracker = Tracker(build_console(), Classification(), epochs=1, total_steps=1, warnings=kept)
     for text in ("seen before the run was resumed", "new", "new"):
         tracker.warn(text)
     tracker.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
 
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import RecipeError
@@ -50,26 +49,6 @@ def test_a_run_without_test_does_not_open_it(tiny, opened) -> None:
     assert set(opened) == {"train", "val"}
     assert report.split == "val" and set(report.data) == {"train", "val"}
     assert "10 images, 2 of each class drawn with seed 0" in report.data["train"]
-
-
-def test_a_hook_is_told_of_every_epoch_and_may_end_the_run(tiny) -> None:
-    class Enough(Exception):
-        pass
-
-    told = []
-
-    def stop_after_two(record) -> None:
-        told.append(record)
-        if len(told) == 2:
-            raise Enough
-
-    with pytest.raises(Enough):
-        train(tiny(), after_epoch=stop_after_two)
-    assert [record.epoch for record in told] == [1, 2] and told[1].scores is not None
-    rest = train(tiny(resume="auto"), after_epoch=told.append)
-    assert [record.epoch for record in told] == [1, 2, 3] and rest.epochs == 3
-    whole = train(tiny("whole"))
-    assert rest.loss == pytest.approx(whole.loss) and torch.isfinite(torch.tensor(rest.loss))
 
 
 @pytest.mark.parametrize(

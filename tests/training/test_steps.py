@@ -47,6 +47,7 @@ def test_run_folder_is_complete(plain):
     assert {path.name for path in folder.iterdir()} == {
         ".holder",
         ".lock",
+        ".logger-tensorboard",
         "recipe.yaml",
         "adapter.safetensors",
         "checkpoint.safetensors",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vimtune.loggers import LoggedRun
 from vimtune.recipe import Recipe
 from vimtune.tasks.classes.answers import ClassAnswers, answers_of
 from vimtune.tasks.classification import Classification
@@ -81,6 +82,19 @@ def report_of(
         history=[record.flat("images")],
     )
     return build_image_report(shared, outcome, classes or [f"class {index}" for index in range(num_classes)])
+
+
+def logged_run(folder: Path, first_step: int = 0, kept_bytes: int = 0) -> LoggedRun:
+    """What loggers know of a run."""
+    return LoggedRun(
+        folder=folder,
+        settings={"lr": 3e-3, "peft": "lora", "layers": None, "betas": [0.9, 0.999]},
+        unit="images",
+        splits=("val",),
+        scores=("top1", "top5"),
+        first_step=first_step,
+        kept_bytes=kept_bytes,
+    )
 
 
 def weights(folder: str | Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from vimtune.data.datasets import dataset_options, list_datasets
 from vimtune.fields import options_of
+from vimtune.loggers import list_loggers
 from vimtune.methods import METHODS, Method
 from vimtune.optimizers import list_optimizers
 from vimtune.tasks import TASKS
@@ -42,6 +43,7 @@ def listing(width: int) -> str:
             name: (summary, dataset_options(name)) for name, summary in list_datasets().items()
         },
         "Optimizers (--opt)": {name: (summary, {}) for name, summary in list_optimizers().items()},
+        "Loggers (--logger)": {name: (summary, {}) for name, summary in list_loggers().items()},
         "Tasks (--task)": {name: (task.summary, _defaults(task)) for name, task in TASKS.items()},
     }
     return "\n\n".join("\n".join(_table(title, entries, width)) for title, entries in tables.items())

@@ -39,7 +39,7 @@ def _help_line(item: Option) -> str:
     if isinstance(default, bool):
         shown = "on" if default else "off"
     elif isinstance(default, list):
-        shown = ",".join(f"{value:g}" for value in default)
+        shown = ",".join(map(str, default))
     else:
         shown = f"{default:g}" if isinstance(default, float) else str(default)
     bracket = "" if default is None or default == {} else f" [{shown}]"

@@ -27,6 +27,7 @@ from vimtune.fields import (
     option,
     option_of_method,
 )
+from vimtune.loggers import parse_loggers
 from vimtune.methods import METHODS
 from vimtune.methods.lora import LoRA
 from vimtune.methods.prodial import ProDiaL
@@ -148,6 +149,9 @@ class RunSettings(Options):
         parse=parsers.optional(parsers.path),
     )
     force: bool = option(False, "resume although data, tokenizer or base weights have changed")
+    logger: list[str] = option(
+        ["tensorboard"], "where records go besides metrics.jsonl (see --list): csv,wandb", parse=parse_loggers
+    )
     log_interval: Positive = option(10, "steps between two log lines")
     eval_interval: Positive = option(1, "epochs between two evaluations")
     pictures: bool = option(True, "draw the pictures of the run folder when the run has ended")

@@ -83,24 +83,28 @@ def run_trial(job: Job, keep_on: KeepOn) -> TrialOutcome:
     """
     from vimtune.recipe import Recipe
     from vimtune.training import OutputError, train
+    from vimtune.training.callbacks import Callback, Session
     from vimtune.training.state import EpochRecord
 
     began = time.monotonic()
     recipe = Recipe.from_values(job.values)
 
-    def after_epoch(record: EpochRecord) -> None:
-        if record.scores is None or record.loss is None:
-            return
-        value, _ = value_of(recipe.task, {"loss": record.loss, **record.scores})
-        if not keep_on(record.epoch, value):
-            raise _Pruned
+    class Pruning(Callback):
+        """Ends a trial that is not worth going on, without a score on the test split."""
+
+        def on_epoch(self, session: Session, epoch: EpochRecord) -> None:
+            if epoch.scores is None or epoch.loss is None:
+                return
+            value, _ = value_of(recipe.task, {"loss": epoch.loss, **epoch.scores})
+            if not keep_on(epoch.epoch, value):
+                raise _Pruned
 
     def outcome(state: Literal["complete", "pruned", "failed"], **more: Any) -> TrialOutcome:
         return TrialOutcome(state=state, seconds=round(time.monotonic() - began, 3), **more)
 
     with _logged(job.folder):
         try:
-            report = train(recipe, after_epoch=after_epoch)
+            report = train(recipe, callbacks=[Pruning()])
         except _Pruned:
             return outcome("pruned")
         except OutputError:

@@ -16,22 +16,30 @@ from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted
 
 if TYPE_CHECKING:
+    from vimtune.training.callbacks import Callback, Session, StepRecord
     from vimtune.training.report import Report, ScoreReport
+    from vimtune.training.state import EpochRecord
     from vimtune.training.trainer import train
 
 __all__ = [
+    "Callback",
+    "EpochRecord",
     "InputError",
     "Interrupted",
     "NonFiniteError",
     "OutputError",
     "Report",
     "ScoreReport",
+    "Session",
+    "StepRecord",
     "evaluate",
     "train",
 ]
 
 _HOMES = {
+    "vimtune.training.callbacks": ("Callback", "Session", "StepRecord"),
     "vimtune.training.report": ("Report", "ScoreReport"),
+    "vimtune.training.state": ("EpochRecord",),
     "vimtune.training.trainer": ("train",),
 }
 """Modules that define the names that come late."""

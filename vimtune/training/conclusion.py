@@ -15,7 +15,7 @@ from vimtune.tasks.job import Outcome
 from vimtune.text import shorten
 from vimtune.training import pictures
 from vimtune.training.folder import RunFolder, writing
-from vimtune.training.identity import HARMLESS
+from vimtune.training.logs import MAX_REASON, Logs
 from vimtune.training.report import Report, print_report, write_report
 from vimtune.training.tracking import Tracker
 from vimtune.utils import atomic_write
@@ -23,17 +23,17 @@ from vimtune.utils import atomic_write
 Files = Mapping[str, Callable[[Path], None]]
 """Names of files in the run folder, and functions that write them."""
 
-MAX_REASON = 400
-"""Characters of somebody's error message that a warning repeats."""
-
-NOT_COMPARED = frozenset(HARMLESS) - {"checkpoint", "pretrained"}
-"""Settings without influence on the scores, which TensorBoard's table of runs leaves out."""
-
 
 def conclude(
-    report: Report, outcome: Outcome, details: Details, files: Files, folder: RunFolder, tracker: Tracker
+    report: Report,
+    outcome: Outcome,
+    details: Details,
+    files: Files,
+    folder: RunFolder,
+    tracker: Tracker,
+    logs: Logs,
 ) -> Report:
-    """Write, draw and print the result of a run, and close its tracker.
+    """Write, draw and print the result of a run, and close its tracker and its loggers.
 
     report.json comes first, and with it the run is finished: when something after it fails, only that
     is missing, and a warning says why.
@@ -44,7 +44,8 @@ def conclude(
         details: what the page says beyond the scores.
         files: what the task adds to the run folder: names of files, and functions that write them.
         folder: that of the run.
-        tracker: shows the report and records the final scores.
+        tracker: shows the report.
+        logs: get the final scores.
 
     Returns:
         The report with these warnings, as the file has it.
@@ -53,9 +54,13 @@ def conclude(
         OutputError: report.json cannot be written.
     """
     write_report(report, folder)
-    problems = list(_decorate(report, outcome, details, files, folder, tracker))
+    told = len(report.warnings)
+    problems = list(_decorate(report, outcome, details, files, folder))
     tracker.close()
-    if problems:
+    scores = final_scores(report, outcome)
+    problems += _attempt("final scores in the logs", lambda: logs.write_result(scores, report.steps))
+    logs.close()
+    if problems or len(report.warnings) > told:  # loggers have warned of themselves
         report = dataclasses.replace(report, warnings=[*report.warnings, *problems])
         problems += _attempt("warnings about it in report.json", lambda: write_report(report, folder))
     for problem in problems:
@@ -66,7 +71,7 @@ def conclude(
 
 
 def final_scores(report: Report, outcome: Outcome) -> dict[str, float | None]:
-    """The scores by which TensorBoard's table compares runs."""
+    """The scores by which the tables of loggers compare runs."""
     found, selected = outcome.evaluation, outcome.task.scores[:1]
     final = {f"final/{report.split}_{name}": value for name, value in found.scores.items()}
     best = {f"final/best_{report.selection_split}_{s.name}": outcome.best[s.name] for s in selected}
@@ -74,7 +79,7 @@ def final_scores(report: Report, outcome: Outcome) -> dict[str, float | None]:
 
 
 def _decorate(
-    report: Report, outcome: Outcome, details: Details, files: Files, folder: RunFolder, tracker: Tracker
+    report: Report, outcome: Outcome, details: Details, files: Files, folder: RunFolder
 ) -> Iterator[str]:
     """Do everything that is not the result itself; yield a line for each part that did not succeed."""
 
@@ -89,10 +94,6 @@ def _decorate(
     if report.recipe["pictures"]:
         write_page = partial(_write_page, report=report, details=details, folder=folder)
         yield from _attempt(folder.page.name, partial(_renew, folder.page, write_page))
-    settings = {name: value for name, value in report.recipe.items() if name not in NOT_COMPARED}
-    yield from _attempt(
-        "final scores in TensorBoard", lambda: tracker.record_result(settings, final_scores(report, outcome))
-    )
 
 
 def _write_page(path: Path, report: Report, details: Details, folder: RunFolder) -> None:

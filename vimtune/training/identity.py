@@ -52,6 +52,7 @@ HARMLESS = (
     "output_dir",
     "resume",
     "force",
+    "logger",
     "log_interval",
     "pictures",
     "cuda_graph",

@@ -217,8 +217,8 @@ def shared_fields(
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch,
         "steps": progress.step,
-        "stopped_early": progress.epoch < recipe.optimisation.epochs
-        and not steps_used_up(recipe.optimisation, progress),
+        "stopped_early": progress.stopped is not None
+        or (progress.epoch < recipe.optimisation.epochs and not steps_used_up(recipe.optimisation, progress)),
         "trainable_parameters": trainable,
         "head_parameters": head,
         "total_parameters": total,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -18,6 +18,7 @@ from vimtune.recipe import Recipe
 from vimtune.tasks.base import Task
 from vimtune.tasks.job import READERS, Batch, Evaluation, Job, Loader, Outcome
 from vimtune.text import counted
+from vimtune.training.callbacks import Callback, Session, StepRecord
 from vimtune.training.conclusion import conclude
 from vimtune.training.distributed import PeerLostError, Processes
 from vimtune.training.evaluate import Replays, evaluate
@@ -26,6 +27,7 @@ from vimtune.training.guard import NonFiniteError
 from vimtune.training.identity import Facts, lasting
 from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted, Stopping, StopRequest
+from vimtune.training.logs import Logs
 from vimtune.training.memory import peak_memory
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.precision import Autocast
@@ -45,9 +47,6 @@ from vimtune.training.stepper import Step, Stepper
 from vimtune.training.tracking import Tracker
 from vimtune.training.trained import Trained
 
-AfterEpoch = Callable[[EpochRecord], None]
-"""Is told of an epoch that is over; it may end the run by an exception of its own."""
-
 
 @dataclass
 class Run:
@@ -65,6 +64,10 @@ class Run:
     progress: Progress
     folder: RunFolder
     tracker: Tracker
+    logs: Logs
+    session: Session
+    """What callbacks are given."""
+    callbacks: Sequence[Callback]
     stop: StopRequest
     evaluated: WindowReader
     """Brings the batches of evaluations to the device."""
@@ -74,8 +77,6 @@ class Run:
     """How many numbers the plain model has."""
     head: int
     """How many of the trained numbers are those of the head."""
-    after_epoch: AfterEpoch | None = None
-    """Called after each epoch whose state was saved."""
     last_evaluation: Evaluation | None = None
     """That of the epoch before, of the weights that the model had then."""
     best_evaluation: Evaluation | None = None
@@ -85,18 +86,22 @@ class Run:
 
     def __post_init__(self) -> None:
         self.seconds_before = self.progress.seconds
+        # Several processes talk about each step that callbacks are told of.
+        self.told_of_steps = [one for one in self.callbacks if type(one).on_step is not Callback.on_step]
 
     def complete(self) -> Report:
         """Train the epochs that are left, then score the best adapter and write the report."""
         try:
             if self.progress.step == 0 and self.settles:
                 settle(self.trained, self.job.train, self.stepper.passes, self.processes, self.stop)
+            for callback in self.callbacks:
+                callback.on_start(self.session)
             while not ended(self.recipe.optimisation, self.progress):
                 self._train_epoch()
                 self._end_epoch()
             if self.stepper.passes.graphs is not None:
                 self.tracker.message(f"CUDA graphs: {self.stepper.passes.graphs.summary}")
-            return self._finish()
+            report = self._finish()
         except Stopping as stopping:
             # All processes are here; one of them may know more than the others.
             failures = [text for text in self.processes.gather(stopping.failure) if text is not None]
@@ -115,6 +120,9 @@ class Run:
                 ) from error
             self._save()
             raise PeerLostError(f"; {self._how_to_continue()}") from error
+        for callback in self.callbacks:
+            callback.on_end(self.session, report)
+        return report
 
     @property
     def settles(self) -> bool:
@@ -138,14 +146,26 @@ class Run:
             loss_sum, wishes, norm = step.numbers.read()
             now = time.monotonic()
             self._advance(step, loss_sum, now - clock)
-            clock = now
             loss = loss_sum / max(1, step.count)
             self.tracker.show_step(progress.epoch, progress.step, loss, step.lr, self._rate())
-            last = progress.batch == len(loader) or steps_used_up(self.recipe.optimisation, progress)
+            self._tell_of_step(
+                StepRecord(
+                    step=progress.step,
+                    epoch=progress.epoch + 1,
+                    loss=loss,
+                    lr=step.lr,
+                    grad_norm=norm,
+                    count=step.count,
+                    seconds=now - clock,
+                )
+            )
+            clock = now
+            last = progress.batch == len(loader) or self._has_no_steps_left()
             if progress.step % self.recipe.run.log_interval == 0 or last:
                 rate = (progress.count - shown_count) / max(1e-9, now - shown_at)
                 shown_count, shown_at = progress.count, now
-                self.tracker.record_step(
+                self.logs.write(
+                    "step",
                     {
                         "step": progress.step,
                         "epoch": progress.epoch + 1,
@@ -153,15 +173,19 @@ class Run:
                         "lr": step.lr,
                         "grad_norm": norm,
                         f"{self.task.unit}_per_second": rate,
-                    }
+                    },
                 )
             if wishes > 0:
                 raise Stopping
+            if progress.stopped is not None:
+                break
             del step  # and with it its batches: others are about to be fetched
 
     def _batches_left(self) -> Iterable[Batch]:
         """The batches of this epoch that are left, none of them beyond the last step of the run."""
         settings = self.recipe.optimisation
+        if self.progress.stopped is not None:  # and then by a signal, before the epoch was evaluated
+            return ()
         if settings.max_steps is None:
             return self.job.train
         steps = max(0, settings.max_steps - self.progress.step)
@@ -176,6 +200,10 @@ class Run:
         progress.loss_count += step.count
         progress.count += step.count
         progress.train_seconds += seconds
+
+    def _has_no_steps_left(self) -> bool:
+        """Whether the run ends with the step that was taken last."""
+        return self.progress.stopped is not None or steps_used_up(self.recipe.optimisation, self.progress)
 
     def _rate(self) -> float:
         """Units per second in training so far."""
@@ -198,17 +226,52 @@ class Run:
             rate=self._rate(),
         )
         if self._is_evaluated(number):
-            with self.trained.averaged():
-                found = self.last_evaluation = self._evaluate(self.job.selection)
-                record.loss, record.scores = found.loss, dict(found.scores)
-                self._select(record)
+            self._score(record)
         progress.history.append(record)
         progress.epoch, progress.batch = number, 0
         progress.loss_sum, progress.loss_count = 0.0, 0
-        self.tracker.record_epoch(record, self.job.selection.split)
+        split = {"split": self.job.selection.split} if record.scores is not None else {}
+        self.logs.write("epoch", record.flat(self.task.unit) | split)
+        self.tracker.show_epoch(record, self.job.selection.split)
         self._save()
-        if self.after_epoch is not None:
-            self.after_epoch(record)
+        self._tell_of_epoch(record)
+
+    def _tell_of_step(self, record: StepRecord) -> None:
+        """Tell the callbacks of a step that is done, and hear whether one of them ends the training."""
+        for callback in self.told_of_steps:
+            callback.on_step(self.session, record)
+        if self.told_of_steps:
+            self._hear_callbacks()
+
+    def _tell_of_epoch(self, record: EpochRecord) -> None:
+        """Tell the callbacks of an epoch whose state is saved, and evaluate it now if they end the training
+        and it was not evaluated."""
+        for callback in self.callbacks:
+            callback.on_epoch(self.session, record)
+        self._hear_callbacks()
+        if self.progress.stopped is None or record.scores is not None:
+            return
+        self._score(record)
+        late = {"epoch": record.epoch, "step": record.step, "split": self.job.selection.split}
+        self.logs.write("evaluation", {**late, "loss": record.loss, **(record.scores or {})})
+        self.tracker.show_epoch(record, self.job.selection.split)
+        self._save()
+
+    def _hear_callbacks(self) -> None:
+        """Note whether a callback has asked to end the training, in any of the processes."""
+        if not self.callbacks or self.progress.stopped is not None:
+            return
+        reasons = [reason for reason in self.processes.gather(self.session.wish) if reason is not None]
+        if reasons and self.progress.step < self.schedule.total_steps:
+            self.progress.stopped = reasons[0]
+            self.tracker.message("a callback ends the training" + (f": {reasons[0]}" if reasons[0] else ""))
+
+    def _score(self, record: EpochRecord) -> None:
+        """Evaluate the epoch of a record on the selection split, and make it the best one, if it is."""
+        with self.trained.averaged():
+            found = self.last_evaluation = self._evaluate(self.job.selection)
+            record.loss, record.scores = found.loss, dict(found.scores)
+            self._select(record)
 
     def _is_evaluated(self, number: int) -> bool:
         """Whether the selection split is scored after epoch `number`, counted from 1 on."""
@@ -218,8 +281,7 @@ class Run:
 
     def _is_last(self, number: int) -> bool:
         """Whether no epoch follows after epoch `number`, unless the run stops early."""
-        settings = self.recipe.optimisation
-        return number == settings.epochs or steps_used_up(settings, self.progress)
+        return number == self.recipe.optimisation.epochs or self._has_no_steps_left()
 
     def _select(self, record: EpochRecord) -> None:
         """Make an epoch that was just evaluated the best one, if it is."""
@@ -227,7 +289,7 @@ class Run:
         if best is None or self._rank(record) > self._rank(best):
             self.progress.best_epoch, self.progress.stale_evaluations = record.epoch, 0
             self.best_evaluation = self.last_evaluation
-            self._save_next_adapter()
+            self._save_next_adapter(record.epoch)
         else:
             self.progress.stale_evaluations += 1
 
@@ -302,7 +364,9 @@ class Run:
         report = job.build_report(shared, outcome)
         if self.processes.is_main:
             files = job.result_files(report, found)
-            report = conclude(report, outcome, job.details(outcome), files, self.folder, self.tracker)
+            report = conclude(
+                report, outcome, job.details(outcome), files, self.folder, self.tracker, self.logs
+            )
         return report
 
     def _known_evaluation(self, adapter: Mapping[str, Tensor]) -> Evaluation | None:
@@ -316,7 +380,7 @@ class Run:
     def _save(self) -> None:
         """Write the state, then put the adapter that belongs to it in its place."""
         self.progress.seconds = self._seconds()
-        self.progress.metrics_bytes = self.tracker.sync()  # first, so that this count is never too high
+        self.progress.metrics_bytes = self.logs.sync()  # first, so that this count is never too high
         tensors = self.trained.tensors()
         if not self.processes.is_main:
             return
@@ -324,8 +388,8 @@ class Run:
         save_run_state(self.folder.checkpoint, state)
         settle_best_adapter(self.folder, self.progress.best_epoch)
 
-    def _save_next_adapter(self) -> None:
-        """Write the adapter that becomes the best one when the state is saved next."""
+    def _save_next_adapter(self, epoch: int) -> None:
+        """Write the adapter of an epoch, which becomes the best one when the state is saved next."""
         tensors = self.trained.adapter()
         if not self.processes.is_main:
             return
@@ -334,15 +398,15 @@ class Run:
                 self.job.model,
                 self.folder.next_adapter,
                 **self.job.saved_with_adapter,
-                extra=self._kept_in_adapter(),
+                extra=self._kept_in_adapter(epoch),
                 tensors=tensors,
                 base=self.facts.base,
                 replaced=self.facts.replaced,
             )
 
-    def _kept_in_adapter(self) -> dict[str, Any]:
+    def _kept_in_adapter(self, epoch: int) -> dict[str, Any]:
         """What an adapter file says of the run besides what it needs itself."""
-        kept = {"recipe": self.recipe.to_share(), "epoch": self.progress.epoch + 1}
+        kept = {"recipe": self.recipe.to_share(), "epoch": epoch}
         return kept | ({READERS: self.job.readers} if self.job.readers else {})
 
     # --- words --------------------------------------------------------------------------------

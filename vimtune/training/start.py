@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vimtune.recipe import Recipe
-from vimtune.text import printable
+from vimtune.text import printable, quote
 from vimtune.training.distributed import Processes
 from vimtune.training.folder import RunFolder, create_unused, hold, writing
 from vimtune.training.identity import HARMLESS, ResumeError, changed, lasting
@@ -116,6 +116,8 @@ def prepare_folder(
 
 def _how_to_train_longer(recipe: Recipe, progress: Progress) -> str:
     """What to do about a run that has ended."""
+    if progress.stopped is not None:
+        return "a callback ended it" + (f" ({quote(progress.stopped)})" if progress.stopped else "")
     if steps_used_up(recipe.optimisation, progress):
         return "raise --max-steps to train longer"
     whole = progress.epoch >= recipe.optimisation.epochs

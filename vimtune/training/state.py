@@ -119,6 +119,8 @@ class Progress:
     metrics_bytes: Count = 0
     history: list[EpochRecord] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    stopped: str | None = None
+    """Why a callback has ended the training, perhaps empty; None as long as none has."""
 
     @property
     def evaluated(self) -> list[EpochRecord]:
@@ -410,8 +412,8 @@ def ended(settings: OptimisationSettings, progress: Progress) -> bool:
     """Whether a run that stands at `progress` has trained all it should."""
     exhausted = 0 < settings.early_stop <= progress.stale_evaluations
     between_epochs = progress.batch == 0  # the epoch of the last step is over when its end was seen to
-    done = progress.epoch >= settings.epochs or (between_epochs and steps_used_up(settings, progress))
-    return done or exhausted
+    cut_short = steps_used_up(settings, progress) or progress.stopped is not None
+    return progress.epoch >= settings.epochs or (between_epochs and cut_short) or exhausted
 
 
 def steps_used_up(settings: OptimisationSettings, progress: Progress) -> bool:

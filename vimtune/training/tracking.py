@@ -1,11 +1,9 @@
-"""What a run shows while it goes, and the hand that writes its records."""
+"""What a run shows while it goes."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -15,8 +13,6 @@ from rich.text import Text
 
 from vimtune.console import fit, print_line
 from vimtune.tasks.base import Task
-from vimtune.training.folder import RunFolder
-from vimtune.training.records import EventLog, MetricsLog
 from vimtune.training.state import EpochRecord
 
 BAR_WIDTH = 12
@@ -31,31 +27,25 @@ def duration(seconds: float) -> str:
 
 
 class Tracker:
-    """Records and shows the main process's metrics; in the other processes it does nothing."""
+    """Shows how the main process gets on; in the other processes it does nothing."""
 
     def __init__(
         self,
-        folder: RunFolder,
         console: Console,
         task: Task,
         *,
-        is_main: bool,
         epochs: int,
         total_steps: int,
         first_step: int = 0,
-        keep_bytes: int = 0,
         warnings: list[str] | None = None,
     ) -> None:
-        """Open the files of the main process.
+        """Prepare what is shown.
 
         Args:
-            folder: that of the run.
-            console: where to print.
+            console: where to print; a quiet one in processes that show nothing.
             task: names the scores and the unit.
-            is_main: whether this is the main process.
             epochs, total_steps: length of the run.
             first_step: number of steps that were done before this session of the run.
-            keep_bytes: what stays of an existing metrics.jsonl.
             warnings: those so far; `warn` adds to this list.
         """
         self.console, self.task = console, task
@@ -65,14 +55,8 @@ class Tracker:
         self.score = "-"
         self.status: list[tuple[str, int]] = []
         self.steps_done = first_step
-        self.metrics: MetricsLog | None = None
-        self.events: EventLog | None = None
         self.live: Live | None = None
-        if not is_main:
-            return
-        self.metrics = MetricsLog(folder, keep_bytes)
-        self.events = EventLog(folder, first_step)
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             # Transient: figures that are no longer true do not stay above the final table.
             self.live = Live(
                 console=console,
@@ -120,23 +104,10 @@ class Tracker:
         """Say beside the progress bar that `split` is being scored."""
         self._show(self.steps_done, [(f"evaluating on {split}", 0)])
 
-    def record_step(self, record: Mapping[str, Any]) -> None:
-        """Write one `step` record."""
-        if self.metrics is None or self.events is None:
-            return
-        self.metrics.write({"kind": "step", **record})
-        curves = {f"train/{name}": value for name, value in record.items() if name not in ("step", "epoch")}
-        self.events.write_scalars(curves, record["step"])
-
-    def record_epoch(self, record: EpochRecord, split: str) -> None:
-        """Write the record of an epoch, evaluated on `split` if it has scores, and print its line."""
+    def show_epoch(self, record: EpochRecord, split: str) -> None:
+        """Print the line of an epoch, evaluated on `split` if it has scores."""
         evaluated = record.scores is not None
         scores = record.scores or {}
-        if self.metrics is not None and self.events is not None:
-            values = record.flat(self.task.unit)
-            self.metrics.write({"kind": "epoch", **values, **({"split": split} if evaluated else {})})
-            curves = {f"{split}/loss": record.loss} | {f"{split}/{name}": scores[name] for name in scores}
-            self.events.write_scalars({**curves, "train/epoch_loss": record.train_loss}, record.step)
         parts = [(f"epoch {record.epoch}/{self.epochs}", 0), (f"loss {record.train_loss:.4f}", 3)]
         if evaluated:
             parts += [(f"{split} loss {record.loss:.4f}", 4)]
@@ -153,22 +124,10 @@ class Tracker:
         parts += [(f"eta {self._remaining(record.step)}", 2)]
         self.message(fit(parts, self.console.width if self.console.is_terminal else sys.maxsize))
 
-    def record_result(self, settings: Mapping[str, Any], scores: Mapping[str, float | None]) -> None:
-        """Enter the finished run into TensorBoard's table of hyperparameters."""
-        if self.events is not None:
-            self.events.write_result(settings, scores, self.steps_done)
-
-    def sync(self) -> int:
-        """Have metrics.jsonl on disk; its length, 0 where nothing is written."""
-        return 0 if self.metrics is None else self.metrics.sync()
-
     def close(self) -> None:
-        """Remove the progress bar and close the files; closing again does nothing."""
+        """Remove the progress bar; closing again does nothing."""
         if self.live is not None:
             self.live.stop()
-        for log in (self.events, self.metrics):
-            if log is not None:
-                log.close()
 
     def _show(self, steps_done: int, status: list[tuple[str, int]]) -> None:
         self.steps_done, self.status = steps_done, status

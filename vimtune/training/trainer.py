@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from torch import Tensor
@@ -10,11 +11,14 @@ from torch import Tensor
 import vimtune
 from vimtune import adapters
 from vimtune.console import build_console, print_line
+from vimtune.loggers import LoggedRun, require_installed
 from vimtune.ops import resolved_backend
 from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe import Recipe
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.tasks.job import Job, Tensors
+from vimtune.text import quote
+from vimtune.training.callbacks import Callback, Session
 from vimtune.training.distributed import Processes, open_processes
 from vimtune.training.evaluate import Replays
 from vimtune.training.folder import adapter_path
@@ -22,13 +26,14 @@ from vimtune.training.gradients import FreshGradients, Gradients, StandingGradie
 from vimtune.training.graph import BatchGraphs, CudaRecorder, Recorder, refusals
 from vimtune.training.identity import Facts, compare, facts_of_all, settings_of_all
 from vimtune.training.interrupt import StopRequest
+from vimtune.training.logs import Logs, compared_settings
 from vimtune.training.memory import restart_peak
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.passes import Passes
 from vimtune.training.precision import Autocast, build_autocast
 from vimtune.training.prefetch import WindowReader
 from vimtune.training.report import Report, print_report, versions
-from vimtune.training.run import AfterEpoch, Run
+from vimtune.training.run import Run
 from vimtune.training.settings import process_settings
 from vimtune.training.sharding import build_placement
 from vimtune.training.start import Start, find_start, prepare_folder
@@ -38,18 +43,18 @@ from vimtune.training.tracking import Tracker
 from vimtune.training.trained import Trained, build_trained
 
 
-def train(recipe: Recipe, after_epoch: AfterEpoch | None = None) -> Report:
+def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Report:
     """Fine-tune as `recipe` says and leave a run folder behind.
 
     The folder holds recipe.yaml, adapter.safetensors (the best), checkpoint.safetensors (the last
-    state, for `resume`), metrics.jsonl, tensorboard/, report.json, report.html, learning_curve.png, and what
-    the task adds: confusion_matrix.png, confusion_matrix.csv and examples.png. Under torchrun all processes
-    call this with the same recipe; only the first one writes and prints.
+    state, for `resume`), metrics.jsonl, report.json, report.html, learning_curve.png, what the loggers keep
+    there, such as tensorboard/, and what the task adds: confusion_matrix.png, confusion_matrix.csv and
+    examples.png. Under torchrun all processes call this with the same recipe and callbacks of the same
+    classes; only the first one writes and prints.
 
     Args:
         recipe: the settings.
-        after_epoch: called in every process after each epoch of this session whose state was saved, with the
-            record of the epoch. What it raises ends the run, which can be resumed from there.
+        callbacks: are told of the run while it goes, and may end it; see `Callback`.
 
     Returns:
         The report, of the class that the task has for it.
@@ -68,7 +73,9 @@ def train(recipe: Recipe, after_epoch: AfterEpoch | None = None) -> Report:
     ):
         restart_peak(processes.device)
         with processes.failing_together():
-            processes.demand_same(settings_of_all(recipe))
+            _check_callbacks(callbacks)
+            names = {"callbacks": [type(callback).__qualname__ for callback in callbacks]}
+            processes.demand_same(settings_of_all(recipe) | names)
             with processes.main_first():  # it locks the folder
                 start = find_start(recipe, stack if processes.is_main else None)
             if start.report is not None:
@@ -76,12 +83,27 @@ def train(recipe: Recipe, after_epoch: AfterEpoch | None = None) -> Report:
                 print_line(console, f"{recipe.run.output_dir} is finished already; this is its report:")
                 print_report(start.report, console)
                 return start.report
-            run = open_run(recipe, processes, start, stack)
-            run.after_epoch = after_epoch
+            run = open_run(recipe, processes, start, stack, callbacks)
         return run.complete()
 
 
-def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStack) -> Run:
+def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raise ValueError if one of them is none, such as a class that should have been called."""
+    for number, callback in enumerate(callbacks):
+        if not isinstance(callback, Callback):
+            raise ValueError(
+                f"callbacks[{number}] = {quote(callback)}: expected an instance of a class derived from "
+                "vimtune.Callback"
+            )
+
+
+def open_run(
+    recipe: Recipe,
+    processes: Processes,
+    start: Start,
+    stack: ExitStack,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
     """Open all that a run works with; the folder comes last, so that a run that cannot start leaves none.
 
     Args:
@@ -89,11 +111,13 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
         processes: those of the run.
         start: whether it begins or goes on.
         stack: closes what was opened.
+        callbacks: are told of the run.
 
     Raises:
         ValueError: the run cannot start, for the reasons that `train` names.
     """
     task, optimisation = recipe.task, recipe.optimisation
+    require_installed(recipe.run.logger)
     eager_because = refusals(optimisation, processes.device)
     if optimisation.cuda_graph == "on" and eager_because:
         raise ValueError(f"cuda_graph = 'on' is not possible: {'; '.join(eager_because)}. Use auto")
@@ -115,17 +139,28 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
     processes.demand_same(facts_of_all(facts, progress.step))
     folder = prepare_folder(recipe, start, progress, processes, stack)
     tracker = Tracker(
-        folder,
         build_console(quiet=not processes.is_main),
         task,
-        is_main=processes.is_main,
         epochs=math.ceil(schedule.total_steps / _steps_per_epoch(optimisation, len(job.train))),
         total_steps=schedule.total_steps,
         first_step=progress.step,
-        keep_bytes=progress.metrics_bytes,
         warnings=progress.warnings,
     )
+    logs = stack.enter_context(Logs(tracker.warn))
     stack.callback(tracker.close)
+    if processes.is_main:
+        logs.open(
+            recipe.run.logger,
+            LoggedRun(
+                folder=folder.path,
+                settings=compared_settings(recipe),
+                unit=task.unit,
+                splits=(job.selection.split,),
+                scores=tuple(score.name for score in task.scores),
+                first_step=progress.step,
+                kept_bytes=progress.metrics_bytes,
+            ),
+        )
     stop = stack.enter_context(StopRequest())
     recorder = None if eager_because else CudaRecorder(processes.device)
     stepper = _stepper(
@@ -144,6 +179,19 @@ def open_run(recipe: Recipe, processes: Processes, start: Start, stack: ExitStac
         progress=progress,
         folder=folder,
         tracker=tracker,
+        logs=logs,
+        session=Session(
+            recipe=recipe,
+            model=job.model,
+            folder=folder.path,
+            device=processes.device,
+            rank=processes.rank,
+            epochs=tracker.epochs,
+            total_steps=tracker.total_steps,
+            _progress=progress,
+            _message=tracker.message,
+        ),
+        callbacks=callbacks,
         stop=stop,
         evaluated=WindowReader(processes.device, 1),
         replays=None if recorder is None else _replays(job, recorder, tracker),
