@@ -14,6 +14,7 @@ from vimtune.data import (  # noqa: F401  (they register)
     cars,
     flowers,
     folder,
+    hf,
     synthetic,
     table,
     tiny_imagenet,

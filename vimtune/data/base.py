@@ -92,13 +92,14 @@ class ImageDataset(ABC):
         where the data lie nor on the options that led to the split. This default is a hash of `describe` and
         `label` of every image; a generator adds to it what its images depend on.
         """
-        return _hash_lines(f"{self.labels_text(i)} {self.describe(i)}" for i in range(len(self)))
+        return hash_lines(f"{self.labels_text(i)} {self.describe(i)}" for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.source})"
 
 
-def _hash_lines(lines: Iterable[str]) -> str:
+def hash_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of lines, as a fingerprint."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
@@ -188,7 +189,7 @@ class FileDataset(ImageDataset):
         """
         root = os.path.join(self.root, "")
         sizes = map(_size, self.paths) if self.spans is None else (span.size for span in self.spans)
-        return _hash_lines(
+        return hash_lines(
             f"{self.labels_text(index)} {size} {self.describe(index).removeprefix(root)}"
             for index, size in enumerate(sizes)
         )

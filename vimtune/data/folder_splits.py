@@ -64,11 +64,49 @@ def find_split(
     if not data_dir.is_dir():
         problem = "is no folder" if data_dir.exists() else "does not exist"
         raise DatasetError(f"data_dir {shown!r} {problem}. {expected} {EMBEDDED_ALTERNATIVE}")
+    check_fractions(val_fraction, test_fraction)
+    return take_split(
+        read(data_dir),
+        split,
+        root=data_dir,
+        shown=shown,
+        kind=kind,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+    )
+
+
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Raise DatasetError if these shares of the images leave none to train on."""
     if val_fraction + test_fraction >= 1:
         raise DatasetError(
             f"val_fraction={val_fraction} + test_fraction={test_fraction} leave no train images."
         )
-    layout = read(data_dir)
+
+
+def take_split(
+    layout: Layout,
+    split: str,
+    *,
+    root: Path,
+    shown: str,
+    kind: str,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> FoundSplit:
+    """Take or draw one split of what was read.
+
+    Args:
+        layout: what was read.
+        split: as for `find_split`, like `kind`, the fractions and the seed.
+        root: the folder of the images.
+        shown: what messages call the place of the data.
+
+    Raises:
+        MissingSplitError: there is no such split, or it is empty.
+    """
     if layout.names:
         images, how, notes = _own_split(layout, split, val_fraction, seed, shown)
     else:
@@ -82,7 +120,7 @@ def find_split(
         )
     source = f"{kind} {shown}, {split} split ({how})"
     tags = None if layout.tags is None else [layout.tags[path] for path, _ in images]
-    return FoundSplit(data_dir, images, layout.classes, source, [*notes, *_lacking(layout, images)], tags)
+    return FoundSplit(root, images, layout.classes, source, [*notes, *_lacking(layout, images)], tags)
 
 
 def _own_split(

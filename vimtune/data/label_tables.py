@@ -45,7 +45,7 @@ _PATHS = (
     *("image_id", "img", "img_path", "photo", "id"),
 )
 """Usual names of the column of paths, in lower case; of several in one file the first here is taken."""
-_LABELS = ("label", "labels", "class", "class_name", "category", "target", "tags", "species")
+LABELS = ("label", "labels", "class", "class_name", "category", "target", "tags", "species")
 """Usual names of the column of labels, likewise."""
 _SPLITS = ("split", "set", "subset", "partition")
 """Usual names of the column of splits, likewise."""
@@ -101,7 +101,7 @@ def read_tables(root: Path, *, file: str | None, images: str | None, columns: Co
     rows = [row for split, lines in tables.items() for row in meaning.read(lines, split, resolve)]
     resolve.demand_all()
     _refuse_twice(rows)
-    classes = meaning.classes or sorted({label for row in rows for label in row.labels}, key=_in_order)
+    classes = meaning.classes or sorted({label for row in rows for label in row.labels}, key=class_order)
     if len(classes) < 2:
         raise DatasetError(
             f"{_place_of(first)} has {len(classes)} classes ({name_some(classes) or 'none'}); a classifier "
@@ -229,7 +229,7 @@ def _understand(line: Line, columns: Columns) -> _Meaning:
     header = list(line.values)
     path = _column(line, "path_column", columns.path, _PATHS)
     split = _column(line, "split_column", columns.split, _SPLITS)
-    label = _column(line, "label_column", columns.label, _LABELS)
+    label = _column(line, "label_column", columns.label, LABELS)
     if path is None:
         raise DatasetError(
             f"{_place_of(line)} has no column of paths: found {name_some(header)}. The first line has to "
@@ -356,7 +356,7 @@ def _layout(rows: Sequence[_Row], classes: Sequence[str], several: bool) -> Layo
     return layout
 
 
-def _in_order(name: str) -> tuple[int, int, str]:
+def class_order(name: str) -> tuple[int, int, str]:
     """Key by which classes are sorted: whole numbers by their value, before names."""
     return (0, int(name), name) if name.isascii() and name.isdigit() and len(name) < 19 else (1, 0, name)
 
