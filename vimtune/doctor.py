@@ -195,8 +195,9 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
     """max|found - expected| / max|expected|; infinite when `found` is not finite."""
     if found.shape != expected.shape or not torch.isfinite(found).all():
         return float("inf")
-    difference = (found.double() - expected.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp_min(1e-30)).item()
+    right = expected.cpu().double()  # Not every device has doubles.
+    difference = (found.cpu().double() - right).abs().max()
+    return (difference / right.abs().max().clamp_min(1e-30)).item()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -224,7 +225,8 @@ def install_advice() -> list[str]:
 
 
 def _devices() -> list[torch.device]:
-    return [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return [torch.device("cpu"), *(torch.device(name) for name, usable in there.items() if usable)]
 
 
 def _backend_lines(device: torch.device, failures: list[str]) -> Iterator[tuple[str, str]]:

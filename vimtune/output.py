@@ -78,6 +78,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             filled = Path(temporary) / "filled"
             filled.mkdir()
             write(filled)
+            if path.exists():
+                path.rmdir()  # It is empty; Windows renames nothing to a name that is there.
             filled.replace(path)
     except WRITING_ERRORS as error:
         raise OutputError(f"cannot write {shown}: {refusal(error)}; nothing was written") from error

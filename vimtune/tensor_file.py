@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from safetensors import safe_open
@@ -33,6 +34,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     try:
         os.fspath(path).encode("utf-8")
+        mapped = sys.platform != "win32"  # where a file that is mapped into memory cannot be replaced
     except UnicodeEncodeError:  # `load_file` refuses this name.
-        return load(Path(path).read_bytes())
-    return load_file(path)
+        mapped = False
+    return load_file(path) if mapped else load(Path(path).read_bytes())

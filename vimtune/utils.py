@@ -98,7 +98,7 @@ def atomic_write(
     temporary = Path(name)
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only files that may be written.
             os.fsync(file.fileno())
         if mode is None:  # mkstemp makes private files.
             umask = os.umask(0)

@@ -45,4 +45,5 @@ def test_one_gpu_cannot_serve_several_processes():
 
 def test_device_of_any_machine():
     assert resolve_device("cpu") == CPU
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    assert resolve_device("auto").type == ("cpu" if accelerator is None else accelerator.type)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from vimtune.compare.plan import Cell
 from vimtune.compare.worker import LOG_FILE
@@ -28,6 +29,14 @@ POLL_SECONDS = 0.05
 """How often is asked whether runs have ended."""
 WORKER = (sys.executable, "-m", "vimtune.compare.worker")
 """The command that starts a worker; the packages follow."""
+
+
+def _apart() -> dict[str, Any]:
+    """Arguments of `Popen` for a process that Ctrl-C does not reach: that is for the comparison, which stops
+    its runs itself."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True}
 
 
 class Worker:
@@ -48,7 +57,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the comparison, which stops its runs itself.
+                **_apart(),
             )
         self._codes: SimpleQueue[int] = SimpleQueue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -57,7 +66,7 @@ class Worker:
     def order(self, folder: Path) -> None:
         """Have it make the run in a folder."""
         assert self._process.stdin is not None, "it is a pipe"
-        with suppress(BrokenPipeError):  # It may have ended, which `code` will say.
+        with suppress(OSError):  # It may have ended, which `code` will say.
             self._process.stdin.write(f"{json.dumps(str(folder))}\n".encode())
             self._process.stdin.flush()
 
@@ -79,7 +88,7 @@ class Worker:
     def dismiss(self) -> None:
         """Have it end; a run saves its state first."""
         assert self._process.stdin is not None, "it is a pipe"
-        with suppress(BrokenPipeError):  # It may have ended without reading what it was told.
+        with suppress(OSError):  # It may have ended without reading what it was told.
             self._process.stdin.close()
 
     def kill(self) -> None:

@@ -63,7 +63,10 @@ def _read(descriptor: int, folders: SimpleQueue[str]) -> None:
     with open(descriptor, encoding="utf-8", closefd=False) as lines:
         for line in lines:
             folders.put(json.loads(line))
-    os.kill(os.getpid(), signal.SIGTERM)
+    if sys.platform == "win32":
+        signal.raise_signal(signal.SIGTERM)  # There `os.kill` would end the process before it has saved.
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

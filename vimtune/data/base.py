@@ -189,9 +189,10 @@ class FileDataset(ImageDataset):
         """
         root = os.path.join(self.root, "")
         sizes = map(_size, self.paths) if self.spans is None else (span.size for span in self.spans)
+        names = (self.describe(index).removeprefix(root) for index in range(len(self)))
         return hash_lines(
-            f"{self.labels_text(index)} {size} {self.describe(index).removeprefix(root)}"
-            for index, size in enumerate(sizes)
+            f"{self.labels_text(index)} {size} {name.replace(os.sep, '/')}"
+            for index, (size, name) in enumerate(zip(sizes, names, strict=True))
         )
 
 

@@ -69,7 +69,8 @@ def prepare_worker(worker: int) -> None:
     del worker
     # The main process handles Ctrl-C and stops the workers after it has saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _die_later)
+    if hasattr(signal, "alarm"):  # On Windows the signal ends a process without asking it.
+        signal.signal(signal.SIGTERM, _die_later)
     if "cv2" in sys.modules:
         import cv2
 

@@ -43,7 +43,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies from page-locked memory run beside the computation."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        beside = device.type == "cuda"  # Only there what follows waits for the copy.
+        moved = {name: tensor.to(device, non_blocking=beside) for name, tensor in self.tensors.items()}
         return Batch(moved, self.count)
 
 

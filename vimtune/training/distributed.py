@@ -210,7 +210,7 @@ def resolve_device(
     """The device that a recipe's `device` means for this process.
 
     Args:
-        name: the recipe's.
+        name: the recipe's; "auto" is an NVIDIA GPU, else for a process alone Apple's, else the processor.
         local_rank, local_world_size: number of the process on this machine, and how many there are.
         own_gpu: take the only GPU that this process sees for its own, whatever its number.
 
@@ -218,7 +218,7 @@ def resolve_device(
         ValueError: not a device, or one this machine does not have.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = _best_device(local_world_size)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -234,9 +234,19 @@ def resolve_device(
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device = 'mps' is not available on this machine: use cpu")
+    if device.type == "mps" and local_world_size > 1:
+        raise ValueError(f"device = 'mps' cannot be shared by {local_world_size} processes: use cpu, or one")
     if device.type not in ("cpu", "mps"):
         raise ValueError(f"device = {name!r}: expected auto, cpu, cuda, cuda:<index> or mps")
     return device
+
+
+def _best_device(local_world_size: int) -> str:
+    """The name of the fastest kind of device that a process has. Apple's GPU is one, and gloo, which connects
+    processes there, does not know it."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() and local_world_size == 1 else "cpu"
 
 
 @contextmanager

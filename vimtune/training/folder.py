@@ -153,7 +153,9 @@ def hold(folder: RunFolder) -> Iterator[None]:
     try:
         with writing(folder.holder):
             moment = time.strftime("%Y-%m-%d %H:%M:%S")
-            folder.holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {moment}\n")
+            folder.holder.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} since {moment}\n", "utf-8"
+            )
         yield
     finally:
         lock.release()

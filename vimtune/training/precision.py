@@ -31,6 +31,8 @@ def build_autocast(amp: str, device: torch.device) -> Autocast:
     if amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"amp = 'bf16' is not supported by {name}: use fp16 or none")
+    if amp == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise ValueError("amp = 'bf16' on mps needs macOS 14 or newer: use none")
     # A pass reads each weight once, so a cache of casts saves nothing; in a CUDA graph it would go stale.
     return partial(torch.autocast, device.type, DTYPES[amp], cache_enabled=False)
 

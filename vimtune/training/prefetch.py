@@ -83,8 +83,11 @@ class Arriving:
 
     def __init__(self, tensors: Tensors) -> None:
         """Copy `tensors`, which may be written over by what is launched next."""
-        # To page-locked memory, if they come from a GPU.
-        self._copies = {name: t.to("cpu", non_blocking=True, copy=True) for name, t in tensors.items()}
+        # To page-locked memory, if they come from an NVIDIA GPU. Of another device nothing would say when
+        # they have arrived.
+        self._copies = {
+            name: tensor.to("cpu", non_blocking=tensor.is_cuda, copy=True) for name, tensor in tensors.items()
+        }
         self._arrived = None
         for tensor in tensors.values():
             if tensor.is_cuda and self._arrived is None:

@@ -52,6 +52,8 @@ def process_settings(settings: RunSettings, device: torch.device) -> Iterator[No
     with ExitStack() as stack:
         stack.enter_context(use_backend(settings.backend))
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        if device.type == "mps":
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
         if settings.threads is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(settings.threads)

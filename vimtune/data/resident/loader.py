@@ -100,7 +100,9 @@ class ResidentLoader(ImageLoader):
         """The model's input (b, 3, H, W) of images, augmented for the epoch, and their labels (b, ...)."""
         device = self._store.device
         drawn = torch.from_numpy(draws)
-        drawn = (drawn.pin_memory() if device.type == "cuda" else drawn).to(device, non_blocking=True)
+        if device.type == "cuda":
+            drawn = drawn.pin_memory()
+        drawn = drawn.to(device, non_blocking=device.type == "cuda")
         places = drawn % len(self.dataset)
         labels = self._labels[places]
         if not len(draws):

@@ -10,7 +10,9 @@ On systems without such rights (Windows) nothing is checked.
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import os
 import stat
 import tempfile
@@ -85,7 +87,9 @@ def read_private(path: Path) -> bytes:
         Untrusted: somebody else can write to it.
         OSError: it cannot be read, or is no file.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    careful = ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")  # The last one is Windows': it would change line ends.
+    flags = [getattr(os, name, 0) for name in careful]
+    descriptor = os.open(path, functools.reduce(operator.or_, flags, os.O_RDONLY))
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
