@@ -38,6 +38,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "commands": reference.commands,
     "data_sets": reference.data_sets,
     "evidence": evidence.all_scores,
+    "loggers": reference.loggers,
     "methods": methods.sections,
     "method_table": methods.table,
     "models": reference.models,

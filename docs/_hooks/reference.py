@@ -12,6 +12,7 @@ from markdown_tables import write_table
 from vimtune import cli
 from vimtune.cli.listing import TARGETS
 from vimtune.data.datasets import dataset_options, list_datasets
+from vimtune.loggers import list_loggers
 from vimtune.tasks import TASKS
 
 COLUMNS = "100"
@@ -62,6 +63,12 @@ def data_sets() -> str:
         options = ", ".join(f"`{option}={default}`" for option, default in dataset_options(name).items())
         rows.append([f"`{name}`", summary, options])
     return write_table(["`--dataset`", "what", "options (`--dataset-kwargs`)"], rows)
+
+
+def loggers() -> str:
+    """The loggers."""
+    rows = [[f"`{name}`", summary] for name, summary in list_loggers().items()]
+    return write_table(["`--logger`", "what"], rows)
 
 
 def tasks() -> str:
