@@ -79,6 +79,10 @@ class Ranking(Answer):
     probabilities: list[float]
     """Softmax of what the model says of each class, in [0, 1]."""
 
+    def __str__(self) -> str:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return f"{self.input}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in pairs)}"
+
     def record(self) -> dict[str, Any]:
         """The classes with index and probability."""
         rows = zip(self.classes, self.indices, self.probabilities, strict=True)

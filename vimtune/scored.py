@@ -22,7 +22,7 @@ from vimtune.tasks import Details, Evaluation, Task
 from vimtune.text import csv_cell, printable, quote
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """The evaluation of a model, and what it belongs to."""
 
@@ -36,6 +36,10 @@ class Scored:
     """What there is to say beyond them."""
     examples: Sequence[Mapping[str, Any]] = ()
     """What was found for every single example, where the task tells it."""
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name}: {value}" for name, value in self._score_rows())
+        return f"<{self.facts['model']} with {self.evaluation.count:,} {self.task.examples}: {scores}>"
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -60,17 +64,21 @@ class Scored:
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """The final table: names and values."""
+        yield from self._score_rows()
+        yield from self.details.rows()
+        yield self.task.examples, f"{self.evaluation.count:,}"
+        for name, value in self.facts.items():
+            if name not in ("task", "split"):
+                yield name, "none" if value is None else str(value)
+
+    def _score_rows(self) -> Iterator[tuple[str, str]]:
+        """The scores of the task, then the loss."""
         found, split = self.evaluation, self.facts["split"]
         for score in self.task.scores:
             value = found.scores[score.name]
             if value is not None:
                 yield f"{score.title} ({split})", score.show(value)
         yield f"loss ({split})", f"{found.loss:.4f}"
-        yield from self.details.rows()
-        yield self.task.examples, f"{found.count:,}"
-        for name, value in self.facts.items():
-            if name not in ("task", "split"):
-                yield name, "none" if value is None else str(value)
 
     def print(self, console: Console) -> None:
         """Print the final table."""

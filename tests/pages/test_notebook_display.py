@@ -64,9 +64,9 @@ def test_a_picture_is_a_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_images_keep_their_own_pixels() -> None:
     image = Image.new("RGB", (500, 300))
-    assert captions(draw_images([image, image.convert("1")], ["one\ntwo", "x" * 50])) == [
+    assert captions(draw_images([image, image.convert("1")], ["one\ntwo", "x" * 90])) == [
         "one\ntwo",
-        "xxxxxxxxxx...xxxxxxxxx",
+        "xxxxxxxxxxxxxx ... xxxxxxxxxxxxxx",
     ]
     assert image.size == (500, 300)
 

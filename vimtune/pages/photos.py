@@ -30,7 +30,12 @@ MARGIN = 0.02
 MAX_SIDE = 224
 """Pixels to which larger images are reduced."""
 MAX_NAME = 22
-"""Characters for which there is room in a line below an image."""
+"""Characters of a name below an image."""
+SIZE, ROOM = 7.0, 24
+"""Size of the letters below an image, in points, and how many have room in a line. A longer line has smaller
+ones."""
+MAX_LINE = 34
+"""Characters of a line of a user, who may put any text there."""
 
 
 def draw_photos(groups: Sequence[tuple[Sequence[Photo], str]], columns: int = COLUMNS) -> Figure:
@@ -53,8 +58,9 @@ def draw_photos(groups: Sequence[tuple[Sequence[Photo], str]], columns: int = CO
                 image.thumbnail((MAX_SIDE, MAX_SIDE))
                 place = (left + MARGIN, left + 1 - MARGIN, top + 1 - MARGIN, top + MARGIN)
                 axes.imshow(np.asarray(image), extent=place, interpolation="nearest")
-                text = "\n".join(photo.lines)
-                axes.text(left + 0.5, top + 1, text, ha="center", va="top", fontsize=7, color=color)
+                text, longest = "\n".join(photo.lines), max(map(len, photo.lines), default=0)
+                size = SIZE * min(1.0, ROOM / max(1, longest))
+                axes.text(left + 0.5, top + 1, text, ha="center", va="top", fontsize=size, color=color)
         axes.set(xlim=(0, columns), ylim=(HEIGHT * max(1, len(rows)), 0), aspect="auto")
         return figure
 
@@ -82,7 +88,7 @@ def draw_images(
         raise ValueError(f"columns = {columns}: expected at least 1")
     photos = [
         Photo(
-            partial(image.convert, "RGB"), [shorten(line, MAX_NAME) for line in (text or "").splitlines()], ""
+            partial(image.convert, "RGB"), [shorten(line, MAX_LINE) for line in (text or "").splitlines()], ""
         )
         for image, text in zip_longest(images, captions)
     ]
