@@ -18,7 +18,7 @@ from typing import Any
 
 import evidence
 import methods
-import notebooks
+import notebook_pages
 import reference
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -58,7 +58,7 @@ def on_files(files: Files, config: Any) -> Files:
             uri = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, uri, abs_src_path=str(path)))
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebooks.page(path)))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_pages.page(path)))
     return files
 
 
