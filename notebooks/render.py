@@ -94,14 +94,23 @@ def tidy(notebook: nbformat.NotebookNode, folder: Path) -> None:
             cell.outputs = _joined(cell.outputs)
         for output in cell.get("outputs", []):
             if "text" in output:
-                output.text = folders.sub("/tmp/work", output.text)
+                output.text = _renamed(folders, output.text)
             elif "data" in output:
                 kind = next(kind for kind in KEPT if kind in output.data)
                 content, output.metadata = output.data[kind], {}
                 if kind == "image/png":
                     output.data = _smaller(content)
                 else:
-                    output.data = {kind: folders.sub("/tmp/work", content)}
+                    output.data = {kind: _renamed(folders, content)}
+
+
+def _renamed(folders: re.Pattern[str], text: str) -> str:
+    """A text with another name for folders; the right border of a table stays where it is."""
+    lines = []
+    for line in text.split("\n"):
+        renamed = folders.sub("/tmp/work", line)
+        lines.append(f"{renamed[:-1]:<{len(line) - 1}}│" if line.endswith("│") else renamed)
+    return "\n".join(lines)
 
 
 def _joined(outputs: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -127,6 +136,12 @@ def _smaller(encoded: str) -> dict[str, str]:
     return {kind: base64.b64encode(file.getvalue()).decode("ascii")}
 
 
+def parse_parameter(text: str) -> tuple[str, Any]:
+    """Name and value of "NAME=VALUE". A notebook works in another folder, so a path becomes absolute."""
+    name, _, value = text.partition("=")
+    return name, str(Path(value).resolve()) if os.path.exists(value) else yaml.safe_load(value)
+
+
 def main() -> None:
     """The command."""
     names = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -148,9 +163,7 @@ def main() -> None:
     given = parser.parse_args()
     if unknown := set(given.notebooks) - set(names):
         parser.error(f"no notebook {', '.join(sorted(unknown))}; expected some of {', '.join(names)}")
-    parameters = {
-        name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in given.parameters)
-    }
+    parameters = dict(map(parse_parameter, given.parameters))
     for name in given.notebooks or names:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

@@ -128,6 +128,21 @@ def test_an_unknown_parameter_is_refused(render: ModuleType, tmp_path: Path) -> 
         render.run(ROOT / "notebooks" / "photos.ipynb", tmp_path, {"EPOCH": 1})
 
 
+def test_parameters_on_the_command_line(
+    render: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = ["PHOTOS=photos", "RATES=[1.0e-3, 2]", "MODEL=vim_tiny_patch16_224", "PHOTOS=null"]
+    found = [
+        ("PHOTOS", str(tmp_path / "photos")),
+        ("RATES", [1e-3, 2]),
+        ("MODEL", "vim_tiny_patch16_224"),
+        ("PHOTOS", None),
+    ]
+    assert [render.parse_parameter(text) for text in given] == found
+
+
 def test_outputs_are_stored_small_and_without_folders(render: ModuleType, tmp_path: Path) -> None:
     noise = Image.effect_noise((200, 200), 80).convert("RGB")
     drawn = Image.new("RGB", (200, 200), "red")
@@ -138,7 +153,7 @@ def test_outputs_are_stored_small_and_without_folders(render: ModuleType, tmp_pa
         pictures.append(base64.b64encode(file.getvalue()).decode("ascii"))
     new = render.nbformat.v4
     outputs = [
-        new.new_output("stream", name="stdout", text=f"in {tmp_path}/tmpab12/run\n"),
+        new.new_output("stream", name="stdout", text=f"in {tmp_path}/tmpab12/run\n│ {tmp_path} │\n"),
         new.new_output("stream", name="stdout", text=f"and {tmp_path}\n"),
         *(new.new_output("display_data", {"image/png": png, "text/plain": "?"}) for png in pictures),
         new.new_output("execute_result", {"text/html": f"<p>{tmp_path}</p>", "text/plain": "?"}),
@@ -147,7 +162,9 @@ def test_outputs_are_stored_small_and_without_folders(render: ModuleType, tmp_pa
     notebook = new.new_notebook(cells=[new.new_markdown_cell("text"), cell], metadata={"machine": "mine"})
     render.tidy(notebook, tmp_path)
     printed, *shown = cell.outputs
-    assert printed.text == "in /tmp/work/run\nand /tmp/work\n"
+    first, second, *others = printed.text.splitlines()
+    assert [first, *others] == ["in /tmp/work/run", "and /tmp/work"]
+    assert second.split() == ["│", "/tmp/work", "│"] and len(second) == len(f"│ {tmp_path} │")
     assert [list(output.data) for output in shown] == [["image/jpeg"], ["image/png"], ["text/html"]]
     assert len(shown[0].data["image/jpeg"]) < len(pictures[0]) / 2
     assert Image.open(io.BytesIO(base64.b64decode(shown[1].data["image/png"]))).mode == "P"
