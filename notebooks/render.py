@@ -4,7 +4,7 @@
     python notebooks/render.py photos -p PHOTOS=my/photos   # one of them, with a parameter of your own
 
 A notebook is run from top to bottom in an empty folder by a new kernel. Pictures are stored with at most 256
-colours, or as JPEG where that is much smaller, and temporary folders are called `/tmp/work` there.
+colours, or as JPEG where photographs are among them, and temporary folders are called `/tmp/work` there.
 It needs `pip install -e ".[notebooks,export,text]"`.
 """
 
@@ -36,6 +36,8 @@ KEPT = ("image/png", "text/html", "text/markdown", "text/plain")
 """Kinds of outputs that are stored: of each output the first of them that it has."""
 QUALITY = 82
 """Quality of pictures, as JPEG counts it."""
+MANY_COLORS = 2**13
+"""A picture with more colours than this is stored as JPEG: it has photographs in it."""
 SILENT = "ignore:IProgress not found"
 """A warning of others that a notebook without widgets would have in its first output."""
 
@@ -125,14 +127,15 @@ def _joined(outputs: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookN
 
 
 def _smaller(encoded: str) -> dict[str, str]:
-    """A PNG file in base64 as an output: with a palette, or as JPEG where that is smaller by a quarter."""
+    """A PNG file in base64 as an output: with a palette, or as JPEG where photographs are in it."""
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
-    few, jpeg = io.BytesIO(), io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(few, "PNG", optimize=True)
-    picture.save(jpeg, "JPEG", quality=QUALITY, optimize=True)
-    kind, file = (
-        ("image/jpeg", jpeg) if 4 * len(jpeg.getvalue()) < 3 * len(few.getvalue()) else ("image/png", few)
-    )
+    file = io.BytesIO()
+    if picture.getcolors(MANY_COLORS) is None:
+        kind = "image/jpeg"
+        picture.save(file, "JPEG", quality=QUALITY, optimize=True)
+    else:
+        kind = "image/png"
+        picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return {kind: base64.b64encode(file.getvalue()).decode("ascii")}
 
 
