@@ -74,7 +74,8 @@ def test_what_is_stored_was_seen_in_one_run(path: Path) -> None:
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
-    assert not [output for output in outputs if output.get("name") == "stderr"]
+    warnings = ["".join(output["text"]) for output in outputs if output.get("name") == "stderr"]
+    assert all(warning.startswith("left out corrupt image") for warning in warnings), "no warnings of others"
     texts = [
         text
         for output in outputs
