@@ -77,11 +77,12 @@ def test_what_is_stored_was_seen_in_one_run(path: Path) -> None:
     warnings = ["".join(output["text"]) for output in outputs if output.get("name") == "stderr"]
     assert all(warning.startswith("left out corrupt image") for warning in warnings), "no warnings of others"
     texts = [
-        text
+        "".join(text)
         for output in outputs
-        for text in ["".join(output.get("text", "")), json.dumps(output.get("data", {}))]
+        for kind, text in {**output.get("data", {}), "stream": output.get("text", "")}.items()
+        if not kind.startswith("image/")
     ]
-    assert not [text for text in texts if re.search(r"/tmp/(?!work\b)|/home/|/root/|/work/|\x1b", text)]
+    assert not [text for text in texts if re.search(r"/tmp/(?!work\b)|/home/|/root/|\x1b", text)]
     kinds = [kind for output in outputs for kind in output.get("data", {})]
     assert sum(kind.startswith("image/") for kind in kinds) >= 2, "there is something to look at"
 
@@ -145,7 +146,7 @@ def test_parameters_on_the_command_line(
 
 
 def test_outputs_are_stored_small_and_without_folders(render: ModuleType, tmp_path: Path) -> None:
-    noise = Image.effect_noise((200, 200), 80).convert("RGB")
+    noise = Image.merge("RGB", [Image.effect_noise((200, 200), 80) for _ in range(3)])
     drawn = Image.new("RGB", (200, 200), "red")
     pictures = []
     for image in (noise, drawn):
