@@ -52,6 +52,18 @@ def test_a_command_stays_one_line_and_a_file_has_no_breaks(capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
+def test_a_notebook_gets_lines_as_a_file_does(monkeypatch):
+    """Its kernel asks for colours, and rich would make an output of its own of every line."""
+    cell = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    monkeypatch.setattr(sys, "stdout", cell)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    console = build_console()
+    console.print("word " * 20, style="bold")
+    print_line(console, "other " * 60)
+    assert not console.is_terminal and cell.getvalue() == f"{'word ' * 20}\n{'other ' * 60}\n"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii", "shift_jis"])
 @pytest.mark.parametrize("text", NASTY_NAMES)
 def test_text_is_shown_and_not_obeyed(monkeypatch, encoding, text):

@@ -13,6 +13,7 @@ from PIL import Image
 from quick_runs import NO_PICTURES
 from torch import nn
 
+import vimtune
 from vimtune import cli
 from vimtune.data import create_dataset
 from vimtune.merging import merge_to_file
@@ -204,6 +205,46 @@ def test_everything_about_images_is_written(images, tmp_path, no_pictures, capsy
     own = (folder / "report.html").read_text()
     assert own.count("data:image/jpeg") == len(mistakes) and f"{found['temperature']:.3f}, fitted" in own
     assert "macro F1 (test)" in capsys.readouterr().out
+
+
+def test_the_function_says_what_the_command_does(images, photos, tmp_path, no_pictures, capsys):
+    folder, report = images
+    found = vimtune.evaluate(folder)
+    assert found.scores["top1"] == report.top1 and found.scores["count"] == report.num_images
+    assert capsys.readouterr().out == ""
+    saved = tmp_path / "scores.json"
+    found.save(saved)
+    assert run("--adapter", folder, "-o", tmp_path / "command.json") == 0
+    assert saved.read_text() == (tmp_path / "command.json").read_text()
+    assert [row["class"] for row in found.numbers["classes"]] == list(report.per_class)
+    wrong = found.mistakes()
+    assert len(wrong) == round(report.num_images * (1 - report.top1 / 100))
+    assert list(found.sections) == ["scores", "mistakes", "confusions", "classes", "calibration"]
+    assert [photo.title for photo in found.sections["mistakes"].photos] == [row["path"] for row in wrong]
+    assert f"<td>{report.top1:.2f} %</td>" in found._repr_html_()
+    mirrored = vimtune.evaluate(str(folder), folder=str(photos), flip=True, device="cpu")
+    assert mirrored.facts["flip"] is True and mirrored.facts["split"] == "folder"
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"split": "train"}, "expected test or val"),
+        ({"flipp": True}, "unknown key 'flipp'"),
+        ({"flip": 3}, "flip = 3"),
+        ({"folder": "x", "split": "val"}, "all images of the folder are scored"),
+        ({"config": "x.yaml"}, "an adapter has a recipe of its own"),
+    ],
+)
+def test_the_function_refuses_what_the_command_refuses(keys, expected, images):
+    with pytest.raises(ValueError, match=expected):
+        vimtune.evaluate(images[0], **keys)
+
+
+def test_results_go_into_files_of_known_kinds(images, tmp_path):
+    found = vimtune.evaluate(images[0])
+    with pytest.raises(ValueError, match=r"expected a name ending in .csv or .html or .json"):
+        found.save(tmp_path / "scores.txt")
 
 
 def test_a_temperature_for_the_validation_split_says_so(images, tmp_path):

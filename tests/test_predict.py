@@ -31,7 +31,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.predict import load_predictor, run_predict
-from vimtune.results import SHOWN
+from vimtune.results import SHOWN, Prediction
 from vimtune.tasks.images.inputs import find_images
 from vimtune.tasks.images.predictor import ImagePredictor
 from vimtune.text import printable
@@ -645,3 +645,8 @@ def test_a_bad_image_of_a_folder_is_left_out_with_a_warning_and_one_by_itself_is
     told = []
     assert len(list(predictor.predict([folder, bad], on_corrupt=told.append))) == len(found)
     assert len(told) == 2
+
+
+def test_an_answer_is_printed_as_a_line():
+    answer = Prediction("rose.jpg", [3, 1], ["rose", "lily"], [0.8125, 0.1])
+    assert str(answer) == "rose.jpg: rose 81.2 %, lily 10.0 %"

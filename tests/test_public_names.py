@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import vimtune
-from vimtune import data, models
+from vimtune import compare, data, models
 
 
 @pytest.mark.parametrize("name", vimtune.__all__)
@@ -78,7 +78,7 @@ def test_every_public_definition_of_a_module_is_documented(path):
         assert not public or isinstance(text, str), f"line {node.lineno}: {', '.join(public)}"
 
 
-PACKAGES = [vimtune, data, models]
+PACKAGES = [vimtune, compare, data, models]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)

@@ -46,10 +46,17 @@ def build_console(quiet: bool = False, *, is_result: bool = False) -> Console:
         highlight=False,
         markup=False,
         emoji=False,
+        force_jupyter=False,  # rich would make an output of its own of every line, and pass over `file`
+        force_terminal=False if _is_notebook() else None,
     )
     if not console.is_terminal:
         console.width = LOG_WIDTH
     return console
+
+
+def _is_notebook() -> bool:
+    """Whether standard output is a cell of a notebook: no terminal, although its kernel asks for colours."""
+    return type(sys.stdout).__module__.partition(".")[0] == "ipykernel"
 
 
 def neutral(text: str, console: Console) -> str:

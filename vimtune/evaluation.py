@@ -1,21 +1,28 @@
-"""Scores of a model on the data of a task, with an adapter or without: the command `evaluate`."""
+"""Scores of a model on the data of a task, with an adapter or without: `vimtune evaluate` and its function.
+
+found = vimtune.evaluate("runs/my-run")
+print(found.scores["top1"], found.mistakes()[0])
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vimtune.console import build_console, print_line
+from vimtune.fields import options_of
 from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, recipe_of_trained
-from vimtune.output import check_output, write_output
+from vimtune.output import check_output, write_text
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.scored import FORMATS, Scored
-from vimtune.tasks import Evaluation, Scoring, Trial
+from vimtune.tasks import TASKS, Evaluation, Scoring, Trial
 from vimtune.text import quote
 from vimtune.training.distributed import Processes, open_processes
-from vimtune.training.evaluate import evaluate
+from vimtune.training.evaluate import evaluate as score_batches
+from vimtune.training.launch import read_launch
 from vimtune.training.precision import build_autocast
 from vimtune.training.settings import process_settings
 from vimtune.training.sharding import Replicated
@@ -25,40 +32,37 @@ SPLITS = ("test", "val")
 """What can be scored: the split of a run's result, or the one that selects its best epoch."""
 
 
-def run_evaluate(
+def evaluate(
+    trained: str | os.PathLike[str] | None = None,
     *,
-    values: Mapping[str, Any],
-    config: str | None,
-    variant: str | None,
-    adapter: Path | None,
-    split: str | None,
-    options: Mapping[str, Any],
-    outputs: Sequence[Path],
-    mistakes: Path | None,
-) -> int:
-    """`vimtune evaluate`: write the files asked for, print a table. Returns the exit code.
+    split: str | None = None,
+    config: str | None = None,
+    variant: str | None = None,
+    **keys: Any,
+) -> Scored:
+    """Score a model on the data of its run, on other data, or on a folder.
 
     Args:
-        values: keys of the recipe, as flags give them.
-        config, variant: the recipe that they change; not with an adapter, which has its own.
-        adapter: an adapter file, a run folder or a merged file.
-        split: one of `SPLITS`; None for the first of them.
-        options: values of the task's `evaluate_options`, as flags give them.
-        outputs: .csv, .html or .json files.
-        mistakes: a .csv file for the wrong answers.
+        trained: a run folder, an adapter file, or a merged file (of which `keys` name the data); None for the
+            model that `keys` or `config` name, without any adapter.
+        split: "test" or "val"; None for "test".
+        config: a recipe in YAML, where there is no adapter.
+        variant: which recipe of a file that is a grid of them.
+        **keys: keys of the recipe that are to be others than those of the run, such as `dataset` or
+            `data_dir`, and options of the evaluation: `calibrate`, and for images `folder` and `flip`.
+
+    Returns:
+        The scores, every class, the most confused pairs, the calibration and the mistakes. Under torchrun
+        every process returns those of all of them.
 
     Raises:
-        ValueError: the recipe, the data, the model or the adapter do not allow it, or a file cannot be
-            written.
+        ValueError: the recipe, the data, the model or the adapter do not allow it.
     """
     if split is not None:
         check_split(split)
-    file = None if adapter is None else adapter_path(adapter)
-    sources = [] if file is None else [file]
-    for output in outputs:
-        check_output(output, FORMATS, sources)
-    if mistakes is not None:
-        check_output(mistakes, [".csv"], sources)
+    file = None if trained is None else adapter_path(trained)
+    options = {name: value for name, value in keys.items() if name in _option_names()}
+    values = {name: value for name, value in keys.items() if name not in options}
     if file is not None and config is not None:
         raise ValueError("--config and --adapter: an adapter has a recipe of its own; change it by flags")
     if file is not None and is_merged_file(file) and "dataset" not in values and "folder" not in options:
@@ -82,26 +86,65 @@ def run_evaluate(
             found, held_out = _score(trial, recipe, processes)
         finally:
             trial.close()
-        if not processes.is_main:
-            return 0
-        scored = Scored(
+        return Scored(
             task=task,
             facts=describe(recipe, file, trial.loader.split, trial.loader.source, given),
             evaluation=found,
             details=trial.details(found, held_out),
             examples=trial.examples(found),
         )
-        wrong = None if mistakes is None else scored.mistakes_to_csv()
-        for output in outputs:
-            _write(output, FORMATS[output.suffix.lower()](scored))
-        if mistakes is not None and wrong is not None:
-            _write(mistakes, wrong)
-        console = build_console(is_result=not outputs)
-        scored.print(console)
-        for output in outputs:
-            print_line(console, f"scores written to {output}")
-        if mistakes is not None:
-            print_line(console, f"mistakes written to {mistakes}")
+
+
+def _option_names() -> set[str]:
+    """Names of the options of the evaluations of every task."""
+    return {name for _, task in TASKS.items() for name in options_of(task.evaluate_options)}
+
+
+def run_evaluate(
+    *,
+    values: Mapping[str, Any],
+    config: str | None,
+    variant: str | None,
+    adapter: Path | None,
+    split: str | None,
+    outputs: Sequence[Path],
+    mistakes: Path | None,
+) -> int:
+    """`vimtune evaluate`: write the files asked for, print a table. Returns the exit code.
+
+    Args:
+        values: keys of the recipe and options of the evaluation, as flags give them.
+        config, variant: the recipe that they change; not with an adapter, which has its own.
+        adapter: an adapter file, a run folder or a merged file.
+        split: one of `SPLITS`; None for the first of them.
+        outputs: .csv, .html or .json files.
+        mistakes: a .csv file for the wrong answers.
+
+    Raises:
+        ValueError: the recipe, the data, the model or the adapter do not allow it, or a file cannot be
+            written.
+    """
+    if split is not None:
+        check_split(split)
+    sources = [] if adapter is None else [adapter_path(adapter)]
+    for output in outputs:
+        check_output(output, FORMATS, sources)
+    if mistakes is not None:
+        check_output(mistakes, [".csv"], sources)
+    scored = evaluate(adapter, split=split, config=config, variant=variant, **values)
+    if read_launch().rank != 0:
+        return 0
+    wrong = None if mistakes is None else scored.mistakes_to_csv()
+    for output in outputs:
+        scored.save(output)
+    if mistakes is not None and wrong is not None:
+        write_text(mistakes, wrong)
+    console = build_console(is_result=not outputs)
+    scored.print(console)
+    for output in outputs:
+        print_line(console, f"scores written to {output}")
+    if mistakes is not None:
+        print_line(console, f"mistakes written to {mistakes}")
     return 0
 
 
@@ -109,7 +152,7 @@ def _score(trial: Trial, recipe: Recipe, processes: Processes) -> tuple[Evaluati
     """The evaluation of the split, and that of the validation split where the trial has one."""
 
     def score(scoring: Scoring) -> Evaluation:
-        found = evaluate(
+        found = score_batches(
             trial.model,
             scoring.loader,
             scoring.tally,
@@ -144,12 +187,3 @@ def describe(
         "data": source,
         **options,
     }
-
-
-def _write(output: Path, text: str) -> None:
-    content = text.encode("utf-8", "backslashreplace")
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_output(output, write)

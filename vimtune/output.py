@@ -97,3 +97,17 @@ def write_output(path: Path, write: Callable[[Path], None]) -> None:
         raise OutputError(
             f"cannot write {quote(str(path))}: {refusal(error)}; what was there is as it was"
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8; a byte of a path in it that is not UTF-8 is written as \\udcXX.
+
+    Raises:
+        OutputError: as `write_output`.
+    """
+    content = text.encode("utf-8", "backslashreplace")
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_output(path, write)

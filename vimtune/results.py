@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vimtune.output import write_output
+from vimtune.output import write_text
 from vimtune.text import counted, csv_cell, printable, shorten
 
 if TYPE_CHECKING:  # Answers are made, and written to files, without the library that draws on terminals.
@@ -78,6 +78,10 @@ class Ranking(Answer):
     """Their names."""
     probabilities: list[float]
     """Softmax of what the model says of each class, in [0, 1]."""
+
+    def __str__(self) -> str:
+        pairs = zip(self.classes, self.probabilities, strict=True)
+        return f"{self.input}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in pairs)}"
 
     def record(self) -> dict[str, Any]:
         """The classes with index and probability."""
@@ -223,12 +227,7 @@ def write_answers(output: Path, answers: Sequence[Answer], kind: type[Answer]) -
     Raises:
         OutputError: the disk is full, or the like; an earlier file is then as it was.
     """
-    content = FORMATS[output.suffix.lower()](answers, kind).encode("utf-8", "backslashreplace")
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_output(output, write)
+    write_text(output, FORMATS[output.suffix.lower()](answers, kind))
 
 
 def build_table(answers: Sequence[Answer], kind: type[Answer]) -> Table:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from vimtune.console import neutral
+from vimtune.output import check_output, write_text
+from vimtune.pages.section import Section, Table
 from vimtune.schema import finite_json
 from vimtune.tasks import Details, Evaluation, Task
 from vimtune.text import csv_cell, printable, quote
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scored:
     """The evaluation of a model, and what it belongs to."""
 
@@ -32,30 +37,52 @@ class Scored:
     examples: Sequence[Mapping[str, Any]] = ()
     """What was found for every single example, where the task tells it."""
 
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{name}: {value}" for name, value in self._score_rows())
+        return f"<{self.facts['model']} with {self.evaluation.count:,} {self.task.examples}: {scores}>"
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Every number of the whole split by name: of images "loss", "top1", "top5", "count" (of images),
+        "macro_f1", "ece", "temperature" and others; percentages go from 0 to 100."""
+        found = self.evaluation
+        return {"loss": found.loss, **found.scores, "count": found.count, **self.details.scores()}
+
     @property
     def numbers(self) -> dict[str, Any]:
-        """What was scored, and every number of the whole split by name."""
-        found = self.evaluation
-        scores = {"loss": found.loss, **found.scores, "count": found.count}
-        return {**self.facts, **scores, **self.details.scores()}
+        """Everything that was measured, as plain values: what was scored, `scores`, "classes",
+        "most_confused", "reliability" and others, and "examples" where the task tells what it found for every
+        single one."""
+        examples = {"examples": list(self.examples)} if self.examples else {}
+        return {**self.facts, **self.scores, **self.details.numbers(), **examples}
+
+    @cached_property
+    def sections(self) -> dict[str, Section]:
+        """The parts of the page by name, each of which a notebook shows: of images "scores", "mistakes",
+        "confusions", "classes" and "calibration"."""
+        return self.details.sections()
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """The final table: names and values."""
+        yield from self._score_rows()
+        yield from self.details.rows()
+        yield self.task.examples, f"{self.evaluation.count:,}"
+        for name, value in self.facts.items():
+            if name not in ("task", "split"):
+                yield name, "none" if value is None else str(value)
+
+    def _score_rows(self) -> Iterator[tuple[str, str]]:
+        """The scores of the task, then the loss."""
         found, split = self.evaluation, self.facts["split"]
         for score in self.task.scores:
             value = found.scores[score.name]
             if value is not None:
                 yield f"{score.title} ({split})", score.show(value)
         yield f"loss ({split})", f"{found.loss:.4f}"
-        yield from self.details.rows()
-        yield self.task.examples, f"{found.count:,}"
-        for name, value in self.facts.items():
-            if name not in ("task", "split"):
-                yield name, "none" if value is None else str(value)
 
     def print(self, console: Console) -> None:
         """Print the final table."""
-        table = Table(show_header=False)
+        table = TerminalTable(show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, value in self.rows():
@@ -64,22 +91,22 @@ class Scored:
 
     def to_json(self) -> str:
         """All numbers, those of classes and pairs included, and what was found for every example."""
-        examples = {"examples": list(self.examples)} if self.examples else {}
-        return finite_json({**self.numbers, **self.details.numbers(), **examples}, indent=1) + "\n"
+        return finite_json(self.numbers, indent=1) + "\n"
 
     def to_csv(self) -> str:
         """One row: what was scored, and the numbers of the whole split."""
-        return _csv([self.numbers])
+        return _csv([{**self.facts, **self.scores}])
 
     def to_html(self) -> str:
         """A page with pictures; it needs nothing else."""
         from vimtune.pages.page import Page  # This comes late, because drawing takes long to import.
 
         title = f"{self.facts['model']} on {self.facts['split']}"
-        return Page("vimtune evaluate", title, self.rows(), self.details.sections()).to_html()
+        return Page("vimtune evaluate", title, self.rows(), list(self.sections.values())).to_html()
 
-    def mistakes_to_csv(self) -> str:
-        """A row for each wrong answer, the worst one first.
+    def mistakes(self) -> Sequence[dict[str, Any]]:
+        """A mapping for each wrong answer, the worst one first: of images with "path", "true", "predicted",
+        "probability", "true_probability", "loss" and "true_rank".
 
         Raises:
             ValueError: the answers of this task are not right or wrong.
@@ -87,10 +114,28 @@ class Scored:
         found = self.details.mistakes()
         if found is None:
             raise ValueError(
-                f"--mistakes: the answers to these {self.task.examples} are not right or wrong (task "
-                f"{quote(self.task.name)}); leave it out"
+                f"there are no mistakes to list: the answers to these {self.task.examples} are not right or "
+                f"wrong (task {quote(self.task.name)})"
             )
-        return _csv(found)
+        return found
+
+    def mistakes_to_csv(self) -> str:
+        """`mistakes` as a table with a row for each."""
+        return _csv(self.mistakes())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a page with pictures (`.html`), all `numbers` (`.json`) or one row of scores (`.csv`).
+
+        Raises:
+            OutputError: another ending, or a file that cannot be written.
+        """
+        file = Path(path)
+        check_output(file, FORMATS, [])
+        write_text(file, FORMATS[file.suffix.lower()](self))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the final table."""
+        return Table("", ["", ""], [list(row) for row in self.rows()])._repr_html_()
 
 
 FORMATS: dict[str, Callable[[Scored], str]] = {

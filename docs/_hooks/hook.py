@@ -1,7 +1,7 @@
 """What the site has beside the pages of this folder: documents of the repository, and what the package says.
 
 The documents of `DOCUMENTS` are pages under the names that they have in the repository, so that their links
-lead to the same places. In any page a line
+lead to the same places. So are the notebooks, with what they have shown. In any page a line
 
     <!-- generated: NAME ARGUMENT ... -->
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import evidence
 import methods
+import notebook_pages
 import reference
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -57,6 +58,8 @@ def on_files(files: Files, config: Any) -> Files:
         for path in sorted(ROOT.glob(pattern)):
             uri = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, uri, abs_src_path=str(path)))
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=notebook_pages.page(path)))
     return files
 
 

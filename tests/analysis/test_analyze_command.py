@@ -8,6 +8,7 @@ import shutil
 import pytest
 from changed_models import FEW
 
+import vimtune
 from vimtune import cli
 from vimtune.merging import merge_to_file
 from vimtune.recipe import Recipe
@@ -39,6 +40,29 @@ def test_a_run_folder_gets_its_report(run_folder, tmp_path, capsys):
     assert values["analyses"]["similarity"]["images"] == 5
     assert values["analyses"]["gradient"]["batches"] == 1
     assert (folder / "analysis.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_function_gives_what_the_command_writes(run_folder, tmp_path):
+    names = ["similarity", "components"]
+    report = vimtune.analyze(run_folder, only=names, num_images=5)
+    report.save(tmp_path / "own.json")
+    assert (
+        run(run_folder, "--only", "components,similarity", "--images", 5, "-o", tmp_path / "command.json")
+        == 0
+    )
+    assert (tmp_path / "own.json").read_text() == (tmp_path / "command.json").read_text()
+    assert list(report.sections) == ["components", "similarity"]
+    assert "<h4>Which parameters have moved" in report._repr_html_()
+    for wrong, expected in (
+        ({"only": ["cka"]}, "unknown analysis 'cka'"),
+        ({"split": "train"}, "expected test or val"),
+        ({"num_images": 0}, "num_images = 0: expected a whole number >= 1"),
+        ({"epochz": 3}, "unknown key 'epochz'"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            vimtune.analyze(run_folder, **wrong)
+    with pytest.raises(ValueError, match=r"expected a name ending in .html or .json"):
+        report.save(tmp_path / "report.csv")
 
 
 def test_a_head_that_was_trained_on_features_is_analysed_on_images(tmp_path):

@@ -55,7 +55,7 @@ def test_numbers_are_those_of_the_metrics(details: ClassDetails) -> None:
 
 
 def test_the_page_shows_the_mistakes(details: ClassDetails) -> None:
-    page = Page("c", "t", details.rows(), details.sections()).to_html()
+    page = Page("c", "t", details.rows(), details.sections().values()).to_html()
     assert page.count("data:image/jpeg") == 2 and 'title="4.jpg"' in page and "Beware." in page
     assert "temperature</td><td>2.000, by hand" in page and "Of 4 classes 1 have no images." in page
 
@@ -64,7 +64,7 @@ def test_answers_that_are_all_right_are_a_page_too(details: ClassDetails) -> Non
     answers = answers_of(torch.eye(2), torch.arange(2))
     found = ClassDetails(answers, ["a", "b"], "test", IMAGES, NONE)
     assert found.mistakes() == [] and found.scores()["macro_f1"] == 100
-    page = Page("c", "t", found.rows(), found.sections()).to_html()
+    page = Page("c", "t", found.rows(), found.sections().values()).to_html()
     assert "Nothing is taken for anything else." in page and "There is no temperature: nobody asked." in page
 
 
@@ -72,7 +72,7 @@ def test_names_are_harmless(details: ClassDetails) -> None:
     count = len(NASTY_NAMES)
     answers = answers_of(torch.eye(count).roll(1, 0), torch.arange(count))
     found = ClassDetails(answers, list(NASTY_NAMES), "test", IMAGES, NONE)
-    page = Page("c", "t", found.rows(), found.sections()).to_html()
+    page = Page("c", "t", found.rows(), found.sections().values()).to_html()
     assert "<script" not in page and "\x1b" not in page
     assert len(found.mistakes()) == count
 

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from vimtune.data import ImageDataset, build_transform, create_dataset, create_loader
+from vimtune.pages.photos import MAX_NAME
 from vimtune.tasks.classes.answers import answers_of
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.examples import KEPT, Example, choose_examples
-from vimtune.tasks.images.gallery import MAX_NAME, draw_gallery, write_gallery
+from vimtune.tasks.images.gallery import draw_gallery, write_gallery
 from vimtune.text import shorten
 
 

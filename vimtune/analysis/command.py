@@ -1,26 +1,21 @@
-"""`vimtune analyze`: run the analyses on a trained model, write the report, print what was found."""
+"""`vimtune analyze` and its function: what training has done to a model."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vimtune.analysis.registry import load_analysis
-from vimtune.analysis.report import AnalysisReport
+from vimtune.analysis.registry import ANALYSES, NUM_BATCHES, NUM_IMAGES, load_analysis, parse_names
+from vimtune.analysis.report import FORMATS, AnalysisReport
 from vimtune.analysis.subject import NotApplicable, Subject, open_subject
 from vimtune.console import build_console, print_line
 from vimtune.evaluation import check_split
 from vimtune.origin import adapter_path
-from vimtune.output import check_output, write_output
+from vimtune.output import check_output
 from vimtune.pages.section import Section
-
-FORMATS: dict[str, Callable[[AnalysisReport], str]] = {
-    ".html": AnalysisReport.to_html,
-    ".json": AnalysisReport.to_json,
-}
-"""How a report is written into a file whose name ends so."""
+from vimtune.tasks.predictor import check_counts
 
 NAME = "analysis"
 """Name, without ending, of the files beside the adapter, where no other place is given."""
@@ -57,9 +52,9 @@ def run_analyze(
         check_output(file, FORMATS, [path])
     console = build_console(is_result=False)
     with open_subject(path, values, split=split, num_images=num_images, num_batches=num_batches) as subject:
-        report = analyze(subject, names, lambda name: print_line(console, f"{name} ..."))
+        report = run_analyses(subject, names, lambda name: print_line(console, f"{name} ..."))
     for file in files:
-        write_output(file, partial(_write, FORMATS[file.suffix.lower()](report).encode("utf-8")))
+        report.save(file)
     for section in report.sections.values():
         print_line(console, section.title)
         for finding in section.findings:
@@ -71,11 +66,40 @@ def run_analyze(
     return 0
 
 
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-
-
 def analyze(
+    trained: str | os.PathLike[str],
+    *,
+    only: Sequence[str] | None = None,
+    split: str = "test",
+    num_images: int = NUM_IMAGES,
+    num_batches: int = NUM_BATCHES,
+    **keys: Any,
+) -> AnalysisReport:
+    """Compare a trained model with what training found: weights, features, scans, cost.
+
+    Args:
+        trained: a run folder, an adapter file, or a merged file (of which `keys` name the data).
+        only: names of analyses, such as ["similarity", "scan_maps"]; all of them if None.
+        split: "test" or "val", from which images are taken.
+        num_images: at most so many images.
+        num_batches: at most so many training batches.
+        **keys: keys of the recipe that are to be others than those of the run, such as `data_dir`.
+
+    Returns:
+        A section for each analysis, which a notebook shows as it is on the page of `vimtune analyze`.
+
+    Raises:
+        ValueError: the file, the data or the settings do not allow it, or there is no such analysis.
+    """
+    check_split(split)
+    check_counts(num_images=num_images, num_batches=num_batches)
+    names = list(ANALYSES) if only is None else parse_names(",".join(only))
+    path = adapter_path(trained)
+    with open_subject(path, keys, split=split, num_images=num_images, num_batches=num_batches) as subject:
+        return run_analyses(subject, names)
+
+
+def run_analyses(
     subject: Subject, names: Sequence[str], tell: Callable[[str], None] = lambda name: None
 ) -> AnalysisReport:
     """Run analyses by name on a subject.

@@ -24,6 +24,11 @@ ANALYSES: dict[str, str] = {
 """What each analysis is about, in the order of the report. The module of that name in this package has a
 function `analyze`."""
 
+NUM_IMAGES = 256
+"""Images that are looked at unless a user says otherwise."""
+NUM_BATCHES = 4
+"""Training batches whose gradients are looked at unless a user says otherwise."""
+
 
 def load_analysis(name: str) -> Callable[[Subject], Section]:
     """The function of an analysis of the table; its module is imported now."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from vimtune.pages.page import Page
+from vimtune.output import check_output, write_text
+from vimtune.pages.page import Page, findings_to_html
 from vimtune.pages.section import Section
 from vimtune.schema import finite_json
 from vimtune.text import unicode_text
@@ -37,3 +40,24 @@ class AnalysisReport:
         """A page whose pictures are inside it; see `vimtune.pages`."""
         title, sections = "What training has changed", list(self.sections.values())
         return Page("vimtune analyze", title, self.facts.items(), sections, self.left_out).to_html()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as a page (`.html`) or with all numbers (`.json`).
+
+        Raises:
+            OutputError: another ending, or a file that cannot be written.
+        """
+        file = Path(path)
+        check_output(file, FORMATS, [])
+        write_text(file, FORMATS[file.suffix.lower()](self))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what was found, in sentences; `sections` show the rest."""
+        return findings_to_html(self.sections.values())
+
+
+FORMATS: dict[str, Callable[[AnalysisReport], str]] = {
+    ".html": AnalysisReport.to_html,
+    ".json": AnalysisReport.to_json,
+}
+"""How a report is written into a file whose name ends so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vimtune.analysis.registry import ANALYSES, parse_names
+from vimtune.analysis.registry import ANALYSES, NUM_BATCHES, NUM_IMAGES, parse_names
 from vimtune.cli.evaluate import evaluation_groups
 from vimtune.cli.parser import (
     add_common,
@@ -15,11 +15,6 @@ from vimtune.cli.parser import (
     whole_number,
 )
 from vimtune.cli.train import add_recipe_flags
-
-NUM_IMAGES = 256
-"""Images that are looked at unless a flag says otherwise."""
-NUM_BATCHES = 4
-"""Training batches whose gradients are looked at unless a flag says otherwise."""
 
 EXAMPLES = """\
 examples:

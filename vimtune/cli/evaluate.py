@@ -63,24 +63,21 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     add_import(general)
     add_common(general)
-    options = _option_groups()
-    add_recipe_flags(parser, {**options, **evaluation_groups()})
+    add_recipe_flags(parser, {**_option_groups(), **evaluation_groups()})
     given = vars(parser.parse_strictly(arguments))
     for name in ("traceback", "packages"):
         given.pop(name, None)
     names = ("adapter", "split", "output", "mistakes", "config", "variant")
     own = {name: given.pop(name, None) for name in names}
-    how = {name for items in options.values() for name in items}
 
     from vimtune.evaluation import run_evaluate
 
     return run_evaluate(
-        values={name: value for name, value in given.items() if name not in how},
+        values=given,
         config=own["config"],
         variant=own["variant"],
         adapter=own["adapter"],
         split=own["split"],
-        options={name: value for name, value in given.items() if name in how},
         outputs=own["output"] or [],
         mistakes=own["mistakes"],
     )

@@ -12,3 +12,21 @@ of them keeps, is the one of this method on this data set, and the other seeds a
 data seed; the learning rate is chosen on the first draw. The tables have the scores of the test split of the
 runs with the chosen learning rates; those of the others are never looked at.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vimtune.compare.plan import Plan, PlanError, load_plan
+from vimtune.late_names import late_names
+
+if TYPE_CHECKING:
+    from vimtune.compare.command import compare
+    from vimtune.compare.results import Row
+
+__all__ = ["Plan", "PlanError", "Row", "compare", "load_plan"]
+
+_HOMES = {"vimtune.compare.command": ("compare",), "vimtune.compare.results": ("Row",)}
+"""Modules that define the names which are imported on first use."""
+
+__getattr__, __dir__ = late_names(__name__, _HOMES)

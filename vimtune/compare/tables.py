@@ -19,7 +19,7 @@ from vimtune.compare.pictures import draw_curves, draw_differences, draw_pareto
 from vimtune.compare.plan import Plan
 from vimtune.compare.results import Result, Row, Spread
 from vimtune.console import neutral, print_line
-from vimtune.output import write_output
+from vimtune.output import write_text
 from vimtune.text import csv_cell, escape_markdown, printable, shorten
 from vimtune.training.pictures import save_picture
 from vimtune.training.tracking import duration
@@ -254,17 +254,13 @@ def write_tables(
         "table.tex": to_latex(rows),
     }
     for name, text in texts.items():
-        write_output(folder / name, partial(_write, text))
+        write_text(folder / name, text)
     pictures = {"pareto.png": draw_pareto(rows), CURVES: draw_curves(rows)}
     if differences := _differences(rows, reference):
         pictures["paired.png"] = draw_differences(differences)
     for name, picture in pictures.items():
         save_picture(picture, folder / name)
     return [*texts, *pictures]
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def to_markdown(

@@ -84,11 +84,21 @@ def _section(section: Section) -> str:
     body += [_figure(picture) for picture in section.pictures]
     if section.photos:
         body.append(f'<div class="photos">{"".join(map(_photo, section.photos))}</div>')
-    body += [_table(table) for table in section.tables]
+    body += [table_to_html(table) for table in section.tables]
     return "\n".join(body)
 
 
-def _table(table: Table) -> str:
+def findings_to_html(sections: Iterable[Section]) -> str:
+    """The titles and findings of sections, for a place that has the style of others."""
+    return "".join(
+        f"<h4>{_text(section.title)}</h4>"
+        + "".join(f"<p>{_text(finding)}</p>" for finding in section.findings)
+        for section in sections
+    )
+
+
+def table_to_html(table: Table) -> str:
+    """A table; every text in it stays a text."""
     heading = "".join(f"<th>{_text(title)}</th>" for title in table.heading)
     rows = "".join(
         "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows
@@ -98,12 +108,10 @@ def _table(table: Table) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    drawn = picture.figure
-    if isinstance(drawn, Path) and not drawn.is_file():
+    content = picture_to_png(picture)
+    if content is None:
         return ""
-    content = drawn.read_bytes() if isinstance(drawn, Path) else to_png(drawn)
-    source = _image("png", content)
-    return f"<figure>{source}<figcaption>{_text(picture.caption)}</figcaption></figure>"
+    return f"<figure>{_image('png', content)}<figcaption>{_text(picture.caption)}</figcaption></figure>"
 
 
 def _photo(photo: Photo) -> str:
@@ -120,6 +128,14 @@ def _image(kind: str, content: bytes, title: str = "") -> str:
     encoded = base64.b64encode(content).decode("ascii")
     named = f' title="{_text(title)}"' if title else ""
     return f'<img alt=""{named} src="data:image/{kind};base64,{encoded}">'
+
+
+def picture_to_png(picture: Picture) -> bytes | None:
+    """A picture as the contents of a PNG file; None for a file that is not there."""
+    drawn = picture.figure
+    if isinstance(drawn, Path):
+        return drawn.read_bytes() if drawn.is_file() else None
+    return to_png(drawn)
 
 
 def to_png(figure: Figure) -> bytes:

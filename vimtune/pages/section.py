@@ -1,4 +1,8 @@
-"""What a page is made of. How it is written is the business of `page.py`."""
+"""What a page is made of. How it is written is the business of `page.py`.
+
+A notebook asks a value how it is shown, by methods that IPython has named: `_repr_html_`, `_repr_png_`,
+`_ipython_display_`. So a table, a picture and a section show themselves in a cell as they do on a page.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,11 @@ class Table:
     rows: Sequence[Sequence[str]]
     """Its cells, line by line; the first of a line is its name."""
 
+    def _repr_html_(self) -> str:
+        from vimtune.pages.page import table_to_html  # Late: matplotlib takes long to import.
+
+        return table_to_html(self)
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -33,6 +42,11 @@ class Picture:
     figure: Figure | Path
     """The drawing, or a PNG file that has it. A file that is not there, because drawing has failed, leaves
     the picture out."""
+
+    def _repr_png_(self) -> bytes | None:
+        from vimtune.pages.page import picture_to_png  # Late: matplotlib takes long to import.
+
+        return picture_to_png(self)
 
 
 @dataclass(frozen=True)
@@ -65,3 +79,16 @@ class Section:
     """In the order of the page."""
     photos: Sequence[Photo] = field(default_factory=tuple)
     """In the order of the page, before the tables."""
+
+    def _ipython_display_(self) -> None:
+        """Show everything in the order of the page; photographs become one picture."""
+        from IPython.display import HTML, display  # IPython itself calls this.
+
+        from vimtune.pages.page import findings_to_html
+        from vimtune.pages.photos import draw_photos
+
+        display(HTML(findings_to_html([self])))
+        display(*self.pictures)
+        if self.photos:
+            display(Picture(self.title, draw_photos([(self.photos, "black")])))
+        display(*self.tables)

@@ -33,11 +33,11 @@ class Details:
         answers are not right or wrong."""
         return None
 
-    def sections(self, drawn: Path | None = None) -> list[Section]:
-        """The page below its facts.
+    def sections(self, drawn: Path | None = None) -> dict[str, Section]:
+        """The page below its facts: sections by a short name, such as "mistakes", in the order of the page.
 
         Args:
             drawn: a run folder, some of whose pictures need not be drawn again.
         """
         del drawn
-        return []
+        return {}

@@ -105,7 +105,7 @@ def _write_page(path: Path, report: Report, details: Details, folder: RunFolder)
         numbers={},
         pictures=[Picture("The dotted line marks the best epoch.", folder.learning_curve)],
     )
-    sections = [curve, *details.sections(folder.path)]
+    sections = [curve, *details.sections(folder.path).values()]
     html = Page("vimtune train", f"{report.model}, {report.method}", report.rows(), sections).to_html()
     content = html.encode("utf-8", "backslashreplace")
 

@@ -211,8 +211,8 @@ class ClassDetails(Details):
             "true_rank": int(self.answers.ranks[place]) + 1,
         }
 
-    def sections(self, drawn: Path | None = None) -> list[Section]:
-        """Scores, classes, confusions, calibration, mistakes."""
+    def sections(self, drawn: Path | None = None) -> dict[str, Section]:
+        """ "scores", "mistakes", "confusions", "classes" and "calibration"."""
         from vimtune.tasks.classes.page import (
             class_sections,  # This comes late: drawing takes long to import.
         )

@@ -20,15 +20,15 @@ MAX_TEXT = 200
 """Characters of a text in the table of mistakes."""
 
 
-def class_sections(details: ClassDetails, drawn: Path | None) -> list[Section]:
+def class_sections(details: ClassDetails, drawn: Path | None) -> dict[str, Section]:
     """The page below its facts; the arguments are those of `Details.sections`."""
-    return [
-        _score_section(details),
-        _mistake_section(details),
-        _confusion_section(details, drawn),
-        _class_section(details),
-        _calibration_section(details),
-    ]
+    return {
+        "scores": _score_section(details),
+        "mistakes": _mistake_section(details),
+        "confusions": _confusion_section(details, drawn),
+        "classes": _class_section(details),
+        "calibration": _calibration_section(details),
+    }
 
 
 def _score_section(details: ClassDetails) -> Section:

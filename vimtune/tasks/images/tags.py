@@ -257,8 +257,8 @@ class TagDetails(Details):
             ],
         }
 
-    def sections(self, drawn: Path | None = None) -> list[Section]:
-        """A table of the classes, the weakest one first."""
+    def sections(self, drawn: Path | None = None) -> dict[str, Section]:
+        """ "classes": a table of them, the weakest one first."""
         del drawn
         rows = class_rows(self.evaluation, self.classes)
         rows.sort(key=lambda row: 101.0 if row.average_precision is None else row.average_precision)
@@ -271,8 +271,8 @@ class TagDetails(Details):
             for row in rows
         ]
         heading = ("class", "images", "average precision, %", "precision, %", "recall, %")
-        return [
-            Section(
+        return {
+            "classes": Section(
                 title="Classes",
                 explanation="Average precision is the area under precision over recall of a class; precision "
                 "and recall are those of labels whose probability is at least a half.",
@@ -280,7 +280,7 @@ class TagDetails(Details):
                 numbers={},
                 tables=[Table("From the weakest class on.", heading, cells)],
             )
-        ]
+        }
 
 
 def write_classes(evaluation: TagEvaluation, classes: Sequence[str], path: Path) -> None:

@@ -76,16 +76,16 @@ class ChoiceDetails(Details):
         ]
         return sorted(wrong, key=lambda row: -row["margin"])
 
-    def sections(self, drawn: Path | None = None) -> list[Section]:
-        """The worst mistakes."""
+    def sections(self, drawn: Path | None = None) -> dict[str, Section]:
+        """ "mistakes": the worst ones."""
         del drawn
         wrong = self.mistakes()
         names = ("text", "predicted", "true")
         rows = [
             [*(shorten(row[n], MAX_TEXT) for n in names), f"{row['margin']:.2f}"] for row in wrong[:WORST]
         ]
-        return [
-            Section(
+        return {
+            "mistakes": Section(
                 title="The worst mistakes",
                 explanation="Questions whose likeliest choice is wrong, those first in which its "
                 "log-likelihood lies highest above that of the right one.",
@@ -95,4 +95,4 @@ class ChoiceDetails(Details):
                 if rows
                 else [],
             )
-        ]
+        }
