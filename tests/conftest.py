@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from quick_runs import NO_PICTURES, painting_once
+from quick_runs import NO_PICTURES, painting_once, replace_until_undone
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: workers whose threads wait for each other's cores are slower than one.
@@ -47,16 +47,14 @@ def shared_dir() -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what runs draw, almost half of the time of a tiny one."""
-    for name, function in NO_PICTURES.items():
-        monkeypatch.setattr(name, function)
+    replace_until_undone(NO_PICTURES, monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def each_flower_is_painted_once() -> Iterator[None]:
     """For runs with the same images; it lasts until the last test."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in painting_once().items():
-            patch.setattr(name, function)
+        replace_until_undone(painting_once(), patch)
         yield
 
 

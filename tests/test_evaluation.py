@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from quick_runs import NO_PICTURES
+from quick_runs import NO_PICTURES, replace_until_undone
 from torch import nn
 
 from vimtune import cli
@@ -161,8 +161,7 @@ def images(tmp_path_factory):
     """The folder and the report of a run on images."""
     folder = tmp_path_factory.mktemp("images") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in NO_PICTURES.items():
-            patch.setattr(name, function)
+        replace_until_undone(NO_PICTURES, patch)
         return folder, train(Recipe(**IMAGES, output_dir=str(folder)))
 
 
