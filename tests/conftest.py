@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from quick_runs import NO_PICTURES, painting_once
+from quick_runs import NO_PICTURES, painting_once, replace_until_undone
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: workers whose threads wait for each other's cores are slower than one.
@@ -19,12 +19,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What is imported and collected stays to the end: looking through it for garbage again and again is a
-    tenth of the time that this takes."""
+    """Keep the garbage collector away from what is imported and collected: a million objects.
+
+    All of them stay to the end. While they are made, looking through them again and again takes a tenth of
+    the time. Afterwards each full collection would visit them once more, three quarters of what collections
+    cost the tests; `gc.freeze` takes them out. And a collection for every 700 new objects, Python's default,
+    comes too often where models are traced and compiled.
+    """
     gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
+        gc.set_threshold(5000, *gc.get_threshold()[1:])
         gc.enable()
 
 
@@ -40,16 +47,14 @@ def shared_dir() -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what runs draw, almost half of the time of a tiny one."""
-    for name, function in NO_PICTURES.items():
-        monkeypatch.setattr(name, function)
+    replace_until_undone(NO_PICTURES, monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def each_flower_is_painted_once() -> Iterator[None]:
     """For runs with the same images; it lasts until the last test."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in painting_once().items():
-            patch.setattr(name, function)
+        replace_until_undone(painting_once(), patch)
         yield
 
 

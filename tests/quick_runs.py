@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 NO_PICTURES: dict[str, Callable[..., Any]] = {
     "vimtune.training.pictures.save_picture": lambda figure, path: path.touch(),
@@ -26,8 +29,20 @@ def painting_once() -> dict[str, Callable[..., Any]]:
     return {"vimtune.data.synthetic.scene.render_flower": lambda *place: paint(*place).copy()}
 
 
+def replace_until_undone(functions: dict[str, Callable[..., Any]], patch: pytest.MonkeyPatch) -> None:
+    """Put these functions in the place of those of the same names until `patch` is undone."""
+    for module, name, function in _found(functions):
+        patch.setattr(module, name, function)
+
+
 def replace_in_process(functions: dict[str, Callable[..., Any]]) -> None:
     """Put these functions in the place of those of the same names until the process ends."""
-    for name, function in functions.items():
-        module, _, attribute = name.rpartition(".")
-        setattr(importlib.import_module(module), attribute, function)
+    for module, name, function in _found(functions):
+        setattr(module, name, function)
+
+
+def _found(functions: dict[str, Callable[..., Any]]) -> list[tuple[ModuleType, str, Callable[..., Any]]]:
+    """Modules, names and functions. All modules are imported before anything is replaced: one that takes a
+    function from another would keep what stands in for it."""
+    places = [(name.rpartition("."), function) for name, function in functions.items()]
+    return [(importlib.import_module(place[0]), place[2], function) for place, function in places]

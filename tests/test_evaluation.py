@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from quick_runs import NO_PICTURES
+from quick_runs import NO_PICTURES, replace_until_undone
+from text_runs import SETTINGS, write_data
 from torch import nn
 
 import vimtune
@@ -22,10 +23,6 @@ from vimtune.tasks import EvaluateOptions, Task
 from vimtune.tasks.images.trial import WithFlips
 from vimtune.training import train
 from vimtune.training.distributed import Processes
-
-pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
-
-from text_runs import SETTINGS, write_data
 
 IMAGES = {
     "dataset_kwargs": {"species": 3, "train_per_species": 4, "val_per_species": 2, "test_per_species": 2},
@@ -39,9 +36,14 @@ IMAGES = {
 """Keys of the recipe of a run on a few images."""
 
 
+def require_transformers():
+    pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """A folder with texts, and the report of a run on them."""
+    require_transformers()
     folder = tmp_path_factory.mktemp("texts")
     data = write_data("arc_easy", folder / "data")
     recipe = Recipe(
@@ -109,6 +111,7 @@ def test_without_an_adapter_the_model_itself_is_scored(texts, tmp_path):
 
 @pytest.mark.parametrize("task", ["piqa", "boolq", "text"])
 def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
+    require_transformers()
     data = write_data(task, tmp_path / "data")
     values = {**SETTINGS, "task": task, "data_dir": str(data), "head": "classifier"}
     report = train(Recipe(**values, output_dir=str(tmp_path / "run")))
@@ -162,8 +165,7 @@ def images(tmp_path_factory):
     """The folder and the report of a run on images."""
     folder = tmp_path_factory.mktemp("images") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in NO_PICTURES.items():
-            patch.setattr(name, function)
+        replace_until_undone(NO_PICTURES, patch)
         return folder, train(Recipe(**IMAGES, output_dir=str(folder)))
 
 

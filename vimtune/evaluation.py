@@ -18,14 +18,12 @@ from vimtune.origin import adapter_path, recipe_of_trained
 from vimtune.output import check_output, write_text
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.scored import FORMATS, Scored
-from vimtune.tasks import TASKS, Evaluation, Scoring, Trial
+from vimtune.tasks import TASKS
 from vimtune.text import quote
-from vimtune.training.distributed import Processes, open_processes
-from vimtune.training.evaluate import evaluate as score_batches
+from vimtune.training.distributed import open_processes
+from vimtune.training.evaluate import evaluate_trial
 from vimtune.training.launch import read_launch
-from vimtune.training.precision import build_autocast
 from vimtune.training.settings import process_settings
-from vimtune.training.sharding import Replicated
 from vimtune.utils import suggest
 
 SPLITS = ("test", "val")
@@ -83,7 +81,7 @@ def evaluate(
     ):
         trial = task.open_trial(recipe, processes, split or SPLITS[0], file, chosen, recipe.run.force)
         try:
-            found, held_out = _score(trial, recipe, processes)
+            found, held_out = evaluate_trial(trial, recipe, processes)
         finally:
             trial.close()
         return Scored(
@@ -146,27 +144,6 @@ def run_evaluate(
     if mistakes is not None:
         print_line(console, f"mistakes written to {mistakes}")
     return 0
-
-
-def _score(trial: Trial, recipe: Recipe, processes: Processes) -> tuple[Evaluation, Evaluation | None]:
-    """The evaluation of the split, and that of the validation split where the trial has one."""
-
-    def score(scoring: Scoring) -> Evaluation:
-        found = score_batches(
-            trial.model,
-            scoring.loader,
-            scoring.tally,
-            device=processes.device,
-            autocast=build_autocast(recipe.optimisation.amp, processes.device),
-            placement=Replicated(processes),
-        )
-        assert found is not None, "nobody stops it"
-        return found
-
-    own = score(Scoring(trial.loader, trial.tally))
-    if trial.held_out is None or trial.held_out.tally is trial.tally:
-        return own, own if trial.held_out is not None else None
-    return own, score(trial.held_out)
 
 
 def check_split(split: str) -> None:

@@ -162,6 +162,28 @@ def test_language_models_are_refused_with_the_reason():
         TASKS.get("boolq")().export(Path("adapter.safetensors"), Path("model.onnx"), {}, False)
 
 
+class Masked(torch.nn.Module):
+    """Multiplies parameters by a mask, as SVP does, and says by one of its own where inputs are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(5))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mask = torch.arange(5, device=images.device) != 2
+        return (images.mean((1, 2)) * (mask * self.scale)) + (images[:, 0, 0] > 0) * self.scale
+
+
+def test_parameters_meet_other_dtypes_in_onnx(tmp_path):
+    """Old versions of torch stop here where autograd is on."""
+    pytest.importorskip("onnxruntime")
+    model, images, path = Masked().eval(), torch.randn(3, 2, 4, 5), tmp_path / "model.onnx"
+    format = formats.format_of(path)
+    format.write(model, (2, 4, 5), About("masked", {}, [], {}), path)
+    with torch.no_grad():
+        torch.testing.assert_close(format.open(path)(images), model(images))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize("peft", ADAPTERS)

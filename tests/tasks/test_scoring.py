@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vimtune.recipe import Recipe
 from vimtune.tasks.classes.answers import answers_of, rank_answers
 from vimtune.tasks.images.scoring import ImageTally, evaluation_of
-from vimtune.tasks.job import Batch
-from vimtune.training import evaluate
-from vimtune.training.evaluate import _Counting
+from vimtune.tasks.job import Batch, Trial
+from vimtune.training import InputError, evaluate
+from vimtune.training.distributed import Processes
+from vimtune.training.evaluate import _Counting, evaluate_trial
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.precision import build_autocast
 
@@ -102,6 +104,28 @@ def test_a_split_without_images_has_no_score(num_batches):
 def test_evaluation_stops_on_request():
     logits, labels = torch.randn(8, 3), torch.zeros(8, dtype=torch.int64)
     assert score(batches(logits, labels, 2), 3, should_stop=lambda: True) is None
+
+
+class BesideAnother(Processes):
+    """One of two processes, of which the other one cannot read its data."""
+
+    def sum(self, tensor):
+        return tensor + 1
+
+    def gather(self, value):
+        return [value, "cannot read disk/picture.png"]
+
+
+@pytest.mark.parametrize("processes", [Processes(), BesideAnother(world_size=2)])
+def test_data_that_one_process_cannot_read_end_the_trials_of_all(processes):
+    def fail():
+        raise InputError("cannot read disk/picture.png")
+        yield
+
+    loader = fail() if processes.world_size == 1 else batches(torch.eye(3), torch.arange(3), 1)
+    trial = Trial(Answers(), loader, ImageTally(3, 30, complete=False))
+    with pytest.raises(InputError, match=r"^cannot read disk/picture.png$"):
+        evaluate_trial(trial, Recipe(amp="none"), processes)
 
 
 def test_non_finite_outputs_are_no_scores():

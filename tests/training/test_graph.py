@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from interruption import interrupt_at
 from recorders import FailingRecorder, RepeatingRecorder
 from tiny_runs import assert_same_weights, largest_difference, metrics, weights
 from torch import nn
@@ -24,7 +25,6 @@ from vimtune.training.graph import BatchGraphs, CaptureError, CudaRecorder, refu
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.precision import build_autocast
 from vimtune.training.state import load_run_state
-from vimtune.training.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -245,16 +245,9 @@ def test_failed_recording_is_told_once_and_the_run_goes_on(tiny, replaying, caps
 def test_interrupted_and_resumed(tiny, replaying, monkeypatch):
     whole = train(tiny("whole"))
     replaying()
-    recipe, steps = tiny("parts"), []
-    compute = Stepper._compute_gradients
-
-    def interrupted(self, window):
-        steps.append(1)
-        self._stop.requested = self._stop.requested or len(steps) == 6
-        return compute(self, window)
-
+    recipe = tiny("parts")
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "_compute_gradients", interrupted)
+        interrupt_at(patch, "_compute_gradients", 6)
         with pytest.raises(Interrupted):
             train(recipe)
     report = train(load_recipe(None, {"resume": recipe.run.output_dir, "cuda_graph": "off"}))

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
 
+from interruption import interrupt_at
 from recorders import RepeatingRecorder
 from test_graph import difference, run_once
 from text_files import ARC, write_lines
@@ -19,7 +20,6 @@ from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.text.job import TextJob
 from vimtune.training import Interrupted, train
 from vimtune.training.graph import CaptureError
-from vimtune.training.stepper import Stepper
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -108,15 +108,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(texts, replaying, monkeypatch):
     settings = {"targets": "out_proj", "dropout": 0.3, "epochs": 3}
     replaying()
     whole = train(texts("whole", "likelihood", **settings))
-    steps, compute = [], Stepper._compute_gradients
-
-    def interrupted(self, window):
-        steps.append(1)
-        self._stop.requested = self._stop.requested or len(steps) == 13
-        return compute(self, window)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "_compute_gradients", interrupted)
+        interrupt_at(patch, "_compute_gradients", 13)
         with pytest.raises(Interrupted):
             train(texts("parts", "likelihood", **settings))
     recorders = replaying()

@@ -18,11 +18,9 @@ from vimtune.compare.results import Result
 from vimtune.output import write_output
 from vimtune.schema import STRICT, dump_json, load_json
 from vimtune.training.distributed import open_processes
-from vimtune.training.evaluate import evaluate
+from vimtune.training.evaluate import evaluate_trial
 from vimtune.training.folder import RunFolder
-from vimtune.training.precision import build_autocast
 from vimtune.training.settings import process_settings
-from vimtune.training.sharding import Replicated
 
 SCORES = "scores.json"
 """Name of the file with the scores of a soup, beside its adapter."""
@@ -94,15 +92,7 @@ def _make(result: Result, paths: Sequence[Path], output: Path) -> dict[str, floa
         trial = recipe.task.open_trial(recipe, processes, result.report.split, paths[0], options, False)
         try:
             combine_on(trial.model, paths, output, [1 / len(paths)] * len(paths))
-            found = evaluate(
-                trial.model,
-                trial.loader,
-                trial.tally,
-                device=processes.device,
-                autocast=build_autocast(recipe.optimisation.amp, processes.device),
-                placement=Replicated(processes),
-            )
+            found, _ = evaluate_trial(trial, recipe, processes)
         finally:
             trial.close()
-    assert found is not None, "nobody stops it"
     return {**found.scores, "loss": found.loss}

@@ -1,13 +1,29 @@
-"""Checks of what the tables of a data set say: numbers in range, plain names, files that are there."""
+"""Tables of a data set are read and checked: texts, numbers in range, plain names, files that are there."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vimtune.data.errors import DatasetError
 from vimtune.text import counted, printable, quote
+from vimtune.utils import read_regular_file
+
+
+def read_table(path: Path, limit: int, advice: str = "") -> str:
+    """The text of a file of at most `limit` bytes; a `DatasetError`, which ends with the sentence `advice`,
+    where there is none."""
+    shown = printable(str(path))
+    try:
+        return read_regular_file(path, limit).decode("utf-8")
+    except OSError as error:
+        raise DatasetError(f"cannot read {shown}: {error.strerror}. {advice}".rstrip()) from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{shown} is not a text file (byte {error.start} is not UTF-8).") from error
+    except ValueError as error:
+        raise DatasetError(f"{error}.") from error
 
 
 def whole_numbers(values: Any, low: int, high: int, what: str) -> list[int]:

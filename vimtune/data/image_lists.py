@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vimtune.data.checks import check_files_exist
+from vimtune.data.checks import check_files_exist, read_table
 from vimtune.data.errors import DatasetError, MissingSplitError
 from vimtune.text import counted, printable, quote
-from vimtune.utils import read_regular_file
 
 FILES = {
     "train": "train800.txt",
@@ -110,14 +109,7 @@ def read_list(path: Path, num_classes: int | None) -> list[ListedImage]:
         DatasetError: it cannot be read, has no line, or a line that is wrong.
     """
     shown = printable(str(path))
-    try:
-        text = read_regular_file(path, MAX_BYTES).decode("utf-8")
-    except OSError as error:
-        raise DatasetError(f"cannot read {shown}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{shown} is not a text file (byte {error.start} is not UTF-8).") from error
-    except ValueError as error:
-        raise DatasetError(f"{error}.") from error
+    text = read_table(path, MAX_BYTES)
     found: dict[str, int] = {}
     images = []
     for number, line in enumerate(text.split("\n"), 1):

@@ -10,13 +10,12 @@ from typing import Annotated
 from annotated_types import Gt, Len, Lt
 
 from vimtune.data.base import FileDataset, Span
-from vimtune.data.checks import check_files_exist, plain_name
+from vimtune.data.checks import check_files_exist, plain_name, read_table
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
 from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
 from vimtune.data.splitting import stratified_split
 from vimtune.text import printable, quote
-from vimtune.utils import read_regular_file
 
 _FOLDER = "tiny-imagenet-200"
 """The folder in the official archive."""
@@ -138,7 +137,9 @@ def _read_packed_folder(root: Path, official: str) -> tuple[list[str], _Images]:
 
     def texts(name: str) -> list[str]:
         path = root / name
-        found: list[str] = load_json(ClassTexts, _read_text(path), printable(str(path)), DatasetError)
+        found: list[str] = load_json(
+            ClassTexts, read_table(path, _MAX_BYTES, _LAYOUT), printable(str(path)), DatasetError
+        )
         return found
 
     wnids, names = texts("wnids.json"), texts("class_names.json")
@@ -209,23 +210,10 @@ def _rows(path: Path, columns: int, more: bool = False) -> list[list[str]]:
         columns: how many columns a line has.
         more: whether a line may have more columns than that.
     """
-    rows = [line.split("\t") for line in _read_text(path).splitlines() if line.strip()]
+    rows = [line.split("\t") for line in read_table(path, _MAX_BYTES, _LAYOUT).splitlines() if line.strip()]
     for number, row in enumerate(rows, 1):
         if len(row) < columns or (len(row) > columns and not more):
             raise DatasetError(
                 f"{printable(str(path))}: row {number} has {len(row)} columns instead of {columns}. {_LAYOUT}"
             )
     return rows
-
-
-def _read_text(path: Path) -> str:
-    """The text of a table."""
-    shown = printable(str(path))
-    try:
-        return read_regular_file(path, _MAX_BYTES).decode("utf-8")
-    except OSError as error:
-        raise DatasetError(f"cannot read {shown}: {error.strerror}. {_LAYOUT}") from error
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{shown} is not a text file (byte {error.start} is not UTF-8).") from error
-    except ValueError as error:
-        raise DatasetError(f"{error}.") from error

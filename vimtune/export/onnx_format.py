@@ -93,8 +93,10 @@ class OnnxFormat(ExportFormat):
         import onnx
 
         program = trace(model, image, onnx_recurrence)
+        # To convert an operation of mixed dtypes torch runs it once more and takes the first call it sees for
+        # the operation. With autograd on, torch 2.11 sees what that does first where a parameter is involved.
         # Warnings concern names that torch gives and takes itself; older versions of onnxscript print, too.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             converted: Any = torch.onnx.export(program, dynamo=True, verbose=False)
         proto: onnx.ModelProto = converted.model_proto

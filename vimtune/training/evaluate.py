@@ -1,5 +1,7 @@
 """The evaluation of a model on a split: a task's tally, summed over batches and processes.
 
+`evaluate` is that of a run, between its epochs; `evaluate_trial` that of a model which is not trained.
+
 On a GPU the host counts a batch while the device computes the next one: it never waits for what it has just
 launched.
 """
@@ -14,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vimtune.tasks.job import Batch, Evaluation, Tally, Tensors
+from vimtune.recipe import Recipe
+from vimtune.tasks.job import Batch, Evaluation, Scoring, Tally, Tensors, Trial
 from vimtune.training.distributed import Processes
 from vimtune.training.graph import BatchGraphs, CaptureError
 from vimtune.training.guard import NonFiniteError, find_nonfinite, finite_flag
 from vimtune.training.inputs import InputError
-from vimtune.training.precision import Autocast, in_precision
+from vimtune.training.precision import Autocast, build_autocast, in_precision
 from vimtune.training.prefetch import Arriving, WindowReader
 from vimtune.training.sharding import Placement, Replicated
 
@@ -112,6 +115,49 @@ def evaluate(
     if evaluation.count == 0:
         raise ValueError("there is nothing to score: the split is empty, or all of it is corrupt")
     return evaluation
+
+
+def evaluate_trial(
+    trial: Trial, recipe: Recipe, processes: Processes
+) -> tuple[Evaluation, Evaluation | None]:
+    """Score the model of a trial on its split, and on the validation split where the trial has one.
+
+    Args:
+        trial: an open trial whose tallies are empty.
+        recipe: that of the trial; its precision is the one in which the model runs.
+        processes: those that share the examples. Each has the whole model.
+
+    Returns:
+        The evaluation of the trial's split, and that of the validation split, which is the same one where
+        that is the trial's split. None in its place where the trial has no validation split.
+
+    Raises:
+        InputError: the data of one of the processes cannot be read; all of them raise it.
+        NonFiniteError, ValueError: as `evaluate`.
+    """
+
+    def score(scoring: Scoring) -> Evaluation:
+        found, failure = None, None
+        try:
+            found = evaluate(
+                trial.model,
+                scoring.loader,
+                scoring.tally,
+                device=processes.device,
+                autocast=build_autocast(recipe.optimisation.amp, processes.device),
+                placement=Replicated(processes),
+            )
+        except InputError as error:
+            failure = error
+        if found is None:  # in every process, as nothing but data that cannot be read ends it early
+            texts = processes.gather(None if failure is None else str(failure))
+            raise InputError(next(text for text in texts if text is not None)) from failure
+        return found
+
+    own = score(Scoring(trial.loader, trial.tally))
+    if trial.held_out is None:
+        return own, None
+    return own, own if trial.held_out.tally is trial.tally else score(trial.held_out)
 
 
 class _Launched(NamedTuple):
