@@ -2,7 +2,8 @@
 
 What a test cannot do within seconds is replaced, and only as stated here:
 
-- Tools of developers (`DEVELOPERS_TOOLS`) are not started; what they name has to exist.
+- Tools of developers, examples and notebooks (`DEVELOPERS_TOOLS`) are not started, for which there are other
+  tests; what they name has to exist.
 - Examples of `--help` that no document has are parsed, those of plans and recipes read.
 - What is to be compared is read, and nothing of it is trained.
 - What is to be exported is there; a test of README's Python exports it.
@@ -53,7 +54,10 @@ FLAGS = sorted(
     }
 )
 """Flags of training in the text."""
-DEVELOPERS_TOOLS = ("pip", "python -m venv", ".", "pre-commit", "pytest", "python tests/")
+DEVELOPERS_TOOLS = (
+    *("pip", "python -m venv", ".", "pre-commit", "pytest", "jupyter", "accelerate"),
+    *("python tests/", "python examples/", "python notebooks/"),
+)
 
 
 @pytest.fixture
@@ -71,9 +75,9 @@ def test_the_documents_have_what_these_tests_look_for():
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith(DEVELOPERS_TOOLS)])
 def test_what_the_tools_of_developers_name_exists(line):
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for extra in re.findall(r"\[(\w+)\]", line):
+    for extra in (name for names in re.findall(r"\[([\w,]+)\]", line) for name in names.split(",")):
         assert re.search(rf"^{extra} = \[", project, re.M)
-    for path in re.findall(r"(?<![\w/])tests/[\w/.*]+", line):
+    for path in re.findall(r"(?<![\w/])(?:tests|examples|notebooks)(?:/[\w/.*]+)?", line):
         assert list(ROOT.glob(path)), path
 
 

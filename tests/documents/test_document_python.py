@@ -165,7 +165,9 @@ def test_the_python_of_a_page(page, here, monkeypatch):
     blocks = [block for block in blocks_of("python", page) if block not in README_AGAIN]
     if any("timm.create_model" in block.body for block in blocks):
         monkeypatch.setattr(timm, "create_model", same)
-    monkeypatch.setattr(vimtune, "train", lambda recipe: train(recipe.replace(dataset_kwargs=FEW)))
+    monkeypatch.setattr(
+        vimtune, "train", lambda recipe, **more: train(recipe.replace(dataset_kwargs=FEW), **more)
+    )
     monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
     module = ModuleType("page_of_the_documents")  # by whose name classes are pickled
     monkeypatch.setitem(sys.modules, module.__name__, module)
