@@ -3,10 +3,10 @@
 What a test cannot do within seconds is replaced, and only as stated here:
 
 - Models start from random weights, the same ones whenever they are created, instead of downloaded ones.
-- README's language model is a tiny one.
-- In docs/, a block that README has, too, runs with README's tests. The other blocks of a page run one after
-  the other, as a reader would run them, with what `PREPARED` gives them. Models of 7 million parameters
-  that they create are tiny ones, training has a few images.
+- The language model is a tiny one.
+- Blocks with tests of their own are those of `OWN_TESTS`. The other blocks of a page run one after the other,
+  as a reader would run them, with what `PREPARED` gives them. Models of 7 million parameters that they create
+  are tiny ones, training has a few images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from document_blocks import DOCUMENTS, blocks_of, commands_of
+from document_blocks import DOCUMENTS, Block, blocks_of, commands_of
 from PIL import Image
 
 import vimtune
@@ -30,15 +30,23 @@ from vimtune import cli
 from vimtune.data import build_transform, load_image
 from vimtune.methods import METHODS
 
-README = blocks_of("python", "README.md")
-PARTS = ("timm.create_model", "forward_mixed", "create_language_model", "onnxruntime")
-"""A part of each block of README that a test of its own runs."""
+OWN_TESTS = {
+    "timm.create_model": "README.md",
+    "create_language_model": "docs/language.md",
+    "import onnxruntime": "docs/export.md",
+}
+"""A part of each block that a test of its own runs, and the page."""
+
+
+def block_with(part: str) -> Block:
+    """The block with this part on its page."""
+    (block,) = (block for block in blocks_of("python", OWN_TESTS[part]) if part in block.body)
+    return block
 
 
 def python_with(part: str) -> str:
-    """The block of Python in README that has `part` in it."""
-    (body,) = (block.body for block in README if part in block.body)
-    return body
+    """What stands in it."""
+    return block_with(part).body
 
 
 def test_the_python_of_the_readme(here):
@@ -58,19 +66,7 @@ def test_the_python_of_the_readme(here):
     assert namespace["vimtune"].list_adapters(namespace["model"]) == ["default"]
 
 
-def test_many_adapters_of_the_readme(here):
-    body = python_with("forward_mixed")
-    model = timm.create_model("test_vim", num_classes=5)
-    for name in ("flowers", "pets"):
-        vimtune.inject(model, "lora", name=name, rank=2)
-    namespace = {"vimtune": vimtune, "model": model.eval(), "images": torch.randn(3, 3, 32, 32)}
-    exec(body, namespace)
-    assert [len(row) for row in namespace["logits"]] == [5, 5, 5]
-    names = ["flowers", "pets", "both", "without_pets", "from_peft"]
-    assert vimtune.list_adapters(model) == names
-
-
-def test_the_language_models_of_the_readme(here):
+def test_language_models(here):
     transformers = pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5.21")
     body = python_with("create_language_model")
     changed = body.replace("state-spaces/mamba-130m-hf", "mamba_tiny")
@@ -79,14 +75,14 @@ def test_the_language_models_of_the_readme(here):
     assert type(transformers.AutoModelForCausalLM.from_pretrained("merged")).__name__ == "MambaForCausalLM"
 
 
-def test_the_onnxruntime_of_the_readme(here, capsys):
+def test_onnxruntime(here, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     import onnx
 
     (line,) = (line for line in commands_of("README.md") if line.startswith("vimtune export"))
     assert cli.main(shlex.split(line)[1:]) == 0
-    body = python_with("onnxruntime")
+    body = python_with("import onnxruntime")
     for name, (width, height) in {"wide": (90, 61), "tall": (57, 200)}.items():
         coarse = Image.effect_noise((7, 5), 90).convert("RGB")
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(f"{name}.png")
@@ -138,16 +134,11 @@ PREPARED: dict[str, Callable[[], dict[str, Any]]] = {
 FEW = {"species": 3, "train_per_species": 4, "val_per_species": 2, "test_per_species": 2}
 """Sizes of the generated data set in training."""
 PAGES = sorted({block.page for block in blocks_of("python") if block.page.startswith("docs/")})
-README_AGAIN = [
-    block for block in blocks_of("python", *PAGES) if block.body in {first.body for first in README}
-]
-"""Blocks of pages that README has, too."""
 
 
-def test_every_block_of_readme_has_its_test():
-    assert all(sum(part in block.body for part in PARTS) == 1 for block in README) and len(README) == len(
-        PARTS
-    )
+def test_every_block_of_python_has_its_test():
+    (first,) = blocks_of("python", "README.md")
+    assert first == block_with("timm.create_model")
     elsewhere = {block.page for block in blocks_of("python")} - {"README.md", "CONTRIBUTING.md", *PAGES}
     assert not elsewhere
 
@@ -162,7 +153,8 @@ def test_the_python_of_a_page(page, here, monkeypatch):
         small = "test_vim" if name == "vim_tiny_patch16_224" else name
         return create(small, *arguments, **options | {"pretrained": False})
 
-    blocks = [block for block in blocks_of("python", page) if block not in README_AGAIN]
+    own = [block_with(part) for part in OWN_TESTS]
+    blocks = [block for block in blocks_of("python", page) if block not in own]
     if any("timm.create_model" in block.body for block in blocks):
         monkeypatch.setattr(timm, "create_model", same)
     monkeypatch.setattr(
