@@ -9,7 +9,6 @@ from tiny_language import FAMILIES, both_models, cached, tokens, transformers
 
 import vimtune
 from vimtune.adapters import check_gradients
-from vimtune.adapters.rules.affix import AffixRule
 from vimtune.language import pooled_classifier
 from vimtune.testing.methods import disturb
 
@@ -155,7 +154,7 @@ def test_no_token_knows_of_later_ones(method, options):
     close(whole(model, ids[:, :12]), expected)
 
 
-@pytest.mark.parametrize(("method", "options"), [case for case in SCANS if case[0] != "memba"])
+@pytest.mark.parametrize(("method", "options"), SCANS)
 def test_states_and_padding_are_followed(method, options):
     """Learnt tokens are in the states with which decoding goes on, and offsets alike for every token."""
     _, model = both_models("mamba")
@@ -173,28 +172,6 @@ def test_states_and_padding_are_followed(method, options):
         more = torch.nn.functional.pad(mask, (0, 2), value=1)
         behind = cached(model, tokens()[:, :2], cache, attention_mask=more)[0]
         close(behind, whole(model, longer)[:, 21:])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_single_tokens_do_not_tell_is_refused(family):
-    _, model = both_models(family)
-    adapt(model, "memba", chunk_length=5, tau=0.8, threshold=0.2)
-    with pytest.raises(ValueError, match=r"a rule at scan\(\) makes .* use_cache=False .*config.use_cache"):
-        cached(model, tokens())
-    padded = torch.ones_like(tokens())
-    padded[0, 0] = 0
-    with pytest.raises(ValueError, match=r"a rule at scan\(\) makes .* no attention_mask"):
-        model(tokens(), use_cache=False, attention_mask=padded)
-
-
-def test_a_rule_that_adds_tokens_within_a_text_is_refused(monkeypatch):
-    """As one of a user's own does that knows nothing of kept states."""
-    monkeypatch.delattr(AffixRule, "around_rest")
-    _, model = both_models("mamba")
-    adapt(model, "affix", num_tokens=2)
-    _, cache = cached(model, tokens())
-    with pytest.raises(ValueError, match=r"makes 3 tokens of 1 that go on with a text .* around_rest"):
-        cached(model, tokens()[:, :1], cache)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,33 @@ class PrefixRule(CallRule):
         return call(torch.cat([prefix, x], 1))[:, 1:]
 
 
+class MixRule(CallRule):
+    """Each token has the sum of those before it; nothing says how a text in parts is to be read."""
+
+    mixes_tokens = True
+
+    def __init__(self, site):
+        super().__init__()
+        self.share = nn.Parameter(site.new_empty(1).fill_(0.1))
+
+    def around(self, call, x, *flow):
+        return call(x + self.share * x.cumsum(1))
+
+
+class EchoRule(MixRule):
+    """Each token has a share of the one that is two tokens before it; texts may come in parts."""
+
+    def around(self, call, x, *flow):
+        return call(self.echo(x, None)[0])
+
+    def around_part(self, call, x, part, *flow):
+        return call(part.go_on(x, 2, self.echo))
+
+    def echo(self, x, before):
+        before = torch.zeros_like(x[:, :1]).expand(-1, 2, -1) if before is None else before
+        return x + self.share * torch.cat([before, x], 1)[:, : x.shape[1]], x
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn(Method):
     summary = "a factor for what goes into the scan"
@@ -57,12 +84,31 @@ class Prefix(Turn):
         return PrefixRule(site)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mix(Turn):
+    summary = "a sum of tokens"
+    changes_at_start = True
+
+    def build_rule(self, site):
+        return MixRule(site)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo(Mix):
+    summary = "a token that is heard again"
+
+    def build_rule(self, site):
+        return EchoRule(site)
+
+
 @pytest.fixture(autouse=True)
 def methods(monkeypatch):
     """The methods of this file are known while one of its tests runs."""
     monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
     register_method("demo_turn")(Turn)
     register_method("demo_prefix")(Prefix)
+    register_method("demo_mix")(Mix)
+    register_method("demo_echo")(Echo)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,15 +131,47 @@ def test_generating_is_a_full_pass_for_each_token(family, targets):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rule_that_adds_tokens_is_refused_where_states_are_kept(family):
-    """In a pass over all tokens it acts; behind a cache its tokens would come again before each new one."""
+    """In the first part of a text it acts; behind a cache its tokens would come again before each new one."""
     _, model = both_models(family)
     plain = model(tokens(), use_cache=False).logits
     vimtune.inject(model, "demo_prefix")
     logits = model(tokens(), use_cache=False).logits
     assert logits.shape == plain.shape and not torch.allclose(logits, plain, atol=1e-3)
-    with pytest.raises(ValueError, match=r"22 tokens instead of 21 .*use_cache=False"):
+    first, cache = cached(model, tokens())
+    torch.testing.assert_close(first, logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"makes 3 tokens of 2 that go on with a text .* around_part"):
+        cached(model, tokens()[:, :2], cache)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rule_that_mixes_tokens_and_knows_no_parts_is_refused_where_texts_have_them(family):
+    _, model = both_models(family)
+    plain = model(tokens(), use_cache=False).logits
+    vimtune.inject(model, "demo_mix")
+    assert not torch.allclose(model(tokens(), use_cache=False).logits, plain, atol=1e-3)
+    with pytest.raises(ValueError, match=r"a rule at scan\(\) makes .* use_cache=False .*config.use_cache"):
         cached(model, tokens())
     padded = torch.ones_like(tokens())
-    padded[0, -1] = 0
-    with pytest.raises(ValueError, match=r"22 tokens instead of 21 .*attention_mask"):
+    padded[0, 0] = 0
+    with pytest.raises(ValueError, match=r"no around_part, .* no attention_mask"):
         model(tokens(), use_cache=False, attention_mask=padded)
+
+
+@pytest.mark.parametrize("spec", ["demo_echo", "demo_prefix+demo_echo", "memba+demo_echo", "demo_echo+memba"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_that_mix_tokens_keep_each_its_own(family, spec, monkeypatch):
+    """Parts of one token and of several, behind padding, are what they are in a whole text."""
+    monkeypatch.setattr(PrefixRule, "around_part", around_first_part, raising=False)
+    _, model = both_models(family)
+    vimtune.inject(model, spec, **({"chunk_length": 3} if "memba" in spec else {})).eval()
+    whole = model(tokens(), use_cache=False).logits
+    ids, mask = torch.nn.functional.pad(tokens(), (2, 0)), torch.ones(3, 23, dtype=torch.long)
+    mask[:, :2] = 0
+    first, cache = cached(model, ids[:, :6], attention_mask=mask[:, :6])
+    rest = [cached(model, part, cache)[0] for part in ids[:, 6:].split([1, 1, 5, 1, 9], 1)]
+    torch.testing.assert_close(torch.cat([first, *rest], 1)[:, 2:], whole, rtol=1e-5, atol=1e-5)
+
+
+def around_first_part(rule, call, x, part, *flow):
+    """Of the rule that adds a token: with the first part of a text alone."""
+    return rule.around(call, x, *flow) if part.begins else call(x)

@@ -1,4 +1,4 @@
-"""Completions and merging with rules that cannot go on from kept states."""
+"""Completions and merging with rules around scans, with kept states and without."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ pytest.importorskip("transformers", minversion="5.21", reason="no transformers 5
 
 import vimtune
 from vimtune import cli
+from vimtune.adapters.rules.memba import MembraneRule
 from vimtune.language import create_language_model
 from vimtune.testing.methods import disturb
 
@@ -27,12 +28,22 @@ def adapter(request, tmp_path_factory):
     return request.param, run / "adapter.safetensors"
 
 
-def test_completions_are_those_of_the_whole_text(adapter, capsys):
-    _, path = adapter
-    assert (
-        cli.main(["predict", "n 4 is ", "nn 3 is it", "--adapter", str(path), "--max-new-tokens", "3"]) == 0
-    )
-    assert "n 4 is " in capsys.readouterr().out
+def test_completions_are_those_of_the_whole_text(adapter, capsys, monkeypatch):
+    """A rule that mixes tokens and knows nothing of parts has each text read anew for each token."""
+    method, path = adapter
+    command = ["predict", "n 4 is ", "nn 3 is it", "--adapter", str(path), "--max-new-tokens", "3"]
+    assert cli.main(command) == 0
+    written = capsys.readouterr().out
+    assert "n 4 is " in written
+    if "memba" in method:
+        whole_texts = []
+        around = MembraneRule.around
+        monkeypatch.delattr(MembraneRule, "around_part")
+        monkeypatch.setattr(
+            MembraneRule, "around", lambda rule, *given: whole_texts.append(0) or around(rule, *given)
+        )
+        assert cli.main(command) == 0
+        assert whole_texts and capsys.readouterr().out == written
 
 
 def test_a_merge_is_refused_by_the_name_of_the_rule(adapter, tmp_path, capsys):

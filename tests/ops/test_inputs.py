@@ -142,6 +142,7 @@ def test_dtypes_may_differ(backend):
         lambda x: ops.gated_rms_norm(x, x, torch.ones(4), 3, 1e-5),
         lambda x: ops.membrane(x, None, first=2, width=3, chunks=2, length=1, tau=0.9, threshold=1.0),
         lambda x: ops.membrane(x, x, first=0, width=4, chunks=2, length=1, tau=0.9, threshold=1.0),
+        lambda x: ops.membrane(x, x, first=0, width=4, chunks=None, length=2, tau=0.9, threshold=1.0),
         lambda x: ops.membrane(x[0], None, first=0, width=4, chunks=2, length=1, tau=0.9, threshold=1.0),
         lambda x: ops.add_silu_pair(x, x, torch.ones(4), x[:1], torch.ones(4), 0),
         lambda x: ops.add_silu_pair(x, x, torch.ones(4), x, torch.ones(3), 0),

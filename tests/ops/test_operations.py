@@ -109,7 +109,8 @@ def run_gated_norm(x, wide, weight, backend, groups=1):
 def run_membrane(x, start, backend, chunks=4, handed_on=True):
     """The gates are the middle of `x`. The start is a result, too, so that it always has a gradient."""
     chunks = None if chunks is None else min(chunks, x.shape[1])  # each has at least a token
-    begin = None if chunks is None or not handed_on else start[:, : x.shape[1] // chunks]
+    places = min(3, x.shape[1]) if chunks is None else x.shape[1] // chunks
+    begin = start[:, :places] if handed_on else None
     width = start.shape[2]
     options = {"first": width // 2, "width": width, "chunks": chunks, "length": 3, "tau": 0.5}
     result, mean = ops.membrane(x, begin, **options, threshold=0.5, backend=backend)
@@ -147,6 +148,7 @@ OPERATIONS = {
             partial(run_membrane, chunks=3),
             partial(run_membrane, chunks=None),
             partial(run_membrane, handed_on=False),
+            partial(run_membrane, chunks=None, handed_on=False),
         ],
     ),
     "add_silu_pair": (silu_pair, [run_silu_pair]),

@@ -35,6 +35,7 @@ from vimtune.adapters.manage import (
     set_adapter,
 )
 from vimtune.adapters.mixing import forward_mixed, using
+from vimtune.adapters.parts import TextPart
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, each_tensor
 from vimtune.adapters.settling import TrainingBatches, settle, settles
 from vimtune.adapters.simplifying import simplify
@@ -66,6 +67,7 @@ __all__ = [
     "OtherBaseError",
     "Rule",
     "Site",
+    "TextPart",
     "TrainingBatches",
     "WeightRule",
     "active_adapter",

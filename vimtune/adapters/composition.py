@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vimtune.adapters.parts import TextPart
 from vimtune.adapters.rule import Call, CallRule, Rule, WeightRule
 
 Rows = tuple[int, int] | None
@@ -88,14 +89,16 @@ class Nesting(CallRule):
             call = _surrounded(cast(CallRule, rule).around, call, flow)
         return call(x)
 
-    def around_rest(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
-        for rule in self.rules:
-            call = _surrounded(cast(CallRule, rule).around_rest, call, flow)
+    def around_part(self, call: Call, x: Any, part: TextPart, *flow: dict[str, Tensor]) -> Any:
+        mixing = 0
+        for rule in cast(Sequence[CallRule], self.rules):
+            call = _surrounded(rule.around_part, call, (part.numbered(mixing), *flow))
+            mixing += rule.mixes_tokens
         return call(x)
 
 
-def _surrounded(around: Callable[..., Any], call: Call, flow: tuple[dict[str, Tensor], ...]) -> Call:
-    return lambda x: around(call, x, *flow)
+def _surrounded(around: Callable[..., Any], call: Call, rest: tuple[Any, ...]) -> Call:
+    return lambda x: around(call, x, *rest)
 
 
 def part_of(rule: Rule, tensor: str) -> tuple[Rule, str]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from vimtune.adapters.parts import TextPart
+
 Call = Callable[..., Any]
 """The rest of a call: takes the (changed) first argument and gives the result."""
 
@@ -169,9 +171,9 @@ class CallRule(Rule):
     """Surrounds a call that the model makes: of a linear layer, or of a method that a module declares."""
 
     mixes_tokens: bool = False
-    """Whether what the rule does to a token depends on other ones, though it adds none. A mixer that keeps
-    the states of a text, or that is told of padding, refuses such a rule, which would have to know the tokens
-    before, and which of them are padding."""
+    """Whether what the rule does to a token depends on other ones, though it adds none. Such a rule
+    needs an `around_part` of its own in language models that keep the states of a text or are told of
+    padding, which refuse it otherwise: it has to know the tokens before, and which of them are padding."""
 
     innermost: ClassVar[bool] = False
     """Whether no other rule may stand between this one and the call: it computes a part of the call once
@@ -198,13 +200,22 @@ class CallRule(Rule):
         """
         raise NotImplementedError
 
-    def around_rest(self, call: Call, x: Any, *flow: dict[str, Tensor]) -> Any:
-        """The same where the call goes on with a text of which states are kept, as a language model does that
-        writes token by token.
+    def around_part(self, call: Call, x: Any, part: TextPart, *flow: dict[str, Tensor]) -> Any:
+        """The same where `x` are the tokens of a part of a text alone, as in a language model that writes
+        token by token, or where some of them are padding.
 
-        Here `x` are the new tokens alone: what a rule does to one of them must not depend on others, and it
-        cannot add any. Overridden by rules that put tokens before a text, which are in its states then.
+        Overridden by rules that put tokens before a text, which do so with its first part, and by those that
+        mix tokens, which keep what they need by `part.go_on`.
+
+        Args:
+            call, x, flow: those of `around`.
+            part: which part it is, and what is kept from one to the next.
+
+        Raises:
+            ValueError: the rule mixes tokens and does not override this.
         """
+        if self.mixes_tokens:
+            part.refuse_mixing()
         return self.around(call, x, *flow)
 
     def fold(self, owner: nn.Module) -> Mapping[str, Tensor] | None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from vimtune.adapters.parts import TextPart
 from vimtune.adapters.rule import CallRule, Rule, WeightRule, exact
 
 SLOTS = "adapters"
@@ -231,12 +232,14 @@ class WeightSlot(Slot):
 class CallSlot(Slot):
     """The slot of a call; its rules are `CallRule`s."""
 
-    def run(self, call: Callable[[Any], Any], x: Any, *flow: dict[str, Tensor], begins: bool = True) -> Any:
-        """`call(x)` under the rule in force; `begins` is false where it goes on with kept states."""
+    def run(
+        self, call: Callable[[Any], Any], x: Any, *flow: dict[str, Tensor], part: TextPart | None = None
+    ) -> Any:
+        """`call(x)` under the rule in force; `part` says where `x` is not a whole text without padding."""
         rule: CallRule | None = self.rule
         if rule is None:
             return call(x)
-        return rule.around(call, x, *flow) if begins else rule.around_rest(call, x, *flow)
+        return rule.around(call, x, *flow) if part is None else rule.around_part(call, x, part, *flow)
 
 
 def has_rules(module: nn.Module) -> bool:
@@ -301,18 +304,15 @@ def _adapted_call(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         module: nn.Module, x: Any, flow: dict[str, Tensor] | None = None, *rest: Any, **options: Any
     ) -> Any:
         slot, shared = cast(CallSlot, slots_of(module)[name]), {} if flow is None else flow
-        # Of modules that do not take every change:
-        check_change, check_mixing = (getattr(module, f"check_{what}", None) for what in ("change", "mixing"))
-        begins = getattr(module, "begins", None)
-        if check_mixing is not None and slot.rule is not None and slot.rule.mixes_tokens:
-            check_mixing(*rest, **options)
+        part_of_text = getattr(module, "part_of_text", None)  # Of modules that may get less than whole texts.
+        part: TextPart | None = None if part_of_text is None else part_of_text(*rest, **options)
 
         def run_plain(changed: Any, **added: Any) -> Any:
-            if check_change is not None:
-                check_change(x, changed, *rest, **options)
+            if part is not None:
+                part.check_change(x, changed)
             return plain(module, changed, shared, *rest, **options, **added)
 
-        return slot.run(run_plain, x, shared, begins=begins is None or begins(*rest, **options))
+        return slot.run(run_plain, x, shared, part=part)
 
     return call
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from vimtune.adapters.rule import each_tensor
-from vimtune.language.padding import behind_padding, in_order
+from vimtune.language.padding import text_order
 
 
 class EncodingModel:
@@ -65,13 +64,10 @@ class EncodingModel:
         """
         plain: Any = super()
         mask: Tensor | None = options.get("attention_mask")
-        if mask is None or mask.shape[1] == tokens.shape[1]:
+        if mask is None:
             return plain.forward(inputs_embeds=tokens, **options)
-        added = tokens.shape[1] - mask.shape[1]
-        order = behind_padding(mask, added)
-        options["attention_mask"] = F.pad(mask, (added, 0), value=1).gather(1, order)
-        result = plain.forward(inputs_embeds=in_order(tokens, order), **options)
-        return each_tensor(result, lambda output: in_order(output, order.argsort(1)))
+        tokens, options["attention_mask"], restore = text_order(tokens, mask)
+        return each_tensor(plain.forward(inputs_embeds=tokens, **options), restore)
 
 
 class MambaModel(EncodingModel, modeling_mamba.MambaModel):  # type: ignore[misc]  # transformers is untyped

@@ -27,8 +27,9 @@ from transformers import Cache
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer, MambaRMSNormGated
 
-from vimtune.language.padding import behind_padding, in_order
-from vimtune.language.refusals import StatesRefused, may_be_read, refuse_packing, require_plain
+from vimtune.language.padding import last_tokens, text_order
+from vimtune.language.parts import MixerPart
+from vimtune.language.refusals import may_be_read, refuse_packing, require_plain
 from vimtune.ops import (
     DirectionWeights,
     SsdMixerOptions,
@@ -89,45 +90,11 @@ class FastMixer:
         result: Tensor = self.out_proj(self.scan(self.in_proj(hidden_states), None, cache, mask))
         return result
 
-    def begins(self, cache: Cache | None = None, mask: Tensor | None = None) -> bool:
-        """Whether tokens are the first of their text; the arguments are those of `scan`."""
-        return cache is None or cache.get_recurrent_state(self.layer_idx) is None
-
-    def check_change(
-        self, given: Tensor, changed: Tensor, cache: Cache | None = None, mask: Tensor | None = None
-    ) -> None:
-        """Refuse tokens that a rule around `scan` adds to those of a text that has begun: they would enter
-        the states again with each token that is decoded.
-
-        Args:
-            given: the first argument of `scan`, (B, L, channels).
-            changed: what a rule makes of it.
-            cache, mask: those of `scan`.
-
-        Raises:
-            StatesRefused: the number of tokens has changed within a text.
-        """
-        if changed.shape[1] != given.shape[1] and not self.begins(cache, mask):
-            raise StatesRefused(
-                f"a rule at scan() makes {changed.shape[1]} tokens of {given.shape[1]} that go on with a "
-                "text of which states are kept: let its around_rest leave them alone, or give use_cache=False"
-            )
-
-    def check_mixing(self, cache: Cache | None = None, mask: Tensor | None = None) -> None:
-        """Refuse a rule around `scan` for which a token depends on others, where it would miss some of them.
-
-        Args:
-            cache, mask: those of `scan`.
-
-        Raises:
-            StatesRefused: there is a cache or a mask.
-        """
-        if cache is not None or mask is not None:
-            raise StatesRefused(
-                "a rule at scan() makes each token depend on those before it, which it does not know in "
-                "cached decoding, nor which of them are padding: give use_cache=False (or set "
-                "model.config.use_cache = False) and no attention_mask"
-            )
+    def part_of_text(self, cache: Cache | None = None, mask: Tensor | None = None) -> MixerPart | None:
+        """What rules around `scan` are told of the text; the arguments are those of `scan`."""
+        if cache is None and mask is None:
+            return None
+        return MixerPart(cache, None if mask is None else mask[..., 0], self.layer_idx)
 
     def scan(
         self,
@@ -153,13 +120,10 @@ class FastMixer:
         Returns:
             The input of out_proj, (B, n + L, E), in the order and the dtype of `projected`.
         """
-        added = 0 if mask is None else projected.shape[1] - mask.shape[1]
-        if mask is None or added == 0:
-            return self.scan_in_order(projected, cache, mask, **more)
-        order = behind_padding(mask[..., 0], added)
-        mask = in_order(F.pad(mask, (0, 0, added, 0), value=True), order)
-        result = self.scan_in_order(in_order(projected, order), cache, mask, **more)
-        return in_order(result, order.argsort(1))
+        if mask is None:
+            return self.scan_in_order(projected, cache, None, **more)
+        projected, real, restore = text_order(projected, mask[..., 0])
+        return restore(self.scan_in_order(projected, cache, real[..., None], **more))
 
     @abstractmethod
     def scan_in_order(self, projected: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
@@ -395,27 +359,13 @@ def convolve(mixer: FastMixer, x: Tensor, cache: Cache | None, mask: Tensor | No
 
 
 def remember(mixer: FastMixer, cache: Cache, seen: Tensor, mask: Tensor | None) -> None:
-    """Keep the last real inputs of a convolution in the cache; the arguments are those of `conv_window`."""
-    window = conv_window(seen, mixer.conv1d.weight.shape[-1], mask)
-    cache.update_conv_state(window.transpose(1, 2), mixer.layer_idx)
-
-
-def conv_window(seen: Tensor, width: int, mask: Tensor | None) -> Tensor:
-    """The last real tokens that a convolution has seen, zeros before the first one.
+    """Keep the last real inputs of a convolution in the cache.
 
     Args:
-        seen: inputs of the convolution (B, T, channels), which end with the present tokens.
-        width: K.
-        mask: (B, L, 1), False at padding among the present tokens, L <= T.
-
-    Returns:
-        (B, K, channels).
+        mixer: whose convolution it is.
+        cache: that of the model.
+        seen: inputs (B, T, channels), which end with those of the present tokens.
+        mask: (B, L, 1), False at padding among the present tokens; None if there is none.
     """
-    if mask is None:
-        return F.pad(seen[:, -width:], (0, 0, max(width - seen.shape[1], 0), 0))
-    padded = F.pad(seen, (0, 0, width, 0))
-    order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    last = (order * mask[..., 0]).amax(1)  # how many of the present tokens there are up to the last real one
-    start = seen.shape[1] - mask.shape[1] + last
-    places = start[:, None] + torch.arange(width, device=mask.device)
-    return padded.gather(1, places[..., None].expand(-1, -1, seen.shape[2]))
+    window = last_tokens(seen, mixer.conv1d.weight.shape[-1], None if mask is None else mask[..., 0])
+    cache.update_conv_state(window.transpose(1, 2), mixer.layer_idx)

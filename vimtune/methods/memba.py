@@ -3,6 +3,10 @@
 Beside affix name it last, `affix+memba`: the learnt tokens then have no membranes.
 
 Use it beside LoRA, `lora+memba`, as published. It has nothing to train by itself and does not merge.
+
+In a language model the membrane of a token goes on from that `chunk_length` tokens before it, and no layer
+from another one, so that no token knows of later ones. A cache then keeps the membranes of as many tokens for
+each layer, and cached decoding is a pass over the whole text.
 """
 
 from __future__ import annotations

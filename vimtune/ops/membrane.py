@@ -42,12 +42,16 @@ class MembraneOptions(NamedTuple):
     def cut(self, tokens: int) -> tuple[int, int]:
         """c, and how many of the tokens belong to chunks: all without T, else T c, the first ones."""
         if self.chunks is None:
-            return self.length, tokens
+            return min(self.length, tokens), tokens
         return tokens // self.chunks, tokens // self.chunks * self.chunks
+
+    def start_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of the membrane before the first chunk of `x`, (B, c, E)."""
+        return x.shape[0], self.cut(x.shape[1])[0], self.width
 
     def mean_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the mean membrane of T chunks of `x`, (B, c, E); (0,) without T."""
-        return (0,) if self.chunks is None else (x.shape[0], self.cut(x.shape[1])[0], self.width)
+        return (0,) if self.chunks is None else self.start_shape(x)
 
 
 class MembraneInputs(NamedTuple):
@@ -105,15 +109,15 @@ def membrane(
         u_(i+1) = fire(tau u_i + z_i),     fire(v) = 0 if v > threshold else v
 
     z_i are the gates of chunk i, u_0 is `start`. Of T chunks, tokens that are left over have no predecessors;
-    without T the last chunk may be shorter.
+    without T the last chunk may be shorter, and a chunk has at most L tokens.
 
     Args:
         x: (B, L, W).
-        start: (B, L // T, E), or None for 0, as it is without T.
+        start: (B, c, E), or None for 0; c is L // T, without T the smaller one of `length` and L.
         first: first column of the gates.
         width: E.
         chunks: T, or None for chunks of `length` tokens.
-        length: c if there is no T.
+        length: tokens of a chunk if there is no T.
         tau: how much of a membrane the next one keeps.
         threshold: above it a membrane fires.
         backend: see `vimtune.ops`.
@@ -149,8 +153,7 @@ def _check(x: Tensor, start: Tensor | None, options: MembraneOptions) -> None:
             f"chunks = {options.chunks} of {x.shape[1]} tokens: no chunk would have a token, expected at "
             "most one chunk for each token"
         )
-    shape = options.mean_shape(x)
-    check_inputs(x.device, x=(x, tuple(x.shape)), start=(start, shape))
+    check_inputs(x.device, x=(x, tuple(x.shape)), start=(start, options.start_shape(x)))
 
 
 # About the spelling of annotations see `scan.py`.
@@ -217,7 +220,7 @@ def _(grad: Tensor, grad_mean: Tensor | None, result: Tensor, *arguments: Any) -
 
 def _fake_gradients(result: Tensor, options: MembraneOptions, needs: list[bool]) -> list[Tensor]:
     """Tensors like the gradients of x and start, empty where they are not needed."""
-    shapes = result.shape, options.mean_shape(result)
+    shapes = result.shape, options.start_shape(result)
     return [result.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
 

@@ -243,9 +243,10 @@ def membrane(
     """u_(i+1) = fire(tau u_i + z_i) in the place of z, with fire(v) = 0 if v > threshold else v.
 
     z (B, L, E) are the columns of `x` (B, L, W) from `first` on, cut into T chunks z_0 .. z_(T-1) of equally
-    many tokens, or without T of `length` tokens, of which the last one may be shorter. u_0 is `start`
-    (B, L // T, E), or 0. Tokens that are left over when L is cut into T have no predecessors. Returns x with
-    u_1 .. u_T for z, and the mean of these (B, L // T, E); without T an empty tensor.
+    many tokens, or without T of `length` tokens (L, if that is less), of which the last one may be shorter.
+    u_0 is `start` (B, tokens of a chunk, E), or 0. Tokens that are left over when L is cut into T have no
+    predecessors. Returns x with u_1 .. u_T for z, and the mean of these (B, L // T, E); without T an empty
+    tensor.
     """
 
     def fire(v: Tensor) -> Tensor:
@@ -255,6 +256,7 @@ def membrane(
     others, z, rest = x.split([first, width, x.shape[-1] - first - width], -1)
     tokens = z.shape[1]
     if chunks is None:
+        length = max(min(length, tokens), 1)
         padded = F.pad(z, (0, 0, 0, -tokens % length))
         chunks_of_z, left_over = list(padded.split(length, 1)), z[:, tokens:]
     else:

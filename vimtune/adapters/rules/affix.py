@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vimtune.adapters.parts import TextPart
 from vimtune.adapters.rule import Call, CallRule
 from vimtune.adapters.rules.tokens import HiddenTokens, TokenTable
 
@@ -67,7 +68,9 @@ class AffixRule(CallRule):
         result: Tensor = call(torch.cat(parts, 1))
         return result.narrow(1, num_tokens, x.shape[1])
 
-    def around_rest(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Tensor:
+    def around_part(self, call: Call, x: Tensor, part: TextPart, *flow: dict[str, Tensor]) -> Tensor:
+        if part.begins:
+            return self.around(call, x, *flow)
         result: Tensor = call(x)  # What the tokens have left behind is in the states with which it goes on.
         return result
 

@@ -13,13 +13,17 @@ u_0, is the mean of u_1 .. u_T without the tokens left over. The first layer sta
 
 In a model that reads from the first token to the last neither may be: of a text that grows, T chunks grow
 with it, and the mean of a layer tells its first tokens of its last ones, so that the likelihood of a text
-would be that of a model that has read its end. There chunks have a length of their own, and each layer starts
-with 0. A token then depends on those before it alone.
+would be that of a model that has read its end. There chunks have a length of their own, c, and each layer
+starts with 0. The membrane of a token is then made of its gate and the membrane c tokens before it, so that
+those of the last c tokens are all that a text has to keep of its membranes: they lie in the cache of the
+model, and cached decoding, texts that are read in parts, and padding change nothing. Padding has no gate.
+(In half precision, where ways of computing differ in their last digits, these may decide what fires.)
 
 Beside affix the order of the methods decides what is cut into chunks, as each method surrounds those named
 before it. `affix+memba` makes membranes of the tokens of the image or text alone, as `memba` does without
 affix. In `memba+affix` the learnt tokens are there already, with gates of 0, so that they have membranes and
-the chunks are others. Tokens of prompt tuning are among those of the image or text in any order.
+the chunks are others; in a language model their membranes are 0 and it makes no difference. Tokens of prompt
+tuning are among those of the image or text in any order.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import torch
 from torch import Tensor
 
 from vimtune.adapters.declarations import ScanInput
+from vimtune.adapters.parts import TextPart
 from vimtune.adapters.rule import Call, CallRule
 from vimtune.ops import membrane
 
@@ -69,6 +74,22 @@ class MembraneRule(CallRule):
 
     def around(self, call: Call, x: Tensor, *flow: dict[str, Tensor]) -> Any:
         start = flow[0].get(self.before) if self.before is not None else None
+        changed, mean = self._membranes(x, start)
+        if self.chunks is not None:
+            flow[0][self.path] = mean
+        return call(changed)
+
+    def around_part(self, call: Call, x: Tensor, part: TextPart, *flow: dict[str, Tensor]) -> Any:
+        def step(tokens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+            # Of fewer tokens than a chunk has, each goes on from the membrane of one, and the rest wait.
+            start = None if before is None else before[:, : tokens.shape[1]]
+            changed, _ = self._membranes(tokens, start)
+            return changed, changed[..., self.gate]
+
+        return call(part.go_on(x, self.length, step))
+
+    def _membranes(self, x: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`x` with membranes for its gates, and their mean to be handed on."""
         changed, mean = membrane(
             x,
             start,
@@ -79,6 +100,4 @@ class MembraneRule(CallRule):
             tau=self.tau,
             threshold=self.threshold,
         )
-        if self.chunks is not None:
-            flow[0][self.path] = mean
-        return call(changed)
+        return changed, mean

@@ -36,7 +36,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `x` and, if it is needed, of `start`."""
     grad_x = torch.empty_like(grad)
-    grad_start = grad.new_empty(options.mean_shape(result) if need_start else (0,))
+    grad_start = grad.new_empty(options.start_shape(result) if need_start else (0,))
     grid, sizes = _launch(grad, options)
     with device_of(grad):
         membrane_backward_kernel[grid](
