@@ -8,6 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# A recipe that begins with an adapter imports this late, which may take longer than `at_once` allows.
+import vimtune.origin  # noqa: F401
+
 
 @contextmanager
 def at_once() -> Iterator[None]:

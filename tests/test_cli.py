@@ -16,7 +16,7 @@ import pytest
 from annotated_types import Ge
 from bad_input import TEXTS, at_once
 
-from vimtune import __version__, cli
+from vimtune import __version__, cli, training
 from vimtune.data import DATASETS
 from vimtune.exits import EXIT_CODES
 from vimtune.fields import option, options_of
@@ -32,11 +32,13 @@ HEAVY = ("torch", "timm", "albumentations", "matplotlib", "numpy", "pydantic")
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Recipes that reached the trainer, which is replaced: the command line alone is tested here."""
+    """Recipes that reached the trainer, which is replaced: the command line alone is tested here.
+
+    The name is put into the package as if it had been imported, because asking for it would import the
+    trainer with its libraries for plots. Other modules of the package stay: a recipe may need them.
+    """
     recipes: list[Recipe] = []
-    trainer = types.ModuleType("vimtune.training")
-    trainer.train = recipes.append
-    monkeypatch.setitem(sys.modules, "vimtune.training", trainer)
+    monkeypatch.setitem(vars(training), "train", recipes.append)
     return recipes
 
 
@@ -205,14 +207,14 @@ def raise_error(error: BaseException):
     ],
 )
 def test_what_the_user_can_mend_is_no_traceback(capsys, trained, monkeypatch, error, code, words):
-    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(error))
+    monkeypatch.setattr(training, "train", raise_error(error))
     assert cli.main(["train", "--seed", "0"]) == code
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err and err.count("\n") == 1
 
 
 def test_a_traceback_on_request(capsys, trained, monkeypatch):
-    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(ValueError("no such thing")))
+    monkeypatch.setattr(training, "train", raise_error(ValueError("no such thing")))
     assert cli.main(["train", "--traceback"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith("\nerror: no such thing\n")
@@ -231,7 +233,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
 def test_a_fault_of_ours_is_one_line_with_a_file_to_report(capsys, trained, monkeypatch, tmp_path, error):
-    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(error))
+    monkeypatch.setattr(training, "train", raise_error(error))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert cli.main(["train", "--seed", "0"]) == cli.main(["train", "--seed", "0"]) == 70
     err = capsys.readouterr().err
@@ -249,7 +251,7 @@ def test_a_fault_of_ours_is_one_line_with_a_file_to_report(capsys, trained, monk
 
 
 def test_a_fault_with_no_room_for_a_file_is_shown(capsys, trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(RuntimeError("bug")))
+    monkeypatch.setattr(training, "train", raise_error(RuntimeError("bug")))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nothing"))
     assert cli.main(["train", "--seed", "0"]) == 70
     assert "Traceback" in capsys.readouterr().err
@@ -396,7 +398,7 @@ def test_streams_that_cannot_show_every_character(encoding, tmp_path):
 def test_what_is_printed_in_a_run_may_have_any_character(trained, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    monkeypatch.setattr(sys.modules["vimtune.training"], "train", lambda recipe: print("rose \u2192 \udce9"))
+    monkeypatch.setattr(training, "train", lambda recipe: print("rose \u2192 \udce9"))
     assert cli.main(["train", "--seed", "0"]) == 0
     assert stream.buffer.getvalue() == b"rose \\u2192 \\udce9\n"
 

@@ -118,7 +118,7 @@ def test_parameters_are_where_a_reader_looks_for_them(path: Path) -> None:
 
 
 def test_every_notebook_is_listed() -> None:
-    lists = [(ROOT / name).read_text("utf-8") for name in ("README.md", "docs/notebooks.md", "mkdocs.yml")]
+    lists = [(ROOT / name).read_text("utf-8") for name in ("docs/notebooks.md", "mkdocs.yml")]
     for path in NOTEBOOKS:
         assert all(path.stem in text for text in lists), path.stem
 
