@@ -45,8 +45,9 @@ from vimtune.data import build_transform, create_dataset, create_loader, load_im
 from vimtune.recipe import Recipe
 from vimtune.tasks.images.job import image_size, open_dataset
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
-from vimtune.training import train
-from vimtune.training.stepper import Stepper
+from vimtune.training import Callback, train
+from vimtune.training.callbacks import Session, StepRecord
+from vimtune.training.state import EpochRecord
 
 CACHES = ("device", "host", "none")
 JPEG_SIDE = 224
@@ -133,30 +134,32 @@ def time_training(options: argparse.Namespace) -> Iterator[Row]:
             yield {"what": cache, "of_bare": row["images_per_second"] / rate, **row}
 
 
+class Times(Callback):
+    """When the first step and each epoch of a run were done, as `time.perf_counter` has it."""
+
+    def __init__(self) -> None:
+        self.first_step: float | None = None
+        self.epochs: list[float] = []
+
+    def on_step(self, session: Session, step: StepRecord) -> None:
+        if self.first_step is None:
+            self.first_step = time.perf_counter()
+
+    def on_epoch(self, session: Session, epoch: EpochRecord) -> None:
+        self.epochs.append(time.perf_counter())
+
+
 def time_run(recipe: Recipe) -> Row:
     """Images per second between the ends of epochs, and the seconds until the first step was done."""
-    started = time.perf_counter()
-    ends: list[float] = []
-    first_step: list[float] = []
-    update = Stepper._update
-
-    def timed_update(stepper: Stepper, step: Any) -> None:
-        update(stepper, step)
-        if not first_step:
-            step.numbers.read()
-            first_step.append(time.perf_counter())
-
-    Stepper._update = timed_update  # type: ignore[method-assign]
-    try:
-        with redirect_stdout(io.StringIO()):
-            train(recipe, lambda record: ends.append(time.perf_counter()))
-    finally:
-        Stepper._update = update  # type: ignore[method-assign]
+    started, times = time.perf_counter(), Times()
+    with redirect_stdout(io.StringIO()):
+        train(recipe, callbacks=[times])
+    ends = times.epochs
     assert isinstance(recipe.data, DataSettings) and isinstance(recipe.backbone, BackboneSettings)
     images = len(open_dataset(recipe.data, recipe.data.train_split, image_size(recipe.backbone)))
     # The last epoch ends with an evaluation.
     seconds = (ends[-2] - ends[0]) / (len(ends) - 2)
-    return {"images_per_second": images / seconds, "start": first_step[0] - started}
+    return {"images_per_second": images / seconds, "start": (times.first_step or started) - started}
 
 
 # --- reading ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import nn
 
 import vimtune
 from vimtune.adapters import active_adapter
-from vimtune.analysis.command import analyze
+from vimtune.analysis.command import run_analyses
 from vimtune.analysis.components import movements
 from vimtune.analysis.parameters import GROUPS, OTHERS, effective_parameters, group_of, layer_of
 from vimtune.analysis.registry import ANALYSES, load_analysis, parse_names
@@ -30,7 +30,7 @@ COMPONENTS = Path(__file__).resolve().parents[2] / "benchmarks" / "components.ya
 
 @pytest.fixture(scope="module")
 def report(subject) -> AnalysisReport:
-    return analyze(subject, list(ANALYSES))
+    return run_analyses(subject, list(ANALYSES))
 
 
 @pytest.mark.parametrize("name", ANALYSES)
@@ -62,7 +62,7 @@ def test_the_numbers_are_json(report):
 
 def test_what_an_analysis_lacks_is_said():
     before, after = changed_vim("linear")
-    report = analyze(Subject(before, after), list(ANALYSES))
+    report = run_analyses(Subject(before, after), list(ANALYSES))
     assert list(report.sections) == ["components", "cost"]
     assert report.left_out["transformation"] == "no in_proj and no out_proj has changed"
     assert report.left_out["similarity"] == "it needs images: name a data set with --dataset"

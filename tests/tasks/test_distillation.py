@@ -101,7 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     vimtune.train(Recipe(**{**RUN, "model_kwargs": {"depth": 1}}, output_dir=str(folder / "teacher")))
     with pytest.raises(KeyboardInterrupt):
-        vimtune.train(student_of(folder), stop_after_first)
+        vimtune.train(student_of(folder), callbacks=[StopAfterFirst()])
     return folder
 
 
@@ -110,9 +110,10 @@ def student_of(folder: Path, **changes: Any) -> Recipe:
     return Recipe(**{**RUN, **values})
 
 
-def stop_after_first(record: Any) -> None:
-    if record.epoch == 1:
-        raise KeyboardInterrupt
+class StopAfterFirst(vimtune.Callback):
+    def on_epoch(self, session: Any, epoch: Any) -> None:
+        if epoch.epoch == 1:
+            raise KeyboardInterrupt
 
 
 def test_a_resumed_student_ends_as_one_that_was_not_stopped(runs: Path, tmp_path: Path) -> None:

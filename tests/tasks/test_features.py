@@ -75,11 +75,12 @@ def test_a_cache_that_has_no_effect_is_mentioned(tmp_path: Path, counted: list[i
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path, counted: list[int]) -> None:
     whole = train(tmp_path / "whole")
 
-    def stop(record: Any) -> None:
-        raise KeyboardInterrupt
+    class Stop(vimtune.Callback):
+        def on_epoch(self, session: Any, epoch: Any) -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        vimtune.train(Recipe(**RUN, output_dir=str(tmp_path / "part")), stop)
+        vimtune.train(Recipe(**RUN, output_dir=str(tmp_path / "part")), callbacks=[Stop()])
     part = train(tmp_path / "part", resume=str(tmp_path / "part"))
     assert [record["train_loss"] for record in part.history] == [
         record["train_loss"] for record in whole.history
