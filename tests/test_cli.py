@@ -213,6 +213,38 @@ def test_what_the_user_can_mend_is_no_traceback(capsys, trained, monkeypatch, er
     assert words in err and "Traceback" not in err and err.count("\n") == 1
 
 
+def test_a_dependency_that_was_left_out_is_named(capsys, trained, monkeypatch):
+    lacking = ModuleNotFoundError("No module named 'matplotlib.pyplot'", name="matplotlib.pyplot")
+    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(lacking))
+    assert cli.main(["train", "--seed", "0"]) == 2
+    err = capsys.readouterr().err
+    assert "the package matplotlib is not installed" in err and "pip install matplotlib" in err
+    assert "Traceback" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["vimtune.lost", "matplot", "optuna", None])
+def test_other_modules_that_are_missing_are_faults(capsys, trained, monkeypatch, tmp_path, name):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    error = ModuleNotFoundError("gone", name=name)
+    monkeypatch.setattr(sys.modules["vimtune.training"], "train", raise_error(error))
+    assert cli.main(["train", "--seed", "0"]) == 70
+
+
+def test_a_folder_without_a_data_set_is_refused(capsys, tmp_path):
+    # The data set of the defaults reads no files: the photos would be left out for generated flowers.
+    assert cli.main(["train", "--data-dir", str(tmp_path)]) == 2
+    assert f"data_dir = '{tmp_path}' is given without a data set" in (err := capsys.readouterr().err)
+    assert "--dataset folder" in err
+
+
+def test_a_run_without_its_flag_is_recognised(capsys):
+    assert cli.main(["evaluate", "runs/x"]) == 2
+    message = (
+        "unexpected argument 'runs/x': an adapter or a run is given as --adapter runs/x. See vimtune evaluate"
+    )
+    assert message in capsys.readouterr().err
+
+
 def test_a_traceback_on_request(capsys, trained, monkeypatch):
     monkeypatch.setattr(training, "train", raise_error(ValueError("no such thing")))
     assert cli.main(["train", "--traceback"]) == 2

@@ -7,10 +7,12 @@ traceback goes to a file of its own, and the line says where.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import io
 import logging
 import os
 import platform
+import re
 import select
 import sys
 import tempfile
@@ -97,6 +99,8 @@ def run_guarded(action: Callable[[], int], *, show_traceback: bool) -> int:
         if _is_out_of_memory(error):
             advice = "Lower --batch-size (and raise --grad-accum), or use --grad-checkpointing or --amp."
             _print_lines(f"error: {_message(error)} {advice}")
+        elif missing := _missing_dependency(error):
+            _print_lines(f"error: {missing}")
         elif isinstance(error, ValueError | OSError):
             hint = "" if show_traceback or not _is_foreign(error) else " (--traceback shows where this arose)"
             _print_lines(f"error: {_message(error)}{hint}")
@@ -150,6 +154,24 @@ def _is_out_of_memory(error: Exception) -> bool:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
+def _missing_dependency(error: Exception) -> str | None:
+    """What to do where a package that this one depends on was left out, as a service may do."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    package = error.name.partition(".")[0]
+    try:
+        demands = [line for line in importlib.metadata.requires("vimtune") or () if "extra ==" not in line]
+    except importlib.metadata.PackageNotFoundError:  # The source is used as it lies there.
+        return None
+    if not any(re.match(rf"{re.escape(package)}\b(?!-)", line) for line in demands):
+        return None
+    return (
+        f"the package {package} is not installed; predicting does without it, this command does not. "
+        f"Install it (pip install {package}), or vimtune with all that it needs (pip install vimtune, "
+        "or pip install -e . in its repository)"
     )
 
 

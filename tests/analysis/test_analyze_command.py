@@ -111,7 +111,7 @@ def test_a_merged_file_says_the_same_of_the_weights(run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["nothing"], "nothing does not exist; expected the adapter.safetensors of a run\n"),
+        (["nothing"], "nothing does not exist; expected the folder of a run, or its adapter.safetensors\n"),
         (["{run}", "--images", "0"], "--images '0': expected a whole number >= 1"),
         (["{run}", "-o", "report.pdf"], "expected a name ending in .html or .json"),
         (["{run}", "--split", "train"], "--split 'train': expected test or val"),

@@ -117,7 +117,7 @@ def test_all_mistakes_are_reported_at_once_and_shared_ones_once():
         "epochs = 0: expected a whole number >= 1",
         "methods: lora: rank = 0: expected a whole number >= 1",
         "methods: bitfit: budget = 300000: method 'bitfit' has no option that decides how much it trains. "
-        "Expected a method whose size is to be chosen, or no budget",
+        "Expected a method whose size is to be chosen, or no budget (none) for this one",
         "data: cars: mixup = -1: expected a number >= 0",
     ]
 

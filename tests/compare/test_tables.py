@@ -110,6 +110,20 @@ def test_pictures_of_one_size_of_one_method_and_of_nothing(tmp_path):
     assert [short_count(n) for n in (950, 36_900, 5_308_416)] == ["950", "36.9k", "5.31M"]
 
 
+def test_labels_of_sizes_do_not_run_into_each_other():
+    near = [
+        Row("a", "x", (result(50, trained=92_700),), 1e-3),
+        Row("b", "x", (result(55, trained=93_900),), 1e-3),
+    ]
+    figure = draw_pareto(near)
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["93.9k"]
+    apart = [near[0], Row("b", "x", (result(55, trained=300_000),), 1e-3)]
+    figure = draw_pareto(apart)
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["92.7k", "300k"]
+
+
 def test_runs_without_a_plan_are_named_by_what_tells_them_apart():
     runs = [
         result(80, seed=1, recipe={"rank": 2}),

@@ -127,6 +127,23 @@ def test_stratified_split_is_a_partition(fractions: list[float]) -> None:
         assert bool(counts[2]) == (fraction > 0)
 
 
+def test_drawn_parts_stay_when_the_folder_grows(tmp_path) -> None:
+    fill_classes(tmp_path / "before", 40, ("ant", "cat"))
+    before = splits_of(tmp_path / "before")
+    fill_classes(
+        tmp_path / "grown", 40, ("ant", "bee", "cat")
+    )  # in the middle: the numbers of classes change
+    more = splits_of(tmp_path / "grown")
+    assert all(before[split] == {path for path in more[split] if "bee" not in path} for split in before)
+    fill(tmp_path / "grown" / "cat", 44)
+    most = splits_of(tmp_path / "grown")
+    assert {path for path in most["train"] if "ant" in path} == {
+        path for path in before["train"] if "ant" in path
+    }
+    # Of the images that were trained on, those at the borders at most come to the test.
+    assert len(before["train"] & most["test"]) <= 2
+
+
 # --------------------------------------------------------------------------- layouts
 
 

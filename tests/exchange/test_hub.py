@@ -122,6 +122,10 @@ def test_the_format_of_peft(tmp_path, made, hub):
     names = {path.name for path in (tmp_path / "peft").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert card_of(tmp_path / "peft")[0]["library_name"] == "peft"
+    # Where it will lie is not known yet, and the name of a folder would be no repository.
+    assert '"OWNER/peft")' in (tmp_path / "peft" / "README.md").read_text("utf-8")
+    with pytest.raises(vimtune.AdapterFileError, match=r"in HF peft's format.*vimtune\.load_peft\(model, "):
+        vimtune.load_predictor(tmp_path / "peft")
     base = timm.create_model("test_vim", num_classes=5)
     base.load_state_dict({key: value for key, value in model.state_dict().items() if ".adapters." not in key})
     vimtune.load_peft(base.eval(), tmp_path / "peft")

@@ -308,6 +308,8 @@ def test_skipped_images_are_counted(tiny, damaged):
     report = train(tiny("skip", on_corrupt="skip"))
     assert report.warnings == ["train: 2 corrupt images left out"]
     assert report.steps == 8
+    page = (Path(report.run_dir) / "report.html").read_text("utf-8")
+    assert "<td>warning</td><td>train: 2 corrupt images left out</td>" in page
 
 
 def test_training_on_train_and_val_selects_on_test(tiny):

@@ -132,7 +132,13 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
     shown = f"adapter file {printable(str(path))}"
     if not path.is_file():  # This keeps us from waiting for a pipe, among others.
         kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise AdapterFileError(f"{shown} {kind}; expected the adapter.safetensors of a run")
+        if (path.parent / "adapter_config.json").is_file():
+            folder = str(path.parent)
+            raise AdapterFileError(
+                f"{printable(folder)} is an adapter in HF peft's format, which does not say what model and "
+                f"classes it is for: read it in Python with vimtune.load_peft(model, {quote(folder)})"
+            )
+        raise AdapterFileError(f"{shown} {kind}; expected the folder of a run, or its adapter.safetensors")
     try:
         metadata, tensors = read_metadata(path), read_tensors(path) if with_tensors else {}
     except SafetensorError as error:

@@ -41,7 +41,15 @@ class CommandParser(argparse.ArgumentParser):
         names = [option.lstrip("-") for option in options]
         lines = [f"unknown flag {shorten(flag)}.{suggest(flag.lstrip('-'), names, '--')}" for flag in flags]
         # What follows an unknown flag is its value; alone it is a surplus argument.
-        return lines or [f"unexpected argument {quote(argument)}" for argument in arguments]
+        return lines or [
+            f"unexpected argument {quote(argument)}{self._hint(argument)}." for argument in arguments
+        ]
+
+    def _hint(self, argument: str) -> str:
+        """What was probably meant by an argument without a flag, where commands like this one take a run."""
+        if "--adapter" in self._option_string_actions:
+            return f": an adapter or a run is given as --adapter {shorten(argument)}"
+        return ""
 
     def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse a command line of which nothing may be left over.

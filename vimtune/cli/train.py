@@ -11,6 +11,7 @@ from vimtune.cli.parser import CommandParser, add_common, add_import, build_key_
 from vimtune.fields import Option, options_of
 from vimtune.recipe import TASK, Recipe, RecipeError, components_of, load_recipe
 from vimtune.tasks import TASKS
+from vimtune.text import quote
 
 DESCRIPTION = """\
 Fine-tune a Vision Mamba. Without any flag, ProDiaL is compared with a
@@ -126,7 +127,7 @@ def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | No
     given.pop("traceback", None)
     given.pop("packages", None)
     config, variant = given.pop("config", None), given.pop("variant", None)
-    problems = parser.unknown_arguments(surplus)
+    problems = parser.unknown_arguments(surplus) + _folder_of_nothing(config, given)
     try:
         recipe = load_recipe(config, given, variant)
     except RecipeError as error:
@@ -134,6 +135,16 @@ def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | No
     if problems:
         raise RecipeError(problems)
     return recipe
+
+
+def _folder_of_nothing(config: str | None, given: Mapping[str, str]) -> list[str]:
+    """A line where a folder is given and not what lies there: the data set of the defaults reads no files."""
+    if "data_dir" not in given or config is not None or given.keys() & {"dataset", "task", "resume"}:
+        return []
+    return [
+        f"data_dir = {quote(given['data_dir'])} is given without a data set: say what lies there, as in "
+        "--dataset folder (a folder for each class) or --dataset csv (a table of labels)"
+    ]
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:

@@ -118,9 +118,9 @@ def draw_differences(differences: Sequence[Difference]) -> Figure:
                 each.mean,
                 places[each.method],
                 xerr=each.error,
-                fmt="|",
+                fmt="|" if len(data) > 1 else "o",  # There are points of data sets around a mean alone.
                 color="0.1",
-                markersize=11,
+                markersize=11 if len(data) > 1 else 5,
                 capsize=3,
             )
         axes.set_yticks(range(len(methods)), [shorten(printable(method), MAX_NAME) for method in methods])
@@ -201,7 +201,9 @@ def _label_sizes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     if max(sizes) < 10 * min(sizes):  # There may be no power of ten in between.
         axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
-        axes.set_xticks(sorted({min(sizes), max(sizes)}))
+        # Two labels would run into each other where all methods have nearly one size, as at equal budgets.
+        apart = max(sizes) > 1.25 * min(sizes)
+        axes.set_xticks([min(sizes), max(sizes)] if apart else [max(sizes)])
 
 
 def short_count(value: float) -> str:

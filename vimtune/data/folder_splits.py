@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +109,16 @@ def take_split(
         MissingSplitError: there is no such split, or it is empty.
     """
     if layout.names:
-        images, how, notes = _own_split(layout, split, val_fraction, seed, shown)
+        images, how, notes = _own_split(layout, root, split, val_fraction, seed, shown)
     else:
         fractions = {"val": val_fraction, "test": test_fraction}
-        images = _draw(layout.parts["all"], split, fractions, seed)
+        images = _draw(layout.parts["all"], root, split, fractions, seed)
         how = f"drawn with seed {seed}, val {val_fraction:g}, test {test_fraction:g}"
         notes = layout.notes["all"]
     if not images:
         raise MissingSplitError(
-            f"the {split!r} split of {shown} is empty ({how}). Add images or raise {split}_fraction."
+            f"the {split!r} split of {shown} is empty ({how}). Add images, or raise "
+            f"{split}_fraction (--dataset-kwargs {split}_fraction=0.3)."
         )
     source = f"{kind} {shown}, {split} split ({how})"
     tags = None if layout.tags is None else [layout.tags[path] for path, _ in images]
@@ -124,7 +126,7 @@ def take_split(
 
 
 def _own_split(
-    layout: Layout, split: str, val_fraction: float, seed: int, shown: str
+    layout: Layout, root: Path, split: str, val_fraction: float, seed: int, shown: str
 ) -> tuple[list[tuple[str, int]], str, list[str]]:
     """Take or draw a split of images that are divided already.
 
@@ -146,14 +148,19 @@ def _own_split(
             [n for p in parts for n in layout.notes[p]],
         )
     how = f"val {val_fraction:g} drawn from {names['train']} with seed {seed}"
-    return _draw(layout.parts["train"], split, {"val": val_fraction}, seed), how, layout.notes["train"]
+    images = _draw(layout.parts["train"], root, split, {"val": val_fraction}, seed)
+    return images, how, layout.notes["train"]
 
 
 def _draw(
-    images: list[tuple[str, int]], split: str, fractions: dict[str, float], seed: int
+    images: list[tuple[str, int]], root: Path, split: str, fractions: dict[str, float], seed: int
 ) -> list[tuple[str, int]]:
-    """The images that a stratified draw gives to `split`; those that no fraction takes are "train"."""
-    drawn = stratified_split([label for _, label in images], list(fractions.values()), seed)
+    """The images that a stratified draw gives to `split`; those that no fraction takes are "train".
+
+    What is drawn follows from the path of an image below `root`, wherever that folder lies.
+    """
+    names = [Path(os.path.relpath(path, root)).as_posix() for path, _ in images]
+    drawn = stratified_split([label for _, label in images], list(fractions.values()), seed, names)
     parts = dict(zip([*fractions, "train"], drawn, strict=True))
     return [images[i] for part in split.split("+") for i in parts[part]]
 

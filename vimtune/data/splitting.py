@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 
-def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: int) -> list[list[int]]:
+def stratified_split(
+    targets: Sequence[int], fractions: Sequence[float], seed: int, names: Sequence[str] | None = None
+) -> list[list[int]]:
     """Draw disjoint parts with the same class proportions; the remainder is the last part.
 
     Each class gives `round(fraction * count)` images to every part (at least one where the class has
     enough images for all parts), and always keeps one for the remainder. Classes are drawn
     independently, so adding images to one class does not move the others.
 
+    With `names` the draw depends on these alone and not on the numbers of classes and images. When a class
+    is added or removed, all other images keep their part; when images of a class are, only a few of
+    that class, at the borders of the parts, change theirs. So a model that is trained further on a
+    folder that has grown is not tested with images that it was trained on before.
+
     Args:
         targets: class of every image; -1 stands for images of no class.
         fractions: share of each drawn part, in (0, 1), sum below 1.
-        seed: the split is a pure function of `targets`, `fractions` and `seed`.
+        seed: the split is a pure function of the arguments.
+        names: a name of each image that stays when others come and go; None where the images are fixed.
 
     Returns:
         `len(fractions) + 1` sorted lists of indices.
@@ -26,16 +35,24 @@ def stratified_split(targets: Sequence[int], fractions: Sequence[float], seed: i
     labels = np.asarray(targets)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        # Seeds are not negative: the images of no class have the last one of 32 bits.
-        order = np.random.default_rng([seed, int(label) % 2**32]).permutation(members)
+        if names is None:
+            # Seeds are not negative: the images of no class have the last one of 32 bits.
+            order = np.random.default_rng([seed, int(label) % 2**32]).permutation(members).tolist()
+        else:
+            order = sorted(members.tolist(), key=lambda index: _drawn_place(names[index], seed))
         left = len(order)
         for part, fraction in zip(parts, fractions, strict=False):
             minimum = 1 if len(order) > len(fractions) and fraction > 0 else 0
             take = min(max(round(fraction * len(order)), minimum), left - 1)
-            part.extend(order[len(order) - left : len(order) - left + take].tolist())
+            part.extend(order[len(order) - left : len(order) - left + take])
             left -= take
-        parts[-1].extend(order[len(order) - left :].tolist())
+        parts[-1].extend(order[len(order) - left :])
     return [sorted(part) for part in parts]
+
+
+def _drawn_place(name: str, seed: int) -> bytes:
+    """A random place in an order, which is a function of a name and a seed alone."""
+    return hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest()
 
 
 def stratified_folds(targets: Sequence[int], folds: int, seed: int) -> list[list[int]]:

@@ -59,7 +59,7 @@ def convert(
         adapter: the file, or the folder of a run, whose report the card then has.
         folder: a folder that is empty or not there yet.
         to: the format, one of `vimtune.exchange.formats.FORMATS`: "vimtune", "peft", "merged".
-        place: name of the repository that the card speaks of; that of the folder if None.
+        place: name of the repository that the card speaks of; if None OWNER/ and that of the folder.
         checkpoint: where the base weights of an adapter of images are now, as for `load_predictor`.
         model: where the base model of an adapter of texts is now, as there.
         tokenizer: where its tokenizer is now, as there.
@@ -85,7 +85,7 @@ def convert(
     def write(temporary: Path) -> None:
         code = form.write(source, temporary)
         clean_json(temporary)
-        card = write_card(info, path, form, code, place or target.name)
+        card = write_card(info, path, form, code, place or f"OWNER/{target.name}")
         (temporary / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
 
     write_folder(target, write)

@@ -328,7 +328,10 @@ def sizing_options(spec: str, options: Mapping[str, Any]) -> dict[str, str]:
         else:
             reasons.append(f"method {name!r} has no option that decides how much it trains")
     if not chosen:
-        raise ValueError(f"{'; '.join(reasons)}. Expected a method whose size is to be chosen, or no budget")
+        raise ValueError(
+            f"{'; '.join(reasons)}. Expected a method whose size is to be chosen, or no budget (none) "
+            "for this one"
+        )
     return chosen
 
 

@@ -106,7 +106,8 @@ def _write_page(path: Path, report: Report, details: Details, folder: RunFolder)
         pictures=[Picture("The dotted line marks the best epoch.", folder.learning_curve)],
     )
     sections = [curve, *details.sections(folder.path).values()]
-    html = Page("vimtune train", f"{report.model}, {report.method}", report.rows(), sections).to_html()
+    rows = [*report.rows(), *(("warning", warning) for warning in report.warnings)]
+    html = Page("vimtune train", f"{report.model}, {report.method}", rows, sections).to_html()
     content = html.encode("utf-8", "backslashreplace")
 
     def write(temporary: Path) -> None:
