@@ -211,7 +211,7 @@ def test_recipes_take_a_budget():
         Recipe(peft="lora", budget="300k", rank=4)
     assert caught.value.problems == [
         "budget = 300000: method 'lora' has its size already: leave out rank. Expected a method whose size "
-        "is to be chosen, or no budget"
+        "is to be chosen, or no budget (none) for this one"
     ]
     with pytest.raises(RecipeError) as caught:
         Recipe(peft="bitfit", budget="300k", rank=4)
