@@ -61,7 +61,8 @@ def test_a_notebook_gets_lines_as_a_file_does(monkeypatch):
     console = build_console()
     console.print("word " * 20, style="bold")
     print_line(console, "other " * 60)
-    assert not console.is_terminal and cell.getvalue() == f"{'word ' * 20}\n{'other ' * 60}\n"
+    lines = [line.rstrip() for line in cell.getvalue().splitlines()]  # earlier versions of rich strip them
+    assert not console.is_terminal and lines == [("word " * 20).rstrip(), ("other " * 60).rstrip()]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii", "shift_jis"])

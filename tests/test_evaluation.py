@@ -129,6 +129,7 @@ def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
     """A folder with the data of three tasks, and with runs with classification heads on two of them."""
+    require_transformers()
     folder = tmp_path_factory.mktemp("heads")
     for task in ("piqa", "boolq", "text"):
         data = write_data(task, folder / task)
