@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vimtune.output import write_output
+from vimtune.output import write_bytes
 from vimtune.text import csv_cell, printable, quote, shorten
 
 AT_ONCE = 2**24
@@ -83,12 +83,7 @@ class Embeddings:
         Raises:
             OutputError: the disk is full, or the like; an earlier file is then as it was.
         """
-        content = FORMATS[path.suffix.lower()](self)
-
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(content)
-
-        write_output(path, write)
+        write_bytes(path, FORMATS[path.suffix.lower()](self))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

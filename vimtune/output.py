@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from vimtune.text import quote
 from vimtune.utils import atomic_write
+
+Result = TypeVar("Result")
+"""What is kept in a file."""
 
 
 class OutputError(ValueError):
@@ -99,15 +103,41 @@ def write_output(path: Path, write: Callable[[Path], None]) -> None:
         ) from error
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that has this content.
+
+    Raises:
+        OutputError: as `write_output`.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_output(path, write)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` in UTF-8; a byte of a path in it that is not UTF-8 is written as \\udcXX.
 
     Raises:
         OutputError: as `write_output`.
     """
-    content = text.encode("utf-8", "backslashreplace")
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
 
-    write_output(path, write)
+def save_as(
+    path: str | os.PathLike[str], formats: Mapping[str, Callable[[Result], str]], result: Result
+) -> None:
+    """Write a result in the format that the ending of a name asks for.
+
+    Args:
+        path: the file to write.
+        formats: ending in lower case -> what makes the text of such a file.
+        result: what is written.
+
+    Raises:
+        OutputError: another ending, or a file that cannot be written.
+    """
+    file = Path(path)
+    check_output(file, formats, [])
+    write_text(file, formats[file.suffix.lower()](result))

@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from vimtune.console import neutral
-from vimtune.output import check_output, write_text
+from vimtune.output import save_as
 from vimtune.pages.section import Section, Table
 from vimtune.schema import finite_json
 from vimtune.tasks import Details, Evaluation, Task
@@ -129,9 +128,7 @@ class Scored:
         Raises:
             OutputError: another ending, or a file that cannot be written.
         """
-        file = Path(path)
-        check_output(file, FORMATS, [])
-        write_text(file, FORMATS[file.suffix.lower()](self))
+        save_as(path, FORMATS, self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the final table."""

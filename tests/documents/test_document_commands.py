@@ -67,14 +67,6 @@ DEVELOPERS_TOOLS = (
 )
 
 
-@pytest.fixture
-def recipes(monkeypatch) -> list:
-    """The recipes that reached the trainer, which is replaced."""
-    reached: list = []
-    monkeypatch.setattr("vimtune.training.train", reached.append)
-    return reached
-
-
 def test_the_documents_have_what_these_tests_look_for():
     assert len(FIRST) >= 60 and len(COMMANDS) >= len(FIRST) + 8 and len(EXAMPLES) >= 25 and len(FLAGS) >= 12
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vimtune.output import check_output, write_text
+from vimtune.output import save_as
 from vimtune.pages.page import Page, findings_to_html
 from vimtune.pages.section import Section
 from vimtune.schema import finite_json
@@ -47,9 +46,7 @@ class AnalysisReport:
         Raises:
             OutputError: another ending, or a file that cannot be written.
         """
-        file = Path(path)
-        check_output(file, FORMATS, [])
-        write_text(file, FORMATS[file.suffix.lower()](self))
+        save_as(path, FORMATS, self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: what was found, in sentences; `sections` show the rest."""

@@ -6,16 +6,34 @@ import hashlib
 import os
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import torch
+from timm.models import PretrainedCfg
 
 from vimtune.models.checkpoint import CheckpointError
-from vimtune.models.weights import Weights
+from vimtune.models.weights import Weights, weights_of
 from vimtune.text import printable, quote
 
 ADDRESS = "VIMTUNE_WEIGHTS_URL"
 """Environment variable with the address of a folder that has the files of `weights/`, such as the raw files
 of a repository or a mirror within a company. There is no other: nothing is fetched that was not asked for."""
+
+
+def name_the_file(name: str, options: dict[str, Any]) -> None:
+    """Let timm load weights of ours from where they are; it knows the place beside the package alone.
+
+    Args:
+        name: name of a model, with or without a tag.
+        options: what timm's factory is given, which is changed.
+
+    Raises:
+        CheckpointError: the weights are nowhere.
+    """
+    ours, overlay = weights_of(name), options.get("pretrained_cfg_overlay") or {}
+    configured = isinstance(options.get("pretrained_cfg"), (dict, PretrainedCfg)) or "file" in overlay
+    if ours is not None and not configured and not ours.path.is_file():
+        options["pretrained_cfg_overlay"] = {**overlay, "file": str(file_of(ours))}
 
 
 def file_of(weights: Weights) -> Path:

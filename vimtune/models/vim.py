@@ -17,7 +17,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import lecun_normal_, trunc_normal_
 from timm.models import (
-    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -40,7 +39,7 @@ from vimtune.adapters.slots import WeightSlot
 from vimtune.fields import options_of
 from vimtune.methods import METHODS
 from vimtune.models.checkpoint import checkpoint_filter_fn, pretrained_loading
-from vimtune.models.fetching import file_of
+from vimtune.models.fetching import name_the_file
 from vimtune.models.layers import Block, Blocks, PatchEmbed, RMSNorm, at_least_fp32
 from vimtune.models.mixer import BiMambaMixer
 from vimtune.models.options import OPTIONS, ModelOptions
@@ -441,7 +440,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     out_indices = kwargs.pop("out_indices", 3)
     name = _name_with_tag(variant, kwargs.get("pretrained_cfg"))
     if pretrained:
-        _name_the_file(name, kwargs)
+        name_the_file(name, kwargs)
     with pretrained_loading(name, pretrained):
         model = build_model_with_cfg(
             VisionMamba,
@@ -466,18 +465,6 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             **(peft_options["peft_kwargs"] or {}),
         )
     return model
-
-
-def _name_the_file(name: str, options: dict[str, Any]) -> None:
-    """Let timm load weights of ours from where they are; it knows the place beside the package alone.
-
-    Raises:
-        CheckpointError: they are nowhere.
-    """
-    ours, overlay = weights_of(name), options.get("pretrained_cfg_overlay") or {}
-    configured = isinstance(options.get("pretrained_cfg"), (dict, PretrainedCfg)) or "file" in overlay
-    if ours is not None and not configured and not ours.path.is_file():
-        options["pretrained_cfg_overlay"] = {**overlay, "file": str(file_of(ours))}
 
 
 def _name_with_tag(variant: str, tag: Any) -> str:
