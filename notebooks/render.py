@@ -4,7 +4,7 @@
     python notebooks/render.py photos -p PHOTOS=my/photos   # one of them, with a parameter of your own
 
 A notebook is run from top to bottom in an empty folder by a new kernel. Pictures are stored with at most 256
-colours, or as JPEG where photographs are among them, and temporary folders are called `/tmp/work` there.
+colours, or as JPEG where photographs are among them, and temporary folders are called `my/folder` there.
 It needs `pip install -e ".[notebooks,export,text]"`.
 """
 
@@ -110,7 +110,7 @@ def _renamed(folders: re.Pattern[str], text: str) -> str:
     """A text with another name for folders; the right border of a table stays where it is."""
     lines = []
     for line in text.split("\n"):
-        renamed = folders.sub("/tmp/work", line)
+        renamed = folders.sub("my/folder", line)
         lines.append(f"{renamed[:-1]:<{len(line) - 1}}│" if line.endswith("│") else renamed)
     return "\n".join(lines)
 

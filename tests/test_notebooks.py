@@ -165,11 +165,11 @@ def test_outputs_are_stored_small_and_without_folders(render: ModuleType, tmp_pa
     render.tidy(notebook, tmp_path)
     printed, *shown = cell.outputs
     first, second, *others = printed.text.splitlines()
-    assert [first, *others] == ["in /tmp/work/run", "and /tmp/work"]
-    assert second.split() == ["│", "/tmp/work", "│"] and len(second) == len(f"│ {tmp_path} │")
+    assert [first, *others] == ["in my/folder/run", "and my/folder"]
+    assert second.split() == ["│", "my/folder", "│"] and len(second) == len(f"│ {tmp_path} │")
     assert [list(output.data) for output in shown] == [["image/jpeg"], ["image/png"], ["text/html"]]
     assert len(shown[0].data["image/jpeg"]) < len(pictures[0]) / 2
     assert Image.open(io.BytesIO(base64.b64decode(shown[1].data["image/png"]))).mode == "P"
-    assert shown[2].data["text/html"] == "<p>/tmp/work</p>"
+    assert shown[2].data["text/html"] == "<p>my/folder</p>"
     assert cell.metadata == {} and "machine" not in notebook.metadata
     render.nbformat.validate(notebook)
