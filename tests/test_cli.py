@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
@@ -219,6 +220,24 @@ def test_a_dependency_that_was_left_out_is_named(capsys, trained, monkeypatch):
     assert cli.main(["train", "--seed", "0"]) == 2
     err = capsys.readouterr().err
     assert "the package matplotlib is not installed" in err and "pip install matplotlib" in err
+    assert "Traceback" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("fault", ["raise ImportError('broken needs NumPy 2')", "import broken_too.lost"])
+def test_a_package_that_cannot_be_imported_is_named(capsys, trained, monkeypatch, tmp_path, fault):
+    for path, text in {
+        "broken/__init__.py": fault,
+        "broken-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: broken\nVersion: 1\n",
+        "broken-1.dist-info/top_level.txt": "broken\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(training, "train", lambda recipe: importlib.import_module("broken"))
+    assert cli.main(["train", "--seed", "0"]) == 2
+    err = capsys.readouterr().err
+    assert "error: the package broken is installed but cannot be used: " in err
+    assert "NumPy 2" in err or "No module named 'broken_too'" in err
     assert "Traceback" not in err and err.count("\n") == 1
 
 

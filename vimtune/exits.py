@@ -99,8 +99,8 @@ def run_guarded(action: Callable[[], int], *, show_traceback: bool) -> int:
         if _is_out_of_memory(error):
             advice = "Lower --batch-size (and raise --grad-accum), or use --grad-checkpointing or --amp."
             _print_lines(f"error: {_message(error)} {advice}")
-        elif missing := _missing_dependency(error):
-            _print_lines(f"error: {missing}")
+        elif isinstance(error, ImportError) and (cure := _unfit_environment(error)):
+            _print_lines(f"error: {cure}")
         elif isinstance(error, ValueError | OSError):
             hint = "" if show_traceback or not _is_foreign(error) else " (--traceback shows where this arose)"
             _print_lines(f"error: {_message(error)}{hint}")
@@ -157,7 +157,26 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _missing_dependency(error: Exception) -> str | None:
+def _unfit_environment(error: ImportError) -> str | None:
+    """What to do about a failed import that the packages installed are to blame for, not this one's code."""
+    return _missing_dependency(error) or _broken_package(error)
+
+
+def _broken_package(error: ImportError) -> str | None:
+    """What to do where a package is there but cannot be imported: something it needs is missing or unfit."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in modules if not name.startswith("importlib.")]
+    package = packages[-1] if packages else "vimtune"
+    if package == "vimtune" or package not in importlib.metadata.packages_distributions():
+        return None
+    return (
+        f"the package {package} is installed but cannot be used: {_message(error)}. Install what it "
+        f"needs, or {package} itself anew (pip install --upgrade {package}); --traceback shows what asked "
+        "for it"
+    )
+
+
+def _missing_dependency(error: ImportError) -> str | None:
     """What to do where a package that this one depends on was left out, as a service may do."""
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return None
