@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,15 @@ def test_names_that_are_imported_on_first_use(package):
 def test_unknown_names(package):
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'injekt'"):
         getattr(package, "injekt")  # noqa: B009 - an attribute by itself looks useless to the linter
+
+
+def test_scripts_of_one_name_do_not_meet():
+    """Files beside the package import each other by their bare names, also several folders in one process."""
+    root = Path(__file__).parent.parent
+    names = Counter(
+        path.name
+        for folder in ("benchmarks", "docs", "examples", "notebooks", "tests")
+        for path in (root / folder).rglob("*.py")
+        if path.name not in ("conftest.py", "__init__.py")
+    )
+    assert [name for name, count in names.items() if count > 1] == []

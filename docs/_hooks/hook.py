@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import evidence
-import methods
+import method_pages
 import notebook_pages
 import reference
 from mkdocs.exceptions import PluginError
@@ -40,8 +40,8 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "data_sets": reference.data_sets,
     "evidence": evidence.all_scores,
     "loggers": reference.loggers,
-    "methods": methods.sections,
-    "method_table": methods.table,
+    "methods": method_pages.sections,
+    "method_table": method_pages.table,
     "models": reference.models,
     "names": reference.names,
     "targets": reference.targets,
