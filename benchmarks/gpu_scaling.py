@@ -36,10 +36,10 @@ from rows import write_rows
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vimtune.training.distributed import Processes, open_processes
+from vimtune.runtime.distributed import Processes, open_processes
+from vimtune.runtime.precision import build_autocast, in_precision
 from vimtune.training.gradients import FreshGradients, Gradients, StandingGradients
 from vimtune.training.graph import CudaRecorder
-from vimtune.training.precision import build_autocast, in_precision
 from vimtune.training.settings import process_settings
 
 WAYS = ("sum", "ddp", "ddp_graph", "trainer")

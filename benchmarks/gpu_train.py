@@ -36,13 +36,13 @@ from rows import write_rows
 from torch import Tensor
 
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes, open_processes
+from vimtune.runtime.precision import build_autocast, in_precision
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.job import ImageJob, open_images
 from vimtune.tasks.job import Batch, Loader
 from vimtune.training import run, train
-from vimtune.training.distributed import Processes, open_processes
 from vimtune.training.graph import CudaRecorder
-from vimtune.training.precision import build_autocast, in_precision
 from vimtune.training.settings import process_settings
 
 CASES = ("vim_tiny_patch16_224:128", "vim_tiny_patch8_64:1024")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 NO_PICTURES: dict[str, Callable[..., Any]] = {
-    "vimtune.training.pictures.save_picture": lambda figure, path: path.touch(),
+    "vimtune.pages.style.save_picture": lambda figure, path: path.touch(),
     "vimtune.training.pictures.draw_learning_curve": lambda *what: None,
     "vimtune.tasks.classes.confusion.draw_confusion_matrix": lambda *what: None,
     "vimtune.tasks.classes.page.draw_reliability": lambda *what: None,

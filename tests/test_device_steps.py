@@ -310,7 +310,7 @@ def test_wrapped_for_distributed_training(flowers, device, tmp_path):
 
 def run_share(rank: int, wrap: bool, device: str, folder: Path, flowers: tuple[Tensor, Tensor]) -> None:
     """One of two processes: its half of the batch, the gradient of the whole; the first one writes."""
-    from vimtune.training.distributed import Processes  # the trainer needs more packages than the other tests
+    from vimtune.runtime.distributed import Processes  # the trainer needs more packages than the other tests
 
     torch.set_num_threads(1)
     place = torch.device(device, rank) if device == "cuda" else torch.device(device)

@@ -19,10 +19,10 @@ from vimtune import cli
 from vimtune.data import create_dataset
 from vimtune.merging import merge_to_file
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks import EvaluateOptions, Task
 from vimtune.tasks.images.trial import WithFlips
 from vimtune.training import train
-from vimtune.training.distributed import Processes
 
 IMAGES = {
     "dataset_kwargs": {"species": 3, "train_per_species": 4, "val_per_species": 2, "test_per_species": 2},

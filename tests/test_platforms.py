@@ -23,11 +23,11 @@ from vimtune.data import build_transform, create_dataset, create_loader, loader,
 from vimtune.ops.cpu import cache
 from vimtune.output import write_folder
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.runtime.device import resolve_device
+from vimtune.runtime.precision import build_autocast, build_scaler
 from vimtune.tasks.job import Batch
 from vimtune.tensor_file import read_tensors
-from vimtune.training.distributed import resolve_device
 from vimtune.training.graph import refusals
-from vimtune.training.precision import build_autocast, build_scaler
 from vimtune.training.prefetch import Readback, WindowReader
 from vimtune.utils import atomic_write
 

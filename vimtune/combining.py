@@ -27,8 +27,8 @@ from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, given_base
 from vimtune.output import check_output
 from vimtune.predict import task_of
+from vimtune.runtime.device import resolve_device
 from vimtune.text import printable, quote
-from vimtune.training.distributed import resolve_device
 
 RESULT = "combined"
 """Name of the result on the model that is used."""

@@ -12,11 +12,11 @@ from vimtune.output import check_output
 from vimtune.predict import load_predictor
 from vimtune.results import FORMATS as ANSWERS
 from vimtune.results import Neighbours, print_answers, write_answers
+from vimtune.run_folder import adapter_path
+from vimtune.runtime.device import resolve_device
 from vimtune.tasks.images.inputs import Unreadable, find_images
 from vimtune.tasks.images.predictor import ImagePredictor, load_backbone
 from vimtune.text import printable
-from vimtune.training.distributed import resolve_device
-from vimtune.training.folder import adapter_path
 
 logger = logging.getLogger(__name__)
 

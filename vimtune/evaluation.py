@@ -17,12 +17,12 @@ from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, recipe_of_trained
 from vimtune.output import check_output, write_text
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.runtime.distributed import open_processes
+from vimtune.runtime.launch import read_launch
 from vimtune.scored import FORMATS, Scored
 from vimtune.tasks import TASKS
 from vimtune.text import quote
-from vimtune.training.distributed import open_processes
 from vimtune.training.evaluate import evaluate_trial
-from vimtune.training.launch import read_launch
 from vimtune.training.settings import process_settings
 from vimtune.utils import suggest
 

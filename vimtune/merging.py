@@ -17,9 +17,9 @@ from vimtune.console import build_console, print_line
 from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, given_base
 from vimtune.predict import task_of
+from vimtune.runtime.device import resolve_device
 from vimtune.tasks.merging import Merged, Precision
 from vimtune.text import quote
-from vimtune.training.distributed import resolve_device
 
 
 def merge_to_file(

@@ -25,11 +25,11 @@ from vimtune.adapters import (
 )
 from vimtune.merged import is_merged_file, read_merged_info
 from vimtune.recipe import complete_stored
+from vimtune.run_folder import RunFolder
+from vimtune.run_folder import adapter_path as adapter_path
 from vimtune.schema import STRICT, Count, check
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import quote
-from vimtune.training.folder import RunFolder
-from vimtune.training.folder import adapter_path as adapter_path
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from vimtune.origin import adapter_path, given_base
 from vimtune.output import check_output
 from vimtune.recipe import TASK
 from vimtune.results import FORMATS, Answer, print_answers, write_answers
+from vimtune.runtime.device import resolve_device
 from vimtune.schema import Name, check
 from vimtune.tasks import TASKS, Task
 from vimtune.tasks.predictor import LeftOut, Predictor
 from vimtune.text import counted, printable, quote
-from vimtune.training.distributed import resolve_device
 
 logger = logging.getLogger(__name__)
 

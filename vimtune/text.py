@@ -112,3 +112,10 @@ def split_outside(text: str, separator: str) -> list[str]:
         else:
             parts[-1] += token
     return parts if depth == 0 else text.split(separator)
+
+
+def duration(seconds: float) -> str:
+    """`95` -> `1:35`, `3700` -> `1:01:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -53,7 +53,7 @@ def test_a_stand_in_of_the_grid_runs_and_shows_published_scores(paper, tmp_path,
     """A method of the grid on a few generated images that go by the names of Flowers-102 and Caltech-101."""
     monkeypatch.setattr("vimtune.compare.command.Processes", InProcess())
     monkeypatch.setattr("vimtune.compare.command.POLL_SECONDS", 0)
-    monkeypatch.setattr("vimtune.training.pictures.save_picture", lambda figure, path: path.touch())
+    monkeypatch.setattr("vimtune.pages.style.save_picture", lambda figure, path: path.touch())
     changes = {key: value for key, value in TINY.items() if key != "dataset_kwargs"}
     stand_in = {"dataset": "synthetic_flowers", "dataset_kwargs": TINY["dataset_kwargs"]}
     small = {**paper.data["caltech_small"], **stand_in, "model": "test_vim", "model_kwargs": {"depth": 4}}

@@ -98,7 +98,7 @@ def test_nobody_beats_the_methods_on_the_line():
 
 
 def test_pictures_of_one_size_of_one_method_and_of_nothing(tmp_path):
-    from vimtune.training.pictures import save_picture
+    from vimtune.pages.style import save_picture
 
     many = [Row(f"m{n}", "x", (result(50 + n),), 1e-3) for n in range(25)]
     for number, rows in enumerate((ROWS, many, ROWS[3:], ROWS[4:])):

@@ -10,11 +10,11 @@ from search_runs import flags, tiny_plan
 
 from vimtune import cli
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
 from vimtune.search.fitting import check_parts
 from vimtune.search.reading import SpaceError, read_space_file
 from vimtune.search.search import begin
 from vimtune.tasks import Task
-from vimtune.training.distributed import Processes
 
 
 def problems(parts: dict[str, Any], **values: Any) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import vimtune
 from vimtune.data import build_transform
 from vimtune.recipe import Recipe, RecipeError
+from vimtune.runtime.precision import build_autocast
 from vimtune.tasks.images.distillation import Distillation, Teacher
-from vimtune.training.precision import build_autocast
 from vimtune.training.state import load_run_state
 
 PLAIN = build_transform("none", (8, 8))

@@ -12,7 +12,7 @@ import vimtune
 from vimtune.recipe import Recipe
 from vimtune.tasks.images import job as image_job
 from vimtune.tasks.images.features import ImagesOrFeatures
-from vimtune.training.report import Report
+from vimtune.tasks.report import Report
 from vimtune.training.state import load_run_state
 
 RUN: dict[str, Any] = {

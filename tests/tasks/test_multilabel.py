@@ -13,9 +13,9 @@ from PIL import Image
 from vimtune import load_predictor
 from vimtune.merging import run_merge
 from vimtune.recipe import Recipe, RecipeError
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks.images.tags import TagTally, binary_losses, positive_weights, tag_evaluation
 from vimtune.training import Callback, train
-from vimtune.training.distributed import Processes
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

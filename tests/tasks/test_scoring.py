@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
+from vimtune.runtime.precision import build_autocast
 from vimtune.tasks.classes.answers import answers_of, rank_answers
 from vimtune.tasks.images.scoring import ImageTally, evaluation_of
 from vimtune.tasks.job import Batch, Trial
 from vimtune.training import InputError, evaluate
-from vimtune.training.distributed import Processes
 from vimtune.training.evaluate import _Counting, evaluate_trial
 from vimtune.training.guard import NonFiniteError
-from vimtune.training.precision import build_autocast
 
 CPU = torch.device("cpu")
 

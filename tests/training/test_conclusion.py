@@ -15,15 +15,17 @@ from PIL import Image
 from tiny_runs import logged_run, outcome_of, report_of
 
 from vimtune.console import build_console
+from vimtune.pages import style
+from vimtune.run_folder import RunFolder
 from vimtune.tasks.classes import confusion, page
 from vimtune.tasks.classes.confusion import confusion_files, write_confusion_table
 from vimtune.tasks.classes.details import ClassDetails, Examples, Temperature
 from vimtune.tasks.job import Outcome
+from vimtune.tasks.report import Report
 from vimtune.training import OutputError, conclusion, pictures
 from vimtune.training.conclusion import conclude
-from vimtune.training.folder import RunFolder
 from vimtune.training.logs import Logs
-from vimtune.training.report import Report, print_report, write_report
+from vimtune.training.report import print_report, write_report
 from vimtune.training.tracking import Tracker
 
 CONFUSION = torch.tensor([[3, 1, 0], [2, 0, 2], [0, 0, 4]])
@@ -101,7 +103,7 @@ def test_pictures_are_left_out_where_nobody_will_look_at_them(tmp_path):
     "error", [ValueError("a\nb"), TypeError("set_text()"), OSError(28, "No space left"), MemoryError()]
 )
 def test_a_failed_decoration_is_a_warning(tmp_path, monkeypatch, capsys, place, part, error):
-    monkeypatch.setattr(pictures, "save_picture", lambda figure, path: path.touch())
+    monkeypatch.setattr(style, "save_picture", lambda figure, path: path.touch())
     (tmp_path / "learning_curve.png").write_text("of an earlier session")
     monkeypatch.setattr(*place, raising(error))
     report = finish(tmp_path)
@@ -121,7 +123,7 @@ def test_the_result_is_on_disk_before_anything_is_drawn_or_printed(tmp_path, mon
 
     for module, name in (
         (confusion, "write_confusion_table"),
-        (pictures, "save_picture"),
+        (style, "save_picture"),
         (conclusion, "print_report"),
     ):
         monkeypatch.setattr(module, name, look)
@@ -130,7 +132,7 @@ def test_the_result_is_on_disk_before_anything_is_drawn_or_printed(tmp_path, mon
 
 
 def test_a_table_that_cannot_be_printed_is_a_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pictures, "save_picture", lambda figure, path: path.touch())
+    monkeypatch.setattr(style, "save_picture", lambda figure, path: path.touch())
     monkeypatch.setattr(conclusion, "print_report", raising(UnicodeError("no")))
     assert finish(tmp_path).warnings == []  # of report.json: they tell of files that are missing
     assert "warning: no final table: UnicodeError: no" in capsys.readouterr().out

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks.classification import Classification
-from vimtune.training.distributed import Processes
 from vimtune.training.identity import Facts, ResumeError, compare
 from vimtune.training.state import Progress, RunState, load_run_state, save_run_state
 

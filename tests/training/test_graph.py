@@ -15,6 +15,7 @@ from torch import nn
 
 from vimtune import adapters
 from vimtune.recipe import Recipe, RecipeError, load_recipe
+from vimtune.runtime.precision import build_autocast
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.scoring import ImageTally
 from vimtune.tasks.job import Batch
@@ -23,7 +24,6 @@ from vimtune.training.evaluate import Replays, evaluate
 from vimtune.training.gradients import StandingGradients, put_gradients
 from vimtune.training.graph import BatchGraphs, CaptureError, CudaRecorder, refusals
 from vimtune.training.guard import NonFiniteError
-from vimtune.training.precision import build_autocast
 from vimtune.training.state import load_run_state
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

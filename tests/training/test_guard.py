@@ -9,10 +9,10 @@ import torch
 from tiny_runs import assert_same_weights, metrics
 from torch import nn
 
+from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.classification import Classification
 from vimtune.training import NonFiniteError, passes, stepper, train
 from vimtune.training.guard import find_nonfinite
-from vimtune.training.settings import derive_seed
 from vimtune.training.state import load_run_state
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import vimtune
 from vimtune import adapters
+from vimtune.runtime.seeds import seed_generators
 from vimtune.training.optim import (
     CosineSchedule,
     WeightAverage,
@@ -19,7 +20,6 @@ from vimtune.training.optim import (
     skip_unless_finite,
     skips_by_itself,
 )
-from vimtune.training.settings import seed_generators
 
 
 def test_groups_follow_head_and_weight_decay():

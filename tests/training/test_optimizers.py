@@ -19,8 +19,8 @@ from vimtune import adapters
 from vimtune.optimizers import NEVER_NEGATIVE, OPTIMIZERS, parse_optimizer
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.runtime.distributed import Processes
 from vimtune.training import Callback, EpochRecord, Session, train
-from vimtune.training.distributed import Processes
 from vimtune.training.identity import ResumeError
 from vimtune.training.layers import layer_rates
 from vimtune.training.optim import CosineSchedule, is_matrix, set_learning_rate

@@ -24,10 +24,11 @@ from vimtune.console import build_console
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.report import ImageReport
+from vimtune.text import duration
 from vimtune.training import OutputError, Report, train
 from vimtune.training.identity import Facts
 from vimtune.training.state import EpochRecord, Progress, RunState, load_run_state, save_run_state
-from vimtune.training.tracking import Tracker, duration
+from vimtune.training.tracking import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ from nasty import NASTY_NAMES
 from PIL import Image
 from tiny_runs import report_of
 
+from vimtune.pages.style import save_picture
 from vimtune.tasks.base import Score
 from vimtune.tasks.classes.confusion import MAX_NAME, class_labels, draw_confusion_matrix, undrawable
-from vimtune.training.pictures import draw_learning_curve, save_picture
-from vimtune.training.report import Report
+from vimtune.tasks.report import Report
+from vimtune.training.pictures import draw_learning_curve
 
 TOP1 = Score("top1", "top-1")
 

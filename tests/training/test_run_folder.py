@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from vimtune import run_folder as folder
 from vimtune.recipe import load_recipe
+from vimtune.run_folder import FolderInUseError, RunFolder, create_unused, hold
 from vimtune.tasks.classification import Classification
-from vimtune.training import OutputError, folder, run, train
-from vimtune.training.folder import FolderInUseError, RunFolder, create_unused, hold
+from vimtune.training import OutputError, run, train
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -80,7 +81,7 @@ def test_two_runs_that_both_found_the_folder_free(tiny, monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from vimtune.training.folder import RunFolder, hold
+from vimtune.run_folder import RunFolder, hold
 with hold(RunFolder(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)

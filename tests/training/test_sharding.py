@@ -18,9 +18,9 @@ from vimtune.adapters.slots import at_rest, base_parameters
 from vimtune.models.vim import Flow
 from vimtune.recipe import load_recipe
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.runtime.distributed import Processes
 from vimtune.tensor_file import read_tensors
 from vimtune.training import graph, sharding, train
-from vimtune.training.distributed import Processes
 from vimtune.training.sharding import Sharded, blocks_of, build_placement
 
 SETTINGS = {"grad_accum": 2, "ema": 0.9, "clip_grad": 0.5}

@@ -18,14 +18,14 @@ from vimtune import adapters
 from vimtune.data import build_transform, create_dataset, create_loader
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.runtime.distributed import Processes
+from vimtune.runtime.precision import build_autocast
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.job import build_model
 from vimtune.tasks.images.scoring import ImageTally
 from vimtune.training import InputError, Report, evaluate, run, train, trained
-from vimtune.training.distributed import Processes
 from vimtune.training.identity import ResumeError
-from vimtune.training.precision import build_autocast
 from vimtune.training.state import load_run_state
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

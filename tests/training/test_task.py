@@ -17,9 +17,9 @@ from toy_task import CHOICES, Bigrams, Likelihoods, Sequences, log_likelihoods
 from two_ranks import register_toy_task, run_two
 
 from vimtune.recipe import load_recipe
+from vimtune.runtime.distributed import Processes
+from vimtune.runtime.precision import build_autocast
 from vimtune.training import Interrupted, ScoreReport, evaluate, train
-from vimtune.training.distributed import Processes
-from vimtune.training.precision import build_autocast
 from vimtune.training.report import print_report
 from vimtune.training.state import load_run_state
 

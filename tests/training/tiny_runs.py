@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vimtune.loggers import LoggedRun
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks.classes.answers import ClassAnswers, answers_of
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.report import ImageReport, build_image_report
 from vimtune.tasks.images.scoring import evaluation_of
 from vimtune.tasks.job import Outcome
-from vimtune.training.distributed import Processes
 from vimtune.training.report import shared_fields
 from vimtune.training.state import EpochRecord, Progress, load_run_state
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import vimtune
 from vimtune.fields import option
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
+from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks import (
     Batch,
     Evaluation,
@@ -29,8 +31,6 @@ from vimtune.tasks import (
     Tensors,
     register_task,
 )
-from vimtune.training.distributed import Processes
-from vimtune.training.settings import derive_seed
 
 VOCABULARY, LENGTH, CHOICES, PADDING = 11, 10, 3, 0
 

@@ -20,8 +20,9 @@ from vimtune.data import ImageReadError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.models import VisionMamba
 from vimtune.recipe import Recipe
+from vimtune.runtime import distributed
 from vimtune.tasks.images import job as images_job
-from vimtune.training import distributed, train, trained, trainer
+from vimtune.training import train, trained, trainer
 from vimtune.training.prefetch import WindowReader
 from vimtune.training.stepper import Stepper
 

@@ -19,11 +19,12 @@ from vimtune.merged import is_merged_file, read_merged
 from vimtune.models import VisionMamba
 from vimtune.origin import check_replaced, recipe_of_trained
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.runtime.distributed import Processes, open_processes
+from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.images.job import create_backbone
 from vimtune.tasks.job import Forward, Job, Loader, Tensors
-from vimtune.training.distributed import Processes, open_processes
 from vimtune.training.report import device_name, versions
-from vimtune.training.settings import derive_seed, process_settings
+from vimtune.training.settings import process_settings
 
 Loss = Callable[[Forward], Tensor]
 """The mean loss of one training batch, a scalar, as a function of whatever calls the model."""

@@ -21,14 +21,13 @@ from vimtune.compare.worker import LOG_FILE
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
-from vimtune.text import counted, printable, quote, shorten
-from vimtune.training.distributed import Processes as OneProcess
-from vimtune.training.distributed import resolve_device
-from vimtune.training.folder import RunFolder, create_unused, hold, writing
+from vimtune.run_folder import RunFolder, create_unused, hold, writing
+from vimtune.runtime.device import resolve_device
+from vimtune.runtime.distributed import Processes as OneProcess
+from vimtune.runtime.launch import read_launch
+from vimtune.text import counted, duration, printable, quote, shorten
 from vimtune.training.identity import HARMLESS, changed
 from vimtune.training.interrupt import Interrupted, StopRequest
-from vimtune.training.launch import read_launch
-from vimtune.training.tracking import duration
 
 MAY_CHANGE = frozenset((*HARMLESS, "device", "threads")) - {"checkpoint", "pretrained"}
 """Keys of recipes that a comparison may have otherwise when it is continued. The weights from which runs

@@ -9,7 +9,7 @@ from vimtune.compare.plan import load_plan
 from vimtune.compare.results import Row
 from vimtune.compare.tables import CURVES, best_of
 from vimtune.console import build_console, print_line
-from vimtune.training.folder import RunFolder, create_unused
+from vimtune.run_folder import RunFolder, create_unused
 
 PLAN = Path(__file__).with_name("quickstart.yaml")
 """The plan of the comparison."""

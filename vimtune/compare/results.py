@@ -12,12 +12,12 @@ from typing import Any
 from vimtune.fields import options_of
 from vimtune.methods import sizing_options
 from vimtune.recipe import Recipe, complete_stored
+from vimtune.run_folder import RunFolder
 from vimtune.schema import check, load_json, parse_json
 from vimtune.tasks import Score
+from vimtune.tasks.report import Report
 from vimtune.text import quote
-from vimtune.training.folder import RunFolder
 from vimtune.training.identity import HARMLESS
-from vimtune.training.report import Report
 
 INCIDENTAL = frozenset(
     (

@@ -20,9 +20,8 @@ from vimtune.compare.plan import Plan
 from vimtune.compare.results import Result, Row, Spread
 from vimtune.console import neutral, print_line
 from vimtune.output import write_text
-from vimtune.text import csv_cell, escape_markdown, printable, shorten
-from vimtune.training.pictures import save_picture
-from vimtune.training.tracking import duration
+from vimtune.pages.style import save_picture
+from vimtune.text import csv_cell, duration, escape_markdown, printable, shorten
 
 NONE = "-"
 """What a cell has where there is nothing."""

@@ -21,8 +21,8 @@ from vimtune.exchange.formats import Format
 from vimtune.exchange.local_paths import without_paths
 from vimtune.models.weights import weights_of
 from vimtune.predict import task_of
+from vimtune.run_folder import RunFolder
 from vimtune.text import escape_markdown, shorten
-from vimtune.training.folder import RunFolder
 
 MAX_CLASSES = 100
 """Names of classes that a card lists."""

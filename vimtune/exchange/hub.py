@@ -27,8 +27,8 @@ from vimtune.exchange.local_paths import clean_json
 from vimtune.merged import is_merged_file
 from vimtune.origin import adapter_path, given_base
 from vimtune.output import write_folder
+from vimtune.runtime.device import resolve_device
 from vimtune.text import printable, quote, shorten
-from vimtune.training.distributed import resolve_device
 
 CARD = "README.md"
 """Name of the model card."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vimtune.loggers.base import LoggedRun, Logger, Record, curves
+from vimtune.loggers.growing_file import GrowingFile
 from vimtune.loggers.registry import register_logger
-
-if TYPE_CHECKING:
-    from vimtune.training.growing_file import GrowingFile
 
 
 @register_logger("csv")
@@ -28,9 +26,6 @@ class Csv(Logger):
 
     def open(self, run: LoggedRun, known: int) -> int:
         """Begin the file with its header; it has no records yet."""
-        # This comes late, because loggers are listed without torch.
-        from vimtune.training.growing_file import GrowingFile
-
         path = run.folder / "metrics.csv"
         self._file, self._columns = GrowingFile(path, path), run.curves
         self._append(["step", "epoch", *self._columns])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vimtune.loggers.base import LoggedRun, Logger, Record
+from vimtune.loggers.growing_file import GrowingFile
 from vimtune.loggers.registry import register_logger
-
-if TYPE_CHECKING:
-    from vimtune.training.growing_file import GrowingFile
+from vimtune.run_folder import RunFolder
 
 
 @register_logger("jsonl")
@@ -35,10 +34,6 @@ class JsonLines(Logger):
 
     def open(self, run: LoggedRun, known: int) -> int:
         """Open the file and drop what is to be written again; returns how many records stay."""
-        # These come late, because loggers are listed without torch.
-        from vimtune.training.folder import RunFolder
-        from vimtune.training.growing_file import GrowingFile
-
         path = RunFolder(run.folder).metrics
         self._file = GrowingFile(path, path, run.kept_bytes)
         with open(path, "rb") as lines:

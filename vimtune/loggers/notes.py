@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vimtune.run_folder import writing
+from vimtune.utils import atomic_write
+
 MOST_CHARACTERS = 200
 """Length of the longest note that is read."""
 
@@ -39,10 +42,6 @@ def write_note(folder: Path, logger: str, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    # These come late, because loggers are listed without torch.
-    from vimtune.training.folder import writing
-    from vimtune.utils import atomic_write
-
     path = note_path(folder, logger)
 
     def write(temporary: Path) -> None:

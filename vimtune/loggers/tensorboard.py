@@ -7,17 +7,15 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vimtune.loggers.base import LoggedRun, Logger, Record, curves
+from vimtune.loggers.growing_file import GrowingFile
 from vimtune.loggers.notes import read_note, write_note
 from vimtune.loggers.registry import register_logger
+from vimtune.run_folder import RunFolder
 from vimtune.text import printable
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vimtune.training.growing_file import GrowingFile
 
 _NOTE = r"(?P<records>\d{1,15}) records, step (?P<step>\d{1,15})\n"
 """How many records the event files have, and the step of the last one."""
@@ -43,11 +41,8 @@ class TensorBoard(Logger):
 
     def open(self, run: LoggedRun, known: int) -> int:
         """Begin the file of this session; returns how many records those of the sessions before it have."""
-        # These come late, because loggers are listed without them.
+        # This comes late, because loggers are listed without their packages.
         from tensorboard.compat.proto.event_pb2 import SessionLog
-
-        from vimtune.training.folder import RunFolder
-        from vimtune.training.growing_file import GrowingFile
 
         folder = RunFolder(run.folder).tensorboard
         follows = folder.is_dir() and any(folder.iterdir())

@@ -1,4 +1,4 @@
-"""The style of all pictures.
+"""The style of all pictures, and how they are saved.
 
 Matplotlib's objects are used directly: pyplot would keep a list of figures for the whole process.
 """
@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import matplotlib.style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
+
+from vimtune.run_folder import writing
+from vimtune.utils import atomic_write
 
 FALLBACK_FONTS = (
     "Noto Sans CJK JP",
@@ -46,3 +52,10 @@ def picture_style() -> Iterator[None]:
 def whole_numbers() -> MaxNLocator:
     """Ticks for an axis of whole numbers."""
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write `figure` as a PNG file, in one step."""
+    FigureCanvasAgg(figure)
+    with picture_style(), writing(path):
+        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))

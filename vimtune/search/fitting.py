@@ -18,12 +18,12 @@ from torch import nn
 from vimtune.adapters import delete_adapter, inject
 from vimtune.adapters.budget import without_values
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
 from vimtune.search.plan import Plan
 from vimtune.search.reading import SpaceError
 from vimtune.search.results import describe
 from vimtune.search.settings import Choice, Fixed, Plain
 from vimtune.search.space import Drawn, Part, Space
-from vimtune.training.distributed import Processes
 
 
 def check_parts(plan: Plan) -> list[str]:

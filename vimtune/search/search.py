@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vimtune.console import build_console, print_line
+from vimtune.pages.style import save_picture
 from vimtune.recipe import Recipe
+from vimtune.run_folder import RunFolder, hold, writing
+from vimtune.runtime.seeds import derive_seed
 from vimtune.search import results
 from vimtune.search.fitting import check_parts
 from vimtune.search.plan import PLAN, Plan
@@ -23,10 +26,7 @@ from vimtune.search.trial import LOSS, Job, TrialOutcome, keep_records
 from vimtune.search.workers import run_here, run_in_processes
 from vimtune.tasks.base import Score
 from vimtune.text import printable
-from vimtune.training.folder import RunFolder, hold, writing
 from vimtune.training.interrupt import Interrupted
-from vimtune.training.pictures import save_picture
-from vimtune.training.settings import derive_seed
 
 if TYPE_CHECKING:
     import optuna

@@ -191,7 +191,7 @@ class Study:
         """Draw what trial `number` draws by a seed of its own."""
         import optuna
 
-        from vimtune.training.settings import derive_seed
+        from vimtune.runtime.seeds import derive_seed
 
         seed = derive_seed(self._seed, "trial", number) % 2**32
         self._study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)

@@ -152,7 +152,7 @@ def keep_records(folder: Path) -> None:
 @contextlib.contextmanager
 def _logged(folder: Path) -> Iterator[None]:
     """Write what is printed within the block to log.txt in the folder."""
-    from vimtune.training.folder import writing
+    from vimtune.run_folder import writing
 
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vimtune.recipe import Recipe
+    from vimtune.runtime.distributed import Processes
     from vimtune.tasks.exporting import Exported
     from vimtune.tasks.job import Job, Trial
     from vimtune.tasks.merging import Merged, Precision
     from vimtune.tasks.predictor import Predictor
-    from vimtune.training.distributed import Processes
-    from vimtune.training.report import Report
+    from vimtune.tasks.report import Report
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Task(Options, ABC):
 
     def report_type(self) -> type[Report]:
         """The class of the reports that this task's jobs build."""
-        from vimtune.training.report import ScoreReport
+        from vimtune.tasks.report import ScoreReport
 
         return ScoreReport
 

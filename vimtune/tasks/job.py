@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from vimtune.tasks.base import Task
-    from vimtune.training.report import Report
+    from vimtune.tasks.report import Report
 
 READERS = "readers"
 """Under this key an adapter file keeps the `readers` of the job that trained it, in its `extra`."""
@@ -31,6 +31,10 @@ Tensors = dict[str, "Tensor"]
 
 Forward = Callable[..., Any]
 """Calls the model of a job, in the precision of the run, with the arguments of its `forward`."""
+
+
+class InputError(ValueError):
+    """Data cannot be read; the state of the run is fine and was saved."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,7 @@ class Loader(ABC):
         """Yield the batches.
 
         Raises:
-            InputError: (`vimtune.training.InputError`) the data cannot be read. The run saves its state and
-                ends.
+            InputError: the data cannot be read. The run saves its state and ends.
         """
 
     @property
@@ -227,7 +230,7 @@ class Job(ABC):
             shared: values of the fields that the reports of all tasks have.
             outcome: what the run has reached.
         """
-        from vimtune.training.report import ScoreReport
+        from vimtune.tasks.report import ScoreReport
 
         return ScoreReport(**shared, **ScoreReport.values(outcome))
 

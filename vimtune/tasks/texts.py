@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from vimtune.recipe import Recipe
+    from vimtune.runtime.distributed import Processes
     from vimtune.tasks.exporting import Exported
     from vimtune.tasks.merging import Merged, Precision
     from vimtune.tasks.text.job import TextJob
     from vimtune.tasks.text.trial import TextTrial
-    from vimtune.training.distributed import Processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from vimtune.late_names import late_names
 from vimtune.output import OutputError
+from vimtune.tasks.job import InputError
 from vimtune.training.evaluate import evaluate  # not late, because its module has the same name
 from vimtune.training.guard import NonFiniteError
-from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted
 
 if TYPE_CHECKING:
+    from vimtune.tasks.report import Report, ScoreReport
     from vimtune.training.callbacks import Callback, Session, StepRecord
-    from vimtune.training.report import Report, ScoreReport
     from vimtune.training.state import EpochRecord
     from vimtune.training.trainer import train
 
@@ -38,7 +38,7 @@ __all__ = [
 
 _HOMES = {
     "vimtune.training.callbacks": ("Callback", "Session", "StepRecord"),
-    "vimtune.training.report": ("Report", "ScoreReport"),
+    "vimtune.tasks.report": ("Report", "ScoreReport"),
     "vimtune.training.state": ("EpochRecord",),
     "vimtune.training.trainer": ("train",),
 }

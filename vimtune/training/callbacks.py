@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vimtune.recipe import Recipe
-from vimtune.training.report import Report
+from vimtune.tasks.report import Report
 from vimtune.training.state import EpochRecord, Progress
 
 

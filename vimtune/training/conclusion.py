@@ -8,15 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from vimtune.output import OutputError
+from vimtune.pages import style
 from vimtune.pages.page import Page
 from vimtune.pages.section import Picture, Section
+from vimtune.run_folder import RunFolder, writing
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Outcome
+from vimtune.tasks.report import Report
 from vimtune.text import shorten
 from vimtune.training import pictures
-from vimtune.training.folder import RunFolder, writing
 from vimtune.training.logs import MAX_REASON, Logs
-from vimtune.training.report import Report, print_report, write_report
+from vimtune.training.report import print_report, write_report
 from vimtune.training.tracking import Tracker
 from vimtune.utils import atomic_write
 
@@ -85,7 +87,7 @@ def _decorate(
 
     def draw_curve(path: Path) -> None:
         score = outcome.task.scores[0] if outcome.task.scores else None
-        pictures.save_picture(pictures.draw_learning_curve(report, score), path)
+        style.save_picture(pictures.draw_learning_curve(report, score), path)
 
     paths = {folder.path / name: make for name, make in files.items()} | {folder.learning_curve: draw_curve}
     for path, make in paths.items():

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vimtune.recipe import Recipe
-from vimtune.tasks.job import Batch, Evaluation, Scoring, Tally, Tensors, Trial
-from vimtune.training.distributed import Processes
+from vimtune.runtime.distributed import Processes
+from vimtune.runtime.precision import Autocast, build_autocast, in_precision
+from vimtune.tasks.job import Batch, Evaluation, InputError, Scoring, Tally, Tensors, Trial
 from vimtune.training.graph import BatchGraphs, CaptureError
 from vimtune.training.guard import NonFiniteError, find_nonfinite, finite_flag
-from vimtune.training.inputs import InputError
-from vimtune.training.precision import Autocast, build_autocast, in_precision
 from vimtune.training.prefetch import Arriving, WindowReader
 from vimtune.training.sharding import Placement, Replicated
 

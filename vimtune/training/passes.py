@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from vimtune.runtime.precision import Autocast, in_precision
+from vimtune.runtime.seeds import derive_seed, seed_generators
 from vimtune.tasks.job import Batch, Job, Tensors
 from vimtune.training.gradients import Gradients
 from vimtune.training.graph import BatchGraphs, CaptureError
 from vimtune.training.guard import find_nonfinite
-from vimtune.training.precision import Autocast, in_precision
-from vimtune.training.settings import derive_seed, seed_generators
 
 
 class Passes:

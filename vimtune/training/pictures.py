@@ -1,23 +1,17 @@
-"""The pictures of a run: how they are saved, and the learning curve."""
+"""The learning curve of a run."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from vimtune.pages.style import picture_style, whole_numbers
 from vimtune.tasks.base import Score
+from vimtune.tasks.report import Report
 from vimtune.text import shorten
-from vimtune.training.folder import writing
-from vimtune.utils import atomic_write
-
-if TYPE_CHECKING:
-    from vimtune.training.report import Report
 
 SUFFIX = ".png"
 """How the names of all pictures of a run folder end."""
@@ -60,13 +54,6 @@ def draw_learning_curve(report: Report, score: Score | None) -> Figure:
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
         losses.set_title(shorten(f"{report.model}, {report.method}", 60))
         return figure
-
-
-def save_picture(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG file, in one step."""
-    FigureCanvasAgg(figure)
-    with picture_style(), writing(path):
-        atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def _top_of(axes: Axes) -> float:

@@ -15,24 +15,24 @@ from torch import Tensor
 import vimtune
 from vimtune import adapters
 from vimtune.recipe import Recipe
+from vimtune.run_folder import RunFolder, writing
+from vimtune.runtime.distributed import PeerLostError, Processes
+from vimtune.runtime.precision import Autocast
 from vimtune.tasks.base import Task
-from vimtune.tasks.job import READERS, Batch, Evaluation, Job, Loader, Outcome
+from vimtune.tasks.job import READERS, Batch, Evaluation, InputError, Job, Loader, Outcome
+from vimtune.tasks.report import Report
 from vimtune.text import counted
 from vimtune.training.callbacks import Callback, Session, StepRecord
 from vimtune.training.conclusion import conclude
-from vimtune.training.distributed import PeerLostError, Processes
 from vimtune.training.evaluate import Replays, evaluate
-from vimtune.training.folder import RunFolder, writing
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.identity import Facts, lasting
-from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Interrupted, Stopping, StopRequest
 from vimtune.training.logs import Logs
 from vimtune.training.memory import peak_memory
 from vimtune.training.optim import CosineSchedule
-from vimtune.training.precision import Autocast
 from vimtune.training.prefetch import WindowReader
-from vimtune.training.report import Report, describe_method, shared_fields
+from vimtune.training.report import describe_method, shared_fields
 from vimtune.training.settling import settle
 from vimtune.training.state import (
     EpochRecord,

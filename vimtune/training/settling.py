@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from vimtune import adapters
-from vimtune.tasks.job import Batch, Loader
-from vimtune.training.distributed import Processes
-from vimtune.training.inputs import InputError
+from vimtune.runtime.distributed import Processes
+from vimtune.tasks.job import Batch, InputError, Loader
 from vimtune.training.interrupt import Stopping, StopRequest
 from vimtune.training.passes import Passes
 from vimtune.training.stepper import NOT_READ

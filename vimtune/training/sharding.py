@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from vimtune.adapters import settles
 from vimtune.adapters.slots import SLOTS, at_rest, plain_class
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.runtime.distributed import PeerLostError, Processes
 from vimtune.tasks.job import Batch
-from vimtune.training.distributed import PeerLostError, Processes
 
 
 class Part(NamedTuple):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vimtune.recipe import Recipe
+from vimtune.run_folder import RunFolder, create_unused, hold, writing
+from vimtune.runtime.distributed import Processes
+from vimtune.tasks.report import Report
 from vimtune.text import printable, quote
-from vimtune.training.distributed import Processes
-from vimtune.training.folder import RunFolder, create_unused, hold, writing
 from vimtune.training.identity import HARMLESS, ResumeError, changed, lasting
-from vimtune.training.report import Report, read_report
+from vimtune.training.report import read_report
 from vimtune.training.state import (
     Progress,
     RunState,

@@ -37,11 +37,11 @@ from vimtune.adapters import AdapterFileError, read_adapter_info
 from vimtune.optimizers import NEVER_NEGATIVE, OPTIMIZERS
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.run_folder import RunFolder, writing
 from vimtune.schema import STRICT, Count, check, load_json, parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote, shorten
 from vimtune.training.earlier import FORMAT_1, convert
-from vimtune.training.folder import RunFolder, writing
 from vimtune.training.guard import NonFiniteError, describe, is_finite
 from vimtune.training.identity import Facts, ResumeError
 from vimtune.utils import atomic_write

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 import torch
 
 from vimtune import adapters
-from vimtune.tasks.job import Batch
-from vimtune.training.distributed import Processes
+from vimtune.runtime.distributed import Processes
+from vimtune.tasks.job import Batch, InputError
 from vimtune.training.gradients import GradientWatch, scale_and_clip
 from vimtune.training.guard import NonFiniteError
-from vimtune.training.inputs import InputError
 from vimtune.training.interrupt import Stopping, StopRequest
 from vimtune.training.optim import CosineSchedule, set_learning_rate, skip_unless_finite, skips_by_itself
 from vimtune.training.passes import Passes

@@ -13,17 +13,11 @@ from rich.text import Text
 
 from vimtune.console import fit, print_line
 from vimtune.tasks.base import Task
+from vimtune.text import duration
 from vimtune.training.state import EpochRecord
 
 BAR_WIDTH = 12
 """Columns of the progress bar, which a terminal narrower than four of them goes without."""
-
-
-def duration(seconds: float) -> str:
-    """`95` -> `1:35`, `3700` -> `1:01:40`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Tracker:

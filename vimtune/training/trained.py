@@ -15,10 +15,10 @@ from vimtune.adapters.tensors import check_tensors as check_adapter_tensors
 from vimtune.adapters.tensors import check_values
 from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.runtime.precision import build_scaler
 from vimtune.training.identity import ResumeError
 from vimtune.training.layers import layer_rates
 from vimtune.training.optim import Average, OptimizerAverage, WeightAverage, build_optimizer, is_matrix
-from vimtune.training.precision import build_scaler
 from vimtune.training.sharding import Placement, piece
 from vimtune.training.state import RunState, check_tensors, optimizer_tensors, restore_optimizer
 

@@ -16,12 +16,14 @@ from vimtune.ops import resolved_backend
 from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe import Recipe
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.run_folder import adapter_path
+from vimtune.runtime.distributed import Processes, open_processes
+from vimtune.runtime.precision import Autocast, build_autocast
 from vimtune.tasks.job import Job, Tensors
+from vimtune.tasks.report import Report
 from vimtune.text import quote
 from vimtune.training.callbacks import Callback, Session
-from vimtune.training.distributed import Processes, open_processes
 from vimtune.training.evaluate import Replays
-from vimtune.training.folder import adapter_path
 from vimtune.training.gradients import FreshGradients, Gradients, StandingGradients
 from vimtune.training.graph import BatchGraphs, CudaRecorder, Recorder, refusals
 from vimtune.training.identity import Facts, compare, facts_of_all, settings_of_all
@@ -30,9 +32,8 @@ from vimtune.training.logs import Logs, compared_settings
 from vimtune.training.memory import restart_peak
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.passes import Passes
-from vimtune.training.precision import Autocast, build_autocast
 from vimtune.training.prefetch import WindowReader
-from vimtune.training.report import Report, print_report, versions
+from vimtune.training.report import print_report, versions
 from vimtune.training.run import Run
 from vimtune.training.settings import process_settings
 from vimtune.training.sharding import build_placement

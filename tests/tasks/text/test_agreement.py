@@ -20,12 +20,12 @@ from vimtune.data.text import (
     Example,
     open_text,
 )
+from vimtune.runtime.precision import build_autocast
 from vimtune.tasks.text.batches import TextBatches
 from vimtune.tasks.text.heads import LikelihoodHead
 from vimtune.tasks.text.scoring import row_losses
 from vimtune.tasks.text.tokens import Encoder
 from vimtune.training import evaluate
-from vimtune.training.precision import build_autocast
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval, the oracle of the scores, is not installed")
 

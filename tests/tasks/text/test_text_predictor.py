@@ -20,9 +20,9 @@ import vimtune
 from vimtune import cli
 from vimtune.language import create_language_model, load_tokenizer
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks import TASKS
 from vimtune.tasks.text.predictor import ChoicePredictor, CompletionPredictor
-from vimtune.training.distributed import Processes
 
 ANSWERS = ("answerKey", "label", "answer")
 """Fields in which a line of one of the data sets has its answer."""

@@ -17,10 +17,10 @@ from vimtune import cli
 from vimtune.adapters import check_gradients, read_adapter_info
 from vimtune.language import create_language_model, load_tokenizer
 from vimtune.recipe import Recipe, RecipeError
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks import TASKS
 from vimtune.tasks.text.models import SequenceScorer
 from vimtune.training import train
-from vimtune.training.distributed import Processes
 
 TEXT_TASKS = [name for name, task in TASKS.items() if task.examples == "texts"]
 

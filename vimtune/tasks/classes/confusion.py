@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
+from vimtune.pages import style
 from vimtune.pages.style import font_families, picture_style, whole_numbers
+from vimtune.run_folder import writing
 from vimtune.text import csv_cell, printable, shorten
-from vimtune.training import pictures
-from vimtune.training.folder import writing
 from vimtune.utils import atomic_write
 
 MAX_NAMED_CLASSES = 30
@@ -39,7 +39,7 @@ def confusion_files(
     """
     return {
         CONFUSION_TABLE: lambda path: write_confusion_table(confusion, classes, path),
-        CONFUSION_PICTURE: lambda path: pictures.save_picture(
+        CONFUSION_PICTURE: lambda path: style.save_picture(
             draw_confusion_matrix(confusion, classes, title), path
         ),
     }

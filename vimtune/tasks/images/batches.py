@@ -8,8 +8,8 @@ import torch
 
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
 from vimtune.data.worker_count import AS_ASKED, HERE, WorkerCount
-from vimtune.tasks.job import Batch, Loader
-from vimtune.training.inputs import InputError, one_line
+from vimtune.tasks.job import Batch, InputError, Loader
+from vimtune.text import printable, shorten
 
 
 class ImageBatches(Loader):
@@ -68,7 +68,7 @@ class ImageBatches(Loader):
         except TooManyCorruptError:
             raise
         except (CorruptImageError, DatasetError, OSError) as error:
-            raise InputError(one_line(error)) from error
+            raise InputError(_one_line(error)) from error
 
     def left_out(self) -> Collection[str]:
         """Paths of the corrupt images that this process has met and left out."""
@@ -77,3 +77,12 @@ class ImageBatches(Loader):
     def close(self) -> None:
         """End the processes that prepare images."""
         self._loader.close()
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error.
+
+    Of an error that a worker process sent, with its trace, it is the last line.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shorten(printable(lines[-1] if lines[0].startswith("Caught ") else lines[0]), 400)

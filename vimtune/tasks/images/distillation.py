@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from vimtune.data import Transform
 from vimtune.origin import adapter_path
+from vimtune.runtime.precision import Autocast, in_precision
 from vimtune.tasks.images.predictor import load_image_predictor
 from vimtune.text import quote
-from vimtune.training.precision import Autocast, in_precision
 
 TEACHER = "teacher"
 """Key of the teacher's hash among the readers of a job."""

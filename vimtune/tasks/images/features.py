@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vimtune.data.batch_sampler import BatchSampler
+from vimtune.runtime.precision import Autocast, in_precision
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.job import Batch, Loader
 from vimtune.text import counted
-from vimtune.training.precision import Autocast, in_precision
 
 logger = logging.getLogger(__name__)
 

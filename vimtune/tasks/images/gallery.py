@@ -9,12 +9,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vimtune.data import ImageDataset
+from vimtune.pages import style
 from vimtune.pages.photos import MAX_NAME, draw_photos
 from vimtune.pages.section import Photo
 from vimtune.tasks.classes.confusion import class_labels
 from vimtune.tasks.images.examples import Example
 from vimtune.text import shorten
-from vimtune.training import pictures
 
 
 def draw_gallery(examples: Sequence[Example], dataset: ImageDataset) -> Figure:
@@ -36,4 +36,4 @@ def draw_gallery(examples: Sequence[Example], dataset: ImageDataset) -> Figure:
 
 def write_gallery(path: Path, examples: Sequence[Example], dataset: ImageDataset) -> None:
     """Write the picture of `draw_gallery` to a PNG file."""
-    pictures.save_picture(draw_gallery(examples, dataset), path)
+    style.save_picture(draw_gallery(examples, dataset), path)

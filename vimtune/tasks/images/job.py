@@ -31,6 +31,9 @@ from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS
 from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
+from vimtune.runtime.precision import build_autocast
+from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
 from vimtune.tasks.classes.details import CONTINUED, HELD_OUT, ClassDetails
 from vimtune.tasks.classification import Classification
@@ -47,10 +50,7 @@ from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.images.weighting import class_weights
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tensors
-from vimtune.training.distributed import Processes
-from vimtune.training.precision import build_autocast
-from vimtune.training.report import Report
-from vimtune.training.settings import derive_seed
+from vimtune.tasks.report import Report
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from vimtune.ops import use_backend
 from vimtune.origin import find_base
 from vimtune.output import OutputError, check_output, write_output
 from vimtune.preprocessing import Preprocessing
+from vimtune.run_folder import MERGED
 from vimtune.schema import check
 from vimtune.tasks.images.predictor import load_image_predictor
 from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
 from vimtune.text import quote
-from vimtune.training.folder import MERGED
 
 NUM_IMAGES = 8
 """Random images on which the merged model has to compute what base and adapter do."""

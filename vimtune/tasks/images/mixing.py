@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from vimtune.training.settings import numpy_seed
+from vimtune.runtime.seeds import numpy_seed
 
 
 class BatchMixer:

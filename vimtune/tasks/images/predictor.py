@@ -32,12 +32,12 @@ from vimtune.models import MODELS, VisionMamba, create_listed_model, load_checkp
 from vimtune.ops import use_backend
 from vimtune.origin import Origin, find_base, load_trained
 from vimtune.results import Answer, Prediction
+from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.components import PredictOptions
 from vimtune.tasks.images.inputs import Asked, Picture, Unreadable, asked_about, leave_out_of_folder
 from vimtune.tasks.images.settings import ImagePredictOptions
 from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
 from vimtune.text import quote
-from vimtune.training.settings import derive_seed
 
 
 @dataclass

@@ -10,8 +10,8 @@ from vimtune.metrics.calibration import calibration_error, reliability
 from vimtune.metrics.classes import macro_f1, most_confused, score_classes
 from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Outcome
+from vimtune.tasks.report import Report
 from vimtune.text import shorten
-from vimtune.training.report import Report
 
 MOST_CONFUSED = 10
 """Number of pairs of classes that the report lists."""

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from vimtune.metrics.ranking import average_precision
 from vimtune.pages.section import Section, Table
+from vimtune.run_folder import writing
 from vimtune.tasks.details import Details
 from vimtune.tasks.images.job import ImageJob, OpenedImages
 from vimtune.tasks.job import Evaluation, Forward, Loader, Outcome, Tally, Tensors
+from vimtune.tasks.report import Report, ScoreReport
 from vimtune.text import csv_cell, printable, shorten
-from vimtune.training.folder import writing
-from vimtune.training.report import Report, ScoreReport
 from vimtune.utils import atomic_write
 
 if TYPE_CHECKING:

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from vimtune.data import ImageDataset
     from vimtune.recipe import Recipe
+    from vimtune.runtime.distributed import Processes
     from vimtune.tasks.details import Details
     from vimtune.tasks.exporting import Exported
     from vimtune.tasks.images.job import ImageJob, OpenedImages
     from vimtune.tasks.images.predictor import ImagePredictor
     from vimtune.tasks.job import Evaluation, Tally, Trial
     from vimtune.tasks.merging import Merged, Precision
-    from vimtune.training.distributed import Processes
 
 
 @dataclass(frozen=True, kw_only=True)

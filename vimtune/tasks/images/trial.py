@@ -20,6 +20,7 @@ from vimtune.data.matching import Matched, match_classes
 from vimtune.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.models import MODELS
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks.classes.details import HELD_OUT
 from vimtune.tasks.details import Details
 from vimtune.tasks.images.job import create_backbone, demand_labels, image_size, open_batches, open_dataset
@@ -28,7 +29,6 @@ from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageE
 from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.job import Evaluation, Scoring, Trial
 from vimtune.text import quote
-from vimtune.training.distributed import Processes
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from vimtune.data import MissingSplitError
 from vimtune.data.text import TextSplit, draw_at_most, draw_protocol, draw_shots, open_text, split_off
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
+from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
 from vimtune.tasks.classes.details import CONTINUED
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors
+from vimtune.tasks.report import Report
 from vimtune.tasks.text.batches import TextBatches
 from vimtune.tasks.text.details import class_answers, text_details
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
@@ -25,9 +28,6 @@ from vimtune.tasks.text.models import build_base, build_model, open_tokenizer, r
 from vimtune.tasks.text.settings import LanguageModelSettings, TextDataSettings
 from vimtune.tasks.text.tokens import Encoder, Item, Tokenizer
 from vimtune.text import counted
-from vimtune.training.distributed import Processes
-from vimtune.training.report import Report
-from vimtune.training.settings import derive_seed
 
 if TYPE_CHECKING:
     from vimtune.tasks.texts import TextTask

@@ -22,10 +22,10 @@ from vimtune.language import (
     tokenizer_digest,
 )
 from vimtune.recipe import Recipe
+from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.job import READERS
 from vimtune.tasks.text.settings import LanguageModelSettings
 from vimtune.text import quote
-from vimtune.training.settings import derive_seed
 
 Pooling = Literal["last", "mean"]
 """Which features a classification head sees: those of the last token, or the mean of all."""

@@ -12,6 +12,7 @@ from vimtune.data import DatasetError, MissingSplitError
 from vimtune.data.text import TextSplit, open_text
 from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
+from vimtune.runtime.distributed import Processes
 from vimtune.tasks.components import EvaluateOptions
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation, Scoring, Trial
@@ -29,7 +30,6 @@ from vimtune.tasks.text.models import build_base, open_tokenizer
 from vimtune.tasks.text.scoring import TextEvaluation
 from vimtune.tasks.text.settings import TextDataSettings
 from vimtune.text import quote
-from vimtune.training.distributed import Processes
 
 if TYPE_CHECKING:
     from vimtune.tasks.texts import TextTask

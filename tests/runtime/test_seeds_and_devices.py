@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vimtune.training.distributed import resolve_device
-from vimtune.training.settings import derive_seed, numpy_seed
+from vimtune.runtime.device import resolve_device
+from vimtune.runtime.seeds import derive_seed, numpy_seed
 
 CPU = torch.device("cpu")
 

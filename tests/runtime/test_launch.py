@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from vimtune.training.distributed import resolve_device
-from vimtune.training.launch import Launch, read_launch
+from vimtune.runtime.device import resolve_device
+from vimtune.runtime.launch import Launch, read_launch
 
 STEP = {
     "SLURM_STEP_ID": "0",

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from vimtune.tasks.job import Forward
-
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Opens the block in which a model runs."""
 
@@ -37,7 +35,7 @@ def build_autocast(amp: str, device: torch.device) -> Autocast:
     return partial(torch.autocast, device.type, DTYPES[amp], cache_enabled=False)
 
 
-def in_precision(model: Callable[..., Any], autocast: Autocast) -> Forward:
+def in_precision(model: Callable[..., Any], autocast: Autocast) -> Callable[..., Any]:
     """`model` as a function whose calls run in the block of `autocast`."""
 
     def forward(*inputs: Any, **named: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vimtune.training.folder import writing
+from vimtune.run_folder import writing
 
 
 class GrowingFile:
