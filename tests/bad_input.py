@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # A recipe that begins with an adapter imports this late, which may take longer than `at_once` allows.
-import vimtune.origin  # noqa: F401
+import vimtune.tasks.origin  # noqa: F401
 
 
 @contextmanager

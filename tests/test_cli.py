@@ -414,9 +414,9 @@ def test_nasty_words_of_every_command(capsys, trained, command):
 @pytest.mark.parametrize("option", ["--adapter", "--checkpoint", "--output", "-o"])
 def test_paths_of_predict_have_a_home_folder(monkeypatch, tmp_path, option):
     given = {}
-    module = types.ModuleType("vimtune.predict")
+    module = types.ModuleType("vimtune.commands.predict")
     module.run_predict = lambda **options: given.update(options) or 0
-    monkeypatch.setitem(sys.modules, "vimtune.predict", module)
+    monkeypatch.setitem(sys.modules, "vimtune.commands.predict", module)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert (
         cli.main(["predict", "~/photo.jpg", "--adapter", "~/a", "--checkpoint=~/b", option, "~/x.csv"]) == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vimtune import cli
-from vimtune.config_files import read_config, variants_of
 from vimtune.recipe import RecipeError, load_recipe
+from vimtune.recipe.config_files import read_config, variants_of
 
 GRID = """
 epochs: 3

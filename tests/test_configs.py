@@ -20,9 +20,9 @@ from teacher_model import TEACHER, teacher_known
 import vimtune
 from vimtune import cli
 from vimtune.adapters import adapter_parameters, check_gradients
-from vimtune.config_files import read_config, variants_of
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.recipe.config_files import read_config, variants_of
 from vimtune.strict_yaml import read_yaml
 from vimtune.tasks.images.job import build_model
 from vimtune.training.optim import build_optimizer
@@ -36,7 +36,7 @@ parsed = cache(read_yaml)
 def each_file_parsed_once() -> Iterator[None]:
     """Parsing a grid for each of its variants anew would be most of the time that it takes to load them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vimtune.config_files.read_yaml", lambda path: copy.deepcopy(parsed(path)))
+        patch.setattr("vimtune.recipe.config_files.read_yaml", lambda path: copy.deepcopy(parsed(path)))
         yield
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vimtune import doctor
+from vimtune.commands import doctor
 from vimtune.compare import execution, worker
 from vimtune.data import build_transform, create_dataset, create_loader, loader, workers
 from vimtune.ops.cpu import cache

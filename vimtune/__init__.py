@@ -45,21 +45,21 @@ if TYPE_CHECKING:
     )
     from vimtune.analysis.command import analyze
     from vimtune.analysis.report import AnalysisReport
-    from vimtune.combining import combine_files
+    from vimtune.commands.combine import combine_files
+    from vimtune.commands.evaluate import evaluate
+    from vimtune.commands.export import export_to_file
+    from vimtune.commands.merge import merge_to_file
+    from vimtune.commands.predict import load_predictor
+    from vimtune.commands.scored import Scored
     from vimtune.data import ImageDataset, create_dataset, list_datasets, register_dataset
-    from vimtune.evaluation import evaluate
     from vimtune.exchange.hub import convert, pull, push
     from vimtune.exchange.peft.files import load_peft, save_peft
-    from vimtune.exporting import export_to_file
     from vimtune.fields import option
     from vimtune.loggers import Logger, register_logger
-    from vimtune.merging import merge_to_file
     from vimtune.methods import Method, list_methods, register_method
     from vimtune.models import list_models, load_checkpoint, register_model
     from vimtune.pages.photos import draw_dataset, draw_images
-    from vimtune.predict import load_predictor
     from vimtune.recipe import Recipe, RecipeError, load_recipe
-    from vimtune.scored import Scored
     from vimtune.tasks import Predictor, Task, register_task
     from vimtune.training import Callback, Report, train
 
@@ -74,20 +74,20 @@ _HOMES = {
     "vimtune.data": ("ImageDataset", "create_dataset", "list_datasets", "register_dataset"),
     "vimtune.analysis.command": ("analyze",),
     "vimtune.analysis.report": ("AnalysisReport",),
-    "vimtune.combining": ("combine_files",),
-    "vimtune.evaluation": ("evaluate",),
+    "vimtune.commands.combine": ("combine_files",),
+    "vimtune.commands.evaluate": ("evaluate",),
     "vimtune.exchange.hub": ("convert", "pull", "push"),
     "vimtune.exchange.peft.files": ("load_peft", "save_peft"),
-    "vimtune.exporting": ("export_to_file",),
+    "vimtune.commands.export": ("export_to_file",),
     "vimtune.fields": ("option",),
     "vimtune.loggers": ("Logger", "register_logger"),
-    "vimtune.merging": ("merge_to_file",),
+    "vimtune.commands.merge": ("merge_to_file",),
     "vimtune.methods": ("Method", "list_methods", "register_method"),
     "vimtune.models": ("list_models", "load_checkpoint", "register_model"),
     "vimtune.pages.photos": ("draw_dataset", "draw_images"),
-    "vimtune.predict": ("load_predictor",),
+    "vimtune.commands.predict": ("load_predictor",),
     "vimtune.recipe": ("Recipe", "RecipeError", "load_recipe"),
-    "vimtune.scored": ("Scored",),
+    "vimtune.commands.scored": ("Scored",),
     "vimtune.tasks": ("Predictor", "Task", "register_task"),
     "vimtune.training": ("Callback", "Report", "train"),
 }  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vimtune import __version__
-from vimtune.recipe import RecipeError
+from vimtune.problems import ProblemsError
 from vimtune.text import printable, shorten
 
 EXIT_CODES = {
@@ -143,7 +143,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {shorten(str(error.filename))}" if error.filename else error.strerror
     message = str(error) or type(error).__name__
-    if isinstance(error, RecipeError):
+    if isinstance(error, ProblemsError):
         return message
     return " ".join(line.strip() for line in message.split("\n"))
 

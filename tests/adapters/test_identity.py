@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vimtune
 from vimtune import cli
 from vimtune.adapters import AdapterFileError, base_identity, base_parameters, has_base
+from vimtune.commands.predict import load_predictor
 from vimtune.models import VisionMamba, checkpoint, checkpoint_filter_fn, create_listed_model, vim
-from vimtune.origin import check_replaced
-from vimtune.predict import load_predictor
+from vimtune.tasks.origin import check_replaced
 
 SMALL = {"num_classes": 5, "depth": 2}
 

@@ -10,7 +10,7 @@ from changed_models import FEW
 
 import vimtune
 from vimtune import cli
-from vimtune.merging import merge_to_file
+from vimtune.commands.merge import merge_to_file
 from vimtune.recipe import Recipe
 from vimtune.training import train
 

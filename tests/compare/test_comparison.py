@@ -22,11 +22,11 @@ from vimtune.compare import command, execution, quickstart
 from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
-from vimtune.compare.results import read_result
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
 from vimtune.tasks.classification import Classification
 from vimtune.training.interrupt import Interrupted
+from vimtune.training.result import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "synthetic_flowers"

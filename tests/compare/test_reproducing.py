@@ -14,8 +14,8 @@ from vimtune.compare.command import compare
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Row
 from vimtune.compare.tables import to_csv, to_markdown
-from vimtune.config_files import read_plan, variants_of
 from vimtune.recipe import load_recipe
+from vimtune.recipe.config_files import read_plan, variants_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PAPER = CONFIGS / "paper.yaml"

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from vimtune.compare.plan import Cell
-from vimtune.compare.results import Result
 from vimtune.compare.worker import LOG_FILE
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.images.report import ImageReport
 from vimtune.training import train
+from vimtune.training.result import Result
 
 TINY: dict[str, Any] = {
     "dataset_kwargs": {"species": 2, "train_per_species": 2, "val_per_species": 1, "test_per_species": 1},

@@ -102,7 +102,7 @@ def test_commands(line, here, request, monkeypatch):
         return
     if command == "export":
         given: dict = {}
-        monkeypatch.setattr("vimtune.exporting.run_export", lambda **values: given.update(values) or 0)
+        monkeypatch.setattr("vimtune.commands.export.run_export", lambda **values: given.update(values) or 0)
         assert cli.main([command, *arguments]) == 0
         assert given["source"].exists() and given["output"].suffix in FORMATS
         return

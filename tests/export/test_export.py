@@ -14,11 +14,11 @@ from adapter_files import SPECIES, make_adapter
 
 import vimtune
 from vimtune import cli
+from vimtune.commands.export import export_to_file
+from vimtune.commands.merge import merge_to_file
+from vimtune.commands.predict import load_predictor
 from vimtune.export import formats
 from vimtune.export.formats import About, ExportFormat
-from vimtune.exporting import export_to_file
-from vimtune.merging import merge_to_file
-from vimtune.predict import load_predictor
 from vimtune.tasks import TASKS
 from vimtune.tasks.images import exporting
 

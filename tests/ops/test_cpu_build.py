@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vimtune.doctor import compiler
+from vimtune.commands.doctor import compiler
 from vimtune.ops import BackendUnavailable, causal_conv1d, dispatch
 from vimtune.ops.cpu import CpuBackend, build
 from vimtune.ops.cpu.build import BuildError, load_library

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vimtune import load_predictor
-from vimtune.merging import run_merge
+from vimtune.commands.merge import run_merge
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks.images.tags import TagTally, binary_losses, positive_weights, tag_evaluation

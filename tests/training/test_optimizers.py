@@ -16,9 +16,9 @@ from two_ranks import run_two
 
 import vimtune
 from vimtune import adapters
-from vimtune.optimizers import NEVER_NEGATIVE, OPTIMIZERS, parse_optimizer
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.recipe.optimizers import NEVER_NEGATIVE, OPTIMIZERS, parse_optimizer
 from vimtune.runtime.distributed import Processes
 from vimtune.training import Callback, EpochRecord, Session, train
 from vimtune.training.identity import ResumeError

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from tiny_runs import TINY, assert_same_weights, metrics, weights
 
 import vimtune
-from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe import Recipe, load_recipe
+from vimtune.recipe.optimizers import OPTIMIZERS
 from vimtune.training import NonFiniteError, OutputError, run, train
 from vimtune.training.identity import ResumeError
 from vimtune.training.state import Progress, check_tensors, load_run_state, save_run_state

@@ -10,11 +10,11 @@ from typing import Any
 from vimtune.analysis.registry import ANALYSES, NUM_BATCHES, NUM_IMAGES, load_analysis, parse_names
 from vimtune.analysis.report import FORMATS, AnalysisReport
 from vimtune.analysis.subject import NotApplicable, Subject, open_subject
+from vimtune.commands.evaluate import check_split
 from vimtune.console import build_console, print_line
-from vimtune.evaluation import check_split
-from vimtune.origin import adapter_path
 from vimtune.output import check_output
 from vimtune.pages.section import Section
+from vimtune.tasks.origin import adapter_path
 from vimtune.tasks.predictor import check_counts
 
 NAME = "analysis"

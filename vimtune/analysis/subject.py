@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from vimtune.adapters import active_adapter, delete_adapter, list_adapters
 from vimtune.analysis.parameters import effective_parameters
-from vimtune.merged import is_merged_file, read_merged
 from vimtune.models import VisionMamba
-from vimtune.origin import check_replaced, recipe_of_trained
+from vimtune.models.merged import is_merged_file, read_merged
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.runtime.distributed import Processes, open_processes
 from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.images.job import create_backbone
 from vimtune.tasks.job import Forward, Job, Loader, Tensors
+from vimtune.tasks.origin import check_replaced, recipe_of_trained
 from vimtune.training.report import device_name, versions
 from vimtune.training.settings import process_settings
 

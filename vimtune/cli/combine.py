@@ -62,7 +62,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_common(parser)
     options = parser.parse_strictly(arguments)
 
-    from vimtune.combining import run_combine
+    from vimtune.commands.combine import run_combine
 
     return run_combine(
         adapters=options.adapters,

@@ -17,6 +17,6 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_common(parser)
     parser.parse_strictly(arguments)
 
-    from vimtune.doctor import run_doctor
+    from vimtune.commands.doctor import run_doctor
 
     return run_doctor()

@@ -60,7 +60,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     options = parser.parse_strictly(arguments)
     counts = {name: whole_number(name, getattr(options, name)) for name in ("top_k", "batch_size")}
 
-    from vimtune.embed import run_embed
+    from vimtune.commands.embed import run_embed
 
     return run_embed(
         inputs=options.inputs,

@@ -70,7 +70,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     names = ("adapter", "split", "output", "mistakes", "config", "variant")
     own = {name: given.pop(name, None) for name in names}
 
-    from vimtune.evaluation import run_evaluate
+    from vimtune.commands.evaluate import run_evaluate
 
     return run_evaluate(
         values=given,

@@ -51,7 +51,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_common(parser)
     options = parser.parse_strictly(arguments)
 
-    from vimtune.exporting import run_export
+    from vimtune.commands.export import run_export
 
     return run_export(
         source=options.source,

@@ -9,7 +9,7 @@ from vimtune.data.datasets import dataset_options, list_datasets
 from vimtune.fields import options_of
 from vimtune.loggers import list_loggers
 from vimtune.methods import METHODS, Method
-from vimtune.optimizers import list_optimizers
+from vimtune.recipe.optimizers import list_optimizers
 from vimtune.tasks import TASKS
 
 TARGETS = {

@@ -44,7 +44,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_common(parser)
     options = parser.parse_strictly(arguments)
 
-    from vimtune.merging import run_merge
+    from vimtune.commands.merge import run_merge
 
     return run_merge(
         adapter=options.adapter,

@@ -69,7 +69,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     options = vars(parser.parse_strictly(arguments))
     names = {name for items in groups.values() for name in items}
 
-    from vimtune.predict import run_predict
+    from vimtune.commands.predict import run_predict
 
     return run_predict(
         inputs=options["inputs"],

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vimtune.compare.execution import POLL_SECONDS, Processes, StartedRun
 from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
-from vimtune.compare.results import Result, Row, read_result, rows_of_runs
+from vimtune.compare.results import Row, rows_of_runs
 from vimtune.compare.schedule import Schedule
 from vimtune.compare.soups import soup_of
 from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_tables
@@ -28,6 +28,7 @@ from vimtune.runtime.launch import read_launch
 from vimtune.text import counted, duration, printable, quote, shorten
 from vimtune.training.identity import HARMLESS, changed
 from vimtune.training.interrupt import Interrupted, StopRequest
+from vimtune.training.result import Result, read_result
 
 MAY_CHANGE = frozenset((*HARMLESS, "device", "threads")) - {"checkpoint", "pretrained"}
 """Keys of recipes that a comparison may have otherwise when it is continued. The weights from which runs

@@ -12,7 +12,7 @@
     epochs: 50
 
 Keys that are not those of a plan are keys of the recipes of all its runs. What a data set says comes before
-them, and what a method says before both. A grid of recipes (`vimtune.config_files`) is a plan, too.
+them, and what a method says before both. A grid of recipes (`vimtune.recipe.config_files`) is a plan, too.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from typing import Any
 import yaml
 
 from vimtune import parsers
-from vimtune.config_files import read_plan
 from vimtune.data.datasets import DATASETS
 from vimtune.fields import Options, Positive, option, options_of, parse_fields
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, RecipeError, absolute_paths, keys_of, path_problems
+from vimtune.recipe.config_files import read_plan
 from vimtune.recipe.files import read_values
 from vimtune.tasks import TASKS
 from vimtune.text import quote

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from vimtune.compare.plan import Cell, Plan
-from vimtune.compare.results import Result, Row
+from vimtune.compare.results import Row
+from vimtune.training.result import Result
 
 
 @dataclass

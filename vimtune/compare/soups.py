@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vimtune.combining import combine_on
+from vimtune.commands.combine import combine_on
 from vimtune.compare.plan import Cell
-from vimtune.compare.results import Result
 from vimtune.output import write_output
 from vimtune.run_folder import RunFolder
 from vimtune.runtime.distributed import open_processes
 from vimtune.schema import STRICT, dump_json, load_json
 from vimtune.training.evaluate import evaluate_trial
+from vimtune.training.result import Result
 from vimtune.training.settings import process_settings
 
 SCORES = "scores.json"

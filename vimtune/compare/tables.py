@@ -17,11 +17,12 @@ from rich.table import Table
 from vimtune.compare.paired import Difference, all_differences, differences_from
 from vimtune.compare.pictures import draw_curves, draw_differences, draw_pareto
 from vimtune.compare.plan import Plan
-from vimtune.compare.results import Result, Row, Spread
+from vimtune.compare.results import Row, Spread
 from vimtune.console import neutral, print_line
 from vimtune.output import write_text
 from vimtune.pages.style import save_picture
 from vimtune.text import csv_cell, duration, escape_markdown, printable, shorten
+from vimtune.training.result import Result
 
 NONE = "-"
 """What a cell has where there is nothing."""

@@ -23,11 +23,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from vimtune import cli
+from vimtune.exits import prepare_streams, run_guarded
 from vimtune.machine import free_memory
+from vimtune.plugins import import_package
+from vimtune.recipe import load_recipe
 
 KEPT_BYTES = 2**30
 """Decoded images that a process keeps for its next runs, where they go to a device as they are."""
@@ -43,18 +46,28 @@ def main(packages: Sequence[str]) -> int:
     os.dup2(2, 1)  # Nothing else goes there.
     folders: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin.fileno(), folders), daemon=True).start()
-    imports = [part for package in packages for part in ("--import", package)]
     from vimtune.data.resident.store import keep_decoded  # Late, since the comparison reads this module, too.
 
+    prepare_streams()
     keep_decoded(min(KEPT_BYTES, int(KEPT_SHARE * free_memory())))
     while True:
         folder = folders.get()
         with _printing_into(Path(folder) / LOG_FILE):
-            code = cli.main(["train", "--resume", folder, *imports])
+            code = run_guarded(partial(_continue, folder, packages), show_traceback=False)
         os.write(answers, f"{code}\n".encode())
         if code != 0:
             return code
         _forget()
+
+
+def _continue(folder: str, packages: Sequence[str]) -> int:
+    """Continue the run in a folder as `vimtune train --resume FOLDER` does; returns the exit code."""
+    from vimtune.training import train  # This comes late, so that the log of the run has what fails in it.
+
+    for package in packages:
+        import_package(package)
+    train(load_recipe(None, {"resume": folder}))
+    return 0
 
 
 def _read(descriptor: int, folders: SimpleQueue[str]) -> None:

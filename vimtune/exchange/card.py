@@ -16,13 +16,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vimtune import __version__
 from vimtune.adapters import AdapterInfo
-from vimtune.compare.results import Result, read_result
 from vimtune.exchange.formats import Format
 from vimtune.exchange.local_paths import without_paths
 from vimtune.models.weights import weights_of
-from vimtune.predict import task_of
 from vimtune.run_folder import RunFolder
+from vimtune.tasks.origin import task_of
 from vimtune.text import escape_markdown, shorten
+from vimtune.training.result import Result, read_result
 
 MAX_CLASSES = 100
 """Names of classes that a card lists."""

@@ -142,7 +142,7 @@ class MergedFormat(Format):
     def write(self, source: Source, folder: Path) -> str:
         import torch
 
-        from vimtune.predict import task_of
+        from vimtune.tasks.origin import task_of
 
         device = source.device or torch.device("cpu")
         task = task_of(source.info)
@@ -153,7 +153,7 @@ def _opened(source: Source) -> Any:
     """A predictor of the adapter's task, which has the model."""
     import torch
 
-    from vimtune.predict import task_of
+    from vimtune.tasks.origin import task_of
 
     return task_of(source.info).open_predictor(
         source.adapter, source.base, source.device or torch.device("cpu"), source.backend, source.force

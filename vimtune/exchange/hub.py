@@ -24,10 +24,10 @@ from vimtune.console import build_console, print_line
 from vimtune.exchange.card import write_card
 from vimtune.exchange.formats import FORMATS, Source
 from vimtune.exchange.local_paths import clean_json
-from vimtune.merged import is_merged_file
-from vimtune.origin import adapter_path, given_base
+from vimtune.models.merged import is_merged_file
 from vimtune.output import write_folder
 from vimtune.runtime.device import resolve_device
+from vimtune.tasks.origin import adapter_path, given_base
 from vimtune.text import printable, quote, shorten
 
 CARD = "README.md"

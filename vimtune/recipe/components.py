@@ -31,7 +31,7 @@ from vimtune.loggers import parse_loggers
 from vimtune.methods import METHODS
 from vimtune.methods.lora import LoRA
 from vimtune.methods.prodial import ProDiaL
-from vimtune.optimizers import parse_optimizer
+from vimtune.recipe.optimizers import parse_optimizer
 
 
 def _method_spec(value: Any) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vimtune import parsers
-from vimtune.config_files import read_config
 from vimtune.fields import options_of
 from vimtune.recipe.components import MethodSettings
+from vimtune.recipe.config_files import read_config
 from vimtune.recipe.earlier import complete_stored
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError
@@ -32,7 +32,7 @@ def load_recipe(
     `resume` = "auto" that run is the one in `output_dir`, if there is one. With `init_adapter`, task,
     model and method of that adapter come first in a new run. A relative path is relative to the working
     directory, in a file, too. Paths are checked as well. `variant` names one recipe of a file
-    that is a grid of them (`vimtune.config_files`).
+    that is a grid of them (`vimtune.recipe.config_files`).
 
     Raises:
         RecipeError: the file, the values or the paths; it has every problem that was found.
@@ -86,7 +86,10 @@ def _continued(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: it is no adapter, or its base weights are not where they were.
     """
-    from vimtune.origin import adapter_path, recipe_of_adapter  # These come late, because they need torch.
+    from vimtune.tasks.origin import (  # These come late, because they need torch.
+        adapter_path,
+        recipe_of_adapter,
+    )
 
     try:
         stored = recipe_of_adapter(adapter_path(values["init_adapter"]), values)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
 from vimtune.fields import Option, Options, options_of, parse_fields
+from vimtune.problems import ProblemsError
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.handed_on import parse_handed_on
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.rules import contradictions
 from vimtune.tasks import TASKS, BackboneOptions, DataOptions, Task
-from vimtune.text import printable, quote
+from vimtune.text import quote
 from vimtune.utils import atomic_write, suggest
 
 COMPONENTS: dict[str, type[Options]] = {
@@ -43,21 +44,10 @@ _NAMED_PATHS = ("checkpoint", "model", "tokenizer", "teacher", "init_adapter")
 """Keys of which a file or folder of that computer may be the value."""
 
 
-class RecipeError(ValueError):
+class RecipeError(ProblemsError):
     """A recipe that cannot run; `problems` lists every reason, one line each."""
 
-    subject: ClassVar[str] = "the recipe"
-    """What has the problems."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = [printable(problem) for problem in problems]
-        if len(self.problems) == 1:
-            message = self.problems[0]
-        else:
-            message = f"{len(self.problems)} problems in {self.subject}:\n" + "\n".join(
-                f"  - {problem}" for problem in self.problems
-            )
-        super().__init__(message)
+    subject = "the recipe"
 
 
 def components_of(task: type[Task]) -> dict[str, type[Options]]:

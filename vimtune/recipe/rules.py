@@ -12,7 +12,7 @@ from typing import Any
 
 from vimtune.data.datasets import DATASETS
 from vimtune.fields import options_of
-from vimtune.optimizers import OPTIMIZERS
+from vimtune.recipe.optimizers import OPTIMIZERS
 from vimtune.tasks import TASKS
 from vimtune.text import quote
 from vimtune.utils import suggest

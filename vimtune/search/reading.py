@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.resources import files
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from vimtune import parsers
 from vimtune.fields import Option, not_an_option, options_of
@@ -57,7 +57,7 @@ Problems = list[str]
 class SpaceError(RecipeError):
     """A space that cannot be searched; `problems` lists every reason, one line each."""
 
-    subject: ClassVar[str] = "the space"
+    subject = "the space"
 
 
 def published_spaces() -> dict[str, str]:

@@ -14,7 +14,7 @@ from vimtune.tasks.components import PredictOptions
 from vimtune.text import quote
 
 if TYPE_CHECKING:
-    from vimtune.results import Answer
+    from vimtune.tasks.answers import Answer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vimtune.adapters import AdaptedParameter
-from vimtune.optimizers import OPTIMIZERS
+from vimtune.recipe.optimizers import OPTIMIZERS
 
 
 def build_optimizer(
@@ -35,7 +35,7 @@ def build_optimizer(
 
     Args:
         parameters: what is trained.
-        name: of the optimizer, see `vimtune.optimizers`.
+        name: of the optimizer, see `vimtune.recipe.optimizers`.
         lr: peak learning rate.
         head_lr: that of the head; None for the same.
         weight_decay: that of tensors which decay once.

@@ -34,9 +34,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vimtune.adapters import AdapterFileError, read_adapter_info
-from vimtune.optimizers import NEVER_NEGATIVE, OPTIMIZERS
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.recipe.optimizers import NEVER_NEGATIVE, OPTIMIZERS
 from vimtune.run_folder import RunFolder, writing
 from vimtune.schema import STRICT, Count, check, load_json, parse_json
 from vimtune.tensor_file import read_metadata, read_tensors

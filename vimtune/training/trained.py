@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vimtune import adapters
 from vimtune.adapters.tensors import check_tensors as check_adapter_tensors
 from vimtune.adapters.tensors import check_values
-from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.recipe.optimizers import OPTIMIZERS
 from vimtune.runtime.precision import build_scaler
 from vimtune.training.identity import ResumeError
 from vimtune.training.layers import layer_rates

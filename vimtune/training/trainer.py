@@ -13,9 +13,9 @@ from vimtune import adapters
 from vimtune.console import build_console, print_line
 from vimtune.loggers import LoggedRun, require_installed
 from vimtune.ops import resolved_backend
-from vimtune.optimizers import OPTIMIZERS
 from vimtune.recipe import Recipe
 from vimtune.recipe.components import OptimisationSettings
+from vimtune.recipe.optimizers import OPTIMIZERS
 from vimtune.run_folder import adapter_path
 from vimtune.runtime.distributed import Processes, open_processes
 from vimtune.runtime.precision import Autocast, build_autocast

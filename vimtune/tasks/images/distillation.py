@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.data import Transform
-from vimtune.origin import adapter_path
 from vimtune.runtime.precision import Autocast, in_precision
 from vimtune.tasks.images.predictor import load_image_predictor
+from vimtune.tasks.origin import adapter_path
 from vimtune.text import quote
 
 TEACHER = "teacher"

@@ -13,16 +13,16 @@ import torch
 
 import vimtune
 from vimtune.adapters import read_adapter_info
-from vimtune.merged import MergedInfo, read_merged, write_merged
 from vimtune.models import MODELS, create_listed_model
+from vimtune.models.merged import MergedInfo, read_merged, write_merged
 from vimtune.ops import use_backend
-from vimtune.origin import find_base
 from vimtune.output import OutputError, check_output, write_output
 from vimtune.preprocessing import Preprocessing
 from vimtune.run_folder import MERGED
 from vimtune.schema import check
 from vimtune.tasks.images.predictor import load_image_predictor
 from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
+from vimtune.tasks.origin import find_base
 from vimtune.text import quote
 
 NUM_IMAGES = 8
@@ -41,8 +41,8 @@ def merge_images(
 ) -> Merged:
     """Write the merged weights as plain safetensors and check the file that was written.
 
-    The file (see `vimtune.merged`) is read back into a fresh model without adapters and has to give the
-    logits of base plus adapter; otherwise no file is left behind.
+    The file (see `vimtune.models.merged`) is read back into a fresh model without adapters and has to give
+    the logits of base plus adapter; otherwise no file is left behind.
 
     Args:
         adapter: the file.

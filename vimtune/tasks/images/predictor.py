@@ -26,16 +26,16 @@ from vimtune.data import (
     model_preprocessing,
     read_transform,
 )
-from vimtune.embeddings import Embeddings
-from vimtune.merged import is_merged_file, read_merged
 from vimtune.models import MODELS, VisionMamba, create_listed_model, load_checkpoint
+from vimtune.models.merged import is_merged_file, read_merged
 from vimtune.ops import use_backend
-from vimtune.origin import Origin, find_base, load_trained
-from vimtune.results import Answer, Prediction
 from vimtune.runtime.seeds import derive_seed
+from vimtune.tasks.answers import Answer, Prediction
 from vimtune.tasks.components import PredictOptions
+from vimtune.tasks.images.embeddings import Embeddings
 from vimtune.tasks.images.inputs import Asked, Picture, Unreadable, asked_about, leave_out_of_folder
 from vimtune.tasks.images.settings import ImagePredictOptions
+from vimtune.tasks.origin import Origin, find_base, load_trained
 from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
 from vimtune.text import quote
 

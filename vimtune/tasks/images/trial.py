@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from vimtune.data import DatasetError, ImageDataset, Transform, build_transform, model_preprocessing
 from vimtune.data.labelled_folder import LabelledFolder
 from vimtune.data.matching import Matched, match_classes
-from vimtune.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.models import MODELS
+from vimtune.models.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks.classes.details import HELD_OUT

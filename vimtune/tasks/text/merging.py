@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 import vimtune
 from vimtune.adapters import read_adapter_info
 from vimtune.ops import use_backend
-from vimtune.origin import load_trained
 from vimtune.output import write_folder
 from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
+from vimtune.tasks.origin import load_trained
 from vimtune.tasks.text.job import settings_of
 from vimtune.tasks.text.models import language_model, open_tokenizer
 from vimtune.tasks.text.predictor import recipe_for

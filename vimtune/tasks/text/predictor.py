@@ -20,10 +20,10 @@ from vimtune.data.text import Example, Line, TextFormat
 from vimtune.fields import options_of
 from vimtune.language.refusals import StatesRefused
 from vimtune.ops import use_backend
-from vimtune.origin import load_trained, recipe_of_adapter
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.results import Answer, Choice, Completion
+from vimtune.tasks.answers import Answer, Choice, Completion
 from vimtune.tasks.components import PredictOptions
+from vimtune.tasks.origin import load_trained, recipe_of_adapter
 from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.job import settings_of

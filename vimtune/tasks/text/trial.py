@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
 from vimtune.data import DatasetError, MissingSplitError
 from vimtune.data.text import TextSplit, open_text
-from vimtune.origin import load_trained
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks.components import EvaluateOptions
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation, Scoring, Trial
+from vimtune.tasks.origin import load_trained
 from vimtune.tasks.text.details import text_details
 from vimtune.tasks.text.heads import Head, RatingHead
 from vimtune.tasks.text.job import (

@@ -16,40 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
-from vimtune.fields import options_of
-from vimtune.merged import is_merged_file, read_merged_info
-from vimtune.origin import adapter_path, given_base
+from vimtune.adapters import read_adapter_info
+from vimtune.models.merged import is_merged_file, read_merged_info
 from vimtune.output import check_output
-from vimtune.recipe import TASK
-from vimtune.results import FORMATS, Answer, print_answers, write_answers
 from vimtune.runtime.device import resolve_device
-from vimtune.schema import Name, check
 from vimtune.tasks import TASKS, Task
+from vimtune.tasks.answers import FORMATS, Answer, print_answers, write_answers
+from vimtune.tasks.origin import adapter_path, given_base, task_of
 from vimtune.tasks.predictor import LeftOut, Predictor
 from vimtune.text import counted, printable, quote
 
 logger = logging.getLogger(__name__)
-
-
-def task_of(info: AdapterInfo) -> Task:
-    """The task that an adapter was trained on, with the options that it had.
-
-    A file that names none is of an earlier version, which knew images alone, or was not written by a run.
-
-    Raises:
-        AdapterFileError: the file says so in another form.
-        ValueError: no such task here.
-    """
-    recipe = info.extra.get("recipe", {})
-    if not isinstance(recipe, dict):
-        return TASKS.get(TASK.default)()  # whoever reads more of the recipe says what is wrong with it
-    name = check(Name, recipe.get(TASK.name, TASK.default), "the task in the adapter file", AdapterFileError)
-    kind = TASKS.get(name)
-    try:
-        return kind(**{key: recipe[key] for key in options_of(kind) if key in recipe})
-    except ValueError as error:
-        raise AdapterFileError(f"the recipe in the adapter file: {error}") from error
 
 
 def load_predictor(

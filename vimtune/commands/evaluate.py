@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vimtune.commands.scored import FORMATS, Scored
 from vimtune.console import build_console, print_line
 from vimtune.fields import options_of
-from vimtune.merged import is_merged_file
-from vimtune.origin import adapter_path, recipe_of_trained
+from vimtune.models.merged import is_merged_file
 from vimtune.output import check_output, write_text
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.runtime.distributed import open_processes
 from vimtune.runtime.launch import read_launch
-from vimtune.scored import FORMATS, Scored
 from vimtune.tasks import TASKS
+from vimtune.tasks.origin import adapter_path, recipe_of_trained
 from vimtune.text import quote
 from vimtune.training.evaluate import evaluate_trial
 from vimtune.training.settings import process_settings

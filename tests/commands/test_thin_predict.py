@@ -51,7 +51,7 @@ def test_predictions_do_without_the_libraries_of_training(tmp_path):
     make_adapter(tmp_path / "adapter.safetensors")
     photos = [str(path) for path in write_photos(tmp_path / "photos")]
     script = SCRIPT.format(names=sorted(UNNEEDED))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", script, *photos],
         cwd=tmp_path,

@@ -16,8 +16,8 @@ from torch import nn
 
 import vimtune
 from vimtune import cli
+from vimtune.commands.merge import merge_to_file
 from vimtune.data import create_dataset
-from vimtune.merging import merge_to_file
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks import EvaluateOptions, Task

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from vimtune import cli
 from vimtune.adapters import AdapterFileError
+from vimtune.commands.predict import load_predictor, run_predict
 from vimtune.data import (
     CorruptImageError,
     ImageReadError,
@@ -30,8 +31,7 @@ from vimtune.data import (
     load_image,
     model_preprocessing,
 )
-from vimtune.predict import load_predictor, run_predict
-from vimtune.results import SHOWN, Prediction
+from vimtune.tasks.answers import SHOWN, Prediction
 from vimtune.tasks.images.inputs import find_images
 from vimtune.tasks.images.predictor import ImagePredictor
 from vimtune.text import printable

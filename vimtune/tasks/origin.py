@@ -1,4 +1,4 @@
-"""Where an adapter comes from: its file, the recipe of its run, and the base weights it was trained on."""
+"""Where an adapter comes from: its file, its task, the recipe of its run and its base weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from vimtune.adapters import (
     read_adapter_info,
     replaced_paths,
 )
-from vimtune.merged import is_merged_file, read_merged_info
-from vimtune.recipe import complete_stored
+from vimtune.fields import options_of
+from vimtune.models.merged import is_merged_file, read_merged_info
+from vimtune.recipe import TASK, complete_stored
 from vimtune.run_folder import RunFolder
 from vimtune.run_folder import adapter_path as adapter_path
-from vimtune.schema import STRICT, Count, check
+from vimtune.schema import STRICT, Count, Name, check
 from vimtune.strict_yaml import read_yaml
+from vimtune.tasks.base import TASKS, Task
 from vimtune.text import quote
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,26 @@ class Origin:
         if isinstance(recipe, dict):
             recipe = {name: value for name, value in recipe.items() if name in names}
         return check(cls, recipe, "the recipe in the adapter file", AdapterFileError)
+
+
+def task_of(info: AdapterInfo) -> Task:
+    """The task that an adapter was trained on, with the options that it had.
+
+    A file that names none is of an earlier version, which knew images alone, or was not written by a run.
+
+    Raises:
+        AdapterFileError: the file says so in another form.
+        ValueError: no such task here.
+    """
+    recipe = info.extra.get("recipe", {})
+    if not isinstance(recipe, dict):
+        return TASKS.get(TASK.default)()  # whoever reads more of the recipe says what is wrong with it
+    name = check(Name, recipe.get(TASK.name, TASK.default), "the task in the adapter file", AdapterFileError)
+    kind = TASKS.get(name)
+    try:
+        return kind(**{key: recipe[key] for key in options_of(kind) if key in recipe})
+    except ValueError as error:
+        raise AdapterFileError(f"the recipe in the adapter file: {error}") from error
 
 
 def given_base(

@@ -12,8 +12,8 @@ import torch
 from adapter_files import make_adapter, write_photos
 
 from vimtune import cli
-from vimtune.embeddings import Embeddings, EmbeddingsError, read_embeddings
-from vimtune.predict import load_predictor
+from vimtune.commands.predict import load_predictor
+from vimtune.tasks.images.embeddings import Embeddings, EmbeddingsError, read_embeddings
 
 
 def drawn(count: int, seed: int = 0, digest: str = "model") -> Embeddings:
@@ -23,7 +23,9 @@ def drawn(count: int, seed: int = 0, digest: str = "model") -> Embeddings:
 
 def test_neighbours_are_those_of_the_largest_cosines(monkeypatch) -> None:
     known, asked = drawn(40), drawn(9, seed=1)
-    monkeypatch.setattr("vimtune.embeddings.AT_ONCE", 100)  # They are computed a few queries at a time.
+    monkeypatch.setattr(
+        "vimtune.tasks.images.embeddings.AT_ONCE", 100
+    )  # They are computed a few queries at a time.
     indices, cosines = known.nearest(asked, 3)
     for row, vector in enumerate(asked.vectors):
         own = [float(vector @ other / np.sqrt(vector @ vector * (other @ other))) for other in known.vectors]

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from vimtune.commands.predict import load_predictor
 from vimtune.console import build_console, print_line
-from vimtune.embeddings import FORMATS, Embeddings, read_embeddings
 from vimtune.output import check_output
-from vimtune.predict import load_predictor
-from vimtune.results import FORMATS as ANSWERS
-from vimtune.results import Neighbours, print_answers, write_answers
 from vimtune.run_folder import adapter_path
 from vimtune.runtime.device import resolve_device
+from vimtune.tasks.answers import FORMATS as ANSWERS
+from vimtune.tasks.answers import Neighbours, print_answers, write_answers
+from vimtune.tasks.images.embeddings import FORMATS, Embeddings, read_embeddings
 from vimtune.tasks.images.inputs import Unreadable, find_images
 from vimtune.tasks.images.predictor import ImagePredictor, load_backbone
 from vimtune.text import printable

@@ -14,11 +14,10 @@ from typing import Any
 from vimtune import parsers
 from vimtune.adapters import read_adapter_info
 from vimtune.console import build_console, print_line
-from vimtune.merged import is_merged_file
-from vimtune.origin import adapter_path, given_base
-from vimtune.predict import task_of
+from vimtune.models.merged import is_merged_file
 from vimtune.runtime.device import resolve_device
 from vimtune.tasks.merging import Merged, Precision
+from vimtune.tasks.origin import adapter_path, given_base, task_of
 from vimtune.text import quote
 
 
@@ -38,8 +37,8 @@ def merge_to_file(
 
     Args:
         adapter: the file, or the folder of a run.
-        output: what is written: a .safetensors file for images (see `vimtune.merged`), a folder that plain
-            transformers loads for texts.
+        output: what is written: a .safetensors file for images (see `vimtune.models.merged`), a folder that
+            plain transformers loads for texts.
         checkpoint: base weights of the adapter; those it was trained on if None.
         model: the base model of an adapter of texts, where it is in another place now.
         tokenizer: the same of its tokenizer.

@@ -13,12 +13,11 @@ from typing import Any
 from vimtune import parsers
 from vimtune.adapters import AdapterFileError, read_adapter_info
 from vimtune.console import build_console, print_line
-from vimtune.merged import is_merged_file
-from vimtune.origin import adapter_path, given_base
-from vimtune.predict import task_of
+from vimtune.models.merged import is_merged_file
 from vimtune.recipe import TASK
 from vimtune.tasks import TASKS, Task
 from vimtune.tasks.exporting import Exported
+from vimtune.tasks.origin import adapter_path, given_base, task_of
 
 
 def export_to_file(

@@ -23,11 +23,10 @@ from vimtune.adapters import (
 )
 from vimtune.adapters.arithmetic import How
 from vimtune.console import build_console, print_line
-from vimtune.merged import is_merged_file
-from vimtune.origin import adapter_path, given_base
+from vimtune.models.merged import is_merged_file
 from vimtune.output import check_output
-from vimtune.predict import task_of
 from vimtune.runtime.device import resolve_device
+from vimtune.tasks.origin import adapter_path, given_base, task_of
 from vimtune.text import printable, quote
 
 RESULT = "combined"

@@ -25,10 +25,10 @@ from timm.data import create_transform, resolve_model_data_config
 
 import vimtune
 from vimtune import cli
-from vimtune.merged import MergedFileError, is_merged_file
-from vimtune.merging import merge_to_file
+from vimtune.commands.merge import merge_to_file
+from vimtune.commands.predict import load_predictor
 from vimtune.models import MODELS
-from vimtune.predict import load_predictor
+from vimtune.models.merged import MergedFileError, is_merged_file
 from vimtune.tasks.merging import MergeError
 
 

@@ -11,7 +11,7 @@ from adapter_files import make_adapter, rewrite, write_photos
 
 import vimtune
 from vimtune import cli
-from vimtune.combining import combine_files
+from vimtune.commands.combine import combine_files
 
 
 @pytest.fixture(scope="module")

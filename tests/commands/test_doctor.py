@@ -14,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from vimtune import cli, doctor, ops
+from vimtune import cli, ops
+from vimtune.commands import doctor
 from vimtune.ops import dispatch
 from vimtune.ops.backend import Backend
 from vimtune.ops.eager import EagerConvolution, EagerScan
