@@ -72,9 +72,7 @@ def test_it_learns_what_each_image_shows_and_reports_every_class(run) -> None:
 
 def test_each_class_has_a_probability_of_its_own_also_when_merged(run, data, tmp_path) -> None:
     merged = tmp_path / "merged.safetensors"
-    base = {"checkpoint": None, "model": None, "tokenizer": None}
-    options = {"device": "cpu", "backend": "torch", "force": False, "precision": "fp32"}
-    assert run_merge(adapter=Path(run.run_dir), output=merged, base=base, **options) == 0
+    assert run_merge(adapter=Path(run.run_dir), output=merged, device="cpu", backend="torch") == 0
     white = data / "white.png"
     Image.new("RGB", (32, 32), "white").save(white)
     found = [

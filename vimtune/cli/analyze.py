@@ -55,9 +55,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_import(general)
     add_common(general)
     add_recipe_flags(parser, evaluation_groups())
-    given = vars(parser.parse_strictly(arguments))
-    for name in ("traceback", "packages"):
-        given.pop(name, None)
+    given = parser.parse_strictly(arguments)
     own = {
         name: given.pop(name, None) for name in ("trained", "only", "split", "images", "batches", "output")
     }

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from vimtune import parsers
 from vimtune.cli.parser import (
-    BASE,
     CommandParser,
     add_common,
     add_import,
@@ -64,14 +63,4 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
     from vimtune.commands.combine import run_combine
 
-    return run_combine(
-        adapters=options.adapters,
-        output=options.output,
-        weights=options.weights,
-        how=options.how,
-        head=options.head,
-        base={name: getattr(options, name) for name in BASE},
-        device=options.device,
-        backend=options.backend,
-        force=options.force,
-    )
+    return run_combine(**options)

@@ -39,7 +39,7 @@ def _groups() -> dict[str, dict[str, Option]]:
 
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+    packages = import_packages(prog, arguments)
     parser, general = build_key_parser(
         prog,
         usage=f"{prog} [RUN ...] [--config FILE] [--methods ...] [--data ...] [--KEY VALUE ...]",
@@ -57,11 +57,8 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_import(general)
     add_common(general)
     add_recipe_flags(parser, _groups())
-    namespace, surplus = parser.parse_known_args(arguments)
-    given = vars(namespace)
-    unknown = parser.unknown_arguments(surplus)
-    given.pop("traceback", None)
-    own = {name: given.pop(name, None) for name in ("runs", "config", "output_dir", "resume", "packages")}
+    given, unknown = parser.parse_leniently(arguments)
+    own = {name: given.pop(name, None) for name in ("runs", "config", "output_dir", "resume")}
 
     # The value of an unknown flag is taken for a run.
     if own["resume"] is None and (not own["runs"] or (unknown and given)):
@@ -79,5 +76,5 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         config=own["config"],
         output_dir=own["output_dir"],
         resume=own["resume"],
-        packages=[name.strip() for names in own["packages"] or () for name in names.split(",")],
+        packages=packages,
     )

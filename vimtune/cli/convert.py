@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vimtune.cli.parser import (
-    BASE,
     CommandParser,
     add_common,
     add_import,
     add_model_options,
+    add_new_folder,
     import_packages,
     path,
 )
@@ -31,7 +31,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         "Nothing in them names a folder of this computer.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", type=path, help="adapter file or run folder")
-    parser.add_argument("--output", "-o", metavar="DIR", type=path, required=True, help="a new folder")
+    add_new_folder(parser)
     add_format(parser)
     add_model_options(parser)
     add_import(parser)
@@ -40,12 +40,4 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
     from vimtune.exchange.hub import run_convert
 
-    return run_convert(
-        adapter=options.adapter,
-        folder=options.output,
-        to=options.to,
-        device=options.device,
-        backend=options.backend,
-        force=options.force,
-        **{name: getattr(options, name) for name in BASE},
-    )
+    return run_convert(**options)

@@ -44,6 +44,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--output",
         "-o",
+        dest="outputs",
         metavar="FILE",
         type=path,
         action="append",
@@ -58,19 +59,8 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_import(parser)
     add_common(parser)
     options = parser.parse_strictly(arguments)
-    counts = {name: whole_number(name, getattr(options, name)) for name in ("top_k", "batch_size")}
+    counts = {name: whole_number(name, options[name]) for name in ("top_k", "batch_size")}
 
     from vimtune.commands.embed import run_embed
 
-    return run_embed(
-        inputs=options.inputs,
-        adapter=options.adapter,
-        model=options.model,
-        checkpoint=options.checkpoint,
-        among=options.among,
-        outputs=options.output,
-        device=options.device,
-        backend=options.backend,
-        force=options.force,
-        **counts,
-    )
+    return run_embed(**{**options, **counts})

@@ -64,9 +64,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_import(general)
     add_common(general)
     add_recipe_flags(parser, {**_option_groups(), **evaluation_groups()})
-    given = vars(parser.parse_strictly(arguments))
-    for name in ("traceback", "packages"):
-        given.pop(name, None)
+    given = parser.parse_strictly(arguments)
     names = ("adapter", "split", "output", "mistakes", "config", "variant")
     own = {name: given.pop(name, None) for name in names}
 

@@ -53,9 +53,4 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
     from vimtune.commands.export import run_export
 
-    return run_export(
-        source=options.source,
-        output=options.output,
-        base={name: getattr(options, name) for name in ("model", "checkpoint")},
-        force=options.force,
-    )
+    return run_export(**options)

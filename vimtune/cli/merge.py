@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import get_args
 
 from vimtune.cli.parser import (
-    BASE,
     CommandParser,
     add_common,
     add_import,
@@ -46,12 +45,4 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
     from vimtune.commands.merge import run_merge
 
-    return run_merge(
-        adapter=options.adapter,
-        output=options.output,
-        base={name: getattr(options, name) for name in BASE},
-        device=options.device,
-        backend=options.backend,
-        force=options.force,
-        precision=options.precision,
-    )
+    return run_merge(**options)

@@ -13,6 +13,9 @@ from vimtune.plugins import import_package
 from vimtune.text import quote, shorten
 from vimtune.utils import suggest
 
+SHARED_FLAGS = ("traceback", "packages")
+"""What `add_common` and `add_import` add: `vimtune.cli.main` and `import_packages` read it."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """Full flag names only, one-line errors, and a suggestion for a misspelt flag or command."""
@@ -51,16 +54,27 @@ class CommandParser(argparse.ArgumentParser):
             return f": an adapter or a run is given as --adapter {shorten(argument)}"
         return ""
 
-    def parse_strictly(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse a command line of which nothing may be left over.
+    def parse_leniently(self, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Parse a command line of which something may be left over.
+
+        Returns:
+            The values of its own flags by name, without those that every command has; and one line for each
+            argument that is left over.
+        """
+        namespace, unknown = self.parse_known_args(arguments)
+        values = {name: value for name, value in vars(namespace).items() if name not in SHARED_FLAGS}
+        return values, self.unknown_arguments(unknown)
+
+    def parse_strictly(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The values of a command line of which nothing may be left over; see `parse_leniently`.
 
         Raises:
             ValueError: the command line is not one of this parser.
         """
-        namespace, unknown = self.parse_known_args(arguments)
-        if unknown:
-            raise ValueError("; ".join(self.unknown_arguments(unknown)) + f" See {self.prog} --help")
-        return namespace
+        values, problems = self.parse_leniently(arguments)
+        if problems:
+            raise ValueError("; ".join(problems) + f" See {self.prog} --help")
+        return values
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -122,8 +136,11 @@ def add_import(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def import_packages(prog: str, arguments: Sequence[str]) -> None:
+def import_packages(prog: str, arguments: Sequence[str]) -> list[str]:
     """Import the packages that a command line names, before anything else of it is read.
+
+    Returns:
+        Their names.
 
     Raises:
         ValueError: one cannot be imported, or none is named after the flag.
@@ -131,9 +148,10 @@ def import_packages(prog: str, arguments: Sequence[str]) -> None:
     parser = CommandParser(prog=prog, add_help=False)
     add_import(parser)
     given, _ = parser.parse_known_args(arguments)
-    for names in given.packages or ():
-        for name in names.split(","):
-            import_package(name.strip())
+    packages = [name.strip() for names in given.packages or () for name in names.split(",")]
+    for package in packages:
+        import_package(package)
+    return packages
 
 
 def path(text: str) -> Path:
@@ -158,6 +176,13 @@ def whole_number(name: str, value: str | int) -> int:
 
 BASE = ("checkpoint", "model", "tokenizer")
 """Flags that say where the base weights of an adapter are now; `add_model_options` adds them."""
+
+
+def add_new_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names the folder which a command makes."""
+    parser.add_argument(
+        "--output", "-o", dest="folder", metavar="DIR", type=path, required=True, help="a new folder"
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -66,7 +66,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_common(parser)
     parser.argument_default = argparse.SUPPRESS
     add_recipe_flags(parser, groups := _groups())
-    options = vars(parser.parse_strictly(arguments))
+    options = parser.parse_strictly(arguments)
     names = {name for items in groups.values() for name in items}
 
     from vimtune.commands.predict import run_predict

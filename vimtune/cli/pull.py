@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vimtune.cli.parser import CommandParser, add_common, path
+from vimtune.cli.parser import CommandParser, add_common, add_new_folder
 from vimtune.exchange.formats import FORMATS
 
 
@@ -16,7 +16,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         "With HF_HUB_OFFLINE what was downloaded before is used.",
     )
     parser.add_argument("repository", metavar="USER/NAME", help="where it is")
-    parser.add_argument("--output", "-o", metavar="DIR", type=path, required=True, help="a new folder")
+    add_new_folder(parser)
     parser.add_argument("--revision", metavar="X", help="a branch, tag or commit")
     parser.add_argument("--to", choices=list(FORMATS), help="the files of this format alone")
     add_common(parser)
@@ -24,6 +24,4 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
     from vimtune.exchange.hub import run_pull
 
-    return run_pull(
-        repository=options.repository, folder=options.output, revision=options.revision, to=options.to
-    )
+    return run_pull(**options)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from vimtune.cli.convert import add_format
 from vimtune.cli.parser import (
-    BASE,
     CommandParser,
     add_common,
     add_import,
@@ -35,14 +34,4 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
     from vimtune.exchange.hub import run_push
 
-    return run_push(
-        adapter=options.adapter,
-        repository=options.repository,
-        to=options.to,
-        private=options.private,
-        message=options.message,
-        device=options.device,
-        backend=options.backend,
-        force=options.force,
-        **{name: getattr(options, name) for name in BASE},
-    )
+    return run_push(**options)

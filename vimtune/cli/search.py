@@ -96,10 +96,8 @@ def _number(given: Mapping[str, Any], name: str, default: int, low: int, high: i
 
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
-    given = vars(_build_parser(prog).parse_strictly(arguments))
-    given.pop("traceback", None)
-    packages = [name.strip() for names in given.pop("packages", None) or () for name in names.split(",")]
+    packages = import_packages(prog, arguments)
+    given = _build_parser(prog).parse_strictly(arguments)
     own = {name: given.pop(name) for name in OWN_FLAGS if name in given}
     workers = _number(own, "workers", 1, 1, 1024)
 

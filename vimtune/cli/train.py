@@ -120,14 +120,11 @@ def add_recipe_flags(parser: CommandParser, groups: Mapping[str, Mapping[str, Op
 
 def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | None:
     """The recipe that the command line asks for, or None when `--list` was given."""
-    namespace, surplus = parser.parse_known_args(arguments)
-    given = vars(namespace)
+    given, unknown = parser.parse_leniently(arguments)
     if given.pop("list", False):
         return None
-    given.pop("traceback", None)
-    given.pop("packages", None)
     config, variant = given.pop("config", None), given.pop("variant", None)
-    problems = parser.unknown_arguments(surplus) + _folder_of_nothing(config, given)
+    problems = unknown + _folder_of_nothing(config, given)
     try:
         recipe = load_recipe(config, given, variant)
     except RecipeError as error:

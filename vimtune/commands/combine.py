@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,30 +142,13 @@ def _check_classes(paths: Sequence[Path], infos: Sequence[AdapterInfo], head: in
             )
 
 
-def run_combine(
-    *,
-    adapters: Sequence[Path],
-    output: Path,
-    weights: Sequence[float] | None,
-    how: How,
-    head: Path | None,
-    base: Mapping[str, Any],
-    device: str,
-    backend: str,
-    force: bool,
-) -> int:
-    """`vimtune combine`: write the file, say what it is. Returns the exit code."""
-    info = combine_files(
-        adapters,
-        output,
-        weights=weights,
-        how=how,
-        head=head,
-        **base,
-        device=device,
-        backend=backend,
-        force=force,
-    )
+def run_combine(*, adapters: Sequence[Path], output: Path, how: How, **options: Any) -> int:
+    """`vimtune combine`: write the file, say what it is. Returns the exit code.
+
+    Args:
+        adapters, output, how, **options: those of `combine_files`.
+    """
+    info = combine_files(adapters, output, how=how, **options)
     console = build_console()
     print_line(console, f"{len(adapters)} adapters combined ({how}) into {output}, which is {info.method}")
     return 0

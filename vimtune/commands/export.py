@@ -6,7 +6,6 @@ What is written belongs to the task (`Task.export`), how to the format (`vimtune
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,13 @@ def _task_of_adapter(path: Path) -> Task:
         raise AdapterFileError(f"{error} (of a plain checkpoint give the model, with --model)") from error
 
 
-def run_export(*, source: Path, output: Path, base: Mapping[str, Any], force: bool) -> int:
-    """`vimtune export`: write the file, print what the check has found. Returns the exit code."""
-    exported, console = export_to_file(source, output, **base, force=force), build_console()
+def run_export(*, source: Path, output: Path, **options: Any) -> int:
+    """`vimtune export`: write the file, print what the check has found. Returns the exit code.
+
+    Args:
+        source, output, **options: those of `export_to_file`.
+    """
+    exported, console = export_to_file(source, output, **options), build_console()
     print_line(console, f"{exported.model} written to {output}")
     if exported.left_beside is not None:
         print_line(console, f"the adapter is part of the graph: {exported.left_beside}")

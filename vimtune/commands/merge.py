@@ -7,7 +7,6 @@ folder for texts.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +60,13 @@ def merge_to_file(
     )
 
 
-def run_merge(
-    *,
-    adapter: Path,
-    output: Path,
-    base: Mapping[str, Any],
-    device: str,
-    backend: str,
-    force: bool,
-    precision: Precision,
-) -> int:
-    """`vimtune merge`: write the weights, print the proof. Returns the exit code."""
-    merged = merge_to_file(
-        adapter, output, **base, device=device, backend=backend, force=force, precision=precision
-    )
+def run_merge(*, adapter: Path, output: Path, **options: Any) -> int:
+    """`vimtune merge`: write the weights, print the proof. Returns the exit code.
+
+    Args:
+        adapter, output, **options: those of `merge_to_file`.
+    """
+    merged = merge_to_file(adapter, output, **options)
     method, proof, console = read_adapter_info(adapter_path(adapter)).method, merged.proof, build_console()
     print_line(console, f"{merged.model} with {method} merged into {output}")
     print_line(

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -226,23 +227,24 @@ def _asking(what: str) -> Iterator[None]:
         ) from error
 
 
-def run_convert(**options: object) -> int:
-    """`vimtune convert`: write the folder, say what is in it. Returns the exit code."""
-    folder = convert(**options)  # type: ignore[arg-type]
+def run_convert(**options: Any) -> int:
+    """`vimtune convert`, with the arguments of `convert`: write the folder, say what is in it. Returns the
+    exit code."""
+    folder = convert(**options)
     console = build_console()
     print_line(console, f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0
 
 
-def run_push(**options: object) -> int:
-    """`vimtune push`: upload, print the address. Returns the exit code."""
-    print_line(build_console(), f"uploaded to {push(**options)}")  # type: ignore[arg-type]
+def run_push(**options: Any) -> int:
+    """`vimtune push`, with the arguments of `push`: upload, print the address. Returns the exit code."""
+    print_line(build_console(), f"uploaded to {push(**options)}")
     return 0
 
 
-def run_pull(**options: object) -> int:
-    """`vimtune pull`: download, say what there is. Returns the exit code."""
-    folder = pull(**options)  # type: ignore[arg-type]
+def run_pull(**options: Any) -> int:
+    """`vimtune pull`, with the arguments of `pull`: download, say what there is. Returns the exit code."""
+    folder = pull(**options)
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     print_line(build_console(), f"downloaded to {folder}: {names}")
     return 0
