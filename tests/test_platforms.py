@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vimtune.commands import doctor
 from vimtune.compare import execution, worker
-from vimtune.data import build_transform, create_dataset, create_loader, loader, workers
+from vimtune.data import build_transform, create_dataset, create_loader
+from vimtune.data.loading import loader, workers
 from vimtune.ops.cpu import cache
 from vimtune.output import write_folder
 from vimtune.recipe.components import OptimisationSettings

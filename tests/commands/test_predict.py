@@ -429,7 +429,7 @@ def test_what_the_system_cannot_read_is_never_passed_over_in_silence(
             raise ImageReadError(str(path), "Permission denied")
         return load_image(path)
 
-    monkeypatch.setattr("vimtune.data.images.load_image", load)
+    monkeypatch.setattr("vimtune.data.files.images.load_image", load)
     flags = ["--adapter", str(adapter), "--on-corrupt", choice]
     assert cli.main(["predict", str(tmp_path / "photos"), *flags]) == 1
     assert "1.png: Permission denied" in caplog.text and "2.png" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vimtune.data import DatasetError, create_dataset, flowers
-from vimtune.data.download import DownloadError, download_file, extract_archive
+from vimtune.data.files.download import DownloadError, download_file, extract_archive
 
 CONTENT = np.random.default_rng(0).bytes(1_000_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -121,7 +121,7 @@ def test_missing_on_server_is_not_retried(server: Server, tmp_path) -> None:
 def test_offline_dataset_gives_one_message(server: Server, tmp_path, monkeypatch) -> None:
     server.http.server_close()
     monkeypatch.setattr(flowers, "_URL", server.url.replace("file.bin", ""))
-    monkeypatch.setattr("vimtune.data.download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("vimtune.data.files.download.time.sleep", lambda seconds: None)
     with pytest.raises(DatasetError, match=r"no connection.*Expected <data-dir>.*synthetic_flowers"):
         create_dataset("flowers", "train", tmp_path)
     assert not (tmp_path / "flowers-102" / "setid.mat").exists()

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vimtune.data import DatasetError, ImageReadError, MissingSplitError, create_dataset
-from vimtune.data.layout import split_of
+from vimtune.data.own.layout import split_of
 from vimtune.data.splitting import stratified_split
 
 

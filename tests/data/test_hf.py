@@ -215,7 +215,7 @@ def mixed(tmp_path, monkeypatch) -> Any:
     rows = {"image": entries, "label": [0, 1] * 3}
     made = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
     tables = {"train": made, "test": made}
-    monkeypatch.setattr("vimtune.data.hf_tables.open_tables", lambda *place: ("here", tables))
+    monkeypatch.setattr("vimtune.data.own.hf_tables.open_tables", lambda *place: ("here", tables))
     return opened(tmp_path, "train+val")
 
 

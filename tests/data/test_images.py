@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from vimtune.data import CorruptImageError, ImageReadError, find_images, images, load_image
-from vimtune.data import pixels as pixels_of
+from vimtune.data import CorruptImageError, ImageReadError, find_images, load_image
+from vimtune.data.files import images
+from vimtune.data.files import pixels as pixels_of
 
 EXIF_ORIENTATION = 0x0112
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vimtune.data import DatasetError, MissingSplitError, create_dataset
-from vimtune.data.samples import targets_of
+from vimtune.data.loading.samples import targets_of
 
 
 def draw(folder: Path, names: Iterable[str]) -> None:

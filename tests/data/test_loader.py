@@ -26,7 +26,7 @@ from vimtune.data import (
     create_loader,
     load_image,
 )
-from vimtune.data.batch_sampler import BatchSampler
+from vimtune.data.loading.batch_sampler import BatchSampler
 
 SIZE = (16, 16)
 
@@ -175,7 +175,7 @@ def test_cache_changes_nothing_but_the_decoding(workers: int, monkeypatch) -> No
 
 
 def test_cache_stops_at_its_budget(monkeypatch) -> None:
-    monkeypatch.setattr("vimtune.data.samples.free_memory", lambda: 2 * 7 * 16 * 16 * 3)
+    monkeypatch.setattr("vimtune.data.loading.samples.free_memory", lambda: 2 * 7 * 16 * 16 * 3)
     loader = make(cache=True)
     assert len(loader._samples._cached) == 7
     assert_same(epoch(loader), epoch(make()))
@@ -188,7 +188,7 @@ def test_a_process_without_workers_decodes_few_images_once(monkeypatch) -> None:
     load = ds.load
     monkeypatch.setattr(ds, "load", lambda i: calls.append(i) or load(i))
     for kept in (0, 7, 20):
-        monkeypatch.setattr("vimtune.data.samples._KEPT", kept * 16 * 16 * 3)
+        monkeypatch.setattr("vimtune.data.loading.samples._KEPT", kept * 16 * 16 * 3)
         loader = make(ds)
         for number in (0, 1):
             calls.clear()

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from vimtune.data import DatasetError, create_dataset
-from vimtune.data.mat import read_mat
+from vimtune.data.files.mat import read_mat
 
 VALUES = {
     "few": np.arange(3, dtype=np.uint8),

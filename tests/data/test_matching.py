@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vimtune.data import DatasetError
-from vimtune.data.labelled_folder import LabelledFolder
 from vimtune.data.matching import match_classes
+from vimtune.data.own.labelled_folder import LabelledFolder
 
 
 def fill(folder: Path, **classes: int) -> Path:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vimtune.data import build_transform, create_dataset, create_loader, loader
-from vimtune.data.resident.store import DoesNotFitError
-from vimtune.data.samples import Samples
+from vimtune.data import build_transform, create_dataset, create_loader
+from vimtune.data.loading import loader
+from vimtune.data.loading.resident.store import DoesNotFitError
+from vimtune.data.loading.samples import Samples
 
 
 @pytest.mark.parametrize("room", [True, False])

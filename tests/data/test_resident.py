@@ -11,13 +11,13 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from vimtune.data import CorruptImageError, ImageDataset, build_transform, create_dataset, create_loader
-from vimtune.data.loader import WorkerLoader
-from vimtune.data.resident import crops, operations, store
-from vimtune.data.resident.augmentation import Augmentation, stored_pixels
-from vimtune.data.resident.crops import Boxes, draw_boxes, resize_boxes
-from vimtune.data.resident.draws import Draws, uniforms
-from vimtune.data.resident.loader import ResidentLoader
-from vimtune.data.resident.store import DoesNotFitError
+from vimtune.data.loading.loader import WorkerLoader
+from vimtune.data.loading.resident import crops, operations, store
+from vimtune.data.loading.resident.augmentation import Augmentation, stored_pixels
+from vimtune.data.loading.resident.crops import Boxes, draw_boxes, resize_boxes
+from vimtune.data.loading.resident.draws import Draws, uniforms
+from vimtune.data.loading.resident.loader import ResidentLoader
+from vimtune.data.loading.resident.store import DoesNotFitError
 from vimtune.data.transforms import CHANGES
 
 CPU = torch.device("cpu")
@@ -389,7 +389,7 @@ def test_the_batch_does_not_matter(preset: str, monkeypatch) -> None:
     ranks = [epoch(make(preset, rank=rank, world_size=2), 1) for rank in range(2)]
     joined = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
     assert_same(joined, whole)
-    monkeypatch.setattr("vimtune.data.resident.loader._BYTES_AT_ONCE", 1)
+    monkeypatch.setattr("vimtune.data.loading.resident.loader._BYTES_AT_ONCE", 1)
     assert_same(epoch(make(preset), 1), whole)
     assert not torch.equal(epoch(make(preset), 0)[0][0], whole[0][0])
     assert not torch.equal(epoch(make(preset, seed=4), 1)[0][0], whole[0][0])
@@ -435,10 +435,10 @@ def test_damaged_images_are_left_out_or_stop_the_epoch() -> None:
 
 
 def test_what_does_not_fit_is_refused_or_read_again(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("vimtune.data.resident.store.room_on", lambda device: 100_000)
+    monkeypatch.setattr("vimtune.data.loading.resident.store.room_on", lambda device: 100_000)
     with pytest.raises(DoesNotFitError, match=r"9 images of 'train' .*--cache host"):
         make()
-    monkeypatch.setattr("vimtune.data.resident.store.room_on", lambda device: 10**9)
+    monkeypatch.setattr("vimtune.data.loading.resident.store.room_on", lambda device: 10**9)
     with caplog.at_level(logging.INFO):
         make()
     assert "train: 9 images on cpu as uint8" in caplog.text
@@ -447,11 +447,11 @@ def test_what_does_not_fit_is_refused_or_read_again(monkeypatch, caplog) -> None
 
 def test_auto_keeps_on_a_gpu_what_fits_in_every_rank(monkeypatch, caplog) -> None:
     assert isinstance(make(cache="auto"), WorkerLoader)
-    monkeypatch.setattr("vimtune.data.loader._is_gpu", lambda device: True)
+    monkeypatch.setattr("vimtune.data.loading.loader._is_gpu", lambda device: True)
     assert isinstance(make(cache="auto"), ResidentLoader)
     asked: list[bool] = []
     assert isinstance(make(cache="auto", agree=lambda fits: asked.append(fits)), WorkerLoader)
-    monkeypatch.setattr("vimtune.data.resident.store.SHARE", 0)
+    monkeypatch.setattr("vimtune.data.loading.resident.store.SHARE", 0)
     with caplog.at_level(logging.INFO):
         assert isinstance(make(cache="auto", agree=lambda fits: asked.append(fits)), WorkerLoader)
     assert asked == [True, False]

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from vimtune.data import CorruptImageError, DatasetError, ImageDataset, create_dataset
-from vimtune.data.images import load_image
-from vimtune.data.packed import read_packed
+from vimtune.data.files.images import load_image
+from vimtune.data.files.packed import read_packed
 
 WNIDS = ["n01443537", "n01629819", "n01641577"]
 NAMES = ["goldfish, Carassius auratus", "European fire salamander", "bullfrog"]

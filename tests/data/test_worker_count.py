@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from vimtune.data import CorruptImageError, ImageDataset, build_transform, worker_count
-from vimtune.data.worker_count import choose_num_workers
+from vimtune.data import CorruptImageError, ImageDataset, build_transform
+from vimtune.data.loading import worker_count
+from vimtune.data.loading.worker_count import choose_num_workers
 
 TRANSFORM = build_transform("none", (64, 64))
 BATCH = 3 * 3 * 64 * 64 * 4

@@ -46,7 +46,9 @@ def main(packages: Sequence[str]) -> int:
     os.dup2(2, 1)  # Nothing else goes there.
     folders: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin.fileno(), folders), daemon=True).start()
-    from vimtune.data.resident.store import keep_decoded  # Late, since the comparison reads this module, too.
+    from vimtune.data.loading.resident.store import (
+        keep_decoded,  # Late, since the comparison reads this module, too.
+    )
 
     prepare_streams()
     keep_decoded(min(KEPT_BYTES, int(KEPT_SHARE * free_memory())))

@@ -9,17 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vimtune.data import (  # noqa: F401  (they register)
-    caltech,
-    cars,
-    flowers,
-    folder,
-    hf,
-    synthetic,
-    table,
-    tiny_imagenet,
-    vtab,
-)
+from vimtune.data import caltech, cars, flowers, synthetic, tiny_imagenet, vtab  # noqa: F401  (they register)
 from vimtune.data.base import SPLITS, FileDataset, ImageDataset
 from vimtune.data.datasets import (
     DATASETS,
@@ -39,12 +29,13 @@ from vimtune.data.errors import (
     TooManyCorruptError,
     WorkerError,
 )
+from vimtune.data.own import folder, hf, table  # noqa: F401
 from vimtune.late_names import late_names
 
 if TYPE_CHECKING:
-    from vimtune.data.image_loader import ImageLoader
-    from vimtune.data.images import FoundImages, find_images, load_image
-    from vimtune.data.loader import create_loader
+    from vimtune.data.files.images import FoundImages, find_images, load_image
+    from vimtune.data.loading.image_loader import ImageLoader
+    from vimtune.data.loading.loader import create_loader
     from vimtune.data.transforms import Transform, build_transform, model_preprocessing, read_transform
     from vimtune.preprocessing import LIBRARIES, PRESETS
 
@@ -80,9 +71,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "vimtune.data.images": ("FoundImages", "find_images", "load_image"),
-    "vimtune.data.image_loader": ("ImageLoader",),
-    "vimtune.data.loader": ("create_loader",),
+    "vimtune.data.files.images": ("FoundImages", "find_images", "load_image"),
+    "vimtune.data.loading.image_loader": ("ImageLoader",),
+    "vimtune.data.loading.loader": ("create_loader",),
     "vimtune.data.transforms": ("Transform", "build_transform", "model_preprocessing", "read_transform"),
     "vimtune.preprocessing": ("LIBRARIES", "PRESETS"),
 }

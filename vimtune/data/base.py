@@ -165,7 +165,7 @@ class FileDataset(ImageDataset):
 
     def load(self, index: int) -> Image.Image:
         """Decode image `index` to RGB."""
-        from vimtune.data.images import (
+        from vimtune.data.files.images import (
             load_image,
         )  # This comes late, because data sets are listed without Pillow.
 

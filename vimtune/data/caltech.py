@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from vimtune.data.base import FileDataset
-from vimtune.data.checks import check_files_exist
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
+from vimtune.data.files.checks import check_files_exist
+from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE, locate_root
 
 _FOLDER = "101_ObjectCategories"
 """The folder of the archive that holds the categories."""
@@ -62,7 +62,7 @@ def readable_name(category: str) -> str:
 
 
 def _download(root: Path) -> None:
-    from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+    from vimtune.data.files.download import DownloadError, download_file, download_lock, extract_archive
 
     try:
         with download_lock(root):

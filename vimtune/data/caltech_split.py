@@ -16,8 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vimtune.data.checks import plain_name
 from vimtune.data.errors import DatasetError
+from vimtune.data.files.checks import plain_name
 from vimtune.schema import STRICT, Count, load_json
 from vimtune.text import quote
 

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 from annotated_types import Gt, Lt
 
 from vimtune.data.base import FileDataset
-from vimtune.data.checks import check_files_exist, plain_name, whole_numbers
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
+from vimtune.data.files.checks import check_files_exist, plain_name, whole_numbers
+from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE, locate_root
 from vimtune.data.splitting import stratified_split
 
 _TEST_LABELS = "cars_test_annos_withlabels.mat"
@@ -96,7 +96,9 @@ def _read_rows(table: Path, num_classes: int) -> list[tuple[str, int]]:
 
 
 def _load(path: Path, key: str) -> list[Any]:
-    from vimtune.data.mat import read_mat  # This comes late, because data sets are listed without numpy.
+    from vimtune.data.files.mat import (
+        read_mat,  # This comes late, because data sets are listed without numpy.
+    )
 
     try:
         values = read_mat(path, [key])[key]

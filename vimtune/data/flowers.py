@@ -6,10 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from vimtune.data.base import FileDataset
-from vimtune.data.checks import check_files_exist, whole_numbers
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
+from vimtune.data.files.checks import check_files_exist, whole_numbers
+from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE, locate_root
 
 _URL = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
 """The folder that the files are downloaded from."""
@@ -65,7 +65,9 @@ class Flowers(FileDataset):
 
 def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
     """Image numbers of a split (1-based) and the labels (1-based) of all images."""
-    from vimtune.data.mat import read_mat  # This comes late, because data sets are listed without numpy.
+    from vimtune.data.files.mat import (
+        read_mat,  # This comes late, because data sets are listed without numpy.
+    )
 
     try:
         labels = read_mat(root / "imagelabels.mat", ["labels"])["labels"]
@@ -82,7 +84,7 @@ def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
 
 
 def _download(root: Path) -> None:
-    from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+    from vimtune.data.files.download import DownloadError, download_file, download_lock, extract_archive
 
     try:
         with download_lock(root):

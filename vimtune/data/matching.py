@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.layout import name_some
+from vimtune.data.own.layout import name_some
 from vimtune.text import counted
 
 if TYPE_CHECKING:

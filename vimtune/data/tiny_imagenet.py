@@ -10,10 +10,10 @@ from typing import Annotated
 from annotated_types import Gt, Len, Lt
 
 from vimtune.data.base import FileDataset, Span
-from vimtune.data.checks import check_files_exist, plain_name, read_table
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
+from vimtune.data.files.checks import check_files_exist, plain_name, read_table
+from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE, locate_root
 from vimtune.data.splitting import stratified_split
 from vimtune.text import printable, quote
 
@@ -60,8 +60,8 @@ class TinyImageNet(FileDataset):
     split, as everywhere in the literature. "val" is a stratified `val_fraction` of the training images drawn
     with `seed`, "train" the others, "train+val" all of them.
 
-    The folder is that of the official archive, or one of packed images (`vimtune.data.packed`). The classes
-    are in the order of their WordNet numbers and have the first of their names there.
+    The folder is that of the official archive, or one of packed images (`vimtune.data.files.packed`). The
+    classes are in the order of their WordNet numbers and have the first of their names there.
     """
 
     summary = "Tiny-ImageNet-200, 64 px (200 classes; downloads 248 MB)"
@@ -112,7 +112,7 @@ def _find(data_dir: Path | None, download: bool) -> tuple[Path, bool]:
 
 def _download(root: Path) -> Path:
     """Fetch the official archive; returns the folder of its files, which is `root` or lies in it."""
-    from vimtune.data.download import DownloadError, download_file, download_lock, extract_archive
+    from vimtune.data.files.download import DownloadError, download_file, download_lock, extract_archive
 
     place = root.parent if root.name == _FOLDER else root
     try:
@@ -130,7 +130,7 @@ def _download(root: Path) -> Path:
 
 def _read_packed_folder(root: Path, official: str) -> tuple[list[str], _Images]:
     """Names of the classes and images of an official part, "train" or "val", in a folder of packed images."""
-    from vimtune.data.packed import (
+    from vimtune.data.files.packed import (
         read_packed,
     )  # This comes late, because data sets are listed without numpy.
     from vimtune.schema import load_json

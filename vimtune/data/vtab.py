@@ -7,7 +7,7 @@ from pathlib import Path
 from vimtune.data.base import FileDataset
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.placement import EMBEDDED_ALTERNATIVE, locate_root
+from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE, locate_root
 from vimtune.text import printable, quote
 from vimtune.utils import suggest
 
@@ -65,7 +65,7 @@ class VTAB(FileDataset):
     ) -> None:
         del seed, img_size, download  # The split is fixed, and nobody offers a download.
         # This comes late, because data sets are listed without it.
-        from vimtune.data.image_lists import read_lists
+        from vimtune.data.files.image_lists import read_lists
 
         root = _find(data_dir, task)
         lists = read_lists(root, TASKS.get(root.name))
@@ -82,7 +82,7 @@ def _find(data_dir: Path | None, task: str) -> Path:
     Raises:
         DatasetError: there is none.
     """
-    from vimtune.data.image_lists import FILES
+    from vimtune.data.files.image_lists import FILES
 
     if "/" in task or "\\" in task or task in ("", ".", ".."):
         raise DatasetError(f"data set 'vtab': task={quote(task)} is no name of a folder.")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 import torch
 
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
-from vimtune.data.worker_count import AS_ASKED, HERE, WorkerCount
+from vimtune.data.loading.worker_count import AS_ASKED, HERE, WorkerCount
 from vimtune.tasks.job import Batch, InputError, Loader
 from vimtune.text import printable, shorten
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vimtune.data.batch_sampler import BatchSampler
+from vimtune.data.loading.batch_sampler import BatchSampler
 from vimtune.runtime.precision import Autocast, in_precision
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.job import Batch, Loader

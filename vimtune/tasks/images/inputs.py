@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vimtune.data import CorruptImageError, ImageReadError, images
+from vimtune.data import CorruptImageError, ImageReadError
+from vimtune.data.files import images
 from vimtune.text import printable, quote
 
 logger = logging.getLogger(__name__)
 
 Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """A file or a folder by its path; the content of a file; an image of Pillow; or an array as
-`vimtune.data.images.read_picture` takes it."""
+`vimtune.data.files.images.read_picture` takes it."""
 
 Unreadable = CorruptImageError | ImageReadError
 """Why nothing is said of an image."""

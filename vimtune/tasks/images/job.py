@@ -23,9 +23,9 @@ from vimtune.data import (
     create_loader,
     model_preprocessing,
 )
-from vimtune.data.batch_sampler import BatchSampler
+from vimtune.data.loading.batch_sampler import BatchSampler
+from vimtune.data.loading.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.data.subset import draw_at_most, draw_protocol, draw_shots, take_fold
-from vimtune.data.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.methods import METHODS
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.registry import MODELS

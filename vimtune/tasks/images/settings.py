@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge, Le
 
 from vimtune import parsers
-from vimtune.data.cache_places import cache_place
 from vimtune.data.datasets import DATASETS, dataset_option_problems
+from vimtune.data.loading.cache_places import cache_place
 from vimtune.fields import Positive, Seed, Share, option, options_of
 from vimtune.methods import METHODS
 from vimtune.models.registry import MODELS, check_model_options, list_models

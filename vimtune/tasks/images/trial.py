@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.data import DatasetError, ImageDataset, Transform, build_transform, model_preprocessing
-from vimtune.data.labelled_folder import LabelledFolder
 from vimtune.data.matching import Matched, match_classes
+from vimtune.data.own.labelled_folder import LabelledFolder
 from vimtune.models import MODELS
 from vimtune.models.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.recipe import Recipe

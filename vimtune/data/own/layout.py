@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vimtune.data.errors import DatasetError
-from vimtune.data.images import EXTENSIONS, FoundImages, describe_left_out, find_images
+from vimtune.data.files.images import EXTENSIONS, FoundImages, describe_left_out, find_images
 from vimtune.text import counted, printable, quote
 
 LAYOUT = (

@@ -7,9 +7,9 @@ The labels are
 - one column: the class of each image, or with a separator any number of them;
 - or a column for each class, with 1 where an image has it and 0 or nothing where not.
 
-A column may say to which split an image belongs, in words that `vimtune.data.layout.split_of` knows. Nothing
-is guessed beyond that, and nothing is left out: an image that is not there, or a row without a class where
-each image has one, is refused, and images of the folder that no row names are counted in a note.
+A column may say to which split an image belongs, in words that `vimtune.data.own.layout.split_of` knows.
+Nothing is guessed beyond that, and nothing is left out: an image that is not there, or a row without a class
+where each image has one, is refused, and images of the folder that no row names are counted in a note.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vimtune.data.errors import DatasetError
-from vimtune.data.images import find_images
-from vimtune.data.layout import Layout, name_some, split_of
+from vimtune.data.files.images import find_images
+from vimtune.data.own.layout import Layout, name_some, split_of
 from vimtune.data.text.lines import Line, read_lines
 from vimtune.text import printable, quote
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from vimtune.data.base import ImageDataset
-from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.image_loader import ImageLoader
-from vimtune.data.resident.augmentation import Augmentation
-from vimtune.data.resident.draws import Draws, uniforms
-from vimtune.data.resident.store import ImageStore
-from vimtune.data.samples import Batch, FailedSample, targets_of
+from vimtune.data.loading.batch_sampler import BatchSampler
+from vimtune.data.loading.image_loader import ImageLoader
+from vimtune.data.loading.resident.augmentation import Augmentation
+from vimtune.data.loading.resident.draws import Draws, uniforms
+from vimtune.data.loading.resident.store import ImageStore
+from vimtune.data.loading.samples import Batch, FailedSample, targets_of
 
 _BYTES_AT_ONCE = 64 * 2**20
 """Batches are made together as long as their images have fewer bytes in fp32: a small batch keeps a GPU busy

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from vimtune.data.base import ImageDataset
-from vimtune.data.batch_sampler import BatchSampler
 from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError
-from vimtune.data.samples import Batch, FailedSample, targets_of
+from vimtune.data.loading.batch_sampler import BatchSampler
+from vimtune.data.loading.samples import Batch, FailedSample, targets_of
 from vimtune.text import printable
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vimtune.data.base import FileDataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.images import EXTENSIONS, describe_left_out, find_images
-from vimtune.data.layout import name_some, split_of
+from vimtune.data.files.images import EXTENSIONS, describe_left_out, find_images
+from vimtune.data.own.layout import name_some, split_of
 from vimtune.text import quote
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vimtune.data.errors import DatasetError, MissingSplitError
-from vimtune.data.layout import LAYOUT, Layout, name_some, read_layout
-from vimtune.data.placement import EMBEDDED_ALTERNATIVE
+from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE
+from vimtune.data.own.layout import LAYOUT, Layout, name_some, read_layout
 from vimtune.data.splitting import stratified_split
 from vimtune.text import printable
 

@@ -10,15 +10,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from vimtune.data.base import ImageDataset
-from vimtune.data.batch_sampler import BatchSampler
-from vimtune.data.cache_places import Agreement, cache_place
-from vimtune.data.image_loader import ImageLoader
-from vimtune.data.resident.augmentation import Augmentation
-from vimtune.data.resident.loader import ResidentLoader
-from vimtune.data.resident.store import DoesNotFitError, fill_store
-from vimtune.data.samples import Batch, Samples, collate
+from vimtune.data.loading.batch_sampler import BatchSampler
+from vimtune.data.loading.cache_places import Agreement, cache_place
+from vimtune.data.loading.image_loader import ImageLoader
+from vimtune.data.loading.resident.augmentation import Augmentation
+from vimtune.data.loading.resident.loader import ResidentLoader
+from vimtune.data.loading.resident.store import DoesNotFitError, fill_store
+from vimtune.data.loading.samples import Batch, Samples, collate
+from vimtune.data.loading.workers import (
+    death_noticed_later,
+    naming_worker_trouble,
+    prepare_worker,
+    worker_context,
+)
 from vimtune.data.transforms import Transform
-from vimtune.data.workers import death_noticed_later, naming_worker_trouble, prepare_worker, worker_context
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +132,8 @@ def create_loader(
             is decoded once, now, and stays in memory (uint8, full size). The workers are forked and read the
             same pages. At most half of the free memory is used; what does not fit is decoded each time,
             with the same result. "device": the same on `device`, all of it, and batches are made there; the
-            augmentation is that of `vimtune.data.resident`, whichever library `transform` names. "auto":
-            "device" if that is a GPU and they fit, else "none".
+            augmentation is that of `vimtune.data.loading.resident`, whichever library `transform` names.
+            "auto": "device" if that is a GPU and they fit, else "none".
         once: the images are read a single time, so none is kept; with "device" they are if they fit, because
             a process that goes on to another run finds them there.
         device: where batches are wanted; None for the host. Only a cache on the device puts them there.

@@ -10,7 +10,7 @@ from annotated_types import Len
 
 from vimtune.data.base import FileDataset
 from vimtune.data.datasets import register_dataset
-from vimtune.data.folder import Share
+from vimtune.data.own.folder import Share
 
 Text = Annotated[str, Len(1, 200)]
 """A name or a sign in a file of the user."""
@@ -29,7 +29,8 @@ class Table(FileDataset):
 
     Columns with usual names (`path`, `file_name`, `image`, ...; `label`, `class`, `category`, ...) are found,
     others have to be named. An image may have several labels: with `separator` in one column, or as a column
-    of 0 and 1 for each class. What is understood and what is refused is said in `vimtune.data.label_tables`.
+    of 0 and 1 for each class. What is understood and what is refused is said in
+    `vimtune.data.own.label_tables`.
 
     Options:
         labels: the file, below the folder of the data.
@@ -60,8 +61,8 @@ class Table(FileDataset):
     ) -> None:
         del img_size, download
         # These come late, because data sets are listed without Pillow.
-        from vimtune.data.folder_splits import find_split
-        from vimtune.data.label_tables import EXPECTED, Columns, read_tables
+        from vimtune.data.own.folder_splits import find_split
+        from vimtune.data.own.label_tables import EXPECTED, Columns, read_tables
 
         columns = Columns(path_column, label_column, split_column, separator)
         found = find_split(

@@ -23,7 +23,7 @@ class Folder(FileDataset):
     - `root/<class>/...`: a stratified draw of `val_fraction` and `test_fraction`; the rest is train.
 
     Draws are a pure function of the sorted files and `seed`. Class names are the folder names. Which folder
-    names are understood and what is refused is said in `vimtune.data.layout`.
+    names are understood and what is refused is said in `vimtune.data.own.layout`.
     """
 
     summary = "your own images: one folder per class, with or without train/val/test"
@@ -41,9 +41,8 @@ class Folder(FileDataset):
         test_fraction: Share = 0.15,
     ) -> None:
         del img_size, download
-        from vimtune.data.folder_splits import (
-            find_split,
-        )  # This comes late, because data sets are listed without Pillow.
+        # This comes late, because data sets are listed without Pillow.
+        from vimtune.data.own.folder_splits import find_split
 
         found = find_split(data_dir, split, val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
         paths, targets = [path for path, _ in found.images], [label for _, label in found.images]

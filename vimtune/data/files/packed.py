@@ -23,9 +23,9 @@ from typing import IO, Any
 import numpy as np
 
 from vimtune.data.base import Span
-from vimtune.data.checks import whole_numbers
 from vimtune.data.errors import DatasetError
-from vimtune.data.images import open_regular
+from vimtune.data.files.checks import whole_numbers
+from vimtune.data.files.images import open_regular
 from vimtune.text import printable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

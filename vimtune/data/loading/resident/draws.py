@@ -30,7 +30,8 @@ _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 def uniforms(seed: int, epoch: int, images: Tensor, count: int) -> Tensor:
     """`count` numbers in [0, 1) for each of `images`: float32 (B, count).
 
-    `images` (B,) int64 are draws as in `vimtune.data.batch_sampler`: indices, where no image comes twice.
+    `images` (B,) int64 are draws as in `vimtune.data.loading.batch_sampler`: indices, where no image comes
+    twice.
     """
     key = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
     of_images = _mix(images * _STEP + _signed(key))

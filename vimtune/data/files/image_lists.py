@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vimtune.data.checks import check_files_exist, read_table
 from vimtune.data.errors import DatasetError, MissingSplitError
+from vimtune.data.files.checks import check_files_exist, read_table
 from vimtune.text import counted, printable, quote
 
 FILES = {

@@ -17,8 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, DatasetError, ImageReadError
-from vimtune.data.resident.augmentation import stored_pixels
-from vimtune.data.workers import death_noticed_later, naming_worker_trouble, prepare_worker, worker_context
+from vimtune.data.loading.resident.augmentation import stored_pixels
+from vimtune.data.loading.workers import (
+    death_noticed_later,
+    naming_worker_trouble,
+    prepare_worker,
+    worker_context,
+)
 from vimtune.machine import free_memory
 from vimtune.preprocessing import Preprocessing
 from vimtune.text import counted

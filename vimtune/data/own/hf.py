@@ -11,7 +11,7 @@ from annotated_types import Len
 from vimtune.data.base import ImageDataset, hash_lines
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import CorruptImageError
-from vimtune.data.folder import Share
+from vimtune.data.own.folder import Share
 from vimtune.text import counted
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class HuggingFace(ImageDataset):
     ) -> None:
         del img_size  # The images have a size of their own.
         # These come late, because data sets are listed without them.
-        from vimtune.data.folder_splits import check_fractions, take_split
-        from vimtune.data.hf_tables import Columns, open_tables, read_labels
+        from vimtune.data.own.folder_splits import check_fractions, take_split
+        from vimtune.data.own.hf_tables import Columns, open_tables, read_labels
 
         check_fractions(val_fraction, test_fraction)
         place, tables = open_tables(data_dir, path, config, revision, download)
@@ -95,7 +95,7 @@ class HuggingFace(ImageDataset):
     def load(self, index: int) -> Image.Image:
         """Decode image `index` to RGB."""
         # This comes late, because data sets are listed without Pillow.
-        from vimtune.data.images import load_image, read_picture
+        from vimtune.data.files.images import load_image, read_picture
 
         table, row = self._rows[index]
         picture: dict[str, Any] | None = self._images[table][row][self._column]
@@ -112,7 +112,7 @@ class HuggingFace(ImageDataset):
 
     def fingerprint(self) -> str:
         """Hash of every image's label, row, and size in bytes, which depends on no folder."""
-        from vimtune.data.hf_tables import image_sizes
+        from vimtune.data.own.hf_tables import image_sizes
 
         tables = {table for table, _ in self._rows}
         sizes: dict[str, Sequence[int]] = {

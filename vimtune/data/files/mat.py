@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vimtune.data.errors import DatasetError
-from vimtune.data.images import open_regular
+from vimtune.data.files.images import open_regular
 from vimtune.text import printable
 
 _MAX_FILE = 4 * 2**20

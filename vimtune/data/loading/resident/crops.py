@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vimtune.data.resident.draws import Draws
+from vimtune.data.loading.resident.draws import Draws
 
 TRIES = 10
 """Boxes that are drawn for each image until one fits into it, as torchvision does."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vimtune.data.errors import DatasetError, ImageReadError
-from vimtune.data.label_tables import LABELS, class_order
-from vimtune.data.layout import Layout, name_some, split_of
+from vimtune.data.own.label_tables import LABELS, class_order
+from vimtune.data.own.layout import Layout, name_some, split_of
 from vimtune.text import printable, quote, shorten
 
 _IMAGES = ("image", "img", "picture", "photo")

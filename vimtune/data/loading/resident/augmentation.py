@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vimtune.data.resident import crops, operations
-from vimtune.data.resident.draws import Draws
+from vimtune.data.loading.resident import crops, operations
+from vimtune.data.loading.resident.draws import Draws
 from vimtune.data.transforms import (
     CHANGES,
     ERASE_CHANCE,

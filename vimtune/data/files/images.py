@@ -144,7 +144,7 @@ _ORIENTATIONS = {
 
 
 def load_image(path: str | os.PathLike[str], span: Span | None = None) -> Image.Image:
-    """Decode an image file to RGB (see `vimtune.data.pixels`), turned upright as its EXIF data say.
+    """Decode an image file to RGB (see `vimtune.data.files.pixels`), turned upright as its EXIF data say.
 
     Of several frames the first is taken.
 
@@ -212,7 +212,9 @@ def _decode(file: IO[bytes]) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """An image as RGB, turned as its EXIF data say."""
-    from vimtune.data.pixels import to_rgb  # This comes late, because data sets are listed without numpy.
+    from vimtune.data.files.pixels import (
+        to_rgb,  # This comes late, because data sets are listed without numpy.
+    )
 
     _check_size(*image.size)
     image.load()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimtune.data.resident.draws import Draws
+from vimtune.data.loading.resident.draws import Draws
 
 _LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in the brightness of a pixel (ITU-R 601-2)."""

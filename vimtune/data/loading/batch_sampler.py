@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from vimtune.data.samples import Key
+from vimtune.data.loading.samples import Key
 
 
 class BatchSampler(Sampler[list[Key]]):
