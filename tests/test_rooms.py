@@ -105,3 +105,5 @@ def test_nothing_imports_the_names_that_the_package_hands_on():
             if isinstance(node, ast.ImportFrom) and node.module == "vimtune":
                 names = {alias.name for alias in node.names} - {"__version__"}
                 assert all(f"vimtune.{name}" in MODULES for name in names), (module, names)
+            elif isinstance(node, ast.Import):
+                assert "vimtune" not in {alias.name for alias in node.names}, module

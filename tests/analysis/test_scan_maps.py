@@ -12,7 +12,7 @@ from method_cases import options_for
 import vimtune
 from vimtune.analysis.components import movements
 from vimtune.analysis.parameters import effective_parameters
-from vimtune.analysis.scan_maps import Reach, as_patch_map, read_maps, scan_matrix
+from vimtune.analysis.scan_matrix import Reach, as_patch_map, read_maps, scan_matrix
 from vimtune.methods import list_methods
 from vimtune.ops import reference
 
@@ -55,7 +55,7 @@ def test_pieces_of_channels_add_up(monkeypatch):
     model, _ = changed_vim()
     images = torch.randn(1, 3, 32, 32)
     whole = read_maps(model, images)
-    monkeypatch.setattr("vimtune.analysis.scan_maps.LARGEST", 17 * 17 * 5)  # 32 channels, 5 at a time
+    monkeypatch.setattr("vimtune.analysis.scan_matrix.LARGEST", 17 * 17 * 5)  # 32 channels, 5 at a time
     torch.testing.assert_close(read_maps(model, images), whole)
 
 

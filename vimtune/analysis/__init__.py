@@ -6,6 +6,7 @@
 | `components.py`, `transformation.py`, `gradient.py` | analyses of weights and their gradients |
 | `similarity.py`, `scan_maps.py`, `cost.py` | analyses of features, scans and operations |
 | `subject.py` | what an analysis is given: the model before and after training, and data |
+| `scan_matrix.py`, `scan_drawing.py` | what a scan reads from where: the formula and the pictures |
 | `parameters.py`, `diagonal.py`, `drawing.py` | what several analyses compute and draw |
 | `report.py`, `command.py` | the report as a page (`vimtune.pages`) and as JSON, and the command |
 

@@ -22,6 +22,9 @@ from vimtune.analysis.subject import Loss, NotApplicable, Subject
 from vimtune.pages.section import Picture, Section, Table
 from vimtune.text import counted
 
+Shares = dict[str, list[tuple[int, DiagonalShare]]]
+"""What the diagonal has of a gradient, for each layer, by the name of the projector."""
+
 
 def transformation_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
     """dL/dT (I, I) at T = I, of W (O, I) and dL/dW (O, I)."""
@@ -84,25 +87,7 @@ def analyze(subject: Subject) -> Section:
                 for (layer, share), (_, all_of) in zip(own, summed[name], strict=True)
             ],
         },
-        tables=[
-            Table(
-                "By layer",
-                ["layer", "share", "chance", "concentration", "excess", "all batches", "excess"],
-                [
-                    [
-                        f"{layer} {name}",
-                        f"{100 * share.share:.2f} %",
-                        f"{100 * share.chance:.2f} %",
-                        f"{share.concentration:.2f} ± {share.spread / share.chance:.2f}",
-                        f"{share.excess:.2f}",
-                        f"{all_of.concentration:.2f} ± {all_of.spread / all_of.chance:.2f}",
-                        f"{all_of.excess:.2f}",
-                    ]
-                    for name, own in single.items()
-                    for (layer, share), (_, all_of) in zip(own, summed[name], strict=True)
-                ],
-            )
-        ],
+        tables=[_table(single, summed)],
         pictures=[
             Picture(
                 "Concentration of the squared gradients of single batches on the diagonal. The dotted line "
@@ -133,15 +118,36 @@ def with_head_of(subject: Subject) -> nn.Module:
     return model
 
 
-def _shares(squares: dict[str, Tensor]) -> dict[str, list[tuple[int, DiagonalShare]]]:
+def _shares(squares: dict[str, Tensor]) -> Shares:
     """Those of all projectors, by name and layer; without those whose gradient is 0."""
-    found: dict[str, list[tuple[int, DiagonalShare]]] = {name: [] for name in PROJECTORS}
+    found: Shares = {name: [] for name in PROJECTORS}
     for path, own in squares.items():
         place = projector_of(path)
         assert place is not None, "only these were taken"
         if (share := diagonal_share(own, seed=place[0])) is not None:
             found[place[1]].append((place[0], share))
     return {name: own for name, own in found.items() if own}
+
+
+def _table(single: Shares, summed: Shares) -> Table:
+    """Single batches beside all of them, a row for each projector."""
+    return Table(
+        "By layer",
+        ["layer", "share", "chance", "concentration", "excess", "all batches", "excess"],
+        [
+            [
+                f"{layer} {name}",
+                f"{100 * share.share:.2f} %",
+                f"{100 * share.chance:.2f} %",
+                f"{share.concentration:.2f} ± {share.spread / share.chance:.2f}",
+                f"{share.excess:.2f}",
+                f"{all_of.concentration:.2f} ± {all_of.spread / all_of.chance:.2f}",
+                f"{all_of.excess:.2f}",
+            ]
+            for name, own in single.items()
+            for (layer, share), (_, all_of) in zip(own, summed[name], strict=True)
+        ],
+    )
 
 
 def _finding(name: str, own: list[tuple[int, DiagonalShare]], count: int) -> str:

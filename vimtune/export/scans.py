@@ -38,9 +38,8 @@ def chunked_recurrence(
     if reverse:
         dt, x, B, C = (tensor.flip(1) for tensor in (dt, x, B, C))
     tokens = dt.shape[1]
-    size = max(
-        math.isqrt(tokens // 4), 1
-    )  # A step within the chunks takes four times what one over them does.
+    # A step within the chunks takes four times what one over them does.
+    size = max(math.isqrt(tokens // 4), 1)
     count = -(-tokens // size)
     # Tokens that fill the last chunk have time steps of 0: they leave the state as it is.
     padding = (0, 0, 0, count * size - tokens)
@@ -71,62 +70,16 @@ def operations(recurrence: Recurrence) -> dict[Any, Callable[..., Any]]:
     arguments and results of its operation, without what only a backward pass needs.
     """
 
-    def scan(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        state: Tensor | None,
-        softplus: bool,
-        reverse: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """`vimtune.ops.reference.stateful_scan` around the recurrence."""
-        dt = time_steps(delta, delta_bias, softplus)
-        if state is None:
-            state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-        y, last = recurrence(state.transpose(1, 2), dt, dt * u, A.t(), B, C, reverse)
-        if D is not None:
-            y = y + D * u
-        return (y if z is None else y * F.silu(z)), last.transpose(1, 2)
-
-    def selective_scan(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        softplus: bool,
-        reverse: bool,
-        backend: str,
-        save: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def selective_scan(u: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         """What `vimtune::selective_scan` returns: the result, and no states."""
-        return scan(u, delta, A, B, C, D, z, delta_bias, None, softplus, reverse)[0], u.new_empty(0)
+        *tensors, softplus, reverse, _backend, _save = others
+        result, _ = _scan(recurrence, u, *[*tensors, None, softplus, reverse])
+        return result, u.new_empty(0)
 
-    def stateful_scan(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        state: Tensor,
-        softplus: bool,
-        reverse: bool,
-        backend: str,
-        save: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def stateful_scan(u: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         """What `vimtune::stateful_scan` returns: the result, the last state, and no other states."""
-        return *scan(u, delta, A, B, C, D, z, delta_bias, state, softplus, reverse), u.new_empty(0)
+        *arguments, _backend, _save = others
+        return *_scan(recurrence, u, *arguments), u.new_empty(0)
 
     ops: Any = torch.ops.vimtune
     return {
@@ -134,6 +87,30 @@ def operations(recurrence: Recurrence) -> dict[Any, Callable[..., Any]]:
         ops.stateful_scan.default: stateful_scan,
         ops.causal_conv1d.default: _causal_conv1d,
     }
+
+
+def _scan(
+    recurrence: Recurrence,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    state: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`vimtune.ops.reference.stateful_scan` around the recurrence."""
+    dt = time_steps(delta, delta_bias, softplus)
+    if state is None:
+        state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
+    y, last = recurrence(state.transpose(1, 2), dt, dt * u, A.t(), B, C, reverse)
+    if D is not None:
+        y = y + D * u
+    return (y if z is None else y * F.silu(z)), last.transpose(1, 2)
 
 
 def _causal_conv1d(

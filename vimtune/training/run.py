@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-import vimtune
 from vimtune import adapters
 from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, writing
@@ -394,7 +393,7 @@ class Run:
         if not self.processes.is_main:
             return
         with writing(self.folder.next_adapter):
-            vimtune.save_adapter(
+            adapters.save_adapter(
                 self.job.model,
                 self.folder.next_adapter,
                 **self.job.saved_with_adapter,

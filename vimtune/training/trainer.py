@@ -8,7 +8,6 @@ from contextlib import ExitStack
 
 from torch import Tensor
 
-import vimtune
 from vimtune import adapters
 from vimtune.console import build_console, print_line
 from vimtune.loggers import LoggedRun, require_installed
@@ -16,7 +15,7 @@ from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.recipe.optimizers import OPTIMIZERS
-from vimtune.run_folder import adapter_path
+from vimtune.run_folder import RunFolder, adapter_path
 from vimtune.runtime.distributed import Processes, open_processes
 from vimtune.runtime.precision import Autocast, build_autocast
 from vimtune.tasks.job import Job, Tensors
@@ -124,13 +123,8 @@ def open_run(
         raise ValueError(f"cuda_graph = 'on' is not possible: {'; '.join(eager_because)}. Use auto")
     autocast = build_autocast(optimisation.amp, processes.device)
     placement = build_placement(optimisation, processes)
-    job = task.open(recipe, processes)
-    stack.callback(job.close)
-    if recipe.method.init_adapter is not None and start.saved is None:
-        classes = job.saved_with_adapter.get("classes")
-        file = adapter_path(recipe.method.init_adapter)
-        adapters.start_from(job.model, file, classes=classes, force=recipe.run.force)
-    sizes = vimtune.summary(job.model)
+    job = _open_job(recipe, processes, stack, begins=start.saved is None)
+    sizes = adapters.summary(job.model)
     facts = _facts(recipe, job, processes)
     notes = [] if start.saved is None else _compare(recipe, start.saved, facts, job)
     placement.place(job.model)
@@ -139,29 +133,11 @@ def open_run(
     progress = Progress() if start.saved is None else _continue(start.saved, notes, trained)
     processes.demand_same(facts_of_all(facts, progress.step))
     folder = prepare_folder(recipe, start, progress, processes, stack)
-    tracker = Tracker(
-        build_console(quiet=not processes.is_main),
-        task,
-        epochs=math.ceil(schedule.total_steps / _steps_per_epoch(optimisation, len(job.train))),
-        total_steps=schedule.total_steps,
-        first_step=progress.step,
-        warnings=progress.warnings,
-    )
+    tracker = _tracker(recipe, job, schedule, processes, progress)
     logs = stack.enter_context(Logs(tracker.warn))
     stack.callback(tracker.close)
     if processes.is_main:
-        logs.open(
-            recipe.run.logger,
-            LoggedRun(
-                folder=folder.path,
-                settings=compared_settings(recipe),
-                unit=task.unit,
-                splits=(job.selection.split,),
-                scores=tuple(score.name for score in task.scores),
-                first_step=progress.step,
-                kept_bytes=progress.metrics_bytes,
-            ),
-        )
+        logs.open(recipe.run.logger, _logged_run(recipe, folder, job, progress))
     stop = stack.enter_context(StopRequest())
     recorder = None if eager_because else CudaRecorder(processes.device)
     stepper = _stepper(
@@ -181,17 +157,7 @@ def open_run(
         folder=folder,
         tracker=tracker,
         logs=logs,
-        session=Session(
-            recipe=recipe,
-            model=job.model,
-            folder=folder.path,
-            device=processes.device,
-            rank=processes.rank,
-            epochs=tracker.epochs,
-            total_steps=tracker.total_steps,
-            _progress=progress,
-            _message=tracker.message,
-        ),
+        session=_session(recipe, job, folder, processes, tracker, progress),
         callbacks=callbacks,
         stop=stop,
         evaluated=WindowReader(processes.device, 1),
@@ -201,6 +167,61 @@ def open_run(
     )
     _introduce(run, eager_because)
     return run
+
+
+def _open_job(recipe: Recipe, processes: Processes, stack: ExitStack, *, begins: bool) -> Job:
+    """The job of a run; where the run `begins` and does not go on, with the adapter that it starts from."""
+    job = recipe.task.open(recipe, processes)
+    stack.callback(job.close)
+    if recipe.method.init_adapter is not None and begins:
+        classes = job.saved_with_adapter.get("classes")
+        file = adapter_path(recipe.method.init_adapter)
+        adapters.start_from(job.model, file, classes=classes, force=recipe.run.force)
+    return job
+
+
+def _tracker(
+    recipe: Recipe, job: Job, schedule: CosineSchedule, processes: Processes, progress: Progress
+) -> Tracker:
+    """What shows a run from where it stands at `progress`."""
+    return Tracker(
+        build_console(quiet=not processes.is_main),
+        recipe.task,
+        epochs=math.ceil(schedule.total_steps / _steps_per_epoch(recipe.optimisation, len(job.train))),
+        total_steps=schedule.total_steps,
+        first_step=progress.step,
+        warnings=progress.warnings,
+    )
+
+
+def _session(
+    recipe: Recipe, job: Job, folder: RunFolder, processes: Processes, tracker: Tracker, progress: Progress
+) -> Session:
+    """What callbacks see of a run."""
+    return Session(
+        recipe=recipe,
+        model=job.model,
+        folder=folder.path,
+        device=processes.device,
+        rank=processes.rank,
+        epochs=tracker.epochs,
+        total_steps=tracker.total_steps,
+        _progress=progress,
+        _message=tracker.message,
+    )
+
+
+def _logged_run(recipe: Recipe, folder: RunFolder, job: Job, progress: Progress) -> LoggedRun:
+    """What loggers are told of a run that stands at `progress`."""
+    return LoggedRun(
+        folder=folder.path,
+        settings=compared_settings(recipe),
+        unit=recipe.task.unit,
+        splits=(job.selection.split,),
+        scores=tuple(score.name for score in recipe.task.scores),
+        first_step=progress.step,
+        kept_bytes=progress.metrics_bytes,
+    )
 
 
 def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:

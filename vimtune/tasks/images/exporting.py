@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vimtune
+from vimtune import adapters
 from vimtune.adapters.folding import UnmergeableError
 from vimtune.adapters.slots import base_parameters
 from vimtune.data import build_transform, model_preprocessing
@@ -64,7 +64,7 @@ def export_images(source: Path, output: Path, base: Mapping[str, Any], force: bo
     adapted = torch.cat([predictor.logits(batch) for batch in images])
     left_beside = None
     try:
-        vimtune.merge(model)
+        adapters.merge(model)
     except UnmergeableError as error:
         left_beside = str(error).partition(";")[0]  # without the advice
     expected = torch.cat([predictor.logits(batch) for batch in images])

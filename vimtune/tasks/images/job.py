@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import vimtune
+from vimtune import adapters
 from vimtune.data import (
     ImageDataset,
     MissingSplitError,
@@ -350,7 +350,7 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
     method = recipe.method
     model = create_backbone(recipe, num_classes)
     torch.manual_seed(derive_seed(recipe.run.seed, "adapter"))
-    vimtune.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
+    adapters.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
     if recipe.optimisation.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-import vimtune
+from vimtune import adapters
 from vimtune.adapters import read_adapter_info
 from vimtune.models import MODELS, create_listed_model
 from vimtune.models.merged import MergedInfo, read_merged, write_merged
@@ -70,7 +70,7 @@ def merge_images(
     shape = (NUM_IMAGES, config["input_size"][0], *predictor.transform.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = predictor.logits(images)
-    merged: Any = vimtune.merge(predictor.model).to(dtype_of(precision))
+    merged: Any = adapters.merge(predictor.model).to(dtype_of(precision))
     written = MergedInfo(
         model=MODELS.get(info.model["name"]).architecture,
         options={**merged.creation["kwargs"], "num_classes": merged.num_classes},

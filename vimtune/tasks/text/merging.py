@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM
 
-import vimtune
+from vimtune import adapters
 from vimtune.adapters import read_adapter_info
 from vimtune.ops import use_backend
 from vimtune.output import write_folder
@@ -65,7 +65,7 @@ def merge_texts(
     tokens = torch.randint(model.config.vocab_size, SHAPE, generator=generator).to(device)
     with torch.no_grad(), use_backend(backend):
         expected = model(tokens, use_cache=False).logits
-    vimtune.merge(model).to(dtype_of(precision))
+    adapters.merge(model).to(dtype_of(precision))
     results: list[Merged] = []
 
     def write(folder: Path) -> None:

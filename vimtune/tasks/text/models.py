@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import vimtune
+from vimtune import adapters
 from vimtune.adapters import AdapterInfo, share_sources
 from vimtune.language import (
     check_tokenizer,
@@ -73,7 +73,7 @@ def build_model(
     method = recipe.method
     model = build_base(recipe, settings, outputs, pooling)
     torch.manual_seed(derive_seed(recipe.run.seed, "adapter"))
-    vimtune.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
+    adapters.inject(model, method.peft, targets=method.targets, layers=method.layers, **method.method_kwargs)
     return model
 
 
