@@ -181,9 +181,8 @@ class Processes:
                 continue
             self.running.remove(run)
             if run.code == 0:
-                self._free.insert(
-                    0, run.slot
-                )  # A process that is there comes before those yet to be started.
+                # A process that is there comes before those yet to be started.
+                self._free.insert(0, run.slot)
             else:
                 worker.dismiss()
                 self._free.append(Slot(run.slot.device))

@@ -46,9 +46,8 @@ def main(packages: Sequence[str]) -> int:
     os.dup2(2, 1)  # Nothing else goes there.
     folders: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin.fileno(), folders), daemon=True).start()
-    from vimtune.data.loading.resident.store import (
-        keep_decoded,  # Late, since the comparison reads this module, too.
-    )
+    # This comes late, because the comparison reads this module, too.
+    from vimtune.data.loading.resident.store import keep_decoded
 
     prepare_streams()
     keep_decoded(min(KEPT_BYTES, int(KEPT_SHARE * free_memory())))

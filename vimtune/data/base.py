@@ -7,9 +7,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from vimtune.data.errors import ImageReadError
+from vimtune.data.files.span import Span
 from vimtune.image_kinds import ImageKind
 from vimtune.text import counted, unicode_text
 
@@ -106,19 +107,6 @@ def hash_lines(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-class Span(NamedTuple):
-    """The part of a file that is one image, where a file holds many."""
-
-    start: int
-    """Number of bytes before it."""
-    size: int
-    """Number of its bytes."""
-
-    def within(self, path: str) -> str:
-        """The name of this part of the file `path` in messages."""
-        return f"{path} (bytes {self.start} to {self.start + self.size})"
-
-
 class FileDataset(ImageDataset):
     """A data set whose images are files. Subclasses pass what they found to `_set_files`.
 
@@ -165,9 +153,8 @@ class FileDataset(ImageDataset):
 
     def load(self, index: int) -> Image.Image:
         """Decode image `index` to RGB."""
-        from vimtune.data.files.images import (
-            load_image,
-        )  # This comes late, because data sets are listed without Pillow.
+        # This comes late, because data sets are listed without Pillow.
+        from vimtune.data.files.images import load_image
 
         return load_image(self.paths[index], None if self.spans is None else self.spans[index])
 

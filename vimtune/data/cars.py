@@ -96,9 +96,8 @@ def _read_rows(table: Path, num_classes: int) -> list[tuple[str, int]]:
 
 
 def _load(path: Path, key: str) -> list[Any]:
-    from vimtune.data.files.mat import (
-        read_mat,  # This comes late, because data sets are listed without numpy.
-    )
+    # This comes late, because data sets are listed without numpy.
+    from vimtune.data.files.mat import read_mat
 
     try:
         values = read_mat(path, [key])[key]

@@ -65,9 +65,8 @@ class Flowers(FileDataset):
 
 def _read_split(root: Path, split: str) -> tuple[list[int], list[int]]:
     """Image numbers of a split (1-based) and the labels (1-based) of all images."""
-    from vimtune.data.files.mat import (
-        read_mat,  # This comes late, because data sets are listed without numpy.
-    )
+    # This comes late, because data sets are listed without numpy.
+    from vimtune.data.files.mat import read_mat
 
     try:
         labels = read_mat(root / "imagelabels.mat", ["labels"])["labels"]

@@ -9,11 +9,12 @@ from typing import Annotated
 
 from annotated_types import Gt, Len, Lt
 
-from vimtune.data.base import FileDataset, Span
+from vimtune.data.base import FileDataset
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
 from vimtune.data.files.checks import check_files_exist, plain_name, read_table
 from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE, locate_root
+from vimtune.data.files.span import Span
 from vimtune.data.splitting import stratified_split
 from vimtune.text import printable, quote
 
@@ -130,9 +131,8 @@ def _download(root: Path) -> Path:
 
 def _read_packed_folder(root: Path, official: str) -> tuple[list[str], _Images]:
     """Names of the classes and images of an official part, "train" or "val", in a folder of packed images."""
-    from vimtune.data.files.packed import (
-        read_packed,
-    )  # This comes late, because data sets are listed without numpy.
+    # This comes late, because data sets are listed without numpy.
+    from vimtune.data.files.packed import read_packed
     from vimtune.schema import load_json
 
     def texts(name: str) -> list[str]:

@@ -22,8 +22,8 @@ from typing import IO, TYPE_CHECKING
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from vimtune.data.base import Span
 from vimtune.data.errors import CorruptImageError, ImageReadError
+from vimtune.data.files.span import Span
 from vimtune.text import printable
 
 if TYPE_CHECKING:
@@ -212,9 +212,8 @@ def _decode(file: IO[bytes]) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """An image as RGB, turned as its EXIF data say."""
-    from vimtune.data.files.pixels import (
-        to_rgb,  # This comes late, because data sets are listed without numpy.
-    )
+    # This comes late, because data sets are listed without numpy.
+    from vimtune.data.files.pixels import to_rgb
 
     _check_size(*image.size)
     image.load()

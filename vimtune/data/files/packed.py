@@ -22,10 +22,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from vimtune.data.base import Span
 from vimtune.data.errors import DatasetError
 from vimtune.data.files.checks import whole_numbers
 from vimtune.data.files.images import open_regular
+from vimtune.data.files.span import Span
 from vimtune.text import printable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

@@ -54,9 +54,8 @@ class SyntheticFlowers(ImageDataset):
         test_per_species: PerSpecies = 32,
         species_offset: Annotated[int, Ge(0), Le(_LAST_OFFSET)] = 0,
     ) -> None:
-        from vimtune.data.synthetic.species import (
-            species_name,  # This comes late, because data sets are listed without numpy.
-        )
+        # This comes late, because data sets are listed without numpy.
+        from vimtune.data.synthetic.species import species_name
 
         del download
         if data_dir is not None:
@@ -102,9 +101,8 @@ class SyntheticFlowers(ImageDataset):
 
     def load(self, index: int) -> Image.Image:
         """Paint image `index`."""
-        from vimtune.data.synthetic.scene import (
-            render_flower,  # This comes late, because data sets are listed without numpy.
-        )
+        # This comes late, because data sets are listed without numpy.
+        from vimtune.data.synthetic.scene import render_flower
 
         number, part, i = self._locate(index)
         return render_flower(self._seed, number, part, i, self._img_size)

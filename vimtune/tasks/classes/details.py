@@ -213,9 +213,8 @@ class ClassDetails(Details):
 
     def sections(self, drawn: Path | None = None) -> dict[str, Section]:
         """ "scores", "mistakes", "confusions", "classes" and "calibration"."""
-        from vimtune.tasks.classes.page import (
-            class_sections,  # This comes late: drawing takes long to import.
-        )
+        # This comes late, because drawing takes long to import.
+        from vimtune.tasks.classes.page import class_sections
 
         return class_sections(self, drawn)
 
