@@ -6,7 +6,7 @@ import itertools
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tiny_runs import TINY
 from vimtune.data import CorruptImageError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe
-from vimtune.training import trained, trainer
+from vimtune.training import run, trained, trainer
 from vimtune.training.optim import build_optimizer
 from vimtune.training.prefetch import WindowReader
 
@@ -46,6 +46,14 @@ def tiny(tmp_path: Path) -> Callable[..., Recipe]:
 @pytest.fixture(scope="session", autouse=True)
 def images_of_runs(each_flower_is_painted_once: None) -> None:
     """Runs of the same recipe see the same images; processes that a run starts paint anew."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_runs_are_meant() -> Iterator[None]:
+    """Runs of tests are short, and their reports have the warnings alone that a test is about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "few_steps_warning", lambda *run: None)
+        yield
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from vimtune.text import counted
 from vimtune.training.callbacks import Callback, Session, StepRecord
 from vimtune.training.conclusion import conclude
 from vimtune.training.evaluate import Replays, evaluate
+from vimtune.training.few_steps import few_steps_warning
 from vimtune.training.guard import NonFiniteError
 from vimtune.training.identity import Facts, lasting
 from vimtune.training.interrupt import Interrupted, Stopping, StopRequest
@@ -337,6 +338,11 @@ class Run:
             if number := len(set().union(*self.processes.gather(set(loader.left_out())))):
                 corrupt = counted(number, f"corrupt {self.task.examples}")
                 self.tracker.warn(f"{loader.split}: {corrupt} left out")
+        # One that stops early had more steps to take, and whoever stopped it knows why.
+        if self.schedule.total_steps == progress.step:
+            few = few_steps_warning(recipe, job.train, progress.step)
+            if few is not None:
+                self.tracker.warn(few)
         progress.seconds = self._seconds()
         best, last = progress.best, progress.evaluated[-1]
         assert best is not None, "the last epoch of a run is evaluated"
