@@ -168,6 +168,8 @@ def test_all_mistakes_of_a_command_line_at_once(capsys, tmp_path, trained):
         (["merge", "a.safetensors"], "--output"),
         (["doctor", "--all"], "unknown flag --all. See"),  # flags share their dashes, which is no likeness
         (["predict", "x.jpg", "--adapter", "a", "--csv", "b.csv"], "unknown flag --csv. See"),
+        (["predict", "--adapter", "a", "--data-dir", "b"], "without a flag: vimtune predict FOLDER See"),
+        (["embed", "--adapter", "a", "--data-dir=b", "c"], "without a flag: vimtune embed FOLDER See"),
     ],
 )
 def test_wrong_commands(capsys, arguments, words):
@@ -249,11 +251,29 @@ def test_other_modules_that_are_missing_are_faults(capsys, trained, monkeypatch,
     assert cli.main(["train", "--seed", "0"]) == 70
 
 
-def test_a_folder_without_a_data_set_is_refused(capsys, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data-dir {0}",
+        "train --config {0}/recipe.yaml",
+        "train --config {0}/recipe.yaml --dataset synthetic_flowers",
+        "train --task multilabel --data-dir {0}",
+        "evaluate --data-dir {0}",
+        "search --space mambapeft --data-dir {0}",
+        "compare --methods lora --data-dir {0} -o {0}/out",
+        "compare --methods lora --data synthetic_flowers --data-dir {0} -o {0}/out",
+    ],
+)
+def test_a_folder_without_a_data_set_is_refused(capsys, tmp_path, command):
     # The data set of the defaults reads no files: the photos would be left out for generated flowers.
-    assert cli.main(["train", "--data-dir", str(tmp_path)]) == 2
-    assert f"data_dir = '{tmp_path}' is given without a data set" in (err := capsys.readouterr().err)
-    assert "--dataset folder" in err
+    (tmp_path / "recipe.yaml").write_text(f"data_dir: {tmp_path}\n")
+    assert cli.main(command.format(tmp_path).split()) == 2
+    assert capsys.readouterr().err == (
+        f"error: data_dir = '{tmp_path}' would not be read: the images of dataset = 'synthetic_flowers' "
+        "are generated. Say what lies there, --dataset folder (a folder for each class) or --dataset csv (a "
+        "table of labels), or leave data_dir out\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_its_flag_is_recognised(capsys):

@@ -192,6 +192,8 @@ def build(**values):
         values.setdefault("train_split", "train")
     if any(name.startswith("teacher_") for name in values):
         values.setdefault("teacher", "runs/teacher")
+    if "data_dir" in values:
+        values.setdefault("dataset", "flowers")
     if "momentum" in values:
         values.setdefault("opt", "sgd")
     return Recipe.from_values(values)
@@ -305,6 +307,7 @@ def test_all_problems_are_reported_together():
     [
         ({"train_split": "train+val", "eval_split": "val"}, "trained on"),
         ({"dataset": "folder"}, "data_dir"),
+        ({"data_dir": "."}, "would not be read: the images of dataset = 'synthetic_flowers' are generated"),
         ({"min_lr": 0.1}, "larger than lr"),
         ({"epochs": 2, "warmup_epochs": 3}, "warmup_epochs = 3"),
         ({"amp": "fp16", "device": "cpu"}, "bf16"),
@@ -440,6 +443,7 @@ def test_unusable_paths_are_reported_together_with_wrong_values(tmp_path):
             None,
             {
                 "output_dir": str(file / "run"),
+                "dataset": "flowers",
                 "data_dir": str(file),
                 "checkpoint": str(tmp_path / "none.pth"),
                 "epochs": "0",
@@ -613,7 +617,7 @@ def test_nasty_folders_are_refused(kind, key, tmp_path):
     path = NASTY_PATHS[kind](tmp_path)
     may_be_made = kind == "bytes that are not UTF-8" or (key, kind) == ("data_dir", "under a file")
     try:
-        recipe = load_recipe(None, {key: str(path), "download": False})
+        recipe = load_recipe(None, {key: str(path), "dataset": "flowers", "download": False})
     except RecipeError as error:
         assert_one_line_each(error)
     else:
@@ -626,14 +630,14 @@ def test_nasty_folders_are_refused(kind, key, tmp_path):
 @pytest.mark.parametrize("key", ["output_dir", "data_dir", "checkpoint", "resume"])
 def test_a_tilde_is_the_home_folder(key, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Recipe(**{key: "~/x"}).to_dict()[key] == str(tmp_path / "x")
-    build(lr=0.5).save(tmp_path / "x" / "recipe.yaml")
+    assert build(**{key: "~/x"}).to_dict()[key] == str(tmp_path / "x")
+    build(lr=0.5, dataset="flowers").save(tmp_path / "x" / "recipe.yaml")
     (tmp_path / "base.pth").touch()
     value = {"checkpoint": "~/base.pth", "output_dir": "~/y"}.get(key, "~/x")
-    config = write(tmp_path / "config.yaml", f"{key}: {value}\n")
+    config = write(tmp_path / "config.yaml", f"dataset: flowers\n{key}: {value}\n")
     expected = os.path.expanduser(value)
     assert load_recipe("~/config.yaml").to_dict()[key] == expected
-    assert load_recipe(None, {key: value}).to_dict()[key] == expected
+    assert load_recipe(None, {key: value, "dataset": "flowers"}).to_dict()[key] == expected
     assert load_recipe(config).to_dict()[key] == expected
 
 
@@ -646,7 +650,7 @@ def test_a_tilde_without_a_home_folder_is_refused(monkeypatch):
 @pytest.mark.parametrize("key", ["checkpoint", "data_dir"])
 def test_relative_inputs_are_stored_as_absolute_paths(key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    recipe = Recipe(**{key: "base"})
+    recipe = build(**{key: "base"})
     assert recipe.to_dict()[key] == str(tmp_path / "base")
     recipe.save("recipe.yaml")
     monkeypatch.chdir("/")

@@ -237,6 +237,7 @@ def test_the_function_says_what_the_command_does(images, photos, tmp_path, no_pi
         ({"flip": 3}, "flip = 3"),
         ({"folder": "x", "split": "val"}, "all images of the folder are scored"),
         ({"config": "x.yaml"}, "an adapter has a recipe of its own"),
+        ({"data_dir": "."}, "would not be read: the images of dataset = 'synthetic_flowers' are generated"),
     ],
 )
 def test_the_function_refuses_what_the_command_refuses(keys, expected, images):

@@ -153,7 +153,7 @@ def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
     assert first.startswith("data: flowers: ") and second.startswith("data: cars: ")
     assert not runs.started and not (tmp_path / "out" / "plan.yaml").exists()
     # What is finished needs its data no more.
-    made = {"data": {"made": data["made"]}, "methods": "linear"}
+    made = {"data": {"made": data["made"]}, "methods": "linear", "data_dir": None}
     compare(plan(**{**values, **made}), tmp_path / "out")
 
     with pytest.MonkeyPatch.context() as patch:

@@ -46,6 +46,16 @@ def test_what_a_method_says_comes_before_the_data_set_and_that_before_the_rest()
     assert all(own["epochs"] == 3 and own["weight_decay"] == 0.5 and own["seed"] == 7 for own in values)
 
 
+def test_a_folder_of_data_is_for_the_data_sets_that_read_one(tmp_path):
+    entries = {"made": {"dataset": "synthetic_flowers"}, "flowers": {}, "arc_easy": {}}
+    plan = Plan.from_values({"methods": "lora", "data": entries, "data_dir": str(tmp_path)})
+    given = {name: plan.recipe_values(Cell("lora", name, 1e-3, 0)).get("data_dir") for name in entries}
+    assert given == {"made": None, "flowers": str(tmp_path), "arc_easy": str(tmp_path)}
+    entries["made"]["data_dir"] = str(tmp_path)
+    (found,) = problems(methods="lora", data=entries)
+    assert found.startswith(f"data: made: data_dir = '{tmp_path}' would not be read: ")
+
+
 def test_where_the_learning_rates_come_from():
     plan = Plan.from_values(
         {
@@ -158,7 +168,7 @@ def test_all_mistakes_are_reported_at_once_and_shared_ones_once():
             "devices = ['cpu', 'cuda:0']: expected devices of one kind",
         ),
         (
-            {"methods": "lora", "data_dir": "/nowhere", "download": False},
+            {"methods": "lora", "data": "flowers", "data_dir": "/nowhere", "download": False},
             "data_dir = '/nowhere' is not a folder",
         ),
         (

@@ -109,6 +109,12 @@ def test_a_file_as_data_dir_is_refused(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", GENERATORS)
+def test_generated_images_are_not_taken_for_those_of_a_folder(name: str, tmp_path) -> None:
+    with pytest.raises(DatasetError, match=rf"data_dir = '{tmp_path}' would not be read: .* folder \(a fold"):
+        create_dataset(name, "train", tmp_path)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
 def test_generated_splits_are_repeatable_disjoint_and_complete(name: str) -> None:
     parts = {split: create_dataset(name, split, img_size=(16, 16)) for split in SPLITS}
     described = {split: [ds.describe(i) for i in range(len(ds))] for split, ds in parts.items()}

@@ -55,14 +55,6 @@ def test_splits_counts_and_labels() -> None:
     assert sets["val"].describe(3) == "synthetic val 1/1"
 
 
-def test_a_folder_that_is_not_read_is_named_with_what_may_be_meant(tmp_path, caplog) -> None:
-    create_dataset("synthetic_flowers", "train")
-    assert not caplog.messages
-    create_dataset("synthetic_flowers", "train", tmp_path)
-    (message,) = caplog.messages
-    assert str(tmp_path) in message and "add --dataset folder" in message
-
-
 def test_offset_shifts_species() -> None:
     options = {"img_size": (16, 16), "train_per_species": 1}
     whole = create_dataset("synthetic_flowers", "train", species=6, **options)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import assert_close_metrics, largest_difference, weights
 
-from vimtune.recipe import complete_stored, load_recipe
+from vimtune.recipe import Recipe, complete_stored, load_recipe
 from vimtune.training import train
 from vimtune.training.identity import ResumeError
 from vimtune.training.state import load_run_state
@@ -82,6 +82,13 @@ def test_it_is_checked_like_one_of_today(tmp_path, part, change):
 def test_targets_that_meant_one_direction_still_do(stored, today):
     assert complete_stored({"targets": stored})["targets"] == today
     assert complete_stored({"targets": stored, "budget": None})["targets"] == stored
+
+
+def test_a_folder_that_was_passed_over_is_left_out():
+    stored = {"dataset": "synthetic_flowers", "data_dir": "/data", "budget": None}
+    assert Recipe.from_values(complete_stored(stored)).data.data_dir is None
+    assert complete_stored({**stored, "dataset": "flowers"})["data_dir"] == "/data"
+    assert complete_stored({"data_dir": "/data", "task": "arc_easy"})["data_dir"] == "/data"
 
 
 def test_options_of_targets_that_meant_one_direction():

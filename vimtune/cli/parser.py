@@ -42,7 +42,11 @@ class CommandParser(argparse.ArgumentParser):
         flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
         # The dashes, which all flags share, are no likeness.
         names = [option.lstrip("-") for option in options]
-        lines = [f"unknown flag {shorten(flag)}.{suggest(flag.lstrip('-'), names, '--')}" for flag in flags]
+        lines = [
+            f"unknown flag {shorten(flag)}."
+            + (self._hint_of_flag(flag) or suggest(flag.lstrip("-"), names, "--"))
+            for flag in flags
+        ]
         # What follows an unknown flag is its value; alone it is a surplus argument.
         return lines or [
             f"unexpected argument {quote(argument)}{self._hint(argument)}." for argument in arguments
@@ -52,6 +56,12 @@ class CommandParser(argparse.ArgumentParser):
         """What was probably meant by an argument without a flag, where commands like this one take a run."""
         if "--adapter" in self._option_string_actions:
             return f": an adapter or a run is given as --adapter {shorten(argument)}"
+        return ""
+
+    def _hint_of_flag(self, flag: str) -> str:
+        """What was probably meant by a flag of other commands, where this one asks about inputs."""
+        if flag == "--data-dir" and any(action.dest == "inputs" for action in self._actions):
+            return f" Images and folders are given without a flag: {self.prog} FOLDER"
         return ""
 
     def parse_leniently(self, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

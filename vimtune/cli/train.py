@@ -11,7 +11,6 @@ from vimtune.cli.parser import CommandParser, add_common, add_import, build_key_
 from vimtune.fields import Option, options_of
 from vimtune.recipe import TASK, Recipe, RecipeError, components_of, load_recipe
 from vimtune.tasks import TASKS
-from vimtune.text import quote
 
 DESCRIPTION = """\
 Fine-tune a Vision Mamba. Without any flag, ProDiaL is compared with a
@@ -120,11 +119,10 @@ def add_recipe_flags(parser: CommandParser, groups: Mapping[str, Mapping[str, Op
 
 def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | None:
     """The recipe that the command line asks for, or None when `--list` was given."""
-    given, unknown = parser.parse_leniently(arguments)
+    given, problems = parser.parse_leniently(arguments)
     if given.pop("list", False):
         return None
     config, variant = given.pop("config", None), given.pop("variant", None)
-    problems = unknown + _folder_of_nothing(config, given)
     try:
         recipe = load_recipe(config, given, variant)
     except RecipeError as error:
@@ -132,16 +130,6 @@ def _read_recipe(parser: CommandParser, arguments: Sequence[str]) -> Recipe | No
     if problems:
         raise RecipeError(problems)
     return recipe
-
-
-def _folder_of_nothing(config: str | None, given: Mapping[str, str]) -> list[str]:
-    """A line where a folder is given and not what lies there: the data set of the defaults reads no files."""
-    if "data_dir" not in given or config is not None or given.keys() & {"dataset", "task", "resume"}:
-        return []
-    return [
-        f"data_dir = {quote(given['data_dir'])} is given without a data set: say what lies there, as in "
-        "--dataset folder (a folder for each class) or --dataset csv (a table of labels)"
-    ]
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from vimtune import parsers
-from vimtune.data.datasets import DATASETS
+from vimtune.data.datasets import DATASETS, reads_files
 from vimtune.fields import Options, Positive, option, options_of, parse_fields
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, RecipeError, absolute_paths, keys_of, path_problems
@@ -326,9 +326,16 @@ class Plan:
                 return [_RATE(values["lr"])]
         return [Recipe().optimisation.lr]
 
+    def _shared_by(self, data: str) -> dict[str, Any]:
+        """The keys that all runs have, for those on one data set: a folder of data is for the data sets that
+        read files, where some of them do."""
+        unread = [name for name, entry in self.data.items() if not reads_files(entry.get("dataset"))]
+        left_out = ("data_dir",) if data in unread and len(unread) < len(self.data) else ()
+        return {key: value for key, value in self.base.items() if key not in left_out}
+
     def recipe_values(self, cell: Cell) -> dict[str, Any]:
         """The keys of the recipe of a run as they were given, without its folder."""
-        values = {**self.base, **self.data[cell.data], **self.methods[cell.method]}
+        values = {**self._shared_by(cell.data), **self.data[cell.data], **self.methods[cell.method]}
         values.pop("lrs", None)
         if self.options.devices is not None:
             values["device"] = self.options.devices[0].partition(":")[0]

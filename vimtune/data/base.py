@@ -42,6 +42,7 @@ class ImageDataset(ABC):
         name: the registry's name.
         summary: one line for tables.
         needs_data_dir: whether the user has to say where the files are, because there is no usual place.
+        reads_files: whether there are files at all, so that `data_dir` means something.
         kind: what kind of images they are, which is compared with that of the weights at the start.
         split: one of `SPLITS`.
         classes: human-readable class names; label `i` means `classes[i]`.
@@ -56,6 +57,7 @@ class ImageDataset(ABC):
     summary: ClassVar[str] = ""
     kind: ClassVar[ImageKind] = "photographs"
     needs_data_dir: ClassVar[bool] = False
+    reads_files: ClassVar[bool] = True
 
     split: str
     classes: list[str]

@@ -91,6 +91,23 @@ def dataset_option_problems(name: str, given: Mapping[str, Any]) -> list[str]:
     return _check_options(dataset_class(name), given)[1]
 
 
+def reads_files(name: Any) -> bool:
+    """Whether a data set reads files; one that is not known here may."""
+    return not isinstance(name, str) or name not in DATASETS or DATASETS.get(name).reads_files
+
+
+def unread_folder(name: str, data_dir: str | os.PathLike[str] | None) -> str | None:
+    """What is wrong with a folder that is given for a data set which reads none: whoever gives it most
+    probably means the photos that lie there, and would get generated images. None if nothing is."""
+    if data_dir is None or reads_files(name):
+        return None
+    return (
+        f"data_dir = {quote(os.fspath(data_dir))} would not be read: the images of dataset = {quote(name)} "
+        "are generated. Say what lies there, --dataset folder (a folder for each class) or --dataset csv (a "
+        "table of labels), or leave data_dir out"
+    )
+
+
 def create_dataset(
     name: str,
     split: str,
@@ -106,7 +123,7 @@ def create_dataset(
     Args:
         name: see `list_datasets()`.
         split: "train", "val", "test" or "train+val".
-        data_dir: where the files are or go; default `./data`. Those that are generated read no files.
+        data_dir: where the files are or go; default `./data`. One whose images are generated takes none.
         seed: fixes splits that are drawn, and the images of generators.
         img_size: (height, width) of generated images; files keep their own size.
         download: fetch missing data where the owner offers a download.
@@ -125,6 +142,8 @@ def create_dataset(
     options, problems = _check_options(cls, dataset_kwargs)
     if problems:
         raise DatasetError("; ".join(problems))
+    if (problem := unread_folder(name, data_dir)) is not None:
+        raise DatasetError(problem)
     root = None if data_dir is None else Path(data_dir).expanduser()
     make: Callable[..., ImageDataset] = cls
     dataset = make(split, root, seed=seed, img_size=img_size, download=download, **options)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vimtune.data.datasets import reads_files
 from vimtune.recipe.components import OPTIONS_OF_METHODS
 from vimtune.text import split_outside
 
@@ -19,6 +20,8 @@ def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe of an earlier run as today's: keys that it lacks are set to what vimtune did when it was
     stored, and its targets are written so that they mean the same."""
     completed = {"data_seed": values.get("seed", 0), **values}  # One seed drew everything.
+    if not reads_files(values.get("dataset")):
+        completed["data_dir"] = None  # It was passed over then, and is refused today.
     if _SINCE_BOTH_DIRECTIONS in values:
         return completed
     rewritten = {

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from vimtune.data.datasets import DATASETS
+from vimtune.data.datasets import DATASETS, unread_folder
 from vimtune.fields import options_of
 from vimtune.recipe.optimizers import OPTIMIZERS
 from vimtune.tasks import TASKS
@@ -64,6 +64,8 @@ def _without_test(test: bool, train_split: str, eval_split: str | None) -> Itera
 def _folder(dataset: str, data_dir: str | None) -> Iterable[str]:
     if DATASETS.get(dataset).needs_data_dir and data_dir is None:
         yield f"dataset = {dataset!r} needs data_dir: the folder of your images"
+    if (problem := unread_folder(dataset, data_dir)) is not None:
+        yield problem
 
 
 def _automatic_resume(resume: str | None, output_dir: str | None) -> Iterable[str]:

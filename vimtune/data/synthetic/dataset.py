@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +10,10 @@ from annotated_types import Ge, Le
 from vimtune.data.base import ImageDataset
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
-from vimtune.text import counted, quote
+from vimtune.text import counted
 
 if TYPE_CHECKING:
     from PIL import Image
-
-logger = logging.getLogger(__name__)
 
 _MAX_SPECIES = 100_000
 """Largest number of classes."""
@@ -39,6 +36,7 @@ class SyntheticFlowers(ImageDataset):
 
     summary = "embedded generator of fine-grained flowers (no files; any number of species)"
     kind = "generated drawings"
+    reads_files = False
 
     def __init__(
         self,
@@ -57,14 +55,7 @@ class SyntheticFlowers(ImageDataset):
         # This comes late, because data sets are listed without numpy.
         from vimtune.data.synthetic.species import species_name
 
-        del download
-        if data_dir is not None:
-            # A warning and no error, because recipes of earlier runs may name a folder.
-            logger.warning(
-                "data_dir = %s is not read: synthetic_flowers is generated. For images in that folder add "
-                "--dataset folder",
-                quote(str(data_dir)),
-            )
+        del data_dir, download
         sizes = {"train": train_per_species, "val": val_per_species, "test": test_per_species}
         num_images = species * sum(sizes[part] for part in split.split("+"))
         if num_images > _MAX_IMAGES:
