@@ -16,6 +16,8 @@ from stand_in_hub import stand_in
 
 import vimtune
 from vimtune import cli
+from vimtune.exchange.card import write_card
+from vimtune.exchange.formats import FORMATS
 from vimtune.exchange.hub import HubError
 from vimtune.exchange.local_paths import without_paths
 
@@ -130,6 +132,52 @@ def test_the_format_of_peft(tmp_path, made, hub):
     base.load_state_dict({key: value for key, value in model.state_dict().items() if ".adapters." not in key})
     vimtune.load_peft(base.eval(), tmp_path / "peft")
     torch.testing.assert_close(base(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "sentence"),
+    [
+        ("lora", "vimtune", "Adapter (lora) of test_vim, trained on synthetic_flowers."),
+        ("lora+bitfit", "vimtune", "Adapter (lora+bitfit) of test_vim, trained on synthetic_flowers."),
+        ("lora", "peft", "Adapter (lora) of test_vim, trained on synthetic_flowers."),
+        ("lora", "merged", "test_vim, trained on synthetic_flowers by lora and merged into plain weights."),
+        ("full", "vimtune", "test_vim, all weights of which were trained on synthetic_flowers."),
+        ("full", "merged", "test_vim, all weights of which were trained on synthetic_flowers."),
+        ("linear", "vimtune", "Head for test_vim, trained on synthetic_flowers."),
+        ("linear", "merged", "test_vim with a head trained on synthetic_flowers."),
+    ],
+)
+def test_a_card_says_what_is_passed_on(tmp_path, method, to, sentence):
+    make_adapter(tmp_path / "adapter.safetensors", peft=method)
+    _, text = card_of(vimtune.convert(tmp_path / "adapter.safetensors", tmp_path / "flowers", to=to))
+    said, _, _ = text.partition("## Training")  # The recipe has keys of this name.
+    assert shown(sentence) in text
+    words = [word.lower() for word in re.findall(r"\w+", said)]
+    assert ("adapter" in words) == sentence.startswith("Adapter")
+
+
+def shown(text: str) -> str:
+    """A text as Markdown has it."""
+    return text.replace("_", "\\_")
+
+
+def test_the_hub_is_told_how_the_base_model_was_used(tmp_path):
+    recipe = {"task": "arc_easy", "model": "state-spaces/mamba-130m-hf"}
+
+    def relation(method, to):
+        options = {name: {} for name in method.split("+")}
+        info = vimtune.AdapterInfo(method, options, None, None, 0, "", {}, extra={"recipe": recipe})
+        card = write_card(info, tmp_path / "adapter.safetensors", FORMATS.get(to), "", "me/arc")
+        front = yaml.safe_load(card.split("---\n", 2)[1])
+        assert front["base_model"] == "state-spaces/mamba-130m-hf"
+        return front["base_model_relation"]
+
+    assert (
+        relation("lora", "vimtune") == relation("lora", "peft") == relation("linear", "vimtune") == "adapter"
+    )
+    assert (
+        relation("lora", "merged") == relation("full", "merged") == relation("full", "vimtune") == "finetune"
+    )
 
 
 @pytest.mark.slow

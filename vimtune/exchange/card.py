@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, how it scored, how it is loaded, how it was trained.
+"""The model card of what is passed on: what it is, how it scored, how it is loaded, how it was trained.
 
 It is made from the adapter file and, where the adapter lies in its run folder, from the report of the run.
 All texts of others in it are written so that Markdown shows them as they are, and none is a path of the
@@ -18,6 +18,8 @@ from vimtune import __version__
 from vimtune.adapters import AdapterInfo
 from vimtune.exchange.formats import Format
 from vimtune.exchange.local_paths import without_paths
+from vimtune.methods.full import Full
+from vimtune.methods.linear import LinearProbe
 from vimtune.models.weights import weights_of
 from vimtune.run_folder import RunFolder
 from vimtune.tasks.origin import task_of
@@ -46,7 +48,7 @@ def write_card(info: AdapterInfo, adapter: Path, form: Format, loading_code: str
     parts = [
         f"---\n{_metadata(info, result, form, title, task.hub_task, recipe)}\n---",
         f"# {escape_markdown(title)}",
-        f"{escape_markdown(_sentence(info, recipe))} Made by vimtune {__version__}.",
+        f"{escape_markdown(_sentence(info, form, recipe))} Made by vimtune {__version__}.",
         _table(("", ""), _facts(info, result)),
     ]
     if result is not None:
@@ -95,11 +97,15 @@ def _metadata(
             for name, value in result.report.scores_by_name().items()
             if value is not None
         ]
+    base = _base_of(info, recipe)
+    is_model = form.whole_model or _trains_everything(info)
+    relation = None if base is None else "finetune" if is_model else "adapter"
     data = ModelCardData(
         library_name=form.library_of(info),
         tags=["vimtune", "mamba", *info.method.split("+")],
         pipeline_tag=hub_task,
-        base_model=_base_of(info, recipe),
+        base_model=base,
+        base_model_relation=relation,
         model_name=title if found else None,
         eval_results=found or None,
         ignore_metadata_errors=True,
@@ -127,11 +133,23 @@ def _published(name: str) -> str | None:
     return None if config is None else config.hf_hub_id
 
 
-def _sentence(info: AdapterInfo, recipe: Mapping[str, Any]) -> str:
-    model = info.model.get("name") if info.model else recipe.get("model")
+def _sentence(info: AdapterInfo, form: Format, recipe: Mapping[str, Any]) -> str:
+    """What it is: an adapter, a head, a merged model, or one of which all weights were trained."""
+    model = (info.model.get("name") if info.model else recipe.get("model")) or "a model"
     data = recipe.get("dataset") or recipe.get("task")
-    trained = f", trained on {data}" if isinstance(data, str) else ""
-    return f"Adapter ({info.method}) of {model or 'a model'}{trained}."
+    trained = f"trained on {data}" if isinstance(data, str) else "trained"
+    if _trains_everything(info):
+        return f"{model}, all weights of which were {trained}."
+    if info.method == LinearProbe.name:
+        return f"{model} with a head {trained}." if form.whole_model else f"Head for {model}, {trained}."
+    if form.whole_model:
+        return f"{model}, {trained} by {info.method} and merged into plain weights."
+    return f"Adapter ({info.method}) of {model}, {trained}."
+
+
+def _trains_everything(info: AdapterInfo) -> bool:
+    """Whether the file holds all weights of its model."""
+    return info.method == Full.name and info.layers is None
 
 
 def _facts(info: AdapterInfo, result: Result | None) -> Iterator[tuple[str, str]]:

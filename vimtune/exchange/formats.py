@@ -53,6 +53,8 @@ class Format(ABC):
     """The library that reads it, as the hub calls it."""
     files: ClassVar[tuple[str, ...]]
     """Names of its files, or patterns; nothing else of a repository is downloaded."""
+    whole_model: ClassVar[bool] = False
+    """Whether what is written is a model by itself, and no adapter that needs its base."""
 
     def library_of(self, info: AdapterInfo) -> str:
         """The library that reads what is written of an adapter; `library`, unless that depends on it."""
@@ -99,7 +101,7 @@ class OwnFormat(Format):
         save_file(tensors, folder / ADAPTER, metadata={"format": ADAPTER_FORMAT, "info": text})
         return (
             "from vimtune import load_predictor, pull\n"
-            f'predictor = load_predictor(pull("{{place}}", "my-adapter") / "{ADAPTER}")'
+            'predictor = load_predictor(pull("{place}", "downloaded"))'
         )
 
 
@@ -135,6 +137,7 @@ class MergedFormat(Format):
         "vocab.json",
         "merges.txt",
     )
+    whole_model = True
 
     def library_of(self, info: AdapterInfo) -> str:
         return "timm" if info.model else "transformers"
