@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from vimtune.parsers import given_path
 from vimtune.text import quote
 from vimtune.utils import atomic_write
 
@@ -138,6 +139,6 @@ def save_as(
     Raises:
         OutputError: another ending, or a file that cannot be written.
     """
-    file = Path(path)
+    file = given_path("path", path, "the file to write", OutputError)
     check_output(file, formats, [])
     write_text(file, formats[file.suffix.lower()](result))

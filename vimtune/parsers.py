@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
@@ -136,6 +137,28 @@ def path(value: Any) -> str:
     if expanded == value and re.match(r"~(/|$)", value):
         raise ValueError("expected a path without ~, because no home folder is known here")
     return expanded
+
+
+def given_path(name: str, value: Any, what: str, error: type[ValueError] = ValueError) -> Path:
+    """The path that somebody gives to a function, as `path` takes it.
+
+    Args:
+        name: of the function's argument.
+        value: what is given.
+        what: of what it is to be the path, such as "a run folder".
+        error: what is raised.
+
+    Raises:
+        ValueError: it is no path, or of the class `error`.
+    """
+    if not isinstance(value, str | os.PathLike) or not value:
+        is_content = isinstance(value, bytes | bytearray | memoryview) or hasattr(value, "read")
+        advice = "; write what is open or in memory to a file, and give its path" if is_content else ""
+        raise error(f"{name} = {quote(value)}: expected the path of {what}, as text or pathlib.Path{advice}")
+    try:
+        return Path(path(value))
+    except ValueError as wrong:
+        raise error(f"{name} = {quote(value)}: {wrong}") from None
 
 
 def absolute_path(value: Any) -> str:

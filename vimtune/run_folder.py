@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from vimtune import parsers
 from vimtune.output import WRITING_ERRORS, OutputError, refusal
 from vimtune.text import printable, shorten
+from vimtune.utils import ADAPTER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         """The best adapter of the state in `checkpoint`."""
-        return self.path / "adapter.safetensors"
+        return self.path / ADAPTER_FILE
 
     @property
     def next_adapter(self) -> Path:
@@ -102,12 +103,19 @@ class RunFolder:
         return self.path / ".holder"
 
 
-def adapter_path(path: str | os.PathLike[str]) -> Path:
+def adapter_path(path: str | os.PathLike[str], name: str = "adapter") -> Path:
     """The adapter file that `path` means: a file, or the one in a run folder; `~` is the home folder.
 
     A folder with nothing but a merged model, as timm has it, means its weights.
+
+    Args:
+        path: what somebody gives.
+        name: the argument or the key by which it is given.
+
+    Raises:
+        ValueError: it is no path.
     """
-    found = Path(parsers.path(path))
+    found = parsers.given_path(name, path, "a run folder, an adapter file or a merged file")
     if not found.is_dir():
         return found
     own, merged = RunFolder(found).adapter, found / MERGED

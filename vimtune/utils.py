@@ -15,6 +15,9 @@ from pathlib import Path
 
 from vimtune.text import quote
 
+ADAPTER_FILE = "adapter.safetensors"
+"""Name of the adapter in the folder of a run, and in one that is passed on."""
+
 
 def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""

@@ -330,10 +330,6 @@ def test_base_weights_are_found_from_any_folder_and_no_path_is_passed_on(tmp_pat
         *TRAINING.split(),
         "--checkpoint",
         "base.safetensors",
-        "--dataset",
-        "synthetic_flowers",
-        "--data-dir",
-        str(here),
         "--output-dir",
         "run",
     ]

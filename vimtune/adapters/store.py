@@ -45,9 +45,10 @@ from vimtune.adapters.sites import Sites, find_backbone, options_by_site, select
 from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.methods import build_methods
+from vimtune.parsers import given_path
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import counted, printable, quote
-from vimtune.utils import atomic_write, suggest
+from vimtune.utils import ADAPTER_FILE, atomic_write, suggest
 
 
 def save_adapter(
@@ -80,6 +81,9 @@ def save_adapter(
         ValueError: no such adapter, class names that do not match the head, or anything else that could not
             be read back; no file is written then.
     """
+    path = given_path("path", path, "the file to write")
+    if path.is_dir():
+        raise ValueError(f"path = {quote(str(path))} is a folder: give the name of a file to write")
     model = unwrap(model)
     _, record = demand_adapter(model, name)
     own = adapter_state_dict(model, record.name)
@@ -128,17 +132,15 @@ def read_adapter(path: str | Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
 
 
 def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    path = Path(path)
+    path = given_path("path", path, "an adapter file, or of the folder of a run")
+    if path.is_dir():
+        path /= ADAPTER_FILE
     shown = f"adapter file {printable(str(path))}"
     if not path.is_file():  # This keeps us from waiting for a pipe, among others.
-        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        if (path.parent / "adapter_config.json").is_file():
-            folder = str(path.parent)
-            raise AdapterFileError(
-                f"{printable(folder)} is an adapter in HF peft's format, which does not say what model and "
-                f"classes it is for: read it in Python with vimtune.load_peft(model, {quote(folder)})"
-            )
-        raise AdapterFileError(f"{shown} {kind}; expected the folder of a run, or its adapter.safetensors")
+        if path.name == ADAPTER_FILE and path.parent.is_dir():
+            raise AdapterFileError(_what_a_folder_is(path.parent))
+        kind = "is no regular file" if path.exists() else "does not exist"
+        raise AdapterFileError(f"{shown} {kind}; expected the folder of a run, or its {ADAPTER_FILE}")
     try:
         metadata, tensors = read_metadata(path), read_tensors(path) if with_tensors else {}
     except SafetensorError as error:
@@ -152,6 +154,29 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
     return read_info(metadata.get("info"), shown), tensors
 
 
+def _what_a_folder_is(folder: Path) -> str:
+    """What to say of a folder in which there is no adapter file."""
+    shown = printable(str(folder))
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{shown} is an adapter in HF peft's format, which does not say what model and classes it is "
+            f"for: read it in Python with vimtune.load_peft(model, {quote(str(folder))})"
+        )
+    if (folder / "recipe.yaml").is_file():
+        return (
+            f"{shown} is a run without an adapter (it has no {ADAPTER_FILE}): wait for the end of its first "
+            f"epoch, or go on with vimtune train --resume {shown}"
+        )
+    try:
+        runs = sorted(found.parent for found in folder.glob(f"*/{ADAPTER_FILE}"))
+    except OSError:  # A folder that cannot be searched has no run to name.
+        runs = []
+    hint = f". Did you mean {printable(str(runs[-1]))}?" if runs else ""
+    return (
+        f"{shown} is a folder without {ADAPTER_FILE}; expected the folder of a run, or an adapter file{hint}"
+    )
+
+
 def load_adapter(
     model: nn.Module, path: str | Path, *, name: str | None = None, force: bool = False
 ) -> AdapterInfo:
@@ -160,7 +185,7 @@ def load_adapter(
     Args:
         model: the base model that the adapter was trained on; its number of classes does not matter. Wrappers
             are seen through as in `inject`.
-        path: a file written by `save_adapter`.
+        path: a file written by `save_adapter`, or the folder of a run.
         name: the adapter's name on this model; the first free of "default", "default_2", ... if None.
         force: load it although the base weights differ.
 

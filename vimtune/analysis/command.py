@@ -94,7 +94,7 @@ def analyze(
     check_split(split)
     check_counts(num_images=num_images, num_batches=num_batches)
     names = list(ANALYSES) if only is None else parse_names(",".join(only))
-    path = adapter_path(trained)
+    path = adapter_path(trained, "trained")
     with open_subject(path, keys, split=split, num_images=num_images, num_batches=num_batches) as subject:
         return run_analyses(subject, names)
 

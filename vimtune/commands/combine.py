@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,12 @@ def combine_files(
         ValueError: adapters that do not belong to one base, or do not sum so, or a file that cannot be
             written.
     """
-    paths = [adapter_path(adapter) for adapter in adapters]
-    target = Path(parsers.path(output))
+    if isinstance(adapters, str | bytes | os.PathLike) or not isinstance(adapters, Iterable):
+        raise ValueError(f"adapters = {quote(adapters)}: expected a list of adapter files or run folders")
+    paths = [adapter_path(adapter, f"adapters[{number}]") for number, adapter in enumerate(adapters)]
+    if not paths:
+        raise ValueError("adapters is empty: expected at least one adapter file or run folder")
+    target = parsers.given_path("output", output, "the file to write")
     check_output(target, (".safetensors",), paths)
     for path in paths:
         if is_merged_file(path):
@@ -79,7 +83,7 @@ def combine_files(
     if weights is not None and len(weights) != len(paths):
         raise ValueError(f"{len(weights)} weights for {len(paths)} adapters: expected one for each")
     infos = [read_adapter_info(path) for path in paths]
-    place = None if head is None else _place(adapter_path(head), paths)
+    place = None if head is None else _place(adapter_path(head, "head"), paths)
     base = given_base(checkpoint, model, tokenizer)
     opened: Any = task_of(infos[0]).open_predictor(paths[0], base, resolve_device(device), backend, force)
     factors = [1 / len(paths)] * len(paths) if weights is None else list(weights)

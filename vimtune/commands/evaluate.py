@@ -58,7 +58,7 @@ def evaluate(
     """
     if split is not None:
         check_split(split)
-    file = None if trained is None else adapter_path(trained)
+    file = None if trained is None else adapter_path(trained, "trained")
     options = {name: value for name, value in keys.items() if name in _option_names()}
     values = {name: value for name, value in keys.items() if name not in options}
     if file is not None and config is not None:

@@ -46,9 +46,10 @@ def export_to_file(
         MergeError: the merged model computes something else than base and adapter.
         ExportError: the file computes something else than the model; nothing is left behind.
     """
-    path = adapter_path(source)
+    path = adapter_path(source, "source")
     task = TASKS.get(TASK.default)() if model is not None or is_merged_file(path) else _task_of_adapter(path)
-    return task.export(path, Path(parsers.path(output)), given_base(checkpoint, model), force)
+    target = parsers.given_path("output", output, "the file to write")
+    return task.export(path, target, given_base(checkpoint, model), force)
 
 
 def _task_of_adapter(path: Path) -> Task:

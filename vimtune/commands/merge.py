@@ -55,9 +55,8 @@ def merge_to_file(
         raise ValueError(f"{quote(str(path))} is merged already: there is no adapter in it")
     task = task_of(read_adapter_info(path))
     base = given_base(checkpoint, model, tokenizer)
-    return task.merge(
-        path, Path(parsers.path(output)), base, resolve_device(device), backend, force, precision
-    )
+    target = parsers.given_path("output", output, "the file or folder to write")
+    return task.merge(path, target, base, resolve_device(device), backend, force, precision)
 
 
 def run_merge(*, adapter: Path, output: Path, **options: Any) -> int:

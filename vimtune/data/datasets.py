@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from vimtune.data.base import SPLITS, ImageDataset
 from vimtune.data.errors import DatasetError
+from vimtune.parsers import given_path
 from vimtune.registry import Registry
 from vimtune.text import quote
 from vimtune.utils import require_summary, suggest
@@ -142,9 +142,9 @@ def create_dataset(
     options, problems = _check_options(cls, dataset_kwargs)
     if problems:
         raise DatasetError("; ".join(problems))
-    if (problem := unread_folder(name, data_dir)) is not None:
+    root = None if data_dir is None else given_path("data_dir", data_dir, "a folder of data", DatasetError)
+    if (problem := unread_folder(name, root)) is not None:
         raise DatasetError(problem)
-    root = None if data_dir is None else Path(data_dir).expanduser()
     make: Callable[..., ImageDataset] = cls
     dataset = make(split, root, seed=seed, img_size=img_size, download=download, **options)
     _refuse_degenerate(dataset)

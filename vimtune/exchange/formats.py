@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vimtune.registry import Registry
-from vimtune.utils import require_summary
+from vimtune.utils import ADAPTER_FILE, require_summary
 
 if TYPE_CHECKING:
     import torch
 
     from vimtune.adapters import AdapterInfo
-
-ADAPTER = "adapter.safetensors"
-"""Name of vimtune's own file in a folder that is passed on, and in that of a run."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class OwnFormat(Format):
     name = "vimtune"
     summary = "adapter file with head, class names and preprocessing, for vimtune"
     library = "vimtune"
-    files = (ADAPTER,)
+    files = (ADAPTER_FILE,)
 
     def write(self, source: Source, folder: Path) -> str:
         from safetensors.torch import save_file
@@ -98,7 +95,7 @@ class OwnFormat(Format):
         info, tensors = read_adapter(source.adapter)
         info = dataclasses.replace(info, extra=without_paths(info.extra))
         text = write_info(info, "what the adapter file says")
-        save_file(tensors, folder / ADAPTER, metadata={"format": ADAPTER_FORMAT, "info": text})
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": ADAPTER_FORMAT, "info": text})
         return (
             "from vimtune import load_predictor, pull\n"
             'predictor = load_predictor(pull("{place}", "downloaded"))'

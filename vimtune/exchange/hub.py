@@ -75,7 +75,7 @@ def convert(
         ValueError: the format cannot express the adapter, its base weights are not to be had, or the folder
             cannot be written. Nothing is left behind then.
     """
-    path, target = adapter_path(adapter), Path(parsers.path(folder))
+    path, target = adapter_path(adapter), parsers.given_path("folder", folder, "a new folder")
     form = FORMATS.get(to)
     if is_merged_file(path):
         raise ValueError(f"{quote(str(path))} is merged already: give the adapter that it was made from")
@@ -181,7 +181,7 @@ def pull(
             written.
     """
     _check_repository(repository)
-    target = Path(parsers.path(folder))
+    target = parsers.given_path("folder", folder, "a new folder")
     forms = [FORMATS.get(to)] if to is not None else [form for _, form in FORMATS.items()]
     patterns = [CARD, *(pattern for form in forms for pattern in form.files)]
     with _asking(f"download of {quote(repository)}"):

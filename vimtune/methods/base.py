@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
+import re
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,6 +217,11 @@ def method_names(spec: str) -> list[str]:
     Raises:
         ValueError: not such a text, unknown method, or one method twice.
     """
+    if isinstance(spec, os.PathLike) or (isinstance(spec, str) and re.search(r"[/\\]|\.safetensors$", spec)):
+        raise ValueError(
+            f"method = {quote(spec)}: expected the name of a method such as lora; an adapter that is there "
+            "already is put on a model without one with vimtune.load_adapter(model, path)"
+        )
     if not isinstance(spec, str):
         raise ValueError(f"method = {quote(spec)}: expected the name of a method: {', '.join(METHODS)}")
     names = [name.strip() for name in spec.split("+")]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
 from vimtune.models.options import ARCHITECTURE, MAX_PATCHES, ModelOptions
 from vimtune.models.registry import VIM_MODELS, check_model_options
+from vimtune.parsers import given_path
 from vimtune.schema import parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote
@@ -74,7 +75,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated, of another kind, or with pickled objects inside.
     """
-    return _read(Path(path))[0]
+    return _read(given_path("path", path, "a checkpoint", CheckpointError))[0]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -267,7 +268,7 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
         CheckpointError: not a checkpoint, values that are no finite floating point numbers, or any other
             mismatch; nothing is loaded then.
     """
-    path = Path(path)
+    path = given_path("path", path, "a checkpoint", CheckpointError)
     shown = printable(str(path))
     content, metadata = _read(path)
     try:

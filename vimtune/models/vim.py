@@ -435,6 +435,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     if peft is None and any(value is not None for value in peft_options.values()):
         given = ", ".join(name for name, value in peft_options.items() if value is not None)
         raise ValueError(f'{given} without peft: name the method too, such as peft="prodial"')
+    method_options = _method_options(peft_options["peft_kwargs"])
     _check_options(kwargs)
     _check_feature_class(kwargs)
     out_indices = kwargs.pop("out_indices", 3)
@@ -462,9 +463,25 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
             peft,
             targets=peft_options["peft_targets"],
             layers=peft_options["peft_layers"],
-            **(peft_options["peft_kwargs"] or {}),
+            **method_options,
         )
     return model
+
+
+def _method_options(given: Any) -> Mapping[str, Any]:
+    """The options of a method as `peft_kwargs` has them.
+
+    Raises:
+        ValueError: it has none by name.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError(
+            f"peft_kwargs = {quote(given)}: expected options of the method by their names, such as "
+            '{"rank": 8}'
+        )
+    return given
 
 
 def _name_with_tag(variant: str, tag: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from vimtune.pages.section import Photo, Picture
 from vimtune.pages.style import picture_style
-from vimtune.text import counted, shorten
+from vimtune.text import counted, quote, shorten
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,8 +78,17 @@ def draw_images(
     Raises:
         ValueError: no images, other numbers of images and captions, or `columns` is below 1.
     """
+    from PIL import Image
+
+    images = list(images) if isinstance(images, Iterable) else [images]
     if not images:
         raise ValueError("there are no images to draw: expected at least one")
+    for number, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"images[{number}] = {quote(image)}: expected an image of Pillow; PIL.Image.open reads a "
+                "file, PIL.Image.fromarray takes an array"
+            )
     if captions and len(captions) != len(images):
         raise ValueError(
             f"{counted(len(captions), 'captions')} for {counted(len(images), 'images')}: expected one each"

@@ -11,8 +11,9 @@ from typing import Any
 from vimtune import parsers
 from vimtune.tasks import TASKS
 from vimtune.text import quote
+from vimtune.utils import ADAPTER_FILE
 
-RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", "adapter.safetensors", "checkpoint.safetensors")
+RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", ADAPTER_FILE, "checkpoint.safetensors")
 """Files by which a folder is known to hold a run."""
 
 
@@ -66,7 +67,7 @@ def _beginning_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     if values.get("resume") is not None:
         return None
     if path.is_dir():
-        return None if (path / "adapter.safetensors").is_file() else " has no adapter.safetensors"
+        return None if (path / ADAPTER_FILE).is_file() else f" has no {ADAPTER_FILE}"
     return _file_problem(path, values) if path.exists() else " does not exist"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vimtune.fields import Option, Options, options_of, parse_fields
+from vimtune.parsers import given_path
 from vimtune.problems import ProblemsError
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.handed_on import parse_handed_on
@@ -175,7 +176,14 @@ class Recipe:
         return {**values, **names}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe as YAML, atomically."""
+        """Write the recipe as YAML, atomically.
+
+        Raises:
+            ValueError: `path` is no path of a file.
+        """
+        path = given_path("path", path, "the file to write")
+        if path.is_dir():
+            raise ValueError(f"path = {quote(str(path))} is a folder: give the name of a file to write")
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
         def write(temporary: Path) -> None:

@@ -95,7 +95,9 @@ def given_base(
     """Where a user says that the base weights of an adapter are now, by keys of the recipe; what is None is
     left out."""
     base = {
-        "checkpoint": None if checkpoint is None else Path(parsers.path(checkpoint)),
+        "checkpoint": None
+        if checkpoint is None
+        else parsers.given_path("checkpoint", checkpoint, "the base weights"),
         "model": model,
         "tokenizer": tokenizer,
     }

@@ -66,6 +66,10 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Report:
             was saved.
         Interrupted: Ctrl-C or SIGTERM; the state was saved and can be resumed.
     """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"recipe = {quote(recipe)}: expected a vimtune.Recipe; vimtune.load_recipe reads one from a file"
+        )
     with (
         open_processes(recipe.run.device, recipe.check_paths) as processes,
         process_settings(recipe.run, processes.device),

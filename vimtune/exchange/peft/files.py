@@ -34,6 +34,7 @@ from vimtune.exchange.peft import FORMS
 from vimtune.exchange.peft.form import AdaptedModule, GivenModule, PeftForm, Translated
 from vimtune.methods import get_method, method_names, resolve_options
 from vimtune.output import write_folder
+from vimtune.parsers import given_path
 from vimtune.schema import check, parse_json
 from vimtune.tensor_file import read_tensors
 from vimtune.text import quote
@@ -76,6 +77,7 @@ def save_peft(
     Raises:
         ValueError: no such adapter, or one that HF peft cannot express; nothing is written then.
     """
+    folder = given_path("folder", folder, "a new folder")
     backbone = unwrap(model)
     _, record = demand_adapter(backbone, name)
     form, peft_type = _form_of(record)
@@ -231,7 +233,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
         ValueError: the model cannot take an adapter, or the name is taken.
     """
     backbone = find_backbone(model)
-    folder = Path(folder)
+    folder = given_path("folder", folder, "a folder that HF peft has written", AdapterFileError)
     settings, tensors = _read(folder)
     name = free_name(backbone) if name is None else check_name(backbone, name)
     with _refusing(folder):
