@@ -20,7 +20,7 @@ SLOW_TIMEOUT = 1800
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests a limit that also holds on a machine with other work, unless they have one of their own."""
+    """Give slow tests a limit that holds where the machine has other work, too, unless they have one."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))

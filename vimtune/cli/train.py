@@ -14,7 +14,7 @@ from vimtune.tasks import TASKS
 
 DESCRIPTION = """\
 Fine-tune a Vision Mamba. Without any flag, ProDiaL is compared with a
-linear probe on embedded data, in three minutes. Every flag below is also
+linear probe on embedded data, in two minutes. Every flag below is also
 a key of the YAML file; a flag wins over the file."""
 """What `--help` says above the options."""
 
