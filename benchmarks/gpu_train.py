@@ -181,6 +181,7 @@ def recipe_of(
         pretrained=False,
         peft=method,
         epochs=1,
+        max_steps=options.steps,  # as many as there are, which says that few are meant
         warmup_epochs=0,
         batch_size=batch_size,
         amp=options.amp,
