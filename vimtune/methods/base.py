@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from vimtune.fields import Amount, PositiveAmount, options_of
+from vimtune.fields import Amount, Option, PositiveAmount, options_of
 from vimtune.fields import option as option  # for the files of methods
 from vimtune.parsers import excludes
 from vimtune.registry import Registry
@@ -277,31 +277,37 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
         ValueError: unknown method or option, or a value of another type than the option's annotation or out
             of its range.
     """
-    from vimtune.schema import check  # takes longer to import than all that is here, and lists do without
-
     resolved = {}
     for name, given in split_options(spec, options).items():
-        options = options_of(get_method(name))
-        own = {key: copy.deepcopy(item.default) for key, item in options.items()}
+        known = options_of(get_method(name))
+        own = {key: copy.deepcopy(item.default) for key, item in known.items()}
         for key, value in given.items():
-            what, annotation = f"option {key} of method {name!r}", options[key].annotation
-            if isinstance(value, Mapping):
-                if not value:
-                    raise ValueError(f"{what} is an empty mapping: expected a value, or values by target")
-                own[key] = {
-                    str(target): check(annotation, item, f"{what} for {quote(target)}")
-                    for target, item in value.items()
-                }
-                for target in own[key]:
-                    if excludes(target):
-                        raise ValueError(
-                            f"{what} is given for {quote(target)}: expected targets for which the value "
-                            "holds, not exclusions"
-                        )
-            else:
-                own[key] = check(annotation, value, what)
+            own[key] = _checked(value, known[key], f"option {key} of method {name!r}")
         resolved[name] = own
     return resolved
+
+
+def _checked(value: Any, option: Option, what: str) -> Any:
+    """A value that is given for an option, or its values by target; `what` names the option in messages.
+
+    Raises:
+        ValueError: a value of another type or out of its range, no target, or an exclusion.
+    """
+    from vimtune.schema import check  # takes longer to import than all that is here, and lists do without
+
+    if not isinstance(value, Mapping):
+        return check(option.annotation, value, what)
+    if not value:
+        raise ValueError(f"{what} is an empty mapping: expected a value, or values by target")
+    found = {
+        str(target): check(option.annotation, item, f"{what} for {quote(target)}")
+        for target, item in value.items()
+    }
+    for target in filter(excludes, found):
+        raise ValueError(
+            f"{what} is given for {quote(target)}: expected targets for which the value holds, not exclusions"
+        )
+    return found
 
 
 @dataclass(frozen=True)
