@@ -24,7 +24,7 @@ OWN = {
     "nvrtc": "vimtune.ops.nvrtc.backend.NvrtcBackend",
     "triton": "vimtune.ops.triton.backend.TritonBackend",
     "cuda": "vimtune.ops.cuda.CudaBackend",
-    "torch": "vimtune.ops.eager.EagerBackend",
+    "torch": "vimtune.ops.eager.backend.EagerBackend",
 }
 """The backends that vimtune brings, in the order in which `auto` asks them: name -> class."""
 

@@ -18,7 +18,8 @@ from vimtune import cli, ops
 from vimtune.commands import doctor
 from vimtune.ops import dispatch
 from vimtune.ops.backend import Backend
-from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.ops.eager.convolution import EagerConvolution
+from vimtune.ops.eager.scan import EagerScan
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vimtune import ops
 from vimtune.ops import reference
 from vimtune.ops.convolution import ConvInputs, ConvOptions
-from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.ops.eager.convolution import EagerConvolution
+from vimtune.ops.eager.scan import EagerScan
 from vimtune.ops.scan import ScanInputs, ScanOptions
 
 SCAN_INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")

@@ -15,7 +15,8 @@ import vimtune  # noqa: F401  (registers the models)
 from vimtune import backends, ops
 from vimtune.ops import dispatch
 from vimtune.ops.backend import Backend
-from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.ops.eager.convolution import EagerConvolution
+from vimtune.ops.eager.scan import EagerScan
 from vimtune.recipe import Recipe, RecipeError
 
 NAMES = ["torch", "reference", "auto"]

@@ -15,7 +15,7 @@ from kernel_checks import assert_close
 
 from vimtune import ops
 from vimtune.ops import DirectionStart, DirectionWeights, reference
-from vimtune.ops.eager import EagerScan
+from vimtune.ops.eager.scan import EagerScan
 from vimtune.ops.scan import selective_scan_from
 
 ON_GPU = torch.cuda.is_available()

@@ -8,7 +8,7 @@ import torch
 
 from vimtune import ops
 from vimtune.ops import Backend, cuda, reference
-from vimtune.ops.eager_ssd import CHUNK, EagerSsd
+from vimtune.ops.eager.ssd import CHUNK, EagerSsd
 from vimtune.ops.ssd import SsdInputs, SsdOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vimtune import ops
-from vimtune.ops.eager_ssd import CHUNK
+from vimtune.ops.eager.ssd import CHUNK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, TOKENS, HEADS, WIDTH, STATES = 2, CHUNK + 9, 4, 6, 5

@@ -22,7 +22,8 @@ from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cpu.build import BuildError, find_compiler, load_library
 from vimtune.ops.cpu.library import Library, empty
 from vimtune.ops.cpu.selftest import check_library
-from vimtune.ops.eager import EagerConvolution, EagerScan
+from vimtune.ops.eager.convolution import EagerConvolution
+from vimtune.ops.eager.scan import EagerScan
 from vimtune.ops.mixer import DirectionStart, DirectionWeights, offset_refusals, scan_parameters
 from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions

@@ -1,11 +1,11 @@
-"""Backend `torch`: plain PyTorch on any device, with hand-written backward passes of memory linear in L.
+"""The selective scan of the backend `torch`, with a hand-written backward pass of memory linear in L.
 
 Tokens are handled in chunks: decays and inputs of a chunk are computed at once, only the recurrence
 itself walks token by token. The forward keeps the state before each chunk; the backward recomputes
 the states inside one chunk at a time, so memory grows with L / CHUNK states instead of L. The
 reverse direction walks the same tensors with descending indices.
 
-Shape letters: B batch, L tokens, T tokens of a chunk, E inner width, N states, K filter width.
+Shape letters: B batch, L tokens, T tokens of a chunk, E inner width, N states.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimtune.ops.backend import Backend, Gradients
-from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
-from vimtune.ops.eager_norm import EagerGatedNorm
-from vimtune.ops.eager_ssd import EagerSsd
+from vimtune.ops.backend import Gradients
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 
 CHUNK = 16
@@ -145,52 +142,6 @@ class EagerScan(ScanKernels):
         )
 
 
-class EagerConvolution(ConvKernels):
-    """The depthwise causal convolution in operations of PyTorch."""
-
-    def forward(self, inputs: ConvInputs, options: ConvOptions) -> Tensor:
-        x, weight, bias = inputs
-        silu, reverse = options
-        y = _filter(x.to(torch.promote_types(x.dtype, torch.float32)), weight, bias, reverse)
-        return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
-
-    def backward(
-        self, grad: Tensor, inputs: ConvInputs, options: ConvOptions, needs: Sequence[bool]
-    ) -> Gradients:
-        x, weight, bias = inputs
-        silu, reverse = options
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        need_x, need_weight, need_bias = needs
-        xf, grad = x.to(dtype), grad.to(dtype)
-        if silu:
-            y = _filter(xf, weight, bias, reverse)
-            gate = torch.sigmoid(y)
-            grad = grad * gate * (1 + y * (1 - gate))
-        grad_x = grad_weight = grad_bias = None
-        if need_x:
-            # The adjoint of a causal filter is the same filter run in the other direction.
-            grad_x = _filter(grad, weight, None, not reverse).to(x.dtype)
-        if need_weight:
-            columns = []
-            for source, target in _shifts(x.shape[1], weight.shape[1], reverse):
-                columns.append((grad[:, target] * xf[:, source]).sum((0, 1)))
-            grad_weight = torch.stack(columns, dim=1).to(weight.dtype)
-        if need_bias and bias is not None:
-            grad_bias = grad.sum((0, 1)).to(bias.dtype)
-        return grad_x, grad_weight, grad_bias
-
-
-class EagerBackend(Backend):
-    """Plain PyTorch, which runs wherever torch does."""
-
-    name = "torch"
-    summary = "pure PyTorch, runs everywhere"
-    kernels = (EagerScan(), EagerConvolution(), EagerSsd(), EagerGatedNorm())
-
-    def refusals(self, device: torch.device) -> list[str]:
-        return []
-
-
 def _chunks(num_tokens: int, reverse: bool) -> list[slice]:
     """Chunks in scan order; each slice itself is in token order."""
     chunks = [slice(start, min(start + CHUNK, num_tokens)) for start in range(0, num_tokens, CHUNK)]
@@ -212,24 +163,3 @@ def _chunk_states(
         states[:, t].addcmul_(decay[:, t], state)
         state = states[:, t]
     return states, decay
-
-
-def _shifts(num_tokens: int, width: int, reverse: bool) -> list[tuple[slice, slice]]:
-    """For each filter tap the tokens it reads and the tokens it adds to."""
-    shifts = []
-    for tap in range(width):
-        lag = min(width - 1 - tap, num_tokens)
-        early, late = slice(0, num_tokens - lag), slice(lag, num_tokens)
-        shifts.append((late, early) if reverse else (early, late))
-    return shifts
-
-
-def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-    """The causal convolution of `x` (B, L, E) without SiLU, in the dtype of `x`."""
-    weight = weight.to(x.dtype)
-    # A copy in any case: of one or no token, `contiguous` would return the bias itself.
-    start = x.new_zeros(()) if bias is None else bias.to(x.dtype)
-    y = start.expand_as(x).clone(memory_format=torch.contiguous_format)
-    for tap, (source, target) in enumerate(_shifts(x.shape[1], weight.shape[1], reverse)):
-        y[:, target].addcmul_(x[:, source], weight[:, tap])
-    return y

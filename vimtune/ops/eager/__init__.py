@@ -1,0 +1,1 @@
+"""Operations in plain PyTorch; see `backend.py`."""
