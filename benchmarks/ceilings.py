@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vimtune.utils import processor_name
+from vimtune.machine import processor_name
 
 PACKAGES = ("torch", "triton", "timm", "mamba-ssm", "causal-conv1d")
 ROUNDS = 5

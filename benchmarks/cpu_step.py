@@ -25,7 +25,7 @@ from torch import nn
 
 import vimtune  # noqa: F401  (registers the models)
 from vimtune import ops
-from vimtune.utils import processor_name
+from vimtune.machine import processor_name
 
 REFERENCE = "reference"
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import vimtune
 from vimtune import ops
-from vimtune.utils import processor_name
+from vimtune.machine import processor_name
 
 
 def main() -> None:

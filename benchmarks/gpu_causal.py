@@ -34,9 +34,9 @@ from gpu_kernels import recorded
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from vimtune.machine import installed_version
 from vimtune.ops import DirectionWeights, bidirectional_scan, causal_mixer
 from vimtune.ops.mixer import one_direction
-from vimtune.utils import installed_version
 
 BOTH, MAMBA = "bidirectional", "mamba_inner_fn"
 WITH_OUT_PROJ = ("nvrtc-out_proj", MAMBA)

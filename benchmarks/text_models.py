@@ -31,7 +31,7 @@ import transformers
 
 from vimtune.language import accelerate, create_language_model, sequence_losses
 from vimtune.language.creation import MODELS
-from vimtune.utils import processor_name
+from vimtune.machine import processor_name
 
 OURS, THEIRS = "vimtune", "transformers"
 SLOW = ("forward + backward",)

@@ -21,6 +21,7 @@ from vimtune.commands import doctor
 from vimtune.compare import execution, worker
 from vimtune.data import build_transform, create_dataset, create_loader
 from vimtune.data.loading import loader, workers
+from vimtune.files import atomic_write
 from vimtune.ops.cpu import cache
 from vimtune.output import write_folder
 from vimtune.recipe.components import OptimisationSettings
@@ -30,7 +31,6 @@ from vimtune.tasks.job import Batch
 from vimtune.tensor_file import read_tensors
 from vimtune.training.graph import refusals
 from vimtune.training.prefetch import Readback, WindowReader
-from vimtune.utils import atomic_write
 
 MPS = torch.device("mps")
 

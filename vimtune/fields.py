@@ -18,8 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from vimtune import parsers
 from vimtune.parsers import Parser
-from vimtune.text import quote, shorten
-from vimtune.utils import suggest
+from vimtune.text import quote, shorten, suggest
 
 Whole = Annotated[int, Ge(0)]
 """A whole number from 0."""

@@ -1,9 +1,11 @@
-"""What this process may use of the machine: cores and memory, as far as a container or scheduler lets it."""
+"""The machine: its processor, what is installed, and the cores and memory that this process may use of it."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,24 @@ def free_shared_memory() -> int:
     except (OSError, AttributeError):
         return sys.maxsize
     return state.f_bavail * state.f_frsize
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, None when it is not there. Imports nothing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor_name() -> str:
+    """Name of the CPU; its architecture where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _groups() -> Iterator[Path]:

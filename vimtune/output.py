@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from vimtune.files import atomic_write
 from vimtune.parsers import given_path
 from vimtune.text import quote
-from vimtune.utils import atomic_write
 
 Result = TypeVar("Result")
 """What is kept in a file."""

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vimtune.strict_yaml import MAX_DEPTH, YAMLTextError, parse_yaml
-from vimtune.text import quote, split_outside
-from vimtune.utils import suggest
+from vimtune.text import quote, split_outside, suggest
 
 Parser = Callable[[Any], Any]
 """Turns a value of a file or of the command line into that of a field, or raises ValueError."""

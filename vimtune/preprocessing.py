@@ -10,8 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from vimtune.schema import STRICT
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 PRESETS = ("none", "light", "medium", "strong")
 """Strengths of augmentation."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 from vimtune.plugins import load_installed
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 T = TypeVar("T")
 """What a registry holds."""
@@ -98,3 +98,17 @@ def _origin(thing: object) -> str:
     if not isinstance(thing, type) and isinstance(stated := getattr(thing, "origin", None), str):
         return stated
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
+def require_summary(cls: type, what: str) -> None:
+    """Check that a class that is being registered states its line of `--list` itself.
+
+    Raises:
+        ValueError: the class body has no `summary = "one line"`; the message names class and file.
+    """
+    summary = vars(cls).get("summary")
+    if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
+        raise ValueError(
+            f'{what}: class {cls.__name__} in {inspect.getsourcefile(cls)} needs summary = "...", '
+            f"one line that --list shows"
+        )

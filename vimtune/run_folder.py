@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 from vimtune import parsers
 from vimtune.output import WRITING_ERRORS, OutputError, refusal
 from vimtune.text import printable, shorten
-from vimtune.utils import ADAPTER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ class FolderInUseError(ValueError):
     """Another run works in the folder."""
 
 
+ADAPTER_FILE = "adapter.safetensors"
+"""Name of the adapter in the folder of a run, and in one that is passed on."""
 MERGED = "model.safetensors"
 """Name of the weights in a folder as timm and the hub have it."""
 

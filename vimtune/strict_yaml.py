@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from vimtune.files import read_regular_file
 from vimtune.text import printable, quote, shorten
-from vimtune.utils import read_regular_file
 
 MAX_BYTES = 64 * 2**10
 """Longest text that is parsed; it is more than ten times the longest recipe."""

@@ -1,14 +1,17 @@
 """Text of users and of files, made harmless for the place where it is shown.
 
 Class names, paths and values of options are somebody's words. They may hold escape sequences that
-rewrite a terminal, formulas that a spreadsheet runs, bytes that are not UTF-8, or megabytes.
-Nothing here imports torch.
+rewrite a terminal, formulas that a spreadsheet runs, bytes that are not UTF-8, or megabytes. Phrases that
+many messages have in common, such as counts, durations and suggestions, are made here, too. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 MAX_QUOTE = 160
@@ -119,3 +122,9 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {prefix + close[0]!r}?" if close else ""

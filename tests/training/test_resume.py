@@ -102,7 +102,7 @@ def test_metrics_have_every_step_once(straight):
 KILLED_IN_SAVE = """
 import os, signal, sys
 from pathlib import Path
-from vimtune import utils
+from vimtune import files
 from vimtune.recipe import Recipe
 from vimtune.training import train
 
@@ -115,7 +115,7 @@ def replace(source, target):
             os.kill(os.getpid(), signal.SIGKILL)
     original(source, target)
 
-utils.os.replace = replace
+files.os.replace = replace
 train(Recipe(**eval(sys.argv[1])))
 """
 

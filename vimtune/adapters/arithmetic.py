@@ -43,8 +43,7 @@ from vimtune.adapters.store import added
 from vimtune.adapters.tensors import adapter_parameters, adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.methods import resolve_options
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 Model = TypeVar("Model", bound=nn.Module)
 """A model of any class, for functions that give back the model they got."""

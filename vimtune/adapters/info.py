@@ -16,8 +16,7 @@ from vimtune.methods import list_methods, method_names, resolve_options, split_o
 from vimtune.models.registry import check_creation
 from vimtune.preprocessing import Preprocessing
 from vimtune.schema import STRICT, Name, check, dump_json, parse_json
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 FORMAT = "vimtune-adapter"
 """The format that an adapter file states in its metadata, by which it is recognised."""

@@ -51,8 +51,7 @@ from vimtune.adapters.slots import (
 )
 from vimtune.adapters.wrappers import RECORD, unwrap
 from vimtune.methods import build_methods, resolve_options
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 logger = logging.getLogger(__name__)
 

@@ -44,11 +44,12 @@ from vimtune.adapters.points import Point, Points
 from vimtune.adapters.sites import Sites, find_backbone, options_by_site, selected
 from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
+from vimtune.files import atomic_write
 from vimtune.methods import build_methods
 from vimtune.parsers import given_path
+from vimtune.run_folder import ADAPTER_FILE
 from vimtune.tensor_file import read_metadata, read_tensors
-from vimtune.text import counted, printable, quote
-from vimtune.utils import ADAPTER_FILE, atomic_write, suggest
+from vimtune.text import counted, printable, quote, suggest
 
 
 def save_adapter(

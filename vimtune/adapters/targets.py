@@ -28,8 +28,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vimtune.text import quote, split_outside
-from vimtune.utils import suggest
+from vimtune.text import quote, split_outside, suggest
 
 if TYPE_CHECKING:
     from vimtune.adapters.points import Points

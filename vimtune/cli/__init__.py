@@ -27,8 +27,7 @@ from vimtune.cli import (
     train,
 )
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
     "train": ("fine-tune a model (--list shows models, methods and data sets)", train.run),

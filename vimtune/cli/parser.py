@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from vimtune import __version__, parsers
 from vimtune.plugins import import_package
-from vimtune.text import quote, shorten
-from vimtune.utils import suggest
+from vimtune.text import quote, shorten, suggest
 
 SHARED_FLAGS = ("traceback", "packages")
 """What `add_common` and `add_import` add: `vimtune.cli.main` and `import_packages` read it."""

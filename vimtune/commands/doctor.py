@@ -23,11 +23,10 @@ from torch import Tensor
 from vimtune import __version__, ops
 from vimtune.backends import BACKENDS, REFERENCE
 from vimtune.console import build_console
-from vimtune.machine import usable_cores
+from vimtune.machine import installed_version, processor_name, usable_cores
 from vimtune.ops import reference
 from vimtune.ops.cpu import build
 from vimtune.text import printable, shorten
-from vimtune.utils import installed_version, processor_name
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest error that rounding explains, relative to the largest element of the reference result."""

@@ -21,10 +21,9 @@ from vimtune.runtime.distributed import open_processes
 from vimtune.runtime.launch import read_launch
 from vimtune.tasks import TASKS
 from vimtune.tasks.origin import adapter_path, recipe_of_trained
-from vimtune.text import quote
+from vimtune.text import quote, suggest
 from vimtune.training.evaluate import evaluate_trial
 from vimtune.training.settings import process_settings
-from vimtune.utils import suggest
 
 SPLITS = ("test", "val")
 """What can be scored: the split of a run's result, or the one that selects its best epoch."""

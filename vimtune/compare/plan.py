@@ -30,13 +30,13 @@ import yaml
 from vimtune import parsers
 from vimtune.data.datasets import DATASETS, reads_files
 from vimtune.fields import Options, Positive, option, options_of, parse_fields
+from vimtune.files import atomic_write
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, RecipeError, absolute_paths, keys_of, path_problems
 from vimtune.recipe.config_files import read_plan
 from vimtune.recipe.files import read_values
 from vimtune.tasks import TASKS
-from vimtune.text import quote
-from vimtune.utils import atomic_write, suggest
+from vimtune.text import quote, suggest
 
 PLAN_FILE = "plan.yaml"
 """Name of the file in the folder of a comparison from which it can be continued."""

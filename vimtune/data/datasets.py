@@ -14,9 +14,8 @@ from typing import Any, TypeVar, get_type_hints
 from vimtune.data.base import SPLITS, ImageDataset
 from vimtune.data.errors import DatasetError
 from vimtune.parsers import given_path
-from vimtune.registry import Registry
-from vimtune.text import quote
-from vimtune.utils import require_summary, suggest
+from vimtune.registry import Registry, require_summary
+from vimtune.text import quote, suggest
 
 DATASETS: Registry[type[ImageDataset]] = Registry("data set", DatasetError)
 """All data sets by name."""

@@ -8,8 +8,7 @@ from vimtune.data.base import FileDataset
 from vimtune.data.datasets import register_dataset
 from vimtune.data.errors import DatasetError
 from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE, locate_root
-from vimtune.text import printable, quote
-from vimtune.utils import suggest
+from vimtune.text import printable, quote, suggest
 
 TASKS = {
     "cifar": 100,

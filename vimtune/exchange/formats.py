@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vimtune.registry import Registry
-from vimtune.utils import ADAPTER_FILE, require_summary
+from vimtune.registry import Registry, require_summary
+from vimtune.run_folder import ADAPTER_FILE
 
 if TYPE_CHECKING:
     import torch

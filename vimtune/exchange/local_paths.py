@@ -9,8 +9,8 @@ import posixpath
 from pathlib import Path
 from typing import Any
 
+from vimtune.files import read_regular_file
 from vimtune.schema import MAX_TEXT_BYTES
-from vimtune.utils import read_regular_file
 
 MAX_SETTINGS = 2**18
 """Bytes of the largest JSON file that is taken for settings."""

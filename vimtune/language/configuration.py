@@ -16,8 +16,7 @@ from typing_extensions import TypedDict  # typing's own is not enough for pydant
 
 from vimtune import schema
 from vimtune.language.registry import BYTE_VOCABULARY, Family, LanguageModelEntry, mamba2_heads
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 CONFIGS: dict[str, Any] = {"mamba": MambaConfig, "mamba2": Mamba2Config}
 """transformers' classes by family."""

@@ -21,6 +21,7 @@ from transformers import (
 
 from vimtune import schema
 from vimtune.adapters import note_casts
+from vimtune.files import read_regular_file
 from vimtune.language.acceleration import accelerate
 from vimtune.language.configuration import config_of_entry, config_of_file
 from vimtune.language.registry import LANGUAGE_MODELS
@@ -31,8 +32,7 @@ from vimtune.models.checkpoint import (
     read_checkpoint,
     unusable,
 )
-from vimtune.text import printable, quote
-from vimtune.utils import read_regular_file, suggest
+from vimtune.text import printable, quote, suggest
 
 MODELS: dict[str, Any] = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
 """transformers' classes by family."""

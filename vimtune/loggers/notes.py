@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vimtune.files import atomic_write
 from vimtune.run_folder import writing
-from vimtune.utils import atomic_write
 
 MOST_CHARACTERS = 200
 """Length of the longest note that is read."""

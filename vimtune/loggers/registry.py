@@ -7,8 +7,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from vimtune.loggers.base import Logger
-from vimtune.registry import Registry
-from vimtune.utils import require_summary
+from vimtune.registry import Registry, require_summary
 
 LOGGERS: Registry[type[Logger]] = Registry("logger")
 """All loggers by name."""

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from vimtune.fields import Amount, Option, PositiveAmount, options_of
 from vimtune.fields import option as option  # for the files of methods
 from vimtune.parsers import excludes
-from vimtune.registry import Registry
-from vimtune.text import quote
-from vimtune.utils import require_summary, suggest
+from vimtune.registry import Registry, require_summary
+from vimtune.text import quote, suggest
 
 if TYPE_CHECKING:
     from vimtune.adapters.points import Points

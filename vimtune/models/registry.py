@@ -14,8 +14,7 @@ from typing import Any
 
 from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.registry import Registry
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 
 def _options_of_vim() -> type:

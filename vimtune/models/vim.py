@@ -47,8 +47,7 @@ from vimtune.models.registry import VIM_MODELS, ModelEntry
 from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.ops import backend_names, bidirectional_scan, bidirectional_scan_from, with_chosen_backend
 from vimtune.schema import check
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 __all__ = ["VisionMamba"]
 

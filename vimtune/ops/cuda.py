@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vimtune.machine import installed_version
 from vimtune.ops import reference
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.operation import constant_for_compiler, wanted
 from vimtune.ops.scan import NUM_INPUTS, ScanInputs, ScanKernels, ScanOptions
 from vimtune.ops.ssd import SsdInputs, SsdKernels, SsdOptions
-from vimtune.utils import installed_version
 
 MAX_STATES = 256
 """Most states that the scan of mamba-ssm has."""

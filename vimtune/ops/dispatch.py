@@ -19,7 +19,7 @@ import torch
 from vimtune.backends import AUTO, BACKENDS, REFERENCE, backend_names
 from vimtune.ops.backend import Backend, BackendUnavailable, Inputs, Kernels
 from vimtune.ops.operation import constant_for_compiler
-from vimtune.utils import suggest
+from vimtune.text import suggest
 
 logger = logging.getLogger(__name__)
 

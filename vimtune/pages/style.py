@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import MaxNLocator
 
+from vimtune.files import atomic_write
 from vimtune.run_folder import writing
-from vimtune.utils import atomic_write
 
 FALLBACK_FONTS = (
     "Noto Sans CJK JP",

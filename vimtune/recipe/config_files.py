@@ -25,8 +25,7 @@ import os
 from typing import Any
 
 from vimtune.strict_yaml import read_yaml
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 GRID = "variants"
 """Key under which the groups of a grid stand."""

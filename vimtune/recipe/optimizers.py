@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 
 @dataclass(frozen=True, kw_only=True)

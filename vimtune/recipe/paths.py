@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vimtune import parsers
+from vimtune.run_folder import ADAPTER_FILE
 from vimtune.tasks import TASKS
 from vimtune.text import quote
-from vimtune.utils import ADAPTER_FILE
 
 RUN_FILES = ("recipe.yaml", "report.json", "metrics.jsonl", ADAPTER_FILE, "checkpoint.safetensors")
 """Files by which a folder is known to hold a run."""

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vimtune.fields import Option, Options, options_of, parse_fields
+from vimtune.files import atomic_write
 from vimtune.parsers import given_path
 from vimtune.problems import ProblemsError
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
@@ -20,8 +21,7 @@ from vimtune.recipe.handed_on import parse_handed_on
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.rules import contradictions
 from vimtune.tasks import TASKS, BackboneOptions, DataOptions, Task
-from vimtune.text import quote
-from vimtune.utils import atomic_write, suggest
+from vimtune.text import quote, suggest
 
 COMPONENTS: dict[str, type[Options]] = {
     "method": MethodSettings,

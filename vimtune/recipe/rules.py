@@ -14,8 +14,7 @@ from vimtune.data.datasets import DATASETS, unread_folder
 from vimtune.fields import options_of
 from vimtune.recipe.optimizers import OPTIMIZERS
 from vimtune.tasks import TASKS
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 Rule = Callable[..., Iterable[str]]
 """Gives one line for each problem that it finds."""

@@ -11,6 +11,7 @@ import yaml
 
 from vimtune import parsers
 from vimtune.fields import Option, options_of
+from vimtune.files import atomic_write
 from vimtune.recipe import Recipe, RecipeError, RunSettings, keys_of
 from vimtune.search.composing import method_keys, recipe_values
 from vimtune.search.reading import SpaceError, parse_space
@@ -19,7 +20,6 @@ from vimtune.search.space import Drawn, Space
 from vimtune.strict_yaml import MAX_BYTES, read_yaml
 from vimtune.tasks import TASKS
 from vimtune.text import printable, quote
-from vimtune.utils import atomic_write
 
 PLAN = "search.yaml"
 """File of the plan, by which a folder is known to hold a search."""

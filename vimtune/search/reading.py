@@ -35,8 +35,7 @@ from vimtune.search.composing import method_keys
 from vimtune.search.settings import Choice, Fixed, Plain, Range, Setting
 from vimtune.search.space import NONE, PART, WITHOUT, Part, Space
 from vimtune.strict_yaml import read_yaml
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 MAX_PARTS = 64
 """Most parts of a space."""

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vimtune.console import neutral
+from vimtune.files import atomic_write
 from vimtune.run_folder import writing
 from vimtune.search.space import Drawn
 from vimtune.search.study import Trial
 from vimtune.tasks.base import Score
 from vimtune.text import counted, csv_cell, printable
-from vimtune.utils import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vimtune.machine import installed_version
 from vimtune.schema import check
 from vimtune.search.settings import Chooser
 from vimtune.search.trial import TrialOutcome
 from vimtune.text import printable
-from vimtune.utils import installed_version
 
 if TYPE_CHECKING:
     import optuna

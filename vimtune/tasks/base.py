@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vimtune.fields import Options, options_of
-from vimtune.registry import Registry
+from vimtune.registry import Registry, require_summary
 from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
-from vimtune.utils import require_summary
 
 if TYPE_CHECKING:
     import torch

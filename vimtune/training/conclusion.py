@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from vimtune.files import atomic_write
 from vimtune.output import OutputError
 from vimtune.pages import style
 from vimtune.pages.page import Page
@@ -20,7 +21,6 @@ from vimtune.training import pictures
 from vimtune.training.logs import MAX_REASON, Logs
 from vimtune.training.report import print_report, write_report
 from vimtune.training.tracking import Tracker
-from vimtune.utils import atomic_write
 
 Files = Mapping[str, Callable[[Path], None]]
 """Names of files in the run folder, and functions that write them."""

@@ -14,6 +14,8 @@ from rich.table import Table
 from vimtune import __version__
 from vimtune.adapters import AdapterInfo
 from vimtune.console import neutral, print_line
+from vimtune.files import atomic_write
+from vimtune.machine import processor_name
 from vimtune.methods import resolve_options
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe
@@ -23,7 +25,6 @@ from vimtune.schema import finite_json, load_json
 from vimtune.tasks.base import Task
 from vimtune.tasks.report import Report
 from vimtune.training.state import Progress, steps_used_up
-from vimtune.utils import atomic_write, processor_name
 
 TABLE_WIDTH = 60
 """A narrower terminal shows the final table as a list."""

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from vimtune.files import remove_temporaries
 from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, create_unused, hold, writing
 from vimtune.runtime.distributed import Processes
@@ -21,7 +22,6 @@ from vimtune.training.state import (
     settle_best_adapter,
     steps_used_up,
 )
-from vimtune.utils import remove_temporaries
 
 
 @dataclass(frozen=True)

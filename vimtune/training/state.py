@@ -34,6 +34,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vimtune.adapters import AdapterFileError, read_adapter_info
+from vimtune.files import atomic_write
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.recipe.optimizers import NEVER_NEGATIVE, OPTIMIZERS
@@ -44,7 +45,6 @@ from vimtune.text import printable, quote, shorten
 from vimtune.training.earlier import FORMAT_1, convert
 from vimtune.training.guard import NonFiniteError, describe, is_finite
 from vimtune.training.identity import Facts, ResumeError
-from vimtune.utils import atomic_write
 
 FORMAT = "vimtune run state 2"
 """What the metadata of a state call its format."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vimtune.data.errors import DatasetError
+from vimtune.files import read_regular_file
 from vimtune.text import counted, printable, quote
-from vimtune.utils import read_regular_file
 
 
 def read_table(path: Path, limit: int, advice: str = "") -> str:

@@ -12,8 +12,8 @@ from vimtune.data.errors import DatasetError
 from vimtune.data.text.examples import Example
 from vimtune.data.text.lines import LINE, Line, Words
 from vimtune.data.text.places import HubPlace, TextFormat
+from vimtune.files import read_regular_file
 from vimtune.text import printable, quote
-from vimtune.utils import read_regular_file
 
 MAX_LABELS_BYTES = 16 * 2**20
 """Longest file of labels that is read; the official ones have 32 kB."""

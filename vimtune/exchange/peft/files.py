@@ -32,13 +32,13 @@ from vimtune.adapters.tensors import adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.exchange.peft import FORMS
 from vimtune.exchange.peft.form import AdaptedModule, GivenModule, PeftForm, Translated
+from vimtune.files import read_regular_file
 from vimtune.methods import get_method, method_names, resolve_options
 from vimtune.output import write_folder
 from vimtune.parsers import given_path
 from vimtune.schema import check, parse_json
 from vimtune.tensor_file import read_tensors
 from vimtune.text import quote
-from vimtune.utils import read_regular_file
 
 logger = logging.getLogger(__name__)
 

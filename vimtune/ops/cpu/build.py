@@ -20,9 +20,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from vimtune.files import atomic_write
 from vimtune.ops.cpu import cache
 from vimtune.text import printable, quote, shorten
-from vimtune.utils import atomic_write
 
 logger = logging.getLogger(__name__)
 

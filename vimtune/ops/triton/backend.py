@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from vimtune.machine import installed_version
 from vimtune.ops.backend import Backend, Gradients
 from vimtune.ops.convolution import ConvInputs, ConvKernels, ConvOptions
 from vimtune.ops.cross_entropy import LossInputs, LossKernels
@@ -23,7 +24,6 @@ from vimtune.ops.mixer_start import StartInputs, StartKernels
 from vimtune.ops.norm import NormInputs, NormKernels
 from vimtune.ops.scan import ScanInputs, ScanKernels, ScanOptions, time_steps
 from vimtune.ops.silu_pair import SiluPair, SiluPairKernels
-from vimtune.utils import installed_version
 
 if TYPE_CHECKING:
     from vimtune.ops.triton import launch

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch import Tensor
 
+from vimtune.files import atomic_write
 from vimtune.pages import style
 from vimtune.pages.style import font_families, picture_style, whole_numbers
 from vimtune.run_folder import writing
 from vimtune.text import csv_cell, printable, shorten
-from vimtune.utils import atomic_write
 
 MAX_NAMED_CLASSES = 30
 """More names than this cannot be read beside a confusion matrix."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimtune.files import atomic_write
 from vimtune.metrics.ranking import average_precision
 from vimtune.pages.section import Section, Table
 from vimtune.run_folder import writing
@@ -21,7 +22,6 @@ from vimtune.tasks.images.job import ImageJob, OpenedImages
 from vimtune.tasks.job import Evaluation, Forward, Loader, Outcome, Tally, Tensors
 from vimtune.tasks.report import Report, ScoreReport
 from vimtune.text import csv_cell, printable, shorten
-from vimtune.utils import atomic_write
 
 if TYPE_CHECKING:
     from vimtune.tasks.multilabel import MultiLabel

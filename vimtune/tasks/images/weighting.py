@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from vimtune.tasks.images.settings import EVENED
-from vimtune.text import quote
-from vimtune.utils import suggest
+from vimtune.text import quote, suggest
 
 
 def class_weights(

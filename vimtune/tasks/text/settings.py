@@ -23,7 +23,7 @@ from vimtune.tasks.components import (
     PredictOptions,
     ProtocolSize,
 )
-from vimtune.utils import suggest
+from vimtune.text import suggest
 
 _PATH = parsers.optional(parsers.absolute_path)
 

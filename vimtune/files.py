@@ -1,42 +1,18 @@
-"""Small helpers shared by every room of the package; nothing here imports torch."""
+"""Files: read up to a length, and replaced as a whole or not at all."""
 
 from __future__ import annotations
 
-import difflib
 import errno
-import importlib.metadata
-import inspect
 import os
-import platform
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from vimtune.text import quote
 
-ADAPTER_FILE = "adapter.safetensors"
-"""Name of the adapter in the folder of a run, and in one that is passed on."""
-
-
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {prefix + close[0]!r}?" if close else ""
-
-
-def require_summary(cls: type, what: str) -> None:
-    """Check that a class that is being registered states its line of `--list` itself.
-
-    Raises:
-        ValueError: the class body has no `summary = "one line"`; the message names class and file.
-    """
-    summary = vars(cls).get("summary")
-    if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
-        raise ValueError(
-            f'{what}: class {cls.__name__} in {inspect.getsourcefile(cls)} needs summary = "...", '
-            f"one line that --list shows"
-        )
+_TEMPORARY = ".vimtune-tmp"
+"""Ending of the files that are being written, by which those that a crash has left are found."""
 
 
 def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -55,28 +31,6 @@ def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:
     if len(content) > limit:
         raise ValueError(f"{quote(os.fspath(path))} is longer than {limit:,} bytes, more than is read")
     return content
-
-
-def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, None when it is not there. Imports nothing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def processor_name() -> str:
-    """Name of the CPU; its architecture where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-_TEMPORARY = ".vimtune-tmp"
-"""Ending of the files that are being written, by which those that a crash has left are found."""
 
 
 def atomic_write(

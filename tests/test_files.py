@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vimtune.utils import atomic_write
+from vimtune.files import atomic_write
 
 
 def hello(path: Path) -> None:
