@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 import yaml
 from adapter_files import make_adapter, rewrite, write_photos
 from huggingface_hub import constants, file_download
+from huggingface_hub.errors import HfHubHTTPError
 from stand_in_hub import stand_in
 
 import vimtune
 from vimtune import cli
+from vimtune.exchange import hub as hub_files
 from vimtune.exchange.card import write_card
 from vimtune.exchange.formats import FORMATS
 from vimtune.exchange.hub import HubError
@@ -225,3 +228,47 @@ def test_paths_of_this_computer(tmp_path):
         "a": ["x.pth", "x.pth", "x", "vim/tiny", "1/2", "in_proj", "a\nb/c", "/"],
         "here": {"n": 3, "t": None},
     }
+
+
+def test_names_of_classes_are_no_paths(tmp_path):
+    given = {
+        "class_weights": {"/m/01g317": 2.0},
+        "pretrained_cfg": {"label_names": ["/m/01g317", "C:\\x", "~/y"]},
+        "id2label": {"0": "/m/01g317"},
+        "column": "A: intact",
+    }
+    assert without_paths(given) == given
+    names = ["A: intact", "B: broken", "/m/01g317", "~/y", 'say "x", z']
+    make_adapter(tmp_path / "adapter.safetensors", rank=2)
+    rewrite(tmp_path / "adapter.safetensors", lambda info: info.update(classes=names))
+    vimtune.convert(tmp_path / "adapter.safetensors", tmp_path / "merged", to="merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert config["pretrained_cfg"]["label_names"] == names
+    assert vimtune.load_predictor(tmp_path / "merged").classes == names
+
+
+def test_a_download_has_the_files_that_were_asked_for(tmp_path, made, hub):
+    """The cache of the hub's client has those of earlier downloads as well."""
+    folder, _ = made
+    vimtune.push(folder, "me/flowers")
+    vimtune.pull("me/flowers", tmp_path / "own")
+    with pytest.raises(ValueError, match=r"has no adapter and no weights: expected adapter_config\.json"):
+        vimtune.pull("me/flowers", tmp_path / "peft", to="peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_errors_below_the_client_of_the_hub_are_one_line(tmp_path, made, hub, monkeypatch, capsys):
+    folder, _ = made
+    with socket.socket() as listening:  # There is no one at this port once it is given back.
+        listening.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    assert cli.main(["push", str(folder), "me/flowers"]) == 2
+    assert "the upload to 'me/flowers' failed (" in capsys.readouterr().err
+
+    def interrupted(*_, **__):
+        raise HfHubHTTPError.__bases__[0]("the line is dead")
+
+    monkeypatch.setattr(hub_files, "snapshot_download", interrupted)
+    with pytest.raises(HubError, match=r"download of 'me/flowers' failed \(the line is dead\)"):
+        vimtune.pull("me/flowers", tmp_path / "out")

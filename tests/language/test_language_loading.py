@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from text_runs import SETTINGS, write_data
 from tiny_language import FAMILIES, original_files, slow_model, tokens
@@ -165,6 +166,12 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     message = "could not be downloaded .*give a folder that has it, or pretrained=False"
     refused(f"'state-spaces/mamba-130m-hf' {message}", "mamba-130m")
     refused(f"'nobody/nothing' {message}", "nobody/nothing")
+
+    def interrupted(*_, **__):
+        raise HfHubHTTPError.__bases__[0]("the line is dead")
+
+    monkeypatch.setattr("vimtune.language.creation.snapshot_download", interrupted)
+    refused(r"'nobody/nothing' could not be downloaded \(the line is dead\)", "nobody/nothing")
 
 
 @pytest.mark.parametrize("layout", ["theirs", "original"])

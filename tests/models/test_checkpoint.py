@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
 import vimtune
 from vimtune.models import CheckpointError, resize_pos_embed
+from vimtune.models.checkpoint import pretrained_loading
 from vimtune.recipe import Recipe
 from vimtune.training.identity import Facts
 from vimtune.training.state import Progress, RunState, save_run_state
@@ -344,6 +346,14 @@ def test_unreachable_hub_is_one_clear_message(monkeypatch):
     with pytest.raises(CheckpointError, match="could not be downloaded") as caught:
         timm.create_model("vim_tiny_patch16_224", pretrained=True)
     assert "--checkpoint" in str(caught.value)
+
+
+def test_a_connection_that_breaks_is_one_clear_message():
+    with (
+        pytest.raises(CheckpointError, match=r"could not be downloaded \(the line is dead\)"),
+        pretrained_loading("vim", pretrained=True),
+    ):
+        raise HfHubHTTPError.__bases__[0]("the line is dead")
 
 
 def test_first_checkpoint_on_real_images(shared_dir):

@@ -13,11 +13,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vimtune import parsers
 from vimtune.adapters import read_adapter_info
@@ -25,6 +25,7 @@ from vimtune.console import build_console, print_line
 from vimtune.exchange.card import write_card
 from vimtune.exchange.formats import FORMATS, Source
 from vimtune.exchange.local_paths import clean_json
+from vimtune.hub_errors import HUB_ERRORS
 from vimtune.models.merged import is_merged_file
 from vimtune.output import write_folder
 from vimtune.runtime.device import resolve_device
@@ -193,7 +194,9 @@ def pull(
                 local_files_only=constants.HF_HUB_OFFLINE,
             )
         )
+    # The cache may have files of the same commit that were asked for otherwise.
     names = sorted(path.name for path in found.iterdir() if path.is_file())
+    names = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
     if not any(name.endswith(".safetensors") for name in names):
         known = ", ".join(dict.fromkeys(pattern for form in forms for pattern in form.files))
         raise ValueError(f"repository {quote(repository)} has no adapter and no weights: expected {known}")
@@ -216,7 +219,7 @@ def _asking(what: str) -> Iterator[None]:
     """Errors of the hub within the block say what was asked."""
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HUB_ERRORS as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = printable(shorten(lines[0], 300))
         if constants.HF_HUB_OFFLINE:

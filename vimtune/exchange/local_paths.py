@@ -14,15 +14,21 @@ from vimtune.schema import MAX_TEXT_BYTES
 
 MAX_SETTINGS = 2**18
 """Bytes of the largest JSON file that is taken for settings."""
+NAMES = ("classes", "class_weights", "id2label", "label2id", "label_descriptions", "label_names")
+"""Keys below which there are names of classes. Some look like paths, such as /m/01g317 in Open Images."""
 
 
 def without_paths(value: Any) -> Any:
     """Plain values, with the name of a file or folder in the place of its path on this computer.
 
     A text is such a path where it is absolute, of this system or another, or names something that is there.
+    What stands below one of the keys `NAMES` stays as it is.
     """
     if isinstance(value, dict):
-        return {str(without_paths(key)): without_paths(inner) for key, inner in value.items()}
+        return {
+            str(without_paths(key)): inner if key in NAMES else without_paths(inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, list | tuple):
         return [without_paths(inner) for inner in value]
     return _name_of(value) if isinstance(value, str) and _is_path(value) else value
@@ -31,7 +37,8 @@ def without_paths(value: Any) -> Any:
 def _is_path(text: str) -> bool:
     if "\n" in text or len(text) > 4096:
         return False
-    if posixpath.isabs(text) or text.startswith("~") or ntpath.splitdrive(text)[0]:
+    # A drive alone makes no path: "A: intact" may be the name of anything.
+    if posixpath.isabs(text) or ntpath.isabs(text) or text.startswith("~"):
         return len(text) > 1
     return ("/" in text or os.sep in text) and os.path.exists(text)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -22,6 +21,7 @@ from transformers import (
 from vimtune import schema
 from vimtune.adapters import note_casts
 from vimtune.files import read_regular_file
+from vimtune.hub_errors import HUB_ERRORS
 from vimtune.language.acceleration import accelerate
 from vimtune.language.configuration import config_of_entry, config_of_file
 from vimtune.language.registry import LANGUAGE_MODELS
@@ -129,7 +129,7 @@ def download(hub_id: str, weights: bool = True) -> Path:
             folder = Path(snapshot_download(hub_id, allow_patterns=["*config.json", *patterns]))
             if _weight_files(folder):
                 return folder
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except HUB_ERRORS as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(
             f"language model {quote(hub_id)} could not be downloaded ({printable(reason)}); give a folder "

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_loading
+from vimtune.hub_errors import HUB_ERRORS
 from vimtune.models.options import ARCHITECTURE, MAX_PATCHES, ModelOptions
 from vimtune.models.registry import VIM_MODELS, check_model_options
 from vimtune.parsers import given_path
@@ -368,7 +368,7 @@ def pretrained_loading(variant: str, pretrained: bool) -> Iterator[None]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             yield
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HUB_ERRORS as error:
         raise CheckpointError(
             f"the pretrained weights of {variant} could not be downloaded ({_first_line(error)}); {advice}"
         ) from error
