@@ -34,6 +34,7 @@ OWN_TESTS = {
     "timm.create_model": "README.md",
     "create_language_model": "docs/language.md",
     "import onnxruntime": "docs/export.md",
+    "extra_files=about": "docs/export.md",
 }
 """A part of each block that a test of its own runs, and the page."""
 
@@ -91,6 +92,13 @@ def test_onnxruntime(here, capsys):
     exec(body, {})
     (found,) = predictor.predict(["photo.jpg"])
     assert capsys.readouterr().out.strip() == found.classes[0]
+    assert cli.main(["export", "runs/my-run", "-o", "flowers.pt2"]) == 0
+    exec(body + python_with("extra_files=about"), namespace := {})
+    torch.testing.assert_close(namespace["logits"], predictor.logits(torch.from_numpy(namespace["images"])))
+    assert json.loads(namespace["about"]["classes"]) == predictor.classes
+    half = Image.effect_noise((64, 64), 90).convert("RGB")
+    half.putalpha(Image.linear_gradient("L").resize((64, 64)))
+    half.save("clear.png")
 
     file = onnx.load("flowers.onnx")
     (stated,) = (each for each in file.metadata_props if each.key == "preprocessing")
@@ -98,8 +106,8 @@ def test_onnxruntime(here, capsys):
         how = json.loads(stated.value) | change
         stated.value = json.dumps(how)
         onnx.save(file, "flowers.onnx")
-        for name in ("wide.png", "tall.png"):
-            namespace: dict = {}
+        for name in ("wide.png", "tall.png", "clear.png"):
+            namespace = {}
             exec(body.replace("photo.jpg", name), namespace)
             expected = build_transform(**how)(load_image(name))
             # Pillow rounds once for each of two steps where one step would do.

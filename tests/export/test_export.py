@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from adapter_files import SPECIES, make_adapter
+from adapter_files import SPECIES, make_adapter, rewrite
 
 import vimtune
 from vimtune import cli
@@ -85,11 +85,11 @@ def test_a_pt2_file_runs_on_torch_alone(tmp_path, capsys):
     assert re.search(r"times the weights; \d+ ms for one image on this CPU, PyTorch \d+ ms", printed)
     assert str(Path(cli.__file__).parent).encode() not in output.read_bytes()
 
-    texts = dict.fromkeys(("model", "options", "classes", "preprocessing"), "")
+    texts = dict.fromkeys(("task", "model", "options", "classes", "preprocessing"), "")
     program = torch.export.load(output, extra_files=texts)
     assert not [node.target for node in program.graph.nodes if "vimtune" in str(node.target)]
     compare_with_predictor(torch.no_grad()(program.module()), tmp_path)
-    assert texts["model"] == "test_vim"
+    assert texts["task"] == "classification" and texts["model"] == "test_vim"
     assert json.loads(texts["classes"]) == [f"species {index}" for index in range(SPECIES)]
     assert json.loads(texts["options"])["depth"] == 1
     assert json.loads(texts["preprocessing"])["crop_mode"] == "squash"
@@ -105,6 +105,30 @@ def test_adapters_are_merged_first(tmp_path, kept, capsys):
     merge_to_file(tmp_path, tmp_path / "merged.safetensors")
     export_to_file(tmp_path / "merged.safetensors", tmp_path / "again.pt2")
     assert kept.about[1] == kept.about[0]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_file_that_names_its_model_keeps_what_it_says(tmp_path, kept, capsys, kind):
+    """Taken for a plain checkpoint it would lose its classes, and its size of images."""
+    make_adapter(tmp_path / "adapter.safetensors", img_size=48, **SMALL)
+    merge_to_file(tmp_path, tmp_path / "merged.safetensors")
+    command = ["export", str(tmp_path / f"{kind}.safetensors"), "-o", str(tmp_path / "model.pt2")]
+    assert cli.main([*command, "--model", "test_vim"]) == 0
+    assert kept.about[0].classes == [f"species {index}" for index in range(SPECIES)]
+    assert kept.about[0].preprocessing["img_size"] == [48, 48]
+    assert cli.main([*command, "--model", "vim_nano_patch8_64"]) == 2
+    message = r"holds a test_vim, and --model is 'vim_nano_patch8_64': leave --model out"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_file_says_how_logits_become_probabilities(tmp_path, kept):
+    make_adapter(tmp_path / "adapter.safetensors", **SMALL)
+    rewrite(tmp_path / "adapter.safetensors", lambda info: info["extra"]["recipe"].update(task="multilabel"))
+    merge_to_file(tmp_path, tmp_path / "merged.safetensors")
+    for source in (tmp_path, tmp_path / "merged.safetensors"):
+        export_to_file(source, tmp_path / "model.pt2")
+        (tmp_path / "model.pt2").unlink()
+    assert [about.metadata()["task"] for about in kept.about] == ["multilabel", "multilabel"]
 
 
 def test_an_adapter_that_no_weights_express_becomes_part_of_the_graph(tmp_path, kept, capsys):
@@ -179,7 +203,7 @@ def test_parameters_meet_other_dtypes_in_onnx(tmp_path):
     pytest.importorskip("onnxruntime")
     model, images, path = Masked().eval(), torch.randn(3, 2, 4, 5), tmp_path / "model.onnx"
     format = formats.format_of(path)
-    format.write(model, (2, 4, 5), About("masked", {}, [], {}), path)
+    format.write(model, (2, 4, 5), About("classification", "masked", {}, [], {}), path)
     with torch.no_grad():
         torch.testing.assert_close(format.open(path)(images), model(images))
 
@@ -208,7 +232,7 @@ def test_models_of_other_shapes_as_onnx(tmp_path, options):
     with torch.no_grad():
         expected = model(images)
     format = formats.format_of(tmp_path / "model.onnx")
-    format.write(model, size, About("test_vim", {}, [], {}), tmp_path / "model.onnx")
+    format.write(model, size, About("classification", "test_vim", {}, [], {}), tmp_path / "model.onnx")
     found = format.open(tmp_path / "model.onnx")(images)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 

@@ -12,11 +12,13 @@ from typing import Any
 from vimtune import parsers
 from vimtune.adapters import AdapterFileError, read_adapter_info
 from vimtune.console import build_console, print_line
-from vimtune.models.merged import is_merged_file
+from vimtune.models import MODELS
+from vimtune.models.merged import is_merged_file, read_merged_info
 from vimtune.recipe import TASK
 from vimtune.tasks import TASKS, Task
 from vimtune.tasks.exporting import Exported
 from vimtune.tasks.origin import adapter_path, given_base, task_of
+from vimtune.text import quote
 
 
 def export_to_file(
@@ -36,7 +38,7 @@ def export_to_file(
     Args:
         source: an adapter file, a run folder, a merged file, or a plain checkpoint of `model`.
         output: the file, `.onnx` or `.pt2`.
-        model: the model of a plain checkpoint.
+        model: the model of a plain checkpoint. Other files name theirs, and it has to be this one if given.
         checkpoint: base weights of an adapter; those it was trained on if None.
         force: use the adapter although the base weights differ from those that it was trained on.
 
@@ -47,23 +49,46 @@ def export_to_file(
         ExportError: the file computes something else than the model; nothing is left behind.
     """
     path = adapter_path(source, "source")
-    task = TASKS.get(TASK.default)() if model is not None or is_merged_file(path) else _task_of_adapter(path)
+    stated = _stated(path, model)
+    if stated is None:
+        task: Task = TASKS.get(TASK.default)()
+    else:
+        task, own = stated
+        if model is not None and own is not None:
+            _demand_same(path, own, model)
+            model = None
     target = parsers.given_path("output", output, "the file to write")
     return task.export(path, target, given_base(checkpoint, model), force)
 
 
-def _task_of_adapter(path: Path) -> Task:
-    """The task of an adapter file.
+def _stated(path: Path, model: str | None) -> tuple[Task, str | None] | None:
+    """The task of an adapter file or a merged file and the name of its model, if it has one of images; None
+    for a plain checkpoint, which says nothing of the kind, so that `model` is its model.
 
     Raises:
-        AdapterFileError: it is none.
+        ValueError: no such file, or one of neither kind and no `model`.
     """
+    if is_merged_file(path):
+        merged = read_merged_info(path)
+        return TASKS.get(merged.task)(), merged.model
     try:
-        return task_of(read_adapter_info(path))
+        info = read_adapter_info(path)
     except AdapterFileError as error:
         if not path.is_file():
             raise
+        if model is not None:
+            return None
         raise AdapterFileError(f"{error} (of a plain checkpoint give the model, with --model)") from error
+    return task_of(info), info.model["name"] if info.model else None
+
+
+def _demand_same(path: Path, own: str, given: str) -> None:
+    """Raise ValueError unless the model that a file names is the one that is given."""
+    if MODELS.get(own).architecture != MODELS.get(MODELS.parse(given)).architecture:
+        raise ValueError(
+            f"{quote(str(path))} holds a {own}, and --model is {quote(given)}: leave --model out, which is "
+            "for plain checkpoints"
+        )
 
 
 def run_export(*, source: Path, output: Path, **options: Any) -> int:

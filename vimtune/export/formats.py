@@ -31,6 +31,9 @@ INPUT, OUTPUT = "images", "logits"
 class About:
     """What a file says besides the graph, as plain values."""
 
+    task: str
+    """What the model was trained for, such as "classification". Probabilities are the softmax of the logits,
+    and for "multilabel", where an image may have several labels, their sigmoids."""
     model: str
     """Name of the model in the registry."""
     options: dict[str, Any]
@@ -42,9 +45,11 @@ class About:
     and for values in [0, 1] "mean" and "std"; `vimtune.data.transforms` says what they mean."""
 
     def metadata(self) -> dict[str, str]:
-        """The same as texts: the name as it is, the rest as JSON."""
+        """The same as texts: texts as they are, the rest as JSON."""
         values = asdict(self)
-        return {name: value if name == "model" else json.dumps(value) for name, value in values.items()}
+        return {
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()
+        }
 
 
 class ExportFormat(ABC):

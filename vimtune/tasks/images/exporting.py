@@ -37,7 +37,7 @@ _APPLIED = ("img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 """What of the preprocessing says how an image is prepared for evaluation."""
 
 
-def export_images(source: Path, output: Path, base: Mapping[str, Any], force: bool) -> Exported:
+def export_images(source: Path, output: Path, base: Mapping[str, Any], force: bool, task: str) -> Exported:
     """Write the merged model, run the file, and keep it if it gives the model's logits.
 
     An adapter that cannot be merged becomes part of the graph.
@@ -47,6 +47,7 @@ def export_images(source: Path, output: Path, base: Mapping[str, Any], force: bo
         output: the file, `.onnx` or `.pt2`.
         base: "checkpoint", the base weights of an adapter, or "model", the model of a plain checkpoint.
         force: use the adapter although the base weights differ from those that it was trained on.
+        task: what the file says that the model was trained for.
 
     Raises:
         ValueError: the model cannot be loaded, `output` cannot be written, or a package is missing.
@@ -73,6 +74,7 @@ def export_images(source: Path, output: Path, base: Mapping[str, Any], force: bo
     seconds_before = _fastest(predictor.logits, images[0])
     name = MODELS.get(model.creation["name"]).architecture
     about = About(
+        task=task,
         model=name,
         options={**model.creation["kwargs"], "num_classes": model.num_classes},
         classes=predictor.classes,

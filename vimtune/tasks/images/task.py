@@ -168,7 +168,7 @@ class ImageTask(Task):
         """Write a graph from images to logits; see `Task.export`."""
         from vimtune.tasks.images.exporting import export_images
 
-        return export_images(source, output, base, force)
+        return export_images(source, output, base, force, self.name)
 
     def merge_to_share(
         self,
