@@ -117,6 +117,7 @@ def test_a_merged_file_says_the_same_of_the_weights(run_folder, tmp_path):
         (["{run}", "--split", "train"], "--split 'train': expected test or val"),
         (["{run}", "--epochs", "3"], "unknown flag --epochs"),
         (["{run}", "--data-dir", "."], "would not be read: the images of dataset = 'synthetic_flowers' are"),
+        (["{run}", "--model", "vim_tiny_patch8_64"], "model = 'vim_tiny_patch8_64' would have no effect"),
     ],
 )
 def test_mistakes_are_one_line(arguments, expected, run_folder, capsys):

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from quick_runs import NO_PICTURES, replace_until_undone
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from text_runs import SETTINGS, write_data
 from torch import nn
 
@@ -329,6 +332,79 @@ def test_images_are_scored_without_an_adapter(tmp_path):
     values = ("--dataset-kwargs", few, "--model", "test_vim", "--no-pretrained", "--num-workers", 0)
     assert run(*values, "-o", output) == 0
     assert json.loads(output.read_text())["adapter"] is None
+
+
+def test_weights_without_a_head_for_the_classes_are_not_scored(tmp_path, capsys):
+    """Their answers would be those of a random head."""
+    few, base = json.dumps(IMAGES["dataset_kwargs"]), tmp_path / "base.safetensors"
+    save_file(timm.create_model("test_vim", num_classes=7).state_dict(), base)
+    values = ("--dataset-kwargs", few, "--model", "test_vim", "--num-workers", 0, "--device", "cpu")
+    assert run(*values, "--checkpoint", base) == 2
+    assert "base.safetensors has no head for the 3 classes of the images" in error(capsys)
+    save_file(timm.create_model("test_vim", num_classes=3).state_dict(), base)
+    assert run(*values, "--checkpoint", base) == 0
+    assert run("--dataset-kwargs", few, "--num-workers", 0, "--device", "cpu") == 2
+    assert f"{Recipe().backbone.model} has no head for the 3 classes" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model", "vim_tiny_patch8_64"], "model = 'vim_tiny_patch8_64' would have no effect: "),
+        (["--model", "vim_tiny_patch8_64"], "says by itself what it is, 'test_vim'. Leave it out"),
+        (["--img-size", "96"], "img_size = 96 would have no effect"),
+        (["--model-kwargs", "depth=1"], "model_kwargs = {'depth': 1} would have no effect"),
+        (["--task", "multilabel"], "task = 'multilabel' would have no effect: "),
+    ],
+)
+@pytest.mark.parametrize("kind", ["run", "merged"])
+def test_what_a_file_decides_is_not_changed_by_flags(kind, flags, expected, images, tmp_path, capsys):
+    """The table would name a model that was not scored."""
+    source = images[0]
+    if kind == "merged":
+        source = tmp_path / "merged.safetensors"
+        merge_to_file(images[0], source, device="cpu", backend="torch")
+    few = json.dumps(IMAGES["dataset_kwargs"])
+    data = ("--dataset", "synthetic_flowers", "--dataset-kwargs", few, "--num-workers", 0)
+    assert run("--adapter", source, *data, *flags) == 2
+    assert expected in error(capsys)
+    assert run("--adapter", source, *data, "--model", "test_vim", "--task", "classification") == 0
+
+
+def test_a_merged_file_knows_its_task(images, tmp_path, capsys):
+    """Nobody has to say that its images have several labels."""
+    merged, data = tmp_path / "merged.safetensors", tmp_path / "data"
+    merge_to_file(images[0], merged, device="cpu", backend="torch")
+    with safe_open(merged, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(merged), merged, metadata={**metadata, "task": "multilabel"})
+    data.mkdir()
+    names = json.loads(metadata["classes"])
+    rows = [f"{number}.png,{names[number % 2]}{';' + names[2] if number % 3 else ''}" for number in range(12)]
+    (data / "labels.csv").write_text("path,labels\n" + "\n".join(rows))
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(data / f"{number}.png")
+    found = vimtune.evaluate(
+        merged, dataset="csv", data_dir=str(data), dataset_kwargs={"separator": ";"}, num_workers=0
+    )
+    assert found.facts["task"] == "multilabel" and "map" in found.scores
+
+
+def test_data_that_nobody_named_are_not_taken_for_a_temperature(images, photos, tmp_path):
+    merged, output = tmp_path / "merged.safetensors", tmp_path / "scores.json"
+    merge_to_file(images[0], merged, device="cpu", backend="torch")
+    for path in photos.iterdir():
+        path.rename(path.with_name(path.name.replace(" ", "-")))
+    with safe_open(merged, "pt") as file:
+        metadata = file.metadata()
+    renamed = metadata["classes"].replace(" ", "-").replace(",-", ", ")
+    save_file(load_file(merged), merged, metadata={**metadata, "classes": renamed})
+    assert run("--adapter", merged, "--folder", photos, "--num-workers", 0, "-o", output) == 0
+    origin = json.loads(output.read_text())["temperature_origin"]
+    assert origin.startswith(
+        "there is no validation split with these classes; others are in: generated flowers"
+    )
+    assert "Name folders" not in origin
 
 
 def test_a_merged_file_is_taken_like_the_adapter(images, tmp_path, capsys):

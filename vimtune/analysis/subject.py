@@ -22,7 +22,7 @@ from vimtune.runtime.distributed import Processes, open_processes
 from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.images.job import create_backbone
 from vimtune.tasks.job import Forward, Job, Loader, Tensors
-from vimtune.tasks.origin import check_replaced, recipe_of_trained
+from vimtune.tasks.origin import check_replaced, recipe_of_trained, refuse_other_model
 from vimtune.training.report import device_name, versions
 from vimtune.training.settings import process_settings
 
@@ -97,7 +97,10 @@ def open_subject(
         ValueError: no such file, or weights, data and settings that do not fit together.
     """
     merged = is_merged_file(path)
-    recipe = load_recipe(None, {**recipe_of_trained(path, values), **values})
+    stored = recipe_of_trained(path, values)
+    if not merged:  # The base of a merged file is any model that is named.
+        refuse_other_model(path, stored, values)
+    recipe = load_recipe(None, {**stored, **values})
     with open_processes(recipe.run.device) as processes, process_settings(recipe.run, processes.device):
         if processes.world_size > 1:
             raise ValueError("an analysis is the work of one process: start it without torchrun")

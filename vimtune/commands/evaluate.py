@@ -20,7 +20,7 @@ from vimtune.recipe import Recipe, load_recipe
 from vimtune.runtime.distributed import open_processes
 from vimtune.runtime.launch import read_launch
 from vimtune.tasks import TASKS
-from vimtune.tasks.origin import adapter_path, recipe_of_trained
+from vimtune.tasks.origin import adapter_path, recipe_of_trained, refuse_other_model
 from vimtune.text import quote, suggest
 from vimtune.training.evaluate import evaluate_trial
 from vimtune.training.settings import process_settings
@@ -68,6 +68,8 @@ def evaluate(
             "or --folder"
         )
     stored = {} if file is None else recipe_of_trained(file, values)
+    if file is not None:
+        refuse_other_model(file, stored, values)
     recipe = load_recipe(config, {**stored, **values}, variant)
     task = recipe.task
     chosen = task.evaluate_options.build(options, f"evaluations of task {quote(task.name)}")
@@ -80,6 +82,8 @@ def evaluate(
     ):
         trial = task.open_trial(recipe, processes, split or SPLITS[0], file, chosen, recipe.run.force)
         try:
+            if trial.untrained:
+                raise ValueError(trial.untrained)
             found, held_out = evaluate_trial(trial, recipe, processes)
         finally:
             trial.close()

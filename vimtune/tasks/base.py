@@ -77,6 +77,9 @@ class Task(Options, ABC):
     evaluate_options: ClassVar[type[EvaluateOptions]] = EvaluateOptions
     """The options of `vimtune evaluate`."""
 
+    decided_by_file: ClassVar[tuple[str, ...]] = ()
+    """Keys of the recipe that an adapter file or a merged file of this task decides by itself, wherever it is
+    used; another value of them is refused there."""
     hub_task: ClassVar[str | None] = None
     """What the Hugging Face hub calls such a task, "image-classification"; None if it has no name for it."""
     packages: ClassVar[tuple[str, ...]] = ("timm", "torchvision")

@@ -283,6 +283,8 @@ class Trial:
     itself, it has the very loader and tally of this trial."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the scores has to know, in whole sentences."""
+    untrained: str = ""
+    """Why the answers of the model are nothing but chance, and what to do, where that was not asked for."""
 
     def close(self) -> None:
         """Give back what the loaders hold."""

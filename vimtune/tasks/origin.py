@@ -25,7 +25,7 @@ from vimtune.adapters import (
 )
 from vimtune.fields import options_of
 from vimtune.models.merged import is_merged_file, read_merged_info
-from vimtune.recipe import TASK, complete_stored
+from vimtune.recipe import TASK, complete_stored, keys_of
 from vimtune.run_folder import RunFolder
 from vimtune.run_folder import adapter_path as adapter_path
 from vimtune.schema import STRICT, Count, Name, check
@@ -141,12 +141,38 @@ def recipe_of_trained(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_of_merged(path: Path) -> dict[str, Any]:
-    """The keys of the recipe that a merged file states: its model with the sizes of its base. Of its data it
-    says nothing."""
+    """The keys of the recipe that a merged file states: its task, and its model with the sizes of its base.
+    Of its data it says nothing."""
     info = read_merged_info(path)
     options = {name: value for name, value in info.options.items() if name not in NOT_OF_BASE}
     size = {"img_size": info.options["img_size"]} if "img_size" in info.options else {}
-    return {"model": info.model, "model_kwargs": options, **size}
+    return {"task": info.task, "model": info.model, "model_kwargs": options, **size}
+
+
+def refuse_other_model(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Check that nothing is given of what an adapter file or a merged file decides by itself.
+
+    Args:
+        path: the file.
+        stored: what it says of the recipe of its run.
+        given: values of keys that are to go before those.
+
+    Raises:
+        ValueError: a value that would not be used, because the file has another one.
+    """
+    task = TASKS.get(stored.get(TASK.name, TASK.default))
+    keys = keys_of(task.name)
+    for name in task.decided_by_file:
+        if name not in given:
+            continue
+        own = stored.get(name, keys[name].default)
+        value = keys[name].parse(given[name])
+        if value != own:
+            known = "" if own is None else f", {quote(own)}"
+            raise ValueError(
+                f"{name} = {quote(value)} would have no effect: {quote(str(path))} says by itself what it "
+                f"is{known}. Leave it out"
+            )
 
 
 def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class ImageTask(Task):
     examples = "images"
     predict_options: ClassVar[type[PredictOptions]] = ImagePredictOptions
     evaluate_options: ClassVar[type[EvaluateOptions]] = ImageEvaluateOptions
+    decided_by_file = ("task", "model", "model_kwargs", "img_size", "pretrained")
     hub_task = "image-classification"
     several_labels: ClassVar[bool] = False
     """Whether an image may have several labels or none (`ImageDataset.tags`). Each class is then judged by

@@ -90,7 +90,7 @@ def open_trial(
     else:
         dataset = LabelledFolder(Path(options.folder))
     demand_labels(task, dataset)
-    model, classes, transform = _open_model(recipe, dataset, adapter, force)
+    model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)
     notes = matched.notes()
     for note in notes if processes.is_main else []:
@@ -111,6 +111,7 @@ def open_trial(
         tally=own.tally,
         held_out=other,
         notes=notes,
+        untrained=untrained,
         task=task,
         dataset=matched.dataset,
         no_temperature=why,
@@ -119,8 +120,8 @@ def open_trial(
 
 def _open_model(
     recipe: Recipe, dataset: ImageDataset, adapter: Path | None, force: bool
-) -> tuple[Any, list[str], Transform]:
-    """The model on the CPU, the names of its classes, and how an image becomes its input.
+) -> tuple[Any, list[str], Transform, str]:
+    """The model on the CPU, the names of its classes, how an image becomes its input, and `Trial.untrained`.
 
     The names are those of its file, or else those of the images.
 
@@ -137,8 +138,10 @@ def _open_model(
                 f"{quote(str(file))} holds a {merged.model}, and the model is {quote(backbone.model)}: "
                 f"add --model {merged.model}"
             )
+    untrained = ""
     if file is None:
         model, named = create_backbone(recipe, len(dataset.classes)), list[str]()
+        untrained = _new_head(recipe, model, dataset)
         transform = build_transform("none", train=False, **model_preprocessing(model))
     else:
         base = None if adapter is None else backbone.checkpoint
@@ -149,7 +152,26 @@ def _open_model(
             f"the model has {model.num_classes} classes without names, and the images have "
             f"{len(dataset.classes)} classes: {dataset.source}"
         )
-    return model, named or list(dataset.classes), transform
+    return model, named or list(dataset.classes), transform, untrained
+
+
+def _new_head(recipe: Recipe, model: Any, dataset: ImageDataset) -> str:
+    """What to say where weights were asked for and have no head for the classes of the images, so that the
+    model has a random one; "" where it is theirs."""
+    backbone = recipe.backbone
+    assert isinstance(backbone, BackboneSettings)
+    if backbone.checkpoint is None and not backbone.pretrained:
+        return ""
+    with torch.random.fork_rng(devices=[]):
+        plain = create_backbone(recipe.replace(pretrained=False, checkpoint=None), model.num_classes)
+    heads = [each.get_classifier().state_dict().values() for each in (plain, model)]
+    if not all(torch.equal(random, own) for random, own in zip(*heads, strict=True)):
+        return ""
+    return (
+        f"{backbone.checkpoint or backbone.model} has no head for the {len(dataset.classes)} classes of the "
+        f"images ({dataset.source}): answers would be chance. Train first (vimtune train), give the result "
+        "as --adapter, or name the data on which these weights were trained (--dataset)"
+    )
 
 
 def _open_held_out(
@@ -172,7 +194,10 @@ def _open_held_out(
         at_hand = dataclasses.replace(data, download=False)
         backbone = recipe.backbone
         assert isinstance(backbone, BackboneSettings)
-        matched = match_classes(open_dataset(at_hand, HELD_OUT, image_size(backbone)), classes)
+        dataset = open_dataset(at_hand, HELD_OUT, image_size(backbone))
+        if not set(dataset.classes) & set(classes):  # No data were named, where a folder is scored.
+            return None, f"there is no validation split with these classes; others are in: {dataset.source}"
+        matched = match_classes(dataset, classes)
     except DatasetError as error:
         return None, f"there is no validation split ({error})"
     if matched.unknown:
