@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from tiny_runs import TINY, assert_same_weights, weights
@@ -42,6 +44,25 @@ def test_a_run_has_model_method_and_values_of_its_adapter_and_goes_on_without_it
     assert weights(tmp_path / "run").keys() == before.keys()
     with pytest.raises(AssertionError):  # Adam's steps are as long at any gradient, so something has moved.
         assert_same_weights(weights(tmp_path / "run"), before)
+
+
+def test_a_run_that_names_no_data_has_those_of_its_adapter(first, tmp_path) -> None:
+    """The default data set has none of its classes. How many images are used is said anew."""
+    recipe = load_recipe(None, {"init_adapter": first, "epochs": 3})
+    assert recipe.data.dataset == TINY["dataset"] and recipe.data.dataset_kwargs == TINY["dataset_kwargs"]
+    assert recipe.data.test is True and recipe.optimisation.epochs == 3
+    assert load_recipe(None, {"init_adapter": first, "data_seed": 5}).data.data_seed == 5
+    (tmp_path / "photos").mkdir()
+    given = {"init_adapter": first, "dataset": "folder", "data_dir": str(tmp_path / "photos")}
+    recipe = load_recipe(None, given)
+    assert recipe.data.dataset == "folder" and recipe.data.dataset_kwargs == {}
+    values = {"dataset": "folder", "data_dir": str(tmp_path / "photos"), "data_seed": 7, "limit": 9}
+    old = tmp_path / "old"
+    old.mkdir()
+    shutil.copy(f"{first}/adapter.safetensors", old)
+    load_recipe(None, {**values, "model": "test_vim", "pretrained": False}).save(old / "recipe.yaml")
+    data = load_recipe(None, {"init_adapter": str(old)}).data
+    assert (data.data_dir, data.data_seed, data.limit) == (values["data_dir"], 7, None)
 
 
 def test_another_method_is_taken_as_given_and_a_wrong_file_is_one_line(first, tmp_path) -> None:

@@ -30,7 +30,7 @@ def load_recipe(
     With `resume` among the values, the recipe of that run comes before `config`, and its folder is
     the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. With
     `resume` = "auto" that run is the one in `output_dir`, if there is one. With `init_adapter`, task,
-    model and method of that adapter come first in a new run. A relative path is relative to the working
+    model, method and data of that adapter come first in a new run. A relative path is relative to the working
     directory, in a file, too. Paths are checked as well. `variant` names one recipe of a file
     that is a grid of them (`vimtune.recipe.config_files`).
 
@@ -80,8 +80,11 @@ def read_values(
 
 
 def _continued(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Task, model and method of the adapter that `init_adapter` names; not the method where another one is
-    asked for.
+    """Task, model, method and data of the adapter that `init_adapter` names; not the method or the data where
+    others are asked for.
+
+    Of the data are taken those options alone that say which these are. The default data set, of which nobody
+    has spoken, would have none of the adapter's classes.
 
     Raises:
         RecipeError: it is no adapter, or its base weights are not where they were.
@@ -99,6 +102,9 @@ def _continued(values: Mapping[str, Any]) -> dict[str, Any]:
     keys = {TASK.name, *options_of(task.backbone_options)}
     if values.get("peft") in (None, stored.get("peft")):
         keys |= options_of(MethodSettings).keys()
+    data = task.data_options
+    if all(values.get(name) is None for name in data.naming):
+        keys |= {*data.naming, *data.dividing}
     return {name: value for name, value in stored.items() if name in keys}
 
 

@@ -30,6 +30,11 @@ class DataOptions(Options, ABC):
 
     title: ClassVar[str] = "data"
     """What `--help` calls these options."""
+    naming: ClassVar[tuple[str, ...]] = ()
+    """The options that say which data these are. A run that begins with the adapter of another has its data,
+    unless it gives one of these itself."""
+    dividing: ClassVar[tuple[str, ...]] = ()
+    """The options that say how these data are read and divided, which such a run has as well."""
 
     @property
     def evaluated_once(self) -> bool:

@@ -80,6 +80,9 @@ RESERVED = {
 class DataSettings(DataOptions):
     """Which data are used, and how they are read."""
 
+    naming = ("dataset", "data_dir")
+    dividing = ("dataset_kwargs", "data_seed", "folds")
+
     dataset: str = option("synthetic_flowers", "data set (see --list)", parse=DATASETS.parse)
     data_dir: str | None = option(
         None, "folder of the data set's files", parse=parsers.optional(parsers.absolute_path)
