@@ -128,7 +128,10 @@ def test_an_image_may_have_several_labels_or_none(columns: bool, tmp_path) -> No
         (["pics/cat0.png,cat"], "is empty|no column of paths"),
         (["a,b", "pics/cat0.png,cat"], "no column of paths.*path_column"),
         (["path,kind", "pics/cat0.png,cat"], "no column of labels.*label_column"),
-        (["path,label,split", "pics/cat0.png,cat,tset"], "expected train, val or test, found 'tset'"),
+        (
+            ["path,label,split", "pics/cat0.png,cat,tset"],
+            "column 'split': expected train, val or test, found",
+        ),
         (["path,label,split", "pics/cat0.png,cat,val", "pics/dog0.png,dog,val"], "no row is one of train"),
         (["path,label,split", "pics/cat0.png,cat,train", "pics/dog0.png,dog,val"], "no images of 'dog'"),
         (["path,a,b", "pics/cat0.png,1,0", "pics/dog0.png,2,0"], "line 3: column 'a': expected 0 or 1"),

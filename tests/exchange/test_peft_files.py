@@ -236,7 +236,12 @@ FIRST = "base_model.model.first.lora_A.weight"
     [
         ({"settings": {"bias": "all"}}, r"bias: Input should be 'none' \(found 'all'\)"),
         ({"settings": {"fan_in_fan_out": True}}, "fan_in_fan_out"),
-        ({"settings": {"init_lora_weights": "pissa"}}, "init_lora_weights"),
+        (
+            {"settings": {"init_lora_weights": "pissa"}},
+            "start changes the base.*path_initial_model_for_",
+        ),
+        ({"settings": {"init_lora_weights": "unheard of"}}, "init_lora_weights is 'unheard of'"),
+        ({"settings": {"init_lora_weights": 3}}, "init_lora_weights"),
         ({"settings": {"use_bdlora": {"nblocks": 2}}}, "use_bdlora"),
         ({"settings": {"peft_type": "VERA"}}, "unknown type of HF peft 'VERA'.* Known: LORA, IA3, OFT, C3A"),
         ({"settings": {"peft_type": 3}}, "expected an object with a peft_type"),
@@ -260,6 +265,13 @@ def test_files_of_others_are_not_believed(tmp_path, saved, change, message):
         load_peft(model, changed(saved, tmp_path, **change))
     assert "\n" not in str(caught.value) and not vimtune.list_adapters(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_starts_that_leave_the_base_as_it_is_do_not_matter(tmp_path, saved, start):
+    model = net()
+    load_peft(model, changed(saved, tmp_path, {"init_lora_weights": start}))
+    assert vimtune.list_adapters(model) == ["default"]
 
 
 def test_settings_of_later_versions_that_are_off_do_no_harm(tmp_path, saved):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,3 +47,10 @@ def test_what_evens_out_the_classes_is_asked_for_once() -> None:
     assert Recipe(class_weights="cat=2,dog=0.5").task.class_weights == {"cat": 2.0, "dog": 0.5}
     with pytest.raises(RecipeError, match="give one of them"):
         Recipe(balanced=True, class_weights="balanced")
+
+
+def test_weights_of_classes_with_any_name():
+    names = {'say "x", y': 3.0, "=b": 2.0}
+    assert Recipe(class_weights=json.dumps(names)).task.class_weights == names
+    with pytest.raises(RecipeError, match=r"of names with commas: '{\"cat, grey\": 2}'"):
+        Recipe(class_weights='b=2,say "x", y=many')

@@ -51,6 +51,9 @@ from vimtune.run_folder import ADAPTER_FILE
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import counted, printable, quote, suggest
 
+PLAIN_WEIGHTS = "load_checkpoint (--checkpoint) reads plain weights"
+"""What to do with a file that is no adapter, for messages."""
+
 
 def save_adapter(
     model: nn.Module,
@@ -145,13 +148,12 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
     try:
         metadata, tensors = read_metadata(path), read_tensors(path) if with_tensors else {}
     except SafetensorError as error:
-        raise AdapterFileError(f"{shown} is truncated or not a safetensors file ({error})") from error
+        other = "" if path.suffix == ".safetensors" else f"; {PLAIN_WEIGHTS}"
+        raise AdapterFileError(f"{shown} is truncated or not a safetensors file ({error}){other}") from error
     except OSError as error:
         raise AdapterFileError(f"{shown} cannot be read: {error.strerror or error}") from error
     if metadata.get("format") != FORMAT:
-        raise AdapterFileError(
-            f"{shown} is not one of vimtune; load_checkpoint (--checkpoint) reads plain weights"
-        )
+        raise AdapterFileError(f"{shown} is not one of vimtune; {PLAIN_WEIGHTS}")
     return read_info(metadata.get("info"), shown), tensors
 
 

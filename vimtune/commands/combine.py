@@ -27,7 +27,7 @@ from vimtune.models.merged import is_merged_file
 from vimtune.output import check_output
 from vimtune.runtime.device import resolve_device
 from vimtune.tasks.origin import adapter_path, given_base, task_of
-from vimtune.text import printable, quote
+from vimtune.text import counted, printable, quote
 
 RESULT = "combined"
 """Name of the result on the model that is used."""
@@ -154,5 +154,6 @@ def run_combine(*, adapters: Sequence[Path], output: Path, how: How, **options: 
     """
     info = combine_files(adapters, output, how=how, **options)
     console = build_console()
-    print_line(console, f"{len(adapters)} adapters combined ({how}) into {output}, which is {info.method}")
+    many = counted(len(adapters), "adapters")
+    print_line(console, f"{many} combined ({how}) into {output}, which is {info.method}")
     return 0

@@ -146,13 +146,14 @@ def test_a_file_that_is_no_json_lines(content, expected, tmp_path):
         ("prompt,prompt\na,b\n", "line 1: the header names a column twice"),
         ("prompt,completion\na,\n", r"line 2 .*completion: expected a text that is not empty"),
         ('prompt,completion\n"a,b\n', "line 2 is not CSV"),
+        ("prompt,completion\ra,b\r", "line 1: lines end with carriage returns"),
         ("prompt,completion\n", "is empty"),
         ("question\na\n", r"line 2 .*completion: Field required"),
     ],
 )
 def test_a_csv_that_is_wrong(content, expected, tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text(content)
+    path.write_bytes(content.encode())
     with pytest.raises(DatasetError, match=expected):
         read(OWN, path)
 

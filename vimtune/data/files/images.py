@@ -278,7 +278,7 @@ def _orientation(image: Image.Image) -> int:
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"no image of a known format ({', '.join(FORMATS)})"
-    return printable(str(error)) or type(error).__name__
+    return printable(str(error)).rstrip(".") or type(error).__name__
 
 
 # --------------------------------------------------------------------------- many images

@@ -210,7 +210,9 @@ class _Meaning:
         text = self._cell(line, self.split)
         found = split_of(text)
         if found is None:
-            raise DatasetError(f"{line.place}: expected train, val or test, found {quote(text)}")
+            raise DatasetError(
+                f"{line.place}: column {quote(self.split)}: expected train, val or test, found {quote(text)}"
+            )
         return found
 
     def _cell(self, line: Line, name: str) -> str:

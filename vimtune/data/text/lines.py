@@ -160,6 +160,11 @@ def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
                     f"{place} has a cell of more than {limit:,} characters, the most that is read of CSV: "
                     "shorten it, or write the texts as JSON Lines (.jsonl)"
                 ) from None
+            if "new-line character" in str(error):
+                raise DatasetError(
+                    f"{place}: lines end with carriage returns alone, as on old Macs: save the file with the "
+                    "line ends of Unix or Windows"
+                ) from None
             raise DatasetError(f"{place} is not CSV: {error}") from None
         begin = reader.line_num + 1
         if row is None:

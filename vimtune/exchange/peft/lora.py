@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
@@ -35,7 +35,11 @@ from vimtune.exchange.peft.form import (
     demand_names,
     refuse_kind,
 )
+from vimtune.text import quote
 
+BASE_KEEPING = (True, False, "gaussian", "eva", "orthogonal")
+"""Starts of LoRA in HF peft that leave the base weights as they are. Others, such as "pissa", "olora",
+"corda" and "loftq", take a part of them away."""
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 """Classes of modules for which HF peft has LoRA and we have the same."""
 
@@ -58,10 +62,8 @@ class LoRAConfig(PeftConfig):
     """Ranks of single modules; the tensors have them, too."""
     alpha_pattern: dict[Pattern, Annotated[float, Gt(0)]] = field(default_factory=dict)
     """Scales of single modules."""
-    init_lora_weights: bool | Literal["gaussian", "eva"] = True
-    """How training started. The starts that change the base weights ("pissa", "olora", "corda", "loftq") are
-    not among these: such a file belongs to other weights. HF peft converts it on saving, with
-    `path_initial_model_for_weight_conversion`."""
+    init_lora_weights: bool | Text = True
+    """How training started; `BASE_KEEPING` has those starts that leave the base weights as they are."""
     eva_config: Any = None
     """Settings of such a start."""
     megatron_core: Text | None = None
@@ -113,6 +115,13 @@ class LoRAForm(PeftForm):
         return Written(settings, tensors)
 
     def read(self, config: LoRAConfig, modules: Sequence[GivenModule]) -> Translated:
+        start = config.init_lora_weights
+        if start not in BASE_KEEPING:
+            raise ValueError(
+                f"init_lora_weights is {quote(start)}, and such a start changes the base weights, to which "
+                "the tensors then belong. HF peft writes them for the weights as they were: "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
         options, tensors = {}, {}
         for given in modules:
             refuse_kind(given.path, given.module, KINDS)

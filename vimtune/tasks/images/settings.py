@@ -49,7 +49,10 @@ def parse_class_weights(value: Any) -> str | dict[str, float]:
         weights = parsers.mapping(value)
         return {name: parsers.number(0, above=True)(weight) for name, weight in weights.items()}
     except ValueError:
-        raise ValueError(f"expected none, {EVENED}, or weights above 0 such as cat=2,dog=0.5") from None
+        raise ValueError(
+            f"expected none, {EVENED}, or weights above 0 such as cat=2,dog=0.5 (of names with commas: "
+            "'{\"cat, grey\": 2}')"
+        ) from None
 
 
 RESERVED = {
