@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from vimtune import load_predictor
+from vimtune import evaluate, load_predictor
 from vimtune.commands.merge import run_merge
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.runtime.distributed import Processes
-from vimtune.tasks.images.tags import TagTally, binary_losses, positive_weights, tag_evaluation
+from vimtune.tasks.images.tag_scoring import TagTally, binary_losses, tag_evaluation
+from vimtune.tasks.images.tags import positive_weights
 from vimtune.training import Callback, train
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -68,6 +71,43 @@ def test_it_learns_what_each_image_shows_and_reports_every_class(run) -> None:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == sorted(COLOURS)
     assert any(name.startswith("lowest AP") for name, _ in run.rows())
+
+
+def test_wrong_labels_are_listed_and_shown(run, data, tmp_path) -> None:
+    """A label that every image lacks by mistake is among the first; damaged images are counted."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    lines = (folder / "labels.csv").read_text().splitlines()
+    rows = dict(line.split(",") for line in lines[1:])
+    shown = next(name for name, tags in rows.items() if tags == "red")
+    rows[shown] = "green"
+    damaged = next(name for name, tags in rows.items() if tags == "blue")
+    (folder / damaged).write_bytes(b"no image")
+    (folder / "labels.csv").write_text(
+        "\n".join(["file,tags,split", *(f"{n},{t},test" for n, t in rows.items())])
+    )
+    with open(folder / "labels.csv", "a") as file:  # Of the classes one has to be trained on.
+        for name in ("train", "trained"):
+            Image.new("RGB", (32, 32)).save(folder / f"{name}.png")
+            file.write(f"\n{name}.png,,train")
+    given = {"data_dir": str(folder), "calibrate": False, "on_corrupt": "skip"}
+    with pytest.raises(ValueError, match="cannot decode"):
+        evaluate(run.run_dir, **given | {"on_corrupt": "error"})
+    found = evaluate(run.run_dir, **given)
+    wrong = found.mistakes()
+    assert list(wrong[0]) == ["path", "class", "labelled", "probability", "loss"]
+    mine = {row["class"]: row for row in wrong if row["path"].endswith(f"/{shown}")}
+    assert mine["red"]["labelled"] == "no" and mine["red"]["probability"] > 0.5
+    assert mine["green"]["labelled"] == "yes" and mine["green"]["probability"] < 0.5
+    assert [row["loss"] for row in wrong] == sorted((row["loss"] for row in wrong), reverse=True)
+    assert mine["red"]["loss"] == pytest.approx(-math.log(1 - mine["red"]["probability"]), rel=1e-4)
+    assert found.numbers["notes"] == ["Left out because they cannot be decoded: 1 of 40 images."]
+    section = found.sections["mistakes"]
+    assert len(section.photos) == min(24, len(wrong)) and f"{len(wrong):,} labels of" in section.findings[0]
+    found.save(tmp_path / "page.html")
+    assert "is not labelled so" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Path(run.run_dir, "report.html").read_text(encoding="utf-8")
+    assert "The worst mistakes" in page and "Left out because" not in page
 
 
 def test_each_class_has_a_probability_of_its_own_also_when_merged(run, data, tmp_path) -> None:
@@ -140,7 +180,7 @@ def test_an_evaluation_is_the_same_however_the_images_are_shared_out() -> None:
             )
     for name, total in parts[0].totals.items():
         total += parts[1].totals[name]
-    found, whole = parts[0].evaluation(), tag_evaluation(logits, labels, 0.0)
+    found, whole = parts[0].evaluation(), tag_evaluation(logits, labels, 0.0, torch.arange(7))
     assert found.scores == whole.scores and found.per_class == whole.per_class and found.count == 7
     assert found.per_class[3] is None and found.loss == pytest.approx(
         binary_losses(logits, labels).item() / 7

@@ -16,7 +16,9 @@ from vimtune.tasks.images.task import ImageTask
 if TYPE_CHECKING:
     from vimtune.data import ImageDataset
     from vimtune.tasks.images.job import OpenedImages
-    from vimtune.tasks.images.tags import TagDetails, TagJob, TagReport, TagTally
+    from vimtune.tasks.images.tag_details import TagDetails
+    from vimtune.tasks.images.tag_scoring import TagTally
+    from vimtune.tasks.images.tags import TagJob, TagReport
     from vimtune.tasks.job import Evaluation
 
 
@@ -41,7 +43,7 @@ class MultiLabel(ImageTask):
 
     def start_tally(self, num_classes: int, num_images: int, complete: bool) -> TagTally:
         """An empty tally of probabilities and labels; see `ImageTask.start_tally`."""
-        from vimtune.tasks.images.tags import TagTally
+        from vimtune.tasks.images.tag_scoring import TagTally
 
         return TagTally(num_classes, num_images, complete)
 
@@ -53,11 +55,13 @@ class MultiLabel(ImageTask):
         no_temperature: str,
         notes: Sequence[str] = (),
     ) -> TagDetails:
-        """The average precision of every class; see `ImageTask.build_details`."""
-        from vimtune.tasks.images.tags import TagDetails, TagEvaluation
+        """Every class, and the mistakes; see `ImageTask.build_details`."""
+        from vimtune.tasks.images.details import unread_notes
+        from vimtune.tasks.images.tag_details import TagDetails
+        from vimtune.tasks.images.tag_scoring import TagEvaluation
 
         assert isinstance(evaluation, TagEvaluation)
-        return TagDetails(evaluation, dataset.classes, notes)
+        return TagDetails(evaluation, dataset, [*notes, *unread_notes(dataset, evaluation)])
 
     def report_type(self) -> type[TagReport]:
         """The report with the average precision of each class."""

@@ -38,6 +38,8 @@ CONTINUED = "the run was continued after its best epoch (vimtune evaluate fits o
 """Why a run has no temperature, although it has kept such a split apart."""
 CONFUSED = 20
 """Pairs of classes that files and pages list."""
+WORST = 24
+"""Mistakes that a page shows."""
 SHOWN_CONFUSED = 3
 """Pairs that the final table shows."""
 MAX_NAME = 40

@@ -10,12 +10,10 @@ from vimtune.metrics.calibration import calibration_error
 from vimtune.metrics.classes import macro_f1
 from vimtune.pages.section import Photo, Picture, Section, Table
 from vimtune.tasks.classes.confusion import CONFUSION_PICTURE, confusion_title, draw_confusion_matrix
-from vimtune.tasks.classes.details import CONFUSED, MAX_NAME, ClassDetails
+from vimtune.tasks.classes.details import CONFUSED, MAX_NAME, WORST, ClassDetails
 from vimtune.tasks.classes.reliability import draw_reliability
 from vimtune.text import shorten
 
-WORST = 24
-"""Mistakes that a page shows."""
 MAX_TEXT = 200
 """Characters of a text in the table of mistakes."""
 

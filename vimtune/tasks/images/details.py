@@ -10,6 +10,13 @@ from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Evaluation
 
 
+def unread_notes(dataset: ImageDataset, evaluation: Evaluation) -> list[str]:
+    """What has to be said of the images of a data set that an evaluation of it has left out."""
+    whole = len(dataset)
+    unread = whole - evaluation.count
+    return [f"Left out because they cannot be decoded: {unread:,} of {whole:,} images."] if unread else []
+
+
 def image_details(
     dataset: ImageDataset,
     evaluation: Evaluation,
@@ -32,7 +39,5 @@ def image_details(
         assert isinstance(held_out, ImageEvaluation)
         temperature = temperature_of(held_out.answers, HELD_OUT, "images", dataset.split)
     examples = Examples("path", "images", dataset.describe, dataset.load)
-    whole = len(dataset)
-    if unread := whole - evaluation.count:
-        notes = [*notes, f"Left out because they cannot be decoded: {unread:,} of {whole:,} images."]
+    notes = [*notes, *unread_notes(dataset, evaluation)]
     return ClassDetails(evaluation.answers, dataset.classes, dataset.split, examples, temperature, notes)

@@ -13,8 +13,15 @@ import torch
 from vimtune.data.text import TextSplit
 from vimtune.pages.section import Section, Table
 from vimtune.tasks.classes.answers import ClassAnswers, answers_of
-from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Examples, Temperature, temperature_of
-from vimtune.tasks.classes.page import MAX_TEXT, WORST
+from vimtune.tasks.classes.details import (
+    HELD_OUT,
+    WORST,
+    ClassDetails,
+    Examples,
+    Temperature,
+    temperature_of,
+)
+from vimtune.tasks.classes.page import MAX_TEXT
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation
 from vimtune.tasks.text.scoring import Judged, TextEvaluation

@@ -1,0 +1,173 @@
+"""What an evaluation of images with any number of labels says beyond its scores. N images, C classes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+
+from vimtune.data import ImageDataset
+from vimtune.files import atomic_write
+from vimtune.pages.section import Photo, Section, Table
+from vimtune.run_folder import writing
+from vimtune.tasks.classes.details import MAX_NAME, WORST
+from vimtune.tasks.details import Details
+from vimtune.tasks.images.tag_scoring import TagEvaluation
+from vimtune.text import csv_cell, printable, shorten
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """What was found of a class; rates in percent, None where nothing is counted."""
+
+    name: str
+    images: int
+    """How many images have the label."""
+    average_precision: float | None
+    precision: float | None
+    """Which of the predicted labels are right, at a probability of a half."""
+    recall: float | None
+    """Which of the labels are predicted, at a probability of a half."""
+
+
+def class_rows(evaluation: TagEvaluation, classes: Sequence[str]) -> list[ClassRow]:
+    """A row for each class."""
+
+    def percent(part: int, whole: int) -> float | None:
+        return 100.0 * part / whole if whole else None
+
+    found = zip(classes, evaluation.per_class, evaluation.counts.tolist(), strict=True)
+    return [
+        ClassRow(name, has, value, percent(right, says), percent(right, has))
+        for name, value, (has, says, right) in found
+    ]
+
+
+def _shown(value: float | None) -> str:
+    """A rate in a table."""
+    return "" if value is None else f"{value:.2f}"
+
+
+@dataclass(frozen=True)
+class TagDetails(Details):
+    """What an evaluation says of every class, and where it is wrong."""
+
+    evaluation: TagEvaluation
+    dataset: ImageDataset
+    """The images that were scored."""
+    notes: Sequence[str] = ()
+    """What a reader of the scores has to know."""
+
+    @cached_property
+    def wrong(self) -> list[tuple[int, int]]:
+        """(place among the scored images, class) of every label that is predicted and not there, or there and
+        not predicted, at a probability of a half; those first in which the model is surest."""
+        logits = self.evaluation.logits
+        places = ((logits >= 0) != self.evaluation.labels).nonzero()
+        surest = logits[places[:, 0], places[:, 1]].abs().argsort(descending=True, stable=True)
+        return [(place, label) for place, label in places[surest].tolist()]
+
+    def mistakes(self) -> Sequence[dict[str, Any]]:
+        """Every wrong label: which image, the class, whether the image has it, the probability that the model
+        gives it, and the loss."""
+        return [self._mistake(place, label) for place, label in self.wrong]
+
+    def _mistake(self, place: int, label: int) -> dict[str, Any]:
+        logit, has = self.evaluation.logits[place, label], bool(self.evaluation.labels[place, label])
+        return {
+            "path": self.dataset.describe(int(self.evaluation.indices[place])),
+            "class": self.dataset.classes[label],
+            "labelled": "yes" if has else "no",
+            "probability": float(logit.sigmoid()),
+            "loss": float(F.softplus(-logit if has else logit)),
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """Every class, as plain values."""
+        return {
+            "notes": list(self.notes),
+            "classes": [
+                {
+                    "class": row.name,
+                    "count": row.images,
+                    "average_precision": row.average_precision,
+                    "precision": row.precision,
+                    "recall": row.recall,
+                }
+                for row in class_rows(self.evaluation, self.dataset.classes)
+            ],
+        }
+
+    def sections(self, drawn: Path | None = None) -> dict[str, Section]:
+        """ "mistakes": the worst ones as pictures; "classes": a table of them, the weakest one first."""
+        del drawn
+        return {"mistakes": self._mistake_section(), "classes": self._class_section()}
+
+    def _mistake_section(self) -> Section:
+        photos = []
+        for place, label in self.wrong[:WORST]:
+            row = self._mistake(place, label)
+            share = f"{100 * row['probability']:.0f}\N{NO-BREAK SPACE}%"
+            lines = [
+                f"{shorten(row['class'], MAX_NAME)} {share}",
+                "is labelled so" if row["labelled"] == "yes" else "is not labelled so",
+            ]
+            index = int(self.evaluation.indices[place])
+            photos.append(Photo(partial(self.dataset.load, index), lines, row["path"]))
+        count, images = len(self.wrong), len({place for place, _ in self.wrong})
+        return Section(
+            title="The worst mistakes",
+            explanation="Labels that are predicted (at a probability of at least a half) and not there, or "
+            "there and not predicted, those first in which the model is surest. Below each image stand the "
+            "class with its probability, and whether the image is labelled so. Such a list shows wrong and "
+            "missing labels, too.",
+            findings=[
+                f"{count:,} labels of {images:,} of {self.evaluation.count:,} images are wrong"
+                + (f"; {len(photos)} of them are shown." if len(photos) < count else "."),
+                *self.notes,
+            ],
+            numbers={},
+            photos=photos,
+        )
+
+    def _class_section(self) -> Section:
+        rows = class_rows(self.evaluation, self.dataset.classes)
+        rows.sort(key=lambda row: 101.0 if row.average_precision is None else row.average_precision)
+        cells = [
+            (
+                printable(row.name),
+                f"{row.images:,}",
+                *map(_shown, (row.average_precision, row.precision, row.recall)),
+            )
+            for row in rows
+        ]
+        heading = ("class", "images", "average precision, %", "precision, %", "recall, %")
+        return Section(
+            title="Classes",
+            explanation="Average precision is the area under precision over recall of a class; precision "
+            "and recall are those of labels whose probability is at least a half.",
+            findings=[],
+            numbers={},
+            tables=[Table("From the weakest class on.", heading, cells)],
+        )
+
+
+def write_classes(evaluation: TagEvaluation, classes: Sequence[str], path: Path) -> None:
+    """Write a row for each class as CSV: average precision, and at a probability of a half precision and
+    recall, all in percent."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["number", "class", "images", "average_precision", "precision", "recall"])
+            for number, row in enumerate(class_rows(evaluation, classes)):
+                rates = map(_shown, (row.average_precision, row.precision, row.recall))
+                writer.writerow([number, csv_cell(printable(row.name)), row.images, *rates])
+
+    with writing(path):
+        atomic_write(path, write)
