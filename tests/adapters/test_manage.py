@@ -283,7 +283,8 @@ class TestFile:
         elif damage == "missing":
             path = path.with_name("nowhere.safetensors")
         elif damage == "folder":
-            path = path.parent
+            path = path.parent / "without an adapter"
+            path.mkdir()
         else:
             from safetensors import safe_open
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vimtune.data import DatasetError, create_dataset, flowers
+from vimtune.data import DatasetError, caltech_split, create_dataset, flowers
 from vimtune.data.files.download import DownloadError, download_file, extract_archive
 
 CONTENT = np.random.default_rng(0).bytes(1_000_000)
@@ -197,3 +197,41 @@ def test_damaged_archives_are_one_line(suffix: str, damage: str, tmp_path) -> No
         extract_archive(archive, tmp_path / "out", "jpg")
     assert "\n" not in str(error.value)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_caltech_comes_as_an_archive_within_another(tmp_path, monkeypatch) -> None:
+    categories = {
+        "ant": caltech_split.Category(3, [1], [2]),
+        "water_lilly": caltech_split.Category(3, [2], [3]),
+    }
+    names = [
+        f"101_ObjectCategories/{name}/image_000{number}.jpg" for name in categories for number in (1, 2, 3)
+    ]
+    inner, asked = io.BytesIO(), []
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for name in names:
+            archive.addfile(tarfile.TarInfo(name))
+
+    def download(url: str, path: Path, md5: str) -> Path:
+        asked.append((url, md5))
+        with zipfile.ZipFile(path, "w") as bundle:
+            bundle.writestr("caltech-101/101_ObjectCategories.tar.gz", inner.getvalue())
+        return path
+
+    monkeypatch.setattr("vimtune.data.files.download.download_file", download)
+    monkeypatch.setattr(caltech_split, "load_split", lambda: caltech_split.Split(0, categories))
+    for _ in range(2):  # What is there already is not asked for again.
+        dataset = create_dataset("caltech", "train+val", tmp_path)
+        assert dataset.classes == ["ant", "water lily"] and dataset.targets == [0, 0, 1, 1]
+    assert len(asked) == 1 and asked[0][0].endswith("caltech-101.zip") and len(asked[0][1]) == 32
+    left = {path.name for path in (tmp_path / "caltech101").iterdir()}
+    assert left - {".download.lock"} == {"101_ObjectCategories"}
+
+    def fail(url: str, path: Path, md5: str) -> Path:
+        raise DownloadError("no connection (offline).")
+
+    monkeypatch.setattr("vimtune.data.files.download.download_file", fail)
+    with pytest.raises(
+        DatasetError, match=r"and: no connection .* Expected <data-dir>/caltech101/101_Object"
+    ):
+        create_dataset("caltech", "train", tmp_path / "elsewhere")

@@ -183,7 +183,6 @@ def test_the_hub_is_told_how_the_base_model_was_used(tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_the_card_of_a_run_has_its_scores(tmp_path, no_pictures, each_flower_is_painted_once):
     sizes = "dataset_kwargs={species: 2, train_per_species: 2, val_per_species: 1, test_per_species: 1}"
     settings = "--model test_vim --no-pretrained --epochs 1 --warmup-epochs 0 --num-workers 0 --device cpu"
