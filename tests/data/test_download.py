@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from vimtune.data import DatasetError, caltech_split, create_dataset, flowers
-from vimtune.data.files.download import DownloadError, download_file, extract_archive
+from vimtune.data.files.archives import extract_archive
+from vimtune.download import DownloadError, download_file, download_lock
 
 CONTENT = np.random.default_rng(0).bytes(1_000_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -121,10 +122,18 @@ def test_missing_on_server_is_not_retried(server: Server, tmp_path) -> None:
 def test_offline_dataset_gives_one_message(server: Server, tmp_path, monkeypatch) -> None:
     server.http.server_close()
     monkeypatch.setattr(flowers, "_URL", server.url.replace("file.bin", ""))
-    monkeypatch.setattr("vimtune.data.files.download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("vimtune.download.time.sleep", lambda seconds: None)
     with pytest.raises(DatasetError, match=r"no connection.*Expected <data-dir>.*synthetic_flowers"):
         create_dataset("flowers", "train", tmp_path)
     assert not (tmp_path / "flowers-102" / "setid.mat").exists()
+
+
+@pytest.mark.parametrize("folder", ["a file/data", "/proc/data"])
+def test_a_folder_that_cannot_be_made_is_one_message(folder: str, tmp_path) -> None:
+    (tmp_path / "a file").touch()
+    expected = pytest.raises(DownloadError, match=r"cannot write to .*data: .*\. Choose another")
+    with expected, download_lock(tmp_path / folder):
+        pytest.fail("there is no such folder")
 
 
 def test_extract_moves_one_entry_and_leaves_no_rest(tmp_path) -> None:
@@ -218,7 +227,7 @@ def test_caltech_comes_as_an_archive_within_another(tmp_path, monkeypatch) -> No
             bundle.writestr("caltech-101/101_ObjectCategories.tar.gz", inner.getvalue())
         return path
 
-    monkeypatch.setattr("vimtune.data.files.download.download_file", download)
+    monkeypatch.setattr("vimtune.download.download_file", download)
     monkeypatch.setattr(caltech_split, "load_split", lambda: caltech_split.Split(0, categories))
     for _ in range(2):  # What is there already is not asked for again.
         dataset = create_dataset("caltech", "train+val", tmp_path)
@@ -230,7 +239,7 @@ def test_caltech_comes_as_an_archive_within_another(tmp_path, monkeypatch) -> No
     def fail(url: str, path: Path, md5: str) -> Path:
         raise DownloadError("no connection (offline).")
 
-    monkeypatch.setattr("vimtune.data.files.download.download_file", fail)
+    monkeypatch.setattr("vimtune.download.download_file", fail)
     with pytest.raises(
         DatasetError, match=r"and: no connection .* Expected <data-dir>/caltech101/101_Object"
     ):

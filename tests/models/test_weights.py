@@ -6,8 +6,9 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors import safe_open
 
 import vimtune
 from vimtune.data import create_dataset, dataset_class
-from vimtune.models import MODELS, weights
+from vimtune.models import MODELS, fetching, weights
 from vimtune.models.checkpoint import CheckpointError
 from vimtune.models.fetching import ADDRESS, file_of
 from vimtune.models.weights import REPOSITORY, WEIGHTS, Weights, weights_of
@@ -132,12 +133,111 @@ def test_another_file_at_the_address_is_not_kept(
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / elsewhere.path.name).write_bytes(b"something else")
     monkeypatch.setenv(ADDRESS, serve_folder(tmp_path / "served"))
-    with pytest.raises(CheckpointError, match="is not the file of the weights"):
+    with pytest.raises(CheckpointError, match=rf"are not at .* has SHA256 .*, expected {elsewhere.sha256}"):
         timm.create_model(elsewhere.name, pretrained=True)
-    assert not list((tmp_path / "torch").rglob("*.safetensors"))
+    assert not list((tmp_path / "torch").rglob("*.safetensors*"))
     monkeypatch.setenv(ADDRESS, serve_folder(tmp_path))
-    with pytest.raises(CheckpointError, match=r"could not be downloaded from .*404"):
+    with pytest.raises(CheckpointError, match=r"cannot download .*404"):
         timm.create_model(elsewhere.name, pretrained=True)
+    monkeypatch.setenv(ADDRESS, "http://no host/")
+    with pytest.raises(CheckpointError, match=r"cannot download http://no host/"):
+        timm.create_model(elsewhere.name, pretrained=True)
+
+
+@pytest.fixture
+def broken_server(monkeypatch) -> Iterator[tuple[str, list[str | None]]]:
+    """Its address, and the parts that it is asked for. The first connection breaks in the middle of a file,
+    the second does so without having said a length, the third falls silent, and the others are good."""
+    content = (IN_PACKAGE / WEIGHTS[0].path.name).read_bytes()
+    asked: list[str | None] = []
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            part = self.headers.get("Range")
+            asked.append(part)
+            rest = content[int(part[6:-1]) if part else 0 :]
+            self.send_response(206 if part else 200)
+            if len(asked) == 2:
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"fffff\r\n" + rest[:1000])
+            else:
+                self.send_header("Content-Length", str(len(rest)))
+                self.end_headers()
+                self.wfile.write(rest[:1000] if len(asked) in (1, 3) else rest)
+            if len(asked) == 3:
+                self.wfile.flush()
+                ended.wait(20)
+            self.close_connection = True
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    ended.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_connection_that_breaks_or_falls_silent_is_tried_again_for_the_rest(
+    elsewhere: Weights, monkeypatch, broken_server: tuple[str, list[str | None]]
+) -> None:
+    address, asked = broken_server
+    monkeypatch.setenv(ADDRESS, address)
+    quick = partial(fetching.download_file, timeout=0.3, pause=0.01)
+    monkeypatch.setattr(fetching, "download_file", quick)
+    with pytest.raises(CheckpointError, match=r"cannot download .*timed out.*bytes are kept"):
+        timm.create_model(elsewhere.name, pretrained=True)
+    timm.create_model(elsewhere.name, pretrained=True)
+    assert asked[0] is None and all(part and part != "bytes=0-" for part in asked[1:]) and len(asked) == 4
+
+
+def test_processes_that_start_together_download_once(
+    elsewhere: Weights, monkeypatch, broken_server: tuple[str, list[str | None]]
+) -> None:
+    address, asked = broken_server
+    asked += [None] * 3  # what is good comes after them
+    monkeypatch.setenv(ADDRESS, address)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(file_of, [elsewhere] * 2)
+    assert first == second and len(asked) == 4
+
+
+def test_a_folder_of_torch_hub_that_cannot_be_written_is_one_message(
+    elsewhere: Weights, monkeypatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv(ADDRESS, "http://127.0.0.1:9/")
+    with pytest.raises(CheckpointError, match=r"cannot write to .*TORCH_HOME name another folder"):
+        timm.create_model(elsewhere.name, pretrained=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None])
+def test_a_damaged_file_beside_the_package_is_one_message(
+    elsewhere: Weights, content: bytes | None, tmp_path: Path
+) -> None:
+    whole = (IN_PACKAGE / elsewhere.path.name).read_bytes()
+    elsewhere.path.parent.mkdir()
+    elsewhere.path.write_bytes(whole[:-1] if content is None else content)
+    with pytest.raises(CheckpointError, match=r"has SHA-256 .*expected .*from the repository"):
+        timm.create_model(elsewhere.name, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04 cut"])
+def test_a_damaged_file_that_the_caller_names_is_one_message(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"pretrained weights of .* is damaged"):
+        timm.create_model(WEIGHTS[0].name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
 
 
 @pytest.mark.parametrize("address", ["file:///etc", "/weights", "ftp://host/weights"])

@@ -62,7 +62,8 @@ def readable_name(category: str) -> str:
 
 
 def _download(root: Path) -> None:
-    from vimtune.data.files.download import DownloadError, download_file, download_lock, extract_archive
+    from vimtune.data.files.archives import extract_archive
+    from vimtune.download import DownloadError, download_file, download_lock
 
     try:
         with download_lock(root):

@@ -113,7 +113,8 @@ def _find(data_dir: Path | None, download: bool) -> tuple[Path, bool]:
 
 def _download(root: Path) -> Path:
     """Fetch the official archive; returns the folder of its files, which is `root` or lies in it."""
-    from vimtune.data.files.download import DownloadError, download_file, download_lock, extract_archive
+    from vimtune.data.files.archives import extract_archive
+    from vimtune.download import DownloadError, download_file, download_lock
 
     place = root.parent if root.name == _FOLDER else root
     try:

@@ -372,7 +372,18 @@ def pretrained_loading(variant: str, pretrained: bool) -> Iterator[None]:
         raise CheckpointError(
             f"the pretrained weights of {variant} could not be downloaded ({_first_line(error)}); {advice}"
         ) from error
-    except RuntimeError as error:
-        if "No pretrained weights exist" not in str(error):
+    except (RuntimeError, SafetensorError, EOFError) as error:
+        if "No pretrained weights exist" in str(error):
+            raise CheckpointError(f"no pretrained weights are published for {variant}; {advice}") from error
+        if not _is_about_a_file(error):
             raise
-        raise CheckpointError(f"no pretrained weights are published for {variant}; {advice}") from error
+        raise CheckpointError(
+            f"the file of the pretrained weights of {variant} is damaged, or no checkpoint "
+            f"({_first_line(error)}): delete it where it is kept, and it is downloaded again; or {advice}"
+        ) from error
+
+
+def _is_about_a_file(error: Exception) -> bool:
+    """Whether an error is that of a reader of files. For .pth files timm and torch raise RuntimeError."""
+    unreadable = isinstance(error.__cause__, pickle.UnpicklingError) or "PytorchStreamReader" in str(error)
+    return unreadable or not isinstance(error, RuntimeError)

@@ -1,16 +1,15 @@
-"""Published weights that are not beside the package: where to they are downloaded, and from where."""
+"""The files of published weights: where they are, whether they are whole, and downloading them."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import urllib.error
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models import PretrainedCfg
 
+from vimtune.download import DownloadError, digest_of, download_file, download_lock
 from vimtune.models.checkpoint import CheckpointError
 from vimtune.models.weights import Weights, weights_of
 from vimtune.text import printable, quote
@@ -28,11 +27,11 @@ def name_the_file(name: str, options: dict[str, Any]) -> None:
         options: what timm's factory is given, which is changed.
 
     Raises:
-        CheckpointError: the weights are nowhere.
+        CheckpointError: the weights are nowhere, or the file there is another one.
     """
     ours, overlay = weights_of(name), options.get("pretrained_cfg_overlay") or {}
     configured = isinstance(options.get("pretrained_cfg"), (dict, PretrainedCfg)) or "file" in overlay
-    if ours is not None and not configured and not ours.path.is_file():
+    if ours is not None and not configured:
         options["pretrained_cfg_overlay"] = {**overlay, "file": str(file_of(ours))}
 
 
@@ -44,17 +43,23 @@ def file_of(weights: Weights) -> Path:
         CheckpointError: it is nowhere and no address is given, or what is found there is another file.
     """
     if weights.path.is_file():
+        _compare(weights, weights.path, "take this file from the repository or the package once more")
         return weights.path
     path = Path(torch.hub.get_dir()) / "checkpoints" / weights.path.name
-    if not path.is_file():
+    if path.is_file():
+        _compare(weights, path, "delete it, and it is downloaded again")
+    else:
         _download(weights, path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path
+
+
+def _compare(weights: Weights, path: Path, advice: str) -> None:
+    found = digest_of(path, "sha256")
     if found != weights.sha256:
         raise CheckpointError(
             f"{printable(str(path))} has SHA-256 {found}, expected {weights.sha256}, that of the weights "
-            f"{weights.name}: delete it, and it is downloaded again"
+            f"{weights.name}: {advice}"
         )
-    return path
 
 
 def _download(weights: Weights, path: Path) -> None:
@@ -68,13 +73,11 @@ def _download(weights: Weights, path: Path) -> None:
         )
     if not address.startswith(("https://", "http://")):
         raise CheckpointError(f"{ADDRESS} = {quote(address)}: expected an address that begins with https://")
-    url = f"{address.rstrip('/')}/{path.name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    elsewhere = "Let the environment variable TORCH_HOME name another folder"
     try:
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=weights.sha256, progress=False)
-    except (urllib.error.URLError, OSError) as error:
+        with download_lock(path.parent, elsewhere):
+            download_file(f"{address.rstrip('/')}/{path.name}", path, weights.sha256, algorithm="sha256")
+    except DownloadError as error:
         raise CheckpointError(
-            f"the weights {weights.name} could not be downloaded from {url} ({error})"
+            f"the weights {weights.name} are not at {printable(str(weights.path))} and: {error}"
         ) from error
-    except RuntimeError as error:  # the hash is another
-        raise CheckpointError(f"{url} is not the file of the weights {weights.name} ({error})") from error
