@@ -6,11 +6,15 @@ import json
 import shutil
 
 import pytest
+import torch
 from changed_models import FEW
 
 import vimtune
 from vimtune import cli
+from vimtune.analysis.subject import open_subject
 from vimtune.commands.merge import merge_to_file
+from vimtune.data import build_transform, create_dataset
+from vimtune.data.transforms import model_preprocessing
 from vimtune.recipe import Recipe
 from vimtune.training import train
 
@@ -63,6 +67,21 @@ def test_the_function_gives_what_the_command_writes(run_folder, tmp_path):
             vimtune.analyze(run_folder, **wrong)
     with pytest.raises(ValueError, match=r"expected a name ending in .html or .json"):
         report.save(tmp_path / "report.csv")
+
+
+def test_images_are_drawn_from_all_classes_and_mixed(run_folder):
+    more = {**FEW, "test_per_species": 6}
+    path = run_folder / "adapter.safetensors"
+    values = {"dataset_kwargs": more}
+    with open_subject(path, values, split="test", num_images=6, num_batches=1) as subject:
+        images = torch.cat(subject.images())
+        transform = build_transform("none", train=False, **model_preprocessing(subject.after))
+    dataset = create_dataset("synthetic_flowers", "test", img_size=transform.img_size, **more)
+    known = torch.stack([torch.as_tensor(transform(dataset.load(index))) for index in range(len(dataset))])
+    distances, indices = torch.cdist(images.flatten(1), known.flatten(1)).min(1)
+    assert distances.max() < 0.1 and len(set(indices.tolist())) == 6
+    assert indices.tolist() != sorted(indices.tolist())
+    assert len({dataset.targets[index] for index in indices}) > 1, "the first six are of one class"
 
 
 def test_a_head_that_was_trained_on_features_is_analysed_on_images(tmp_path):

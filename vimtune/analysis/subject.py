@@ -90,7 +90,8 @@ def open_subject(
         path: the file.
         values: keys of the recipe that are to be others than those of its run.
         split: "test" or "val", from which the images are taken.
-        num_images: at most so many of them.
+        num_images: at most so many of them, drawn from all over the split, in any order: neighbours in a data
+            set are often of one class, and say little of how features of images differ.
         num_batches: at most so many training batches.
 
     Raises:
@@ -100,7 +101,8 @@ def open_subject(
     stored = recipe_of_trained(path, values)
     if not merged:  # The base of a merged file is any model that is named.
         refuse_other_model(path, stored, values)
-    recipe = load_recipe(None, {**stored, **values})
+    keys = {**stored, **values}
+    recipe = load_recipe(None, keys)
     with open_processes(recipe.run.device) as processes, process_settings(recipe.run, processes.device):
         if processes.world_size > 1:
             raise ValueError("an analysis is the work of one process: start it without torchrun")
@@ -109,7 +111,9 @@ def open_subject(
             after, _ = read_merged(path)
             subject = Subject(create_backbone(recipe, after.num_classes), after)
         else:
-            subject = _with_data(path, recipe, processes, merged, split, num_images, num_batches)
+            limit = getattr(recipe.data, "limit", None)
+            few = load_recipe(None, {**keys, "limit": min(limit or num_images, num_images)})
+            subject = _with_data(path, recipe, few, processes, merged, split, num_batches)
         for model in (subject.before, subject.after):
             model.to(processes.device).eval()
         method = active_adapter(subject.after)
@@ -128,17 +132,18 @@ def open_subject(
 def _with_data(
     path: Path,
     recipe: Recipe,
+    few: Recipe,
     processes: Processes,
     merged: bool,
     split: str,
-    num_images: int,
     num_batches: int,
 ) -> Subject:
+    """See `open_subject`; `few` is the recipe with no more examples than are wanted."""
     options = recipe.task.evaluate_options(calibrate=False)
     adapter = None if merged else path
-    trial = recipe.task.open_trial(recipe, processes, split, adapter, options, recipe.run.force)
+    trial = few.task.open_trial(few, processes, split, adapter, options, few.run.force)
     try:
-        images = _take_images(trial.loader, num_images, processes.device)
+        images = _take_images(trial.loader, processes.device)
     finally:
         trial.close()
     before, after = trial.model, trial.model
@@ -153,17 +158,17 @@ def _with_data(
     return Subject(before, after, facts, images, lambda: _losses(recipe, processes, num_batches))
 
 
-def _take_images(loader: Loader, count: int, device: torch.device) -> list[Tensor]:
-    """The first images of a loader in its batches; none of a task whose examples are no images."""
-    found: list[Tensor] = []
-    missing = count
+def _take_images(loader: Loader, device: torch.device) -> list[Tensor]:
+    """All images of a loader in another order, in batches; none of a task whose examples are no images."""
+    found = []
     for batch in loader:
         images = batch.tensors.get("images")
-        if images is None or missing <= 0:
-            break
-        found.append(images[:missing].to(device))
-        missing -= len(images)
-    return found
+        if images is None:
+            return []
+        found.append(images)
+    together = torch.cat(found)
+    order = torch.randperm(len(together), generator=torch.Generator().manual_seed(0))
+    return [batch.to(device) for batch in together[order].split(len(found[0]))]
 
 
 def _losses(recipe: Recipe, processes: Processes, count: int) -> Iterator[Loss]:
