@@ -97,10 +97,10 @@ def test_nobody_beats_the_methods_on_the_line():
     assert [row.method for row in pareto([*ROWS[:3], worse, larger])] == names
 
 
-def test_pictures_of_one_size_of_one_method_and_of_nothing(tmp_path):
+def test_pictures_of_several_sizes_of_one_method_and_of_nothing(tmp_path):
     from vimtune.pages.style import save_picture
 
-    many = [Row(f"m{n}", "x", (result(50 + n),), 1e-3) for n in range(25)]
+    many = [Row(f"m{n}", "x", (result(50 + n, trained=1000 + 100 * n),), 1e-3) for n in range(25)]
     for number, rows in enumerate((ROWS, many, ROWS[3:], ROWS[4:])):
         save_picture(draw_pareto(rows), tmp_path / f"{number}.png")
         assert draw_curves(rows).axes
@@ -110,18 +110,42 @@ def test_pictures_of_one_size_of_one_method_and_of_nothing(tmp_path):
     assert [short_count(n) for n in (950, 36_900, 5_308_416)] == ["950", "36.9k", "5.31M"]
 
 
+def test_methods_of_about_one_size_stand_one_below_the_other():
+    def row(method, data, *scores, trained=173_000):
+        return Row(
+            method, data, tuple(result(each, seed=n, trained=trained) for n, each in enumerate(scores)), 1e-3
+        )
+
+    rows = [
+        *(row("a", "x", 60, 62), row("b", "x", 70, 71, trained=300_000), row("c", "x", 50, 52)),
+        *(row("a", "y", 90, 91), row("b", "y", 60, 61, trained=300_000), row("late", "y", 99)),
+    ]
+    figure = draw_pareto(rows)
+    figure.draw_without_rendering()
+    first, second = figure.axes[:2]
+    names = [label.get_text() for label in first.get_yticklabels()]
+    # No data set has scores of all of them, so they stand as they come.
+    assert names == ["a", "b", "c", "late"] and "%" in second.get_xlabel()
+    figure = draw_pareto([row for row in rows if row.method != "c" and row.method != "late"])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["b", "a"]
+    assert len(figure.axes[0].containers) == 2
+    much_larger = row("full", "y", 95, trained=7_000_000)
+    assert "parameters" in draw_pareto([*rows, much_larger]).axes[0].get_xlabel()
+
+
 def test_labels_of_sizes_do_not_run_into_each_other():
     near = [
         Row("a", "x", (result(50, trained=92_700),), 1e-3),
         Row("b", "x", (result(55, trained=93_900),), 1e-3),
     ]
-    figure = draw_pareto(near)
+    apart = [
+        Row("a", "y", (result(50, trained=92_700),), 1e-3),
+        Row("b", "y", (result(55, trained=300_000),), 1e-3),
+    ]
+    figure = draw_pareto([*near, *apart])
     figure.draw_without_rendering()
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["93.9k"]
-    apart = [near[0], Row("b", "x", (result(55, trained=300_000),), 1e-3)]
-    figure = draw_pareto(apart)
-    figure.draw_without_rendering()
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["92.7k", "300k"]
+    shown = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert shown == [["93.9k"], ["92.7k", "300k"]]
 
 
 def test_runs_without_a_plan_are_named_by_what_tells_them_apart():

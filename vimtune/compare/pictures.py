@@ -1,5 +1,6 @@
 """The pictures of a comparison: scores as they rose in training, score over trained parameters with the
-methods that no other one beats, and the differences from one of them."""
+methods that no other one beats, or by method where all have about one size, and the differences from one of
+them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from vimtune.compare.paired import Difference
-from vimtune.compare.results import Row
+from vimtune.compare.results import Row, by_data
 from vimtune.pages.style import picture_style
 from vimtune.text import printable, shorten
 
@@ -27,6 +28,8 @@ MARK_WIDTH = 8
 """Characters that the mark before a name and the gap behind it take."""
 LINE_HEIGHT = 0.21
 """Inches of a line of the legend."""
+ONE_SIZE = 2
+"""Methods of which none trains so many times what another one does are at a budget, not of several sizes."""
 MARKERS = "osD^vP*X<>"
 """Marks of the methods; with ten colours they tell a hundred of them apart."""
 
@@ -38,8 +41,69 @@ Looks = Mapping[str, dict[str, Any]]
 def draw_pareto(rows: Sequence[Row]) -> Figure:
     """For each data set the most important score, with its deviation over the seeds, over the trained
     parameters. The head counts here, because no method trains without it. The line joins the methods than
-    which no other one is better with as few parameters."""
-    return _panels(rows, lambda row: row.score is not None and bool(row.trainable), _draw_points)
+    which no other one is better with as few parameters.
+
+    Where all methods have about one size on each data set, as at a budget, the scores stand side by side
+    instead, a line for each method, the best one on top.
+    """
+    drawn = [row for row in rows if _has_a_point(row)]
+    sizes: dict[str, list[int]] = {}
+    for row in drawn:
+        sizes.setdefault(row.data, []).append(row.trainable or 0)
+    if any(len(own) > 1 for own in sizes.values()) and all(
+        max(own) < ONE_SIZE * min(own) for own in sizes.values()
+    ):
+        return _draw_ranks(drawn)
+    return _panels(rows, _has_a_point, _draw_points)
+
+
+def _has_a_point(row: Row) -> bool:
+    return row.score is not None and bool(row.trainable)
+
+
+def _draw_ranks(rows: Sequence[Row]) -> Figure:
+    """A picture with a panel for each data set, where methods stand one below the other, each at its score.
+
+    Their order is that of their mean scores over the data sets on which all of them have one.
+    """
+    groups = by_data(rows)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    sign = 1.0 if rows[0].scores[0].higher_is_better else -1.0
+    own = {method: {row.data: row for row in rows if row.method == method} for method in methods}
+    shared = [name for name in groups if all(name in of_data for of_data in own.values())]
+    methods.sort(key=lambda method: sign * sum(_mean(own[method][name]) for name in shared))
+    across = min(ACROSS, len(groups))
+    down = math.ceil(len(groups) / across)
+    with picture_style():
+        height = 1.1 + LINE_HEIGHT * len(methods)
+        figure = Figure(figsize=(2.2 + 3.4 * across, height * down), layout="constrained")
+        grid = figure.subplots(down, across, sharey=True, squeeze=False)
+        for axes in grid.flat[len(groups) :]:
+            axes.set_axis_off()
+        for axes, (name, group) in zip(grid.flat, groups.items(), strict=False):
+            for row in group:
+                assert row.score is not None, "the others are left out"
+                axes.errorbar(
+                    row.score.mean,
+                    methods.index(row.method),
+                    xerr=row.score.deviation or None,
+                    fmt="o",
+                    color="tab:blue",
+                    markersize=5,
+                    capsize=2,
+                )
+            score = group[0].scores[0]
+            axes.set_title(shorten(printable(name), 2 * MAX_NAME))
+            axes.set_xlabel(f"{score.title} ({group[0].split}){', %' if score.percent else ''}")
+            axes.set_yticks(range(len(methods)), [shorten(printable(each), MAX_NAME) for each in methods])
+            axes.set_ylim(-0.6, len(methods) - 0.4)
+            axes.grid(alpha=0.3)
+        return figure
+
+
+def _mean(row: Row) -> float:
+    assert row.score is not None, "rows without a score are left out"
+    return row.score.mean
 
 
 def draw_curves(rows: Sequence[Row]) -> Figure:
@@ -196,12 +260,12 @@ def _draw_points(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any
 
 
 def _label_sizes(axes: Axes, sizes: Sequence[int]) -> None:
-    """Put numbers of parameters on the horizontal axis, also where all of them are of one size."""
+    """Put numbers of parameters on the horizontal axis, also where they lie close together."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     if max(sizes) < 10 * min(sizes):  # There may be no power of ten in between.
         axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
-        # Two labels would run into each other where all methods have nearly one size, as at equal budgets.
+        # Two labels would run into each other where one data set has methods of nearly one size, others not.
         apart = max(sizes) > 1.25 * min(sizes)
         axes.set_xticks([min(sizes), max(sizes)] if apart else [max(sizes)])
 

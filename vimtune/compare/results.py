@@ -215,3 +215,11 @@ def _short(value: Any) -> str:
     return (
         f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
     )
+
+
+def by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by the name of their data set."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.data, []).append(row)
+    return groups

@@ -17,7 +17,7 @@ from rich.table import Table
 from vimtune.compare.paired import Difference, all_differences, differences_from
 from vimtune.compare.pictures import draw_curves, draw_differences, draw_pareto
 from vimtune.compare.plan import Plan
-from vimtune.compare.results import Row, Spread
+from vimtune.compare.results import Row, Spread, by_data
 from vimtune.console import neutral, print_line
 from vimtune.output import write_text
 from vimtune.pages.style import save_picture
@@ -147,14 +147,6 @@ def _show_time(spread: Spread | None) -> str:
     if spread is None:
         return NONE
     return f"{spread.mean:.1f} s" if spread.mean < 60 else duration(spread.mean)
-
-
-def by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by the name of their data set."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.data, []).append(row)
-    return groups
 
 
 def best_of(rows: Sequence[Row]) -> list[Row]:
