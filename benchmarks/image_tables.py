@@ -6,8 +6,8 @@ The last argument is the folder for the files, the others are folders of compari
 get; their tables are made anew. With the files in benchmarks/results, `mkdocs build` makes the page of scores
 (docs/evidence.md) of them. NAME.csv has a line for each run: method, data set, learning rate, seed, whether
 the validation images have chosen this rate, top-1 on them in %, top-1 on the test images of the chosen rates
-in %, numbers trained beside the head, and seconds. NAME_paired.csv has the differences of any two methods
-with standard errors.
+in %, numbers trained beside the head, seconds, and what it ran on. NAME_paired.csv has the differences of any
+two methods with standard errors.
 """
 
 from __future__ import annotations
@@ -35,21 +35,32 @@ def main() -> None:
         sys.exit(__doc__)
     *folders, target = map(Path, sys.argv[1:])
     target.mkdir(parents=True, exist_ok=True)
-    for folder in folders:
+    problems = []
+    for folder in folders:  # One that has no tables keeps no other from being published.
         try:
-            if (folder / PLAN_FILE).is_file():  # It may have been stopped, or come from another machine.
-                run_compare(
-                    runs=[folder], values={}, config=None, output_dir=folder, resume=None, packages=[]
-                )
-            write(target / f"{folder.name}.csv", cells(folder))
-            write(target / f"{folder.name}_paired.csv", read(folder / "paired.csv"))
+            publish(folder, target)
         except FileNotFoundError as error:
-            sys.exit(f"error: {error.filename} is missing: {folder} is no comparison that has tables")
+            problems.append(f"error: {error.filename} is missing: {folder} is no comparison that has tables")
         except ValueError as error:
-            sys.exit(f"error: {error}")
-        for name, copy in PICTURES.items():
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, target / copy.format(folder.name))
+            problems.append(f"error: {folder}: {error}")
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Make the files of one comparison.
+
+    Raises:
+        FileNotFoundError: there is no finished run, or no comparison.
+        ValueError: what is in the folder does not fit together.
+    """
+    if (folder / PLAN_FILE).is_file():  # It may have been stopped, or come from another machine.
+        run_compare(runs=[folder], values={}, config=None, output_dir=folder, resume=None, packages=[])
+    write(target / f"{folder.name}.csv", cells(folder))
+    write(target / f"{folder.name}_paired.csv", read(folder / "paired.csv"))
+    for name, copy in PICTURES.items():
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, target / copy.format(folder.name))
 
 
 def cells(folder: Path) -> Iterator[dict[str, Any]]:
@@ -63,6 +74,7 @@ def cells(folder: Path) -> Iterator[dict[str, Any]]:
             **({} if line["split"] == "test" else {"test": run[SCORE] if run.get("split") == "test" else ""}),
             "parameters": run.get("method_parameters", ""),
             "seconds": run.get("seconds", ""),
+            "device": run.get("device", ""),
         }
 
 

@@ -19,7 +19,9 @@ from typing import Any
 import evidence
 import method_pages
 import notebook_pages
+import rankings
 import reference
+import verdicts
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -44,8 +46,10 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "method_table": method_pages.table,
     "models": reference.models,
     "names": reference.names,
+    "rankings": rankings.rankings,
     "targets": reference.targets,
     "tasks": reference.tasks,
+    "verdicts": verdicts.verdicts,
 }
 """What may stand in a mark."""
 MARK = re.compile(r"^<!-- generated: (\w+)((?: [\w.]+)*) -->$", re.M)

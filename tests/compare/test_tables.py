@@ -224,6 +224,7 @@ def test_the_published_tables_have_a_line_for_each_run(tmp_path, monkeypatch, ca
     assert first == {
         **{"method": "lora", "data": "x", "lr": "0.001", "seed": "0", "chosen": "True"},
         **{"val": "70.0", "test": "80.000", "parameters": "900", "seconds": "2.0"},
+        "device": "a processor",
     }
     assert [(line["chosen"], line["val"], line["test"]) for line in others[:2]] == [
         ("True", "71.0", "82"),
@@ -232,9 +233,11 @@ def test_the_published_tables_have_a_line_for_each_run(tmp_path, monkeypatch, ca
     assert len(others) == 4 and (tmp_path / "published" / "native_paired.png").exists()
     paired = (tmp_path / "published" / "native_paired.csv").read_text().splitlines()
     assert paired[1] == "full,lora,x,2,1.500,0.500"
-    monkeypatch.setattr("sys.argv", ["", str(tmp_path), str(tmp_path / "published")])
+    both = [str(tmp_path), str(tmp_path / "native"), str(tmp_path / "again")]
+    monkeypatch.setattr("sys.argv", ["", *both])
     with pytest.raises(SystemExit, match="is no comparison that has tables"):
         runpy.run_path(str(BENCHMARKS / "image_tables.py"), run_name="__main__")
+    assert (tmp_path / "again" / "native.csv").is_file(), "the other one is published all the same"
 
 
 def test_the_terminal_shows_the_same(capsys):

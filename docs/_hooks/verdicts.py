@@ -1,0 +1,134 @@
+"""What the differences between methods say to the questions that the comparisons were made for.
+
+A question is answered by comparisons of two methods each, in the order in which they are asked. A method may
+be a pattern such as "*+*", which stands for every method of the file that fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import evidence
+from evidence import NONE, Run, Scores
+from markdown_tables import write_table
+
+DECIDED = 2.0
+"""Standard errors from which on a difference is taken for one."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, with the comparisons that answer it."""
+
+    text: str
+    """What is asked."""
+    comparisons: tuple[tuple[str, str, str], ...]
+    """Name of a file, a method, and that with which it is compared."""
+
+
+def _of_prodial(text: str, rows_at_budget: str, row_of_ablation: str) -> Question:
+    """Whether ProDiaL, as it is by default and with a slow diagonal, is better than another method."""
+    return Question(
+        text,
+        (
+            *(("native", name, rows_at_budget) for name in ("prodial", "prodial_slow")),
+            *(("budget", name, rows_at_budget) for name in ("prodial", "prodial_slow")),
+            *(("ablation", name, row_of_ablation) for name in ("free", "slow")),
+        ),
+    )
+
+
+QUESTIONS = (
+    _of_prodial("Does ProDiaL beat LoRA?", "lora", "lora"),
+    _of_prodial("Does ProDiaL beat DoRA?", "dora", "dora"),
+    _of_prodial("Does our ProDiaL beat the formula of the published code?", "prodial_paper", "paper"),
+    Question(
+        "Is it better to tune the projectors than the scan, with the same budget?",
+        tuple(("compositions", "projectors", name) for name in ("scan", "x_proj", "dt_proj", "A")),
+    ),
+    Question(
+        "Which compositions pay, against LoRA at the projectors with the whole budget?",
+        (("compositions", "*+*", "projectors"),),
+    ),
+)
+"""What is asked of the files of results."""
+
+
+def verdicts() -> str:
+    """A section with a table for each question of which something is known; empty where nothing is."""
+    tables = [
+        part
+        for question in QUESTIONS
+        if (rows := list(_rows(question)))
+        for part in (f"### {question.text}", write_table(HEADING, rows))
+    ]
+    return "\n\n".join(["## What holds", EXPLANATION, *tables]) if tables else ""
+
+
+HEADING = ["compared", "in", "difference in points", "in standard errors", "better on", "answer"]
+EXPLANATION = (
+    "Means of the differences over the data sets, ± their standard error; the tables below have each data "
+    "set. A method is called better or worse where its mean difference is two standard errors or more, which "
+    "happens by chance to about one of 14 comparisons with three seeds and five data sets. The images are "
+    "copies of few pixels, so that differences on images of full size may be others."
+)
+
+
+def _rows(question: Question) -> Iterator[list[str]]:
+    for stem, pattern, against in question.comparisons:
+        scores = next((each for each in evidence.read_scores() if each.path.stem == stem), None)
+        if scores is None:
+            continue
+        found = {
+            method: lines
+            for method in scores.by_method
+            if fnmatchcase(method, pattern)
+            and method != against
+            and (lines := _between(stem, method, against))
+        }
+        for method in sorted(found, key=lambda method: -float(_whole(found[method])["difference"])):
+            yield _row(scores, method, against, found[method])
+
+
+def _between(stem: str, method: str, against: str) -> list[Run]:
+    """The differences of two methods on each data set, and their mean; turned round where the file has them
+    the other way."""
+    lines = evidence.differences(stem)
+    own = [line for line in lines if (line["method"], line["against"]) == (method, against)]
+    return own or [
+        {**line, "method": method, "against": against, "difference": str(-float(line["difference"]))}
+        for line in lines
+        if (line["method"], line["against"]) == (against, method)
+    ]
+
+
+def _whole(lines: list[Run]) -> Run:
+    """The mean over all data sets; where there is none, the only data set, or the first one."""
+    return next((line for line in lines if not line["data"]), lines[0])
+
+
+def _row(scores: Scores, method: str, against: str, lines: list[Run]) -> list[str]:
+    single = [line for line in lines if line["data"]]
+    better = sum(float(line["difference"]) > 0 for line in single)
+    names = [f"`{method}` - `{against}`", scores.link]
+    line = _whole(lines)
+    if line["data"] and len(scores.data) > 1:
+        return [*names, NONE, NONE, f"{better} of {len(single)}", "open: not run on all data sets"]
+    return [
+        *names,
+        evidence.show_difference(line),
+        evidence.in_errors(line),
+        f"{better} of {len(single)}",
+        _answer(line),
+    ]
+
+
+def _answer(line: Run) -> str:
+    if not line["standard_error"]:
+        return "open: one run each"
+    difference, error = float(line["difference"]), float(line["standard_error"])
+    if abs(difference) < DECIDED * error or difference == 0:
+        return "no difference to be told"
+    return "**better**" if difference > 0 else "**worse**"
