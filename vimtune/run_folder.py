@@ -127,12 +127,33 @@ def create_unused(path: Path) -> Path:
     """Make the first of path, path-2, path-3, ... that does not exist; two runs never get the same one."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        for candidate in _numbered(path):
             with suppress(FileExistsError):
                 candidate.mkdir()
-                break
-    return candidate
+                return candidate
+    raise AssertionError("there is no last number")
+
+
+def last_used(path: Path) -> Path | None:
+    """The last of path, path-2, path-3, ... that `create_unused` has made; None if there is none."""
+    found = list(itertools.takewhile(Path.is_dir, _numbered(path)))
+    return found[-1] if found else None
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+
+
+def is_held(folder: RunFolder) -> bool:
+    """Whether a run works in a folder at this moment, or it cannot be told."""
+    lock = FileLock(folder.lock)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError, NotImplementedError):
+        return True
+    lock.release()
+    return False
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny_plans import TINY, InProcess
 
@@ -24,6 +25,7 @@ from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
+from vimtune.run_folder import RunFolder, hold
 from vimtune.tasks.classification import Classification
 from vimtune.training.interrupt import Interrupted
 from vimtune.training.result import read_result
@@ -285,6 +287,37 @@ def test_without_any_flag_the_quickstart_is_compared(runs, tmp_path, monkeypatch
     (line,) = [line for line in out.splitlines() if line.startswith("its adapter: ")]
     assert Path(line.removeprefix("its adapter: ")).is_file()
     assert f"{Path(line.removeprefix('its adapter: ')).with_name('examples.png')}\n" in out
+
+
+def test_a_quickstart_that_was_stopped_goes_on_and_a_finished_one_does_not(
+    runs, tmp_path, monkeypatch, capsys
+):
+    def let_the_plan_be(methods: str) -> None:
+        text = yaml.safe_dump({**TINY, "methods": methods})
+        quickstart.PLAN.write_text(text, encoding="utf-8")
+
+    monkeypatch.setattr(quickstart, "PLAN", tmp_path / "plan.yaml")
+    let_the_plan_be("linear,lora")
+    monkeypatch.chdir(tmp_path)
+    start = InProcess.start
+
+    def interrupted(self, cell, folder):
+        start(self, cell, folder)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(InProcess, "start", interrupted)
+        quickstart.run_quickstart()
+    first, second, third = (Path("runs") / name for name in ("quickstart", "quickstart-2", "quickstart-3"))
+    with hold(RunFolder(first)):  # as another process would
+        assert quickstart._stopped(load_plan(quickstart.PLAN, {})) is None
+    assert quickstart.run_quickstart() == 0
+    assert "going on with what was stopped: runs/quickstart\n" in capsys.readouterr().out
+    assert [cell.method for cell in runs.started] == ["linear", "lora"] and not second.exists()
+    assert quickstart.run_quickstart() == 0 and second.is_dir() and len(runs.started) == 4
+    (second / Cell("lora", DATA, 1e-3, 0).path / "report.json").unlink()
+    let_the_plan_be("linear")  # as another version has it
+    assert quickstart.run_quickstart() == 0 and third.is_dir() and len(runs.started) == 5
 
 
 def test_reports_are_not_trusted(runs, tmp_path):

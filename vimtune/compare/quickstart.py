@@ -5,28 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 
 from vimtune.compare.command import compare
-from vimtune.compare.plan import load_plan
+from vimtune.compare.plan import PLAN_FILE, Plan, load_plan
 from vimtune.compare.results import Row
 from vimtune.compare.tables import CURVES, best_of
 from vimtune.console import build_console, print_line
-from vimtune.run_folder import RunFolder, create_unused
+from vimtune.run_folder import RunFolder, create_unused, is_held, last_used
 
 PLAN = Path(__file__).with_name("quickstart.yaml")
 """The plan of the comparison."""
+FOLDER = Path("runs") / "quickstart"
+"""Its folder, the first time."""
 
 
 def run_quickstart() -> int:
-    """Make the comparison in a new folder in `runs/`, and say where its pictures are; returns the exit code.
+    """Make the comparison in a new folder in `runs/`, or go on with the last one if that was stopped, and say
+    where its pictures are; returns the exit code.
 
     Raises:
         ValueError: the folder cannot be made or written.
         Interrupted: Ctrl-C or SIGTERM; the comparison says how it is continued.
     """
-    folder = create_unused(Path("runs") / "quickstart")
-    rows, failed = compare(load_plan(PLAN, {}), folder)
+    plan = load_plan(PLAN, {})
+    folder = _stopped(plan)
+    if folder is None:
+        folder = create_unused(FOLDER)
+    else:
+        print_line(build_console(), f"going on with what was stopped: {folder}")
+    rows, failed = compare(plan, folder)
     for line in _what_to_look_at(rows, folder):
         print_line(build_console(), line, wrap=False)
     return 1 if failed else 0
+
+
+def _stopped(plan: Plan) -> Path | None:
+    """The folder of the last comparison if that is of the same plan, unfinished, and nobody works there."""
+    folder = last_used(FOLDER)
+    if folder is None or not (folder / PLAN_FILE).is_file() or is_held(RunFolder(folder)):
+        return None
+    try:
+        same = load_plan(folder / PLAN_FILE, {}) == plan
+    except ValueError:  # It is of another version.
+        return None
+    cells = (cell for pair in plan.pairs for lr in plan.rates(*pair) for cell in plan.cells(*pair, lr))
+    finished = all(RunFolder(folder / cell.path).report.is_file() for cell in cells)
+    return folder if same and not finished else None
 
 
 def _what_to_look_at(rows: list[Row], folder: Path) -> list[str]:
