@@ -18,6 +18,27 @@ def problems(**values):
     return caught.value.problems
 
 
+def test_names_in_flags_take_the_keys_that_the_file_has_for_them(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "methods: {low: {peft: lora, rank: 2}, lora: {rank: 4}, full: {}}\n"
+        "data: {small: {dataset: synthetic_flowers, epochs: 3}, other: {dataset: synthetic_flowers}}\n"
+        "reference: full\nmodel: test_vim\npretrained: false\n"
+    )
+    plan = load_plan(path, {"methods": "lora,low,linear", "data": "small"})
+    lora, low = {"peft": "lora", "rank": 4}, {"peft": "lora", "rank": 2}
+    assert plan.methods == {"lora": lora, "low": low, "linear": {"peft": "linear"}}
+    assert plan.reference == "lora" and list(plan.data) == ["small"]
+    assert plan.recipe(Cell("low", "small", 1e-3, 0), tmp_path).optimisation.epochs == 3
+    assert load_plan(path, {"methods": "low,full"}).reference == "full"
+    # Keys replace those of the file, and other problems are told as without a file.
+    assert load_plan(path, {"methods": "{lora: {rank: 8}}"}).methods["lora"]["rank"] == 8
+    with pytest.raises(PlanError, match="'lw' is no method"):
+        load_plan(path, {"methods": "lw"})
+    with pytest.raises(PlanError, match="each of them once"):
+        load_plan(path, {"methods": "low,low"})
+
+
 def test_names_are_methods_and_data_sets_or_tasks():
     plan = Plan.from_values({"methods": "lora,lora+bitfit", "data": ["flowers", "arc_easy"]})
     assert plan.methods == {"lora": {"peft": "lora"}, "lora+bitfit": {"peft": "lora+bitfit"}}

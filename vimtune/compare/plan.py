@@ -469,6 +469,9 @@ def load_plan(
 ) -> Plan:
     """The plan of a YAML file, if one is given, and of flags, which win over it; see `Plan.from_values`.
 
+    Methods and data sets that flags give as names alone are those of the file where it has them, with all
+    their keys there: they name a part of it.
+
     Raises:
         PlanError: the file or the values; it has every problem that was found.
     """
@@ -476,4 +479,24 @@ def load_plan(
         stored = {} if config is None else read_values("config", config, read_plan)
     except RecipeError as error:
         raise PlanError(error.problems) from error
-    return Plan.from_values({**stored, **values}, check_paths=check_paths)
+    together = {**stored, **values}
+    for kind in ("methods", "data"):
+        if stored.get(kind) is not None and values.get(kind) is not None:
+            together[kind] = _of_file(stored[kind], values[kind])
+    if "reference" in stored and "reference" not in values and "methods" in values:
+        named = together["methods"]
+        if isinstance(named, dict) and stored["reference"] not in named:
+            del together["reference"]  # It is no method of this part.
+    return Plan.from_values(together, check_paths=check_paths)
+
+
+def _of_file(stored: Any, given: Any) -> Any:
+    """What flags say about methods or data sets: names without keys take those that a file has for them.
+
+    What cannot be read is given back, for whoever reports it.
+    """
+    try:
+        of_file, named = parse_entries(stored), parse_entries(given)
+    except ValueError:
+        return given
+    return {name: keys or of_file.get(name, {}) for name, keys in named.items()}
