@@ -425,3 +425,21 @@ def test_mixed_batches_are_measured(monkeypatch, capsys):
     mixed_batches.main()
     printed = capsys.readouterr().out
     assert printed.count("of the speed of one") == 6 and printed.count("  2 threads: ") == 2
+
+
+# --- exported files -----------------------------------------------------------------------------
+
+
+def test_exported_files_are_measured(monkeypatch, capsys):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import exported
+
+    arguments = ["--model", "test_vim", "--batch-sizes", "1", "3", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["exported.py", *arguments])
+    exported.main()
+    printed = capsys.readouterr().out
+    assert printed.count(" written in ") == 2 and printed.count("times the weights") == 2
+    for batch in (1, 3):
+        assert f"ms an image, batch {batch}:" in printed
+    assert printed.count("PyTorch, vimtune's kernels") == 2 and printed.count("  .onnx ") == 2
