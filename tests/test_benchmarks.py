@@ -430,6 +430,7 @@ def test_mixed_batches_are_measured(monkeypatch, capsys):
 # --- exported files -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exported_files_are_measured(monkeypatch, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
