@@ -17,12 +17,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from folded import describe_machine
 from torch import Tensor, nn
+from turns import describe_machine, take_turns
 
 import vimtune
 from vimtune import ops
@@ -86,15 +87,12 @@ def forward(model: nn.Module, images: Tensor, backend: str) -> Tensor:
 
 def measure(jobs: dict[str, Callable[[Tensor], Tensor]], images: Tensor, rounds: int) -> None:
     """Print the times for an image of jobs that take turns with the same batch."""
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job(images)
-            if turn > 0:  # the first one warms up
-                times[name].append(1000 * (time.perf_counter() - start) / len(images))
+    prepared = {name: partial(job, images) for name, job in jobs.items()}
+    # That of the wall, because onnxruntime has threads of its own.
+    times = take_turns(prepared, torch.device("cpu"), rounds, clock=time.perf_counter)
     print(f"ms an image, batch {len(images)}:")
-    for name, own in times.items():
+    for name, of_batches in times.items():
+        own = [each / len(images) for each in of_batches]
         print(f"  {name:28} {statistics.median(own):8.1f} ({min(own):.1f} to {max(own):.1f})")
 
 

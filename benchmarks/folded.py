@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import timm
 import torch
 from torch import Tensor, nn
+from turns import describe_machine, take_turns
 
 import vimtune
 from vimtune import ops
-from vimtune.machine import processor_name
 
 
 def main() -> None:
@@ -92,29 +89,11 @@ def recorded(job: Callable[[], Tensor]) -> Callable[[], None]:
 
 def measure(label: str, jobs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> None:
     """Print the times of jobs that take turns."""
-    on_gpu = device.type == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            start = clock()
-            job()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if turn > 0:  # the first one warms up
-                times[name].append(1000 * (clock() - start))
+    times = take_turns(jobs, device, rounds)
     for name, own in times.items():
         ratio = statistics.median(one / plain for one, plain in zip(own, times["plain"], strict=True))
         span = f"{statistics.median(own):9.2f} ms ({min(own):.2f} to {max(own):.2f})"
         print(f"  {name + label:22} {span:34} {ratio:.3f} of plain")
-
-
-def describe_machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{processor_name()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from contextlib import nullcontext
 
 import timm
 import torch
-from folded import describe_machine
 from torch import Tensor, nn
+from turns import describe_machine, take_turns
 
 import vimtune
 from vimtune import ops
@@ -102,17 +102,7 @@ def run_grouped(model: nn.Module, images: Tensor, rows: list[str]) -> list[Tenso
 
 def measure(jobs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> None:
     """Print the times of jobs that take turns."""
-    on_gpu = device.type == "cuda"
-    clock = time.perf_counter if on_gpu else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 2):
-        for name, job in jobs.items():
-            start = clock()
-            job()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if turn > 1:  # the first ones warm up
-                times[name].append(1000 * (clock() - start))
+    times = take_turns(jobs, device, rounds, warmup=2)
     for name, own in times.items():
         speed = statistics.median(one / other for one, other in zip(times["one"], own, strict=True))
         span = f"{statistics.median(own):9.2f} ms ({min(own):.2f} to {max(own):.2f})"

@@ -138,6 +138,18 @@ def path(value: Any) -> str:
     return expanded
 
 
+def given_file(value: Any) -> Path:
+    """The name of a file to write that somebody gives to a function as its argument `path`.
+
+    Raises:
+        ValueError: it is no path, or a folder.
+    """
+    path = given_path("path", value, "the file to write")
+    if path.is_dir():
+        raise ValueError(f"path = {quote(str(path))} is a folder: give the name of a file to write")
+    return path
+
+
 def given_path(name: str, value: Any, what: str, error: type[ValueError] = ValueError) -> Path:
     """The path that somebody gives to a function, as `path` takes it.
 

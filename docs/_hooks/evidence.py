@@ -231,6 +231,11 @@ def read_scores() -> tuple[Scores, ...]:
     return tuple(_read_scores())
 
 
+def scores_of(stem: str) -> Scores | None:
+    """The scores of the file of this name; None where there are none."""
+    return next((scores for scores in read_scores() if scores.path.stem == stem), None)
+
+
 def _read_scores() -> Iterator[Scores]:
     for path in sorted((BENCHMARKS / "results").glob("*.csv")):
         lines = _read(path)

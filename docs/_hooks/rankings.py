@@ -47,7 +47,7 @@ NATIVE = "native"
 
 def rankings() -> str:
     """A section with a table for each paper; empty where there are no scores of ours."""
-    scores = next((each for each in evidence.read_scores() if each.path.stem == NATIVE), None)
+    scores = evidence.scores_of(NATIVE)
     if scores is None:
         return ""
     parts = [part for published in TABLES for part in _compared(scores, published)]

@@ -78,24 +78,24 @@ EXPLANATION = (
 
 def _rows(question: Question) -> Iterator[list[str]]:
     for stem, pattern, against in question.comparisons:
-        scores = next((each for each in evidence.read_scores() if each.path.stem == stem), None)
+        scores = evidence.scores_of(stem)
         if scores is None:
             continue
+        differences = evidence.differences(stem)
         found = {
             method: lines
             for method in scores.by_method
             if fnmatchcase(method, pattern)
             and method != against
-            and (lines := _between(stem, method, against))
+            and (lines := _between(differences, method, against))
         }
         for method in sorted(found, key=lambda method: -float(_whole(found[method])["difference"])):
             yield _row(scores, method, against, found[method])
 
 
-def _between(stem: str, method: str, against: str) -> list[Run]:
-    """The differences of two methods on each data set, and their mean; turned round where the file has them
-    the other way."""
-    lines = evidence.differences(stem)
+def _between(lines: list[Run], method: str, against: str) -> list[Run]:
+    """Those of a file's lines that are about two methods, on each data set and as a mean; turned round where
+    the file has them the other way."""
     own = [line for line in lines if (line["method"], line["against"]) == (method, against)]
     return own or [
         {**line, "method": method, "against": against, "difference": str(-float(line["difference"]))}

@@ -46,7 +46,7 @@ from vimtune.adapters.tensors import adapter_state_dict, check_tensors, load_ada
 from vimtune.adapters.wrappers import unwrap
 from vimtune.files import atomic_write
 from vimtune.methods import build_methods
-from vimtune.parsers import given_path
+from vimtune.parsers import given_file, given_path
 from vimtune.run_folder import ADAPTER_FILE
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import counted, printable, quote, suggest
@@ -85,9 +85,7 @@ def save_adapter(
         ValueError: no such adapter, class names that do not match the head, or anything else that could not
             be read back; no file is written then.
     """
-    path = given_path("path", path, "the file to write")
-    if path.is_dir():
-        raise ValueError(f"path = {quote(str(path))} is a folder: give the name of a file to write")
+    path = given_file(path)
     model = unwrap(model)
     _, record = demand_adapter(model, name)
     own = adapter_state_dict(model, record.name)

@@ -101,8 +101,7 @@ def open_subject(
     stored = recipe_of_trained(path, values)
     if not merged:  # The base of a merged file is any model that is named.
         refuse_other_model(path, stored, values)
-    keys = {**stored, **values}
-    recipe = load_recipe(None, keys)
+    recipe = load_recipe(None, {**stored, **values})
     with open_processes(recipe.run.device) as processes, process_settings(recipe.run, processes.device):
         if processes.world_size > 1:
             raise ValueError("an analysis is the work of one process: start it without torchrun")
@@ -112,7 +111,7 @@ def open_subject(
             subject = Subject(create_backbone(recipe, after.num_classes), after)
         else:
             limit = getattr(recipe.data, "limit", None)
-            few = load_recipe(None, {**keys, "limit": min(limit or num_images, num_images)})
+            few = recipe.replace(limit=min(limit or num_images, num_images))
             subject = _with_data(path, recipe, few, processes, merged, split, num_batches)
         for model in (subject.before, subject.after):
             model.to(processes.device).eval()

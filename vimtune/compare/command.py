@@ -88,15 +88,13 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
     """
     found: dict[Cell, Result] = {}
     problems = []
-    for method, data in plan.pairs:
-        for lr in plan.rates(method, data):
-            for cell in plan.cells(method, data, lr):
-                run = RunFolder(folder / cell.path)
-                if not run.recipe.is_file():
-                    continue
-                problems += [f"{cell}: {problem}" for problem in _differences(run, plan.recipe(cell, folder))]
-                if not problems and run.report.is_file():
-                    found[cell] = read_result(run.path)
+    for cell in plan.all_cells():
+        run = RunFolder(folder / cell.path)
+        if not run.recipe.is_file():
+            continue
+        problems += [f"{cell}: {problem}" for problem in _differences(run, plan.recipe(cell, folder))]
+        if not problems and run.report.is_file():
+            found[cell] = read_result(run.path)
     if problems:
         raise PlanError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
     return found

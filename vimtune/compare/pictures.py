@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from vimtune.compare.paired import Difference
-from vimtune.compare.results import Row, by_data
+from vimtune.compare.results import Row, by_data, score_label
 from vimtune.pages.style import picture_style
 from vimtune.text import printable, shorten
 
@@ -92,11 +92,9 @@ def _draw_ranks(rows: Sequence[Row]) -> Figure:
                     markersize=5,
                     capsize=2,
                 )
-            score = group[0].scores[0]
             axes.set_title(shorten(printable(name), 2 * MAX_NAME))
-            axes.set_xlabel(f"{score.title} ({group[0].split}){', %' if score.percent else ''}")
-            axes.set_yticks(range(len(methods)), [shorten(printable(each), MAX_NAME) for each in methods])
-            axes.set_ylim(-0.6, len(methods) - 0.4)
+            axes.set_xlabel(score_label(group[0].scores[0], group[0].split))
+            _name_lines(axes, methods)
             axes.grid(alpha=0.3)
         return figure
 
@@ -187,8 +185,7 @@ def draw_differences(differences: Sequence[Difference]) -> Figure:
                 markersize=11 if len(data) > 1 else 5,
                 capsize=3,
             )
-        axes.set_yticks(range(len(methods)), [shorten(printable(method), MAX_NAME) for method in methods])
-        axes.set_ylim(-0.6, len(methods) - 0.4)
+        _name_lines(axes, methods)
         against = shorten(printable(differences[0].against), MAX_NAME)
         over = "mean and data sets" if len(data) > 1 else shorten(printable(data[0]), MAX_NAME)
         axes.set_xlabel(f"difference from {against}, with standard error ({over})")
@@ -196,6 +193,12 @@ def draw_differences(differences: Sequence[Difference]) -> Figure:
         if len(data) > 1:
             figure.legend(loc="outside lower center", ncols=4)
         return figure
+
+
+def _name_lines(axes: Axes, methods: Sequence[str]) -> None:
+    """Name lines that stand one below the other at 0, 1, 2, ..., the last one on top."""
+    axes.set_yticks(range(len(methods)), [shorten(printable(method), MAX_NAME) for method in methods])
+    axes.set_ylim(-0.6, len(methods) - 0.4)
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -222,7 +225,7 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any
                     *zip(*curve, strict=True), look["fmt"], color=look["color"], linestyle="-", markersize=3
                 )
     split = "/".join(dict.fromkeys(result.report.selection_split for row in rows for result in row.results))
-    axes.set(xlabel="epochs, %", ylabel=f"{score.title} ({split}){', %' if score.percent else ''}")
+    axes.set(xlabel="epochs, %", ylabel=score_label(score, split))
     axes.set_xlim(0, 102)
     axes.grid(alpha=0.3)
     return handles
@@ -248,7 +251,7 @@ def _draw_points(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any
     axes.set_xscale("log")
     axes.set(
         xlabel="trained parameters, head included",
-        ylabel=f"{score.title} ({rows[0].split}){', %' if score.percent else ''}",
+        ylabel=score_label(score, rows[0].split),
     )
     axes.margins(x=0.12, y=0.12)
     _label_sizes(axes, [row.trainable for row in rows if row.trainable])

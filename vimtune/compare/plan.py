@@ -313,6 +313,13 @@ class Plan:
             for seed in self.options.seeds
         ]
 
+    def all_cells(self) -> Iterator[Cell]:
+        """The runs of every method on every data set with each of its learning rates, though few of them are
+        needed where several rates are tried."""
+        for method, data in self.pairs:
+            for lr in self.rates(method, data):
+                yield from self.cells(method, data, lr)
+
     def choosing_cells(self, method: str, data: str, lr: float) -> list[Cell]:
         """Those of the runs by which learning rates are compared: they have the first data seed."""
         return [Cell(method, data, lr, seed, self.data_seeds[0]) for seed in self.lr_seeds]

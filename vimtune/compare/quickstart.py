@@ -46,8 +46,7 @@ def _stopped(plan: Plan) -> Path | None:
         same = load_plan(folder / PLAN_FILE, {}) == plan
     except ValueError:  # It is of another version.
         return None
-    cells = (cell for pair in plan.pairs for lr in plan.rates(*pair) for cell in plan.cells(*pair, lr))
-    finished = all(RunFolder(folder / cell.path).report.is_file() for cell in cells)
+    finished = all(RunFolder(folder / cell.path).report.is_file() for cell in plan.all_cells())
     return folder if same and not finished else None
 
 

@@ -217,6 +217,11 @@ def _short(value: Any) -> str:
     )
 
 
+def score_label(score: Score, split: str) -> str:
+    """What an axis or a column of scores is called."""
+    return f"{score.title} ({split}){', %' if score.percent else ''}"
+
+
 def by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows by the name of their data set."""
     groups: dict[str, list[Row]] = {}

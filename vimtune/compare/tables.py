@@ -17,7 +17,7 @@ from rich.table import Table
 from vimtune.compare.paired import Difference, all_differences, differences_from
 from vimtune.compare.pictures import draw_curves, draw_differences, draw_pareto
 from vimtune.compare.plan import Plan
-from vimtune.compare.results import Row, Spread, by_data
+from vimtune.compare.results import Row, Spread, by_data, score_label
 from vimtune.console import neutral, print_line
 from vimtune.output import write_text
 from vimtune.pages.style import save_picture
@@ -108,9 +108,7 @@ def _score_columns(rows: Sequence[Row]) -> list[Column]:
     splits = "/".join(dict.fromkeys(row.split for row in rows if row.results))
     wanted = first.scores[:-1] or first.scores
     return [
-        Column(
-            f"{score.title} ({splits}){', %' if score.percent else ''}", partial(_show_score, name=score.name)
-        )
+        Column(score_label(score, splits), partial(_show_score, name=score.name))
         for score in wanted
         if any(_score_of(row, score.name) for row in rows)
     ]

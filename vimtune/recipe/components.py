@@ -9,6 +9,7 @@ stands in two components, so files and flags give all of them side by side.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -127,6 +128,10 @@ class OptimisationSettings(Options):
         "auto", "replay batches as a CUDA graph: auto (where possible), on, off"
     )
     shard: bool = option(False, "share model and optimizer out among the processes (FSDP): less memory each")
+
+    def steps_of(self, batches: int) -> int:
+        """How many optimizer steps so many batches make."""
+        return math.ceil(batches / self.grad_accum)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import yaml
 
 from vimtune.fields import Option, Options, options_of, parse_fields
 from vimtune.files import atomic_write
-from vimtune.parsers import given_path
+from vimtune.parsers import given_file
 from vimtune.problems import ProblemsError
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.handed_on import parse_handed_on
@@ -181,9 +181,7 @@ class Recipe:
         Raises:
             ValueError: `path` is no path of a file.
         """
-        path = given_path("path", path, "the file to write")
-        if path.is_dir():
-            raise ValueError(f"path = {quote(str(path))} is a folder: give the name of a file to write")
+        path = given_file(path)
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
         def write(temporary: Path) -> None:

@@ -32,12 +32,12 @@ def few_steps_warning(recipe: Recipe, train: Loader, steps: int) -> str | None:
     asked_for = settings.max_steps is not None or getattr(recipe.data, "limit", None) is not None
     if asked_for or steps >= ENOUGH:
         return None
-    per_epoch = math.ceil(len(train) / settings.grad_accum)
+    per_epoch = settings.steps_of(len(train))
     advice = f"--epochs {math.ceil(ENOUGH / per_epoch)}"
     batch_size = _smaller_batch(train.num_examples * settings.epochs, settings.grad_accum)
     if batch_size is not None:
         batches = math.ceil(train.num_examples / batch_size)
-        more = math.ceil(batches / settings.grad_accum) * settings.epochs
+        more = settings.steps_of(batches) * settings.epochs
         advice += f", or --batch-size {batch_size} ({more} steps in {counted(settings.epochs, 'epochs')})"
     return (
         f"the run was over after {counted(steps, 'optimizer steps')}, {per_epoch} in each epoch of "

@@ -191,7 +191,7 @@ def _tracker(
     return Tracker(
         build_console(quiet=not processes.is_main),
         recipe.task,
-        epochs=math.ceil(schedule.total_steps / _steps_per_epoch(recipe.optimisation, len(job.train))),
+        epochs=math.ceil(schedule.total_steps / recipe.optimisation.steps_of(len(job.train))),
         total_steps=schedule.total_steps,
         first_step=progress.step,
         warnings=progress.warnings,
@@ -233,7 +233,7 @@ def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:
 
     Where `max_steps` ends the run before, the warm-up has the share of it that it has of all epochs.
     """
-    steps_per_epoch = _steps_per_epoch(settings, batches)
+    steps_per_epoch = settings.steps_of(batches)
     total = steps_per_epoch * settings.epochs
     warmup = steps_per_epoch * settings.warmup_epochs
     if settings.max_steps is not None and settings.max_steps < total:
@@ -244,11 +244,6 @@ def _schedule(settings: OptimisationSettings, batches: int) -> CosineSchedule:
         min_lr=settings.min_lr,
         constant=OPTIMIZERS[settings.opt].averages,
     )
-
-
-def _steps_per_epoch(settings: OptimisationSettings, batches: int) -> int:
-    """How many optimizer steps so many batches make."""
-    return math.ceil(batches / settings.grad_accum)
 
 
 def _facts(recipe: Recipe, job: Job, processes: Processes) -> Facts:
