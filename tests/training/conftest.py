@@ -18,7 +18,7 @@ from tiny_runs import TINY
 from vimtune.data import CorruptImageError
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe
-from vimtune.training import run, trained, trainer
+from vimtune.training import run, saving, trained, trainer
 from vimtune.training.optim import build_optimizer
 from vimtune.training.prefetch import WindowReader
 
@@ -54,6 +54,12 @@ def short_runs_are_meant() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "few_steps_warning", lambda *run: None)
         yield
+
+
+@pytest.fixture
+def saving_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every epoch is worth saving, however soon it is over."""
+    monkeypatch.setattr(saving, "SHARE", 1.0)
 
 
 @pytest.fixture

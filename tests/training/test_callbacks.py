@@ -93,7 +93,7 @@ def test_a_session_shows_the_run(tiny, capsys) -> None:
 
 
 @pytest.mark.parametrize("moment", [("start", 0), ("step", 6), ("epoch", 2)])
-def test_an_error_ends_the_run_as_it_is_and_the_run_can_go_on(tiny, whole, moment) -> None:
+def test_an_error_ends_the_run_as_it_is_and_the_run_can_go_on(tiny, saving_each_epoch, whole, moment) -> None:
     with pytest.raises(Broken, match="here") as error:
         train(tiny(), callbacks=[Listener(moment, fail)])
     assert error.value.__cause__ is None and error.traceback[-1].name == "fail"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_runs import assert_close_metrics, largest_difference, weights
+from tiny_runs import assert_close_metrics, relative_difference, weights
 
 from vimtune.recipe import Recipe, complete_stored, load_recipe
 from vimtune.training import train
@@ -37,7 +37,8 @@ def test_its_run_continues_to_the_result_of_a_run_of_today(tiny, tmp_path):
     shutil.copytree(FIXTURE, tmp_path / "run")
     report = train(load_recipe(None, {"resume": str(tmp_path / "run")}))
     assert report.warnings == [] and report.history[0].keys() == straight.history[0].keys()
-    assert largest_difference(weights(report.run_dir), weights(straight.run_dir)) < 1e-5
+    # Another processor took the first steps.
+    assert relative_difference(weights(report.run_dir), weights(straight.run_dir)) < 1e-3
     assert_close_metrics(report.run_dir, straight.run_dir, rel=1e-4)
 
 

@@ -149,7 +149,7 @@ def test_a_best_adapter_that_is_not_there(tiny, left):
 
 
 @pytest.mark.parametrize("diverges", ["weight", "ema", "exp_avg"])
-def test_diverged_weights_do_not_replace_the_last_good_state(tiny, monkeypatch, diverges):
+def test_diverged_weights_do_not_replace_the_last_good_state(tiny, saving_each_epoch, monkeypatch, diverges):
     """They become infinite in the last step of an epoch that is not evaluated, so nothing else sees it."""
     recipe = tiny(ema=0.9, eval_interval=3)
     update = Stepper._update

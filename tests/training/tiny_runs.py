@@ -128,3 +128,15 @@ def assert_same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The norm of all differences as a part of that of the values.
+
+    It is for runs that differ by rounding. Adam makes as much of a rounded gradient that is nearly 0 as of
+    any other, so that single weights may be apart by a step of the learning rate; which ones these are is a
+    matter of the processor.
+    """
+    assert one.keys() == other.keys()
+    apart = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return (apart / sum(float(values.square().sum()) for values in other.values())) ** 0.5

@@ -112,9 +112,10 @@ class Callback:
         """After each optimizer step; the weights are those after it."""
 
     def on_epoch(self, session: Session, epoch: EpochRecord) -> None:
-        """After each epoch, when the state that includes it is saved.
+        """After each epoch. Its state is saved, unless that is not worth it yet (`vimtune.training.saving`).
 
-        `epoch.loss` and `epoch.scores` are None where the epoch was not evaluated (`eval_interval`).
+        `vimtune.save_adapter(session.model, path)` keeps the adapter as it is then. `epoch.loss` and
+        `epoch.scores` are None where the epoch was not evaluated (`eval_interval`).
         """
 
     def on_end(self, session: Session, report: Report) -> None:

@@ -33,6 +33,7 @@ from vimtune.training.memory import peak_memory
 from vimtune.training.optim import CosineSchedule
 from vimtune.training.prefetch import WindowReader
 from vimtune.training.report import describe_method, shared_fields
+from vimtune.training.saving import SavingTimes
 from vimtune.training.settling import settle
 from vimtune.training.state import (
     EpochRecord,
@@ -83,6 +84,8 @@ class Run:
     """That of the best epoch, if it was in this session."""
     started: float = field(default_factory=time.monotonic)
     """When this session of the run began."""
+    saving: SavingTimes = field(default_factory=SavingTimes)
+    """Says when the state is saved."""
 
     def __post_init__(self) -> None:
         self.seconds_before = self.progress.seconds
@@ -99,6 +102,8 @@ class Run:
             while not ended(self.recipe.optimisation, self.progress):
                 self._train_epoch()
                 self._end_epoch()
+            if not self.saving.is_current:  # What is scored now is read from the files.
+                self._save()
             if self.stepper.passes.graphs is not None:
                 self.tracker.message(f"CUDA graphs: {self.stepper.passes.graphs.summary}")
             report = self._finish()
@@ -135,6 +140,7 @@ class Run:
     def _train_epoch(self) -> None:
         """Take the steps of the epoch that are left, and note and show what came of each."""
         loader, progress = self.job.train, self.progress
+        self.saving.is_current = False
         loader.set_position(progress.epoch, progress.batch)
         loader.read_ahead()
         if self._is_evaluated(progress.epoch + 1):
@@ -210,7 +216,7 @@ class Run:
         return self.progress.count / max(1e-9, self.progress.train_seconds)
 
     def _end_epoch(self) -> None:
-        """Evaluate if it is time, keep the adapter if it is the best so far, and save the state."""
+        """Evaluate and save the state if it is time, and keep the adapter if it is the best so far."""
         progress, number = self.progress, self.progress.epoch + 1
         if progress.loss_count == 0:
             raise InputError(f"epoch {number}: none of the training {self.task.examples} can be decoded")
@@ -233,7 +239,8 @@ class Run:
         split = {"split": self.job.selection.split} if record.scores is not None else {}
         self.logs.write("epoch", record.flat(self.task.unit) | split)
         self.tracker.show_epoch(record, self.job.selection.split)
-        self._save()
+        if self.processes.from_main(self.saving.is_due):
+            self._save()
         self._tell_of_epoch(record)
 
     def _tell_of_step(self, record: StepRecord) -> None:
@@ -244,8 +251,8 @@ class Run:
             self._hear_callbacks()
 
     def _tell_of_epoch(self, record: EpochRecord) -> None:
-        """Tell the callbacks of an epoch whose state is saved, and evaluate it now if they end the training
-        and it was not evaluated."""
+        """Tell the callbacks of an epoch that is over. If they make it the last one, it is evaluated now, unless
+        it was."""
         for callback in self.callbacks:
             callback.on_epoch(self.session, record)
         self._hear_callbacks()
@@ -384,14 +391,15 @@ class Run:
 
     def _save(self) -> None:
         """Write the state, then put the adapter that belongs to it in its place."""
-        self.progress.seconds = self._seconds()
-        self.progress.metrics_bytes = self.logs.sync()  # first, so that this count is never too high
-        tensors = self.trained.tensors()
-        if not self.processes.is_main:
-            return
-        state = RunState(lasting(self.recipe), self.facts, self.progress, **tensors)
-        save_run_state(self.folder.checkpoint, state)
-        settle_best_adapter(self.folder, self.progress.best_epoch)
+        with self.saving.measured():
+            self.progress.seconds = self._seconds()
+            self.progress.metrics_bytes = self.logs.sync()  # first, so that this count is never too high
+            tensors = self.trained.tensors()
+            if not self.processes.is_main:
+                return
+            state = RunState(lasting(self.recipe), self.facts, self.progress, **tensors)
+            save_run_state(self.folder.checkpoint, state)
+            settle_best_adapter(self.folder, self.progress.best_epoch)
 
     def _save_next_adapter(self, epoch: int) -> None:
         """Write the adapter of an epoch, which becomes the best one when the state is saved next."""
