@@ -29,21 +29,36 @@ class Question:
 
 
 def _of_prodial(text: str, rows_at_budget: str, row_of_ablation: str) -> Question:
-    """Whether ProDiaL, as it is by default and with a slow diagonal, is better than another method."""
+    """Whether ProDiaL, as it is by default and in the form that was best on validation images, is better than
+    another method."""
     return Question(
         text,
         (
-            *(("native", name, rows_at_budget) for name in ("prodial", "prodial_slow")),
-            *(("budget", name, rows_at_budget) for name in ("prodial", "prodial_slow")),
-            *(("ablation", name, row_of_ablation) for name in ("free", "slow")),
+            *(("native", name, rows_at_budget) for name in ("prodial", "prodial_exp")),
+            *(("budget", name, rows_at_budget) for name in ("prodial", "prodial_exp")),
+            *(("ablation", name, row_of_ablation) for name in ("free", "exp")),
         ),
     )
 
+
+FORMS = (
+    *("exp", "third", "slow", "slower", "unscaled", "unscaled_slow", "block1_slow", "block16_slow"),
+    *("decayed", "diagonal", "rank32_slow"),
+)
+"""Rows of the ablation that are ProDiaL in another form."""
 
 QUESTIONS = (
     _of_prodial("Does ProDiaL beat LoRA?", "lora", "lora"),
     _of_prodial("Does ProDiaL beat DoRA?", "dora", "dora"),
     _of_prodial("Does our ProDiaL beat the formula of the published code?", "prodial_paper", "paper"),
+    Question(
+        "Which form of ProDiaL beats its default?",
+        (
+            ("native", "prodial_exp", "prodial"),
+            ("budget", "prodial_exp", "prodial"),
+            *(("ablation", name, "free") for name in FORMS),
+        ),
+    ),
     Question(
         "Is it better to tune the projectors than the scan, with the same budget?",
         tuple(("compositions", "projectors", name) for name in ("scan", "x_proj", "dt_proj", "A")),

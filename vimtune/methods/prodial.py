@@ -45,7 +45,7 @@ class ProDiaL(LoRA):
         0.0, "weight decay of s towards 1, as a multiple of the run's; 0 leaves s alone"
     )
     diagonal_lr_ratio: PositiveAmount = option(
-        1.0, "learning rate of D_b and s as a multiple of that of A; .03 to .1 is worth a try"
+        1.0, "learning rate of D_b and s as a multiple of that of A"
     )
 
     def __post_init__(self) -> None:
