@@ -117,8 +117,8 @@ def test_methods_of_about_one_size_stand_one_below_the_other():
         )
 
     rows = [
-        *(row("a", "x", 60, 62), row("b", "x", 70, 71, trained=300_000), row("c", "x", 50, 52)),
-        *(row("a", "y", 90, 91), row("b", "y", 60, 61, trained=300_000), row("late", "y", 99)),
+        *(row("a", "x", 60, 62), row("b", "x", 70, 71, trained=200_000), row("c", "x", 50, 52)),
+        *(row("a", "y", 90, 91), row("b", "y", 60, 61, trained=200_000), row("late", "y", 99)),
     ]
     figure = draw_pareto(rows)
     figure.draw_without_rendering()
@@ -129,8 +129,21 @@ def test_methods_of_about_one_size_stand_one_below_the_other():
     figure = draw_pareto([row for row in rows if row.method != "c" and row.method != "late"])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["b", "a"]
     assert len(figure.axes[0].containers) == 2
-    much_larger = row("full", "y", 95, trained=7_000_000)
-    assert "parameters" in draw_pareto([*rows, much_larger]).axes[0].get_xlabel()
+    far = [row(name, "y", 95, trained=trained) for name, trained in (("full", 7_000_000), ("bias", 2_000))]
+    assert "parameters" in draw_pareto([*rows, *far]).axes[0].get_xlabel()
+
+
+def test_few_methods_of_other_sizes_have_them_with_their_names():
+    def row(method, data, score, trained):
+        return Row(method, data, (result(score, trained=trained),), 1e-3)
+
+    names = ["a", "b", "c", "d", "e", "f"]
+    rows = [row(name, data, 50 + n, 173_000) for data in "xy" for n, name in enumerate(names)]
+    rows += [row("full", data, 49, 7_000_000) for data in "xy"] + [row("bias", "x", 40, 2_000)]
+    figure = draw_pareto(rows)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    sizes = {row.method: short_count(row.parameters) for row in rows}
+    assert labels == [f"bias ({sizes['bias']})", f"full ({sizes['full']})", *names]
 
 
 def test_labels_of_sizes_do_not_run_into_each_other():

@@ -1,11 +1,13 @@
 """The pictures of a comparison: scores as they rose in training, score over trained parameters with the
-methods that no other one beats, or by method where all have about one size, and the differences from one of
+methods that no other one beats, or by method where most have about one size, and the differences from one of
 them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -28,8 +30,10 @@ MARK_WIDTH = 8
 """Characters that the mark before a name and the gap behind it take."""
 LINE_HEIGHT = 0.21
 """Inches of a line of the legend."""
-ONE_SIZE = 2
-"""Methods of which none trains so many times what another one does are at a budget, not of several sizes."""
+ONE_SIZE = 2**0.5
+"""Methods are about as large as the middle one if they train up to so many times as much, or as little."""
+MOST = 0.75
+"""The share of the methods of a data set that have to be of one size, so that they stand at a budget."""
 MARKERS = "osD^vP*X<>"
 """Marks of the methods; with ten colours they tell a hundred of them apart."""
 
@@ -43,28 +47,36 @@ def draw_pareto(rows: Sequence[Row]) -> Figure:
     parameters. The head counts here, because no method trains without it. The line joins the methods than
     which no other one is better with as few parameters.
 
-    Where all methods have about one size on each data set, as at a budget, the scores stand side by side
-    instead, a line for each method, the best one on top.
+    Where most methods have about one size on each data set, as at a budget, their points would lie on each
+    other. The scores then stand side by side instead, a line for each method, the best one on top; methods of
+    another size have it with their names.
     """
     drawn = [row for row in rows if _has_a_point(row)]
-    sizes: dict[str, list[int]] = {}
-    for row in drawn:
-        sizes.setdefault(row.data, []).append(row.trainable or 0)
-    if any(len(own) > 1 for own in sizes.values()) and all(
-        max(own) < ONE_SIZE * min(own) for own in sizes.values()
+    groups = by_data(drawn)
+    others = {name: _of_other_sizes(own) for name, own in groups.items()}
+    if any(len(own) > 1 for own in groups.values()) and all(
+        len(others[name]) <= (1 - MOST) * len(own) for name, own in groups.items()
     ):
-        return _draw_ranks(drawn)
+        return _draw_ranks(drawn, set().union(*others.values()))
     return _panels(rows, _has_a_point, _draw_points)
+
+
+def _of_other_sizes(rows: Sequence[Row]) -> set[str]:
+    """The methods that train far more or far less than most on a data set."""
+    sizes = {row.method: row.trainable or 0 for row in rows}
+    middle = statistics.median(sizes.values())
+    return {method for method, size in sizes.items() if max(size, middle) > ONE_SIZE * min(size, middle)}
 
 
 def _has_a_point(row: Row) -> bool:
     return row.score is not None and bool(row.trainable)
 
 
-def _draw_ranks(rows: Sequence[Row]) -> Figure:
+def _draw_ranks(rows: Sequence[Row], of_other_sizes: Collection[str]) -> Figure:
     """A picture with a panel for each data set, where methods stand one below the other, each at its score.
 
-    Their order is that of their mean scores over the data sets on which all of them have one.
+    Their order is that of their mean scores over the data sets on which all of them have one. The names of
+    some say how many numbers they train beside the head.
     """
     groups = by_data(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -72,6 +84,7 @@ def _draw_ranks(rows: Sequence[Row]) -> Figure:
     own = {method: {row.data: row for row in rows if row.method == method} for method in methods}
     shared = [name for name in groups if all(name in of_data for of_data in own.values())]
     methods.sort(key=lambda method: sign * sum(_mean(own[method][name]) for name in shared))
+    sizes = {row.method: row.parameters for row in rows if row.method in of_other_sizes}
     across = min(ACROSS, len(groups))
     down = math.ceil(len(groups) / across)
     with picture_style():
@@ -94,7 +107,7 @@ def _draw_ranks(rows: Sequence[Row]) -> Figure:
                 )
             axes.set_title(shorten(printable(name), 2 * MAX_NAME))
             axes.set_xlabel(score_label(group[0].scores[0], group[0].split))
-            _name_lines(axes, methods)
+            _name_lines(axes, methods, sizes)
             axes.grid(alpha=0.3)
         return figure
 
@@ -195,9 +208,19 @@ def draw_differences(differences: Sequence[Difference]) -> Figure:
         return figure
 
 
-def _name_lines(axes: Axes, methods: Sequence[str]) -> None:
-    """Name lines that stand one below the other at 0, 1, 2, ..., the last one on top."""
-    axes.set_yticks(range(len(methods)), [shorten(printable(method), MAX_NAME) for method in methods])
+def _name_lines(
+    axes: Axes, methods: Sequence[str], sizes: Mapping[str, int | None] = MappingProxyType({})
+) -> None:
+    """Name lines that stand one below the other at 0, 1, 2, ..., the last one on top.
+
+    Args:
+        axes: where the lines are.
+        methods: their names.
+        sizes: how many numbers some of them train, which stands with their names.
+    """
+    names = {method: shorten(printable(method), MAX_NAME) for method in methods}
+    names |= {method: f"{names[method]} ({short_count(size)})" for method, size in sizes.items() if size}
+    axes.set_yticks(range(len(methods)), list(names.values()))
     axes.set_ylim(-0.6, len(methods) - 0.4)
 
 

@@ -44,9 +44,7 @@ class ProDiaL(LoRA):
     scale_decay: Annotated[float, Ge(0)] = option(
         0.0, "weight decay of s towards 1, as a multiple of the run's; 0 leaves s alone"
     )
-    diagonal_lr_ratio: PositiveAmount = option(
-        1.0, "learning rate of D_b and s as a multiple of that of A"
-    )
+    diagonal_lr_ratio: PositiveAmount = option(1.0, "learning rate of D_b and s as a multiple of that of A")
 
     def __post_init__(self) -> None:
         if self.scale_decay > 0 and not self.train_scale:

@@ -251,8 +251,8 @@ class Run:
             self._hear_callbacks()
 
     def _tell_of_epoch(self, record: EpochRecord) -> None:
-        """Tell the callbacks of an epoch that is over. If they make it the last one and it was not evaluated, it
-        is now."""
+        """Tell the callbacks of an epoch that is over. If they make it the last one and it was not evaluated
+        before, it is now."""
         for callback in self.callbacks:
             callback.on_epoch(self.session, record)
         self._hear_callbacks()
