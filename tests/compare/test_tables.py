@@ -13,17 +13,13 @@ from tiny_plans import TINY, result
 
 from vimtune.compare.pictures import draw_curves, draw_pareto, pareto, short_count
 from vimtune.compare.plan import Plan
-from vimtune.compare.results import Row, Spread, rows_of_runs
-from vimtune.compare.tables import (
-    best_of,
-    print_rows,
-    protocol_of,
-    runs_to_csv,
-    to_csv,
-    to_latex,
-    to_markdown,
-    write_tables,
-)
+from vimtune.compare.results import Row, Spread, best_of, rows_of_runs
+from vimtune.compare.tables.console import print_rows
+from vimtune.compare.tables.csv import runs_to_csv, to_csv
+from vimtune.compare.tables.files import write_tables
+from vimtune.compare.tables.latex import to_latex
+from vimtune.compare.tables.markdown import to_markdown
+from vimtune.compare.tables.notes import protocol_of
 from vimtune.console import build_console
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -2,7 +2,7 @@
 
 `plan.py` says what is compared and what a single run of it is, `schedule.py` which run comes next and which
 learning rate is taken, `execution.py` has runs made by processes of their own, `worker.py` is what those do,
-`results.py` puts together what finished runs have found, `paired.py` compares methods run by run, `tables.py`
+`results.py` puts together what finished runs have found, `paired.py` compares methods run by run, `tables/`
 and `pictures.py` show it, and `command.py` does all of it for the command line.
 
 The protocol: each method is trained on each data set with every learning rate of its grid and every seed of
