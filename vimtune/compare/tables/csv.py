@@ -18,13 +18,14 @@ def to_csv(rows: Sequence[Row]) -> str:
     lines: list[dict[str, Any]] = []
     for row in rows:
         line: dict[str, Any] = {
-            **_names(row),
+            "method": row.method,
+            "data": row.data,
             "lr": row.lr,
             "seeds": len(row.seeds),
             "data_seeds": len(row.data_seeds),
             "runs": len(row.results),
             "missing": row.missing,
-            "size": csv_cell(row.size),
+            "size": row.size,
             "split": row.split,
             "method_parameters": row.parameters,
             "trainable_parameters": row.trainable,
@@ -48,7 +49,8 @@ def runs_to_csv(rows: Sequence[Row]) -> str:
             report = result.report
             lines.append(
                 {
-                    **_names(row),
+                    "method": row.method,
+                    "data": row.data,
                     "lr": result.lr,
                     "seed": result.seed,
                     "data_seed": result.data_seed,
@@ -64,8 +66,8 @@ def runs_to_csv(rows: Sequence[Row]) -> str:
                     "peak_memory_mib": report.peak_memory,
                     "peak_memory_of": report.peak_memory_of,
                     "adapter_bytes": report.adapter_bytes,
-                    "device": _text(report.device_name),
-                    "run_dir": _text(report.run_dir),
+                    "device": report.device_name,
+                    "run_dir": report.run_dir,
                 }
             )
     return _csv(lines)
@@ -79,7 +81,8 @@ def rates_to_csv(rows: Sequence[Row]) -> str:
         for result in sorted((*row.others, *row.results), key=lambda result: result.lr):
             lines.append(
                 {
-                    **_names(row),
+                    "method": row.method,
+                    "data": row.data,
                     "lr": result.lr,
                     "chosen": row.lr == result.lr,
                     "seed": result.seed,
@@ -95,9 +98,9 @@ def paired_to_csv(rows: Sequence[Row]) -> str:
     """A line for each two methods on each data set with their difference, and one for its mean over all."""
     lines = [
         {
-            "method": _text(each.method),
-            "against": _text(each.against),
-            "data": "" if each.data is None else _text(each.data),
+            "method": each.method,
+            "against": each.against,
+            "data": each.data,
             "pairs": each.pairs,
             "difference": each.mean,
             "standard_error": each.error,
@@ -107,19 +110,15 @@ def paired_to_csv(rows: Sequence[Row]) -> str:
     return _csv(lines)
 
 
-def _names(row: Row) -> dict[str, str]:
-    """The first cells of every line about a row."""
-    return {"method": _text(row.method), "data": _text(row.data)}
-
-
-def _text(text: str) -> str:
-    return csv_cell(printable(text))
-
-
 def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    """A file with a column for each name; what is text in a cell is harmless, whoever has written it."""
     names = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return csv_cell(printable(value)) if isinstance(value, str) else value

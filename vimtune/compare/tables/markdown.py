@@ -23,7 +23,7 @@ def to_markdown(
         failures: a line for each run that failed.
         reference: the method from which the differences of the others are shown; None for the first.
     """
-    parts = ["# Comparison", note, *remarks_on(rows)]
+    parts = ["# Comparison", note, *remarks_on(rows, escape_markdown)]
     if (table := overview(rows)) is not None:
         parts.append(_table(table))
     if differences := shown_differences(rows, reference):
@@ -43,7 +43,7 @@ def _section(title: str) -> str:
 
 def _table(table: Table, best: Collection[int] = ()) -> str:
     """A table. In the lines whose numbers are in `best` the second cell is bold, the most important score."""
-    lines = [table.heading, ["---", *["---:"] * (len(table.heading) - 1)]]
+    lines = [list(map(escape_markdown, table.heading)), ["---", *["---:"] * (len(table.heading) - 1)]]
     for number, line in enumerate(table.rows):
         cells = [escape_markdown(cell) for cell in line]
         if number in best:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from vimtune.compare.plan import Plan
 from vimtune.compare.results import Row
@@ -46,23 +46,28 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def remarks_on(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the tables has to know besides."""
+def remarks_on(rows: Sequence[Row], escape: Callable[[str], str] = str) -> list[str]:
+    """What a reader of the tables has to know besides; `escape` makes names of data sets harmless where the
+    remarks are shown."""
     remarks = ["Trained parameters do not count the head; `with head` does."]
     if any(row.soup for row in rows):
         remarks.append("`soup` is the score of one adapter, the average of those of all seeds.")
     own = [row for row in rows if any(r.report.split == r.report.selection_split for r in row.results)]
-    blind = [row.data for row in own]
     chosen = ["epochs"] if any(result.had_a_choice for row in own for result in row.results) else []
     chosen += ["learning rates"] if any(row.tried > 1 for row in own) else []
     if chosen:
         remarks.append(
-            f"Of {', '.join(dict.fromkeys(blind))} the split of the scores also chose the "
+            f"Of {_data_of(own, escape)} the split of the scores also chose the "
             f"{' and '.join(chosen)}, which makes them optimistic."
         )
-    if same := [row.data for row in rows if not row.data_differ]:
+    if same := [row for row in rows if not row.data_differ]:
         remarks.append(
-            f"The data seeds draw nothing of {', '.join(dict.fromkeys(same))}, whose data are the same with "
+            f"The data seeds draw nothing of {_data_of(same, escape)}, whose data are the same with "
             "each: such runs are no draws of the data (shots or train_size are), and their spread says less."
         )
     return remarks
+
+
+def _data_of(rows: Iterable[Row], escape: Callable[[str], str]) -> str:
+    """The data sets of rows, each once."""
+    return ", ".join(map(escape, dict.fromkeys(row.data for row in rows)))
