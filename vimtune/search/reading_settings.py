@@ -1,7 +1,7 @@
 """What may be drawn for one option or key, as YAML states it.
 
-That is a value, `{value: ...}`, `{low, high}` with `step` or `log`, or `{choose: [...]}`; all but a plain value
-may have `times`.
+That is a value, `{value: ...}`, `{low, high}` with `step` or `log`, or `{choose: [...]}`; all but a plain
+value may have `times`.
 """
 
 from __future__ import annotations
