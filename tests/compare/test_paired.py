@@ -13,7 +13,9 @@ from vimtune.compare.paired import Difference, all_differences, difference, diff
 from vimtune.compare.pictures import draw_differences
 from vimtune.compare.plan import Plan, PlanError
 from vimtune.compare.results import Row
-from vimtune.compare.tables import paired_to_csv, rates_to_csv, to_markdown, write_tables
+from vimtune.compare.tables.csv import paired_to_csv, rates_to_csv
+from vimtune.compare.tables.files import write_tables
+from vimtune.compare.tables.markdown import to_markdown
 
 
 def row(method, data, *scores, first_seed=0, **changes):

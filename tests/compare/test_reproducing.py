@@ -13,7 +13,8 @@ from tiny_plans import TINY, InProcess, result
 from vimtune.compare.command import compare
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Row
-from vimtune.compare.tables import to_csv, to_markdown
+from vimtune.compare.tables.csv import to_csv
+from vimtune.compare.tables.markdown import to_markdown
 from vimtune.recipe import load_recipe
 from vimtune.recipe.config_files import read_plan, variants_of
 

@@ -13,17 +13,13 @@ from tiny_plans import TINY, result
 
 from vimtune.compare.pictures import draw_curves, draw_pareto, pareto, short_count
 from vimtune.compare.plan import Plan
-from vimtune.compare.results import Row, Spread, rows_of_runs
-from vimtune.compare.tables import (
-    best_of,
-    print_rows,
-    protocol_of,
-    runs_to_csv,
-    to_csv,
-    to_latex,
-    to_markdown,
-    write_tables,
-)
+from vimtune.compare.results import Row, Spread, best_of, rows_of_runs
+from vimtune.compare.tables.console import print_rows
+from vimtune.compare.tables.csv import runs_to_csv, to_csv
+from vimtune.compare.tables.files import write_tables
+from vimtune.compare.tables.latex import to_latex
+from vimtune.compare.tables.markdown import to_markdown
+from vimtune.compare.tables.notes import protocol_of
 from vimtune.console import build_console
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -34,6 +30,8 @@ ROWS = [
     Row("lora", "cars", (result(30),), 1e-3),
     Row("full", "cars", (), None, 3),
 ]
+EPOCHS = [{"epoch": n, "loss": 1.0, "top1": 3.0, "top5": None} for n in (1, 2)]
+"""The history of a run that could choose between two epochs."""
 
 
 def test_mean_and_deviation():
@@ -72,6 +70,30 @@ def test_names_are_harmless_in_every_format(tmp_path):
     write_tables(rows, tmp_path, "", [])
 
 
+def test_names_of_data_sets_are_harmless_where_tables_and_remarks_have_them():
+    name = "a|b <i>\x1b[31m"
+    runs = tuple(
+        result(split="val", seed=seed, recipe={"data_seed": seed, "shots": 1}, history=EPOCHS)
+        for seed in (0, 1)
+    )
+    text = to_markdown([Row(method, data, runs, 1e-3) for method in "xy" for data in (name, "c")], "")
+    assert text.count(r"a\|b \<i\>\\x1b\[31m") == 5, "in two headings, in a title, and in two remarks"
+    assert "\x1b" not in text and "a|b" not in text and "`with head`" in text
+
+
+def test_what_a_report_says_is_no_formula_of_a_spreadsheet():
+    own = result(
+        recipe={"budget": 1000},
+        method_config={"lora": {"rank": "\x1b"}},
+        split="=1+1",
+        peak_memory_of="@x",
+    )
+    rows = [Row("lora", "flowers", (own,), 1e-3)]
+    for text in (to_csv(rows), runs_to_csv(rows)):
+        (line,) = csv.DictReader(io.StringIO(text))
+        assert line["split"] == "'=1+1" and line.get("peak_memory_of", "'@x") == "'@x" and "\x1b" not in text
+
+
 def test_latex_has_as_many_cells_as_columns():
     text = to_latex(ROWS)
     for table in re.findall(r"\\begin\{tabular\}\{(l(?:r+))\}(.*?)\\end\{tabular\}", text, re.S):
@@ -83,8 +105,7 @@ def test_latex_has_as_many_cells_as_columns():
 def test_the_best_row_is_none_where_splits_differ():
     first, second = (Row(name, "x", (result(score),), 1e-3) for name, score in (("a", 1), ("b", 2)))
     assert best_of([first, second]) == [second] and best_of([first]) == []
-    epochs = [{"epoch": n, "loss": 1.0, "top1": 3.0, "top5": None} for n in (1, 2)]
-    other = Row("c", "x", (result(3, split="val", history=epochs),), 1e-3)
+    other = Row("c", "x", (result(3, split="val", history=EPOCHS),), 1e-3)
     assert best_of([first, second, other]) == []
     assert "which makes them optimistic" in to_markdown([other], "")
 
@@ -198,7 +219,7 @@ def test_draws_of_the_data_are_averaged_over():
         "4",
     ]
     (same,) = rows_of_runs([run(80, 0, 3), run(80, 0, 4)])
-    assert "The data seeds draw nothing of synthetic_flowers" in to_markdown([same], "")
+    assert r"The data seeds draw nothing of synthetic\_flowers" in to_markdown([same], "")
 
 
 def test_a_run_that_was_made_twice_is_no_second_seed():

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
-from vimtune.compare.plan import RESERVED, PlanError, PlanOptions, load_plan
+from vimtune.compare.plan import PlanError, load_plan
+from vimtune.compare.plan_keys import RESERVED, PlanOptions
 from vimtune.fields import Option, options_of
 
 DESCRIPTION = """\

@@ -1,9 +1,15 @@
 """Comparisons: methods by data sets by seeds, each with the learning rate that a validation split chooses.
 
-`plan.py` says what is compared and what a single run of it is, `schedule.py` which run comes next and which
-learning rate is taken, `execution.py` has runs made by processes of their own, `worker.py` is what those do,
-`results.py` puts together what finished runs have found, `paired.py` compares methods run by run, `tables.py`
-and `pictures.py` show it, and `command.py` does all of it for the command line.
+| file | what |
+|---|---|
+| `plan.py` | what is compared, and what a single run of it is |
+| `plan_keys.py`, `plan_problems.py` | the keys in which that is stated, and what may be wrong with it |
+| `schedule.py` | which run comes next, and which learning rate is taken |
+| `execution.py`, `worker.py` | runs made by processes of their own, and what those do |
+| `soups.py` | the averages of the adapters of all seeds |
+| `results.py`, `paired.py` | what finished runs have found, put together; methods compared run by run |
+| `tables/`, `pictures.py` | how all of it is shown |
+| `command.py`, `quickstart.py` | a comparison from beginning to end: a user's, and the one without any flag |
 
 The protocol: each method is trained on each data set with every learning rate of its grid and every seed of
 `lr_seeds`. The learning rate whose runs score best on the validation split on average, by the epoch that each

@@ -16,7 +16,9 @@ from vimtune.compare.plan import PLAN_FILE, Cell, Plan, PlanError, load_plan
 from vimtune.compare.results import Row, rows_of_runs
 from vimtune.compare.schedule import Schedule
 from vimtune.compare.soups import soup_of
-from vimtune.compare.tables import OF_RUNS, print_rows, protocol_of, write_tables
+from vimtune.compare.tables.console import print_rows
+from vimtune.compare.tables.files import write_tables
+from vimtune.compare.tables.notes import OF_RUNS, protocol_of
 from vimtune.compare.worker import LOG_FILE
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored

@@ -18,8 +18,7 @@ them, and what a method says before both. A grid of recipes (`vimtune.recipe.con
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,148 +26,28 @@ from typing import Any
 
 import yaml
 
-from vimtune import parsers
+from vimtune.compare.plan_keys import Entries, PlanOptions, parse_entries, parse_rate, parse_rates, read_keys
+from vimtune.compare.plan_problems import problems_of
 from vimtune.data.datasets import DATASETS, reads_files
-from vimtune.fields import Options, Positive, option, options_of, parse_fields
+from vimtune.fields import options_of
 from vimtune.files import atomic_write
 from vimtune.methods import METHODS
-from vimtune.recipe import Recipe, RecipeError, absolute_paths, keys_of, path_problems
+from vimtune.recipe import Recipe, RecipeError
 from vimtune.recipe.config_files import read_plan
 from vimtune.recipe.files import read_values
 from vimtune.tasks import TASKS
-from vimtune.text import quote, suggest
 
 PLAN_FILE = "plan.yaml"
 """Name of the file in the folder of a comparison from which it can be continued."""
+
+_DATA_KINDS: Mapping[str, Any] = {"dataset": DATASETS, "task": TASKS}
+"""The keys of a recipe that the name of a data set may stand for, with what is known under them."""
 
 
 class PlanError(RecipeError):
     """A plan that cannot be carried out; `problems` lists every reason, one line each."""
 
     subject = "the plan"
-
-
-Entries = dict[str, dict[str, Any]]
-"""Methods or data sets by their name in the tables, with the keys of recipes that each sets."""
-
-_NAME = re.compile(r"\w[\w.+-]{0,79}")
-"""What a method or a data set may be called: it is part of the path of its runs."""
-
-RESERVED = {
-    "seed": "the key seeds",
-    "output_dir": "the folder of the comparison",
-    "resume": "the comparison, which continues what it finds",
-    "force": "nothing: runs of a comparison have the data they began with",
-}
-"""Keys of recipes that the runs of a comparison do not take, and what sets them."""
-
-
-def parse_entries(value: Any) -> Entries:
-    """Methods or data sets: a list of names, or a mapping from names to keys of recipes.
-
-    Raises:
-        ValueError: something else.
-    """
-    value = parsers.plain(value)
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",")]
-    if isinstance(value, list):
-        if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
-            raise ValueError("expected names, each of them once")
-        value = dict.fromkeys(value)
-    if not isinstance(value, dict) or not value:
-        raise ValueError(
-            "expected names such as lora,full, or a mapping such as '{lora: {rank: 8}, full: {}}'"
-        )
-    for name, entry in value.items():
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{quote(name)}: expected a name of letters, digits, '_', '-', '+' and '.'")
-        if not isinstance(entry, dict | None):
-            raise ValueError(f"{name}: {quote(entry)}: expected keys of recipes, such as {{rank: 8}}")
-    return {name: entry or {} for name, entry in value.items()}
-
-
-def _list_of(parse: parsers.Parser, what: str) -> parsers.Parser:
-    """A list of different values that `parse` takes; one alone and text such as "1,2" are lists, too."""
-
-    def parse_list(value: Any) -> list[Any]:
-        value = parsers.plain(value)
-        if isinstance(value, str):
-            value = value.split(",")
-        items = value if isinstance(value, list) else [value]
-        try:
-            parsed = [parse(item.strip() if isinstance(item, str) else item) for item in items]
-        except ValueError as error:
-            raise ValueError(f"expected {what}: {error}") from None
-        if not parsed or len(set(parsed)) < len(parsed):
-            raise ValueError(f"expected {what}, each of them once")
-        return parsed
-
-    return parse_list
-
-
-def parse_published(value: Any) -> dict[str, dict[str, float]]:
-    """Published scores by the names of a method and a data set.
-
-    They may have names that a plan lacks, so that a part of a plan can be made with all of them.
-
-    Raises:
-        ValueError: something else.
-    """
-    value = parsers.plain(value)
-    expected = "expected scores by method and data set, such as '{lora: {flowers: 87.3}}'"
-    if not isinstance(value, dict) or not all(isinstance(own, dict) for own in value.values()):
-        raise ValueError(expected)
-    number = parsers.number()
-    try:
-        return {
-            str(name): {str(data): number(score) for data, score in own.items()}
-            for name, own in value.items()
-        }
-    except ValueError as error:
-        raise ValueError(f"{expected}: {error}") from None
-
-
-_NAME_OF_ONE = parsers.optional(parsers.text)
-_SEEDS = _list_of(parsers.integer(0, 2**63 - 1), "seeds such as 0,1,2")
-_RATE = parsers.number(0, above=True)
-_RATES = _list_of(_RATE, "learning rates such as 1e-3,3e-3")
-_DEVICES = _list_of(parsers.device, "devices such as cuda:0,cuda:1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions(Options):
-    """The keys of a plan beside those of recipes."""
-
-    methods: dict[str, Any] | None = option(
-        None, "names, or a mapping from names to keys of recipes", parse=parsers.optional(parse_entries)
-    )
-    data: dict[str, Any] | None = option(
-        None, "data sets, as for methods (default: that of --dataset)", parse=parsers.optional(parse_entries)
-    )
-    seeds: list[int] = option([0], "seeds of the runs", parse=_SEEDS)
-    lrs: list[float] | None = option(
-        None, "learning rates of which the validation split chooses", parse=parsers.optional(_RATES)
-    )
-    lr_seeds: list[int] | None = option(
-        None, "seeds of the runs that choose (default: the first)", parse=parsers.optional(_SEEDS)
-    )
-    data_seeds: list[int] | None = option(
-        None, "seeds of the data (--data-seed), each with every seed", parse=parsers.optional(_SEEDS)
-    )
-    soups: bool = option(False, "also score the average of the adapters of all seeds")
-    jobs: Positive = option(1, "runs at a time on each device")
-    published: dict[str, dict[str, float]] | None = option(
-        None,
-        "scores that others have published, to stand beside ours: '{lora: {flowers: 87.3}}'",
-        parse=parsers.optional(parse_published),
-    )
-    reference: str | None = option(
-        None, "method with which the others are compared run by run (default: the first)", parse=_NAME_OF_ONE
-    )
-    devices: list[str] | None = option(
-        None, "devices that share the runs: cuda:0,cuda:1", parse=parsers.optional(_DEVICES)
-    )
 
 
 @dataclass(frozen=True)
@@ -218,24 +97,9 @@ class Plan:
         Raises:
             PlanError: everything that is wrong with the plan and with the recipes of its runs.
         """
-        own = options_of(PlanOptions)
-        parsed, wrong = parse_fields(PlanOptions, values)
-        problems = [*wrong.values()]
-        if parsed.get("methods", ...) is None:
-            problems.append(
-                f"methods is missing: name what is compared, such as {','.join(list(METHODS)[:2])}"
-            )
-        base = {key: value for key, value in values.items() if key not in own}
-        base, more = _without_wrong_keys(base, "", {"peft": "the key methods", **RESERVED}, list(own))
-        problems += more
-        for kind in ("methods", "data"):
-            for name, entry in (parsed.get(kind) or {}).items():
-                entry, more = _without_wrong_keys(entry, f"{kind}: {name}: ", RESERVED, ["lrs"])
-                parsed[kind][name] = absolute_paths(entry)
-                problems += more
-        plan = cls(PlanOptions(**parsed), absolute_paths(base))
-        problems += plan._name_problems()
-        problems += [*plan._grid_problems()] or plan._recipe_problems(check_paths)
+        options, base, problems = read_keys(values)
+        plan = cls(options, base)
+        problems += problems_of(plan, check_paths)
         if problems:
             raise PlanError(problems)
         return plan
@@ -328,9 +192,9 @@ class Plan:
         """The learning rates that are tried with a method on a data set."""
         for values in (self.methods[method], self.data[data], {"lrs": self.options.lrs, **self.base}):
             if values.get("lrs") is not None:
-                return list(_RATES(values["lrs"]))
+                return list(parse_rates(values["lrs"]))
             if values.get("lr") is not None:
-                return [_RATE(values["lr"])]
+                return [parse_rate(values["lr"])]
         return [Recipe().optimisation.lr]
 
     def _shared_by(self, data: str) -> dict[str, Any]:
@@ -353,122 +217,11 @@ class Plan:
         """The recipe of a run of the comparison in `folder`."""
         return Recipe.from_values({**self.recipe_values(cell), "output_dir": str(folder / cell.path)})
 
-    # --- what may be wrong with it
-
-    def _name_problems(self) -> Iterator[str]:
-        """Methods and data sets whose name says nothing while their keys do not either."""
-        for name, entry in self.methods.items():
-            if "peft" not in entry:
-                yield f"methods: {quote(name)} is no method, and has no key peft.{suggest(name, METHODS)}"
-        if (reference := self.options.reference) is not None and reference not in self.methods:
-            yield f"reference = {quote(reference)} is none of the methods.{suggest(reference, self.methods)}"
-        if "dataset" in self.base or "task" in self.base:
-            return
-        for name, entry in self.data.items():
-            if "dataset" not in entry and "task" not in entry:
-                hint = suggest(name, [*DATASETS, *TASKS])
-                yield f"data: {quote(name)} is no data set and no task, and has no key dataset or task.{hint}"
-
-    def _grid_problems(self) -> Iterator[str]:
-        """What the lists of seeds, learning rates and devices demand of each other and of other keys."""
-        seeds, devices = self.options.seeds, self.options.devices or []
-        for seed in self.lr_seeds:
-            if seed not in seeds:
-                yield f"lr_seeds: {seed} is not among the seeds {', '.join(map(str, seeds))}"
-        if len({device.partition(":")[0] for device in devices}) > 1:
-            yield f"devices = {quote(devices)}: expected devices of one kind, so that all runs compare"
-        places = {"": {"lrs": self.options.lrs, **self.base}}
-        for kind, entries in (("methods", self.methods), ("data", self.data)):
-            places |= {f"{kind}: {name}: ": entry for name, entry in entries.items()}
-        for where, entry in places.items():
-            yield from _rate_problems(where, entry)
-            if self.options.data_seeds is not None and "data_seed" in entry:
-                yield f"{where}data_seed = {quote(entry['data_seed'])}: set by the key data_seeds"
-
-    def _recipe_problems(self, check_paths: bool) -> Iterator[str]:
-        """What is wrong with the recipes of the runs; what several of them share is said once."""
-        found: dict[str, list[tuple[str, str]]] = {}
-        for pair in self.pairs:
-            for problem in dict.fromkeys(self._problems_of(*pair, check_paths)):
-                found.setdefault(problem, []).append(pair)
-        for problem, pairs in found.items():
-            yield f"{self._whose(pairs)}{problem}"
-
-    def _problems_of(self, method: str, data: str, check_paths: bool) -> Iterator[str]:
-        rates = self.rates(method, data)
-        for lr in rates:
-            values = self.recipe_values(self.cells(method, data, lr)[0])
-            try:
-                recipe = Recipe.from_values(values)
-            except RecipeError as error:
-                yield from error.problems
-                continue
-            if check_paths:
-                yield from path_problems(values)
-            if len(rates) > 1 and recipe.data.selection_split == "test":
-                yield (
-                    "the test split would choose the learning rate (train_split, eval_split): give one "
-                    "learning rate, or leave the validation split out of training"
-                )
-
-    def _whose(self, pairs: Iterable[tuple[str, str]]) -> str:
-        """Before the problem of some pairs of a method and a data set: which they are."""
-        pairs = list(pairs)
-        methods, data = dict.fromkeys(pair[0] for pair in pairs), dict.fromkeys(pair[1] for pair in pairs)
-        if len(pairs) == len(self.pairs):
-            return ""
-        if len(pairs) == len(methods) * len(self.data):
-            return f"methods: {', '.join(methods)}: "
-        if len(pairs) == len(data) * len(self.methods):
-            return f"data: {', '.join(data)}: "
-        return f"{', '.join(f'{method} on {name}' for method, name in pairs)}: "
-
-
-_DATA_KINDS: Mapping[str, Any] = {"dataset": DATASETS, "task": TASKS}
-"""The keys of a recipe that the name of a data set may stand for, with what is known under them."""
-
 
 def _with_method(entry: dict[str, Any], name: str) -> dict[str, Any]:
     """The keys of a method, whose name is its `peft` where that is a method or several joined by "+"."""
     is_method = all(part in METHODS for part in name.split("+"))
     return {"peft": name, **entry} if is_method else entry
-
-
-def _without_wrong_keys(
-    values: Mapping[str, Any], where: str, reserved: Mapping[str, str], of_plans: Sequence[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """Keys of recipes, without those that the recipes of no task have or that a comparison sets itself, and a
-    line for each of these.
-
-    Args:
-        values: the keys with their values.
-        where: where they stand, for messages.
-        reserved: keys that are set otherwise, and by what.
-        of_plans: keys that are allowed or may have been meant there besides those of recipes.
-    """
-    of_recipes = dict.fromkeys(key for task in TASKS for key in keys_of(task))
-    right, problems = {}, []
-    for key, value in values.items():
-        if key in reserved:
-            problems.append(f"{where}{key} = {quote(value)}: set by {reserved[key]}")
-        elif key in of_recipes or key in of_plans:
-            right[key] = value
-        else:
-            hint = suggest(str(key), [*of_plans, *(known for known in of_recipes if known not in reserved)])
-            problems.append(f"{where}unknown key {quote(key)}.{hint}")
-    return right, problems
-
-
-def _rate_problems(where: str, values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the learning rates that one place of a plan gives."""
-    given = {key: values[key] for key in ("lr", "lrs") if values.get(key) is not None}
-    for key, value in given.items():
-        try:
-            _RATES(value) if key == "lrs" else _RATE(value)
-        except ValueError as error:
-            yield f"{where}{key} = {quote(value)}: {error}"
-    if len(given) == 2:
-        yield f"{where}lr and lrs are given: lr is one learning rate, lrs are several to choose from"
 
 
 def load_plan(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from vimtune.compare.command import compare
 from vimtune.compare.plan import PLAN_FILE, Plan, load_plan
-from vimtune.compare.results import Row
-from vimtune.compare.tables import CURVES, best_of
+from vimtune.compare.results import Row, best_of
+from vimtune.compare.tables.files import CURVES
 from vimtune.console import build_console, print_line
 from vimtune.run_folder import RunFolder, create_unused, is_held, last_used
 

@@ -120,10 +120,14 @@ class Row:
         """A number of each run, over all of them."""
         return Spread.of(of(result) for result in self.results)
 
+    def score_named(self, name: str) -> Spread | None:
+        """A score that the data have; None where a run lacks it."""
+        return self.spread(lambda result: result.scores.get(name))
+
     @property
     def score(self) -> Spread | None:
         """The most important score that the data have."""
-        return self.spread(lambda result: result.scores.get(self.scores[0].name))
+        return self.score_named(self.scores[0].name)
 
     @property
     def soup(self) -> Spread | None:
@@ -228,3 +232,14 @@ def by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for row in rows:
         groups.setdefault(row.data, []).append(row)
     return groups
+
+
+def best_of(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a data set with the best mean score; none where fewer than two have one, or they are not
+    of one split."""
+    scored = [(row.score.mean, row) for row in rows if row.score is not None]
+    if len(scored) < 2 or len({row.split for _, row in scored}) > 1:
+        return []
+    better = max if scored[0][1].scores[0].higher_is_better else min
+    best = better(mean for mean, _ in scored)
+    return [row for mean, row in scored if mean == best]

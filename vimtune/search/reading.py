@@ -32,22 +32,21 @@ from vimtune.fields import Option, not_an_option, options_of
 from vimtune.methods import METHODS, Method
 from vimtune.recipe import RecipeError
 from vimtune.search.composing import method_keys
-from vimtune.search.settings import Choice, Fixed, Plain, Range, Setting
+from vimtune.search.contradictions import contradictions, wrong_factors
+from vimtune.search.reading_settings import parse_setting
+from vimtune.search.settings import Setting
 from vimtune.search.space import NONE, PART, WITHOUT, Part, Space
 from vimtune.strict_yaml import read_yaml
 from vimtune.text import quote, suggest
 
 MAX_PARTS = 64
 """Most parts of a space."""
-MAX_CHOICES = 64
-"""Most values of a choice."""
 
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
 """What a part may be called: its name is a column of tables."""
 _SPACE_KEYS = ("combine", "keys", "parts", "refine")
 _PART_KEYS = ("method", "optional", "options", "refine", "targets")
 _REFINE_KEYS = ("keys", "options", "remove_one")
-_SETTING_KEYS = ("choose", "high", "log", "low", "step", "times", "value")
 
 Problems = list[str]
 """Lines about what is wrong, to which functions add."""
@@ -113,7 +112,7 @@ def parse_space(values: Mapping[str, Any], keys: Mapping[str, Option]) -> Space:
         remove_one=_switch("refine: remove_one", refine.get("remove_one", False), problems),
     )
     if not problems:
-        problems += _contradictions(space)
+        problems += contradictions(space)
     if problems:
         raise SpaceError(problems)
     return space
@@ -127,7 +126,7 @@ def _refined_everywhere(values: Any, problems: Problems) -> dict[str, Setting]:
         return not_an_option(key, value, "every method", known)
 
     settings, wrong = _settings(what, values, known, unknown, problems)
-    problems += _wrong_factors(what, settings, known, wrong)
+    problems += wrong_factors(what, settings, known, wrong)
     return settings
 
 
@@ -178,9 +177,9 @@ def _part(
 
     options, wrong = _settings(f"{what}: options", values.get("options", {}), known, unknown, problems)
     refined, more = _settings(f"{what}: refine", values.get("refine", {}), known, unknown, problems)
-    problems += _wrong_factors(f"{what}: options", options, known, wrong)
+    problems += wrong_factors(f"{what}: options", options, known, wrong)
     if refined:
-        problems += _wrong_factors(f"{what}: refine", {**options, **refined}, known, wrong | more)
+        problems += wrong_factors(f"{what}: refine", {**options, **refined}, known, wrong | more)
     return Part(name, method, tuple(targets), optional, options, {**refined_everywhere, **refined})
 
 
@@ -194,7 +193,7 @@ def _keys(what: str, values: Any, known: Mapping[str, Option], problems: Problem
         return f"{quote(key)} = {quote(value)} is no key that a search may vary.{hint}"
 
     settings, _ = _settings(what, values, known, unknown, problems)
-    problems += _wrong_factors(what, settings, known, known)
+    problems += wrong_factors(what, settings, known, known)
     return settings
 
 
@@ -217,129 +216,11 @@ def _settings(
             problems.append(f"{what}: {unknown(key, value)}")
             continue
         try:
-            settings[key] = _setting(value, known[key])
+            settings[key] = parse_setting(value, known[key])
         except ValueError as error:
             problems.append(f"{what}: {key} = {quote(value)}: {error}")
             wrong.add(key)
     return settings, wrong
-
-
-def _setting(value: Any, option: Option) -> Setting:
-    """What may be drawn for an option.
-
-    Raises:
-        ValueError: what was expected.
-    """
-    if not isinstance(value, dict) or not value or not all(key in _SETTING_KEYS for key in value):
-        return Fixed(None, option.parse(value))
-    times = value.get("times")
-    if times is not None and not isinstance(times, str):
-        raise ValueError("times: expected the name of an option or a key")
-    setting = _drawable({key: item for key, item in value.items() if key != "times"}, times)
-    for end in setting.ends():
-        if times is None:
-            parsed = option.parse(end)
-            if isinstance(setting, Range) and not setting.is_whole and isinstance(parsed, int):
-                raise ValueError("expected whole numbers as low and high")
-        elif isinstance(end, bool) or not isinstance(end, int | float):
-            raise ValueError(f"times: expected numbers to multiply, not {quote(end)}")
-    return setting
-
-
-def _drawable(value: Mapping[str, Any], times: str | None) -> Setting:
-    kinds = set(value)
-    if kinds == {"value"}:
-        return Fixed(times, value["value"])
-    if kinds == {"choose"}:
-        choices = value["choose"]
-        if not isinstance(choices, list) or not 1 <= len(choices) <= MAX_CHOICES:
-            raise ValueError(f"choose: expected a list of 1 to {MAX_CHOICES} values")
-        if not all(choice is None or isinstance(choice, bool | int | float | str) for choice in choices):
-            raise ValueError("choose: expected numbers, words, true, false or null")
-        if len({repr(choice) for choice in choices}) < len(choices):
-            raise ValueError("choose: expected every value once")
-        return Choice(times, cast("tuple[Plain, ...]", tuple(choices)))
-    if not {"low", "high"} <= kinds or not kinds <= {"low", "high", "step", "log"}:
-        raise ValueError("expected a value, {low, high} with step or log, or {choose: [...]}")
-    return _range(value, times)
-
-
-def _range(value: Mapping[str, Any], times: str | None) -> Range:
-    low, high = _number(value["low"]), _number(value["high"])
-    log, step = parsers.boolean(value.get("log", False)), value.get("step")
-    if low > high:
-        raise ValueError(f"expected low <= high, not {low:g} and {high:g}")
-    if log and low <= 0:
-        raise ValueError("log: expected low > 0")
-    if step is not None:
-        step = parsers.integer(1)(step)
-        if log or not (isinstance(low, int) and isinstance(high, int)) or (high - low) % step:
-            raise ValueError("step: expected whole numbers that lead from low to high, without log")
-    return Range(times, low, high, step, log)
-
-
-def _number(value: Any) -> int | float:
-    """A number as it is, whole or not; YAML reads 1e-3 as text."""
-    found: float = parsers.number()(value)
-    return value if isinstance(value, int) else found
-
-
-def _contradictions(space: Space) -> Iterable[str]:
-    """What is wrong with a space whose parts are right by themselves."""
-    for name in space.parts:
-        if name in space.keys or name in space.refined_keys:
-            yield f"part {name} has the name of a key that is drawn: choose another name"
-    if space.alternatives and space.remove_one:
-        yield "refine: remove_one does not go with combine = one, where a trial has a single part"
-    if space.alternatives:
-        return
-    places: dict[tuple[str, tuple[str, ...]], str] = {}
-    by_method: dict[str, list[Part]] = {}
-    for part in space.parts.values():
-        by_method.setdefault(part.method, []).append(part)
-        first = places.setdefault((part.method, part.targets), part.name)
-        if first != part.name:
-            yield f"part {part.name}: {first} is the same method with the same targets"
-    for method, parts in by_method.items():
-        nameless = [part.name for part in parts if not part.targets]
-        if len(parts) > 1 and nameless:
-            yield f"part {nameless[0]}: several parts are of method {method}, so each of them needs targets"
-
-
-def _wrong_factors(
-    what: str, settings: Mapping[str, Setting], known: Mapping[str, Option], given: Iterable[str]
-) -> Iterable[str]:
-    """One line for each setting that is to be multiplied by what is no number, or what has no value.
-
-    Args:
-        what: where they are stated.
-        settings: by name.
-        known: the options by name.
-        given: names of those that have a value of their own, drawn or not.
-    """
-    for name, setting in settings.items():
-        if setting.times is None:
-            continue
-        shown = f"{what}: {name}: times = {quote(setting.times)}"
-        default = known[setting.times].default if setting.times in known else None
-        if isinstance(default, bool) or not isinstance(default, int | float):
-            yield f"{shown}: expected the name of a number"
-        elif setting.times not in given and (setting.times == name or setting.times not in settings):
-            yield f"{shown}: expected one that is stated beside it"
-        elif _is_circle(name, settings):
-            yield f"{shown}: expected one that is not itself multiplied by {name}"
-
-
-def _is_circle(name: str, settings: Mapping[str, Setting]) -> bool:
-    """Whether a setting is multiplied by others that are multiplied by it. One that is multiplied by its own
-    name takes the value that the recipe has."""
-    seen, factor = [name], settings[name].times
-    while factor is not None and factor in settings and factor != seen[-1]:
-        if factor in seen:
-            return True
-        seen.append(factor)
-        factor = settings[factor].times
-    return False
 
 
 def _refuse_unknown(what: str, values: Mapping[str, Any], known: Iterable[str], problems: Problems) -> None:
