@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from rounding import assert_near
 from tiny_language import FAMILIES, both_models, cached, tokens
 from torch import nn
 
@@ -122,7 +123,7 @@ def test_generating_is_a_full_pass_for_each_token(family, targets):
     told = model.generate(prompt, attention_mask=mask, **settings)
     for number, logits in enumerate(told.logits):
         whole = model(told.sequences[:, : 7 + number], use_cache=False).logits[:, -1]
-        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+        assert_near(logits, whole)
         unadapted = plain(told.sequences[:, : 7 + number], use_cache=False).logits[:, -1]
         assert (whole - unadapted).abs().max() > 1e-2
     model(prompt).logits.square().mean().backward()
@@ -138,7 +139,7 @@ def test_a_rule_that_adds_tokens_is_refused_where_states_are_kept(family):
     logits = model(tokens(), use_cache=False).logits
     assert logits.shape == plain.shape and not torch.allclose(logits, plain, atol=1e-3)
     first, cache = cached(model, tokens())
-    torch.testing.assert_close(first, logits, rtol=1e-4, atol=1e-4)
+    assert_near(first, logits)
     with pytest.raises(ValueError, match=r"makes 3 tokens of 2 that go on with a text .* around_part"):
         cached(model, tokens()[:, :2], cache)
 
@@ -169,7 +170,7 @@ def test_rules_that_mix_tokens_keep_each_its_own(family, spec, monkeypatch):
     mask[:, :2] = 0
     first, cache = cached(model, ids[:, :6], attention_mask=mask[:, :6])
     rest = [cached(model, part, cache)[0] for part in ids[:, 6:].split([1, 1, 5, 1, 9], 1)]
-    torch.testing.assert_close(torch.cat([first, *rest], 1)[:, 2:], whole, rtol=1e-5, atol=1e-5)
+    assert_near(torch.cat([first, *rest], 1)[:, 2:], whole)
 
 
 def around_first_part(rule, call, x, part, *flow):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_near
 from tiny_language import FAMILIES, VOCABULARY, both_models, tokens
 
 import vimtune
 from vimtune.adapters import adapter_state_dict, check_gradients
 from vimtune.language import greedy_hits, losses, pooled_classifier, sequence_losses
 from vimtune.testing.methods import disturb
-
-close = torch.testing.assert_close
 
 
 def labelled():
@@ -49,11 +48,11 @@ def test_losses_and_gradients(family, chunk_tokens, frozen_head):
         losses = compute(model, ids, labels)
         (losses * factors).sum().backward()
         results.append([losses, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
-    close(results[1], results[0], rtol=1e-4, atol=1e-5)
-    close(results[2], results[1], rtol=1e-5, atol=1e-6)
+    assert_near(results[1], results[0])
+    assert_near(results[2], results[1])
     assert results[1][0][3] == 0
     with torch.no_grad():
-        close(sequence_losses(model, *labelled(), chunk_tokens=chunk_tokens), results[0][0].detach())
+        assert_near(sequence_losses(model, *labelled(), chunk_tokens=chunk_tokens), results[0][0].detach())
 
 
 def test_a_frozen_head_computes_the_logits_once_and_a_trained_one_twice():
@@ -96,7 +95,7 @@ def test_an_adapted_head_gets_its_gradients():
             check_gradients(model)
             results.append([losses, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
         if tied:
-            close(results[1], results[0], rtol=1e-4, atol=1e-5)
+            assert_near(results[1], results[0])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +156,7 @@ def test_padding_is_not_pooled(family, pooling):
     mask[0, 4:], mask[2, 1:] = 0, 0
     logits = classifier(ids, mask)
     for row in range(3):
-        close(logits[row], classifier(ids[row : row + 1, : mask[row].sum()])[0], rtol=1e-4, atol=1e-5)
+        assert_near(logits[row], classifier(ids[row : row + 1, : mask[row].sum()])[0])
     with pytest.raises(ValueError, match="pooling = 'first': expected one of last, mean"):
         pooled_classifier(model, 5, "first")
 
@@ -177,5 +176,5 @@ def test_the_pooled_head_belongs_to_the_adapter(family, tmp_path):
     torch.manual_seed(0)
     twin = build()
     vimtune.load_adapter(twin, tmp_path / "adapter.safetensors")
-    close(twin.eval()(tokens()), expected)
-    close(vimtune.merge(model)(tokens()), expected, rtol=1e-4, atol=1e-5)
+    assert_near(twin.eval()(tokens()), expected)
+    assert_near(vimtune.merge(model)(tokens()), expected)

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import assert_near
 from tiny_language import FAMILIES, both_models, cached, slow_model, tokens, transformers
 
 import vimtune
@@ -17,7 +18,6 @@ from vimtune.language.mixers import FastMamba2Mixer, FastMambaMixer
 from vimtune.language.refusals import PACKED
 from vimtune.ops.gated_norm import gated_rms_norm
 
-close = torch.testing.assert_close
 family_wise = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -41,8 +41,8 @@ def test_logits_and_gradients(family, changes):
     if family == "mamba":
         changes = {key: value for key, value in changes.items() if key != "num_heads"}
     slow, fast = both_models(family, **changes)
-    close(fast(tokens()).logits, slow(tokens()).logits, rtol=1e-4, atol=1e-5)
-    close(gradients(fast), gradients(slow), rtol=1e-3, atol=1e-6)
+    assert_near(fast(tokens()).logits, slow(tokens()).logits)
+    assert_near(gradients(fast), gradients(slow))
     assert fast.state_dict().keys() == slow.state_dict().keys()
 
 
@@ -50,8 +50,8 @@ def test_logits_and_gradients(family, changes):
 def test_backends(backend):
     slow, fast = both_models("mamba")
     accelerate(fast, backend)
-    close(fast(tokens()).logits, slow(tokens()).logits, rtol=1e-4, atol=1e-5)
-    close(cached(fast, tokens())[0], slow(tokens()).logits, rtol=1e-4, atol=1e-5)
+    assert_near(fast(tokens()).logits, slow(tokens()).logits)
+    assert_near(cached(fast, tokens())[0], slow(tokens()).logits)
 
 
 def test_a_prompt_and_a_token_in_one_operation(monkeypatch):
@@ -89,7 +89,7 @@ def test_a_prompt_and_a_token_in_one_operation(monkeypatch):
     # In parts, as a prompt that is read bit by bit: what is not one token is composed.
     _, cache = cached(fast, tokens()[:, :7])
     logits, _ = cached(fast, tokens()[:, 7:], cache)
-    close(logits, slow(tokens()).logits[:, 7:], rtol=1e-4, atol=1e-5)
+    assert_near(logits, slow(tokens()).logits[:, 7:])
 
 
 def test_a_token_of_mamba2_in_one_operation(monkeypatch):
@@ -122,13 +122,13 @@ def test_norms_in_one_operation(family, monkeypatch):
     calls = []
     monkeypatch.setattr(norms, "has_add_rms_norm", lambda *given: calls.append(given) or True)
     expected = gradients(slow)
-    close(gradients(fast), expected, rtol=1e-3, atol=1e-6)
+    assert_near(gradients(fast), expected)
     assert len(calls) == 3  # of two layers, and of the norm behind them
     hidden = torch.randn(1, 2, 32)
     with torch.autocast("cpu", torch.bfloat16):
         normed = fast.backbone.norm_f(hidden)
     assert normed.dtype == torch.bfloat16
-    close(normed.float(), slow.backbone.norm_f(hidden), rtol=1e-2, atol=1e-2)
+    assert_near(normed.float(), slow.backbone.norm_f(hidden), 1e-2)
 
 
 @family_wise
@@ -136,7 +136,7 @@ def test_gradient_checkpointing(family):
     _, model = both_models(family)
     expected = gradients(model.train())
     model.gradient_checkpointing_enable()
-    close(gradients(model), expected)
+    assert_near(gradients(model), expected)
 
 
 @family_wise
@@ -149,7 +149,7 @@ def test_prefill_chunks_and_single_tokens_are_one_pass(family):
     for part in ids.split([7, 1, 1, 2, 10, 1, 8], dim=1):  # 2 is shorter than the filter
         chunk, cache = cached(fast, part, cache)
         logits.append(chunk)
-    close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-5)
+    assert_near(torch.cat(logits, 1), expected)
 
 
 @family_wise
@@ -163,7 +163,7 @@ def test_gradients_pass_through_the_cache(family):
         logits.append(chunk)
     loss = model.loss_function(torch.cat(logits, 1), tokens(), vocab_size=model.config.vocab_size)
     loss.backward()
-    close({name: p.grad for name, p in model.named_parameters()}, expected, rtol=1e-3, atol=1e-6)
+    assert_near({name: p.grad for name, p in model.named_parameters()}, expected)
 
 
 @family_wise
@@ -195,8 +195,8 @@ def test_padding_never_enters_a_state(family):
     for row in range(4):
         real = mask[row].bool()
         alone = model(torch.cat([ids[row, real], after[row]])[None]).logits[0]
-        close(logits[row, real], alone[:-3], rtol=1e-4, atol=1e-5)
-        close(torch.cat(continued, 1)[row], alone[-3:], rtol=1e-4, atol=1e-5)
+        assert_near(logits[row, real], alone[:-3])
+        assert_near(torch.cat(continued, 1)[row], alone[-3:])
 
 
 @family_wise
@@ -213,7 +213,7 @@ def test_padding_between_chunks(family):
         real = mask[row].bool()
         alone = model(torch.cat([first, second], 1)[row, real][None]).logits[0]
         count = int(mask[row, 6:].sum())
-        close(logits[row, :count], alone[-count:], rtol=1e-4, atol=1e-5)
+        assert_near(logits[row, :count], alone[-count:])
 
 
 @family_wise
@@ -223,7 +223,7 @@ def test_left_padding_as_in_transformers(family):
     mask = torch.ones_like(tokens())
     mask[0, :7], mask[2, :1] = 0, 0
     expected, found = (model(tokens(), attention_mask=mask).logits for model in (slow, fast))
-    close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+    assert_near(found[mask.bool()], expected[mask.bool()])
 
 
 @family_wise
@@ -256,7 +256,7 @@ def test_compile(family):
     expected = model(tokens(), use_cache=False).logits
     compiled = torch.compile(model, backend="aot_eager")
     found = compiled(tokens(), use_cache=False).logits
-    close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_near(found, expected)
     found.square().sum().backward()
 
 
@@ -266,13 +266,13 @@ def test_copies_pickles_and_files(family, tmp_path):
     expected = model(tokens()).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin.backbone.layers[0].mixer) in (FastMambaMixer, FastMamba2Mixer)
-        close(twin(tokens()).logits, expected)
+        assert_near(twin(tokens()).logits, expected)
     model.save_pretrained(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(plain) is type(model) and not isinstance(
         plain.backbone.layers[0].mixer, FastMambaMixer | FastMamba2Mixer
     )
-    close(plain(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+    assert_near(plain(tokens()).logits, expected)
 
 
 @family_wise
@@ -291,7 +291,7 @@ def test_accelerating_before_and_after_an_adapter(family):
         models.append(model)
     mixers = [model.backbone.layers[0].mixer for model in models]
     assert type(mixers[0]) is type(mixers[1]) and isinstance(mixers[0], FastMambaMixer | FastMamba2Mixer)
-    close(models[0](tokens()).logits, models[1](tokens()).logits)
+    assert_near(models[0](tokens()).logits, models[1](tokens()).logits)
     accelerate(models[0], "torch")
     assert mixers[0].backend == "torch" and vimtune.list_adapters(models[0]) == ["default"]
     for model in models:
