@@ -98,14 +98,15 @@ def apply_together(
     """
     rule, weight, tensors, _ = members[0]
     stacks = {path: torch.stack([member.tensors[path] for member in members]) for path in tensors}
-    weights = torch.stack([member.weight for member in members]) if reads_weight else weight
+    weights = weight.expand(len(members), *weight.shape)
+    if reads_weight and any(member.weight is not weight for member in members):
+        weights = torch.stack([member.weight for member in members])
 
     def apply(weight: Tensor, tensors: dict[str, Tensor]) -> Any:
         return formula(_with_tensors(rule, tensors), weight)
 
     with exact(weights):
-        dimensions = 0 if reads_weight else None, 0
-        return torch.func.vmap(apply, dimensions, randomness="different")(weights, stacks)
+        return torch.func.vmap(apply, randomness="different")(weights, stacks)
 
 
 def can_stack(tensor: Tensor) -> bool:
