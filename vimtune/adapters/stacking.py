@@ -98,9 +98,10 @@ def apply_together(
     """
     rule, weight, tensors, _ = members[0]
     stacks = {path: torch.stack([member.tensors[path] for member in members]) for path in tensors}
-    weights = weight.expand(len(members), *weight.shape)
     if reads_weight and any(member.weight is not weight for member in members):
         weights = torch.stack([member.weight for member in members])
+    else:
+        weights = weight.expand(len(members), *weight.shape)
 
     def apply(weight: Tensor, tensors: dict[str, Tensor]) -> Any:
         return formula(_with_tensors(rule, tensors), weight)
