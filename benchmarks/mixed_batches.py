@@ -10,13 +10,15 @@
 
 They take turns, so that a machine that gets slower meanwhile slows all of them. Printed are medians over the
 rounds with the fastest and slowest (on a CPU its time in this process, which the load of others lengthens
-less), the speed of each as a share of `one` in the same round, and the largest difference between the logits
-of mixed and grouped.
+less), the speed of each as a share of `one` in the same round, the number of operations that torch is asked
+for, views included (a GPU that is faster than they can be asked for waits for them), and the largest
+difference between the logits of mixed and grouped.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from contextlib import nullcontext
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from turns import describe_machine, take_turns
 
 import vimtune
@@ -51,9 +54,8 @@ def main() -> None:
             "mixed": lambda model=model, images=images, rows=rows: vimtune.forward_mixed(model, images, rows),
             "grouped": lambda model=model, images=images, rows=rows: run_grouped(model, images, rows),
         }
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp or "")
-        autocast = nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-        with ops.use_backend(options.backend), torch.no_grad(), autocast:
+        jobs = {name: prepared(job, device, options) for name, job in jobs.items()}
+        with ops.use_backend(options.backend), torch.no_grad():
             pairs = zip(jobs["mixed"](), jobs["grouped"](), strict=True)
             difference = max((one - other).abs().max().item() for one, other in pairs)
             print(f"{method}, largest difference of the logits {difference:.1e}")
@@ -75,9 +77,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--amp", choices=["bf16", "fp16"], help="default: fp32")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, help="default: 7, on a GPU 50")
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.rounds = options.rounds or (50 if options.device.startswith("cuda") else 7)
+    return options
 
 
 def build_model(options: argparse.Namespace, method: str, device: torch.device) -> nn.Module:
@@ -100,13 +104,44 @@ def run_grouped(model: nn.Module, images: Tensor, rows: list[str]) -> list[Tenso
     return results
 
 
-def measure(jobs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> None:
+def prepared(
+    job: Callable[[], list[Tensor]], device: torch.device, options: argparse.Namespace
+) -> Callable[[], list[Tensor]]:
+    """A job in the wanted precision. Each call enters autocast for itself, so that none finds weights that
+    autocast has rounded for the one before."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options.amp or "")
+
+    def run() -> list[Tensor]:
+        with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+            return job()
+
+    return run
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked for."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
+def measure(jobs: dict[str, Callable[[], list[Tensor]]], device: torch.device, rounds: int) -> None:
     """Print the times of jobs that take turns."""
-    times = take_turns(jobs, device, rounds, warmup=2)
+    gc.collect()
+    gc.freeze()  # Else a round in which Python looks through all modules of the models is a slow one.
+    times = take_turns(jobs, device, rounds, warmup=10 if device.type == "cuda" else 2)
     for name, own in times.items():
         speed = statistics.median(one / other for one, other in zip(times["one"], own, strict=True))
         span = f"{statistics.median(own):9.2f} ms ({min(own):.2f} to {max(own):.2f})"
-        print(f"  {name:8} {span:34} {speed:.2f} of the speed of one")
+        with Operations() as operations:
+            jobs[name]()
+        print(f"  {name:8} {span:34} {speed:.2f} of the speed of one, {operations.number} operations")
+    gc.unfreeze()
 
 
 def time_threads(job: Callable[[], object], options: argparse.Namespace) -> float:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from counting import Count
 from method_cases import CASES, disturb, label, options_for
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vimtune
 from vimtune.adapters import (
@@ -117,24 +116,6 @@ def test_a_step_of_the_model(case, amp):
         close(results[1][1][name], gradient, 1e-5)
 
 
-VIEWS = {"alias", "detach", "expand", "permute", "select", "squeeze", "t", "transpose", "unbind", "unsqueeze"}
-VIEWS |= {"view", "_unsafe_view", "_reshape_alias"}
-
-
-class Count(TorchDispatchMode):
-    """Counts the operations that compute something."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.partition("::")[2]
-        if name not in VIEWS:
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
 def count(method, depth, shared, amp):
     """Operations for the values of all projectors, forward and backward; casts included, products not."""
     model = build(method, depth)
@@ -153,7 +134,7 @@ def count(method, depth, shared, amp):
     with Count() as backward:
         torch.autograd.backward(found, ones)
     products = len(linears) if amp else 0  # of the layers, one each way
-    return sum(forward.counts.values()) - products, sum(backward.counts.values()) - products
+    return forward.total - products, backward.total - products
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -9,9 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import timm
 import torch
+from counting import Count
 
 import vimtune
 from vimtune.adapters.mixing import forward_mixed, using
+from vimtune.models import layers
 from vimtune.testing.methods import build_test_model, close, disturb
 
 
@@ -143,7 +145,125 @@ def test_a_model_of_timm():
         b=("dora", {"targets": "qkv", "rank": 2, "num_classes": 2}),
         c=("bitfit", {"targets": ["qkv.bias"]}),
     )
-    check(model, images(5), ["a", "b", None, "a", "c"])
+    for names in (["a", "b", None, "a", "c"], ["a", "c"], ["a", "c", "c", None, None, None]):
+        check(model, images(len(names)), names)
+
+
+def test_layers_under_autocast_and_without(model):
+    """Those are mixed in the dtype that each layer multiplies in."""
+    model = copy.deepcopy(model)
+    mixer = model.layers[1].mixer
+    inside = mixer.forward
+
+    def exactly(hidden, *flow):
+        with torch.autocast("cpu", enabled=False):
+            return inside(hidden.float(), *flow)
+
+    mixer.forward = exactly
+    names = ["small", "large", None, "small", "other", "large", "small"]
+    for taken in (names, [name for name in names if name != "other"]):
+        inputs = images(len(taken))
+        with torch.autocast("cpu", torch.bfloat16):
+            for row, wanted in zip(
+                forward_mixed(model, inputs, taken), one_by_one(model, inputs, taken), strict=True
+            ):
+                close(row.float(), wanted.float(), 0.03)
+
+
+def test_weights_that_are_larger_than_what_they_multiply():
+    """They are not copied for each row: rows of one adapter are multiplied by one weight."""
+    model = with_adapters(
+        Wide(),
+        a=("prodial", {"targets": "layer", "rank": 2}),
+        b=("prodial", {"targets": "layer", "rank": 2}),
+        c=("bitfit", {"targets": ["layer.bias"]}),
+    )
+    inputs = torch.randn(5, 64)
+    for names in (["a", "b", "a", None, "a"], ["a", "c", "b", "c", "a"]):
+        check(model, inputs, names)
+
+
+class Wide(torch.nn.Module):
+    """A large layer with one token."""
+
+    batch_first, adapter_calls = True, ("forward",)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Tied(torch.nn.Module):
+    """Two layers have one weight."""
+
+    batch_first, adapter_calls = True, ("forward",)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.own, self.second = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.own(self.first(x)))
+
+
+def test_adapters_beside_one_of_a_shared_weight():
+    lora = {"rank": 2}
+    model = with_adapters(
+        Tied(),
+        shared=("lora", {"targets": "first", **lora}),
+        a=("lora", {"targets": "own", **lora}),
+        b=("lora", {"targets": "own", **lora}),
+    )
+    check(model, torch.randn(5, 8), ["a", "shared", "b", None, "a"])
+
+
+@pytest.mark.parametrize("method", ["lora", "prodial"])
+def test_changes_of_tensors_are_seen_at_once(method):
+    """Nothing that is computed from them is kept, as a change through `data` leaves no trace."""
+    model = with_adapters(build_test_model(), a=(method, {}), b=(method, {}))
+    names = ["a", "b", "b"]
+    check(model, images(3), names)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)
+    check(model, images(3), names)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.9
+    check(model, images(3), names)
+
+
+def operations(method, num_adapters, depth, fused, monkeypatch):
+    """Operations of one forward pass under one adapter, and of a mixed one with the same number of rows."""
+    monkeypatch.setattr(layers, "has_add_rms_norm", lambda *_: fused)
+    model = timm.create_model("test_vim", depth=depth, backend="torch")
+    names = [f"adapter_{number}" for number in range(num_adapters)]
+    with_adapters(model, **{name: (method, {"num_classes": 5}) for name in names})
+    inputs, rows = images(8), [name for name in names for _ in range(8 // num_adapters)]
+    with torch.no_grad(), Count() as one:
+        model(inputs)
+    forward_mixed(model, inputs, rows)  # The first one looks at all rules.
+    with Count() as mixed:
+        forward_mixed(model, inputs, rows)
+    return one.total, mixed.total
+
+
+@pytest.mark.parametrize("method", ["lora", "prodial"])
+@pytest.mark.parametrize("fused", [False, True], ids=["blocks one by one", "blocks that carry pairs"])
+def test_number_of_operations(method, fused, monkeypatch):
+    """It does not grow with the number of adapters, and stays below twice that of one: on a GPU each
+    operation takes its time, however small it is."""
+    one, mixed = operations(method, 8, 6, fused, monkeypatch)
+    assert mixed == operations(method, 2, 6, fused, monkeypatch)[1]
+    assert mixed < 2 * one
+    less_deep = operations(method, 8, 4, fused, monkeypatch)
+    more, more_of_one = (deep - flat for deep, flat in zip((mixed, one), less_deep[::-1], strict=True))
+    few = (
+        2 if fused or method == "lora" else 6
+    )  # Else a projector stacks the tensors of its rules for itself.
+    assert more - more_of_one <= 4 * few, "those of four more projectors"
 
 
 def test_a_model_that_nobody_has_declared_takes_one_pass_for_each_adapter():

@@ -6,8 +6,14 @@ from torch import nn
 
 from vimtune.adapters.composition import single_rules
 from vimtune.adapters.declarations import declaration_of
-from vimtune.adapters.points import own_modules
-from vimtune.adapters.slots import base_value, iter_slots, iter_weight_slots, join, point_path
+from vimtune.adapters.slots import (
+    base_value,
+    iter_slots,
+    iter_weight_slots,
+    join,
+    own_modules,
+    point_path,
+)
 
 
 def check_growth(model: nn.Module) -> None:

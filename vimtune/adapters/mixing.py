@@ -5,14 +5,8 @@
 What each row gives is defined by the obvious way: the rows of an adapter go through the model under that
 adapter, one adapter after the other. Adapters that change the weights of called linear layers and the head
 alone, as most methods do by default, go through the model together instead. Everything but those layers is
-then computed once for the whole batch. In such a layer with weight W (out, in), for a row x with adapter a,
-
-    y = W x + U_a (D_a x)        where all rules at hand are low-rank (`WeightRule.low_rank`)
-    y = W'_a x                   otherwise, with rows of one adapter next to each other
-
-The first form shares the product with W, which is what makes mixed batches of low-rank adapters cheap
-(S-LoRA, Sheng et al. 2023, arXiv 2311.03285). The second multiplies every row once, too, but in smaller
-products.
+then computed once for the whole batch, and in them rows of all adapters share the product with W where their
+rules are low-rank (S-LoRA, Sheng et al. 2023, arXiv 2311.03285); `mixture.py` has the formulas.
 
 Which adapter acts is said to the present thread alone (`slots.Choice`): threads may serve different adapters
 of one model at the same time, and the active adapter stays what it is.
@@ -23,15 +17,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimtune.adapters.declarations import declaration_of
 from vimtune.adapters.manage import AdapterRecord, AdapterState, adapter_state, demand_adapter
+from vimtune.adapters.mixture import MixedLayer, Mixture, Name
 from vimtune.adapters.points import Points
 from vimtune.adapters.rule import WeightRule, each_tensor
 from vimtune.adapters.slots import (
@@ -42,7 +36,9 @@ from vimtune.adapters.slots import (
     base_value,
     choice,
     has_rules,
+    is_factor,
     iter_slots,
+    own_modules,
     point_path,
     slots_of,
 )
@@ -51,9 +47,6 @@ from vimtune.text import quote
 
 _PLAN = "_vimtune_mixing"
 """Attribute of an adapted model under which it is kept how its adapters mix."""
-
-Name = str | None
-"""Name of an adapter; None for the plain model."""
 
 
 @torch.no_grad()
@@ -93,8 +86,8 @@ def forward_mixed(model: nn.Module, inputs: Tensor, adapters: Sequence[Name], **
         chosen = {name: _take(value, rows, len(names)) for name, value in arguments.items()}
         with _choosing(plan.choice(taken)):
             found = backbone(_take(inputs, rows, len(names)), **chosen)
-        for place, row in enumerate(rows):
-            results[row] = plan.row(found, place, names[row])
+        for row, result in zip(rows, plan.rows(found, taken), strict=True):
+            results[row] = result
     return results
 
 
@@ -155,100 +148,12 @@ def _refuse_compiled(model: nn.Module) -> None:
         return
     from torch._dynamo import OptimizedModule
 
-    for path, module in model.named_modules():
+    for path, module in own_modules(model):
         if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
             raise ValueError(
                 f"{quote(path or type(model).__name__)} has gone through torch.compile, which fixes the "
                 "active adapter: use the model without it, or set_adapter and a copy for each thread"
             )
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring rows of a batch that have one adapter."""
-
-    name: Name
-    start: int
-    end: int
-
-
-class _Mixture(Choice):
-    """Several adapters in one pass, for rows that are sorted by adapter."""
-
-    def __init__(self, plan: _Plan, names: Sequence[Name]) -> None:
-        super().__init__(plan.model, plan.slots, None, False)
-        starts = [row for row, name in enumerate(names) if row == 0 or names[row - 1] != name]
-        ends = [*starts[1:], len(names)]
-        self.groups = [_Group(names[start], start, end) for start, end in zip(starts, ends, strict=True)]
-        self.num_rows = len(names)
-        self.low_rank = plan.low_rank
-        self.places: dict[torch.device, Tensor] = {}
-
-    def rules(self, slot: Slot) -> list[Any]:
-        rules = [self._rule(slot, group) for group in self.groups]
-        return [rule for rule in rules if rule is not None and rule not in self.low_rank]
-
-    @staticmethod
-    def _rule(slot: Slot, group: _Group) -> WeightRule | None:
-        found = group.name is not None and group.name in slot
-        return cast(WeightRule, slot[cast(str, group.name)]) if found else None
-
-    def product(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """What a linear layer gives for x (B, ..., in) with a rule for each group of rows."""
-        if len(x) != self.num_rows:
-            raise ValueError(
-                f"a layer is given {len(x)} rows for a batch of {self.num_rows}: the class of the model is "
-                "declared to keep the examples first (batch_first), and does not"
-            )
-        slots = slots_of(layer)
-        slot, weight = cast(WeightSlot, slots["weight"]), base_value(layer, "weight")
-        rules = [self._rule(slot, group) for group in self.groups]
-        if "bias" not in slots and all(rule is None or rule in self.low_rank for rule in rules):
-            return self._shared_product(x, weight, layer.bias, rules)
-        parts = []
-        for group, rule in zip(self.groups, rules, strict=True):
-            value = slot.effective_under(rule, weight)
-            bias = layer.bias
-            if "bias" in slots:
-                bias_slot = cast(WeightSlot, slots["bias"])
-                own = base_value(layer, "bias")
-                bias = cast(nn.Parameter, bias_slot.effective_under(self._rule(bias_slot, group), own))
-            parts.append(F.linear(x[group.start : group.end], value, bias))
-        width = max(part.shape[-1] for part in parts)  # Heads may have different numbers of classes.
-        return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in parts])
-
-    def _shared_product(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, rules: Sequence[WeightRule | None]
-    ) -> Tensor:
-        result = F.linear(x, weight, bias)
-        factors = [None if rule is None else rule.low_rank(weight) for rule in rules]
-        ranks = {found[1].shape[0] for found in factors if found is not None}
-        if not ranks:
-            return result
-        rank, (rows, columns) = max(ranks), weight.flatten(1).shape
-        nothing = weight.new_zeros(rows, rank), weight.new_zeros(rank, columns)
-        filled = [nothing if found is None else _padded(*found, rank) for found in factors]
-        ups, downs = (torch.stack([pair[which].T for pair in filled]) for which in (0, 1))
-        if len(self.groups) < self.num_rows:
-            places = self._places(x.device)
-            ups, downs = ups[places], downs[places]
-        tokens = x.reshape(len(x), -1, x.shape[-1])
-        added = torch.bmm(torch.bmm(tokens, downs.to(x.dtype)), ups.to(x.dtype))
-        return result + added.view(result.shape).to(result.dtype)
-
-    def _places(self, device: torch.device) -> Tensor:
-        """The group of each row."""
-        if device not in self.places:
-            sizes = [group.end - group.start for group in self.groups]
-            index = [place for place, size in enumerate(sizes) for _ in range(size)]
-            self.places[device] = torch.tensor(index, device=device)
-        return self.places[device]
-
-
-def _padded(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Two factors with so many columns and rows, the further ones of zeros."""
-    missing = rank - len(down)
-    return (F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing))) if missing else (up, down)
 
 
 class _Plan:
@@ -259,11 +164,14 @@ class _Plan:
         self.state = state
         self.records: Mapping[str, AdapterRecord] = dict(state.records)
         self.slots: set[Slot] = set()
+        self.layers: list[MixedLayer] = []
         self.low_rank: set[WeightRule] = set()
         apart = set() if declaration_of(model).batch_first else {None, *self.records}
         points = Points(model)
         for place, owner, name, slot in iter_slots(model):
             self.slots.add(slot)
+            if is_factor(owner, name):
+                self.layers.append(MixedLayer(point_path(place, name), owner, cast(WeightSlot, slot)))
             path = point_path(place, name)
             one_by_one = name.endswith(CALL) or not (
                 points.is_multiplied(path) or (name == "bias" and self._is_called(points, place, owner))
@@ -297,15 +205,24 @@ class _Plan:
         if all(other == name for other in names):
             record = None if name is None else self.records[name]
             return Choice(self.model, self.slots, name, record is not None and record.surrounds_calls)
-        return _Mixture(self, names)
+        return Mixture(self.model, self.slots, self.layers, self.low_rank, names)
 
-    def row(self, result: Any, place: int, name: Name) -> Any:
-        """The row of a result at a place, of a head as many outputs as the adapter has."""
+    def rows(self, result: Any, names: Sequence[Name]) -> list[Any]:
+        """The rows of a result of a pass, of a head as many outputs as the adapter of the row has."""
+        unbind = cache(Tensor.unbind)
+
+        def take(place: int) -> Any:
+            return each_tensor(result, lambda tensor: unbind(tensor)[place])
+
+        rows = [take(place) for place in range(len(names))]
+        if not isinstance(result, Tensor) or not any(record.head for record in self.records.values()):
+            return rows
+        return [self._answer(row, name) for row, name in zip(rows, names, strict=True)]
+
+    def _answer(self, row: Tensor, name: Name) -> Tensor:
+        """As many outputs as an adapter has of a row that may have further ones."""
         classes = self.state.num_classes if name is None else self.records[name].num_classes
-        has_heads = any(record.head for record in self.records.values())
-        if isinstance(result, Tensor) and has_heads and classes:
-            return result[place][..., :classes]
-        return each_tensor(result, lambda tensor: tensor[place])
+        return row[..., :classes] if classes and classes < row.shape[-1] else row
 
 
 def _plan_of(model: nn.Module) -> _Plan:

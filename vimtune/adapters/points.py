@@ -7,13 +7,13 @@ call ("layers.0.mixer.scan()", "layers.0.mixer.out_proj()", "encode()").
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from vimtune.adapters.declarations import RowsByName, declaration_of
-from vimtune.adapters.slots import CALL, base_parameters, is_factor, join, rule_prefixes
+from vimtune.adapters.slots import CALL, base_parameters, is_factor, join, own_modules
 from vimtune.adapters.targets import Target, resolve_targets
 from vimtune.text import quote
 
@@ -112,11 +112,3 @@ class Points:
             ValueError: a target or layer that the model does not have.
         """
         return resolve_targets(self, targets, layers)
-
-
-def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the model's modules, without those that belong to rules."""
-    inside = tuple(prefix.removesuffix(".") for prefix in rule_prefixes(model))
-    for path, module in model.named_modules():
-        if not path.startswith(inside):
-            yield path, module

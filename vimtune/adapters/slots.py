@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, SupportsIndex, cast
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,15 @@ CALL = "()"
 """What the name of a call ends with, to tell it from a parameter: "scan()"."""
 
 
+class Stack(NamedTuple):
+    """Effective values of several weights that were computed together."""
+
+    values: Tensor
+    """The values, one behind the other in the first dimension."""
+    rounded: Tensor | None
+    """The same in the dtype of autocast, where products will ask for it."""
+
+
 @dataclass
 class Ahead:
     """The effective value of one weight, computed before anyone reads it (`batched.py`)."""
@@ -45,6 +54,10 @@ class Ahead:
     rounded: Tensor | None
     """`value` in the dtype of autocast, for the next product alone: autocast casts anew for each
     product, and sums the gradients of several in full precision."""
+    stack: Stack
+    """Where `value` lies."""
+    place: int
+    """At which place."""
 
 
 computed_ahead: ContextVar[dict[WeightRule, Ahead] | None] = ContextVar("computed_ahead", default=None)
@@ -434,21 +447,24 @@ def put_on(module: nn.Module, slots: nn.Module) -> None:
 # --- walking
 
 
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the model's modules, without those that belong to rules: these are more than half."""
+    return _below("", model, set())
+
+
 def adapted_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of every module with rules."""
-    return list(_adapted_below("", model, set()))
+    return [(path, module) for path, module in own_modules(model) if has_rules(module)]
 
 
-def _adapted_below(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Unlike `named_modules` this passes by all that is inside rules, half of the modules."""
+def _below(path: str, module: nn.Module, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     if module in seen:
         return
     seen.add(module)
-    if has_rules(module):
-        yield path, module
+    yield path, module
     for name, child in module._modules.items():
         if child is not None and name != SLOTS:
-            yield from _adapted_below(join(path, name), child, seen)
+            yield from _below(join(path, name), child, seen)
 
 
 def iter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]]:
