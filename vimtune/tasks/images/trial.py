@@ -21,7 +21,7 @@ from vimtune.models import MODELS
 from vimtune.models.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
-from vimtune.tasks.classes.details import HELD_OUT
+from vimtune.tasks.classes.calibration import HELD_OUT
 from vimtune.tasks.details import Details
 from vimtune.tasks.images.job import create_backbone, demand_labels, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import open_trained, transform_for
@@ -183,7 +183,7 @@ def _open_held_out(
     options: ImageEvaluateOptions,
 ) -> tuple[ImageDataset | None, str]:
     """The images to which a temperature is fitted; None where there are none, and why."""
-    if not options.calibrate or task.several_labels:
+    if not options.calibrate:
         return None, "none was asked for"
     if data.train_split == "train+val" and data.selection_split != HELD_OUT:
         return None, f"the images of {HELD_OUT!r} were trained on"

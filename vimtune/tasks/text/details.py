@@ -13,14 +13,8 @@ import torch
 from vimtune.data.text import TextSplit
 from vimtune.pages.section import Section, Table
 from vimtune.tasks.classes.answers import ClassAnswers, answers_of
-from vimtune.tasks.classes.details import (
-    HELD_OUT,
-    WORST,
-    ClassDetails,
-    Examples,
-    Temperature,
-    temperature_of,
-)
+from vimtune.tasks.classes.calibration import HELD_OUT, Temperature, temperature_of
+from vimtune.tasks.classes.details import WORST, ClassDetails, Examples
 from vimtune.tasks.classes.page import MAX_TEXT
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation
@@ -43,7 +37,8 @@ def text_details(
     if split.classes:
         temperature = Temperature(None, no_temperature)
         if held_out is not None:
-            temperature = temperature_of(class_answers(held_out), HELD_OUT, "texts", split.name)
+            questions, count = class_answers(held_out).questions, f"{held_out.count:,} texts"
+            temperature = temperature_of(questions, HELD_OUT, count, split.name)
         examples = Examples("text", "texts", lambda index: split.examples[index].contexts[0])
         return ClassDetails(class_answers(evaluation), split.classes, split.name, examples, temperature)
     if any(len(example.choices) < 2 for example in split.examples):
