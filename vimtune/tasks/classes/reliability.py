@@ -23,6 +23,8 @@ class Wording:
     """What has a probability, such as "answer"; its plural has an s."""
     share: str
     """What there is a share of, such as "right answers"."""
+    below: str
+    """What it means that a share lies below the probability."""
     temperature: str
     """What dividing by the temperature does: a whole sentence."""
 
@@ -32,6 +34,7 @@ CLASSES = Wording(
     "are put into {bins} intervals of probability",
     "answer",
     "right answers",
+    "the model is too sure",
     "To divide the logits by the temperature before the softmax changes no answer.",
 )
 """Every example has one class, and the probability is that of the answer."""
@@ -40,6 +43,7 @@ LABELS = Wording(
     "probability of every label of every image is put into one of {bins} intervals",
     "label",
     "labels that are there",
+    "the probabilities are too high",
     "Each label of each image counts as a question with the answers yes and no. Where most labels are rare, "
     "most probabilities are near 0, and a small error says little. To divide the logits by the temperature "
     "before the sigmoid moves no probability to the other side of a half.",
@@ -64,15 +68,16 @@ def calibration_section(found: Calibration, wording: Wording) -> Section:
     share, judged = wording.share, wording.judged
     return Section(
         title="Calibration",
-        explanation=f"{wording.calibrated.format(bins=len(found.bins))}; the ECE is the mean distance of "
-        f"probability and share of {share} there, weighted by the {judged}s (Guo et al. 2017). "
+        explanation=f"{wording.calibrated.format(bins=len(found.bins))}; in each, "
+        f"probability and share of {share} have a distance, and the ECE is its mean, weighted by the "
+        f"{judged}s (Guo et al. 2017). "
         f"{wording.temperature}",
         findings=findings,
         numbers={},
         pictures=[
             Picture(
-                f"Share of {share} by their probability. Below the dotted line the model is too "
-                f"sure. The bars count the {judged}s.",
+                f"Share of {share} by their probability. Below the dotted line {wording.below}. "
+                f"The bars count the {judged}s.",
                 draw_reliability(lines, wording),
             )
         ],
