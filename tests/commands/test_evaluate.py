@@ -307,6 +307,20 @@ def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path, capsys):
     assert f"holds a test_vim, and the model is {default!r}: add --model test_vim" in error(capsys)
 
 
+def test_a_table_of_no_mistakes_has_its_columns(images, tmp_path, monkeypatch):
+    """A program that reads the tables of several models expects the same columns of the best one, too."""
+    few, all_right = tmp_path / "few.csv", tmp_path / "all_right.csv"
+    assert run("--adapter", images[0], "--mistakes", few) == 0
+    monkeypatch.setattr("vimtune.tasks.classes.details.ClassDetails.wrong", [])
+    assert run("--adapter", images[0], "--mistakes", all_right) == 0
+    (header,) = all_right.read_text().splitlines()
+    assert (
+        header
+        == few.read_text().splitlines()[0]
+        == ("path,true,predicted,probability,true_probability,loss,true_rank")
+    )
+
+
 def test_mirrored_images_count_alike(images, photos, tmp_path):
     output = tmp_path / "scores.json"
     assert run("--adapter", images[0], "--folder", photos, "--flip", "-o", output) == 0

@@ -96,6 +96,7 @@ def test_wrong_labels_are_listed_and_shown(run, data, tmp_path) -> None:
     found = evaluate(run.run_dir, **given)
     wrong = found.mistakes()
     assert list(wrong[0]) == ["path", "class", "labelled", "probability", "loss"]
+    assert found.mistakes_to_csv().splitlines()[0] == ",".join(wrong[0])
     mine = {row["class"]: row for row in wrong if row["path"].endswith(f"/{shown}")}
     assert mine["red"]["labelled"] == "no" and mine["red"]["probability"] > 0.5
     assert mine["green"]["labelled"] == "yes" and mine["green"]["probability"] < 0.5

@@ -216,6 +216,9 @@ def details(rows: Sequence[Row]) -> tuple[Cells, list[Cells]]:
 
 # --- files
 
+OF_PAIRS = ("method", "against", "data", "pairs", "difference", "standard_error")
+"""Columns of paired.csv."""
+
 
 def write_tables(
     rows: Sequence[Row], folder: Path, note: str, failures: Sequence[str], reference: str | None = None
@@ -331,7 +334,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             line[f"{name}_mean"] = None if spread is None else spread.mean
             line[f"{name}_sd"] = None if spread is None else spread.deviation
         lines.append(line)
-    return _csv(lines)
+    return _csv(lines, ("method", "data", "lr", "seeds", "data_seeds", "runs"))
 
 
 def runs_to_csv(rows: Sequence[Row]) -> str:
@@ -363,7 +366,7 @@ def runs_to_csv(rows: Sequence[Row]) -> str:
                     "run_dir": csv_cell(printable(report.run_dir)),
                 }
             )
-    return _csv(lines)
+    return _csv(lines, ("method", "data", "lr", "seed", "data_seed", "split"))
 
 
 def rates_to_csv(rows: Sequence[Row]) -> str:
@@ -384,27 +387,29 @@ def rates_to_csv(rows: Sequence[Row]) -> str:
                     **result.selected,
                 }
             )
-    return _csv(lines)
+    return _csv(lines, ("method", "data", "lr", "chosen", "seed", "data_seed", "split"))
 
 
 def paired_to_csv(rows: Sequence[Row]) -> str:
     """A line for each two methods on each data set with their difference, and one for its mean over all."""
-    lines = [
-        {
-            "method": csv_cell(printable(each.method)),
-            "against": csv_cell(printable(each.against)),
-            "data": "" if each.data is None else csv_cell(printable(each.data)),
-            "pairs": each.pairs,
-            "difference": each.mean,
-            "standard_error": each.error,
-        }
+    values = (
+        (
+            csv_cell(printable(each.method)),
+            csv_cell(printable(each.against)),
+            "" if each.data is None else csv_cell(printable(each.data)),
+            each.pairs,
+            each.mean,
+            each.error,
+        )
         for each in all_differences(rows)
-    ]
-    return _csv(lines)
+    )
+    return _csv([dict(zip(OF_PAIRS, own, strict=True)) for own in values], OF_PAIRS)
 
 
-def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for line in lines for name in line))
+def _csv(lines: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:
+    """A table whose columns are the keys of its lines; `first` are those with which it begins, also where
+    there is no line."""
+    names = list(dict.fromkeys([*first, *(name for line in lines for name in line)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()

@@ -134,6 +134,11 @@ class ClassDetails(Details):
             ],
         }
 
+    def mistake_columns(self) -> tuple[str, ...]:
+        """The example as its task calls it, then what every classifier has."""
+        own = ("true", "predicted", "probability", "true_probability", "loss", "true_rank")
+        return (self.examples.key, *own)
+
     def mistakes(self) -> list[dict[str, Any]]:
         """Every wrong answer: which example, its class, the answer, the probabilities of both, the loss, and
         the place of its class among the answers (2 is the second one)."""
@@ -142,15 +147,16 @@ class ClassDetails(Details):
     def mistake(self, place: int) -> dict[str, Any]:
         """One of `mistakes`, by its place among the answers."""
         loss = float(self.answers.losses[place])
-        return {
-            self.examples.key: self.examples.name(int(self.answers.indices[place])),
-            "true": self.classes[int(self.answers.labels[place])],
-            "predicted": self.classes[int(self.answers.predicted[place])],
-            "probability": float(self.confidence[place]),
-            "true_probability": math.exp(-loss),
-            "loss": loss,
-            "true_rank": int(self.answers.ranks[place]) + 1,
-        }
+        values = (
+            self.examples.name(int(self.answers.indices[place])),
+            self.classes[int(self.answers.labels[place])],
+            self.classes[int(self.answers.predicted[place])],
+            float(self.confidence[place]),
+            math.exp(-loss),
+            loss,
+            int(self.answers.ranks[place]) + 1,
+        )
+        return dict(zip(self.mistake_columns(), values, strict=True))
 
     def sections(self, drawn: Path | None = None) -> dict[str, Section]:
         """ "scores", "mistakes", "confusions", "classes" and "calibration"."""

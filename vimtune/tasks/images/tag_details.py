@@ -122,6 +122,10 @@ class TagDetails(Details):
         surest = logits[places[:, 0], places[:, 1]].abs().argsort(descending=True, stable=True)
         return [(place, label) for place, label in places[surest].tolist()]
 
+    def mistake_columns(self) -> tuple[str, ...]:
+        """The image, a class, whether the image has it, and what the model says of that."""
+        return ("path", "class", "labelled", "probability", "loss")
+
     def mistakes(self) -> Sequence[dict[str, Any]]:
         """Every wrong label: which image, the class, whether the image has it, the probability that the model
         gives it, and the loss."""
@@ -129,13 +133,14 @@ class TagDetails(Details):
 
     def _mistake(self, place: int, label: int) -> dict[str, Any]:
         logit, has = self.evaluation.logits[place, label], bool(self.evaluation.labels[place, label])
-        return {
-            "path": self.dataset.describe(int(self.evaluation.indices[place])),
-            "class": self.dataset.classes[label],
-            "labelled": "yes" if has else "no",
-            "probability": float(logit.sigmoid()),
-            "loss": float(F.softplus(-logit if has else logit)),
-        }
+        values = (
+            self.dataset.describe(int(self.evaluation.indices[place])),
+            self.dataset.classes[label],
+            "yes" if has else "no",
+            float(logit.sigmoid()),
+            float(F.softplus(-logit if has else logit)),
+        )
+        return dict(zip(self.mistake_columns(), values, strict=True))
 
     def numbers(self) -> dict[str, Any]:
         """Every class, and the reliability, as plain values."""

@@ -63,20 +63,25 @@ class ChoiceDetails(Details):
     judged: Sequence[Judged]
     """What was said of each."""
 
+    def mistake_columns(self) -> tuple[str, ...]:
+        """The question, the two choices, and how far they lie apart."""
+        return ("text", "true", "predicted", "margin")
+
     def mistakes(self) -> list[dict[str, Any]]:
         """Every wrong answer: the question, the right choice, the likeliest one, and by how much the latter's
         log-likelihood is higher."""
         wrong = [
-            {
-                "text": example.contexts[0],
-                "true": example.choices[own.answer],
-                "predicted": example.choices[own.predicted],
-                "margin": own.log_likelihoods[own.predicted] - own.log_likelihoods[own.answer],
-            }
+            (
+                example.contexts[0],
+                example.choices[own.answer],
+                example.choices[own.predicted],
+                own.log_likelihoods[own.predicted] - own.log_likelihoods[own.answer],
+            )
             for example, own in zip(self.split.examples, self.judged, strict=True)
             if own.predicted != own.answer
         ]
-        return sorted(wrong, key=lambda row: -row["margin"])
+        rows = [dict(zip(self.mistake_columns(), values, strict=True)) for values in wrong]
+        return sorted(rows, key=lambda row: -row["margin"])
 
     def sections(self, drawn: Path | None = None) -> dict[str, Section]:
         """ "mistakes": the worst ones."""
