@@ -25,6 +25,7 @@ from vimtune.tasks.classes.calibration import HELD_OUT
 from vimtune.tasks.details import Details
 from vimtune.tasks.images.job import create_backbone, demand_labels, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import open_trained, transform_for
+from vimtune.tasks.images.seen import seen_notes
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
 from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.job import Evaluation, Scoring, Trial
@@ -92,7 +93,8 @@ def open_trial(
     demand_labels(task, dataset)
     model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)
-    notes = matched.notes()
+    named = data if options.folder is None else None
+    notes = matched.notes() + seen_notes(adapter, matched.dataset, named, image_size(backbone))
     for note in notes if processes.is_main else []:
         logger.warning("%s", note)
     held_out, why = _open_held_out(recipe, task, data, matched, classes, options)
