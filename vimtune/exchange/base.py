@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
-
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from vimtune.adapters import AdapterInfo
 from vimtune.exchange.local_paths import without_paths
 from vimtune.language.registry import LANGUAGE_MODELS
 from vimtune.models.weights import weights_of
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+"""The name of a repository: a user or an organisation, and a name."""
 
 
 def shared_recipe(info: AdapterInfo) -> dict[str, Any]:
@@ -29,11 +31,8 @@ def base_on_hub(info: AdapterInfo) -> str | None:
     if not isinstance(name, str) or recipe.get("checkpoint") or not recipe.get("pretrained", True):
         return None
     found = _of_images(name) if info.model else _of_texts(name)
-    try:
-        validate_repo_id(found or "")
-    except HFValidationError:  # An address in timm may have a revision, too.
-        return None
-    return found
+    # An address in timm may have a revision, too.
+    return found if found is not None and REPOSITORY.fullmatch(found) else None
 
 
 def _of_images(name: str) -> str | None:
