@@ -15,17 +15,20 @@ from __future__ import annotations
 import csv
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vimtune.compare.command import run_compare
 from vimtune.compare.plan import PLAN_FILE
+from vimtune.compare.tables.csv import OF_PAIRS
 
 SCORE = "top1"
 DIGITS = 3
 """Digits of a number after the point; a test of 8,041 images has steps of .012 %."""
 KEY = ("method", "data", "lr", "seed", "data_seed")
+OF_RATES = ("method", "data", "lr", "seed", "chosen")
+"""Columns that are as they stand in rates.csv."""
 PICTURES = {"pareto.png": "{}.png", "paired.png": "{}_paired.png"}
 """Pictures of a comparison, and what they are called here."""
 
@@ -56,8 +59,8 @@ def publish(folder: Path, target: Path) -> None:
     """
     if (folder / PLAN_FILE).is_file():  # It may have been stopped, or come from another machine.
         run_compare(runs=[folder], values={}, config=None, output_dir=folder, resume=None, packages=[])
-    write(target / f"{folder.name}.csv", cells(folder))
-    write(target / f"{folder.name}_paired.csv", read(folder / "paired.csv"))
+    write(target / f"{folder.name}.csv", cells(folder), OF_RATES)
+    write(target / f"{folder.name}_paired.csv", read(folder / "paired.csv"), OF_PAIRS)
     for name, copy in PICTURES.items():
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / copy.format(folder.name))
@@ -69,7 +72,7 @@ def cells(folder: Path) -> Iterator[dict[str, Any]]:
     for line in read(folder / "rates.csv"):
         run: Mapping[str, str] = tested.get(tuple(line[name] for name in KEY), {})
         yield {
-            **{name: line[name] for name in ("method", "data", "lr", "seed", "chosen")},
+            **{name: line[name] for name in OF_RATES},
             line["split"]: line[SCORE],
             **({} if line["split"] == "test" else {"test": run[SCORE] if run.get("split") == "test" else ""}),
             "parameters": run.get("method_parameters", ""),
@@ -84,11 +87,13 @@ def read(path: Path) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(file)
 
 
-def write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write lines as CSV, with numbers of `DIGITS` digits after the point."""
+def write(path: Path, lines: Iterable[Mapping[str, Any]], first: Sequence[str]) -> None:
+    """Write lines as CSV, with numbers of `DIGITS` digits after the point. `first` are the columns with which
+    it begins, also where there is no line."""
     lines = list(lines)
+    names = list(dict.fromkeys([*first, *(lines[0] if lines else ())]))
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]) if lines else [], lineterminator="\n")
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: short(value) for name, value in line.items()} for line in lines)
     print(f"{path}: {len(lines)} lines")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,6 +306,79 @@ def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path, capsys):
     assert run(*model[2:], "--folder", photos, "-o", output) == 2
     default = Recipe().backbone.model
     assert f"holds a test_vim, and the model is {default!r}: add --model test_vim" in error(capsys)
+
+
+@pytest.fixture(scope="module")
+def own_photos(tmp_path_factory):
+    """A folder with a run on photos of a folder; 15 are in train, 3 in val, 6 in test."""
+    place = tmp_path_factory.mktemp("own")
+    for name in ("cat", "dog", "owl"):
+        (place / "photos" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (8, 8), (30 * number, 9, 9)).save(place / "photos" / name / f"{number}.png")
+    keys = {name: value for name, value in IMAGES.items() if name != "dataset_kwargs"}
+    data = {"dataset": "folder", "data_dir": str(place / "photos")}
+    with pytest.MonkeyPatch.context() as patch:
+        replace_until_undone(NO_PICTURES, patch)
+        train(Recipe(**keys, **data, output_dir=str(place / "run")))
+    return place
+
+
+def notes(trained, **keys):
+    return vimtune.evaluate(trained, **keys).numbers["notes"]
+
+
+def test_photos_that_were_trained_on_are_told(own_photos, tmp_path, monkeypatch, capsys, caplog, no_pictures):
+    """Their scores are better than those of new photos will be."""
+    run_folder, photos = own_photos / "run", own_photos / "photos"
+    parts = {part: vimtune.evaluate(run_folder, split=part).scores["count"] for part in ("val", "test")}
+    trained = 24 - sum(parts.values())
+    told = (
+        f"{trained} of the 24 images were trained on by this run: their scores say little about new images."
+    )
+    monkeypatch.chdir(own_photos)  # The same files by another path.
+    assert run("--adapter", run_folder, "--folder", "photos", "-o", tmp_path / "page.html") == 0
+    assert told in caplog.text and told in (tmp_path / "page.html").read_text()
+    (tmp_path / "linked").symlink_to(photos)
+    assert notes(run_folder, folder=str(tmp_path / "linked")) == [told]
+    # Drawn otherwise, some of the photos to train on are those that are scored.
+    (other,) = notes(run_folder, data_seed=1)
+    assert "images were trained on by this run" in other
+    assert notes(run_folder, train_split="train+val", split="val") == []  # What the run did is what counts.
+
+
+def test_photos_that_nobody_knows_to_be_trained_on_are_not_told(own_photos, tmp_path, images, photos):
+    run_folder = own_photos / "run"
+    assert notes(run_folder) == notes(run_folder, split="val") == []
+    copies = tmp_path / "copies"
+    shutil.copytree(own_photos / "photos", copies)
+    assert notes(run_folder, folder=str(copies)) == []
+    alone = tmp_path / "alone.safetensors"
+    shutil.copyfile(run_folder / "adapter.safetensors", alone)
+    own = str(own_photos / "photos")
+    assert notes(alone, data_dir=own, folder=own) == []  # It does not say where its photos were.
+    assert not any("trained on" in note for note in notes(images[0], folder=str(photos)))
+
+
+def test_a_split_that_the_run_took_to_train_on_is_told(tmp_path, no_pictures):
+    train(Recipe(**IMAGES, train_split="train+val", output_dir=str(tmp_path / "run")))
+    assert notes(tmp_path / "run") == []
+    (told,) = notes(tmp_path / "run", split="val")
+    assert told.startswith("All 6 images were trained on by this run")
+
+
+def test_a_table_of_no_mistakes_has_its_columns(images, tmp_path, monkeypatch):
+    """A program that reads the tables of several models expects the same columns of the best one, too."""
+    few, all_right = tmp_path / "few.csv", tmp_path / "all_right.csv"
+    assert run("--adapter", images[0], "--mistakes", few) == 0
+    monkeypatch.setattr("vimtune.tasks.classes.details.ClassDetails.wrong", [])
+    assert run("--adapter", images[0], "--mistakes", all_right) == 0
+    (header,) = all_right.read_text().splitlines()
+    assert (
+        header
+        == few.read_text().splitlines()[0]
+        == ("path,true,predicted,probability,true_probability,loss,true_rank")
+    )
 
 
 def test_mirrored_images_count_alike(images, photos, tmp_path):

@@ -237,6 +237,21 @@ def test_the_notes_say_over_what_the_means_are():
     )
 
 
+def test_tables_without_a_line_have_their_columns(tmp_path, monkeypatch):
+    """One method has nothing to be paired with; where no run has finished, there is no run to list."""
+    one = [Row("lora", "x", (result(80, val=70),), 1e-3)]
+    for name, rows in (("one", one), ("none", [Row("full", "x", (), None, 3)])):
+        (tmp_path / name).mkdir()
+        write_tables(rows, tmp_path / name, "", [])
+        for table in tmp_path.glob(f"{name}/*.csv"):
+            assert table.read_text().startswith("method,"), table
+    monkeypatch.setattr("sys.argv", ["", *(str(tmp_path / name) for name in ("one", "none", "out"))])
+    runpy.run_path(str(BENCHMARKS / "image_tables.py"), run_name="__main__")
+    paired = (tmp_path / "out" / "one_paired.csv").read_text()
+    assert paired == "method,against,data,pairs,difference,standard_error\n"
+    assert (tmp_path / "out" / "none.csv").read_text() == "method,data,lr,seed,chosen\n"
+
+
 def test_the_published_tables_have_a_line_for_each_run(tmp_path, monkeypatch, capsys):
     rejected = (result(95, val=60.12345, lr=1e-2),)
     rows = [

@@ -51,6 +51,9 @@ def test_a_table_is_split_as_class_folders_are(photos) -> None:
     [
         ("labels.csv", "\ufefffile_name;Category", {}),
         ("metadata.csv", "IMAGE\tclass", {}),
+        ("labels.tsv", "image\tclass", {}),
+        ("METADATA.TSV", "path\tspecies", {"labels": "METADATA.TSV"}),
+        ("mine.tsv", "a, b, c\tpath", {"labels": "mine.tsv", "label_column": "a, b, c"}),
         ("mine.csv", "what,where", {"labels": "mine.csv", "path_column": "where", "label_column": "what"}),
     ],
 )
@@ -58,10 +61,28 @@ def test_columns_are_found_by_usual_names_or_told(file, header, options, photos)
     sign = next(sign for sign in ";\t," if sign in header)
     rows = [line.split(",") for line in (photos / "labels.csv").read_text().splitlines()[1:]]
     (photos / "labels.csv").unlink()
-    order = -1 if header.startswith("what") else 1
+    order = -1 if header.startswith(("what", "a, b")) else 1
     write(photos / file, [header, *(sign.join(row[::order]) for row in rows)])
     found = create_dataset("csv", "train", photos, **options)
     assert found.classes == ["cat", "dog"] and len(found) == 12
+
+
+def test_files_of_splits_may_have_tabs(photos) -> None:
+    (photos / "labels.csv").unlink()
+    for split, file in (("train", "train.tsv"), ("val", "validation.tsv"), ("test", "test.tsv")):
+        numbers = {"train": range(6), "val": range(6, 8), "test": range(8, 10)}[split]
+        rows = (f"pics/{kind}{i}.png\t{kind}" for kind in ("cat", "dog") for i in numbers)
+        write(photos / file, ["path\tlabel", *rows])
+    found = {split: len(create_dataset("csv", split, photos)) for split in ("train", "val", "test")}
+    assert found == {"train": 12, "val": 4, "test": 4}
+
+
+def test_tables_of_other_kinds_are_told_which_are_read(photos) -> None:
+    (photos / "labels.csv").rename(photos / "labels.xlsx")
+    with pytest.raises(DatasetError, match=r"has no file of labels. Expected .*labels.csv .*\.tsv"):
+        create_dataset("csv", "train", photos)
+    with pytest.raises(DatasetError, match=r"labels.xlsx: expected .* ends in .jsonl, .json, .csv, .tsv"):
+        create_dataset("csv", "train", photos, labels="labels.xlsx")
 
 
 def test_paths_may_lack_endings_and_start_at_a_folder_below(photos) -> None:

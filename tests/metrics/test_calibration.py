@@ -13,6 +13,7 @@ from vimtune.metrics.calibration import (
     fit_temperature,
     mean_loss,
     reliability,
+    yes_or_no,
 )
 
 
@@ -61,6 +62,23 @@ def test_no_temperature_has_a_lower_loss(sharpness: float) -> None:
         assert mean_loss(sharpness * logits, labels, factor * found) > lowest
     # Logits that are so many times as sharp have a temperature that many times as high.
     assert found == pytest.approx(sharpness * fit_temperature(logits, labels), rel=1e-6)
+
+
+def test_questions_of_yes_or_no_have_the_binary_loss_and_its_best_temperature() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(600, generator=generator)
+    truth = (torch.rand(600, generator=generator) < (0.4 * logits).sigmoid()).long()
+
+    def binary_loss(temperature: float) -> float:
+        scaled = logits.double() / temperature
+        return F.binary_cross_entropy_with_logits(scaled, truth.double()).item()
+
+    found = fit_temperature(yes_or_no(logits), truth)
+    for temperature in (1.0, found):
+        assert mean_loss(yes_or_no(logits), truth, temperature) == pytest.approx(binary_loss(temperature))
+    for factor in (0.9, 0.999, 1.001, 1.1):
+        assert binary_loss(factor * found) > binary_loss(found)
+    assert found == pytest.approx(2.5, rel=0.2)  # The labels were drawn from logits that are so much smaller.
 
 
 def test_logits_that_are_always_right_or_say_nothing_end_the_search() -> None:

@@ -13,8 +13,10 @@ from PIL import Image
 from vimtune.metrics.calibration import HIGHEST
 from vimtune.pages.page import Page
 from vimtune.tasks.classes import page as module
+from vimtune.tasks.classes import reliability
 from vimtune.tasks.classes.answers import answers_of
-from vimtune.tasks.classes.details import ClassDetails, Examples, Temperature, temperature_of
+from vimtune.tasks.classes.calibration import Temperature, temperature_of
+from vimtune.tasks.classes.details import ClassDetails, Examples
 
 IMAGES = Examples("path", "images", lambda index: f"{index}.jpg", lambda index: Image.new("RGB", (8, 8)))
 NONE = Temperature(None, "nobody asked")
@@ -24,7 +26,7 @@ NONE = Temperature(None, "nobody asked")
 def details(monkeypatch: pytest.MonkeyPatch) -> ClassDetails:
     """Four classes, of which the last one has no images."""
     monkeypatch.setattr("vimtune.pages.page.to_png", lambda figure: b"")
-    monkeypatch.setattr(module, "draw_reliability", lambda found: None)
+    monkeypatch.setattr(reliability, "draw_reliability", lambda *what: None)
     monkeypatch.setattr(module, "draw_confusion_matrix", lambda *what: None)
     logits = torch.tensor([[3.0, 0, 0, 0], [0, 2, 0, 0], [4, 0, 0, 0], [0, 0, 1, 0], [0, 5, 0, 0]])
     answers = answers_of(logits, torch.tensor([0, 1, 1, 2, 2]))
@@ -79,9 +81,10 @@ def test_names_are_harmless(details: ClassDetails) -> None:
 
 def test_a_temperature_says_where_it_comes_from() -> None:
     logits = torch.tensor([[2.0, 0], [0, 1], [1, 0]])
-    found = temperature_of(answers_of(logits, torch.tensor([0, 1, 1])), "val", "images", "test")
+    truth, wrong = torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1])
+    found = temperature_of(answers_of(logits, truth).questions, "val", "3 images", "test")
     assert found.origin == "fitted to the 3 images of 'val'" and found.value is not None
-    same = temperature_of(answers_of(logits, torch.tensor([0, 1, 1])), "val", "images", "val")
+    same = temperature_of(answers_of(logits, truth).questions, "val", "3 images", "val")
     assert "which are the ones that are scored here" in same.origin
-    wrong = temperature_of(answers_of(logits, torch.tensor([1, 0, 1])), "val", "images", "test")
-    assert wrong.value == HIGHEST and "at the end of what was searched" in wrong.origin
+    extreme = temperature_of(answers_of(logits, wrong).questions, "val", "3 images", "test")
+    assert extreme.value == HIGHEST and "at the end of what was searched" in extreme.origin

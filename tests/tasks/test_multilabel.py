@@ -96,6 +96,7 @@ def test_wrong_labels_are_listed_and_shown(run, data, tmp_path) -> None:
     found = evaluate(run.run_dir, **given)
     wrong = found.mistakes()
     assert list(wrong[0]) == ["path", "class", "labelled", "probability", "loss"]
+    assert found.mistakes_to_csv().splitlines()[0] == ",".join(wrong[0])
     mine = {row["class"]: row for row in wrong if row["path"].endswith(f"/{shown}")}
     assert mine["red"]["labelled"] == "no" and mine["red"]["probability"] > 0.5
     assert mine["green"]["labelled"] == "yes" and mine["green"]["probability"] < 0.5
@@ -108,6 +109,30 @@ def test_wrong_labels_are_listed_and_shown(run, data, tmp_path) -> None:
     assert "is not labelled so" in (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Path(run.run_dir, "report.html").read_text(encoding="utf-8")
     assert "The worst mistakes" in page and "Left out because" not in page
+
+
+def test_probabilities_of_labels_are_compared_with_the_labels(run, data, tmp_path) -> None:
+    """Over all labels of all images, in evaluations as in the report of the run."""
+    found = evaluate(run.run_dir)
+    scores, origin = found.scores, found.numbers["temperature_origin"]
+    assert run.ece == pytest.approx(scores["ece"]) and origin.startswith("fitted to the 6 images of 'val'")
+    assert scores["temperature"] > 0 and scores["calibrated_loss"] is not None
+    bins = found.numbers["reliability"]
+    assert sum(each["count"] for each in bins) == len(COLOURS) * scores["count"]
+    labels = sum(row["count"] for row in found.numbers["classes"])
+    assert sum(each["count"] * each["accuracy"] for each in bins) == pytest.approx(labels)
+    gaps = sum(each["count"] * abs(each["confidence"] - each["accuracy"]) for each in bins)
+    assert scores["ece"] == pytest.approx(100 * gaps / (len(COLOURS) * scores["count"]))
+    assert {"calibration error (test)", "temperature"} <= {name for name, _ in found.rows()}
+    found.save(tmp_path / "page.html")
+    for page in (tmp_path / "page.html", Path(run.run_dir, "report.html")):
+        text = page.read_text(encoding="utf-8")
+        assert "Share of labels that are there by their probability" in text
+        assert "The expected calibration error (ECE) is" in text
+    alone = evaluate(run.run_dir, calibrate=False)
+    assert alone.scores["temperature"] is None and alone.scores["ece"] == scores["ece"]
+    held_out = evaluate(run.run_dir, split="val")
+    assert held_out.scores["calibrated_loss"] < held_out.scores["loss"]
 
 
 def test_each_class_has_a_probability_of_its_own_also_when_merged(run, data, tmp_path) -> None:

@@ -17,9 +17,10 @@ from tiny_runs import logged_run, outcome_of, report_of
 from vimtune.console import build_console
 from vimtune.pages import style
 from vimtune.run_folder import RunFolder
-from vimtune.tasks.classes import confusion, page
+from vimtune.tasks.classes import confusion, reliability
+from vimtune.tasks.classes.calibration import Temperature
 from vimtune.tasks.classes.confusion import confusion_files, write_confusion_table
-from vimtune.tasks.classes.details import ClassDetails, Examples, Temperature
+from vimtune.tasks.classes.details import ClassDetails, Examples
 from vimtune.tasks.job import Outcome
 from vimtune.tasks.report import Report
 from vimtune.training import OutputError, conclusion, pictures
@@ -94,7 +95,7 @@ def test_pictures_are_left_out_where_nobody_will_look_at_them(tmp_path):
     [
         ((confusion, "draw_confusion_matrix"), "confusion_matrix.png"),
         ((pictures, "draw_learning_curve"), "learning_curve.png"),
-        ((page, "draw_reliability"), "report.html"),
+        ((reliability, "draw_reliability"), "report.html"),
         ((confusion, "write_confusion_table"), "confusion_matrix.csv"),
         ((Logs, "write_result"), "final scores in the logs"),
     ],

@@ -24,8 +24,8 @@ examples:
   {prog} my/images --adapter runs/my-run -o classes.csv
   {prog} "a text" more.jsonl --adapter runs/my-texts
 
-An adapter of texts takes texts, files (.jsonl, .csv) and - for standard input, where each line is a text; one
-of questions with choices takes the lines of its data set, of which the answer may be left out."""
+An adapter of texts takes texts, files (.jsonl, .csv, .tsv) and - for standard input, where each line is a
+text; one of questions with choices takes the lines of its data set, of which the answer may be left out."""
 """What stands below the options in the help; `{prog}` is the command."""
 
 

@@ -94,7 +94,8 @@ class Scored:
 
     def to_csv(self) -> str:
         """One row: what was scored, and the numbers of the whole split."""
-        return _csv([{**self.facts, **self.scores}])
+        row = {**self.facts, **self.scores}
+        return _csv([row], list(row))
 
     def to_html(self) -> str:
         """A page with pictures; it needs nothing else."""
@@ -119,8 +120,9 @@ class Scored:
         return found
 
     def mistakes_to_csv(self) -> str:
-        """`mistakes` as a table with a row for each."""
-        return _csv(self.mistakes())
+        """`mistakes` as a table with a row for each, below the names of the columns."""
+        rows = self.mistakes()
+        return _csv(rows, self.details.mistake_columns() or list(*rows[:1]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a page with pictures (`.html`), all `numbers` (`.json`) or one row of scores (`.csv`).
@@ -143,12 +145,11 @@ FORMATS: dict[str, Callable[[Scored], str]] = {
 """How a file is written whose name ends so."""
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table whose columns are the keys of its rows; nothing of it is a formula for a spreadsheet."""
+def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A table whose columns are the keys of all its rows; nothing of it is a formula for a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    for row in rows[:1]:
-        writer.writerow(row)
+    writer.writerow(columns)
     for row in rows:
-        writer.writerow([csv_cell(printable(v)) if isinstance(v, str) else v for v in row.values()])
+        writer.writerow([csv_cell(printable(v)) if isinstance(v, str) else v for v in map(row.get, columns)])
     return text.getvalue()

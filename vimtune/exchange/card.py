@@ -16,11 +16,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vimtune import __version__
 from vimtune.adapters import AdapterInfo
+from vimtune.exchange.base import base_on_hub, shared_recipe
 from vimtune.exchange.formats import Format
-from vimtune.exchange.local_paths import without_paths
 from vimtune.methods.full import Full
 from vimtune.methods.linear import LinearProbe
-from vimtune.models.weights import weights_of
 from vimtune.run_folder import RunFolder
 from vimtune.tasks.origin import task_of
 from vimtune.text import escape_markdown, shorten
@@ -43,8 +42,7 @@ def write_card(info: AdapterInfo, adapter: Path, form: Format, loading_code: str
     result = _result_beside(adapter)
     task = task_of(info)
     title = place.rpartition("/")[2]
-    recipe = info.extra.get("recipe", {})
-    recipe = without_paths(recipe) if isinstance(recipe, dict) else {}
+    recipe = shared_recipe(info)
     parts = [
         f"---\n{_metadata(info, result, form, title, task.hub_task, recipe)}\n---",
         f"# {escape_markdown(title)}",
@@ -97,7 +95,7 @@ def _metadata(
             for name, value in result.report.scores_by_name().items()
             if value is not None
         ]
-    base = _base_of(info, recipe)
+    base = base_on_hub(info)
     is_model = form.whole_model or _trains_everything(info)
     relation = None if base is None else "finetune" if is_model else "adapter"
     data = ModelCardData(
@@ -111,26 +109,6 @@ def _metadata(
         ignore_metadata_errors=True,
     )
     return str(data.to_yaml()).strip()
-
-
-def _base_of(info: AdapterInfo, recipe: Mapping[str, Any]) -> str | None:
-    """Name of the base model on the hub, if it has one."""
-    name = info.model.get("name") if info.model else recipe.get("model")
-    if not isinstance(name, str) or recipe.get("checkpoint"):
-        return None
-    if info.model:
-        return _published(name) if recipe.get("pretrained", True) else None
-    return name if "/" in name else None
-
-
-def _published(name: str) -> str | None:
-    """The repository of the weights that a model of images has by itself."""
-    if weights_of(name) is not None:
-        return None  # They come with vimtune.
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(name)
-    return None if config is None else config.hf_hub_id
 
 
 def _sentence(info: AdapterInfo, form: Format, recipe: Mapping[str, Any]) -> str:

@@ -111,10 +111,11 @@ class PeftFormat(Format):
     files = ("adapter_config.json", "adapter_model.safetensors")
 
     def write(self, source: Source, folder: Path) -> str:
+        from vimtune.exchange.base import base_on_hub
         from vimtune.exchange.peft.files import save_peft
 
         opened: Any = _opened(source)
-        save_peft(opened.model, folder)
+        save_peft(opened.model, folder, base_model=base_on_hub(source.info))
         return 'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
 
 

@@ -8,7 +8,6 @@ mean to huggingface_hub.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from vimtune import parsers
 from vimtune.adapters import read_adapter_info
 from vimtune.console import build_console, print_line
+from vimtune.exchange.base import REPOSITORY
 from vimtune.exchange.card import write_card
 from vimtune.exchange.formats import FORMATS, Source
 from vimtune.exchange.local_paths import clean_json
@@ -34,8 +34,6 @@ from vimtune.text import printable, quote, shorten
 
 CARD = "README.md"
 """Name of the model card."""
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-"""The name of a repository: a user or an organisation, and a name."""
 
 
 class HubError(ValueError):
@@ -210,7 +208,7 @@ def pull(
 
 
 def _check_repository(name: str) -> None:
-    if not isinstance(name, str) or not _REPOSITORY.fullmatch(name):
+    if not isinstance(name, str) or not REPOSITORY.fullmatch(name):
         raise ValueError(f"repository = {quote(name)}: expected the name of a user and of a model, user/name")
 
 

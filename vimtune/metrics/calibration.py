@@ -4,6 +4,9 @@ Of the answers that a calibrated classifier gives with probability 0.8, four in 
 T divides the logits before the softmax. It changes no answer, only how sure the model says it is (Guo et al.
 2017, arXiv 1706.04599).
 
+Where an image may have any number of labels, each label of each image is a question of its own, with the
+answers no and yes: `yes_or_no` makes logits of two classes of it, for which everything here holds as well.
+
 N examples, C classes.
 """
 
@@ -72,13 +75,25 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return 100.0 * sum(own.count * abs(own.confidence - own.accuracy) for own in bins) / max(1, count)
 
 
+def yes_or_no(logits: Tensor) -> Tensor:
+    """Logits (M, 2) of the answers no and yes to M questions whose probability of yes is the sigmoid of
+    `logits` (M,): the softmax of 0 and z has the sigmoid of z as its second part, and the cross entropy of it
+    is the binary one."""
+    return torch.stack([torch.zeros_like(logits), logits], 1)
+
+
+def log_probabilities(logits: Tensor, classes: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logarithm of the probability of one class (N,) of each example, (N,) double, where a temperature
+    divides the logits (N, C)."""
+    parts = zip(logits.split(_ROWS), classes.split(_ROWS), strict=True)
+    return torch.cat(
+        [(part.double() / temperature).log_softmax(1).gather(1, own[:, None])[:, 0] for part, own in parts]
+    )
+
+
 def mean_loss(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
     """Cross entropy of logits (N, C) divided by a temperature, as a mean over N examples of classes (N,)."""
-    losses = [
-        torch.nn.functional.cross_entropy(part.double() / temperature, own, reduction="sum")
-        for part, own in zip(logits.split(_ROWS), labels.split(_ROWS), strict=True)
-    ]
-    return float(sum(losses)) / max(1, len(labels))
+    return -float(log_probabilities(logits, labels, temperature).sum()) / max(1, len(labels))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -28,6 +28,10 @@ class Details:
         """Everything that was measured beside `scores`, as plain values for JSON."""
         return {}
 
+    def mistake_columns(self) -> Sequence[str]:
+        """The keys of each of `mistakes`, which stand above a table of them also where there are none."""
+        return ()
+
     def mistakes(self) -> Sequence[dict[str, Any]] | None:
         """A mapping for each wrong answer, all with the same keys, the worst one first; None for a task whose
         answers are not right or wrong."""

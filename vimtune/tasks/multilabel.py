@@ -55,13 +55,10 @@ class MultiLabel(ImageTask):
         no_temperature: str,
         notes: Sequence[str] = (),
     ) -> TagDetails:
-        """Every class, and the mistakes; see `ImageTask.build_details`."""
-        from vimtune.tasks.images.details import unread_notes
-        from vimtune.tasks.images.tag_details import TagDetails
-        from vimtune.tasks.images.tag_scoring import TagEvaluation
+        """Every class, calibration and the mistakes; see `ImageTask.build_details`."""
+        from vimtune.tasks.images.tag_details import tag_details
 
-        assert isinstance(evaluation, TagEvaluation)
-        return TagDetails(evaluation, dataset, [*notes, *unread_notes(dataset, evaluation)])
+        return tag_details(dataset, evaluation, held_out, no_temperature, notes)
 
     def report_type(self) -> type[TagReport]:
         """The report with the average precision of each class."""

@@ -210,5 +210,5 @@ class BoolQ(TextTask):
 class OwnTexts(TextTask):
     """Learn a user's own texts: prompts with completions, texts with labels, or texts alone."""
 
-    summary = "your own .jsonl or .csv: prompt and completion, text and label, or text alone"
+    summary = "your own .jsonl, .csv or .tsv: prompt and completion, text and label, or text alone"
     form = text.OWN

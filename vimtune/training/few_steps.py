@@ -13,7 +13,7 @@ from vimtune.tasks.job import Loader
 from vimtune.text import counted
 
 ENOUGH = 50
-"""A run of fewer optimizer steps is told of."""
+"""A run of fewer optimizer steps is told of; docs/training.md has scores by the number of steps."""
 SMALLEST_BATCH = 4
 """No smaller batch is advised: its gradients would be mostly noise."""
 

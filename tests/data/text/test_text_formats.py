@@ -173,6 +173,20 @@ def test_csv_and_json_lines_say_the_same(delimiter, tmp_path):
     assert by_csv.examples[0].continuations == (" no", " yes")
 
 
+def test_tabs_alone_stand_between_the_cells_of_tsv(tmp_path):
+    """Not the commas of a text, also where the header has more of them."""
+    (tmp_path / "train.tsv").write_text("text\tlabel\tnot, read, here\nbad, worse\tno\t\ngood\tyes\t\n")
+    found = open_text(OWN, "train", folder=tmp_path)
+    assert found.classes == ("no", "yes") and found.examples[0].prompt == "bad, worse"
+    (tmp_path / "plain.tsv").write_text("text\none, two\n")
+    assert open_text(OWN, "test", file=tmp_path / "plain.tsv").examples[0].completion == "one, two"
+    (tmp_path / "broken.TSV").write_text('text\tlabel\n"a\tb')
+    with pytest.raises(DatasetError, match="line 2 is not TSV"):
+        read(OWN, tmp_path / "broken.TSV")
+    with pytest.raises(DatasetError, match=r"ends in .jsonl, .json, .csv, .tsv$"):
+        read(OWN, tmp_path / "texts.xlsx")
+
+
 def test_labels_are_those_of_the_training_file(tmp_path):
     def write(*labels):
         return write_lines(tmp_path / "a.jsonl", [{"text": "x", "label": label} for label in labels])

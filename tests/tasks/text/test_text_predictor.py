@@ -211,7 +211,7 @@ def test_a_file_that_is_passed_on_does_not_say_where_its_model_was(tmp_path, cap
     ("inputs", "expected"),
     [
         (["none.jsonl"], "cannot read none.jsonl: No such file"),
-        (["{folder}"], "expected a file whose name ends in .jsonl, .json, .csv"),
+        (["{folder}"], "expected a file whose name ends in .jsonl, .json, .csv, .tsv"),
         (["{lines}"], "lines.jsonl, line 2 does not have the expected form: text"),
         (["{table}"], "table.csv, line 3 has 1 cells: expected 2"),
         ([" "], "expected a text that is not empty"),

@@ -12,6 +12,9 @@ from vimtune.compare.results import Row
 from vimtune.compare.tables.contents import NUMBERS
 from vimtune.text import csv_cell, printable
 
+OF_PAIRS = ("method", "against", "data", "pairs", "difference", "standard_error")
+"""Columns of paired.csv."""
+
 
 def to_csv(rows: Sequence[Row]) -> str:
     """A line for each row with means and standard deviations of all its numbers, unrounded."""
@@ -38,7 +41,7 @@ def to_csv(rows: Sequence[Row]) -> str:
             line[f"{name}_mean"] = None if spread is None else spread.mean
             line[f"{name}_sd"] = None if spread is None else spread.deviation
         lines.append(line)
-    return _csv(lines)
+    return _csv(lines, ("method", "data", "lr", "seeds", "data_seeds", "runs"))
 
 
 def runs_to_csv(rows: Sequence[Row]) -> str:
@@ -70,7 +73,7 @@ def runs_to_csv(rows: Sequence[Row]) -> str:
                     "run_dir": report.run_dir,
                 }
             )
-    return _csv(lines)
+    return _csv(lines, ("method", "data", "lr", "seed", "data_seed", "split"))
 
 
 def rates_to_csv(rows: Sequence[Row]) -> str:
@@ -91,7 +94,7 @@ def rates_to_csv(rows: Sequence[Row]) -> str:
                     **result.selected,
                 }
             )
-    return _csv(lines)
+    return _csv(lines, ("method", "data", "lr", "chosen", "seed", "data_seed", "split"))
 
 
 def paired_to_csv(rows: Sequence[Row]) -> str:
@@ -107,12 +110,17 @@ def paired_to_csv(rows: Sequence[Row]) -> str:
         }
         for each in all_differences(rows)
     ]
-    return _csv(lines)
+    return _csv(lines, OF_PAIRS)
 
 
-def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
-    """A file with a column for each name; what is text in a cell is harmless, whoever has written it."""
-    names = list(dict.fromkeys(name for line in lines for name in line))
+def _csv(lines: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:
+    """A file with a column for each name; what is text in a cell is harmless, whoever has written it.
+
+    Args:
+        lines: the cells of each line by column.
+        first: the columns with which it begins, also where there is no line.
+    """
+    names = list(dict.fromkeys([*first, *(name for line in lines for name in line)]))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()

@@ -1,6 +1,7 @@
-"""Labels of images in CSV files: which columns mean what, and which image a row is about.
+"""Labels of images in tables: which columns mean what, and which image a row is about.
 
-The first line of a file names its columns, which commas, semicolons or tabs separate. One column has the
+The first line of a file names its columns, which commas, semicolons or tabs separate, in files whose names
+end in .tsv tabs alone. One column has the
 paths of the images, which start at the folder of the data (or at one below it) and may lack their endings.
 The labels are
 
@@ -27,17 +28,18 @@ from vimtune.data.text.lines import Line, read_lines
 from vimtune.text import printable, quote
 
 EXPECTED = (
-    "Expected <data-dir>/labels.csv (or metadata.csv; or train.csv with val.csv and test.csv), whose first "
-    "line names the columns, such as path,label or path,label,split, and the images beside it."
+    "Expected <data-dir>/labels.csv (or metadata.csv; or train.csv with val.csv and test.csv; with tabs also "
+    ".tsv), whose first line names the columns, such as path,label or path,label,split, and the images "
+    "beside it."
 )
 """The sentence that tells the user which files are understood."""
 
-_TABLES = ("labels.csv", "metadata.csv")
+_TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv")
 """Names of a file that has all images."""
 _TABLES_OF_SPLITS = {
-    "train": ("train.csv",),
-    "val": ("val.csv", "valid.csv", "validation.csv"),
-    "test": ("test.csv",),
+    "train": ("train.csv", "train.tsv"),
+    "val": ("val.csv", "val.tsv", "valid.csv", "valid.tsv", "validation.csv", "validation.tsv"),
+    "test": ("test.csv", "test.tsv"),
 }
 """Names of files that have the images of one split."""
 _PATHS = (
@@ -83,7 +85,7 @@ def read_tables(root: Path, *, file: str | None, images: str | None, columns: Co
 
     Args:
         root: the folder.
-        file: the CSV file below it; None for the usual names.
+        file: the table below it; None for the usual names.
         images: the folder below it at which paths start; None for itself.
         columns: which columns mean what.
 

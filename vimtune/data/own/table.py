@@ -1,4 +1,4 @@
-"""Images whose labels stand in CSV files."""
+"""Images whose labels stand in tables: CSV or TSV."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Text = Annotated[str, Len(1, 200)]
 
 @register_dataset("csv")
 class Table(FileDataset):
-    """Images with labels from CSV files, which have a header and a row for each image.
+    """Images with labels from files of CSV or, where names end in .tsv, of TSV, which have a header and a row
+    for each image.
 
     - `labels.csv` (or `metadata.csv`) with a column `split`: used as it says. Without `val` there, a
       stratified `val_fraction` of train is drawn; without `test`, asking for "test" raises
@@ -39,7 +40,7 @@ class Table(FileDataset):
         separator: sign between the labels of an image, which may then have several or none.
     """
 
-    summary = "your own images with labels in labels.csv, one for each image or several"
+    summary = "your own images with labels in labels.csv or .tsv, one for each image or several"
     needs_data_dir = True
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Lines of files of texts: JSON Lines and CSV. A file may come from anybody: every line meets a schema."""
+"""Lines of files of texts: JSON Lines, CSV, TSV. A file may come from anybody: every line meets a schema."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from vimtune.text import printable, quote
 LINE = {"extra": "ignore", "strict": True, "allow_inf_nan": False}
 """`__pydantic_config__` of the schema of a line: official files have fields that nobody needs."""
 
-SUFFIXES = (".jsonl", ".json", ".csv")
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
+"""Signs that may stand between the cells of a table, by the ending of its name. Where numbers have commas,
+spreadsheets write CSV with semicolons."""
+SUFFIXES = (".jsonl", ".json", *DELIMITERS)
 """Endings of the files that can be read; a .json file has a JSON text in every line, too."""
-DELIMITERS = ",;\t"
-"""Signs that may stand between the cells of CSV. Where numbers have commas, spreadsheets write semicolons."""
 
 
 class _NotBlank:
@@ -79,23 +80,23 @@ class Line:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """All entries of a file of JSON Lines or, where its name ends in .csv, of CSV with a header.
+    """All entries of a file of JSON Lines or, where its name ends in .csv or .tsv, of a table with a header.
 
-    Of the `DELIMITERS` the one that the header has most often stands between the cells, of several the first.
+    Of its `DELIMITERS` the one that the header has most often stands between the cells, of several the first.
 
     Raises:
         DatasetError: no such file, a line that is no text, no JSON or no row, or no entry at all.
     """
     shown = printable(str(path))
-    if path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise DatasetError(f"{shown}: expected a file whose name ends in {', '.join(SUFFIXES)}")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DatasetError(f"{shown} is not a regular file: expected JSON Lines or CSV")
+            raise DatasetError(f"{shown} is not a regular file: expected JSON Lines, CSV or TSV")
         with open(path, "rb") as file:
             texts = _decoded(shown, file)
-            is_csv = path.suffix.lower() == ".csv"
-            lines = list(_rows(shown, texts) if is_csv else _objects(texts))
+            lines = list(_rows(shown, texts, suffix) if suffix in DELIMITERS else _objects(texts))
     except OSError as error:
         raise DatasetError(f"cannot read {shown}: {error.strerror}") from error
     if not lines:
@@ -142,11 +143,12 @@ def _objects(texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
             yield Line(place, parse_json(text.rstrip("\r\n"), place, DatasetError))
 
 
-def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
-    """The entries of CSV, whose first row names the fields. A row may go over several lines."""
+def _rows(shown: str, texts: Iterator[tuple[str, str]], suffix: str) -> Iterator[Line]:
+    """The entries of a table, whose first row names the fields. A row may go over several lines."""
+    kind, delimiters = suffix[1:].upper(), DELIMITERS[suffix]
     _, first = next(texts, ("", ""))
     rest = (text for _, text in texts)
-    reader = csv.reader(chain([first], rest), strict=True, delimiter=max(DELIMITERS, key=first.count))
+    reader = csv.reader(chain([first], rest), strict=True, delimiter=max(delimiters, key=first.count))
     header: list[str] = []
     begin = 1
     while True:
@@ -157,7 +159,7 @@ def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
             if "field limit" in str(error):
                 limit = csv.field_size_limit()
                 raise DatasetError(
-                    f"{place} has a cell of more than {limit:,} characters, the most that is read of CSV: "
+                    f"{place} has a cell of more than {limit:,} characters, the most that is read of {kind}: "
                     "shorten it, or write the texts as JSON Lines (.jsonl)"
                 ) from None
             if "new-line character" in str(error):
@@ -165,7 +167,7 @@ def _rows(shown: str, texts: Iterator[tuple[str, str]]) -> Iterator[Line]:
                     f"{place}: lines end with carriage returns alone, as on old Macs: save the file with the "
                     "line ends of Unix or Windows"
                 ) from None
-            raise DatasetError(f"{place} is not CSV: {error}") from None
+            raise DatasetError(f"{place} is not {kind}: {error}") from None
         begin = reader.line_num + 1
         if row is None:
             return

@@ -102,8 +102,9 @@ OWN = TextFormat(
     find_classes=_classes,
     prompt=_prompt,
     files={
-        "train": ("train.jsonl", "train.csv"),
-        "test": ("test.jsonl", "test.csv", "val.jsonl", "val.csv"),
+        "train": ("train.jsonl", "train.csv", "train.tsv"),
+        "test": ("test.jsonl", "test.csv", "test.tsv", "val.jsonl", "val.csv", "val.tsv"),
     },
 )
-"""Fields prompt and completion, text and label, or text alone; in JSON Lines or in CSV with a header."""
+"""Fields prompt and completion, text and label, or text alone; in JSON Lines, or in CSV or TSV with a
+header."""

@@ -4,7 +4,8 @@
 |---|---|
 | `answers.py` | what a classifier has said of every example, and what follows from it |
 | `confusion.py` | the confusion matrix as a table and as a picture |
-| `reliability.py` | the picture of the calibration |
+| `calibration.py` | whether the probabilities are to be believed, also those of single labels |
+| `reliability.py` | the same as a section of a page, with its picture |
 | `details.py` | what an evaluation says: classes, confusions, calibration, mistakes |
 | `page.py` | the same as a page |
 """

@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-_ROWS = 8192
-"""Examples whose softmax is computed together."""
+from vimtune.metrics.calibration import log_probabilities
+from vimtune.tasks.classes.calibration import Questions
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,15 @@ class ClassAnswers:
         counts = torch.bincount(self.labels * classes + self.predicted, minlength=classes**2)
         return counts.view(classes, classes)
 
+    @property
+    def questions(self) -> Questions:
+        """Which class each example is of; what is judged are the answers."""
+        return Questions(self.logits, self.labels, self.predicted)
+
     @cached_property
     def losses(self) -> Tensor:
         """Cross entropy of each example, (N,) double: minus the logarithm of its class's probability."""
-        return -self._log_probabilities(self.labels, 1.0)
-
-    def confidence(self, temperature: float = 1.0) -> Tensor:
-        """Probability of each answer, (N,) double, where a temperature divides the logits."""
-        return self._log_probabilities(self.predicted, temperature).exp()
-
-    def _log_probabilities(self, classes: Tensor, temperature: float) -> Tensor:
-        """Of one class (N,) for each example."""
-        parts = zip(self.logits.split(_ROWS), classes.split(_ROWS), strict=True)
-        found = [
-            (part.double() / temperature).log_softmax(1).gather(1, own[:, None])[:, 0] for part, own in parts
-        ]
-        return torch.cat(found)
+        return -log_probabilities(self.logits, self.labels)
 
 
 def answers_of(logits: Tensor, labels: Tensor) -> ClassAnswers:

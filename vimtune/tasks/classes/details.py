@@ -14,28 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vimtune.metrics.calibration import (
-    HIGHEST,
-    LOWEST,
-    Bin,
-    calibration_error,
-    fit_temperature,
-    mean_loss,
-    reliability,
-)
 from vimtune.metrics.classes import ClassScores, Confusion, macro_f1, most_confused, score_classes
 from vimtune.pages.section import Section
 from vimtune.tasks.classes.answers import ClassAnswers
+from vimtune.tasks.classes.calibration import Calibration, Temperature
 from vimtune.tasks.details import Details
 from vimtune.text import shorten
 
 if TYPE_CHECKING:
     from PIL import Image
 
-HELD_OUT = "val"
-"""The split to which temperatures are fitted: it is neither trained on nor the one whose scores are told."""
-CONTINUED = "the run was continued after its best epoch (vimtune evaluate fits one)"
-"""Why a run has no temperature, although it has kept such a split apart."""
 CONFUSED = 20
 """Pairs of classes that files and pages list."""
 WORST = 24
@@ -58,34 +46,6 @@ class Examples:
     """Names an example by its number in the split."""
     load: Callable[[int], Image.Image] | None = None
     """Gives an image by its number in the split; None for texts."""
-
-
-@dataclass(frozen=True)
-class Temperature:
-    """The temperature of a classifier, and where it comes from."""
-
-    value: float | None
-    """None where there is nothing that it could be fitted to."""
-    origin: str
-    """Half a sentence: to what it was fitted, or why it was not."""
-
-
-def temperature_of(answers: ClassAnswers, split: str, plural: str, scored: str) -> Temperature:
-    """The temperature that fits the examples of a split.
-
-    Args:
-        answers: those to the examples, at least one.
-        split: its name.
-        plural: what the examples are called.
-        scored: the split whose scores are told.
-    """
-    origin = f"fitted to the {len(answers):,} {plural} of {split!r}"
-    if split == scored:
-        origin += ", which are the ones that are scored here: expect a little less of others"
-    value = fit_temperature(answers.logits, answers.labels)
-    if value in (LOWEST, HIGHEST):
-        origin += "; it lies at the end of what was searched"
-    return Temperature(value, origin)
 
 
 @dataclass(frozen=True)
@@ -116,20 +76,14 @@ class ClassDetails(Details):
         return most_confused(self.answers.confusion, CONFUSED)
 
     @cached_property
-    def bins(self) -> list[Bin]:
-        """Answers by their probability."""
-        return reliability(self.confidence, self.answers.right)
+    def calibration(self) -> Calibration:
+        """Whether the probabilities of the answers are to be believed."""
+        return Calibration(self.answers.questions, self.temperature)
 
     @cached_property
     def confidence(self) -> Tensor:
         """Probability of each answer, (N,)."""
-        return self.answers.confidence()
-
-    @cached_property
-    def calibrated_bins(self) -> list[Bin] | None:
-        """The same with the temperature; None where there is none."""
-        value = self.temperature.value
-        return None if value is None else reliability(self.answers.confidence(value), self.answers.right)
+        return self.answers.questions.probabilities()
 
     @cached_property
     def wrong(self) -> list[int]:
@@ -140,26 +94,13 @@ class ClassDetails(Details):
 
     def scores(self) -> dict[str, float | None]:
         """Macro F1 and the calibration error, in percent; the temperature, and error and loss with it."""
-        value, bins = self.temperature.value, self.calibrated_bins
-        labels, logits = self.answers.labels, self.answers.logits
-        return {
-            "macro_f1": macro_f1(self.by_class),
-            "ece": calibration_error(self.bins),
-            "temperature": value,
-            "calibrated_ece": None if bins is None else calibration_error(bins),
-            "calibrated_loss": None if value is None else mean_loss(logits, labels, value),
-        }
+        return {"macro_f1": macro_f1(self.by_class), **self.calibration.scores()}
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Macro F1, calibration, and the most confused classes."""
         f1 = macro_f1(self.by_class)
         yield f"macro F1 ({self.split})", "none" if f1 is None else f"{f1:.2f} %"
-        error = f"{calibration_error(self.bins):.2f} %"
-        if self.calibrated_bins is not None:
-            error += f"; {calibration_error(self.calibrated_bins):.2f} % with the temperature"
-        yield f"calibration error ({self.split})", error
-        value = self.temperature.value
-        yield "temperature", f"{'none' if value is None else f'{value:.3f}'}, {self.temperature.origin}"
+        yield from self.calibration.rows(self.split)
         title = "most confused"
         for pair in self.confused[:SHOWN_CONFUSED]:
             true, answer = self.short_name(pair.true), self.short_name(pair.answer)
@@ -168,9 +109,8 @@ class ClassDetails(Details):
 
     def numbers(self) -> dict[str, Any]:
         """Every class, the most confused pairs, and the reliability, as plain values."""
-        plain = ("low", "high", "count", "confidence", "accuracy")
         return {
-            "temperature_origin": self.temperature.origin,
+            **self.calibration.numbers(),
             "notes": list(self.notes),
             "classes": [
                 {
@@ -192,8 +132,12 @@ class ClassDetails(Details):
                 }
                 for pair in self.confused
             ],
-            "reliability": [{name: getattr(own, name) for name in plain} for own in self.bins],
         }
+
+    def mistake_columns(self) -> tuple[str, ...]:
+        """The example as its task calls it, then what every classifier has."""
+        own = ("true", "predicted", "probability", "true_probability", "loss", "true_rank")
+        return (self.examples.key, *own)
 
     def mistakes(self) -> list[dict[str, Any]]:
         """Every wrong answer: which example, its class, the answer, the probabilities of both, the loss, and
@@ -203,15 +147,16 @@ class ClassDetails(Details):
     def mistake(self, place: int) -> dict[str, Any]:
         """One of `mistakes`, by its place among the answers."""
         loss = float(self.answers.losses[place])
-        return {
-            self.examples.key: self.examples.name(int(self.answers.indices[place])),
-            "true": self.classes[int(self.answers.labels[place])],
-            "predicted": self.classes[int(self.answers.predicted[place])],
-            "probability": float(self.confidence[place]),
-            "true_probability": math.exp(-loss),
-            "loss": loss,
-            "true_rank": int(self.answers.ranks[place]) + 1,
-        }
+        values = (
+            self.examples.name(int(self.answers.indices[place])),
+            self.classes[int(self.answers.labels[place])],
+            self.classes[int(self.answers.predicted[place])],
+            float(self.confidence[place]),
+            math.exp(-loss),
+            loss,
+            int(self.answers.ranks[place]) + 1,
+        )
+        return dict(zip(self.mistake_columns(), values, strict=True))
 
     def sections(self, drawn: Path | None = None) -> dict[str, Section]:
         """ "scores", "mistakes", "confusions", "classes" and "calibration"."""

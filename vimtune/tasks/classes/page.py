@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vimtune.metrics.calibration import calibration_error
 from vimtune.metrics.classes import macro_f1
 from vimtune.pages.section import Photo, Picture, Section, Table
 from vimtune.tasks.classes.confusion import CONFUSION_PICTURE, confusion_title, draw_confusion_matrix
 from vimtune.tasks.classes.details import CONFUSED, MAX_NAME, WORST, ClassDetails
-from vimtune.tasks.classes.reliability import draw_reliability
+from vimtune.tasks.classes.reliability import CLASSES, calibration_section
 from vimtune.text import shorten
 
 MAX_TEXT = 200
@@ -25,7 +24,7 @@ def class_sections(details: ClassDetails, drawn: Path | None) -> dict[str, Secti
         "mistakes": _mistake_section(details),
         "confusions": _confusion_section(details, drawn),
         "classes": _class_section(details),
-        "calibration": _calibration_section(details),
+        "calibration": calibration_section(details.calibration, CLASSES),
     }
 
 
@@ -142,37 +141,6 @@ def _class_section(details: ClassDetails) -> Section:
                     ]
                     for number, (name, own) in rows
                 ],
-            )
-        ],
-    )
-
-
-def _calibration_section(details: ClassDetails) -> Section:
-    lines = {"as it is": details.bins}
-    value, error = details.temperature.value, calibration_error(details.bins)
-    found = [f"The expected calibration error (ECE) is {error:.2f} %."]
-    if details.calibrated_bins is None or value is None:
-        found.append(f"There is no temperature: {details.temperature.origin}.")
-    else:
-        lines["with the temperature"] = details.calibrated_bins
-        better = calibration_error(details.calibrated_bins)
-        found.append(
-            f"The temperature is {value:.3f}, {details.temperature.origin}. With it the error is "
-            f"{better:.2f} %: the model is {'too sure' if value > 1 else 'not sure enough'} as it is."
-        )
-    return Section(
-        title="Calibration",
-        explanation="A model is calibrated if, of the answers that it gives with probability 80 %, 80 % "
-        f"are right. Answers are put into {len(details.bins)} intervals of probability; the ECE is the mean "
-        "distance of probability and share of right answers there, weighted by the answers (Guo et al. "
-        "2017). To divide the logits by the temperature before the softmax changes no answer.",
-        findings=found,
-        numbers={},
-        pictures=[
-            Picture(
-                "Share of right answers by their probability. Below the dotted line the model is too "
-                "sure. The bars count the answers.",
-                draw_reliability(lines),
             )
         ],
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vimtune.data import ImageDataset
-from vimtune.tasks.classes.details import HELD_OUT, ClassDetails, Examples, Temperature, temperature_of
+from vimtune.tasks.classes.calibration import HELD_OUT, Temperature, temperature_of
+from vimtune.tasks.classes.details import ClassDetails, Examples
 from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Evaluation
 
@@ -37,7 +38,8 @@ def image_details(
     temperature = Temperature(None, no_temperature)
     if held_out is not None:
         assert isinstance(held_out, ImageEvaluation)
-        temperature = temperature_of(held_out.answers, HELD_OUT, "images", dataset.split)
+        questions = held_out.answers.questions
+        temperature = temperature_of(questions, HELD_OUT, f"{held_out.count:,} images", dataset.split)
     examples = Examples("path", "images", dataset.describe, dataset.load)
     notes = [*notes, *unread_notes(dataset, evaluation)]
     return ClassDetails(evaluation.answers, dataset.classes, dataset.split, examples, temperature, notes)

@@ -34,8 +34,9 @@ from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.runtime.precision import build_autocast
 from vimtune.runtime.seeds import derive_seed
+from vimtune.tasks.classes.calibration import CONTINUED, HELD_OUT, NOT_APART
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
-from vimtune.tasks.classes.details import CONTINUED, HELD_OUT, ClassDetails
+from vimtune.tasks.classes.details import ClassDetails
 from vimtune.tasks.classification import Classification
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.details import image_details
@@ -79,6 +80,13 @@ class ImageJob(Job):
         """Whole batches, and the last one of each split."""
         return 3
 
+    def held_out(self, outcome: Outcome) -> tuple[Evaluation | None, str]:
+        """What a temperature is fitted to: the scores of the validation split; None where there are none,
+        and why."""
+        if self.selection.split != HELD_OUT:
+            return None, NOT_APART
+        return outcome.selection, CONTINUED
+
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """The images and their labels; nothing else of a batch is trained on."""
         del seed
@@ -120,10 +128,7 @@ class ClassJob(ImageJob):
     def details(self, outcome: Outcome) -> ClassDetails:
         """Classes, confusions, calibration and mistakes."""
         assert isinstance(self.final, ImageBatches | FeatureBatches)
-        held_out, why = outcome.selection, CONTINUED
-        if self.selection.split != HELD_OUT:
-            held_out, why = None, f"the run has kept no split {HELD_OUT!r} apart"
-        return image_details(self.final.dataset, outcome.evaluation, held_out, why)
+        return image_details(self.final.dataset, outcome.evaluation, *self.held_out(outcome))
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture, and images with right and wrong answers."""

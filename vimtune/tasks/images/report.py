@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vimtune.metrics.calibration import calibration_error, reliability
+from vimtune.metrics.calibration import calibration_error
 from vimtune.metrics.classes import macro_f1, most_confused, score_classes
 from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Outcome
@@ -112,7 +112,7 @@ def build_image_report(
         images_per_second=outcome.rate,
         num_workers=num_workers,
         macro_f1=macro_f1(score_classes(found.confusion)),
-        ece=calibration_error(reliability(found.answers.confidence(), found.answers.right)),
+        ece=calibration_error(found.answers.questions.bins()),
     )
 
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from vimtune.data import ImageDataset
 from vimtune.files import atomic_write
+from vimtune.metrics.calibration import yes_or_no
 from vimtune.pages.section import Photo, Section, Table
 from vimtune.run_folder import writing
+from vimtune.tasks.classes.calibration import (
+    HELD_OUT,
+    Calibration,
+    Questions,
+    Temperature,
+    temperature_of,
+)
 from vimtune.tasks.classes.details import MAX_NAME, WORST
 from vimtune.tasks.details import Details
+from vimtune.tasks.images.details import unread_notes
 from vimtune.tasks.images.tag_scoring import TagEvaluation
+from vimtune.tasks.job import Evaluation
 from vimtune.text import csv_cell, printable, shorten
 
 
@@ -48,6 +59,30 @@ def class_rows(evaluation: TagEvaluation, classes: Sequence[str]) -> list[ClassR
     ]
 
 
+def label_questions(evaluation: TagEvaluation) -> Questions:
+    """Whether each image has each label, as N C questions with the answers no and yes; what is judged is the
+    probability of yes."""
+    logits, truth = evaluation.logits.flatten(), evaluation.labels.flatten().long()
+    return Questions(yes_or_no(logits), truth, torch.ones_like(truth))
+
+
+def tag_details(
+    dataset: ImageDataset,
+    evaluation: Evaluation,
+    held_out: Evaluation | None,
+    no_temperature: str,
+    notes: Sequence[str] = (),
+) -> TagDetails:
+    """The details of an evaluation; the arguments are those of `ImageTask.build_details`."""
+    assert isinstance(evaluation, TagEvaluation)
+    temperature = Temperature(None, no_temperature)
+    if held_out is not None:
+        assert isinstance(held_out, TagEvaluation)
+        count = f"{held_out.count:,} images"
+        temperature = temperature_of(label_questions(held_out), HELD_OUT, count, dataset.split)
+    return TagDetails(evaluation, dataset, temperature, [*notes, *unread_notes(dataset, evaluation)])
+
+
 def _shown(value: float | None) -> str:
     """A rate in a table."""
     return "" if value is None else f"{value:.2f}"
@@ -60,8 +95,23 @@ class TagDetails(Details):
     evaluation: TagEvaluation
     dataset: ImageDataset
     """The images that were scored."""
+    temperature: Temperature
+    """What the logits would have to be divided by."""
     notes: Sequence[str] = ()
     """What a reader of the scores has to know."""
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Whether the probabilities of the labels are to be believed."""
+        return Calibration(label_questions(self.evaluation), self.temperature)
+
+    def scores(self) -> dict[str, float | None]:
+        """The calibration error in percent; the temperature, and error and loss with it."""
+        return self.calibration.scores()
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Calibration error and temperature."""
+        return self.calibration.rows(self.dataset.split)
 
     @cached_property
     def wrong(self) -> list[tuple[int, int]]:
@@ -72,6 +122,10 @@ class TagDetails(Details):
         surest = logits[places[:, 0], places[:, 1]].abs().argsort(descending=True, stable=True)
         return [(place, label) for place, label in places[surest].tolist()]
 
+    def mistake_columns(self) -> tuple[str, ...]:
+        """The image, a class, whether the image has it, and what the model says of that."""
+        return ("path", "class", "labelled", "probability", "loss")
+
     def mistakes(self) -> Sequence[dict[str, Any]]:
         """Every wrong label: which image, the class, whether the image has it, the probability that the model
         gives it, and the loss."""
@@ -79,17 +133,19 @@ class TagDetails(Details):
 
     def _mistake(self, place: int, label: int) -> dict[str, Any]:
         logit, has = self.evaluation.logits[place, label], bool(self.evaluation.labels[place, label])
-        return {
-            "path": self.dataset.describe(int(self.evaluation.indices[place])),
-            "class": self.dataset.classes[label],
-            "labelled": "yes" if has else "no",
-            "probability": float(logit.sigmoid()),
-            "loss": float(F.softplus(-logit if has else logit)),
-        }
+        values = (
+            self.dataset.describe(int(self.evaluation.indices[place])),
+            self.dataset.classes[label],
+            "yes" if has else "no",
+            float(logit.sigmoid()),
+            float(F.softplus(-logit if has else logit)),
+        )
+        return dict(zip(self.mistake_columns(), values, strict=True))
 
     def numbers(self) -> dict[str, Any]:
-        """Every class, as plain values."""
+        """Every class, and the reliability, as plain values."""
         return {
+            **self.calibration.numbers(),
             "notes": list(self.notes),
             "classes": [
                 {
@@ -104,9 +160,17 @@ class TagDetails(Details):
         }
 
     def sections(self, drawn: Path | None = None) -> dict[str, Section]:
-        """ "mistakes": the worst ones as pictures; "classes": a table of them, the weakest one first."""
+        """ "mistakes": the worst ones as pictures; "classes": a table of them, the weakest one first;
+        "calibration"."""
         del drawn
-        return {"mistakes": self._mistake_section(), "classes": self._class_section()}
+        # This comes late, because drawing takes long to import.
+        from vimtune.tasks.classes.reliability import LABELS, calibration_section
+
+        return {
+            "mistakes": self._mistake_section(),
+            "classes": self._class_section(),
+            "calibration": calibration_section(self.calibration, LABELS),
+        }
 
     def _mistake_section(self) -> Section:
         photos = []

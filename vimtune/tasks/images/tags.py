@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vimtune.metrics.calibration import calibration_error
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.features import FeatureBatches
 from vimtune.tasks.images.job import ImageJob, OpenedImages
-from vimtune.tasks.images.tag_details import TagDetails, write_classes
+from vimtune.tasks.images.tag_details import TagDetails, label_questions, tag_details, write_classes
 from vimtune.tasks.images.tag_scoring import TagEvaluation, TagTally, binary_losses
 from vimtune.tasks.job import Evaluation, Forward, Loader, Outcome, Tensors
 from vimtune.tasks.report import Report, ScoreReport
@@ -58,14 +59,17 @@ class TagJob(ImageJob):
         assert isinstance(found, TagEvaluation), "the tally gives one"
         per_class = dict(zip(self.classes, found.per_class, strict=True))
         return TagReport(
-            **shared, **ScoreReport.values(outcome), per_class=per_class, num_classes=len(self.classes)
+            **shared,
+            **ScoreReport.values(outcome),
+            per_class=per_class,
+            num_classes=len(self.classes),
+            ece=calibration_error(label_questions(found).bins()),
         )
 
     def details(self, outcome: Outcome) -> TagDetails:
-        """Every class, and the mistakes."""
-        assert isinstance(outcome.evaluation, TagEvaluation)
+        """Every class, calibration and the mistakes."""
         assert isinstance(self.final, ImageBatches | FeatureBatches)
-        return TagDetails(outcome.evaluation, self.final.dataset)
+        return tag_details(self.final.dataset, outcome.evaluation, *self.held_out(outcome))
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """A table of the classes."""
@@ -91,6 +95,9 @@ class TagReport(ScoreReport):
 
     per_class: dict[str, float | None]
     num_classes: int
+    ece: float | None = None
+    """Expected calibration error over all labels of all images, in percent; None in reports of earlier
+    versions."""
 
     def detail_rows(self) -> Iterator[tuple[str, str]]:
         """The classes with the lowest average precision."""

@@ -21,10 +21,11 @@ from vimtune.models import MODELS
 from vimtune.models.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
-from vimtune.tasks.classes.details import HELD_OUT
+from vimtune.tasks.classes.calibration import HELD_OUT
 from vimtune.tasks.details import Details
 from vimtune.tasks.images.job import create_backbone, demand_labels, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import open_trained, transform_for
+from vimtune.tasks.images.seen import seen_notes
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
 from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.job import Evaluation, Scoring, Trial
@@ -92,7 +93,8 @@ def open_trial(
     demand_labels(task, dataset)
     model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)
-    notes = matched.notes()
+    named = data if options.folder is None else None
+    notes = matched.notes() + seen_notes(adapter, matched.dataset, named, image_size(backbone))
     for note in notes if processes.is_main else []:
         logger.warning("%s", note)
     held_out, why = _open_held_out(recipe, task, data, matched, classes, options)
@@ -183,7 +185,7 @@ def _open_held_out(
     options: ImageEvaluateOptions,
 ) -> tuple[ImageDataset | None, str]:
     """The images to which a temperature is fitted; None where there are none, and why."""
-    if not options.calibrate or task.several_labels:
+    if not options.calibrate:
         return None, "none was asked for"
     if data.train_split == "train+val" and data.selection_split != HELD_OUT:
         return None, f"the images of {HELD_OUT!r} were trained on"

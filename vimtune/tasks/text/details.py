@@ -13,14 +13,8 @@ import torch
 from vimtune.data.text import TextSplit
 from vimtune.pages.section import Section, Table
 from vimtune.tasks.classes.answers import ClassAnswers, answers_of
-from vimtune.tasks.classes.details import (
-    HELD_OUT,
-    WORST,
-    ClassDetails,
-    Examples,
-    Temperature,
-    temperature_of,
-)
+from vimtune.tasks.classes.calibration import HELD_OUT, Temperature, temperature_of
+from vimtune.tasks.classes.details import WORST, ClassDetails, Examples
 from vimtune.tasks.classes.page import MAX_TEXT
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation
@@ -43,7 +37,8 @@ def text_details(
     if split.classes:
         temperature = Temperature(None, no_temperature)
         if held_out is not None:
-            temperature = temperature_of(class_answers(held_out), HELD_OUT, "texts", split.name)
+            questions, count = class_answers(held_out).questions, f"{held_out.count:,} texts"
+            temperature = temperature_of(questions, HELD_OUT, count, split.name)
         examples = Examples("text", "texts", lambda index: split.examples[index].contexts[0])
         return ClassDetails(class_answers(evaluation), split.classes, split.name, examples, temperature)
     if any(len(example.choices) < 2 for example in split.examples):
@@ -68,20 +63,25 @@ class ChoiceDetails(Details):
     judged: Sequence[Judged]
     """What was said of each."""
 
+    def mistake_columns(self) -> tuple[str, ...]:
+        """The question, the two choices, and how far they lie apart."""
+        return ("text", "true", "predicted", "margin")
+
     def mistakes(self) -> list[dict[str, Any]]:
         """Every wrong answer: the question, the right choice, the likeliest one, and by how much the latter's
         log-likelihood is higher."""
         wrong = [
-            {
-                "text": example.contexts[0],
-                "true": example.choices[own.answer],
-                "predicted": example.choices[own.predicted],
-                "margin": own.log_likelihoods[own.predicted] - own.log_likelihoods[own.answer],
-            }
+            (
+                example.contexts[0],
+                example.choices[own.answer],
+                example.choices[own.predicted],
+                own.log_likelihoods[own.predicted] - own.log_likelihoods[own.answer],
+            )
             for example, own in zip(self.split.examples, self.judged, strict=True)
             if own.predicted != own.answer
         ]
-        return sorted(wrong, key=lambda row: -row["margin"])
+        rows = [dict(zip(self.mistake_columns(), values, strict=True)) for values in wrong]
+        return sorted(rows, key=lambda row: -row["margin"])
 
     def sections(self, drawn: Path | None = None) -> dict[str, Section]:
         """ "mistakes": the worst ones."""

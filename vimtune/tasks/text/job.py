@@ -15,8 +15,8 @@ from vimtune.data.text import TextSplit, draw_at_most, draw_protocol, draw_shots
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.runtime.seeds import derive_seed
+from vimtune.tasks.classes.calibration import CONTINUED
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
-from vimtune.tasks.classes.details import CONTINUED
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors
 from vimtune.tasks.report import Report

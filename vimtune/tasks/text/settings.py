@@ -50,8 +50,8 @@ class TextDataSettings(DataOptions):
     title: ClassVar[str] = "data of language tasks"
 
     data_dir: str | None = option(None, "folder of the data set's files", parse=_PATH)
-    train_file: str | None = option(None, "train on this .jsonl or .csv instead", parse=_PATH)
-    test_file: str | None = option(None, "score on this .jsonl or .csv in the end", parse=_PATH)
+    train_file: str | None = option(None, "train on this .jsonl, .csv or .tsv instead", parse=_PATH)
+    test_file: str | None = option(None, "score on this .jsonl, .csv or .tsv in the end", parse=_PATH)
     val_share: Annotated[float, Gt(0), Lt(1)] = option(
         0.1, "share of the training texts that select the best epoch"
     )

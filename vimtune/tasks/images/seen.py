@@ -1,0 +1,72 @@
+"""Whether images that are to be scored were trained on: such scores say little about new images."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from vimtune.data import DatasetError, ImageDataset
+from vimtune.data.datasets import reads_files
+from vimtune.fields import options_of
+from vimtune.models.merged import is_merged_file
+from vimtune.tasks.images.job import open_dataset
+from vimtune.tasks.images.settings import DataSettings
+from vimtune.tasks.origin import recipe_of_adapter
+
+
+def seen_notes(
+    adapter: Path | None, images: ImageDataset, data: DataSettings | None, img_size: tuple[int, int]
+) -> list[str]:
+    """What has to be said of images that an adapter was trained on; nothing where there are none, or where
+    nobody knows, such as of an adapter file without its run folder, which does not say where its images lay.
+
+    Args:
+        adapter: its file; None for a model without one.
+        images: those that are scored.
+        data: the data set of which they are a split; None for a folder.
+        img_size: of the model.
+    """
+    run = None if adapter is None or is_merged_file(adapter) else _data_of_run(adapter)
+    if run is None:
+        return []
+    same = data is not None and _divided(data) == _divided(run)
+    if same and images.split not in run.train_split.split("+"):
+        return []  # No image is in two splits, and the files need not be looked for.
+    if not same and not reads_files(run.dataset):
+        return []  # What is generated otherwise is another image, whatever it is called.
+    try:
+        # What is wanted beside the scores is not worth a download.
+        trained = open_dataset(dataclasses.replace(run, download=False), run.train_split, img_size)
+    except DatasetError:  # It is gone since.
+        return []
+    known = {_identity(trained.describe(index)) for index in range(len(trained))}
+    whole = len(images)
+    count = sum(_identity(images.describe(index)) in known for index in range(whole))
+    if not count:
+        return []
+    share = f"All {whole:,}" if count == whole else f"{count:,} of the {whole:,}"
+    return [f"{share} images were trained on by this run: their scores say little about new images."]
+
+
+def _data_of_run(adapter: Path) -> DataSettings | None:
+    """On which data an adapter was trained; None where its recipe does not say it."""
+    try:
+        stored = recipe_of_adapter(adapter, {"checkpoint": None})  # Where the weights are does not matter.
+        return DataSettings(**{name: stored[name] for name in options_of(DataSettings) if name in stored})
+    except ValueError:
+        return None
+
+
+def _divided(data: DataSettings) -> list[object]:
+    """What decides which image is in which split."""
+    return [getattr(data, name) for name in (*data.naming, *data.dividing, "train_size")]
+
+
+def _identity(description: str) -> tuple[int, int] | str:
+    """The file of an image, by whatever path; what describes it where that is no path alone."""
+    try:
+        found = os.stat(description)
+    except (OSError, ValueError):
+        return description
+    return found.st_dev, found.st_ino
