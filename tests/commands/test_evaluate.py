@@ -356,8 +356,21 @@ def test_photos_that_nobody_knows_to_be_trained_on_are_not_told(own_photos, tmp_
     alone = tmp_path / "alone.safetensors"
     shutil.copyfile(run_folder / "adapter.safetensors", alone)
     own = str(own_photos / "photos")
-    assert notes(alone, data_dir=own, folder=own) == []  # It does not say where its photos were.
+    assert notes(alone, folder=own) == []  # It does not say where its photos were.
     assert not any("trained on" in note for note in notes(images[0], folder=str(photos)))
+
+
+def test_a_folder_is_scored_by_an_adapter_that_does_not_say_where_its_photos_were(own_photos, tmp_path):
+    alone = tmp_path / "alone.safetensors"
+    shutil.copyfile(own_photos / "run" / "adapter.safetensors", alone)
+    photos = str(own_photos / "photos")
+    found, of_run = (vimtune.evaluate(path, folder=photos) for path in (alone, own_photos / "run"))
+    assert found.scores["count"] == 24 and found.scores["top1"] == of_run.scores["top1"]
+    assert found.scores["temperature"] is None  # There is no validation split at hand.
+    named = vimtune.evaluate(alone, folder=photos, data_dir=photos)
+    assert named.scores["temperature"] == of_run.scores["temperature"] is not None
+    with pytest.raises(ValueError, match="needs data_dir: the folder of your images"):
+        vimtune.evaluate(alone)
 
 
 def test_a_split_that_the_run_took_to_train_on_is_told(tmp_path, no_pictures):

@@ -13,6 +13,7 @@ from typing import Any
 
 from vimtune.commands.scored import FORMATS, Scored
 from vimtune.console import build_console, print_line
+from vimtune.data import DATASETS
 from vimtune.fields import options_of
 from vimtune.models.merged import is_merged_file
 from vimtune.output import check_output, write_text
@@ -20,6 +21,7 @@ from vimtune.recipe import Recipe, load_recipe
 from vimtune.runtime.distributed import open_processes
 from vimtune.runtime.launch import read_launch
 from vimtune.tasks import TASKS
+from vimtune.tasks.images.settings import DataSettings
 from vimtune.tasks.origin import adapter_path, recipe_of_trained, refuse_other_model
 from vimtune.text import quote, suggest
 from vimtune.training.evaluate import evaluate_trial
@@ -70,6 +72,8 @@ def evaluate(
     stored = {} if file is None else recipe_of_trained(file, values)
     if file is not None:
         refuse_other_model(file, stored, values)
+    if "folder" in options and not values.keys() & {"dataset", "data_dir"}:
+        stored = _without_lost_data(stored)
     recipe = load_recipe(config, {**stored, **values}, variant)
     task = recipe.task
     chosen = task.evaluate_options.build(options, f"evaluations of task {quote(task.name)}")
@@ -94,6 +98,16 @@ def evaluate(
             details=trial.details(found, held_out),
             examples=trial.examples(found),
         )
+
+
+def _without_lost_data(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe of an adapter without its data, if these have no usual place and it does not say where they
+    are, as that in an adapter file alone: what is scored is a folder, and the data are not needed."""
+    kind = str(stored.get("dataset"))
+    if kind not in DATASETS or not DATASETS.get(kind).needs_data_dir or stored.get("data_dir") is not None:
+        return dict(stored)
+    names = (*DataSettings.naming, *DataSettings.dividing)
+    return {name: value for name, value in stored.items() if name not in names}
 
 
 def _option_names() -> set[str]:
