@@ -26,8 +26,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None and (
 needs_triton = pytest.mark.skipif(
     not HAS_TRITON, reason="needs Triton and a GPU, or TRITON_INTERPRET=1 set before Python starts"
 )
-TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 0.1}
-"""Relative errors; on an H200 gradients of small biases differ by up to 3.0e-6."""
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.1}
+"""Relative errors; on an H200 gradients of small biases differ by up to 3.0e-6, in Triton's interpreter on an
+AMD EPYC those of a weight by 1.0e-5."""
 
 
 @pytest.fixture(params=["reference", pytest.param("triton", marks=needs_triton)])

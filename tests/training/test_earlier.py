@@ -35,9 +35,10 @@ def test_it_is_read_as_a_state_of_today():
 def test_its_run_continues_to_the_result_of_a_run_of_today(tiny, tmp_path):
     straight = train(tiny("straight", ema=0.9, model_kwargs={}))  # the size of the model of that run
     shutil.copytree(FIXTURE, tmp_path / "run")
-    report = train(load_recipe(None, {"resume": str(tmp_path / "run")}))
-    assert report.warnings == [] and report.history[0].keys() == straight.history[0].keys()
-    # Another processor took the first steps.
+    # Another processor took the first steps, and may have drawn base weights that differ in a last bit.
+    report = train(load_recipe(None, {"resume": str(tmp_path / "run"), "force": True}))
+    assert all("base weights" in warning for warning in report.warnings)
+    assert report.history[0].keys() == straight.history[0].keys()
     assert relative_difference(weights(report.run_dir), weights(straight.run_dir)) < 1e-3
     assert_close_metrics(report.run_dir, straight.run_dir, rel=1e-4)
 
