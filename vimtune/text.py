@@ -101,6 +101,11 @@ def csv_cell(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
 
 
+def table_cell(value: Any) -> Any:
+    """A value as a cell of a CSV file: text printable and never a formula, anything else as it is."""
+    return csv_cell(printable(value)) if isinstance(value, str) else value
+
+
 def split_outside(text: str, separator: str) -> list[str]:
     """The parts of a text between the separators that stand in no bracket.
 

@@ -18,7 +18,7 @@ from vimtune.output import save_as
 from vimtune.pages.section import Section, Table
 from vimtune.schema import finite_json
 from vimtune.tasks import Details, Evaluation, Task
-from vimtune.text import csv_cell, printable, quote
+from vimtune.text import quote, table_cell
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,5 +151,5 @@ def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([csv_cell(printable(v)) if isinstance(v, str) else v for v in map(row.get, columns)])
+        writer.writerow(map(table_cell, map(row.get, columns)))
     return text.getvalue()

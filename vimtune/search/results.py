@@ -17,7 +17,7 @@ from vimtune.run_folder import writing
 from vimtune.search.space import Drawn
 from vimtune.search.study import Trial
 from vimtune.tasks.base import Score
-from vimtune.text import counted, csv_cell, printable
+from vimtune.text import counted, printable, table_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,9 +100,8 @@ def to_csv(trials: Sequence[Trial], score: Score) -> str:
             ]
         )
         drawn = [trial.params.get(name, "") for name in names]
-        reason = "" if found is None else csv_cell(printable(found.reason))
-        cells = [csv_cell(printable(value)) if isinstance(value, str) else value for value in drawn]
-        writer.writerow([trial.number, *figures, *cells, reason])
+        reason = "" if found is None else table_cell(found.reason)
+        writer.writerow([trial.number, *figures, *map(table_cell, drawn), reason])
     return text.getvalue()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from vimtune.compare.paired import all_differences
 from vimtune.compare.results import Row
 from vimtune.compare.tables.contents import NUMBERS
-from vimtune.text import csv_cell, printable
+from vimtune.text import table_cell
 
 OF_PAIRS = ("method", "against", "data", "pairs", "difference", "standard_error")
 """Columns of paired.csv."""
@@ -124,9 +124,5 @@ def _csv(lines: Sequence[Mapping[str, Any]], first: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in line.items()} for line in lines)
+    writer.writerows({name: table_cell(value) for name, value in line.items()} for line in lines)
     return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    return csv_cell(printable(value)) if isinstance(value, str) else value

@@ -15,7 +15,7 @@ from vimtune.files import atomic_write
 from vimtune.pages import style
 from vimtune.pages.style import font_families, picture_style, whole_numbers
 from vimtune.run_folder import writing
-from vimtune.text import csv_cell, printable, shorten
+from vimtune.text import printable, shorten, table_cell
 
 MAX_NAMED_CLASSES = 30
 """More names than this cannot be read beside a confusion matrix."""
@@ -53,7 +53,7 @@ def confusion_title(confusion: Tensor, split: str, examples: str) -> str:
 
 def write_confusion_table(confusion: Tensor, classes: Sequence[str], path: Path) -> None:
     """Write counts of examples as CSV: a row for each true class, a column for each answer."""
-    names = [csv_cell(printable(name)) for name in classes]
+    names = [table_cell(name) for name in classes]
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", newline="") as file:

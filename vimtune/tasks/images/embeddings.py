@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from vimtune.output import write_bytes
-from vimtune.text import csv_cell, printable, quote, shorten
+from vimtune.text import printable, quote, shorten, table_cell
 
 AT_ONCE = 2**24
 """Similarities that are computed together: those of many images need no more memory than those of few."""
@@ -112,7 +112,7 @@ def to_csv(embeddings: Embeddings) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", *(f"x{number}" for number in range(embeddings.vectors.shape[1]))])
     for name, vector in zip(embeddings.names, embeddings.vectors, strict=True):
-        writer.writerow([csv_cell(printable(name)), *(f"{value:.6g}" for value in vector.tolist())])
+        writer.writerow([table_cell(name), *(f"{value:.6g}" for value in vector.tolist())])
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 

@@ -29,7 +29,7 @@ from vimtune.tasks.details import Details
 from vimtune.tasks.images.details import unread_notes
 from vimtune.tasks.images.tag_scoring import TagEvaluation
 from vimtune.tasks.job import Evaluation
-from vimtune.text import csv_cell, printable, shorten
+from vimtune.text import printable, shorten, table_cell
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def write_classes(evaluation: TagEvaluation, classes: Sequence[str], path: Path)
             writer.writerow(["number", "class", "images", "average_precision", "precision", "recall"])
             for number, row in enumerate(class_rows(evaluation, classes)):
                 rates = map(_shown, (row.average_precision, row.precision, row.recall))
-                writer.writerow([number, csv_cell(printable(row.name)), row.images, *rates])
+                writer.writerow([number, table_cell(row.name), row.images, *rates])
 
     with writing(path):
         atomic_write(path, write)
