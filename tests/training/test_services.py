@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,12 @@ class Die(Callback):
             raise Died
 
 
-def two_sessions(tmp_path: Path, logger: str) -> tuple[Path, list[Record]]:
-    """A run of two epochs in two sessions; its folder, and its records."""
+def two_sessions(tmp_path: Path, logger: str, pause: float = 0.0) -> tuple[Path, list[Record]]:
+    """A run of two epochs in two sessions with some seconds between them; its folder, and its records."""
     recipe = Recipe(**{**TINY, "epochs": 2, "output_dir": str(tmp_path / "my run"), "logger": logger})
     with pytest.raises(Died):
         train(recipe, callbacks=[Die()])
+    time.sleep(pause)
     report = train(recipe.replace(resume="auto"))
     assert report.warnings == []
     return tmp_path / "my run", metrics(report.run_dir)
@@ -118,7 +120,9 @@ def wandb_files(folder: Path) -> Iterator[tuple[list[dict[str, Any]], dict[str, 
 
 def test_wandb_offline(tmp_path) -> None:
     pytest.importorskip("wandb")
-    folder, records = two_sessions(tmp_path, "wandb")
+    # wandb names a session's folder by the second at which it began. One that begins in the same second
+    # overwrites the file of the one before, which it contains.
+    folder, records = two_sessions(tmp_path, "wandb", pause=1.0)
     (before, died), (rows, ended) = wandb_files(folder)
     assert died["id"] == ended["id"] and (died["exit"], ended["exit"]) == (1, 0)
     assert (ended["project"], ended["name"]) == ("vimtune", "my run")
