@@ -15,6 +15,7 @@ from PIL import Image
 from quick_runs import NO_PICTURES, replace_until_undone
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from text_files import ARC, write_lines
 from text_runs import SETTINGS, write_data
 from torch import nn
 
@@ -102,6 +103,38 @@ def test_texts_have_mistakes_too(texts, tmp_path):
     assert len(rows) == round(2 * (1 - report.scores["acc"] / 100))
     assert all(row["true"] != row["predicted"] and float(row["margin"]) >= 0 for row in rows)
     assert "The worst mistakes" in page.read_text()
+
+
+def test_texts_that_were_trained_on_are_told(texts, tmp_path, caplog):
+    """The test file of these runs repeats what stands in their training file."""
+    run_folder, page = texts[0] / "run", tmp_path / "page.html"
+    told = "All 2 texts were trained on by this run: their scores say little about new texts."
+    assert run("--adapter", run_folder, "-o", page) == 0
+    assert told in caplog.text and told in page.read_text() and notes(run_folder) == [told]
+    new = tmp_path / "new.jsonl"
+    write_lines(new, [{**ARC, "question": "What is wide and blue?"}, ARC, {**ARC, "answerKey": "A"}])
+    (some,) = notes(run_folder, test_file=str(new))
+    assert some.startswith("2 of the 3 texts were trained on")  # Whichever of its answers is right.
+    write_lines(new, [{**ARC, "question": "What is wide and blue?"}])
+    assert notes(run_folder, test_file=str(new)) == []
+    model = {"task": "arc_easy", "model": "mamba_tiny", "device": "cpu", "data_dir": str(texts[0] / "data")}
+    assert notes(None, **model) == []
+
+
+def test_plain_texts_that_were_trained_on_are_told(tmp_path):
+    require_transformers()
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = [{"prompt": f"The number {number} is", "completion": " one"} for number in range(9)]
+    write_lines(data / "train.jsonl", lines[:8])
+    write_lines(data / "test.jsonl", lines[8:])
+    run_folder = tmp_path / "run"
+    train(Recipe(**SETTINGS, task="text", data_dir=str(data), output_dir=str(run_folder)))
+    assert notes(run_folder) == notes(run_folder, split="val") == []
+    (told,) = notes(run_folder, test_file=str(data / "train.jsonl"))
+    assert told.startswith("6 of the 8 texts were trained on by this run")
+    (data / "train.jsonl").unlink()
+    assert notes(run_folder) == []  # Nobody knows.
 
 
 def test_without_an_adapter_the_model_itself_is_scored(texts, tmp_path):

@@ -77,6 +77,20 @@ def test_files_of_splits_may_have_tabs(photos) -> None:
     assert found == {"train": 12, "val": 4, "test": 4}
 
 
+def test_of_several_files_for_the_same_images_the_others_are_named(photos) -> None:
+    write(photos / "labels.tsv", ["path\tlabel", *(f"pics/cat{i}.png\tdog" for i in range(4))])
+    write(photos / "train.csv", ["path,label", "pics/cat0.png,dog", "pics/dog0.png,cat"])
+    found = create_dataset("csv", "train", photos)
+    assert "not used: 'labels.tsv', 'train.csv' beside 'labels.csv'" in found.source
+    assert "not used" not in create_dataset("csv", "train", photos, labels="labels.csv").source
+    (photos / "labels.csv").unlink()
+    (photos / "labels.tsv").unlink()
+    write(photos / "train.tsv", ["path\tlabel", "pics/cat1.png\tdog", "pics/dog1.png\tcat"])
+    found = create_dataset("csv", "train+val", photos)
+    assert shown(found) == {"cat0.png": "dog", "dog0.png": "cat"}
+    assert "not used: 'train.tsv' beside 'train.csv'" in found.source
+
+
 def test_tables_of_other_kinds_are_told_which_are_read(photos) -> None:
     (photos / "labels.csv").rename(photos / "labels.xlsx")
     with pytest.raises(DatasetError, match=r"has no file of labels. Expected .*labels.csv .*\.tsv"):

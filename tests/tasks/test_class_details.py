@@ -31,7 +31,7 @@ def details(monkeypatch: pytest.MonkeyPatch) -> ClassDetails:
     logits = torch.tensor([[3.0, 0, 0, 0], [0, 2, 0, 0], [4, 0, 0, 0], [0, 0, 1, 0], [0, 5, 0, 0]])
     answers = answers_of(logits, torch.tensor([0, 1, 1, 2, 2]))
     return ClassDetails(
-        answers, ["a", "b", "c", "d"], "test", IMAGES, Temperature(2.0, "by hand"), ["Beware."]
+        answers, ["a", "b", "c", "d"], "test", IMAGES, Temperature(2.0, "by hand"), notes=["Beware."]
     )
 
 

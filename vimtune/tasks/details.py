@@ -6,6 +6,7 @@ A task says here which metrics it has (`vimtune.metrics` has formulas). Nothing 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
     from vimtune.pages.section import Section
 
 
+@dataclass(frozen=True)
 class Details:
-    """What an evaluation says beyond its scores. This one says nothing; a task derives classes with more."""
+    """What an evaluation says beyond its scores. This one has notes alone; tasks derive classes with more."""
+
+    notes: Sequence[str] = field(default=(), kw_only=True)
+    """What a reader of the scores has to know, in whole sentences, such as which examples were left out."""
 
     def scores(self) -> dict[str, float | None]:
         """Further numbers of the whole split by name, such as "macro_f1"; None for one without a value."""
@@ -25,8 +30,8 @@ class Details:
         return iter(())
 
     def numbers(self) -> dict[str, Any]:
-        """Everything that was measured beside `scores`, as plain values for JSON."""
-        return {}
+        """The notes, and everything that was measured beside `scores`, as plain values for JSON."""
+        return {"notes": list(self.notes)}
 
     def mistake_columns(self) -> Sequence[str]:
         """The keys of each of `mistakes`, which stand above a table of them also where there are none."""

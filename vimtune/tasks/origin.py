@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from annotated_types import Len
 from torch import nn
@@ -31,9 +31,13 @@ from vimtune.run_folder import adapter_path as adapter_path
 from vimtune.schema import STRICT, Count, Name, check
 from vimtune.strict_yaml import read_yaml
 from vimtune.tasks.base import TASKS, Task
+from vimtune.tasks.components import DataOptions
 from vimtune.text import quote
 
 logger = logging.getLogger(__name__)
+
+Settings = TypeVar("Settings", bound=DataOptions)
+"""Settings of the data of a task."""
 
 NOT_OF_ADAPTER = ("output_dir", "resume", "force")
 """Keys of a run's recipe that say nothing about what it trained."""
@@ -197,6 +201,29 @@ def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]
         base = find_base(adapter, info)
         values["checkpoint"] = None if base is None else str(base)
     return values
+
+
+def data_of_run(adapter: Path, kind: type[Settings]) -> Settings | None:
+    """On which data an adapter was trained, as settings of a kind; None where its recipe does not say it."""
+    try:
+        stored = recipe_of_adapter(adapter, {"checkpoint": None})  # Where the weights are does not matter.
+        return kind(**{name: stored[name] for name in options_of(kind) if name in stored})
+    except ValueError:
+        return None
+
+
+def trained_note(count: int, whole: int, plural: str) -> list[str]:
+    """What has to be said where an adapter was trained on examples that are scored; nothing where on none.
+
+    Args:
+        count: how many of them it was trained on.
+        whole: how many are scored.
+        plural: what they are called, such as "images".
+    """
+    if not count:
+        return []
+    share = f"All {whole:,}" if count == whole else f"{count:,} of the {whole:,}"
+    return [f"{share} {plural} were trained on by this run: their scores say little about new {plural}."]
 
 
 def load_trained(model: nn.Module, adapter: Path, force: bool) -> None:

@@ -34,14 +34,13 @@ EXPECTED = (
 )
 """The sentence that tells the user which files are understood."""
 
-_TABLES = ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv")
-"""Names of a file that has all images."""
-_TABLES_OF_SPLITS = {
+_USUAL = {
+    "all": ("labels.csv", "labels.tsv", "metadata.csv", "metadata.tsv"),
     "train": ("train.csv", "train.tsv"),
     "val": ("val.csv", "val.tsv", "valid.csv", "valid.tsv", "validation.csv", "validation.tsv"),
     "test": ("test.csv", "test.tsv"),
 }
-"""Names of files that have the images of one split."""
+"""Usual names of the files that have all images, or those of one split; of several the first is used."""
 _PATHS = (
     *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_name"),
     *("image_id", "img", "img_path", "photo", "id"),
@@ -93,7 +92,8 @@ def read_tables(root: Path, *, file: str | None, images: str | None, columns: Co
         DatasetError: no file, one that is not understood, or images that are not there.
         ImageReadError: a folder cannot be read.
     """
-    tables = {split: read_lines(path) for path, split in _find(root, file).items()}
+    files = _find(root, file)
+    tables = {split: read_lines(path) for split, path in files.items()}
     base = root if images is None else _below(root, images, "images")
     if not base.is_dir():
         raise DatasetError(f"images = {quote(images)} is no folder in {_show(root)}. {EXPECTED}")
@@ -110,15 +110,18 @@ def read_tables(root: Path, *, file: str | None, images: str | None, columns: Co
             f"needs at least 2. {EXPECTED}"
         )
     layout = _layout(rows, classes, meaning.several)
+    notes = layout.notes["all" if "all" in layout.parts else "train"]
+    if file is None and (others := _other_tables(root, files.values())):
+        used = name_some(path.name for path in files.values())
+        notes.append(f"not used: {name_some(others)} beside {used}")
     if unused := resolve.unused():
         shown = printable(os.path.relpath(unused[0], root))
-        part = "all" if "all" in layout.parts else "train"
-        layout.notes[part].append(f"not used: {len(unused)} images that no row names (such as {shown})")
+        notes.append(f"not used: {len(unused)} images that no row names (such as {shown})")
     return layout
 
 
-def _find(root: Path, file: str | None) -> dict[Path, str]:
-    """The files to read, with the split whose images each has; "all" where its rows or nobody says it.
+def _find(root: Path, file: str | None) -> dict[str, Path]:
+    """The files to read by the split whose images each has; "all" where its rows or nobody says it.
 
     Raises:
         DatasetError: there are none.
@@ -127,19 +130,24 @@ def _find(root: Path, file: str | None) -> dict[Path, str]:
         path = _below(root, file, "labels")
         if not path.is_file():
             raise DatasetError(f"labels = {quote(file)} is no file in {_show(root)}. {EXPECTED}")
-        return {path: "all"}
-    for name in _TABLES:
-        if (root / name).is_file():
-            return {root / name: "all"}
+        return {"all": path}
     found = {
-        root / name: split
-        for split, names in _TABLES_OF_SPLITS.items()
-        for name in names
-        if (root / name).is_file()
+        split: next((root / name for name in names if (root / name).is_file()), None)
+        for split, names in _USUAL.items()
     }
-    if "train" not in found.values():
+    there = {split: path for split, path in found.items() if path is not None}
+    if "all" in there:
+        return {"all": there["all"]}
+    if "train" not in there:
         raise DatasetError(f"{_show(root)} has no file of labels. {EXPECTED}")
-    return found
+    return there
+
+
+def _other_tables(root: Path, used: Iterable[Path]) -> list[str]:
+    """The files with usual names in a folder beside those that are used."""
+    known = {path.name for path in used}
+    names = (name for names in _USUAL.values() for name in names)
+    return [name for name in names if name not in known and (root / name).is_file()]
 
 
 def _below(root: Path, name: str, what: str) -> Path:

@@ -28,6 +28,9 @@ class Table(FileDataset):
       train.
     - `train.csv` with `val.csv` and `test.csv` of the same form.
 
+    Of several files for the same images one is used: the first of those here, and .csv before .tsv. The
+    others are named among what is said of the data.
+
     Columns with usual names (`path`, `file_name`, `image`, ...; `label`, `class`, `category`, ...) are found,
     others have to be named. An image may have several labels: with `separator` in one column, or as a column
     of 0 and 1 for each class. What is understood and what is refused is said in

@@ -62,8 +62,6 @@ class ClassDetails(Details):
     """What was scored."""
     temperature: Temperature
     """What the logits would have to be divided by."""
-    notes: Sequence[str] = ()
-    """What a reader of the scores has to know, such as which examples were left out."""
 
     @cached_property
     def by_class(self) -> list[ClassScores]:
@@ -110,8 +108,8 @@ class ClassDetails(Details):
     def numbers(self) -> dict[str, Any]:
         """Every class, the most confused pairs, and the reliability, as plain values."""
         return {
+            **super().numbers(),
             **self.calibration.numbers(),
-            "notes": list(self.notes),
             "classes": [
                 {
                     "class": name,

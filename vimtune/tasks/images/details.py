@@ -42,4 +42,5 @@ def image_details(
         temperature = temperature_of(questions, HELD_OUT, f"{held_out.count:,} images", dataset.split)
     examples = Examples("path", "images", dataset.describe, dataset.load)
     notes = [*notes, *unread_notes(dataset, evaluation)]
-    return ClassDetails(evaluation.answers, dataset.classes, dataset.split, examples, temperature, notes)
+    answers = evaluation.answers
+    return ClassDetails(answers, dataset.classes, dataset.split, examples, temperature, notes=notes)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from vimtune.data import DatasetError, ImageDataset
 from vimtune.data.datasets import reads_files
-from vimtune.fields import options_of
 from vimtune.models.merged import is_merged_file
 from vimtune.tasks.images.job import open_dataset
 from vimtune.tasks.images.settings import DataSettings
-from vimtune.tasks.origin import recipe_of_adapter
+from vimtune.tasks.origin import data_of_run, trained_note
 
 
 def seen_notes(
@@ -27,7 +26,7 @@ def seen_notes(
         data: the data set of which they are a split; None for a folder.
         img_size: of the model.
     """
-    run = None if adapter is None or is_merged_file(adapter) else _data_of_run(adapter)
+    run = None if adapter is None or is_merged_file(adapter) else data_of_run(adapter, DataSettings)
     if run is None:
         return []
     same = data is not None and _divided(data) == _divided(run)
@@ -41,21 +40,8 @@ def seen_notes(
     except DatasetError:  # It is gone since.
         return []
     known = {_identity(trained.describe(index)) for index in range(len(trained))}
-    whole = len(images)
-    count = sum(_identity(images.describe(index)) in known for index in range(whole))
-    if not count:
-        return []
-    share = f"All {whole:,}" if count == whole else f"{count:,} of the {whole:,}"
-    return [f"{share} images were trained on by this run: their scores say little about new images."]
-
-
-def _data_of_run(adapter: Path) -> DataSettings | None:
-    """On which data an adapter was trained; None where its recipe does not say it."""
-    try:
-        stored = recipe_of_adapter(adapter, {"checkpoint": None})  # Where the weights are does not matter.
-        return DataSettings(**{name: stored[name] for name in options_of(DataSettings) if name in stored})
-    except ValueError:
-        return None
+    count = sum(_identity(images.describe(index)) in known for index in range(len(images)))
+    return trained_note(count, len(images), "images")
 
 
 def _divided(data: DataSettings) -> list[object]:

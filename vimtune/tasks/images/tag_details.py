@@ -80,7 +80,8 @@ def tag_details(
         assert isinstance(held_out, TagEvaluation)
         count = f"{held_out.count:,} images"
         temperature = temperature_of(label_questions(held_out), HELD_OUT, count, dataset.split)
-    return TagDetails(evaluation, dataset, temperature, [*notes, *unread_notes(dataset, evaluation)])
+    notes = [*notes, *unread_notes(dataset, evaluation)]
+    return TagDetails(evaluation, dataset, temperature, notes=notes)
 
 
 def _shown(value: float | None) -> str:
@@ -97,8 +98,6 @@ class TagDetails(Details):
     """The images that were scored."""
     temperature: Temperature
     """What the logits would have to be divided by."""
-    notes: Sequence[str] = ()
-    """What a reader of the scores has to know."""
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -145,8 +144,8 @@ class TagDetails(Details):
     def numbers(self) -> dict[str, Any]:
         """Every class, and the reliability, as plain values."""
         return {
+            **super().numbers(),
             **self.calibration.numbers(),
-            "notes": list(self.notes),
             "classes": [
                 {
                     "class": row.name,

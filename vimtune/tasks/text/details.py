@@ -23,7 +23,11 @@ from vimtune.text import shorten
 
 
 def text_details(
-    split: TextSplit, evaluation: Evaluation, held_out: Evaluation | None, no_temperature: str
+    split: TextSplit,
+    evaluation: Evaluation,
+    held_out: Evaluation | None,
+    no_temperature: str,
+    notes: Sequence[str] = (),
 ) -> Details:
     """The details of an evaluation.
 
@@ -32,6 +36,7 @@ def text_details(
         evaluation: of these.
         held_out: of the validation split, to which a temperature is fitted where texts have classes.
         no_temperature: why there is none.
+        notes: what a reader has to know of the texts.
     """
     assert isinstance(evaluation, TextEvaluation)
     if split.classes:
@@ -40,10 +45,11 @@ def text_details(
             questions, count = class_answers(held_out).questions, f"{held_out.count:,} texts"
             temperature = temperature_of(questions, HELD_OUT, count, split.name)
         examples = Examples("text", "texts", lambda index: split.examples[index].contexts[0])
-        return ClassDetails(class_answers(evaluation), split.classes, split.name, examples, temperature)
+        answers = class_answers(evaluation)
+        return ClassDetails(answers, split.classes, split.name, examples, temperature, notes=notes)
     if any(len(example.choices) < 2 for example in split.examples):
-        return Details()
-    return ChoiceDetails(split, evaluation.judged)
+        return Details(notes=notes)
+    return ChoiceDetails(split, evaluation.judged, notes=notes)
 
 
 def class_answers(evaluation: Evaluation) -> ClassAnswers:
@@ -96,7 +102,10 @@ class ChoiceDetails(Details):
                 title="The worst mistakes",
                 explanation="Questions whose likeliest choice is wrong, those first in which its "
                 "log-likelihood lies highest above that of the right one.",
-                findings=[f"{len(wrong):,} of {len(self.judged):,} questions have a wrong answer."],
+                findings=[
+                    f"{len(wrong):,} of {len(self.judged):,} questions have a wrong answer.",
+                    *self.notes,
+                ],
                 numbers={},
                 tables=[Table("The worst mistakes", ["text", "answer", "is", "margin"], rows)]
                 if rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +29,14 @@ from vimtune.tasks.text.job import (
 )
 from vimtune.tasks.text.models import build_base, open_tokenizer
 from vimtune.tasks.text.scoring import TextEvaluation
+from vimtune.tasks.text.seen import seen_notes
 from vimtune.tasks.text.settings import TextDataSettings
 from vimtune.text import quote
 
 if TYPE_CHECKING:
     from vimtune.tasks.texts import TextTask
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -46,7 +50,7 @@ class TextTrial(Trial):
 
     def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> Details:
         """Those of a classifier, or the mistakes."""
-        return text_details(self.split, evaluation, held_out, self.no_temperature)
+        return text_details(self.split, evaluation, held_out, self.no_temperature, self.notes)
 
     def examples(self, evaluation: Evaluation) -> list[dict[str, Any]]:
         """The log-likelihood of each choice, and what was chosen."""
@@ -87,6 +91,9 @@ def open_trial(
     head = head_of(task, texts)
     if adapter is not None and info is not None and info.num_classes and head.outputs is not None:
         _demand_outputs(info, adapter, head, texts)
+    notes = seen_notes(adapter, texts, task)
+    for note in notes if processes.is_main else []:
+        logger.warning("%s", note)
     model = build_base(recipe, backbone, head.outputs, task.pooling)
     if adapter is not None:
         load_trained(model, adapter, force)
@@ -103,6 +110,7 @@ def open_trial(
         tally=own.tally,
         held_out=held_out,
         split=texts,
+        notes=notes,
         no_temperature=why,
     )
 
