@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write, atomic_write_text
 
 
 def hello(path: Path) -> None:
@@ -26,6 +26,12 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         atomic_write(path, fails)
     assert path.read_text() == "hello" and list(tmp_path.iterdir()) == [path]
+
+
+def test_text_is_utf_8_with_the_line_ends_that_it_has(tmp_path):
+    path = tmp_path / "file"
+    atomic_write_text(path, "ä\r\n" + os.fsdecode(b"b\xff") + "\n")
+    assert path.read_bytes() == "ä\r\nb\\udcff\n".encode()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to a pipe"])

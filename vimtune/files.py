@@ -67,6 +67,28 @@ def atomic_write(
         temporary.unlink(missing_ok=True)
 
 
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file that has this content, with `atomic_write`.
+
+    Raises:
+        OSError: as `atomic_write`.
+    """
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    atomic_write(path, write)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text in UTF-8, with `atomic_write`; a byte of a path in it that is not UTF-8 becomes \\udcXX.
+
+    Raises:
+        OSError: as `atomic_write`.
+    """
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove the temporary files of `atomic_write` calls that were killed, and no file of anybody else."""
     for path in folder.glob(f".*{_TEMPORARY}"):

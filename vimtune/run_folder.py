@@ -207,7 +207,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     except WRITING_ERRORS as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free some space" if full else "check the folder and its permissions"
+        folder = path if os.path.isdir(path) else Path(path).parent
         raise OutputError(
             f"cannot write {os.fspath(path)}: {refusal(error)}. Files written before are intact; {advice}, "
-            f"then continue with --resume {Path(path).parent} if it holds a checkpoint"
+            f"then continue with --resume {os.fspath(folder)} if it holds a checkpoint"
         ) from error

@@ -490,7 +490,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
     build(lr=0.5).save(path)
     monkeypatch.setattr(
-        "pathlib.Path.write_text", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
+        "pathlib.Path.write_bytes", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         build(lr=0.1).save(path)

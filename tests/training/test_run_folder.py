@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from vimtune import run_folder as folder
 from vimtune.recipe import load_recipe
-from vimtune.run_folder import FolderInUseError, RunFolder, create_unused, hold
+from vimtune.run_folder import FolderInUseError, RunFolder, create_unused, hold, writing
 from vimtune.tasks.classification import Classification
 from vimtune.training import OutputError, run, train
 
@@ -34,6 +34,16 @@ def test_a_new_folder_is_nobody_elses(tmp_path):
     assert [path.name for path in found] == ["name", "name-2", "name-3"]
     (tmp_path / "file").touch()
     assert create_unused(tmp_path / "file").name == "file-2"
+
+
+@pytest.mark.parametrize("place", ["run", "run/report.json"])
+def test_what_cannot_be_written_is_told_with_the_folder_to_continue_in(place, tmp_path):
+    (tmp_path / "run").mkdir()
+    path = tmp_path / place
+    with pytest.raises(OutputError) as error, writing(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    assert f"cannot write {path}: No space left on device" in str(error.value)
+    assert f"free some space, then continue with --resume {tmp_path / 'run'} if" in str(error.value)
 
 
 def test_the_second_run_in_a_folder_is_told_who_is_there(tiny, monkeypatch):

@@ -30,7 +30,7 @@ from vimtune.compare.plan_keys import Entries, PlanOptions, parse_entries, parse
 from vimtune.compare.plan_problems import problems_of
 from vimtune.data.datasets import DATASETS, reads_files
 from vimtune.fields import options_of
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write_text
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.recipe.config_files import read_plan
@@ -112,11 +112,7 @@ class Plan:
     def save(self, folder: Path) -> None:
         """Write the plan into the folder of its comparison, in one step."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(text, encoding="utf-8")
-
-        atomic_write(folder / PLAN_FILE, write)
+        atomic_write_text(folder / PLAN_FILE, text)
 
     # --- what it consists of
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vimtune.commands.combine import combine_on
 from vimtune.compare.plan import Cell
-from vimtune.output import write_output
+from vimtune.output import write_text
 from vimtune.run_folder import RunFolder
 from vimtune.runtime.distributed import open_processes
 from vimtune.schema import STRICT, dump_json, load_json
@@ -69,11 +69,7 @@ def soup_of(runs: Mapping[Cell, Result], folder: Path, make: bool) -> dict[str, 
     own.mkdir(parents=True, exist_ok=True)
     scores = _make(runs[first], paths, own / RunFolder(own).adapter.name)
     text = dump_json(_Stored, {"parts": parts, "scores": scores}, "the scores of a soup")
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-    write_output(own / SCORES, write)
+    write_text(own / SCORES, text + "\n")
     return scores
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write_text
 from vimtune.run_folder import writing
 
 MOST_CHARACTERS = 200
@@ -43,9 +43,5 @@ def write_note(folder: Path, logger: str, text: str) -> None:
         OutputError: it cannot be written.
     """
     path = note_path(folder, logger)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
     with writing(path):
-        atomic_write(path, write)
+        atomic_write_text(path, text)

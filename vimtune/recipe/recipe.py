@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from vimtune.fields import Option, Options, options_of, parse_fields
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write_text
 from vimtune.parsers import given_file
 from vimtune.problems import ProblemsError
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
@@ -183,11 +183,7 @@ class Recipe:
         """
         path = given_file(path)
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(text, encoding="utf-8")
-
-        atomic_write(path, write)
+        atomic_write_text(path, text)
 
 
 def _unknown_key(key: Any, value: Any, task: str, known: Mapping[str, Option]) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from vimtune import parsers
 from vimtune.fields import Option, options_of
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write_text
 from vimtune.recipe import Recipe, RecipeError, RunSettings, keys_of
 from vimtune.search.composing import method_keys, recipe_values
 from vimtune.search.reading import SpaceError, parse_space
@@ -137,12 +137,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan, whole or not at all."""
-        text = self.text()
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(text, encoding="utf-8")
-
-        atomic_write(path, write)
+        atomic_write_text(path, self.text())
 
 
 def read_plan(path: Path) -> Plan:

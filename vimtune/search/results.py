@@ -5,15 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from vimtune.console import neutral
-from vimtune.files import atomic_write
-from vimtune.run_folder import writing
 from vimtune.search.space import Drawn
 from vimtune.search.study import Trial
 from vimtune.tasks.base import Score
@@ -103,20 +100,6 @@ def to_csv(trials: Sequence[Trial], score: Score) -> str:
         reason = "" if found is None else table_cell(found.reason)
         writer.writerow([trial.number, *figures, *map(table_cell, drawn), reason])
     return text.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a table, whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-    with writing(path):
-        atomic_write(path, write)
 
 
 def draw_trials(trials: Sequence[Trial], winner: Trial | None, score: Score, title: str) -> Figure:

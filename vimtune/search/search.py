@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from vimtune.console import build_console, print_line
+from vimtune.files import atomic_write_text
 from vimtune.pages.style import save_picture
 from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, hold, writing
@@ -241,9 +242,13 @@ class Step:
         ranked, trials = self.study.ranked(), self.study.trials()
         best = {trial.number for trial in ranked}
         ordered = [*ranked, *(trial for trial in trials if trial.number not in best)]
-        results.write_text(self.folder / "trials.csv", results.to_csv(ordered, self.score))
-        table = partial(results.to_markdown, drawn=self.varying, score=self.score)
-        results.write_text(self.folder / "trials.md", table(ordered))
+        tables = {
+            "trials.csv": results.to_csv(ordered, self.score),
+            "trials.md": results.to_markdown(ordered, drawn=self.varying, score=self.score),
+        }
+        for name, table in tables.items():
+            with writing(self.folder / name):
+                atomic_write_text(self.folder / name, table)
         if picture:
             winner = next(iter(ranked), None)
             title = f"{self.name}: {self.plan.recipe.backbone.model}"

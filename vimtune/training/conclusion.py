@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write_text
 from vimtune.output import OutputError
 from vimtune.pages import style
 from vimtune.pages.page import Page
@@ -110,13 +110,8 @@ def _write_page(path: Path, report: Report, details: Details, folder: RunFolder)
     sections = [curve, *details.sections(folder.path).values()]
     rows = [*report.rows(), *(("warning", warning) for warning in report.warnings)]
     html = Page("vimtune train", f"{report.model}, {report.method}", rows, sections).to_html()
-    content = html.encode("utf-8", "backslashreplace")
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
     with writing(path):
-        atomic_write(path, write)
+        atomic_write_text(path, html)
 
 
 def _renew(path: Path, make: Callable[[Path], None]) -> None:

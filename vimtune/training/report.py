@@ -14,7 +14,7 @@ from rich.table import Table
 from vimtune import __version__
 from vimtune.adapters import AdapterInfo
 from vimtune.console import neutral, print_line
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write_text
 from vimtune.machine import processor_name
 from vimtune.methods import resolve_options
 from vimtune.ops import resolved_backend
@@ -115,12 +115,8 @@ def device_name(device: torch.device) -> str:
 def write_report(report: Report, folder: RunFolder) -> None:
     """Write report.json; a run of which it exists is finished."""
     text = finite_json(report.to_dict(), indent=2) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
     with writing(folder.report):
-        atomic_write(folder.report, write)
+        atomic_write_text(folder.report, text)
 
 
 def read_report(folder: RunFolder, kind: type[Report]) -> Report | None:

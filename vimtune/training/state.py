@@ -34,7 +34,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from vimtune.adapters import AdapterFileError, read_adapter_info
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write_bytes
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.components import OptimisationSettings
 from vimtune.recipe.optimizers import NEVER_NEGATIVE, OPTIMIZERS
@@ -184,12 +184,8 @@ def save_run_state(path: Path, state: RunState) -> None:
     _check_progress(state, "the progress of the run")
     metadata = {"format": FORMAT} | {key: json.dumps(value) for key, value in described.items()}
     data = save(tensors, metadata)
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
     with writing(path):
-        atomic_write(path, write)
+        atomic_write_bytes(path, data)
 
 
 def _flat(state: RunState) -> dict[str, Tensor]:
