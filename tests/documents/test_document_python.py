@@ -19,6 +19,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -99,6 +100,8 @@ def test_onnxruntime(here, capsys):
     half = Image.effect_noise((64, 64), 90).convert("RGB")
     half.putalpha(Image.linear_gradient("L").resize((64, 64)))
     half.save("clear.png")
+    fine = np.linspace(0, 65535, 90 * 61).reshape(61, 90).astype(np.uint16)
+    Image.fromarray(fine).save("fine.png")  # 16 bits
 
     file = onnx.load("flowers.onnx")
     (stated,) = (each for each in file.metadata_props if each.key == "preprocessing")
@@ -106,7 +109,7 @@ def test_onnxruntime(here, capsys):
         how = json.loads(stated.value) | change
         stated.value = json.dumps(how)
         onnx.save(file, "flowers.onnx")
-        for name in ("wide.png", "tall.png", "clear.png"):
+        for name in ("wide.png", "tall.png", "clear.png", "fine.png"):
             namespace = {}
             exec(body.replace("photo.jpg", name), namespace)
             expected = build_transform(**how)(load_image(name))
