@@ -193,7 +193,8 @@ def test_the_card_of_a_run_has_its_scores(tmp_path, no_pictures, each_flower_is_
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     (entry,) = meta["model-index"]
     found = {metric["type"]: metric["value"] for part in entry["results"] for metric in part["metrics"]}
-    assert found["top1"] == report["top1"]
+    assert found["accuracy"] == report["top1"]
+    assert "| scored on | 2 images |" in text and f"| macro F1 | {report['macro_f1']:.2f} % |" in text
     assert f"| top-1 | {report['top1']:.2f} % |" in text and f"{report['trainable_parameters']:,} of" in text
     assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
 

@@ -245,6 +245,10 @@ def test_layers_of_a_model_that_does_not_name_them_are_its_blocks() -> None:
         ("kronw", "random numbers"),
         ("bnbadam8bit", "8 bits"),
         ("lookahead_adam", "beside its state"),
+        ("lambc", "norms of whole tensors"),
+        ("lars", "norms of whole tensors"),
+        ("adanw", "three betas"),
+        ("mars", "Others of timm are left out until"),
         ("lyon", "Did you mean"),
     ],
 )

@@ -21,6 +21,7 @@ from vimtune.exchange.formats import Format
 from vimtune.methods.full import Full
 from vimtune.methods.linear import LinearProbe
 from vimtune.run_folder import RunFolder
+from vimtune.tasks.base import Score
 from vimtune.tasks.origin import task_of
 from vimtune.text import escape_markdown, shorten
 from vimtune.training.result import Result, read_result
@@ -89,11 +90,12 @@ def _metadata(
                 task_type=hub_task or "other",
                 dataset_type=source,
                 dataset_name=source,
-                metric_type=name,
+                dataset_split=result.report.split,
+                metric_type=score.hub_metric or score.name,
+                metric_name=score.title,
                 metric_value=value,
             )
-            for name, value in result.report.scores_by_name().items()
-            if value is not None
+            for score, value in _task_scores(result)
         ]
     base = base_on_hub(info)
     is_model = form.whole_model or _trains_everything(info)
@@ -152,13 +154,25 @@ def _short(value: Any) -> str:
     return "by target" if isinstance(value, dict) else str(value)
 
 
-def _scores(result: Result) -> Iterator[tuple[str, str]]:
+def _task_scores(result: Result) -> Iterator[tuple[Score, float]]:
+    """The scores of the task that have a value."""
+    values = result.report.scores_by_name()
     for score in result.recipe.task.scores:
-        value = result.report.scores_by_name().get(score.name)
+        value = values.get(score.name)
         if value is not None:
-            yield score.title, score.show(value)
-    if result.report.loss is not None:
-        yield "loss", f"{result.report.loss:.4f}"
+            yield score, value
+
+
+def _scores(result: Result) -> Iterator[tuple[str, str]]:
+    report = result.report
+    for score, value in _task_scores(result):
+        yield score.title, score.show(value)
+    yield from report.further_scores()
+    if report.loss is not None:
+        yield "loss", f"{report.loss:.4f}"
+    count = report.num_scored()
+    if count is not None:
+        yield "scored on", f"{count:,} {result.recipe.task.examples}"
 
 
 def _table(heading: tuple[str, str], rows: Iterator[tuple[str, str]]) -> str:

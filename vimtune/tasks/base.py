@@ -41,6 +41,8 @@ class Score:
     percent: bool = True
     """Whether the value goes from 0 to 100 and is shown with "%"."""
     higher_is_better: bool = True
+    hub_metric: str | None = None
+    """What the Hugging Face hub calls it, such as "accuracy"; None for `name`."""
 
     def show(self, value: float, digits: int = 2) -> str:
         """The value as text."""

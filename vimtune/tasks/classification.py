@@ -32,7 +32,7 @@ class Classification(ImageTask):
     """Say of each image to which of the data set's classes it belongs."""
 
     summary = "one class for every image; scores: top-1, top-5"
-    scores = (Score("top1", "top-1"), Score("top5", "top-5"))
+    scores = (Score("top1", "top-1", hub_metric="accuracy"), Score("top5", "top-5"))
 
     mixup: Annotated[float, Ge(0)] = option(0.0, "mixup alpha, 0 = off")
     cutmix: Annotated[float, Ge(0)] = option(0.0, "cutmix alpha, 0 = off")

@@ -72,6 +72,14 @@ class Report:
         """The scores on `split`, by the names that the task gives them."""
         return {}
 
+    def num_scored(self) -> int | None:
+        """How many examples the scores are of; None where the report does not say it."""
+        return None
+
+    def further_scores(self) -> Iterator[tuple[str, str]]:
+        """What was measured on `split` beside `scores_by_name`: names and values, for tables."""
+        return iter(())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in report.json, those of the task first."""
         values = dataclasses.asdict(self)
@@ -135,6 +143,10 @@ class ScoreReport(Report):
     def scores_by_name(self) -> dict[str, float | None]:
         """`scores`."""
         return self.scores
+
+    def num_scored(self) -> int:
+        """`num_examples`."""
+        return self.num_examples
 
     @staticmethod
     def values(outcome: Outcome) -> dict[str, Any]:

@@ -42,7 +42,10 @@ class TextTask(Task):
     unit = "tokens"
     short_unit = "tok"
     examples = "texts"
-    scores = (Score("acc", "accuracy"), Score("acc_norm", "accuracy per character"))
+    scores = (
+        Score("acc", "accuracy", hub_metric="accuracy"),
+        Score("acc_norm", "accuracy per character"),
+    )
     data_options: ClassVar[type[DataOptions]] = TextDataSettings
     backbone_options: ClassVar[type[BackboneOptions]] = LanguageModelSettings
     predict_options: ClassVar[type[PredictOptions]] = TextPredictOptions

@@ -52,6 +52,16 @@ class ImageReport(Report):
         """Top-1 and top-5."""
         return {"top1": self.top1, "top5": self.top5}
 
+    def num_scored(self) -> int:
+        """`num_images`."""
+        return self.num_images
+
+    def further_scores(self) -> Iterator[tuple[str, str]]:
+        """Macro F1 and the calibration error."""
+        for name, value in {"macro F1": self.macro_f1, "expected calibration error": self.ece}.items():
+            if value is not None:
+                yield name, f"{value:.2f} %"
+
     def score_rows(self) -> Iterator[tuple[str, str]]:
         """Top-1 and top-5."""
         yield f"top-1 ({self.split})", f"{self.top1:.2f} %"
