@@ -88,6 +88,13 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}"
 
 
+def name_some(names: Iterable[str], limit: int = 5) -> str:
+    """The first names in quotes, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(quote(name) for name in names[:limit]) + more
+
+
 def escape_markdown(text: str) -> str:
     """`text` on one line of a Markdown document that shows it as it is."""
     return re.sub(r"([\\|*_`<>\[\]])", r"\\\1", printable(text))

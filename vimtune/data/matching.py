@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import DatasetError
-from vimtune.data.own.layout import name_some
-from vimtune.text import counted
+from vimtune.text import counted, name_some
 
 if TYPE_CHECKING:
     from PIL import Image

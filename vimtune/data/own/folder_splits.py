@@ -9,9 +9,9 @@ from pathlib import Path
 
 from vimtune.data.errors import DatasetError, MissingSplitError
 from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE
-from vimtune.data.own.layout import LAYOUT, Layout, name_some, read_layout
+from vimtune.data.own.layout import LAYOUT, Layout, read_layout
 from vimtune.data.splitting import stratified_split
-from vimtune.text import printable
+from vimtune.text import name_some, printable
 
 
 @dataclass(frozen=True)

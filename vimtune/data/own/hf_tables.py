@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vimtune.data.columns import LABELS
 from vimtune.data.errors import DatasetError, ImageReadError
-from vimtune.data.own.label_tables import LABELS, class_order
-from vimtune.data.own.layout import Layout, name_some, split_of
-from vimtune.text import printable, quote, shorten
+from vimtune.data.own.label_tables import class_order
+from vimtune.data.own.layout import Layout, split_of
+from vimtune.text import name_some, printable, quote, shorten
 
 _IMAGES = ("image", "img", "picture", "photo")
 """Usual names of the column of images, of which the first here is taken where there are several."""

@@ -21,11 +21,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from vimtune.data.columns import LABELS, find_column
 from vimtune.data.errors import DatasetError
 from vimtune.data.files.images import find_images
-from vimtune.data.own.layout import Layout, name_some, split_of
+from vimtune.data.own.layout import Layout, split_of
 from vimtune.data.text.lines import Line, read_lines
-from vimtune.text import printable, quote
+from vimtune.text import name_some, printable, quote
 
 EXPECTED = (
     "Expected <data-dir>/labels.csv (or metadata.csv; or train.csv with val.csv and test.csv; with tabs also "
@@ -46,8 +47,6 @@ _PATHS = (
     *("image_id", "img", "img_path", "photo", "id"),
 )
 """Usual names of the column of paths, in lower case; of several in one file the first here is taken."""
-LABELS = ("label", "labels", "class", "class_name", "category", "target", "tags", "species")
-"""Usual names of the column of labels, likewise."""
 _SPLITS = ("split", "set", "subset", "partition")
 """Usual names of the column of splits, likewise."""
 _MARKS = {"1": True, "1.0": True, "0": False, "0.0": False, "": False}
@@ -106,7 +105,7 @@ def read_tables(root: Path, *, file: str | None, images: str | None, columns: Co
     classes = meaning.classes or sorted({label for row in rows for label in row.labels}, key=class_order)
     if len(classes) < 2:
         raise DatasetError(
-            f"{_place_of(first)} has {len(classes)} classes ({name_some(classes) or 'none'}); a classifier "
+            f"{first.file} has {len(classes)} classes ({name_some(classes) or 'none'}); a classifier "
             f"needs at least 2. {EXPECTED}"
         )
     layout = _layout(rows, classes, meaning.several)
@@ -239,12 +238,12 @@ def _understand(line: Line, columns: Columns) -> _Meaning:
         DatasetError: no paths or no labels, or a column that is not there.
     """
     header = list(line.values)
-    path = _column(line, "path_column", columns.path, _PATHS)
-    split = _column(line, "split_column", columns.split, _SPLITS)
-    label = _column(line, "label_column", columns.label, LABELS)
+    path = find_column(header, line.file, "path_column", columns.path, _PATHS)
+    split = find_column(header, line.file, "split_column", columns.split, _SPLITS)
+    label = find_column(header, line.file, "label_column", columns.label, LABELS)
     if path is None:
         raise DatasetError(
-            f"{_place_of(line)} has no column of paths: found {name_some(header)}. The first line has to "
+            f"{line.file} has no column of paths: found {name_some(header)}. The first line has to "
             "name the columns; give path_column=..."
         )
     others = [name for name in header if name not in (path, split)]
@@ -254,19 +253,9 @@ def _understand(line: Line, columns: Columns) -> _Meaning:
         return _Meaning(path, split, None, None, others)
     shown = name_some(others) or "nothing"
     raise DatasetError(
-        f"{_place_of(line)} has no column of labels beside {quote(path)}: found {shown}"
+        f"{line.file} has no column of labels beside {quote(path)}: found {shown}"
         "; give label_column=..., or a column of 0 and 1 for each class"
     )
-
-
-def _column(line: Line, option: str, given: str | None, usual: Sequence[str]) -> str | None:
-    """The name of a column: the given one, or the first usual one that is there."""
-    by_name = {name.strip().lower(): name for name in reversed(list(line.values))}
-    if given is None:
-        return next((by_name[name] for name in usual if name in by_name), None)
-    if given not in line.values:
-        raise DatasetError(f"{option} = {quote(given)}: {_place_of(line)} has {name_some(line.values)}")
-    return given
 
 
 # --------------------------------------------------------------------------- images
@@ -371,11 +360,6 @@ def _layout(rows: Sequence[_Row], classes: Sequence[str], several: bool) -> Layo
 def class_order(name: str) -> tuple[int, int, str]:
     """Key by which classes are sorted: whole numbers by their value, before names."""
     return (0, int(name), name) if name.isascii() and name.isdigit() and len(name) < 19 else (1, 0, name)
-
-
-def _place_of(line: Line) -> str:
-    """The file of a line."""
-    return line.place.rpartition(", line ")[0]
 
 
 def _show(path: str | os.PathLike[str]) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from vimtune.data.base import FileDataset
 from vimtune.data.errors import DatasetError
 from vimtune.data.files.images import EXTENSIONS, describe_left_out, find_images
-from vimtune.data.own.layout import name_some, split_of
-from vimtune.text import quote
+from vimtune.data.own.layout import split_of
+from vimtune.text import name_some, quote
 
 
 class LabelledFolder(FileDataset):

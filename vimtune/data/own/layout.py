@@ -16,13 +16,12 @@ import os
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vimtune.data.errors import DatasetError
 from vimtune.data.files.images import EXTENSIONS, FoundImages, describe_left_out, find_images
-from vimtune.text import counted, printable, quote
+from vimtune.text import counted, name_some, printable
 
 LAYOUT = (
     "Expected <data-dir>/<class>/*.jpg (split for you), or <data-dir>/train/<class>/*.jpg with val/ and "
@@ -304,10 +303,3 @@ def _add_left_out(root: Path, layout: Layout, found: FoundImages, tree: _Folder)
 
 def _show(path: str | os.PathLike[str]) -> str:
     return printable(os.fspath(path))
-
-
-def name_some(names: Iterable[str], limit: int = 5) -> str:
-    """The first names in quotes, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(quote(name) for name in names[:limit]) + more

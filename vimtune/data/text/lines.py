@@ -54,6 +54,11 @@ class Line:
     values: Any
     """Plain values, of which nothing is known yet."""
 
+    @property
+    def file(self) -> str:
+        """What messages call the file of the entry; the entry itself where it stands in none."""
+        return self.place.rpartition(", line ")[0] or self.place
+
     def read(self, schema: type[Schema]) -> Schema:
         """The entry as an instance of `schema`.
 
