@@ -52,6 +52,8 @@ def workplace(tmp_path_factory) -> Path:
         path = folder / "my" / "arc" / f"ARC-Easy-{split}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"{json.dumps(question)}\n" * 4, encoding="utf-8")
+    (folder / "my" / "remarks").mkdir()
+    (folder / "my" / "remarks" / "train.csv").write_text("remark,mood\n" + "warm,good\ncold,bad\n" * 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         replace_until_undone(NO_PICTURES, patch)

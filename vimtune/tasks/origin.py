@@ -197,10 +197,25 @@ def recipe_of_adapter(adapter: Path, given: Mapping[str, Any]) -> dict[str, Any]
     stored = read_yaml(beside) if beside.is_file() else info.extra.get("recipe", {})
     values = complete_stored(stored) if isinstance(stored, dict) else {}
     values = {name: value for name, value in values.items() if name not in NOT_OF_ADAPTER}
+    values = _for_task(values, given.get(TASK.name))
     if "checkpoint" not in given:
         base = find_base(adapter, info)
         values["checkpoint"] = None if base is None else str(base)
     return values
+
+
+def _for_task(stored: dict[str, Any], task: Any) -> dict[str, Any]:
+    """A stored recipe for another task, without the options that its own task alone has.
+
+    Args:
+        stored: values by key.
+        task: name of the other task; a name that is none is refused by whoever builds the recipe.
+    """
+    own = stored.get(TASK.name, TASK.default)
+    if not all(isinstance(name, str) and name in TASKS for name in (own, task)):
+        return stored
+    lacking = options_of(TASKS.get(own)).keys() - keys_of(task).keys()
+    return {name: value for name, value in stored.items() if name not in lacking}
 
 
 def data_of_run(adapter: Path, kind: type[Settings]) -> Settings | None:

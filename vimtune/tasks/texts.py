@@ -215,3 +215,14 @@ class OwnTexts(TextTask):
 
     summary = "your own .jsonl, .csv or .tsv: prompt and completion, text and label, or text alone"
     form = text.OWN
+
+    text_column: str | None = option(
+        None, "column of the texts (default: text, sentence or another usual name)"
+    )
+    label_column: str | None = option(
+        None, "column of the labels (default: label, category or another usual name)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "form", text.own_texts(self.text_column, self.label_column))

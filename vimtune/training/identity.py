@@ -15,6 +15,8 @@ IDENTITY = (
     "task",
     "head",
     "pooling",
+    "text_column",
+    "label_column",
     "dataset",
     "dataset_kwargs",
     "data_seed",

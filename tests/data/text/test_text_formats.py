@@ -148,7 +148,7 @@ def test_a_file_that_is_no_json_lines(content, expected, tmp_path):
         ('prompt,completion\n"a,b\n', "line 2 is not CSV"),
         ("prompt,completion\ra,b\r", "line 1: lines end with carriage returns"),
         ("prompt,completion\n", "is empty"),
-        ("question\na\n", r"line 2 .*completion: Field required"),
+        ("prompt\na\n", r"line 2 .*completion: Field required"),
     ],
 )
 def test_a_csv_that_is_wrong(content, expected, tmp_path):

@@ -11,7 +11,7 @@ from vimtune.data.text.boolq import BOOLQ
 from vimtune.data.text.examples import Example, TextSplit, draw_at_most, draw_protocol, draw_shots, split_off
 from vimtune.data.text.hellaswag import HELLASWAG
 from vimtune.data.text.lines import Line, read_lines
-from vimtune.data.text.own import OWN
+from vimtune.data.text.own import OWN, own_texts
 from vimtune.data.text.piqa import PIQA
 from vimtune.data.text.places import HubPlace, TextFormat, open_text
 from vimtune.data.text.winogrande import WINOGRANDE
@@ -37,3 +37,4 @@ __all__ = [
     "read_lines",
     "split_off",
 ]
+    "own_texts",

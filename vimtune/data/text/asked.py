@@ -31,7 +31,7 @@ def read_asked(form: TextFormat, arguments: Sequence[str]) -> list[Line]:
             texts = read_texts("standard input", sys.stdin.buffer)
             lines += [form.entry(place, text) for place, text in texts]
         elif argument.lower().endswith(SUFFIXES) or os.path.exists(argument):
-            lines += read_lines(Path(parsers.path(argument)))
+            lines += form.ask_about(read_lines(Path(parsers.path(argument))))
         else:
             lines.append(form.entry(f"input {number}", argument))
     return lines

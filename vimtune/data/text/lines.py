@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -66,6 +66,10 @@ class Line:
             DatasetError: it has another form; the message names the place, the field and what was expected.
         """
         return check(schema, self.values, self.place, DatasetError)
+
+    def fields(self) -> Iterable[str]:
+        """The names of its fields."""
+        return self.values if isinstance(self.values, dict) else ()
 
     def has(self, *fields: str) -> bool:
         """Whether it has all of these fields."""

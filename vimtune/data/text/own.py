@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
+from vimtune.data.columns import LABELS
 from vimtune.data.errors import DatasetError
+from vimtune.data.text.columns import Columns, understand
 from vimtune.data.text.examples import Example
 from vimtune.data.text.lines import LINE, Line, Words
 from vimtune.data.text.places import TextFormat
@@ -59,6 +62,11 @@ def _read(line: Line) -> Example:
 
 
 def _read_labelled(line: Line, classes: Sequence[str]) -> Example:
+    if line.has("text") and not line.has("label"):
+        raise DatasetError(
+            f"{line.place} has no label, which texts of the training file have: expected a column "
+            f"{', '.join(LABELS[:-1])} or {LABELS[-1]}, or the one that label_column=... names"
+        )
     entry = line.read(_Labelled)
     label = str(entry.label)
     if label not in classes:
@@ -91,7 +99,10 @@ def _classes(lines: Sequence[Line]) -> tuple[str, ...]:
         return ()
     names = {str(line.read(_Labelled).label) for line in lines}
     if len(names) < 2:
-        raise DatasetError(f"{lines[0].place}: expected two labels at least in the file (found {len(names)})")
+        raise DatasetError(
+            f"{lines[0].place}: expected two labels at least in the file (found {len(names)}); without a "
+            "column of labels it has plain texts, which are learnt as they are"
+        )
     return tuple(sorted(names))
 
 
@@ -104,7 +115,13 @@ OWN = TextFormat(
     files={
         "train": ("train.jsonl", "train.csv", "train.tsv"),
         "test": ("test.jsonl", "test.csv", "test.tsv", "val.jsonl", "val.csv", "val.tsv"),
+    understand=partial(understand, columns=Columns()),
     },
 )
-"""Fields prompt and completion, text and label, or text alone; in JSON Lines, or in CSV or TSV with a
-header."""
+"""Fields prompt and completion, text and label, or text alone, the last two under any usual name; in JSON
+Lines, or in CSV or TSV with a header."""
+
+
+def own_texts(text_column: str | None, label_column: str | None) -> TextFormat:
+    """`OWN` with columns that a user names; of those that are None usual names are looked for."""
+    return replace(OWN, understand=partial(understand, columns=Columns(text_column, label_column)))

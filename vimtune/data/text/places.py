@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vimtune.data.errors import DatasetError, MissingSplitError
+from vimtune.data.text.columns import Meaning
 from vimtune.data.text.examples import Example, TextSplit
 from vimtune.data.text.lines import Line, read_lines
 from vimtune.schema import parse_json
-from vimtune.text import counted, printable, quote
+from vimtune.text import counted, name_some, printable, quote
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class TextFormat:
     """Adds to the lines of a file what stands in another file beside it."""
     note: Callable[[list[Line]], str] = _nothing_to_note
     """What a user has to know about these lines; empty if nothing."""
+    understand: Callable[[Sequence[Line], bool], Meaning] | None = None
+    """Which columns of a file mean what, where users name them. It is told whether the answers are needed."""
 
     def entry(self, place: str, text: str) -> Line:
         """The line for which a text stands that a user gives without a file.
@@ -86,6 +89,17 @@ class TextFormat:
             raise DatasetError(
                 f"{error}; {self.name} has questions with choices: give a file of them, or the JSON of one"
             ) from None
+
+    def ask_about(self, lines: Sequence[Line]) -> list[Line]:
+        """The lines of one file about which a user asks, with the fields that `asked` looks for.
+
+        Raises:
+            DatasetError: the file has no column of texts.
+        """
+        if self.understand is None:
+            return list(lines)
+        meaning = self.understand(lines, False)
+        return [meaning.arranged(line) for line in lines]
 
     def is_completed(self, classes: Sequence[str]) -> bool:
         """Whether a model with these classes is asked for completions, not for one of several choices."""
@@ -131,6 +145,9 @@ class TextFormat:
         Raises:
             DatasetError: a line that is wrong.
         """
+        meaning = None if self.understand is None else self.understand(lines, True)
+        if meaning is not None:
+            lines = [meaning.arranged(line) for line in lines]
         by_class = self.read_labelled
         known: tuple[str, ...] = ()
         if by_class is not None:
@@ -139,7 +156,8 @@ class TextFormat:
             examples = tuple(by_class(line, known) for line in lines)
         else:
             examples = tuple(map(self.read, lines))
-        shown = [f"{self.name}, {source}, {counted(len(examples), 'examples')}", self.note(lines)]
+        read = "" if meaning is None else f" ({meaning.note(known)})"
+        shown = [f"{self.name}, {source}{read}, {counted(len(examples), 'examples')}", self.note(lines)]
         return TextSplit(name, examples, "; ".join(filter(None, shown)), known or self.classes)
 
 

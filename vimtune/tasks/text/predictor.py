@@ -84,12 +84,13 @@ class TextPredictor(Predictor):
         """
         check_counts(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
         options = TextPredictOptions(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        lines = []
+        lines: list[Line] = []
         for number, given in enumerate(inputs, 1):
             place = f"input {number}"
-            lines.append(
-                self.form.entry(place, given) if isinstance(given, str) else Line(place, dict(given))
-            )
+            if isinstance(given, str):
+                lines.append(self.form.entry(place, given))
+            else:
+                lines += self.form.ask_about([Line(place, dict(given))])
         return self._answers(self.form.asked(lines, self.classes), options)
 
     def answers(
