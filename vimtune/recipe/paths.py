@@ -106,6 +106,7 @@ def _is_there(path: Path) -> bool:
 _CHECKS = {
     "data_dir": _data_dir_problem,
     "train_file": _file_problem,
+    "val_file": _file_problem,
     "test_file": _file_problem,
     "checkpoint": _checkpoint_problem,
     "teacher": _presence_problem,

@@ -39,7 +39,7 @@ TASK = Option(
 )
 """The key that chooses the task of a recipe."""
 
-_OWN_PATHS = ("data_dir", "train_file", "test_file", "output_dir", "resume")
+_OWN_PATHS = ("data_dir", "train_file", "val_file", "test_file", "output_dir", "resume")
 """Keys that name folders and files of the computer on which the run is."""
 _NAMED_PATHS = ("checkpoint", "model", "tokenizer", "teacher", "init_adapter")
 """Keys of which a file or folder of that computer may be the value."""

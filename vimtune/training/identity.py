@@ -46,6 +46,7 @@ IDENTITY = (
 HARMLESS = (
     "data_dir",
     "train_file",
+    "val_file",
     "test_file",
     "download",
     "num_workers",

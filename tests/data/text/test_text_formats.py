@@ -258,11 +258,22 @@ def test_files_are_found_by_their_official_names(tmp_path):
 
 
 def test_a_file_of_ones_own_that_is_not_used_is_named(tmp_path):
-    for name in ("test", "val"):
-        write_lines(tmp_path / f"{name}.jsonl", [{"text": "a b"}])
-    assert "test.jsonl (not used: val.jsonl beside it)" in open_text(OWN, "test", folder=tmp_path).source
+    write_lines(tmp_path / "test.jsonl", [{"text": "a b"}])
+    (tmp_path / "test.csv").write_text("text\na b\n")
+    assert "test.jsonl (not used: test.csv beside it)" in open_text(OWN, "test", folder=tmp_path).source
     (tmp_path / "test.jsonl").unlink()
     assert "not used" not in open_text(OWN, "test", folder=tmp_path).source
+
+
+@pytest.mark.parametrize("name", ["val.csv", "valid.tsv", "validation.jsonl", "dev.csv"])
+def test_an_own_validation_file_is_no_test_file(name, tmp_path):
+    """Those of official data sets are, because the answers of their test files are not public."""
+    (tmp_path / name).write_text('{"text": "a"}\n' if name.endswith("jsonl") else "text\na\n")
+    assert open_text(OWN, "val", folder=tmp_path).examples[0].completion == "a"
+    with pytest.raises(MissingSplitError, match=rf"'{name}' selects the best epoch, and is scored if it is"):
+        open_text(OWN, "test", folder=tmp_path)
+    write_lines(tmp_path / "val.jsonl", [SCENE])
+    assert open_text(HELLASWAG, "test", folder=tmp_path).name == "test"
 
 
 def test_a_cell_that_is_too_long_for_csv(tmp_path):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import pytest
 
 from vimtune.data import DatasetError
-from vimtune.data.text import Example, TextSplit, draw_protocol, draw_shots, split_off
+from vimtune.data.text import (
+    Example,
+    TextSplit,
+    draw_protocol,
+    draw_protocol_part,
+    draw_shots,
+    split_off,
+)
 
 
 def texts(count: int, classes: tuple[str, ...] = ("no", "yes")) -> TextSplit:
@@ -24,6 +32,16 @@ def test_the_protocol_divides_so_many_that_were_drawn() -> None:
     assert draw_protocol(texts(40), 20, seed=2)[0].fingerprint() != train.fingerprint()
     with pytest.raises(DatasetError, match="needs 33 examples to train on and 8 to select by"):
         draw_protocol(texts(40), 41, seed=1)
+
+
+def test_the_protocol_takes_its_parts_from_files_of_their_own() -> None:
+    train, val = texts(40), dataclasses.replace(texts(5), name="val")
+    few = draw_protocol_part(train, 20, seed=1)
+    assert (few.name, len(few.examples)) == ("train", 16) and set(few.examples) < set(train.examples)
+    assert few.source == "a file, of which 16 for train_size 20 drawn with seed 1"
+    assert len(draw_protocol_part(val, 20, seed=1).examples) == 4
+    with pytest.raises(DatasetError, match=r"needs 24 train and 6 val examples, and 'val' has 5"):
+        draw_protocol_part(val, 30, seed=1)
 
 
 def test_shots_are_so_many_of_each_class_and_none_of_those_that_select() -> None:

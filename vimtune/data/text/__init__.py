@@ -8,7 +8,15 @@ a line stands for, and a `TextFormat` that names its files. Nothing here imports
 from vimtune.data.text.arc import ARC_CHALLENGE, ARC_EASY
 from vimtune.data.text.asked import read_asked
 from vimtune.data.text.boolq import BOOLQ
-from vimtune.data.text.examples import Example, TextSplit, draw_at_most, draw_protocol, draw_shots, split_off
+from vimtune.data.text.examples import (
+    Example,
+    TextSplit,
+    draw_at_most,
+    draw_protocol,
+    draw_protocol_part,
+    draw_shots,
+    split_off,
+)
 from vimtune.data.text.hellaswag import HELLASWAG
 from vimtune.data.text.lines import Line, read_lines
 from vimtune.data.text.own import OWN, own_texts
@@ -31,10 +39,11 @@ __all__ = [
     "TextSplit",
     "draw_at_most",
     "draw_protocol",
+    "draw_protocol_part",
     "draw_shots",
     "open_text",
+    "own_texts",
     "read_asked",
     "read_lines",
     "split_off",
 ]
-    "own_texts",

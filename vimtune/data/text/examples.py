@@ -113,6 +113,22 @@ def draw_protocol(split: TextSplit, size: int, seed: int) -> tuple[TextSplit, Te
     return _part(split, split.name, sorted(train), how), _part(split, "val", sorted(val), how)
 
 
+def draw_protocol_part(split: TextSplit, size: int, seed: int) -> TextSplit:
+    """What `draw_protocol` draws for "train" or "val", of examples that are divided into these already.
+
+    Raises:
+        DatasetError: there are fewer examples.
+    """
+    sizes = protocol_sizes(size)
+    if len(split.examples) < sizes[split.name]:
+        raise DatasetError(
+            f"train_size = {size} needs {sizes['train']} train and {sizes['val']} val examples, and "
+            f"{split.name!r} has {len(split.examples):,}: lower train_size ({split.source})"
+        )
+    drawn = sorted(draw_some(len(split.examples), sizes[split.name], seed))
+    return _part(split, split.name, drawn, f"for train_size {size} drawn with seed {seed}")
+
+
 def draw_at_most(split: TextSplit, limit: int, seed: int) -> TextSplit:
     """At most `limit` examples, in the order of the split; all of it where it has no more."""
     if len(split.examples) <= limit:

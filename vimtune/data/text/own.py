@@ -106,16 +106,19 @@ def _classes(lines: Sequence[Line]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+_FILES = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+"""Names of the files of a split, without their endings."""
+
 OWN = TextFormat(
     name="text",
     read=_read,
     read_labelled=_read_labelled,
     find_classes=_classes,
     prompt=_prompt,
-    files={
-        "train": ("train.jsonl", "train.csv", "train.tsv"),
-        "test": ("test.jsonl", "test.csv", "test.tsv", "val.jsonl", "val.csv", "val.tsv"),
     understand=partial(understand, columns=Columns()),
+    files={
+        split: tuple(f"{name}.{ending}" for name in names for ending in ("jsonl", "csv", "tsv"))
+        for split, names in _FILES.items()
     },
 )
 """Fields prompt and completion, text and label, or text alone, the last two under any usual name; in JSON

@@ -170,11 +170,11 @@ def open_text(
     download: bool = True,
     classes: Sequence[str] | None = None,
 ) -> TextSplit:
-    """Open the split "train" or "test" of a data set.
+    """Open a split of a data set.
 
     Args:
         form: which data set.
-        split: which split; "test" is the one whose scores are published.
+        split: "train", "test", whose scores are published, or "val", which only a user's own data have.
         folder: has the files under their official names.
         file: has the split itself, whatever its name is.
         download: without folder and file, take the hub's copy.
@@ -199,9 +199,11 @@ def _find(form: TextFormat, split: str, folder: Path) -> list[Path]:
     """The files of a split in a folder, of which the first is the one to use."""
     if found := [folder / name for name in form.files[split] if (folder / name).is_file()]:
         return found
+    selecting = [name for name in form.files.get("val", ()) if split == "test" and (folder / name).is_file()]
+    hint = f"; {name_some(selecting)} selects the best epoch, and is scored if it is given as test_file"
     raise MissingSplitError(
         f"{form.name}: {printable(str(folder))} has no file of the split {split!r}: expected "
-        f"{' or '.join(form.files[split])}, or the file itself as {split}_file"
+        f"{' or '.join(form.files[split])}, or the file itself as {split}_file{hint if selecting else ''}"
     )
 
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from vimtune.data import MissingSplitError
-from vimtune.data.text import TextSplit, draw_at_most, draw_protocol, draw_shots, open_text, split_off
+from vimtune.data.text import (
+    TextSplit,
+    draw_at_most,
+    draw_protocol,
+    draw_protocol_part,
+    draw_shots,
+    open_text,
+    split_off,
+)
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.runtime.seeds import derive_seed
@@ -128,17 +136,15 @@ def settings_of(recipe: Recipe) -> tuple[TextDataSettings, LanguageModelSettings
 def open_splits(task: TextTask, data: TextDataSettings) -> tuple[TextSplit, TextSplit, TextSplit | None]:
     """The texts to train on, those that select the best epoch, and those that are scored in the end.
 
-    The second ones are a part of the training file, never of the test file. There is no third part where a
-    user's own data have none, or where the recipe wants none.
+    The second ones are those of a validation file where there is one, else a part of the training file,
+    never of the test file. There is no third part where a user's own data have none, or where the recipe
+    wants none.
 
     Raises:
         DatasetError: a file that is missing or wrong, or fewer texts than the recipe wants to draw.
     """
     whole = open_text(task.form, "train", folder=data.data_dir, file=data.train_file, download=data.download)
-    if data.train_size is None:
-        train, val = split_off(whole, data.val_share, data.data_seed)
-    else:
-        train, val = draw_protocol(whole, data.train_size, data.data_seed)
+    train, val = _divide(whole, _open_val(task, data, whole.classes), data)
     if data.shots is not None:
         train = draw_shots(train, data.shots, data.data_seed)
     if data.limit is not None:
@@ -152,6 +158,36 @@ def open_splits(task: TextTask, data: TextDataSettings) -> tuple[TextSplit, Text
             raise
         test = None
     return train, val, test
+
+
+def _open_val(task: TextTask, data: TextDataSettings, classes: Sequence[str]) -> TextSplit | None:
+    """The texts of a validation file; None where there is none, as in the folders of official data sets,
+    whose validation files are scored in the end.
+
+    Raises:
+        DatasetError: a file that is wrong.
+    """
+    if data.val_file is None and "val" not in task.form.files:
+        return None
+    try:
+        val = open_text(task.form, "val", folder=data.data_dir, file=data.val_file, classes=classes)
+    except MissingSplitError:
+        return None
+    return replace(val, source=f"{val.source} (a file of its own, so val_share has no effect)")
+
+
+def _divide(whole: TextSplit, own: TextSplit | None, data: TextDataSettings) -> tuple[TextSplit, TextSplit]:
+    """What is trained on and what selects, of the training file and of the validation file if there is one.
+
+    Raises:
+        DatasetError: there are fewer texts than the recipe wants to draw.
+    """
+    size, seed = data.train_size, data.data_seed
+    if own is None:
+        return split_off(whole, data.val_share, seed) if size is None else draw_protocol(whole, size, seed)
+    if size is None:
+        return whole, own
+    return draw_protocol_part(whole, size, seed), draw_protocol_part(own, size, seed)
 
 
 def open_test(task: TextTask, data: TextDataSettings, classes: Sequence[str] | None) -> TextSplit:

@@ -51,9 +51,10 @@ class TextDataSettings(DataOptions):
 
     data_dir: str | None = option(None, "folder of the data set's files", parse=_PATH)
     train_file: str | None = option(None, "train on this .jsonl, .csv or .tsv instead", parse=_PATH)
+    val_file: str | None = option(None, "select the best epoch by this .jsonl, .csv or .tsv", parse=_PATH)
     test_file: str | None = option(None, "score on this .jsonl, .csv or .tsv in the end", parse=_PATH)
     val_share: Annotated[float, Gt(0), Lt(1)] = option(
-        0.1, "share of the training texts that select the best epoch"
+        0.1, "share of the training texts that select the best epoch, unless a file does"
     )
     shots: Positive | None = option(None, SHOTS)
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
@@ -67,7 +68,7 @@ class TextDataSettings(DataOptions):
 
     @property
     def selection_split(self) -> str:
-        """The split evaluated during training; it is always taken from the training texts."""
+        """The split evaluated during training: a file of its own, or else a part of the training texts."""
         return "val"
 
 
