@@ -159,7 +159,9 @@ def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
     # Texts that have the same classes are scored like images, others have their mistakes alone.
     assert ("classes" in found) == (task != "piqa")
     if task != "piqa":
-        assert "fitted to the" in found["temperature_origin"] and found["macro_f1"] is not None
+        origin = found["temperature_origin"]  # All answers to three texts may be right.
+        assert ("fitted to the" if found["temperature"] else "are all but right") in origin
+        assert found["macro_f1"] is not None
         assert "The confusion matrix." in (tmp_path / "run" / "report.html").read_text()
 
 

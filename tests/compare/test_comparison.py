@@ -164,6 +164,15 @@ def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
     assert len(runs.started) == 1
 
 
+def test_weights_that_cannot_be_opened_are_told_before_the_first_run(runs, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"no weights")
+    with pytest.raises(PlanError) as caught:
+        compare(plan(seeds="0", checkpoint=str(tmp_path / "weights.safetensors")), tmp_path / "out")
+    (problem,) = caught.value.problems
+    assert problem.startswith("model: test_vim: ") and "weights.safetensors" in problem
+    assert not runs.started and not (tmp_path / "out" / "plan.yaml").exists()
+
+
 def test_equal_budgets(runs, tmp_path):
     rows, _ = compare(plan(methods="lora,dora,prodial", seeds="0", budget=3000), tmp_path)
     assert all(0.6 * 3000 < row.parameters <= 3000 for row in rows)

@@ -102,6 +102,16 @@ def test_latex_has_as_many_cells_as_columns():
     assert r"81.0 $\pm$ 1.4" in text
 
 
+def test_warnings_of_runs_are_repeated():
+    often, once = "one corrupt image was left out", "a | b"
+    runs = (result(warnings=[often]), result(seed=1, warnings=[once, often]), result(seed=2))
+    text = to_markdown([Row("lora", "flowers", runs, 1e-3)], "")
+    assert f"Warning of 2 of 3 runs: {often}" in text and r"Warning of 1 of 3 runs: a \| b" in text
+    many = tuple(result(warnings=[f"{number} images"]) for number in range(8))
+    text = to_markdown([Row("lora", "flowers", many, 1e-3)], "")
+    assert text.count("Warning of 1 of 8 runs") == 5 and "have 3 more warnings" in text
+
+
 def test_the_best_row_is_none_where_splits_differ():
     first, second = (Row(name, "x", (result(score),), 1e-3) for name, score in (("a", 1), ("b", 2)))
     assert best_of([first, second]) == [second] and best_of([first]) == []

@@ -480,6 +480,27 @@ def test_hidden_and_system_folders_are_not_there(folder: str, tmp_path) -> None:
     assert found.left_out == {}
 
 
+def test_pictures_of_a_run_are_none_of_the_images(tmp_path) -> None:
+    touch(
+        tmp_path / "cat/1.png",
+        tmp_path / "dog/2.png",
+        tmp_path / "my run/curve.png",
+        tmp_path / "dog/recipe.yaml",
+    )
+    touch(
+        tmp_path / "my run/recipe.yaml", tmp_path / "my run/metrics.jsonl", tmp_path / "my run/deeper/3.png"
+    )
+    found = find_images(tmp_path)
+    assert names(found.paths, tmp_path) == ["cat/1.png", "dog/2.png"]
+    assert names(found.folders, tmp_path) == ["cat", "dog"]
+    assert names(found.left_out[images.OF_RUNS], tmp_path) == ["my run"]
+    # A folder that was named is looked at, whatever it is.
+    assert names(find_images(tmp_path / "my run").paths, tmp_path) == [
+        "my run/curve.png",
+        "my run/deeper/3.png",
+    ]
+
+
 def test_links_in_circles_end(tmp_path) -> None:
     root = tmp_path / "outer" / "root"
     touch(root / "a/1.png", root / "b/2.png", tmp_path / "outer/secret/3.png")

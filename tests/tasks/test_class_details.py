@@ -87,4 +87,6 @@ def test_a_temperature_says_where_it_comes_from() -> None:
     same = temperature_of(answers_of(logits, truth).questions, "val", "3 images", "val")
     assert "which are the ones that are scored here" in same.origin
     extreme = temperature_of(answers_of(logits, wrong).questions, "val", "3 images", "test")
-    assert extreme.value == HIGHEST and "at the end of what was searched" in extreme.origin
+    assert extreme.value == HIGHEST and "because the answers say less than chance" in extreme.origin
+    perfect = temperature_of(answers_of(logits[:2], truth[:2]).questions, "val", "2 images", "test")
+    assert perfect.value is None and "are all but right" in perfect.origin

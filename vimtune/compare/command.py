@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         folder.mkdir(parents=True, exist_ok=True)
     with hold(RunFolder(folder)), StopRequest() as stop:
         schedule = Schedule(plan, _finished(plan, folder))
-        _check_data(schedule, folder)
+        _check_data_and_models(schedule, folder)
         with writing(folder):
             plan.save(folder)
         print_line(
@@ -102,24 +103,32 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
     return found
 
 
-def _check_data(schedule: Schedule, folder: Path) -> None:
-    """Open the data of all runs that are to be made, and fetch what may be fetched.
+def _check_data_and_models(schedule: Schedule, folder: Path) -> None:
+    """Open the data and the base models of all runs that are to be made, and fetch what may be fetched.
 
     Raises:
-        PlanError: it has a line for each data set that cannot be opened.
+        PlanError: it has a line for each data set and for each model that cannot be opened.
     """
     checked: set[str] = set()
     problems: dict[str, None] = {}
+
+    def check(what: str, settings: object, opens: Callable[[], object]) -> None:
+        """Call `opens` unless the same has been opened for another run."""
+        if (key := f"{what} {settings}") in checked:
+            return
+        checked.add(key)
+        try:
+            opens()
+        except ValueError as error:
+            problems[f"{what}: {' '.join(str(error).split())}"] = None
+
     for cell in schedule.startable():
         recipe = schedule.plan.recipe(cell, folder)
-        data = f"{recipe.task.name} {recipe.data}"  # A method may have data of its own.
-        if data in checked:
-            continue
-        checked.add(data)
-        try:
-            recipe.task.check_data(recipe, OneProcess())
-        except ValueError as error:
-            problems[f"data: {cell.data}: {' '.join(str(error).split())}"] = None
+        task, place = recipe.task, f"data: {cell.data}"  # A method may have data of its own.
+        check(place, (task.name, recipe.data), partial(task.check_data, recipe, OneProcess()))
+        if not any(problem.startswith(place) for problem in problems):
+            model = f"model: {recipe.backbone.model}"
+            check(model, (task.name, recipe.backbone), partial(task.open_base, recipe, OneProcess()))
     if problems:
         raise PlanError(list(problems))
 

@@ -23,8 +23,9 @@ class CorruptImageError(ValueError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(
-            f"cannot decode image {printable(path)}: {reason}. Replace or remove the file, "
-            f"or leave such images out with --on-corrupt skip."
+            f"cannot decode image {printable(path)}: {reason}. Leave such images out with "
+            "--on-corrupt skip, with which a run can be continued, too; or replace or remove the file "
+            "and begin anew."
         )
         self.path = path
         self.reason = reason

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from vimtune.compare.plan import Plan
 from vimtune.compare.results import Row
+from vimtune.text import counted
 
 OF_RUNS = (
     "Runs that differ in nothing but the seed and the data seed are one row, of which scores are means and "
@@ -18,6 +20,10 @@ PAIRED = (
     "data sets as given. The errors say nothing of what other test images would change."
 )
 """What is said above a table of differences."""
+
+
+MAX_WARNINGS = 5
+"""Different warnings of runs that are repeated beside the tables."""
 
 
 def protocol_of(plan: Plan) -> str:
@@ -60,6 +66,14 @@ def remarks_on(rows: Sequence[Row], escape: Callable[[str], str] = str) -> list[
             f"Of {_data_of(own, escape)} the split of the scores also chose the "
             f"{' and '.join(chosen)}, which makes them optimistic."
         )
+    runs = [result for row in rows for result in row.results]
+    warned = Counter(warning for run in runs for warning in run.report.warnings)
+    remarks += [
+        f"Warning of {count} of {counted(len(runs), 'runs')}: {escape(warning)}"
+        for warning, count in warned.most_common(MAX_WARNINGS)
+    ]
+    if len(warned) > MAX_WARNINGS:
+        remarks.append(f"Their reports have {counted(len(warned) - MAX_WARNINGS, 'more warnings')}.")
     if same := [row for row in rows if not row.data_differ]:
         remarks.append(
             f"The data seeds draw nothing of {_data_of(same, escape)}, whose data are the same with "

@@ -15,15 +15,17 @@ import stat
 import struct
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from vimtune.data.errors import CorruptImageError, ImageReadError
 from vimtune.data.files.span import Span
+from vimtune.run_folder import RunFolder
 from vimtune.text import printable
 
 if TYPE_CHECKING:
@@ -306,6 +308,8 @@ CIRCLE = "link to a folder around it"
 """Reason for leaving out a link that leads in a circle."""
 SECOND_WAY = "link to what was found already"
 """Reason for leaving out a link to a folder or an image that was found elsewhere."""
+OF_RUNS = "folder of a training run"
+"""Reason for leaving out a folder in which a run has its results, among them pictures."""
 
 
 def is_ignored(name: str) -> bool:
@@ -355,8 +359,12 @@ class _Walk:
         waiting = [(folder, real)]
         while waiting:
             folder, real = waiting.pop()
+            entries = list(_entries(folder))
+            if self.folders and _holds_a_run(entries):
+                self.left_out[OF_RUNS].append(folder)
+                continue
             self.folders[real] = folder
-            for entry in _entries(folder):
+            for entry in entries:
                 if is_ignored(entry.name):
                     continue
                 if entry.is_symlink():
@@ -399,6 +407,12 @@ class _Walk:
 
 def _is_around(outer: str, inner: str) -> bool:
     return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
+
+
+def _holds_a_run(entries: Iterable[os.DirEntry[str]]) -> bool:
+    """Whether a folder is that of a training run, whose pictures are none of the user's images."""
+    run = RunFolder(Path())
+    return {entry.name for entry in entries} >= {run.recipe.name, run.metrics.name}
 
 
 def _entries(folder: str) -> Iterator[os.DirEntry[str]]:

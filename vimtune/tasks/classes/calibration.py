@@ -64,7 +64,8 @@ class Questions:
 
 
 def temperature_of(questions: Questions, split: str, examples: str, scored: str) -> Temperature:
-    """The temperature that fits the examples of a split.
+    """The temperature that fits the examples of a split; none where all answers are right, for then the lower
+    it is the better it fits, which says nothing of the answers to other examples.
 
     Args:
         questions: those about the examples, at least one.
@@ -76,8 +77,12 @@ def temperature_of(questions: Questions, split: str, examples: str, scored: str)
     if split == scored:
         origin += ", which are the ones that are scored here: expect a little less of others"
     value = fit_temperature(questions.logits, questions.truth)
-    if value in (LOWEST, HIGHEST):
-        origin += "; it lies at the end of what was searched"
+    if value == LOWEST:
+        return Temperature(
+            None, f"the answers to the {examples} of {split!r} are all but right, and fit none"
+        )
+    if value == HIGHEST:
+        origin += "; it is the highest one that is searched, because the answers say less than chance"
     return Temperature(value, origin)
 
 
