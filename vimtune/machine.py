@@ -59,6 +59,17 @@ def free_shared_memory() -> int:
     return state.f_bavail * state.f_frsize
 
 
+def wait_asleep() -> None:
+    """Have idle threads of OpenMP sleep, unless the user has said how they wait.
+
+    By default they spin, and on a machine that is busy with something else they take the cores from those
+    that have work: a run on two cores beside another process was two to four times slower. OpenMP reads this
+    when torch is imported, so this comes before.
+    """
+    if "torch" not in sys.modules and not os.environ.keys() & {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, None when it is not there. Imports nothing."""
     try:
