@@ -60,6 +60,9 @@ def workplace(tmp_path_factory) -> Path:
         command = f"train --dataset folder --data-dir my/images --output-dir runs/my-run --peft lora {TINY}"
         assert cli.main(command.split()) == 0
         shutil.copytree("runs/my-run", "runs/my-other-run")
+        data = "--dataset csv --data-dir my/photos --dataset-kwargs separator=;"
+        command = f"train --task multilabel {data} --output-dir runs/my-tags --peft lora {TINY}"
+        assert cli.main(command.split()) == 0
         few = "species=2,train_per_species=2,val_per_species=2,test_per_species=2"
         command = f"train --dataset-kwargs {few} --output-dir runs/flowers --peft lora {TINY}"
         assert cli.main(command.split()) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import random
 import shutil
@@ -13,9 +14,12 @@ import torch
 from PIL import Image
 
 from vimtune import evaluate, load_predictor
+from vimtune.cli.predict import run as predict_command
 from vimtune.commands.merge import run_merge
 from vimtune.recipe import Recipe, RecipeError
 from vimtune.runtime.distributed import Processes
+from vimtune.tasks import TASKS
+from vimtune.tasks.answers import TagPrediction
 from vimtune.tasks.images.tag_scoring import TagTally, binary_losses, tag_evaluation
 from vimtune.tasks.images.tags import positive_weights
 from vimtune.training import Callback, train
@@ -146,6 +150,58 @@ def test_each_class_has_a_probability_of_its_own_also_when_merged(run, data, tmp
     ]
     assert sum(found[0].probabilities) > 1.5  # White is all of them; a softmax would share 1 out.
     assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-4)
+
+
+def test_an_image_has_the_labels_whose_probability_reaches_the_threshold(run, tmp_path) -> None:
+    """Also those that are not among the most probable classes that are named."""
+    white = tmp_path / "white.png"
+    Image.new("RGB", (32, 32), "white").save(white)
+    predictor = load_predictor(run.run_dir, device="cpu", backend="torch")
+    every = dict(zip(*_ranked(predictor, white), strict=True))
+    for threshold in (0.0, 0.5, sorted(every.values())[1], 1.0):
+        found = next(iter(predictor.predict(white, top_k=1, threshold=threshold)))
+        assert found.labels == [name for name, value in every.items() if value >= threshold]
+        assert len(found.classes) == 1 and found.classes[0] == next(iter(every))
+    assert next(iter(predictor.predict(white))).labels == [name for name in every if every[name] >= 0.5]
+    for threshold in (-0.1, 1.5, "half", None):
+        with pytest.raises(ValueError, match=r"threshold = .*: expected a number"):
+            predictor.predict(white, threshold=threshold)
+
+
+def _ranked(predictor, image) -> tuple[list[str], list[float]]:
+    found = next(iter(predictor.predict(image)))
+    return found.classes, found.probabilities
+
+
+def test_labels_are_printed_and_written_beside_the_probabilities(run, tmp_path, capsys) -> None:
+    for name in ("white", "black"):
+        Image.new("RGB", (32, 32), name).save(tmp_path / f"{name}.png")
+    found = {}
+    for threshold in ("0.000001", "1"):
+        files = [str(tmp_path / f"labels{threshold}{ending}") for ending in (".csv", ".json")]
+        asked = [str(tmp_path / "white.png"), "--adapter", run.run_dir, "--device", "cpu", "--top-k", "2"]
+        assert predict_command("x", [*asked, "--threshold", threshold, "-o", files[0], "-o", files[1]]) == 0
+        with open(files[0], encoding="utf-8") as file:
+            (row,) = csv.DictReader(file)
+        (record,) = json.loads(Path(files[1]).read_text(encoding="utf-8"))
+        assert list(row) == ["path", "labels", "class1", "probability1", "class2", "probability2"]
+        assert [each["class"] for each in record["predictions"]] == [row["class1"], row["class2"]]
+        found[threshold] = row["labels"], record["labels"], capsys.readouterr()
+    assert set(found["0.000001"][0].split(";")) == set(found["0.000001"][1]) == set(COLOURS)
+    assert found["1"][:2] == ("none", [])
+    assert "labels" in (shown := "".join(found["1"][2])) and "none" in shown and "most probable" in shown
+
+
+def test_the_threshold_is_an_option_of_this_task_alone() -> None:
+    assert TASKS.get("multilabel").predict_options.build({"threshold": "0.25"}, "x").threshold == 0.25
+    with pytest.raises(ValueError, match=r"threshold = 0\.5 is not a field of predictions of classification"):
+        TASKS.get("classification").predict_options.build({"threshold": 0.5}, "predictions of classification")
+
+
+def test_an_answer_with_labels_is_printed_as_a_line() -> None:
+    answer = TagPrediction("a.jpg", [1, 0], ["sea", "sky"], [0.8125, 0.1], ["sea"])
+    assert str(answer) == "a.jpg: sea (sea 81.2 %, sky 10.0 %)"
+    assert answer.cells() == ("sea", "sea 81 %, sky 10 %")
 
 
 def test_a_run_that_was_stopped_is_continued_to_the_same_end(data, tmp_path) -> None:

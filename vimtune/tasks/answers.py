@@ -70,18 +70,22 @@ class Answer(ABC):
 class Ranking(Answer):
     """The most probable classes of one input, best first."""
 
-    headings = ("class", "", "then")
+    headings: ClassVar[tuple[str, ...]] = ("class", "", "then")
 
     indices: list[int]
     """Numbers of the classes."""
     classes: list[str]
     """Their names."""
     probabilities: list[float]
-    """Softmax of what the model says of each class, in [0, 1]."""
+    """What the model gives each class, in [0, 1]."""
 
     def __str__(self) -> str:
+        return f"{self.input}: {', '.join(self._shares(1))}"
+
+    def _shares(self, digits: int) -> list[str]:
+        """Each class with its probability in percent, with so many digits after the point."""
         pairs = zip(self.classes, self.probabilities, strict=True)
-        return f"{self.input}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in pairs)}"
+        return [f"{name} {100 * share:.{digits}f} %" for name, share in pairs]
 
     def record(self) -> dict[str, Any]:
         """The classes with index and probability."""
@@ -101,11 +105,10 @@ class Ranking(Answer):
 
     def cells(self) -> tuple[str, ...]:
         """Best class, its probability, then the other classes."""
-        (first, best), *others = zip(self.classes, self.probabilities, strict=True)
         return (
-            first,
-            f"{100 * best:.1f} %",
-            ", ".join(f"{name} {100 * value:.0f} %" for name, value in others),
+            self.classes[0],
+            f"{100 * self.probabilities[0]:.1f} %",
+            ", ".join(self._shares(0)[1:]),
         )
 
 
@@ -127,6 +130,37 @@ class Prediction(Ranking):
             return cls.noun, list(inputs)
         folder = os.path.commonpath([os.path.abspath(os.path.dirname(path)) for path in inputs])
         return f"{cls.noun} in {folder}", [os.path.relpath(path, folder) for path in inputs]
+
+
+@dataclass(frozen=True)
+class TagPrediction(Prediction):
+    """The labels of one image that may have several or none, and its most probable classes, best first.
+
+    Each class has a probability of its own; those of all classes need not be 1 together.
+    """
+
+    headings = ("labels", "most probable")
+
+    labels: list[str]
+    """Names of the classes that the image is said to have, the most probable one first."""
+
+    def __str__(self) -> str:
+        return f"{self.input}: {self._joined(', ')} ({', '.join(self._shares(1))})"
+
+    def record(self) -> dict[str, Any]:
+        """The list of labels, which may be empty, then the classes with index and probability."""
+        return {"labels": self.labels, **super().record()}
+
+    def columns(self) -> dict[str, str]:
+        """labels, with semicolons between them, then class1, probability1, ..."""
+        return {"labels": self._joined(";"), **super().columns()}
+
+    def cells(self) -> tuple[str, ...]:
+        """The labels, then the most probable classes, which need not be among them."""
+        return (self._joined(", "), ", ".join(self._shares(0)))
+
+    def _joined(self, sign: str) -> str:
+        return sign.join(self.labels) or "none"
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vimtune.fields import option
 from vimtune.tasks.base import Score, register_task
+from vimtune.tasks.components import PredictOptions
+from vimtune.tasks.images.settings import TagPredictOptions
 from vimtune.tasks.images.task import ImageTask
 
 if TYPE_CHECKING:
     from vimtune.data import ImageDataset
     from vimtune.tasks.images.job import OpenedImages
     from vimtune.tasks.images.tag_details import TagDetails
+    from vimtune.tasks.images.tag_predictor import TagPredictor
     from vimtune.tasks.images.tag_scoring import TagTally
     from vimtune.tasks.images.tags import TagJob, TagReport
     from vimtune.tasks.job import Evaluation
@@ -29,6 +32,7 @@ class MultiLabel(ImageTask):
 
     summary = "any number of classes for every image (data set csv); scores: mAP, F1"
     scores = (Score("map", "mAP"), Score("f1", "F1"))
+    predict_options: ClassVar[type[PredictOptions]] = TagPredictOptions
     several_labels = True
 
     class_weights: Literal["none", "balanced"] = option(
@@ -59,6 +63,12 @@ class MultiLabel(ImageTask):
         from vimtune.tasks.images.tag_details import tag_details
 
         return tag_details(dataset, evaluation, held_out, no_temperature, notes)
+
+    def predictor_type(self) -> type[TagPredictor]:
+        """What decides which labels an image has; see `ImageTask.predictor_type`."""
+        from vimtune.tasks.images.tag_predictor import TagPredictor
+
+        return TagPredictor
 
     def report_type(self) -> type[TagReport]:
         """The report with the average precision of each class."""

@@ -26,6 +26,7 @@ from vimtune.data import (
     model_preprocessing,
     read_transform,
 )
+from vimtune.fields import options_of
 from vimtune.models import MODELS, VisionMamba, create_listed_model, load_checkpoint
 from vimtune.models.merged import is_merged_file, read_merged
 from vimtune.ops import use_backend
@@ -50,7 +51,6 @@ class ImagePredictor(Predictor):
         classes: names of the classes, one for each output.
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
-        several_labels: whether each class has a probability of its own, because an image may have several.
         origin: what the weights come from: files, and names of models.
     """
 
@@ -62,7 +62,6 @@ class ImagePredictor(Predictor):
     classes: list[str]
     device: torch.device
     backend: str = "auto"
-    several_labels: bool = False
     origin: Sequence[str | Path] = ()
 
     @cached_property
@@ -116,8 +115,8 @@ class ImagePredictor(Predictor):
                 the model's outputs for an image are not finite.
         """
         check_counts(top_k=top_k, batch_size=batch_size)
-        batches = self._read(asked_about(inputs), batch_size, on_corrupt)
-        return (answer for batch in batches for answer in self._classify(batch, top_k))
+        batches = self._judge(self._read(asked_about(inputs), batch_size, on_corrupt))
+        return (answer for names, found in batches for answer in self._rank(names, found, top_k))
 
     def embed(
         self,
@@ -159,13 +158,22 @@ class ImagePredictor(Predictor):
         image = asked.read()
         return image if isinstance(image, Exception) else self.transform(image)
 
-    def _classify(self, inputs: list[tuple[str, Tensor]], top_k: int) -> Iterator[Prediction]:
-        logits = self.logits(torch.stack([image for _, image in inputs]))
-        _demand_finite(logits, [name for name, _ in inputs])
-        probabilities = logits.sigmoid() if self.several_labels else logits.softmax(dim=1)
-        best = probabilities.topk(min(top_k, logits.shape[1]), dim=1)
-        rows = zip(inputs, best.values.tolist(), best.indices.tolist(), strict=True)
-        for (name, _), shares, indices in rows:
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits (B, C) -> probabilities (B, C), which are 1 together, because an image has one class."""
+        return logits.softmax(dim=1)
+
+    def _judge(self, batches: Iterable[list[tuple[str, Tensor]]]) -> Iterator[tuple[list[str], Tensor]]:
+        """Names and probabilities (B, C) of the images of each batch."""
+        for batch in batches:
+            names = [name for name, _ in batch]
+            logits = self.logits(torch.stack([image for _, image in batch]))
+            _demand_finite(logits, names)
+            yield names, self.probabilities(logits)
+
+    def _rank(self, names: Sequence[str], probabilities: Tensor, top_k: int) -> Iterator[Prediction]:
+        """The most probable classes of each image of a batch, from probabilities (B, C)."""
+        best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
+        for name, shares, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             yield Prediction(name, indices, [self.classes[i] for i in indices], shares)
 
     def answers(
@@ -174,16 +182,12 @@ class ImagePredictor(Predictor):
         """Classify the images `inputs` for the command line; see `ImagePredictOptions.on_corrupt`."""
         assert isinstance(options, ImagePredictOptions)
         skips = options.on_corrupt == "skip"
+        others = {name: getattr(options, name) for name in options_of(type(options)) if name != "on_corrupt"}
 
         def note(error: Unreadable) -> None:
             leave_out(LeftOut(error.path, error.reason, skips and isinstance(error, CorruptImageError)))
 
-        return self.predict(
-            inputs,
-            top_k=options.top_k,
-            batch_size=options.batch_size,
-            on_corrupt=None if options.on_corrupt == "error" else note,
-        )
+        return self.predict(inputs, on_corrupt=None if options.on_corrupt == "error" else note, **others)
 
 
 def _demand_finite(outputs: Tensor, names: Sequence[str]) -> None:
@@ -251,7 +255,7 @@ def load_image_predictor(
     device: torch.device,
     backend: str,
     force: bool,
-    several_labels: bool = False,
+    kind: type[ImagePredictor] = ImagePredictor,
 ) -> ImagePredictor:
     """Build everything that an adapter file or a merged file describes.
 
@@ -261,7 +265,7 @@ def load_image_predictor(
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
         force: use the adapter although the base weights differ from those that it was trained on.
-        several_labels: whether an image may have several labels.
+        kind: what answers with the model, an `ImagePredictor` that takes the same fields.
 
     Raises:
         ValueError: no such file, base weights that are missing or others than it was trained on, or parts
@@ -270,13 +274,12 @@ def load_image_predictor(
     if not is_merged_file(path) and checkpoint is None:
         checkpoint = find_base(path, read_adapter_info(path))
     model, classes, preprocessing = open_trained(path, checkpoint, force)
-    return ImagePredictor(
+    return kind(
         model=model.to(device).eval(),
         transform=transform_for(model, preprocessing, path),
         classes=_classes_for(model, classes, path),
         device=device,
         backend=backend,
-        several_labels=several_labels,
         origin=[path],
     )
 

@@ -220,6 +220,17 @@ class ImagePredictOptions(PredictOptions):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TagPredictOptions(ImagePredictOptions):
+    """How it is decided for a user which labels an image has, where it may have several or none."""
+
+    title: ClassVar[str] = "images with any number of labels"
+
+    threshold: Annotated[float, Ge(0), Le(1)] = option(
+        0.5, "an image has the labels whose probability is at least this, from 0 to 1"
+    )
+
+
 def _reserved_problems(key: str, options: Mapping[str, Any]) -> list[str]:
     """One line for each of `options`, given as `key`, that another key of the recipe sets."""
     return [f"{key}: {name} is set by {owner}" for name, owner in RESERVED[key].items() if name in options]

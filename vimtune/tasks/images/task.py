@@ -134,6 +134,12 @@ class ImageTask(Task):
         del classes
         return find_images([Path(parsers.path(each)) for each in inputs])
 
+    def predictor_type(self) -> type[ImagePredictor]:
+        """The class of what answers with a model of this task."""
+        from vimtune.tasks.images.predictor import ImagePredictor
+
+        return ImagePredictor
+
     def open_predictor(
         self, adapter: Path, base: Mapping[str, Any], device: torch.device, backend: str, force: bool
     ) -> ImagePredictor:
@@ -146,7 +152,7 @@ class ImageTask(Task):
             device=device,
             backend=backend,
             force=force,
-            several_labels=self.several_labels,
+            kind=self.predictor_type(),
         )
 
     def merge(
