@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vimtune.metrics.classes import ClassScores, Confusion, macro_f1, most_confused, score_classes
+from vimtune.metrics.classes import (
+    ClassScores,
+    Confusion,
+    macro_f1,
+    micro_f1,
+    most_confused,
+    score_classes,
+    score_labels,
+)
 
 ANSWERS = st.integers(2, 6).flatmap(
     lambda classes: st.lists(
@@ -58,9 +66,20 @@ def test_macro_f1_is_that_of_scikit_learn() -> None:
     assert found == pytest.approx(100 * (4 / 5 + 1 / 2 + 2 / 3) / 3)
 
 
+def test_labels_are_counted_class_by_class() -> None:
+    # Class 0 is there twice and right once of two answers, class 1 there and answered thrice, class 2
+    # answered once and never there, class 3 neither. So four of five labels and of six answers are right.
+    labels = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0]]).bool()
+    predicted = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]]).bool()
+    found = score_labels(predicted, labels)
+    assert found == [ClassScores(2, 2, 1), ClassScores(3, 3, 3), ClassScores(0, 1, 0), ClassScores(0, 0, 0)]
+    assert macro_f1(found) == pytest.approx(100 * (1 / 2 + 1 + 0) / 3)
+    assert micro_f1(found) == pytest.approx(200 * 4 / (5 + 6))
+
+
 def test_nothing_has_no_score() -> None:
     own = ClassScores(0, 0, 0)
-    assert (own.precision, own.recall, own.f1, macro_f1([own])) == (None, None, None, None)
+    assert (own.precision, own.recall, own.f1, macro_f1([own]), micro_f1([own])) == (None,) * 5
 
 
 @pytest.mark.parametrize("number", [2, 5, 40])

@@ -74,6 +74,9 @@ def test_it_learns_what_each_image_shows_and_reports_every_class(run) -> None:
     with open(f"{run.run_dir}/classes.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == sorted(COLOURS)
+    assert list(rows[0])[2:] == ["images", "answers", "average_precision", "precision", "recall", "f1"]
+    assert run.macro_f1 == pytest.approx(sum(float(row["f1"]) for row in rows) / len(rows), abs=0.01)
+    assert "micro F1 (test)" in dict(run.rows())
     assert any(name.startswith("lowest AP") for name, _ in run.rows())
 
 
@@ -150,6 +153,25 @@ def test_each_class_has_a_probability_of_its_own_also_when_merged(run, data, tmp
     ]
     assert sum(found[0].probabilities) > 1.5  # White is all of them; a softmax would share 1 out.
     assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-4)
+
+
+def test_an_evaluation_tells_both_f1_and_the_weakest_classes(run, tmp_path) -> None:
+    """Every class has what classification has, and the final table the lines of the training's."""
+    found = evaluate(run.run_dir, calibrate=False)
+    rows = found.numbers["classes"]
+    for row in rows:
+        right = row["recall"] * row["count"] / 100
+        assert row["f1"] == pytest.approx(200 * right / (row["count"] + row["answers"]))
+    assert found.scores["macro_f1"] == pytest.approx(sum(row["f1"] for row in rows) / len(rows))
+    assert found.scores["macro_f1"] == pytest.approx(run.macro_f1)
+    shown = dict(found.rows())
+    assert shown["macro F1 (test)"] == f"{run.macro_f1:.2f} %" and "micro F1 (test)" in shown
+    weakest = [value for name, value in run.rows() if name == "lowest AP"]
+    assert weakest and shown["lowest AP"] in weakest
+    found.save(tmp_path / "page.html")
+    for page in (tmp_path / "page.html", Path(run.run_dir, "report.html")):
+        text = page.read_text(encoding="utf-8")
+        assert f"Macro F1 is {run.macro_f1:.2f} %." in text and "Micro F1 is" in text and "answers" in text
 
 
 def test_an_image_has_the_labels_whose_probability_reaches_the_threshold(run, tmp_path) -> None:
@@ -266,5 +288,5 @@ def test_an_evaluation_is_the_same_however_the_images_are_shared_out() -> None:
     assert found.per_class[3] is None and found.loss == pytest.approx(
         binary_losses(logits, labels).item() / 7
     )
-    has, says, right = whole.counts.sum(0).tolist()
-    assert whole.scores["f1"] == pytest.approx(200 * right / (has + says))
+    has, says, right = labels.sum(), (logits >= 0).sum(), (labels.bool() & (logits >= 0)).sum()
+    assert whole.scores["f1"] == pytest.approx(float(200 * right / (has + says)))

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `classes.py` | precision, recall and F1 of each class, their mean, the most confused pairs |
+| `classes.py` | precision, recall and F1 of each class, macro and micro F1, the most confused pairs |
 | `calibration.py` | whether probabilities are to be believed: reliability, calibration error, temperature |
 | `ranking.py` | average precision of each class |
 

@@ -1,7 +1,8 @@
-"""What a confusion matrix says of every class. C classes.
+"""How well every class was recognised. N examples, C classes.
 
-A confusion matrix holds counts of examples by true class and answer, `confusion[true, answer]`, (C, C). All
-that is computed here follows from it.
+Where every example has one class, all of it follows from the confusion matrix, which holds counts of examples
+by true class and answer, `confusion[true, answer]`, (C, C). Where an example may have several labels or none,
+each class is counted by itself.
 """
 
 from __future__ import annotations
@@ -45,6 +46,30 @@ def score_classes(confusion: Tensor) -> list[ClassScores]:
     examples, answers = confusion.sum(1).tolist(), confusion.sum(0).tolist()
     rows = zip(examples, answers, confusion.diag().tolist(), strict=True)
     return [ClassScores(*row) for row in rows]
+
+
+def score_labels(predicted: Tensor, labels: Tensor) -> list[ClassScores]:
+    """The scores of each of the C classes, of examples that may have several or none.
+
+    Args:
+        predicted: bool (N, C), which labels the examples are said to have.
+        labels: bool (N, C), which they have.
+    """
+    counts = (labels.sum(0), predicted.sum(0), (predicted & labels).sum(0))
+    return [ClassScores(*row) for row in zip(*(each.tolist() for each in counts), strict=True)]
+
+
+def micro_f1(scores: Sequence[ClassScores]) -> float | None:
+    """The F1 of all classes counted together, in percent; a frequent class counts more than a rare one.
+
+    It is None where nothing is there and nothing was answered.
+    """
+    sums = ClassScores(
+        sum(own.examples for own in scores),
+        sum(own.answers for own in scores),
+        sum(own.right for own in scores),
+    )
+    return sums.f1
 
 
 def macro_f1(scores: Sequence[ClassScores]) -> float | None:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class MultiLabel(ImageTask):
     """Say of each image which of the data set's classes it shows: several, one or none."""
 
-    summary = "any number of classes for every image (data set csv); scores: mAP, F1"
-    scores = (Score("map", "mAP"), Score("f1", "F1"))
+    summary = "any number of classes for every image (data set csv); scores: mAP, micro F1"
+    scores = (Score("map", "mAP"), Score("f1", "micro F1"))
     predict_options: ClassVar[type[PredictOptions]] = TagPredictOptions
     several_labels = True
 

@@ -48,6 +48,12 @@ class Examples:
     """Gives an image by its number in the split; None for texts."""
 
 
+def macro_row(by_class: Sequence[ClassScores], split: str) -> Iterator[tuple[str, str]]:
+    """The line of a final table about macro F1."""
+    f1 = macro_f1(by_class)
+    yield f"macro F1 ({split})", "none" if f1 is None else f"{f1:.2f} %"
+
+
 @dataclass(frozen=True)
 class ClassDetails(Details):
     """What an evaluation of a classifier says."""
@@ -96,8 +102,7 @@ class ClassDetails(Details):
 
     def rows(self) -> Iterator[tuple[str, str]]:
         """Macro F1, calibration, and the most confused classes."""
-        f1 = macro_f1(self.by_class)
-        yield f"macro F1 ({self.split})", "none" if f1 is None else f"{f1:.2f} %"
+        yield from macro_row(self.by_class, self.split)
         yield from self.calibration.rows(self.split)
         title = "most confused"
         for pair in self.confused[:SHOWN_CONFUSED]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from vimtune.data import ImageDataset
 from vimtune.files import atomic_write
 from vimtune.metrics.calibration import yes_or_no
+from vimtune.metrics.classes import ClassScores, macro_f1
 from vimtune.pages.section import Photo, Section, Table
 from vimtune.run_folder import writing
 from vimtune.tasks.classes.calibration import (
@@ -24,12 +25,15 @@ from vimtune.tasks.classes.calibration import (
     Temperature,
     temperature_of,
 )
-from vimtune.tasks.classes.details import MAX_NAME, WORST
+from vimtune.tasks.classes.details import MAX_NAME, WORST, macro_row
 from vimtune.tasks.details import Details
 from vimtune.tasks.images.details import unread_notes
 from vimtune.tasks.images.tag_scoring import TagEvaluation
 from vimtune.tasks.job import Evaluation
 from vimtune.text import printable, shorten, table_cell
+
+SHOWN = 3
+"""Classes that the final table shows, those with the lowest average precision."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +41,32 @@ class ClassRow:
     """What was found of a class; rates in percent, None where nothing is counted."""
 
     name: str
-    images: int
-    """How many images have the label."""
     average_precision: float | None
-    precision: float | None
-    """Which of the predicted labels are right, at a probability of a half."""
-    recall: float | None
-    """Which of the labels are predicted, at a probability of a half."""
+    found: ClassScores
+    """Images that have the label and those for which it is predicted, at a probability of a half."""
+
+    @property
+    def rates(self) -> tuple[float | None, ...]:
+        """Average precision, precision, recall and F1."""
+        return self.average_precision, self.found.precision, self.found.recall, self.found.f1
 
 
 def class_rows(evaluation: TagEvaluation, classes: Sequence[str]) -> list[ClassRow]:
     """A row for each class."""
+    return list(map(ClassRow, classes, evaluation.per_class, evaluation.by_class))
 
-    def percent(part: int, whole: int) -> float | None:
-        return 100.0 * part / whole if whole else None
 
-    found = zip(classes, evaluation.per_class, evaluation.counts.tolist(), strict=True)
-    return [
-        ClassRow(name, has, value, percent(right, says), percent(right, has))
-        for name, value, (has, says, right) in found
-    ]
+def weakest_rows(per_class: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
+    """The lines of a final table about the classes with the lowest average precision.
+
+    Args:
+        per_class: average precision by name of the class, in percent; None for one that no image has.
+    """
+    title = "lowest AP"
+    known = [(value, name) for name, value in per_class.items() if value is not None]
+    for value, name in sorted(known)[:SHOWN]:
+        yield title, f"{shorten(name, MAX_NAME)}: {value:.2f} %"
+        title = ""
 
 
 def label_questions(evaluation: TagEvaluation) -> Questions:
@@ -105,12 +115,14 @@ class TagDetails(Details):
         return Calibration(label_questions(self.evaluation), self.temperature)
 
     def scores(self) -> dict[str, float | None]:
-        """The calibration error in percent; the temperature, and error and loss with it."""
-        return self.calibration.scores()
+        """Macro F1 and the calibration error, in percent; the temperature, and error and loss with it."""
+        return {"macro_f1": macro_f1(self.evaluation.by_class), **self.calibration.scores()}
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Calibration error and temperature."""
-        return self.calibration.rows(self.dataset.split)
+        """Macro F1, calibration, and the classes with the lowest average precision."""
+        yield from macro_row(self.evaluation.by_class, self.dataset.split)
+        yield from self.calibration.rows(self.dataset.split)
+        yield from weakest_rows(dict(zip(self.dataset.classes, self.evaluation.per_class, strict=True)))
 
     @cached_property
     def wrong(self) -> list[tuple[int, int]]:
@@ -149,27 +161,45 @@ class TagDetails(Details):
             "classes": [
                 {
                     "class": row.name,
-                    "count": row.images,
+                    "count": row.found.examples,
+                    "answers": row.found.answers,
                     "average_precision": row.average_precision,
-                    "precision": row.precision,
-                    "recall": row.recall,
+                    "precision": row.found.precision,
+                    "recall": row.found.recall,
+                    "f1": row.found.f1,
                 }
                 for row in class_rows(self.evaluation, self.dataset.classes)
             ],
         }
 
     def sections(self, drawn: Path | None = None) -> dict[str, Section]:
-        """ "mistakes": the worst ones as pictures; "classes": a table of them, the weakest one first;
-        "calibration"."""
+        """ "scores"; "mistakes": the worst ones as pictures; "classes": a table of them, the weakest one
+        first; "calibration"."""
         del drawn
         # This comes late, because drawing takes long to import.
         from vimtune.tasks.classes.reliability import LABELS, calibration_section
 
         return {
+            "scores": self._score_section(),
             "mistakes": self._mistake_section(),
             "classes": self._class_section(),
             "calibration": calibration_section(self.calibration, LABELS),
         }
+
+    def _score_section(self) -> Section:
+        own = self.evaluation.scores
+        named = {"mAP": own["map"], "Micro F1": own["f1"], "Macro F1": macro_f1(self.evaluation.by_class)}
+        shown = [f"{name} is {value:.2f} %." for name, value in named.items() if value is not None]
+        return Section(
+            title="Scores",
+            explanation="mAP is the mean of the average precisions of the classes that an image "
+            "has, and needs no threshold. A label is predicted where its probability is at least a half. "
+            "F1 is the harmonic mean of precision and recall: micro F1 that of all labels counted together, "
+            "in which a frequent class counts more, and macro F1 the mean over the classes, in which a rare "
+            "class counts as much. Classes that no image has and that are predicted for none do not count.",
+            findings=[*([" ".join(shown)] if shown else []), *self.notes],
+            numbers={},
+        )
 
     def _mistake_section(self) -> Section:
         photos = []
@@ -191,8 +221,7 @@ class TagDetails(Details):
             "missing labels, too.",
             findings=[
                 f"{count:,} labels of {images:,} of {self.evaluation.count:,} images are wrong"
-                + (f"; {len(photos)} of them are shown." if len(photos) < count else "."),
-                *self.notes,
+                + (f"; {len(photos)} of them are shown." if len(photos) < count else ".")
             ],
             numbers={},
             photos=photos,
@@ -204,33 +233,35 @@ class TagDetails(Details):
         cells = [
             (
                 printable(row.name),
-                f"{row.images:,}",
-                *map(_shown, (row.average_precision, row.precision, row.recall)),
+                f"{row.found.examples:,}",
+                f"{row.found.answers:,}",
+                *map(_shown, row.rates),
             )
             for row in rows
         ]
-        heading = ("class", "images", "average precision, %", "precision, %", "recall, %")
+        rates = (f"{name}, %" for name in ("average precision", "precision", "recall", "F1"))
         return Section(
             title="Classes",
-            explanation="Average precision is the area under precision over recall of a class; precision "
-            "and recall are those of labels whose probability is at least a half.",
+            explanation="Average precision is the area under precision over recall of a class; answers, "
+            "precision, recall and F1 are those of labels whose probability is at least a half.",
             findings=[],
             numbers={},
-            tables=[Table("From the weakest class on.", heading, cells)],
+            tables=[Table("From the weakest class on.", ("class", "images", "answers", *rates), cells)],
         )
 
 
 def write_classes(evaluation: TagEvaluation, classes: Sequence[str], path: Path) -> None:
-    """Write a row for each class as CSV: average precision, and at a probability of a half precision and
-    recall, all in percent."""
+    """Write a row for each class as CSV: average precision, and at a probability of a half the number of
+    answers, precision, recall and F1; rates are percent."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["number", "class", "images", "average_precision", "precision", "recall"])
+            counts, rates = ("images", "answers"), ("average_precision", "precision", "recall", "f1")
+            writer.writerow(["number", "class", *counts, *rates])
             for number, row in enumerate(class_rows(evaluation, classes)):
-                rates = map(_shown, (row.average_precision, row.precision, row.recall))
-                writer.writerow([number, table_cell(row.name), row.images, *rates])
+                values = (row.found.examples, row.found.answers, *map(_shown, row.rates))
+                writer.writerow([number, table_cell(row.name), *values])
 
     with writing(path):
         atomic_write(path, write)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimtune.metrics.classes import ClassScores, micro_f1, score_labels
 from vimtune.metrics.ranking import average_precision
 from vimtune.tasks.job import Evaluation, Forward, Tally, Tensors
 
@@ -30,8 +31,8 @@ class TagEvaluation(Evaluation):
 
     per_class: list[float | None]
     """Average precision of each class in percent; None for one that no image has."""
-    counts: Tensor
-    """int64 (C, 3): how many images have a label, for how many it is predicted, how often that is right."""
+    by_class: list[ClassScores]
+    """How many images have each label, for how many it is predicted, and what follows from that."""
     indices: Tensor
     """Numbers of the images in the split, (N,)."""
     logits: Tensor
@@ -94,7 +95,7 @@ def tag_evaluation(logits: Tensor, labels: Tensor, loss: float, indices: Tensor)
     """The scores that follow from answers.
 
     mAP is the mean of the average precisions of all classes that an image has. A label is predicted where its
-    probability is at least a half; F1 is that of all predictions together (micro).
+    probability is at least a half; "f1" is that of all predictions together (micro F1).
 
     Args:
         logits: (N, C).
@@ -105,12 +106,11 @@ def tag_evaluation(logits: Tensor, labels: Tensor, loss: float, indices: Tensor)
     precisions = average_precision(logits, labels > 0)
     per_class = [None if value.isnan() else 100.0 * float(value) for value in precisions]
     known = [value for value in per_class if value is not None]
-    predicted, own = logits >= 0, labels > 0
-    counts = torch.stack([own.sum(0), predicted.sum(0), (predicted & own).sum(0)], 1)
-    has, says, right = counts.sum(0).tolist()
+    own = labels > 0
+    by_class = score_labels(logits >= 0, own)
     scores = {
         "map": sum(known) / len(known) if known else None,
-        "f1": 200.0 * right / (has + says) if has + says else None,
+        "f1": micro_f1(by_class),
     }
     count = len(logits)
-    return TagEvaluation(loss / max(1, count), scores, count, per_class, counts, indices, logits, own)
+    return TagEvaluation(loss / max(1, count), scores, count, per_class, by_class, indices, logits, own)

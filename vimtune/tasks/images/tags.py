@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 from vimtune.metrics.calibration import calibration_error
+from vimtune.metrics.classes import macro_f1
 from vimtune.tasks.images.batches import ImageBatches
 from vimtune.tasks.images.features import FeatureBatches
 from vimtune.tasks.images.job import ImageJob, OpenedImages
-from vimtune.tasks.images.tag_details import TagDetails, label_questions, tag_details, write_classes
+from vimtune.tasks.images.tag_details import (
+    TagDetails,
+    label_questions,
+    tag_details,
+    weakest_rows,
+    write_classes,
+)
 from vimtune.tasks.images.tag_scoring import TagEvaluation, TagTally, binary_losses
 from vimtune.tasks.job import Evaluation, Forward, Loader, Outcome, Tensors
 from vimtune.tasks.report import Report, ScoreReport
-from vimtune.text import shorten
 
 if TYPE_CHECKING:
     from vimtune.tasks.multilabel import MultiLabel
-
-SHOWN = 3
-"""Classes that the final table shows, those with the lowest average precision."""
-MAX_NAME = 40
-"""Characters of a class name in the final table."""
 
 
 def positive_weights(tags: Sequence[tuple[int, ...]], num_classes: int) -> Tensor:
@@ -63,6 +64,7 @@ class TagJob(ImageJob):
             **ScoreReport.values(outcome),
             per_class=per_class,
             num_classes=len(self.classes),
+            macro_f1=macro_f1(found.by_class),
             ece=calibration_error(label_questions(found).bins()),
         )
 
@@ -95,14 +97,12 @@ class TagReport(ScoreReport):
 
     per_class: dict[str, float | None]
     num_classes: int
+    macro_f1: float | None = None
+    """Mean F1 of the classes at a probability of a half, in percent; None in reports of earlier versions."""
     ece: float | None = None
     """Expected calibration error over all labels of all images, in percent; None in reports of earlier
     versions."""
 
     def detail_rows(self) -> Iterator[tuple[str, str]]:
         """The classes with the lowest average precision."""
-        title = "lowest AP"
-        known = [(value, name) for name, value in self.per_class.items() if value is not None]
-        for value, name in sorted(known)[:SHOWN]:
-            yield title, f"{shorten(name, MAX_NAME)}: {value:.2f} %"
-            title = ""
+        return weakest_rows(self.per_class)
