@@ -167,7 +167,7 @@ def test_an_image_may_have_several_labels_or_none(columns: bool, tmp_path) -> No
             ["path,label,split", "pics/cat0.png,cat,tset"],
             "column 'split': expected train, val or test, found",
         ),
-        (["path,label,split", "pics/cat0.png,cat,val", "pics/dog0.png,dog,val"], "no row is one of train"),
+        (["path,label,split", "pics/cat0.png,cat,val", "pics/dog0.png,dog,val"], "no images to train on"),
         (["path,label,split", "pics/cat0.png,cat,train", "pics/dog0.png,dog,val"], "no images of 'dog'"),
         (["path,a,b", "pics/cat0.png,1,0", "pics/dog0.png,2,0"], "line 3: column 'a': expected 0 or 1"),
         (["path,label", "pics/cat0.png,cat,1"], "line 2 has 3 cells"),
@@ -178,6 +178,140 @@ def test_what_is_not_understood_is_refused_in_one_line(rows, told: str, photos) 
     with pytest.raises(DatasetError, match=told) as error:
         create_dataset("csv", "train", photos)
     assert "\n" not in str(error.value)
+
+
+def parted(folder: Path, column: str, train: str, test: str) -> None:
+    """The photos in a table of train and one of test, whose rows end as they are told."""
+    (folder / "labels.csv").unlink()
+    for split, numbers, end in (("train", range(8), train), ("test", range(8, 10), test)):
+        rows = (f"pics/{kind}{i}.png,{kind}{end}" for kind in ("cat", "dog") for i in numbers)
+        write(folder / f"{split}.csv", [f"path,label{column}", *rows])
+
+
+@pytest.mark.parametrize("place", ["train", "test"])
+def test_a_column_of_splits_must_not_contradict_the_table_of_a_split(place: str, photos) -> None:
+    parted(photos, ",split", ",Training", ",test")
+    assert len(create_dataset("csv", "train+val", photos)) == 16
+    table, line = photos / f"{place}.csv", {"train": 17, "test": 4}[place]
+    text = table.read_text()
+    own, other = ("Training", "test") if place == "train" else ("test", "train")
+    row = "7.png,dog," if place == "train" else "8.png,dog,"
+    for wrong in (other, "fold one"):
+        table.write_text(text.replace(f"{row}{own}", f"{row}{wrong}"))
+        told = rf"{place}.csv, line {line}: column 'split': found '{wrong}' .*move the row"
+        with pytest.raises(DatasetError, match=told):
+            create_dataset("csv", "train", photos)
+
+
+def test_a_column_of_splits_in_one_of_several_tables_is_enough(photos) -> None:
+    parted(photos, ",split", ",train", ",")  # An empty cell contradicts nothing.
+    assert len(create_dataset("csv", "test", photos)) == 4
+    write(photos / "train.csv", [row.rpartition(",")[0] for row in (photos / "train.csv").open()])
+    assert len(create_dataset("csv", "test", photos)) == 4
+    text = (photos / "test.csv").read_text()
+    (photos / "test.csv").write_text(text.replace("dog,", "dog,train"))
+    with pytest.raises(DatasetError, match=r"test.csv, line 4: .*found 'train' in the table of test"):
+        create_dataset("csv", "train", photos)
+
+
+def test_one_table_by_name_goes_by_its_own_column(photos) -> None:
+    parted(photos, ",split", ",train", ",test")
+    (photos / "train.csv").write_text(
+        (photos / "train.csv").read_text().replace("7.png,dog,train", "7.png,dog,test")
+    )
+    assert len(create_dataset("csv", "test", photos, labels="train.csv")) == 1
+
+
+def test_marks_may_be_true_and_false(tmp_path) -> None:
+    """As pandas writes them by get_dummies."""
+    draw(tmp_path, ["a.png", "b.png", "c.png"])
+    write(tmp_path / "labels.csv", ["path,x,y", "a.png,True,False", "b.png,FALSE,true", "c.png,1,0"])
+    found = create_dataset("csv", "train+val", tmp_path, val_fraction=0.0, test_fraction=0.0)
+    assert found.tags == [(0,), (1,), (0,)]
+    write(tmp_path / "labels.csv", ["path,x,y", "a.png,True,False", "b.png,yes,no", "c.png,1,0"])
+    with pytest.raises(DatasetError, match=r"line 3: column 'x': expected 0 or 1, .*found 'yes'"):
+        create_dataset("csv", "train", tmp_path)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_table_without_labels_beside_that_of_train_is_named_and_not_used(split: str, photos) -> None:
+    """Competitions publish such a table of test images."""
+    parted(photos, "", "", "")
+    (photos / "test.csv").unlink()
+    write(
+        photos / f"{split}.csv", ["id", *(f"pics/{kind}{i}" for kind in ("cat", "dog") for i in (8, 9, 10))]
+    )
+    write(photos / "train.csv", [row.replace("path", "id").strip() for row in (photos / "train.csv").open()])
+    found = create_dataset("csv", "train", photos)
+    assert found.source.endswith(f"; not used: '{split}.csv', which has no column of labels")
+    assert len(found) + len(create_dataset("csv", "val", photos)) == 16
+    with pytest.raises(MissingSplitError, match=r"no test images; not used: .*which has no column of labels"):
+        create_dataset("csv", "test", photos)
+    write(photos / f"{split}.csv", ["id,class", "pics/cat8,cat"])  # Labels, but by another name.
+    with pytest.raises(DatasetError, match=r"no column 'label': found 'id', 'class'. All tables"):
+        create_dataset("csv", "train", photos)
+
+
+def test_a_table_without_the_columns_of_classes_is_not_used_either(tmp_path) -> None:
+    draw(tmp_path, [f"{i}.png" for i in range(5)])
+    write(tmp_path / "train.csv", ["id,x,y", *(f"{i},{i % 2},1" for i in range(4))])
+    write(tmp_path / "test.csv", ["id,size", "4,12"])
+    found = create_dataset("csv", "train+val", tmp_path)
+    assert found.classes == ["x", "y"] and len(found) == 4
+    assert found.source.endswith("; not used: 'test.csv', which has no column of labels")
+
+
+@pytest.mark.parametrize("cell", ["nan", "NaN", "<NA>"])
+def test_what_pandas_writes_for_an_empty_cell_is_no_label(cell: str, photos) -> None:
+    rows = (photos / "labels.csv").read_text().splitlines()
+    write(photos / "labels.csv", [*rows[:3], f"pics/cat2.png,{cell}", *rows[4:]])
+    with pytest.raises(DatasetError, match=r"line 4: no label in column 'label' \(.* an empty cell\)"):
+        create_dataset("csv", "train", photos)
+    found = create_dataset("csv", "train+val", photos, separator="|", test_fraction=0.0)
+    assert found.classes == ["cat", "dog"] and found.tags.count(()) == 1
+
+
+@pytest.mark.parametrize("cell", ["NA", "None", "n/a", "null"])
+def test_a_class_that_may_be_an_empty_cell_is_mentioned(cell: str, photos) -> None:
+    table = photos / "labels.csv"
+    assert "taken for a class" not in create_dataset("csv", "train", photos).source
+    table.write_text(table.read_text().replace(",dog", f",{cell}"))
+    found = create_dataset("csv", "train", photos)
+    assert f"'{cell}' is taken for a class (10 images), not for an empty cell" in found.source
+    assert cell in found.classes
+
+
+@pytest.mark.parametrize("sign", [";", "|", ","])
+def test_labels_that_are_made_of_others_are_mentioned(sign: str, photos) -> None:
+    rows = ["path\tlabel", *(f"pics/{kind}{i}.png\t{kind}" for kind in ("cat", "dog") for i in range(6))]
+    joined = [f"pics/{kind}{i}.png\tcat{sign} dog" for kind in ("cat", "dog") for i in (6, 7)]
+    (photos / "labels.csv").unlink()
+    write(photos / "labels.tsv", [*rows, *joined])
+    told = f"classes that are made of others: 'cat{sign} dog'; if these are several labels of an image, give"
+    assert f"{told} separator={sign} and train" in create_dataset("csv", "train", photos).source
+    assert "made of others" not in create_dataset("csv", "train", photos, separator=sign).source
+    one = [row if row.endswith("cat") else f"{row}{sign} small" for row in rows[1:]]
+    write(photos / "labels.tsv", [rows[0], *one])  # A name with such a sign in it is no sum of others.
+    assert "made of others" not in create_dataset("csv", "train", photos).source
+    pairs = [(0, f"cat{sign}dog"), (1, f"dog{sign}owl"), (2, f"owl{sign}cat"), (3, "ape")]
+    write(photos / "labels.tsv", [rows[0], *(f"pics/cat{i}.png\t{name}" for i, name in pairs)])
+    found = create_dataset("csv", "train", photos, val_fraction=0, test_fraction=0)
+    assert f"made of others: 'cat{sign}dog', 'dog{sign}owl', 'owl{sign}cat';" in found.source
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_a_table_of_test_images_alone_can_be_scored_and_not_trained_on(column: bool, photos) -> None:
+    rows = (photos / "labels.csv").read_text().splitlines()
+    (photos / "labels.csv").unlink()
+    if column:
+        write(photos / "labels.csv", [f"{rows[0]},split", *(f"{row},test" for row in rows[1:])])
+    else:
+        write(photos / "test.csv", rows)
+    found = create_dataset("csv", "test", photos)
+    assert len(found) == 20 and found.classes == ["cat", "dog"]
+    for split in ("train", "val", "train+val"):
+        with pytest.raises(MissingSplitError, match=r"no images to train on.*of 'test', which vimtune eval"):
+            create_dataset("csv", split, photos)
 
 
 @pytest.mark.parametrize("option", ["labels", "images"])

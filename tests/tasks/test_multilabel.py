@@ -93,10 +93,6 @@ def test_wrong_labels_are_listed_and_shown(run, data, tmp_path) -> None:
     (folder / "labels.csv").write_text(
         "\n".join(["file,tags,split", *(f"{n},{t},test" for n, t in rows.items())])
     )
-    with open(folder / "labels.csv", "a") as file:  # Of the classes one has to be trained on.
-        for name in ("train", "trained"):
-            Image.new("RGB", (32, 32)).save(folder / f"{name}.png")
-            file.write(f"\n{name}.png,,train")
     given = {"data_dir": str(folder), "calibrate": False, "on_corrupt": "skip"}
     with pytest.raises(ValueError, match="cannot decode"):
         evaluate(run.run_dir, **given | {"on_corrupt": "error"})
@@ -116,6 +112,17 @@ def test_wrong_labels_are_listed_and_shown(run, data, tmp_path) -> None:
     assert "is not labelled so" in (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Path(run.run_dir, "report.html").read_text(encoding="utf-8")
     assert "The worst mistakes" in page and "Left out because" not in page
+
+
+def test_images_of_test_alone_are_scored_and_not_trained_on(run, data, tmp_path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "labels.csv").rename(folder / "test.csv")
+    found = evaluate(run.run_dir, data_dir=str(folder))
+    assert found.scores["count"] == 40 and found.scores["temperature"] is None
+    assert "there is no validation split" in found.numbers["temperature_origin"]
+    with pytest.raises(ValueError, match="no images to train on"):
+        train(recipe(folder, tmp_path / "run"))
 
 
 def test_probabilities_of_labels_are_compared_with_the_labels(run, data, tmp_path) -> None:

@@ -11,6 +11,12 @@ LABELS = ("label", "labels", "class", "class_name", "category", "target", "tags"
 """Usual names of the column of labels, in lower case; of several in one file the first here is taken."""
 
 
+def usual_column(fields: Iterable[str], usual: Sequence[str]) -> str | None:
+    """The first column with a usual name that is there, else None; `find_column` has the arguments."""
+    by_name = {name.strip().lower(): name for name in reversed(list(fields))}
+    return next((by_name[name] for name in usual if name in by_name), None)
+
+
 def find_column(
     fields: Iterable[str], file: str, option: str, given: str | None, usual: Sequence[str]
 ) -> str | None:
@@ -28,8 +34,7 @@ def find_column(
     """
     fields = list(fields)
     if given is None:
-        by_name = {name.strip().lower(): name for name in reversed(fields)}
-        return next((by_name[name] for name in usual if name in by_name), None)
+        return usual_column(fields, usual)
     if given not in fields:
         raise DatasetError(f"{option} = {quote(given)}: {file} has {name_some(fields)}")
     return given

@@ -11,7 +11,7 @@ from vimtune.data.errors import DatasetError, MissingSplitError
 from vimtune.data.files.placement import EMBEDDED_ALTERNATIVE
 from vimtune.data.own.layout import LAYOUT, Layout, read_layout
 from vimtune.data.splitting import stratified_split
-from vimtune.text import name_some, printable
+from vimtune.text import name_some, printable, quote
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ def _own_split(
         (images, where they come from, notes).
     """
     names = layout.names
+    if "train" not in names and split not in names:
+        raise MissingSplitError(
+            f"{shown} has no images to train on, and none to draw {quote(split)} from: all are of "
+            f"{name_some(names)}, which vimtune evaluate can score. Add images of train"
+        )
     if split == "test" and "test" not in names:
         unused = "".join(f"; {note}" for note in layout.notes["train"])
         raise MissingSplitError(f"{shown} has {layout.missing.format(split=split, unused=unused)}")

@@ -26,15 +26,19 @@ class Table(FileDataset):
       `MissingSplitError`.
     - The same without such a column: a stratified draw of `val_fraction` and `test_fraction`; the rest is
       train.
-    - `train.csv` with `val.csv` and `test.csv` of the same form.
+    - `train.csv` with `val.csv` and `test.csv` of the same form. A column `split` there must not contradict
+      the file. Such a file beside the first one that has no column of labels is not used, which is said.
+
+    Where no row is one of train, as in a `test.csv` alone, the splits that are there can be scored, and
+    asking for another one raises `MissingSplitError`.
 
     Of several files for the same images one is used: the first of those here, and .csv before .tsv. The
     others are named among what is said of the data.
 
     Columns with usual names (`path`, `file_name`, `image`, ...; `label`, `class`, `category`, ...) are found,
     others have to be named. An image may have several labels: with `separator` in one column, or as a column
-    of 0 and 1 for each class. What is understood and what is refused is said in
-    `vimtune.data.own.label_tables`.
+    of 0 and 1, or false and true, for each class. What is understood and what is refused is said in
+    `vimtune.data.own.label_tables` and `label_columns`.
 
     Options:
         labels: the file, below the folder of the data.
@@ -66,7 +70,8 @@ class Table(FileDataset):
         del img_size, download
         # These come late, because data sets are listed without Pillow.
         from vimtune.data.own.folder_splits import find_split
-        from vimtune.data.own.label_tables import EXPECTED, Columns, read_tables
+        from vimtune.data.own.label_columns import Columns
+        from vimtune.data.own.label_tables import EXPECTED, read_tables
 
         columns = Columns(path_column, label_column, split_column, separator)
         found = find_split(
