@@ -62,6 +62,12 @@ def recipe(data, folder, **changes) -> Recipe:
     return Recipe(**{**values, **changes})
 
 
+def test_lines_of_a_run_name_the_scores_as_its_table_does(data, tmp_path, capsys) -> None:
+    train(recipe(data, tmp_path / "run", max_steps=1))
+    (line,) = (line for line in "".join(capsys.readouterr()).splitlines() if line.startswith("epoch 1/1"))
+    assert "  val mAP " in line and "  micro F1 " in line
+
+
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     return train(recipe(data, tmp_path_factory.mktemp("run") / "run", epochs=6, lr=1e-2))

@@ -43,6 +43,13 @@ class Score:
     higher_is_better: bool = True
     hub_metric: str | None = None
     """What the Hugging Face hub calls it, such as "accuracy"; None for `name`."""
+    short: str = ""
+    """Name in the lines of a run, where there is little room; the key unless it is given."""
+
+    @property
+    def name_in_lines(self) -> str:
+        """`short`, or the key."""
+        return self.short or self.name
 
     def show(self, value: float, digits: int = 2) -> str:
         """The value as text."""

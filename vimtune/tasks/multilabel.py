@@ -31,7 +31,7 @@ class MultiLabel(ImageTask):
     """Say of each image which of the data set's classes it shows: several, one or none."""
 
     summary = "any number of classes for every image (data set csv); scores: mAP, micro F1"
-    scores = (Score("map", "mAP"), Score("f1", "micro F1"))
+    scores = (Score("map", "mAP", short="mAP"), Score("f1", "micro F1", short="micro F1"))
     predict_options: ClassVar[type[PredictOptions]] = TagPredictOptions
     several_labels = True
 

@@ -87,7 +87,7 @@ class Tracker:
                 (f"epoch {epoch + 1}/{self.epochs}", 0),
                 (f"step {step}/{self.total_steps}", 2),
                 (f"loss {loss:.3f}", 3),
-                *((f"{score.name} {self.score}", 4) for score in self.task.scores[:1]),
+                *((f"{score.name_in_lines} {self.score}", 4) for score in self.task.scores[:1]),
                 (f"lr {lr:.1e}", 6),
                 (f"{rate:.0f} {self.task.short_unit}/s", 5),
                 (f"eta {self._remaining(step)}", 1),
@@ -111,9 +111,9 @@ class Tracker:
                     continue
                 if number == 0:
                     self.score = score.show(value, digits=1)
-                    parts += [(f"{split} {score.name} {score.show(value)}", 1)]
+                    parts += [(f"{split} {score.name_in_lines} {score.show(value)}", 1)]
                 else:
-                    parts += [(f"{score.name} {score.show(value)}", 5)]
+                    parts += [(f"{score.name_in_lines} {score.show(value)}", 5)]
         parts += [(f"lr {record.lr:.1e}", 7), (f"{record.rate:.0f} {self.task.short_unit}/s", 6)]
         parts += [(f"eta {self._remaining(record.step)}", 2)]
         self.message(fit(parts, self.console.width if self.console.is_terminal else sys.maxsize))
