@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vimtune.schema import STRICT, finite_or_none
@@ -120,6 +120,11 @@ class Report:
     def detail_rows(self) -> Iterator[tuple[str, str]]:
         """The last rows of the final table."""
         return iter(())
+
+
+def percent_rows(values: Mapping[str, float | None]) -> Iterator[tuple[str, str]]:
+    """Lines of a table for those of the percentages that there are, by their names."""
+    return ((name, f"{value:.2f} %") for name, value in values.items() if value is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from vimtune.metrics.calibration import calibration_error
 from vimtune.metrics.classes import macro_f1, most_confused, score_classes
 from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Outcome
-from vimtune.tasks.report import Report
+from vimtune.tasks.report import Report, percent_rows
 from vimtune.text import shorten
 
 MOST_CONFUSED = 10
@@ -58,9 +58,7 @@ class ImageReport(Report):
 
     def further_scores(self) -> Iterator[tuple[str, str]]:
         """Macro F1 and the calibration error."""
-        for name, value in {"macro F1": self.macro_f1, "expected calibration error": self.ece}.items():
-            if value is not None:
-                yield name, f"{value:.2f} %"
+        return percent_rows({"macro F1": self.macro_f1, "expected calibration error": self.ece})
 
     def score_rows(self) -> Iterator[tuple[str, str]]:
         """Top-1 and top-5."""

@@ -25,7 +25,7 @@ from vimtune.tasks.images.tag_details import (
 )
 from vimtune.tasks.images.tag_scoring import TagEvaluation, TagTally, binary_losses
 from vimtune.tasks.job import Evaluation, Forward, Loader, Outcome, Tensors
-from vimtune.tasks.report import Report, ScoreReport
+from vimtune.tasks.report import Report, ScoreReport, percent_rows
 
 if TYPE_CHECKING:
     from vimtune.tasks.multilabel import MultiLabel
@@ -102,6 +102,10 @@ class TagReport(ScoreReport):
     ece: float | None = None
     """Expected calibration error over all labels of all images, in percent; None in reports of earlier
     versions."""
+
+    def further_scores(self) -> Iterator[tuple[str, str]]:
+        """Macro F1 and the calibration error."""
+        return percent_rows({"macro F1": self.macro_f1, "expected calibration error": self.ece})
 
     def detail_rows(self) -> Iterator[tuple[str, str]]:
         """The classes with the lowest average precision."""
