@@ -37,8 +37,19 @@ PositiveAmount = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 """A number from 0 to below 1."""
 
+Purpose = Literal["scores", "loss", "run"]
+"""What an option of a recipe can be of use for, from the narrowest to the widest: to score a model that is
+there, to compute the loss of training batches as well, or to make a whole run."""
 
-def option(default: Any, help: str, *, parse: Parser | None = None, switch: bool = False) -> Any:
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    parse: Parser | None = None,
+    switch: bool = False,
+    purpose: Purpose = "scores",
+) -> Any:
     """A documented field of a dataclass of options.
 
     Args:
@@ -46,8 +57,10 @@ def option(default: Any, help: str, *, parse: Parser | None = None, switch: bool
         help: what it is, in one line for `--help`.
         parse: reads a value where the annotation alone does not say what is right, such as a path.
         switch: whether its flag may stand alone and be negated, as that of a bool, beside having a value.
+        purpose: the narrowest thing that it is of use for. Commands that do less neither offer nor take it:
+            a value that changes nothing there would be a mistake that nobody notices.
     """
-    metadata = {"help": help, "parse": parse, "switch": switch}
+    metadata = {"help": help, "parse": parse, "switch": switch, "purpose": purpose}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,6 +82,13 @@ class Option:
     """Returns a value as the field holds it. Raises ValueError("expected ...") for a value that is wrong."""
     switch: bool = False
     """Whether `parse` takes true and false, beside other values."""
+    purpose: Purpose = "scores"
+    """The narrowest thing that it is of use for."""
+
+    def serves(self, purpose: Purpose) -> bool:
+        """Whether it is of use for that, which may be wider than its own purpose."""
+        order = get_args(Purpose)
+        return order.index(self.purpose) <= order.index(purpose)
 
 
 def options_of(cls: type) -> dict[str, Option]:
@@ -100,6 +120,7 @@ def _read_options(cls: type) -> dict[str, Option]:
             item.metadata["help"],
             parse,
             item.metadata.get("switch", False),
+            item.metadata.get("purpose", "scores"),
         )
     return found
 
@@ -112,7 +133,8 @@ def option_of_method(method: type, name: str) -> Any:
     the methods that are chosen is their own declarations' business.
     """
     declared = options_of(method)[name]
-    return option(None, declared.help, parse=parsers.optional(parsers.per_target(declared.parse)))
+    parse = parsers.optional(parsers.per_target(declared.parse))
+    return option(None, declared.help, parse=parse, purpose="run")
 
 
 def parser_of(annotation: Any) -> Parser:

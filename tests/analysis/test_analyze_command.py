@@ -62,6 +62,7 @@ def test_the_function_gives_what_the_command_writes(run_folder, tmp_path):
         ({"split": "train"}, "expected test or val"),
         ({"num_images": 0}, "num_images = 0: expected a whole number >= 1"),
         ({"epochz": 3}, "unknown key 'epochz'"),
+        ({"epochs": 3}, "unknown key 'epochs' of an analysis"),
     ):
         with pytest.raises(ValueError, match=expected):
             vimtune.analyze(run_folder, **wrong)

@@ -274,6 +274,10 @@ def test_the_function_says_what_the_command_does(images, photos, tmp_path, no_pi
         ({"split": "train"}, "expected test or val"),
         ({"flipp": True}, "unknown key 'flipp'"),
         ({"flip": 3}, "flip = 3"),
+        ({"mixup": 0.2}, "unknown key 'mixup' of an evaluation: training alone reads mixup, and 0.2 would"),
+        ({"lr": 1}, "unknown key 'lr' of an evaluation"),
+        ({"peft": "lora"}, "unknown key 'peft' of an evaluation"),
+        ({"test": False}, "unknown key 'test' of an evaluation"),
         ({"folder": "x", "split": "val"}, "all images of the folder are scored"),
         ({"config": "x.yaml"}, "an adapter has a recipe of its own"),
         ({"data_dir": "."}, "would not be read: the images of dataset = 'synthetic_flowers' are generated"),
@@ -282,6 +286,53 @@ def test_the_function_says_what_the_command_does(images, photos, tmp_path, no_pi
 def test_the_function_refuses_what_the_command_refuses(keys, expected, images):
     with pytest.raises(ValueError, match=expected):
         vimtune.evaluate(images[0], **keys)
+
+
+FOR_TRAINING = [
+    "augmentation",
+    "transforms",
+    "mixup",
+    "cutmix",
+    "class-weights",
+    "label-smoothing",
+    "teacher",
+    "teacher-targets",
+    "teacher-weight",
+    "teacher-temperature",
+    "balanced",
+    "drop-path",
+    "no-test",
+    "eval-split",
+    "cache",
+    "epochs",
+    "opt",
+    "compile",
+    "output-dir",
+    "resume",
+    "peft",
+]
+"""Flags of `vimtune train` that change no scores of a model that is there."""
+
+
+def test_flags_that_change_no_scores_are_not_offered(capsys):
+    """Whoever gave one would take the scores for what it makes of them."""
+    assert cli.main(["evaluate", "--help"]) == 0
+    offered = capsys.readouterr().out
+    for name in FOR_TRAINING:
+        assert f"--{name} " not in offered and f"--[no-]{name.removeprefix('no-')}" not in offered
+        assert run(f"--{name}", "1") == 2
+        assert f"unknown flag --{name}" in error(capsys)
+    for name in ("shots", "train-size", "folds", "data-seed", "head", "seed", "amp", "[no-]deterministic"):
+        assert f"--{name} " in offered
+
+
+def test_what_training_alone_read_may_be_gone(tmp_path, no_pictures):
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    train(Recipe(**IMAGES, output_dir=str(teacher)))
+    first = {"init_adapter": str(teacher), "peft": "prodial"}
+    report = train(Recipe(**IMAGES, **first, teacher=str(teacher), output_dir=str(student)))
+    shutil.rmtree(teacher)
+    assert vimtune.evaluate(student).scores["top1"] == report.top1
 
 
 def test_results_go_into_files_of_known_kinds(images, tmp_path):

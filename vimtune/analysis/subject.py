@@ -17,7 +17,7 @@ from vimtune.adapters import active_adapter, delete_adapter, list_adapters
 from vimtune.analysis.parameters import effective_parameters
 from vimtune.models import VisionMamba
 from vimtune.models.merged import is_merged_file, read_merged
-from vimtune.recipe import Recipe, load_recipe
+from vimtune.recipe import Recipe, load_recipe, refuse_keys_without_use
 from vimtune.runtime.distributed import Processes, open_processes
 from vimtune.runtime.seeds import derive_seed
 from vimtune.tasks.images.job import create_backbone
@@ -98,6 +98,7 @@ def open_subject(
         ValueError: no such file, or weights, data and settings that do not fit together.
     """
     merged = is_merged_file(path)
+    refuse_keys_without_use(values, "loss", "analysis")
     stored = recipe_of_trained(path, values)
     if not merged:  # The base of a merged file is any model that is named.
         refuse_other_model(path, stored, values)

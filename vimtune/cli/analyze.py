@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vimtune.analysis.registry import ANALYSES, NUM_BATCHES, NUM_IMAGES, parse_names
-from vimtune.cli.evaluate import evaluation_groups
 from vimtune.cli.parser import (
     add_common,
     add_import,
@@ -14,7 +13,8 @@ from vimtune.cli.parser import (
     path,
     whole_number,
 )
-from vimtune.cli.train import add_recipe_flags
+from vimtune.cli.train import add_recipe_flags, recipe_groups
+from vimtune.recipe import serving
 
 EXAMPLES = """\
 examples:
@@ -54,7 +54,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, evaluation_groups())
+    add_recipe_flags(parser, serving(recipe_groups(), "loss"))
     given = parser.parse_strictly(arguments)
     own = {
         name: given.pop(name, None) for name in ("trained", "only", "split", "images", "batches", "output")

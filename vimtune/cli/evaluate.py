@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.fields import Option, options_of
+from vimtune.recipe import serving
 from vimtune.tasks import TASKS, EvaluateOptions
-
-SHARED = ("batch_size", "amp", "seed", "device", "backend", "threads", "force")
-"""Keys beside those of the data, the model and the task that concern an evaluation."""
 
 EXAMPLES = """\
 examples:
@@ -21,14 +19,6 @@ examples:
   {prog} --adapter runs/my-run --split val -o scores.json
   {prog} --adapter merged.safetensors --dataset flowers"""
 """What stands below the options in the help; `{prog}` is the command."""
-
-
-def evaluation_groups() -> dict[str, dict[str, Option]]:
-    """The keys of recipes that concern an evaluation, by the title of their group."""
-    unused = ("method", "optimisation", "run")
-    groups = recipe_groups()
-    shared = {name: item for title in unused for name, item in groups[title].items() if name in SHARED}
-    return {**{title: items for title, items in groups.items() if title not in unused}, "run": shared}
 
 
 def _option_groups() -> dict[str, dict[str, Option]]:
@@ -63,7 +53,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, {**_option_groups(), **evaluation_groups()})
+    add_recipe_flags(parser, {**_option_groups(), **serving(recipe_groups(), "scores")})
     given = parser.parse_strictly(arguments)
     names = ("adapter", "split", "output", "mistakes", "config", "variant")
     own = {name: given.pop(name, None) for name in names}

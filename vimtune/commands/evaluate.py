@@ -17,7 +17,7 @@ from vimtune.data import DATASETS
 from vimtune.fields import options_of
 from vimtune.models.merged import is_merged_file
 from vimtune.output import check_output, write_text
-from vimtune.recipe import Recipe, load_recipe
+from vimtune.recipe import Recipe, keys_that_serve, load_recipe, refuse_keys_without_use
 from vimtune.runtime.distributed import open_processes
 from vimtune.runtime.launch import read_launch
 from vimtune.tasks import TASKS
@@ -48,7 +48,8 @@ def evaluate(
         config: a recipe in YAML, where there is no adapter.
         variant: which recipe of a file that is a grid of them.
         **keys: keys of the recipe that are to be others than those of the run, such as `dataset` or
-            `data_dir`, and options of the evaluation: `calibrate`, and for images `folder` and `flip`.
+            `data_dir`, and options of the evaluation: `calibrate`, and for images `folder` and `flip`. Keys
+            that training alone reads, such as `lr` or `mixup`, are refused.
 
     Returns:
         The scores, every class, the most confused pairs, the calibration and the mistakes. Under torchrun
@@ -62,6 +63,7 @@ def evaluate(
     file = None if trained is None else adapter_path(trained, "trained")
     options = {name: value for name, value in keys.items() if name in _option_names()}
     values = {name: value for name, value in keys.items() if name not in options}
+    refuse_keys_without_use(values, "scores", "evaluation")
     if file is not None and config is not None:
         raise ValueError("--config and --adapter: an adapter has a recipe of its own; change it by flags")
     if file is not None and is_merged_file(file) and "dataset" not in values and "folder" not in options:
@@ -69,7 +71,7 @@ def evaluate(
             f"{quote(str(file))} is a merged file, which says nothing of its data: name them with --dataset "
             "or --folder"
         )
-    stored = {} if file is None else recipe_of_trained(file, values)
+    stored = {} if file is None else keys_that_serve(recipe_of_trained(file, values), "scores")
     if file is not None:
         refuse_other_model(file, stored, values)
     if "folder" in options and not values.keys() & {"dataset", "data_dir"}:

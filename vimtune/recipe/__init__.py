@@ -9,6 +9,7 @@ from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunS
 from vimtune.recipe.earlier import complete_stored
 from vimtune.recipe.files import load_recipe
 from vimtune.recipe.paths import RUN_FILES, absolute_paths, path_problems
+from vimtune.recipe.purposes import keys_that_serve, refuse_keys_without_use, serving
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError, components_of, keys_of
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 
@@ -26,6 +27,9 @@ __all__ = [
     "complete_stored",
     "components_of",
     "keys_of",
+    "keys_that_serve",
     "load_recipe",
     "path_problems",
+    "refuse_keys_without_use",
+    "serving",
 ]

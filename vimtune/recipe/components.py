@@ -51,16 +51,20 @@ def _backend(value: Any) -> str:
 class MethodSettings(Options):
     """The method by which the model is adapted, where it acts, and its options."""
 
-    peft: str = option("prodial", "method (see --list), or several: lora+bitfit", parse=_method_spec)
+    peft: str = option(
+        "prodial", "method (see --list), or several: lora+bitfit", parse=_method_spec, purpose="run"
+    )
     targets: str | list[str] | dict[str, Any] | None = option(
         None,
         "tuned: both, in_proj, ... (see --list), or a list; by method: lora=both,ft=D",
         parse=parsers.optional(parsers.per_method(parsers.targets)),
+        purpose="run",
     )
     layers: list[int] | dict[str, Any] | None = option(
         None,
         "tuned blocks, such as 0-11 or 0,5,10 (default: all)",
         parse=parsers.optional(parsers.per_method(parsers.layers)),
+        purpose="run",
     )
     rank: Any = option_of_method(LoRA, "rank")
     alpha: Any = option_of_method(LoRA, "alpha")
@@ -70,12 +74,16 @@ class MethodSettings(Options):
         None,
         "trained parameters beside the head, 300k or 0.5%, which choose rank or the like",
         parse=parsers.optional(parsers.parameter_budget),
+        purpose="run",
     )
-    peft_kwargs: dict[str, Any] = option({}, "further options of the method, such as variant=paper")
+    peft_kwargs: dict[str, Any] = option(
+        {}, "further options of the method, such as variant=paper", purpose="run"
+    )
     init_adapter: str | None = option(
         None,
         "begin with this run folder or adapter, its model and its method",
         parse=parsers.optional(parsers.absolute_path),
+        purpose="run",
     )
 
     @property
@@ -99,35 +107,46 @@ flags with another meaning.
 class OptimisationSettings(Options):
     """How the weights are trained."""
 
-    epochs: Positive = option(10, "passes over the training data")
-    max_steps: Positive | None = option(None, "end after so many optimizer steps, before --epochs if need be")
+    epochs: Positive = option(10, "passes over the training data", purpose="run")
+    max_steps: Positive | None = option(
+        None, "end after so many optimizer steps, before --epochs if need be", purpose="run"
+    )
     batch_size: Positive = option(64, "images or texts per step, over all processes together")
-    lr: PositiveAmount = option(1e-3, "peak learning rate")
-    min_lr: Amount = option(0.0, "learning rate at the end of the cosine")
-    head_lr: PositiveAmount | None = option(None, "peak learning rate of the head (default: that of --lr)")
-    opt: str = option("adamw", "optimizer (see --list)", parse=parse_optimizer)
-    weight_decay: Amount = option(0.01, "weight decay")
+    lr: PositiveAmount = option(1e-3, "peak learning rate", purpose="run")
+    min_lr: Amount = option(0.0, "learning rate at the end of the cosine", purpose="run")
+    head_lr: PositiveAmount | None = option(
+        None, "peak learning rate of the head (default: that of --lr)", purpose="run"
+    )
+    opt: str = option("adamw", "optimizer (see --list)", parse=parse_optimizer, purpose="run")
+    weight_decay: Amount = option(0.01, "weight decay", purpose="run")
     betas: list[float] | None = option(
-        None, "betas of the optimizer (default: its own)", parse=parsers.optional(parsers.betas)
+        None,
+        "betas of the optimizer (default: its own)",
+        parse=parsers.optional(parsers.betas),
+        purpose="run",
     )
     momentum: Annotated[float, Gt(0), Lt(1)] | None = option(
-        None, "momentum of sgd and muon (default: its own)"
+        None, "momentum of sgd and muon (default: its own)", purpose="run"
     )
     layer_decay: Annotated[float, Gt(0), Le(1)] = option(
-        1.0, "learning rate of each block as a multiple of that of the next one"
+        1.0, "learning rate of each block as a multiple of that of the next one", purpose="run"
     )
-    warmup_epochs: Amount = option(1.0, "epochs of linear warm-up")
-    clip_grad: Amount = option(1.0, "largest gradient norm, 0 = no clipping")
-    grad_accum: Positive = option(1, "batches whose gradients make one update")
-    ema: Share = option(0.0, "decay of the weights' moving average, 0 = off")
-    early_stop: Whole = option(0, "stop after this many evaluations without a better one, 0 = off")
+    warmup_epochs: Amount = option(1.0, "epochs of linear warm-up", purpose="run")
+    clip_grad: Amount = option(1.0, "largest gradient norm, 0 = no clipping", purpose="run")
+    grad_accum: Positive = option(1, "batches whose gradients make one update", purpose="run")
+    ema: Share = option(0.0, "decay of the weights' moving average, 0 = off", purpose="run")
+    early_stop: Whole = option(
+        0, "stop after this many evaluations without a better one, 0 = off", purpose="run"
+    )
     amp: Literal["none", "bf16", "fp16"] = option("none", "mixed precision: none, bf16, fp16")
-    grad_checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    compile: bool = option(False, "use torch.compile")
+    grad_checkpointing: bool = option(False, "recompute activations: less memory, more time", purpose="run")
+    compile: bool = option(False, "use torch.compile", purpose="run")
     cuda_graph: Literal["auto", "on", "off"] = option(
-        "auto", "replay batches as a CUDA graph: auto (where possible), on, off"
+        "auto", "replay batches as a CUDA graph: auto (where possible), on, off", purpose="run"
     )
-    shard: bool = option(False, "share model and optimizer out among the processes (FSDP): less memory each")
+    shard: bool = option(
+        False, "share model and optimizer out among the processes (FSDP): less memory each", purpose="run"
+    )
 
     def steps_of(self, batches: int) -> int:
         """How many optimizer steps so many batches make."""
@@ -147,16 +166,21 @@ class RunSettings(Options):
         None,
         "run folder (default: runs/<dataset>-<model>-<method>-<time>)",
         parse=parsers.optional(parsers.path),
+        purpose="run",
     )
     resume: str | None = option(
         None,
         "continue this run folder or checkpoint; auto: that in output_dir, or start",
         parse=parsers.optional(parsers.path),
+        purpose="run",
     )
-    force: bool = option(False, "resume although data, tokenizer or base weights have changed")
+    force: bool = option(False, "go on although data, tokenizer or base weights have changed")
     logger: list[str] = option(
-        ["tensorboard"], "where records go besides metrics.jsonl (see --list): csv,wandb", parse=parse_loggers
+        ["tensorboard"],
+        "where records go besides metrics.jsonl (see --list): csv,wandb",
+        parse=parse_loggers,
+        purpose="run",
     )
-    log_interval: Positive = option(10, "steps between two log lines")
-    eval_interval: Positive = option(1, "epochs between two evaluations")
-    pictures: bool = option(True, "draw the pictures of the run folder when the run has ended")
+    log_interval: Positive = option(10, "steps between two log lines", purpose="run")
+    eval_interval: Positive = option(1, "epochs between two evaluations", purpose="run")
+    pictures: bool = option(True, "draw the pictures of the run folder when the run has ended", purpose="run")

@@ -34,24 +34,32 @@ class Classification(ImageTask):
     summary = "one class for every image; scores: top-1, top-5"
     scores = (Score("top1", "top-1", hub_metric="accuracy"), Score("top5", "top-5"))
 
-    mixup: Annotated[float, Ge(0)] = option(0.0, "mixup alpha, 0 = off")
-    cutmix: Annotated[float, Ge(0)] = option(0.0, "cutmix alpha, 0 = off")
+    mixup: Annotated[float, Ge(0)] = option(0.0, "mixup alpha, 0 = off", purpose="loss")
+    cutmix: Annotated[float, Ge(0)] = option(0.0, "cutmix alpha, 0 = off", purpose="loss")
     class_weights: str | dict[str, Any] = option(
         "none",
         "weights in the loss: none, balanced (by the numbers of images), cat=2,dog=0.5",
         parse=parse_class_weights,
+        purpose="loss",
     )
-    label_smoothing: Annotated[float, Ge(0), Lt(1)] = option(0.0, "label smoothing of the loss")
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = option(
+        0.0, "label smoothing of the loss", purpose="loss"
+    )
     teacher: str | None = option(
         None,
         "learn from this run folder, adapter or merged file as well (distillation)",
         parse=parsers.optional(parsers.absolute_path),
+        purpose="loss",
     )
     teacher_targets: Literal["soft", "hard"] = option(
-        "soft", "what the teacher gives: soft (probabilities), hard (its best class)"
+        "soft", "what the teacher gives: soft (probabilities), hard (its best class)", purpose="loss"
     )
-    teacher_weight: Annotated[float, Gt(0), Le(1)] = option(0.5, "share of the teacher in the loss")
-    teacher_temperature: PositiveAmount = option(1.0, "softens the probabilities of teacher and student")
+    teacher_weight: Annotated[float, Gt(0), Le(1)] = option(
+        0.5, "share of the teacher in the loss", purpose="loss"
+    )
+    teacher_temperature: PositiveAmount = option(
+        1.0, "softens the probabilities of teacher and student", purpose="loss"
+    )
 
     @property
     def repeats_itself(self) -> bool:

@@ -36,7 +36,9 @@ class MultiLabel(ImageTask):
     several_labels = True
 
     class_weights: Literal["none", "balanced"] = option(
-        "none", "weights of the images that have a label: none, balanced (as much as those without it)"
+        "none",
+        "weights of the images that have a label: none, balanced (as much as those without it)",
+        purpose="loss",
     )
 
     def build_job(self, opened: OpenedImages) -> TagJob:

@@ -92,7 +92,7 @@ class DataSettings(DataOptions):
     )
     train_split: Literal["train", "train+val"] = option("train", "images to train on: train, train+val")
     eval_split: Literal["val", "test"] | None = option(
-        None, "evaluated while training: val, test (default: val if not trained on)"
+        None, "evaluated while training: val, test (default: val if not trained on)", purpose="run"
     )
     shots: Positive | None = option(None, SHOTS)
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
@@ -100,8 +100,10 @@ class DataSettings(DataOptions):
         None, "k-fold: each data_seed holds out another of so many parts of train and val"
     )
     limit: Positive | None = option(None, LIMIT)
-    test: bool = option(True, TEST)
-    balanced: bool = option(False, "train on every class equally often, whatever number of images it has")
+    test: bool = option(True, TEST, purpose="run")
+    balanced: bool = option(
+        False, "train on every class equally often, whatever number of images it has", purpose="loss"
+    )
     dataset_kwargs: dict[str, Any] = option({}, "further options of the data set, such as species=20")
     data_seed: Seed = option(0, "seed of splits that are drawn and of generated images")
     download: bool = option(True, "download a data set that is not there yet")
@@ -115,6 +117,7 @@ class DataSettings(DataOptions):
         "keep decoded images: auto (on a GPU with room), none, host, device",
         parse=cache_place,
         switch=True,
+        purpose="run",
     )
     on_corrupt: Literal["error", "skip"] = option("error", "an unreadable image: error (stop), skip (report)")
 
@@ -160,7 +163,7 @@ class BackboneSettings(BackboneOptions):
         "image size, N or HxW (default: the model's own)",
         parse=parsers.optional(parsers.image_size),
     )
-    drop_path: Share = option(0.0, "stochastic depth rate")
+    drop_path: Share = option(0.0, "stochastic depth rate", purpose="run")
     model_kwargs: dict[str, Any] = option({}, "further options of the model")
 
     @classmethod

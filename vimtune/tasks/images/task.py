@@ -50,10 +50,10 @@ class ImageTask(Task):
     itself, and has a probability of its own."""
 
     augmentation: Literal["none", "light", "medium", "strong"] = option(
-        "light", "augmentation: none, light, medium, strong"
+        "light", "augmentation: none, light, medium, strong", purpose="loss"
     )
     transforms: Literal["albumentations", "torchvision"] = option(
-        "albumentations", "library of the transforms: albumentations, torchvision"
+        "albumentations", "library of the transforms: albumentations, torchvision", purpose="loss"
     )
 
     @property

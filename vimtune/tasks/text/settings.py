@@ -59,7 +59,7 @@ class TextDataSettings(DataOptions):
     shots: Positive | None = option(None, SHOTS)
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
     limit: Positive | None = option(None, LIMIT)
-    test: bool = option(True, TEST)
+    test: bool = option(True, TEST, purpose="run")
     max_length: Annotated[int, Ge(8), Le(2**20)] = option(
         2048, "tokens of a sequence; the beginning of longer ones is cut"
     )
