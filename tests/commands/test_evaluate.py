@@ -16,7 +16,7 @@ from quick_runs import NO_PICTURES, replace_until_undone
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from text_files import ARC, write_lines
-from text_runs import SETTINGS, write_data
+from text_runs import LINES, SETTINGS, write_data
 from torch import nn
 
 import vimtune
@@ -25,7 +25,7 @@ from vimtune.commands.merge import merge_to_file
 from vimtune.data import create_dataset
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
-from vimtune.tasks import EvaluateOptions, Task
+from vimtune.tasks import TASKS, EvaluateOptions, Task
 from vimtune.tasks.images.trial import WithFlips
 from vimtune.training import train
 
@@ -121,6 +121,14 @@ def test_texts_that_were_trained_on_are_told(texts, tmp_path, caplog):
     assert notes(None, **model) == []
 
 
+def test_texts_that_were_trained_on_make_no_temperature(heads):
+    run_folder = heads / "run-text"
+    assert "fitted to the 3 texts of 'val'" in origin(run_folder)[1]
+    redrawn = [origin(run_folder, data_seed=seed) for seed in range(1, 9)]
+    assert (None, "the texts of 'val' were trained on") in redrawn
+    assert any("without 2 of them that were trained on" in text for _, text in redrawn)
+
+
 def test_plain_texts_that_were_trained_on_are_told(tmp_path):
     require_transformers()
     data = tmp_path / "data"
@@ -146,10 +154,21 @@ def test_without_an_adapter_the_model_itself_is_scored(texts, tmp_path):
     assert found["adapter"] is None and found["count"] == 2 and found["loss"] != pytest.approx(report.loss)
 
 
+def write_different(task, folder):
+    """The files of `write_data`, of which no two training texts are alike."""
+    folder = write_data(task, folder)
+    varied = {"piqa": "goal", "boolq": "passage", "text": "text"}[task]
+    lines = [
+        {**line, varied: f"{line[varied]} {number}"} for number, line in enumerate((LINES[task] * 6)[:12])
+    ]
+    write_lines(folder / TASKS.get(task).form.files["train"][0], lines)
+    return folder
+
+
 @pytest.mark.parametrize("task", ["piqa", "boolq", "text"])
 def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
     require_transformers()
-    data = write_data(task, tmp_path / "data")
+    data = write_different(task, tmp_path / "data")
     values = {**SETTINGS, "task": task, "data_dir": str(data), "head": "classifier"}
     report = train(Recipe(**values, output_dir=str(tmp_path / "run")))
     output = tmp_path / "scores.json"
@@ -171,7 +190,7 @@ def heads(tmp_path_factory):
     require_transformers()
     folder = tmp_path_factory.mktemp("heads")
     for task in ("piqa", "boolq", "text"):
-        data = write_data(task, folder / task)
+        data = write_different(task, folder / task)
         if task != "boolq":
             values = {**SETTINGS, "task": task, "data_dir": str(data), "head": "classifier"}
             train(Recipe(**values, pictures=False, output_dir=str(folder / f"run-{task}")))
@@ -431,6 +450,25 @@ def test_photos_that_were_trained_on_are_told(own_photos, tmp_path, monkeypatch,
     (other,) = notes(run_folder, data_seed=1)
     assert "images were trained on by this run" in other
     assert notes(run_folder, train_split="train+val", split="val") == []  # What the run did is what counts.
+
+
+def origin(trained, **keys):
+    """Where the temperature comes from, beside it."""
+    numbers = vimtune.evaluate(trained, **keys).numbers
+    return numbers["temperature"], numbers["temperature_origin"]
+
+
+def test_photos_that_were_trained_on_make_no_temperature(own_photos, no_pictures):
+    """Their answers are surer than those to new photos, and probabilities would stay too high."""
+    run_folder = own_photos / "run"
+    assert origin(run_folder)[1] == "fitted to the 3 images of 'val'"
+    redrawn = [origin(run_folder, data_seed=seed) for seed in range(1, 6)]
+    some = [text for _, text in redrawn if "the 1 image of 'val'" in text]
+    assert some and all("; without 2 of them that were trained on" in text for text in some)
+    assert (None, "the images of 'val' were trained on") in redrawn
+    scored_too = [origin(run_folder, data_seed=seed, split="val") for seed in range(1, 13)]
+    told = "of 'val', a part of those that are scored here: expect a little less of others; without"
+    assert any(value is not None and told in text for value, text in scored_too)
 
 
 def test_photos_that_nobody_knows_to_be_trained_on_are_not_told(own_photos, tmp_path, images, photos):

@@ -83,13 +83,13 @@ class Classification(ImageTask):
         dataset: ImageDataset,
         evaluation: Evaluation,
         held_out: Evaluation | None,
-        no_temperature: str,
+        held_out_note: str,
         notes: Sequence[str] = (),
     ) -> ClassDetails:
         """Classes, confusions, calibration and mistakes; see `ImageTask.build_details`."""
         from vimtune.tasks.images.details import image_details
 
-        return image_details(dataset, evaluation, held_out, no_temperature, notes)
+        return image_details(dataset, evaluation, held_out, held_out_note, notes)
 
     def report_type(self) -> type[ImageReport]:
         """The report with accuracy per class and the most confused classes."""

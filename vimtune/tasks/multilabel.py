@@ -58,13 +58,13 @@ class MultiLabel(ImageTask):
         dataset: ImageDataset,
         evaluation: Evaluation,
         held_out: Evaluation | None,
-        no_temperature: str,
+        held_out_note: str,
         notes: Sequence[str] = (),
     ) -> TagDetails:
         """Every class, calibration and the mistakes; see `ImageTask.build_details`."""
         from vimtune.tasks.images.tag_details import tag_details
 
-        return tag_details(dataset, evaluation, held_out, no_temperature, notes)
+        return tag_details(dataset, evaluation, held_out, held_out_note, notes)
 
     def predictor_type(self) -> type[TagPredictor]:
         """What decides which labels an image has; see `ImageTask.predictor_type`."""

@@ -24,6 +24,7 @@ from vimtune.metrics.calibration import (
     mean_loss,
     reliability,
 )
+from vimtune.tasks.job import Evaluation, Outcome
 
 HELD_OUT = "val"
 """The split to which temperatures are fitted: it is neither trained on nor the one whose scores are told."""
@@ -63,7 +64,31 @@ class Questions:
         return reliability(self.probabilities(temperature), self.judged == self.truth)
 
 
-def temperature_of(questions: Questions, split: str, examples: str, scored: str) -> Temperature:
+def selected(outcome: Outcome) -> tuple[Evaluation | None, str]:
+    """What a run that has kept such a split apart fits a temperature to: its scores; None where they are
+    those of an earlier epoch, and why."""
+    return outcome.selection, CONTINUED if outcome.selection is None else ""
+
+
+def without_seen(count: int, whole: int, plural: str) -> str:
+    """What is said of the split to which a temperature is fitted where some of it was trained on: answers to
+    that are surer than those to new examples, so that it is left out.
+
+    Args:
+        count: how many of them were trained on.
+        whole: how many there are.
+        plural: what they are called, such as "images".
+    """
+    if not count:
+        return ""
+    if count == whole:
+        return f"the {plural} of {HELD_OUT!r} were trained on"
+    return f"without {count:,} of them that were trained on"
+
+
+def temperature_of(
+    questions: Questions, split: str, examples: str, scored: str, note: str = ""
+) -> Temperature:
     """The temperature that fits the examples of a split; none where all answers are right, for then the lower
     it is the better it fits, which says nothing of the answers to other examples.
 
@@ -72,15 +97,18 @@ def temperature_of(questions: Questions, split: str, examples: str, scored: str)
         split: its name.
         examples: how many these are and what they are called, such as "6 images".
         scored: the split whose scores are told.
+        note: what was left out of the examples; "" for nothing.
     """
     origin = f"fitted to the {examples} of {split!r}"
     if split == scored:
-        origin += ", which are the ones that are scored here: expect a little less of others"
+        which = "a part of those" if note else "which are the ones"
+        origin += f", {which} that are scored here: expect a little less of others"
+    left_out = f"; {note}" if note else ""
+    origin += left_out
     value = fit_temperature(questions.logits, questions.truth)
     if value == LOWEST:
-        return Temperature(
-            None, f"the answers to the {examples} of {split!r} are all but right, and fit none"
-        )
+        found = f"the answers to the {examples} of {split!r} are all but right, and fit none"
+        return Temperature(None, found + left_out)
     if value == HIGHEST:
         origin += "; it is the highest one that is searched, because the answers say less than chance"
     return Temperature(value, origin)

@@ -9,6 +9,7 @@ from vimtune.tasks.classes.calibration import HELD_OUT, Temperature, temperature
 from vimtune.tasks.classes.details import ClassDetails, Examples
 from vimtune.tasks.images.scoring import ImageEvaluation
 from vimtune.tasks.job import Evaluation
+from vimtune.text import counted
 
 
 def unread_notes(dataset: ImageDataset, evaluation: Evaluation) -> list[str]:
@@ -22,7 +23,7 @@ def image_details(
     dataset: ImageDataset,
     evaluation: Evaluation,
     held_out: Evaluation | None,
-    no_temperature: str,
+    held_out_note: str,
     notes: Sequence[str] = (),
 ) -> ClassDetails:
     """The details of an evaluation.
@@ -31,15 +32,16 @@ def image_details(
         dataset: the images that were scored.
         evaluation: of these.
         held_out: of the validation split, to which a temperature is fitted.
-        no_temperature: why there is none.
+        held_out_note: why there is none, or what was left out of it.
         notes: what a reader has to know of the images.
     """
     assert isinstance(evaluation, ImageEvaluation)
-    temperature = Temperature(None, no_temperature)
+    temperature = Temperature(None, held_out_note)
     if held_out is not None:
         assert isinstance(held_out, ImageEvaluation)
         questions = held_out.answers.questions
-        temperature = temperature_of(questions, HELD_OUT, f"{held_out.count:,} images", dataset.split)
+        count = counted(held_out.count, "images")
+        temperature = temperature_of(questions, HELD_OUT, count, dataset.split, held_out_note)
     examples = Examples("path", "images", dataset.describe, dataset.load)
     notes = [*notes, *unread_notes(dataset, evaluation)]
     answers = evaluation.answers

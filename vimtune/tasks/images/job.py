@@ -34,7 +34,7 @@ from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.runtime.precision import build_autocast
 from vimtune.runtime.seeds import derive_seed
-from vimtune.tasks.classes.calibration import CONTINUED, HELD_OUT, NOT_APART
+from vimtune.tasks.classes.calibration import HELD_OUT, NOT_APART, selected
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
 from vimtune.tasks.classes.details import ClassDetails
 from vimtune.tasks.classification import Classification
@@ -85,7 +85,7 @@ class ImageJob(Job):
         and why."""
         if self.selection.split != HELD_OUT:
             return None, NOT_APART
-        return outcome.selection, CONTINUED
+        return selected(outcome)
 
     def prepare(self, tensors: Tensors, seed: int) -> Tensors:
         """The images and their labels; nothing else of a batch is trained on."""

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from vimtune.data import DatasetError, ImageDataset
 from vimtune.data.datasets import reads_files
+from vimtune.data.subset import DrawnImages
 from vimtune.models.merged import is_merged_file
 from vimtune.tasks.images.job import open_dataset
 from vimtune.tasks.images.settings import DataSettings
-from vimtune.tasks.origin import data_of_run, trained_note
+from vimtune.tasks.origin import data_of_run
 
 
-def seen_notes(
+def trained_images(
     adapter: Path | None, images: ImageDataset, data: DataSettings | None, img_size: tuple[int, int]
-) -> list[str]:
-    """What has to be said of images that an adapter was trained on; nothing where there are none, or where
-    nobody knows, such as of an adapter file without its run folder, which does not say where its images lay.
+) -> list[int]:
+    """The indices of images that an adapter was trained on; none where nobody knows, such as of an adapter
+    file without its run folder, which does not say where its images lay.
 
     Args:
         adapter: its file; None for a model without one.
-        images: those that are scored.
+        images: those that are to be scored.
         data: the data set of which they are a split; None for a folder.
         img_size: of the model.
     """
@@ -40,8 +42,15 @@ def seen_notes(
     except DatasetError:  # It is gone since.
         return []
     known = {_identity(trained.describe(index)) for index in range(len(trained))}
-    count = sum(_identity(images.describe(index)) in known for index in range(len(images)))
-    return trained_note(count, len(images), "images")
+    return [index for index in range(len(images)) if _identity(images.describe(index)) in known]
+
+
+def without_images(images: ImageDataset, left_out: Collection[int]) -> ImageDataset:
+    """Images without those of some indices, which may be none but not all."""
+    if not left_out:
+        return images
+    kept = [index for index in range(len(images)) if index not in left_out]
+    return DrawnImages(images.split, [(images, kept)], "which were not trained on")
 
 
 def _divided(data: DataSettings) -> list[object]:

@@ -30,7 +30,7 @@ from vimtune.tasks.details import Details
 from vimtune.tasks.images.details import unread_notes
 from vimtune.tasks.images.tag_scoring import TagEvaluation
 from vimtune.tasks.job import Evaluation
-from vimtune.text import printable, shorten, table_cell
+from vimtune.text import counted, printable, shorten, table_cell
 
 SHOWN = 3
 """Classes that the final table shows, those with the lowest average precision."""
@@ -80,16 +80,17 @@ def tag_details(
     dataset: ImageDataset,
     evaluation: Evaluation,
     held_out: Evaluation | None,
-    no_temperature: str,
+    held_out_note: str,
     notes: Sequence[str] = (),
 ) -> TagDetails:
     """The details of an evaluation; the arguments are those of `ImageTask.build_details`."""
     assert isinstance(evaluation, TagEvaluation)
-    temperature = Temperature(None, no_temperature)
+    temperature = Temperature(None, held_out_note)
     if held_out is not None:
         assert isinstance(held_out, TagEvaluation)
-        count = f"{held_out.count:,} images"
-        temperature = temperature_of(label_questions(held_out), HELD_OUT, count, dataset.split)
+        count = counted(held_out.count, "images")
+        questions = label_questions(held_out)
+        temperature = temperature_of(questions, HELD_OUT, count, dataset.split, held_out_note)
     notes = [*notes, *unread_notes(dataset, evaluation)]
     return TagDetails(evaluation, dataset, temperature, notes=notes)
 

@@ -81,7 +81,7 @@ class ImageTask(Task):
         dataset: ImageDataset,
         evaluation: Evaluation,
         held_out: Evaluation | None,
-        no_temperature: str,
+        held_out_note: str,
         notes: Sequence[str] = (),
     ) -> Details:
         """What an evaluation says beyond its scores.
@@ -90,7 +90,7 @@ class ImageTask(Task):
             dataset: the images that were scored.
             evaluation: of these, by the task's tally.
             held_out: of the validation split, where there is one.
-            no_temperature: why there is none.
+            held_out_note: why there is none, or what was left out of it.
             notes: what a reader has to know of the images.
         """
 

@@ -21,14 +21,15 @@ from vimtune.models import MODELS
 from vimtune.models.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
-from vimtune.tasks.classes.calibration import HELD_OUT
+from vimtune.tasks.classes.calibration import HELD_OUT, without_seen
 from vimtune.tasks.details import Details
 from vimtune.tasks.images.job import create_backbone, demand_labels, image_size, open_batches, open_dataset
 from vimtune.tasks.images.predictor import open_trained, transform_for
-from vimtune.tasks.images.seen import seen_notes
+from vimtune.tasks.images.seen import trained_images, without_images
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
 from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.job import Evaluation, Scoring, Trial
+from vimtune.tasks.origin import trained_note
 from vimtune.text import quote
 
 logger = logging.getLogger(__name__)
@@ -62,12 +63,12 @@ class ImageTrial(Trial):
     """What is asked."""
     dataset: ImageDataset
     """The images."""
-    no_temperature: str
-    """Why there is no validation split to fit a temperature to, where there is none."""
+    held_out_note: str
+    """Why there is no validation split to fit a temperature to, or what was left out of it."""
 
     def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> Details:
         """What the task says beyond its scores."""
-        return self.task.build_details(self.dataset, evaluation, held_out, self.no_temperature, self.notes)
+        return self.task.build_details(self.dataset, evaluation, held_out, self.held_out_note, self.notes)
 
 
 def open_trial(
@@ -94,10 +95,13 @@ def open_trial(
     model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)
     named = data if options.folder is None else None
-    notes = matched.notes() + seen_notes(adapter, matched.dataset, named, image_size(backbone))
+    seen = trained_images(adapter, matched.dataset, named, image_size(backbone))
+    notes = matched.notes() + trained_note(len(seen), len(matched.dataset), "images")
     for note in notes if processes.is_main else []:
         logger.warning("%s", note)
-    held_out, why = _open_held_out(recipe, task, data, matched, classes, options)
+    held_out, why = _open_held_out(recipe, data, matched, classes, options)
+    if held_out is not None:
+        held_out, why = _unseen(held_out, trained_images(adapter, held_out, data, image_size(backbone)))
     complete = data.on_corrupt == "error"
 
     def scoring(images: ImageDataset) -> Scoring:
@@ -116,7 +120,7 @@ def open_trial(
         untrained=untrained,
         task=task,
         dataset=matched.dataset,
-        no_temperature=why,
+        held_out_note=why,
     )
 
 
@@ -178,7 +182,6 @@ def _new_head(recipe: Recipe, model: Any, dataset: ImageDataset) -> str:
 
 def _open_held_out(
     recipe: Recipe,
-    task: ImageTask,
     data: DataSettings,
     scored: Matched,
     classes: Sequence[str],
@@ -208,3 +211,10 @@ def _open_held_out(
             f"the validation split has classes that the model does not know ({matched.dataset.source})",
         )
     return matched.dataset, ""
+
+
+def _unseen(held_out: ImageDataset, seen: Sequence[int]) -> tuple[ImageDataset | None, str]:
+    """The images to which a temperature is fitted without those that were trained on, and what is said of
+    these; None where no others are left."""
+    note = without_seen(len(seen), len(held_out), "images")
+    return (None if len(seen) == len(held_out) else without_images(held_out, seen)), note

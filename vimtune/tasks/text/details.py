@@ -19,14 +19,14 @@ from vimtune.tasks.classes.page import MAX_TEXT
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation
 from vimtune.tasks.text.scoring import Judged, TextEvaluation
-from vimtune.text import shorten
+from vimtune.text import counted, shorten
 
 
 def text_details(
     split: TextSplit,
     evaluation: Evaluation,
     held_out: Evaluation | None,
-    no_temperature: str,
+    held_out_note: str,
     notes: Sequence[str] = (),
 ) -> Details:
     """The details of an evaluation.
@@ -35,15 +35,15 @@ def text_details(
         split: the texts that were scored.
         evaluation: of these.
         held_out: of the validation split, to which a temperature is fitted where texts have classes.
-        no_temperature: why there is none.
+        held_out_note: why there is none, or what was left out of it.
         notes: what a reader has to know of the texts.
     """
     assert isinstance(evaluation, TextEvaluation)
     if split.classes:
-        temperature = Temperature(None, no_temperature)
+        temperature = Temperature(None, held_out_note)
         if held_out is not None:
-            questions, count = class_answers(held_out).questions, f"{held_out.count:,} texts"
-            temperature = temperature_of(questions, HELD_OUT, count, split.name)
+            questions, count = class_answers(held_out).questions, counted(held_out.count, "texts")
+            temperature = temperature_of(questions, HELD_OUT, count, split.name, held_out_note)
         examples = Examples("text", "texts", lambda index: split.examples[index].contexts[0])
         answers = class_answers(evaluation)
         return ClassDetails(answers, split.classes, split.name, examples, temperature, notes=notes)

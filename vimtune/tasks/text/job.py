@@ -23,7 +23,7 @@ from vimtune.data.text import (
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.runtime.seeds import derive_seed
-from vimtune.tasks.classes.calibration import CONTINUED
+from vimtune.tasks.classes.calibration import selected
 from vimtune.tasks.classes.confusion import confusion_files, confusion_title
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation, Forward, Job, Loader, Outcome, Tally, Tensors
@@ -54,7 +54,7 @@ class TextJob(Job):
 
     def details(self, outcome: Outcome) -> Details:
         """Those of a classifier, or the mistakes."""
-        return text_details(self.scored, outcome.evaluation, outcome.selection, CONTINUED)
+        return text_details(self.scored, outcome.evaluation, *selected(outcome))
 
     def result_files(self, report: Report, evaluation: Evaluation) -> dict[str, Callable[[Path], None]]:
         """The confusion matrix as a table and as a picture, where all texts have the same classes."""

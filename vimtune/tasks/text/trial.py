@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,11 @@ from vimtune.data import DatasetError, MissingSplitError
 from vimtune.data.text import TextSplit, open_text
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
+from vimtune.tasks.classes.calibration import without_seen
 from vimtune.tasks.components import EvaluateOptions
 from vimtune.tasks.details import Details
 from vimtune.tasks.job import Evaluation, Scoring, Trial
-from vimtune.tasks.origin import load_trained
+from vimtune.tasks.origin import load_trained, trained_note
 from vimtune.tasks.text.details import text_details
 from vimtune.tasks.text.heads import Head, RatingHead
 from vimtune.tasks.text.job import (
@@ -29,7 +30,7 @@ from vimtune.tasks.text.job import (
 )
 from vimtune.tasks.text.models import build_base, open_tokenizer
 from vimtune.tasks.text.scoring import TextEvaluation
-from vimtune.tasks.text.seen import seen_notes
+from vimtune.tasks.text.seen import Identity, trained_texts, unseen_part
 from vimtune.tasks.text.settings import TextDataSettings
 from vimtune.text import quote
 
@@ -45,12 +46,12 @@ class TextTrial(Trial):
 
     split: TextSplit
     """The texts."""
-    no_temperature: str
-    """Why there is no validation split to fit a temperature to, where there is none."""
+    held_out_note: str
+    """Why there is no validation split to fit a temperature to, or what was left out of it."""
 
     def details(self, evaluation: Evaluation, held_out: Evaluation | None) -> Details:
         """Those of a classifier, or the mistakes."""
-        return text_details(self.split, evaluation, held_out, self.no_temperature, self.notes)
+        return text_details(self.split, evaluation, held_out, self.held_out_note, self.notes)
 
     def examples(self, evaluation: Evaluation) -> list[dict[str, Any]]:
         """The log-likelihood of each choice, and what was chosen."""
@@ -91,7 +92,9 @@ def open_trial(
     head = head_of(task, texts)
     if adapter is not None and info is not None and info.num_classes and head.outputs is not None:
         _demand_outputs(info, adapter, head, texts)
-    notes = seen_notes(adapter, texts, task)
+    trained = trained_texts(adapter, task)
+    whole = len(texts.examples)
+    notes = trained_note(whole - len(unseen_part(texts, trained).examples), whole, "texts")
     for note in notes if processes.is_main else []:
         logger.warning("%s", note)
     model = build_base(recipe, backbone, head.outputs, task.pooling)
@@ -101,6 +104,8 @@ def open_trial(
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
     own = Scoring(loaders.scoring(texts), loaders.tallies[texts.name]())
     other, why = _open_held_out(task, data, texts, options)
+    if other is not None:
+        other, why = _unseen(other, trained)
     held_out = None
     if other is not None:
         held_out = own if other is texts else Scoring(loaders.scoring(other), loaders.tallies[other.name]())
@@ -111,7 +116,7 @@ def open_trial(
         held_out=held_out,
         split=texts,
         notes=notes,
-        no_temperature=why,
+        held_out_note=why,
     )
 
 
@@ -145,6 +150,14 @@ def _open_held_out(
     if found.classes != texts.classes:
         return None, f"the validation split has other classes ({found.source})"
     return found, ""
+
+
+def _unseen(held_out: TextSplit, trained: Collection[Identity]) -> tuple[TextSplit | None, str]:
+    """The texts to which a temperature is fitted without those that were trained on, and what is said of
+    these; None where no others are left."""
+    left, whole = unseen_part(held_out, trained), len(held_out.examples)
+    note = without_seen(whole - len(left.examples), whole, "texts")
+    return left if left.examples else None, note
 
 
 def _open(task: TextTask, data: TextDataSettings, split: str, classes: Sequence[str] | None) -> TextSplit:
