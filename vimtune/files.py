@@ -57,14 +57,17 @@ def atomic_write(
         write(temporary)
         with open(temporary, "r+b") as file:  # Windows flushes only files that may be written.
             os.fsync(file.fileno())
-        if mode is None:  # mkstemp makes private files.
-            umask = os.umask(0)
-            os.umask(umask)
-            mode = 0o666 & ~umask
-        os.chmod(temporary, mode)
+        os.chmod(temporary, usual_mode() if mode is None else mode)  # mkstemp makes private files.
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def usual_mode() -> int:
+    """The rights of new files, which the umask of the process decides."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from vimtune.files import atomic_write
+from vimtune.files import atomic_write, usual_mode
 from vimtune.parsers import given_path
 from vimtune.text import quote
 
@@ -67,7 +67,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
     Args:
         path: a folder that is empty or not there yet.
-        write: fills the folder that it is given.
+        write: fills the folder that it is given. Its files get the rights of any other new file.
 
     Raises:
         OutputError: something is there already, or the system refuses.
@@ -83,6 +83,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
             filled = Path(temporary) / "filled"
             filled.mkdir()
             write(filled)
+            for file in (each for each in filled.rglob("*") if each.is_file()):
+                file.chmod(usual_mode())  # Some libraries, such as safetensors, make private files.
             if path.exists():
                 path.rmdir()  # It is empty; Windows renames nothing to a name that is there.
             filled.replace(path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,19 @@ def test_an_adapter_goes_to_the_hub_and_back(tmp_path, made, hub, capsys):
     assert meta["library_name"] == "vimtune" and meta["pipeline_tag"] == "image-classification"
     assert "lora" in meta["tags"] and "species 3" in text and "rank: 2" in text
     assert re.search(r'pull\("me/flowers"', text)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no such rights")
+@pytest.mark.parametrize("to", ["vimtune", "peft", "merged"])
+def test_all_files_have_the_rights_of_new_files(to, tmp_path, made):
+    """Others of the group could read the card, and not the weights."""
+    before = os.umask(0o027)
+    try:
+        folder = vimtune.convert(made[0], tmp_path / "given", to=to)
+    finally:
+        os.umask(before)
+    rights = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+    assert len(rights) > 1 and set(rights.values()) == {0o640}
 
 
 def test_without_a_network(tmp_path, made, hub, monkeypatch):
