@@ -31,6 +31,7 @@ from vimtune.data import (
     load_image,
     model_preprocessing,
 )
+from vimtune.data.files import images as image_files
 from vimtune.tasks.answers import SHOWN, Prediction
 from vimtune.tasks.images.inputs import find_images
 from vimtune.tasks.images.predictor import ImagePredictor
@@ -405,6 +406,36 @@ def test_one_bad_photo_does_not_take_the_others(tmp_path, adapter, capsys, caplo
     assert "2.png" in capsys.readouterr().out
     [line] = [line for line in caplog.messages if r"00 bad\n.png" in line]
     assert line.startswith("left out ") and "1 of 4 images could not be read" in caplog.messages
+
+
+@pytest.fixture
+def without_heif(monkeypatch):
+    """Pillow as it is where no plug-in reads photos of phones."""
+    own = image_files._FORMATS["HEIF"]
+    formats = [each for each in image_files.FORMATS if each != "HEIF"]
+    monkeypatch.setattr(image_files, "FORMATS", tuple(formats))
+    kept = [each for each in image_files.EXTENSIONS if each not in own]
+    monkeypatch.setattr(image_files, "EXTENSIONS", tuple(kept))
+    monkeypatch.setattr(image_files, "_UNREADABLE", dict.fromkeys(own, "HEIF"))
+
+
+@pytest.mark.parametrize(("choice", "code"), [("report", 1), ("skip", 0), ("error", 2)])
+def test_a_photo_that_needs_a_plug_in_is_one_that_cannot_be_read(
+    tmp_path, adapter, caplog, capsys, without_heif, choice, code
+):
+    folder, output = tmp_path / "photos", tmp_path / "p.csv"
+    write_photos(folder)
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0" + bytes(60))
+    (folder / "film.mp4").touch()
+    flags = ["--adapter", str(adapter), "-o", str(output), "--on-corrupt", choice]
+    assert cli.main(["predict", str(folder), *flags]) == code
+    assert "left out in" in caplog.text and "film.mp4" in caplog.text
+    if choice == "error":
+        assert "phone.heic" in capsys.readouterr().err and not output.exists()
+        return
+    [line] = [line for line in caplog.messages if "phone.heic" in line]
+    assert line.endswith("pip install pillow-heif") and "1 of 4 images could not be read" in caplog.messages
+    assert len(read_csv(output)) == 4
 
 
 def test_error_stops_at_a_bad_photo_and_writes_nothing(tmp_path, adapter, capsys):

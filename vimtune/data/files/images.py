@@ -296,12 +296,14 @@ class FoundImages:
         left_out: other files and links, sorted, by the reason why they are not among `paths`. Hidden and
             system files and folders and the usual companions of images (.txt, .json, ...) are not counted.
         links: of what is left out because it was found already: where it was found.
+        unreadable: those reasons for leaving out that are formats of images which cannot be read here.
     """
 
     paths: list[str]
     folders: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
+    unreadable: frozenset[str] = frozenset()
 
 
 CIRCLE = "link to a folder around it"
@@ -331,7 +333,9 @@ def find_images(folder: str | os.PathLike[str]) -> FoundImages:
     walk.read(root, os.path.realpath(root))
     walk.follow_links()
     left_out = {reason: sorted(paths) for reason, paths in sorted(walk.left_out.items())}
-    return FoundImages(sorted(walk.images.values()), sorted(walk.folders.values())[1:], left_out, walk.links)
+    folders = sorted(walk.folders.values())[1:]
+    unreadable = frozenset(walk.unreadable)
+    return FoundImages(sorted(walk.images.values()), folders, left_out, walk.links, unreadable)
 
 
 def describe_left_out(left_out: dict[str, list[str]], folder: str | os.PathLike[str]) -> str:
@@ -351,6 +355,7 @@ class _Walk:
         self.folders: dict[str, str] = {}
         self.links: dict[str, str] = {}
         self.left_out: defaultdict[str, list[str]] = defaultdict(list)
+        self.unreadable: set[str] = set()  # Reasons in `left_out`.
         # A link waits here with the real path of the folder that holds it.
         self._to_follow: list[tuple[str, str]] = []
 
@@ -400,7 +405,9 @@ class _Walk:
         elif extension in EXTENSIONS:
             self.left_out["not a file"].append(path)
         elif extension in _UNREADABLE:
-            self.left_out[f"{extension}, as {cure(_UNREADABLE[extension])}"].append(path)
+            reason = f"{extension}, as {cure(_UNREADABLE[extension])}"
+            self.unreadable.add(reason)
+            self.left_out[reason].append(path)
         elif extension not in _COMPANIONS and stem not in _COMPANION_NAMES:
             self.left_out[printable(extension) or "without an extension"].append(path)
 

@@ -103,14 +103,19 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
 def images_in(folder: Path) -> list[str]:
     """The image files of a folder and its sub-folders, sorted; a warning names what is left out.
 
+    Images of formats that cannot be read here are among them, so that whoever reads them tells of them as of
+    damaged ones.
+
     Raises:
-        ValueError: there are none.
+        ValueError: there are none that can be read.
     """
     inside, shown = images.find_images(folder), quote(str(folder))
-    left_out = images.describe_left_out(inside.left_out, folder)
     if not inside.paths:
+        left_out = images.describe_left_out(inside.left_out, folder)
         also = f" It has {left_out}." if left_out else ""
         raise ValueError(f"no images in {shown}.{also} Image types: {' '.join(images.EXTENSIONS)}")
-    if left_out:
-        logger.warning("left out in %s: %s", shown, left_out)
-    return inside.paths
+    others = {reason: paths for reason, paths in inside.left_out.items() if reason not in inside.unreadable}
+    if others:
+        logger.warning("left out in %s: %s", shown, images.describe_left_out(others, folder))
+    unreadable = [path for reason in inside.unreadable for path in inside.left_out[reason]]
+    return sorted(inside.paths + unreadable)
