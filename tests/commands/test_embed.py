@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from adapter_files import make_adapter, write_photos
+from safetensors.torch import save_file
 
 from vimtune import cli
 from vimtune.commands.predict import load_predictor
@@ -81,6 +83,23 @@ def test_embeddings_are_what_the_head_of_the_model_works_on(photos) -> None:
     logits = predictor.model.get_classifier()(torch.from_numpy(found.vectors)).softmax(1).max(1).values
     best = [answer.probabilities[0] for answer in predictor.predict(images)]
     assert logits.tolist() == pytest.approx(best, abs=1e-5)
+
+
+def test_vectors_of_other_base_weights_are_not_compared(photos, tmp_path, capsys) -> None:
+    adapter, images = photos
+    base = tmp_path / "base.safetensors"
+    torch.manual_seed(5)
+    save_file(timm.create_model("test_vim", num_classes=7).state_dict(), base)
+    made = ["--adapter", str(adapter), "--device", "cpu", "--backend", "torch"]
+    others = [*made, "--checkpoint", str(base), "--force"]
+    for name, flags in {"own": made, "forced": [*made, "--force"], "other": others}.items():
+        assert cli.main(["embed", str(images), *flags, "-o", str(tmp_path / f"{name}.npz")]) == 0
+    own, forced, other = (read_embeddings(tmp_path / f"{name}.npz") for name in ("own", "forced", "other"))
+    assert own.digest == forced.digest != other.digest
+    assert cli.main(["embed", str(images), *others, "--among", str(tmp_path / "other.npz")]) == 0
+    capsys.readouterr()
+    assert cli.main(["embed", str(images), *others, "--among", str(tmp_path / "own.npz")]) == 2
+    assert "made by another model" in capsys.readouterr().err
 
 
 def test_the_command_writes_vectors_and_finds_neighbours(photos, tmp_path, capsys) -> None:

@@ -94,7 +94,8 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def to_npz(embeddings: Embeddings) -> bytes:
-    """An archive of numpy with the arrays "vectors" (N, D), "paths" (N,) and "digest".
+    """An archive of numpy with the arrays "vectors", float32 (N, D), "paths", bytes (N,), and "digest", the
+    text of `Embeddings.digest`.
 
     No other format is read back.
     """

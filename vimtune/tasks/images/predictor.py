@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
+from vimtune.adapters import AdapterFileError, AdapterInfo, base_hash, has_base, read_adapter_info
 from vimtune.data import (
     CorruptImageError,
     ImageReadError,
@@ -51,7 +51,7 @@ class ImagePredictor(Predictor):
         classes: names of the classes, one for each output.
         device: where it computes.
         backend: scan backend, see `vimtune.ops`.
-        origin: what the weights come from: files, and names of models.
+        origin: what the weights come from: files, and names of models or hashes of their weights.
     """
 
     kind: ClassVar[type[Answer]] = Prediction
@@ -274,14 +274,23 @@ def load_image_predictor(
     if not is_merged_file(path) and checkpoint is None:
         checkpoint = find_base(path, read_adapter_info(path))
     model, classes, preprocessing = open_trained(path, checkpoint, force)
+    origin: list[str | Path] = [path]
+    if force and not is_merged_file(path) and not _has_its_base(model, path):
+        origin.append(base_hash(model))  # The file says nothing of these weights, and vectors depend on them.
     return kind(
         model=model.to(device).eval(),
         transform=transform_for(model, preprocessing, path),
         classes=_classes_for(model, classes, path),
         device=device,
         backend=backend,
-        origin=[path],
+        origin=origin,
     )
+
+
+def _has_its_base(model: VisionMamba, adapter: Path) -> bool:
+    """Whether the weights below the adapter of a model are those that its file was trained on."""
+    info = read_adapter_info(adapter)
+    return has_base(model, info.base_hash, info.base_origin)
 
 
 def transform_for(model: VisionMamba, config: dict[str, Any], path: Path) -> Transform:
