@@ -651,7 +651,11 @@ def test_images_may_be_files_folders_bytes_images_and_arrays(images, adapter):
     [
         (b"nothing", r"inputs\[1\].*known format"),
         (np.zeros((2, 3, 9), "u1"), "array of uint8"),
-        (3, "is a int"),
+        (3, r"inputs\[1\] = 3: expected the path of an image or folder, bytes, a file opened as binary"),
+        (None, r"inputs\[1\] = None: expected the path"),
+        (io.StringIO("text"), r"inputs\[1\] = <_io.StringIO.*: expected the path"),
+        (io.BytesIO(b"nothing"), r"inputs\[1\].*known format"),
+        (bytearray(b"nothing"), r"inputs\[1\].*known format"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_its_place(images, adapter, wrong, told):
@@ -659,6 +663,33 @@ def test_what_is_no_picture_is_refused_with_its_place(images, adapter, wrong, to
     good = next(iter(images.rglob("*.png")))
     with pytest.raises(ValueError, match=told):
         list(predictor.predict([good, wrong]))
+
+
+@pytest.mark.parametrize("wrong", [None, 3])
+def test_what_is_neither_a_picture_nor_several_is_refused(adapter, wrong):
+    predictor = load_predictor(adapter, device="cpu", backend="torch")
+    with pytest.raises(ValueError, match=f"inputs = {wrong}: expected the path of .*; or several of these"):
+        predictor.predict(wrong)
+
+
+def test_images_may_be_open_files_and_any_bytes(images, adapter):
+    predictor = load_predictor(adapter, device="cpu", backend="torch")
+    path = next(iter(sorted(images.rglob("*.png"))))
+    content = path.read_bytes()
+    (expected,) = predictor.predict(content)
+    written = io.BytesIO()
+    written.write(content)  # It stands at its end now.
+    forms = [io.BytesIO(content), written, bytearray(content), memoryview(content)]
+    with open(path, "rb") as file:
+        several = predictor.predict([*forms, file])
+        single = [predictor.predict(each) for each in (*forms, file)]
+    found = [*several, *(answer for answers in single for answer in answers)]
+    assert len(found) == 10
+    for answer in found:
+        assert answer.probabilities == pytest.approx(expected.probabilities, abs=1e-6)
+    assert {answer.path for answer in found[5:]} == {"inputs[0]"}
+    with pytest.raises(ValueError, match=r"inputs\[0\] = .* cannot be read: .*closed file"):
+        predictor.predict([file])
 
 
 def test_a_bad_image_of_a_folder_is_left_out_with_a_warning_and_one_by_itself_is_not(

@@ -250,6 +250,18 @@ def test_counts_of_texts_are_whole_numbers(labelled, name, value):
         vimtune.load_predictor(labelled, device="cpu").predict(["x"], **{name: value})
 
 
+def test_one_text_may_stand_alone_and_what_is_none_is_refused(labelled):
+    predictor = vimtune.load_predictor(labelled, device="cpu")
+    assert list(predictor.predict("cold")) == list(predictor.predict(["cold"]))
+    assert list(predictor.predict({"text": "cold"})) == list(predictor.predict([{"text": "cold"}]))
+    for wrong, told in (
+        (None, "inputs = None: expected texts"),
+        ([b"cold"], r"inputs\[0\] = b'cold': expected"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            predictor.predict(wrong)
+
+
 def test_outputs_that_are_not_finite_are_an_error_naming_the_text(labelled):
     predictor = vimtune.load_predictor(labelled, device="cpu")
     predictor.model = lambda ids, attention_mask: torch.full((len(ids), 2), torch.nan)

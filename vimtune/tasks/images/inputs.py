@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -17,9 +18,18 @@ from vimtune.text import printable, quote
 
 logger = logging.getLogger(__name__)
 
-Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""A file or a folder by its path; the content of a file; an image of Pillow; or an array as
-`vimtune.data.files.images.read_picture` takes it."""
+Content = bytes | bytearray | memoryview
+"""What a file holds."""
+
+Picture = str | os.PathLike[str] | Content | IO[bytes] | Image.Image | np.ndarray
+"""A file or a folder by its path; the content of a file; a binary file that is open, which is read from its
+beginning where it can be rewound; an image of Pillow; or an array as `vimtune.data.files.images.read_picture`
+takes it."""
+
+_EXPECTED = (
+    "the path of an image or folder, bytes, a file opened as binary, an image of Pillow, or an array of numpy"
+)
+"""What `Picture` is, for messages."""
 
 Unreadable = CorruptImageError | ImageReadError
 """Why nothing is said of an image."""
@@ -31,7 +41,7 @@ class Asked:
 
     name: str
     """Its path, or its place among the inputs, such as "inputs[2]"."""
-    picture: Picture
+    picture: str | os.PathLike[str] | bytes | Image.Image | np.ndarray
     in_folder: bool = False
     """Whether it was found in a folder, and not named by itself: such images may be left out."""
 
@@ -51,24 +61,48 @@ def asked_about(pictures: Picture | Iterable[Picture]) -> list[Asked]:
     Raises:
         ValueError: something that is no picture, or a folder without images.
     """
-    if isinstance(pictures, str | os.PathLike | bytes | Image.Image) or (
-        isinstance(pictures, np.ndarray) and pictures.ndim < 4
-    ):
+    if _is_one(pictures):
         pictures = [pictures]
+    elif not isinstance(pictures, Iterable):
+        raise ValueError(f"inputs = {quote(pictures)}: expected {_EXPECTED}; or several of these")
     found: list[Asked] = []
     for number, picture in enumerate(pictures):
-        if isinstance(picture, bytes | Image.Image | np.ndarray):
-            found.append(Asked(f"inputs[{number}]", picture))
-        elif not isinstance(picture, str | os.PathLike):
-            raise ValueError(
-                f"inputs[{number}] is a {type(picture).__name__}: expected the path of an image or a folder, "
-                "bytes, an image of Pillow, or an array of numpy"
-            )
+        if not isinstance(picture, str | os.PathLike):
+            name = f"inputs[{number}]"
+            found.append(Asked(name, _in_memory(picture, name)))
         elif os.path.isdir(picture):
             found += [Asked(path, path, in_folder=True) for path in images_in(Path(picture))]
         else:
             found.append(Asked(os.fspath(picture), picture))
     return found
+
+
+def _is_one(pictures: Picture | Iterable[Picture]) -> TypeGuard[Picture]:
+    """Whether this is one picture, although it may have parts, as an open file has lines."""
+    if isinstance(pictures, np.ndarray):
+        return pictures.ndim < 4
+    return isinstance(pictures, str | os.PathLike | Content | Image.Image) or hasattr(pictures, "read")
+
+
+def _in_memory(picture: Any, name: str) -> bytes | Image.Image | np.ndarray:
+    """A picture that has no path. Files are read at once, because they may be closed before their turn.
+
+    Raises:
+        ValueError: it is none; `name` is what the message calls it.
+    """
+    if isinstance(picture, Image.Image | np.ndarray):
+        return picture
+    content = picture
+    if hasattr(picture, "read"):
+        try:
+            if getattr(picture, "seekable", bool)():
+                picture.seek(0)
+            content = picture.read()
+        except (OSError, ValueError) as error:  # The latter is what a closed file raises.
+            raise ValueError(f"{name} = {quote(picture)} cannot be read: {printable(str(error))}") from error
+    if not isinstance(content, Content):
+        raise ValueError(f"{name} = {quote(picture)}: expected {_EXPECTED}")
+    return bytes(content)
 
 
 def leave_out_of_folder(asked: Asked, error: Unreadable) -> None:

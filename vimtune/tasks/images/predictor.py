@@ -101,8 +101,8 @@ class ImagePredictor(Predictor):
 
         Args:
             inputs: one image or several: paths of files, of folders, whose images are classified in sorted
-                order, bytes, images of Pillow, arrays (see `Picture`). What has no path is called by its
-                place, such as "inputs[2]".
+                order, bytes, open binary files, images of Pillow, arrays (see `Picture`). What has no path is
+                called by its place, such as "inputs[2]".
             top_k: classes per image; all of them if there are fewer.
             batch_size: images that go through the model together.
             on_corrupt: called for an image that cannot be decoded or read, which is then left out. None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -62,7 +62,7 @@ class TextPredictor(Predictor):
 
     def predict(
         self,
-        inputs: Sequence[str | Mapping[str, Any]],
+        inputs: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
         /,
         *,
         top_k: int = 3,
@@ -72,8 +72,8 @@ class TextPredictor(Predictor):
         """Answer in order.
 
         Args:
-            inputs: texts, or entries with the fields that a line of the task's files has. The answer may be
-                left out of an entry; it is not looked at.
+            inputs: texts, or entries with the fields that a line of the task's files has; or one of these.
+                The answer may be left out of an entry; it is not looked at.
             top_k: classes or choices that are named for each; all of them if there are fewer.
             batch_size: inputs that go through the model together.
             max_new_tokens: the most tokens of a completion.
@@ -85,7 +85,7 @@ class TextPredictor(Predictor):
         check_counts(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
         options = TextPredictOptions(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
         lines: list[Line] = []
-        for number, given in enumerate(inputs, 1):
+        for number, given in enumerate(_several(inputs), 1):
             place = f"input {number}"
             if isinstance(given, str):
                 lines.append(self.form.entry(place, given))
@@ -118,6 +118,24 @@ class TextPredictor(Predictor):
     @abstractmethod
     def _batch(self, encoder: Encoder, asked: Sequence[Any], options: TextPredictOptions) -> Sequence[Answer]:
         """The answers to one batch of questions, or of prompts."""
+
+
+def _several(inputs: Any) -> list[str | Mapping[str, Any]]:
+    """The texts and entries that a user gives.
+
+    Raises:
+        ValueError: something else, or something else among them.
+    """
+    expected = "texts, or entries with the fields of a line of the task's files"
+    if isinstance(inputs, str | Mapping):
+        return [inputs]
+    if not isinstance(inputs, Iterable):
+        raise ValueError(f"inputs = {quote(inputs)}: expected {expected}")
+    found = list(inputs)
+    for number, given in enumerate(found):
+        if not isinstance(given, str | Mapping):
+            raise ValueError(f"inputs[{number}] = {quote(given)}: expected {expected}")
+    return found
 
 
 @dataclass(kw_only=True)
