@@ -59,6 +59,19 @@ def test_an_adapter_minus_itself_is_its_base_with_its_head(tmp_path, made):
     assert info.method == "lora" and (logits(output) - logits(run)).abs().max() > 1e-3
 
 
+def test_the_refusal_of_other_base_weights_names_the_flag(tmp_path, made, capsys):
+    make_adapter(tmp_path / "other.safetensors", rank=2, seed=5)
+    given = [
+        str(made[0] / "run1"),
+        str(tmp_path / "other.safetensors"),
+        "-o",
+        str(tmp_path / "soup.safetensors"),
+    ]
+    assert cli.main(["combine", *given]) == 2
+    assert "(on the command line: --checkpoint, or --force)" in capsys.readouterr().err
+    assert cli.main(["combine", *given, "--force"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

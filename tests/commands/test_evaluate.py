@@ -181,6 +181,8 @@ def test_classification_heads_are_scored_as_in_the_run(task, tmp_path):
         origin = found["temperature_origin"]  # All answers to three texts may be right.
         assert ("fitted to the" if found["temperature"] else "are all but right") in origin
         assert found["macro_f1"] is not None
+        page = (tmp_path / "run" / "report.html").read_text()
+        assert "accuracy is " in page and "op-1" not in page.partition("data:image")[0]
         assert "The confusion matrix." in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -495,6 +497,30 @@ def test_a_folder_is_scored_by_an_adapter_that_does_not_say_where_its_photos_wer
     assert named.scores["temperature"] == of_run.scores["temperature"] is not None
     with pytest.raises(ValueError, match="needs data_dir: the folder of your images"):
         vimtune.evaluate(alone)
+
+
+def test_where_there_is_no_test_split_another_one_is_named(own_photos, tmp_path, no_pictures):
+    names = sorted(path.relative_to(own_photos / "photos") for path in (own_photos / "photos").rglob("*.png"))
+    lines = [f"{name.as_posix()},{name.parts[0]},{'val' if name.stem == '7' else 'train'}" for name in names]
+    data = tmp_path / "data"
+    shutil.copytree(own_photos / "photos", data)
+    (data / "labels.csv").write_text("\n".join(["path,label,split", *lines]))
+    keys = {**IMAGES, "dataset": "csv", "data_dir": str(data), "dataset_kwargs": {}}
+    train(Recipe(**keys, output_dir=str(tmp_path / "run")))
+    told = "has no test images: no row is one of test. To score the validation split instead: --split val"
+    with pytest.raises(ValueError, match=told):
+        vimtune.evaluate(tmp_path / "run")
+    assert vimtune.evaluate(tmp_path / "run", split="val").scores["count"] == 3
+
+
+def test_own_texts_without_a_test_file_have_a_validation_split(tmp_path):
+    require_transformers()
+    data = write_different("text", tmp_path / "data")
+    (data / TASKS.get("text").form.files["test"][0]).unlink()
+    train(Recipe(**SETTINGS, task="text", data_dir=str(data), output_dir=str(tmp_path / "run")))
+    with pytest.raises(ValueError, match=r"no file of the split 'test'.*: --split val$"):
+        vimtune.evaluate(tmp_path / "run")
+    assert vimtune.evaluate(tmp_path / "run", split="val").scores["count"] == 3
 
 
 def test_a_split_that_the_run_took_to_train_on_is_told(tmp_path, no_pictures):

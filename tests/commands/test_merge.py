@@ -265,10 +265,16 @@ def test_a_file_of_another_kind_says_what_it_is(tmp_path, adapter, merged, capsy
     [photo, *_] = write_photos(tmp_path / "photos")
     plain = tmp_path / "plain.safetensors"
     save_file(timm.create_model("test_vim").state_dict(), plain)
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html>")
     for command, words in (
         (["merge", str(merged), "-o", str(tmp_path / "again.safetensors")], "is merged already"),
         (["merge", str(plain), "-o", str(tmp_path / "again.safetensors")], "adapter file"),
         (["predict", str(photo), "--adapter", str(plain)], "reads plain weights"),
+        (
+            ["predict", str(photo), "--adapter", str(page)],
+            "page.html is no adapter file; expected the folder of",
+        ),
         (["predict", str(photo), "--adapter", str(merged), "--checkpoint", str(plain)], "is a merged file"),
         (["predict", str(photo), "--adapter", str(adapter), "--checkpoint", str(adapter)], "is an adapter"),
     ):

@@ -54,6 +54,9 @@ from vimtune.text import counted, printable, quote, suggest
 PLAIN_WEIGHTS = "load_checkpoint (--checkpoint) reads plain weights"
 """What to do with a file that is no adapter, for messages."""
 
+OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""Endings by which files of torch are known, which may hold plain weights."""
+
 
 def save_adapter(
     model: nn.Module,
@@ -146,6 +149,9 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
     try:
         metadata, tensors = read_metadata(path), read_tensors(path) if with_tensors else {}
     except SafetensorError as error:
+        if path.suffix.lower() not in (".safetensors", *OF_TORCH):
+            expected = f"expected the folder of a run, or its {ADAPTER_FILE}"
+            raise AdapterFileError(f"{printable(str(path))} is no adapter file; {expected}") from error
         other = "" if path.suffix == ".safetensors" else f"; {PLAIN_WEIGHTS}"
         raise AdapterFileError(f"{shown} is truncated or not a safetensors file ({error}){other}") from error
     except OSError as error:
@@ -245,7 +251,7 @@ def demand_architecture(model: nn.Module, path: str | Path, info: AdapterInfo, f
     if differences and not force:
         raise OtherBaseError(
             f"{printable(str(path))} was trained on {info.model['name']}, and this model is another: "
-            f"{'; '.join(differences)}. Create that model, or pass force=True"
+            f"{'; '.join(differences)}. Create that model, or pass force=True (on the command line: --force)"
         )
 
 
@@ -254,7 +260,7 @@ def other_base(path: str | Path, info: AdapterInfo) -> OtherBaseError:
     of = f" of {info.model['name']}" if info.model else ""
     return OtherBaseError(
         f"{printable(str(path))} was trained on other base weights{of} than this model has. Load the "
-        "same pretrained weights first, or pass force=True"
+        "same pretrained weights first, or pass force=True (on the command line: --checkpoint, or --force)"
     )
 
 

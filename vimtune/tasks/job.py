@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vimtune.data.errors import MissingSplitError
 from vimtune.tasks.details import Details
 
 if TYPE_CHECKING:
@@ -269,6 +270,11 @@ class Scoring(NamedTuple):
     """An empty one."""
 
 
+def no_test_split(error: MissingSplitError) -> MissingSplitError:
+    """The refusal to score a test split that is not there, with what can be scored in its place."""
+    return MissingSplitError(f"{str(error).rstrip('.')}. To score the validation split instead: --split val")
+
+
 @dataclass
 class Trial:
     """A task's model on a split whose scores are asked for, without any training."""
@@ -280,7 +286,7 @@ class Trial:
     """An empty one."""
     held_out: Scoring | None = None
     """The validation split, where something is to be fitted to it, such as a temperature. Where it is scored
-    itself, it has the very loader and tally of this trial."""
+    itself, as a whole, it has the very loader and tally of this trial."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the scores has to know, in whole sentences."""
     untrained: str = ""

@@ -17,9 +17,7 @@ from vimtune import parsers
 from vimtune.adapters import (
     AdapterFileError,
     AdapterInfo,
-    OtherBaseError,
     has_replaced,
-    load_adapter,
     read_adapter_info,
     replaced_paths,
 )
@@ -241,22 +239,10 @@ def trained_note(count: int, whole: int, plural: str) -> list[str]:
     return [f"{share} {plural} were trained on by this run: their scores say little about new {plural}."]
 
 
-def load_trained(model: nn.Module, adapter: Path, force: bool) -> None:
-    """`vimtune.load_adapter` for a command: the refusal of a base says which flags help.
-
-    Raises:
-        AdapterFileError: the adapter does not fit the model, or was trained on other base weights.
-    """
-    try:
-        load_adapter(model, adapter, force=force)
-    except OtherBaseError as error:
-        raise OtherBaseError(f"{error} (on the command line: --checkpoint, or --force)") from error
-
-
 def check_replaced(model: nn.Module, adapter: Path, force: bool) -> None:
     """Check that the base weights which an adapter replaces are those that its training began with.
 
-    Its answers do not depend on them, so `load_trained` accepts any. What training has changed does.
+    Its answers do not depend on them, so `load_adapter` accepts any. What training has changed does.
 
     Args:
         model: a model with the adapter on its base weights.

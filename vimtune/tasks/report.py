@@ -167,10 +167,11 @@ class ScoreReport(Report):
         }
 
     def score_rows(self) -> Iterator[tuple[str, str]]:
-        """A row for each score, then the loss."""
+        """A row for each score that there is, then the loss."""
         for score in TASKS.get(self.task).scores:
             value = self.scores[score.name]
-            yield f"{score.title} ({self.split})", "none" if value is None else score.show(value)
+            if value is not None:  # One that these texts do not have, such as accuracy per character.
+                yield f"{score.title} ({self.split})", score.show(value)
         yield from super().score_rows()
 
     def selected_by(self) -> str:

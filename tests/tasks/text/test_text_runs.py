@@ -107,6 +107,7 @@ def test_weights_of_a_file_in_bf16_are_trained_in_fp32(tmp_path):
 
 def test_a_classifier_keeps_the_names_of_its_classes(tmp_path):
     report = train(recipe("text", tmp_path, head="classifier", pooling="mean", epochs=8, lr=1e-2))
+    assert [name for name, _ in report.rows()][:2] == ["accuracy (test)", "loss (test)"]  # no other score
     assert read_adapter_info(tmp_path / "run" / "adapter.safetensors").classes == ["summer", "winter"]
     assert report.scores == {"acc": 100.0, "acc_norm": None} and report.rate_unit == "ex"
 

@@ -153,7 +153,7 @@ def _layout(rows: Sequence[Row], classes: Sequence[str], several: bool) -> Layou
     labels = {row.path: tuple(sorted(number[name] for name in row.labels)) for row in rows}
     often = Counter(label for own in labels.values() for label in own)
     tags = labels if several else None
-    layout = Layout(list(classes), tags=tags, missing="no {split} images{unused}: no row says so.")
+    layout = Layout(list(classes), tags=tags, missing="no {split} images{unused}: no row is one of {split}.")
     for row in sorted(rows, key=lambda row: row.path):
         rarest = min(labels[row.path], key=lambda label: (often[label], label), default=-1)
         layout.parts.setdefault(row.split, []).append((row.path, rarest))

@@ -46,6 +46,8 @@ class Examples:
     """Names an example by its number in the split."""
     load: Callable[[int], Image.Image] | None = None
     """Gives an image by its number in the split; None for texts."""
+    share: str = "top-1"
+    """What the share of right answers is called."""
 
 
 def macro_row(by_class: Sequence[ClassScores], split: str) -> Iterator[tuple[str, str]]:

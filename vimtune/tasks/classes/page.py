@@ -33,13 +33,13 @@ def _score_section(details: ClassDetails) -> Section:
     share = 100.0 * right / max(1, count)
     f1 = macro_f1(details.by_class)
     of = "" if f1 is None else f" Macro F1 is {f1:.2f} %."
-    plural = details.examples.plural
+    plural, name = details.examples.plural, details.examples.share
     return Section(
         title="Scores",
-        explanation="Top-1 is the share of right answers. F1 of a class is the harmonic mean of its "
-        "precision and its recall, and macro F1 the mean over the classes, in which a small class counts "
-        "as much as a large one. Classes that nothing is of and nothing was taken for do not count.",
-        findings=[f"Of {count:,} {plural} {right:,} are right: top-1 is {share:.2f} %.{of}", *details.notes],
+        explanation=f"{name.capitalize()} is the share of right answers. F1 of a class is the harmonic mean "
+        "of its precision and its recall, and macro F1 the mean over the classes, in which a small class "
+        "counts as much as a large one. Classes that nothing is of and nothing was taken for do not count.",
+        findings=[f"Of {count:,} {plural} {right:,} are right: {name} is {share:.2f} %.{of}", *details.notes],
         numbers={},
     )
 

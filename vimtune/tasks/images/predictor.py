@@ -17,7 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vimtune.adapters import AdapterFileError, AdapterInfo, base_hash, has_base, read_adapter_info
+from vimtune.adapters import (
+    AdapterFileError,
+    AdapterInfo,
+    base_hash,
+    has_base,
+    load_adapter,
+    read_adapter_info,
+)
 from vimtune.data import (
     CorruptImageError,
     ImageReadError,
@@ -36,7 +43,7 @@ from vimtune.tasks.components import PredictOptions
 from vimtune.tasks.images.embeddings import Embeddings
 from vimtune.tasks.images.inputs import Asked, Picture, Unreadable, asked_about, leave_out_of_folder
 from vimtune.tasks.images.settings import ImagePredictOptions
-from vimtune.tasks.origin import Origin, find_base, load_trained
+from vimtune.tasks.origin import Origin, find_base
 from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
 from vimtune.text import quote
 
@@ -244,7 +251,7 @@ def open_trained(
         return model, merged.classes, merged.preprocessing
     info = read_adapter_info(path)
     model = build_base(info, checkpoint)
-    load_trained(model, path, force)
+    load_adapter(model, path, force=force)
     return model, info.classes, info.preprocessing
 
 

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimtune.data import DatasetError, ImageDataset, Transform, build_transform, model_preprocessing
+from vimtune.data import (
+    DatasetError,
+    ImageDataset,
+    MissingSplitError,
+    Transform,
+    build_transform,
+    model_preprocessing,
+)
 from vimtune.data.matching import Matched, match_classes
 from vimtune.data.own.labelled_folder import LabelledFolder
 from vimtune.models import MODELS
@@ -28,7 +35,7 @@ from vimtune.tasks.images.predictor import open_trained, transform_for
 from vimtune.tasks.images.seen import trained_images, without_images
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageEvaluateOptions
 from vimtune.tasks.images.task import ImageTask
-from vimtune.tasks.job import Evaluation, Scoring, Trial
+from vimtune.tasks.job import Evaluation, Scoring, Trial, no_test_split
 from vimtune.tasks.origin import trained_note
 from vimtune.text import quote
 
@@ -88,7 +95,7 @@ def open_trial(
     data, backbone = recipe.data, recipe.backbone
     assert isinstance(data, DataSettings) and isinstance(backbone, BackboneSettings)
     if options.folder is None:
-        dataset = open_dataset(data, split, image_size(backbone))
+        dataset = _open_split(data, split, image_size(backbone))
     else:
         dataset = LabelledFolder(Path(options.folder))
     demand_labels(task, dataset)
@@ -122,6 +129,16 @@ def open_trial(
         dataset=matched.dataset,
         held_out_note=why,
     )
+
+
+def _open_split(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:
+    """The images of a split to score; where there is no test split, the refusal says what there is."""
+    try:
+        return open_dataset(data, split, img_size)
+    except MissingSplitError as error:
+        if split == "test":
+            raise no_test_split(error) from error
+        raise
 
 
 def _open_model(

@@ -44,7 +44,9 @@ def text_details(
         if held_out is not None:
             questions, count = class_answers(held_out).questions, counted(held_out.count, "texts")
             temperature = temperature_of(questions, HELD_OUT, count, split.name, held_out_note)
-        examples = Examples("text", "texts", lambda index: split.examples[index].contexts[0])
+        examples = Examples(
+            "text", "texts", lambda index: split.examples[index].contexts[0], share="accuracy"
+        )
         answers = class_answers(evaluation)
         return ClassDetails(answers, split.classes, split.name, examples, temperature, notes=notes)
     if any(len(example.choices) < 2 for example in split.examples):

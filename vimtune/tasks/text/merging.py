@@ -13,11 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vimtune import adapters
-from vimtune.adapters import read_adapter_info
+from vimtune.adapters import load_adapter, read_adapter_info
 from vimtune.ops import use_backend
 from vimtune.output import write_folder
 from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
-from vimtune.tasks.origin import load_trained
 from vimtune.tasks.text.job import settings_of
 from vimtune.tasks.text.models import language_model, open_tokenizer
 from vimtune.tasks.text.predictor import recipe_for
@@ -58,7 +57,7 @@ def merge_texts(
     recipe = recipe_for(task, adapter, base)
     _, backbone = settings_of(recipe)
     model = language_model(recipe, backbone)
-    load_trained(model, adapter, force)
+    load_adapter(model, adapter, force=force)
     tokenizer = open_tokenizer(backbone, model, read_adapter_info(adapter), force)
     model = model.to(device).eval()
     generator = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
+from vimtune.adapters import AdapterFileError, AdapterInfo, load_adapter, read_adapter_info
 from vimtune.data.text import Example, Line, TextFormat
 from vimtune.fields import options_of
 from vimtune.language.refusals import StatesRefused
@@ -23,7 +23,7 @@ from vimtune.ops import use_backend
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.tasks.answers import Answer, Choice, Completion
 from vimtune.tasks.components import PredictOptions
-from vimtune.tasks.origin import load_trained, recipe_of_adapter
+from vimtune.tasks.origin import recipe_of_adapter
 from vimtune.tasks.predictor import LeftOut, Predictor, check_counts
 from vimtune.tasks.text.heads import ClassHead, Head, LikelihoodHead, RatingHead
 from vimtune.tasks.text.job import settings_of
@@ -241,7 +241,7 @@ def open_predictor(
         model: Any = language_model(recipe, backbone)
     else:
         model = build_base(recipe, backbone, head.outputs, task.pooling)
-    load_trained(model, adapter, force)
+    load_adapter(model, adapter, force=force)
     tokenizer = open_tokenizer(backbone, model, info, force)
     shared: dict[str, Any] = {
         "model": model.to(device).eval(),

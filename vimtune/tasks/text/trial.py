@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vimtune.adapters import AdapterFileError, AdapterInfo, read_adapter_info
+from vimtune.adapters import AdapterFileError, AdapterInfo, load_adapter, read_adapter_info
 from vimtune.data import DatasetError, MissingSplitError
 from vimtune.data.text import TextSplit, open_text
 from vimtune.recipe import Recipe
@@ -16,8 +16,8 @@ from vimtune.runtime.distributed import Processes
 from vimtune.tasks.classes.calibration import without_seen
 from vimtune.tasks.components import EvaluateOptions
 from vimtune.tasks.details import Details
-from vimtune.tasks.job import Evaluation, Scoring, Trial
-from vimtune.tasks.origin import load_trained, trained_note
+from vimtune.tasks.job import Evaluation, Scoring, Trial, no_test_split
+from vimtune.tasks.origin import trained_note
 from vimtune.tasks.text.details import text_details
 from vimtune.tasks.text.heads import Head, RatingHead
 from vimtune.tasks.text.job import (
@@ -99,7 +99,7 @@ def open_trial(
         logger.warning("%s", note)
     model = build_base(recipe, backbone, head.outputs, task.pooling)
     if adapter is not None:
-        load_trained(model, adapter, force)
+        load_adapter(model, adapter, force=force)
     tokenizer = open_tokenizer(backbone, model, info, force)
     loaders = Loaders(recipe, task, head, tokenizer, data.max_length, processes)
     own = Scoring(loaders.scoring(texts), loaders.tallies[texts.name]())
@@ -164,9 +164,15 @@ def _open(task: TextTask, data: TextDataSettings, split: str, classes: Sequence[
     """The texts; their classes are those of the adapter, or else of the training file where there is one."""
     if split == "val":
         return open_splits(task, data)[1]
-    if classes is None and (data.train_file is not None or data.data_dir is not None):
+    has_own = data.train_file is not None or data.data_dir is not None
+    if classes is None and has_own:
         try:
             classes = open_text(task.form, "train", folder=data.data_dir, file=data.train_file).classes
         except MissingSplitError:
             classes = None  # those of the file itself
-    return open_test(task, data, classes)
+    try:
+        return open_test(task, data, classes)
+    except MissingSplitError as error:
+        if has_own:
+            raise no_test_split(error) from error
+        raise
