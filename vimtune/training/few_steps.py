@@ -41,8 +41,8 @@ def few_steps_warning(recipe: Recipe, train: Loader, steps: int) -> str | None:
         advice += f", or --batch-size {batch_size} ({more} steps in {counted(settings.epochs, 'epochs')})"
     return (
         f"the run was over after {counted(steps, 'optimizer steps')}, {per_epoch} in each epoch of "
-        f"{train.num_examples:,} training {recipe.task.examples}: hardly enough to learn from, because "
-        f"adapters begin without effect and a new head at random. For at least {ENOUGH} steps give {advice}"
+        f"{train.num_examples:,} training {recipe.task.examples}: hardly enough to learn from. "
+        f"For at least {ENOUGH} steps give {advice}"
     )
 
 
