@@ -21,6 +21,7 @@ from stand_in_hub import stand_in
 import vimtune
 from vimtune import cli
 from vimtune.exchange import hub as hub_files
+from vimtune.exchange.base import code_for_base
 from vimtune.exchange.card import write_card
 from vimtune.exchange.formats import FORMATS
 from vimtune.exchange.hub import HubError
@@ -172,6 +173,45 @@ def test_a_card_says_what_is_passed_on(tmp_path, method, to, sentence):
     assert shown(sentence) in text
     words = [word.lower() for word in re.findall(r"\w+", said)]
     assert ("adapter" in words) == sentence.startswith("Adapter")
+
+
+def test_the_card_of_the_format_of_peft_says_how_it_is_loaded(tmp_path):
+    pytest.importorskip("peft", reason="HF peft is not installed")
+    model = make_adapter(
+        tmp_path / "adapter.safetensors", model="vim_nano_patch8_64.tiny_in200", pretrained=True, rank=2
+    )
+    folder = vimtune.convert(tmp_path / "adapter.safetensors", tmp_path / "loaded", to="peft")
+    _, text = card_of(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    namespace: dict = {}
+    exec(code.replace("OWNER/loaded", str(folder)), namespace)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        torch.testing.assert_close(namespace["model"].eval()(images), model(images), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"checkpoint": "weights.pth"},
+            "# It was trained on weights of its own, 'weights.pth': vimtune",
+        ),
+        ({"pretrained": False}, "# It was trained on random weights, which are not to be had again"),
+    ],
+)
+def test_the_card_of_the_format_of_peft_names_other_base_weights(values, said, tmp_path):
+    make_adapter(tmp_path / "adapter.safetensors", rank=2)
+
+    def change(info):
+        info["extra"]["recipe"] |= values
+
+    rewrite(tmp_path / "adapter.safetensors", change)
+    code = code_for_base(vimtune.read_adapter_info(tmp_path / "adapter.safetensors"))
+    assert said in code and "timm.create_model('test_vim', " in code and "pretrained=False" in code
+    recipe = {"task": "text", "model": "state-spaces/mamba-130m-hf", **values}
+    texts = vimtune.AdapterInfo("lora", {"lora": {}}, None, None, 0, "", {}, extra={"recipe": recipe})
+    assert "AutoModelForCausalLM.from_pretrained('state-spaces/mamba-130m-hf')" in code_for_base(texts)
 
 
 def shown(text: str) -> str:

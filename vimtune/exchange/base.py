@@ -35,6 +35,36 @@ def base_on_hub(info: AdapterInfo) -> str | None:
     return found if found is not None and REPOSITORY.fullmatch(found) else None
 
 
+def code_for_base(info: AdapterInfo) -> str:
+    """Python that makes `base_model`, the model that an adapter was trained on, for programs that do not read
+    that from the adapter file itself."""
+    recipe = shared_recipe(info)
+    published = bool(recipe.get("pretrained", True)) and not recipe.get("checkpoint")
+    if info.model:
+        options = {**info.model["kwargs"], "pretrained": published, "num_classes": info.num_classes}
+        arguments = ", ".join(
+            [repr(info.model["name"]), *(f"{name}={value!r}" for name, value in options.items())]
+        )
+        lines = [
+            "import timm",
+            "import vimtune  # which adds its models to those of timm",
+            f"base_model = timm.create_model({arguments})",
+        ]
+        loads = "vimtune.load_checkpoint(base_model, ...)"
+    else:
+        name = base_on_hub(info) or recipe.get("model") or "..."
+        lines = [
+            "from transformers import AutoModelForCausalLM",
+            f"base_model = AutoModelForCausalLM.from_pretrained({name!r})",
+        ]
+        loads = "give their folder instead of that name"
+    if recipe.get("checkpoint"):
+        lines.append(f"# It was trained on weights of its own, {str(recipe['checkpoint'])!r}: {loads}")
+    elif not published:
+        lines.append("# It was trained on random weights, which are not to be had again")
+    return "\n".join(lines)
+
+
 def _of_images(name: str) -> str | None:
     """The repository of the weights that a model of images has by itself."""
     if weights_of(name) is not None:

@@ -111,12 +111,13 @@ class PeftFormat(Format):
     files = ("adapter_config.json", "adapter_model.safetensors")
 
     def write(self, source: Source, folder: Path) -> str:
-        from vimtune.exchange.base import base_on_hub
+        from vimtune.exchange.base import base_on_hub, code_for_base
         from vimtune.exchange.peft.files import save_peft
 
         opened: Any = _opened(source)
         save_peft(opened.model, folder, base_model=base_on_hub(source.info))
-        return 'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
+        loading = 'from peft import PeftModel\nmodel = PeftModel.from_pretrained(base_model, "{place}")'
+        return f"{code_for_base(source.info)}\n{loading}"
 
 
 class MergedFormat(Format):
