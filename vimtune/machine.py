@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,17 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def missing_requirements(package: str) -> list[str]:
+    """Distributions that an installed one requires without any extra and that are not there, as in a thin
+    installation (`pip install --no-deps`)."""
+    try:
+        requirements = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:  # It runs from a copy of its sources.
+        return []
+    names = (re.match(r"[\w.-]+", each) for each in requirements if "extra" not in each.partition(";")[2])
+    return [name[0] for name in names if name is not None and installed_version(name[0]) is None]
 
 
 def processor_name() -> str:

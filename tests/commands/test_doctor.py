@@ -162,6 +162,22 @@ def test_advice_on_a_machine_with_a_gpu(monkeypatch, packages, nvcc):
     assert ("needs nvcc" in advice) == ("mamba-ssm" not in packages and nvcc is None)
 
 
+def test_packages_that_a_thin_installation_lacks_are_named(monkeypatch):
+    requirements = ["torch<3,>=2.11", "matplotlib<4,>=3.8", "annotated-types", 'optuna; extra == "search"']
+    there = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "requires", lambda package: requirements)
+    assert "matplotlib" not in "\n".join(doctor.install_advice())
+
+    def version(name):
+        if name in ("matplotlib", "annotated-types", "optuna"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    first = doctor.install_advice()[0]
+    assert first.endswith("not installed:\n    pip install matplotlib annotated-types")
+
+
 def test_a_backend_of_a_users_own_says_what_it_needs(backends):
     class Mine(Backend):
         name = "mine"

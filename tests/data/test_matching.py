@@ -88,5 +88,9 @@ def test_images_without_a_class_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "loose.png")
     with pytest.raises(DatasetError, match="has 1 images beside no class folder"):
         LabelledFolder(tmp_path)
+    (tmp_path / "labels.csv").touch()
+    told = r"and 'labels.csv', which --dataset csv --data-dir .* reads; expected"
+    with pytest.raises(DatasetError, match=told):
+        LabelledFolder(tmp_path)
     with pytest.raises(DatasetError, match="there is no such folder"):
         LabelledFolder(tmp_path / "nothing")

@@ -23,7 +23,7 @@ from torch import Tensor
 from vimtune import __version__, ops
 from vimtune.backends import BACKENDS, REFERENCE
 from vimtune.console import build_console
-from vimtune.machine import installed_version, processor_name, usable_cores
+from vimtune.machine import installed_version, missing_requirements, processor_name, usable_cores
 from vimtune.ops import reference
 from vimtune.ops.cpu import build
 from vimtune.text import printable, shorten
@@ -204,8 +204,11 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def install_advice() -> list[str]:
-    """What would make this machine faster: one reason and one command per entry."""
+    """What is missing or would make this machine faster: one reason and one command per entry."""
     advice = []
+    if missing := missing_requirements("vimtune"):
+        reason = "train, evaluate and other commands need packages that are not installed"
+        advice.append(f"{reason}:\n    pip install {' '.join(missing)}")
     if has_nvidia_gpu() and not torch.cuda.is_available():
         if torch.version.cuda is None:
             reason = "this torch is a CPU build, but the machine has an NVIDIA GPU"

@@ -80,9 +80,9 @@ def read_tables(root: Path, *, file: str | None, images: str | None, columns: Co
     notes = layout.notes[next(split for split in _USUAL if split in layout.parts)]
     notes += label_notes(rows, meaning)
     notes += [f"not used: {quote(files[split].name)}, which has no column of labels" for split in unlabelled]
-    if file is None and (others := _other_tables(root, files.values())):
-        used = name_some(path.name for path in files.values())
-        notes.append(f"not used: {name_some(others)} beside {used}")
+    used = [path.name for path in files.values()]
+    if file is None and (others := [name for name in tables_in(root) if name not in used]):
+        notes.append(f"not used: {name_some(others)} beside {name_some(used)}")
     if unused := there.unused():
         shown = printable(os.path.relpath(unused[0], root))
         notes.append(f"not used: {len(unused)} images that no row names (such as {shown})")
@@ -112,11 +112,9 @@ def _find(root: Path, file: str | None) -> dict[str, Path]:
     return there
 
 
-def _other_tables(root: Path, used: Iterable[Path]) -> list[str]:
-    """The files with usual names in a folder beside those that are used."""
-    known = {path.name for path in used}
-    names = (name for names in _USUAL.values() for name in names)
-    return [name for name in names if name not in known and (root / name).is_file()]
+def tables_in(root: Path) -> list[str]:
+    """The files in a folder that have usual names of tables of labels."""
+    return [name for names in _USUAL.values() for name in names if (root / name).is_file()]
 
 
 def _below(root: Path, name: str, what: str) -> Path:

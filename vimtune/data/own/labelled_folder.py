@@ -8,6 +8,7 @@ from pathlib import Path
 from vimtune.data.base import FileDataset
 from vimtune.data.errors import DatasetError
 from vimtune.data.files.images import EXTENSIONS, describe_left_out, find_images
+from vimtune.data.own.label_tables import tables_in
 from vimtune.data.own.layout import split_of
 from vimtune.text import name_some, quote
 
@@ -34,6 +35,8 @@ class LabelledFolder(FileDataset):
         if not inside:
             has = f"{loose} images beside no class folder" if loose else "no images"
             also = f"; left out: {left_out}" if left_out else ""
+            if tables := tables_in(root):
+                also += f", and {name_some(tables)}, which --dataset csv --data-dir {shown} reads"
             raise DatasetError(
                 f"--folder {shown} has {has}{also}; expected {shown}/<class>/*.jpg. Image types: "
                 f"{' '.join(EXTENSIONS)}"
