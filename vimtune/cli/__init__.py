@@ -27,7 +27,7 @@ from vimtune.cli import (
     train,
 )
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
-from vimtune.machine import wait_asleep
+from vimtune.machine import spin_briefly
 from vimtune.text import quote, suggest
 
 COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
@@ -75,7 +75,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def _run(action: Callable[[Sequence[str]], int], arguments: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     prepare_streams()
-    wait_asleep()
+    spin_briefly()
     return run_guarded(lambda: action(arguments), show_traceback="--traceback" in arguments)
 
 
