@@ -50,43 +50,18 @@ class OptimizerKind:
         return dict.fromkeys(self.tensors, True) | dict.fromkeys(numbers, False)
 
 
+def _like_adam(summary: str, betas: tuple[float, float] = (0.9, 0.999)) -> OptimizerKind:
+    """An optimizer that keeps what Adam keeps."""
+    return OptimizerKind(summary=summary, betas=betas, tensors=("exp_avg", "exp_avg_sq"), counts_steps=True)
+
+
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(
-        summary="Adam with decoupled weight decay (Loshchilov & Hutter 2019)",
-        betas=(0.9, 0.999),
-        tensors=("exp_avg", "exp_avg_sq"),
-        counts_steps=True,
-    ),
-    "adam": OptimizerKind(
-        summary="Adam; weight decay is a part of the gradient (Kingma & Ba 2015)",
-        betas=(0.9, 0.999),
-        tensors=("exp_avg", "exp_avg_sq"),
-        counts_steps=True,
-    ),
-    "cadamw": OptimizerKind(
-        summary="AdamW without the steps that point against the gradient (Liang et al. 2024)",
-        betas=(0.9, 0.999),
-        tensors=("exp_avg", "exp_avg_sq"),
-        counts_steps=True,
-    ),
-    "radam": OptimizerKind(
-        summary="Adam whose first steps wait for a reliable variance (Liu et al. 2020)",
-        betas=(0.9, 0.999),
-        tensors=("exp_avg", "exp_avg_sq"),
-        counts_steps=True,
-    ),
-    "nadamw": OptimizerKind(
-        summary="AdamW with Nesterov momentum (Dozat 2016)",
-        betas=(0.9, 0.999),
-        tensors=("exp_avg", "exp_avg_sq"),
-        counts_steps=True,
-    ),
-    "adoptw": OptimizerKind(
-        summary="ADOPT with decoupled weight decay (Taniguchi et al. 2024)",
-        betas=(0.9, 0.9999),
-        tensors=("exp_avg", "exp_avg_sq"),
-        counts_steps=True,
-    ),
+    "adamw": _like_adam("Adam with decoupled weight decay (Loshchilov & Hutter 2019)"),
+    "adam": _like_adam("Adam; weight decay is a part of the gradient (Kingma & Ba 2015)"),
+    "cadamw": _like_adam("AdamW without the steps that point against the gradient (Liang et al. 2024)"),
+    "radam": _like_adam("Adam whose first steps wait for a reliable variance (Liu et al. 2020)"),
+    "nadamw": _like_adam("AdamW with Nesterov momentum (Dozat 2016)"),
+    "adoptw": _like_adam("ADOPT with decoupled weight decay (Taniguchi et al. 2024)", betas=(0.9, 0.9999)),
     "lion": OptimizerKind(
         summary="the sign of the momentum; takes a third to a tenth of AdamW's rate (Chen et al. 2023)",
         betas=(0.9, 0.99),

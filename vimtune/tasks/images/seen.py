@@ -49,7 +49,8 @@ def without_images(images: ImageDataset, left_out: Collection[int]) -> ImageData
     """Images without those of some indices, which may be none but not all."""
     if not left_out:
         return images
-    kept = [index for index in range(len(images)) if index not in left_out]
+    out = frozenset(left_out)
+    kept = [index for index in range(len(images)) if index not in out]
     return DrawnImages(images.split, [(images, kept)], "which were not trained on")
 
 

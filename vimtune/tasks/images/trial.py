@@ -108,7 +108,9 @@ def open_trial(
         logger.warning("%s", note)
     held_out, why = _open_held_out(recipe, data, matched, classes, options)
     if held_out is not None:
-        held_out, why = _unseen(held_out, trained_images(adapter, held_out, data, image_size(backbone)))
+        if held_out is not matched.dataset:
+            seen = trained_images(adapter, held_out, data, image_size(backbone))
+        held_out, why = _unseen(held_out, seen)
     complete = data.on_corrupt == "error"
 
     def scoring(images: ImageDataset) -> Scoring:
