@@ -112,6 +112,22 @@ def test_runs_with_other_settings_are_refused_all_at_once(runs, tmp_path):
     assert len(runs.started) == 2
 
 
+def test_runs_with_defaults_of_another_version_are_refused(runs, tmp_path):
+    asked = plan(methods="prodial", seeds="0")
+    compare(asked, tmp_path)
+    compare(asked, tmp_path)
+    report = tmp_path / Cell("prodial", DATA, 1e-3, 0).path / "report.json"
+    report.write_text(report.read_text().replace('"variant": "exp"', '"variant": "free"'))
+    with pytest.raises(PlanError) as caught:
+        compare(asked, tmp_path)
+    assert caught.value.problems == [
+        "prodial on synthetic_flowers, lr 0.001, seed 0: variant of prodial was 'free' and is now 'exp'",
+        f"{tmp_path} has runs with other settings: choose another --output-dir",
+    ]
+    compare(plan(methods={"prodial": {"peft_kwargs": {"variant": "free"}}}, seeds="0"), tmp_path / "new")
+    assert len(runs.started) == 2
+
+
 def test_runs_from_other_weights_are_other_runs(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("one.safetensors", "other.safetensors"):

@@ -110,7 +110,7 @@ def result(
         "train_seconds": 1.0,
         "model": "test_vim",
         "method": settings.method.peft,
-        "method_config": {},
+        "method_config": settings.method.all_options,
         "data": {"test": "images"},
         "backend": "torch",
         "cuda_graph": False,

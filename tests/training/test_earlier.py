@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import assert_close_metrics, relative_difference, weights
 
-from vimtune.recipe import Recipe, complete_stored, load_recipe
+from vimtune.methods import METHODS
+from vimtune.recipe import MethodSettings, Recipe, complete_stored, load_recipe, options_then
 from vimtune.training import train
-from vimtune.training.identity import ResumeError
+from vimtune.training.identity import Facts, ResumeError, compare
 from vimtune.training.state import load_run_state
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_of_format_1"
@@ -133,3 +134,40 @@ def test_a_run_whose_targets_meant_one_direction_continues(tiny, tmp_path):
     save_file(load_file(checkpoint), checkpoint, {**metadata, "recipe": json.dumps(stored)})
     report = train(load_recipe(None, {"resume": str(first.run_dir), "epochs": 2}))
     assert report.trainable_parameters == straight.trainable_parameters and len(report.history) == 2
+
+
+def test_options_that_another_version_left_to_other_defaults_are_not_those_of_today(tiny):
+    now, as_then = tiny(peft="prodial"), tiny(peft="prodial", peft_kwargs={"variant": "free"})
+
+    def facts(methods):
+        return Facts(outputs={}, train_examples=1, base_hash="", methods=methods)
+
+    silent = facts({})  # That of a state from before the options were held.
+    for saved in (facts(as_then.method.all_options), silent):
+        with pytest.raises(ResumeError, match="variant of prodial was 'free' and is now 'exp'"):
+            compare(now, saved, now, silent, True)
+        assert not any("peft_kwargs" in note for note in compare(now, saved, as_then, silent, True))
+    compare(now, facts(now.method.all_options), now, silent, True)
+
+
+def test_options_of_one_method_among_several_then():
+    method = MethodSettings(peft="prodial+dora", peft_kwargs={"prodial": {"rank": 4}, "alpha": 2.0}, budget=9)
+    then, now = options_then(method), method.all_options
+    assert then["dora"] == now["dora"] and now["prodial"]["rank"] == 4 and now["dora"]["alpha"] == 2
+    assert "rank" not in now["dora"] and "block_size" not in now["prodial"]  # The budget chooses these.
+    assert then["prodial"] == now["prodial"] | {"variant": "free"}
+    stated = MethodSettings(peft="prodial", peft_kwargs={"variant": "paper"})
+    assert options_then(stated) == stated.all_options
+
+
+def test_states_hold_all_options(tiny):
+    report = train(tiny(peft="prodial", rank=None, epochs=1))
+    saved = load_run_state(Path(report.run_dir) / "checkpoint.safetensors")
+    options = report.method_config["prodial"]
+    assert saved.facts.methods == {"prodial": options} and options["variant"] == "exp"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_are_the_same_after_they_have_been_in_a_file(method):
+    options = MethodSettings(peft=method).all_options
+    assert json.loads(json.dumps(options)) == options

@@ -154,7 +154,7 @@ def half_done(tiny, monkeypatch) -> Recipe:
     ("changes", "expected"),
     [
         ({"peft": "dora"}, "peft was 'lora' and is now 'dora'"),
-        ({"rank": 3}, "method_kwargs was {'rank': 2} and is now {'rank': 3}"),
+        ({"rank": 3}, "rank of lora was 2 and is now 3"),
         ({"batch_size": 4}, "batch_size was 8 and is now 4"),
         ({"seed": 7}, "seed was 0 and is now 7"),
         ({"data_seed": 7}, "data_seed was 0 and is now 7"),

@@ -29,7 +29,7 @@ from vimtune.runtime.device import resolve_device
 from vimtune.runtime.distributed import Processes as OneProcess
 from vimtune.runtime.launch import read_launch
 from vimtune.text import counted, duration, printable, quote, shorten
-from vimtune.training.identity import HARMLESS, changed
+from vimtune.training.identity import HARMLESS, changed, changed_options
 from vimtune.training.interrupt import Interrupted, StopRequest
 from vimtune.training.result import Result, read_result
 
@@ -96,8 +96,12 @@ def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
         if not run.recipe.is_file():
             continue
         problems += [f"{cell}: {problem}" for problem in _differences(run, plan.recipe(cell, folder))]
-        if not problems and run.report.is_file():
-            found[cell] = read_result(run.path)
+        if problems or not run.report.is_file():
+            continue
+        result = read_result(run.path)
+        options = changed_options(result.report.method_config, plan.recipe(cell, folder))
+        problems += [f"{cell}: {problem}" for problem in options]
+        found[cell] = result
     if problems:
         raise PlanError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
     return found

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vimtune.fields import options_of
-from vimtune.methods import sizing_options
-from vimtune.recipe import Recipe
+from vimtune.methods import method_names, sizing_options
+from vimtune.recipe import OPTIONS_OF_METHODS, Recipe
 from vimtune.schema import check
 from vimtune.tasks import Score
 from vimtune.training.identity import HARMLESS
@@ -166,17 +166,29 @@ def rows_of_runs(results: Sequence[Result]) -> list[Row]:
     """
     groups: dict[str, list[Result]] = {}
     for result in results:
-        values = {key: value for key, value in result.recipe.to_dict().items() if key not in INCIDENTAL}
-        groups.setdefault(json.dumps(values, sort_keys=True), []).append(result)
-    firsts = [group[0].recipe for group in groups.values()]
+        groups.setdefault(json.dumps(_settings(result), sort_keys=True), []).append(result)
+    firsts = [group[0] for group in groups.values()]
+    recipes = [first.recipe for first in firsts]
     data = _names(
-        [recipe.data.dataset_name or recipe.task.name for recipe in firsts], list(map(_data_keys, firsts))
+        [recipe.data.dataset_name or recipe.task.name for recipe in recipes], list(map(_data_keys, recipes))
     )
-    methods = _names([recipe.method.peft for recipe in firsts], list(map(_method_keys, firsts)))
+    methods = _names([recipe.method.peft for recipe in recipes], list(map(_method_keys, firsts)))
     return [
         Row(method, name, tuple(sorted(group, key=lambda run: (run.data_seed or 0, run.seed))), group[0].lr)
         for method, name, group in zip(methods, data, groups.values(), strict=True)
     ]
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    """What tells a run apart: its recipe, with all options of its methods in the place of those that were given,
+    because versions may differ in their defaults."""
+    left_out = INCIDENTAL.union(OPTIONS_OF_METHODS, ("peft_kwargs",))
+    recipe = {name: value for name, value in result.recipe.to_dict().items() if name not in left_out}
+    names = method_names(result.recipe.method.peft)
+    options = {name: check(dict[str, Any], result.report.method_config.get(name), name) for name in names}
+    if len(names) > 1:
+        options = {"": {f"{key} of {name}": own for name in names for key, own in options[name].items()}}
+    return {**recipe, "options": next(iter(options.values()))}
 
 
 def _data_keys(recipe: Recipe) -> dict[str, Any]:
@@ -187,12 +199,10 @@ def _data_keys(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _method_keys(recipe: Recipe) -> dict[str, Any]:
-    """All else of a recipe that tells runs apart."""
-    data = _data_keys(recipe)
-    return {
-        name: value for name, value in recipe.to_dict().items() if name not in data and name not in INCIDENTAL
-    }
+def _method_keys(result: Result) -> dict[str, Any]:
+    """All else that tells runs apart."""
+    data = _data_keys(result.recipe)
+    return {name: value for name, value in _settings(result).items() if name not in data}
 
 
 def _names(titles: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:

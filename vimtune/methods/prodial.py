@@ -36,9 +36,9 @@ class ProDiaL(LoRA):
         4, "b, side of the diagonal blocks of prodial; must divide the input width"
     )
     variant: Literal["free", "exp", "tanh", "paper"] = option(
-        "free",
-        '"free": D_b = I + D_a; "exp", "tanh": with e^x, 1 + tanh x for the diagonal of that; "paper": the '
-        "published formula, whose diagonal never trains",
+        "exp",
+        'diagonal of D_b for an x that starts at 0: "exp" e^x, "free" 1 + x, "tanh" 1 + tanh x; "paper": the '
+        "published formula, where it never trains",
     )
     train_scale: bool = option(True, "whether the factors s of the rows train; if not they are 1")
     scale_decay: Annotated[float, Ge(0)] = option(

@@ -5,8 +5,8 @@ Whatever the source of a value, it is parsed and checked by the option's own par
 are reported together. Nothing here imports torch, so `--help` and a misspelt flag answer at once.
 """
 
-from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
-from vimtune.recipe.earlier import complete_stored
+from vimtune.recipe.components import OPTIONS_OF_METHODS, MethodSettings, OptimisationSettings, RunSettings
+from vimtune.recipe.earlier import complete_stored, options_then
 from vimtune.recipe.files import load_recipe
 from vimtune.recipe.paths import RUN_FILES, absolute_paths, path_problems
 from vimtune.recipe.purposes import keys_that_serve, refuse_keys_without_use, serving
@@ -14,6 +14,7 @@ from vimtune.recipe.recipe import TASK, Recipe, RecipeError, components_of, keys
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 
 __all__ = [
+    "OPTIONS_OF_METHODS",
     "RUN_FILES",
     "TASK",
     "BackboneSettings",
@@ -29,6 +30,7 @@ __all__ = [
     "keys_of",
     "keys_that_serve",
     "load_recipe",
+    "options_then",
     "path_problems",
     "refuse_keys_without_use",
     "serving",

@@ -29,7 +29,7 @@ from vimtune.fields import (
     option_of_method,
 )
 from vimtune.loggers import parse_loggers
-from vimtune.methods import METHODS
+from vimtune.methods import METHODS, resolve_options, sizing_options
 from vimtune.methods.lora import LoRA
 from vimtune.methods.prodial import ProDiaL
 from vimtune.recipe.optimizers import parse_optimizer
@@ -92,6 +92,20 @@ class MethodSettings(Options):
         keys of their own, and the budget."""
         own = {name: getattr(self, name) for name in (*OPTIONS_OF_METHODS, "budget")}
         return {**self.peft_kwargs, **{name: value for name, value in own.items() if value is not None}}
+
+    @property
+    def all_options(self) -> dict[str, dict[str, Any]]:
+        """Every option of each method, defaults included, but those that a budget chooses.
+
+        Raises:
+            ValueError: as `resolve_options` and `sizing_options` raise it.
+        """
+        given = {name: value for name, value in self.method_kwargs.items() if name != "budget"}
+        chosen = {} if self.budget is None else sizing_options(self.peft, given)
+        return {
+            method: {name: value for name, value in options.items() if name != chosen.get(method)}
+            for method, options in resolve_options(self.peft, given).items()
+        }
 
 
 OPTIONS_OF_METHODS = ("rank", "alpha", "dropout", "block_size")

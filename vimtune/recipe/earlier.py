@@ -7,13 +7,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from vimtune.data.datasets import reads_files
-from vimtune.recipe.components import OPTIONS_OF_METHODS
+from vimtune.methods import split_options
+from vimtune.recipe.components import OPTIONS_OF_METHODS, MethodSettings
 from vimtune.text import split_outside
 
 _SINCE_BOTH_DIRECTIONS = "budget"
 """A key of every recipe that has been stored since targets without `_b` mean both directions of a scan."""
 _FORWARD = re.compile(r"(?=(A_log|D|conv1d|x_proj|dt_proj)(?!\w))")
 """Where a target begins that meant the forward direction alone."""
+
+DEFAULTS_THEN: dict[str, dict[str, Any]] = {"prodial": {"variant": "free"}}
+"""Defaults of methods that were others when states of runs did not yet hold all options."""
+
+
+def options_then(method: MethodSettings) -> dict[str, dict[str, Any]]:
+    """`all_options` of a method as they were when states did not yet hold them.
+
+    Raises:
+        ValueError: as `all_options` raises it.
+    """
+    given = {name: value for name, value in method.method_kwargs.items() if name != "budget"}
+    stated = split_options(method.peft, given)
+    return {
+        name: options
+        | {
+            option: value for option, value in DEFAULTS_THEN.get(name, {}).items() if option not in stated[name]
+        }
+        for name, options in method.all_options.items()
+    }
 
 
 def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vimtune.adapters import BaseIdentity
-from vimtune.recipe import Recipe
+from vimtune.recipe import OPTIONS_OF_METHODS, Recipe, options_then
 from vimtune.schema import STRICT, Count
 from vimtune.text import quote
 
@@ -35,13 +35,14 @@ IDENTITY = (
     "peft",
     "targets",
     "layers",
-    "method_kwargs",
+    "budget",
     "opt",
     "batch_size",
     "grad_accum",
     "seed",
 )
-"""What a state belongs to: with another value it could not be loaded, or would mean something else."""
+"""What a state belongs to: with another value it could not be loaded, or would mean something else. The options
+of its methods are compared with their defaults, see `Facts.methods`."""
 
 HARMLESS = (
     "data_dir",
@@ -74,6 +75,8 @@ class Facts:
     `outputs` says what the outputs of the model mean, such as {"classes": [...]}, and `train_examples` how
     many examples the training split holds. `data` has a fingerprint of every split in use, and `processes`
     says how many processes trained; states of earlier versions have neither. `readers` are those of the job.
+    `methods` has every option of each method, defaults included: a recipe names what was given alone, and
+    another version may have other defaults.
     """
 
     __pydantic_config__ = STRICT
@@ -90,6 +93,8 @@ class Facts:
     data: dict[str, str] = field(default_factory=dict)
     processes: Count | None = None
     readers: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Empty in states of earlier versions."""
 
     @property
     def base(self) -> BaseIdentity:
@@ -128,14 +133,25 @@ def facts_of_all(facts: Facts, step: int) -> dict[str, Any]:
 
 def changed(saved: Recipe, recipe: Recipe, names: Iterable[str]) -> list[tuple[str, str, str]]:
     """The settings among `names` that differ: name, value that was saved, value now."""
-    before, after = _values(saved), _values(recipe)
+    before, after = saved.to_dict(), recipe.to_dict()
     values = [(name, before.get(name), after.get(name)) for name in names]
     return [(name, quote(was), quote(now)) for name, was, now in values if was != now]
 
 
-def _values(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe, and under "method_kwargs" the options of its method, wherever they were given."""
-    return recipe.to_dict() | {"method_kwargs": recipe.method.method_kwargs}
+def changed_options(saved: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    """One line for each option of a method that is not the same.
+
+    Args:
+        saved: all options of a run, method -> option -> value, beside which there may be more.
+        recipe: that of the run now.
+    """
+    return [
+        f"{name} of {method} was {quote(saved[method][name])} and is now {quote(now)}"
+        for method, options in recipe.method.all_options.items()
+        if method in saved
+        for name, now in options.items()
+        if saved[method].get(name, now) != now
+    ]
 
 
 def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, same_base: bool) -> list[str]:
@@ -154,6 +170,7 @@ def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, sa
         f"{name} was {was} and is now {now}" for name, was, now in changed(saved_recipe, recipe, IDENTITY)
     ]
     examples = recipe.task.examples
+    problems += changed_options(saved.methods or options_then(saved_recipe.method), recipe)
     problems += _other_outputs(saved.outputs, facts.outputs)
     doubts = _other_data(saved, facts, examples) + _other_readers(saved, facts)
     doubts += [] if same_base else ["the base weights are others"]
@@ -208,7 +225,8 @@ def _other_readers(saved: Facts, now: Facts) -> list[str]:
 def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, examples: str) -> list[str]:
     """One line for each change that makes the rest of the run differ."""
     notes = []
-    names = [name for name in recipe.to_dict() if name not in (*IDENTITY, *HARMLESS)]
+    compared = (*IDENTITY, *HARMLESS, *OPTIONS_OF_METHODS, "peft_kwargs")
+    names = [name for name in recipe.to_dict() if name not in compared]
     for name, was, now in changed(saved_recipe, recipe, names):
         effect = "; the learning rate jumps to the new run's curve" if name == "epochs" else ""
         notes.append(f"resumed with {name} = {now} (was {was}){effect}")

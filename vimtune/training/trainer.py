@@ -260,6 +260,7 @@ def _facts(recipe: Recipe, job: Job, processes: Processes) -> Facts:
         data={loader.split: loader.fingerprint() for loader in job.loaders},
         processes=processes.world_size,
         readers=job.readers,
+        methods=recipe.method.all_options,
     )
 
 

@@ -10,8 +10,8 @@ At the published start D_a = 0 the diagonal sits exactly on relu's kink, where P
 entries off the diagonal of a block train. Other variants are the same function at the start, and every entry
 trains. With x for the diagonal of D_a they have, off the diagonal D_a as above and on it
 
-    free   1 + x         (the default) any number
-    exp    e^x           positive, and as far from 1 by x as by -x in ratio
+    exp    e^x           (the default) positive, and as far from 1 by x as by -x in ratio
+    free   1 + x         any number
     tanh   1 + tanh x    from 0 to 2
 
 With blocks of one entry D_b has a diagonal alone. Trained are r (in + out) + b in + out numbers for each
@@ -92,15 +92,14 @@ class ProDiaLRule(LoRARule):
         """D_b - I as its blocks, (n, b, b)."""
         if self.variant == "free":
             return self.blocks
-        identity = torch.eye(self.blocks.shape[-1], dtype=self.blocks.dtype, device=self.blocks.device)
-        diagonal = identity * self.blocks
-        return (1 - identity) * self.blocks + self.diagonal_offset(diagonal)
+        diagonal = torch.eye(self.blocks.shape[-1], dtype=torch.bool, device=self.blocks.device)
+        return torch.where(diagonal, self.diagonal_offset(self.blocks), self.blocks)
 
-    def diagonal_offset(self, diagonal: Tensor) -> Tensor:
-        """What the diagonal of D_b is beyond 1; it is 0 at 0."""
+    def diagonal_offset(self, x: Tensor) -> Tensor:
+        """What an entry of the diagonal of D_b is beyond 1; it is 0 at 0."""
         if self.variant == "exp":
-            return torch.expm1(diagonal)
-        return torch.tanh(diagonal) if self.variant == "tanh" else -F.relu(diagonal)
+            return torch.expm1(x)
+        return torch.tanh(x) if self.variant == "tanh" else -F.relu(x)
 
     def main_weight(self, weight: Tensor) -> Tensor:
         """s W D_b = s (W + W (D_b - I))."""
