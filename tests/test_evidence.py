@@ -146,7 +146,7 @@ def test_questions_are_answered_by_standard_errors(page):
         f"| `projectors` - `A` | {compositions} | - | - | 0 of 1 | open: not run on all data sets |" in text
     )
     assert text.index("| `lora+b`") < text.index("| `lora+a`") and "one run each" in text
-    assert "`prodial_exp`" not in text and text.count("###") == 5
+    assert "`prodial_free`" not in text and text.count("###") == 5
 
 
 def test_without_results_nothing_is_said_to_hold(page):

@@ -29,20 +29,19 @@ class Question:
 
 
 def _of_prodial(text: str, rows_at_budget: str, row_of_ablation: str) -> Question:
-    """Whether ProDiaL, as it is by default and in the form that was best on validation images, is better than
-    another method."""
+    """Whether ProDiaL, as it is by default and as it was before, is better than another method."""
     return Question(
         text,
         (
-            *(("native", name, rows_at_budget) for name in ("prodial", "prodial_exp")),
-            *(("budget", name, rows_at_budget) for name in ("prodial", "prodial_exp")),
-            *(("ablation", name, row_of_ablation) for name in ("free", "exp")),
+            *(("native", name, rows_at_budget) for name in ("prodial", "prodial_free")),
+            *(("budget", name, rows_at_budget) for name in ("prodial", "prodial_free")),
+            *(("ablation", name, row_of_ablation) for name in ("exp", "free")),
         ),
     )
 
 
 FORMS = (
-    *("exp", "third", "slow", "slower", "unscaled", "unscaled_slow", "block1_slow", "block16_slow"),
+    *("free", "third", "slow", "slower", "unscaled", "unscaled_slow", "block1_slow", "block16_slow"),
     *("decayed", "diagonal", "rank32_slow"),
 )
 """Rows of the ablation that are ProDiaL in another form."""
@@ -54,9 +53,9 @@ QUESTIONS = (
     Question(
         "Which form of ProDiaL beats its default?",
         (
-            ("native", "prodial_exp", "prodial"),
-            ("budget", "prodial_exp", "prodial"),
-            *(("ablation", name, "free") for name in FORMS),
+            ("native", "prodial_free", "prodial"),
+            ("budget", "prodial_free", "prodial"),
+            *(("ablation", name, "exp") for name in FORMS),
         ),
     ),
     Question(
