@@ -180,8 +180,8 @@ def rows_of_runs(results: Sequence[Result]) -> list[Row]:
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    """What tells a run apart: its recipe, with all options of its methods in the place of those that were given,
-    because versions may differ in their defaults."""
+    """What tells a run apart: its recipe, with all options of its methods in the place of those that were
+    given, because versions may differ in their defaults."""
     left_out = INCIDENTAL.union(OPTIONS_OF_METHODS, ("peft_kwargs",))
     recipe = {name: value for name, value in result.recipe.to_dict().items() if name not in left_out}
     names = method_names(result.recipe.method.peft)

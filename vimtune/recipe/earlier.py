@@ -28,13 +28,10 @@ def options_then(method: MethodSettings) -> dict[str, dict[str, Any]]:
     """
     given = {name: value for name, value in method.method_kwargs.items() if name != "budget"}
     stated = split_options(method.peft, given)
-    return {
-        name: options
-        | {
-            option: value for option, value in DEFAULTS_THEN.get(name, {}).items() if option not in stated[name]
-        }
-        for name, options in method.all_options.items()
-    }
+    options = method.all_options
+    for name in options.keys() & DEFAULTS_THEN.keys():
+        options[name] |= {key: then for key, then in DEFAULTS_THEN[name].items() if key not in stated[name]}
+    return options
 
 
 def complete_stored(values: Mapping[str, Any]) -> dict[str, Any]:

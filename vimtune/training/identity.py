@@ -41,8 +41,8 @@ IDENTITY = (
     "grad_accum",
     "seed",
 )
-"""What a state belongs to: with another value it could not be loaded, or would mean something else. The options
-of its methods are compared with their defaults, see `Facts.methods`."""
+"""What a state belongs to: with another value it could not be loaded, or would mean something else. The
+options of its methods are compared as well, with their defaults; see `Facts.methods`."""
 
 HARMLESS = (
     "data_dir",
