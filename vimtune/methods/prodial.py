@@ -2,7 +2,8 @@
 block.
 
 Use it in the place of LoRA on projectors: it may scale and mix neighbouring inputs as well, trains
-somewhat more numbers at the same rank, and takes the same time.
+somewhat more numbers at the same rank, and takes the same time. Where numbers are few they are better spent
+on the rank of LoRA.
 """
 
 from __future__ import annotations
