@@ -16,7 +16,7 @@ def test_training_and_reading_are_timed(tmp_path, monkeypatch, capsys):
     output = tmp_path / "rows.json"
     options = (
         "--device cpu --model test_vim --method lora --dataset-kwargs species=4,train_per_species=1 "
-        "--epochs 3 --batch-size 4 --num-workers 0 --steps 1 --caches device --jpegs 4"
+        "--epochs 4 --batch-size 4 --num-workers 0 --steps 1 --caches device --jpegs 4"
     )
     monkeypatch.setattr(sys, "argv", ["data_speed.py", *options.split(), "--output", str(output)])
     data_speed.main()
