@@ -13,8 +13,8 @@ Rows of training, all with the same recipe:
     device     or once, and kept and augmented on the device
 
 img/s of a run are those between the ends of the second and of the last epoch but one, which is all that an
-epoch takes but for an evaluation: its steps, the state that is saved, and the way to the next epoch. On a GPU the
-graph of full batches is recorded in the first epoch and that of an incomplete last batch in the second.
+epoch takes but for an evaluation: its steps, the state that is saved, and the way to the next epoch. On a GPU
+the graph of full batches is recorded in the first epoch and that of an incomplete last batch in the second.
 "start s" is the time until the first step is done: opening data and model, decoding, recording a graph.
 
 Rows of reading, at 224 px from a folder of JPEG files of 500 x 375 pixels that the script makes:
