@@ -4,6 +4,12 @@ Beside affix name it last, `affix+memba`: the learnt tokens then have no membran
 
 Use it beside LoRA, `lora+memba`, as published. It has nothing to train by itself and does not merge.
 
+Expect a pretrained Vim to lose most of what it knows, and `lora+memba` to end far behind `lora`: a gate above
+`threshold` becomes 0, and with a large `tau` the others are sums over chunks and layers. Both options matter,
+`chunks` hardly. With `--peft-kwargs '{threshold: 1.0e+9, tau: 0.2}'` it was on a par with LoRA where that was
+tried. The defaults are the published ones, but for `tau`, of which the paper says that it is large;
+`benchmarks/RESULTS.md` has the measurements.
+
 In a language model the membrane of a token goes on from that `chunk_length` tokens before it, and no layer
 from another one, so that no token knows of later ones. A cache then keeps the membranes of as many tokens for
 each layer, and cached decoding is a pass over the whole text.
