@@ -87,7 +87,9 @@ def test_a_pt2_file_runs_on_torch_alone(tmp_path, capsys):
     with zipfile.ZipFile(output) as archive:
         contents = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     assert not [name for name, own in contents.items() if str(Path(cli.__file__).parent).encode() in own]
-    assert output.stat().st_size < 0.5 * sum(map(len, contents.values()))  # The graph of a tiny model is text.
+    assert output.stat().st_size < 0.5 * sum(
+        map(len, contents.values())
+    )  # The graph of a tiny model is text.
 
     texts = dict.fromkeys(("task", "model", "options", "classes", "preprocessing"), "")
     program = torch.export.load(output, extra_files=texts)

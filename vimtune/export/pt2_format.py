@@ -44,9 +44,9 @@ class Pt2Format(ExportFormat):
 def _compress_texts(saved: IO[bytes], file: IO[bytes]) -> None:
     """Copy the archive of a graph with its texts compressed.
 
-    torch stores them as they are, and reads them either way. The description of the graph is half as large as
-    the weights of a small model, and a twentieth of that when it is compressed. Weights stay as they are: they
-    hardly get smaller.
+    torch stores them as they are, and reads them either way. The description of the graph is half as large
+    as the weights of a small model, and a twentieth of that when it is compressed. Weights stay as they are:
+    they hardly get smaller.
     """
     with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(file, "w") as copy:
         for entry in archive.infolist():
