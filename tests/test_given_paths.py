@@ -144,7 +144,9 @@ def test_folders_without_an_adapter(read, tmp_path, adapter):
     assert refused(read, str(tmp_path)).endswith(f". Did you mean {tmp_path / 'my-run'}?")
     (tmp_path / "recipe.yaml").touch()
     assert f"go on with vimtune train --resume {tmp_path}" in refused(read, str(tmp_path))
-    with pytest.raises(vimtune.RecipeError, match=r"init_adapter = '.*' has no adapter\.safetensors"):
+    with pytest.raises(
+        vimtune.RecipeError, match=r"init_adapter = '.*': .* is a run without an adapter \(it has no ad"
+    ):
         vimtune.load_recipe(None, {"init_adapter": str(tmp_path)})
 
 

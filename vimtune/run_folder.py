@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from vimtune import parsers
 from vimtune.output import WRITING_ERRORS, OutputError, refusal
-from vimtune.text import printable, shorten
+from vimtune.text import printable, quote, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ class FolderInUseError(ValueError):
 
 ADAPTER_FILE = "adapter.safetensors"
 """Name of the adapter in the folder of a run, and in one that is passed on."""
+PEFT_CONFIG = "adapter_config.json"
+"""Name of the settings in the folder of an adapter of HF peft."""
+PEFT_TENSORS = "adapter_model.safetensors"
+"""Name of the tensors there."""
 MERGED = "model.safetensors"
 """Name of the weights in a folder as timm and the hub have it."""
 
@@ -121,6 +125,30 @@ def adapter_path(path: str | os.PathLike[str], name: str = "adapter") -> Path:
         return found
     own, merged = RunFolder(found).adapter, found / MERGED
     return merged if merged.is_file() and not own.exists() else own
+
+
+def what_a_folder_is(folder: Path) -> str:
+    """What to say of a folder in which there is no adapter file."""
+    shown = printable(str(folder))
+    if (folder / PEFT_CONFIG).is_file():
+        return (
+            f"{shown} is an adapter in HF peft's format, which does not say what model and classes it is "
+            f"for: make an adapter file of it with vimtune convert {shown} --model X -o NEW, or read it in "
+            f"Python with vimtune.load_peft(model, {quote(str(folder))})"
+        )
+    if RunFolder(folder).recipe.is_file():
+        return (
+            f"{shown} is a run without an adapter (it has no {ADAPTER_FILE}): wait for the end of its first "
+            f"epoch, or go on with vimtune train --resume {shown}"
+        )
+    try:
+        runs = sorted(found.parent for found in folder.glob(f"*/{ADAPTER_FILE}"))
+    except OSError:  # A folder that cannot be searched has no run to name.
+        runs = []
+    hint = f". Did you mean {printable(str(runs[-1]))}?" if runs else ""
+    return (
+        f"{shown} is a folder without {ADAPTER_FILE}; expected the folder of a run, or an adapter file{hint}"
+    )
 
 
 def create_unused(path: Path) -> Path:

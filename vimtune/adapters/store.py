@@ -47,7 +47,7 @@ from vimtune.adapters.wrappers import unwrap
 from vimtune.files import atomic_write
 from vimtune.methods import build_methods
 from vimtune.parsers import given_file, given_path
-from vimtune.run_folder import ADAPTER_FILE
+from vimtune.run_folder import ADAPTER_FILE, PEFT_CONFIG, PEFT_TENSORS, what_a_folder_is
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import counted, printable, quote, suggest
 
@@ -143,7 +143,7 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
     shown = f"adapter file {printable(str(path))}"
     if not path.is_file():  # This keeps us from waiting for a pipe, among others.
         if path.name == ADAPTER_FILE and path.parent.is_dir():
-            raise AdapterFileError(_what_a_folder_is(path.parent))
+            raise AdapterFileError(what_a_folder_is(path.parent))
         kind = "is no regular file" if path.exists() else "does not exist"
         raise AdapterFileError(f"{shown} {kind}; expected the folder of a run, or its {ADAPTER_FILE}")
     try:
@@ -157,31 +157,10 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
     except OSError as error:
         raise AdapterFileError(f"{shown} cannot be read: {error.strerror or error}") from error
     if metadata.get("format") != FORMAT:
+        if path.name == PEFT_TENSORS and (path.parent / PEFT_CONFIG).is_file():
+            raise AdapterFileError(what_a_folder_is(path.parent))
         raise AdapterFileError(f"{shown} is not one of vimtune; {PLAIN_WEIGHTS}")
     return read_info(metadata.get("info"), shown), tensors
-
-
-def _what_a_folder_is(folder: Path) -> str:
-    """What to say of a folder in which there is no adapter file."""
-    shown = printable(str(folder))
-    if (folder / "adapter_config.json").is_file():
-        return (
-            f"{shown} is an adapter in HF peft's format, which does not say what model and classes it is "
-            f"for: read it in Python with vimtune.load_peft(model, {quote(str(folder))})"
-        )
-    if (folder / "recipe.yaml").is_file():
-        return (
-            f"{shown} is a run without an adapter (it has no {ADAPTER_FILE}): wait for the end of its first "
-            f"epoch, or go on with vimtune train --resume {shown}"
-        )
-    try:
-        runs = sorted(found.parent for found in folder.glob(f"*/{ADAPTER_FILE}"))
-    except OSError:  # A folder that cannot be searched has no run to name.
-        runs = []
-    hint = f". Did you mean {printable(str(runs[-1]))}?" if runs else ""
-    return (
-        f"{shown} is a folder without {ADAPTER_FILE}; expected the folder of a run, or an adapter file{hint}"
-    )
 
 
 def load_adapter(

@@ -15,6 +15,13 @@ from vimtune.cli.parser import (
 )
 from vimtune.exchange.formats import FORMATS
 
+EXAMPLES = """\
+examples:
+  {prog} runs/my-run -o my-lora --to peft
+  {prog} my-lora --model vim_tiny_patch16_224 --classes names.txt -o flowers
+  {prog} my-texts --task text --model state-spaces/mamba-130m-hf -o texts"""
+"""What stands below the options in the help; `{prog}` is the command."""
+
 
 def add_format(parser: CommandParser) -> None:
     """Add the flag that names a format."""
@@ -29,11 +36,25 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         prog=prog,
         description="Write an adapter as it is passed on: its files in a format that others read, a card.\n"
         "Nothing in them names a folder of this computer.",
+        epilog=EXAMPLES.format(prog=prog),
     )
-    parser.add_argument("adapter", metavar="ADAPTER", type=path, help="adapter file or run folder")
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", type=path, help="adapter file, run folder, or folder of HF peft"
+    )
     add_new_folder(parser)
     add_format(parser)
-    add_model_options(parser)
+    parser.add_argument(
+        "--task", metavar="X", help="of a folder of HF peft: its task, such as text [classification]"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        type=path,
+        help="of a folder of HF peft: names of classes, one a line",
+    )
+    add_model_options(
+        parser, model="of a folder of HF peft: its model; else where the language model is, if it was moved"
+    )
     add_import(parser)
     add_common(parser)
     options = parser.parse_strictly(arguments)

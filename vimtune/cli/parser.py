@@ -194,9 +194,12 @@ def add_new_folder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the commands that build a model from an adapter file."""
-    parser.add_argument("--model", metavar="X", help="where the language model is, if not in its old place")
+def add_model_options(
+    parser: argparse.ArgumentParser, model: str = "where the language model is, if not in its old place"
+) -> None:
+    """Add the flags of the commands that build a model from an adapter file, with `model` as what the help
+    says of --model."""
+    parser.add_argument("--model", metavar="X", help=model)
     parser.add_argument("--tokenizer", metavar="X", help="where its tokenizer is")
     parser.add_argument(
         "--checkpoint",

@@ -15,9 +15,8 @@ from vimtune.commands.scored import FORMATS, Scored
 from vimtune.console import build_console, print_line
 from vimtune.data import DATASETS
 from vimtune.fields import options_of
-from vimtune.models.merged import is_merged_file
 from vimtune.output import check_output, write_text
-from vimtune.recipe import Recipe, keys_that_serve, load_recipe, refuse_keys_without_use
+from vimtune.recipe import TASK, Recipe, keys_that_serve, load_recipe, refuse_keys_without_use
 from vimtune.runtime.distributed import open_processes
 from vimtune.runtime.launch import read_launch
 from vimtune.tasks import TASKS
@@ -66,14 +65,11 @@ def evaluate(
     refuse_keys_without_use(values, "scores", "evaluation")
     if file is not None and config is not None:
         raise ValueError("--config and --adapter: an adapter has a recipe of its own; change it by flags")
-    if file is not None and is_merged_file(file) and "dataset" not in values and "folder" not in options:
-        raise ValueError(
-            f"{quote(str(file))} is a merged file, which says nothing of its data: name them with --dataset "
-            "or --folder"
-        )
     stored = {} if file is None else keys_that_serve(recipe_of_trained(file, values), "scores")
     if file is not None:
         refuse_other_model(file, stored, values)
+        if "folder" not in options:
+            _demand_data(file, {**stored, **values})
     if "folder" in options and not values.keys() & {"dataset", "data_dir"}:
         stored = _without_lost_data(stored)
     recipe = load_recipe(config, {**stored, **values}, variant)
@@ -100,6 +96,13 @@ def evaluate(
             details=trial.details(found, held_out),
             examples=trial.examples(found),
         )
+
+
+def _demand_data(file: Path, values: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file says nothing of its data, such as a merged one, and a user names none."""
+    names = TASKS.get(str(values.get(TASK.name, TASK.default))).data_options.naming
+    if names and all(values.get(name) is None for name in names):
+        raise ValueError(f"{quote(str(file))} says nothing of its data: name them with --dataset or --folder")
 
 
 def _without_lost_data(stored: Mapping[str, Any]) -> dict[str, Any]:

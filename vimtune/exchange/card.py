@@ -116,7 +116,8 @@ def _metadata(
 def _sentence(info: AdapterInfo, form: Format, recipe: Mapping[str, Any]) -> str:
     """What it is: an adapter, a head, a merged model, or one of which all weights were trained."""
     model = (info.model.get("name") if info.model else recipe.get("model")) or "a model"
-    data = recipe.get("dataset") or recipe.get("task")
+    # Of images the data set is known, or nothing is; the task of texts says what they were.
+    data = recipe.get("dataset") or (None if info.model else recipe.get("task"))
     trained = f"trained on {data}" if isinstance(data, str) else "trained"
     if _trains_everything(info):
         return f"{model}, all weights of which were {trained}."

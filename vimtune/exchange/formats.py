@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vimtune.registry import Registry, require_summary
-from vimtune.run_folder import ADAPTER_FILE
+from vimtune.run_folder import ADAPTER_FILE, PEFT_CONFIG, PEFT_TENSORS
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ class PeftFormat(Format):
     name = "peft"
     summary = "LoRA, DoRA, OFT, C3A or IA3 in the format of HF peft"
     library = "peft"
-    files = ("adapter_config.json", "adapter_model.safetensors")
+    files = (PEFT_CONFIG, PEFT_TENSORS)
 
     def write(self, source: Source, folder: Path) -> str:
         from vimtune.exchange.base import base_on_hub, code_for_base

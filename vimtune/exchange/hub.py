@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,6 +25,7 @@ from vimtune.exchange.base import REPOSITORY
 from vimtune.exchange.card import write_card
 from vimtune.exchange.formats import FORMATS, Source
 from vimtune.exchange.local_paths import clean_json
+from vimtune.exchange.peft.adopt import Unsaid, adopt_peft, is_peft_folder, read_names
 from vimtune.hub_errors import HUB_ERRORS
 from vimtune.models.merged import is_merged_file
 from vimtune.output import write_folder
@@ -46,6 +47,8 @@ def convert(
     *,
     to: str = "vimtune",
     place: str | None = None,
+    task: str | None = None,
+    classes: Sequence[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     model: str | None = None,
     tokenizer: str | None = None,
@@ -56,10 +59,13 @@ def convert(
     """Write an adapter as it is passed on: the files of a format, and a model card.
 
     Args:
-        adapter: the file, or the folder of a run, whose report the card then has.
+        adapter: the file, or the folder of a run, whose report the card then has; or a folder in HF peft's
+            format, of which `model` names the base model, one of images or of texts.
         folder: a folder that is empty or not there yet.
         to: the format, one of `vimtune.exchange.formats.FORMATS`: "vimtune", "peft", "merged".
         place: name of the repository that the card speaks of; if None OWNER/ and that of the folder.
+        task: what a folder of HF peft was trained for, such as "text"; "classification" of images if None.
+        classes: names of its classes, one for each output of its head; numbers if None.
         checkpoint: where the base weights of an adapter of images are now, as for `load_predictor`.
         model: where the base model of an adapter of texts is now, as there.
         tokenizer: where its tokenizer is now, as there.
@@ -74,12 +80,45 @@ def convert(
         ValueError: the format cannot express the adapter, its base weights are not to be had, or the folder
             cannot be written. Nothing is left behind then.
     """
-    path, target = adapter_path(adapter), parsers.given_path("folder", folder, "a new folder")
+    path = parsers.given_path("adapter", adapter, "a run folder, an adapter file or a folder of HF peft")
+    base = given_base(checkpoint, model, tokenizer)
+    options: dict[str, Any] = {
+        "to": to,
+        "place": place,
+        "device": device,
+        "backend": backend,
+        "force": force,
+    }
+    if is_peft_folder(path):
+        unsaid = Unsaid(base=base, task=task, classes=classes)
+        with tempfile.TemporaryDirectory() as temporary:
+            return _write(adopt_peft(path, Path(temporary), unsaid), folder, base={}, **options)
+    for name, value in (("task", task), ("classes", classes)):
+        if value is not None:
+            raise ValueError(
+                f"{name} = {quote(value)}: {quote(str(path))} says it by itself, and folders in HF peft's "
+                "format alone do not. Leave it out"
+            )
+    return _write(adapter_path(path), folder, base=base, **options)
+
+
+def _write(
+    path: Path,
+    folder: str | os.PathLike[str],
+    *,
+    to: str,
+    place: str | None,
+    base: Mapping[str, Any],
+    device: str,
+    backend: str,
+    force: bool,
+) -> Path:
+    """`convert` of an adapter file; `base` says where its base weights are, as `given_base` does."""
+    target = parsers.given_path("folder", folder, "a new folder")
     form = FORMATS.get(to)
     if is_merged_file(path):
         raise ValueError(f"{quote(str(path))} is merged already: give the adapter that it was made from")
     info = read_adapter_info(path)
-    base = given_base(checkpoint, model, tokenizer)
     source = Source(path, info, base, resolve_device(device), backend, force)
 
     def write(temporary: Path) -> None:
@@ -135,14 +174,12 @@ def push(
             "folder with vimtune convert and upload it later"
         )
     with tempfile.TemporaryDirectory() as temporary:
-        folder = convert(
-            adapter,
+        folder = _write(
+            adapter_path(adapter),
             Path(temporary) / "files",
             to=to,
             place=repository,
-            checkpoint=checkpoint,
-            model=model,
-            tokenizer=tokenizer,
+            base=given_base(checkpoint, model, tokenizer),
             device=device,
             backend=backend,
             force=force,
@@ -228,10 +265,14 @@ def _asking(what: str) -> Iterator[None]:
         ) from error
 
 
-def run_convert(**options: Any) -> int:
-    """`vimtune convert`, with the arguments of `convert`: write the folder, say what is in it. Returns the
-    exit code."""
-    folder = convert(**options)
+def run_convert(*, classes: Path | None, **options: Any) -> int:
+    """`vimtune convert`: write the folder, say what is in it. Returns the exit code.
+
+    Args:
+        classes: a text file with the names of the classes, one a line.
+        **options: the other arguments of `convert`.
+    """
+    folder = convert(classes=None if classes is None else read_names(classes), **options)
     console = build_console()
     print_line(console, f"written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vimtune import parsers
-from vimtune.run_folder import ADAPTER_FILE
+from vimtune.run_folder import ADAPTER_FILE, what_a_folder_is
 from vimtune.tasks import TASKS
 from vimtune.text import quote
 
@@ -67,7 +67,7 @@ def _beginning_problem(path: Path, values: Mapping[str, Any]) -> str | None:
     if values.get("resume") is not None:
         return None
     if path.is_dir():
-        return None if (path / ADAPTER_FILE).is_file() else f" has no {ADAPTER_FILE}"
+        return None if (path / ADAPTER_FILE).is_file() else f": {what_a_folder_is(path)}"
     return _file_problem(path, values) if path.exists() else " does not exist"
 
 

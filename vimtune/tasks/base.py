@@ -123,6 +123,18 @@ class Task(Options, ABC):
         """
         return None
 
+    def create_base(self, recipe: Recipe, *, head: bool) -> nn.Module:
+        """The model of a recipe without its adapter, on the CPU, whatever its data are.
+
+        Args:
+            recipe: which model, and its weights.
+            head: whether the head of these weights is wanted; False for an adapter that brings its own.
+
+        Raises:
+            ValueError: weights that are not to be had or do not fit, or a task that has no such model.
+        """
+        raise ValueError(f"task {self.name!r} has no model apart from its data")
+
     def open_trial(
         self,
         recipe: Recipe,

@@ -88,6 +88,15 @@ class TextTask(Task):
 
         return open_base(recipe, self, processes)
 
+    def create_base(self, recipe: Recipe, *, head: bool) -> nn.Module:
+        """The language model with its weights, which have no head of classes; see `Task.create_base`."""
+        del head
+        require_transformers()
+        from vimtune.tasks.text.job import settings_of
+        from vimtune.tasks.text.models import build_base
+
+        return build_base(recipe, settings_of(recipe)[1], None, self.pooling)
+
     def open_trial(
         self,
         recipe: Recipe,

@@ -36,16 +36,13 @@ from vimtune.files import read_regular_file
 from vimtune.methods import get_method, method_names, resolve_options
 from vimtune.output import write_folder
 from vimtune.parsers import given_path
+from vimtune.run_folder import PEFT_CONFIG, PEFT_TENSORS
 from vimtune.schema import check, parse_json
 from vimtune.tensor_file import read_tensors
 from vimtune.text import quote
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
-"""Name of the file of settings."""
-TENSORS = "adapter_model.safetensors"
-"""Name of the file of tensors."""
 PREFIX = "base_model.model."
 """What HF peft writes before the path of every module."""
 MAX_CONFIG = 2**24
@@ -102,8 +99,8 @@ def save_peft(
     }
 
     def write(temporary: Path) -> None:
-        (temporary / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        (temporary / PEFT_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", "utf-8")
+        save_file(tensors, temporary / PEFT_TENSORS, metadata={"format": "pt"})
 
     write_folder(Path(folder), write)
 
@@ -238,7 +235,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
     name = free_name(backbone) if name is None else check_name(backbone, name)
     with _refusing(folder):
         form = FORMS.get(settings["peft_type"])
-    config = check(form.config, settings, f"{CONFIG} in {quote(str(folder))}", AdapterFileError)
+    config = check(form.config, settings, f"{PEFT_CONFIG} in {quote(str(folder))}", AdapterFileError)
     with _refusing(folder):
         given, head = _sort_out(backbone, form, tensors)
         translated = form.read(config, given)
@@ -257,6 +254,15 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
     return record
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a folder by the names that HF peft gives them; of unknown ones those that are on.
+
+    Raises:
+        AdapterFileError: no such folder, or it cannot be read.
+    """
+    return _read(folder)[0]
+
+
 @contextmanager
 def _refusing(folder: Path) -> Iterator[None]:
     """Errors within the block are those of a folder."""
@@ -273,21 +279,23 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         AdapterFileError: they are not there, or not what they should be.
     """
     shown = quote(str(folder))
-    if not (folder / CONFIG).is_file():
-        raise AdapterFileError(f"{shown} has no {CONFIG}: expected a folder that HF peft has written")
-    if not (folder / TENSORS).is_file():
+    if not (folder / PEFT_CONFIG).is_file():
+        raise AdapterFileError(f"{shown} has no {PEFT_CONFIG}: expected a folder that HF peft has written")
+    if not (folder / PEFT_TENSORS).is_file():
         raise AdapterFileError(
-            f"{shown} has no {TENSORS}: expected that file (of an adapter_model.bin, which can run code, HF "
-            "peft makes one: load it there and save it again)"
+            f"{shown} has no {PEFT_TENSORS}: expected that file (of an adapter_model.bin, which can run "
+            "code, HF peft makes one: load it there and save it again)"
         )
     try:
-        text = read_regular_file(folder / CONFIG, MAX_CONFIG).decode("utf-8")
-        tensors = read_tensors(folder / TENSORS)
+        text = read_regular_file(folder / PEFT_CONFIG, MAX_CONFIG).decode("utf-8")
+        tensors = read_tensors(folder / PEFT_TENSORS)
     except SafetensorError as error:
-        raise AdapterFileError(f"{TENSORS} in {shown} is truncated or of another kind ({error})") from error
+        raise AdapterFileError(
+            f"{PEFT_TENSORS} in {shown} is truncated or of another kind ({error})"
+        ) from error
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{shown} cannot be read: {error}") from error
-    what = f"{CONFIG} in {shown}"
+    what = f"{PEFT_CONFIG} in {shown}"
     settings: Any = parse_json(text, what, AdapterFileError)
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
         raise AdapterFileError(f"{what}: expected an object with a peft_type, one of {', '.join(FORMS)}")

@@ -361,8 +361,14 @@ def build_model(recipe: Recipe, num_classes: int) -> VisionMamba:
     return model
 
 
-def create_backbone(recipe: Recipe, num_classes: int) -> VisionMamba:
-    """The backbone with its weights, without an adapter."""
+def create_backbone(recipe: Recipe, num_classes: int | None = None, *, head: bool = True) -> VisionMamba:
+    """The backbone with its weights, without an adapter.
+
+    Args:
+        recipe: which backbone, and its weights.
+        num_classes: outputs of its head; the model's own number if None.
+        head: whether a checkpoint's head is loaded as well.
+    """
     backbone = recipe.backbone
     assert isinstance(backbone, BackboneSettings)
     options = dict(backbone.model_kwargs)
@@ -370,7 +376,8 @@ def create_backbone(recipe: Recipe, num_classes: int) -> VisionMamba:
         options["img_size"] = _size_option(backbone.model, image_size(backbone))
     # Seeded apart, so that the adapter starts alike whatever the backbone drew.
     torch.manual_seed(derive_seed(recipe.run.seed, "model"))
-    options["num_classes"] = num_classes
+    if num_classes is not None:
+        options["num_classes"] = num_classes
     if backbone.drop_path > 0:  # a model of another package need not have this option
         options["drop_path_rate"] = backbone.drop_path
     model: VisionMamba = create_listed_model(
@@ -380,7 +387,7 @@ def create_backbone(recipe: Recipe, num_classes: int) -> VisionMamba:
         what="model_kwargs",
     )
     if backbone.checkpoint is not None:
-        load_checkpoint(model, backbone.checkpoint)
+        load_checkpoint(model, backbone.checkpoint, head=head)
     return model
 
 

@@ -106,6 +106,12 @@ class ImageTask(Task):
 
         return open_base(recipe, processes)
 
+    def create_base(self, recipe: Recipe, *, head: bool) -> nn.Module:
+        """The backbone with its weights; see `Task.create_base`."""
+        from vimtune.tasks.images.job import create_backbone
+
+        return create_backbone(recipe, head=head)
+
     def check_data(self, recipe: Recipe, processes: Processes) -> None:
         """Open all splits; see `Task.check_data`."""
         from vimtune.tasks.images.job import open_splits
