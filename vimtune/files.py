@@ -9,10 +9,25 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vimtune.text import quote
 
 _TEMPORARY = ".vimtune-tmp"
 """Ending of the files that are being written, by which those that a crash has left are found."""
+
+
+class OutputError(ValueError):
+    """A result could not be written (disk full, no permission, ...). Earlier files are intact."""
+
+
+WRITING_ERRORS = (OSError, SafetensorError)
+"""What is raised when the system refuses to write a file, by Python and by safetensors."""
+
+
+def refusal(error: BaseException) -> str:
+    """The system's own words for one of `WRITING_ERRORS`, if possible without the name of the file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def read_regular_file(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -1,4 +1,8 @@
-"""Result files: refused before the work where they cannot be written, and written whole or not at all."""
+"""Result files: refused before the work where they cannot be written, and written whole or not at all.
+
+One rule holds for all commands and functions: a file that was named for a result is replaced, as compilers
+and torch.save do, unless it is no result (`check_output`); a folder has to be new or empty (`write_folder`).
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
-
-from vimtune.files import atomic_write, usual_mode
+from vimtune.files import WRITING_ERRORS, OutputError, atomic_write, refusal, usual_mode
 from vimtune.parsers import given_path
+from vimtune.run_folder import RunFolder
 from vimtune.text import quote
 
 Result = TypeVar("Result")
 """What is kept in a file."""
 
 
-class OutputError(ValueError):
-    """A result could not be written (disk full, no permission, ...). Earlier files are intact."""
-
-
-WRITING_ERRORS = (OSError, SafetensorError)
-"""What is raised when the system refuses to write a file, by Python and by safetensors."""
-
-
-def refusal(error: BaseException) -> str:
-    """The system's own words for one of `WRITING_ERRORS`, if possible without the name of the file."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
 def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -> None:
     """Make sure, before any work, that the result can go to `path`.
+
+    An earlier result of that name is replaced in the end, so that a command can be given again. What is no
+    result is not: what was read, and what a run has trained.
 
     Args:
         path: the file to write.
@@ -40,8 +33,8 @@ def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -
         sources: files that are read; none of them may be overwritten, whatever name it goes by.
 
     Raises:
-        OutputError: another ending, a folder, a device or a pipe, no writable folder around it, or one of
-            `sources`.
+        OutputError: another ending, a folder, a device or a pipe, no writable folder around it, one of
+            `sources`, or a file of a run.
     """
     shown = quote(str(path))
     if path.suffix.lower() not in suffixes:
@@ -55,6 +48,12 @@ def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -
         raise OutputError(f"cannot write {shown}: {quote(str(folder))} is not a writable folder")
     if any(_is_same(path, source) for source in sources):
         raise OutputError(f"cannot write {shown}: it is read as input; choose another --output")
+    run = RunFolder(folder)
+    if run.recipe.is_file() and any(own.name == path.name or _is_same(path, own) for own in run.kept):
+        raise OutputError(
+            f"cannot write {shown}: the run in {quote(str(folder))} keeps a file of its own by this name, "
+            "which is no result of a command; choose another --output"
+        )
 
 
 def _is_same(path: Path, source: Path) -> bool:

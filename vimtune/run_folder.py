@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vimtune import parsers
-from vimtune.output import WRITING_ERRORS, OutputError, refusal
+from vimtune.files import WRITING_ERRORS, OutputError, refusal
 from vimtune.text import printable, quote, shorten
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,12 @@ class RunFolder:
     def page(self) -> Path:
         """The result with its pictures, for a browser."""
         return self.path / "report.html"
+
+    @property
+    def kept(self) -> tuple[Path, ...]:
+        """What training found and takes as long to find again, or tells others that the run is finished: no
+        command writes its results there."""
+        return self.adapter, self.checkpoint, self.report, self.page
 
     @property
     def learning_curve(self) -> Path:

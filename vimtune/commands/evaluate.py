@@ -151,6 +151,8 @@ def run_evaluate(
         check_output(output, FORMATS, sources)
     if mistakes is not None:
         check_output(mistakes, [".csv"], sources)
+        if mistakes in outputs:
+            raise ValueError(f"--output and --mistakes are both {quote(str(mistakes))}: choose another file")
     scored = evaluate(adapter, split=split, config=config, variant=variant, **values)
     if read_launch().rank != 0:
         return 0

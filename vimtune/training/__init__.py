@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vimtune.files import OutputError
 from vimtune.late_names import late_names
-from vimtune.output import OutputError
 from vimtune.tasks.job import InputError
 from vimtune.training.evaluate import evaluate  # not late, because its module has the same name
 from vimtune.training.guard import NonFiniteError

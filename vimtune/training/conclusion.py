@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from vimtune.files import atomic_write_text
-from vimtune.output import OutputError
+from vimtune.files import OutputError, atomic_write_text
 from vimtune.pages import style
 from vimtune.pages.page import Page
 from vimtune.pages.section import Picture, Section

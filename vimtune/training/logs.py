@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+from vimtune.files import OutputError
 from vimtune.loggers import LOGGERS, LoggedRun, Logger, Record
 from vimtune.loggers.jsonl import JsonLines
-from vimtune.output import OutputError
 from vimtune.recipe import Recipe
 from vimtune.schema import finite_or_none
 from vimtune.text import printable, shorten

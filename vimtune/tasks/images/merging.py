@@ -13,10 +13,11 @@ import torch
 
 from vimtune import adapters
 from vimtune.adapters import read_adapter_info
+from vimtune.files import OutputError
 from vimtune.models import MODELS, create_listed_model
 from vimtune.models.merged import MergedInfo, read_merged, write_merged
 from vimtune.ops import use_backend
-from vimtune.output import OutputError, check_output, write_output
+from vimtune.output import check_output, write_output
 from vimtune.preprocessing import Preprocessing
 from vimtune.run_folder import MERGED
 from vimtune.schema import check
