@@ -45,7 +45,8 @@ def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -
         raise OutputError(f"cannot write {shown}: it is a device or a pipe; give the name of a file")
     folder = path.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"cannot write {shown}: {quote(str(folder))} is not a writable folder")
+        where = f"{quote(str(folder))} is not a writable folder"
+        raise OutputError(f"cannot write {shown}: {where}; choose another --output")
     if any(_is_same(path, source) for source in sources):
         raise OutputError(f"cannot write {shown}: it is read as input; choose another --output")
     run = RunFolder(folder)

@@ -159,13 +159,62 @@ def what_a_folder_is(folder: Path) -> str:
 
 def create_unused(path: Path) -> Path:
     """Make the first of path, path-2, path-3, ... that does not exist; two runs never get the same one."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    with _making(path):
         for candidate in _numbered(path):
             with suppress(FileExistsError):
                 candidate.mkdir()
                 return candidate
     raise AssertionError("there is no last number")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it, unless it is there.
+
+    Raises:
+        OutputError: it cannot be made; the message says why, and how another one is named.
+    """
+    with _making(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _making(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(cannot_make(path, obstacle(path) or refusal(error))) from error
+
+
+def cannot_make(path: Path, reason: str) -> str:
+    """What to say where the folder of a run, a comparison or a search cannot be made."""
+    return (
+        f"cannot make the folder {quote(str(path))}: {reason}. Name one elsewhere with --output-dir, or "
+        "start the command in another folder"
+    )
+
+
+def obstacle(path: Path) -> str | None:
+    """Why a folder cannot be made or written at `path`, as far as can be told without trying; None if it can.
+
+    Raises:
+        OSError: the places around it may not be looked at.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if _is_there(folder))
+    if not existing.is_dir():
+        return f"{quote(str(existing))} is not a folder"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{quote(str(existing))} is not writable"
+    return None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, also a link that leads nowhere. Other failures are raised."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def last_used(path: Path) -> Path | None:

@@ -250,7 +250,7 @@ def test_folder_that_cannot_be_made(tiny, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OutputError, match=r"cannot write .*run: Permission denied.*permissions"):
+    with pytest.raises(OutputError, match=r"cannot make the folder .*run': Permission denied.*--output-dir"):
         train(tiny())
 
 

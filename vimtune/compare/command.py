@@ -24,7 +24,7 @@ from vimtune.compare.worker import LOG_FILE
 from vimtune.console import build_console, print_line
 from vimtune.recipe import Recipe, RecipeError, complete_stored
 from vimtune.recipe.files import read_values
-from vimtune.run_folder import RunFolder, create_unused, hold, writing
+from vimtune.run_folder import RunFolder, create_unused, hold, make_folder, writing
 from vimtune.runtime.device import resolve_device
 from vimtune.runtime.distributed import Processes as OneProcess
 from vimtune.runtime.launch import read_launch
@@ -57,8 +57,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
     if read_launch().world_size > 1:
         raise ValueError("a comparison starts the processes of its runs itself: start it without torchrun")
     console = build_console()
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with hold(RunFolder(folder)), StopRequest() as stop:
         schedule = Schedule(plan, _finished(plan, folder))
         _check_data_and_models(schedule, folder)
@@ -278,8 +277,7 @@ def _show(
             raise ValueError(f"none of {counted(len(runs), 'folders')} has the report of a finished run")
         rows, note = rows_of_runs(results), OF_RUNS
     if output_dir is not None:
-        with writing(output_dir):
-            output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
     _conclude(rows, output_dir, note, {}, console, reference)
     return 0
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vimtune import parsers
-from vimtune.run_folder import ADAPTER_FILE, what_a_folder_is
+from vimtune.run_folder import ADAPTER_FILE, obstacle, what_a_folder_is
 from vimtune.tasks import TASKS
 from vimtune.text import quote
 
@@ -84,23 +83,12 @@ def _checkpoint_problem(path: Path, values: Mapping[str, Any]) -> str | None:
 
 
 def _output_problem(path: Path, values: Mapping[str, Any]) -> str | None:
-    existing = next(folder for folder in (path, *path.absolute().parents) if _is_there(folder))
-    if not existing.is_dir():
-        return f": {quote(str(existing))} is not a folder"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f": {quote(str(existing))} is not writable"
+    reason = obstacle(path)
+    if reason is not None:
+        return f": {reason}"
     if values.get("resume") is None and any((path / name).exists() for name in RUN_FILES):
         return f" holds another run: choose another folder, or continue that run with --resume {path}"
     return None
-
-
-def _is_there(path: Path) -> bool:
-    """Whether anything has this name, also a link that leads nowhere. Other failures are raised."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 _CHECKS = {

@@ -20,6 +20,7 @@ from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunS
 from vimtune.recipe.handed_on import parse_handed_on
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.rules import contradictions
+from vimtune.run_folder import cannot_make, obstacle
 from vimtune.tasks import TASKS, BackboneOptions, DataOptions, Task
 from vimtune.text import quote, suggest
 
@@ -153,12 +154,17 @@ class Recipe:
         return Path("runs") / f"{data}-{model}-{self.method.peft}-{moment}"
 
     def check_paths(self) -> None:
-        """Check that the paths of the recipe can be used (see `path_problems`).
+        """Check that the paths of the recipe can be used (see `path_problems`), and that of its run where it
+        names none.
 
         Raises:
             RecipeError: naming those that cannot.
         """
-        if problems := path_problems(self.to_dict()):
+        problems = path_problems(self.to_dict())
+        if self.run.output_dir is None and self.run.resume is None:
+            reason = obstacle(self.run_dir())
+            problems += [] if reason is None else [cannot_make(self.run_dir(), reason)]
+        if problems:
             raise RecipeError(problems)
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vimtune.console import build_console, print_line
 from vimtune.files import atomic_write_text
 from vimtune.pages.style import save_picture
 from vimtune.recipe import Recipe
-from vimtune.run_folder import RunFolder, hold, writing
+from vimtune.run_folder import RunFolder, hold, make_folder, writing
 from vimtune.runtime.seeds import derive_seed
 from vimtune.search import results
 from vimtune.search.fitting import check_parts
@@ -94,8 +94,8 @@ def begin(plan: Plan, folder: Path) -> None:
         raise ValueError(f"--output-dir {shown} is not empty: give the name of a new folder")
     for conflict in check_parts(plan):
         print_line(build_console(), f"trials with both will fail: {conflict}")
+    make_folder(folder)
     with writing(folder / PLAN):
-        folder.mkdir(parents=True, exist_ok=True)
         plan.save(folder / PLAN)
 
 

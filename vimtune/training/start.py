@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vimtune.files import remove_temporaries
 from vimtune.recipe import Recipe
-from vimtune.run_folder import RunFolder, create_unused, hold, writing
+from vimtune.run_folder import RunFolder, create_unused, hold, make_folder, writing
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks.report import Report
 from vimtune.text import printable, quote
@@ -131,8 +131,7 @@ def _claim_new_folder(recipe: Recipe, stack: ExitStack) -> RunFolder:
         folder = RunFolder(create_unused(recipe.run_dir()))
     else:
         folder = RunFolder(Path(recipe.run.output_dir))
-        with writing(folder.path):
-            folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
     stack.enter_context(hold(folder))
     if recipe.run.output_dir is not None:
         recipe.check_paths()  # once more: another run may have come first
