@@ -298,6 +298,8 @@ def test_the_function_says_what_the_command_does(images, photos, tmp_path, no_pi
         ({"mixup": 0.2}, "unknown key 'mixup' of an evaluation: training alone reads mixup, and 0.2 would"),
         ({"lr": 1}, "unknown key 'lr' of an evaluation"),
         ({"peft": "lora"}, "unknown key 'peft' of an evaluation"),
+        ({"shots": 2}, "unknown key 'shots' of an evaluation: training alone reads shots, and 2 would"),
+        ({"shots": 2, "folder": "x"}, "unknown key 'shots' of an evaluation"),
         ({"test": False}, "unknown key 'test' of an evaluation"),
         ({"folder": "x", "split": "val"}, "all images of the folder are scored"),
         ({"config": "x.yaml"}, "an adapter has a recipe of its own"),
@@ -321,6 +323,7 @@ FOR_TRAINING = [
     "teacher-weight",
     "teacher-temperature",
     "balanced",
+    "shots",
     "drop-path",
     "no-test",
     "eval-split",
@@ -343,7 +346,7 @@ def test_flags_that_change_no_scores_are_not_offered(capsys):
         assert f"--{name} " not in offered and f"--[no-]{name.removeprefix('no-')}" not in offered
         assert run(f"--{name}", "1") == 2
         assert f"unknown flag --{name}" in error(capsys)
-    for name in ("shots", "train-size", "folds", "data-seed", "head", "seed", "amp", "[no-]deterministic"):
+    for name in ("train-size", "folds", "data-seed", "head", "seed", "amp", "[no-]deterministic"):
         assert f"--{name} " in offered
 
 

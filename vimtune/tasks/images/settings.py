@@ -94,7 +94,7 @@ class DataSettings(DataOptions):
     eval_split: Literal["val", "test"] | None = option(
         None, "evaluated while training: val, test (default: val if not trained on)", purpose="run"
     )
-    shots: Positive | None = option(None, SHOTS)
+    shots: Positive | None = option(None, SHOTS, purpose="loss")
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
     folds: Annotated[int, Ge(2), Le(1000)] | None = option(
         None, "k-fold: each data_seed holds out another of so many parts of train and val"

@@ -56,7 +56,7 @@ class TextDataSettings(DataOptions):
     val_share: Annotated[float, Gt(0), Lt(1)] = option(
         0.1, "share of the training texts that select the best epoch, unless a file does"
     )
-    shots: Positive | None = option(None, SHOTS)
+    shots: Positive | None = option(None, SHOTS, purpose="loss")
     train_size: ProtocolSize | None = option(None, TRAIN_SIZE)
     limit: Positive | None = option(None, LIMIT)
     test: bool = option(True, TEST, purpose="run")
