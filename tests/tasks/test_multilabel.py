@@ -303,3 +303,24 @@ def test_an_evaluation_is_the_same_however_the_images_are_shared_out() -> None:
     )
     has, says, right = labels.sum(), (logits >= 0).sum(), (labels.bool() & (logits >= 0)).sum()
     assert whole.scores["f1"] == pytest.approx(float(200 * right / (has + says)))
+
+
+def test_a_folder_of_classes_is_refused_with_what_to_do_instead(data, run, tmp_path) -> None:
+    """Its labels would be a part of those that an image has. The message spoke of options of training."""
+    others = tmp_path / "others"
+    (others / "red").mkdir(parents=True)
+    for number in range(6):
+        shutil.copy(data / f"{number}.png", others / "red")
+    with pytest.raises(ValueError, match="a class folder says one label of its images") as refused:
+        evaluate(run.run_dir, folder=str(others))
+    table = others / "test.csv"
+    message = str(refused.value)
+    assert repr(str(table)) in message and f"--dataset csv --data-dir {others} instead" in message
+    # What it says to do works, with the separator of the run, and scores every row.
+    rows = (data / "labels.csv").read_text().splitlines()
+    table.write_text("\n".join([rows[0], *(f"red/{row}" for row in rows[1:7])]))
+    found = evaluate(run.run_dir, dataset="csv", data_dir=str(others))
+    assert found.scores["count"] == 6
+    # Nothing is looked for in the folder before.
+    with pytest.raises(ValueError, match="a class folder says one label"):
+        evaluate(run.run_dir, folder=str(tmp_path / "nowhere"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def open_trial(
     if options.folder is None:
         dataset = _open_split(data, split, image_size(backbone))
     else:
-        dataset = LabelledFolder(Path(options.folder))
+        dataset = _open_folder(Path(options.folder), task)
     demand_labels(task, dataset)
     model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)
@@ -131,6 +132,22 @@ def open_trial(
         dataset=matched.dataset,
         held_out_note=why,
     )
+
+
+def _open_folder(folder: Path, task: ImageTask) -> ImageDataset:
+    """All images of a folder, with the label that their class folder says.
+
+    Raises:
+        ValueError: what `LabelledFolder` raises, or a task that asks for all labels of an image.
+    """
+    if task.several_labels:
+        shown = shlex.quote(str(folder))
+        raise ValueError(
+            f"--folder {shown}: a class folder says one label of its images, and task {quote(task.name)} "
+            f"asks for all of them. Write these into a table {quote(str(folder / 'test.csv'))}, as that of "
+            f"the run, and give --dataset csv --data-dir {shown} instead: all its rows are scored"
+        )
+    return LabelledFolder(folder)
 
 
 def _open_split(data: DataSettings, split: str, img_size: tuple[int, int]) -> ImageDataset:
