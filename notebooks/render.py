@@ -1,10 +1,14 @@
 """Run the notebooks beside this file and store what they show.
 
-    python notebooks/render.py                              # all of them
-    python notebooks/render.py photos -p PHOTOS=my/photos   # one of them, with a parameter of your own
+    python notebooks/render.py analysis language                           # these
+    python notebooks/render.py photos -p PHOTOS=my/photos -o my-notebooks  # one, with a parameter of your own
 
 A notebook is run from top to bottom in an empty folder by a new kernel. Pictures are stored with at most 256
-colours, or as JPEG where photographs are among them, and temporary folders are called `my/folder` there.
+colours, or as JPEG where photographs are among them. Its outputs name no folders of this machine: the one in
+which it works is called `my/folder`, one that a parameter names `my/` with the last part of its name.
+
+Without -o a notebook keeps its own values of the parameters, with which it runs everywhere, and its text says
+with which others its outputs were seen. docs/notebooks.md has the commands that made the stored ones.
 It needs `pip install -e ".[notebooks,export,text]"`.
 """
 
@@ -34,7 +38,7 @@ TIMEOUT = 600
 """Seconds that a cell may take."""
 KEPT = ("image/png", "text/html", "text/markdown", "text/plain")
 """Kinds of outputs that are stored: of each output the first of them that it has."""
-QUALITY = 82
+QUALITY = 75
 """Quality of pictures, as JPEG counts it."""
 MANY_COLORS = 2**13
 """A picture with more colours than this is stored as JPEG: it has photographs in it."""
@@ -55,8 +59,7 @@ def run(path: Path, folder: Path, parameters: Mapping[str, Any] | None = None) -
         CellExecutionError: a cell has failed; the message has its code and the traceback.
     """
     notebook = nbformat.read(path, as_version=4)
-    if parameters:
-        _set_parameters(notebook, path.name, parameters)
+    _set_parameters(notebook, path.name, parameters or {})
     environment = {**os.environ, "TMPDIR": str(folder), "PYTHONWARNINGS": SILENT}
     client = NotebookClient(
         notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": folder}}
@@ -65,30 +68,39 @@ def run(path: Path, folder: Path, parameters: Mapping[str, Any] | None = None) -
     return notebook
 
 
+def _cell_of_parameters(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The cell with what a reader may change."""
+    return next(cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", []))
+
+
 def _set_parameters(notebook: nbformat.NotebookNode, name: str, parameters: Mapping[str, Any]) -> None:
-    """Put a cell with other values below the cell of parameters, and leave that one as it is."""
-    place, own = next(
-        (place, cell)
-        for place, cell in enumerate(notebook.cells)
-        if PARAMETERS in cell.metadata.get("tags", [])
-    )
-    known = {line.split(" = ")[0] for line in own.source.splitlines() if " = " in line}
-    for key in parameters:
-        if key not in known:
-            raise ValueError(f"{name} has no parameter {key}; expected one of {', '.join(sorted(known))}")
-    code = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
-    notebook.cells.insert(
-        place + 1, nbformat.v4.new_code_cell(code, metadata={"tags": ["injected-parameters"]})
-    )
+    """Give the cell of parameters other values, and leave its comments."""
+    cell = _cell_of_parameters(notebook)
+    lines = dict(line.split(" = ", 1) for line in cell.source.splitlines() if " = " in line)
+    for key, value in parameters.items():
+        if key not in lines:
+            raise ValueError(f"{name} has no parameter {key}; expected one of {', '.join(sorted(lines))}")
+        _, *comment = lines[key].split("  # ", 1)
+        lines[key] = "  # ".join([repr(value), *comment])
+    cell.source = "\n".join(f"{key} = {value}" for key, value in lines.items())
 
 
-def tidy(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Leave out what differs from run to run and what takes room for nothing."""
+def tidy(notebook: nbformat.NotebookNode, folder: Path, parameters: Mapping[str, Any] | None = None) -> None:
+    """Leave out what differs from run to run and what takes room for nothing.
+
+    Args:
+        notebook: with its outputs, which are changed.
+        folder: the one in which it ran.
+        parameters: what `run` was given; paths among them get other names in the outputs.
+    """
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    folders = re.compile(rf"{re.escape(str(folder))}(/tmp\w+)?")
+    names = {rf"{re.escape(str(folder))}(?:/tmp\w+)?": "my/folder"}
+    for value in (parameters or {}).values():
+        if isinstance(value, str) and os.path.isabs(value):
+            names[re.escape(value)] = f"my/{Path(value).name}"
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata.pop("execution", None)
@@ -96,21 +108,23 @@ def tidy(notebook: nbformat.NotebookNode, folder: Path) -> None:
             cell.outputs = _joined(cell.outputs)
         for output in cell.get("outputs", []):
             if "text" in output:
-                output.text = _renamed(folders, output.text)
+                output.text = _renamed(names, output.text)
             elif "data" in output:
                 kind = next(kind for kind in KEPT if kind in output.data)
                 content, output.metadata = output.data[kind], {}
                 if kind == "image/png":
                     output.data = _smaller(content)
                 else:
-                    output.data = {kind: _renamed(folders, content)}
+                    output.data = {kind: _renamed(names, content)}
 
 
-def _renamed(folders: re.Pattern[str], text: str) -> str:
-    """A text with another name for folders; the right border of a table stays where it is."""
+def _renamed(names: Mapping[str, str], text: str) -> str:
+    """A text with other names for folders, by patterns; the right border of a table stays where it is."""
     lines = []
     for line in text.split("\n"):
-        renamed = folders.sub("my/folder", line)
+        renamed = line
+        for pattern, name in names.items():
+            renamed = re.sub(pattern, name, renamed)
         lines.append(f"{renamed[:-1]:<{len(line) - 1}}│" if line.endswith("│") else renamed)
     return "\n".join(lines)
 
@@ -169,11 +183,14 @@ def main() -> None:
     parameters = dict(map(parse_parameter, given.parameters))
     for name in given.notebooks or names:
         started = time.monotonic()
+        source, path = FOLDER / f"{name}.ipynb", given.output / f"{name}.ipynb"
         with tempfile.TemporaryDirectory() as folder:
-            notebook = run(FOLDER / f"{name}.ipynb", Path(folder), parameters)
-            tidy(notebook, Path(folder))
+            notebook = run(source, Path(folder), parameters)
+            tidy(notebook, Path(folder), parameters)
+        if path.resolve() == source.resolve():
+            own = _cell_of_parameters(nbformat.read(source, as_version=4))
+            _cell_of_parameters(notebook).source = own.source
         given.output.mkdir(parents=True, exist_ok=True)
-        path = given.output / f"{name}.ipynb"
         nbformat.write(notebook, path)
         print(f"{path}: {time.monotonic() - started:.0f} s, {path.stat().st_size / 2**10:.0f} KiB")
 

@@ -145,6 +145,37 @@ def test_parameters_on_the_command_line(
     assert [render.parse_parameter(text) for text in given] == found
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_only_elsewhere_is_a_notebook_stored_with_other_parameters(
+    render: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    photos, own, target = tmp_path / "of" / "mine", tmp_path / "notebooks", tmp_path / "stored"
+    photos.mkdir(parents=True)
+    own.mkdir()
+    new, code = render.nbformat.v4, "PHOTOS = None  # a folder\nEPOCHS = 3"
+    first = new.new_code_cell(code, metadata={"tags": [render.PARAMETERS]})
+    notebook = new.new_notebook(cells=[first, new.new_code_cell("print(PHOTOS, EPOCHS)")])
+    render.nbformat.write(notebook, own / "short.ipynb")
+    monkeypatch.setattr(render, "FOLDER", own)
+    given = ["render.py", "short", "-p", f"PHOTOS={photos}", "-p", "EPOCHS=2"]
+    monkeypatch.setattr("sys.argv", [*given, "-o", str(target)] if elsewhere else given)
+    render.main()
+    first, second = cells_of((target if elsewhere else own) / "short.ipynb")
+    assert "".join(second["outputs"][0]["text"]) == "my/mine 2\n"
+    expected = f"PHOTOS = {str(photos)!r}  # a folder\nEPOCHS = 2" if elsewhere else code
+    assert "".join(first["source"]) == expected
+
+
+@pytest.mark.parametrize("name", ["folder_to_onnx", "photos"])
+def test_photographs_are_stored_where_the_text_says_so(name: str) -> None:
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    about = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
+    assert "GroceryStoreDataset" in about and "MIT licence" in about
+    printed = [out["text"] for cell in cells_of(path) for out in cell["outputs"] if "text" in out]
+    texts = "".join(line for lines in printed for line in lines)
+    assert "model: vim_nano_patch8_64.tiny_in200" in texts and "generated flowers" not in texts
+
+
 def test_outputs_are_stored_small_and_without_folders(render: ModuleType, tmp_path: Path) -> None:
     noise = Image.merge("RGB", [Image.effect_noise((200, 200), 80) for _ in range(3)])
     drawn = Image.new("RGB", (200, 200), "red")

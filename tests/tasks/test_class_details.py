@@ -15,7 +15,7 @@ from vimtune.pages.page import Page
 from vimtune.tasks.classes import page as module
 from vimtune.tasks.classes import reliability
 from vimtune.tasks.classes.answers import answers_of
-from vimtune.tasks.classes.calibration import Temperature, temperature_of
+from vimtune.tasks.classes.calibration import Calibration, Temperature, temperature_of
 from vimtune.tasks.classes.details import ClassDetails, Examples
 
 IMAGES = Examples("path", "images", lambda index: f"{index}.jpg", lambda index: Image.new("RGB", (8, 8)))
@@ -77,6 +77,24 @@ def test_names_are_harmless(details: ClassDetails) -> None:
     page = Page("c", "t", found.rows(), found.sections().values()).to_html()
     assert "<script" not in page and "\x1b" not in page
     assert len(found.mistakes()) == count
+
+
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        (0.5, "here it does not help"),  # four of five answers are right with 85 %: it makes them surer still
+        (1.2, "the model is too sure as it is"),
+    ],
+)
+def test_a_temperature_that_makes_the_error_larger_says_nothing_of_how_sure_a_model_is(
+    value: float, meaning: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reliability, "draw_reliability", lambda *what: None)
+    logits = torch.tensor([[2.5, 0, 0]] * 5)
+    questions = answers_of(logits, torch.tensor([0, 0, 0, 0, 1])).questions
+    found = Calibration(questions, Temperature(value, "fitted to others"))
+    _, finding = reliability.calibration_section(found, reliability.CLASSES).findings
+    assert finding.endswith(f"%: {meaning}.")
 
 
 def test_a_temperature_says_where_it_comes_from() -> None:

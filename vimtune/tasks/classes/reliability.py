@@ -60,10 +60,14 @@ def calibration_section(found: Calibration, wording: Wording) -> Section:
         findings.append(f"There is no temperature: {found.temperature.origin}.")
     else:
         lines["with the temperature"] = found.calibrated_bins
-        better = calibration_error(found.calibrated_bins)
+        other = calibration_error(found.calibrated_bins)
+        if other < error:
+            meaning = f"the model is {'too sure' if value > 1 else 'not sure enough'} as it is."
+        else:
+            meaning = "here it does not help."
         findings.append(
             f"The temperature is {value:.3f}, {found.temperature.origin}. With it the error is "
-            f"{better:.2f} %: the model is {'too sure' if value > 1 else 'not sure enough'} as it is."
+            f"{other:.2f} %: {meaning}"
         )
     share, judged = wording.share, wording.judged
     return Section(
