@@ -62,6 +62,15 @@ def test_a_picture_is_a_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Picture("", tmp_path / "missing.png")._repr_png_() is None
 
 
+@pytest.mark.parametrize("caption", ["Galia-Melon 83 %\nis Honeydew-Melon 17.2 %", "M" * 12, "x" * 90])
+def test_a_caption_is_no_wider_than_its_image(caption: str) -> None:
+    picture = draw_images([Image.new("RGB", (9, 9))], [caption])
+    png(picture)
+    (axes,) = picture.figure.axes
+    extent, whole = axes.texts[0].get_window_extent(), picture.figure.bbox
+    assert extent.x0 >= whole.x0 and extent.x1 <= whole.x1
+
+
 def test_images_keep_their_own_pixels() -> None:
     image = Image.new("RGB", (500, 300))
     assert captions(draw_images([image, image.convert("1")], ["one\ntwo", "x" * 90])) == [

@@ -31,7 +31,7 @@ MAX_SIDE = 224
 """Pixels to which larger images are reduced."""
 MAX_NAME = 22
 """Characters of a name below an image."""
-SIZE, ROOM = 7.0, 24
+SIZE, ROOM = 7.0, 22
 """Size of the letters below an image, in points, and how many have room in a line. A longer line has smaller
 ones."""
 MAX_LINE = 34
