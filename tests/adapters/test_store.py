@@ -26,7 +26,7 @@ from vimtune.adapters import (
     list_methods,
 )
 from vimtune.adapters.identity import _first_format_hash
-from vimtune.adapters.info import NEUTRAL_OF_ALL, NEUTRAL_OPTIONS
+from vimtune.adapters.info import NEUTRAL_OF_ALL, NEUTRAL_OPTIONS, VERSION_1_OPTIONS
 from vimtune.methods.bitfit import BitFit
 from vimtune.training.report import describe_method
 
@@ -221,7 +221,8 @@ def test_version_1_means_what_it_meant(method, options, targets, path, request):
     torch.manual_seed(0)
     base = {"num_classes": 5, "depth": 2, "embed_dim": 32, "backend": "torch"}  # as wide as rank 16 needs
     model = timm.create_model("test_vim", **base).eval()
-    disturb(vimtune.inject(model, method, targets=targets, **options))
+    then = VERSION_1_OPTIONS.get(method, {}) | options
+    disturb(vimtune.inject(model, method, targets=targets, **then))
     write_version_1(path, model, method, options, targets)
     expected = vimtune.read_adapter_info(path)
     assert expected.options == active_adapter(model).options
