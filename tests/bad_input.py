@@ -14,8 +14,8 @@ import vimtune.tasks.origin  # noqa: F401
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Fails when the block takes more than a few seconds of this process: what hangs on an input takes minutes,
-    and a busy machine or a collection of garbage a second."""
+    """Fails when the block takes more than a few seconds of this process: what hangs on an input takes
+    minutes, and a busy machine or a collection of garbage a second."""
     start = time.process_time()
     yield
     assert time.process_time() - start < 5
