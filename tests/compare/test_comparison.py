@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from earlier_states import forget_options
 from safetensors.torch import load_file, save_file
 from tiny_plans import TINY, InProcess
 
@@ -122,9 +123,33 @@ def test_runs_with_defaults_of_another_version_are_refused(runs, tmp_path):
         compare(asked, tmp_path)
     assert caught.value.problems == [
         "prodial on synthetic_flowers, lr 0.001, seed 0: variant of prodial was 'free' and is now 'exp'",
+        "prodial: to go on with its runs, state options that have other defaults now, under `methods` in "
+        f"{tmp_path / 'plan.yaml'}: prodial: {{peft_kwargs: {{variant: free}}}}",
         f"{tmp_path} has runs with other settings: choose another --output-dir",
     ]
-    compare(plan(methods={"prodial": {"peft_kwargs": {"variant": "free"}}}, seeds="0"), tmp_path / "new")
+    assert len(runs.started) == 1
+    # What the message says is done, and its tables are made in any case.
+    assert cli.main(["compare", str(tmp_path)]) == 0
+    stated = plan(methods={"prodial": {"peft_kwargs": {"variant": "free"}}}, seeds="0,1")
+    compare(stated, tmp_path)
+    assert len(runs.started) == 2
+    compare(stated, tmp_path)
+    assert len(runs.started) == 2
+
+
+def test_unfinished_runs_with_defaults_of_another_version_are_refused(runs, tmp_path):
+    asked, stated = (
+        plan(methods={"prodial": {"peft_kwargs": kwargs}}, seeds="0") for kwargs in ({}, {"variant": "free"})
+    )
+    compare(stated, tmp_path)
+    run = RunFolder(tmp_path / Cell("prodial", DATA, 1e-3, 0).path)
+    run.report.unlink()
+    forget_options(run.checkpoint)
+    asked.recipe(Cell("prodial", DATA, 1e-3, 0), tmp_path).save(run.recipe)
+    with pytest.raises(PlanError, match="variant of prodial was 'free' and is now 'exp'"):
+        compare(asked, tmp_path)
+    assert len(runs.started) == 1
+    compare(stated, tmp_path)
     assert len(runs.started) == 2
 
 

@@ -304,3 +304,23 @@ def test_a_task_that_would_open_the_test_split_is_refused(capsys, tmp_path) -> N
         patch.setattr("vimtune.search.plan.keys_of", lambda task: {})
         with pytest.raises(SpaceError, match="has no key `test`, so that a trial would open the test split"):
             plan.check()
+
+
+def test_trials_with_defaults_of_another_version_are_not_mixed_with_those_of_today(tmp_path, capsys) -> None:
+    space = {"parts": {"scaled": {"method": "prodial", "optional": False, "options": {"rank": 2}}}}
+    folder = tmp_path / "search"
+    search(tiny_plan(trials=1, space=space, epochs=1), folder)
+    report = folder / "trials/00000/report.json"
+    report.write_text(report.read_text().replace('"variant": "exp"', '"variant": "free"'))
+    plan = yaml.safe_load((folder / "search.yaml").read_text())
+    (folder / "search.yaml").write_text(yaml.safe_dump({**plan, "trials": 2}))
+    capsys.readouterr()
+    assert cli.main(["search", "--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "had other defaults: variant of prodial was 'free' and is now 'exp'" in error
+    assert "in search.yaml of the search (options: {variant: free} in each part of prodial)" in error
+    # What the message says is done.
+    plan["space"]["parts"]["scaled"]["options"]["variant"] = "free"
+    (folder / "search.yaml").write_text(yaml.safe_dump({**plan, "trials": 2}))
+    assert cli.main(["search", "--resume", str(folder)]) == 0
+    assert load_recipe(folder / "best.yaml").method.peft_kwargs["prodial"]["variant"] == "free"

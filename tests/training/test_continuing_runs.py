@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from tiny_runs import TINY, assert_same_weights, weights
 
 from vimtune.adapters import read_adapter
@@ -73,3 +74,18 @@ def test_another_method_is_taken_as_given_and_a_wrong_file_is_one_line(first, tm
         with pytest.raises(RecipeError, match="init_adapter") as error:
             load_recipe(None, {"init_adapter": str(path)})
         assert "\n" not in str(error.value)
+
+
+def test_an_adapter_with_defaults_of_another_version_keeps_its_function(tmp_path) -> None:
+    """Its recipe does not state them, so that a new run began with the numbers of one formula in another."""
+    given = {**TINY, "peft": "prodial", "rank": None, "epochs": 1, "test": False}
+    folder = tmp_path / "run"
+    train(load_recipe(None, {**given, "peft_kwargs": {"variant": "free"}, "output_dir": str(folder)}))
+    stored = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for named in ({}, {"train_scale": True}):
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**stored, "peft_kwargs": named}))
+        recipe = load_recipe(None, {"init_adapter": str(folder)})
+        assert recipe.method.peft_kwargs == {**named, "variant": "free"}
+    stated = load_recipe(None, {"init_adapter": str(folder), "peft_kwargs": {"variant": "tanh"}})
+    assert stated.method.peft_kwargs == {"variant": "tanh"}
+    assert load_recipe(None, {"init_adapter": str(folder), "peft": "lora"}).method.peft_kwargs == {}

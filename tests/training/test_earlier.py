@@ -7,16 +7,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
+from earlier_states import forget_options
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import assert_close_metrics, relative_difference, weights
 
-from vimtune.methods import METHODS
-from vimtune.recipe import MethodSettings, Recipe, complete_stored, load_recipe, options_then
+from vimtune.methods import METHODS, option, register_method
+from vimtune.methods.lora import LoRA
+from vimtune.recipe import (
+    MethodSettings,
+    Recipe,
+    changed_options,
+    complete_stored,
+    keeping,
+    load_recipe,
+    options_then,
+)
 from vimtune.training import train
 from vimtune.training.identity import Facts, ResumeError, compare
 from vimtune.training.state import load_run_state
@@ -144,8 +155,11 @@ def test_options_that_another_version_left_to_other_defaults_are_not_those_of_to
 
     silent = facts({})  # That of a state from before the options were held.
     for saved in (facts(as_then.method.all_options), silent):
-        with pytest.raises(ResumeError, match="variant of prodial was 'free' and is now 'exp'"):
+        with pytest.raises(ResumeError, match="variant of prodial was 'free' and is now 'exp'") as caught:
             compare(now, saved, now, silent, True)
+        assert "state options that have other defaults now (--peft-kwargs '{variant: free}')" in str(
+            caught.value
+        )
         assert not any("peft_kwargs" in note for note in compare(now, saved, as_then, silent, True))
     compare(now, facts(now.method.all_options), now, silent, True)
 
@@ -171,3 +185,64 @@ def test_states_hold_all_options(tiny):
 def test_options_are_the_same_after_they_have_been_in_a_file(method):
     options = MethodSettings(peft=method).all_options
     assert json.loads(json.dumps(options)) == options
+
+
+def test_a_finished_run_with_other_defaults_is_not_reported_as_one_of_today(tiny, tmp_path):
+    """`resume` = "auto" compared the recipes as they were given, and those were the same."""
+    folder, then = str(tmp_path / "run"), {"variant": "free"}
+    train(tiny(peft="prodial", rank=None, epochs=1, output_dir=folder, peft_kwargs=then))
+    forget_options(tmp_path / "run" / "checkpoint.safetensors")
+    again = tiny(peft="prodial", rank=None, epochs=1, output_dir=folder, resume="auto")
+    with pytest.raises(
+        ResumeError, match=r"'free' and is now 'exp'\).*\(--peft-kwargs '\{variant: free\}'\)"
+    ):
+        train(again)
+    assert train(again.replace(peft_kwargs=then)).epochs == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuples(LoRA):
+    """A method with an option that JSON has as a list."""
+
+    summary = "an option that is a tuple"
+    places: tuple[str, ...] = option(("a", "b"), "places")
+
+
+def test_an_option_that_a_file_has_in_another_form_is_the_same(monkeypatch):
+    monkeypatch.setattr(METHODS, "_things", dict(METHODS._things))
+    register_method("tuples")(Tuples)
+    method = MethodSettings(peft="tuples")
+    assert not changed_options(json.loads(json.dumps(method.all_options)), method)
+
+
+def test_what_a_budget_decides_is_part_of_a_run(tiny):
+    """What is given now was decided by the budget then, and the other way round: nothing seemed to differ."""
+    facts = Facts(outputs={}, train_examples=1, base_hash="")
+    saved, now = (tiny(peft="prodial", budget=900, rank=rank) for rank in (None, 2))
+    with pytest.raises(ResumeError, match="the budget decided rank of prodial and now block_size"):
+        compare(saved, replace(facts, methods=saved.method.all_options), now, facts, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"peft": "prodial"}, {"variant": "free"}),
+        (
+            {"peft": "prodial", "peft_kwargs": {"train_scale": False}},
+            {"train_scale": False, "variant": "free"},
+        ),
+        ({"peft": "prodial", "peft_kwargs": {"variant": "exp"}}, {"variant": "exp"}),
+        (
+            {"peft": "prodial+dora", "peft_kwargs": {"prodial": {"rank": 4}}},
+            {"prodial": {"rank": 4, "variant": "free"}},
+        ),
+    ],
+)
+def test_what_keeps_the_options_of_a_run(settings, expected):
+    method = MethodSettings(**settings)
+    options = options_then(method)
+    options["prodial"]["variant"] = "free"
+    kept = keeping(changed_options(options, method), method)
+    assert kept == expected
+    if kept != method.peft_kwargs:
+        assert replace(method, peft_kwargs=kept).all_options == options

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from vimtune.adapters.manage import demand_adapter
 from vimtune.adapters.store import check_head, demand_architecture, other_base, read_adapter, refusing
 from vimtune.adapters.tensors import adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
+from vimtune.methods import resolve_options
 from vimtune.text import printable, quote
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ def start_from(
     """Give the active adapter of a model the values of a file, as the start of a new training.
 
     The adapter was injected by the same method at the same places. Of the head, each class that the file
-    knows by name gets its row; the others keep their fresh ones. What was kept is logged.
+    knows by name gets its row; the others keep their fresh ones. What was kept is logged, and
+    which options are others.
 
     Args:
         model: a model with an adapter.
@@ -52,6 +55,7 @@ def start_from(
         )
     if not force and not has_base(model, info.base_hash, info.base_origin, record.name):
         raise other_base(path, info)
+    _warn_of_options(path, info, record.options)
     own = adapter_state_dict(model, record.name)
     with refusing(path):
         check_head(info, tensors, record.head)
@@ -62,6 +66,24 @@ def start_from(
     if record.head and classes is not None:
         _log_kept(path, info.classes, classes)
     return info
+
+
+def _warn_of_options(path: str | Path, info: AdapterInfo, options: Mapping[str, Any]) -> None:
+    """Say which options the adapter of a file had otherwise: with another formula the same values are another
+    function, and with another learning rate, say, they are not. Which it is nobody can tell from outside."""
+    theirs, ours = resolve_options(info.method, info.options), resolve_options(info.method, options)
+    others = [
+        f"{option} of {name} was {quote(value)} and is {quote(ours[name][option])}"
+        for name, own in theirs.items()
+        for option, value in own.items()
+        if ours[name][option] != value
+    ]
+    if others:
+        logger.warning(
+            "%s was trained with other options, so that it may start as another function: %s",
+            printable(str(path)),
+            "; ".join(others),
+        )
 
 
 def _rows_by_name(given: Tensor, own: Tensor, theirs: Sequence[str], ours: Sequence[str] | None) -> Tensor:

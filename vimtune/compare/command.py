@@ -22,16 +22,17 @@ from vimtune.compare.tables.files import write_tables
 from vimtune.compare.tables.notes import OF_RUNS, protocol_of
 from vimtune.compare.worker import LOG_FILE
 from vimtune.console import build_console, print_line
-from vimtune.recipe import Recipe, RecipeError, complete_stored
+from vimtune.recipe import Recipe, RecipeError, changed_options, complete_stored, keeping
 from vimtune.recipe.files import read_values
 from vimtune.run_folder import RunFolder, create_unused, hold, make_folder, writing
 from vimtune.runtime.device import resolve_device
 from vimtune.runtime.distributed import Processes as OneProcess
 from vimtune.runtime.launch import read_launch
 from vimtune.text import counted, duration, printable, quote, shorten
-from vimtune.training.identity import HARMLESS, changed, changed_options
+from vimtune.training.identity import HARMLESS, differences, in_one_line
 from vimtune.training.interrupt import Interrupted, StopRequest
 from vimtune.training.result import Result, read_result
+from vimtune.training.unfinished import options_begun_with
 
 MAY_CHANGE = frozenset((*HARMLESS, "device", "threads")) - {"checkpoint", "pretrained"}
 """Keys of recipes that a comparison may have otherwise when it is continued. The weights from which runs
@@ -82,28 +83,53 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
     return rows, schedule.failed
 
 
-def _finished(plan: Plan, folder: Path) -> dict[Cell, Result]:
+def _finished(plan: Plan, folder: Path, *, goes_on: bool = True) -> dict[Cell, Result]:
     """The runs of a plan that are finished in a folder.
+
+    Args:
+        plan: what is compared.
+        folder: that of the comparison.
+        goes_on: whether runs are to be made beside those, which have to have the same defaults then.
 
     Raises:
         PlanError: there are runs with other settings than those of the plan.
     """
     found: dict[Cell, Result] = {}
-    problems = []
+    problems: list[str] = []
+    advice: dict[str, None] = {}
     for cell in plan.all_cells():
-        run = RunFolder(folder / cell.path)
+        run, wanted = RunFolder(folder / cell.path), plan.recipe(cell, folder)
         if not run.recipe.is_file():
             continue
-        problems += [f"{cell}: {problem}" for problem in _differences(run, plan.recipe(cell, folder))]
-        if problems or not run.report.is_file():
+        try:
+            stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
+        except RecipeError as error:
+            problems += [f"{cell}: {problem}" for problem in error.problems]
             continue
-        result = read_result(run.path)
-        options = changed_options(result.report.method_config, plan.recipe(cell, folder))
-        problems += [f"{cell}: {problem}" for problem in options]
-        found[cell] = result
+        result = read_result(run.path) if run.report.is_file() else None
+        options = options_begun_with(run) if result is None else result.report.method_config
+        kept = keeping(changed_options(options, wanted.method), wanted.method)
+        if kept != wanted.method.peft_kwargs:
+            advice[_how_to_keep(cell.method, kept, folder)] = None
+            if not goes_on:
+                wanted = wanted.replace(peft_kwargs=kept)
+        names = [name for name in wanted.to_dict() if name not in MAY_CHANGE]
+        problems += [f"{cell}: {problem}" for problem in differences(stored, options, wanted, names)]
+        if result is not None:
+            found[cell] = result
     if problems:
-        raise PlanError([*problems, f"{folder} has runs with other settings: choose another --output-dir"])
+        last = f"{folder} has runs with other settings: choose another --output-dir"
+        raise PlanError([*problems, *advice, last])
     return found
+
+
+def _how_to_keep(method: str, kept: Mapping[str, Any], folder: Path) -> str:
+    """What to do where the runs of a method have other defaults than they would have now."""
+    entry = in_one_line({method: {"peft_kwargs": dict(kept)}})
+    return (
+        f"{method}: to go on with its runs, state options that have other defaults now, under `methods` in "
+        f"{printable(str(folder / PLAN_FILE))}: {entry[1:-1]}"
+    )
 
 
 def _check_data_and_models(schedule: Schedule, folder: Path) -> None:
@@ -134,16 +160,6 @@ def _check_data_and_models(schedule: Schedule, folder: Path) -> None:
             check(model, (task.name, recipe.backbone), partial(task.open_base, recipe, OneProcess()))
     if problems:
         raise PlanError(list(problems))
-
-
-def _differences(run: RunFolder, wanted: Recipe) -> list[str]:
-    """In what the recipe of a run folder differs from the one that is wanted there, a line each."""
-    try:
-        stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
-    except RecipeError as error:
-        return error.problems
-    names = [name for name in wanted.to_dict() if name not in MAY_CHANGE]
-    return [f"{name} was {was} and is now {now}" for name, was, now in changed(stored, wanted, names)]
 
 
 def _run_all(
@@ -261,7 +277,9 @@ def _show(
     if len(runs) == 1 and (runs[0] / PLAN_FILE).is_file():
         plan = load_plan(runs[0] / PLAN_FILE, {}, check_paths=False)
         reference = plan.reference
-        rows = _with_soups(Schedule(plan, _finished(plan, runs[0])), runs[0], console, make=False)
+        rows = _with_soups(
+            Schedule(plan, _finished(plan, runs[0], goes_on=False)), runs[0], console, make=False
+        )
         note = protocol_of(plan)
     else:
         results, left_out = [], []

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vimtune.fields import options_of
-from vimtune.methods import method_names, sizing_options
-from vimtune.recipe import OPTIONS_OF_METHODS, Recipe
+from vimtune.methods import method_names
+from vimtune.recipe import OPTION_KEYS, Recipe
 from vimtune.schema import check
 from vimtune.tasks import Score
 from vimtune.training.identity import HARMLESS
@@ -145,10 +145,9 @@ class Row:
         if not self.results or self.results[0].recipe.method.budget is None:
             return ""
         method, config = self.results[0].recipe.method, self.results[0].report.method_config
-        given = {name: value for name, value in method.method_kwargs.items() if name != "budget"}
         values = {
             name: f"{option}={_short(check(dict[str, Any], config.get(name), name).get(option))}"
-            for name, option in sizing_options(method.peft, given).items()
+            for name, option in method.sized_by_budget.items()
         }
         return next(iter(values.values())) if len(values) == 1 else ", ".join(map(" ".join, values.items()))
 
@@ -182,13 +181,16 @@ def rows_of_runs(results: Sequence[Result]) -> list[Row]:
 def _settings(result: Result) -> dict[str, Any]:
     """What tells a run apart: its recipe, with all options of its methods in the place of those that were
     given, because versions may differ in their defaults."""
-    left_out = INCIDENTAL.union(OPTIONS_OF_METHODS, ("peft_kwargs",))
+    left_out = INCIDENTAL | OPTION_KEYS
     recipe = {name: value for name, value in result.recipe.to_dict().items() if name not in left_out}
     names = method_names(result.recipe.method.peft)
     options = {name: check(dict[str, Any], result.report.method_config.get(name), name) for name in names}
-    if len(names) > 1:
-        options = {"": {f"{key} of {name}": own for name in names for key, own in options[name].items()}}
-    return {**recipe, "options": next(iter(options.values()))}
+    if len(names) == 1:
+        return {**recipe, "options": options[names[0]]}
+    return {
+        **recipe,
+        "options": {f"{key} of {name}": own for name in names for key, own in options[name].items()},
+    }
 
 
 def _data_keys(recipe: Recipe) -> dict[str, Any]:

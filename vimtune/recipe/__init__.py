@@ -5,16 +5,17 @@ Whatever the source of a value, it is parsed and checked by the option's own par
 are reported together. Nothing here imports torch, so `--help` and a misspelt flag answer at once.
 """
 
-from vimtune.recipe.components import OPTIONS_OF_METHODS, MethodSettings, OptimisationSettings, RunSettings
+from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.earlier import complete_stored, options_then
 from vimtune.recipe.files import load_recipe
+from vimtune.recipe.options import OPTION_KEYS, changed_options, keeping
 from vimtune.recipe.paths import RUN_FILES, absolute_paths, path_problems
 from vimtune.recipe.purposes import keys_that_serve, refuse_keys_without_use, serving
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError, components_of, keys_of
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 
 __all__ = [
-    "OPTIONS_OF_METHODS",
+    "OPTION_KEYS",
     "RUN_FILES",
     "TASK",
     "BackboneSettings",
@@ -25,8 +26,10 @@ __all__ = [
     "RecipeError",
     "RunSettings",
     "absolute_paths",
+    "changed_options",
     "complete_stored",
     "components_of",
+    "keeping",
     "keys_of",
     "keys_that_serve",
     "load_recipe",

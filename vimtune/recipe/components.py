@@ -87,11 +87,24 @@ class MethodSettings(Options):
     )
 
     @property
-    def method_kwargs(self) -> dict[str, Any]:
-        """What `inject` takes besides the places: the options of the method as given, in `peft_kwargs` or as
-        keys of their own, and the budget."""
-        own = {name: getattr(self, name) for name in (*OPTIONS_OF_METHODS, "budget")}
+    def given_options(self) -> dict[str, Any]:
+        """The options of the method as given, in `peft_kwargs` or as keys of their own."""
+        own = {name: getattr(self, name) for name in OPTIONS_OF_METHODS}
         return {**self.peft_kwargs, **{name: value for name, value in own.items() if value is not None}}
+
+    @property
+    def method_kwargs(self) -> dict[str, Any]:
+        """What `inject` takes besides the places: `given_options`, and the budget."""
+        return {**self.given_options, **({} if self.budget is None else {"budget": self.budget})}
+
+    @property
+    def sized_by_budget(self) -> dict[str, str]:
+        """The option that the budget decides, by method; empty without a budget.
+
+        Raises:
+            ValueError: as `sizing_options` raises it.
+        """
+        return {} if self.budget is None else sizing_options(self.peft, self.given_options)
 
     @property
     def all_options(self) -> dict[str, dict[str, Any]]:
@@ -100,11 +113,10 @@ class MethodSettings(Options):
         Raises:
             ValueError: as `resolve_options` and `sizing_options` raise it.
         """
-        given = {name: value for name, value in self.method_kwargs.items() if name != "budget"}
-        chosen = {} if self.budget is None else sizing_options(self.peft, given)
+        chosen = self.sized_by_budget
         return {
             method: {name: value for name, value in options.items() if name != chosen.get(method)}
-            for method, options in resolve_options(self.peft, given).items()
+            for method, options in resolve_options(self.peft, self.given_options).items()
         }
 
 

@@ -26,8 +26,7 @@ def options_then(method: MethodSettings) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: as `all_options` raises it.
     """
-    given = {name: value for name, value in method.method_kwargs.items() if name != "budget"}
-    stated = split_options(method.peft, given)
+    stated = split_options(method.peft, method.given_options)
     options = method.all_options
     for name in options.keys() & DEFAULTS_THEN.keys():
         options[name] |= {key: then for key, then in DEFAULTS_THEN[name].items() if key not in stated[name]}

@@ -13,6 +13,7 @@ from vimtune.fields import options_of
 from vimtune.recipe.components import MethodSettings
 from vimtune.recipe.config_files import read_config
 from vimtune.recipe.earlier import complete_stored
+from vimtune.recipe.options import changed_options, keeping
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError
 from vimtune.strict_yaml import read_yaml
@@ -89,13 +90,13 @@ def _continued(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: it is no adapter, or its base weights are not where they were.
     """
-    from vimtune.tasks.origin import (  # These come late, because they need torch.
-        adapter_path,
-        recipe_of_adapter,
-    )
+    from vimtune.adapters import read_adapter_info  # These come late, because they need torch.
+    from vimtune.tasks.origin import adapter_path, recipe_of_adapter
 
     try:
-        stored = recipe_of_adapter(adapter_path(values["init_adapter"]), values)
+        file = adapter_path(values["init_adapter"])
+        stored = recipe_of_adapter(file, values)
+        stored |= _with_its_defaults(stored, read_adapter_info(file).options)
         task = TASKS.get(str(values.get(TASK.name, stored.get(TASK.name, TASK.default))))
     except ValueError as error:
         raise RecipeError([f"init_adapter = {quote(values['init_adapter'])}: {error}"]) from error
@@ -106,6 +107,23 @@ def _continued(values: Mapping[str, Any]) -> dict[str, Any]:
     if all(values.get(name) is None for name in data.naming):
         keys |= {*data.naming, *data.dividing}
     return {name: value for name, value in stored.items() if name in keys}
+
+
+def _with_its_defaults(stored: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`peft_kwargs` of the recipe of an adapter, with those of its options that it had by default and that
+    have another default now: without them its numbers would mean something else.
+
+    Args:
+        stored: the recipe of the adapter.
+        options: all options of the adapter, method -> option -> value.
+
+    Raises:
+        ValueError: the recipe is wrong.
+    """
+    if stored.get("peft") is None:
+        return {}
+    method = MethodSettings(**{key: stored[key] for key in options_of(MethodSettings) if key in stored})
+    return {"peft_kwargs": keeping(changed_options(options, method), method)}
 
 
 def _resumed(values: Mapping[str, Any]) -> dict[str, Any]:

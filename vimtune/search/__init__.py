@@ -10,6 +10,7 @@
 | `composing.py` | from what was drawn to the recipe of a trial |
 | `study.py` | which trials there were, and which one comes next (optuna, in a journal file) |
 | `trial.py`, `workers.py` | one training run, and several of them at once |
+| `earlier.py` | whether finished trials had the defaults of today |
 | `plan.py`, `results.py`, `search.py` | what a search is, what it leaves behind, and how it goes |
 
 Nothing that is imported here needs torch or optuna.

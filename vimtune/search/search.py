@@ -19,6 +19,7 @@ from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, hold, make_folder, writing
 from vimtune.runtime.seeds import derive_seed
 from vimtune.search import results
+from vimtune.search.earlier import refuse_other_defaults
 from vimtune.search.fitting import check_parts
 from vimtune.search.plan import PLAN, Plan
 from vimtune.search.space import Drawn, Space
@@ -157,8 +158,10 @@ class Step:
         """Run the trials that are left; what the best of all has drawn.
 
         Raises:
-            ValueError: no trial has succeeded.
+            ValueError: no trial has succeeded, or those that there are had other defaults.
         """
+        complete = (trial for trial in self.study.trials() if trial.is_complete)
+        refuse_other_defaults(map(self._recipe, complete))
         self.waiting = self.study.unfinished()
         done = sum(trial.outcome is not None for trial in self.study.trials())
         where = printable(str(self.folder))
@@ -195,9 +198,17 @@ class Step:
             return None
         drawn = self.space.draw(trial, self.base)
         self.active[trial.number] = trial
-        place = self.folder / "trials" / f"{trial.number:05}"
-        values = self.plan.trial_values(self.space, drawn, place)
+        values = self.plan.trial_values(self.space, drawn, self._place(trial.number))
         return Job(trial.number, values)
+
+    def _recipe(self, trial: Trial) -> Recipe:
+        """The recipe with which a trial would be begun now."""
+        values = self.plan.trial_values(self.space, self.drawn(trial), self._place(trial.number))
+        return Recipe.from_values(values)
+
+    def _place(self, number: int) -> Path:
+        """The folder of a trial."""
+        return self.folder / "trials" / f"{number:05}"
 
     def keep_on(self, number: int, epoch: int, value: float) -> bool:
         """Note the value of an epoch; whether the trial goes on."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from vimtune.adapters import BaseIdentity
-from vimtune.recipe import OPTIONS_OF_METHODS, Recipe, options_then
+from vimtune.recipe import OPTION_KEYS, Recipe, changed_options, keeping, options_then
 from vimtune.schema import STRICT, Count
 from vimtune.text import quote
 
@@ -138,20 +142,50 @@ def changed(saved: Recipe, recipe: Recipe, names: Iterable[str]) -> list[tuple[s
     return [(name, quote(was), quote(now)) for name, was, now in values if was != now]
 
 
-def changed_options(saved: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """One line for each option of a method that is not the same.
+def options_of(saved: Recipe, facts: Facts) -> Mapping[str, Any]:
+    """Every option of each method of the run that has such a state."""
+    return facts.methods or options_then(saved.method)
+
+
+def differences(saved: Recipe, options: Mapping[str, Any], recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """One line for each setting that is not the same.
 
     Args:
-        saved: all options of a run, method -> option -> value, beside which there may be more.
+        saved: the recipe of a run.
+        options: all options of its methods, method -> option -> value; see `changed_options`.
         recipe: that of the run now.
+        names: which settings are compared, beside the options of the methods and what a budget decides.
     """
+    settings = changed(saved, recipe, (name for name in names if name not in OPTION_KEYS))
+    lines = [f"{name} was {was} and is now {now}" for name, was, now in settings]
+    lines += map(str, changed_options(options, recipe.method))
+    return lines + _other_sizing(saved, recipe)
+
+
+def _other_sizing(saved: Recipe, recipe: Recipe) -> list[str]:
+    """One line for each method of which the budget decides another option, or none any more."""
+    if saved.method.peft != recipe.method.peft or None in (saved.method.budget, recipe.method.budget):
+        return []  # This has a line already.
+    before, after = saved.method.sized_by_budget, recipe.method.sized_by_budget
     return [
-        f"{name} of {method} was {quote(saved[method][name])} and is now {quote(now)}"
-        for method, options in recipe.method.all_options.items()
-        if method in saved
-        for name, now in options.items()
-        if saved[method].get(name, now) != now
+        f"the budget decided {before.get(name, 'nothing')} of {name} and now {after.get(name, 'nothing')}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
     ]
+
+
+def flag_for_defaults(options: Mapping[str, Any], recipe: Recipe) -> str | None:
+    """The flag of `vimtune train` by which a run keeps options that it had by default and that have another
+    default now; None where there are none."""
+    changes = changed_options(options, recipe.method)
+    if not any(option.is_default for option in changes):
+        return None
+    return f"--peft-kwargs {shlex.quote(in_one_line(keeping(changes, recipe.method)))}"
+
+
+def in_one_line(values: Mapping[str, Any]) -> str:
+    """Values as YAML in a line, such as "{variant: free}"."""
+    return yaml.safe_dump(dict(values), default_flow_style=True, sort_keys=False, width=math.inf).strip()
 
 
 def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, same_base: bool) -> list[str]:
@@ -166,16 +200,15 @@ def compare(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, sa
         ResumeError: naming everything that makes the state unusable here. Changed data, readers and
             base weights count as notes where the recipe has `force`.
     """
-    problems = [
-        f"{name} was {was} and is now {now}" for name, was, now in changed(saved_recipe, recipe, IDENTITY)
-    ]
-    examples = recipe.task.examples
-    problems += changed_options(saved.methods or options_then(saved_recipe.method), recipe)
+    options, examples = options_of(saved_recipe, saved), recipe.task.examples
+    problems = differences(saved_recipe, options, recipe, IDENTITY)
     problems += _other_outputs(saved.outputs, facts.outputs)
     doubts = _other_data(saved, facts, examples) + _other_readers(saved, facts)
     doubts += [] if same_base else ["the base weights are others"]
     if problems or (doubts and not recipe.run.force):
-        advice = "Resume with the run's own settings and data, or start a new run in another folder"
+        flag = flag_for_defaults(options, recipe)
+        own = "" if flag is None else f", and state options that have other defaults now ({flag})"
+        advice = f"Resume with the run's own settings and data{own}, or start a new run in another folder"
         if not problems:
             advice += "; --force continues nevertheless and says so in the report"
         raise ResumeError(
@@ -225,7 +258,7 @@ def _other_readers(saved: Facts, now: Facts) -> list[str]:
 def _notes(saved_recipe: Recipe, saved: Facts, recipe: Recipe, facts: Facts, examples: str) -> list[str]:
     """One line for each change that makes the rest of the run differ."""
     notes = []
-    compared = (*IDENTITY, *HARMLESS, *OPTIONS_OF_METHODS, "peft_kwargs")
+    compared = {*IDENTITY, *HARMLESS, *OPTION_KEYS}
     names = [name for name in recipe.to_dict() if name not in compared]
     for name, was, now in changed(saved_recipe, recipe, names):
         effect = "; the learning rate jumps to the new run's curve" if name == "epochs" else ""

@@ -12,7 +12,14 @@ from vimtune.run_folder import RunFolder, create_unused, hold, make_folder, writ
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks.report import Report
 from vimtune.text import printable, quote
-from vimtune.training.identity import HARMLESS, ResumeError, changed, lasting
+from vimtune.training.identity import (
+    HARMLESS,
+    ResumeError,
+    differences,
+    flag_for_defaults,
+    lasting,
+    options_of,
+)
 from vimtune.training.report import read_report
 from vimtune.training.state import (
     Progress,
@@ -76,9 +83,13 @@ def find_start(recipe: Recipe, stack: ExitStack | None) -> Start:
         if not automatic:
             raise ResumeError(f"{finished}: {_how_to_train_longer(recipe, saved.progress)}")
         names = [name for name in recipe.to_dict() if name not in HARMLESS]
-        if others := changed(saved.recipe, recipe, names):
-            listed = "; ".join(f"{name} was {was} and is now {now}" for name, was, now in others)
-            raise ResumeError(f"{finished} with other settings ({listed}): choose another output_dir")
+        options = options_of(saved.recipe, saved.facts)
+        if others := differences(saved.recipe, options, recipe, names):
+            flag = flag_for_defaults(options, recipe)
+            own = "" if flag is None else f", or state options that have other defaults now ({flag})"
+            raise ResumeError(
+                f"{finished} with other settings ({'; '.join(others)}): choose another output_dir{own}"
+            )
     return Start(folder, saved, report)
 
 

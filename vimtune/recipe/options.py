@@ -1,0 +1,77 @@
+"""The options of methods that a run has, beside those that a recipe has now: defaults count as well.
+
+A recipe names what was given alone. Between two versions of vimtune the same recipe may have other defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vimtune.methods import split_options
+from vimtune.recipe.components import OPTIONS_OF_METHODS, MethodSettings
+from vimtune.text import quote
+
+OPTION_KEYS = frozenset((*OPTIONS_OF_METHODS, "peft_kwargs"))
+"""The keys of recipes that say options of methods."""
+
+
+@dataclass(frozen=True)
+class ChangedOption:
+    """An option of a method that a run has otherwise than a recipe."""
+
+    method: str
+    name: str
+    was: Any
+    """That of the run."""
+    now: Any
+    """That of the recipe."""
+    is_default: bool
+    """Whether the recipe does not state it, so that `now` is the default of this version."""
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.method} was {quote(self.was)} and is now {quote(self.now)}"
+
+
+def changed_options(saved: Mapping[str, Any], method: MethodSettings) -> list[ChangedOption]:
+    """The options of a method that are not those of a run.
+
+    Args:
+        saved: all options of the run as a file has them, method -> option -> value, beside which there may be
+            more. What is not there counts as unchanged.
+        method: that of the recipe.
+
+    Raises:
+        ValueError: as `MethodSettings.all_options` raises it.
+    """
+    stated = split_options(method.peft, method.given_options)
+    # A file has lists where a method may have tuples.
+    options = json.loads(json.dumps(method.all_options))
+    return [
+        ChangedOption(name, option, saved[name][option], now, is_default=option not in stated[name])
+        for name, own in options.items()
+        if isinstance(saved.get(name), Mapping)
+        for option, now in own.items()
+        if saved[name].get(option, now) != now
+    ]
+
+
+def keeping(changed: Iterable[ChangedOption], method: MethodSettings) -> dict[str, Any]:
+    """The `peft_kwargs` by which a method keeps the options of a run where it would have another default.
+
+    Args:
+        changed: what `changed_options` says of the two.
+        method: that of the recipe.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    for option in changed:
+        if option.is_default:
+            kept.setdefault(option.method, {})[option.name] = option.was
+    if "+" not in method.peft:
+        return {**method.peft_kwargs, **kept.get(method.peft, {})}
+    return {
+        **method.peft_kwargs,
+        **{name: {**method.peft_kwargs.get(name, {}), **own} for name, own in kept.items()},
+    }
