@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zipfile
@@ -20,6 +21,7 @@ from vimtune.commands.merge import merge_to_file
 from vimtune.commands.predict import load_predictor
 from vimtune.export import formats
 from vimtune.export.formats import About, ExportFormat
+from vimtune.export.pt2_format import _compress_texts
 from vimtune.tasks import TASKS
 from vimtune.tasks.images import exporting
 
@@ -241,6 +243,18 @@ def test_models_of_other_shapes_as_onnx(tmp_path, options):
     format.write(model, size, About("classification", "test_vim", {}, [], {}), tmp_path / "model.onnx")
     found = format.open(tmp_path / "model.onnx")(images)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_pt2_file_has_nothing_of_the_time_at_which_it_was_written():
+    """Every export had the time of its copy in it, where torch writes none."""
+    saved, copied = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(saved, "w") as archive:
+        for name in ("archive/models/model.json", "archive/data/weights/weight_0"):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), 100 * "text")
+    _compress_texts(saved, copied)
+    with zipfile.ZipFile(copied) as archive:
+        entries = [(entry.compress_type, entry.date_time) for entry in archive.infolist()]
+    assert entries == [(kind, (1980, 1, 1, 0, 0, 0)) for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED)]
 
 
 @pytest.mark.slow

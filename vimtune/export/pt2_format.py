@@ -46,10 +46,12 @@ def _compress_texts(saved: IO[bytes], file: IO[bytes]) -> None:
 
     torch stores them as they are, and reads them either way. The description of the graph is half as large
     as the weights of a small model, and a twentieth of that when it is compressed. Weights stay as they are:
-    they hardly get smaller.
+    they hardly get smaller. The times of the entries, which are the same in all that torch writes, stay
+    as well, so that a model that is exported again has the same file.
     """
     with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(file, "w") as copy:
         for entry in archive.infolist():
             is_text = entry.filename.endswith(".json")
             kind = zipfile.ZIP_DEFLATED if is_text else zipfile.ZIP_STORED
-            copy.writestr(entry.filename, archive.read(entry), compress_type=kind)
+            own = zipfile.ZipInfo(entry.filename, entry.date_time)
+            copy.writestr(own, archive.read(entry), compress_type=kind)
