@@ -62,6 +62,17 @@ def test_a_working_directory_that_is_not_writable(tmp_path, failure, command, mo
     assert "Name one elsewhere with --output-dir" in error
 
 
+@pytest.mark.parametrize("command", ["compare", "search"])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("x" * 300, "File name too long"), ("loop/mine", "symbolic links")]
+)
+def test_a_name_that_the_system_does_not_take(tmp_path, failure, command, name, reason):
+    """Looking for the reason failed as making the folder had, and that was taken for a fault of ours."""
+    (tmp_path / "loop").symlink_to("loop")
+    error = failure(command, "--output-dir", name)
+    assert "cannot make the folder" in error and reason in error and "with --output-dir" in error
+
+
 def test_what_cannot_be_told_before(tmp_path, monkeypatch):
     """A full disk, say, shows when the folder is made."""
 

@@ -195,12 +195,12 @@ def cannot_make(path: Path, reason: str) -> str:
 
 
 def obstacle(path: Path) -> str | None:
-    """Why a folder cannot be made or written at `path`, as far as can be told without trying; None if it can.
-
-    Raises:
-        OSError: the places around it may not be looked at.
-    """
-    existing = next(folder for folder in (path, *path.absolute().parents) if _is_there(folder))
+    """Why a folder cannot be made or written at `path`, as far as can be told without trying; None where
+    nothing is known."""
+    try:
+        existing = next(folder for folder in (path, *path.absolute().parents) if _is_there(folder))
+    except OSError as error:  # Such as a name that is too long, or a place that may not be looked at.
+        return refusal(error)
     if not existing.is_dir():
         return f"{quote(str(existing))} is not a folder"
     if not os.access(existing, os.W_OK | os.X_OK):

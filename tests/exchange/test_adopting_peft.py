@@ -83,7 +83,7 @@ def test_a_folder_of_peft_is_merged_in_one_go(tmp_path, made):
         (["--model", "test_vmi"], "expected a known model.*Did you mean 'test_vim'"),
         (["--model", "test_vim"], "no pretrained weights are published for test_vim"),
         (["--model", "test_vim", "--task", "colours"], "task = 'colours'"),
-        (["--classes", "few.txt"], "2 names of classes are given, and the head of .* has 5 outputs"),
+        (["--classes", "few.txt"], "2 names of classes are given, and the model of .* has 5 outputs"),
         (["--classes", "empty.txt"], "'empty.txt' is empty: expected the names of the classes, one a line"),
         (["--classes", "none.txt"], "cannot read none.txt"),
     ],

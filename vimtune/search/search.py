@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vimtune.console import build_console, print_line
-from vimtune.files import atomic_write_text
+from vimtune.files import OutputError, atomic_write_text
 from vimtune.pages.style import save_picture
 from vimtune.recipe import Recipe
-from vimtune.run_folder import RunFolder, hold, make_folder, writing
+from vimtune.run_folder import RunFolder, cannot_make, hold, make_folder, obstacle, writing
 from vimtune.runtime.seeds import derive_seed
 from vimtune.search import results
 from vimtune.search.earlier import refuse_other_defaults
@@ -84,8 +84,8 @@ def begin(plan: Plan, folder: Path) -> None:
             recipe cannot be opened.
     """
     shown = printable(str(folder))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output-dir {shown} is a file: give the name of a folder")
+    if (reason := obstacle(folder)) is not None:
+        raise OutputError(cannot_make(folder, reason))
     if (folder / PLAN).exists():
         raise ValueError(
             f"--output-dir {shown} holds another search: choose another folder, or continue that search with "

@@ -80,7 +80,7 @@ def adopt_peft(folder: Path, target: Path, unsaid: Unsaid) -> Path:
     record = load_peft(model, folder)
     if unsaid.classes is not None and record.num_classes and len(unsaid.classes) != record.num_classes:
         raise AdapterFileError(
-            f"{len(unsaid.classes)} names of classes are given, and the head of {shown} has "
+            f"{len(unsaid.classes)} names of classes are given, and the model of {shown} has "
             f"{record.num_classes} outputs: expected a name for each, in their order"
         )
     logger.warning(
