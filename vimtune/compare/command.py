@@ -98,9 +98,10 @@ def _finished(plan: Plan, folder: Path, *, goes_on: bool = True) -> dict[Cell, R
     problems: list[str] = []
     advice: dict[str, None] = {}
     for cell in plan.all_cells():
-        run, wanted = RunFolder(folder / cell.path), plan.recipe(cell, folder)
+        run = RunFolder(folder / cell.path)
         if not run.recipe.is_file():
             continue
+        wanted = plan.recipe(cell, folder)
         try:
             stored = Recipe.from_values(complete_stored(read_values("resume", run.recipe)))
         except RecipeError as error:
@@ -277,9 +278,8 @@ def _show(
     if len(runs) == 1 and (runs[0] / PLAN_FILE).is_file():
         plan = load_plan(runs[0] / PLAN_FILE, {}, check_paths=False)
         reference = plan.reference
-        rows = _with_soups(
-            Schedule(plan, _finished(plan, runs[0], goes_on=False)), runs[0], console, make=False
-        )
+        finished = _finished(plan, runs[0], goes_on=False)
+        rows = _with_soups(Schedule(plan, finished), runs[0], console, make=False)
         note = protocol_of(plan)
     else:
         results, left_out = [], []
