@@ -25,7 +25,7 @@ from vimtune.compare.tables.csv import OF_PAIRS
 
 SCORE = "top1"
 DIGITS = 3
-"""Digits of a number after the point; a test of 8,041 images has steps of .012 %."""
+"""Digits of a score after the point; a test of 8,041 images has steps of .012 %."""
 KEY = ("method", "data", "lr", "seed", "data_seed")
 OF_RATES = ("method", "data", "lr", "seed", "chosen")
 """Columns that are as they stand in rates.csv."""
@@ -88,14 +88,16 @@ def read(path: Path) -> Iterator[dict[str, str]]:
 
 
 def write(path: Path, lines: Iterable[Mapping[str, Any]], first: Sequence[str]) -> None:
-    """Write lines as CSV, with numbers of `DIGITS` digits after the point. `first` are the columns with which
-    it begins, also where there is no line."""
+    """Write lines as CSV, with numbers of `DIGITS` digits after the point, but for those that name a run, as
+    its learning rate does. `first` are the columns with which it begins, also where there is no line."""
     lines = list(lines)
     names = list(dict.fromkeys([*first, *(lines[0] if lines else ())]))
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: short(value) for name, value in line.items()} for line in lines)
+        writer.writerows(
+            {name: value if name in KEY else short(value) for name, value in line.items()} for line in lines
+        )
     print(f"{path}: {len(lines)} lines")
 
 

@@ -273,7 +273,7 @@ def test_the_published_tables_have_a_line_for_each_run(tmp_path, monkeypatch, ca
             tried=2,
             others=rejected,
         ),
-        Row("full", "x", (result(81, val=72), result(84, val=70, seed=1)), 1e-3),
+        Row("full", "x", (result(81, val=72, lr=3e-4), result(84, val=70, seed=1, lr=3e-4)), 3e-4),
     ]
     (tmp_path / "native").mkdir()
     write_tables(rows, tmp_path / "native", "", [])
@@ -290,6 +290,7 @@ def test_the_published_tables_have_a_line_for_each_run(tmp_path, monkeypatch, ca
         ("False", "60.123", ""),
     ]
     assert len(others) == 4 and (tmp_path / "published" / "native_paired.png").exists()
+    assert others[-1]["method"] == "full" and others[-1]["lr"] == "0.0003"
     paired = (tmp_path / "published" / "native_paired.csv").read_text().splitlines()
     assert paired[1] == "full,lora,x,2,1.500,0.500"
     both = [str(tmp_path), str(tmp_path / "native"), str(tmp_path / "again")]
