@@ -15,7 +15,7 @@ from vimtune.adapters.manage import demand_adapter
 from vimtune.adapters.store import check_head, demand_architecture, other_base, read_adapter, refusing
 from vimtune.adapters.tensors import adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
-from vimtune.methods import resolve_options
+from vimtune.methods import differing_options, resolve_options
 from vimtune.text import printable, quote
 
 logger = logging.getLogger(__name__)
@@ -71,12 +71,9 @@ def start_from(
 def _warn_of_options(path: str | Path, info: AdapterInfo, options: Mapping[str, Any]) -> None:
     """Say which options the adapter of a file had otherwise: with another formula the same values are another
     function, and with another learning rate, say, they are not. Which it is nobody can tell from outside."""
-    theirs, ours = resolve_options(info.method, info.options), resolve_options(info.method, options)
     others = [
-        f"{option} of {name} was {quote(value)} and is {quote(ours[name][option])}"
-        for name, own in theirs.items()
-        for option, value in own.items()
-        if ours[name][option] != value
+        f"{option} of {name} was {quote(was)} and is {quote(now)}"
+        for name, option, was, now in differing_options(info.options, resolve_options(info.method, options))
     ]
     if others:
         logger.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import re
@@ -284,6 +285,27 @@ def resolve_options(spec: str, options: Mapping[str, Any]) -> dict[str, dict[str
             own[key] = _checked(value, known[key], f"option {key} of method {name!r}")
         resolved[name] = own
     return resolved
+
+
+def differing_options(
+    saved: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, str, Any, Any]]:
+    """The options that are not those of a file: method, option, value of the file, value now.
+
+    Args:
+        saved: options as a file has them, method -> option -> value, beside which there may be more. What is
+            not there counts as the same.
+        options: all options now, as `resolve_options` returns them. Where a file has lists a method may have
+            tuples, which count as the same.
+    """
+    as_in_a_file: dict[str, dict[str, Any]] = json.loads(json.dumps(options))
+    return [
+        (name, option, saved[name][option], now)
+        for name, own in as_in_a_file.items()
+        if isinstance(saved.get(name), Mapping)
+        for option, now in own.items()
+        if saved[name].get(option, now) != now
+    ]
 
 
 def _checked(value: Any, option: Option, what: str) -> Any:

@@ -5,12 +5,11 @@ A recipe names what was given alone. Between two versions of vimtune the same re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vimtune.methods import split_options
+from vimtune.methods import differing_options, split_options
 from vimtune.recipe.components import OPTIONS_OF_METHODS, MethodSettings
 from vimtune.text import quote
 
@@ -47,14 +46,9 @@ def changed_options(saved: Mapping[str, Any], method: MethodSettings) -> list[Ch
         ValueError: as `MethodSettings.all_options` raises it.
     """
     stated = split_options(method.peft, method.given_options)
-    # A file has lists where a method may have tuples.
-    options = json.loads(json.dumps(method.all_options))
     return [
-        ChangedOption(name, option, saved[name][option], now, is_default=option not in stated[name])
-        for name, own in options.items()
-        if isinstance(saved.get(name), Mapping)
-        for option, now in own.items()
-        if saved[name].get(option, now) != now
+        ChangedOption(name, option, was, now, is_default=option not in stated[name])
+        for name, option, was, now in differing_options(saved, method.all_options)
     ]
 
 

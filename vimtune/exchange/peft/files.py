@@ -254,15 +254,6 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
     return record
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a folder by the names that HF peft gives them; of unknown ones those that are on.
-
-    Raises:
-        AdapterFileError: no such folder, or it cannot be read.
-    """
-    return _read(folder)[0]
-
-
 @contextmanager
 def _refusing(folder: Path) -> Iterator[None]:
     """Errors within the block are those of a folder."""
@@ -273,10 +264,27 @@ def _refusing(folder: Path) -> Iterator[None]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings, without those that are off and unknown here, and tensors of a folder.
+    """Settings, as `read_settings` returns them, and tensors of a folder.
 
     Raises:
         AdapterFileError: they are not there, or not what they should be.
+    """
+    settings, shown = read_settings(folder), quote(str(folder))
+    try:
+        return settings, read_tensors(folder / PEFT_TENSORS)
+    except SafetensorError as error:
+        raise AdapterFileError(
+            f"{PEFT_TENSORS} in {shown} is truncated or of another kind ({error})"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{shown} cannot be read: {error}") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a folder, without those that are off and unknown here.
+
+    Raises:
+        AdapterFileError: they or the tensors are not there, or the settings are not what they should be.
     """
     shown = quote(str(folder))
     if not (folder / PEFT_CONFIG).is_file():
@@ -288,11 +296,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         text = read_regular_file(folder / PEFT_CONFIG, MAX_CONFIG).decode("utf-8")
-        tensors = read_tensors(folder / PEFT_TENSORS)
-    except SafetensorError as error:
-        raise AdapterFileError(
-            f"{PEFT_TENSORS} in {shown} is truncated or of another kind ({error})"
-        ) from error
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{shown} cannot be read: {error}") from error
     what = f"{PEFT_CONFIG} in {shown}"
@@ -302,8 +305,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     known: set[str] = set()
     if settings["peft_type"] in FORMS:
         known = {field.name for field in dataclasses.fields(FORMS.get(settings["peft_type"]).config)}
-    kept = {key: value for key, value in settings.items() if key in known or value not in _OFF}
-    return kept, tensors
+    return {key: value for key, value in settings.items() if key in known or value not in _OFF}
 
 
 def _sort_out(
