@@ -27,6 +27,7 @@ from vimtune.data import (
     load_image,
 )
 from vimtune.data.loading.batch_sampler import BatchSampler
+from vimtune.data.loading.workers import prepare_worker, worker_context
 
 SIZE = (16, 16)
 
@@ -52,6 +53,16 @@ def make(ds=None, *, library: str = "albumentations", preset: str = "strong", **
 def epoch(loader, number: int = 0, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     loader.set_position(number, start)
     return list(loader)
+
+
+def workers_of(loader) -> set[int]:
+    """Process numbers of the loader's workers; those of other tests may still be about to end."""
+    return {worker.pid for worker in loader._loader._iterator._workers}
+
+
+def alive() -> set[int]:
+    """Process numbers of all workers that live."""
+    return {worker.pid for worker in multiprocessing.active_children()}
 
 
 def assert_same(one, two) -> None:
@@ -123,8 +134,10 @@ def test_reading_ahead_changes_nothing() -> None:
             loader.read_ahead()
         assert_same(epoch(loader, number), expected[number])
     loader.read_ahead()
+    workers = workers_of(loader)
+    assert workers <= alive()
     loader.close()
-    assert not multiprocessing.active_children()
+    assert not workers & alive()
 
 
 def test_workers_begin_when_they_are_told(tmp_path) -> None:
@@ -152,6 +165,10 @@ def test_what_fails_ahead_is_told_when_it_is_read(monkeypatch) -> None:
         loader.read_ahead()
     assert "open files" in str(failure(loader))
     assert_same(epoch(loader), epoch(make()))  # and tried again
+    workers = workers_of(loader)
+    assert workers <= alive()
+    del loader
+    assert not workers & alive()  # without the garbage collector, which cannot end them in good order
 
 
 def test_unshuffled_order_is_the_data_sets() -> None:
@@ -333,12 +350,11 @@ def test_many_corrupt_images_stop_an_epoch_early(monkeypatch) -> None:
 @pytest.mark.parametrize("between", ["batches", "epochs"])
 def test_a_dead_worker_ends_the_epoch_with_one_line(between: str) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
-    before = set(multiprocessing.active_children())
     loader = make(flowers(images=200), num_workers=2, batch_size=2)
     batches = iter(loader)
     next(batches)
     assert signal.getsignal(signal.SIGCHLD) is handler
-    for worker in set(multiprocessing.active_children()) - before:
+    for worker in loader._loader._iterator._workers:
         worker.kill()
         worker.join(10)
     if between == "epochs":
@@ -413,15 +429,32 @@ def test_workers_outlive_a_signal_to_the_process_group(number: int) -> None:
     """Ctrl-C and schedulers signal all processes; the main one decides when to stop."""
     loader = make(num_workers=2, batch_size=2)
     expected = epoch(loader, 1)
-    before = multiprocessing.active_children()
+    before = workers_of(loader)
     loader.set_position(0)
     batches = iter(loader)
     next(batches)
     for worker in before:
-        os.kill(worker.pid, number)
+        os.kill(worker, number)
     assert len(list(batches)) == len(loader) - 1
     assert_same(epoch(loader, 1), expected)
-    assert {worker.pid for worker in multiprocessing.active_children()} == {worker.pid for worker in before}
+    assert workers_of(loader) == before and before <= alive()
+
+
+def test_a_worker_takes_no_alarm_handler_from_the_main_process() -> None:
+    """It ends itself by an alarm some time after SIGTERM, which such a handler would swallow."""
+
+    def work() -> None:
+        prepare_worker(0)
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    former = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        worker = worker_context(1).Process(target=work)
+        worker.start()
+        worker.join(60)
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert worker.exitcode == -signal.SIGALRM
 
 
 # --------------------------------------------------------------------------- balanced epochs

@@ -67,6 +67,7 @@ def straight(tmp_path_factory):
 def test_a_fault_of_the_system_ends_the_run_with_its_state_saved(tiny, straight, monkeypatch, fault, split):
     """`on_corrupt = skip` is no answer to it; when it is mended, the run goes on as if it had not been."""
     break_it, workers, expected = FAULTS[fault]
+    others = set(multiprocessing.active_children())
     load = SyntheticFlowers.load
     # Image 0 of the training images comes up in step 3 of the first epoch.
     recipe = tiny(epochs=2, num_workers=workers, on_corrupt="skip")
@@ -88,7 +89,7 @@ def test_a_fault_of_the_system_ends_the_run_with_its_state_saved(tiny, straight,
         assert done <= 2
     else:
         assert done == {"train": 2, "val": 4, "test": 8}[split]
-    assert not multiprocessing.active_children()  # or the end of Python would wait for them
+    assert set(multiprocessing.active_children()) <= others  # or the end of Python would wait for them
     report = train(load_recipe(None, {"resume": recipe.run.output_dir}))
     assert_same_weights(weights(recipe.run.output_dir), weights(straight.run_dir))
     assert metrics(recipe.run.output_dir) == metrics(straight.run_dir)

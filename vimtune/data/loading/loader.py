@@ -69,10 +69,15 @@ class WorkerLoader(ImageLoader):
         self.read_ahead()
         assert self._ahead is not None, "there are workers"
         batches, self._ahead = self._ahead.batches, None
-        with naming_worker_trouble():
-            if isinstance(batches, Exception):
-                raise batches
-            yield from batches
+        try:
+            with naming_worker_trouble():
+                if isinstance(batches, Exception):
+                    raise batches
+                yield from batches
+        finally:
+            # The error holds this frame. If the frame held the error, only the garbage collector would free
+            # both with the loader, and it does so in an order in which the workers are never told to end.
+            del batches
 
     def _is_ahead(self) -> bool:
         """Whether the workers are at the batches of the current position already."""

@@ -71,6 +71,7 @@ def prepare_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):  # On Windows the signal ends a process without asking it.
         signal.signal(signal.SIGTERM, _die_later)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # A handler of the main process is inherited.
     if "cv2" in sys.modules:
         import cv2
 
