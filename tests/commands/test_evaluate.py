@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from quick_runs import NO_PICTURES, replace_until_undone
 from safetensors import safe_open
@@ -553,6 +554,25 @@ def test_mirrored_images_count_alike(images, photos, tmp_path):
     found = json.loads(output.read_text())
     assert found["flip"] is True and found["folder"] == str(photos)
 
+
+def test_a_folder_is_limited_by_what_the_command_says_and_not_by_the_run(images, photos, tmp_path):
+    limited = tmp_path / "run"
+    shutil.copytree(images[0], limited)
+    recipe = yaml.safe_load((limited / "recipe.yaml").read_text())
+    (limited / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "limit": 2}))
+    assert vimtune.evaluate(limited, calibrate=False).scores["count"] == 2
+    assert vimtune.evaluate(limited, calibrate=False, folder=str(photos)).scores["count"] == 4
+    found = vimtune.evaluate(images[0], folder=str(photos), limit=3)
+    assert found.scores["count"] < 4 and "for limit 3" in found.facts["data"]
+
+
+def test_scores_and_mistakes_are_two_files(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--adapter", images[0], "-o", "all.csv", "--mistakes", tmp_path / "all.csv") == 2
+    assert "choose another file" in error(capsys) and not any(tmp_path.glob("*.csv"))
+
+
+def test_logits_of_mirrored_images_are_of_the_mean_of_both():
     class Rows(nn.Module):
         """Takes the first row of an image for its logits."""
 

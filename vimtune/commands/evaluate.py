@@ -70,8 +70,11 @@ def evaluate(
         refuse_other_model(file, stored, values)
         if "folder" not in options:
             _demand_data(file, {**stored, **values})
-    if "folder" in options and not values.keys() & {"dataset", "data_dir"}:
-        stored = _without_lost_data(stored)
+    if "folder" in options:
+        # What the run was limited to is no statement about the folder.
+        stored = {name: value for name, value in stored.items() if name != "limit"}
+        if not values.keys() & {"dataset", "data_dir"}:
+            stored = _without_lost_data(stored)
     recipe = load_recipe(config, {**stored, **values}, variant)
     task = recipe.task
     chosen = task.evaluate_options.build(options, f"evaluations of task {quote(task.name)}")
@@ -151,7 +154,7 @@ def run_evaluate(
         check_output(output, FORMATS, sources)
     if mistakes is not None:
         check_output(mistakes, [".csv"], sources)
-        if mistakes in outputs:
+        if mistakes.resolve() in [output.resolve() for output in outputs]:
             raise ValueError(f"--output and --mistakes are both {quote(str(mistakes))}: choose another file")
     scored = evaluate(adapter, split=split, config=config, variant=variant, **values)
     if read_launch().rank != 0:

@@ -83,9 +83,9 @@ def draw_shots(dataset: ImageDataset, shots: int, seed: int) -> DrawnImages:
     return DrawnImages(dataset.split, [(dataset, indices)], f"{shots} of each class drawn with seed {seed}")
 
 
-def draw_at_most(dataset: ImageDataset, limit: int, seed: int) -> ImageDataset:
-    """At most `limit` images of a split, in its order; all of it where it has no more."""
-    if len(dataset) <= limit:
+def draw_at_most(dataset: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
+    """At most `limit` images of a split, in its order; all of it where it has no more, or without a limit."""
+    if limit is None or len(dataset) <= limit:
         return dataset
     indices = sorted(draw_some(len(dataset), limit, seed))
     return DrawnImages(dataset.split, [(dataset, indices)], f"for limit {limit} drawn with seed {seed}")

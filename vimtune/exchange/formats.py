@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vimtune.registry import Registry, require_summary
 from vimtune.run_folder import ADAPTER_FILE, PEFT_CONFIG, PEFT_TENSORS
+from vimtune.text import quote
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,11 @@ class OwnFormat(Format):
     files = (ADAPTER_FILE,)
 
     def write(self, source: Source, folder: Path) -> str:
+        for name, value in source.base.items():
+            raise ValueError(
+                f"{name} = {quote(str(value))}: format {self.name!r} keeps the adapter alone and reads no base "
+                "weights. Leave it out"
+            )
         from safetensors.torch import save_file
 
         from vimtune.adapters import ADAPTER_FORMAT, read_adapter

@@ -129,9 +129,10 @@ def draw_protocol_part(split: TextSplit, size: int, seed: int) -> TextSplit:
     return _part(split, split.name, drawn, f"for train_size {size} drawn with seed {seed}")
 
 
-def draw_at_most(split: TextSplit, limit: int, seed: int) -> TextSplit:
-    """At most `limit` examples, in the order of the split; all of it where it has no more."""
-    if len(split.examples) <= limit:
+def draw_at_most(split: TextSplit, limit: int | None, seed: int) -> TextSplit:
+    """At most `limit` examples, in the order of the split; all of it where it has no more, or without a
+    limit."""
+    if limit is None or len(split.examples) <= limit:
         return split
     drawn = sorted(draw_some(len(split.examples), limit, seed))
     return _part(split, split.name, drawn, f"for limit {limit} drawn with seed {seed}")

@@ -479,7 +479,7 @@ def open_dataset(data: DataSettings, split: str, img_size: tuple[int, int]) -> I
         dataset = draw_shots(whole(split), data.shots, data.data_seed)
     else:
         dataset = whole(split)
-    return dataset if data.limit is None else draw_at_most(dataset, data.limit, data.data_seed)
+    return draw_at_most(dataset, data.limit, data.data_seed)
 
 
 def _open_test(data: DataSettings, selection: ImageDataset, img_size: tuple[int, int]) -> ImageDataset | None:

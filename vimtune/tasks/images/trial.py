@@ -25,6 +25,7 @@ from vimtune.data import (
 )
 from vimtune.data.matching import Matched, match_classes
 from vimtune.data.own.labelled_folder import LabelledFolder
+from vimtune.data.subset import draw_at_most
 from vimtune.models import MODELS
 from vimtune.models.merged import MergedFileError, is_merged_file, read_merged_info
 from vimtune.recipe import Recipe
@@ -98,7 +99,8 @@ def open_trial(
     if options.folder is None:
         dataset = _open_split(data, split, image_size(backbone))
     else:
-        dataset = _open_folder(Path(options.folder), task)
+        whole = _open_folder(Path(options.folder), task)
+        dataset = draw_at_most(whole, data.limit, data.data_seed)
     demand_labels(task, dataset)
     model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)

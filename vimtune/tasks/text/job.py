@@ -147,8 +147,7 @@ def open_splits(task: TextTask, data: TextDataSettings) -> tuple[TextSplit, Text
     train, val = _divide(whole, _open_val(task, data, whole.classes), data)
     if data.shots is not None:
         train = draw_shots(train, data.shots, data.data_seed)
-    if data.limit is not None:
-        train, val = (draw_at_most(split, data.limit, data.data_seed) for split in (train, val))
+    train, val = (draw_at_most(split, data.limit, data.data_seed) for split in (train, val))
     if not data.test:
         return train, val, None
     try:
@@ -204,7 +203,7 @@ def open_test(task: TextTask, data: TextDataSettings, classes: Sequence[str] | N
         download=data.download,
         classes=classes,
     )
-    return test if data.limit is None else draw_at_most(test, data.limit, data.data_seed)
+    return draw_at_most(test, data.limit, data.data_seed)
 
 
 def head_of(task: TextTask, train: TextSplit) -> Head:
