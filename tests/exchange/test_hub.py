@@ -277,7 +277,7 @@ def test_mistakes(tmp_path, made, hub, capsys):
 def test_base_weights_that_nobody_reads_are_not_taken_in_silence(flag, tmp_path, made, capsys):
     folder, _ = made
     assert cli.main(["convert", str(folder), "-o", str(tmp_path / "out"), flag, "elsewhere"]) == 2
-    assert f"{flag[2:]} = 'elsewhere': format 'vimtune' keeps the adapter" in capsys.readouterr().err
+    assert f"{flag[2:]} = 'elsewhere': format 'vimtune' keeps the adapter alone" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -89,8 +89,8 @@ class OwnFormat(Format):
     def write(self, source: Source, folder: Path) -> str:
         for name, value in source.base.items():
             raise ValueError(
-                f"{name} = {quote(str(value))}: format {self.name!r} keeps the adapter alone and reads no base "
-                "weights. Leave it out"
+                f"{name} = {quote(str(value))}: format {self.name!r} keeps the adapter alone, and base "
+                "weights are not read. Leave it out"
             )
         from safetensors.torch import save_file
 
