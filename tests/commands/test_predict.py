@@ -295,6 +295,29 @@ def test_counts_are_whole_numbers(adapter, name, value):
         load_predictor(adapter).predict([], **{name: value})
 
 
+@pytest.mark.parametrize("value", [0, -1.0, "warm", None, float("nan")], ids=repr)
+def test_a_temperature_is_above_zero(adapter, value):
+    with pytest.raises(ValueError, match="temperature = "):
+        load_predictor(adapter).predict([], temperature=value)
+
+
+def test_a_temperature_divides_the_logits_and_changes_no_order(images, adapter, tmp_path):
+    predictor, output = load_predictor(adapter), tmp_path / "answers.json"
+    cool = list(predictor.predict([images], top_k=5))
+    for temperature in (0.5, 2):
+        warm = list(predictor.predict([images], top_k=5, temperature=temperature))
+        for one, other in zip(cool, warm, strict=True):
+            expected = torch.tensor(one.probabilities).log().div(temperature).softmax(0)
+            assert torch.allclose(torch.tensor(other.probabilities), expected, atol=1e-6)
+            assert other.classes == one.classes
+    flags = ("--adapter", str(adapter), "--temperature", "2", "--top-k", "5", "-o", str(output))
+    assert cli.main(["predict", str(images), *flags]) == 0
+    found = json.loads(output.read_text())
+    assert [[each["probability"] for each in one["predictions"]] for one in found] == [
+        pytest.approx(one.probabilities, abs=1e-6) for one in warm
+    ]
+
+
 class BreaksOnWhite(torch.nn.Module):
     """Its outputs are not finite for white images."""
 

@@ -198,6 +198,9 @@ def test_an_image_has_the_labels_whose_probability_reaches_the_threshold(run, tm
         assert found.labels == [name for name, value in every.items() if value >= threshold]
         assert len(found.classes) == 1 and found.classes[0] == next(iter(every))
     assert next(iter(predictor.predict(white))).labels == [name for name in every if every[name] >= 0.5]
+    warm = next(iter(predictor.predict(white, temperature=3.0)))
+    logits = torch.tensor([every[name] for name in warm.classes]).logit()
+    assert torch.allclose(torch.tensor(warm.probabilities), (logits / 3).sigmoid(), atol=1e-5)
     for threshold in (-0.1, 1.5, "half", None):
         with pytest.raises(ValueError, match=r"threshold = .*: expected a number"):
             predictor.predict(white, threshold=threshold)

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Le
 
-from vimtune.fields import Options, Positive, option
+from vimtune.fields import Options, Positive, PositiveAmount, option
 
 SHOTS = "train on so many examples of each class, drawn by data_seed"
 """What `--help` says of the key `shots`."""
@@ -97,3 +97,8 @@ class PredictOptions(Options):
 
     top_k: Positive = option(3, "classes that are named for each input")
     batch_size: Positive = option(32, "inputs at a time")
+    temperature: PositiveAmount = option(
+        1.0,
+        "the outputs of the model are divided by it before they become probabilities; vimtune evaluate says "
+        "which one fits",
+    )

@@ -38,17 +38,27 @@ class Predictor(ABC):
     """Errors by which a user's options end everything: what was answered before is not kept."""
 
     @abstractmethod
-    def predict(self, inputs: Sequence[Any], /, *, top_k: int = 3, batch_size: int = 32) -> Iterator[Answer]:
+    def predict(
+        self,
+        inputs: Sequence[Any],
+        /,
+        *,
+        top_k: int = 3,
+        batch_size: int = 32,
+        temperature: float = 1.0,
+    ) -> Iterator[Answer]:
         """Answer in order.
 
         Args:
             inputs: what is asked about; derived classes say what that is.
             top_k: classes that are named for each; all of them if there are fewer.
             batch_size: inputs that go through the model together.
+            temperature: what its outputs are divided by before they become probabilities, such as the one
+                that `vimtune.evaluate` fits. It changes no order.
 
         Raises:
-            ValueError: an input that is wrong, a number that is no whole number from 1 on, or outputs of the
-                model that are not finite.
+            ValueError: an input that is wrong, a number that is no whole number from 1 on, a temperature that
+                is not above 0, or outputs of the model that are not finite.
         """
 
     @abstractmethod

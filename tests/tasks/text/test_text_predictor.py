@@ -91,6 +91,9 @@ def test_choices_are_those_of_the_evaluation(task, head, tmp_path):
             probabilities = torch.zeros_like(expected)
             probabilities[choice.indices] = torch.tensor(choice.probabilities, dtype=torch.float64)
             torch.testing.assert_close(probabilities, expected, rtol=1e-4, atol=1e-6)
+    (warm, *_) = predictor.predict(LINES[task], top_k=9, temperature=2)
+    expected = torch.tensor(found[0].probabilities).log().div(2).softmax(0)
+    torch.testing.assert_close(torch.tensor(warm.probabilities), expected, rtol=1e-4, atol=1e-6)
     together = list(predictor.predict(LINES[task]))
     assert [one.classes for one in together] == [one.classes[:3] for one in found]
 
@@ -142,6 +145,8 @@ def test_completions_are_what_the_model_generates(prompted, tmp_path):
     records = json.loads(output.read_text())
     assert [record["completion"] for record in records] == [one.completion for one in found]
     assert list(records[0]) == ["prompt", "completion", "ended"]
+    with pytest.raises(ValueError, match="temperature = 2: a completion takes the likeliest token"):
+        predictor.predict(prompts, temperature=2)
 
 
 class Writes:

@@ -102,6 +102,7 @@ class ImagePredictor(Predictor):
         *,
         top_k: int = 3,
         batch_size: int = 32,
+        temperature: float = 1.0,
         on_corrupt: Callable[[Unreadable], None] | None = None,
     ) -> Iterator[Prediction]:
         """Classify images, in order.
@@ -112,17 +113,19 @@ class ImagePredictor(Predictor):
                 called by its place, such as "inputs[2]".
             top_k: classes per image; all of them if there are fewer.
             batch_size: images that go through the model together.
+            temperature: what the logits are divided by, such as the one that `vimtune.evaluate` fits.
             on_corrupt: called for an image that cannot be decoded or read, which is then left out. None
                 leaves out those of folders, with a warning.
 
         Raises:
             CorruptImageError: an image that was named by itself cannot be decoded, and `on_corrupt` is None.
             ImageReadError: the system cannot read one, likewise.
-            ValueError: an input that is no picture, `top_k` or `batch_size` is no whole number from 1 on, or
-                the model's outputs for an image are not finite.
+            ValueError: an input that is no picture, `top_k` or `batch_size` is no whole number from 1 on,
+                `temperature` is not above 0, or the model's outputs for an image are not finite.
         """
         check_counts(top_k=top_k, batch_size=batch_size)
-        batches = self._judge(self._read(asked_about(inputs), batch_size, on_corrupt))
+        read = self._read(asked_about(inputs), batch_size, on_corrupt)
+        batches = self._judge(read, PredictOptions(temperature=temperature).temperature)
         return (answer for names, found in batches for answer in self._rank(names, found, top_k))
 
     def embed(
@@ -169,13 +172,15 @@ class ImagePredictor(Predictor):
         """Logits (B, C) -> probabilities (B, C), which are 1 together, because an image has one class."""
         return logits.softmax(dim=1)
 
-    def _judge(self, batches: Iterable[list[tuple[str, Tensor]]]) -> Iterator[tuple[list[str], Tensor]]:
-        """Names and probabilities (B, C) of the images of each batch."""
+    def _judge(
+        self, batches: Iterable[list[tuple[str, Tensor]]], temperature: float
+    ) -> Iterator[tuple[list[str], Tensor]]:
+        """Names and probabilities (B, C) of the images of each batch, whose logits `temperature` divides."""
         for batch in batches:
             names = [name for name, _ in batch]
             logits = self.logits(torch.stack([image for _, image in batch]))
             _demand_finite(logits, names)
-            yield names, self.probabilities(logits)
+            yield names, self.probabilities(logits / temperature)
 
     def _rank(self, names: Sequence[str], probabilities: Tensor, top_k: int) -> Iterator[Prediction]:
         """The most probable classes of each image of a batch, from probabilities (B, C)."""

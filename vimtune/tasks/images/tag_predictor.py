@@ -25,6 +25,7 @@ class TagPredictor(ImagePredictor):
         *,
         top_k: int = 3,
         batch_size: int = 32,
+        temperature: float = 1.0,
         on_corrupt: Callable[[Unreadable], None] | None = None,
         threshold: float = 0.5,
     ) -> Iterator[TagPrediction]:
@@ -34,6 +35,7 @@ class TagPredictor(ImagePredictor):
             inputs: one image or several.
             top_k: classes per image that are named with their probability, whether it has them or not.
             batch_size: images that go through the model together.
+            temperature: what the logits are divided by.
             on_corrupt: called for an image that cannot be decoded or read.
             threshold: an image has the labels whose probability is at least this, from 0 to 1.
 
@@ -41,10 +43,10 @@ class TagPredictor(ImagePredictor):
             ValueError: what `ImagePredictor.predict` raises, or a threshold that is no number from 0 to 1.
         """
         check_counts(top_k=top_k, batch_size=batch_size)
-        least = TagPredictOptions(threshold=threshold).threshold
-        batches = self._judge(self._read(asked_about(inputs), batch_size, on_corrupt))
+        options = TagPredictOptions(threshold=threshold, temperature=temperature)
+        batches = self._judge(self._read(asked_about(inputs), batch_size, on_corrupt), options.temperature)
         return (
-            TagPrediction(**vars(best), labels=self._labels(own, least))
+            TagPrediction(**vars(best), labels=self._labels(own, options.threshold))
             for names, found in batches
             for best, own in zip(self._rank(names, found, top_k), found, strict=True)
         )

@@ -67,6 +67,7 @@ class TextPredictor(Predictor):
         *,
         top_k: int = 3,
         batch_size: int = 32,
+        temperature: float = 1.0,
         max_new_tokens: int = 64,
     ) -> Iterator[Answer]:
         """Answer in order.
@@ -76,14 +77,18 @@ class TextPredictor(Predictor):
                 The answer may be left out of an entry; it is not looked at.
             top_k: classes or choices that are named for each; all of them if there are fewer.
             batch_size: inputs that go through the model together.
+            temperature: what the outputs for the choices are divided by before they become probabilities,
+                such as the one that `vimtune.evaluate` fits; 1 for completions, which have none.
             max_new_tokens: the most tokens of a completion.
 
         Raises:
-            ValueError: an entry that is wrong, a number that is no whole number from 1 on, or outputs of the
-                model that are not finite.
+            ValueError: an entry that is wrong, a number that is no whole number from 1 on, a temperature that
+                is not above 0, or outputs of the model that are not finite.
         """
         check_counts(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        options = TextPredictOptions(top_k=top_k, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        options = TextPredictOptions(
+            top_k=top_k, batch_size=batch_size, temperature=temperature, max_new_tokens=max_new_tokens
+        )
         lines: list[Line] = []
         for number, given in enumerate(_several(inputs), 1):
             place = f"input {number}"
@@ -154,12 +159,12 @@ class ChoicePredictor(TextPredictor):
         tally = self.head.tally(asked, items, characters=False)
         tally.add(self.model, self.head.batch(items).to(self.device).tensors)
         return [
-            _choice(example, judged.log_likelihoods, options.top_k)
+            _choice(example, judged.log_likelihoods, options)
             for example, judged in zip(asked, tally.judged(), strict=True)
         ]
 
 
-def _choice(example: Example, values: Sequence[float], top_k: int) -> Choice:
+def _choice(example: Example, values: Sequence[float], options: TextPredictOptions) -> Choice:
     """The likeliest choices by log-likelihoods, or outputs of a head, (C,)."""
     scores = torch.tensor(values, dtype=torch.float64)
     if not scores.isfinite().all():
@@ -167,7 +172,7 @@ def _choice(example: Example, values: Sequence[float], top_k: int) -> Choice:
             f"the model's outputs for {quote(example.prompt)} are not finite: the adapter or its base "
             "weights are damaged or diverged; train again, or give other base weights with --checkpoint"
         )
-    best = scores.softmax(0).topk(min(top_k, len(values)))
+    best = (scores / options.temperature).softmax(0).topk(min(options.top_k, len(values)))
     indices = best.indices.tolist()
     return Choice(example.prompt, indices, [example.choices[i] for i in indices], best.values.tolist())
 
@@ -177,6 +182,14 @@ class CompletionPredictor(TextPredictor):
     """Writes what follows a prompt: at each step the likeliest token."""
 
     kind: ClassVar[type[Answer]] = Completion
+
+    def _answers(self, asked: Sequence[Any], options: TextPredictOptions) -> Iterator[Answer]:
+        if options.temperature != 1:
+            raise ValueError(
+                f"temperature = {options.temperature:g}: a completion takes the likeliest token at each "
+                "step, and a temperature changes no order. Leave it out"
+            )
+        return super()._answers(asked, options)
 
     def _batch(self, encoder: Encoder, asked: Sequence[Any], options: TextPredictOptions) -> list[Completion]:
         rows = [row.tokens for row in encoder.prompts(asked)]
