@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from adapter_files import SPECIES, make_adapter, write_photos
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import vimtune
 from vimtune import cli
@@ -66,6 +66,39 @@ def test_what_was_made_is_used_by_the_commands(tmp_path, made, capsys):
     capsys.readouterr()
     assert cli.main(["evaluate", *adapter]) == 2
     assert "says nothing of its data: name them with --dataset or --folder" in capsys.readouterr().err
+
+
+def without_a_head(folder, target):
+    """A copy of a folder of peft as its default writes it: the head stays that of the base model."""
+    shutil.copytree(folder, target)
+    settings = json.loads((target / "adapter_config.json").read_text())
+    (target / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": None}))
+    tensors = load_file(target / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".head." not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, target / "adapter_model.safetensors")
+
+
+def test_an_adapter_without_a_head_has_that_of_its_base(tmp_path, made, capsys):
+    without_a_head(made[0] / "theirs", tmp_path / "theirs")
+    base, names = made[0] / "base.safetensors", made[0] / "names.txt"
+    flags = ["--model", "test_vim", "--checkpoint", str(base)]
+    asked = ["convert", str(tmp_path / "theirs"), "-o", str(tmp_path / "ours"), *flags]
+    assert cli.main([*asked, "--classes", str(names)]) == 0
+    assert "scratch" not in capsys.readouterr().err
+    predictor = vimtune.load_predictor(tmp_path / "ours", checkpoint=base)
+    assert predictor.classes == names.read_text("utf-8").split("\n")[:SPECIES]
+    (head,) = (
+        tensor
+        for name, tensor in load_file(tmp_path / "ours" / "adapter.safetensors").items()
+        if "head.weight" in name
+    )
+    assert torch.equal(head, load_file(base)["head.weight"])
+    headless = {name: tensor for name, tensor in load_file(base).items() if not name.startswith("head.")}
+    save_file(headless, tmp_path / "headless.safetensors")
+    asked = [*asked[:3], str(tmp_path / "other"), *flags[:3], str(tmp_path / "headless.safetensors")]
+    assert cli.main(asked) == 2 and not (tmp_path / "other").exists()
+    assert "has no classification head, and the adapter brings none" in capsys.readouterr().err
 
 
 def test_a_folder_of_peft_is_merged_in_one_go(tmp_path, made):

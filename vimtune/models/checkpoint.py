@@ -269,13 +269,44 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
             mismatch; nothing is loaded then.
     """
     path = given_path("path", path, "a checkpoint", CheckpointError)
+    state, stated = _weights_for(model, path)
+    _load(model, state, stated, printable(str(path)), head)
+    return model
+
+
+def load_with_its_head(model: VisionMamba, path: str | Path) -> VisionMamba:
+    """`load_checkpoint` with the head of the file, whose number of classes becomes that of the model.
+
+    Raises:
+        CheckpointError: as there, or the file has no head.
+    """
+    path = given_path("path", path, "a checkpoint", CheckpointError)
     shown = printable(str(path))
+    state, stated = _weights_for(model, path)
+    if state.get("head.weight", torch.empty(0)).dim() != 2:
+        raise CheckpointError(
+            f"{shown} has no classification head, and the adapter brings none: expected the weights with the "
+            "head to which the adapter belongs"
+        )
+    model.reset_classifier(len(state["head.weight"]))
+    _load(model, state, stated, shown, head=True)
+    return model
+
+
+def _weights_for(model: VisionMamba, path: Path) -> tuple[dict[str, Tensor], ModelOptions | None]:
+    """The weights in a file by the names of the model, and the options that the file states."""
     content, metadata = _read(path)
     try:
         stated = _stated_options(metadata)
-        state = checkpoint_filter_fn(content, model, None if stated is None else stated.grid)
+        return checkpoint_filter_fn(content, model, None if stated is None else stated.grid), stated
     except ValueError as error:
-        raise CheckpointError(f"{shown}: {error}") from error
+        raise CheckpointError(f"{printable(str(path))}: {error}") from error
+
+
+def _load(
+    model: VisionMamba, state: dict[str, Tensor], stated: ModelOptions | None, shown: str, head: bool
+) -> None:
+    """Copy what `_weights_for` has found in the file `shown`; see `load_checkpoint`."""
     wanted = dict(base_parameters(model))
     own_head = [name for name in wanted if name.startswith("head.")]
     fits = all(name in state and state[name].shape == wanted[name].shape for name in own_head)
@@ -297,7 +328,6 @@ def load_checkpoint(model: VisionMamba, path: str | Path, *, head: bool = True) 
             shown,
             model.num_classes,
         )
-    return model
 
 
 def _stated_options(metadata: Mapping[str, str]) -> ModelOptions | None:

@@ -28,6 +28,7 @@ from vimtune.data.loading.worker_count import AS_ASKED, WorkerCount, choose_num_
 from vimtune.data.subset import draw_at_most, draw_protocol, draw_shots, take_fold
 from vimtune.methods import METHODS
 from vimtune.models import VisionMamba, create_listed_model, load_checkpoint
+from vimtune.models.checkpoint import load_with_its_head
 from vimtune.models.registry import MODELS
 from vimtune.models.weights import WEIGHTS, weights_of
 from vimtune.recipe import Recipe
@@ -366,8 +367,11 @@ def create_backbone(recipe: Recipe, num_classes: int | None = None, *, head: boo
 
     Args:
         recipe: which backbone, and its weights.
-        num_classes: outputs of its head; the model's own number if None.
+        num_classes: outputs of its head; those of its weights if None.
         head: whether a checkpoint's head is loaded as well.
+
+    Raises:
+        ValueError: weights that are not to be had or do not fit, or without the head that is asked for.
     """
     backbone = recipe.backbone
     assert isinstance(backbone, BackboneSettings)
@@ -386,9 +390,11 @@ def create_backbone(recipe: Recipe, num_classes: int | None = None, *, head: boo
         pretrained=backbone.pretrained and backbone.checkpoint is None,
         what="model_kwargs",
     )
-    if backbone.checkpoint is not None:
-        load_checkpoint(model, backbone.checkpoint, head=head)
-    return model
+    if backbone.checkpoint is None:
+        return model
+    if head and num_classes is None:
+        return load_with_its_head(model, backbone.checkpoint)
+    return load_checkpoint(model, backbone.checkpoint, head=head)
 
 
 def open_base(recipe: Recipe, processes: Processes) -> VisionMamba:
