@@ -98,6 +98,7 @@ def test_other_base_weights_are_refused_unless_forced(path) -> None:
 def test_other_options_are_named(path, caplog) -> None:
     """The same values may be another function, as those of prodial are with another diagonal."""
     start_from(adapted(4, rank=2, seed=1), path, classes=OLD)
+    start_from(adapted(4, rank=2, lr_scale=3.0, decay_scale=0.5), path, classes=OLD)  # This is of training.
     assert "other options" not in caplog.text
-    start_from(adapted(4, rank=2, alpha=3.0), path, classes=OLD)
+    start_from(adapted(4, rank=2, alpha=3.0, lr_scale=3.0), path, classes=OLD)
     assert "may start as another function: alpha of lora was 8.0 and is 3.0" in caplog.text

@@ -87,5 +87,8 @@ def test_an_adapter_with_defaults_of_another_version_keeps_its_function(tmp_path
         recipe = load_recipe(None, {"init_adapter": str(folder)})
         assert recipe.method.peft_kwargs == {**named, "variant": "free"}
     stated = load_recipe(None, {"init_adapter": str(folder), "peft_kwargs": {"variant": "tanh"}})
-    assert stated.method.peft_kwargs == {"variant": "tanh"}
+    assert stated.method.peft_kwargs == {"train_scale": True, "variant": "tanh"}
+    slower = load_recipe(None, {"init_adapter": str(folder), "peft_kwargs": "lr_scale=.5", "rank": "8"})
+    assert slower.method.peft_kwargs == {"train_scale": True, "variant": "free", "lr_scale": 0.5}
+    assert slower.method.rank == 8
     assert load_recipe(None, {"init_adapter": str(folder), "peft": "lora"}).method.peft_kwargs == {}

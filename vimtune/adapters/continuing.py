@@ -15,7 +15,8 @@ from vimtune.adapters.manage import demand_adapter
 from vimtune.adapters.store import check_head, demand_architecture, other_base, read_adapter, refusing
 from vimtune.adapters.tensors import adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
-from vimtune.methods import differing_options, resolve_options
+from vimtune.fields import options_of
+from vimtune.methods import Method, differing_options, resolve_options
 from vimtune.text import printable, quote
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,12 @@ def start_from(
 
 def _warn_of_options(path: str | Path, info: AdapterInfo, options: Mapping[str, Any]) -> None:
     """Say which options the adapter of a file had otherwise: with another formula the same values are another
-    function, and with another learning rate, say, they are not. Which it is nobody can tell from outside."""
+    function, and with another learning rate, say, they are not. Which it is nobody can tell from outside, but
+    of the options that all methods have: these are about training."""
     others = [
         f"{option} of {name} was {quote(was)} and is {quote(now)}"
         for name, option, was, now in differing_options(info.options, resolve_options(info.method, options))
+        if option not in options_of(Method)
     ]
     if others:
         logger.warning(

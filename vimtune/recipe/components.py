@@ -29,7 +29,7 @@ from vimtune.fields import (
     option_of_method,
 )
 from vimtune.loggers import parse_loggers
-from vimtune.methods import METHODS, resolve_options, sizing_options
+from vimtune.methods import METHODS, resolve_options, sizing_options, split_options
 from vimtune.methods.lora import LoRA
 from vimtune.methods.prodial import ProDiaL
 from vimtune.recipe.optimizers import parse_optimizer
@@ -105,6 +105,16 @@ class MethodSettings(Options):
             ValueError: as `sizing_options` raises it.
         """
         return {} if self.budget is None else sizing_options(self.peft, self.given_options)
+
+    @property
+    def unstated_options(self) -> dict[str, dict[str, Any]]:
+        """Those of `all_options` that have their default, because nobody has given them."""
+        stated = split_options(self.peft, self.given_options)
+        unstated = {
+            method: {name: value for name, value in options.items() if name not in stated[method]}
+            for method, options in self.all_options.items()
+        }
+        return {method: options for method, options in unstated.items() if options}
 
     @property
     def all_options(self) -> dict[str, dict[str, Any]]:

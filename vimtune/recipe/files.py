@@ -13,7 +13,7 @@ from vimtune.fields import options_of
 from vimtune.recipe.components import MethodSettings
 from vimtune.recipe.config_files import read_config
 from vimtune.recipe.earlier import complete_stored
-from vimtune.recipe.options import changed_options, keeping
+from vimtune.recipe.options import changed_options, keeping, options_over
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError
 from vimtune.strict_yaml import read_yaml
@@ -31,9 +31,10 @@ def load_recipe(
     With `resume` among the values, the recipe of that run comes before `config`, and its folder is
     the output folder: `load_recipe(None, {"resume": "runs/x"})` is all it takes to continue. With
     `resume` = "auto" that run is the one in `output_dir`, if there is one. With `init_adapter`, task,
-    model, method and data of that adapter come first in a new run. A relative path is relative to the working
-    directory, in a file, too. Paths are checked as well. `variant` names one recipe of a file
-    that is a grid of them (`vimtune.recipe.config_files`).
+    model, method and data of that adapter come first in a new run. What comes later takes the place of what
+    came before; of the options of one method those alone that are given (`options_over`). A relative path is
+    relative to the working directory, in a file, too. Paths are checked as well. `variant` names one recipe
+    of a file that is a grid of them (`vimtune.recipe.config_files`).
 
     Raises:
         RecipeError: the file, the values or the paths; it has every problem that was found.
@@ -41,7 +42,7 @@ def load_recipe(
     if config is None and variant is not None:
         raise RecipeError([f"variant = {quote(variant)} needs config: the file with the grid"])
     values = {} if config is None else read_values("config", config, partial(read_config, variant=variant))
-    values |= overrides or {}
+    values = options_over(values, overrides or {})
     problems: list[str] = []
     resumed: dict[str, Any] = {}
     try:
@@ -49,10 +50,10 @@ def load_recipe(
     except RecipeError as error:
         problems += error.problems
     else:
-        values = resumed | values
+        values = options_over(resumed, values)
     problems += path_problems(values)
     if not resumed and values.get("init_adapter") is not None and not problems:
-        values = _continued(values) | values
+        values = options_over(_continued(values), values)
     try:
         recipe = Recipe.from_values(values)
     except RecipeError as error:

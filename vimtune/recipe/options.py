@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vimtune import parsers
 from vimtune.methods import differing_options, split_options
 from vimtune.recipe.components import OPTIONS_OF_METHODS, MethodSettings
 from vimtune.text import quote
@@ -50,6 +51,41 @@ def changed_options(saved: Mapping[str, Any], method: MethodSettings) -> list[Ch
         ChangedOption(name, option, was, now, is_default=option not in stated[name])
         for name, option, was, now in differing_options(saved, method.all_options)
     ]
+
+
+def options_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe with those that are given in their place.
+
+    Where the method stays, an option that is given takes the place of this option alone, however it was
+    stated: as a key, in `peft_kwargs`, or there for one of several methods. Those of another method replace
+    all.
+
+    Args:
+        values: keys of a recipe, as a file or a run states them.
+        given: keys of a recipe, as flags or a later file state them.
+    """
+    merged = {**values, **given}
+    before, stays = values.get("peft_kwargs"), given.get("peft", values.get("peft")) == values.get("peft")
+    try:
+        options = parsers.mapping(given.get("peft_kwargs") or {})
+        kept = parsers.mapping(before or {})
+    except ValueError:
+        return merged  # The parser of the key says what is wrong.
+    if not stays:
+        return merged
+    replaced = {name for name in OPTIONS_OF_METHODS if given.get(name) is not None} | options.keys()
+    methods = str(values.get("peft", "")).split("+")
+    for name, value in list(kept.items()):
+        if name in methods and isinstance(value, Mapping):
+            own = options.get(name, {})
+            left = {key: item for key, item in value.items() if key not in replaced}
+            kept[name] = {**left, **own} if isinstance(own, Mapping) else own
+        elif name in replaced:
+            del kept[name]
+    merged |= {name: None for name in OPTIONS_OF_METHODS if name in options and given.get(name) is None}
+    if kept or options:
+        merged["peft_kwargs"] = {**options, **kept}
+    return merged
 
 
 def keeping(changed: Iterable[ChangedOption], method: MethodSettings) -> dict[str, Any]:

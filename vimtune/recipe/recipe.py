@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,11 @@ from vimtune.parsers import given_file
 from vimtune.problems import ProblemsError
 from vimtune.recipe.components import MethodSettings, OptimisationSettings, RunSettings
 from vimtune.recipe.handed_on import parse_handed_on
+from vimtune.recipe.options import changed_options, keeping
 from vimtune.recipe.paths import path_problems
 from vimtune.recipe.rules import contradictions
 from vimtune.run_folder import cannot_make, obstacle
+from vimtune.schema import check
 from vimtune.tasks import TASKS, BackboneOptions, DataOptions, Task
 from vimtune.text import quote, suggest
 
@@ -39,6 +42,10 @@ TASK = Option(
     TASKS.parse,
 )
 """The key that chooses the task of a recipe."""
+
+METHOD_DEFAULTS = "method_defaults"
+"""Key of recipes in files under which the options stand that the method of the recipe has by default:
+method -> option -> value."""
 
 _OWN_PATHS = ("data_dir", "train_file", "val_file", "test_file", "output_dir", "resume")
 """Keys that name folders and files of the computer on which the run is."""
@@ -116,6 +123,8 @@ class Recipe:
             problems.append(f"{TASK.name} = {quote(values[TASK.name])}: {error}")
         task = TASKS.get(chosen)
         known = keys_of(chosen)
+        defaults, values = values.get(METHOD_DEFAULTS, {}), dict(values)
+        values.pop(METHOD_DEFAULTS, None)
         problems += [_unknown_key(key, values[key], chosen, known) for key in values if key not in known]
         parsed: dict[str, Any] = {}
         components = components_of(task)
@@ -128,6 +137,8 @@ class Recipe:
         handed_on, more = parse_handed_on(parsed)
         parsed |= handed_on
         problems += [*contradictions(parsed), *more]
+        if defaults and not problems:
+            problems += _keep_defaults(parsed, defaults)
         if problems:
             raise RecipeError(problems)
         for attribute, component in {**components, "task": task}.items():
@@ -182,14 +193,40 @@ class Recipe:
         return {**values, **names}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe as YAML, atomically.
+        """Write the recipe as YAML, atomically, with the options of its method that it does not state: where
+        the file is read by a version that has other defaults, the recipe is the same.
 
         Raises:
             ValueError: `path` is no path of a file.
         """
         path = given_file(path)
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        unstated = json.loads(json.dumps(self.method.unstated_options))
+        values = {**self.to_dict(), **({METHOD_DEFAULTS: unstated} if unstated else {})}
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         atomic_write_text(path, text)
+
+
+def _keep_defaults(parsed: dict[str, Any], defaults: Any) -> list[str]:
+    """Let the method of a recipe that was read from a file have the defaults of the version that wrote the
+    file.
+
+    Args:
+        parsed: the values of all keys, changed in place.
+        defaults: the options of methods that the file did not state, method -> option -> value.
+
+    Returns:
+        What is wrong with them.
+    """
+    try:
+        saved = check(dict[str, dict[str, Any]], defaults, METHOD_DEFAULTS)
+        method = MethodSettings(**{name: parsed[name] for name in options_of(MethodSettings)})
+        kept, problems = parse_handed_on(
+            {**parsed, "peft_kwargs": keeping(changed_options(saved, method), method)}
+        )
+    except ValueError as error:
+        return [str(error)]
+    parsed.update(kept)
+    return problems
 
 
 def _unknown_key(key: Any, value: Any, task: str, known: Mapping[str, Option]) -> str:
