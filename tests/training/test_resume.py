@@ -308,3 +308,13 @@ def test_unusable_checkpoint(half_done, damage, tmp_path):
         path.unlink()
     with pytest.raises(ResumeError, match=r"checkpoint\.safetensors"):
         run_training(half_done)
+
+
+def test_epochs_are_counted_on_where_max_steps_had_ended_one(tiny, capsys):
+    recipe = tiny("cut", epochs=3, max_steps=2)
+    run_training(recipe)
+    capsys.readouterr()
+    run_training(load_recipe(None, {"resume": recipe.run.output_dir, "max_steps": 5}))
+    told = capsys.readouterr().out
+    assert "resumed in epoch 2 after step 2; epoch 1 had ended early and has no rest" in told
+    assert "epoch 2/2" in told and "epoch 2/1" not in told

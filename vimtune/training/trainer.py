@@ -188,10 +188,13 @@ def _tracker(
     recipe: Recipe, job: Job, schedule: CosineSchedule, processes: Processes, progress: Progress
 ) -> Tracker:
     """What shows a run from where it stands at `progress`."""
+    steps_per_epoch = recipe.optimisation.steps_of(len(job.train))
+    left = schedule.total_steps - progress.step + recipe.optimisation.steps_of(progress.batch)
     return Tracker(
         build_console(quiet=not processes.is_main),
         recipe.task,
-        epochs=math.ceil(schedule.total_steps / recipe.optimisation.steps_of(len(job.train))),
+        # An epoch that `max_steps` has ended counts as a whole one.
+        epochs=min(progress.epoch + math.ceil(left / steps_per_epoch), recipe.optimisation.epochs),
         total_steps=schedule.total_steps,
         first_step=progress.step,
         warnings=progress.warnings,
@@ -378,6 +381,8 @@ def _introduce(run: Run, eager_because: list[str]) -> None:
         tracker.message(f"CUDA graph: no, {reasons}" if reasons else "CUDA graph: yes, after a warm-up")
     tracker.message(f"run folder: {run.folder.path}")
     if progress.step:
-        tracker.message(f"resumed in epoch {progress.epoch + 1} after step {progress.step}")
+        whole = recipe.optimisation.steps_of(len(run.job.train)) * progress.epoch
+        ended = f"; epoch {progress.epoch} had ended early and has no rest" if progress.step < whole else ""
+        tracker.message(f"resumed in epoch {progress.epoch + 1} after step {progress.step}{ended}")
     for warning in progress.warnings:
         tracker.message(f"warning: {warning}")
