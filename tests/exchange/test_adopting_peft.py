@@ -119,6 +119,7 @@ def test_a_folder_of_peft_is_merged_in_one_go(tmp_path, made):
         (["--classes", "few.txt"], "2 names of classes are given, and the model of .* has 5 outputs"),
         (["--classes", "empty.txt"], "'empty.txt' is empty: expected the names of the classes, one a line"),
         (["--classes", "none.txt"], "cannot read none.txt"),
+        (["--classes", "twice.txt"], "'twice.txt': line 1 and line 4 are both 'rose'"),
     ],
 )
 def test_what_is_missing_or_wrong(tmp_path, made, capsys, monkeypatch, more, message):
@@ -129,10 +130,18 @@ def test_what_is_missing_or_wrong(tmp_path, made, capsys, monkeypatch, more, mes
     (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(settings))
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "twice.txt").write_text("rose\n\nlily\n rose\na\nb\n")
     if "--classes" in more:
         more = [*more, "--model", "test_vim", "--checkpoint", str(made[0] / "base.safetensors")]
     assert cli.main(["convert", "theirs", "-o", "out", *more]) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_classes_of_one_name_are_refused_from_python_too(tmp_path, made):
+    classes = ["rose", "lily", "rose", "a", "b"]
+    with pytest.raises(ValueError, match=r"classes\[0\] and classes\[2\] are both 'rose'"):
+        vimtune.convert(made[0] / "theirs", tmp_path / "out", model="test_vim", classes=classes)
     assert not (tmp_path / "out").exists()
 
 

@@ -36,6 +36,10 @@ class Unsaid:
     classes: Sequence[str] | None = None
     """Names of the classes, one for each output of the head; None for numbers."""
 
+    def __post_init__(self) -> None:
+        names = self.classes or ()
+        _check_once(names, [f"classes[{index}]" for index in range(len(names))], "names of classes")
+
     def recipe(self) -> Recipe:
         """The recipe that these values are part of.
 
@@ -103,9 +107,25 @@ def read_names(path: Path) -> list[str]:
     """The names of classes in a text file, one a line.
 
     Raises:
-        ValueError: it is no text file, or has no names.
+        ValueError: it is no text file, has no names, or one of them twice.
     """
-    names = [line.strip() for line in read_table(path, MAX_TEXT_BYTES).splitlines() if line.strip()]
-    if not names:
-        raise ValueError(f"{quote(str(path))} is empty: expected the names of the classes, one a line")
+    lines = [line.strip() for line in read_table(path, MAX_TEXT_BYTES).splitlines()]
+    numbers, shown = [number for number, line in enumerate(lines, 1) if line], quote(str(path))
+    if not numbers:
+        raise ValueError(f"{shown} is empty: expected the names of the classes, one a line")
+    names = [lines[number - 1] for number in numbers]
+    _check_once(names, [f"line {number}" for number in numbers], shown)
     return names
+
+
+def _check_once(names: Sequence[str], places: Sequence[str], what: str) -> None:
+    """Raise ValueError where two classes have one name, by which answers tell them apart; `places` says where
+    in `what` each name stands."""
+    seen: dict[str, str] = {}
+    for name, place in zip(names, places, strict=True):
+        if name in seen:
+            raise ValueError(
+                f"{what}: {seen[name]} and {place} are both {quote(name)}, and answers tell classes apart by "
+                "their names: expected another one for each"
+            )
+        seen[name] = place
