@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_model_data_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import vimtune  # noqa: F401  (registers the models)
+import vimtune
 from vimtune import ops
 
 BACKENDS = [row.name for row in ops.backend_report("cpu") if row.available]
@@ -191,3 +191,22 @@ def test_a_saved_folder_at_another_image_size(tmp_path):
 def test_misplaced_and_misspelt_options(option, words):
     with pytest.raises(ValueError, match=words):
         create(**option)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "keyword"),
+    [
+        ("targets", "both", "peft_targets"),
+        ("layers", "0-1", "peft_layers"),
+        ("method", "lora", "peft"),
+        ("model", "test_vim", "model_name"),
+    ],
+)
+def test_where_an_adapter_goes_is_no_option_of_its_method(name, value, keyword):
+    with pytest.raises(ValueError, match=f"peft_kwargs: {name} = '{value}' .*: give it as {keyword}$"):
+        create(peft="lora", peft_kwargs={"rank": 3, name: value})
+
+
+def test_the_other_arguments_of_an_adapter_may_stand_beside_its_options():
+    model = create(peft="lora", peft_kwargs={"name": "mine", "num_classes": 3, "budget": 3000})
+    assert vimtune.list_adapters(model) == ["mine"] and model.num_classes == 3

@@ -480,7 +480,21 @@ def _method_options(given: Any) -> Mapping[str, Any]:
             f"peft_kwargs = {quote(given)}: expected options of the method by their names, such as "
             '{"rank": 8}'
         )
+    for name, keyword in _KEYWORDS_OF_INJECT.items():
+        if name in given:
+            raise ValueError(
+                f"peft_kwargs: {name} = {quote(given[name])} is no option of a method: give it as {keyword}"
+            )
     return given
+
+
+_KEYWORDS_OF_INJECT = {
+    "model": "model_name",
+    "method": "peft",
+    "targets": "peft_targets",
+    "layers": "peft_layers",
+}
+"""Arguments that `inject` is given from other options, and the keywords of `timm.create_model` for these."""
 
 
 def _name_with_tag(variant: str, tag: Any) -> str:
