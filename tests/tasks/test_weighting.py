@@ -31,6 +31,8 @@ def test_given_weights_keep_their_ratios_and_are_1_on_average() -> None:
     assert class_weights("none", LABELS, CLASSES) is None
     with pytest.raises(ValueError, match=r"no class 'catt'.*'cat'"):
         class_weights({"catt": 2.0}, LABELS, CLASSES)
+    with pytest.raises(ValueError, match=r"no class 'nix'\. The data set has 'ant', 'bee', 'cat', 'dog'"):
+        class_weights({"nix": 2.0}, LABELS, CLASSES)
 
 
 def test_the_loss_is_the_weighted_sum() -> None:

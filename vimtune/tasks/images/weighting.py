@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vimtune.tasks.images.settings import EVENED
-from vimtune.text import quote, suggest
+from vimtune.text import name_some, quote, suggest
 
 
 def class_weights(
@@ -39,8 +39,8 @@ def class_weights(
         for name, weight in chosen.items():
             if name not in classes:
                 raise ValueError(
-                    f"class_weights: there is no class {quote(name)}.{suggest(name, classes)} They are "
-                    "those of the data set"
+                    f"class_weights: there is no class {quote(name)}.{suggest(name, classes)} The data set "
+                    f"has {name_some(classes, 20)}"
                 )
             weights[classes.index(name)] = weight
     return (weights * counts.sum() / (weights * counts).sum()).float()
