@@ -90,3 +90,35 @@ def test_mistakes(tmp_path, made, capsys, arguments, message):
     given = [argument.format(folder, tmp_path) for argument in arguments]
     assert cli.main(["combine", *given, "-o", str(output)]) == 2
     assert message in capsys.readouterr().err and not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--weights=1,-0.5"],
+            "the heads of 'ours', 'other' do not average: the coefficients sum to 0.5 and not to 1. Say "
+            "whose head the result has, such as head='ours' (on the command line: --head)",
+        ),
+        (
+            ["--how", "tensors"],
+            "adapters 'ours' (lora) and 'other' (bitfit) do not have the same method, options and places, so "
+            "that their tensors do not average: how='exact' (on the command line: --how exact) sums",
+        ),
+        (["--weights=1,1", "--how", "tensors"], "give such ones; how='exact' (on the command line: --how"),
+    ],
+)
+def test_messages_name_adapters_as_the_user_does(tmp_path, made, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(made[0] / "run1" / "adapter.safetensors", "ours")
+    make_adapter(tmp_path / "other", peft="bitfit")
+    given = ["combine", "ours", "other", "-o", "sum.safetensors"]
+    assert cli.main([*given, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main([*given, "--weights=1,-0.5", "--head", "ours"]) == 0
+
+
+def test_a_coefficient_that_is_no_number_is_that_of_a_file(tmp_path, made):
+    run = made[0] / "run1"
+    with pytest.raises(ValueError, match=r"the coefficient of '.*run1.*' is nan: expected a finite number"):
+        combine_files([run], tmp_path / "sum.safetensors", weights=[float("nan")])

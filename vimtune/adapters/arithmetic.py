@@ -43,7 +43,7 @@ from vimtune.adapters.store import added
 from vimtune.adapters.tensors import adapter_parameters, adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.methods import resolve_options
-from vimtune.text import quote, suggest
+from vimtune.text import name_some, quote, suggest
 
 Model = TypeVar("Model", bound=nn.Module)
 """A model of any class, for functions that give back the model they got."""
@@ -54,7 +54,13 @@ How = Literal["exact", "tensors"]
 
 @torch.no_grad()
 def combine(
-    model: Model, coefficients: Mapping[str, float], *, name: str, how: How = "exact", head: str | None = None
+    model: Model,
+    coefficients: Mapping[str, float],
+    *,
+    name: str,
+    how: How = "exact",
+    head: str | None = None,
+    called: Mapping[str, str] | None = None,
 ) -> Model:
     """Add an adapter that is a weighted sum of others, and make it the active one.
 
@@ -65,6 +71,8 @@ def combine(
         how: "exact" sums the changes of weights, "tensors" averages the trained tensors; the text of this
             module says what either means.
         head: the adapter whose head the result has; None for the average of the heads.
+        called: what messages call each adapter, where a user knows it by another name, such as that of its
+            file; its name if None.
 
     Returns:
         The model, as it was given.
@@ -75,7 +83,8 @@ def combine(
     """
     backbone = unwrap(model, retrains=True)
     check_name(backbone, name)
-    _check_coefficients(coefficients)
+    called = {own: own for own in coefficients} if called is None else called
+    _check_coefficients(coefficients, called)
     records = {own: demand_adapter(backbone, own)[1] for own in coefficients}
     if how not in get_args(How):
         raise ValueError(
@@ -84,22 +93,31 @@ def combine(
     if head is not None and head not in records:
         raise ValueError(f"head = {quote(head)}: expected one of the adapters {', '.join(records)}")
     if how == "tensors":
-        record, values = _average(backbone, coefficients, records, name)
+        record, values = _average(backbone, coefficients, records, name, called)
     else:
-        record, values = _sum(backbone, coefficients, records, name)
-    heads = _heads(backbone, coefficients, records, head)
+        record, values = _sum(backbone, coefficients, records, name, called)
+    heads = _heads(backbone, coefficients, records, head, called)
     record.num_classes = records[head or next(iter(records))].num_classes
     with added(backbone, record):
         load_adapter_state_dict(backbone, {**values, **heads}, name)
     return model
 
 
-def _check_coefficients(coefficients: Mapping[str, float]) -> None:
+_EXACT = "how='exact' (on the command line: --how exact) sums what they do to weights"
+"""The way out where tensors do not average."""
+
+_TENSORS = "how='tensors' (on the command line: --how tensors) averages adapters of one method"
+"""The way out where what adapters do to weights does not sum."""
+
+
+def _check_coefficients(coefficients: Mapping[str, float], called: Mapping[str, str]) -> None:
     if not coefficients:
         raise ValueError("no adapter is named: expected coefficients such as {'a': 0.5, 'b': 0.5}")
     for name, value in coefficients.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"the coefficient of {quote(name)} is {quote(value)}: expected a finite number")
+            raise ValueError(
+                f"the coefficient of {quote(called[name])} is {quote(value)}: expected a finite number"
+            )
 
 
 def _sums_to_one(coefficients: Mapping[str, float]) -> bool:
@@ -114,9 +132,10 @@ def _heads(
     coefficients: Mapping[str, float],
     records: Mapping[str, AdapterRecord],
     head: str | None,
+    called: Mapping[str, str],
 ) -> dict[str, Tensor]:
     """The tensors of the head by their keys."""
-    first = next(iter(records.values()))
+    first_name, first = next(iter(records.items()))
     if head is None and first.head:
         classes = {record.num_classes for record in records.values()}
         total = math.fsum(coefficients.values())
@@ -127,8 +146,9 @@ def _heads(
                 else f"the coefficients sum to {total:g} and not to 1"
             )
             raise ValueError(
-                f"the heads of {', '.join(records)} do not average: {reason}. Say whose head the result has, "
-                f"such as head={next(iter(records))!r}"
+                f"the heads of {name_some(map(called.__getitem__, records))} do not average: {reason}. Say "
+                f"whose head the result has, such as head={quote(called[first_name])} (on the command line: "
+                "--head)"
             )
     chosen = coefficients if head is None else {head: 1.0}
     keys = [f"{path}.value" for path in first.head]
@@ -149,22 +169,26 @@ def _weighted(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
 
 
 def _average(
-    model: nn.Module, coefficients: Mapping[str, float], records: Mapping[str, AdapterRecord], name: str
+    model: nn.Module,
+    coefficients: Mapping[str, float],
+    records: Mapping[str, AdapterRecord],
+    name: str,
+    called: Mapping[str, str],
 ) -> tuple[AdapterRecord, dict[str, Tensor]]:
     """A record like those of the adapters, and the averages of their tensors but for the head."""
     if not _sums_to_one(coefficients):
         raise ValueError(
             f"the coefficients sum to {math.fsum(coefficients.values()):g}, and an average of tensors needs "
-            "1: give such ones, or how='exact'"
+            f"1: give such ones; {_EXACT}"
         )
     first_name, first = next(iter(records.items()))
     for other_name, other in records.items():
         same = other.method == first.method and other.sites == first.sites
         if not same or other.options != first.options:
             raise ValueError(
-                f"adapters {first_name!r} ({first.method}) and {other_name!r} ({other.method}) do not have "
-                "the same method, options and places, so that their tensors do not average: how='exact' sums "
-                "what they do to weights"
+                f"adapters {quote(called[first_name])} ({first.method}) and {quote(called[other_name])} "
+                f"({other.method}) do not have the same method, options and places, so that their tensors do "
+                f"not average: {_EXACT}"
             )
     trained = {item.key for item in adapter_parameters(model, first_name)}
     states = [adapter_state_dict(model, own) for own in records]
@@ -181,7 +205,7 @@ def _average(
         else:
             raise ValueError(
                 f"{key} is chosen and not trained, and the adapters have chosen differently: their tensors "
-                "do not average; how='exact' sums what they do to weights"
+                f"do not average; {_EXACT}"
             )
     return _record_like(first, name, first.method, first.options, first.sites), values
 
@@ -190,7 +214,11 @@ def _average(
 
 
 def _sum(
-    model: nn.Module, coefficients: Mapping[str, float], records: Mapping[str, AdapterRecord], name: str
+    model: nn.Module,
+    coefficients: Mapping[str, float],
+    records: Mapping[str, AdapterRecord],
+    name: str,
+    called: Mapping[str, str],
 ) -> tuple[AdapterRecord, dict[str, Tensor]]:
     """A record of LoRA and of tuned weights, and its tensors but for the head."""
     first = next(iter(records.values()))
@@ -201,7 +229,7 @@ def _sum(
         path, rules = point_path(place, own), _rules(slot, coefficients)
         if path in first.head or not rules:
             continue
-        _refuse_calls(path, rules)
+        _refuse_calls(path, rules, called)
         weight = base_value(owner, own)
         factors = _factors(weight, rules, coefficients)
         if factors is not None:
@@ -209,7 +237,8 @@ def _sum(
             values |= {f"{path}.branch.lora_B": factors[0], f"{path}.branch.lora_A": factors[1]}
         else:
             tuned.append(path)
-            values[f"{path}.value"] = _changed(path, weight, cast(WeightSlot, slot), rules, coefficients)
+            changed = _changed(path, weight, cast(WeightSlot, slot), rules, coefficients, called)
+            values[f"{path}.value"] = changed
     sites = {"lora": [*ranks], "ft": tuned}
     method = "+".join(part for part, paths in sites.items() if paths) or "linear"
     options: dict[str, Any] = {}
@@ -225,12 +254,12 @@ def _rules(slot: Slot, coefficients: Mapping[str, float]) -> dict[str, Rule]:
     return {name: cast(Rule, slot[name]) for name in coefficients if name in slot}
 
 
-def _refuse_calls(path: str, rules: Mapping[str, Rule]) -> None:
+def _refuse_calls(path: str, rules: Mapping[str, Rule], called: Mapping[str, str]) -> None:
     for name, rule in rules.items():
         if isinstance(rule, CallRule) or not cast(WeightRule, rule).mergeable:
             raise ValueError(
-                f"adapter {name!r} has a {type(rule).__name__} at {path}, which is no change of a weight "
-                "that could be summed: how='tensors' averages adapters of one method"
+                f"adapter {quote(called[name])} has a {type(rule).__name__} at {path}, which is no change of "
+                f"a weight that could be summed: {_TENSORS}"
             )
 
 
@@ -256,6 +285,7 @@ def _changed(
     slot: WeightSlot,
     rules: Mapping[str, Rule],
     coefficients: Mapping[str, float],
+    called: Mapping[str, str],
 ) -> Tensor:
     """The weight with the sum of the changes."""
     changes = []
@@ -263,8 +293,8 @@ def _changed(
         value = slot.evaluated(weight, name)
         if value.shape != weight.shape:
             raise ValueError(
-                f"adapter {name!r} changes the size of {path}: such changes do not sum; how='tensors' "
-                "averages adapters of one method"
+                f"adapter {quote(called[name])} changes the size of {path}: such changes do not sum; "
+                f"{_TENSORS}"
             )
         changes.append(value - weight)
     return weight + _weighted(changes, [coefficients[name] for name in rules])

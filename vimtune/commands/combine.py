@@ -113,7 +113,14 @@ def combine_on(
     for path, name in zip(paths[1:], names[1:], strict=True):
         load_adapter(model, path, name=name, force=force)
     coefficients = dict(zip(names, weights, strict=True))
-    combine(model, coefficients, name=RESULT, how=how, head=None if head is None else names[head])
+    combine(
+        model,
+        coefficients,
+        name=RESULT,
+        how=how,
+        head=None if head is None else names[head],
+        called={name: str(path) for name, path in zip(names, paths, strict=True)},
+    )
     said = infos[head or 0]
     parts = [
         {"file": path.name, "method": info.method, "weight": weight}
