@@ -135,7 +135,7 @@ def test_a_merged_file_says_the_same_of_the_weights(run_folder, tmp_path):
         (["{run}", "--images", "0"], "--images '0': expected a whole number >= 1"),
         (["{run}", "-o", "report.pdf"], "expected a name ending in .html or .json"),
         (["{run}", "--split", "train"], "--split 'train': expected test or val"),
-        (["{run}", "--epochs", "3"], "unknown flag --epochs"),
+        (["{run}", "--epochs", "3"], "unknown flag --epochs: training alone reads epochs, and it would"),
         (["{run}", "--data-dir", "."], "would not be read: the images of dataset = 'synthetic_flowers' are"),
         (["{run}", "--model", "vim_tiny_patch8_64"], "model = 'vim_tiny_patch8_64' would have no effect"),
     ],

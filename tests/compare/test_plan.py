@@ -211,6 +211,13 @@ def test_one_learning_rate_needs_no_choice():
     Plan.from_values({"methods": "lora", "lr": 1e-3, "train_split": "train+val"})
 
 
+def test_flags_of_training_that_a_comparison_sets_say_by_what(capsys):
+    assert cli.main(["compare", "--methods", "lora", "--seed", "3", "--peft", "lora"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown flag --seed: set by the key seeds." in error
+    assert "unknown flag --peft: set by the key methods." in error
+
+
 def test_the_command_line_reports_its_own_mistakes_with_the_others(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vimtune.compare.command", None)  # nothing of it is needed for this
     assert cli.main(["compare", "--methods", "lroa", "--seedz", "3", "--epochs", "0"]) == 2

@@ -271,7 +271,9 @@ def test_the_command_refuses_what_it_cannot_do(tmp_path, capsys, monkeypatch) ->
     given = flags(folder, space)
     assert "--space is missing: expected a YAML file or one of mambapeft" in fails(capsys)
     assert "--trials '0': expected a whole number >= 1" in fails(capsys, *given, "--trials", "0")
-    assert "unknown flag --peft" in fails(capsys, *given, "--peft", "lora")
+    reason = "the space says how trials adapt the model"
+    assert f"unknown flag --peft: {reason}. See" in fails(capsys, *given, "--peft", "lora")
+    assert "unknown flag --force: trials go on with the data" in fails(capsys, *given, "--force")
     assert "is no folder of a search: it has no search.yaml" in fails(capsys, "--resume", str(tmp_path))
     assert "lr = 'x': expected" in fails(capsys, *given, "--lr", "x")
     space.write_text(yaml.safe_dump(SPACE))

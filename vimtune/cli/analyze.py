@@ -14,7 +14,7 @@ from vimtune.cli.parser import (
     whole_number,
 )
 from vimtune.cli.train import add_recipe_flags, recipe_groups
-from vimtune.recipe import serving
+from vimtune.recipe import keys_without_use
 
 EXAMPLES = """\
 examples:
@@ -54,7 +54,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, serving(recipe_groups(), "loss"))
+    add_recipe_flags(parser, recipe_groups(), keys_without_use("loss"))
     given = parser.parse_strictly(arguments)
     own = {
         name: given.pop(name, None) for name in ("trained", "only", "split", "images", "batches", "output")

@@ -8,7 +8,7 @@ from vimtune.cli.parser import add_common, add_import, build_key_parser, import_
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.compare.plan import PlanError, load_plan
 from vimtune.compare.plan_keys import RESERVED, PlanOptions
-from vimtune.fields import Option, options_of
+from vimtune.fields import options_of
 
 DESCRIPTION = """\
 Train several methods on several data sets with several seeds, and put the results side by side. The learning
@@ -26,16 +26,6 @@ examples:
   {prog} --resume runs/equal
   {prog} runs/*"""
 """What `--help` says below the options; `{prog}` is the command."""
-
-
-def _groups() -> dict[str, dict[str, Option]]:
-    """The keys of plans and of recipes, by the title of their group."""
-    unused = {"peft", *RESERVED}
-    recipes = {
-        title: {name: item for name, item in items.items() if name not in unused}
-        for title, items in recipe_groups().items()
-    }
-    return {"comparison": options_of(PlanOptions), **recipes}
 
 
 def run(prog: str, arguments: Sequence[str]) -> int:
@@ -57,7 +47,12 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, _groups())
+    reserved = {"peft": "the key methods", **RESERVED}
+    add_recipe_flags(
+        parser,
+        {"comparison": options_of(PlanOptions), **recipe_groups()},
+        {name: f"set by {owner}" for name, owner in reserved.items()},
+    )
     given, unknown = parser.parse_leniently(arguments)
     own = {name: given.pop(name, None) for name in ("runs", "config", "output_dir", "resume")}
 

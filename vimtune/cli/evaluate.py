@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.fields import Option, options_of
-from vimtune.recipe import serving
+from vimtune.recipe import keys_without_use
 from vimtune.tasks import TASKS, EvaluateOptions
 
 EXAMPLES = """\
@@ -53,7 +53,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, {**_option_groups(), **serving(recipe_groups(), "scores")})
+    add_recipe_flags(parser, {**_option_groups(), **recipe_groups()}, keys_without_use("scores"))
     given = parser.parse_strictly(arguments)
     names = ("adapter", "split", "output", "mistakes", "config", "variant")
     own = {name: given.pop(name, None) for name in names}

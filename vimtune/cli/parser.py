@@ -22,6 +22,8 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self.left_out: dict[str, str] = {}
+        """Keys that other commands have flags for, and why this one has none."""
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line with `message`.
@@ -42,8 +44,8 @@ class CommandParser(argparse.ArgumentParser):
         # The dashes, which all flags share, are no likeness.
         names = [option.lstrip("-") for option in options]
         lines = [
-            f"unknown flag {shorten(flag)}."
-            + (self._hint_of_flag(flag) or suggest(flag.lstrip("-"), names, "--"))
+            f"unknown flag {shorten(flag)}"
+            + (self._hint_of_flag(flag) or f".{suggest(flag.lstrip('-'), names, '--')}")
             for flag in flags
         ]
         # What follows an unknown flag is its value; alone it is a surplus argument.
@@ -58,10 +60,12 @@ class CommandParser(argparse.ArgumentParser):
         return ""
 
     def _hint_of_flag(self, flag: str) -> str:
-        """What was probably meant by a flag of other commands, where this one asks about inputs."""
+        """Why this command does not have a flag of others, or what was probably meant by it."""
         if flag == "--data-dir" and any(action.dest == "inputs" for action in self._actions):
-            return f" Images and folders are given without a flag: {self.prog} FOLDER"
-        return ""
+            return f". Images and folders are given without a flag: {self.prog} FOLDER"
+        key = flag.lstrip("-").replace("-", "_")
+        reason = self.left_out.get(key) or self.left_out.get(key.removeprefix("no_"))
+        return f": {reason}." if reason else ""
 
     def parse_leniently(self, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """Parse a command line of which something may be left over.

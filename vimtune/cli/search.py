@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 from vimtune import parsers
 from vimtune.cli.parser import CommandParser, add_common, add_import, build_key_parser, import_packages, path
 from vimtune.cli.train import add_recipe_flags, recipe_groups
-from vimtune.fields import Option
+from vimtune.fields import options_of
+from vimtune.recipe import MethodSettings
 from vimtune.text import quote
 
 if TYPE_CHECKING:
     from vimtune.search.plan import Plan
-
-OWN_OF_A_RUN = ("output_dir", "resume", "force")
-"""Keys of a recipe that are other flags here, or that each trial has for itself."""
 
 OWN_FLAGS = (
     "space",
@@ -41,13 +39,11 @@ examples:
 """What stands below the options in the help; `{prog}` is the command."""
 
 
-def _groups() -> dict[str, dict[str, Option]]:
-    """The keys of recipes that trials share, by the title of their group."""
-    return {
-        title: {name: item for name, item in items.items() if name not in OWN_OF_A_RUN}
-        for title, items in recipe_groups().items()
-        if title != "method"
-    }
+def _left_out() -> dict[str, str]:
+    """The keys of recipes that trials do not share, and why."""
+    of_methods = dict.fromkeys(options_of(MethodSettings), "the space says how trials adapt the model")
+    of_a_run = dict.fromkeys(("output_dir", "resume", "force"), "trials go on with the data they began with")
+    return {**of_methods, **of_a_run}
 
 
 def _build_parser(prog: str) -> CommandParser:
@@ -76,7 +72,7 @@ def _build_parser(prog: str) -> CommandParser:
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")
     add_import(general)
     add_common(general)
-    add_recipe_flags(parser, _groups())
+    add_recipe_flags(parser, recipe_groups(), _left_out())
     return parser
 
 

@@ -105,9 +105,17 @@ def build_train_parser(prog: str) -> CommandParser:
     return parser
 
 
-def add_recipe_flags(parser: CommandParser, groups: Mapping[str, Mapping[str, Option]]) -> None:
-    """Add a flag for every key of `groups`, which are keys of recipes by the title of their group."""
-    added: set[str] = set()
+def add_recipe_flags(
+    parser: CommandParser,
+    groups: Mapping[str, Mapping[str, Option]],
+    left_out: Mapping[str, str] | None = None,
+) -> None:
+    """Add a flag for every key of `groups`, which are keys of recipes by the title of their group.
+
+    Keys of `left_out` get none, and their texts are what the parser says to whoever gives one.
+    """
+    parser.left_out = dict(left_out or {})
+    added: set[str] = set(parser.left_out)
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         for name in options:

@@ -10,7 +10,7 @@ from vimtune.recipe.earlier import complete_stored, options_then
 from vimtune.recipe.files import load_recipe
 from vimtune.recipe.options import OPTION_KEYS, changed_options, keeping
 from vimtune.recipe.paths import RUN_FILES, absolute_paths, path_problems
-from vimtune.recipe.purposes import keys_that_serve, refuse_keys_without_use, serving
+from vimtune.recipe.purposes import keys_that_serve, keys_without_use, refuse_keys_without_use
 from vimtune.recipe.recipe import TASK, Recipe, RecipeError, components_of, keys_of
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 
@@ -32,9 +32,9 @@ __all__ = [
     "keeping",
     "keys_of",
     "keys_that_serve",
+    "keys_without_use",
     "load_recipe",
     "options_then",
     "path_problems",
     "refuse_keys_without_use",
-    "serving",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vimtune.fields import Option, Purpose
+from vimtune.fields import Purpose
 from vimtune.recipe.recipe import keys_of
 from vimtune.tasks import TASKS
 from vimtune.text import quote
@@ -32,23 +32,20 @@ def refuse_keys_without_use(given: Mapping[str, Any], purpose: Purpose, what: st
     """
     for name, value in given.items():
         if not _serves(name, purpose):
-            raise ValueError(
-                f"unknown key {quote(name)} of an {what}: training alone reads {name}, and {quote(value)} "
-                "would change nothing here. Leave it out"
-            )
+            raise ValueError(f"unknown key {quote(name)} of an {what}: {_why_none(name, quote(value))}")
+
+
+def keys_without_use(purpose: Purpose) -> dict[str, str]:
+    """The keys of any task that are of no use for a purpose, and why they are refused."""
+    names = dict.fromkeys(name for task in TASKS for name in keys_of(task))
+    return {name: _why_none(name, "it") for name in names if not _serves(name, purpose)}
+
+
+def _why_none(name: str, value: str) -> str:
+    return f"training alone reads {name}, and {value} would change nothing here. Leave it out"
 
 
 def _serves(name: str, purpose: Purpose) -> bool:
     """Whether a key of any task is of use; what is no key at all is for others to judge."""
     declared = [keys[name] for keys in map(keys_of, TASKS) if name in keys]
     return not declared or any(item.serves(purpose) for item in declared)
-
-
-def serving(groups: Mapping[str, Mapping[str, Option]], purpose: Purpose) -> dict[str, dict[str, Option]]:
-    """Keys by the title of their group without those that are of no use, and without groups that had no
-    others."""
-    found = {
-        title: {name: item for name, item in items.items() if item.serves(purpose)}
-        for title, items in groups.items()
-    }
-    return {title: items for title, items in found.items() if items}
