@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
+
 import pytest
 
-from vimtune.text import counted, csv_cell, printable, quote, shorten, unicode_text
+from vimtune.text import counted, csv_cell, csv_text, printable, quote, shorten, unicode_text
 
 
 @pytest.mark.parametrize("text", ["rose", "Löwenzahn", "桜", "été d'or", "👩‍🌾", "$x_1$", "[red]"])
@@ -50,6 +53,16 @@ def test_shorten_keeps_both_ends():
 def test_a_cell_is_never_a_formula(text):
     assert csv_cell(text) == f"'{text}"
     assert csv_cell("rose") == "rose"
+
+
+@pytest.mark.parametrize(
+    "name", ["two\nlines.jpg", "a\rb.jpg", "\x1b[31m.jpg", 'say "x", y.jpg', "桜.jpg", ""]
+)
+def test_a_file_about_inputs_gives_their_names_back(name):
+    text = csv_text([["path", "loss"], [name, -0.5], ["=1+1", None]])
+    assert text.startswith("path,loss\n") and text.endswith("\n'=1+1,\n")
+    rows = list(csv.reader(io.StringIO(text, newline="")))
+    assert rows == [["path", "loss"], [name, "-0.5"], ["'=1+1", ""]]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ imports torch.
 
 from __future__ import annotations
 
+import csv
 import difflib
+import io
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -108,8 +110,25 @@ def csv_cell(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
 
 
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """A CSV file about single inputs, of which nothing is a formula.
+
+    Paths, texts and classes stand in it as they are, line breaks included, so that a path leads to its file
+    and rows can be joined with those of other files.
+    """
+    lines = []
+    for row in rows:
+        line = io.StringIO()
+        # Up to Python 3.12 a carriage return is put in quotes only where it belongs to the end of a line.
+        writer = csv.writer(line, lineterminator="\r\n")
+        writer.writerow([csv_cell(value) if isinstance(value, str) else value for value in row])
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
+
+
 def table_cell(value: Any) -> Any:
-    """A value as a cell of a CSV file: text printable and never a formula, anything else as it is."""
+    """A value as a cell of a CSV table that sums up results, which may be those of others: text printable and
+    never a formula, anything else as it is."""
     return csv_cell(printable(value)) if isinstance(value, str) else value
 
 

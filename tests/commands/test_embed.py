@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from vimtune import cli
 from vimtune.commands.predict import load_predictor
+from vimtune.tasks.answers import Neighbours, to_csv
 from vimtune.tasks.images.embeddings import Embeddings, EmbeddingsError, read_embeddings
 
 
@@ -45,8 +46,13 @@ def test_an_image_is_not_its_own_neighbour_and_there_may_be_few() -> None:
         known.nearest(drawn(2, digest="other"), 1)
 
 
+def test_similarities_below_zero_are_numbers_in_a_table() -> None:
+    text = to_csv([Neighbours("a.png", ["b.png", "c.png"], [0.25, -0.5])], Neighbours)
+    assert text == "path,path1,cosine1,path2,cosine2\na.png,b.png,0.25,c.png,-0.5\n"
+
+
 def test_a_file_gives_back_what_was_written_and_others_are_refused(tmp_path) -> None:
-    written = Embeddings(["a.png", "ünï/\udcff.jpg"], drawn(2).vectors, "model")
+    written = Embeddings(["a\n\r.png", "ünï/\udcff.jpg"], drawn(2).vectors, "model")
     written.save(tmp_path / "x.npz")
     read = read_embeddings(tmp_path / "x.npz")
     assert read.names == written.names and read.digest == "model"
@@ -55,6 +61,7 @@ def test_a_file_gives_back_what_was_written_and_others_are_refused(tmp_path) -> 
     with open(tmp_path / "x.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert len(rows) == 3 and np.allclose(np.array(rows[1][1:], float), written.vectors[0], rtol=1e-5)
+    assert [row[0] for row in rows[1:]] == ["a\n\r.png", "ünï/\\udcff.jpg"]
 
     np.savez_compressed(tmp_path / "bomb.npz", vectors=written.vectors)
     np.savez(tmp_path / "objects.npz", vectors=np.array([{}], object), paths=np.array([b"x"]), digest="m")

@@ -381,6 +381,17 @@ def test_a_temperature_for_the_validation_split_says_so(images, tmp_path):
     assert "were trained on" in json.loads(output.read_text())["temperature_origin"]
 
 
+def test_paths_of_mistakes_are_those_of_predictions_and_lead_to_files(images, photos, tmp_path):
+    for photo in [*photos.glob("*/*.png")]:
+        photo.rename(photo.with_name(f"new\nline \r {photo.name}"))
+    wrong, answers = tmp_path / "mistakes.csv", tmp_path / "answers.csv"
+    assert run("--adapter", images[0], "--folder", photos, "--mistakes", wrong) == 0
+    assert cli.main(["predict", str(photos), "--adapter", str(images[0]), "-o", str(answers)]) == 0
+    tables = [list(csv.DictReader(path.open(newline=""))) for path in (wrong, answers)]
+    mistakes, predicted = ({row["path"] for row in rows} for rows in tables)
+    assert mistakes and mistakes <= predicted and all(Path(path).is_file() for path in mistakes)
+
+
 def test_a_folder_is_scored_by_the_names_of_its_classes(images, photos, tmp_path, caplog):
     folder, report = images
     (next(photos.glob("coral*")) / "bad.png").write_bytes(b"no image")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from vimtune.output import save_as
 from vimtune.pages.section import Section, Table
 from vimtune.schema import finite_json
 from vimtune.tasks import Details, Evaluation, Task
-from vimtune.text import quote, table_cell
+from vimtune.text import csv_text, quote
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,10 +144,5 @@ FORMATS: dict[str, Callable[[Scored], str]] = {
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """A table whose columns are the keys of all its rows; nothing of it is a formula for a spreadsheet."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow(map(table_cell, map(row.get, columns)))
-    return text.getvalue()
+    """A table whose columns are the keys of all its rows."""
+    return csv_text([columns, *(map(row.get, columns) for row in rows)])

@@ -8,18 +8,16 @@ where XX is the byte in hexadecimal: in JSON that is an escape which readers und
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vimtune.output import write_text
-from vimtune.text import counted, csv_cell, printable, shorten
+from vimtune.text import counted, csv_text, printable, shorten
 
 if TYPE_CHECKING:  # Answers are made, and written to files, without the library that draws on terminals.
     from rich.console import Console
@@ -53,8 +51,8 @@ class Answer(ABC):
         """What JSON says about the input."""
 
     @abstractmethod
-    def columns(self) -> dict[str, str]:
-        """What CSV says about the input: texts, which are made harmless for spreadsheets, by column."""
+    def columns(self) -> Mapping[str, str | float]:
+        """What CSV says about the input by column: numbers, and texts, of which none becomes a formula."""
 
     @abstractmethod
     def cells(self) -> tuple[str, ...]:
@@ -181,11 +179,11 @@ class Neighbours(Answer):
         rows = zip(self.paths, self.cosines, strict=True)
         return {"neighbours": [{"path": path, "cosine": cosine} for path, cosine in rows]}
 
-    def columns(self) -> dict[str, str]:
+    def columns(self) -> dict[str, str | float]:
         """path1, cosine1, path2, cosine2, ..."""
-        found: dict[str, str] = {}
+        found: dict[str, str | float] = {}
         for rank, (path, cosine) in enumerate(zip(self.paths, self.cosines, strict=True), 1):
-            found |= {f"path{rank}": path, f"cosine{rank}": f"{cosine:.6f}"}
+            found |= {f"path{rank}": path, f"cosine{rank}": round(cosine, 6)}
         return found
 
     def cells(self) -> tuple[str, ...]:
@@ -237,12 +235,11 @@ def to_csv(answers: Sequence[Answer], kind: type[Answer]) -> str:
     """One row for each input: the input itself, then the columns of its answer."""
     columns = [answer.columns() for answer in answers]
     names = max(map(list, columns), key=len, default=[])
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([kind.key, *names])
-    for answer, values in zip(answers, columns, strict=True):
-        writer.writerow([csv_cell(answer.input), *(csv_cell(values.get(name, "")) for name in names)])
-    return text.getvalue()
+    rows = [
+        [answer.input, *(values.get(name, "") for name in names)]
+        for answer, values in zip(answers, columns, strict=True)
+    ]
+    return csv_text([[kind.key, *names], *rows])
 
 
 def to_json(answers: Sequence[Answer], kind: type[Answer]) -> str:

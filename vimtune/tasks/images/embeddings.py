@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import zipfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from vimtune.output import write_bytes
-from vimtune.text import printable, quote, shorten, table_cell
+from vimtune.text import csv_text, printable, quote, shorten
 
 AT_ONCE = 2**24
 """Similarities that are computed together: those of many images need no more memory than those of few."""
@@ -109,12 +108,12 @@ def to_npz(embeddings: Embeddings) -> bytes:
 
 def to_csv(embeddings: Embeddings) -> bytes:
     """A row for each image: its path, then the numbers of its vector."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *(f"x{number}" for number in range(embeddings.vectors.shape[1]))])
-    for name, vector in zip(embeddings.names, embeddings.vectors, strict=True):
-        writer.writerow([table_cell(name), *(f"{value:.6g}" for value in vector.tolist())])
-    return text.getvalue().encode("utf-8", "backslashreplace")
+    header = ["path", *(f"x{number}" for number in range(embeddings.vectors.shape[1]))]
+    rows = (
+        [name, *(float(f"{value:.6g}") for value in vector.tolist())]
+        for name, vector in zip(embeddings.names, embeddings.vectors, strict=True)
+    )
+    return csv_text([header, *rows]).encode("utf-8", "backslashreplace")
 
 
 FORMATS: dict[str, Callable[[Embeddings], bytes]] = {".npz": to_npz, ".csv": to_csv}
