@@ -271,6 +271,16 @@ def test_what_pandas_writes_for_an_empty_cell_is_no_label(cell: str, photos) -> 
     assert found.classes == ["cat", "dog"] and found.tags.count(()) == 1
 
 
+def test_images_without_labels_are_told_of_the_separator(photos) -> None:
+    """The table does not know that its images may have several labels, or none."""
+    rows = ["path,label", "pics/cat0.png,cat;dog", "pics/dog0.png,dog", "pics/cat1.png,"]
+    write(photos / "labels.csv", rows)
+    with pytest.raises(DatasetError, match=r"line 4: no label .*several labels or none, give separator=; "):
+        create_dataset("csv", "train", photos)
+    found = create_dataset("csv", "train+val", photos, separator=";", val_fraction=0, test_fraction=0)
+    assert found.tags is not None and found.tags.count(()) == 1
+
+
 @pytest.mark.parametrize("cell", ["NA", "None", "n/a", "null"])
 def test_a_class_that_may_be_an_empty_cell_is_mentioned(cell: str, photos) -> None:
     table = photos / "labels.csv"
