@@ -579,6 +579,7 @@ def test_a_folder_is_limited_by_what_the_command_says_and_not_by_the_run(images,
     assert vimtune.evaluate(limited, calibrate=False, folder=str(photos)).scores["count"] == 4
     found = vimtune.evaluate(images[0], folder=str(photos), limit=3)
     assert found.scores["count"] < 4 and "for limit 3" in found.facts["data"]
+    assert found.numbers["temperature_origin"].startswith("fitted to the 6 images of 'val'")
 
 
 def test_scores_and_mistakes_are_two_files(images, tmp_path, monkeypatch, capsys):

@@ -101,6 +101,7 @@ def open_trial(
     else:
         whole = _open_folder(Path(options.folder), task)
         dataset = draw_at_most(whole, data.limit, data.data_seed)
+        data = dataclasses.replace(data, limit=None)  # The limit is that of the folder, and of no split.
     demand_labels(task, dataset)
     model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
     matched = match_classes(dataset, classes)
