@@ -677,10 +677,17 @@ def test_data_that_nobody_named_are_not_taken_for_a_temperature(images, photos, 
     save_file(load_file(merged), merged, metadata={**metadata, "classes": renamed})
     assert run("--adapter", merged, "--folder", photos, "--num-workers", 0, "-o", output) == 0
     origin = json.loads(output.read_text())["temperature_origin"]
-    assert origin.startswith(
-        "there is no validation split with these classes; others are in: generated flowers"
-    )
-    assert "Name folders" not in origin
+    assert "name them with --dataset" in origin and "flowers" not in origin
+
+
+def test_data_of_some_classes_that_nobody_named_are_not_taken_for_a_temperature(images, photos, tmp_path):
+    merged = tmp_path / "merged.safetensors"
+    merge_to_file(images[0], merged, device="cpu", backend="torch")
+    unnamed = vimtune.evaluate(merged, folder=str(photos), num_workers=0)
+    assert "name them with --dataset" in unnamed.numbers["temperature_origin"]
+    data = {"dataset": "synthetic_flowers", "dataset_kwargs": IMAGES["dataset_kwargs"]}
+    named = vimtune.evaluate(merged, folder=str(photos), num_workers=0, **data)
+    assert named.numbers["temperature_origin"].startswith("fitted to the 6 images of 'val'")
 
 
 def test_a_merged_file_is_taken_like_the_adapter(images, tmp_path, capsys):

@@ -127,6 +127,12 @@ class DataSettings(DataOptions):
         return self.eval_split or ("test" if self.train_split == "train+val" else "val")
 
     @property
+    def are_usual(self) -> bool:
+        """Whether these are the data of a recipe that names none."""
+        known = options_of(type(self))
+        return all(getattr(self, name) == known[name].default for name in self.naming)
+
+    @property
     def evaluated_once(self) -> bool:
         """With `train_size` all of it may be trained on: the test split is then scored once."""
         return self.train_size is not None and self.selection_split == "test"

@@ -239,7 +239,13 @@ def _open_held_out(
         backbone = recipe.backbone
         assert isinstance(backbone, BackboneSettings)
         dataset = open_dataset(at_hand, HELD_OUT, image_size(backbone))
-        if not set(dataset.classes) & set(classes):  # No data were named, where a folder is scored.
+        if options.folder is not None and data.are_usual and set(dataset.classes) != set(classes):
+            # Where a folder is scored nobody has to name data, and these are those that nobody has named.
+            return None, (
+                "neither the file nor a flag names data with the classes of the model; name them with "
+                "--dataset and --data-dir"
+            )
+        if not set(dataset.classes) & set(classes):
             return None, f"there is no validation split with these classes; others are in: {dataset.source}"
         matched = match_classes(dataset, classes)
     except DatasetError as error:
