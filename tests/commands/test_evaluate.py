@@ -418,6 +418,15 @@ def test_a_folder_is_scored_by_the_names_of_its_classes(images, photos, tmp_path
         assert Path(row["path"]).parent.name == row["true"]
 
 
+def test_an_image_that_cannot_be_decoded_is_not_told_of_runs(images, photos, capsys):
+    """An evaluation is no run that could be continued or begun anew."""
+    (next(photos.glob("coral*")) / "bad.png").write_bytes(b"no image")
+    assert run("--adapter", images[0], "--folder", photos) == 2
+    text = error(capsys)
+    assert "cannot decode image" in text and "bad.png: no image of a known format" in text
+    assert text.endswith("Leave such images out with --on-corrupt skip, or replace or remove the file")
+
+
 def test_a_merged_file_has_classes_of_its_own(images, photos, tmp_path, capsys):
     """In whatever order: they are matched by name."""
     merged, output = tmp_path / "merged.safetensors", tmp_path / "scores.json"

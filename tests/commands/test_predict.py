@@ -465,7 +465,9 @@ def test_error_stops_at_a_bad_photo_and_writes_nothing(tmp_path, adapter, capsys
     folder, output = with_a_bad_photo(tmp_path / "photos"), tmp_path / "p.csv"
     flags = ["--adapter", str(adapter), "-o", str(output), "--on-corrupt", "error", "--batch-size", "1"]
     assert cli.main(["predict", str(folder), *flags]) == 2
-    assert r"00 bad\n.png" in capsys.readouterr().err and not output.exists()
+    told = capsys.readouterr().err
+    assert r"00 bad\n.png" in told and not output.exists()
+    assert "--on-corrupt" not in told and "begin anew" not in told  # It was asked for, and there is no run.
 
 
 @pytest.mark.parametrize("choice", ["report", "skip"])
@@ -713,6 +715,16 @@ def test_images_may_be_open_files_and_any_bytes(images, adapter):
     assert {answer.path for answer in found[5:]} == {"inputs[0]"}
     with pytest.raises(ValueError, match=r"inputs\[0\] = .* cannot be read: .*closed file"):
         predictor.predict([file])
+
+
+def test_arrays_of_another_kind_and_files_that_are_not_there_are_no_corrupt_images(adapter):
+    predictor = load_predictor(adapter, device="cpu", backend="torch")
+    told = r"^inputs\[0\] is an array of float64 \(64, 64, 3\): expected uint8 .* Convert it"
+    with pytest.raises(ValueError, match=told) as caught:
+        list(predictor.predict([np.random.rand(64, 64, 3)]))
+    assert not isinstance(caught.value, CorruptImageError)
+    with pytest.raises(ImageReadError, match=r"^cannot read nonexist\.jpg: No such file or directory$"):
+        list(predictor.predict(["nonexist.jpg"]))
 
 
 def test_a_bad_image_of_a_folder_is_left_out_with_a_warning_and_one_by_itself_is_not(

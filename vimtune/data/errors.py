@@ -14,7 +14,7 @@ class MissingSplitError(DatasetError):
 
 
 class CorruptImageError(ValueError):
-    """An image cannot be decoded.
+    """An image cannot be decoded. What can be done about it depends on who wanted it, and is said there.
 
     Attributes:
         path: the image file.
@@ -22,11 +22,7 @@ class CorruptImageError(ValueError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(
-            f"cannot decode image {printable(path)}: {reason}. Leave such images out with "
-            "--on-corrupt skip, with which a run can be continued, too; or replace or remove the file "
-            "and begin anew."
-        )
+        super().__init__(f"cannot decode image {printable(path)}: {reason}")
         self.path = path
         self.reason = reason
 
@@ -41,9 +37,7 @@ class ImageReadError(DatasetError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(
-            f"cannot read {printable(path)}: {reason}. This is an error of the system, not of the image"
-        )
+        super().__init__(f"cannot read {printable(path)}: {reason}")
         self.path = path
         self.reason = reason
 

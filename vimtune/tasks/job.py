@@ -35,7 +35,17 @@ Forward = Callable[..., Any]
 
 
 class InputError(ValueError):
-    """Data cannot be read; the state of the run is fine and was saved."""
+    """Data cannot be read; the state of a run is fine and was saved."""
+
+    def __init__(self, message: str, in_run: str | None = None) -> None:
+        """An error.
+
+        Args:
+            message: what happened, and what can be done about it.
+            in_run: the same for a run that is trained, where something else can be done; None where not.
+        """
+        super().__init__(message)
+        self.in_run = message if in_run is None else in_run
 
 
 @dataclass(frozen=True)

@@ -320,7 +320,7 @@ class Run:
                 replays=self.replays,
             )
         except InputError as error:
-            raise Stopping(str(error)) from error
+            raise Stopping(error.in_run) from error
         if found is None:
             raise Stopping
         if not math.isfinite(found.loss):

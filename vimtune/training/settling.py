@@ -49,7 +49,7 @@ def _training_passes(
             batch = next(batches)
         except InputError as error:
             processes.sum(torch.tensor([NOT_READ, 0]))
-            raise Stopping(str(error)) from error
+            raise Stopping(error.in_run) from error
         count, wishes = processes.sum(torch.tensor([batch.count, int(stop.requested)])).tolist()
         if count < 0 or wishes > 0:  # another process could not read its data, or one is to stop
             raise Stopping

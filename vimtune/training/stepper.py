@@ -106,7 +106,7 @@ class Stepper(ABC):
         except InputError as error:
             # The other processes learn of it where they count the step.
             self._processes.sum(torch.tensor(NOT_READ))
-            raise Stopping(str(error)) from error
+            raise Stopping(error.in_run) from error
 
     @abstractmethod
     def _steps(self, windows: Iterator[list[Batch]], epoch: int) -> Iterator[Step]:

@@ -172,24 +172,32 @@ def read_picture(picture: bytes | Image.Image | np.ndarray, name: str) -> Image.
         name: what messages call it.
 
     Raises:
-        CorruptImageError: it cannot be decoded, or is an array of another kind.
+        CorruptImageError: it cannot be decoded.
         ImageReadError: there is not enough memory.
+        ValueError: an array of another kind.
     """
+    if not isinstance(picture, bytes | Image.Image):
+        _check_array(picture, name)
     with _naming_trouble(name):
         if isinstance(picture, bytes):
             return _decode(io.BytesIO(picture))
         return _upright(picture if isinstance(picture, Image.Image) else _from_array(picture))
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _check_array(array: np.ndarray, name: str) -> None:
+    """Raise ValueError for an array that holds no image in a known way."""
     channels = array.shape[2] if array.ndim == 3 else 1
     kinds = {"uint8": (1, 3, 4), "uint16": (1,)}
     if array.ndim not in (2, 3) or channels not in kinds.get(str(array.dtype), ()) or not array.size:
         raise ValueError(
-            f"an array of {array.dtype} {array.shape}: expected uint8 (height, width), (height, width, 3) or "
-            "(height, width, 4), or uint16 (height, width)"
+            f"{printable(name)} is an array of {array.dtype} {array.shape}: expected uint8 (height, width), "
+            "(height, width, 3) or (height, width, 4), or uint16 (height, width). Convert it, such as values "
+            'from 0 to 1 by (255 * array).round().astype("uint8")'
         )
-    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 @contextmanager

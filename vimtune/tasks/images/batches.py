@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 
-from vimtune.data import CorruptImageError, DatasetError, ImageLoader, TooManyCorruptError
+from vimtune.data import CorruptImageError, DatasetError, ImageLoader, ImageReadError, TooManyCorruptError
 from vimtune.data.loading.worker_count import AS_ASKED, HERE, WorkerCount
 from vimtune.tasks.job import Batch, InputError, Loader
 from vimtune.text import printable, shorten
@@ -67,7 +67,16 @@ class ImageBatches(Loader):
                     yield Batch({"images": images, "labels": labels}, len(images))
         except TooManyCorruptError:
             raise
-        except (CorruptImageError, DatasetError, OSError) as error:
+        except CorruptImageError as error:
+            skip = f"{_one_line(error)}. Leave such images out with --on-corrupt skip"
+            raise InputError(
+                f"{skip}, or replace or remove the file",
+                in_run=f"{skip}, with which a run can be continued, too; or replace or remove the file and "
+                "begin anew",
+            ) from error
+        except ImageReadError as error:
+            raise InputError(f"{_one_line(error)}. This is an error of the system, not of the image") from error
+        except (DatasetError, OSError) as error:
             raise InputError(_one_line(error)) from error
 
     def left_out(self) -> Collection[str]:
