@@ -15,7 +15,8 @@ from tiny_runs import TINY, assert_close_metrics, assert_same_weights, largest_d
 
 import vimtune
 from vimtune import adapters
-from vimtune.data import build_transform, create_dataset, create_loader
+from vimtune.data import CorruptImageError, build_transform, create_dataset, create_loader
+from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.ops import resolved_backend
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.runtime.distributed import Processes
@@ -311,6 +312,23 @@ def test_skipped_images_are_counted(tiny, damaged):
     assert report.steps == 8
     page = (Path(report.run_dir) / "report.html").read_text("utf-8")
     assert "<td>warning</td><td>train: 2 corrupt images left out</td>" in page
+
+
+def test_the_final_table_says_of_how_many_images_the_scores_are(tiny, monkeypatch, capsys):
+    load = SyntheticFlowers.load
+
+    def read(dataset, index):
+        if dataset.split == "test" and index == 1:
+            raise CorruptImageError(dataset.describe(index), "damaged")
+        return load(dataset, index)
+
+    whole = train(tiny("whole", epochs=1))
+    assert "scored" not in dict(whole.rows())
+    monkeypatch.setattr(SyntheticFlowers, "load", read)
+    report = train(tiny("part", epochs=1, on_corrupt="skip"))
+    scored = f"{whole.num_images - 1} of {whole.num_images}, the others are corrupt"
+    assert report.left_out == 1 and dict(report.rows())["scored"] == scored
+    assert scored in (Path(report.run_dir) / "report.html").read_text("utf-8")
 
 
 def test_training_on_train_and_val_selects_on_test(tiny):

@@ -75,6 +75,7 @@ def report_of(
         head=20,
         total=1000,
         adapter_bytes=4000,
+        left_out=0,
         processes=Processes(),
         memory=(100.0, "process"),
         cuda_graph=False,

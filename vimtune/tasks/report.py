@@ -27,8 +27,9 @@ class Report:
     the `trainable_parameters` are those of the head, `adapter_bytes` is the size of the adapter's file; both
     are None in reports of earlier versions. `backend` is the scan
     backend that really ran, `cuda_graph` says whether batches were replayed (in the run's last session, if it
-    was resumed). `data` says for each split which data were used. `recipe` holds the settings of the run, and
-    `history` a record of each epoch, as in metrics.jsonl.
+    was resumed). `data` says for each split which data were used, and `left_out` how many examples of `split`
+    were not scored because they are corrupt; it is None in reports of earlier versions. `recipe` holds the
+    settings of the run, and `history` a record of each epoch, as in metrics.jsonl.
     """
 
     __pydantic_config__ = STRICT
@@ -67,6 +68,7 @@ class Report:
     history: list[dict[str, Any]]
     head_parameters: int | None = None
     adapter_bytes: int | None = None
+    left_out: int | None = None
 
     def scores_by_name(self) -> dict[str, float | None]:
         """The scores on `split`, by the names that the task gives them."""
@@ -103,6 +105,9 @@ class Report:
         graph = ", CUDA graph" if self.cuda_graph else ""
         yield "device, backend", f"{self.device}, {self.backend}{graph}"
         yield "data", self.data[self.split]
+        scored = self.num_scored()
+        if scored is not None and self.left_out:
+            yield "scored", f"{scored:,} of {scored + self.left_out:,}, the others are corrupt"
         yield from self.detail_rows()
 
     def score_rows(self) -> Iterator[tuple[str, str]]:

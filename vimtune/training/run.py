@@ -341,10 +341,7 @@ class Run:
         if found is None:
             with self.trained.exchanged(best_adapter):
                 found = self._evaluate(job.final)
-        for loader in job.loaders:
-            if number := len(set().union(*self.processes.gather(set(loader.left_out())))):
-                corrupt = counted(number, f"corrupt {self.task.examples}")
-                self.tracker.warn(f"{loader.split}: {corrupt} left out")
+        left_out = self._left_out()
         # One that stops early had more steps to take, and whoever stopped it knows why.
         if self.schedule.total_steps == progress.step:
             few = few_steps_warning(recipe, job.train, progress.step)
@@ -362,6 +359,7 @@ class Run:
             loss=found.loss,
             split=job.final.split,
             data={loader.split: loader.source for loader in job.loaders},
+            left_out=left_out[job.final.split],
             method_config=describe_method(info),
             trainable=self.trained.count,
             head=self.head,
@@ -380,6 +378,17 @@ class Run:
                 report, outcome, job.details(outcome), files, self.folder, self.tracker, self.logs
             )
         return report
+
+    def _left_out(self) -> dict[str, int]:
+        """How many examples of each split were left out because they are corrupt; warn of them."""
+        found: dict[str, int] = {}
+        for loader in self.job.loaders:
+            number = len(set().union(*self.processes.gather(set(loader.left_out()))))
+            if number:
+                corrupt = counted(number, f"corrupt {self.task.examples}")
+                self.tracker.warn(f"{loader.split}: {corrupt} left out")
+            found[loader.split] = number
+        return found
 
     def _known_evaluation(self, adapter: Mapping[str, Tensor]) -> Evaluation | None:
         """The last evaluation, if it was of the final split with the very weights of this adapter."""
