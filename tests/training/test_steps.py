@@ -304,7 +304,9 @@ def test_console_off_a_terminal_is_brief(tiny, capsys):
 
 def test_skipped_images_are_counted(tiny, damaged):
     damaged(lambda index, turn: index in (3, 4))
-    told = r"cannot decode image .*: damaged\. Leave .* with which a run can be continued, too; .* begin anew; "
+    told = (
+        r"cannot decode image .*: damaged\. Leave .* with which a run can be continued, too; .* begin anew; "
+    )
     with pytest.raises(InputError, match=told):
         train(tiny("error"))
     report = train(tiny("skip", on_corrupt="skip"))

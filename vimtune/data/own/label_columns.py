@@ -126,9 +126,9 @@ class Meaning:
         if text.lower() in _EMPTY:
             found = f" ({quote(text)} stands for an empty cell)" if text else ""
             raise DatasetError(
-                f"{line.place}: no label in column {quote(self.label)}{found}: give one, or remove the row; if "
-                f"images may have several labels or none, give separator={_SEPARATORS[0]} (or the sign that "
-                "stands between labels here) and train for task multilabel"
+                f"{line.place}: no label in column {quote(self.label)}{found}: give one, or remove the row; "
+                f"if images may have several labels or none, give separator={_SEPARATORS[0]} (or the sign "
+                "that stands between labels here) and train for task multilabel"
             )
         return (text,)
 

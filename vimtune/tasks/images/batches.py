@@ -75,7 +75,9 @@ class ImageBatches(Loader):
                 "begin anew",
             ) from error
         except ImageReadError as error:
-            raise InputError(f"{_one_line(error)}. This is an error of the system, not of the image") from error
+            raise InputError(
+                f"{_one_line(error)}. This is an error of the system, not of the image"
+            ) from error
         except (DatasetError, OSError) as error:
             raise InputError(_one_line(error)) from error
 
