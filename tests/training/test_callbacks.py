@@ -198,6 +198,7 @@ def with_a_callback() -> None:
     two_ranks.train = functools.partial(train, callbacks=[Listener()])
 
 
+@pytest.mark.processes
 def test_one_of_several_processes_ends_the_training_of_all(tiny) -> None:
     """And the first of them alone writes logs."""
     recipe = tiny(logger="csv,tensorboard")
@@ -210,6 +211,7 @@ def test_one_of_several_processes_ends_the_training_of_all(tiny) -> None:
     assert len(list((folder / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.processes
 def test_all_processes_need_the_same_callbacks(tiny) -> None:
     for message in two_ranks.run_two(tiny(), sabotage=with_a_callback):
         assert message is not None and "callbacks is" in message and "Listener" in message

@@ -53,6 +53,7 @@ def test_two_processes_give_the_result_of_one(tiny, launch, start, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures", "fused")
+@pytest.mark.processes
 def test_two_processes_overlap_their_steps_and_wait_for_the_main_one(tiny, fused, tmp_path):
     fused()
     one = tiny("one", epochs=2)
@@ -75,6 +76,7 @@ def test_two_processes_overlap_their_steps_and_wait_for_the_main_one(tiny, fused
         ({"resume": "auto"}, "whether a run is resumed is False in process 0 and True in process 1"),
     ],
 )
+@pytest.mark.processes
 def test_processes_with_different_recipes_are_refused(tiny, changes, expected):
     recipe = tiny()
     for answer in run_two(recipe, changes=changes):
@@ -94,6 +96,7 @@ def images(folder: Path, size: int = 8) -> str:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "other"])
+@pytest.mark.processes
 def test_data_that_one_process_lacks_end_both(tiny, tmp_path, kind):
     recipe = tiny(dataset="folder", data_dir=images(tmp_path / "images"), dataset_kwargs={}, download=False)
     folder = tmp_path / "of process 1"
@@ -107,6 +110,7 @@ def test_data_that_one_process_lacks_end_both(tiny, tmp_path, kind):
     assert not Path(recipe.run.output_dir).exists()
 
 
+@pytest.mark.processes
 def test_a_killed_process_ends_the_other_which_saves(tiny, no_pictures):
     recipe = tiny(epochs=1)
     alone = train(tiny("alone", epochs=1))
@@ -123,6 +127,7 @@ def test_a_killed_process_ends_the_other_which_saves(tiny, no_pictures):
 @pytest.mark.parametrize(
     ("sabotage", "step"), [(two_ranks.cannot_read_in_step_3, 2), (two_ranks.cannot_read_in_evaluation, 4)]
 )
+@pytest.mark.processes
 def test_images_that_one_process_cannot_read_end_both(tiny, sabotage, step):
     recipe = tiny(epochs=1)
     for answer in run_two(recipe, sabotage=sabotage):

@@ -81,6 +81,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(case, recipe_of, straight, m
 
 
 @pytest.mark.parametrize("cases", [METHODS, COMPOSITIONS], ids=["methods", "compositions"])
+@pytest.mark.processes
 def test_two_processes_end_as_one(cases, recipe_of, straight):
     recipes = [recipe_of("two", case) for case in cases]
     assert run_two(*recipes, prepare=two_ranks.quickly) == ["", ""]

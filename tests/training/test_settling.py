@@ -183,6 +183,7 @@ def note_places(folder: str) -> None:
     SDT.settle = look  # type: ignore[method-assign]
 
 
+@pytest.mark.processes
 def test_two_processes_choose_the_same_entries(tiny, tmp_path):
     recipe = tiny(epochs=1, **SDLORA)
     assert run_two(recipe, prepare=partial(note_places, str(tmp_path))) == ["", ""]
@@ -202,6 +203,7 @@ def note_losses(folder: str) -> None:
     LoRA.settle, LoRA.settles = look, True  # type: ignore[method-assign]
 
 
+@pytest.mark.processes
 def test_two_processes_see_what_one_sees(tiny, seen, tmp_path):
     assert run_two(tiny(epochs=1), prepare=partial(note_losses, str(tmp_path))) == ["", ""]
     of_both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

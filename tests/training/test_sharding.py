@@ -47,6 +47,7 @@ def assert_same_run(one: str, other: str) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.processes
 def test_sharded_runs_and_whole_ones_give_the_same_and_continue_each_other(tiny):
     """Runs of one process with the whole model, and of two that share it; at last one that diverges."""
 
@@ -78,6 +79,7 @@ def test_sharded_runs_and_whole_ones_give_the_same_and_continue_each_other(tiny)
     assert any(warning.startswith("resumed with processes = 1 (was 2)") for warning in report.warnings)
 
 
+@pytest.mark.processes
 def test_a_killed_process_ends_the_other_which_names_the_last_state(tiny, no_pictures):
     left, killed = run_two(tiny(shard=True), sabotage=two_ranks.die_in_a_pass)
     assert killed is None

@@ -119,6 +119,7 @@ def test_resume_is_exact(toy, monkeypatch, call):
     assert (report.scores, report.warnings) == (straight.scores, [])
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_result_of_one(toy):
     """The last batch has one example: the first process's share of it is empty."""
     one, two = toy("one", batch_size=12, ema=0.9), toy("two", batch_size=12, ema=0.9)
