@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -96,6 +97,31 @@ def test_what_the_plan_says_stands_with_its_tables(page, tmp_path):
     assert "## Native\n\nEvery method, on one set.\n" in text
     assert "; seeds 0, 1, on H200.\n- Command: `prepare`, then `compare -o runs/native`\n" in text
     assert text.endswith("- Data: copies of few pixels.")
+
+
+def test_paragraphs_and_commands_are_told_by_indentation():
+    subject, notes = evidence.plan_comments(
+        "# What counts.\n# Command: vimtune compare -o runs/a\n"
+        "#   vimtune compare --model small\n#     --jobs 2\n"
+        "# Asked because\n#         nobody knew.\n# ProDiaL: as it is: plain.\n\nmethods: {}\n"
+    )
+    assert subject == ["What counts."]
+    assert notes == [
+        "Command: `vimtune compare -o runs/a`, then `vimtune compare --model small --jobs 2`",
+        "Asked because nobody knew.",
+        "ProDiaL: as it is: plain.",
+    ]
+
+
+@pytest.mark.parametrize("plan", sorted(evidence.BENCHMARKS.glob("*.yaml")), ids=lambda plan: plan.stem)
+def test_what_is_shown_as_a_command_of_a_plan_is_one(plan):
+    (subject,), notes = evidence.plan_comments(plan.read_text(encoding="utf-8"))
+    assert subject.endswith(".") and "Command" not in subject
+    (line,) = (note for note in notes if note.startswith("Command: "))
+    commands = re.findall("`(.*?)`", line)
+    assert line == "Command: " + ", then ".join(f"`{command}`" for command in commands)
+    assert all(re.match(r"(vimtune|torchrun|python) ", command) for command in commands)
+    assert any(f"--config benchmarks/{plan.name} " in command for command in commands)
 
 
 METHODS = ("lora", "dora", "prodial", "prodial_paper", "full", "linear")

@@ -139,23 +139,32 @@ def conditions(stem: str) -> tuple[list[str], list[str]]:
     )
     if path is None:
         return [], []
-    text = path.read_text(encoding="utf-8")
+    return plan_comments(path.read_text(encoding="utf-8"))
+
+
+def plan_comments(text: str) -> tuple[list[str], list[str]]:
+    """The comments at the top of a plan: its subject, and a note for each further paragraph.
+
+    A paragraph begins one space behind the `#`, and its further lines stand further in. One that begins with
+    "Command:" has a command on each line; a line of more flags goes on with the one before it.
+    """
     comments = [line[1:] for line in text.partition("\n\n")[0].splitlines() if line.startswith("#")]
-    notes: list[list[str]] = [[]]
+    paragraphs: list[list[str]] = []
     for comment in comments:
-        if re.match(r" [A-Z][a-z]+: ", comment):
-            notes.append([])
-        notes[-1].append(comment.strip())
-    subject, *others = notes
+        if not comment.startswith("  "):
+            paragraphs.append([])
+        paragraphs[-1].append(comment.strip())
+    subject, *others = paragraphs
     return [" ".join(subject)], [_note(lines) for lines in others]
 
 
 def _note(lines: Sequence[str]) -> str:
-    """A comment that begins with a word and a colon, on one line; commands are code."""
-    kind, _, first = lines[0].partition(": ")
+    """A paragraph of comments on one line; commands are code."""
+    kind, colon, first = lines[0].partition(": ")
     if kind == "Command":
-        return f"{kind}: " + ", then ".join(f"`{line}`" for line in (first.strip(), *lines[1:]))
-    return f"{kind}: {' '.join((first.strip(), *lines[1:]))}"
+        commands = re.sub(r"\n(?=-)", " ", "\n".join((first, *lines[1:]))).splitlines()
+        return f"{kind}: " + ", then ".join(f"`{command.strip()}`" for command in commands)
+    return " ".join((kind + colon + first.strip(), *lines[1:]))
 
 
 def differences(stem: str) -> list[Run]:
