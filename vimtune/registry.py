@@ -100,15 +100,27 @@ def _origin(thing: object) -> str:
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
-def require_summary(cls: type, what: str) -> None:
-    """Check that a class that is being registered states its line of `--list` itself.
+def require_complete(cls: type, what: str) -> None:
+    """Check that a class that is being registered states its line of `--list` itself, and has every method
+    that its base leaves open.
 
     Raises:
-        ValueError: the class body has no `summary = "one line"`; the message names class and file.
+        ValueError: the class body has no `summary = "one line"`, or a method is missing; the message names
+            class and file.
     """
+    shown = f"{what}: class {cls.__name__} in {_file_of(cls)}"
     summary = vars(cls).get("summary")
     if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
+        raise ValueError(f'{shown} needs summary = "...", one line that --list shows')
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise ValueError(
-            f'{what}: class {cls.__name__} in {inspect.getsourcefile(cls)} needs summary = "...", '
-            f"one line that --list shows"
+            f"{shown} needs the methods {', '.join(missing)}; the docstrings of its base say what they do"
         )
+
+
+def _file_of(cls: type) -> str:
+    """The file of a class; its module where there is none, as in a notebook."""
+    try:
+        return inspect.getsourcefile(cls) or cls.__module__
+    except (TypeError, OSError):
+        return cls.__module__

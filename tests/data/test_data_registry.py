@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
+import numpy as np
 import pytest
 from annotated_types import Ge
 from PIL import Image
@@ -229,7 +231,18 @@ def collecting(self, split, data_dir, *, seed, img_size, download, **options: An
 def test_options_that_cannot_be_checked_are_refused_at_registration(init: Any) -> None:
     body = {"summary": "grey squares", "__init__": init, "__module__": __name__}
     with pytest.raises(ValueError, match=r"'new': option (count|options) must be keyword-only"):
-        register_dataset("new")(type("New", (ImageDataset,), body))
+        register_dataset("new")(type("New", (Dots,), body))
+    assert "new" not in DATASETS
+
+
+def test_a_class_that_cannot_be_called_like_the_others_is_refused_at_registration() -> None:
+    def init(self, split, data_dir, *, seed): ...
+
+    body = {"summary": "grey squares", "__init__": init, "__module__": __name__}
+    with pytest.raises(
+        ValueError, match="'new': __init__ of class New has to take img_size, download: expected"
+    ):
+        register_dataset("new")(type("New", (Dots,), body))
     assert "new" not in DATASETS
 
 
@@ -275,6 +288,35 @@ def test_a_new_data_set_has_its_options_checked(dots: str) -> None:
 def test_what_cannot_be_learned_from_is_refused(dots: str, options: dict, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         create_dataset(dots, "train", **options)
+
+
+@pytest.mark.parametrize("name", ["split", "classes", "targets", "source"])
+def test_an_attribute_that_a_class_forgets_is_named(dots: str, monkeypatch, name: str) -> None:
+    class Wrong(Dots):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            delattr(self, name)
+
+    monkeypatch.setitem(DATASETS._things, dots, Wrong)
+    expected = (
+        rf"data set 'dots': class Wrong does not set {name}: expected .*\. Set self\.{name} in its __init__"
+    )
+    with pytest.raises(DatasetError, match=expected):
+        create_dataset(dots, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("classes", 2), ("targets", ["a", "b"]), ("targets", np.arange(2)), ("source", None)]
+)
+def test_an_attribute_of_another_kind_is_shown(dots: str, monkeypatch, name: str, value: Any) -> None:
+    class Wrong(Dots):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            setattr(self, name, value)
+
+    monkeypatch.setitem(DATASETS._things, dots, Wrong)
+    with pytest.raises(DatasetError, match=re.escape(f"class Wrong has {name} = {value!r}: expected")):
+        create_dataset(dots, "train")
 
 
 def test_labels_beyond_the_classes_are_refused(dots: str, monkeypatch) -> None:

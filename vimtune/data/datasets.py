@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeVar, get_type_hints
 
 from vimtune.data.base import SPLITS, ImageDataset
 from vimtune.data.errors import DatasetError
 from vimtune.parsers import given_path
-from vimtune.registry import Registry, require_summary
+from vimtune.registry import Registry, require_complete
 from vimtune.text import quote, suggest
 
 DATASETS: Registry[type[ImageDataset]] = Registry("data set", DatasetError)
@@ -22,6 +23,14 @@ DATASETS: Registry[type[ImageDataset]] = Registry("data set", DatasetError)
 
 _COMMON = ("self", "split", "data_dir", "seed", "img_size", "download")
 """Parameters that every data set has; the others are its options."""
+
+_OWED: dict[str, tuple[tuple[type[Sequence[Any]], ...], type, str]] = {
+    "split": ((str,), str, "the split that was asked for"),
+    "classes": ((list, tuple), str, "a list of the names of the classes"),
+    "targets": ((list, tuple), Integral, "a list of the label of every image, each an index into classes"),
+    "source": ((str,), str, "one line that says which data are used"),
+}
+"""Attributes that every data set has to set: their types, that of what they hold, and what they are."""
 
 DatasetType = TypeVar("DatasetType", bound=type[ImageDataset])
 """The class that is registered."""
@@ -33,12 +42,17 @@ def register_dataset(name: str) -> Callable[[DatasetType], DatasetType]:
     `ImageDataset` says what the class must offer.
 
     Raises:
-        ValueError: the name is taken; the class has no summary of its own; or an option is not keyword-only,
-            or has no default or no annotation.
+        ValueError: the name is taken; the class has no summary of its own, or lacks a method or a parameter
+            that every data set has; or an option is not keyword-only, or has no default or no annotation.
     """
 
     def register(cls: DatasetType) -> DatasetType:
-        require_summary(cls, f"data set {name!r}")
+        require_complete(cls, f"data set {name!r}")
+        if missing := [each for each in _COMMON if each not in inspect.signature(cls.__init__).parameters]:
+            raise ValueError(
+                f"data set {name!r}: __init__ of class {cls.__name__} has to take {', '.join(missing)}: "
+                f"expected ({', '.join(_COMMON)}) and the options"
+            )
         for option in _options(cls):
             if option.kind is not option.KEYWORD_ONLY or option.empty in (option.default, option.annotation):
                 raise ValueError(
@@ -129,8 +143,8 @@ def create_dataset(
         dataset_kwargs: options of this data set, see `dataset_options(name)`.
 
     Raises:
-        DatasetError: unknown name, split or option, an option of the wrong type or out of its range, or
-            missing or unusable data.
+        DatasetError: unknown name, split or option, an option of the wrong type or out of its range, missing
+            or unusable data, or a class that does not set the attributes that it has to.
         MissingSplitError: the data set has no such split.
     """
     cls = dataset_class(name)
@@ -146,6 +160,7 @@ def create_dataset(
         raise DatasetError(problem)
     make: Callable[..., ImageDataset] = cls
     dataset = make(split, root, seed=seed, img_size=img_size, download=download, **options)
+    _refuse_incomplete(dataset)
     _refuse_degenerate(dataset)
     return dataset
 
@@ -176,6 +191,18 @@ def _check_options(cls: type[ImageDataset], given: Mapping[str, Any]) -> tuple[d
         except DatasetError as error:
             problems.append(str(error))
     return options, problems
+
+
+def _refuse_incomplete(dataset: ImageDataset) -> None:
+    """Raise DatasetError for an attribute that the class of a data set forgot, or set to something else."""
+    for name, (kind, held, expected) in _OWED.items():
+        value = getattr(dataset, name, None)
+        if not isinstance(value, kind) or not all(isinstance(each, held) for each in value):
+            found = f"has {name} = {quote(value)}" if hasattr(dataset, name) else f"does not set {name}"
+            raise DatasetError(
+                f"data set {dataset.name!r}: class {type(dataset).__name__} {found}: expected {expected}. "
+                f"Set self.{name} in its __init__"
+            )
 
 
 def _refuse_degenerate(dataset: ImageDataset) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vimtune.registry import Registry, require_summary
+from vimtune.registry import Registry, require_complete
 from vimtune.run_folder import ADAPTER_FILE, PEFT_CONFIG, PEFT_TENSORS
 from vimtune.text import quote
 
@@ -169,5 +169,5 @@ def _opened(source: Source) -> Any:
 
 
 for _kind in (OwnFormat, PeftFormat, MergedFormat):
-    require_summary(_kind, f"format {_kind.name!r}")
+    require_complete(_kind, f"format {_kind.name!r}")
     FORMATS.add(_kind.name, _kind())

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from vimtune.loggers.base import Logger
-from vimtune.registry import Registry, require_summary
+from vimtune.registry import Registry, require_complete
 
 LOGGERS: Registry[type[Logger]] = Registry("logger")
 """All loggers by name."""
@@ -20,11 +20,11 @@ def register_logger(name: str) -> Callable[[LoggerType], LoggerType]:
     """Class decorator: make a `Logger` known under `name`.
 
     Raises:
-        ValueError: the name is taken, or the class has no summary of its own.
+        ValueError: the name is taken, or the class has no summary of its own or lacks a method.
     """
 
     def register(cls: LoggerType) -> LoggerType:
-        require_summary(cls, f"logger {name!r}")
+        require_complete(cls, f"logger {name!r}")
         LOGGERS.add(name, cls)
         return cls
 

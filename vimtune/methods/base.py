@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from vimtune.fields import Amount, Option, PositiveAmount, options_of
 from vimtune.fields import option as option  # for the files of methods
 from vimtune.parsers import excludes
-from vimtune.registry import Registry, require_summary
+from vimtune.registry import Registry, require_complete
 from vimtune.text import quote, suggest
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def register_method(name: str) -> Callable[[MethodType], MethodType]:
     """
 
     def register(cls: MethodType) -> MethodType:
-        require_summary(cls, f"method {name!r}")
+        require_complete(cls, f"method {name!r}")
         options = options_of(cls)
         if unknown := [option for option in cls.sized_by if option not in options]:
             raise ValueError(f"method {name!r}: sized_by names {quote(unknown[0])}, which is no option of it")

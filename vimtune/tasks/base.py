@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from vimtune.fields import Options, options_of
-from vimtune.registry import Registry, require_summary
+from vimtune.registry import Registry, require_complete
 from vimtune.tasks.components import BackboneOptions, DataOptions, EvaluateOptions, PredictOptions
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
 
@@ -287,12 +287,12 @@ def register_task(name: str) -> Callable[[AnyTask], AnyTask]:
     """Class decorator that makes a task known under `name`.
 
     Raises:
-        ValueError: the name is taken by another task, or the class has no summary of its own or a field
-            without help.
+        ValueError: the name is taken by another task, or the class has no summary of its own, lacks a method,
+            or has a field without help.
     """
 
     def register(cls: AnyTask) -> AnyTask:
-        require_summary(cls, f"task {name!r}")
+        require_complete(cls, f"task {name!r}")
         options_of(cls)
         TASKS.add(name, cls)
         cls.name = name
