@@ -59,5 +59,6 @@ def test_a_field_without_help_is_refused():
         def build_rule(self, site):
             raise NotImplementedError
 
-    with pytest.raises(ValueError, match=r"class New: field bad needs option\(default, help\)"):
+    message = r"class New: field bad has no help: expected bad: TYPE = option\(.*from vimtune import option"
+    with pytest.raises(ValueError, match=message):
         register_method("new")(New)

@@ -110,7 +110,10 @@ def _read_options(cls: type) -> dict[str, Option]:
     found = {}
     for item in dataclasses.fields(cls):
         if "help" not in item.metadata:
-            raise ValueError(f"class {cls.__name__}: field {item.name} needs option(default, help)")
+            raise ValueError(
+                f"class {cls.__name__}: field {item.name} has no help: expected "
+                f'{item.name}: TYPE = option(DEFAULT, "what it is"), with from vimtune import option'
+            )
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         parse = item.metadata.get("parse") or parser_of(hints[item.name])
         found[item.name] = Option(
