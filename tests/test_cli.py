@@ -60,6 +60,18 @@ def test_every_field_of_the_recipe_is_a_flag(capsys):
         assert field.help.split()[0] in text
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_what_a_command_writes_is_named_by_the_same_short_flag(capsys, command):
+    assert cli.main([command, "--help"]) == 0
+    for line in re.findall(r"^ +--output.*", capsys.readouterr().out, re.M):
+        assert re.match(r" +--output(-dir)? \w+, -o \w+", line)
+
+
+def test_the_short_flag_is_the_folder_of_a_run(trained, tmp_path):
+    assert cli.main(["train", "-o", str(tmp_path / "run")]) == 0
+    assert trained[0].run.output_dir == str(tmp_path / "run")
+
+
 @pytest.mark.parametrize("columns", [50, 60, 80, 120, 300])
 def test_help_and_list_fit_the_terminal(capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

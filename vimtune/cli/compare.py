@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
+from vimtune.cli.parser import (
+    add_common,
+    add_import,
+    add_output_dir,
+    build_key_parser,
+    import_packages,
+    path,
+)
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.compare.plan import PlanError, load_plan
 from vimtune.compare.plan_keys import RESERVED, PlanOptions
@@ -39,9 +46,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     general.add_argument("runs", metavar="RUN", type=path, nargs="*", help="folders of finished runs")
     general.add_argument("--config", metavar="FILE", help="plan in YAML: the keys below; a flag wins over it")
-    general.add_argument(
-        "--output-dir", "-o", metavar="DIR", type=path, help="folder of the comparison (default: in runs/)"
-    )
+    add_output_dir(general, "folder of the comparison (default: in runs/)")
     general.add_argument(
         "--resume", metavar="DIR", type=path, help="go on with the comparison in this folder"
     )

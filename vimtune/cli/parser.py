@@ -198,6 +198,11 @@ def add_new_folder(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output_dir(parser: argparse._ActionsContainer, help: str) -> None:
+    """Add the flag that names the folder in which a command has several runs."""
+    parser.add_argument("--output-dir", "-o", metavar="DIR", type=path, help=help)
+
+
 def add_model_options(
     parser: argparse.ArgumentParser, model: str = "where the language model is, if not in its old place"
 ) -> None:

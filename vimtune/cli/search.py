@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vimtune import parsers
-from vimtune.cli.parser import CommandParser, add_common, add_import, build_key_parser, import_packages, path
+from vimtune.cli.parser import (
+    CommandParser,
+    add_common,
+    add_import,
+    add_output_dir,
+    build_key_parser,
+    import_packages,
+    path,
+)
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.fields import options_of
 from vimtune.recipe import MethodSettings
@@ -64,9 +72,7 @@ def _build_parser(prog: str) -> CommandParser:
         action=argparse.BooleanOptionalAction,
         help="end trials early that are below the median of the others [on]",
     )
-    general.add_argument(
-        "--output-dir", metavar="X", type=path, help="folder of the search [runs/search-<space>-<time>]"
-    )
+    add_output_dir(general, "folder of the search [runs/search-<space>-<time>]")
     general.add_argument("--resume", metavar="X", type=path, help="go on with the search in this folder")
     general.add_argument("--config", metavar="FILE", help="recipe in YAML that all trials share")
     general.add_argument("--variant", metavar="X", help="which recipe of a file that is a grid of them")

@@ -29,6 +29,10 @@ The repository's folder configs/ has recipes for --config."""
 """What `--help` says below the options."""
 
 
+SHORT_FLAGS = {"output_dir": ("-o",)}
+"""Short flags of keys, as other commands have them for what they write."""
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -83,7 +87,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, declared: Mapping[str, 
             _flag(f"no_{name}"), dest=name, help=f"{flag} false", action="store_const", const="false"
         )
     else:
-        group.add_argument(flag, dest=name, help=help, metavar="X")
+        group.add_argument(flag, *SHORT_FLAGS.get(name, ()), dest=name, help=help, metavar="X")
 
 
 def build_train_parser(prog: str) -> CommandParser:
