@@ -114,7 +114,11 @@ def test_a_folder_of_peft_is_merged_in_one_go(tmp_path, made):
             r"does not say of which model \(its settings name 'me/base'\): give it with --model",
         ),
         (["--model", "test_vmi"], "expected a known model.*Did you mean 'test_vim'"),
-        (["--model", "test_vim"], "no pretrained weights are published for test_vim"),
+        (
+            ["--model", "test_vim"],
+            r"no pretrained weights are published for test_vim; give a file of weights \(--checkpoint FILE; "
+            r"in Python load_checkpoint\), or train from random weights \(vimtune train --no-pretrained; in",
+        ),
         (["--model", "test_vim", "--task", "colours"], "task = 'colours'"),
         (["--classes", "few.txt"], "2 names of classes are given, and the model of .* has 5 outputs"),
         (["--classes", "empty.txt"], "'empty.txt' is empty: expected the names of the classes, one a line"),

@@ -163,7 +163,10 @@ def test_a_broken_configuration_of_generation(content, tmp_path):
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    message = "could not be downloaded .*give a folder that has it, or pretrained=False"
+    message = (
+        r"could not be downloaded .*give a folder that has it \(--model FOLDER\), or train from random "
+        r"weights \(vimtune train --no-pretrained; in Python pretrained=False\)"
+    )
     refused(f"'state-spaces/mamba-130m-hf' {message}", "mamba-130m")
     refused(f"'nobody/nothing' {message}", "nobody/nothing")
 

@@ -32,6 +32,7 @@ from vimtune.models.checkpoint import (
     read_checkpoint,
     unusable,
 )
+from vimtune.models.weights import RANDOM_WEIGHTS
 from vimtune.text import printable, quote, suggest
 
 MODELS: dict[str, Any] = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
@@ -133,7 +134,7 @@ def download(hub_id: str, weights: bool = True) -> Path:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(
             f"language model {quote(hub_id)} could not be downloaded ({printable(reason)}); give a folder "
-            "that has it, or pretrained=False for random weights"
+            f"that has it (--model FOLDER), or {RANDOM_WEIGHTS}"
         ) from error
     raise ValueError(f"repository {quote(hub_id)} has no weights ({' or '.join(WEIGHT_FILES)})")
 

@@ -26,6 +26,7 @@ from vimtune.adapters import ADAPTER_FORMAT, base_parameters, made_from, note_lo
 from vimtune.hub_errors import HUB_ERRORS
 from vimtune.models.options import ARCHITECTURE, MAX_PATCHES, ModelOptions
 from vimtune.models.registry import VIM_MODELS, check_model_options
+from vimtune.models.weights import OTHER_WEIGHTS
 from vimtune.parsers import given_path
 from vimtune.schema import parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
@@ -392,24 +393,25 @@ def pretrained_loading(variant: str, pretrained: bool) -> Iterator[None]:
     if not pretrained:
         yield
         return
-    advice = (
-        "use pretrained=False, or load a file with vimtune.load_checkpoint (--checkpoint on the command line)"
-    )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             yield
     except HUB_ERRORS as error:
         raise CheckpointError(
-            f"the pretrained weights of {variant} could not be downloaded ({_first_line(error)}); {advice}"
+            f"the pretrained weights of {variant} could not be downloaded ({_first_line(error)}); "
+            f"{OTHER_WEIGHTS}"
         ) from error
     except (RuntimeError, SafetensorError, EOFError) as error:
         if "No pretrained weights exist" in str(error):
-            raise CheckpointError(f"no pretrained weights are published for {variant}; {advice}") from error
+            raise CheckpointError(
+                f"no pretrained weights are published for {variant}; {OTHER_WEIGHTS}"
+            ) from error
         if not _is_about_a_file(error):
             raise
         raise CheckpointError(
             f"the file of the pretrained weights of {variant} is damaged, or no checkpoint "
-            f"({_first_line(error)}): delete it where it is kept, and it is downloaded again; or {advice}"
+            f"({_first_line(error)}): delete it where it is kept, and it is downloaded again; or "
+            f"{OTHER_WEIGHTS}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from timm.models import PretrainedCfg
 
 from vimtune.download import DownloadError, digest_of, download_file, download_lock
 from vimtune.models.checkpoint import CheckpointError
-from vimtune.models.weights import Weights, weights_of
+from vimtune.models.weights import OTHER_WEIGHTS, Weights, weights_of
 from vimtune.text import printable, quote
 
 ADDRESS = "VIMTUNE_WEIGHTS_URL"
@@ -68,8 +68,7 @@ def _download(weights: Weights, path: Path) -> None:
         raise CheckpointError(
             f"the weights {weights.name} are not at {printable(str(weights.path))}: they lie in the folder "
             f"weights/ of the repository. Run from a checkout of it, let the environment variable {ADDRESS} "
-            "say at which address that folder can be downloaded, use pretrained=False, or load a file with "
-            "vimtune.load_checkpoint (--checkpoint on the command line)"
+            f"say at which address that folder can be downloaded, {OTHER_WEIGHTS}"
         )
     if not address.startswith(("https://", "http://")):
         raise CheckpointError(f"{ADDRESS} = {quote(address)}: expected an address that begins with https://")

@@ -22,6 +22,12 @@ _PACKAGE = Path(__file__).parent / "weights"
 REPOSITORY = Path(__file__).parents[2] / "weights"
 """The folder of the other files and of all cards, in a checkout of the repository."""
 
+RANDOM_WEIGHTS = "train from random weights (vimtune train --no-pretrained; in Python pretrained=False)"
+"""What to do without published weights, for messages. These reach all commands that build a model, of which
+not all have this flag, and whoever calls the functions."""
+OTHER_WEIGHTS = f"give a file of weights (--checkpoint FILE; in Python load_checkpoint), or {RANDOM_WEIGHTS}"
+"""The same where weights may come from a file."""
+
 
 @dataclass(frozen=True)
 class Weights:
