@@ -243,8 +243,11 @@ FIRST = "base_model.model.first.lora_A.weight"
         ({"settings": {"init_lora_weights": "unheard of"}}, "init_lora_weights is 'unheard of'"),
         ({"settings": {"init_lora_weights": 3}}, "init_lora_weights"),
         ({"settings": {"use_bdlora": {"nblocks": 2}}}, "use_bdlora"),
-        ({"settings": {"peft_type": "VERA"}}, "unknown type of HF peft 'VERA'.* Known: LORA, IA3, OFT, C3A"),
-        ({"settings": {"peft_type": 3}}, "expected an object with a peft_type"),
+        (
+            {"settings": {"peft_type": "VERA"}},
+            "peft_type is 'VERA': expected one of LORA, IA3, OFT, C3A, which can be read here$",
+        ),
+        ({"settings": {"peft_type": 3}}, "peft_type is 3: expected one of"),
         ({"settings": {"alpha_pattern": {"(a+)+": 2.0}}}, "is a regular expression"),
         ({"settings": {"lora_alpha": "8"}}, "lora_alpha"),
         ({"tensors": {"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}}, "adapts 'nowhere'"),

@@ -233,8 +233,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
     folder = given_path("folder", folder, "a folder that HF peft has written", AdapterFileError)
     settings, tensors = _read(folder)
     name = free_name(backbone) if name is None else check_name(backbone, name)
-    with _refusing(folder):
-        form = FORMS.get(settings["peft_type"])
+    form = FORMS.get(settings["peft_type"])
     config = check(form.config, settings, f"{PEFT_CONFIG} in {quote(str(folder))}", AdapterFileError)
     with _refusing(folder):
         given, head = _sort_out(backbone, form, tensors)
@@ -281,7 +280,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a folder, without those that are off and unknown here.
+    """The settings of a folder whose type is one of `FORMS`, without those that are off and unknown here.
 
     Raises:
         AdapterFileError: they or the tensors are not there, or the settings are not what they should be.
@@ -300,11 +299,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{shown} cannot be read: {error}") from error
     what = f"{PEFT_CONFIG} in {shown}"
     settings: Any = parse_json(text, what, AdapterFileError)
-    if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
-        raise AdapterFileError(f"{what}: expected an object with a peft_type, one of {', '.join(FORMS)}")
-    known: set[str] = set()
-    if settings["peft_type"] in FORMS:
-        known = {field.name for field in dataclasses.fields(FORMS.get(settings["peft_type"]).config)}
+    peft_type = settings.get("peft_type") if isinstance(settings, dict) else None
+    if peft_type not in FORMS:
+        # A name that is alike is not suggested: by it the tensors would mean something else.
+        known_types = ", ".join(FORMS)
+        raise AdapterFileError(
+            f"{what}: peft_type is {quote(peft_type)}: expected one of {known_types}, which can be read here"
+        )
+    known = {field.name for field in dataclasses.fields(FORMS.get(settings["peft_type"]).config)}
     return {key: value for key, value in settings.items() if key in known or value not in _OFF}
 
 
