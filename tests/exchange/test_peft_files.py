@@ -102,6 +102,16 @@ def theirs(peft, case):
         ),
         "rslora": lambda: peft.LoraConfig(**linear, r=4, use_rslora=True),
         "dora": lambda: peft.LoraConfig(target_modules=[*ALL], r=2, use_dora=True, modules_to_save=["head"]),
+        "lora with more targets": lambda: peft.LoraConfig(
+            r=2, target_modules=[*LINEAR, "head", "elsewhere"], modules_to_save=["head"]
+        ),
+        "lora with exclusions": lambda: peft.LoraConfig(
+            **linear | {"target_modules": ALL}, r=2, exclude_modules=["conv"]
+        ),
+        "lora by a regular expression": lambda: peft.LoraConfig(target_modules=r"(fir|seco).*", r=2),
+        "lora of all linear layers": lambda: peft.LoraConfig(
+            target_modules="all-linear", r=2, modules_to_save=["head"]
+        ),
         "ia3": lambda: peft.IA3Config(target_modules=LINEAR, feedforward_modules=["first"]),
         "c3a": lambda: peft.C3AConfig(**linear, block_size=4),
         "oft": lambda: peft.OFTConfig(**linear, oft_block_size=4, use_cayley_neumann=False),
@@ -111,7 +121,12 @@ def theirs(peft, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["lora", "rslora", "dora", "ia3", "c3a", "oft", "oft by a series", "oft by four terms"]
+    "case",
+    [
+        *("lora", "lora with more targets", "lora with exclusions", "lora by a regular expression"),
+        *("lora of all linear layers", "rslora", "dora", "ia3", "c3a"),
+        *("oft", "oft by a series", "oft by four terms"),
+    ],
 )
 def test_what_peft_writes_is_read_here(tmp_path, peft, case):
     torch.manual_seed(1)
@@ -258,6 +273,14 @@ FIRST = "base_model.model.first.lora_A.weight"
         ({"tensors": {FIRST: torch.ones(2, 9)}}, "has shape"),
         ({"tensors": {FIRST: torch.ones(8)}}, "no matrices"),
         ({"without": [FIRST]}, "first has the tensors lora_B"),
+        (
+            {"settings": {"target_modules": ["second", "tokens", "conv", "irst"]}},
+            r"it has tensors for 'first', and its target_modules \['second', .*\] do not name that: expected",
+        ),
+        (
+            {"without": [FIRST, FIRST.replace("_A", "_B")]},
+            "its target_modules name 'first', and it has no tensors for that: expected settings and tensors",
+        ),
         ({"without": ["base_model.model.head.bias"]}, r"missing head\.bias\.value"),
     ],
 )
@@ -282,6 +305,25 @@ def test_settings_of_later_versions_that_are_off_do_no_harm(tmp_path, saved):
     model = net()
     load_peft(model, changed(saved, tmp_path, later))
     close(model(IDS), adapted("lora")(IDS), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": [*ALL, "elsewhere", "head"]},  # None of the model, and one that is trained whole.
+        {"target_modules": "all-linear"},
+        {"target_modules": "(a+)+$"},  # A regular expression is not run.
+    ],
+)
+def test_target_modules_that_do_not_contradict_the_tensors(tmp_path, saved, settings):
+    model = net()
+    load_peft(model, changed(saved, tmp_path, settings))
+    close(model(IDS), adapted("lora")(IDS), 1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"exclude_modules": ["first"]}, {"layers_to_transform": 0}])
+def test_modules_that_settings_take_away_need_no_tensors(tmp_path, saved, settings):
+    load_peft(net(), changed(saved, tmp_path, settings, without=[FIRST, FIRST.replace("_A", "_B")]))
 
 
 def test_no_path_of_this_computer_is_written(tmp_path):

@@ -32,6 +32,7 @@ from vimtune.adapters.tensors import adapter_state_dict, load_adapter_state_dict
 from vimtune.adapters.wrappers import unwrap
 from vimtune.exchange.peft import FORMS
 from vimtune.exchange.peft.form import AdaptedModule, GivenModule, PeftForm, Translated
+from vimtune.exchange.peft.targets import compare_targets, state_targets
 from vimtune.files import read_regular_file
 from vimtune.methods import get_method, method_names, resolve_options
 from vimtune.output import write_folder
@@ -87,7 +88,7 @@ def save_peft(
         "task_type": None,
         "base_model_name_or_path": base_model if base_model is not None else _name_on_hub(backbone),
         "inference_mode": True,
-        "target_modules": _target_modules(backbone, [module.path for module in adapted]),
+        "target_modules": state_targets(backbone, [module.path for module in adapted]),
         "modules_to_save": modules_to_save or None,
         **written.settings,
     }
@@ -178,21 +179,6 @@ def _name_on_hub(model: nn.Module) -> str | None:
     return name if is_name else None
 
 
-def _target_modules(model: nn.Module, paths: Sequence[str]) -> list[str] | str:
-    """The shortest form in which HF peft finds these modules and no others: the last parts of their paths,
-    the paths, or a regular expression."""
-    everything = [path for path, _ in model.named_modules()]
-
-    def found(ends: list[str]) -> list[str]:
-        return [path for path in everything if any(path == end or path.endswith(f".{end}") for end in ends)]
-
-    last = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-    for ends in (last, list(paths)):
-        if sorted(found(ends)) == sorted(paths):
-            return ends
-    return "|".join(map(re.escape, paths))
-
-
 def _warn_of_read(model: nn.Module, paths: Sequence[str]) -> None:
     """Say where HF peft itself would not act, because the model reads a weight instead of calling its
     module."""
@@ -237,6 +223,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str | None = None) 
     config = check(form.config, settings, f"{PEFT_CONFIG} in {quote(str(folder))}", AdapterFileError)
     with _refusing(folder):
         given, head = _sort_out(backbone, form, tensors)
+        compare_targets(backbone, config, [module.path for module in given])
         translated = form.read(config, given)
         record = _record(backbone, translated, head, name)
     with added(backbone, record, lambda: _refusing(folder)), _refusing(folder):

@@ -38,8 +38,8 @@ class PeftConfig:
     peft_type: Text
     """The type."""
     target_modules: list[ModulePath] | ModulePath
-    """The adapted modules, by the ends of their paths, or by a regular expression. It is not used here, where
-    the tensors say which modules are meant."""
+    """The adapted modules, by the ends of their paths, or by a regular expression. The tensors say here which
+    modules are meant; `compare_targets` compares them with it."""
     peft_version: Text | None = None
     """Version of HF peft that wrote the file."""
     base_model_name_or_path: Text | None = None
