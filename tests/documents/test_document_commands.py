@@ -84,8 +84,10 @@ def test_what_the_tools_of_developers_name_exists(line):
 def test_commands(line, here, request, monkeypatch):
     program, command, *arguments = shlex.split(line)
     assert program == "vimtune" and command in cli.COMMANDS
-    if command == "train" and "--output-dir" in arguments:  # the run that the others take for granted
-        shutil.rmtree(here / arguments[arguments.index("--output-dir") + 1])
+    outputs = [arguments[place + 1] for place, flag in enumerate(arguments) if flag in ("--output-dir", "-o")]
+    if command in ("train", "search"):  # what the others take for granted
+        for output in outputs:
+            shutil.rmtree(here / output)
     if command == "search":
         pytest.importorskip("optuna")
         plans: list = []
