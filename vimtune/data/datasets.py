@@ -197,7 +197,8 @@ def _refuse_incomplete(dataset: ImageDataset) -> None:
     """Raise DatasetError for an attribute that the class of a data set forgot, or set to something else."""
     for name, (kind, held, expected) in _OWED.items():
         value = getattr(dataset, name, None)
-        if not isinstance(value, kind) or not all(isinstance(each, held) for each in value):
+        # Labels may be millions, of very few types.
+        if not isinstance(value, kind) or not all(issubclass(each, held) for each in set(map(type, value))):
             found = f"has {name} = {quote(value)}" if hasattr(dataset, name) else f"does not set {name}"
             raise DatasetError(
                 f"data set {dataset.name!r}: class {type(dataset).__name__} {found}: expected {expected}. "

@@ -87,7 +87,8 @@ class OwnFormat(Format):
     files = (ADAPTER_FILE,)
 
     def write(self, source: Source, folder: Path) -> str:
-        for name, value in source.base.items():
+        if source.base:
+            name, value = next(iter(source.base.items()))
             raise ValueError(
                 f"{name} = {quote(str(value))}: format {self.name!r} keeps the adapter alone, and base "
                 "weights are not read. Leave it out"

@@ -65,14 +65,13 @@ def options_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
         given: keys of a recipe, as flags or a later file state them.
     """
     merged = {**values, **given}
-    before, stays = values.get("peft_kwargs"), given.get("peft", values.get("peft")) == values.get("peft")
+    if merged.get("peft") != values.get("peft"):
+        return merged
     try:
         options = parsers.mapping(given.get("peft_kwargs") or {})
-        kept = parsers.mapping(before or {})
+        kept = parsers.mapping(values.get("peft_kwargs") or {})
     except ValueError:
         return merged  # The parser of the key says what is wrong.
-    if not stays:
-        return merged
     replaced = {name for name in OPTIONS_OF_METHODS if given.get(name) is not None} | options.keys()
     methods = str(values.get("peft", "")).split("+")
     for name, value in list(kept.items()):
