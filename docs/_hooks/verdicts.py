@@ -28,14 +28,18 @@ class Question:
     """Name of a file, a method, and that with which it is compared."""
 
 
-def _of_prodial(text: str, rows_at_budget: str, row_of_ablation: str) -> Question:
-    """Whether ProDiaL, as it is by default and as it was before, is better than another method."""
+def _of_prodial(
+    text: str, rows_at_budget: str, row_of_ablation: str, *others: tuple[str, str, str]
+) -> Question:
+    """Whether ProDiaL, as it is by default and as it was before, is better than another method; with `others`
+    that answer the same."""
     return Question(
         text,
         (
             *(("native", name, rows_at_budget) for name in ("prodial", "prodial_free")),
             *(("budget", name, rows_at_budget) for name in ("prodial", "prodial_free")),
             *(("ablation", name, row_of_ablation) for name in ("exp", "free")),
+            *others,
         ),
     )
 
@@ -47,7 +51,14 @@ FORMS = (
 """Rows of the ablation that are ProDiaL in another form."""
 
 QUESTIONS = (
-    _of_prodial("Does ProDiaL beat LoRA?", "lora", "lora"),
+    _of_prodial(
+        "Does ProDiaL beat LoRA?",
+        "lora",
+        "lora",
+        # There LoRA is called by its places.
+        ("compositions", "prodial_block1", "projectors"),
+        ("compositions", "prodial_block1_unscaled", "projectors"),
+    ),
     _of_prodial("Does ProDiaL beat DoRA?", "dora", "dora"),
     _of_prodial("Does our ProDiaL beat the formula of the published code?", "prodial_paper", "paper"),
     Question(

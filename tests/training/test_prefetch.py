@@ -193,6 +193,37 @@ def test_what_is_read_next_is_announced_before_other_work(tiny, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures", "late")
+@pytest.mark.parametrize(
+    ("changes", "steps", "before"),
+    [({}, 4, 3), ({"max_steps": 8}, 4, 3), ({"grad_accum": 3, "batch_size": 4}, 3, 1)],
+    ids=["epochs", "steps", "an incomplete last window, whose end is seen earlier"],
+)
+def test_what_is_read_next_is_announced_while_a_device_works_on_the_last_step(
+    tiny, monkeypatch, changes, steps, before
+):
+    """The next epoch, and after the last epoch the test images, before the numbers of the step are there."""
+    order, ahead, checked = [], ImageBatches.read_ahead, Stepper._require_finite
+
+    def note_ahead(self):
+        order.append(f"ahead {self.split}")
+        return ahead(self)
+
+    def note_checked(self, step, epoch):
+        order.append("numbers")
+        return checked(self, step, epoch)
+
+    monkeypatch.setattr(ImageBatches, "read_ahead", note_ahead)
+    monkeypatch.setattr(Stepper, "_require_finite", note_checked)
+    train(tiny(epochs=2, **changes))
+    expected = []
+    for split in ("train", "test"):
+        numbers = ["numbers"] * steps
+        numbers.insert(before, f"ahead {split}")
+        expected += ["ahead train", "ahead val", *numbers]
+    assert order == expected
+
+
+@pytest.mark.usefixtures("no_pictures", "late")
 def test_records_come_at_intervals_and_with_the_end_of_an_epoch(tiny):
     recipe = tiny(epochs=2, log_interval=3)
     train(recipe)

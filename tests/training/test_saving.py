@@ -50,8 +50,8 @@ def test_saving_takes_its_share_and_no_epoch_waits_that_is_long_enough(clock, ep
     assert saved[0] == 1
     assert share <= saving.SHARE * 1.05 + save / (clock.now - 1000.0)
     longest = max(after - before for before, after in itertools.pairwise([*saved, epochs + 1]))
-    assert longest <= 1 or (longest - 1) * epoch < 20 * save
-    if epoch >= 20 * save:
+    assert longest <= 1 or saving.SHARE * (longest - 1) * epoch < save
+    if saving.SHARE * epoch >= save:
         assert len(saved) == epochs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -187,15 +187,22 @@ class Run:
                 break
             del step  # and with it its batches: others are about to be fetched
 
-    def _batches_left(self) -> Iterable[Batch]:
-        """The batches of this epoch that are left, none of them beyond the last step of the run."""
-        settings = self.recipe.optimisation
-        if self.progress.stopped is not None:  # and then by a signal, before the epoch was evaluated
-            return ()
-        if settings.max_steps is None:
-            return self.job.train
-        steps = max(0, settings.max_steps - self.progress.step)
-        return islice(self.job.train, steps * settings.grad_accum)
+    def _batches_left(self) -> Iterator[Batch]:
+        """The batches of this epoch that are left, none of them beyond the last step of the run.
+
+        With the last one what is read next is begun with, at a time when a device still works on it.
+        """
+        settings, progress, train = self.recipe.optimisation, self.progress, self.job.train
+        if progress.stopped is not None:  # and then by a signal, before the epoch was evaluated
+            return
+        steps = settings.steps_of(len(train) - progress.batch)
+        number, steps_left = progress.epoch + 1, self.schedule.total_steps - progress.step
+        # A loader that is read to its end says what it makes of the whole epoch.
+        yield from train if steps <= steps_left else islice(train, steps_left * settings.grad_accum)
+        if steps < steps_left:
+            _read_ahead(train, number)
+        elif self.job.final is not self.job.selection:
+            _read_ahead(self.job.final)
 
     def _advance(self, step: Step, loss_sum: float, seconds: float) -> None:
         """Count a step that is done and took `seconds`."""
@@ -220,10 +227,6 @@ class Run:
         progress, number = self.progress, self.progress.epoch + 1
         if progress.loss_count == 0:
             raise InputError(f"epoch {number}: none of the training {self.task.examples} can be decoded")
-        if not self._is_last(number):
-            _read_ahead(self.job.train, number)
-        elif self.job.final is not self.job.selection:
-            _read_ahead(self.job.final)
         record = EpochRecord(
             epoch=number,
             step=progress.step,

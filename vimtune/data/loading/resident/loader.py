@@ -18,7 +18,7 @@ from vimtune.data.loading.resident.draws import Draws, uniforms
 from vimtune.data.loading.resident.store import ImageStore
 from vimtune.data.loading.samples import Batch, FailedSample, targets_of
 
-_BYTES_AT_ONCE = 64 * 2**20
+_BYTES_AT_ONCE = 256 * 2**20
 """Batches are made together as long as their images have fewer bytes in fp32: a small batch keeps a GPU busy
 for less time than it takes to start the operations for it."""
 
