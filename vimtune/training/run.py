@@ -196,7 +196,7 @@ class Run:
         if progress.stopped is not None:  # and then by a signal, before the epoch was evaluated
             return
         steps = settings.steps_of(len(train) - progress.batch)
-        number, steps_left = progress.epoch + 1, self.schedule.total_steps - progress.step
+        number, steps_left = progress.epoch + 1, max(0, self.schedule.total_steps - progress.step)
         # A loader that is read to its end says what it makes of the whole epoch.
         yield from train if steps <= steps_left else islice(train, steps_left * settings.grad_accum)
         if steps < steps_left:
