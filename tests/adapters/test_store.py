@@ -481,5 +481,7 @@ def test_tensors_that_are_not_finite_are_not_written(path):
 def test_plain_weights_are_said_to_be_read_otherwise(name, tmp_path):
     weights = {"head.weight": torch.zeros(2, 2)}
     torch.save(weights, tmp_path / name) if name.endswith(".pth") else save_file(weights, tmp_path / name)
-    with pytest.raises(AdapterFileError, match=r"load_checkpoint \(--checkpoint\) reads plain weights"):
+    with pytest.raises(
+        AdapterFileError, match="plain weights, which name no classes, are for --model NAME --checkpoint"
+    ):
         vimtune.read_adapter_info(tmp_path / name)

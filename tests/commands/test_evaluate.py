@@ -619,15 +619,22 @@ def test_images_are_scored_without_an_adapter(tmp_path):
     assert json.loads(output.read_text())["adapter"] is None
 
 
-def test_weights_without_a_head_for_the_classes_are_not_scored(tmp_path, capsys):
-    """Their answers would be those of a random head."""
-    few, base = json.dumps(IMAGES["dataset_kwargs"]), tmp_path / "base.safetensors"
+def test_weights_without_a_head_for_the_classes_are_not_scored(tmp_path, capsys, caplog):
+    """Their answers would be those of a random head. A head of as many classes is used in their order, as is
+    said."""
+    few, base, page = (
+        json.dumps(IMAGES["dataset_kwargs"]),
+        tmp_path / "base.safetensors",
+        tmp_path / "page.html",
+    )
     save_file(timm.create_model("test_vim", num_classes=7).state_dict(), base)
     values = ("--dataset-kwargs", few, "--model", "test_vim", "--num-workers", 0, "--device", "cpu")
     assert run(*values, "--checkpoint", base) == 2
     assert "base.safetensors has no head for the 3 classes of the images" in error(capsys)
     save_file(timm.create_model("test_vim", num_classes=3).state_dict(), base)
-    assert run(*values, "--checkpoint", base) == 0
+    assert run(*values, "--checkpoint", base, "-o", page) == 0
+    told = "no names of classes, so that their outputs are taken for the classes of the images in the order"
+    assert told in caplog.text and told in page.read_text()
     assert run("--dataset-kwargs", few, "--num-workers", 0, "--device", "cpu") == 2
     assert f"{Recipe().backbone.model} has no head for the 3 classes" in error(capsys)
 

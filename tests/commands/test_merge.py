@@ -270,7 +270,7 @@ def test_a_file_of_another_kind_says_what_it_is(tmp_path, adapter, merged, capsy
     for command, words in (
         (["merge", str(merged), "-o", str(tmp_path / "again.safetensors")], "is merged already"),
         (["merge", str(plain), "-o", str(tmp_path / "again.safetensors")], "adapter file"),
-        (["predict", str(photo), "--adapter", str(plain)], "reads plain weights"),
+        (["predict", str(photo), "--adapter", str(plain)], "plain weights, which name no classes, are for"),
         (
             ["predict", str(photo), "--adapter", str(page)],
             "page.html is no adapter file; expected the folder of",

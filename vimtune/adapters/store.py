@@ -51,7 +51,10 @@ from vimtune.run_folder import ADAPTER_FILE, PEFT_CONFIG, PEFT_TENSORS, what_a_f
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import counted, printable, quote, suggest
 
-PLAIN_WEIGHTS = "load_checkpoint (--checkpoint) reads plain weights"
+PLAIN_WEIGHTS = (
+    "plain weights, which name no classes, are for --model NAME --checkpoint FILE of train, evaluate and "
+    "embed, for export, and in Python for load_checkpoint"
+)
 """What to do with a file that is no adapter, for messages."""
 
 OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")

@@ -39,7 +39,7 @@ from vimtune.tasks.images.settings import BackboneSettings, DataSettings, ImageE
 from vimtune.tasks.images.task import ImageTask
 from vimtune.tasks.job import Evaluation, Scoring, Trial, no_test_split
 from vimtune.tasks.origin import trained_note
-from vimtune.text import quote
+from vimtune.text import printable, quote
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +103,14 @@ def open_trial(
         dataset = draw_at_most(whole, data.limit, data.data_seed)
         data = dataclasses.replace(data, limit=None)  # The limit is that of the folder, and of no split.
     demand_labels(task, dataset)
-    model, classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
+    model, named_classes, transform, untrained = _open_model(recipe, dataset, adapter, force)
+    classes = named_classes or list(dataset.classes)
     matched = match_classes(dataset, classes)
     named = data if options.folder is None else None
     seen = trained_images(adapter, matched.dataset, named, image_size(backbone))
     notes = matched.notes() + trained_note(len(seen), len(matched.dataset), "images")
+    if not named_classes:
+        notes.insert(0, _order_note(classes))
     for note in notes if processes.is_main else []:
         logger.warning("%s", note)
     held_out, why = _open_held_out(recipe, data, matched, classes, options)
@@ -168,7 +171,7 @@ def _open_model(
 ) -> tuple[Any, list[str], Transform, str]:
     """The model on the CPU, the names of its classes, how an image becomes its input, and `Trial.untrained`.
 
-    The names are those of its file, or else those of the images.
+    There are no names where its file has none, as plain weights.
 
     Raises:
         ValueError: weights or an adapter that do not fit, or classes without names of another number.
@@ -197,7 +200,17 @@ def _open_model(
             f"the model has {model.num_classes} classes without names, and the images have "
             f"{len(dataset.classes)} classes: {dataset.source}"
         )
-    return model, named or list(dataset.classes), transform, untrained
+    return model, named, transform, untrained
+
+
+def _order_note(classes: Sequence[str]) -> str:
+    """That classes were matched by their places, because the weights have no names of them."""
+    shown = [*classes[:3], *(["..."] if len(classes) > 3 else [])]
+    return (
+        "The weights have no names of classes, so that their outputs are taken for the classes of the images "
+        f"in the order of these: {', '.join(printable(name) for name in shown)}. If they were trained with "
+        "another order, the scores mean nothing."
+    )
 
 
 def _new_head(recipe: Recipe, model: Any, dataset: ImageDataset) -> str:
