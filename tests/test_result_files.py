@@ -96,6 +96,17 @@ def test_a_folder_has_to_be_new(here, capsys):
     assert (here / "other" / "report.html").read_text() == "a page"
 
 
+@pytest.mark.parametrize("name", ["lora.safetensors", "model.PTH"])
+def test_a_folder_is_not_called_like_a_file_of_weights(here, capsys, name):
+    """Who gives such a name expects a file, and got a folder without a word."""
+    assert cli.main(["convert", "run", "-o", name]) == 2
+    told = capsys.readouterr().err
+    assert f"cannot write {name!r}: a folder with several files is made; give it a name without ." in told
+    assert not (here / name).exists()
+    (here / name).mkdir()  # This one is meant.
+    assert cli.main(["convert", "run", "-o", name]) == 0
+
+
 def test_two_results_by_one_name(here, capsys):
     assert cli.main([*COMMANDS["evaluate"], "out.csv", "--mistakes", "out.csv"]) == 2
     assert "--output and --mistakes are both 'out.csv'" in capsys.readouterr().err

@@ -20,6 +20,9 @@ from vimtune.text import quote
 Result = TypeVar("Result")
 """What is kept in a file."""
 
+_OF_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".onnx", ".pt2")
+"""How names of files with weights end: whoever gives one to a folder expects a file."""
+
 
 def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -> None:
     """Make sure, before any work, that the result can go to `path`.
@@ -70,11 +73,15 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         write: fills the folder that it is given. Its files get the rights of any other new file.
 
     Raises:
-        OutputError: something is there already, or the system refuses.
+        OutputError: something is there already, the name is that of a file of weights, or the system refuses.
     """
     shown = quote(str(path))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"cannot write {shown}: it is there already; give the name of a new folder")
+    if path.suffix.lower() in _OF_WEIGHTS and not path.exists():
+        raise OutputError(
+            f"cannot write {shown}: a folder with several files is made; give it a name without {path.suffix}"
+        )
     around = path.absolute().parent
     if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {shown}: {quote(str(around))} is not a writable folder")
