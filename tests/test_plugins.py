@@ -17,7 +17,7 @@ import pytest
 from vimtune import cli, plugins
 from vimtune.data.datasets import DATASETS
 from vimtune.methods import METHODS
-from vimtune.models.registry import MODELS
+from vimtune.models.registry import MODELS, check_model_name
 from vimtune.tasks import TASKS
 
 PACKAGE = {
@@ -229,6 +229,7 @@ def vimtune(folder, monkeypatch, capsys) -> Iterator[Callable[[str], Ended]]:
             monkeypatch.setattr(registry, "_things", dict(things))
         monkeypatch.setattr(sys, "path", list(path))
         monkeypatch.setattr(plugins, "_failures", None)
+        monkeypatch.setattr(plugins, "_imported", [])
         importlib.invalidate_caches()
 
     def run(arguments: str, installed: bool = False) -> Ended:
@@ -273,6 +274,27 @@ def test_files_of_the_package_are_used_by_the_other_commands(vimtune, folder, ru
     assert "dark" in done.stdout
     done = vimtune("merge run -o merged.safetensors --import mine")
     assert done.code == 0, done.stderr
+
+
+def test_a_stopped_run_says_how_to_continue_with_the_package(vimtune, folder):
+    (folder / "gone.py").write_text(
+        "import errno\n"
+        "from mine.data import Shades\n"
+        "def load(self, index):\n"
+        "    raise OSError(errno.EIO, 'Input/output error')\n"
+        "Shades.load = load\n"
+    )
+    done = vimtune(f"train --import mine --import gone {TINY} {MINE} --num-workers 0 --output-dir stopped")
+    assert done.code == 2
+    _, _, command = done.stderr.strip().partition("continue with: ")
+    assert command == "vimtune train --resume stopped --import mine,gone"
+    assert vimtune(command.removeprefix("vimtune ").replace(",gone", "")).code == 0
+
+
+def test_a_model_of_a_package_that_is_not_imported():
+    """A file's model may be one of a package, such as a teacher's."""
+    with pytest.raises(ValueError, match=r"found 'a_net'.*is known once it is imported \(--import\)"):
+        check_model_name("a_net")
 
 
 @pytest.mark.parametrize("command", ["train --resume run --epochs 3", "predict dark.png --adapter run"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shlex
 import sys
 from importlib.metadata import entry_points
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 ENTRY_POINTS = "vimtune.plugins"
 """Group of the entry points. The value of each is a module to import."""
 
+_imported: list[str] = []
+"""Packages that were named, in order."""
 _failures: dict[str, str] | None = None
 """Why installed packages could not be loaded, by name of the entry point. None before any was tried."""
 
@@ -42,6 +45,16 @@ def import_package(name: str) -> None:
             f"package {quote(name)} cannot be imported ({reason}); expected the dotted name of an installed "
             "module or of one in the working directory"
         ) from error
+    if name not in _imported:
+        _imported.append(name)
+
+
+def with_imports(command: str) -> str:
+    """A command line for the user to go on with, which finds what the packages named here have registered.
+
+    What it continues may be made of that, and files cause no import.
+    """
+    return f"{command} --import {shlex.quote(','.join(_imported))}" if _imported else command
 
 
 def load_installed() -> dict[str, str]:

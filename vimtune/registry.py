@@ -57,7 +57,7 @@ class Registry(Generic[T]):
             ValueError: (or the registry's own subclass) unknown name; the message lists those that are known.
         """
         if name not in self:
-            hints = self._hints(name)
+            hints = self.hints(name)
             raise self._error(f"unknown {self.kind} {quote(name)}.{hints} Known: {', '.join(self)}")
         return self._things[name]
 
@@ -68,10 +68,10 @@ class Registry(Generic[T]):
             ValueError: it is not the name of any of the things.
         """
         if not isinstance(value, str) or value not in self:
-            raise ValueError(f"expected a known {self.kind}: {', '.join(self)}.{self._hints(value)}")
+            raise ValueError(f"expected a known {self.kind}: {', '.join(self)}.{self.hints(value)}")
         return value
 
-    def _hints(self, name: Any) -> str:
+    def hints(self, name: Any) -> str:
         """What may help somebody who gave an unknown name."""
         close = suggest(name, self) if isinstance(name, str) else ""
         broken = "".join(f" Package {key} cannot be loaded: {why}." for key, why in load_installed().items())

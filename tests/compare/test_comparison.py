@@ -19,7 +19,7 @@ from earlier_states import forget_options
 from safetensors.torch import load_file, save_file
 from tiny_plans import TINY, InProcess
 
-from vimtune import cli
+from vimtune import cli, plugins
 from vimtune.compare import command, execution, quickstart
 from vimtune.compare.command import compare
 from vimtune.compare.execution import Processes
@@ -239,7 +239,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(runs, tmp_path, capsys):
     assert [cell.method for cell in runs.started] == ["lora", "linear", "lora"]
 
 
-def test_ctrl_c_ends_cleanly_with_what_there_is(runs, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("imported", "flag"), [([], ""), (["mine", "more"], " --import mine,more")])
+def test_ctrl_c_ends_cleanly_with_what_there_is(runs, tmp_path, monkeypatch, capsys, imported, flag):
     start = InProcess.start
 
     def interrupted(self, cell, folder):
@@ -247,9 +248,10 @@ def test_ctrl_c_ends_cleanly_with_what_there_is(runs, tmp_path, monkeypatch, cap
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(InProcess, "start", interrupted)
+    monkeypatch.setattr(plugins, "_imported", imported)
     with pytest.raises(Interrupted):
         compare(plan(), tmp_path)
-    assert capsys.readouterr().out.endswith(f"go on with:\n  vimtune compare --resume {tmp_path}\n")
+    assert capsys.readouterr().out.endswith(f"go on with:\n  vimtune compare --resume {tmp_path}{flag}\n")
     assert len(runs.started) == 1 and "1 of 2" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from search_runs import SPACE, flags, tiny_plan
 
-from vimtune import cli
+from vimtune import cli, plugins
 from vimtune.data.synthetic import SyntheticFlowers
 from vimtune.recipe import Recipe, load_recipe
 from vimtune.search import study as studies
@@ -132,7 +132,8 @@ def test_two_workers_find_the_same(finished, tmp_path) -> None:
     assert rows(tmp_path / "search") == rows(finished)
 
 
-def test_two_steps_refine_what_the_first_one_has_found(tmp_path, capsys) -> None:
+def test_two_steps_refine_what_the_first_one_has_found(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(plugins, "_imported", ["mine"])
     space = {
         "parts": {
             "proj": {
@@ -149,7 +150,8 @@ def test_two_steps_refine_what_the_first_one_has_found(tmp_path, capsys) -> None
     assert recipe.method.peft_kwargs["lora"]["rank"] in (2, 3)
     assert 0.02 <= recipe.optimisation.lr <= 0.03
     out = capsys.readouterr().out
-    assert "small, step 1: 1 trials in" in out and "train it with:" in out and "best.yaml" in out
+    assert "small, step 1: 1 trials in" in out and "train it with:" in out
+    assert out.endswith(f"vimtune train --config {tmp_path / 'search' / 'best.yaml'} --import mine\n")
 
 
 def test_texts_without_classes_are_compared_by_their_loss(tmp_path, monkeypatch, capsys) -> None:

@@ -22,6 +22,7 @@ from vimtune.compare.tables.files import write_tables
 from vimtune.compare.tables.notes import OF_RUNS, protocol_of
 from vimtune.compare.worker import LOG_FILE
 from vimtune.console import build_console, print_line
+from vimtune.plugins import with_imports
 from vimtune.recipe import Recipe, RecipeError, changed_options, complete_stored, keeping
 from vimtune.recipe.files import read_values
 from vimtune.run_folder import RunFolder, create_unused, hold, make_folder, writing
@@ -76,7 +77,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         rows = _with_soups(schedule, folder, console, make=not stop.requested)
         _conclude(rows, folder, protocol_of(plan), schedule.failed, console, plan.reference)
         if stop.requested:
-            go_on = f"vimtune compare --resume {shlex.quote(str(folder))}"
+            go_on = with_imports(f"vimtune compare --resume {shlex.quote(str(folder))}")
             print_line(console, "stopped; what is finished is kept, go on with:")
             print_line(console, f"  {go_on}", wrap=False)
             raise Interrupted(go_on)

@@ -160,7 +160,7 @@ def check_model_name(name: Any, what: str = "the model", error: type[ValueError]
     """
     if not isinstance(name, str) or name not in MODELS:
         raise error(
-            f"{what}: expected a known model, found {quote(name)}.{suggest(str(name), MODELS)} "
+            f"{what}: expected a known model, found {quote(name)}.{MODELS.hints(name)} "
             f"Known: {', '.join(MODELS)}"
         )
     return name

@@ -15,6 +15,7 @@ from rich.console import Console
 from vimtune.console import build_console, print_line
 from vimtune.files import OutputError, atomic_write_text
 from vimtune.pages.style import save_picture
+from vimtune.plugins import with_imports
 from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, cannot_make, hold, make_folder, obstacle, writing
 from vimtune.runtime.seeds import derive_seed
@@ -56,7 +57,7 @@ def run_search(plan: Plan, folder: Path, workers: int, packages: Sequence[str]) 
         Interrupted: Ctrl-C or SIGTERM.
     """
     console = build_console()
-    command = f"vimtune search --resume {shlex.quote(str(folder))}"
+    command = with_imports(f"vimtune search --resume {shlex.quote(str(folder))}")
     with ExitStack() as stack:
         stack.enter_context(hold(RunFolder(folder)))
         try:
@@ -70,7 +71,8 @@ def run_search(plan: Plan, folder: Path, workers: int, packages: Sequence[str]) 
             recipe.save(folder / BEST)
     print_line(console, f"found: {results.describe(drawn)}")
     print_line(console, "train it with:")
-    print_line(console, f"  vimtune train --config {shlex.quote(str(folder / BEST))}", wrap=False)
+    train = with_imports(f"vimtune train --config {shlex.quote(str(folder / BEST))}")
+    print_line(console, f"  {train}", wrap=False)
     return recipe
 
 

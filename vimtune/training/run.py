@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vimtune import adapters
+from vimtune.plugins import with_imports
 from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, writing
 from vimtune.runtime.distributed import PeerLostError, Processes
@@ -449,7 +450,7 @@ class Run:
         )
 
     def _resume_command(self) -> str:
-        command = f"vimtune train --resume {shlex.quote(str(self.folder.path))}"
+        command = with_imports(f"vimtune train --resume {shlex.quote(str(self.folder.path))}")
         count = self.processes.world_size
         return command if count == 1 else f"torchrun --nproc-per-node {count} --no-python {command}"
 
