@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"{shown} is truncated or not a PyTorch checkpoint ({_first_line(error)})"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{shown} holds a {type(content).__name__}, expected a dictionary of weights")
+        raise CheckpointError(f"{shown} holds {quote(content)}, expected a dictionary of weights")
     return dict(content), {}
 
 
