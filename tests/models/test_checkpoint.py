@@ -320,8 +320,14 @@ def test_what_a_file_has_in_place_of_a_dictionary_is_said(tmp_path, model):
         vimtune.load_checkpoint(model, tmp_path / "list.pth")
 
 
+def test_endings_may_be_in_upper_case(tmp_path, model):
+    """Some systems write them so, and `vimtune merge -o MERGED.SAFETENSORS` makes such a file."""
+    save_file(model.state_dict(), tmp_path / "MERGED.SAFETENSORS")
+    vimtune.load_checkpoint(model, tmp_path / "MERGED.SAFETENSORS")
+
+
 def test_missing_file_and_folder(tmp_path, model):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="does not exist; expected .* ending in .safetensors or .pth or"):
         vimtune.load_checkpoint(model, tmp_path / "nowhere.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         vimtune.load_checkpoint(model, tmp_path)
