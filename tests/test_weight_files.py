@@ -21,5 +21,7 @@ def test_no_other_module_lists_endings_of_weights():
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             items = getattr(node, "elts", None) or getattr(node, "keys", None) or []
-            endings = [item.value for item in items if isinstance(item, ast.Constant) and item.value in WEIGHTS]
+            endings = [
+                item.value for item in items if isinstance(item, ast.Constant) and item.value in WEIGHTS
+            ]
             assert len(endings) < 2, f"{path}:{node.lineno}: {endings}"

@@ -64,9 +64,9 @@ def shorten(text: str, limit: int = MAX_QUOTE) -> str:
 def quote(value: Any, limit: int = MAX_QUOTE) -> str:
     """`repr(value)` for a message: on one line, visible, and shortened; also for very large values.
 
-    Of arrays of numbers the kind and the shape are said, such as "a Tensor of shape (3, 64, 64)": their numbers
-    tell nobody what was given, and bringing them from a device takes long. Likewise inside lists, tuples and
-    dictionaries.
+    Of arrays of numbers the kind and the shape are said, such as "a Tensor of shape (3, 64, 64)": their
+    numbers tell nobody what was given, and bringing them from a device takes long. Likewise inside lists,
+    tuples and dictionaries.
     """
     try:
         return printable(shorten(_describe(value, limit), limit))
@@ -88,7 +88,7 @@ def _describe(value: Any, limit: int) -> str:
     if shape := _shape_of_array(value):
         return f"{_a_kind(value)} of shape {shape}"
     # What writes itself in another way, such as a named tuple, does so here, too.
-    written_as = type(value).__repr__
+    written_as: object = type(value).__repr__
     if written_as is dict.__repr__:
         pairs = (f"{_describe(key, limit)}: {_describe(item, limit)}" for key, item in value.items())
         return f"{{{', '.join(pairs)}}}"
@@ -113,7 +113,9 @@ def _shape_of_array(value: Any) -> tuple[int, ...] | None:
         shape = getattr(value, "shape", None)
         if not isinstance(shape, tuple) or getattr(value, "ndim", None) != len(shape):
             return None
-    except Exception:  # Whoever asks a lazy or closed array may hear anything; a message is made nevertheless.
+    except (
+        Exception
+    ):  # Whoever asks a lazy or closed array may hear anything; a message is made nevertheless.
         return None
     return tuple(shape) if all(isinstance(size, int) for size in shape) else None
 
@@ -202,7 +204,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def suggest(name: str, known: Iterable[str], prefix: str = "", likeness: float = 0.5) -> str:
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string.
+
+    Args:
+        name: what was given.
+        known: the names among which it is not.
+        prefix: stands before the name that is found.
+        likeness: how close a name has to be, from 0 to 1 for the same.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return f" Did you mean {prefix + close[0]!r}?" if close else ""

@@ -327,7 +327,9 @@ def test_endings_may_be_in_upper_case(tmp_path, model):
 
 
 def test_missing_file_and_folder(tmp_path, model):
-    with pytest.raises(CheckpointError, match="does not exist; expected .* ending in .safetensors or .pth or"):
+    with pytest.raises(
+        CheckpointError, match=r"does not exist; expected .* ending in \.safetensors or \.pth"
+    ):
         vimtune.load_checkpoint(model, tmp_path / "nowhere.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         vimtune.load_checkpoint(model, tmp_path)
