@@ -91,6 +91,7 @@ def test_help_and_list_import_nothing_heavy():
         "assert main(['compare', '--help']) == 0 and main(['compare', '--methods', 'lroa']) == 2\n"
         "assert main(['analyze', '--help']) == 0 and main(['analyze', 'x', '--only', 'csot']) == 2\n"
         "assert main(['train', '--epochs', '0', '--lrr', '1']) == 2\n"
+        "assert main(['predict', 'x', '--adapter', 'a', '--lr', '1']) == 2\n"
         f"assert not [name for name in {HEAVY} if name in sys.modules], sorted(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -180,6 +181,19 @@ def test_all_mistakes_of_a_command_line_at_once(capsys, tmp_path, trained):
         (["merge", "a.safetensors"], "--output"),
         (["doctor", "--all"], "unknown flag --all. See"),  # flags share their dashes, which is no likeness
         (["predict", "x.jpg", "--adapter", "a", "--csv", "b.csv"], "unknown flag --csv. See"),
+        (
+            ["predict", "x.jpg", "--adapter", "a", "--lr", "3"],
+            "unknown flag --lr. It belongs to vimtune train, compare and search. See vimtune predict --help",
+        ),
+        (["train", "--among=x"], "unknown flag --among. It belongs to vimtune embed.\n"),
+        (
+            ["train", "--adapter", "x"],
+            "It belongs to vimtune evaluate, predict and embed. Did you mean '--init-ad",
+        ),
+        (
+            ["doctor", "--no-pretrained"],
+            "It belongs to vimtune train, compare, search, evaluate and others. See",
+        ),
         (["predict", "--adapter", "a", "--data-dir", "b"], "without a flag: vimtune predict FOLDER See"),
         (["embed", "--adapter", "a", "--data-dir=b", "c"], "without a flag: vimtune embed FOLDER See"),
     ],
@@ -188,6 +202,19 @@ def test_wrong_commands(capsys, arguments, words):
     message = failure(capsys, *arguments)
     assert words in message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_flags_of_other_commands_are_told_from_unknown_ones(command):
+    parsers = {name: module.build_parser(f"vimtune {name}") for name, (_, module) in cli.COMMANDS.items()}
+    own = parsers.pop(command)
+    for flag in ("--lr", "--top-k", "--mistakes", "--revision", "--only", "--private", "-o"):
+        owners = [name for name, parser in parsers.items() if parser.has(flag)]
+        (told,) = own.unknown_arguments([flag])
+        if not own.has(flag) and flag.lstrip("-").replace("-", "_") not in own.left_out:
+            assert f"unknown flag {flag}. It belongs to vimtune {owners[0]}" in told
+    (told,) = own.unknown_arguments(["--no-such-flag"])
+    assert "belongs" not in told
 
 
 def test_overview_and_version(capsys):

@@ -96,7 +96,7 @@ def test_a_folder_has_to_be_new(here, capsys):
     assert (here / "other" / "report.html").read_text() == "a page"
 
 
-@pytest.mark.parametrize("name", ["lora.safetensors", "model.PTH"])
+@pytest.mark.parametrize("name", ["lora.safetensors", "model.PTH", "last.ckpt", "best.pth.tar", "graph.pt2"])
 def test_a_folder_is_not_called_like_a_file_of_weights(here, capsys, name):
     """Who gives such a name expects a file, and got a folder without a word."""
     assert cli.main(["convert", "run", "-o", name]) == 2

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import OrderedDict, namedtuple
 
+import numpy as np
 import pytest
+import torch
 
 from vimtune.text import counted, csv_cell, csv_text, printable, quote, shorten, unicode_text
 
@@ -25,8 +28,8 @@ def test_what_a_terminal_would_obey_is_escaped(text):
 
 @pytest.mark.parametrize(
     "value",
-    ["x" * 10**7, list(range(10**6)), {i: i for i in range(1000)}, 10**9999, b"\0" * 10**6],
-    ids=["text", "list", "dict", "number", "bytes"],
+    ["x" * 10**7, list(range(10**6)), {i: i for i in range(1000)}, 10**9999, b"\0" * 10**6, [["x" * 10**7]]],
+    ids=["text", "list", "dict", "number", "bytes", "text in lists"],
 )
 def test_messages_do_not_repeat_megabytes(value):
     assert len(quote(value)) < 400
@@ -37,6 +40,69 @@ def test_quote_of_a_structure_that_contains_itself_ends():
     for _ in range(100_000):
         nested = [nested]
     assert "nested" in quote(nested)
+
+
+PIXELS = torch.zeros(3, 64, 64)
+Pair = namedtuple("Pair", "first second")
+
+
+class Lazy:
+    """What fails when it is asked for its shape, as an array of a closed file does."""
+
+    @property
+    def shape(self):
+        raise RuntimeError("closed")
+
+    def __repr__(self):
+        return "<closed array>"
+
+
+class Described:
+    """No array, although it has a shape, as descriptions of inputs have."""
+
+    shape = (3, 64, 64)
+
+    def __repr__(self):
+        return "Described(3, 64, 64)"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (PIXELS, "a Tensor of shape (3, 64, 64)"),
+        (torch.nn.Parameter(PIXELS), "a Parameter of shape (3, 64, 64)"),
+        (PIXELS.numpy(), "an ndarray of shape (3, 64, 64)"),
+        (np.zeros(5), "an ndarray of shape (5,)"),
+        (memoryview(b"abc"), "a memoryview of shape (3,)"),
+        ([PIXELS, 3], "[a Tensor of shape (3, 64, 64), 3]"),
+        ((PIXELS,), "(a Tensor of shape (3, 64, 64),)"),
+        ({"image": [PIXELS], "label": "cat"}, "{'image': [a Tensor of shape (3, 64, 64)], 'label': 'cat'}"),
+        (torch.tensor(3), "tensor(3)"),
+        (np.float64(0.5), repr(np.float64(0.5))),
+        (torch.Tensor, "<class 'torch.Tensor'>"),
+        (torch.Size([3, 4]), "torch.Size([3, 4])"),
+        (Lazy(), "<closed array>"),
+        (Described(), "Described(3, 64, 64)"),
+        (Pair(1, [2]), "Pair(first=1, second=[2])"),
+        ([(), (1,), (1, "a"), [], {}, {1: 2}], "[(), (1,), (1, 'a'), [], {}, {1: 2}]"),
+    ],
+)
+def test_of_arrays_messages_say_the_shape_and_of_anything_else_the_value(value, shown):
+    assert quote(value) == shown
+
+
+def test_messages_do_not_fetch_the_numbers_of_a_device():
+    class OnDevice(torch.Tensor):
+        def __repr__(self):
+            raise AssertionError("its numbers would be brought from the device")
+
+    tensor = PIXELS.as_subclass(OnDevice)
+    assert quote({"image": tensor}) == "{'image': an OnDevice of shape (3, 64, 64)}"
+
+
+def test_what_is_large_inside_of_something_small_is_described():
+    assert quote([[0] * 1000, 10**5000]) == "[a list of 1000 items, a whole number of 16610 bits]"
+    assert quote(OrderedDict.fromkeys(range(1000))) == "an OrderedDict of 1000 items"
 
 
 def test_text_that_is_not_unicode_is_written_out():

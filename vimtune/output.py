@@ -16,12 +16,10 @@ from vimtune.files import WRITING_ERRORS, OutputError, atomic_write, refusal, us
 from vimtune.parsers import given_path
 from vimtune.run_folder import RunFolder
 from vimtune.text import quote
+from vimtune.weight_files import WEIGHTS
 
 Result = TypeVar("Result")
 """What is kept in a file."""
-
-_OF_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".onnx", ".pt2")
-"""How names of files with weights end: whoever gives one to a folder expects a file."""
 
 
 def check_output(path: Path, suffixes: Iterable[str], sources: Iterable[Path]) -> None:
@@ -78,7 +76,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     shown = quote(str(path))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"cannot write {shown}: it is there already; give the name of a new folder")
-    if path.suffix.lower() in _OF_WEIGHTS and not path.exists():
+    if path.suffix.lower() in WEIGHTS and not path.exists():  # Whoever gives such a name expects a file.
         raise OutputError(
             f"cannot write {shown}: a folder with several files is made; give it a name without {path.suffix}"
         )

@@ -127,5 +127,5 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected 'key: value' lines, got {type(values).__name__}")
+        raise ValueError(f"{name}: expected 'key: value' lines, got {quote(values)}")
     return values

@@ -62,20 +62,69 @@ def shorten(text: str, limit: int = MAX_QUOTE) -> str:
 
 
 def quote(value: Any, limit: int = MAX_QUOTE) -> str:
-    """`repr(value)` for a message: on one line, visible, and shortened; also for very large values."""
-    if isinstance(value, str | bytes) and len(value) > 2 * limit:
-        # The repr of the whole would take long, and its middle is left out anyway.
-        value = value[: 2 * limit]
-    elif isinstance(value, list | tuple | dict | set | frozenset) and len(value) > limit:
-        return f"a {type(value).__name__} of {len(value)} items"
-    elif isinstance(value, int) and value.bit_length() > 4 * limit:
-        return f"a whole number of {value.bit_length()} bits"
+    """`repr(value)` for a message: on one line, visible, and shortened; also for very large values.
+
+    Of arrays of numbers the kind and the shape are said, such as "a Tensor of shape (3, 64, 64)": their
+    numbers tell nobody what was given, and bringing them from a device takes long. Likewise inside lists,
+    tuples and dictionaries.
+    """
     try:
-        return printable(shorten(repr(value), limit))
+        return printable(shorten(_describe(value, limit), limit))
     except RecursionError:
         return f"a deeply nested {type(value).__name__}"
     except ValueError:  # Python refuses to write whole numbers of thousands of digits.
-        return f"a {type(value).__name__} with a very large number in it"
+        return f"{_a_kind(value)} with a very large number in it"
+
+
+def _describe(value: Any, limit: int) -> str:
+    """`repr(value)`, with something shorter in place of what is longer than `limit` without telling more."""
+    if isinstance(value, str | bytes | bytearray) and len(value) > 2 * limit:
+        # The repr of the whole would take long, and its middle is left out anyway.
+        return repr(value[: 2 * limit])
+    if isinstance(value, list | tuple | dict | set | frozenset) and len(value) > limit:
+        return f"{_a_kind(value)} of {len(value)} items"
+    if isinstance(value, int) and value.bit_length() > 4 * limit:
+        return f"a whole number of {value.bit_length()} bits"
+    if shape := _shape_of_array(value):
+        return f"{_a_kind(value)} of shape {shape}"
+    # What writes itself in another way, such as a named tuple, does so here, too.
+    written_as: object = type(value).__repr__
+    if written_as is dict.__repr__:
+        pairs = (f"{_describe(key, limit)}: {_describe(item, limit)}" for key, item in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if written_as is list.__repr__:
+        return f"[{', '.join(_describe(item, limit) for item in value)}]"
+    if written_as is tuple.__repr__:
+        comma = "," if len(value) == 1 else ""
+        return f"({', '.join(_describe(item, limit) for item in value)}{comma})"
+    return repr(value)
+
+
+def _shape_of_array(value: Any) -> tuple[int, ...] | None:
+    """The sizes of an array of numbers; None of a single number and of anything else.
+
+    Arrays are known by what those of torch, NumPy, pandas and others have in common, because none of these
+    may be imported here. Much else has a shape, such as a description of an input or a function of that name,
+    but no number of dimensions that agrees with it.
+    """
+    if isinstance(value, type):  # which may state what all its instances have
+        return None
+    try:
+        shape = getattr(value, "shape", None)
+        if not isinstance(shape, tuple) or getattr(value, "ndim", None) != len(shape):
+            return None
+    except (
+        Exception
+    ):  # Whoever asks a lazy or closed array may hear anything; a message is made nevertheless.
+        return None
+    return tuple(shape) if all(isinstance(size, int) for size in shape) else None
+
+
+def _a_kind(value: Any) -> str:
+    """The kind of a value with its article, such as "a list" or "an ndarray"."""
+    kind = type(value).__name__
+    # The n of "ndarray" is spelled: no vowel follows it.
+    return f"{'an' if re.match('[aeiou]|n[^aeiou]', kind, re.IGNORECASE) else 'a'} {kind}"
 
 
 def counted(number: int, what: str) -> str:
@@ -155,7 +204,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def suggest(name: str, known: Iterable[str], prefix: str = "", likeness: float = 0.5) -> str:
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string.
+
+    Args:
+        name: what was given.
+        known: the names among which it is not.
+        prefix: stands before the name that is found.
+        likeness: how close a name has to be, from 0 to 1 for the same.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return f" Did you mean {prefix + close[0]!r}?" if close else ""

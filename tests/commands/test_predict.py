@@ -676,7 +676,11 @@ def test_images_may_be_files_folders_bytes_images_and_arrays(images, adapter):
     [
         (b"nothing", r"inputs\[1\].*known format"),
         (np.zeros((2, 3, 9), "u1"), "array of uint8"),
-        (torch.zeros(3, 64, 64), r"inputs\[1\] = something of type Tensor: expected the path"),
+        (torch.zeros(3, 64, 64), r"inputs\[1\] = a Tensor of shape \(3, 64, 64\): expected the path"),
+        (
+            {"image": np.zeros((9, 9, 3))},
+            r"inputs\[1\] = {'image': an ndarray of shape \(9, 9, 3\)}: expected",
+        ),
         (3, r"inputs\[1\] = 3: expected the path of an image or folder, bytes, a file opened as binary"),
         (None, r"inputs\[1\] = None: expected the path"),
         (io.StringIO("text"), r"inputs\[1\] = <_io.StringIO.*: expected the path"),

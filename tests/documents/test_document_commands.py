@@ -147,7 +147,7 @@ def test_other_examples_of_help_are_understood(line, monkeypatch):
     monkeypatch.setattr(CommandParser, "parse_strictly", parsed)
     _, name, *arguments = shlex.split(line)
     with pytest.raises(Understood):
-        cli.COMMANDS[name][1](f"vimtune {name}", arguments)
+        cli.COMMANDS[name][1].run(f"vimtune {name}", arguments)
 
 
 @pytest.mark.parametrize("flags", FLAGS)

@@ -141,7 +141,8 @@ def test_original_checkpoints_in_other_dresses(tmp_path):
 def test_unknown_names():
     refused("unknown language model 'mamba_tin'. Did you mean 'mamba_tiny'", "mamba_tin")
     refused("unknown language model 'no/such/folder'", "no/such/folder")
-    refused("unknown language model 'no/weights.bin'", "no/weights.bin")
+    for name in ("no/weights.bin", "no/weights.ckpt", "no/WEIGHTS.SAFETENSORS"):
+        refused(f"unknown language model '{name}'", name)
 
 
 def test_an_empty_name_is_not_the_working_folder(tmp_path, monkeypatch):

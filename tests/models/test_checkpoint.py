@@ -314,8 +314,22 @@ def test_bad_files_are_refused_in_one_line(tmp_path, model, write, suffix):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+def test_what_a_file_has_in_place_of_a_dictionary_is_said(tmp_path, model):
+    torch.save([torch.zeros(2, 3)], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match=r"holds \[a Tensor of shape \(2, 3\)\], expected a dictionary"):
+        vimtune.load_checkpoint(model, tmp_path / "list.pth")
+
+
+def test_endings_may_be_in_upper_case(tmp_path, model):
+    """Some systems write them so, and `vimtune merge -o MERGED.SAFETENSORS` makes such a file."""
+    save_file(model.state_dict(), tmp_path / "MERGED.SAFETENSORS")
+    vimtune.load_checkpoint(model, tmp_path / "MERGED.SAFETENSORS")
+
+
 def test_missing_file_and_folder(tmp_path, model):
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(
+        CheckpointError, match=r"does not exist; expected .* ending in \.safetensors or \.pth"
+    ):
         vimtune.load_checkpoint(model, tmp_path / "nowhere.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         vimtune.load_checkpoint(model, tmp_path)

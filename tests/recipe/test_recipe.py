@@ -405,7 +405,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
         ("lr: [1\nepochs: 3\n", "line 2"),
         ("lr: 1\nlr: 2\n", "line 2: 'lr' is given twice"),
         ("a\tb: {", "line 1"),
-        ("- lr\n", "expected 'key: value' lines, got list"),
+        ("- lr\n", "expected 'key: value' lines, got ['lr']"),
         ("peft: !!python/object:os.system x\n", "line 1"),
         ("lr: \x01", "not valid YAML"),
     ],

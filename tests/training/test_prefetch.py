@@ -168,9 +168,9 @@ def test_numbers_are_read_when_the_next_passes_are_launched(tiny, late, monkeypa
     assert order == expected
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_what_is_read_next_is_announced_before_other_work(tiny, monkeypatch):
-    """The next epoch and the test images before an evaluation, and that one before training."""
+@pytest.fixture
+def order(monkeypatch):
+    """What is read, such as "train", and what is announced before, such as "ahead train"."""
     order, ahead, read = [], ImageBatches.read_ahead, ImageBatches.__iter__
 
     def note_ahead(self):
@@ -183,6 +183,12 @@ def test_what_is_read_next_is_announced_before_other_work(tiny, monkeypatch):
 
     monkeypatch.setattr(ImageBatches, "read_ahead", note_ahead)
     monkeypatch.setattr(ImageBatches, "__iter__", note_read)
+    return order
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_is_read_next_is_announced_before_other_work(tiny, order):
+    """The next epoch and the test images before an evaluation, and that one before training."""
     train(tiny(epochs=3, eval_interval=2, num_workers=1))
     assert order == [
         *["ahead train", "train"],
@@ -190,6 +196,26 @@ def test_what_is_read_next_is_announced_before_other_work(tiny, monkeypatch):
         *["ahead train", "val", "ahead train", "ahead val", "train"],
         *["ahead test", "val", "test"],
     ]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_evaluation_of_an_epoch_that_max_steps_ends_is_announced(tiny, order):
+    train(tiny(epochs=3, eval_interval=3, max_steps=6))
+    assert order == [
+        *["ahead train", "train"],
+        *["ahead train", "ahead train", "ahead val", "train"],
+        *["ahead test", "val", "test"],
+    ]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_no_epoch_is_announced_after_the_last_one(tiny, order):
+    """Its end is not that of the steps that all epochs have where `max_steps` had ended one of them early."""
+    recipe = tiny("cut", epochs=2, max_steps=2)
+    train(recipe)
+    order.clear()
+    train(load_recipe(None, {"resume": recipe.run.output_dir, "max_steps": 100}))
+    assert order == ["ahead train", "ahead val", "train", "ahead test", "val", "test"]
 
 
 @pytest.mark.usefixtures("no_pictures", "late")

@@ -239,6 +239,17 @@ def test_resume_on_changed_images(on_files, split, capsys):
     assert not load_recipe(None, {"resume": on_files.run.output_dir}).run.force  # asked for once
 
 
+def test_epochs_are_whole_where_images_were_removed(on_files):
+    """The steps that were done may be more than all epochs have with the images that are left."""
+    folder = on_files.run.output_dir
+    run_training(on_files)
+    for label in "ab":
+        for number in range(4):
+            Path(on_files.data.data_dir, "train", label, f"{number}.png").unlink()
+    report = run_training(load_recipe(None, {"resume": folder, "epochs": 3, "force": True}))
+    assert [record["step"] for record in report.history] == [2, 4, 5]
+
+
 def test_resume_elsewhere_with_the_same_images(on_files, tmp_path):
     """The folder of the images has moved, and so has that of the run."""
     shutil.move(on_files.data.data_dir, tmp_path / "moved")

@@ -50,15 +50,13 @@ from vimtune.parsers import given_file, given_path
 from vimtune.run_folder import ADAPTER_FILE, PEFT_CONFIG, PEFT_TENSORS, what_a_folder_is
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import counted, printable, quote, suggest
+from vimtune.weight_files import PLAIN_WEIGHTS, SAFETENSORS
 
-PLAIN_WEIGHTS = (
+FOR_PLAIN_WEIGHTS = (
     "plain weights, which name no classes, are for --model NAME --checkpoint FILE of train, evaluate and "
     "embed, for export, and in Python for load_checkpoint"
 )
 """What to do with a file that is no adapter, for messages."""
-
-OF_TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""Endings by which files of torch are known, which may hold plain weights."""
 
 
 def save_adapter(
@@ -152,17 +150,17 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[AdapterInfo, dict[str, 
     try:
         metadata, tensors = read_metadata(path), read_tensors(path) if with_tensors else {}
     except SafetensorError as error:
-        if path.suffix.lower() not in (".safetensors", *OF_TORCH):
+        if path.suffix.lower() not in PLAIN_WEIGHTS:
             expected = f"expected the folder of a run, or its {ADAPTER_FILE}"
             raise AdapterFileError(f"{printable(str(path))} is no adapter file; {expected}") from error
-        other = "" if path.suffix == ".safetensors" else f"; {PLAIN_WEIGHTS}"
+        other = "" if path.suffix.lower() == SAFETENSORS else f"; {FOR_PLAIN_WEIGHTS}"
         raise AdapterFileError(f"{shown} is truncated or not a safetensors file ({error}){other}") from error
     except OSError as error:
         raise AdapterFileError(f"{shown} cannot be read: {error.strerror or error}") from error
     if metadata.get("format") != FORMAT:
         if path.name == PEFT_TENSORS and (path.parent / PEFT_CONFIG).is_file():
             raise AdapterFileError(what_a_folder_is(path.parent))
-        raise AdapterFileError(f"{shown} is not one of vimtune; {PLAIN_WEIGHTS}")
+        raise AdapterFileError(f"{shown} is not one of vimtune; {FOR_PLAIN_WEIGHTS}")
     return read_info(metadata.get("info"), shown), tensors
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from vimtune import __version__
 from vimtune.cli import (
@@ -26,27 +27,39 @@ from vimtune.cli import (
     search,
     train,
 )
+from vimtune.cli.parser import CommandParser
 from vimtune.exits import EXIT_CODES, prepare_streams, run_guarded
 from vimtune.machine import spin_briefly
 from vimtune.text import quote, suggest
 
-COMMANDS: dict[str, tuple[str, Callable[[str, Sequence[str]], int]]] = {
-    "train": ("fine-tune a model (--list shows models, methods and data sets)", train.run),
-    "compare": ("methods, data sets and seeds side by side, or finished runs", compare.run),
-    "search": ("find methods, places and sizes that score best on validation data", search.run),
-    "evaluate": ("score a model on the data of a task, with an adapter or without", evaluate.run),
-    "analyze": ("what training has changed: weights, features, scans, cost", analyze.run),
-    "predict": ("classes, choices and completions with an adapter file", predict.run),
-    "embed": ("images as vectors, and their nearest neighbours", embed.run),
-    "combine": ("average, add or subtract adapters", combine.run),
-    "merge": ("fold an adapter into a plain checkpoint, and prove it", merge.run),
-    "export": ("write a model for onnxruntime and other programs", export.run),
-    "convert": ("write an adapter as others read it: HF peft, timm, transformers", convert.run),
-    "push": ("upload an adapter or a merged model to the Hugging Face hub", push.run),
-    "pull": ("download one from there", pull.run),
-    "doctor": ("check this machine and every scan backend", doctor.run),
+
+class Command(Protocol):
+    """What the module of a command offers."""
+
+    def build_parser(self, prog: str) -> CommandParser:
+        """The parser of the command, which users type as `prog`."""
+
+    def run(self, prog: str, arguments: Sequence[str]) -> int:
+        """Run the command; returns its exit code."""
+
+
+COMMANDS: dict[str, tuple[str, Command]] = {
+    "train": ("fine-tune a model (--list shows models, methods and data sets)", train),
+    "compare": ("methods, data sets and seeds side by side, or finished runs", compare),
+    "search": ("find methods, places and sizes that score best on validation data", search),
+    "evaluate": ("score a model on the data of a task, with an adapter or without", evaluate),
+    "analyze": ("what training has changed: weights, features, scans, cost", analyze),
+    "predict": ("classes, choices and completions with an adapter file", predict),
+    "embed": ("images as vectors, and their nearest neighbours", embed),
+    "combine": ("average, add or subtract adapters", combine),
+    "merge": ("fold an adapter into a plain checkpoint, and prove it", merge),
+    "export": ("write a model for onnxruntime and other programs", export),
+    "convert": ("write an adapter as others read it: HF peft, timm, transformers", convert),
+    "push": ("upload an adapter or a merged model to the Hugging Face hub", push),
+    "pull": ("download one from there", pull),
+    "doctor": ("check this machine and every scan backend", doctor),
 }
-"""The commands by name: the line that `--help` shows and the function that runs it."""
+"""The commands by name: the line that `--help` shows, and their modules."""
 
 
 def _overview() -> str:
@@ -66,7 +79,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     elif "--list" in arguments and command not in COMMANDS:
         return train.run("vimtune train", arguments)
     elif command in COMMANDS:
-        return COMMANDS[command][1](f"vimtune {command}", rest)
+        return COMMANDS[command][1].run(f"vimtune {command}", rest)
     else:
         raise ValueError(f"unknown command {quote(command)}.{suggest(command, COMMANDS)} See vimtune --help")
     return 0

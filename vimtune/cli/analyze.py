@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vimtune.analysis.registry import ANALYSES, NUM_BATCHES, NUM_IMAGES, parse_names
 from vimtune.cli.parser import (
+    CommandParser,
     add_common,
     add_import,
     build_key_parser,
@@ -27,9 +28,8 @@ analyses:
 """What stands below the options in the help, before the table of analyses; `{prog}` is the command."""
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     table = "\n".join(f"  {name:<15} {summary}" for name, summary in ANALYSES.items())
     parser, general = build_key_parser(
         prog,
@@ -55,7 +55,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_import(general)
     add_common(general)
     add_recipe_flags(parser, recipe_groups(), keys_without_use("loss"))
-    given = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    given = build_parser(prog).parse_strictly(arguments)
     own = {
         name: given.pop(name, None) for name in ("trained", "only", "split", "images", "batches", "output")
     }

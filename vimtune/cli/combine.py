@@ -28,9 +28,8 @@ def weights(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{quote(text)}: {error}, one for each adapter: 0.5,0.5") from error
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Average adapters of the same base weights, add or subtract what they do.",
@@ -59,7 +58,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_model_options(parser)
     add_import(parser)
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    options = build_parser(prog).parse_strictly(arguments)
 
     from vimtune.commands.combine import run_combine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vimtune.cli.parser import (
+    CommandParser,
     add_common,
     add_import,
     add_output_dir,
@@ -35,9 +36,8 @@ examples:
 """What `--help` says below the options; `{prog}` is the command."""
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    packages = import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser, general = build_key_parser(
         prog,
         usage=f"{prog} [RUN ...] [--config FILE] [--methods ...] [--data ...] [--KEY VALUE ...]",
@@ -58,7 +58,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         {"comparison": options_of(PlanOptions), **recipe_groups()},
         {name: f"set by {owner}" for name, owner in reserved.items()},
     )
-    given, unknown = parser.parse_leniently(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    packages = import_packages(prog, arguments)
+    given, unknown = build_parser(prog).parse_leniently(arguments)
     own = {name: given.pop(name, None) for name in ("runs", "config", "output_dir", "resume")}
 
     # The value of an unknown flag is taken for a run.

@@ -29,9 +29,8 @@ def add_format(parser: CommandParser) -> None:
     parser.add_argument("--to", choices=list(FORMATS), default="vimtune", help=f"{shown} [vimtune]")
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Write an adapter as it is passed on: its files in a format that others read, a card.\n"
@@ -57,7 +56,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     add_import(parser)
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    options = build_parser(prog).parse_strictly(arguments)
 
     from vimtune.exchange.hub import run_convert
 

@@ -21,9 +21,8 @@ examples:
 """What stands below the options in the help; `{prog}` is the command."""
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Write the features of images before the head of a model, or find the images of such a "
@@ -58,7 +57,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     add_import(parser)
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    options = build_parser(prog).parse_strictly(arguments)
     counts = {name: whole_number(name, options[name]) for name in ("top_k", "batch_size")}
 
     from vimtune.commands.embed import run_embed

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vimtune.cli.parser import add_common, add_import, build_key_parser, import_packages, path
+from vimtune.cli.parser import (
+    CommandParser,
+    add_common,
+    add_import,
+    build_key_parser,
+    import_packages,
+    path,
+)
 from vimtune.cli.train import add_recipe_flags, recipe_groups
 from vimtune.fields import Option, options_of
 from vimtune.recipe import keys_without_use
@@ -30,9 +37,8 @@ def _option_groups() -> dict[str, dict[str, Option]]:
     return {options.title: options_of(options) for options in classes}
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser, general = build_key_parser(
         prog,
         usage=f"{prog} [--adapter FILE] [--config FILE [--variant X]] [--KEY VALUE ...]",
@@ -54,7 +60,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_import(general)
     add_common(general)
     add_recipe_flags(parser, {**_option_groups(), **recipe_groups()}, keys_without_use("scores"))
-    given = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    given = build_parser(prog).parse_strictly(arguments)
     names = ("adapter", "split", "output", "mistakes", "config", "variant")
     own = {name: given.pop(name, None) for name in names}
 

@@ -14,9 +14,8 @@ examples:
 """What stands below the options in the help; `{prog}` is the command."""
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Write a model of images for programs that do without vimtune, merged, with class names "
@@ -49,7 +48,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     )
     add_import(parser)
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    options = build_parser(prog).parse_strictly(arguments)
 
     from vimtune.commands.export import run_export
 

@@ -16,9 +16,8 @@ from vimtune.cli.parser import (
 from vimtune.tasks.merging import Precision
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Fold an adapter into its base weights: plain weights without any adapter left.",
@@ -41,7 +40,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_model_options(parser)
     add_import(parser)
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    options = build_parser(prog).parse_strictly(arguments)
 
     from vimtune.commands.merge import run_merge
 

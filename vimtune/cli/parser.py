@@ -15,6 +15,9 @@ from vimtune.text import quote, shorten, suggest
 SHARED_FLAGS = ("traceback", "packages")
 """What `add_common` and `add_import` add: `vimtune.cli.main` and `import_packages` read it."""
 
+_MAX_OWNERS = 4
+"""Commands that are named where a flag belongs to others than the one that was given."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """Full flag names only, one-line errors, and a suggestion for a misspelt flag or command."""
@@ -39,15 +42,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def unknown_arguments(self, arguments: Sequence[str]) -> list[str]:
         """One line for each argument that no option of this parser takes."""
-        options = [option for action in self._actions for option in action.option_strings]
         flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
-        # The dashes, which all flags share, are no likeness.
-        names = [option.lstrip("-") for option in options]
-        lines = [
-            f"unknown flag {shorten(flag)}"
-            + (self._hint_of_flag(flag) or f".{suggest(flag.lstrip('-'), names, '--')}")
-            for flag in flags
-        ]
+        lines = [f"unknown flag {shorten(flag)}{self._hint_of_flag(flag)}" for flag in flags]
         # What follows an unknown flag is its value; alone it is a surplus argument.
         return lines or [
             f"unexpected argument {quote(argument)}{self._hint(argument)}." for argument in arguments
@@ -55,17 +51,27 @@ class CommandParser(argparse.ArgumentParser):
 
     def _hint(self, argument: str) -> str:
         """What was probably meant by an argument without a flag, where commands like this one take a run."""
-        if "--adapter" in self._option_string_actions:
+        if self.has("--adapter"):
             return f": an adapter or a run is given as --adapter {shorten(argument)}"
         return ""
 
     def _hint_of_flag(self, flag: str) -> str:
-        """Why this command does not have a flag of others, or what was probably meant by it."""
+        """Why this command does not have a flag, or which ones do, and what was probably meant by it."""
         if flag == "--data-dir" and any(action.dest == "inputs" for action in self._actions):
             return f". Images and folders are given without a flag: {self.prog} FOLDER"
         key = flag.lstrip("-").replace("-", "_")
         reason = self.left_out.get(key) or self.left_out.get(key.removeprefix("no_"))
-        return f": {reason}." if reason else ""
+        if reason:
+            return f": {reason}."
+        owners = _owners(flag)
+        # The dashes, which all flags share, are no likeness. A flag that others have is hardly misspelt.
+        names = [option.lstrip("-") for option in self._option_string_actions]
+        similar = suggest(flag.lstrip("-"), names, "--", likeness=0.7 if owners else 0.5)
+        return f".{owners}{similar}"
+
+    def has(self, flag: str) -> bool:
+        """Whether a flag such as "--lr" is one of this command."""
+        return flag in self._option_string_actions
 
     def parse_leniently(self, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         """Parse a command line of which something may be left over.
@@ -88,6 +94,20 @@ class CommandParser(argparse.ArgumentParser):
         if problems:
             raise ValueError("; ".join(problems) + f" See {self.prog} --help")
         return values
+
+
+def _owners(flag: str) -> str:
+    """A sentence that names the commands which have a flag; empty if none has."""
+    from vimtune.cli import COMMANDS  # They import this module.
+
+    prog = "vimtune"
+    names = [
+        name for name, (_, command) in COMMANDS.items() if command.build_parser(f"{prog} {name}").has(flag)
+    ]
+    if not names:
+        return ""
+    shown = names if len(names) <= _MAX_OWNERS else [*names[:_MAX_OWNERS], "others"]
+    return f" It belongs to {prog} {' and '.join(', '.join(shown).rsplit(', ', 1))}."
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

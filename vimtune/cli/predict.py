@@ -38,9 +38,8 @@ def _groups() -> dict[str, dict[str, Option]]:
     return {options.title: options_of(options) for options in classes}
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Answer for images or texts with a trained adapter file.",
@@ -65,9 +64,15 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_import(parser)
     add_common(parser)
     parser.argument_default = argparse.SUPPRESS
-    add_recipe_flags(parser, groups := _groups())
-    options = parser.parse_strictly(arguments)
-    names = {name for items in groups.values() for name in items}
+    add_recipe_flags(parser, _groups())
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    options = build_parser(prog).parse_strictly(arguments)
+    names = {name for items in _groups().values() for name in items}
 
     from vimtune.commands.predict import run_predict
 

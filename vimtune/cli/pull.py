@@ -8,8 +8,8 @@ from vimtune.cli.parser import CommandParser, add_common, add_new_folder
 from vimtune.exchange.formats import FORMATS
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Download an adapter or a merged model from the Hugging Face hub.\n"
@@ -20,7 +20,12 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     parser.add_argument("--revision", metavar="X", help="a branch, tag or commit")
     parser.add_argument("--to", choices=list(FORMATS), help="the files of this format alone")
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    options = build_parser(prog).parse_strictly(arguments)
 
     from vimtune.exchange.hub import run_pull
 

@@ -15,9 +15,8 @@ from vimtune.cli.parser import (
 )
 
 
-def run(prog: str, arguments: Sequence[str]) -> int:
-    """Run the command; returns its exit code."""
-    import_packages(prog, arguments)
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser = CommandParser(
         prog=prog,
         description="Upload an adapter and its card to the Hugging Face hub, as vimtune convert writes them.",
@@ -30,7 +29,13 @@ def run(prog: str, arguments: Sequence[str]) -> int:
     add_model_options(parser)
     add_import(parser)
     add_common(parser)
-    options = parser.parse_strictly(arguments)
+    return parser
+
+
+def run(prog: str, arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    import_packages(prog, arguments)
+    options = build_parser(prog).parse_strictly(arguments)
 
     from vimtune.exchange.hub import run_push
 

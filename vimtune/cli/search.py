@@ -54,7 +54,8 @@ def _left_out() -> dict[str, str]:
     return {**of_methods, **of_a_run}
 
 
-def _build_parser(prog: str) -> CommandParser:
+def build_parser(prog: str) -> CommandParser:
+    """The parser of the command, which users type as `prog`."""
     parser, general = build_key_parser(
         prog,
         usage=f"{prog} --space FILE [--config FILE] [--KEY VALUE ...]",
@@ -99,7 +100,7 @@ def _number(given: Mapping[str, Any], name: str, default: int, low: int, high: i
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     packages = import_packages(prog, arguments)
-    given = _build_parser(prog).parse_strictly(arguments)
+    given = build_parser(prog).parse_strictly(arguments)
     own = {name: given.pop(name) for name in OWN_FLAGS if name in given}
     workers = _number(own, "workers", 1, 1, 1024)
 

@@ -90,7 +90,7 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, declared: Mapping[str, 
         group.add_argument(flag, *SHORT_FLAGS.get(name, ()), dest=name, help=help, metavar="X")
 
 
-def build_train_parser(prog: str) -> CommandParser:
+def build_parser(prog: str) -> CommandParser:
     """Parser whose flags are the recipe's fields, grouped as there; all values stay text."""
     parser, general = build_key_parser(
         prog,
@@ -151,7 +151,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
         return run_quickstart()
     import_packages(prog, arguments)
-    recipe = _read_recipe(build_train_parser(prog), arguments)
+    recipe = _read_recipe(build_parser(prog), arguments)
     if recipe is None:
         print(listing(shutil.get_terminal_size((100, 24)).columns))
         return 0

@@ -28,6 +28,7 @@ from vimtune.output import check_output
 from vimtune.runtime.device import resolve_device
 from vimtune.tasks.origin import adapter_path, given_base, task_of
 from vimtune.text import counted, printable, quote
+from vimtune.weight_files import SAFETENSORS
 
 RESULT = "combined"
 """Name of the result on the model that is used."""
@@ -76,7 +77,7 @@ def combine_files(
     if not paths:
         raise ValueError("adapters is empty: expected at least one adapter file or run folder")
     target = parsers.given_path("output", output, "the file to write")
-    check_output(target, (".safetensors",), paths)
+    check_output(target, (SAFETENSORS,), paths)
     for path in paths:
         if is_merged_file(path):
             raise ValueError(f"{quote(str(path))} is merged already: expected adapter files or run folders")

@@ -14,12 +14,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vimtune.weight_files import ONNX, PT2
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FORMATS = {
-    ".onnx": "vimtune.export.onnx_format.OnnxFormat",
-    ".pt2": "vimtune.export.pt2_format.Pt2Format",
+    ONNX: "vimtune.export.onnx_format.OnnxFormat",
+    PT2: "vimtune.export.pt2_format.Pt2Format",
 }
 """The formats by the ending of their files' names -> class."""
 
@@ -87,6 +89,6 @@ def format_of(path: Path) -> ExportFormat:
     if missing:
         raise ValueError(
             f"a file {suffix} needs {', '.join(missing)}: pip install 'vimtune[export]' (or name a file "
-            ".pt2, which needs torch alone)"
+            f"{PT2}, which needs torch alone)"
         )
     return kind()

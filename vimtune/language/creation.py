@@ -34,6 +34,7 @@ from vimtune.models.checkpoint import (
 )
 from vimtune.models.weights import RANDOM_WEIGHTS
 from vimtune.text import printable, quote, suggest
+from vimtune.weight_files import PLAIN_WEIGHTS
 
 MODELS: dict[str, Any] = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM}
 """transformers' classes by family."""
@@ -104,7 +105,7 @@ def _find(name: str, pretrained: bool) -> Path | None:
     path = Path(name)
     if name and path.exists():  # the path of an empty name is the working folder
         return path
-    if name.count("/") == 1 and not path.suffix.endswith((".bin", ".pt", ".pth", ".safetensors")):
+    if name.count("/") == 1 and path.suffix.lower() not in PLAIN_WEIGHTS:
         return download(name, pretrained)
     raise ValueError(
         f"unknown language model {quote(name)}.{suggest(name, LANGUAGE_MODELS)} Expected one of "

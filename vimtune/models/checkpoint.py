@@ -31,6 +31,7 @@ from vimtune.parsers import given_path
 from vimtune.schema import parse_json
 from vimtune.tensor_file import read_metadata, read_tensors
 from vimtune.text import printable, quote
+from vimtune.weight_files import PLAIN_WEIGHTS, SAFETENSORS
 
 if TYPE_CHECKING:
     from vimtune.models.vim import VisionMamba
@@ -84,8 +85,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     shown = printable(str(path))
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {shown} {kind}; expected a .pth, .pt, .bin or .safetensors file")
-    if path.suffix == ".safetensors":
+        raise CheckpointError(
+            f"checkpoint {shown} {kind}; expected a file with a name ending in {' or '.join(PLAIN_WEIGHTS)}"
+        )
+    if path.suffix.lower() == SAFETENSORS:
         return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -98,7 +101,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"{shown} is truncated or not a PyTorch checkpoint ({_first_line(error)})"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{shown} holds a {type(content).__name__}, expected a dictionary of weights")
+        raise CheckpointError(f"{shown} holds {quote(content)}, expected a dictionary of weights")
     return dict(content), {}
 
 

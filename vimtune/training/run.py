@@ -43,6 +43,7 @@ from vimtune.training.state import (
     ended,
     save_run_state,
     settle_best_adapter,
+    steps_left,
     steps_used_up,
 )
 from vimtune.training.stepper import Step, Stepper
@@ -144,7 +145,7 @@ class Run:
         self.saving.is_current = False
         loader.set_position(progress.epoch, progress.batch)
         loader.read_ahead()
-        if self._is_evaluated(progress.epoch + 1):
+        if self._is_evaluated():
             _read_ahead(self.job.selection)
         self.trained.set_training_mode()
         shown_count = progress.count
@@ -196,11 +197,11 @@ class Run:
         settings, progress, train = self.recipe.optimisation, self.progress, self.job.train
         if progress.stopped is not None:  # and then by a signal, before the epoch was evaluated
             return
-        steps = settings.steps_of(len(train) - progress.batch)
-        number, steps_left = progress.epoch + 1, max(0, self.schedule.total_steps - progress.step)
+        number, is_last, left = progress.epoch + 1, self._is_last(), steps_left(settings, progress)
         # A loader that is read to its end says what it makes of the whole epoch.
-        yield from train if steps <= steps_left else islice(train, steps_left * settings.grad_accum)
-        if steps < steps_left:
+        whole = self._steps_of_epoch_left() <= left
+        yield from train if whole else islice(train, int(left) * settings.grad_accum)
+        if not is_last:
             _read_ahead(train, number)
         elif self.job.final is not self.job.selection:
             _read_ahead(self.job.final)
@@ -235,7 +236,7 @@ class Run:
             train_loss=progress.loss_sum / progress.loss_count,
             rate=self._rate(),
         )
-        if self._is_evaluated(number):
+        if self._is_evaluated():
             self._score(record)
         progress.history.append(record)
         progress.epoch, progress.batch = number, 0
@@ -284,15 +285,27 @@ class Run:
             record.loss, record.scores = found.loss, dict(found.scores)
             self._select(record)
 
-    def _is_evaluated(self, number: int) -> bool:
-        """Whether the selection split is scored after epoch `number`, counted from 1 on."""
-        if self._is_last(number):
+    def _is_evaluated(self) -> bool:
+        """Whether the selection split is scored after this epoch."""
+        if self._is_last():
             return True
+        number = self.progress.epoch + 1
         return not self.recipe.data.evaluated_once and number % self.recipe.run.eval_interval == 0
 
-    def _is_last(self, number: int) -> bool:
-        """Whether no epoch follows after epoch `number`, unless the run stops early."""
-        return number == self.recipe.optimisation.epochs or self._has_no_steps_left()
+    def _is_last(self) -> bool:
+        """Whether no epoch follows after this one, unless the run stops early.
+
+        That is known from its beginning on, unless a callback ends the training. The number of all steps of
+        the run does not tell it: epochs may have had fewer, which `max_steps` ended before the run went on.
+        """
+        settings, progress = self.recipe.optimisation, self.progress
+        if progress.stopped is not None or progress.epoch + 1 == settings.epochs:
+            return True
+        return self._steps_of_epoch_left() >= steps_left(settings, progress)
+
+    def _steps_of_epoch_left(self) -> int:
+        """How many optimizer steps the batches of this epoch make that are left."""
+        return self.recipe.optimisation.steps_of(len(self.job.train) - self.progress.batch)
 
     def _select(self, record: EpochRecord) -> None:
         """Make an epoch that was just evaluated the best one, if it is."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -414,4 +415,9 @@ def ended(settings: OptimisationSettings, progress: Progress) -> bool:
 
 def steps_used_up(settings: OptimisationSettings, progress: Progress) -> bool:
     """Whether a run has taken as many optimizer steps as it may."""
-    return settings.max_steps is not None and progress.step >= settings.max_steps
+    return steps_left(settings, progress) == 0
+
+
+def steps_left(settings: OptimisationSettings, progress: Progress) -> float:
+    """How many optimizer steps a run may still take; infinity where its epochs alone end it."""
+    return math.inf if settings.max_steps is None else max(0, settings.max_steps - progress.step)

@@ -31,9 +31,6 @@ _EXPECTED = (
 )
 """What `Picture` is, for messages."""
 
-_LONGEST_VALUE = 80
-"""Characters of a value that a message shows."""
-
 Unreadable = CorruptImageError | ImageReadError
 """Why nothing is said of an image."""
 
@@ -104,10 +101,7 @@ def _in_memory(picture: Any, name: str) -> bytes | Image.Image | np.ndarray:
         except (OSError, ValueError) as error:  # The latter is what a closed file raises.
             raise ValueError(f"{name} = {quote(picture)} cannot be read: {printable(str(error))}") from error
     if not isinstance(content, Content):
-        shown = quote(picture)
-        if len(shown) > _LONGEST_VALUE:  # such as all numbers of a tensor
-            shown = f"something of type {type(picture).__name__}"
-        raise ValueError(f"{name} = {shown}: expected {_EXPECTED}")
+        raise ValueError(f"{name} = {quote(picture)}: expected {_EXPECTED}")
     return bytes(content)
 
 

@@ -25,6 +25,7 @@ from vimtune.tasks.images.predictor import load_image_predictor
 from vimtune.tasks.merging import Merged, Precision, dtype_of, prove
 from vimtune.tasks.origin import find_base
 from vimtune.text import quote
+from vimtune.weight_files import SAFETENSORS
 
 NUM_IMAGES = 8
 """Random images on which the merged model has to compute what base and adapter do."""
@@ -61,7 +62,7 @@ def merge_images(
     """
     info = read_adapter_info(adapter)
     base = find_base(adapter, info) if checkpoint is None else checkpoint
-    check_output(output, (".safetensors",), [adapter] if base is None else [adapter, base])
+    check_output(output, (SAFETENSORS,), [adapter] if base is None else [adapter, base])
     if not _is_utf8(output.absolute()):
         raise OutputError(
             f"cannot write {quote(str(output))}: its path is not UTF-8, as safetensors needs it"
