@@ -113,9 +113,7 @@ def _shape_of_array(value: Any) -> tuple[int, ...] | None:
         shape = getattr(value, "shape", None)
         if not isinstance(shape, tuple) or getattr(value, "ndim", None) != len(shape):
             return None
-    except (
-        Exception
-    ):  # Whoever asks a lazy or closed array may hear anything; a message is made nevertheless.
+    except Exception:  # A lazy or closed array may raise anything, and a message is made nevertheless.
         return None
     return tuple(shape) if all(isinstance(size, int) for size in shape) else None
 
