@@ -85,6 +85,22 @@ def test_an_adapter_goes_to_the_hub_and_back(tmp_path, made, hub, capsys):
     assert re.search(r'pull\("me/flowers"', text)
 
 
+@pytest.mark.parametrize("to", ["vimtune", "peft", "merged"])
+def test_a_card_names_the_license_that_is_given(to, tmp_path, made, hub, capsys):
+    folder, _ = made
+    given = ["--to", to, "--license", "cc-by-nc-4.0"]
+    assert cli.main(["convert", str(folder), "-o", str(tmp_path / "out"), *given]) == 0
+    assert card_of(tmp_path / "out")[0]["license"] == "cc-by-nc-4.0"
+    assert cli.main(["push", str(folder), "me/licensed", *given]) == 0
+    assert b"license: cc-by-nc-4.0" in hub.files["me/licensed"]["README.md"]
+    vimtune.convert(folder, tmp_path / "silent", to=to)
+    assert "license" not in card_of(tmp_path / "silent")[0]
+    capsys.readouterr()
+    assert cli.main(["convert", str(folder), "-o", str(tmp_path / "x"), "--license", "Apache 2"]) == 2
+    assert "license = 'Apache 2': expected its name on the Hugging Face hub" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no such rights")
 @pytest.mark.parametrize("to", ["vimtune", "peft", "merged"])
 def test_all_files_have_the_rights_of_new_files(to, tmp_path, made):

@@ -24,9 +24,12 @@ examples:
 
 
 def add_format(parser: CommandParser) -> None:
-    """Add the flag that names a format."""
+    """Add the flags that name a format and what its card says of the license."""
     shown = "; ".join(f"{name}: {form.summary}" for name, form in FORMATS.items())
     parser.add_argument("--to", choices=list(FORMATS), default="vimtune", help=f"{shown} [vimtune]")
+    parser.add_argument(
+        "--license", metavar="X", help="license that the card names, as the hub writes it: apache-2.0"
+    )
 
 
 def build_parser(prog: str) -> CommandParser:

@@ -7,6 +7,7 @@ computer that it comes from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,31 @@ from vimtune.methods.linear import LinearProbe
 from vimtune.run_folder import RunFolder
 from vimtune.tasks.base import Score
 from vimtune.tasks.origin import task_of
-from vimtune.text import escape_markdown, shorten
+from vimtune.text import escape_markdown, quote, shorten
 from vimtune.training.result import Result, read_result
 
 MAX_CLASSES = 100
 """Names of classes that a card lists."""
+_LICENSE = r"[a-z0-9][a-z0-9.-]{0,63}"
+"""How the hub writes the name of a license."""
 
 
-def write_card(info: AdapterInfo, adapter: Path, form: Format, loading_code: str, place: str) -> str:
+def check_license(license: str | None) -> None:
+    """Make sure that the hub knows what is meant by a license.
+
+    Raises:
+        ValueError: it is not written as the hub writes the names of licenses.
+    """
+    if license is not None and not re.fullmatch(_LICENSE, str(license)):
+        raise ValueError(
+            f"license = {quote(license)}: expected its name on the Hugging Face hub, in lower-case letters, "
+            "digits, dots and hyphens: apache-2.0, mit, cc-by-nc-4.0, or other"
+        )
+
+
+def write_card(
+    info: AdapterInfo, adapter: Path, form: Format, loading_code: str, place: str, license: str | None = None
+) -> str:
     """The text of a README.md.
 
     Args:
@@ -39,13 +57,14 @@ def write_card(info: AdapterInfo, adapter: Path, form: Format, loading_code: str
         form: in which format it is passed on.
         loading_code: Python that loads it, with "{place}" for the repository.
         place: name of the repository, or of the folder.
+        license: its name on the hub, such as "apache-2.0"; the card names none if None.
     """
     result = _result_beside(adapter)
     task = task_of(info)
     title = place.rpartition("/")[2]
     recipe = shared_recipe(info)
     parts = [
-        f"---\n{_metadata(info, result, form, title, task.hub_task, recipe)}\n---",
+        f"---\n{_metadata(info, result, form, title, task.hub_task, recipe, license)}\n---",
         f"# {escape_markdown(title)}",
         f"{escape_markdown(_sentence(info, form, recipe))} Made by vimtune {__version__}.",
         _table(("", ""), _facts(info, result)),
@@ -80,6 +99,7 @@ def _metadata(
     title: str,
     hub_task: str | None,
     recipe: Mapping[str, Any],
+    license: str | None,
 ) -> str:
     """The YAML by which the hub finds and shows it."""
     found = []
@@ -101,6 +121,7 @@ def _metadata(
     is_model = form.whole_model or _trains_everything(info)
     relation = None if base is None else "finetune" if is_model else "adapter"
     data = ModelCardData(
+        license=license,
         library_name=form.library_of(info),
         tags=["vimtune", "mamba", *info.method.split("+")],
         pipeline_tag=hub_task,

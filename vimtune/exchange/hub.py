@@ -22,7 +22,7 @@ from vimtune import parsers
 from vimtune.adapters import read_adapter_info
 from vimtune.console import build_console, print_line
 from vimtune.exchange.base import REPOSITORY
-from vimtune.exchange.card import write_card
+from vimtune.exchange.card import check_license, write_card
 from vimtune.exchange.formats import FORMATS, Source
 from vimtune.exchange.local_paths import clean_json
 from vimtune.exchange.peft.adopt import Unsaid, adopt_peft, is_peft_folder, read_names
@@ -47,6 +47,7 @@ def convert(
     *,
     to: str = "vimtune",
     place: str | None = None,
+    license: str | None = None,
     task: str | None = None,
     classes: Sequence[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -64,6 +65,7 @@ def convert(
         folder: a folder that is empty or not there yet.
         to: the format, one of `vimtune.exchange.formats.FORMATS`: "vimtune", "peft", "merged".
         place: name of the repository that the card speaks of; if None OWNER/ and that of the folder.
+        license: its name on the hub, such as "apache-2.0"; the card names none if None.
         task: what a folder of HF peft was trained for, such as "text"; "classification" of images if None.
         classes: names of its classes, one for each output of its head; numbers if None.
         checkpoint: where the base weights of an adapter of images are now, as for `load_predictor`.
@@ -85,6 +87,7 @@ def convert(
     options: dict[str, Any] = {
         "to": to,
         "place": place,
+        "license": license,
         "device": device,
         "backend": backend,
         "force": force,
@@ -108,6 +111,7 @@ def _write(
     *,
     to: str,
     place: str | None,
+    license: str | None,
     base: Mapping[str, Any],
     device: str,
     backend: str,
@@ -116,6 +120,7 @@ def _write(
     """`convert` of an adapter file; `base` says where its base weights are, as `given_base` does."""
     target = parsers.given_path("folder", folder, "a new folder")
     form = FORMATS.get(to)
+    check_license(license)
     if is_merged_file(path):
         raise ValueError(f"{quote(str(path))} is merged already: give the adapter that it was made from")
     info = read_adapter_info(path)
@@ -124,7 +129,7 @@ def _write(
     def write(temporary: Path) -> None:
         code = form.write(source, temporary)
         clean_json(temporary)
-        card = write_card(info, path, form, code, place or f"OWNER/{target.name}")
+        card = write_card(info, path, form, code, place or f"OWNER/{target.name}", license)
         (temporary / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
 
     write_folder(target, write)
@@ -136,6 +141,7 @@ def push(
     repository: str,
     *,
     to: str = "vimtune",
+    license: str | None = None,
     private: bool = False,
     message: str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -151,6 +157,7 @@ def push(
         adapter: the file, or the folder of a run.
         repository: "user/name"; it is made where there is none.
         to: the format, as for `convert`.
+        license: under which it is passed on, as for `convert`.
         private: whether a new repository is private.
         message: title of the commit.
         checkpoint: where the base weights of an adapter of images are now, as for `load_predictor`.
@@ -179,6 +186,7 @@ def push(
             Path(temporary) / "files",
             to=to,
             place=repository,
+            license=license,
             base=given_base(checkpoint, model, tokenizer),
             device=device,
             backend=backend,
