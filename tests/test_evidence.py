@@ -186,5 +186,8 @@ def test_the_order_stands_beside_that_of_the_papers(page):
     # The paper has full, prodial, dora, lora, linear, by the mean of Flowers and Cars.
     assert "| `linear` | 55.0 | 1 | 58.7 | 5 |" in text and "| `full` | 54.0 | 2 | 91.1 | 1 |" in text
     assert "Here: means over flowers, cars." in text and "Rank correlation (Spearman): -0.10." in text
+    others = ["full,pets,0.1,0,True,99,99,9,1", "linear,pets,0.1,0,True,1,1,9,1"]
+    page(native_csv="\n".join([runs_of(METHODS), *others]))
+    assert rankings.rankings() == text, "other data sets count in no rank"
     page(native_csv=runs_of(METHODS[:4], ["pets"]))
     assert rankings.rankings() == ""

@@ -69,6 +69,7 @@ def _compared(scores: evidence.Scores, published: Published) -> Iterator[str]:
     }
     if len(ours) < 3:
         return
+    ours = dict(sorted(ours.items(), key=lambda item: -item[1]))
     order = sorted(ours, key=lambda method: -theirs[method])
     rows = [
         [

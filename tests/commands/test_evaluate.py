@@ -24,6 +24,8 @@ import vimtune
 from vimtune import cli
 from vimtune.commands.merge import merge_to_file
 from vimtune.data import create_dataset
+from vimtune.models.merged import read_merged_info
+from vimtune.models.weights import weights_of
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks import TASKS, EvaluateOptions, Task
@@ -637,6 +639,25 @@ def test_weights_without_a_head_for_the_classes_are_not_scored(tmp_path, capsys,
     assert told in caplog.text and told in page.read_text()
     assert run("--dataset-kwargs", few, "--num-workers", 0, "--device", "cpu") == 2
     assert f"{Recipe().backbone.model} has no head for the 3 classes" in error(capsys)
+
+
+def test_published_weights_know_the_names_of_their_classes(tmp_path, capsys, caplog):
+    """They are matched by name, as those of an adapter are, so that a part of the classes will do."""
+    model = "vim_nano_patch8_64.tiny_in200"
+    names = read_merged_info(weights_of(model).path).classes
+    folder, page = tmp_path / "photos", tmp_path / "page.html"
+    for number, name in enumerate([names[7], names[3]]):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (200 * number, 90, 0)).save(folder / name / "a.png")
+    flags = ("--model", model, "--num-workers", 0, "--device", "cpu", "--folder")
+    assert run(*flags, folder, "-o", page) == 0
+    assert "no names of classes" not in caplog.text and "The data have no class" in caplog.text
+    assert names[7] in page.read_text()
+    for number in range(len(names)):
+        (tmp_path / "others" / f"class {number}").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "others" / f"class {number}" / "a.png")
+    assert run(*flags, tmp_path / "others") == 2
+    assert "the model knows none of the classes of the images" in error(capsys)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from vimtune.data.matching import Matched, match_classes
 from vimtune.data.own.labelled_folder import LabelledFolder
 from vimtune.data.subset import draw_at_most
 from vimtune.models import MODELS
+from vimtune.models.fetching import file_of
 from vimtune.models.merged import MergedFileError, is_merged_file, read_merged_info
+from vimtune.models.weights import weights_of
 from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.tasks.classes.calibration import HELD_OUT, without_seen
@@ -188,8 +190,9 @@ def _open_model(
             )
     untrained = ""
     if file is None:
-        model, named = create_backbone(recipe, len(dataset.classes)), list[str]()
-        untrained = _new_head(recipe, model, dataset)
+        named = _published_names(backbone, dataset)
+        model = create_backbone(recipe, len(named or dataset.classes))
+        untrained = "" if named else _new_head(recipe, model, dataset)
         transform = build_transform("none", train=False, **model_preprocessing(model))
     else:
         base = None if adapter is None else backbone.checkpoint
@@ -201,6 +204,20 @@ def _open_model(
             f"{len(dataset.classes)} classes: {dataset.source}"
         )
     return model, named, transform, untrained
+
+
+def _published_names(backbone: BackboneSettings, dataset: ImageDataset) -> list[str]:
+    """The classes of the published weights of a model, if it has them and their head is one for these images.
+
+    It is not if it knows none of the classes and has another number of them; what to do then is train one.
+    """
+    weights = weights_of(backbone.model) if backbone.pretrained and backbone.checkpoint is None else None
+    if weights is None:
+        return []
+    file = file_of(weights)
+    names = read_merged_info(file).classes if is_merged_file(file) else []
+    fits = len(names) == len(dataset.classes) or not set(names).isdisjoint(dataset.classes)
+    return names if fits else []
 
 
 def _order_note(classes: Sequence[str]) -> str:
