@@ -30,7 +30,8 @@ TRAINED = ("parameters", "trained")
 """Columns with the numbers that are trained beside the head."""
 PICTURES = {
     "{}.png": "Score and standard deviation of each method; where their sizes differ, over the trained "
-    "numbers, and the line joins the methods than which no other one is better with as few.",
+    "numbers, and the line joins the methods than which no other one is better with as few. Scores far "
+    "behind all others stand at the edge.",
     "{}_paired.png": "Differences from one method: the mean over the data sets with its standard error, and "
     "a mark for each data set.",
 }

@@ -141,6 +141,24 @@ def test_pictures_of_several_sizes_of_one_method_and_of_nothing(tmp_path):
     assert [short_count(n) for n in (950, 36_900, 5_308_416)] == ["950", "36.9k", "5.31M"]
 
 
+@pytest.mark.parametrize("failed", [5, 45])
+def test_a_score_far_behind_does_not_press_the_others_together(failed):
+    scores = {f"m{n}": 50 + n for n in range(12)} | {"failed": failed}
+    rows = [
+        Row(name, "x", (result(score, trained=1000 * 2**n),), 1e-3)
+        for n, (name, score) in enumerate(scores.items())
+    ]
+    figure = draw_pareto(rows)
+    (axes,) = figure.axes
+    assert axes.get_ylim()[0] == pytest.approx(50 - 0.12 * 11 if failed == 5 else 45 - 0.12 * 16)
+    assert [text.get_text() for text in axes.texts] == (["5.0 %"] if failed == 5 else [])
+    assert len(figure.legends[0].get_texts()) == len(scores)
+    at_a_budget = [Row(name, "x", (result(score, trained=1000),), 1e-3) for name, score in scores.items()]
+    (axes,) = draw_pareto(at_a_budget).axes
+    assert axes.get_xlim()[0] > (49 if failed == 5 else 44)
+    assert [text.get_text() for text in axes.texts] == (["5.0 %"] if failed == 5 else [])
+
+
 def test_methods_of_about_one_size_stand_one_below_the_other():
     def row(method, data, *scores, trained=173_000):
         return Row(

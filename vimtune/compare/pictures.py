@@ -34,6 +34,10 @@ ONE_SIZE = 2**0.5
 """Methods are about as large as the middle one if they train up to so many times as much, or as little."""
 MOST = 0.75
 """The share of the methods of a data set that have to be of one size, so that they stand at a budget."""
+ENOUGH_FOR_QUARTILES = 8
+"""From so many methods on one may be far behind the others."""
+WHISKER = 1.5
+"""How many ranges between the quartiles the whisker of a box plot is long at the most."""
 MARKERS = "osD^vP*X<>"
 """Marks of the methods; with ten colours they tell a hundred of them apart."""
 
@@ -75,8 +79,8 @@ def _has_a_point(row: Row) -> bool:
 def _draw_ranks(rows: Sequence[Row], of_other_sizes: Collection[str]) -> Figure:
     """A picture with a panel for each data set, where methods stand one below the other, each at its score.
 
-    Their order is that of their mean scores over the data sets on which all of them have one. The names of
-    some say how many numbers they train beside the head.
+    Their order is that of their mean scores over the data sets on which all of them have one; scores far
+    behind all others stand at the edge. The names of some say how many numbers they train beside the head.
     """
     groups = by_data(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -94,17 +98,16 @@ def _draw_ranks(rows: Sequence[Row], of_other_sizes: Collection[str]) -> Figure:
         for axes in grid.flat[len(groups) :]:
             axes.set_axis_off()
         for axes, (name, group) in zip(grid.flat, groups.items(), strict=False):
+            far = _far_behind(group)
+            look = {"fmt": "o", "color": "tab:blue"}
             for row in group:
                 assert row.score is not None, "the others are left out"
-                axes.errorbar(
-                    row.score.mean,
-                    methods.index(row.method),
-                    xerr=row.score.deviation or None,
-                    fmt="o",
-                    color="tab:blue",
-                    markersize=5,
-                    capsize=2,
-                )
+                line = methods.index(row.method)
+                if row in far:
+                    _draw_at_the_edge(axes, row, line, look, upright=False)
+                else:
+                    error = row.score.deviation or None
+                    axes.errorbar(row.score.mean, line, xerr=error, markersize=5, capsize=2, **look)
             axes.set_title(shorten(printable(name), 2 * MAX_NAME))
             axes.set_xlabel(score_label(group[0].scores[0], group[0].split))
             _name_lines(axes, methods, sizes)
@@ -257,11 +260,15 @@ def _draw_curves(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any
 def _draw_points(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any]:
     """Draw the points of one data set, and the line of those that nobody beats.
 
+    Scores far behind all others stand at the edge.
+
     Returns:
         The drawn points by method, for a legend.
     """
-    score, handles = rows[0].scores[0], {}
+    score, handles, far = rows[0].scores[0], dict[str, Any](), _far_behind(rows)
     for row in rows:
+        if row in far:
+            continue
         spread = row.score
         assert spread is not None and row.trainable is not None, "the others are left out"
         error = spread.deviation or None
@@ -281,8 +288,57 @@ def _draw_points(axes: Axes, rows: Sequence[Row], looks: Looks) -> dict[str, Any
     if score.percent:  # A deviation may reach further, a score cannot.
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, -1), min(top, 101))
+    for row in far:
+        look, size = looks[row.method], row.trainable or 0
+        handles[row.method] = _draw_at_the_edge(axes, row, size, look, upright=True)
     axes.grid(alpha=0.3)
     return handles
+
+
+def _far_behind(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose score is so much worse than most that it would press the others together on an axis.
+
+    Each is beyond the whisker of a box plot (Tukey 1977), which is worse than the worse quartile by more than
+    one and a half times the range between the quartiles, and without them the axis is less than half as long.
+    """
+    if len(rows) < ENOUGH_FOR_QUARTILES:
+        return []
+    sign = 1.0 if rows[0].scores[0].higher_is_better else -1.0
+    low, _, high = statistics.quantiles((sign * _mean(row) for row in rows), n=4)
+    far = [row for row in rows if low - sign * _mean(row) > WHISKER * (high - low)]
+    every, near = ([_mean(row) for row in some] for some in (rows, [row for row in rows if row not in far]))
+    return far if max(near) - min(near) < (max(every) - min(every)) / 2 else []
+
+
+def _draw_at_the_edge(axes: Axes, row: Row, other: float, look: dict[str, Any], *, upright: bool) -> Any:
+    """Draw a row whose score the axis does not reach, with its score.
+
+    Args:
+        axes: where.
+        row: has the score.
+        other: its place on the axis that has no scores.
+        look: mark and colour.
+        upright: whether the vertical axis is that of the scores.
+
+    Returns:
+        The mark, for a legend.
+    """
+    score = row.scores[0]
+    share, inwards = (0.03, 1) if score.higher_is_better else (0.97, -1)
+    place, gap = ((other, share), (0, 7 * inwards)) if upright else ((share, other), (7 * inwards, 0))
+    across = axes.get_xaxis_transform() if upright else axes.get_yaxis_transform()
+    (mark,) = axes.plot(*place, look["fmt"], color=look["color"], linestyle="none", transform=across)
+    axes.annotate(
+        score.show(_mean(row), 1),
+        place,
+        xycoords=across,
+        xytext=gap,
+        textcoords="offset points",
+        ha="center" if upright else "left" if inwards > 0 else "right",
+        va="center" if not upright else "bottom" if inwards > 0 else "top",
+        fontsize="small",
+    )
+    return mark
 
 
 def _label_sizes(axes: Axes, sizes: Sequence[int]) -> None:

@@ -179,6 +179,7 @@ def _open_model(
         ValueError: weights or an adapter that do not fit, or classes without names of another number.
     """
     backbone = recipe.backbone
+    assert isinstance(backbone, BackboneSettings)
     file = adapter
     if file is None and backbone.checkpoint is not None and is_merged_file(Path(backbone.checkpoint)):
         file, known = Path(backbone.checkpoint), MODELS.get(backbone.model)
