@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vimtune.data.normalisation import Normalisation
 from vimtune.data.resize import resize_region
 from vimtune.preprocessing import Preprocessing
 from vimtune.schema import check
@@ -92,15 +93,18 @@ Augmentation = Callable[[Image.Image, int], np.ndarray]
 
 
 class Transform:
-    """Turns a PIL image into a normalised tensor. Made by `build_transform` and `read_transform`."""
+    """Turns a PIL image into a normalised tensor. Made by `build_transform` and `read_transform`.
+
+    Attributes:
+        normalise: the last step, bytes (..., H, W, 3) to float32 (..., 3, H, W) on any device.
+    """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         height, width = preprocessing.img_size
         self.img_size: tuple[int, int] = (height, width)
+        self.normalise = Normalisation(preprocessing.mean, preprocessing.std)
         self._augment = _build_augmentation(preprocessing)
-        self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32).view(3, 1, 1)
-        self._std = torch.tensor(preprocessing.std, dtype=torch.float32).view(3, 1, 1)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -109,14 +113,13 @@ class Transform:
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """Return a float32 tensor (3, H, W); a pure function of the image and `seed`."""
+        return self.normalise(self.pixels(image, seed))
+
+    def pixels(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
+        """Return what comes before the normalisation, uint8 (H, W, 3); as pure a function."""
         if self._augment is None:
-            pixels = evaluation_crop(image, self.preprocessing)
-        else:
-            pixels = self._augment(image, seed)
-        tensor = (
-            torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        )
-        return tensor.div_(255).sub_(self._mean).div_(self._std)
+            return torch.from_numpy(evaluation_crop(image, self.preprocessing))
+        return torch.from_numpy(self._augment(image, seed))
 
     def __repr__(self) -> str:
         return f"Transform({', '.join(f'{key}={value!r}' for key, value in self.config.items())})"
