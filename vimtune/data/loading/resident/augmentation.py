@@ -18,13 +18,13 @@ from torch import Tensor
 from vimtune.data.loading.resident import crops, operations
 from vimtune.data.loading.resident.draws import Draws
 from vimtune.data.normalisation import Normalisation
+from vimtune.data.resize import PILLOW_FILTERS
 from vimtune.data.transforms import (
     CHANGES,
     ERASE_CHANCE,
     ERASE_RATIO,
     ERASE_SCALE,
     JITTER_CHANCE,
-    PILLOW_FILTERS,
     crop_ratio,
     evaluation_crop,
     is_random,
