@@ -22,6 +22,8 @@ Rows of reading, at 224 px from a folder of JPEG files of 500 x 375 pixels that 
     decode     `vimtune.data.load_image` in one process, so what a core decodes
     ours       an epoch of our loader, preset light, with --num-workers processes
     timm       an epoch of timm's loader with the same crops, flips and colours
+
+Both leave batches of bytes in host memory, which are normalised where they arrive.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import argparse
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from gpu_train import time_bare_step
 from PIL import Image
 from rows import write_rows
 
-from vimtune.data import build_transform, create_dataset, create_loader, load_image
+from vimtune.data import ImageLoader, build_transform, create_dataset, create_loader, load_image
 from vimtune.recipe import Recipe
 from vimtune.tasks.images.job import image_size, open_dataset
 from vimtune.tasks.images.settings import BackboneSettings, DataSettings
@@ -177,15 +179,14 @@ def time_reading(options: argparse.Namespace) -> Iterator[Row]:
             load_image(file)
         rate = len(files[:DECODED]) / (time.perf_counter() - started)
         yield {"what": "decode", "images_per_second": rate}
-        readers: dict[str, Callable[[argparse.Namespace, str], Any]] = {
-            "ours": our_loader,
-            "timm": timm_loader,
+        readers: dict[str, Callable[[], Iterable[Any]]] = {
+            "ours": our_loader(options, folder).unfinished,
+            "timm": timm_loader(options, folder).__iter__,
         }
-        for what, reader in readers.items():
-            loader = reader(options, folder)
-            count_images(loader)  # The first epoch starts the workers.
+        for what, epoch in readers.items():
+            count_images(epoch())  # The first epoch starts the workers.
             started = time.perf_counter()
-            count = count_images(loader)
+            count = count_images(epoch())
             yield {"what": what, "images_per_second": count / (time.perf_counter() - started)}
 
 
@@ -204,8 +205,8 @@ def make_jpegs(folder: Path, number: int) -> list[Path]:
     return files
 
 
-def our_loader(options: argparse.Namespace, folder: str) -> Any:
-    """Our loader, which leaves the batches in host memory."""
+def our_loader(options: argparse.Namespace, folder: str) -> ImageLoader:
+    """Our loader."""
     return create_loader(
         create_dataset("folder", "train", folder),
         build_transform("light", (JPEG_SIDE, JPEG_SIDE), train=True),
@@ -218,8 +219,8 @@ def our_loader(options: argparse.Namespace, folder: str) -> Any:
 
 
 def timm_loader(options: argparse.Namespace, folder: str) -> Any:
-    """timm's loader with what preset "light" does, and batches in host memory, too."""
-    return timm.data.create_loader(
+    """timm's loader with what preset "light" does, without the part that normalises on the device."""
+    prefetching = timm.data.create_loader(
         timm.data.create_dataset("", root=str(Path(folder, "train"))),
         input_size=(3, JPEG_SIDE, JPEG_SIDE),
         batch_size=options.batch_size,
@@ -230,14 +231,14 @@ def timm_loader(options: argparse.Namespace, folder: str) -> Any:
         interpolation="bicubic",
         num_workers=options.num_workers,
         persistent_workers=options.num_workers > 0,
-        use_prefetcher=False,
         device=torch.device("cpu"),
     )
+    return prefetching.loader
 
 
-def count_images(loader: Any) -> int:
-    """Read an epoch."""
-    return sum(len(labels) for _, labels in loader)
+def count_images(batches: Iterable[Any]) -> int:
+    """Read an epoch of images, labels and perhaps more."""
+    return sum(len(batch[1]) for batch in batches)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from vimtune.data import (
     load_image,
 )
 from vimtune.data.loading.batch_sampler import BatchSampler
+from vimtune.data.loading.samples import sample_seed
 from vimtune.data.loading.workers import prepare_worker, worker_context
 
 SIZE = (16, 16)
@@ -76,6 +77,20 @@ def test_any_number_of_workers_gives_the_same_batches(library: str) -> None:
     alone, shared = make(library=library), make(library=library, num_workers=2)
     for number in (0, 1):  # the second epoch runs in the surviving workers
         assert_same(epoch(alone, number), epoch(shared, number))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_travel_as_bytes_and_are_normalised_where_they_arrive(workers: int) -> None:
+    loader, transform = make(num_workers=workers), build_transform("strong", SIZE, train=True, crop_pct=1.0)
+    finished = epoch(loader)
+    loader.set_position(0)
+    for (images, labels), (pixels, same, places) in zip(finished, loader.unfinished(), strict=True):
+        assert pixels.dtype == torch.uint8 and pixels.shape == (len(places), *SIZE, 3)
+        assert pixels.is_shared() == (workers > 0)
+        assert torch.equal(loader.finish(pixels), images) and torch.equal(same, labels)
+        one = transform(loader.dataset.load(int(places[0])), sample_seed(3, 0, int(places[0])))
+        assert torch.equal(one, images[0])
+    loader.close()
 
 
 def test_epochs_differ_and_repeat() -> None:
@@ -270,7 +285,7 @@ def test_corrupt_images_are_skipped_counted_and_named_once(workers: int, tmp_pat
     assert loader.skipped_paths == {str(tmp_path / "2.jpg"), str(tmp_path / "7.jpg")}
     assert sum("2.jpg" in record.message for record in caplog.records) == 1
     loader.set_position(0, 1)
-    assert [places.tolist() for _, _, places in loader.numbered()] == [[4, 5, 6], [8, 9]]
+    assert [places.tolist() for _, _, places in loader.unfinished()] == [[4, 5, 6], [8, 9]]
 
 
 def test_a_batch_of_corrupt_images_is_empty_but_shaped(tmp_path) -> None:

@@ -427,7 +427,7 @@ def test_damaged_images_are_left_out_or_stop_the_epoch() -> None:
     loader = make(dataset=Photos(damaged=(1, 4)), shuffle=False, on_corrupt="skip")
     assert [labels.tolist() for _, labels in loader] == [[0, 2, 0], [2, 0, 1], [2]]
     assert loader.num_skipped == 2 and loader.skipped_paths == {"1.jpg", "4.jpg"}
-    assert [places.tolist() for _, _, places in loader.numbered()] == [[0, 2, 3], [5, 6, 7], [8]]
+    assert [places.tolist() for _, _, places in loader.unfinished()] == [[0, 2, 3], [5, 6, 7], [8]]
     with pytest.raises(CorruptImageError, match=r"1\.jpg"):
         list(make(dataset=Photos(damaged=(1,)), shuffle=False))
     only = make(dataset=Photos(damaged=(8,)), shuffle=False, batch_size=8, on_corrupt="skip")

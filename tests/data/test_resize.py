@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vimtune.data import LIBRARIES, build_transform
-from vimtune.data.resize import resize_region
+from vimtune.data.resize import resize_pixels, resize_region
 
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 
@@ -112,3 +112,25 @@ def test_training_takes_extreme_shapes_too(shape, preset: str, library: str) -> 
     image = Image.new("RGB", shape, "white")
     for seed in range(8):
         assert transform(image, seed).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 48), (150, 170)])
+@pytest.mark.parametrize("name", FILTERS)
+def test_pixels_are_resized_as_pillow_does_it(name: str, size: tuple[int, int]) -> None:
+    """Up to rounding; of pixels that are part of a larger image, and not to be written to."""
+    whole = np.asarray(noise(140, 120))
+    assert not whole.flags.writeable
+    part = whole[3:103, 5:115]
+    found = resize_pixels(part, size, name)
+    expected = np.asarray(Image.fromarray(part).resize(size[::-1], Image.Resampling[name.upper()]))
+    assert found.dtype == np.uint8 and found.flags.writeable and found.flags.c_contiguous
+    different = np.abs(found.astype(int) - expected)
+    assert different.max() <= 1 and (different > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (90, 1), (24, 24)])
+def test_pixels_of_any_shape_are_resized(size: tuple[int, int]) -> None:
+    pixels = np.full((*size, 3), (10, 120, 250), np.uint8)
+    assert np.array_equal(
+        resize_pixels(pixels, (24, 24), "bicubic"), np.broadcast_to(pixels[0, 0], (24, 24, 3))
+    )

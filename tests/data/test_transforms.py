@@ -74,6 +74,17 @@ def test_libraries_agree_in_distribution(preset: str) -> None:
     torch.testing.assert_close(stds[0], stds[1], atol=0.15, rtol=0)
 
 
+def test_libraries_agree_in_sharpness() -> None:
+    """Also of crops that are hardly larger than the result, or larger along one side only."""
+    grain = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).resize((80, 80))
+    edges = []
+    for library in LIBRARIES:
+        transform = build_transform("light", (64, 64), MEAN, STD, train=True, library=library)
+        batch = torch.stack([transform(grain, seed) for seed in range(60)])
+        edges.append(float(batch.diff(dim=3).abs().mean()))
+    assert 0.94 < edges[0] / edges[1] < 1.06
+
+
 @pytest.mark.parametrize("preset", ["light", "medium", "strong"])
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
 def test_evaluation_is_the_same_for_both_libraries_and_presets(preset: str, crop_pct: float) -> None:

@@ -10,7 +10,7 @@ from vimtune.data.loading import worker_count
 from vimtune.data.loading.worker_count import choose_num_workers
 
 TRANSFORM = build_transform("none", (64, 64))
-BATCH = 3 * 3 * 64 * 64 * 4
+BATCH = 3 * 3 * 64 * 64
 """Bytes for each image of the batches that wait."""
 
 

@@ -78,7 +78,7 @@ def test_batches_that_are_scored_say_which_images_they_hold(tmp_path: Path, rank
     loader = create_loader(dataset, transform, batch_size=6, shuffle=False, drop_last=False, **shared)
     batches = ImageBatches(loader, numbered=True)
     found: list[int] = []
-    for batch in batches:
+    for batch in (unfinished.to(torch.device("cpu")) for unfinished in batches):
         greys = (255 * batch.tensors["images"][:, 0, 0, 0]).round().int().tolist()
         names = [Path(dataset.describe(place)).stem for place in batch.tensors["places"].tolist()]
         assert [int(name) for name in names] == greys and len(greys) == batch.count

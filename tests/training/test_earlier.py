@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from earlier_states import forget_options
+from earlier_states import forget_options, resize_by_opencv
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import assert_close_metrics, relative_difference, weights
@@ -44,7 +44,8 @@ def test_it_is_read_as_a_state_of_today():
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_its_run_continues_to_the_result_of_a_run_of_today(tiny, tmp_path):
+def test_its_run_continues_to_the_result_of_a_run_of_today(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("vimtune.data.random_crop.resize_pixels", resize_by_opencv)  # as its images were
     straight = train(tiny("straight", ema=0.9, model_kwargs={}))  # the size of the model of that run
     shutil.copytree(FIXTURE, tmp_path / "run")
     # Another processor took the first steps, and may have drawn base weights that differ in a last bit.

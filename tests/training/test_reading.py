@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import assert_same_weights, metrics, weights
@@ -134,13 +135,16 @@ class FakeLoader:
         self.dataset = type("Images", (), {"split": "train", "source": "", "__len__": lambda self: 1})()
         self.batches = batches
 
-    def __iter__(self):
+    def unfinished(self):
         return self.batches
+
+    def finish(self, images):
+        return images
 
 
 def test_faults_of_the_program_are_not_taken_for_those_of_the_data():
     def batches(error):
-        yield torch.zeros(1), torch.zeros(1)
+        yield torch.zeros(1), torch.zeros(1), np.zeros(1)
         raise error
 
     for error in (

@@ -162,13 +162,13 @@ def _take_images(loader: Loader, device: torch.device) -> list[Tensor]:
     """All images of a loader in another order, in batches; none of a task whose examples are no images."""
     found = []
     for batch in loader:
-        images = batch.tensors.get("images")
+        images = batch.to(device).tensors.get("images")
         if images is None:
             return []
         found.append(images)
     together = torch.cat(found)
     order = torch.randperm(len(together), generator=torch.Generator().manual_seed(0))
-    return [batch.to(device) for batch in together[order].split(len(found[0]))]
+    return list(together[order].split(len(found[0])))
 
 
 def _losses(recipe: Recipe, processes: Processes, count: int) -> Iterator[Loss]:

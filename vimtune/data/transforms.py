@@ -22,8 +22,8 @@ to [0, 1], normalise with mean and std. The crop mode says to which size the ima
 
 With the first two, timm's own evaluation transform of the same settings gives the same pixels.
 
-The two libraries draw different random numbers and resample differently in detail, so they agree in
-distribution, not pixel by pixel.
+The two libraries draw different random numbers, so they agree in distribution, not pixel by pixel. Crops are
+resized with the filter that is asked for in both, against aliasing as in evaluation.
 """
 
 from __future__ import annotations
@@ -40,20 +40,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vimtune.data.resize import resize_region
+from vimtune.data.normalisation import Normalisation
+from vimtune.data.resize import PILLOW_FILTERS, resize_region
 from vimtune.preprocessing import Preprocessing
 from vimtune.schema import check
 
 if TYPE_CHECKING:
     from torch import nn
 
-PILLOW_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-"""Pillow's filters by the names of interpolations."""
 JITTER_CHANCE = 0.8
 """Probability that the colours of an image vary."""
 ERASE_CHANCE = 0.25
@@ -92,15 +86,18 @@ Augmentation = Callable[[Image.Image, int], np.ndarray]
 
 
 class Transform:
-    """Turns a PIL image into a normalised tensor. Made by `build_transform` and `read_transform`."""
+    """Turns a PIL image into a normalised tensor. Made by `build_transform` and `read_transform`.
+
+    Attributes:
+        normalise: the last step, bytes (..., H, W, 3) to float32 (..., 3, H, W) on any device.
+    """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         height, width = preprocessing.img_size
         self.img_size: tuple[int, int] = (height, width)
+        self.normalise = Normalisation(preprocessing.mean, preprocessing.std)
         self._augment = _build_augmentation(preprocessing)
-        self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32).view(3, 1, 1)
-        self._std = torch.tensor(preprocessing.std, dtype=torch.float32).view(3, 1, 1)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -109,14 +106,13 @@ class Transform:
 
     def __call__(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
         """Return a float32 tensor (3, H, W); a pure function of the image and `seed`."""
+        return self.normalise(self.pixels(image, seed))
+
+    def pixels(self, image: Image.Image, seed: int = 0) -> torch.Tensor:
+        """Return what comes before the normalisation, uint8 (H, W, 3); as pure a function."""
         if self._augment is None:
-            pixels = evaluation_crop(image, self.preprocessing)
-        else:
-            pixels = self._augment(image, seed)
-        tensor = (
-            torch.from_numpy(pixels).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        )
-        return tensor.div_(255).sub_(self._mean).div_(self._std)
+            return torch.from_numpy(evaluation_crop(image, self.preprocessing))
+        return torch.from_numpy(self._augment(image, seed))
 
     def __repr__(self) -> str:
         return f"Transform({', '.join(f'{key}={value!r}' for key, value in self.config.items())})"
@@ -198,7 +194,8 @@ def evaluation_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndar
     left, top = round((new_w - width) / 2), round((new_h - height) / 2)
     region = (left, top, left + width, top + height)
     resample = PILLOW_FILTERS[preprocessing.interpolation]
-    return _to_array(resize_region(image, (new_w, new_h), region, resample))
+    resized = resize_region(image, (new_w, new_h), region, resample)
+    return np.array(_to_rgb(resized))  # This makes a writable copy.
 
 
 def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -216,8 +213,8 @@ def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int
     return width * image.height // image.width, width
 
 
-def _to_array(image: Image.Image) -> np.ndarray:
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # This makes a writable copy.
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
 
 
 def crop_ratio(img_size: tuple[int, int]) -> tuple[float, float]:
@@ -251,7 +248,7 @@ class _Albumentations:
         # One pair of generators shared by all steps: Compose's own seeding would give every step the same
         # numbers, tying e.g. the flip to the crop.
         self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        return np.ascontiguousarray(self._compose(image=_to_array(image))["image"])
+        return np.ascontiguousarray(self._compose(image=np.asarray(_to_rgb(image)))["image"])
 
 
 def _import_albumentations() -> Any:
@@ -275,23 +272,12 @@ def _build_albumentations(
     A = _import_albumentations()
     import cv2
 
-    flag = {
-        "nearest": cv2.INTER_NEAREST,
-        "bilinear": cv2.INTER_LINEAR,
-        "bicubic": cv2.INTER_CUBIC,
-        "lanczos": cv2.INTER_LANCZOS4,
-    }[interpolation]
+    from vimtune.data.random_crop import RandomCrop  # This imports albumentations.
+
     fill = tuple(round(255 * value) for value in mean)
     changes = CHANGES[preset]
     steps = [
-        A.RandomResizedCrop(
-            size=img_size,
-            scale=changes.crop_scale,
-            ratio=crop_ratio(img_size),
-            interpolation=flag,
-            # Otherwise OpenCV would not anti-alias, which the evaluation pipeline does.
-            area_for_downscale="image",
-        ),
+        RandomCrop(img_size, changes.crop_scale, crop_ratio(img_size), interpolation),
         A.HorizontalFlip(p=0.5),
     ]
     if changes.jitter:

@@ -16,7 +16,7 @@ from vimtune.data.loading.image_loader import ImageLoader
 from vimtune.data.loading.resident.augmentation import Augmentation
 from vimtune.data.loading.resident.loader import ResidentLoader
 from vimtune.data.loading.resident.store import DoesNotFitError, fill_store
-from vimtune.data.loading.samples import Batch, Samples, collate
+from vimtune.data.loading.samples import Batch, Samples
 from vimtune.data.loading.workers import (
     death_noticed_later,
     naming_worker_trouble,
@@ -37,9 +37,8 @@ class WorkerLoader(ImageLoader):
         batches: BatchSampler,
         loader: DataLoader[Any],
         on_corrupt: str,
-        img_size: tuple[int, int],
     ) -> None:
-        super().__init__(samples.dataset, batches, on_corrupt, img_size)
+        super().__init__(samples.dataset, batches, on_corrupt)
         self._samples = samples
         self._loader = loader
         self._ahead: _Ahead | None = None
@@ -52,6 +51,10 @@ class WorkerLoader(ImageLoader):
         """
         if self._loader.num_workers > 0 and not self._is_ahead():
             self._ahead = _Ahead(self._batches.epoch, self._batches.start_batch, self._start())
+
+    def finish(self, images: torch.Tensor) -> torch.Tensor:
+        """What a model takes of the pixels that the workers make; see `Samples.finish`."""
+        return self._samples.finish(images)
 
     def close(self) -> None:
         """End the workers. Those that live on until Python exits are waited for `GRACE_SECONDS` there."""
@@ -183,14 +186,14 @@ def create_loader(
         samples,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=samples.collate,
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
         persistent_workers=num_workers > 0,
         multiprocessing_context=worker_context(num_workers),
         generator=generator,
     )
-    return WorkerLoader(samples, batches, loader, on_corrupt, transform.img_size)
+    return WorkerLoader(samples, batches, loader, on_corrupt)
 
 
 def _is_gpu(device: torch.device) -> bool:

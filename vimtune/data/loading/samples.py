@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, ImageReadError
@@ -68,12 +68,12 @@ def targets_of(dataset: ImageDataset, indices: Sequence[int]) -> torch.Tensor:
 
 
 class Batch(NamedTuple):
-    """What a worker sends to the main process."""
+    """What a loader reads, in a worker where it has any."""
 
-    images: torch.Tensor | None
-    """Float32 (b, 3, H, W); None where no image could be read."""
+    images: torch.Tensor
+    """What `ImageLoader.finish` takes: pixels, or what a model takes already."""
     labels: torch.Tensor
-    """What `targets_of` gives for them; empty of any shape where no image could be read."""
+    """What `targets_of` gives for them."""
     failures: list[FailedSample]
     """The images that could not be read and are not among `images`."""
 
@@ -116,7 +116,8 @@ class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
         self._room = min(_KEPT, int(_KEPT_SHARE * free_memory()))
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor] | FailedSample:
-        """The image (3, H, W) and its row of `targets_of`, or the error with which it could not be read."""
+        """The pixels of an image, uint8 (H, W, 3), and its row of `targets_of`, or the error with which it
+        could not be read."""
         pixels = self._cached.get(key.image)
         try:
             image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
@@ -128,15 +129,20 @@ class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
             if self._room >= 0:
                 self._cached[key.image] = pixels
         draw = key.image + key.turn * len(self.dataset)
-        tensor = self._transform(image, sample_seed(self._seed, key.epoch, draw))
+        tensor = self._transform.pixels(image, sample_seed(self._seed, key.epoch, draw))
         return tensor, targets_of(self.dataset, [key.image])[0]
 
+    def collate(self, samples: list[tuple[torch.Tensor, torch.Tensor] | FailedSample]) -> Batch:
+        """Stack the samples of a batch, pixels uint8 (b, H, W, 3), and put the failed ones aside."""
+        failures = [sample for sample in samples if isinstance(sample, FailedSample)]
+        good = [sample for sample in samples if not isinstance(sample, FailedSample)]
+        if not good:
+            nothing = torch.empty(0, *self._transform.img_size, 3, dtype=torch.uint8)
+            return Batch(nothing, targets_of(self.dataset, []), failures)
+        # In a worker torch's own function stacks straight into the shared memory in which batches travel.
+        images, labels = default_collate(good)
+        return Batch(images, labels, failures)
 
-def collate(samples: list[tuple[torch.Tensor, torch.Tensor] | FailedSample]) -> Batch:
-    """Stack the samples of a batch and put the failed ones aside."""
-    failures = [sample for sample in samples if isinstance(sample, FailedSample)]
-    good = [sample for sample in samples if not isinstance(sample, FailedSample)]
-    if not good:
-        return Batch(None, torch.empty(0, dtype=torch.int64), failures)
-    images, labels = (torch.stack(parts) for parts in zip(*good, strict=True))
-    return Batch(images, labels, failures)
+    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What a model takes, float32 (b, 3, H, W), of the pixels of a batch, on their device."""
+        return self._transform.normalise(pixels)

@@ -80,7 +80,7 @@ def choose_num_workers(
     if seconds * len(dataset) / world_size < WORTH_A_START:
         return WorkerCount(0, f"{shown}, {counted(len(dataset), 'images')}")
     height, width = transform.img_size
-    waiting = WAITING * -(-batch_size // world_size) * 3 * height * width * 4
+    waiting = WAITING * -(-batch_size // world_size) * 3 * height * width
     room = int(MEMORY_SHARE * min(free_memory(), free_shared_memory()) / local_size / waiting)
     limits = {
         shown: most,
@@ -103,7 +103,7 @@ def _seconds_per_image(dataset: ImageDataset, transform: Transform, cached: bool
         try:
             image = dataset.load(probe * (len(dataset) - 1) // PROBES)
             start = time.perf_counter() if cached else start
-            transform(image)
+            transform.pixels(image)
         except (CorruptImageError, ImageReadError):
             continue
         times.append(time.perf_counter() - start)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vimtune.data import CorruptImageError, DatasetError, ImageLoader, ImageReadError, TooManyCorruptError
 from vimtune.data.loading.worker_count import AS_ASKED, HERE, WorkerCount
@@ -12,10 +14,24 @@ from vimtune.tasks.job import Batch, InputError, Loader
 from vimtune.text import printable, shorten
 
 
-class ImageBatches(Loader):
-    """The batches of an `ImageLoader`, as tensors "images" (b, 3, H, W) and "labels" (b,).
+@dataclass(frozen=True)
+class _Unfinished(Batch):
+    """A batch of an `ImageLoader` before its images are finished, which happens where they arrive."""
 
-    Where images are scored, "places" (b,) are their numbers in the split.
+    finish: Callable[[Tensor], Tensor]
+    """Makes what a model takes of the images; see `ImageLoader.finish`."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, with images (b, 3, H, W) as a model takes them."""
+        moved = super().to(device)
+        return Batch(moved.tensors | {"images": self.finish(moved.tensors["images"])}, moved.count)
+
+
+class ImageBatches(Loader):
+    """The batches of an `ImageLoader`, as tensors "images" and "labels" (b,).
+
+    The images are those of `ImageLoader.unfinished` until `Batch.to` makes of them what a model takes. Where
+    images are scored, "places" (b,) are their numbers in the split.
     """
 
     def __init__(self, loader: ImageLoader, workers: WorkerCount = HERE, *, numbered: bool = False) -> None:
@@ -57,14 +73,12 @@ class ImageBatches(Loader):
             TooManyCorruptError: what was trained since the last state is not worth a new one.
         """
         try:
-            if self._numbered:
-                for images, labels, numbers in self._loader.numbered():
+            for images, labels, numbers in self._loader.unfinished():
+                tensors = {"images": images, "labels": labels}
+                if self._numbered:
                     places = torch.from_numpy(numbers)
-                    places = places.pin_memory() if labels.is_pinned() else places
-                    yield Batch({"images": images, "labels": labels, "places": places}, len(images))
-            else:
-                for images, labels in self._loader:
-                    yield Batch({"images": images, "labels": labels}, len(images))
+                    tensors["places"] = places.pin_memory() if labels.is_pinned() else places
+                yield _Unfinished(tensors, len(images), self._loader.finish)
         except TooManyCorruptError:
             raise
         except CorruptImageError as error:

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from vimtune.data.loading.resident import crops, operations
 from vimtune.data.loading.resident.draws import Draws
+from vimtune.data.normalisation import Normalisation
+from vimtune.data.resize import PILLOW_FILTERS
 from vimtune.data.transforms import (
     CHANGES,
     ERASE_CHANCE,
     ERASE_RATIO,
     ERASE_SCALE,
     JITTER_CHANCE,
-    PILLOW_FILTERS,
     crop_ratio,
     evaluation_crop,
     is_random,
@@ -51,9 +52,9 @@ class Augmentation:
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
         self._preprocessing = preprocessing
-        self._mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device=device).view(3, 1, 1)
-        self._std = torch.tensor(preprocessing.std, dtype=torch.float32, device=device).view(3, 1, 1)
-        self._fill = (255 * self._mean).round()
+        self._normalise = Normalisation(preprocessing.mean, preprocessing.std)
+        mean = torch.tensor(preprocessing.mean, dtype=torch.float32, device=device).view(3, 1, 1)
+        self._fill = (255 * mean).round()
         height, width = preprocessing.img_size
         self.img_size: tuple[int, int] = (height, width)
 
@@ -82,18 +83,17 @@ class Augmentation:
         Returns:
             Normalised images, float32 (B, 3, height, width).
         """
-        if is_random(self._preprocessing):
-            images = self._crop(pixels, heights, widths, draws)
-            changes = CHANGES[self._preprocessing.preset]
-            if changes.jitter:
-                images = operations.jitter(images, draws, **changes.jitter, chance=JITTER_CHANCE)
-            for _ in range(changes.operations):
-                images = operations.random_operation(images, draws, self._fill)
-            if changes.erases:
-                images = self._erase(images, draws)
-        else:
-            images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return images.div_(255).sub_(self._mean).div_(self._std)
+        if not is_random(self._preprocessing):
+            return self._normalise(pixels)
+        images = self._crop(pixels, heights, widths, draws)
+        changes = CHANGES[self._preprocessing.preset]
+        if changes.jitter:
+            images = operations.jitter(images, draws, **changes.jitter, chance=JITTER_CHANCE)
+        for _ in range(changes.operations):
+            images = operations.random_operation(images, draws, self._fill)
+        if changes.erases:
+            images = self._erase(images, draws)
+        return self._normalise.scale_(images)
 
     def _crop(self, pixels: Tensor, heights: Tensor, widths: Tensor, draws: Draws) -> Tensor:
         """Random boxes, resized to the model's input and mirrored with even chances."""

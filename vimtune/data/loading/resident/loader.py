@@ -39,8 +39,9 @@ class ResidentLoader(ImageLoader):
         seed: int,
         on_corrupt: str,
     ) -> None:
-        super().__init__(dataset, batches, on_corrupt, augmentation.img_size)
+        super().__init__(dataset, batches, on_corrupt)
         self._store, self._augmentation, self._seed = store, augmentation, seed
+        self._img_size = augmentation.img_size
         self._ahead: _Ahead | None = None
         self._labels = targets_of(dataset, range(len(dataset))).to(store.device)
         self._unread = np.isin(np.arange(len(dataset)), list(store.failures))
