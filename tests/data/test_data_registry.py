@@ -306,16 +306,24 @@ def test_an_attribute_that_a_class_forgets_is_named(dots: str, monkeypatch, name
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("classes", 2), ("targets", ["a", "b"]), ("targets", np.arange(2)), ("source", None)]
+    ("name", "value", "shown"),
+    [
+        ("classes", 2, "2"),
+        ("targets", ["a", "b"], "['a', 'b']"),
+        ("targets", np.arange(2), "an ndarray of shape (2,)"),
+        ("source", None, "None"),
+    ],
 )
-def test_an_attribute_of_another_kind_is_shown(dots: str, monkeypatch, name: str, value: Any) -> None:
+def test_an_attribute_of_another_kind_is_shown(
+    dots: str, monkeypatch, name: str, value: Any, shown: str
+) -> None:
     class Wrong(Dots):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
             setattr(self, name, value)
 
     monkeypatch.setitem(DATASETS._things, dots, Wrong)
-    with pytest.raises(DatasetError, match=re.escape(f"class Wrong has {name} = {value!r}: expected")):
+    with pytest.raises(DatasetError, match=re.escape(f"class Wrong has {name} = {shown}: expected")):
         create_dataset(dots, "train")
 
 
