@@ -53,6 +53,7 @@ def run_folder(tmp_path_factory) -> Path:
             batch_size=6,
             device="cpu",
             backend="torch",
+            pictures=False,
             output_dir=str(folder),
         )
     )

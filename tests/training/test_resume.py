@@ -23,7 +23,7 @@ from vimtune.training import Interrupted
 from vimtune.training import train as run_training
 from vimtune.training.identity import ResumeError
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file")
 
 EVERYTHING = {
     "ema": 0.9,
