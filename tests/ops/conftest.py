@@ -18,6 +18,14 @@ from vimtune.ops.nvrtc.backend import NvrtcBackend
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests for which CUDA kernels are compiled: they are run by themselves."""
+    for item in items:
+        if {"emulated_kernels", "nvrtc"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.kernels)
+
+
 class EmulatedKernel:
     """Stands in for `runtime.Kernel`: the same source, compiled for the CPU with cuda_on_cpu.h."""
 
@@ -114,7 +122,12 @@ def nvrtc():
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        pytest.param("emulated", marks=pytest.mark.kernels),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
 def device(request):
     """Where the kernels of backend `nvrtc` run in a test: in the emulator or on a GPU."""
     if request.param == "gpu":
