@@ -53,10 +53,30 @@ def shared_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def files_may_stay_in_memory() -> Iterator[None]:
+    """No file is flushed to the disk, which every run of a test would wait for several times.
+
+    Other processes see a file without it, also after the one that wrote it was killed; what a power failure
+    leaves behind no test can find out.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what runs draw, almost half of the time of a tiny one."""
     replace_until_undone(NO_PICTURES, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def no_pictures_in_this_file() -> Iterator[None]:
+    """The same also for the fixtures that are made once for a file, as a run that several tests look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        replace_until_undone(NO_PICTURES, patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ NO_PICTURES: dict[str, Callable[..., Any]] = {
     "vimtune.training.pictures.draw_learning_curve": lambda *what: None,
     "vimtune.tasks.classes.confusion.draw_confusion_matrix": lambda *what: None,
     "vimtune.tasks.classes.reliability.draw_reliability": lambda *what: None,
+    "vimtune.tasks.images.gallery.draw_gallery": lambda *what: None,
     "vimtune.pages.page.to_png": lambda figure: b"",
 }
 """Functions by their full names, and what stands in for them. The files of the pictures are there, empty."""

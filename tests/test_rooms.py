@@ -66,10 +66,14 @@ def _imports(node: ast.AST, where: str) -> Iterator[tuple[str, str]]:
             yield from ((alias.name, where) for alias in child.names)
         elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _imports(child, "in functions")
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+        elif isinstance(child, ast.If) and _names_type_checking(child.test):
             yield from _imports(child, "in types")
         else:
             yield from _imports(child, where)
+
+
+def _names_type_checking(test: ast.expr) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == "TYPE_CHECKING" for node in ast.walk(test))
 
 
 def is_late(module: str, other: str, where: str) -> bool:

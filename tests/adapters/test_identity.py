@@ -179,6 +179,7 @@ def test_the_rule_of_drawing_is_the_one_that_its_number_stands_for():
 EXPECTED_DRAWS = [3511.1646, 12104.5478, 21358322.0]
 
 
+@pytest.mark.usefixtures("no_pictures", "each_flower_is_painted_once")
 @pytest.mark.parametrize("base", ["drawn", "resized"])
 def test_a_run_goes_on_and_predicts_on_another_machine(tmp_path, weights, another_machine, capsys, base):
     run = tmp_path / "run"

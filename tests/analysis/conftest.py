@@ -23,6 +23,11 @@ def coarse_pictures() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def images_of_analyses(each_flower_is_painted_once: None) -> None:
+    """Runs and their analyses see the same images."""
+
+
 @pytest.fixture(scope="session")
 def subject() -> Subject:
     """ProDiaL on a small Vim, two batches of images, and the losses of two training batches."""
@@ -53,6 +58,7 @@ def run_folder(tmp_path_factory) -> Path:
             batch_size=6,
             device="cpu",
             backend="torch",
+            pictures=False,
             output_dir=str(folder),
         )
     )

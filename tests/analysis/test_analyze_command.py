@@ -18,6 +18,18 @@ from vimtune.data.transforms import model_preprocessing
 from vimtune.recipe import Recipe
 from vimtune.training import train
 
+SMALL = {
+    "model": "test_vim",
+    "pretrained": False,
+    "dataset_kwargs": FEW,
+    "batch_size": 6,
+    "epochs": 1,
+    "num_workers": 0,
+    "device": "cpu",
+    "backend": "torch",
+    "pictures": False,
+}
+"""A run on few images, at whose pictures nobody looks."""
 WEIGHTS = "components,transformation"
 """Analyses that need no images."""
 
@@ -87,9 +99,7 @@ def test_images_are_drawn_from_all_classes_and_mixed(run_folder):
 
 def test_a_head_that_was_trained_on_features_is_analysed_on_images(tmp_path):
     folder = str(tmp_path / "run")
-    small = {"model": "test_vim", "pretrained": False, "dataset_kwargs": FEW, "batch_size": 6, "epochs": 1}
-    here = {"num_workers": 0, "device": "cpu", "backend": "torch", "output_dir": folder}
-    train(Recipe(peft="linear", augmentation="none", **small, **here))
+    train(Recipe(peft="linear", augmentation="none", output_dir=folder, **SMALL))
     assert run(folder, "--only", "gradient", "--batches", 2) == 0
     values = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert values["analyses"]["gradient"]["batches"] == 2
@@ -97,9 +107,7 @@ def test_a_head_that_was_trained_on_features_is_analysed_on_images(tmp_path):
 
 def test_a_base_that_differs_in_what_the_adapter_replaces_is_refused(tmp_path, capsys):
     folder, merged = tmp_path / "run", tmp_path / "merged.safetensors"
-    small = {"model": "test_vim", "pretrained": False, "dataset_kwargs": FEW, "batch_size": 6, "epochs": 1}
-    here = {"num_workers": 0, "device": "cpu", "backend": "torch", "output_dir": str(folder)}
-    train(Recipe(peft="bitfit", lr=0.05, **small, **here))
+    train(Recipe(peft="bitfit", lr=0.05, output_dir=str(folder), **SMALL))
     merge_to_file(folder, merged, device="cpu", backend="torch")
     only = ("--only", "components")
     assert run(folder, *only) == 0

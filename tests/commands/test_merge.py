@@ -186,7 +186,7 @@ def test_no_terminal_can_stop_a_merge(tmp_path, adapter, monkeypatch, encoding):
 
 def test_a_merged_file_is_a_base_for_training(tmp_path, merged):
     flags = (
-        "--model test_vim --peft lora --epochs 1 --num-workers 0 --batch-size 16 --device cpu "
+        "--model test_vim --peft lora --epochs 1 --num-workers 0 --batch-size 16 --device cpu --no-pictures "
         "--dataset-kwargs species=5,train_per_species=4,val_per_species=2,test_per_species=2"
     )
     run = tmp_path / "run"

@@ -54,8 +54,10 @@ def plan(**changes):
 
 @pytest.fixture
 def runs(monkeypatch, no_pictures, each_flower_is_painted_once):
-    """The runs that were made; they share this process."""
+    """The runs that were made; they share this process. Pictures of their tables are empty files: those of
+    `test_reproducing.py` and `test_tables.py` are drawn."""
     made = InProcess()
+    monkeypatch.setattr("vimtune.compare.tables.files.save_picture", lambda figure, path: path.touch())
     monkeypatch.setattr(command, "Processes", made)
     monkeypatch.setattr(command, "POLL_SECONDS", 0)
     return made

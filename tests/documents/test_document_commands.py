@@ -9,7 +9,7 @@ What a test cannot do within seconds is replaced, and only as stated here:
 - What is to be exported is there; a test of README's Python exports it.
 - Of the analyses the quickest runs; tests/analysis has the others.
 - Training lasts one epoch on a tiny model (`TINY`). It ends when the recipe is ready for data that are not at
-  hand (`NOT_HERE`), and with `--config`. torchrun's processes are one.
+  hand (`NOT_HERE`), and with `--config`. torchrun's processes are one. Pictures are empty files.
 - Searches end when their plan is ready.
 - Hubs are not asked.
 """
@@ -80,6 +80,7 @@ def test_what_the_tools_of_developers_name_exists(line):
         assert list(ROOT.glob(path)), path
 
 
+@pytest.mark.usefixtures("no_pictures", "each_flower_is_painted_once")
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(DEVELOPERS_TOOLS)])
 def test_commands(line, here, request, monkeypatch):
     program, command, *arguments = shlex.split(line)

@@ -137,7 +137,8 @@ def finished_run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
     flags = (
         "--model test_vim --no-pretrained --peft lora --epochs 1 --num-workers 0 --batch-size 16 "
-        "--device cpu --dataset-kwargs species=2,train_per_species=8,val_per_species=4,test_per_species=4"
+        "--device cpu --no-pictures "
+        "--dataset-kwargs species=2,train_per_species=8,val_per_species=4,test_per_species=4"
     )
     assert cli.train_main([*flags.split(), "--output-dir", str(run)]) == 0
     return run

@@ -18,22 +18,35 @@ from vimtune.ops.nvrtc.backend import NvrtcBackend
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests for which CUDA kernels are compiled: they are run by themselves."""
+    for item in items:
+        if {"emulated_kernels", "nvrtc"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.kernels)
+
+
 class EmulatedKernel:
     """Stands in for `runtime.Kernel`: the same source, compiled for the CPU with cuda_on_cpu.h."""
 
     backwards = False
     """Whether threads and blocks take their turns from the last to the first."""
 
-    def __init__(self, library: ctypes.CDLL, name: str) -> None:
+    def __init__(self, threads: ctypes.CDLL, library: ctypes.CDLL, name: str) -> None:
         self.function = getattr(library, f"emulate_{name}")
-        self.library = library
+        self.threads = threads
 
     def __call__(self, grid, threads, arguments, shared=0) -> None:
         assert shared <= runtime.shared_memory(torch.device("cpu"))
-        self.library.emulate_next(int(self.backwards), shared)
+        self.threads.emulate_next(int(self.backwards), shared)
         values = runtime.packed(arguments)
         self.function(*grid, threads, runtime.pointers(values))
-        assert self.library.emulate_kept_within(), f"more than the {shared} bytes of shared memory asked for"
+        assert self.threads.emulate_kept_within(), f"more than the {shared} bytes of shared memory asked for"
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +57,19 @@ def emulated_kernels(tmp_path_factory):
     except BuildError as error:
         pytest.skip(f"the emulator needs a C++ compiler: {error}")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    # Some 150 units are compiled, each for one test or a few: optimising them takes longer than they run, and
-    # reading the standard library is a third of the rest. So its headers are compiled once, into a .gch.
     # Hidden symbols, because otherwise units that are loaded later would use the static variables of inline
     # functions of earlier ones, whose sizes are others.
-    flags = [*compiler, "-O0", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+    flags = [*compiler, "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+    threads = folder / "cuda_on_cpu.so"
+    _compile([*flags, "-O2", "-shared", str(HERE / "cuda_on_cpu.cpp"), "-o", str(threads)])
+    # Some 250 units are compiled, each for one test or a few: optimising them takes longer than they run, and
+    # reading the standard library is half of the rest. So its headers are compiled once, into a .gch.
+    flags.append("-O0")
     headers = folder / "standard.h"
     headers.write_text("".join(re.findall(r"^#include <.*>\n", (HERE / "cuda_on_cpu.h").read_text(), re.M)))
-    subprocess.run([*flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"], check=True)
+    _compile([*flags, "-x", "c++-header", str(headers), "-o", f"{headers}.gch"])
+    # Of the libraries of C++ they need none, which the linker would search through.
+    libraries = [str(threads), "-nodefaultlibs", "-lm", "-lc", "-lgcc"]
 
     @cache
     def library(source: str, constants: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
@@ -67,12 +85,11 @@ def emulated_kernels(tmp_path_factory):
         includes = "".join(f'#include "{path}"\n' for path in included)
         unit.write_text(f'#include "{headers.name}"\n{defines}{includes}{exports}')
         target = unit.with_suffix(".so")
-        command = [*flags, "-shared", str(unit), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        _compile([*flags, "-shared", str(unit), *libraries, "-o", str(target)])
         return ctypes.CDLL(str(target))
 
-    return lambda source, name, constants, device: EmulatedKernel(library(source, constants), name)
+    emulator = ctypes.CDLL(str(threads))
+    return lambda source, name, constants, device: EmulatedKernel(emulator, library(source, constants), name)
 
 
 @pytest.fixture
@@ -105,7 +122,12 @@ def nvrtc():
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        pytest.param("emulated", marks=pytest.mark.kernels),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
 def device(request):
     """Where the kernels of backend `nvrtc` run in a test: in the emulator or on a GPU."""
     if request.param == "gpu":

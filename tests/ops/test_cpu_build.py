@@ -53,6 +53,14 @@ def cache(built, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def copying(cache, monkeypatch) -> None:
+    """An empty folder, and a compiler that copies what the real one has made before."""
+    content, write = library_in(cache).read_bytes(), Path.write_bytes
+    library_in(cache).unlink()
+    monkeypatch.setattr(build, "_compile", lambda compiler, target: write(target, content))
+
+
+@pytest.fixture
 def no_compiling(cache, monkeypatch) -> Path:
     monkeypatch.setenv("VIMTUNE_NO_COMPILE", "1")
     return cache
@@ -179,10 +187,9 @@ def test_what_a_compiler_prints_does_not_reach_the_terminal_as_it_is(cache, tmp_
     assert "\x1b" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("copying")
 def test_a_full_disk_leaves_nothing_behind_and_the_next_folder_serves(cache, tmp_path, monkeypatch):
-    content, write = library_in(cache).read_bytes(), Path.write_bytes
-    library_in(cache).unlink()
-    monkeypatch.setattr(build, "_compile", lambda compiler, target: write(target, content))
+    write = Path.write_bytes
 
     def full(path, content):
         if path.parent == cache:
@@ -241,6 +248,7 @@ def test_damaged_library_is_never_opened(no_compiling, damage):
     assert not path.exists()
 
 
+@pytest.mark.usefixtures("copying")
 def test_unusable_cache_folder_falls_back_to_a_private_one(cache, tmp_path, monkeypatch):
     file = tmp_path / "a-file"
     file.write_text("")
@@ -257,8 +265,8 @@ def _build_and_ask(ready) -> None:
     assert Library(load_library()).chunk > 0
 
 
+@pytest.mark.usefixtures("copying")
 def test_two_processes_build_at_once(cache):
-    library_in(cache).unlink()
     context = multiprocessing.get_context("fork")  # so that neither has to import torch
     ready = context.Barrier(2)
     processes = [context.Process(target=_build_and_ask, args=(ready,)) for _ in range(2)]

@@ -17,6 +17,7 @@ from vimtune.ops import dispatch
 from vimtune.ops.backend import Backend
 from vimtune.ops.eager.convolution import EagerConvolution
 from vimtune.ops.eager.scan import EagerScan
+from vimtune.ops.nvrtc.backend import NvrtcBackend
 from vimtune.recipe import Recipe, RecipeError
 
 NAMES = ["torch", "reference", "auto"]
@@ -353,7 +354,8 @@ def test_a_block_within_what_is_compiled():
         assert chosen() == "auto"
 
 
-def test_fused_kernels_of_compiled_code_follow_the_choice(on_cpu):
+def test_fused_kernels_of_compiled_code_follow_the_choice(backends, monkeypatch):
+    monkeypatch.setattr(NvrtcBackend, "refusals", lambda self, device: [])
     torch._dynamo.reset()
 
     def function():

@@ -13,5 +13,6 @@ def images_of_trials(each_flower_is_painted_once: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures_of_runs(no_pictures: None) -> None:
-    """Trials are not drawn; what the search itself draws is."""
+def no_pictures_of_searches(no_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither trials nor searches are drawn, apart from those of fixtures that are made once for a file."""
+    monkeypatch.setattr("vimtune.search.search.save_picture", lambda figure, path: path.touch())

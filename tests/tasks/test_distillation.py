@@ -17,6 +17,8 @@ from vimtune.runtime.precision import build_autocast
 from vimtune.tasks.images.distillation import Distillation, Teacher
 from vimtune.training.state import load_run_state
 
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file", "each_flower_is_painted_once")
+
 PLAIN = build_transform("none", (8, 8))
 RUN: dict[str, Any] = {
     "dataset_kwargs": {"species": 3, "train_per_species": 4, "val_per_species": 2, "test_per_species": 2},

@@ -15,6 +15,8 @@ from vimtune.tasks.images.features import ImagesOrFeatures
 from vimtune.tasks.report import Report
 from vimtune.training.state import load_run_state
 
+pytestmark = pytest.mark.usefixtures("no_pictures", "each_flower_is_painted_once")
+
 RUN: dict[str, Any] = {
     "dataset_kwargs": {"species": 3, "train_per_species": 5, "val_per_species": 2, "test_per_species": 2},
     "num_workers": 0,

@@ -95,6 +95,7 @@ class NormedNet(Net):
         return super().forward(self.norm(images))
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("peft", ["full", "linear"])
 def test_an_adapter_file_answers_as_the_run_did_with_running_statistics(
     register, monkeypatch, tmp_path, peft

@@ -16,7 +16,7 @@ import vimtune
 from vimtune.recipe import Recipe
 from vimtune.training import Callback, EpochRecord, Interrupted, Report, Session, StepRecord, train
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file")
 
 
 class Listener(Callback):

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_runs import logged_run, outcome_of, report_of
 
 from vimtune.console import build_console
-from vimtune.pages import style
+from vimtune.pages import page, style
 from vimtune.run_folder import RunFolder
 from vimtune.tasks.classes import confusion, reliability
 from vimtune.tasks.classes.calibration import Temperature
@@ -105,6 +105,7 @@ def test_pictures_are_left_out_where_nobody_will_look_at_them(tmp_path):
 )
 def test_a_failed_decoration_is_a_warning(tmp_path, monkeypatch, capsys, place, part, error):
     monkeypatch.setattr(style, "save_picture", lambda figure, path: path.touch())
+    monkeypatch.setattr(page, "to_png", lambda figure: b"")
     (tmp_path / "learning_curve.png").write_text("of an earlier session")
     monkeypatch.setattr(*place, raising(error))
     report = finish(tmp_path)

@@ -13,7 +13,7 @@ from vimtune.adapters import read_adapter
 from vimtune.recipe import RecipeError, load_recipe
 from vimtune.training import train
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file")
 
 DATA = {key: TINY[key] for key in ("dataset", "num_workers", "batch_size", "device", "backend", "threads")}
 FEWER = {**TINY["dataset_kwargs"], "species": 4}

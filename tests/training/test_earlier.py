@@ -175,6 +175,7 @@ def test_options_of_one_method_among_several_then():
     assert options_then(stated) == stated.all_options
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_states_hold_all_options(tiny):
     report = train(tiny(peft="prodial", rank=None, epochs=1))
     saved = load_run_state(Path(report.run_dir) / "checkpoint.safetensors")
@@ -188,6 +189,7 @@ def test_options_are_the_same_after_they_have_been_in_a_file(method):
     assert json.loads(json.dumps(options)) == options
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_finished_run_with_other_defaults_is_not_reported_as_one_of_today(tiny, tmp_path):
     """`resume` = "auto" compared the recipes as they were given, and those were the same."""
     folder, then = str(tmp_path / "run"), {"variant": "free"}

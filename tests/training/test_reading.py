@@ -20,7 +20,7 @@ from vimtune.tasks.images.batches import ImageBatches
 from vimtune.training import InputError, train
 from vimtune.training.state import load_run_state
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file")
 
 
 def gone(dataset, index):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,11 @@ from tiny_runs import TINY, assert_same_weights, metrics, weights
 
 from vimtune.cli import main
 from vimtune.recipe import Recipe, load_recipe
-from vimtune.training import Interrupted
+from vimtune.training import Interrupted, saving
 from vimtune.training import train as run_training
 from vimtune.training.identity import ResumeError
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file")
 
 EVERYTHING = {
     "ema": 0.9,
@@ -99,33 +99,29 @@ def test_metrics_have_every_step_once(straight):
     assert epochs == [1, 2, 3]
 
 
-KILLED_IN_SAVE = """
-import os, signal, sys
-from pathlib import Path
-from vimtune import files
-from vimtune.recipe import Recipe
-from vimtune.training import saving, train
+def train_until_killed_in_a_save(recipe: Recipe) -> None:
+    """Make a run that ends between writing and moving its second checkpoint, for a process of its own."""
+    replace, saves = os.replace, []
+    saving.SHARE = 1.0  # Every epoch is worth saving.
 
-saving.SHARE = 1.0  # Every epoch is worth saving.
-original, saves = os.replace, []
+    def counted(source, target):
+        if Path(target).name == "checkpoint.safetensors":
+            saves.append(target)
+            if len(saves) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
 
-def replace(source, target):
-    if Path(target).name == "checkpoint.safetensors":
-        saves.append(target)
-        if len(saves) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-    original(source, target)
-
-files.os.replace = replace
-train(Recipe(**eval(sys.argv[1])))
-"""
+    os.replace = counted
+    run_training(recipe)
 
 
 def test_sigkill_in_the_middle_of_a_save(tiny, straight):
     recipe = tiny()
-    command = [sys.executable, "-c", KILLED_IN_SAVE, repr(recipe.to_dict())]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    context = multiprocessing.get_context("fork")  # so that it does not have to import torch
+    process = context.Process(target=train_until_killed_in_a_save, args=(recipe,))
+    process.start()
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
     left = [path.name for path in Path(recipe.run.output_dir).glob(".*.vimtune-tmp")]
     assert len(left) == 1  # the process died between writing and moving
     # Epoch 2 is in the metrics and its adapter may be saved, but its checkpoint is not.

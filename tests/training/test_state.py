@@ -24,7 +24,7 @@ from vimtune.training.identity import ResumeError
 from vimtune.training.state import Progress, check_tensors, load_run_state, save_run_state
 from vimtune.training.stepper import Stepper
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file")
 
 
 class Killed(BaseException):

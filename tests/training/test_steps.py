@@ -29,7 +29,7 @@ from vimtune.training import InputError, Report, evaluate, run, train, trained
 from vimtune.training.identity import ResumeError
 from vimtune.training.state import load_run_state
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures_in_this_file")
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def test_its_report_is_read_again(toy, capsys):
     assert "accuracy (val)" in shown and capsys.readouterr().out.split() == shown.split()
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("changes", [{"batch_size": 4, "grad_accum": 2}, {"batch_size": 2, "grad_accum": 4}])
 def test_the_gradient_is_the_mean_over_the_tokens_there_are(toy, changes):
     """Sequences have different lengths, so the batches of a step count different numbers of tokens."""
@@ -104,6 +105,7 @@ def test_scores_equal_their_definitions(toy):
     assert found.loss == pytest.approx(nats / 13, rel=1e-5)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("call", [2, 5])
 def test_resume_is_exact(toy, monkeypatch, call):
     straight, recipe = train(toy("straight", **MIXED)), toy("parts", **MIXED)
@@ -132,6 +134,7 @@ def test_two_processes_give_the_result_of_one(toy):
     assert stored["scores"] == pytest.approx(report.scores) and stored["processes"] == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("changes", [{}, MIXED], ids=str)
 def test_replays_change_nothing(toy, replaying, changes):
     eager = train(toy("eager", **changes))

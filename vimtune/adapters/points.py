@@ -81,8 +81,8 @@ class Points:
                 self.rows[join(path, name)] = rows
             for method in declared.calls:
                 self.calls[join(path, method) + CALL] = (module, method)
-            for first, copy in declared.reverse_copies.items():
-                for name, _ in base_parameters(module):
+            for name in [name for name, _ in base_parameters(module)] if declared.reverse_copies else ():
+                for first, copy in declared.reverse_copies.items():
                     if name == copy or name.startswith(f"{copy}."):
                         self.shared_names[join(path, name)] = first + name.removeprefix(copy)
             if getattr(type(module), "weight_is_read", False):

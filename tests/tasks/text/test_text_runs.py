@@ -105,6 +105,7 @@ def test_weights_of_a_file_in_bf16_are_trained_in_fp32(tmp_path):
     vimtune.load_adapter(model, tmp_path / "run" / "adapter.safetensors")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_classifier_keeps_the_names_of_its_classes(tmp_path):
     report = train(recipe("text", tmp_path, head="classifier", pooling="mean", epochs=8, lr=1e-2))
     assert [name for name, _ in report.rows()][:2] == ["accuracy (test)", "loss (test)"]  # no other score
@@ -112,6 +113,7 @@ def test_a_classifier_keeps_the_names_of_its_classes(tmp_path):
     assert report.scores == {"acc": 100.0, "acc_norm": None} and report.rate_unit == "ex"
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_prompts_and_plain_texts_are_judged_by_their_loss(tmp_path):
     for name, line in {"prompted": PROMPTED, "plain": {"text": "x y z " * 30}}.items():
         path = write_lines(tmp_path / f"{name}.jsonl", [line] * 6)

@@ -18,6 +18,8 @@ from vimtune.recipe import Recipe
 from vimtune.runtime.distributed import Processes
 from vimtune.training import train
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 COLD = {"text": "cold", "label": "winter"}
 
 
