@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from quick_runs import NO_PICTURES, painting_once, replace_until_undone
 
+from vimtune import plugins
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: workers whose threads wait for each other's cores are slower than one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,6 +65,12 @@ def files_may_stay_in_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_package_was_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of other tests were commands of other processes, as far as `--import` goes."""
+    monkeypatch.setattr(plugins, "_imported", [])
 
 
 @pytest.fixture

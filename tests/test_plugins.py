@@ -229,7 +229,7 @@ def vimtune(folder, monkeypatch, capsys) -> Iterator[Callable[[str], Ended]]:
             monkeypatch.setattr(registry, "_things", dict(things))
         monkeypatch.setattr(sys, "path", list(path))
         monkeypatch.setattr(plugins, "_failures", None)
-        monkeypatch.setattr(plugins, "_imported", [])
+        monkeypatch.setattr(plugins, "_imported", [])  # each command is a process of its own
         importlib.invalidate_caches()
 
     def run(arguments: str, installed: bool = False) -> Ended:
