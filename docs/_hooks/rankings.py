@@ -64,7 +64,7 @@ def _compared(scores: evidence.Scores, published: Published) -> Iterator[str]:
     theirs = _means(published, scores)
     ours = {
         method: mean
-        for method in scores.ranked
+        for method in scores.by_method
         if method in theirs and (mean := scores.mean(method, _data(published, scores))) is not None
     }
     if len(ours) < 3:
