@@ -296,3 +296,14 @@ def test_a_file_cannot_ask_for_augmentation() -> None:
     transform = read_transform(config, "preprocessing")
     plain = build_transform("none", (32, 32))
     assert torch.equal(transform(photo(), 1), plain(photo(), 2))
+
+
+def test_a_process_that_gets_a_transform_gets_nothing_on_a_device() -> None:
+    """The images of another loader were normalised on a GPU before, and a worker would open that GPU."""
+    transform = build_transform("none", (8, 8), train=False)
+    pixels = torch.arange(192, dtype=torch.uint8).view(8, 8, 3)
+    expected = transform.normalise(pixels)
+    assert transform.normalise(pixels.to("meta")).device.type == "meta"
+    received = pickle.loads(pickle.dumps(transform))
+    assert received.normalise._on_devices == {}
+    assert torch.equal(received.normalise(pixels), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ class Normalisation:
             torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std)
         )
         self._on_devices: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process gets that prepares images: nothing on a GPU, which it would have to open."""
+        return {**self.__dict__, "_on_devices": {}}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Images uint8 (..., H, W, 3) as float32 (..., 3, H, W), on the same device."""
