@@ -17,19 +17,22 @@ epoch takes but for an evaluation: its steps, the state that is saved, and the w
 the graph of full batches is recorded in the first epoch and that of an incomplete last batch in the second.
 "start s" is the time until the first step is done: opening data and model, decoding, recording a graph.
 
-Rows of reading, at 224 px from a folder of JPEG files of 500 x 375 pixels that the script makes:
+Rows of reading, at 224 px from a folder of JPEG files of 500 x 375 pixels that the script makes, with several
+names for each, so that an epoch is long enough:
 
     decode     `vimtune.data.load_image` in one process, so what a core decodes
+    all        the same in --num-workers processes at a time, which share caches and memory
     ours       an epoch of our loader, preset light, with --num-workers processes
     timm       an epoch of timm's loader with the same crops, flips and colours
 
-Both leave batches of bytes in host memory, which are normalised where they arrive.
+Both loaders leave batches of bytes in host memory, which are normalised where they arrive.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -56,7 +59,9 @@ CACHES = ("device", "host", "none")
 JPEG_SIDE = 224
 CLASSES = 4
 DECODED = 200
-"""Files that are decoded to see how fast a core is."""
+"""Files that a process decodes to see how fast a core is."""
+ROUNDS = 8
+"""Batches that each process makes in an epoch, at least."""
 
 Row = dict[str, Any]
 
@@ -96,7 +101,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=12, help="of each run; at least 4")
     parser.add_argument("--caches", nargs="*", default=CACHES, choices=CACHES)
-    parser.add_argument("--jpegs", type=int, default=1000, help="files of the folder; 0 leaves reading out")
+    parser.add_argument("--jpegs", type=int, default=1000, help="files that differ; 0 leaves reading out")
     parser.add_argument("--steps", type=int, default=50, help="bare steps")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", help="JSON file for the rows")
@@ -174,11 +179,13 @@ def time_reading(options: argparse.Namespace) -> Iterator[Row]:
         return
     with tempfile.TemporaryDirectory() as folder:
         files = make_jpegs(Path(folder), options.jpegs)
-        started = time.perf_counter()
-        for file in files[:DECODED]:
-            load_image(file)
-        rate = len(files[:DECODED]) / (time.perf_counter() - started)
-        yield {"what": "decode", "images_per_second": rate}
+        yield {"what": "decode", "images_per_second": decoding_rate(files)}
+        processes = max(1, options.num_workers)
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            pool.map(load_image, files[:processes])  # The first task imports what it needs.
+            rates = pool.map(decoding_rate, [files] * processes, chunksize=1)
+        yield {"what": "all", "images_per_second": sum(rates)}
+        repeat_files(files, ROUNDS * processes * options.batch_size)
         readers: dict[str, Callable[[], Iterable[Any]]] = {
             "ours": our_loader(options, folder).unfinished,
             "timm": timm_loader(options, folder).__iter__,
@@ -188,6 +195,21 @@ def time_reading(options: argparse.Namespace) -> Iterator[Row]:
             started = time.perf_counter()
             count = count_images(epoch())
             yield {"what": what, "images_per_second": count / (time.perf_counter() - started)}
+
+
+def decoding_rate(files: list[Path]) -> float:
+    """Images per second that this process decodes."""
+    started = time.perf_counter()
+    for index in range(DECODED):
+        load_image(files[index % len(files)])
+    return DECODED / (time.perf_counter() - started)
+
+
+def repeat_files(files: list[Path], number: int) -> None:
+    """Give files further names until there are `number` of them."""
+    for index in range(len(files), number):
+        file = files[index % len(files)]
+        file.with_name(f"{index}.jpg").hardlink_to(file)
 
 
 def make_jpegs(folder: Path, number: int) -> list[Path]:

@@ -307,7 +307,13 @@ def test_the_plan_of_the_language_tasks_is_one():
 
 @pytest.mark.parametrize(
     "name, methods",
-    [("image_methods", 29), ("image_budget", 16), ("compositions", 19), ("prodial_ablation", 17)],
+    [
+        ("image_methods", 29),
+        ("image_budget", 16),
+        ("compositions", 19),
+        ("components", 12),
+        ("prodial_ablation", 17),
+    ],
 )
 def test_the_plans_of_the_tables_are_some(name, methods):
     file = ROOT / "benchmarks" / f"{name}.yaml"
