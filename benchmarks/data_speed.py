@@ -22,7 +22,8 @@ names for each, so that an epoch is long enough:
 
     decode     `vimtune.data.load_image` in one process, so what a core decodes
     all        the same in --num-workers processes at a time, which share caches and memory
-    ours       an epoch of our loader, preset light, with --num-workers processes
+    ours       an epoch of our loader, preset light, with --num-workers processes; on the way to a GPU they crop,
+               and leave colours to it
     timm       an epoch of timm's loader with the same crops, flips and colours
 
 Both loaders leave batches of bytes in host memory, which are normalised where they arrive.
@@ -237,6 +238,7 @@ def our_loader(options: argparse.Namespace, folder: str) -> ImageLoader:
         drop_last=False,
         num_workers=options.num_workers,
         seed=0,
+        device=torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"),
     )
 
 

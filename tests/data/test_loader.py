@@ -84,10 +84,11 @@ def test_batches_travel_as_bytes_and_are_normalised_where_they_arrive(workers: i
     loader, transform = make(num_workers=workers), build_transform("strong", SIZE, train=True, crop_pct=1.0)
     finished = epoch(loader)
     loader.set_position(0)
-    for (images, labels), (pixels, same, places) in zip(finished, loader.unfinished(), strict=True):
+    for (images, labels), (parts, same, places) in zip(finished, loader.unfinished(), strict=True):
+        (pixels,) = parts.values()
         assert pixels.dtype == torch.uint8 and pixels.shape == (len(places), *SIZE, 3)
         assert pixels.is_shared() == (workers > 0)
-        assert torch.equal(loader.finish(pixels), images) and torch.equal(same, labels)
+        assert torch.equal(loader.finish(parts), images) and torch.equal(same, labels)
         one = transform(loader.dataset.load(int(places[0])), sample_seed(3, 0, int(places[0])))
         assert torch.equal(one, images[0])
     loader.close()

@@ -7,6 +7,7 @@ from PIL import Image
 
 from vimtune.data import CorruptImageError, ImageDataset, build_transform
 from vimtune.data.loading import worker_count
+from vimtune.data.loading.samples import TransformedSamples
 from vimtune.data.loading.worker_count import choose_num_workers
 
 TRANSFORM = build_transform("none", (64, 64))
@@ -33,6 +34,10 @@ class Pictures(ImageDataset):
         return str(index)
 
 
+def samples(dataset: ImageDataset) -> TransformedSamples:
+    return TransformedSamples(dataset, TRANSFORM, 0)
+
+
 @pytest.fixture
 def on(monkeypatch):
     """`on(cores, ms=..., count=..., ...)`: the choice where one image takes so many milliseconds."""
@@ -50,7 +55,7 @@ def on(monkeypatch):
             "cached": False,
             **options,
         }
-        return choose_num_workers(dataset or Pictures(count), TRANSFORM, **settings)
+        return choose_num_workers(samples(dataset or Pictures(count)), **settings)
 
     return choose
 
@@ -95,10 +100,10 @@ def test_the_reason_names_what_limits_the_number(on):
 @pytest.mark.parametrize(("count", "asked"), [(1, [0] * 5), (9, [0, 2, 4, 6, 8])])
 def test_a_few_images_from_all_over_the_data_are_timed(count, asked):
     dataset = Pictures(count)
-    assert worker_count._seconds_per_image(dataset, TRANSFORM, False) > 0
+    assert worker_count._seconds_per_image(samples(dataset), False) > 0
     assert dataset.asked == asked
-    assert worker_count._seconds_per_image(Pictures(9, frozenset({0, 4})), TRANSFORM, False) > 0
-    assert worker_count._seconds_per_image(Pictures(1, frozenset({0})), TRANSFORM, False) == 0
+    assert worker_count._seconds_per_image(samples(Pictures(9, frozenset({0, 4}))), False) > 0
+    assert worker_count._seconds_per_image(samples(Pictures(1, frozenset({0}))), False) == 0
 
 
 def test_of_cached_images_decoding_takes_no_time(monkeypatch):
@@ -111,5 +116,5 @@ def test_of_cached_images_decoding_takes_no_time(monkeypatch):
             now[0] += 1
             return super().load(index)
 
-    assert worker_count._seconds_per_image(Slow(9), TRANSFORM, False) == 1
-    assert worker_count._seconds_per_image(Slow(9), TRANSFORM, True) == 0
+    assert worker_count._seconds_per_image(samples(Slow(9)), False) == 1
+    assert worker_count._seconds_per_image(samples(Slow(9)), True) == 0

@@ -30,8 +30,12 @@ class Normalisation:
 
     def scale_(self, images: Tensor) -> Tensor:
         """Normalise float32 (..., 3, H, W) of values from 0 to 255 in place."""
-        # A copy to a GPU for every batch would make the host wait.
-        if images.device not in self._on_devices:
-            self._on_devices[images.device] = self._mean.to(images.device), self._std.to(images.device)
-        mean, std = self._on_devices[images.device]
+        mean, std = self.on(images.device)
         return images.div_(255).sub_(mean).div_(std)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation on a device, (3, 1, 1) each."""
+        # A copy to a GPU for every batch would make the host wait.
+        if device not in self._on_devices:
+            self._on_devices[device] = self._mean.to(device), self._std.to(device)
+        return self._on_devices[device]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, ImageReadError, TooManyCorruptError
 from vimtune.data.loading.batch_sampler import BatchSampler
-from vimtune.data.loading.samples import Batch, FailedSample
+from vimtune.data.loading.samples import Batch
 from vimtune.text import printable
 
 logger = logging.getLogger(__name__)
@@ -67,39 +67,42 @@ class ImageLoader(ABC):
         return self._batches.num_batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return ((self.finish(images), labels) for images, labels, _ in self._judged())
+        return ((self.finish(parts), labels) for parts, labels, _ in self._judged())
 
-    def unfinished(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray[Any, Any]]]:
-        """Iterate with the places of the images in the data set, int64 (b,), behind the labels.
+    def unfinished(
+        self,
+    ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray[Any, Any]]]:
+        """Iterate over `(parts, labels, places)`, of which `finish` makes the images; places are those of the
+        images in the data set, int64 (b,).
 
-        The images are what `finish` takes. Where workers make them they are bytes, which reach a GPU in a
-        quarter of the time that a model's input takes.
+        Where workers make them, "images" among the parts are bytes, which reach a GPU in a quarter of the
+        time that a model's input takes.
         """
         shares = self._batches.shares(self._batches.epoch, self._batches.start_batch)
-        for share, (images, labels, failures) in zip(shares, self._judged(), strict=True):
+        for share, (parts, labels, failures) in zip(shares, self._judged(), strict=True):
             read, missing = share % len(self.dataset), [sample.image for sample in failures]
-            yield images, labels, read[np.isin(read, missing, invert=True)].astype(np.int64)
+            yield parts, labels, read[np.isin(read, missing, invert=True)].astype(np.int64)
 
-    def _judged(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[FailedSample]]]:
+    def _judged(self) -> Iterator[Batch]:
         """The batches with what is missing in them, which is counted and limited."""
         whole = self._batches.start_batch == 0
         seen = left_out = 0
         last: CorruptImageError | ImageReadError | None = None
-        for images, labels, failures in self._read():
-            for _, last in failures:
+        for batch in self._read():
+            for _, last in batch.failures:
                 self._leave_out(last)
-            seen += len(labels) + len(failures)
-            left_out += len(failures)
+            seen += len(batch.labels) + len(batch.failures)
+            left_out += len(batch.failures)
             if seen >= _ENOUGH_TO_JUDGE:
                 self._judge(left_out, seen, last)
-            yield images, labels, failures
+            yield batch
         if whole:
             self._judge(left_out, seen, last)
 
-    def finish(self, images: torch.Tensor) -> torch.Tensor:
-        """What a model takes, float32 (b, 3, H, W), of the images of `unfinished`, on the device where they
+    def finish(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a model takes, float32 (b, 3, H, W), of the parts of `unfinished`, on the device where they
         are."""
-        return images
+        return parts["images"]
 
     @abstractmethod
     def _read(self) -> Iterator[Batch]:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from vimtune.data.base import ImageDataset
+from vimtune.data.device.augmentation import Augmentation
 from vimtune.data.loading.batch_sampler import BatchSampler
 from vimtune.data.loading.cache_places import Agreement, cache_place
+from vimtune.data.loading.cropped import CroppedSamples
 from vimtune.data.loading.image_loader import ImageLoader
-from vimtune.data.loading.resident.augmentation import Augmentation
 from vimtune.data.loading.resident.loader import ResidentLoader
 from vimtune.data.loading.resident.store import DoesNotFitError, fill_store
-from vimtune.data.loading.samples import Batch, Samples
+from vimtune.data.loading.samples import Batch, Samples, TransformedSamples
 from vimtune.data.loading.workers import (
     death_noticed_later,
     naming_worker_trouble,
     prepare_worker,
     worker_context,
 )
-from vimtune.data.transforms import Transform
+from vimtune.data.transforms import Transform, is_random
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,9 @@ class WorkerLoader(ImageLoader):
         if self._loader.num_workers > 0 and not self._is_ahead():
             self._ahead = _Ahead(self._batches.epoch, self._batches.start_batch, self._start())
 
-    def finish(self, images: torch.Tensor) -> torch.Tensor:
-        """What a model takes of the pixels that the workers make; see `Samples.finish`."""
-        return self._samples.finish(images)
+    def finish(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a model takes of what the workers make; see `Samples.finish`."""
+        return self._samples.finish(parts)
 
     def close(self) -> None:
         """End the workers. Those that live on until Python exits are waited for `GRACE_SECONDS` there."""
@@ -140,7 +141,7 @@ def create_loader(
             is decoded once, now, and stays in memory (uint8, full size). The workers are forked and read the
             same pages. At most half of the free memory is used; what does not fit is decoded each time,
             with the same result. "device": the same on `device`, all of it, and batches are made there; the
-            augmentation is that of `vimtune.data.loading.resident`, whichever library `transform` names.
+            augmentation is that of `vimtune.data.device`, whichever library `transform` names.
             "auto": "device" if that is a GPU and they fit, else "none".
         once: the images are read a single time, so none is kept; with "device" they are if they fit, because
             a process that goes on to another run finds them there.
@@ -173,9 +174,11 @@ def create_loader(
         if place == "auto" and not agree(store is not None):
             store = None
     if store is not None:
-        augmentation = Augmentation(transform.preprocessing, device)
+        augmentation = Augmentation(transform.preprocessing)
         return ResidentLoader(dataset, store, augmentation, batches, seed, on_corrupt)
-    samples = Samples(dataset, transform, seed)
+    samples = samples_for(dataset, transform, seed, device)
+    if isinstance(samples, CroppedSamples):
+        logger.info("%s: cropped where images are decoded, and augmented on %s", dataset.split, device)
     if place == "host":
         samples.fill_cache()
     elif num_workers == 0 and not once:
@@ -184,9 +187,10 @@ def create_loader(
     generator.manual_seed(seed)
     loader: DataLoader[Any] = DataLoader(
         samples,
-        batch_sampler=batches,
+        sampler=batches,
+        batch_size=None,  # The samples are batches already.
         num_workers=num_workers,
-        collate_fn=samples.collate,
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
         persistent_workers=num_workers > 0,
@@ -194,6 +198,22 @@ def create_loader(
         generator=generator,
     )
     return WorkerLoader(samples, batches, loader, on_corrupt)
+
+
+def samples_for(dataset: ImageDataset, transform: Transform, seed: int, device: torch.device) -> Samples:
+    """The samples that a data set becomes on the way to a device.
+
+    What follows the random crops is done by a GPU, where it costs next to nothing and is the same as with the
+    images kept there; on a CPU by the library of `transform`.
+    """
+    if _is_gpu(device) and is_random(transform.preprocessing):
+        return CroppedSamples(dataset, Augmentation(transform.preprocessing), seed)
+    return TransformedSamples(dataset, transform, seed)
+
+
+def _as_it_is(batch: Any) -> Any:
+    """A batch as the samples have made it; the function has a name because workers may have to pickle it."""
+    return batch
 
 
 def _is_gpu(device: torch.device) -> bool:

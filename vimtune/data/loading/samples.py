@@ -1,9 +1,10 @@
-"""Single samples of a data set: decoded, transformed, and put together to batches in the workers."""
+"""Samples of a data set: decoded, prepared, and put together to batches in the workers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from vimtune.text import counted
 
 logger = logging.getLogger(__name__)
 
+_AT_A_TIME = 8
+"""Images of a batch that a worker decodes before it prepares them: whole images may be large."""
 _CACHE_SHARE = 0.5
 """Share of the free memory that the cache may take."""
 _KEPT = 128 * 2**20
@@ -42,6 +45,10 @@ class Key(NamedTuple):
     """Index of the image in the data set."""
     turn: int = 0
     """How often it came before in the epoch, which changes its augmentation."""
+
+    def draw(self, num_images: int) -> int:
+        """The number of the draw in a data set of so many images; see `BatchSampler`."""
+        return self.image + self.turn * num_images
 
 
 class FailedSample(NamedTuple):
@@ -70,23 +77,35 @@ def targets_of(dataset: ImageDataset, indices: Sequence[int]) -> torch.Tensor:
 class Batch(NamedTuple):
     """What a loader reads, in a worker where it has any."""
 
-    images: torch.Tensor
-    """What `ImageLoader.finish` takes: pixels, or what a model takes already."""
+    parts: dict[str, torch.Tensor]
+    """What `ImageLoader.finish` takes: "images", and what else that needs."""
     labels: torch.Tensor
     """What `targets_of` gives for them."""
     failures: list[FailedSample]
-    """The images that could not be read and are not among `images`."""
+    """The images that could not be read and are not among the others."""
 
 
-class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
-    """Decodes and transforms single images, in the process that asks for them."""
+class Samples(Dataset[Batch], ABC):
+    """Decodes and prepares images, a batch at a time, in the process that asks for them."""
 
-    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
-        self.dataset = dataset
-        self._transform = transform
-        self._seed = seed
+    def __init__(self, dataset: ImageDataset, img_size: tuple[int, int]) -> None:
+        """Samples of `dataset` with images of `img_size`, height and width."""
+        self.dataset, self.img_size = dataset, img_size
         self._cached: dict[int, np.ndarray[Any, Any]] = {}
         self._room = 0
+
+    @abstractmethod
+    def prepare(self, images: Sequence[Image.Image], keys: Sequence[Key]) -> list[dict[str, torch.Tensor]]:
+        """What of decoded images is sent, such as "images", uint8 (H, W, 3); each has names of its own."""
+
+    @abstractmethod
+    def finish(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What a model takes, float32 (b, 3, H, W), of what `prepare` has made of a batch, stacked, on the
+        device where it is."""
+
+    def nothing(self) -> dict[str, torch.Tensor]:
+        """What `prepare` makes of no image, stacked."""
+        return {"images": torch.empty(0, *self.img_size, 3, dtype=torch.uint8)}
 
     def fill_cache(self) -> None:
         """Decode the images and keep them, in their order, until half of the free memory is used."""
@@ -115,34 +134,54 @@ class Samples(Dataset["tuple[torch.Tensor, torch.Tensor] | FailedSample"]):
         """
         self._room = min(_KEPT, int(_KEPT_SHARE * free_memory()))
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, torch.Tensor] | FailedSample:
-        """The pixels of an image, uint8 (H, W, 3), and its row of `targets_of`, or the error with which it
-        could not be read."""
-        pixels = self._cached.get(key.image)
-        try:
-            image = self.dataset.load(key.image) if pixels is None else Image.fromarray(pixels)
-        except (CorruptImageError, ImageReadError) as error:
-            return FailedSample(key.image, error)
-        if pixels is None and self._room > 0:
+    def __getitem__(self, keys: Sequence[Key]) -> Batch:
+        """A batch, without the images that could not be read."""
+        failures: list[FailedSample] = []
+        made: list[dict[str, torch.Tensor]] = []
+        good: list[Key] = []
+        for first in range(0, len(keys), _AT_A_TIME):
+            images, read = [], []
+            for key in keys[first : first + _AT_A_TIME]:
+                try:
+                    images.append(self._decode(key.image))
+                    read.append(key)
+                except (CorruptImageError, ImageReadError) as error:
+                    failures.append(FailedSample(key.image, error))
+            if images:
+                made += self.prepare(images, read)
+                good += read
+        # In a worker torch's own function stacks straight into the shared memory in which batches travel.
+        labels = targets_of(self.dataset, [key.image for key in good])
+        return Batch(default_collate(made) if made else self.nothing(), labels, failures)
+
+    def _decode(self, index: int) -> Image.Image:
+        pixels = self._cached.get(index)
+        if pixels is not None:
+            return Image.fromarray(pixels)
+        image = self.dataset.load(index)
+        if self._room > 0:
             pixels = np.asarray(image)
             self._room -= pixels.nbytes
             if self._room >= 0:
-                self._cached[key.image] = pixels
-        draw = key.image + key.turn * len(self.dataset)
-        tensor = self._transform.pixels(image, sample_seed(self._seed, key.epoch, draw))
-        return tensor, targets_of(self.dataset, [key.image])[0]
+                self._cached[index] = pixels
+        return image
 
-    def collate(self, samples: list[tuple[torch.Tensor, torch.Tensor] | FailedSample]) -> Batch:
-        """Stack the samples of a batch, pixels uint8 (b, H, W, 3), and put the failed ones aside."""
-        failures = [sample for sample in samples if isinstance(sample, FailedSample)]
-        good = [sample for sample in samples if not isinstance(sample, FailedSample)]
-        if not good:
-            nothing = torch.empty(0, *self._transform.img_size, 3, dtype=torch.uint8)
-            return Batch(nothing, targets_of(self.dataset, []), failures)
-        # In a worker torch's own function stacks straight into the shared memory in which batches travel.
-        images, labels = default_collate(good)
-        return Batch(images, labels, failures)
 
-    def finish(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What a model takes, float32 (b, 3, H, W), of the pixels of a batch, on their device."""
-        return self._transform.normalise(pixels)
+class TransformedSamples(Samples):
+    """Images that go through a `Transform` up to the normalisation."""
+
+    def __init__(self, dataset: ImageDataset, transform: Transform, seed: int) -> None:
+        super().__init__(dataset, transform.img_size)
+        self._transform, self._seed = transform, seed
+
+    def prepare(self, images: Sequence[Image.Image], keys: Sequence[Key]) -> list[dict[str, torch.Tensor]]:
+        """Pixels, uint8 (H, W, 3)."""
+        number = len(self.dataset)
+        seeds = [sample_seed(self._seed, key.epoch, key.draw(number)) for key in keys]
+        return [
+            {"images": self._transform.pixels(image, seed)} for image, seed in zip(images, seeds, strict=True)
+        ]
+
+    def finish(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Normalise the pixels of a batch."""
+        return self._transform.normalise(parts["images"])

@@ -11,9 +11,8 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, ImageReadError
-from vimtune.data.transforms import Transform
+from vimtune.data.loading.samples import Key, Samples
 from vimtune.machine import free_memory, free_shared_memory, usable_cores
 from vimtune.text import counted
 
@@ -50,8 +49,7 @@ HERE = WorkerCount(0, AS_ASKED)
 
 
 def choose_num_workers(
-    dataset: ImageDataset,
-    transform: Transform,
+    samples: Samples,
     *,
     batch_size: int,
     world_size: int,
@@ -62,8 +60,7 @@ def choose_num_workers(
     """Choose for one loader of one process of a run.
 
     Args:
-        dataset: what is read.
-        transform: what its images go through.
+        samples: what the processes are to make.
         batch_size: images of a batch, over all processes of the run together.
         world_size: processes of the run.
         local_size: those of them on this machine, which share its cores and its memory.
@@ -75,11 +72,12 @@ def choose_num_workers(
     shown = f"{counted(cores, 'cores')}{' a process' if local_size > 1 else ''}"
     if most < 1:
         return WorkerCount(0, shown)
-    seconds = _seconds_per_image(dataset, transform, cached)
+    dataset = samples.dataset
+    seconds = _seconds_per_image(samples, cached)
     shown = f"{shown}, {1000 * seconds:.1f} ms an image"
     if seconds * len(dataset) / world_size < WORTH_A_START:
         return WorkerCount(0, f"{shown}, {counted(len(dataset), 'images')}")
-    height, width = transform.img_size
+    height, width = samples.img_size
     waiting = WAITING * -(-batch_size // world_size) * 3 * height * width
     room = int(MEMORY_SHARE * min(free_memory(), free_shared_memory()) / local_size / waiting)
     limits = {
@@ -91,19 +89,20 @@ def choose_num_workers(
     return WorkerCount(limits[reason], reason)
 
 
-def _seconds_per_image(dataset: ImageDataset, transform: Transform, cached: bool) -> float:
-    """How long decoding, unless images are `cached`, and transforming take: the median of a few images from
-    all over the data.
+def _seconds_per_image(samples: Samples, cached: bool) -> float:
+    """How long decoding, unless images are `cached`, and preparing take: the median of a few images from all
+    over the data.
 
     What cannot be read is reported when its turn comes.
     """
     times = []
     for probe in range(PROBES + 1):
+        place = probe * (len(samples.dataset) - 1) // PROBES
         start = time.perf_counter()
         try:
-            image = dataset.load(probe * (len(dataset) - 1) // PROBES)
+            image = samples.dataset.load(place)
             start = time.perf_counter() if cached else start
-            transform.pixels(image)
+            samples.prepare([image], [Key(0, place)])
         except (CorruptImageError, ImageReadError):
             continue
         times.append(time.perf_counter() - start)

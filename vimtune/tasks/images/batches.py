@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,16 @@ from vimtune.text import printable, shorten
 class _Unfinished(Batch):
     """A batch of an `ImageLoader` before its images are finished, which happens where they arrive."""
 
-    finish: Callable[[Tensor], Tensor]
-    """Makes what a model takes of the images; see `ImageLoader.finish`."""
+    finish: Callable[[Mapping[str, Tensor]], Tensor]
+    """Makes what a model takes of the tensors; see `ImageLoader.finish`."""
+    kept: Collection[str]
+    """The names of the tensors that the finished batch has beside its images."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, with images (b, 3, H, W) as a model takes them."""
-        moved = super().to(device)
-        return Batch(moved.tensors | {"images": self.finish(moved.tensors["images"])}, moved.count)
+        moved = super().to(device).tensors
+        kept = {name: moved[name] for name in self.kept}
+        return Batch({"images": self.finish(moved), **kept}, self.count)
 
 
 class ImageBatches(Loader):
@@ -73,12 +76,12 @@ class ImageBatches(Loader):
             TooManyCorruptError: what was trained since the last state is not worth a new one.
         """
         try:
-            for images, labels, numbers in self._loader.unfinished():
-                tensors = {"images": images, "labels": labels}
+            for parts, labels, numbers in self._loader.unfinished():
+                kept = {"labels": labels}
                 if self._numbered:
                     places = torch.from_numpy(numbers)
-                    tensors["places"] = places.pin_memory() if labels.is_pinned() else places
-                yield _Unfinished(tensors, len(images), self._loader.finish)
+                    kept["places"] = places.pin_memory() if labels.is_pinned() else places
+                yield _Unfinished(parts | kept, len(labels), self._loader.finish, tuple(kept))
         except TooManyCorruptError:
             raise
         except CorruptImageError as error:

@@ -24,6 +24,7 @@ from vimtune.data import (
     model_preprocessing,
 )
 from vimtune.data.loading.batch_sampler import BatchSampler
+from vimtune.data.loading.loader import samples_for
 from vimtune.data.loading.worker_count import AS_ASKED, WorkerCount, choose_num_workers
 from vimtune.data.subset import draw_at_most, draw_protocol, draw_shots, take_fold
 from vimtune.methods import METHODS
@@ -318,10 +319,10 @@ def open_batches(
     data = recipe.data
     assert isinstance(data, DataSettings)
     batch_size = recipe.optimisation.batch_size
+    seed = derive_seed(recipe.run.seed, "data")
     if data.num_workers == "auto":
         workers = choose_num_workers(
-            dataset,
-            transform,
+            samples_for(dataset, transform, seed, processes.device),
             batch_size=batch_size,
             world_size=processes.world_size,
             local_size=processes.local_size,
@@ -337,7 +338,7 @@ def open_batches(
         shuffle=train,
         drop_last=False,
         num_workers=workers.number,
-        seed=derive_seed(recipe.run.seed, "data"),
+        seed=seed,
         rank=processes.rank,
         world_size=processes.world_size,
         cache=data.cache,

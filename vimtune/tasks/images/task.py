@@ -53,7 +53,9 @@ class ImageTask(Task):
         "light", "augmentation: none, light, medium, strong", purpose="loss"
     )
     transforms: Literal["albumentations", "torchvision"] = option(
-        "albumentations", "library of the transforms: albumentations, torchvision", purpose="loss"
+        "albumentations",
+        "library that augments images on a CPU: albumentations, torchvision; a GPU does it itself",
+        purpose="loss",
     )
 
     @property

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vimtune.data.base import ImageDataset
+from vimtune.data.device.augmentation import Augmentation
+from vimtune.data.device.draws import Draws, uniforms
 from vimtune.data.loading.batch_sampler import BatchSampler
 from vimtune.data.loading.image_loader import ImageLoader
-from vimtune.data.loading.resident.augmentation import Augmentation
-from vimtune.data.loading.resident.draws import Draws, uniforms
 from vimtune.data.loading.resident.store import ImageStore
 from vimtune.data.loading.samples import Batch, FailedSample, targets_of
 
@@ -86,7 +86,7 @@ class ResidentLoader(ImageLoader):
         parts = zip(images, pixels.split(sizes), labels.split(sizes), strict=True)
         return [
             Batch(
-                own,
+                {"images": own},
                 own_labels,
                 [
                     FailedSample(index, self._store.failures[index])

@@ -6,24 +6,27 @@ N images in the store, P pixels in all of them, B images in a batch.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vimtune.data.base import ImageDataset
 from vimtune.data.errors import CorruptImageError, DatasetError, ImageReadError
-from vimtune.data.loading.resident.augmentation import stored_pixels
 from vimtune.data.loading.workers import (
     death_noticed_later,
     naming_worker_trouble,
     prepare_worker,
     worker_context,
 )
+from vimtune.data.resize import PILLOW_FILTERS
+from vimtune.data.transforms import CHANGES, evaluation_crop, is_random
 from vimtune.machine import free_memory
 from vimtune.preprocessing import Preprocessing
 from vimtune.text import counted
@@ -36,6 +39,10 @@ _SAMPLE = 32
 """Images whose mean size tells how much all of them will take."""
 _AT_A_TIME = 16
 """Images that a worker sends together; a few such pieces of each worker wait in shared memory."""
+
+
+_LONGEST = 2
+"""The longer side of a stored image is at most so many times what the shorter one may be."""
 
 
 class DoesNotFitError(DatasetError):
@@ -84,7 +91,10 @@ class ImageStore:
         columns = torch.arange(self.largest[1], device=self.device)
         rows = torch.minimum(rows, heights[:, None] - 1) * widths[:, None] + self._starts[images][:, None]
         columns = torch.minimum(columns, widths[:, None] - 1)
-        return self._pixels[rows[:, :, None] + columns[:, None]], heights, widths
+        places = rows[:, :, None] + columns[:, None]
+        # Faster than by brackets, which look for each byte anew.
+        pixels = self._pixels.index_select(0, places.view(-1)).view(*places.shape, 3)
+        return pixels, heights, widths
 
 
 def fill_store(
@@ -160,6 +170,24 @@ def _require_room(needed: int, allowed: int, free: int, dataset: ImageDataset, d
             f"take {allowed / 1e9:.2f} of {free / 1e9:.2f} GB that are free on {device}: use --cache host or "
             "none"
         )
+
+
+def stored_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """What is stored of a decoded image: uint8 (height, width, 3).
+
+    What is not random is done once, by the code of the host, so that an image of an evaluation is the same to
+    the bit with and without a cache. Of training images to be cropped at random the whole image is stored; a
+    large one is first reduced, as far as even the smallest crop that the preset allows still has a pixel for
+    each pixel of the model's input.
+    """
+    if not is_random(preprocessing):
+        return evaluation_crop(image, preprocessing)
+    shorter = math.ceil(max(preprocessing.img_size) / math.sqrt(CHANGES[preprocessing.preset].crop_scale[0]))
+    factor = min(1.0, shorter / min(image.size), _LONGEST * shorter / max(image.size))
+    if factor < 1:
+        reduced = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+        image = image.resize(reduced, PILLOW_FILTERS[preprocessing.interpolation])
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 class _Piece(NamedTuple):

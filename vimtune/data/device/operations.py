@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimtune.data.loading.resident.draws import Draws
+from vimtune.data.device.draws import Draws
 
 _LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in the brightness of a pixel (ITU-R 601-2)."""
@@ -97,7 +97,7 @@ def jitter(
     turns = torch.where(changed[:, 0], (2 * draws.one() - 1) * hue, 0)
     for place in range(3):
         images = blend(images, order[:, place], factors[:, place])
-    return turn_hue(images, turns)
+    return turn_hue(images, turns) if hue else images
 
 
 def random_operation(images: Tensor, draws: Draws, fill: Tensor) -> Tensor:
@@ -231,8 +231,8 @@ def look_up(images: Tensor, chosen: dict[str, Tensor]) -> Tensor:
         images: see this module's docstring.
         chosen: the images, (B,) bool, to which each of `TABLES` applies; to an image at most one of them.
     """
-    count, channels = images.shape[:2]
-    values = images.reshape(count * channels, -1).long()
+    count, channels, height, width = images.shape
+    values = images.reshape(count * channels, height * width).long()
     one = torch.ones((), dtype=torch.int32, device=images.device)
     counts = one.new_zeros(count * channels, _LEVELS).scatter_add_(1, values, one.expand_as(values))
     counts = counts.view(count, channels, _LEVELS)

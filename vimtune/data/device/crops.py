@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vimtune.data.loading.resident.draws import Draws
+from vimtune.data.device.draws import Draws
 
 TRIES = 10
 """Boxes that are drawn for each image until one fits into it, as torchvision does."""
@@ -120,26 +120,33 @@ def _weights(
 ) -> Tensor:
     """The share of each pixel of an axis in each pixel of the result: (B, outputs, inputs), rows sum to 1.
 
+    Few pixels of a row are near enough to count. Their shares alone are computed, and put among zeros.
+
     Args:
         start, length: of the box along the axis, (B,).
         inputs, outputs: pixels along the axis before and after.
         interpolation: name of the filter.
         reverse: of which images the axis is reversed, (B,) bool.
     """
+    kernel = FILTERS[interpolation]
     places = torch.arange(outputs, device=start.device) + 0.5
     if reverse is not None:
         places = torch.where(reverse[:, None], outputs - places, places)
+    start, end = start[:, None, None], (start + length)[:, None, None]
     # Multiplied first, centres on the border of two pixels are exact.
-    centres = (start[:, None] + places * length[:, None] / outputs)[:, :, None]
-    pixels = torch.arange(inputs, device=start.device) + 0.5
-    if interpolation == "nearest":
-        distances = pixels - centres.floor() - 0.5
+    centres = start + (places * length[:, None] / outputs)[:, :, None]
+    if kernel.stretches:
+        scales = (length / outputs).clamp(min=1)[:, None, None]
     else:
-        distances = (pixels - centres) / (length / outputs).clamp(min=1)[:, None, None]
-    weights = FILTERS[interpolation](distances)
-    inside = (pixels > start[:, None]) & (pixels < (start + length)[:, None])
-    weights *= inside[:, None]
-    return weights.div_(weights.sum(2, keepdim=True))
+        centres, scales = centres.floor() + 0.5, torch.ones_like(start)
+    near = min(inputs, math.ceil(2 * kernel.reach * max(1.0, inputs / outputs)) + 1)
+    first = (centres - kernel.reach * scales).floor().clamp_(0, inputs - near)
+    pixels = first + torch.arange(near, device=start.device)
+    middles = pixels + 0.5
+    weights = kernel.weight((middles - centres) / scales)
+    weights *= (middles > start) & (middles < end)
+    weights /= weights.sum(2, keepdim=True)
+    return weights.new_zeros(*pixels.shape[:2], inputs).scatter_(2, pixels.long(), weights)
 
 
 def _nearest(distance: Tensor) -> Tensor:
@@ -162,10 +169,21 @@ def _lanczos(distance: Tensor) -> Tensor:
     return torch.where(distance.abs() < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0)
 
 
-FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "nearest": _nearest,
-    "bilinear": _bilinear,
-    "bicubic": _bicubic,
-    "lanczos": _lanczos,
+class Filter(NamedTuple):
+    """How much pixels count that lie around a place."""
+
+    weight: Callable[[Tensor], Tensor]
+    """The weight of a pixel at a distance, in pixels of the coarser grid."""
+    reach: float
+    """The distance from which on the weight is 0."""
+    stretches: bool = True
+    """Whether that grid may be the one of the result, against aliasing."""
+
+
+FILTERS: dict[str, Filter] = {
+    "nearest": Filter(_nearest, 0.5, stretches=False),
+    "bilinear": Filter(_bilinear, 1),
+    "bicubic": Filter(_bicubic, 2),
+    "lanczos": Filter(_lanczos, 3),
 }
-"""The weight of a pixel at a distance, in pixels of the coarser grid, by the names of interpolations."""
+"""The filters by the names of interpolations."""

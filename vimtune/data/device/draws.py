@@ -68,3 +68,7 @@ class Draws:
     def one(self) -> Tensor:
         """The next number of each image: (B,)."""
         return self.take(1)[:, 0]
+
+    def rest(self) -> Tensor:
+        """The numbers of each image that are left: (B, ...)."""
+        return self.take(self._table.shape[1] - self._taken)
