@@ -22,8 +22,8 @@ names for each, so that an epoch is long enough:
 
     decode     `vimtune.data.load_image` in one process, so what a core decodes
     all        the same in --num-workers processes at a time, which share caches and memory
-    ours       an epoch of our loader, preset light, with --num-workers processes; on the way to a GPU they crop,
-               and leave colours to it
+    ours       an epoch of our loader, preset light, with --num-workers processes; on the way to a GPU they
+               leave the colours to it
     timm       an epoch of timm's loader with the same crops, flips and colours
 
 Both loaders leave batches of bytes in host memory, which are normalised where they arrive.
