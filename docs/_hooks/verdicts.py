@@ -74,6 +74,13 @@ QUESTIONS = (
         tuple(("compositions", "projectors", name) for name in ("scan", "x_proj", "dt_proj", "A")),
     ),
     Question(
+        "Is it better to tune the projectors than any other group of parameters?",
+        tuple(
+            ("components", "projectors", name)
+            for name in ("ssm", "convolution", "D", "norms", "embedding", "linear")
+        ),
+    ),
+    Question(
         "Which compositions pay, against LoRA at the projectors with the whole budget?",
         (("compositions", "*+*", "projectors"),),
     ),

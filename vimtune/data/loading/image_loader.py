@@ -43,7 +43,10 @@ class ImageLoader(ABC):
         dataset: the data set that is read.
         num_skipped: corrupt images left out so far, each occurrence counted.
         skipped_paths: which images were left out.
+        work: what processes do with images, if there are any.
     """
+
+    work = "prepared"
 
     def __init__(self, dataset: ImageDataset, batches: BatchSampler, on_corrupt: str) -> None:
         self.dataset = dataset

@@ -48,7 +48,7 @@ class ImageBatches(Loader):
         self._loader, self._numbered = loader, numbered
         self.num_workers = workers.number
         if workers.reason != AS_ASKED:
-            self.reading = f"images prepared by {workers}"
+            self.reading = f"images {loader.work} by {workers}"
         self.dataset = loader.dataset
         self.split, self.source = loader.dataset.split, loader.dataset.source
         self.num_examples = len(loader.dataset)

@@ -30,6 +30,8 @@ class ResidentLoader(ImageLoader):
     epoch computes with the same shapes, and so to the bit, what an uninterrupted one does.
     """
 
+    work = "decoded once"
+
     def __init__(
         self,
         dataset: ImageDataset,
