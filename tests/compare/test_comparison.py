@@ -455,7 +455,7 @@ def test_a_process_makes_one_run_after_the_other_until_one_fails(scripted, tmp_p
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "2").mkdir()
     (tmp_path / "2" / "log.txt").write_text("error: first\n")
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     codes, processes_of_runs, reasons = [], [], []
     for number, asked in enumerate(["", "", "fail", "die", "", ""]):
         folder = scripted.run(processes, number, asked)
@@ -474,9 +474,21 @@ def test_a_process_makes_one_run_after_the_other_until_one_fails(scripted, tmp_p
     assert reasons == ["the \\x1b[31msecond", "it ended with code -9"]
 
 
+def test_processes_import_the_packages_that_were_named(scripted, monkeypatch):
+    monkeypatch.setattr(plugins, "_imported", ["mine", "more"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    telling = f"import os, sys; os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(sys.argv[1:])\n{WORKER}"
+    monkeypatch.setattr(execution, "WORKER", (sys.executable, "-c", telling))
+    processes = Processes(1, None)
+    folder = scripted.run(processes, 0, "")
+    scripted.wait(processes)
+    processes.kill()
+    assert said(folder)[1] == "mine,more"
+
+
 def test_a_process_that_died_between_two_runs_is_replaced(scripted, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     scripted.run(processes, 0, "")
     (run,) = scripted.wait(processes)
     run.slot.worker.kill()
@@ -494,7 +506,7 @@ def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(scripted
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        processes = Processes(2, ["cuda:0", "cuda:1"], [])
+        processes = Processes(2, ["cuda:0", "cuda:1"])
         folders = []
         while processes.has_room:
             folders.append(scripted.run(processes, len(folders), ""))
@@ -509,7 +521,7 @@ def test_a_process_that_is_told_to_stop_while_it_starts_makes_no_run(tmp_path):
     cell = Cell("lora", DATA, 1e-3, 0)
     (tmp_path / cell.path).mkdir(parents=True)
     asked.recipe(cell, tmp_path).save(tmp_path / cell.path / "recipe.yaml")
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     processes.start(cell, tmp_path / cell.path)
     processes.ask_to_stop()
     processes.running[0].slot.worker.wait()
@@ -523,7 +535,7 @@ def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_pa
     short = plan(methods={"lora": {"rank": 2, "dropout": 0.1}}, seeds="0", pictures=False)
     asked = plan(methods="lora", seeds="0", lr=1e-2, epochs=20, pictures=False)
     cells = [(short, Cell("lora", DATA, 1e-3, 0)), (asked, Cell("lora", DATA, 1e-2, 0))]
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     until = time.monotonic() + 120
     for made, cell in cells:
         folder = tmp_path / cell.path

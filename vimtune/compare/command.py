@@ -40,13 +40,12 @@ MAY_CHANGE = frozenset((*HARMLESS, "device", "threads")) - {"checkpoint", "pretr
 begin are none of them: a run that goes on knows its own, and a finished one does not say which it had."""
 
 
-def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[list[Row], Mapping[Cell, str]]:
+def compare(plan: Plan, folder: Path) -> tuple[list[Row], Mapping[Cell, str]]:
     """Make the runs of a comparison that are not finished yet, and write its tables.
 
     Args:
         plan: what is compared.
         folder: that of the comparison. It may hold runs, of this plan or of an earlier form of it.
-        packages: what each run imports before anything else (`--import`).
 
     Returns:
         A row for each method on each data set, and why runs failed, which are missing in their rows.
@@ -73,7 +72,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         if others := plan.published_elsewhere:
             shown = printable(shorten(", ".join(others)))
             print_line(console, f"published scores without a run here ({len(others)}): {shown}")
-        _run_all(schedule, folder, packages, stop, console)
+        _run_all(schedule, folder, stop, console)
         rows = _with_soups(schedule, folder, console, make=not stop.requested)
         _conclude(rows, folder, protocol_of(plan), schedule.failed, console, plan.reference)
         if stop.requested:
@@ -164,9 +163,7 @@ def _check_data_and_models(schedule: Schedule, folder: Path) -> None:
         raise PlanError(list(problems))
 
 
-def _run_all(
-    schedule: Schedule, folder: Path, packages: Sequence[str], stop: StopRequest, console: Console
-) -> None:
+def _run_all(schedule: Schedule, folder: Path, stop: StopRequest, console: Console) -> None:
     """Make all runs that are missing, until a request to stop.
 
     Raises:
@@ -175,7 +172,7 @@ def _run_all(
     options = schedule.plan.options
     for device in options.devices or ():
         resolve_device(device)  # One that is not there is refused before anything is started.
-    processes = Processes(options.jobs, options.devices, packages)
+    processes = Processes(options.jobs, options.devices)
     asked = False
     try:
         while True:
@@ -308,7 +305,7 @@ def run_compare(
     config: str | None,
     output_dir: Path | None,
     resume: Path | None,
-    packages: Sequence[str],
+    packages: Sequence[str] = (),
 ) -> int:
     """`vimtune compare`; returns the exit code.
 
@@ -318,7 +315,7 @@ def run_compare(
         config: a YAML file with others.
         output_dir: where the comparison or the tables go.
         resume: a comparison to be continued.
-        packages: what `--import` names.
+        packages: not looked at, since `vimtune.plugins` knows them; benchmarks still give it.
 
     Raises:
         ValueError: the plan, the folders or what they hold do not allow it.
@@ -336,5 +333,5 @@ def run_compare(
         config = str(resume / PLAN_FILE)
     plan = load_plan(config, values)
     folder = resume or output_dir or create_unused(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
-    _, failed = compare(plan, folder, packages)
+    _, failed = compare(plan, folder)
     return 1 if failed else 0
