@@ -50,7 +50,7 @@ def import_package(name: str) -> None:
 
 
 def imported_packages() -> tuple[str, ...]:
-    """The packages that were named here, in order, for processes that are to find what these have registered."""
+    """The packages that were named here, in order; processes that are to find what they add import them."""
     return tuple(_imported)
 
 

@@ -21,9 +21,10 @@ from tiny_plans import TINY, InProcess
 
 from vimtune import cli, plugins
 from vimtune.compare import command, execution, quickstart
-from vimtune.compare.command import compare
+from vimtune.compare.command import compare, run_compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
+from vimtune.download import DownloadError
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, hold
@@ -196,7 +197,7 @@ def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
         compare(plan(**values, data=data), tmp_path / "out")
     first, second = caught.value.problems
     assert first.startswith("data: flowers: ") and second.startswith("data: cars: ")
-    assert not runs.started and not (tmp_path / "out" / "plan.yaml").exists()
+    assert not runs.started and not (tmp_path / "out").exists()
     # What is finished needs its data no more.
     made = {"data": {"made": data["made"]}, "methods": "linear", "data_dir": None}
     compare(plan(**{**values, **made}), tmp_path / "out")
@@ -205,6 +206,24 @@ def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
         patch.setattr(Classification, "check_data", lambda *_: pytest.fail("nothing is to be run"))
         compare(plan(**{**values, **made}), tmp_path / "out")
     assert len(runs.started) == 1
+
+
+def test_a_server_that_does_not_answer_is_waited_for_once(runs, tmp_path, monkeypatch):
+    """The runs of several methods may want other parts of one data set. Nothing is left of the folder."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fail(url, path, md5):
+        asked.append(url)
+        raise DownloadError("no answer.")
+
+    monkeypatch.setattr("vimtune.download.download_file", fail)
+    values = {"dataset_kwargs": {}, "seeds": "0", "data": "flowers"}
+    methods = {"linear": {}, "lora": {"limit": 8}}
+    options = {"config": None, "output_dir": None, "resume": None}
+    with pytest.raises(PlanError, match=r"^data: flowers: .* and: no answer"):
+        run_compare(runs=[], values=plan(**values, methods=methods).to_dict(), **options)
+    assert len(asked) == 1 and not list(tmp_path.iterdir())
 
 
 def test_weights_that_cannot_be_opened_are_told_before_the_first_run(runs, tmp_path):

@@ -160,8 +160,11 @@ def test_another_file_at_the_address_is_not_kept(
     with pytest.raises(CheckpointError, match=r"cannot download .*404"):
         timm.create_model(elsewhere.name, pretrained=True)
     monkeypatch.setenv(ADDRESS, "http://no host/")
-    with pytest.raises(CheckpointError, match=r"cannot download http://no host/"):
+    with pytest.raises(
+        CheckpointError, match=rf"cannot download http://no host/.*correct .* {ADDRESS}, give a file"
+    ):
         timm.create_model(elsewhere.name, pretrained=True)
+    assert not (tmp_path / "torch").exists()
 
 
 @pytest.fixture

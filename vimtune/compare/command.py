@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from vimtune.console import build_console, print_line
 from vimtune.plugins import with_imports
 from vimtune.recipe import Recipe, RecipeError, changed_options, complete_stored, keeping
 from vimtune.recipe.files import read_values
-from vimtune.run_folder import RunFolder, create_unused, hold, make_folder, writing
+from vimtune.run_folder import RunFolder, hold, made_folder, make_folder, unused_folder, writing
 from vimtune.runtime.device import resolve_device
 from vimtune.runtime.distributed import Processes as OneProcess
 from vimtune.runtime.launch import read_launch
@@ -58,8 +59,7 @@ def compare(plan: Plan, folder: Path) -> tuple[list[Row], Mapping[Cell, str]]:
     if read_launch().world_size > 1:
         raise ValueError("a comparison starts the processes of its runs itself: start it without torchrun")
     console = build_console()
-    make_folder(folder)
-    with hold(RunFolder(folder)), StopRequest() as stop:
+    with made_folder(folder), hold(RunFolder(folder)), StopRequest() as stop:
         schedule = Schedule(plan, _finished(plan, folder))
         _check_data_and_models(schedule, folder)
         with writing(folder):
@@ -140,27 +140,28 @@ def _check_data_and_models(schedule: Schedule, folder: Path) -> None:
         PlanError: it has a line for each data set and for each model that cannot be opened.
     """
     checked: set[str] = set()
-    problems: dict[str, None] = {}
+    problems: dict[str, str] = {}
 
     def check(what: str, settings: object, opens: Callable[[], object]) -> None:
-        """Call `opens` unless the same has been opened for another run."""
-        if (key := f"{what} {settings}") in checked:
+        """Call `opens` unless the same has been opened for another run, or failed with other settings: a
+        server that does not answer is waited for once."""
+        if what in problems or (key := f"{what} {settings}") in checked:
             return
         checked.add(key)
         try:
             opens()
         except ValueError as error:
-            problems[f"{what}: {' '.join(str(error).split())}"] = None
+            problems[what] = " ".join(str(error).split())
 
     for cell in schedule.startable():
         recipe = schedule.plan.recipe(cell, folder)
         task, place = recipe.task, f"data: {cell.data}"  # A method may have data of its own.
         check(place, (task.name, recipe.data), partial(task.check_data, recipe, OneProcess()))
-        if not any(problem.startswith(place) for problem in problems):
+        if place not in problems:
             model = f"model: {recipe.backbone.model}"
             check(model, (task.name, recipe.backbone), partial(task.open_base, recipe, OneProcess()))
     if problems:
-        raise PlanError(list(problems))
+        raise PlanError([f"{what}: {problem}" for what, problem in problems.items()])
 
 
 def _run_all(schedule: Schedule, folder: Path, stop: StopRequest, console: Console) -> None:
@@ -332,6 +333,8 @@ def run_compare(
             raise ValueError(f"resume = {quote(str(resume))} is no comparison: it has no {PLAN_FILE}")
         config = str(resume / PLAN_FILE)
     plan = load_plan(config, values)
-    folder = resume or output_dir or create_unused(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
-    _, failed = compare(plan, folder)
+    default = Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+    with ExitStack() as stack:
+        folder = resume or output_dir or stack.enter_context(unused_folder(default))
+        _, failed = compare(plan, folder)
     return 1 if failed else 0

@@ -91,5 +91,6 @@ def _download(weights: Weights, path: Path) -> None:
             download_file(f"{address.rstrip('/')}/{path.name}", path, weights.sha256, algorithm="sha256")
     except DownloadError as error:
         raise CheckpointError(
-            f"the weights {weights.name} are not at {printable(str(weights.path))} and: {error}"
+            f"the weights {weights.name} are not at {printable(str(weights.path))} and: {error} Put the file "
+            f"there, correct the address in {ADDRESS}, {OTHER_WEIGHTS}"
         ) from error
