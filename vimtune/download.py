@@ -1,4 +1,4 @@
-"""Downloads that verify checksums, go on after an interruption, and do not wait for ever."""
+"""Downloads that verify checksums, go on after an interruption, and wait only where that can help."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
+from vimtune.files import refusal, without_empty_folders
 from vimtune.text import printable
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,12 @@ logger = logging.getLogger(__name__)
 _CHUNK = 1 << 18
 """Bytes that are read from the network at a time."""
 _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-"""What `urllib` raises when a connection fails or breaks off, after which another try may succeed."""
+"""What `urllib` raises when a connection fails or breaks off."""
+_PASSING = (TimeoutError, ConnectionError, http.client.HTTPException)
+"""Those of them, or of what is behind a `URLError`, after which another try may succeed: the server is slow,
+or the connection broke off."""
+_LASTING = (ConnectionRefusedError, http.client.InvalidURL)
+"""Those of these after which it does not."""
 
 
 class DownloadError(ValueError):
@@ -51,12 +57,13 @@ def download_file(
     """Fetch `url` to `path` and verify what has come.
 
     Bytes go to `<path>.part`; a later call (or attempt) asks the server for the rest only. `path`
-    appears when the whole file is there and verified. An existing verified file is kept.
+    appears when the whole file is there and verified. An existing verified file is kept. Where there is no
+    connection at all, as without a network, the first attempt is the last one.
 
     Args:
         digest: what `digest_of` gives for the expected file, by the same `algorithm`.
         timeout: seconds without an answer before an attempt fails.
-        attempts: tries before giving up; `pause` seconds between them, doubled each time.
+        attempts: tries before giving up; `pause` seconds between them, doubled each time, and said.
 
     Raises:
         DownloadError: no connection, or the content has another digest.
@@ -65,29 +72,30 @@ def download_file(
     if path.exists() and digest_of(path, algorithm) == digest:
         return path
     part = path.with_name(path.name + ".part")
-    failure: Exception | None = None
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(pause * 2 ** (attempt - 1))
+    _fetch_in_attempts(url, part, timeout, attempts, pause)
+    actual = digest_of(part, algorithm)
+    if actual != digest:
+        part.unlink()
+        raise DownloadError(
+            f"{url} has {algorithm.upper()} {actual}, expected {digest}: the file on the server "
+            "changed or was damaged on the way. Nothing was kept; try again or fetch the file by "
+            f"hand to {printable(str(path))}."
+        )
+    os.replace(part, path)
+    return path
+
+
+def _fetch_in_attempts(url: str, part: Path, timeout: float, attempts: int, pause: float) -> None:
+    """Append the missing bytes of `url` to `part`; the arguments are those of `download_file`."""
+    for left in reversed(range(attempts)):
         try:
-            _fetch(url, part, timeout)
+            return _fetch(url, part, timeout)
         except _NETWORK_ERRORS as error:
-            failure = error
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-                break
-        else:
-            actual = digest_of(part, algorithm)
-            if actual != digest:
-                part.unlink()
-                raise DownloadError(
-                    f"{url} has {algorithm.upper()} {actual}, expected {digest}: the file on the server "
-                    "changed or was damaged on the way. Nothing was kept; try again or fetch the file by "
-                    f"hand to {printable(str(path))}."
-                )
-            os.replace(part, path)
-            return path
-    kept = f" {part.stat().st_size} bytes are kept; running again resumes." if part.exists() else ""
-    raise DownloadError(f"cannot download {url}: {_reason(failure)}.{kept}")
+            if not left or not _may_pass(error):
+                raise DownloadError(f"cannot download {url}: {_reason(error)}.{_kept(part)}") from error
+            logger.warning("download of %s: %s; trying again in %g s", url, _reason(error), pause)
+        time.sleep(pause)
+        pause *= 2
 
 
 def _fetch(url: str, part: Path, timeout: float) -> None:
@@ -120,17 +128,45 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
         raise ConnectionError(f"the connection ended after {done} of {total} bytes")
 
 
-def _reason(error: Exception | None) -> str:
+def _cause(error: Exception) -> BaseException | str:
+    """What is behind an error of `urllib`, which wraps those of a connection that was never made."""
+    return error.reason if isinstance(error, urllib.error.URLError) else error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try may succeed. It does not where a name is not resolved, nothing answers at an
+    address or nothing leads there, as without a network, nor where the server refuses."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code >= 500
+    cause = _cause(error)
+    return isinstance(cause, _PASSING) and not isinstance(cause, _LASTING)
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"the server answered {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError):
-        return f"no connection ({error.reason})"
-    return str(error)
+    cause = _cause(error)
+    reason = refusal(cause) if isinstance(cause, BaseException) else cause
+    if not isinstance(error, urllib.error.URLError):
+        return reason
+    elsewhere = "" if _may_pass(error) else "; without a network, fetch it on another machine"
+    return f"no connection ({reason}){elsewhere}"
+
+
+def _kept(part: Path) -> str:
+    """The sentence on what a later call goes on with. A part without content is removed."""
+    with suppress(FileNotFoundError):
+        if size := part.stat().st_size:
+            return f" {size} bytes are kept; running again resumes."
+        part.unlink()
+    return ""
 
 
 @contextmanager
 def download_lock(folder: Path, elsewhere: str = "Choose another --data-dir") -> Iterator[None]:
     """Let one process at a time fill `folder`; the others wait and then find the files there.
+
+    The folder is made, and those around it; of these the empty ones are gone afterwards, as is the lock.
 
     Args:
         elsewhere: how the user has another folder, for the message where this one cannot be written.
@@ -138,10 +174,18 @@ def download_lock(folder: Path, elsewhere: str = "Choose another --data-dir") ->
     Raises:
         DownloadError: the system refuses to write there.
     """
+    lock = folder / ".download.lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"):
-            yield
+        with without_empty_folders(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                try:
+                    yield
+                finally:
+                    with suppress(
+                        OSError
+                    ):  # Windows refuses while it is open, and removes it when it is not.
+                        lock.unlink()
     except OSError as error:  # What connections raise has become a DownloadError inside.
         reason = error.strerror or str(error)
         raise DownloadError(f"cannot write to {printable(str(folder))}: {reason}. {elsewhere}.") from error

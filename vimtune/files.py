@@ -6,7 +6,8 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -105,6 +106,18 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
         OSError: as `atomic_write`.
     """
     atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def without_empty_folders(path: Path) -> Iterator[None]:
+    """Remove, at the end of a block, what it has made of `path` and the folders around it and left empty."""
+    missing = [folder for folder in (path, *path.parents) if not os.path.exists(folder)]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # It is not empty, or was not made.
+                folder.rmdir()
 
 
 def remove_temporaries(folder: Path) -> None:

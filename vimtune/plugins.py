@@ -49,6 +49,11 @@ def import_package(name: str) -> None:
         _imported.append(name)
 
 
+def imported_packages() -> tuple[str, ...]:
+    """The packages that were named here, in order; processes that are to find what they add import them."""
+    return tuple(_imported)
+
+
 def with_imports(command: str) -> str:
     """A command line for the user to go on with, which finds what the packages named here have registered.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vimtune import parsers
-from vimtune.files import WRITING_ERRORS, OutputError, refusal
+from vimtune.files import WRITING_ERRORS, OutputError, refusal, without_empty_folders
 from vimtune.text import printable, quote, shorten
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,18 @@ def create_unused(path: Path) -> Path:
     raise AssertionError("there is no last number")
 
 
+@contextmanager
+def unused_folder(path: Path) -> Iterator[Path]:
+    """The folder of `create_unused` for a block; if the block leaves it empty, it is gone afterwards."""
+    with without_empty_folders(path.parent):
+        folder = create_unused(path)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):  # It is not empty.
+                folder.rmdir()
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those around it, unless it is there.
 
@@ -176,6 +188,14 @@ def make_folder(path: Path) -> None:
     """
     with _making(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """`make_folder` for a block; what it has made is gone afterwards if the block leaves it empty."""
+    with without_empty_folders(path):
+        make_folder(path)
+        yield
 
 
 @contextmanager
@@ -243,6 +263,8 @@ def is_held(folder: RunFolder) -> bool:
 def hold(folder: RunFolder) -> Iterator[None]:
     """Keep other runs out of an existing folder for the length of a block.
 
+    A folder in which the block writes nothing is as empty afterwards as it was.
+
     Raises:
         FolderInUseError: another run works in it; the message says who.
         OutputError: nothing can be written there.
@@ -271,6 +293,11 @@ def hold(folder: RunFolder) -> Iterator[None]:
             )
         yield
     finally:
+        own = (folder.holder, folder.lock)
+        with suppress(OSError):  # Windows removes the file of a lock itself, when that is released.
+            if set(folder.path.iterdir()) <= set(own):
+                for file in own:
+                    file.unlink()
         lock.release()
 
 

@@ -21,9 +21,10 @@ from tiny_plans import TINY, InProcess
 
 from vimtune import cli, plugins
 from vimtune.compare import command, execution, quickstart
-from vimtune.compare.command import compare
+from vimtune.compare.command import compare, run_compare
 from vimtune.compare.execution import Processes
 from vimtune.compare.plan import Cell, Plan, PlanError, load_plan
+from vimtune.download import DownloadError
 from vimtune.methods import METHODS
 from vimtune.recipe import Recipe
 from vimtune.run_folder import RunFolder, hold
@@ -196,7 +197,7 @@ def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
         compare(plan(**values, data=data), tmp_path / "out")
     first, second = caught.value.problems
     assert first.startswith("data: flowers: ") and second.startswith("data: cars: ")
-    assert not runs.started and not (tmp_path / "out" / "plan.yaml").exists()
+    assert not runs.started and not (tmp_path / "out").exists()
     # What is finished needs its data no more.
     made = {"data": {"made": data["made"]}, "methods": "linear", "data_dir": None}
     compare(plan(**{**values, **made}), tmp_path / "out")
@@ -205,6 +206,24 @@ def test_missing_data_are_refused_before_any_run(runs, tmp_path, capsys):
         patch.setattr(Classification, "check_data", lambda *_: pytest.fail("nothing is to be run"))
         compare(plan(**{**values, **made}), tmp_path / "out")
     assert len(runs.started) == 1
+
+
+def test_a_server_that_does_not_answer_is_waited_for_once(runs, tmp_path, monkeypatch):
+    """The runs of several methods may want other parts of one data set. Nothing is left of the folder."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fail(url, path, md5):
+        asked.append(url)
+        raise DownloadError("no answer.")
+
+    monkeypatch.setattr("vimtune.download.download_file", fail)
+    values = {"dataset_kwargs": {}, "seeds": "0", "data": "flowers"}
+    methods = {"linear": {}, "lora": {"limit": 8}}
+    options = {"config": None, "output_dir": None, "resume": None}
+    with pytest.raises(PlanError, match=r"^data: flowers: .* and: no answer"):
+        run_compare(runs=[], values=plan(**values, methods=methods).to_dict(), **options)
+    assert len(asked) == 1 and not list(tmp_path.iterdir())
 
 
 def test_weights_that_cannot_be_opened_are_told_before_the_first_run(runs, tmp_path):
@@ -455,7 +474,7 @@ def test_a_process_makes_one_run_after_the_other_until_one_fails(scripted, tmp_p
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "2").mkdir()
     (tmp_path / "2" / "log.txt").write_text("error: first\n")
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     codes, processes_of_runs, reasons = [], [], []
     for number, asked in enumerate(["", "", "fail", "die", "", ""]):
         folder = scripted.run(processes, number, asked)
@@ -474,9 +493,21 @@ def test_a_process_makes_one_run_after_the_other_until_one_fails(scripted, tmp_p
     assert reasons == ["the \\x1b[31msecond", "it ended with code -9"]
 
 
+def test_processes_import_the_packages_that_were_named(scripted, monkeypatch):
+    monkeypatch.setattr(plugins, "_imported", ["mine", "more"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    telling = f"import os, sys; os.environ['CUDA_VISIBLE_DEVICES'] = ','.join(sys.argv[1:])\n{WORKER}"
+    monkeypatch.setattr(execution, "WORKER", (sys.executable, "-c", telling))
+    processes = Processes(1, None)
+    folder = scripted.run(processes, 0, "")
+    scripted.wait(processes)
+    processes.kill()
+    assert said(folder)[1] == "mine,more"
+
+
 def test_a_process_that_died_between_two_runs_is_replaced(scripted, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     scripted.run(processes, 0, "")
     (run,) = scripted.wait(processes)
     run.slot.worker.kill()
@@ -494,7 +525,7 @@ def test_runs_see_their_gpu_alone_and_take_their_share_of_the_processor(scripted
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        processes = Processes(2, ["cuda:0", "cuda:1"], [])
+        processes = Processes(2, ["cuda:0", "cuda:1"])
         folders = []
         while processes.has_room:
             folders.append(scripted.run(processes, len(folders), ""))
@@ -509,7 +540,7 @@ def test_a_process_that_is_told_to_stop_while_it_starts_makes_no_run(tmp_path):
     cell = Cell("lora", DATA, 1e-3, 0)
     (tmp_path / cell.path).mkdir(parents=True)
     asked.recipe(cell, tmp_path).save(tmp_path / cell.path / "recipe.yaml")
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     processes.start(cell, tmp_path / cell.path)
     processes.ask_to_stop()
     processes.running[0].slot.worker.wait()
@@ -523,7 +554,7 @@ def test_a_process_stops_when_the_comparison_ends_and_goes_on_later(runs, tmp_pa
     short = plan(methods={"lora": {"rank": 2, "dropout": 0.1}}, seeds="0", pictures=False)
     asked = plan(methods="lora", seeds="0", lr=1e-2, epochs=20, pictures=False)
     cells = [(short, Cell("lora", DATA, 1e-3, 0)), (asked, Cell("lora", DATA, 1e-2, 0))]
-    processes = Processes(1, None, [])
+    processes = Processes(1, None)
     until = time.monotonic() + 120
     for made, cell in cells:
         folder = tmp_path / cell.path

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 import vimtune
 from vimtune.data import create_dataset, dataset_class
+from vimtune.download import digest_of
 from vimtune.models import MODELS, fetching, weights
 from vimtune.models.checkpoint import CheckpointError
 from vimtune.models.fetching import ADDRESS, file_of
@@ -61,6 +62,25 @@ def test_it_is_a_model_of_this_name(published: Weights) -> None:
     model = timm.create_model(published.name, pretrained=True)
     assert model.num_classes == published.num_classes and model.creation["name"] == published.name
     assert weights_of(published.name) is published
+
+
+def test_a_file_is_hashed_once_until_it_changes(elsewhere: Weights, monkeypatch) -> None:
+    """`vimtune evaluate --model NAME` asks for it twice: for its names of classes, and to load it."""
+    content, hashed = (IN_PACKAGE / elsewhere.path.name).read_bytes(), []
+    elsewhere.path.parent.mkdir()
+    elsewhere.path.write_bytes(content)
+
+    def hashing(path: Path, algorithm: str) -> str:
+        hashed.append(path)
+        return digest_of(path, algorithm)
+
+    monkeypatch.setattr(fetching, "digest_of", hashing)
+    assert file_of(elsewhere) == elsewhere.path
+    timm.create_model(elsewhere.name, pretrained=True)
+    assert hashed == [elsewhere.path]
+    elsewhere.path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="has SHA-256"):
+        file_of(elsewhere)
 
 
 def test_the_plain_name_means_the_first_weights() -> None:
@@ -140,8 +160,11 @@ def test_another_file_at_the_address_is_not_kept(
     with pytest.raises(CheckpointError, match=r"cannot download .*404"):
         timm.create_model(elsewhere.name, pretrained=True)
     monkeypatch.setenv(ADDRESS, "http://no host/")
-    with pytest.raises(CheckpointError, match=r"cannot download http://no host/"):
+    with pytest.raises(
+        CheckpointError, match=rf"cannot download http://no host/.*correct .* {ADDRESS}, give a file"
+    ):
         timm.create_model(elsewhere.name, pretrained=True)
+    assert not (tmp_path / "torch").exists()
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ class Killed(BaseException):
 def search(plan, folder: Path, workers: int = 1):
     """A new search in `folder`."""
     begin(plan, folder)
-    return run_search(plan, folder, workers, ())
+    return run_search(plan, folder, workers)
 
 
 def rows(folder: Path) -> dict[int, dict[str, str]]:
@@ -127,9 +127,16 @@ def test_a_killed_search_goes_on_as_if_nothing_had_been(finished, tmp_path, monk
     assert not (folder / "trials").exists()
 
 
-def test_two_workers_find_the_same(finished, tmp_path) -> None:
+def test_two_workers_find_the_same(finished, tmp_path, monkeypatch) -> None:
+    """Their processes import the packages that this one was told to import."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "noted.py").write_text(
+        "import os, pathlib\npathlib.Path(__file__).with_name(f'noted-{os.getpid()}').touch()\n"
+    )
+    plugins.import_package("noted")
     search(tiny_plan(), tmp_path / "search", workers=2)
     assert rows(tmp_path / "search") == rows(finished)
+    assert len(list(tmp_path.glob("noted-*"))) == 3
 
 
 def test_two_steps_refine_what_the_first_one_has_found(tmp_path, monkeypatch, capsys) -> None:

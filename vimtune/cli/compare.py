@@ -63,7 +63,7 @@ def build_parser(prog: str) -> CommandParser:
 
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    packages = import_packages(prog, arguments)
+    import_packages(prog, arguments)
     given, unknown = build_parser(prog).parse_leniently(arguments)
     own = {name: given.pop(name, None) for name in ("runs", "config", "output_dir", "resume")}
 
@@ -83,5 +83,4 @@ def run(prog: str, arguments: Sequence[str]) -> int:
         config=own["config"],
         output_dir=own["output_dir"],
         resume=own["resume"],
-        packages=packages,
     )

@@ -169,11 +169,8 @@ def add_import(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def import_packages(prog: str, arguments: Sequence[str]) -> list[str]:
+def import_packages(prog: str, arguments: Sequence[str]) -> None:
     """Import the packages that a command line names, before anything else of it is read.
-
-    Returns:
-        Their names.
 
     Raises:
         ValueError: one cannot be imported, or none is named after the flag.
@@ -181,10 +178,9 @@ def import_packages(prog: str, arguments: Sequence[str]) -> list[str]:
     parser = CommandParser(prog=prog, add_help=False)
     add_import(parser)
     given, _ = parser.parse_known_args(arguments)
-    packages = [name.strip() for names in given.packages or () for name in names.split(",")]
-    for package in packages:
-        import_package(package)
-    return packages
+    for names in given.packages or ():
+        for package in names.split(","):
+            import_package(package.strip())
 
 
 def path(text: str) -> Path:

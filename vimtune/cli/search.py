@@ -99,7 +99,7 @@ def _number(given: Mapping[str, Any], name: str, default: int, low: int, high: i
 
 def run(prog: str, arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    packages = import_packages(prog, arguments)
+    import_packages(prog, arguments)
     given = build_parser(prog).parse_strictly(arguments)
     own = {name: given.pop(name) for name in OWN_FLAGS if name in given}
     workers = _number(own, "workers", 1, 1, 1024)
@@ -114,7 +114,7 @@ def run(prog: str, arguments: Sequence[str]) -> int:
 
     if "resume" not in own:
         begin(plan, folder)
-    run_search(plan, folder, workers, packages)
+    run_search(plan, folder, workers)
     return 0
 
 

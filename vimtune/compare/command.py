@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from vimtune.console import build_console, print_line
 from vimtune.plugins import with_imports
 from vimtune.recipe import Recipe, RecipeError, changed_options, complete_stored, keeping
 from vimtune.recipe.files import read_values
-from vimtune.run_folder import RunFolder, create_unused, hold, make_folder, writing
+from vimtune.run_folder import RunFolder, hold, made_folder, make_folder, unused_folder, writing
 from vimtune.runtime.device import resolve_device
 from vimtune.runtime.distributed import Processes as OneProcess
 from vimtune.runtime.launch import read_launch
@@ -40,13 +41,12 @@ MAY_CHANGE = frozenset((*HARMLESS, "device", "threads")) - {"checkpoint", "pretr
 begin are none of them: a run that goes on knows its own, and a finished one does not say which it had."""
 
 
-def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[list[Row], Mapping[Cell, str]]:
+def compare(plan: Plan, folder: Path) -> tuple[list[Row], Mapping[Cell, str]]:
     """Make the runs of a comparison that are not finished yet, and write its tables.
 
     Args:
         plan: what is compared.
         folder: that of the comparison. It may hold runs, of this plan or of an earlier form of it.
-        packages: what each run imports before anything else (`--import`).
 
     Returns:
         A row for each method on each data set, and why runs failed, which are missing in their rows.
@@ -59,8 +59,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
     if read_launch().world_size > 1:
         raise ValueError("a comparison starts the processes of its runs itself: start it without torchrun")
     console = build_console()
-    make_folder(folder)
-    with hold(RunFolder(folder)), StopRequest() as stop:
+    with made_folder(folder), hold(RunFolder(folder)), StopRequest() as stop:
         schedule = Schedule(plan, _finished(plan, folder))
         _check_data_and_models(schedule, folder)
         with writing(folder):
@@ -73,7 +72,7 @@ def compare(plan: Plan, folder: Path, packages: Sequence[str] = ()) -> tuple[lis
         if others := plan.published_elsewhere:
             shown = printable(shorten(", ".join(others)))
             print_line(console, f"published scores without a run here ({len(others)}): {shown}")
-        _run_all(schedule, folder, packages, stop, console)
+        _run_all(schedule, folder, stop, console)
         rows = _with_soups(schedule, folder, console, make=not stop.requested)
         _conclude(rows, folder, protocol_of(plan), schedule.failed, console, plan.reference)
         if stop.requested:
@@ -141,32 +140,31 @@ def _check_data_and_models(schedule: Schedule, folder: Path) -> None:
         PlanError: it has a line for each data set and for each model that cannot be opened.
     """
     checked: set[str] = set()
-    problems: dict[str, None] = {}
+    problems: dict[str, str] = {}
 
     def check(what: str, settings: object, opens: Callable[[], object]) -> None:
-        """Call `opens` unless the same has been opened for another run."""
-        if (key := f"{what} {settings}") in checked:
+        """Call `opens` unless the same has been opened for another run, or failed with other settings: a
+        server that does not answer is waited for once."""
+        if what in problems or (key := f"{what} {settings}") in checked:
             return
         checked.add(key)
         try:
             opens()
         except ValueError as error:
-            problems[f"{what}: {' '.join(str(error).split())}"] = None
+            problems[what] = " ".join(str(error).split())
 
     for cell in schedule.startable():
         recipe = schedule.plan.recipe(cell, folder)
         task, place = recipe.task, f"data: {cell.data}"  # A method may have data of its own.
         check(place, (task.name, recipe.data), partial(task.check_data, recipe, OneProcess()))
-        if not any(problem.startswith(place) for problem in problems):
+        if place not in problems:
             model = f"model: {recipe.backbone.model}"
             check(model, (task.name, recipe.backbone), partial(task.open_base, recipe, OneProcess()))
     if problems:
-        raise PlanError(list(problems))
+        raise PlanError([f"{what}: {problem}" for what, problem in problems.items()])
 
 
-def _run_all(
-    schedule: Schedule, folder: Path, packages: Sequence[str], stop: StopRequest, console: Console
-) -> None:
+def _run_all(schedule: Schedule, folder: Path, stop: StopRequest, console: Console) -> None:
     """Make all runs that are missing, until a request to stop.
 
     Raises:
@@ -175,7 +173,7 @@ def _run_all(
     options = schedule.plan.options
     for device in options.devices or ():
         resolve_device(device)  # One that is not there is refused before anything is started.
-    processes = Processes(options.jobs, options.devices, packages)
+    processes = Processes(options.jobs, options.devices)
     asked = False
     try:
         while True:
@@ -308,7 +306,7 @@ def run_compare(
     config: str | None,
     output_dir: Path | None,
     resume: Path | None,
-    packages: Sequence[str],
+    packages: Sequence[str] = (),
 ) -> int:
     """`vimtune compare`; returns the exit code.
 
@@ -318,7 +316,7 @@ def run_compare(
         config: a YAML file with others.
         output_dir: where the comparison or the tables go.
         resume: a comparison to be continued.
-        packages: what `--import` names.
+        packages: not looked at, since `vimtune.plugins` knows them; benchmarks still give it.
 
     Raises:
         ValueError: the plan, the folders or what they hold do not allow it.
@@ -335,6 +333,8 @@ def run_compare(
             raise ValueError(f"resume = {quote(str(resume))} is no comparison: it has no {PLAN_FILE}")
         config = str(resume / PLAN_FILE)
     plan = load_plan(config, values)
-    folder = resume or output_dir or create_unused(Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
-    _, failed = compare(plan, folder, packages)
+    default = Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+    with ExitStack() as stack:
+        folder = resume or output_dir or stack.enter_context(unused_folder(default))
+        _, failed = compare(plan, folder)
     return 1 if failed else 0

@@ -23,12 +23,13 @@ from typing import Any
 from vimtune.compare.plan import Cell
 from vimtune.compare.worker import LOG_FILE
 from vimtune.machine import CORES, usable_cores
+from vimtune.plugins import imported_packages
 from vimtune.text import printable, shorten
 
 POLL_SECONDS = 0.05
 """How often is asked whether runs have ended."""
 WORKER = (sys.executable, "-m", "vimtune.compare.worker")
-"""The command that starts a worker; the packages follow."""
+"""The command that starts a worker; the packages that it imports follow."""
 
 
 def _apart() -> dict[str, Any]:
@@ -42,17 +43,16 @@ def _apart() -> dict[str, Any]:
 class Worker:
     """A process that makes one run after the other; see `vimtune.compare.worker`."""
 
-    def __init__(self, environment: Mapping[str, str], packages: Sequence[str], log: Path) -> None:
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         """Start it.
 
         Args:
             environment: its environment variables.
-            packages: what it imports before anything else.
             log: gets what it prints before it makes a run.
         """
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
-                [*WORKER, *packages],
+                [*WORKER, *imported_packages()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -144,17 +144,16 @@ class Slot:
 class Processes:
     """The runs that are being made."""
 
-    def __init__(self, jobs: int, devices: Sequence[str] | None, packages: Sequence[str]) -> None:
+    def __init__(self, jobs: int, devices: Sequence[str] | None) -> None:
         """No run yet.
 
         Args:
             jobs: how many at a time on each device.
             devices: those that share the runs; None for the one that their recipes name.
-            packages: what each process imports before anything else.
         """
         named: Sequence[str | None] = devices or [None]
         self._free = [Slot(device) for _ in range(jobs) for device in named]
-        self._all_slots, self._packages = len(self._free), packages
+        self._all_slots = len(self._free)
         self.running: list[StartedRun] = []
 
     @property
@@ -167,7 +166,7 @@ class Processes:
         slot, log = self._free.pop(0), folder / LOG_FILE
         log_start = log.stat().st_size if log.exists() else 0
         if slot.worker is None or not slot.worker.is_alive:
-            slot.worker = Worker(self._environment(slot.device), self._packages, log)
+            slot.worker = Worker(self._environment(slot.device), log)
         slot.worker.order(folder)
         self.running.append(StartedRun(cell, folder, slot, log_start))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from vimtune.compare.command import compare
@@ -9,7 +10,7 @@ from vimtune.compare.plan import PLAN_FILE, Plan, load_plan
 from vimtune.compare.results import Row, best_of
 from vimtune.compare.tables.files import CURVES
 from vimtune.console import build_console, print_line
-from vimtune.run_folder import RunFolder, create_unused, is_held, last_used
+from vimtune.run_folder import RunFolder, is_held, last_used, unused_folder
 
 PLAN = Path(__file__).with_name("quickstart.yaml")
 """The plan of the comparison."""
@@ -26,12 +27,12 @@ def run_quickstart() -> int:
         Interrupted: Ctrl-C or SIGTERM; the comparison says how it is continued.
     """
     plan = load_plan(PLAN, {})
-    folder = _stopped(plan)
-    if folder is None:
-        folder = create_unused(FOLDER)
-    else:
-        print_line(build_console(), f"going on with what was stopped: {folder}")
-    rows, failed = compare(plan, folder)
+    stopped = _stopped(plan)
+    if stopped is not None:
+        print_line(build_console(), f"going on with what was stopped: {stopped}")
+    with ExitStack() as stack:
+        folder = stopped or stack.enter_context(unused_folder(FOLDER))
+        rows, failed = compare(plan, folder)
     for line in _what_to_look_at(rows, folder):
         print_line(build_console(), line, wrap=False)
     return 1 if failed else 0

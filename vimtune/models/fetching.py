@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,24 @@ def file_of(weights: Weights) -> Path:
 
 
 def _compare(weights: Weights, path: Path, advice: str) -> None:
-    found = digest_of(path, "sha256")
+    state = path.stat()
+    found = _sha256(path, (state.st_size, state.st_mtime_ns))
     if found != weights.sha256:
         raise CheckpointError(
             f"{printable(str(path))} has SHA-256 {found}, expected {weights.sha256}, that of the weights "
             f"{weights.name}: {advice}"
         )
+
+
+@lru_cache
+def _sha256(path: Path, version: tuple[int, int]) -> str:
+    """Hash of a file, which a command that asks for it more than once computes once.
+
+    Args:
+        path: the file.
+        version: its size in bytes and its time of change in ns; a file that was replaced has others.
+    """
+    return digest_of(path, "sha256")
 
 
 def _download(weights: Weights, path: Path) -> None:
@@ -78,5 +91,6 @@ def _download(weights: Weights, path: Path) -> None:
             download_file(f"{address.rstrip('/')}/{path.name}", path, weights.sha256, algorithm="sha256")
     except DownloadError as error:
         raise CheckpointError(
-            f"the weights {weights.name} are not at {printable(str(weights.path))} and: {error}"
+            f"the weights {weights.name} are not at {printable(str(weights.path))} and: {error} Put the file "
+            f"there, correct the address in {ADDRESS}, {OTHER_WEIGHTS}"
         ) from error

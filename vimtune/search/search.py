@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,14 +39,13 @@ _HOPELESS = 3
 """So many trials may fail before one succeeds."""
 
 
-def run_search(plan: Plan, folder: Path, workers: int, packages: Sequence[str]) -> Recipe:
+def run_search(plan: Plan, folder: Path, workers: int) -> Recipe:
     """Search, or go on with a search, in `folder`, which has its plan.
 
     Args:
         plan: what to search.
         folder: where; it is there.
         workers: trials at once.
-        packages: of the user, for the processes of several workers.
 
     Returns:
         The recipe that is found, as it stands in best.yaml.
@@ -61,7 +59,7 @@ def run_search(plan: Plan, folder: Path, workers: int, packages: Sequence[str]) 
     with ExitStack() as stack:
         stack.enter_context(hold(RunFolder(folder)))
         try:
-            space, drawn = _run_steps(plan, folder, workers, packages, console)
+            space, drawn = _run_steps(plan, folder, workers, console)
         except KeyboardInterrupt:
             print_line(console, "stopped; the trials are saved, continue with:")
             print_line(console, f"  {command}", wrap=False)
@@ -102,21 +100,19 @@ def begin(plan: Plan, folder: Path) -> None:
         plan.save(folder / PLAN)
 
 
-def _run_steps(
-    plan: Plan, folder: Path, workers: int, packages: Sequence[str], console: Console
-) -> tuple[Space, Drawn]:
+def _run_steps(plan: Plan, folder: Path, workers: int, console: Console) -> tuple[Space, Drawn]:
     """Run the step or the two steps; what the best trial of the last one has drawn, and from which space."""
     space, base = plan.space, plan.base()
     if not space.has_refinement:
         only = Step(plan, plan.name, folder, 1, space, base, console)
-        return space, only.run(workers, packages)
+        return space, only.run(workers)
     first = Step(plan, f"{plan.name}, step 1", folder / "step-1", 1, space, base, console)
-    found = first.run(workers, packages)
+    found = first.run(workers)
     if not found.parts and not space.refined_keys:
         return space, found
     refined, base = space.refine(found), plan.base(found.keys)
     second = Step(plan, f"{plan.name}, step 2", folder / "step-2", 2, refined, base, console)
-    return refined, second.run(workers, packages)
+    return refined, second.run(workers)
 
 
 @dataclass
@@ -156,7 +152,7 @@ class Step:
         metrics = {trial.outcome.metric for trial in self.study.trials() if trial.outcome is not None}
         return LOSS if LOSS.name in metrics else next(iter(self.plan.recipe.task.scores), LOSS)
 
-    def run(self, workers: int, packages: Sequence[str]) -> Drawn:
+    def run(self, workers: int) -> Drawn:
         """Run the trials that are left; what the best of all has drawn.
 
         Raises:
@@ -172,7 +168,7 @@ class Step:
         if workers == 1:
             run_here(self)
         else:
-            run_in_processes(self, workers, packages)
+            run_in_processes(self, workers)
         ranked = self.study.ranked()
         self._write(picture=True)
         if not ranked:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from vimtune.machine import CORES, usable_cores
+from vimtune.plugins import import_package, imported_packages
 from vimtune.search.trial import Job, TrialOutcome, run_trial, worker_values
 
 PATIENCE = 120.0
@@ -56,13 +56,12 @@ class _Worker:
     job: Job | None = None
 
 
-def run_in_processes(trials: Trials, count: int, packages: Sequence[str]) -> None:
+def run_in_processes(trials: Trials, count: int) -> None:
     """Run `count` trials at once, each in a process that lives for as long as there are trials.
 
     Args:
         trials: which ones.
         count: of processes.
-        packages: of the user, which the processes import.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM; the trials have saved their states.
@@ -72,7 +71,7 @@ def run_in_processes(trials: Trials, count: int, packages: Sequence[str]) -> Non
 
     def start(index: int) -> _Worker:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, index, count, list(packages)))
+        process = context.Process(target=_work, args=(theirs, index, count, imported_packages()))
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -141,14 +140,14 @@ def _end(workers: Sequence[_Worker]) -> None:
             worker.process.join()
 
 
-def _work(connection: Connection, index: int, count: int, packages: list[str]) -> None:
+def _work(connection: Connection, index: int, count: int, packages: Sequence[str]) -> None:
     """What a process does: trials, until the search ends it or has ended itself."""
     _die_with_parent()
     from vimtune.exits import prepare_streams
 
     prepare_streams()
     for package in packages:
-        importlib.import_module(package)
+        import_package(package)
 
     def keep_on(epoch: int, value: float) -> bool:
         connection.send(("epoch", (epoch, value)))
