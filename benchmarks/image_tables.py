@@ -58,7 +58,7 @@ def publish(folder: Path, target: Path) -> None:
         ValueError: what is in the folder does not fit together.
     """
     if (folder / PLAN_FILE).is_file():  # It may have been stopped, or come from another machine.
-        run_compare(runs=[folder], values={}, config=None, output_dir=folder, resume=None, packages=[])
+        run_compare(runs=[folder], values={}, config=None, output_dir=folder, resume=None)
     write(target / f"{folder.name}.csv", cells(folder), OF_RATES)
     write(target / f"{folder.name}_paired.csv", read(folder / "paired.csv"), OF_PAIRS)
     for name, copy in PICTURES.items():

@@ -182,9 +182,7 @@ def download_lock(folder: Path, elsewhere: str = "Choose another --data-dir") ->
                 try:
                     yield
                 finally:
-                    with suppress(
-                        OSError
-                    ):  # Windows refuses while it is open, and removes it when it is not.
+                    with suppress(OSError):  # Windows refuses while the file is open.
                         lock.unlink()
     except OSError as error:  # What connections raise has become a DownloadError inside.
         reason = error.strerror or str(error)

@@ -306,7 +306,6 @@ def run_compare(
     config: str | None,
     output_dir: Path | None,
     resume: Path | None,
-    packages: Sequence[str] = (),
 ) -> int:
     """`vimtune compare`; returns the exit code.
 
@@ -316,7 +315,6 @@ def run_compare(
         config: a YAML file with others.
         output_dir: where the comparison or the tables go.
         resume: a comparison to be continued.
-        packages: not looked at, since `vimtune.plugins` knows them; benchmarks still give it.
 
     Raises:
         ValueError: the plan, the folders or what they hold do not allow it.
