@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -135,6 +137,42 @@ def test_images_of_any_shape_are_cut(interpolation: str, mode: str) -> None:
     images = [photo(40, 30), Image.new("RGB", (1, 1)), photo(3, 200), photo(300, 2)]
     made = samples.prepare([image.convert(mode) for image in images], [Key(0, n) for n in range(4)])
     assert [part["images"].shape for part in made] == [(*SIZE, 3)] * 4
+
+
+@pytest.mark.parametrize("cache", ["none", "device"])
+@pytest.mark.parametrize("size", [(32, 128), (128, 32), (16, 400), (8, 1)])
+def test_narrow_images_for_models_of_another_shape(make, monkeypatch, size, cache: str) -> None:
+    """A box in the middle had no pixel at all, and what has one column could not be mirrored."""
+
+    class Narrow(Photos):
+        def load(self, index: int) -> Image.Image:
+            return photo(*[(1, 1), (1, 99), (99, 1), (2, 99), (99, 2), (3, 500), (500, 3)][index % 7])
+
+    monkeypatch.setitem(globals(), "SIZE", size)
+    for preset in CHANGES:
+        for images, _ in make(preset, Narrow(), cache=cache):
+            assert images.shape[2:] == size and images.isfinite().all()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_damaged_image_keeps_no_other_in_memory(make, monkeypatch, gpu: bool) -> None:
+    loaded = []
+
+    class Watched(Photos):
+        def load(self, index: int) -> Image.Image:
+            image = super().load(index)
+            loaded.append(weakref.ref(image))
+            return image
+
+    monkeypatch.setattr(loaders, "_is_gpu", lambda device: gpu)
+    loader = make(dataset=Watched(damaged=(1,)), on_corrupt="skip", once=True)
+    gc.collect()
+    gc.disable()  # What waits for it would wait for long: there are few objects, though large ones.
+    try:
+        for _ in loader:
+            assert not any(image() is not None for image in loaded)
+    finally:
+        gc.enable()
 
 
 def test_another_process_can_be_given_them() -> None:

@@ -91,7 +91,7 @@ class Augmentation:
         for image, (top, left, height, width), mirror in zip(images, corners, mirrored.tolist(), strict=True):
             box = image[top : top + height, left : left + width]
             pixels = resize_pixels(box, self.img_size, self._preprocessing.interpolation)
-            cut.append(torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1]) if mirror else pixels))
+            cut.append(torch.from_numpy(pixels[:, ::-1].copy() if mirror else pixels))
         return cut
 
     def finish(self, cut: Tensor, draws: Draws) -> Tensor:

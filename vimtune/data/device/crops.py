@@ -78,10 +78,13 @@ def _column(sizes: Tensor | float, like: Tensor) -> Tensor:
 
 
 def middle_boxes(heights: Tensor, widths: Tensor, ratio: tuple[float, float]) -> Boxes:
-    """The largest box in the middle of each image whose width / height lies within `ratio`."""
+    """The largest box in the middle of each image whose width / height lies within `ratio`.
+
+    Of an image of a pixel or two there may be none; the box has a pixel then.
+    """
     heights, widths = heights.float(), widths.float()
-    height = torch.minimum(heights, (widths / ratio[0]).round())
-    width = torch.minimum(widths, (heights * ratio[1]).round())
+    height = torch.minimum(heights, (widths / ratio[0]).round().clamp(min=1))
+    width = torch.minimum(widths, (heights * ratio[1]).round().clamp(min=1))
     return Boxes(((heights - height) / 2).floor(), ((widths - width) / 2).floor(), height, width)
 
 

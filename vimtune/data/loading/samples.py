@@ -146,7 +146,8 @@ class Samples(Dataset[Batch], ABC):
                     images.append(self._decode(key.image))
                     read.append(key)
                 except (CorruptImageError, ImageReadError) as error:
-                    failures.append(FailedSample(key.image, error))
+                    # It is made anew, because `error` would keep this frame alive, with all its images.
+                    failures.append(FailedSample(key.image, type(error)(error.path, error.reason)))
             if images:
                 made += self.prepare(images, read)
                 good += read
