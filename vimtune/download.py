@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import logging
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +30,8 @@ _PASSING = (TimeoutError, ConnectionError, http.client.HTTPException)
 or the connection broke off."""
 _LASTING = (ConnectionRefusedError, http.client.InvalidURL)
 """Those of these after which it does not."""
+_BUSY = frozenset({408, 429})
+"""Answers of a server that does not refuse for ever, beside those from 500 on."""
 
 
 class DownloadError(ValueError):
@@ -137,20 +140,20 @@ def _may_pass(error: Exception) -> bool:
     """Whether another try may succeed. It does not where a name is not resolved, nothing answers at an
     address or nothing leads there, as without a network, nor where the server refuses."""
     if isinstance(error, urllib.error.HTTPError):
-        return error.code >= 500
+        return error.code >= 500 or error.code in _BUSY
     cause = _cause(error)
-    return isinstance(cause, _PASSING) and not isinstance(cause, _LASTING)
+    return isinstance(cause, (*_PASSING, ssl.SSLEOFError)) and not isinstance(cause, _LASTING)
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"the server answered {error.code} {error.reason}"
     cause = _cause(error)
-    reason = refusal(cause) if isinstance(cause, BaseException) else cause
+    reason = " ".join((refusal(cause) if isinstance(cause, BaseException) else cause).split())
     if not isinstance(error, urllib.error.URLError):
         return reason
-    elsewhere = "" if _may_pass(error) else "; without a network, fetch it on another machine"
-    return f"no connection ({reason}){elsewhere}"
+    here = _may_pass(error) or isinstance(cause, ssl.SSLError)
+    return f"no connection ({reason}){'' if here else '; without a network, fetch it on another machine'}"
 
 
 def _kept(part: Path) -> str:

@@ -155,6 +155,24 @@ def test_narrow_images_for_models_of_another_shape(make, monkeypatch, size, cach
 
 
 @pytest.mark.parametrize("gpu", [True, False])
+@pytest.mark.parametrize(("room", "sizes"), [(10**9, [8, 1]), (1, [1] * 9), (5000, [2, 2, 2, 2, 1])])
+def test_few_images_are_decoded_at_a_time_and_fewer_large_ones(make, monkeypatch, gpu, room, sizes) -> None:
+    monkeypatch.setattr(loaders, "_is_gpu", lambda device: gpu)
+    settings = {"batch_size": 9, "shuffle": False}
+    whole, loader = epoch(make("light", **settings)), make("light", **settings)
+    prepare, seen = loader._samples.prepare, []
+    monkeypatch.setattr("vimtune.data.loading.samples._BYTES_AT_A_TIME", room)
+
+    def counted(images, keys):
+        seen.append(len(keys))
+        return prepare(images, keys)
+
+    monkeypatch.setattr(loader._samples, "prepare", counted)
+    assert_same(epoch(loader), whole)
+    assert seen == sizes
+
+
+@pytest.mark.parametrize("gpu", [True, False])
 def test_a_damaged_image_keeps_no_other_in_memory(make, monkeypatch, gpu: bool) -> None:
     loaded = []
 

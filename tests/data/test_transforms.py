@@ -307,3 +307,14 @@ def test_a_process_that_gets_a_transform_gets_nothing_on_a_device() -> None:
     received = pickle.loads(pickle.dumps(transform))
     assert received.normalise._on_devices == {}
     assert torch.equal(received.normalise(pixels), expected)
+
+
+@pytest.mark.parametrize("library", ["albumentations", "torchvision"])
+@pytest.mark.parametrize("img_size", [(32, 128), (128, 32), (16, 400)])
+def test_narrow_images_are_cropped_for_models_of_another_shape(img_size, library: str) -> None:
+    """The box in the middle, where no other fits, had no pixel."""
+    transform = build_transform("light", img_size, train=True, library=library)
+    for size in [(1, 1), (1, 99), (99, 1), (2, 99), (99, 2), (3, 500), (500, 3)]:
+        for seed in range(3):
+            image = transform(Image.new("RGB", size), seed)
+            assert image.shape[1:] == img_size and image.isfinite().all()

@@ -34,6 +34,9 @@ class RandomCrop(A.RandomResizedCrop):  # type: ignore[misc]  # albumentations s
         self.filter_name = filter_name
 
     def apply(self, img: np.ndarray, crop_coords: tuple[int, int, int, int], **params: Any) -> np.ndarray:
-        """Cut out the pixels from (left, top) to (right, bottom), and resize them."""
+        """Cut out the pixels from (left, top) to (right, bottom), one at least, and resize them."""
         left, top, right, bottom = crop_coords
-        return resize_pixels(img[top:bottom, left:right], self.size, self.filter_name)
+        height, width = img.shape[:2]
+        left, top = min(left, width - 1), min(top, height - 1)
+        box = img[top : max(bottom, top + 1), left : max(right, left + 1)]
+        return resize_pixels(box, self.size, self.filter_name)

@@ -2,8 +2,9 @@
 
 Where the pixels of whole images lie on the device, everything is done there. Where processes on the host
 decode an image in every epoch, they cut the random crop out and resize it, which leaves little to send; the
-rest is done on the device. Both use the same random numbers in the same order, so that crops and changes are
-the same, and pixels differ by what two ways of resizing round.
+rest is done on the device. Both use the same random numbers in the same order, so that images are cropped and
+changed in the same way. Pixels differ by what two ways of resizing round, and those of large images by more:
+they are reduced where they are stored, and their boxes are rounded to the pixels of what is stored.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Augmentation:
         return self._change(images, draws)
 
     def cut(self, images: Sequence[np.ndarray], draws: Draws) -> list[Tensor]:
-        """Random crops on the host, those that `__call__` makes of the same images.
+        """Random crops on the host, as `__call__` makes them.
 
         Args:
             images: uint8 (H, W, 3) each, of any sizes.

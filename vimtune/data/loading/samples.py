@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,9 @@ from vimtune.text import counted
 logger = logging.getLogger(__name__)
 
 _AT_A_TIME = 8
-"""Images of a batch that a worker decodes before it prepares them: whole images may be large."""
+"""Images that a worker decodes before it prepares them: to draw numbers for each of them takes longer."""
+_BYTES_AT_A_TIME = 16 * 2**20
+"""Bytes of decoded images from which on fewer are prepared together."""
 _CACHE_SHARE = 0.5
 """Share of the free memory that the cache may take."""
 _KEPT = 128 * 2**20
@@ -72,6 +74,10 @@ def targets_of(dataset: ImageDataset, indices: Sequence[int]) -> torch.Tensor:
     for row, index in enumerate(indices):
         answers[row, list(dataset.tags[index])] = 1.0
     return answers
+
+
+def _num_bytes(image: Image.Image) -> int:
+    return 3 * image.width * image.height
 
 
 class Batch(NamedTuple):
@@ -138,22 +144,34 @@ class Samples(Dataset[Batch], ABC):
         """A batch, without the images that could not be read."""
         failures: list[FailedSample] = []
         made: list[dict[str, torch.Tensor]] = []
-        good: list[Key] = []
-        for first in range(0, len(keys), _AT_A_TIME):
-            images, read = [], []
-            for key in keys[first : first + _AT_A_TIME]:
-                try:
-                    images.append(self._decode(key.image))
-                    read.append(key)
-                except (CorruptImageError, ImageReadError) as error:
-                    # It is made anew, because `error` would keep this frame alive, with all its images.
-                    failures.append(FailedSample(key.image, type(error)(error.path, error.reason)))
-            if images:
-                made += self.prepare(images, read)
-                good += read
+        good: list[int] = []
+        for images, read in self._decoded(keys, failures):
+            made += self.prepare(images, read)
+            good += [key.image for key in read]
+        labels = targets_of(self.dataset, good)
         # In a worker torch's own function stacks straight into the shared memory in which batches travel.
-        labels = targets_of(self.dataset, [key.image for key in good])
         return Batch(default_collate(made) if made else self.nothing(), labels, failures)
+
+    def _decoded(
+        self, keys: Sequence[Key], failures: list[FailedSample]
+    ) -> Iterator[tuple[list[Image.Image], list[Key]]]:
+        """A few of the images at a time, with their keys; `failures` gets those that cannot be read."""
+        images: list[Image.Image] = []
+        read: list[Key] = []
+        for key in keys:
+            try:
+                images.append(self._decode(key.image))
+            except (CorruptImageError, ImageReadError) as error:
+                # It is made anew, because `error` would keep this frame alive, with all its images.
+                failures.append(FailedSample(key.image, type(error)(error.path, error.reason)))
+                continue
+            read.append(key)
+            if len(images) == _AT_A_TIME or sum(_num_bytes(image) for image in images) >= _BYTES_AT_A_TIME:
+                yield images, read
+                images.clear()  # The caller has a variable for them, too.
+                read = []
+        if images:
+            yield images, read
 
     def _decode(self, index: int) -> Image.Image:
         pixels = self._cached.get(index)
