@@ -21,7 +21,7 @@ def test_training_and_reading_are_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data_speed.py", *options.split(), "--output", str(output)])
     data_speed.main()
     rows = json.loads(output.read_text())["rows"]
-    assert [row["what"] for row in rows] == ["bare", "device", "decode", "ours", "timm"]
+    assert [row["what"] for row in rows] == ["bare", "device", "decode", "all", "ours", "timm"]
     assert all(row["images_per_second"] > 0 for row in rows)
     assert rows[1]["start"] > 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)

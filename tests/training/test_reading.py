@@ -144,7 +144,7 @@ class FakeLoader:
 
 def test_faults_of_the_program_are_not_taken_for_those_of_the_data():
     def batches(error):
-        yield torch.zeros(1), torch.zeros(1), np.zeros(1)
+        yield {"images": torch.zeros(1)}, torch.zeros(1), np.zeros(1)
         raise error
 
     for error in (

@@ -54,7 +54,7 @@ class ImageTask(Task):
     )
     transforms: Literal["albumentations", "torchvision"] = option(
         "albumentations",
-        "library that augments images on a CPU: albumentations, torchvision; a GPU does it itself",
+        "library of augmentation on a CPU: albumentations, torchvision",
         purpose="loss",
     )
 
