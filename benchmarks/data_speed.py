@@ -69,8 +69,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = parse_options()
-    on_gpu = torch.cuda.is_available() and options.device != "cpu"
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    name = torch.cuda.get_device_name() if on_gpu(options) else "CPU"
     print(
         f"{name}, torch {torch.__version__}, {options.dataset}, {options.model}, {options.method}, "
         f"batch {options.batch_size}, {options.augmentation}, amp {options.amp}, "
@@ -110,6 +109,11 @@ def parse_options() -> argparse.Namespace:
     if options.epochs < 4:
         parser.error("--epochs must be at least 4: the first two and the last one are not timed")
     return options
+
+
+def on_gpu(options: argparse.Namespace) -> bool:
+    """Whether training takes place on a GPU."""
+    return torch.cuda.is_available() and options.device != "cpu"
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def our_loader(options: argparse.Namespace, folder: str) -> ImageLoader:
         drop_last=False,
         num_workers=options.num_workers,
         seed=0,
-        device=torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"),
+        device=torch.device("cuda" if on_gpu(options) else "cpu"),
     )
 
 

@@ -25,7 +25,7 @@ _CHUNK = 1 << 18
 """Bytes that are read from the network at a time."""
 _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 """What `urllib` raises when a connection fails or breaks off."""
-_PASSING = (TimeoutError, ConnectionError, http.client.HTTPException)
+_PASSING = (TimeoutError, ConnectionError, http.client.HTTPException, ssl.SSLEOFError)
 """Those of them, or of what is behind a `URLError`, after which another try may succeed: the server is slow,
 or the connection broke off."""
 _LASTING = (ConnectionRefusedError, http.client.InvalidURL)
@@ -142,7 +142,7 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in _BUSY
     cause = _cause(error)
-    return isinstance(cause, (*_PASSING, ssl.SSLEOFError)) and not isinstance(cause, _LASTING)
+    return isinstance(cause, _PASSING) and not isinstance(cause, _LASTING)
 
 
 def _reason(error: Exception) -> str:

@@ -1,11 +1,12 @@
-"""Images of several sizes for tests of loaders and of what happens to images on a device."""
+"""Images of several sizes for tests of loaders and of what happens on a device, and epochs of them."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from vimtune.data import CorruptImageError, ImageDataset
+from vimtune.data import CorruptImageError, ImageDataset, ImageLoader
 
 
 def photo(height: int = 90, width: int = 120, shift: float = 0.0) -> Image.Image:
@@ -34,3 +35,9 @@ class Photos(ImageDataset):
     def describe(self, index: int) -> str:
         """Name image `index`."""
         return f"photo {index}"
+
+
+def epoch(loader: ImageLoader, number: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of an epoch from batch `start` on."""
+    loader.set_position(number, start)
+    return list(loader)

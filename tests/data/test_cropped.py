@@ -8,9 +8,8 @@ import weakref
 
 import pytest
 import torch
-from photos import Photos, photo
+from photos import Photos, epoch, photo
 from PIL import Image
-from torch import Tensor
 
 from vimtune.data import CorruptImageError, build_transform, create_loader
 from vimtune.data.device.augmentation import Augmentation
@@ -37,11 +36,6 @@ def make(monkeypatch):
         )
 
     return made
-
-
-def epoch(loader, number: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor]]:
-    loader.set_position(number, start)
-    return list(loader)
 
 
 def assert_same(one, two) -> None:
@@ -203,7 +197,6 @@ def test_another_process_can_be_given_them() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("preset", CHANGES)
 def test_a_gpu_makes_the_same_images_and_the_host_never_waits(preset: str) -> None:
     device, transform = torch.device("cuda", 0), build_transform(preset, SIZE, train=True)

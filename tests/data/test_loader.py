@@ -12,6 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
+from photos import epoch
 from PIL import Image
 
 from vimtune.data import (
@@ -49,11 +50,6 @@ def make(ds=None, *, library: str = "albumentations", preset: str = "strong", **
     } | changes
     transform = build_transform(preset, SIZE, train=True, crop_pct=1.0, library=library)
     return create_loader(ds or flowers(), transform, **options)
-
-
-def epoch(loader, number: int = 0, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    loader.set_position(number, start)
-    return list(loader)
 
 
 def workers_of(loader) -> set[int]:

@@ -6,9 +6,8 @@ import logging
 
 import pytest
 import torch
-from photos import Photos, photo
+from photos import Photos, epoch, photo
 from PIL import Image
-from torch import Tensor
 
 from vimtune.data import CorruptImageError, ImageDataset, build_transform, create_dataset, create_loader
 from vimtune.data.loading.loader import WorkerLoader
@@ -28,11 +27,6 @@ def make(preset: str = "strong", dataset: ImageDataset | None = None, train: boo
     return create_loader(dataset or Photos(), transform, **{"cache": "device", "device": CPU, **options})
 
 
-def epoch(loader, number: int = 0, start: int = 0) -> list[tuple[Tensor, Tensor]]:
-    loader.set_position(number, start)
-    return list(loader)
-
-
 def assert_same(one, two) -> None:
     assert len(one) == len(two)
     for (images, labels), (others, other_labels) in zip(one, two, strict=True):
@@ -40,7 +34,7 @@ def assert_same(one, two) -> None:
         torch.testing.assert_close(images, others, atol=1e-5, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("preset", CHANGES)
 def test_a_gpu_makes_the_same_images_and_the_host_never_waits(preset: str) -> None:
     loader = make(preset, device=torch.device("cuda", 0))

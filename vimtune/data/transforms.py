@@ -195,7 +195,7 @@ def evaluation_crop(image: Image.Image, preprocessing: Preprocessing) -> np.ndar
     region = (left, top, left + width, top + height)
     resample = PILLOW_FILTERS[preprocessing.interpolation]
     resized = resize_region(image, (new_w, new_h), region, resample)
-    return np.array(_to_rgb(resized))  # This makes a writable copy.
+    return np.array(as_rgb(resized))  # This makes a writable copy.
 
 
 def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -213,7 +213,8 @@ def _resized_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int
     return width * image.height // image.width, width
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image that is not RGB as Pillow converts it; what comes out of files is RGB already."""
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
 
 
@@ -248,7 +249,7 @@ class _Albumentations:
         # One pair of generators shared by all steps: Compose's own seeding would give every step the same
         # numbers, tying e.g. the flip to the crop.
         self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        return np.ascontiguousarray(self._compose(image=np.asarray(_to_rgb(image)))["image"])
+        return np.ascontiguousarray(self._compose(image=np.asarray(as_rgb(image)))["image"])
 
 
 def _import_albumentations() -> Any:

@@ -12,6 +12,7 @@ from vimtune.data.base import ImageDataset
 from vimtune.data.device.augmentation import Augmentation
 from vimtune.data.device.draws import Draws, uniforms
 from vimtune.data.loading.samples import Key, Samples
+from vimtune.data.transforms import as_rgb
 
 
 class CroppedSamples(Samples):
@@ -25,7 +26,7 @@ class CroppedSamples(Samples):
         """Crops "images", uint8 (H, W, 3), and "draws", the numbers that are left, float32 (n,)."""
         numbers = torch.tensor([key.draw(len(self.dataset)) for key in keys])
         draws = Draws(uniforms(self._seed, keys[0].epoch, numbers, self._augmentation.num_draws))
-        pixels = [np.asarray(image if image.mode == "RGB" else image.convert("RGB")) for image in images]
+        pixels = [np.asarray(as_rgb(image)) for image in images]
         crops = self._augmentation.cut(pixels, draws)
         return [{"images": crop, "draws": own} for crop, own in zip(crops, draws.rest(), strict=True)]
 

@@ -26,7 +26,7 @@ from vimtune.data.loading.workers import (
     worker_context,
 )
 from vimtune.data.resize import PILLOW_FILTERS
-from vimtune.data.transforms import CHANGES, evaluation_crop, is_random
+from vimtune.data.transforms import CHANGES, as_rgb, evaluation_crop, is_random
 from vimtune.machine import free_memory
 from vimtune.preprocessing import Preprocessing
 from vimtune.text import counted
@@ -39,8 +39,6 @@ _SAMPLE = 32
 """Images whose mean size tells how much all of them will take."""
 _AT_A_TIME = 16
 """Images that a worker sends together; a few such pieces of each worker wait in shared memory."""
-
-
 _LONGEST = 2
 """The longer side of a stored image is at most so many times what the shorter one may be."""
 
@@ -187,7 +185,7 @@ def stored_pixels(image: Image.Image, preprocessing: Preprocessing) -> np.ndarra
     if factor < 1:
         reduced = max(1, round(image.width * factor)), max(1, round(image.height * factor))
         image = image.resize(reduced, PILLOW_FILTERS[preprocessing.interpolation])
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return np.array(as_rgb(image))
 
 
 class _Piece(NamedTuple):
